@@ -1,0 +1,83 @@
+"""Bundle: an adapter between file and model. Every file becomes one, every adapted model becomes one.
+
+It holds tensors as stored (dtype, shape and where the bytes are), under canonical names, and never does arithmetic.
+A canonical layer name is diffusers' own: `component.dotted.path`, for example `unet.mid_block.attentions.0.proj_in`.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def canonical(component: str, layer: str) -> str:
+    """A layer's canonical name. Text encoders are spelt with `text_model.`, the level of CLIP's names that transformers 5 dropped."""
+    if component.startswith("text_encoder") and layer.startswith("encoder.layers."):
+        layer = f"text_model.{layer}"
+    return f"{component}.{layer}" if component else layer
+
+
+@dataclass(frozen=True)
+class Handle:
+    """One stored tensor, not yet read: safetensors dtype name, shape, and either bytes [start, end) of `path` or the tensor itself."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path | None = None
+    start: int = 0
+    end: int = 0
+    tensor: Any = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method on one layer: its tensors by role (`lora_A`, `lora_B`), and the alpha as the file gives it."""
+
+    method: str
+    layer: str
+    tensors: Mapping[str, Handle]
+    alpha: Handle | float | None = None  # a stored tensor, a number from a config, or absent: then the scale is 1
+    keys: tuple[str, ...] = ()           # the keys in the file that this entry was read from
+
+
+@dataclass
+class Bundle:
+    """A whole adapter: entries in file order, tensors that are no adapter's under their original keys, and the file's metadata."""
+
+    format: str
+    family: str
+    entries: list[Entry]
+    carried: dict[str, Handle] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    source: str = "a dict of tensors"
+    families: tuple[str, ...] = ()       # every family the names fit, the likeliest first
+
+    @property
+    def methods(self) -> set[str]:
+        """Names of the methods in use."""
+        return {entry.method for entry in self.entries}
+
+    @property
+    def trigger_words(self) -> tuple[str, ...]:
+        """What the file says must stand in a prompt, from `modelspec.trigger_phrase` or `trained_words`."""
+        text = self.metadata.get("modelspec.trigger_phrase") or self.metadata.get("trained_words") or ""
+        return tuple(word for word in (part.strip(" []\"'") for part in text.split(",")) if word)
+
+    def deltas(self, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """{canonical layer: f(W) - W in float64}, by each method's definition. `base` {layer: W} is for methods that need W; LoRA does not."""
+        import torch
+
+        from diffpeft import io
+        from diffpeft.methods import METHODS
+
+        out: dict[str, torch.Tensor] = {}
+        for entry in self.entries:
+            method = METHODS[entry.method]
+            p = {role: t.double() for role, t in zip(entry.tensors, io.load(entry.tensors.values()), strict=True)}
+            delta = method.delta(p, method.scale(io.number(entry.alpha), method.rank(p)))
+            out[entry.layer] = out[entry.layer] + delta if entry.layer in out else delta
+        return out

@@ -1,0 +1,129 @@
+"""What can go wrong, as types.
+
+DiffpeftError
+|-- CheckpointError (ValueError)    a file or state dict is not usable
+|   |-- UnreadableFileError         not a whole safetensors file
+|   |-- UnsafeFileError             reading it could run code
+|   |-- UnknownKeysError            tensors that belong to no layer here
+|   |-- MissingKeysError            half of a factor pair is not there
+|   |-- ShapeMismatchError (RuntimeError)
+|   |-- NonFiniteError              NaN or Inf, or too large for the base's dtype
+|   |-- AmbiguousFormatError        fits several formats or families
+|   `-- WrongBaseError              made for another model family
+|-- CannotConvertError              the target format cannot hold this
+|-- UnknownNameError (ValueError)   adapter, method, format, layer pattern ...
+|-- AdapterStateError               duplicate name, not attached, busy
+|-- ConfigError (ValueError)        a field, its value, what is allowed
+|-- DataError                       a data set
+`-- DivergedError                   training produced a loss that is not finite
+
+Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
+"""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+MAX_MESSAGE, MAX_NAME, MAX_LISTED = 5000, 200, 20
+
+
+def shown(name: object) -> str:
+    """`name` as it may appear in a message: quoted, control characters escaped, cut at 200 characters."""
+    text = repr(str(name))
+    return text if len(text) <= MAX_NAME else text[:MAX_NAME] + "...'"
+
+
+def listed(names: Iterable[object]) -> str:
+    """At most 20 names, quoted, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(map(shown, names[:MAX_LISTED])) + more
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`Did you mean 'x'?` for the closest known names, or nothing."""
+    known = list(known)
+    matches = difflib.get_close_matches(name[:MAX_NAME], known, n=2, cutoff=0.6)
+    return f"Did you mean {' or '.join(map(shown, matches))}?" if matches else ""
+
+
+def _printable(text: object) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))[:MAX_MESSAGE // 3]
+
+
+class DiffpeftError(Exception):
+    """The root of all errors of this package. `what`, `where` and `remedy` are one line each; the last two may be empty."""
+
+    def __init__(self, what: str, *, where: object = "", remedy: str = ""):
+        super().__init__(what)
+        self.what, self.where, self.remedy = _printable(what), _printable(where), _printable(remedy)
+
+    def __str__(self) -> str:
+        return " ".join(part if part[-1] in ".?!" else part + "." for part in (self.what, self.where, self.remedy) if part)
+
+
+class CheckpointError(DiffpeftError, ValueError):
+    """A file or state dict is not usable."""
+
+
+class UnreadableFileError(CheckpointError):
+    """Not a whole safetensors file."""
+
+
+class UnsafeFileError(CheckpointError):
+    """Reading it could run code (a pickle), so it is not read."""
+
+
+class UnknownKeysError(CheckpointError):
+    """Tensors that belong to no layer of the model, or to the base model itself."""
+
+
+class MissingKeysError(CheckpointError):
+    """A layer has one factor of a pair without the other."""
+
+
+class ShapeMismatchError(CheckpointError, RuntimeError):
+    """Tensors do not fit each other or the layer they name."""
+
+
+class NonFiniteError(CheckpointError):
+    """NaN or infinite values, or values beyond the range of the base's dtype."""
+
+
+class AmbiguousFormatError(CheckpointError):
+    """The names fit several formats or families with different maps."""
+
+
+class WrongBaseError(CheckpointError):
+    """The file was made for another model family."""
+
+
+class CannotConvertError(DiffpeftError):
+    """The target format cannot hold this adapter."""
+
+
+class UnknownNameError(DiffpeftError, ValueError):
+    """An adapter, method, format or layer pattern that does not exist."""
+
+    @classmethod
+    def of(cls, kind: str, name: object, known: Iterable[str], where: object = "") -> UnknownNameError:
+        """The usual wording: no `kind` `name`, the near matches, all that is known."""
+        known = sorted(known)
+        remedy = f"{near(str(name), known)} Known: {', '.join(known[:MAX_LISTED]) or 'none'}."
+        return cls(f"no {kind} {shown(name)}", where=where, remedy=remedy.strip())
+
+
+class AdapterStateError(DiffpeftError):
+    """The adapter or layer is in a state that does not allow this."""
+
+
+class ConfigError(DiffpeftError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class DataError(DiffpeftError):
+    """The data set is missing, empty or damaged."""
+
+
+class DivergedError(DiffpeftError):
+    """The training loss is not finite."""

@@ -1,0 +1,189 @@
+"""safetensors in and out: header first, bytes on demand, atomic writes. The only file I/O of adapters.
+
+The header is read by hand because detection and inspection must not import torch, and because every fault needs its own message.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpeft.bundle import Handle
+from diffpeft.errors import CheckpointError, UnreadableFileError, UnsafeFileError, shown
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER, MAX_TENSORS = 16 << 20, 1 << 16
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+          "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+_NAMES = {name: code for code, name in _TORCH.items()}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+def header(path: str | os.PathLike[str]) -> tuple[dict[str, Handle], dict[str, str]]:
+    """The tensors of a safetensors file as handles, and its metadata. Reads the header only.
+
+    Raises UnsafeFileError for pickles, UnreadableFileError for anything else that is not a whole safetensors file.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UnreadableFileError("no such file" if not path.exists() else "not a regular file", where=path)
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            start = f.read(8)
+            _refuse_other_kinds(path, start)
+            length = int.from_bytes(start, "little") if len(start) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise _unreadable(path, "the header length does not fit the file: truncated, or no safetensors file")
+            text = f.read(length)
+    except OSError as error:
+        raise UnreadableFileError(f"cannot read the file: {error.strerror}", where=path) from error
+    try:
+        table = json.loads(text, object_pairs_hook=_unique)
+        metadata = table.pop("__metadata__", {})
+        handles = {key: _handle(path, row, 8 + length, size) for key, row in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, f"the header is damaged ({error})") from error
+    if len(handles) > MAX_TENSORS:
+        raise _unreadable(path, f"{len(handles)} tensors are more than {MAX_TENSORS}")
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise _unreadable(path, "the metadata is no table of strings")
+    _refuse_overlaps(path, handles)
+    return handles, metadata
+
+
+def _unreadable(path: Path, what: str) -> UnreadableFileError:
+    return UnreadableFileError(what, where=path, remedy="Download or export it again as .safetensors.")
+
+
+def _refuse_other_kinds(path: Path, start: bytes) -> None:
+    if path.suffix in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        raise UnsafeFileError("a pickle can run code when it is read, so it is not read", where=path, remedy="Ask for a .safetensors file.")
+    if start.lstrip()[:1] == b"<":
+        raise _unreadable(path, "this is a web page, not a safetensors file")
+    if start == b"version ":
+        raise _unreadable(path, "this is a Git LFS pointer, not the file itself")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def _handle(path: Path, row: Mapping[str, Any], offset: int, size: int) -> Handle:
+    shape, (start, end) = tuple(row["shape"]), row["data_offsets"]
+    if row["dtype"] not in SIZES or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"dtype {shown(row['dtype'])}, shape {shown(shape)}")
+    if end - start != math.prod(shape) * SIZES[row["dtype"]] or offset + end > size:
+        raise ValueError("tensor bytes do not fit the file: truncated?")
+    return Handle(row["dtype"], shape, path, offset + start, offset + end)
+
+
+def _refuse_overlaps(path: Path, handles: Mapping[str, Handle]) -> None:
+    end = 0
+    for handle in sorted(handles.values(), key=lambda h: (h.start, h.end)):
+        if handle.start < end:
+            raise _unreadable(path, "tensors overlap")
+        end = handle.end
+
+
+def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
+    """The tensors themselves, on CPU, in the dtype they are stored in. A file is opened once, and read in the order given."""
+    import torch
+
+    out: list[torch.Tensor] = []
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, Any] = {}
+        for handle in handles:
+            if handle.path is None:
+                out.append(handle.tensor)
+                continue
+            if handle.path not in files:
+                files[handle.path] = stack.enter_context(open(handle.path, "rb"))
+            data = bytearray(handle.end - handle.start)
+            files[handle.path].seek(handle.start)
+            if files[handle.path].readinto(data) != len(data):
+                raise _unreadable(handle.path, "the file became shorter while it was read")
+            dtype = getattr(torch, _TORCH[handle.dtype])
+            out.append((torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(handle.shape))
+    return out
+
+
+def handle(tensor: torch.Tensor) -> Handle:
+    """A handle on a tensor in memory."""
+    code = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    if code is None:
+        raise CheckpointError(f"dtype {tensor.dtype} cannot be stored in a safetensors file")
+    return Handle(code, tuple(tensor.shape), tensor=tensor)
+
+
+def number(alpha: Handle | float | None) -> float | None:
+    """A stored or configured alpha as a number; None stays None."""
+    if not isinstance(alpha, Handle):
+        return alpha
+    if math.prod(alpha.shape) != 1:
+        raise CheckpointError(f"an alpha of shape {alpha.shape} is no single number", where=alpha.path or "")
+    return float(load([alpha])[0].item())
+
+
+def cast(handle_: Handle, dtype: torch.dtype | None) -> Handle:
+    """The same tensor in another dtype, if it is a floating point tensor of more than one number (an alpha keeps its dtype)."""
+    if dtype is None or not handle_.shape or handle_.dtype[0] not in "FB" or handle_.dtype == "BOOL":
+        return handle_
+    return handle(load([handle_])[0].to(dtype))
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: one tensor in memory at a time, to a temporary file that replaces `path` only when it is whole."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, h in tensors.items():
+        start, end = end, end + math.prod(h.shape) * SIZES[h.dtype]
+        table[key] = {"dtype": h.dtype, "shape": list(h.shape), "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for h in tensors.values():
+            f.write(_bytes(load([h])[0]))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]):
+    """A binary file that becomes `path` when the block ends well, and leaves nothing behind when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(fd, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""One layer: the only place that knows Linear from Conv."""

@@ -1,0 +1,83 @@
+"""A layer seen as one linear operation: the only place that knows Linear from Conv."""
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffpeft.methods import Geometry
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+class LinearSite:
+    """nn.Linear: W [out, in]."""
+
+    kinds = (nn.Linear,)
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @staticmethod
+    def geometry(module: nn.Linear) -> Geometry:
+        return Geometry(module.out_features, module.in_features)
+
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def up(self, h: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(h, weight)
+
+
+class ConvSite:
+    """nn.Conv1d, 2d and 3d with any stride, padding (and its mode), dilation and groups: W [out, in / groups, *kernel]."""
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @staticmethod
+    def geometry(module: nn.Conv2d) -> Geometry:
+        return Geometry(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
+
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        """[b, in, *n] -> [b, groups * r, *m]: every group is filtered by the same r filters."""
+        groups = self.module.groups
+        filters = weight if groups == 1 else weight.repeat(groups, *(1 for _ in weight.shape[1:]))
+        return self.module._conv_forward(x, filters, None)
+
+    def up(self, h: Tensor, weight: Tensor) -> Tensor:
+        """[b, groups * r, *m] -> [b, out, *m]."""
+        return _CONVOLUTIONS[weight.dim() - 3](h, weight, groups=self.module.groups)
+
+
+SITES = (LinearSite, ConvSite)
+
+
+def site_of(cls: type[nn.Module]) -> type[LinearSite] | type[ConvSite] | None:
+    """The kind of site that modules of this class are, or None if no method fits them."""
+    return next((site for site in SITES if issubclass(cls, site.kinds)), None)
+
+
+def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
+    """Why this layer cannot be adapted although its kind can; empty if it can."""
+    weight = getattr(module, "weight", None)
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"{type(parent).__name__} reads its weight directly and would not see the adapter"
+    if getattr(parent, "fused_projections", False) and name.rpartition(".")[2] in {"to_q", "to_k", "to_v"}:
+        return "its projections are fused (call unfuse_qkv_projections first)"
+    if hasattr(module, "parametrizations"):
+        return "it is parametrised"
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return "its weight is quantised"
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        return "another library has replaced its forward"
+    return ""
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the layer computes: an offloading hook's execution device, else where its weight is."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device(device) if device is not None else module.weight.device  # type: ignore[union-attr,arg-type]

@@ -1,0 +1,112 @@
+"""Which layers: components of a pipeline, layers of a module, and names, suffixes, patterns and presets that choose among them."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.nn as nn
+
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
+from diffpeft.layers.adapted import ADAPTERS, base_class, is_adapted
+from diffpeft.layers.site import refusal, site_of
+
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attn": _ATTENTION,
+    "attn-mlp": (*_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "fc1", "fc2"),
+    "full": ("*",),
+}
+
+
+def components(target: Any) -> dict[str, nn.Module]:
+    """{component name: module}: a diffusers pipeline's adaptable components, or the one module that was given, under the name it has in pipelines."""
+    if isinstance(target, nn.Module):
+        return {_component_name(target): target}
+    parts = getattr(target, "components", None)
+    found = {name: parts[name] for name in COMPONENTS if isinstance(parts.get(name), nn.Module)} if isinstance(parts, Mapping) else {}
+    if not found:
+        raise ConfigError(f"cannot adapt a {type(target).__name__}", remedy="Pass a diffusers pipeline or a torch.nn.Module.")
+    return found
+
+
+def _component_name(module: nn.Module) -> str:
+    name = type(module).__name__
+    table = {"UNet2DCondition": "unet", "CLIPText": "text_encoder", "T5Encoder": "text_encoder", "Transformer2D": "transformer", "Transformer3D": "transformer"}
+    return next((component for part, component in table.items() if part in name), "")
+
+
+def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+    """{dotted name: (layer, its parent)} of every layer some method fits, each module once. Adapters of ours are not entered."""
+    return dict(_walk(model, "", None, set()))
+
+
+def _walk(module: nn.Module, name: str, parent: nn.Module | None, seen: set[int]) -> Iterator[tuple[str, tuple[nn.Module, nn.Module | None]]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if site_of(base_class(module)) is not None:
+        yield name, (module, parent)
+    for child_name, child in module._modules.items():
+        if child is not None and not (child_name == ADAPTERS and is_adapted(module)):
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, module, seen)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{dotted name: layer} of the layers that carry adapters of ours."""
+    return {name: module for name, (module, _) in layers_of(model).items() if is_adapted(module)}
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A layer's name with and without CLIP's `text_model.` level, which transformers 5 dropped."""
+    return (name, name.replace("text_model.", "")) if "text_model." in name else (name, f"text_model.{name}")
+
+
+def select(parts: Mapping[str, nn.Module], targets: str | Sequence[str] | None, exclude: str | Sequence[str] | None = None) -> dict[str, dict[str, nn.Module]]:
+    """{component: {layer name: layer}} chosen by `targets`: a preset, a regular expression for whole names, or a list of names and suffixes.
+
+    Raises UnknownNameError for an entry that matches nothing anywhere, AdapterStateError for a layer that cannot be adapted.
+    """
+    if not targets:
+        raise ConfigError("no layers were chosen", remedy=f"Give targets: a preset ({', '.join(PRESETS)}), a regular expression or a list of names.")
+    layers = {component: layers_of(model) for component, model in parts.items()}
+    names = [name for found in layers.values() for name in found]
+    preset = isinstance(targets, str) and targets in PRESETS
+    entries: str | Sequence[str] = PRESETS[targets] if preset else targets  # type: ignore[index]
+    if not preset:
+        _check_entries(entries, names)
+    chosen: dict[str, dict[str, nn.Module]] = {}
+    for component, found in layers.items():
+        chosen[component] = {n: m for n, (m, parent) in found.items()
+                             if _match(entries, n) and not (exclude and _match(exclude, n)) and _usable(n, m, parent, quiet=preset)}
+    if not any(chosen.values()):
+        raise UnknownNameError(f"{shown(targets)} chooses no layer that can be adapted", remedy="Loosen targets, or exclude less.")
+    return chosen
+
+
+def _match(entries: str | Sequence[str], name: str) -> bool:
+    """A string is a regular expression for the whole name; a list holds whole names and suffixes, and `*` for all."""
+    if isinstance(entries, str):
+        return any(re.fullmatch(entries, n) for n in spellings(name))
+    return any(entry == "*" or n == entry or n.endswith("." + entry) for entry in entries for n in spellings(name))
+
+
+def _check_entries(entries: str | Sequence[str], names: Sequence[str]) -> None:
+    try:
+        lost = [e for e in ([entries] if isinstance(entries, str) else entries)
+                if not any(_match(entries if isinstance(entries, str) else [e], n) for n in names)]
+    except re.error as error:
+        raise ConfigError(f"{shown(entries)} is no regular expression ({error})", remedy="Or pass a list of layer names.") from error
+    if lost:
+        known = {".".join(n.split(".")[-k:]) for n in names for k in (1, 2, 3)} | set(names) | set(PRESETS)
+        raise UnknownNameError(f"no layer matches {shown(lost[0])}", remedy=near(lost[0], known) or f"The presets are {', '.join(PRESETS)}.")
+
+
+def _usable(name: str, module: nn.Module, parent: nn.Module | None, quiet: bool) -> bool:
+    """Whether the layer can be adapted. A preset passes over layers that cannot; one that was named raises."""
+    why = refusal(module, parent, name)
+    if why and not quiet:
+        raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
+    return not why

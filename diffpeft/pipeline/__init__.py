@@ -1,0 +1,1 @@
+"""Hooks on a diffusers pipeline: load, mix, unload, save."""

@@ -1,0 +1,79 @@
+"""The adapters of a pipeline (or any module): which there are, how strong they are, and off again."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffpeft.errors import UnknownNameError
+from diffpeft.model.attach import Plan, mixes_of, remove
+from diffpeft.model.mix import Strength, check_mix, forced
+from diffpeft.model.state import slots_of
+from diffpeft.model.target import components
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """One adapter: its methods and ranks, the strength that was set, whether it is active, where it sits, and how many numbers it has."""
+
+    methods: frozenset[str]
+    ranks: tuple[int, ...]
+    strength: Strength
+    active: bool
+    fused: bool
+    components: frozenset[str]
+    parameters: int
+
+
+def set_adapters(target: Any, mix: Mapping[str, Strength]) -> None:
+    """Make the adapters named in `mix` active, in this order and at these strengths; all others become inactive.
+
+    A strength is a number, or numbers by component or block: {"unet": 0.8, "unet.up_blocks.*": 0.2}. A pattern matches a leading run of whole
+    segments of a layer's dotted name; the one with most literal segments wins, then the longer, then the later; a layer that none names has 1.
+    Raises UnknownNameError or ConfigError, in which case nothing has changed.
+    """
+    mixes = mixes_of(components(target)).values()
+    check_mix(mix, mixes)
+    plan = Plan(mixes=[(m, {"choice": m.chosen(mix)}) for m in mixes])
+    plan.commit()
+
+
+@contextlib.contextmanager
+def adapters(target: Any, mix: Mapping[str, Strength]) -> Iterator[None]:
+    """`set_adapters` for this thread and this block only. Blocks nest; the inner one replaces the whole mix."""
+    mixes = list(mixes_of(components(target)).values())
+    check_mix(mix, mixes)
+    with forced({m.key: m.chosen(mix) for m in mixes}, mixes):
+        yield
+
+
+def get_adapters(target: Any) -> dict[str, AdapterStatus]:
+    """{name: status} of every adapter, in the order in which they came."""
+    mixes = mixes_of(components(target))
+    names = dict.fromkeys(name for mix in mixes.values() for name in mix.adapters)
+    return {name: _status(target, name, mixes) for name in names}
+
+
+def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
+    slots = slots_of(target, name).values()
+    own = {component: mix for component, mix in mixes.items() if name in mix.adapters}
+    given = [mix.choice.given[name] for mix in own.values() if name in mix.choice.given]
+    return AdapterStatus(
+        methods=frozenset(slot.method for slot in slots), ranks=tuple(sorted({slot.rank for slot in slots})), strength=given[0] if given else 0.0,
+        active=bool(given), fused=False, components=frozenset(own), parameters=sum(p.numel() for slot in slots for p in slot.parameters()))
+
+
+def unload(target: Any, names: str | Sequence[str] | None = None) -> None:
+    """Remove adapters, all of them by default. The last one out leaves no trace: classes, keys and bytes are what they were.
+
+    Raises UnknownNameError for a name that is not there, AdapterStateError for one that a running `adapters(...)` block uses.
+    """
+    parts = components(target)
+    known = {name for mix in mixes_of(parts).values() for name in mix.adapters}
+    wanted = known if names is None else {names} if isinstance(names, str) else set(names)
+    for name in sorted(wanted - known):
+        raise UnknownNameError.of("adapter", name, known)
+    plan = Plan()
+    remove(plan, parts, wanted)
+    plan.commit()
