@@ -23,6 +23,8 @@ SIGNS = (
     (("hidream",), r".*(double|single)_stream_blocks_\d+_"),
 )
 _CROSS = re.compile(r".*(down_blocks_\d+|mid_block|up_blocks_\d+)_attentions_\d+_transformer_blocks_\d+_attn2_to_[kv][._]lora_(down|A)")
+_UNET = re.compile(r"(lora_unet_|unet_)?(down_blocks|mid_block|up_blocks|conv_(in|out)|time_embedding)_")
+_TEXT, _DENOISER = re.compile(r"lora_te|text_encoder|text_model_|encoder_layers_"), re.compile(r"lora_unet_|lora_transformer_|unet_|transformer_")
 _TEXT_ONLY_FAMILIES = ("sd15", "sd2", "sdxl", "sd3", "flux")
 WIDTHS = {768: ("sd15",), 1024: ("sd2",), 2048: ("sdxl",), 1280: ("sdxl_refiner",)}
 
@@ -58,6 +60,6 @@ def families_of(tensors: Mapping[str, Handle]) -> tuple[str, ...]:
     widths = {handle.shape[1] for key, handle in flat.items() if _CROSS.match(key) and len(handle.shape) >= 2}
     if widths:
         return WIDTHS.get(min(widths), ("sd15",))
-    if all(key.startswith(("lora_te", "text_encoder")) for key in flat):
-        return _TEXT_ONLY_FAMILIES
-    return ("sd15", "sd2") if any(re.match(r"(lora_unet_|unet_)?(down_blocks|mid_block|up_blocks|conv_(in|out)|time_embedding)_", key) for key in flat) else ()
+    if any(_UNET.match(key) for key in flat):
+        return ("sd15", "sd2")
+    return _TEXT_ONLY_FAMILIES if any(_TEXT.match(key) for key in flat) and not any(_DENOISER.match(key) for key in flat) else ()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converters.detection import Detection, families_of, format_of
-from converters.families import TABLES
+from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
 from converters.roles import FOREIGN, ROLES
 from diffpeft import io
@@ -55,21 +55,28 @@ def read(source: Source, *, family: str | None = None, format: str | None = None
 def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: torch.dtype | None = None) -> None:
     """Write a Bundle as a file of another format, whole or not at all. `dtype` casts the factors; alphas keep theirs."""
     _known("format", format, FORMATS)
+    if bundle.family not in TABLES:
+        raise CannotConvertError(f"the layer names of family {shown(bundle.family)} are not known", where=bundle.source, remedy=f"Known: {', '.join(TABLES)}.")
     fmt, table = FORMATS[format], TABLES[bundle.family]
     tensors: dict[str, Handle] = {}
-    unknown = [e.layer for e in bundle.entries if not table.knows(*e.layer.split(".", 1))]
-    if unknown and not (fmt.flat and all("." not in layer.split(".", 1)[1] for layer in unknown)):
+    unknown = [e.layer for e in bundle.entries if not _spells(fmt, table, *e.layer.partition(".")[::2])]
+    if unknown:
         raise CannotConvertError(f"{format} has no name for layers of this adapter", where=listed(unknown))
     for entry in bundle.entries:
-        component, layer = entry.layer.split(".", 1)
+        component, _, layer = entry.layer.partition(".")
         for role, handle in entry.tensors.items():
-            tensors[fmt.join(Part(component, layer, role))] = io.cast(handle, dtype)
+            tensors[fmt.join(Part(component, layer, role))] = io.cast(handle, dtype, entry.layer)
         if fmt.alpha_is_tensor and entry.alpha is not None:
             tensors[fmt.join(Part(component, layer, "alpha"))] = _alpha_tensor(entry.alpha)
     ranks = {e.layer: e.tensors["lora_A"].shape[0] for e in bundle.entries}
     other = {key for f in FORMATS.values() for key in f.metadata(bundle.entries[:1], ranks)}
     metadata = {k: v for k, v in bundle.metadata.items() if k not in other and not k.startswith(_HASHES)}
     io.save(path, {**tensors, **bundle.carried}, {"format": "pt", **metadata, **fmt.metadata(bundle.entries, ranks)})
+
+
+def _spells(fmt: Format, table: Table, component: str, layer: str) -> bool:
+    """Whether a format can write a layer: its family's, or one that nobody knows in the spelling (flat or dotted) in which it was read."""
+    return component in table.components and (table.knows(component, layer) or fmt.flat == ("." not in layer))
 
 
 def _known(kind: str, name: str | None, known: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ _HOMES = {
     "diffpeft.train.config": "TrainConfig",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from diffpeft.bundle import Bundle as Bundle

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpeft.bundle import Handle
-from diffpeft.errors import CheckpointError, UnreadableFileError, UnsafeFileError, shown
+from diffpeft.errors import CannotConvertError, CheckpointError, UnreadableFileError, UnsafeFileError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -39,15 +39,16 @@ def header(path: str | os.PathLike[str]) -> tuple[dict[str, Handle], dict[str, s
         size = path.stat().st_size
         with open(path, "rb") as f:
             start = f.read(8)
-            _refuse_other_kinds(path, start)
             length = int.from_bytes(start, "little") if len(start) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
+            fits = 2 <= length <= min(MAX_HEADER, size - 8)
+            _refuse_other_kinds(path, b"" if fits else start)
+            if not fits:
                 raise _unreadable(path, "the header length does not fit the file: truncated, or no safetensors file")
             text = f.read(length)
     except OSError as error:
         raise UnreadableFileError(f"cannot read the file: {error.strerror}", where=path) from error
     try:
-        table = json.loads(text, object_pairs_hook=_unique)
+        table = json.loads(text.decode(), object_pairs_hook=_unique)
         metadata = table.pop("__metadata__", {})
         handles = {key: _handle(path, row, 8 + length, size) for key, row in table.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -56,7 +57,7 @@ def header(path: str | os.PathLike[str]) -> tuple[dict[str, Handle], dict[str, s
         raise _unreadable(path, f"{len(handles)} tensors are more than {MAX_TENSORS}")
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise _unreadable(path, "the metadata is no table of strings")
-    _refuse_overlaps(path, handles)
+    _refuse_gaps(path, handles, 8 + length, size)
     return handles, metadata
 
 
@@ -65,7 +66,8 @@ def _unreadable(path: Path, what: str) -> UnreadableFileError:
 
 
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
-    if path.suffix in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    """By the file's ending, and by its first bytes where they are no header's length (a length may begin like any of these)."""
+    if path.suffix in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise UnsafeFileError("a pickle can run code when it is read, so it is not read", where=path, remedy="Ask for a .safetensors file.")
     if start.lstrip()[:1] == b"<":
         raise _unreadable(path, "this is a web page, not a safetensors file")
@@ -89,12 +91,14 @@ def _handle(path: Path, row: Mapping[str, Any], offset: int, size: int) -> Handl
     return Handle(row["dtype"], shape, path, offset + start, offset + end)
 
 
-def _refuse_overlaps(path: Path, handles: Mapping[str, Handle]) -> None:
-    end = 0
+def _refuse_gaps(path: Path, handles: Mapping[str, Handle], end: int, size: int) -> None:
+    """Tensors lie side by side and fill the file: what lies between them could be anything."""
     for handle in sorted(handles.values(), key=lambda h: (h.start, h.end)):
-        if handle.start < end:
-            raise _unreadable(path, "tensors overlap")
+        if handle.start != end:
+            raise _unreadable(path, "tensors overlap" if handle.start < end else "there are bytes between the tensors that belong to none")
         end = handle.end
+    if end != size:
+        raise _unreadable(path, "there are bytes after the tensors that belong to none")
 
 
 def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
@@ -136,11 +140,17 @@ def number(alpha: Handle | float | None) -> float | None:
     return float(load([alpha])[0].item())
 
 
-def cast(handle_: Handle, dtype: torch.dtype | None) -> Handle:
-    """The same tensor in another dtype, if it is a floating point tensor of more than one number (an alpha keeps its dtype)."""
+def cast(handle_: Handle, dtype: torch.dtype | None, where: str = "") -> Handle:
+    """The same tensor in another dtype, if it is a floating point tensor of more than one number (an alpha keeps its dtype).
+
+    Raises CannotConvertError naming `where` if that dtype cannot hold its values.
+    """
     if dtype is None or not handle_.shape or handle_.dtype[0] not in "FB" or handle_.dtype == "BOOL":
         return handle_
-    return handle(load([handle_])[0].to(dtype))
+    tensor = load([handle_])[0].to(dtype)
+    if not tensor.float().isfinite().all():
+        raise CannotConvertError(f"there are values that are not finite in {dtype}", where=where, remedy="Save in a wider dtype.")
+    return handle(tensor)
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: Mapping[str, str]) -> None:
@@ -158,10 +168,10 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: 
             f.write(_bytes(load([h])[0]))
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _bytes(tensor: torch.Tensor) -> bytes:
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @contextlib.contextmanager

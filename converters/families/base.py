@@ -18,9 +18,9 @@ class Table:
         match = _flat(tuple(self.components.get(component, ()))).fullmatch(flat)
         if match is None:
             return None
-        at = int(match.lastgroup[1:])  # type: ignore[index]
+        at = int((match.lastgroup or '')[1:])
         template = self.components[component][at]
-        return template.format(*(n for n in match.groups()[match.lastindex:] if n is not None))  # type: ignore[index]
+        return template.format(*(n for n in match.groups()[match.lastindex:] if n is not None))
 
     def knows(self, component: str, layer: str) -> bool:
         """Whether the family has a layer of this dotted name."""

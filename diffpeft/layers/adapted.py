@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from diffpeft.layers.site import site_of
+from diffpeft.layers.site import FORWARDS, site_of
 from diffpeft.layers.slot import Slot
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
@@ -72,6 +72,7 @@ def state_with(module: nn.Module, record: Record | None) -> State:
 
 def enter(module: nn.Module, state: State) -> None:
     """Put a layer into `state`. Plain assignments: given a prepared state it cannot fail."""
+    held = [slot for slot in FORWARDS if getattr(module.__dict__.get(slot), "__func__", None) is type(module).forward]
     module.__class__ = state.cls
     if state.record is None:
         module._modules.pop(ADAPTERS, None)
@@ -79,8 +80,8 @@ def enter(module: nn.Module, state: State) -> None:
     else:
         module._modules[ADAPTERS] = state.adapters
         module.__dict__[RECORD] = state.record
-    if "_old_forward" in module.__dict__:  # accelerate's hook keeps the forward it wraps here
-        module.__dict__["_old_forward"] = state.cls.forward.__get__(module)
+    for slot in held:
+        module.__dict__[slot] = state.cls.forward.__get__(module)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -97,13 +98,14 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         site = site_of(base)
         assert site is not None
 
-        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            y = base.forward(self, x, *args, **kwargs)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+            y = base.forward(self, *args, **kwargs)
+            x = args[0] if args else next(iter(kwargs.values()))
             record: Record = self._diffpeft
             return _compiled(record, site(self), x, y) if torch.compiler.is_compiling() else _eager(record, site(self), x, y)
 
         def reduce(self: Any, protocol: Any) -> Any:
-            return _rebuild, (base, dict(self.__dict__))
+            return _rebuild, (base,), self.__getstate__()  # the state apart: it may hold the layer itself, as accelerate's hooks do
 
         _classes[base] = type(base.__name__, (base,), {
             "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
@@ -131,8 +133,6 @@ def _compiled(record: Record, op: Any, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = base.__new__(base)
-    module.__class__ = adapted_class(base)
-    module.__dict__.update(state)
-    return module
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base)
+    return cls.__new__(cls)

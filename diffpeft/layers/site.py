@@ -1,6 +1,8 @@
 """A layer seen as one linear operation: the only place that knows Linear from Conv."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,11 +18,11 @@ class LinearSite:
 
     kinds = (nn.Linear,)
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         self.module = module
 
     @staticmethod
-    def geometry(module: nn.Linear) -> Geometry:
+    def geometry(module: Any) -> Geometry:
         return Geometry(module.out_features, module.in_features)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -35,11 +37,11 @@ class ConvSite:
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         self.module = module
 
     @staticmethod
-    def geometry(module: nn.Conv2d) -> Geometry:
+    def geometry(module: Any) -> Geometry:
         return Geometry(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -54,6 +56,7 @@ class ConvSite:
 
 
 SITES = (LinearSite, ConvSite)
+FORWARDS = ("_old_forward", "forward")  # where accelerate keeps a layer's own forward: while its hook is on, and after it was removed
 
 
 def site_of(cls: type[nn.Module]) -> type[LinearSite] | type[ConvSite] | None:
@@ -72,12 +75,13 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
         return "it is parametrised"
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "its weight is quantised"
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
+    held = next((vars(module)[slot] for slot in FORWARDS if slot in vars(module)), None)
+    if held is not None and getattr(held, "__func__", None) is not type(module).forward:
         return "another library has replaced its forward"
     return ""
 
 
-def device_of(module: nn.Module) -> torch.device:
+def device_of(module: Any) -> torch.device:
     """Where the layer computes: an offloading hook's execution device, else where its weight is."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return torch.device(device) if device is not None else module.weight.device  # type: ignore[union-attr,arg-type]
+    return torch.device(device) if device is not None else module.weight.device

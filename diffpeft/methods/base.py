@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,9 +40,9 @@ class Op(Protocol):
 class Method(Protocol):
     """One adapter method. All members are pure functions; `p` maps a role, which is PEFT's parameter name, to its tensor."""
 
-    name: ClassVar[str]
-    config: ClassVar[type]
-    roles: ClassVar[tuple[str, ...]]
+    name: str
+    config: Any
+    roles: tuple[str, ...]
 
     @staticmethod
     def init(config: Any, layer: str, geometry: Geometry, generator: torch.Generator | None) -> tuple[dict[str, Tensor], float | None]:

@@ -57,7 +57,12 @@ class LoraConfig:
         for name, alpha in [("lora_alpha", self.lora_alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise ConfigError(f"{name} is {alpha!r}", remedy="An alpha is a finite number.")
-        if not 0 <= self.lora_dropout < 1:
+        for name, pattern in [(n, p) for n in ("rank_pattern", "alpha_pattern") for p in getattr(self, n)]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{name} has {pattern!r}", remedy=f"It is no regular expression: {error}.") from error
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout!r}", remedy="It is a probability: at least 0 and less than 1.")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ConfigError(f"init_lora_weights is {self.init_lora_weights!r}", remedy="It is True, False or 'gaussian'.")
@@ -78,37 +83,40 @@ class Lora:
 
     name = "lora"
     config = LoraConfig
-    roles = ("lora_A", "lora_B")
-    delta = staticmethod(delta)
+    roles: tuple[str, ...] = ("lora_A", "lora_B")
 
     @staticmethod
-    def init(config: LoraConfig, layer: str, g: Geometry, generator: torch.Generator | None = None) -> tuple[dict[str, Tensor], float]:
+    def delta(p: Mapping[str, Tensor], scale: float) -> Tensor:
+        return delta(p, scale)
+
+    @staticmethod
+    def init(config: LoraConfig, layer: str, geometry: Geometry, generator: torch.Generator | None = None) -> tuple[dict[str, Tensor], float]:
         r, alpha = _pattern(config.rank_pattern, layer, config.r), float(_pattern(config.alpha_pattern, layer, config.lora_alpha))
-        A = torch.empty(r, g.in_ // g.groups, *g.kernel)
-        B = torch.zeros(g.out, r, *(1 for _ in g.kernel))
+        A = torch.empty(r, geometry.in_ // geometry.groups, *geometry.kernel)
+        B = torch.zeros(geometry.out, r, *(1 for _ in geometry.kernel))
         if config.init_lora_weights == "gaussian":
             A.normal_(std=1 / r, generator=generator)
         else:
-            bound = 1 / math.sqrt(g.columns)  # kaiming_uniform_(a=sqrt(5)), the init of nn.Linear
+            bound = 1 / math.sqrt(geometry.columns)  # kaiming_uniform_(a=sqrt(5)), the init of nn.Linear
             A.uniform_(-bound, bound, generator=generator)
             if config.init_lora_weights is False:
                 B.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r), generator=generator)
         return {"lora_A": A, "lora_B": B}, alpha * math.sqrt(r) if config.use_rslora else alpha  # so that scale is alpha / r in every file
 
     @staticmethod
-    def check(p: Mapping[str, Any], g: Geometry) -> str:
+    def check(p: Mapping[str, Any], geometry: Geometry) -> str:
         (r, *a), (o, r2, *b) = p["lora_A"].shape, p["lora_B"].shape
         if r != r2 or r < 1:
             return f"lora_A {tuple(p['lora_A'].shape)} and lora_B {tuple(p['lora_B'].shape)} have different ranks"
-        i, k = g.in_ // g.groups, g.kernel
-        fits = o == g.out and set(b) <= {1} and a[:1] == [i] and (tuple(a[1:]) == k or set(a[1:]) | set(k) <= {1})
-        layer = f"lora_A (r, {', '.join(map(str, (i, *k)))}) and lora_B ({g.out}, r{', 1' * len(k)})"
+        i, k = geometry.in_ // geometry.groups, geometry.kernel
+        fits = o == geometry.out and set(b) <= {1} and a[:1] == [i] and (tuple(a[1:]) == k or set(a[1:]) | set(k) <= {1})
+        layer = f"lora_A (r, {', '.join(map(str, (i, *k)))}) and lora_B ({geometry.out}, r{', 1' * len(k)})"
         return "" if fits else f"the layer takes {layer}, not {tuple(p['lora_A'].shape)} and {tuple(p['lora_B'].shape)}"
 
     @staticmethod
-    def adopt(p: dict[str, Tensor], g: Geometry) -> dict[str, Tensor]:
+    def adopt(p: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
         A, B = p["lora_A"], p["lora_B"]
-        return {"lora_A": A.reshape(A.shape[0], g.in_ // g.groups, *g.kernel), "lora_B": B.reshape(g.out, A.shape[0], *(1 for _ in g.kernel))}
+        return {"lora_A": A.reshape(A.shape[0], geometry.in_ // geometry.groups, *geometry.kernel), "lora_B": B.reshape(geometry.out, A.shape[0], *(1 for _ in geometry.kernel))}
 
     @staticmethod
     def rank(p: Mapping[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """attach and detach: adapters on and off many layers, all or nothing, exact inverses."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
 from diffpeft.layers.adapted import Record, State, base_class, enter, record_of, state_of, state_with
 from diffpeft.layers.site import device_of, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Method
 from diffpeft.model.mix import Adapter, Choice, Mix, Strength, check_idle, check_name, choose
-from diffpeft.model.target import adapted_layers, components, select
+from diffpeft.model.target import adapted_layers, components, is_preset, select
+
+
+OVERSIZED = "layers are smaller than the rank"
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,16 @@ class Plan:
 
 
 def mix_of(model: nn.Module) -> Mix | None:
-    """The Mix that the layers of a component share, if it has adapters."""
-    return next((record.mix for module in model.modules() if (record := record_of(module))), None)
+    """The Mix that the layers of a component share, if it has adapters. Raises AdapterStateError if `model` is not what was adapted, but a part or more."""
+    mix = None
+    for layer, module in adapted_layers(model).items():
+        record = record_of(module)
+        assert record is not None
+        mix = record.mix
+        if mix.layers[record.index] != layer:
+            raise AdapterStateError(f"layer {shown(layer)} was adapted as {shown(mix.layers[record.index])}, as part of another module",
+                                    remedy="Pass the module that was adapted.")
+    return mix
 
 
 def mixes_of(parts: Mapping[str, nn.Module]) -> dict[str, Mix]:
@@ -83,12 +95,15 @@ def attach(target: Any, config: Any, name: str = "default", targets: str | Seque
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
     check_name(name)
-    config.validate()
     method, parts = method_of(config), components(target)
+    config.validate()
     chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
     mixes = mixes_of(parts)
     _refuse_duplicate(name, mixes.values())
-    slots = {component: {layer: _fresh(method, config, layer, module, generator) for layer, module in found.items()} for component, found in chosen.items()}
+    slots = {component: {layer: _fresh(method, config, layer, module, generator, dry_run) for layer, module in found.items()} for component, found in chosen.items()}
+    large = [layer for component, found in slots.items() for layer in oversized(chosen[component], found)]
+    if large and not is_preset(targets or config.target_modules):  # who named the layers should know
+        warnings.warn(f"adapter {name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=2)
     if not dry_run:
         plan = Plan()
         for component, found in slots.items():
@@ -100,17 +115,24 @@ def attach(target: Any, config: Any, name: str = "default", targets: str | Seque
     return AttachReport(name, names, sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors))
 
 
+def oversized(modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> list[str]:
+    """The layers whose weight has fewer rows or columns than their adapter has ranks."""
+    shapes = {layer: site.geometry(modules[layer]) for layer in slots if (site := site_of(base_class(modules[layer])))}  # type: ignore[arg-type]
+    return [layer for layer, slot in slots.items() if slot.rank > min(shapes[layer].out, shapes[layer].columns)]
+
+
 def _refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
     if any(name in mix.adapters for mix in mixes):
         raise AdapterStateError(f"an adapter named {shown(name)} is there already", remedy="Choose another name=, or unload it first.")
 
 
-def _fresh(method: type[Method], config: Any, layer: str, module: nn.Module, generator: torch.Generator | None) -> Slot:
+def _fresh(method: type[Method], config: Any, layer: str, module: nn.Module, generator: torch.Generator | None, dry_run: bool) -> Slot:
     site = site_of(base_class(module))
     assert site is not None
-    tensors, alpha = method.init(config, layer, site.geometry(module), generator)  # type: ignore[arg-type]
-    slot = Slot(method.name, tensors, alpha, dropout=config.dropout, trainable=True)
-    return slot.to(device_of(module)).train(module.training)
+    with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
+        tensors, alpha = method.init(config, layer, site.geometry(module), None if dry_run else generator)
+    slot = Slot(method.name, tensors, alpha, dropout=config.dropout, trainable=True).train(module.training)
+    return slot if dry_run else slot.to(device_of(module))
 
 
 def install(plan: Plan, component: str, modules: Mapping[str, nn.Module], slots: Mapping[str, Slot], mix: Mix | None, adapter: Adapter, strength: Strength) -> None:
@@ -124,7 +146,7 @@ def install(plan: Plan, component: str, modules: Mapping[str, nn.Module], slots:
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
         old = record_of(module)
-        tensor = old.column if old else torch.tensor([index], device=device_of(module))
+        tensor = old.column if old else torch.tensor([index], device="cpu")
         record = Record(mix, tensor, index, {**(old.slots if old else {}), adapter.name: slot})
         plan.layers.append((module, state_with(module, record)))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffpeft.bundle import Entry, Handle
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
+from diffpeft.model.target import spellings
 
 Strength = float | Mapping[str, float]
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -97,8 +98,8 @@ def choose(component: str, layers: Sequence[str], adapters: Mapping[str, Adapter
     """`given`, for the adapters that this component has, worked out layer by layer."""
     order = tuple(name for name in given if name in adapters)
     strengths = {name: _strengths(given[name], component, layers) for name in order}
-    table = torch.tensor([list(strengths[name]) for name in order], dtype=torch.float32).reshape(len(order), len(layers))
-    return Choice(order, {name: given[name] for name in order}, strengths, table)
+    table = torch.tensor([list(strengths[name]) for name in order], dtype=torch.float32, device="cpu").reshape(len(order), len(layers))
+    return Choice(order, {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order}, strengths, table)
 
 
 def _strengths(strength: Strength, component: str, layers: Sequence[str]) -> list[float]:
@@ -111,7 +112,7 @@ def _strength(patterns: Mapping[str, float], component: str, layer: str) -> floa
     """The value of the pattern with most literal segments that matches, then the longer, then the later; 1 if none does."""
     best, value = (-1, -1), 1.0
     for pattern, strength in patterns.items():
-        segments = pattern.split(".")
+        segments = [s for s in pattern.split(".") if s != "text_model"]  # a level that may be there or not counts for nothing
         rank = (sum("*" not in s and "?" not in s for s in segments), len(segments))
         if rank >= best and _matches(pattern, component, layer):
             best, value = rank, float(strength)
@@ -120,7 +121,7 @@ def _strength(patterns: Mapping[str, float], component: str, layer: str) -> floa
 
 def _matches(pattern: str, component: str, layer: str) -> bool:
     """Whether `pattern` matches a leading run of whole segments of the layer's dotted name. CLIP's `text_model.` may be there or not."""
-    names = {f"{component}.{layer}" if component else layer, f"{component}.text_model.{layer}", *([] if "." in component else [layer])}
+    names = {name for spelt in spellings(layer) for name in (spelt, f"{component}.{spelt}" if component else spelt)}
     return any(_leads(pattern.split("."), name.split(".")) for name in names)
 
 
@@ -141,7 +142,7 @@ def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
     for name, strength in given.items():
         if name not in known:
             raise UnknownNameError.of("adapter", name, known)
-        _check_finite(name, strength)
+        check_strength(name, strength)
         if isinstance(strength, Mapping):
             used = set().union(*(mix.used({name: strength}) for mix in mixes))
             for pattern in strength:
@@ -149,9 +150,10 @@ def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
                     raise _no_layer(name, pattern, mixes)
 
 
-def _check_finite(name: str, strength: Any) -> None:
+def check_strength(name: str, strength: Any) -> None:
+    """Raise ConfigError unless `strength` is a finite number or {pattern: finite number}."""
     for where, value in strength.items() if isinstance(strength, Mapping) else [("", strength)]:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(where, str) or isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ConfigError(f"the strength of {shown(name)}{f' at {shown(where)}' if where else ''} is {shown(value)}",
                               remedy="A strength is a finite number, or a dict of such numbers by component or block.")
 

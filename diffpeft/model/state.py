@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
@@ -27,12 +27,22 @@ def parameters_of(target: Any, name: str) -> list[nn.Parameter]:
     return [p for slot in slots_of(target, name).values() for p in slot.parameters() if p.requires_grad]
 
 
+def _present(slot: Slot) -> dict[str, Tensor]:
+    """The slot's tensors by role; those that an offloading hook keeps elsewhere are fetched."""
+    if not hasattr(slot, "_hf_hook"):
+        return {role: p.detach() for role, p in slot.tensors.items()}
+    from accelerate.utils import align_module_device
+
+    with align_module_device(slot, "cpu"):
+        return {role: p.detach().clone() for role, p in slot.tensors.items()}
+
+
 def bundle_of(target: Any, name: str, family: str) -> Bundle:
     """The adapter as a Bundle: its tensors in their own dtype, and all that its file held beside them."""
     adapters = [mix.adapters[name] for mix in mixes_of(components(target)).values() if name in mix.adapters]
     if not adapters:
         raise UnknownNameError.of("adapter", name, {n for mix in mixes_of(components(target)).values() for n in mix.adapters})
-    entries = [Entry(slot.method, layer, {role: io.handle(p.detach()) for role, p in slot.tensors.items()}, slot.alpha)
+    entries = [Entry(slot.method, layer, {role: io.handle(t) for role, t in _present(slot).items()}, slot.alpha)
                for layer, slot in slots_of(target, name).items()]
     bundle = Bundle("memory", family, entries, source=name)
     for adapter in adapters:

@@ -11,6 +11,7 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, ne
 from diffpeft.layers.adapted import ADAPTERS, base_class, is_adapted
 from diffpeft.layers.site import refusal, site_of
 
+COMPILED = "_orig_mod"  # the level that torch.compile puts around a module; names go without it
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -33,7 +34,7 @@ def components(target: Any) -> dict[str, nn.Module]:
 
 
 def _component_name(module: nn.Module) -> str:
-    name = type(module).__name__
+    name = type(getattr(module, COMPILED, module)).__name__
     table = {"UNet2DCondition": "unet", "CLIPText": "text_encoder", "T5Encoder": "text_encoder", "Transformer2D": "transformer", "Transformer3D": "transformer"}
     return next((component for part, component in table.items() if part in name), "")
 
@@ -51,7 +52,7 @@ def _walk(module: nn.Module, name: str, parent: nn.Module | None, seen: set[int]
         yield name, (module, parent)
     for child_name, child in module._modules.items():
         if child is not None and not (child_name == ADAPTERS and is_adapted(module)):
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name, module, seen)
+            yield from _walk(child, ".".join(filter(None, (name, child_name if child_name != COMPILED else ""))), module, seen)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -73,17 +74,35 @@ def select(parts: Mapping[str, nn.Module], targets: str | Sequence[str] | None, 
         raise ConfigError("no layers were chosen", remedy=f"Give targets: a preset ({', '.join(PRESETS)}), a regular expression or a list of names.")
     layers = {component: layers_of(model) for component, model in parts.items()}
     names = [name for found in layers.values() for name in found]
-    preset = isinstance(targets, str) and targets in PRESETS
-    entries: str | Sequence[str] = PRESETS[targets] if preset else targets  # type: ignore[index]
+    preset = is_preset(targets)
+    entries, excluded = _entries(targets), _entries(exclude or ())
     if not preset:
         _check_entries(entries, names)
     chosen: dict[str, dict[str, nn.Module]] = {}
     for component, found in layers.items():
         chosen[component] = {n: m for n, (m, parent) in found.items()
-                             if _match(entries, n) and not (exclude and _match(exclude, n)) and _usable(n, m, parent, quiet=preset)}
+                             if _match(entries, n) and not _match(excluded, n) and _usable(n, m, parent, quiet=preset)}
     if not any(chosen.values()):
         raise UnknownNameError(f"{shown(targets)} chooses no layer that can be adapted", remedy="Loosen targets, or exclude less.")
     return chosen
+
+
+def is_preset(targets: Any) -> bool:
+    """Whether these targets are the name of a preset."""
+    return isinstance(targets, str) and targets in PRESETS
+
+
+def _entries(given: str | Sequence[str]) -> str | Sequence[str]:
+    """The names of a preset, or what was given: a list, or an expression that compiles."""
+    if is_preset(given):
+        return PRESETS[given]  # type: ignore[index]
+    if not isinstance(given, str):
+        return given
+    try:
+        re.compile(given)
+    except re.error as error:
+        raise ConfigError(f"{shown(given)} is no regular expression ({error})", remedy="Or pass a list of layer names.") from error
+    return given
 
 
 def _match(entries: str | Sequence[str], name: str) -> bool:
@@ -94,11 +113,7 @@ def _match(entries: str | Sequence[str], name: str) -> bool:
 
 
 def _check_entries(entries: str | Sequence[str], names: Sequence[str]) -> None:
-    try:
-        lost = [e for e in ([entries] if isinstance(entries, str) else entries)
-                if not any(_match(entries if isinstance(entries, str) else [e], n) for n in names)]
-    except re.error as error:
-        raise ConfigError(f"{shown(entries)} is no regular expression ({error})", remedy="Or pass a list of layer names.") from error
+    lost = [e for e in ([entries] if isinstance(entries, str) else entries) if not any(_match(entries if isinstance(entries, str) else [e], n) for n in names)]
     if lost:
         known = {".".join(n.split(".")[-k:]) for n in names for k in (1, 2, 3)} | set(names) | set(PRESETS)
         raise UnknownNameError(f"no layer matches {shown(lost[0])}", remedy=near(lost[0], known) or f"The presets are {', '.join(PRESETS)}.")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
     own = {component: mix for component, mix in mixes.items() if name in mix.adapters}
     given = [mix.choice.given[name] for mix in own.values() if name in mix.choice.given]
     return AdapterStatus(
-        methods=frozenset(slot.method for slot in slots), ranks=tuple(sorted({slot.rank for slot in slots})), strength=given[0] if given else 0.0,
+        methods=frozenset(slot.method for slot in slots), ranks=tuple(sorted({slot.rank for slot in slots})), strength=copy.copy(given[0]) if given else 0.0,
         active=bool(given), fused=False, components=frozenset(own), parameters=sum(p.numel() for slot in slots for p in slot.parameters()))
 
 

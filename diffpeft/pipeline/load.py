@@ -35,8 +35,8 @@ from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import device_of, refusal, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS
-from diffpeft.model.attach import Plan, install, mixes_of
-from diffpeft.model.mix import Adapter, check_mix, check_name
+from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized
+from diffpeft.model.mix import Adapter, check_mix, check_name, check_strength
 from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, layers_of, spellings
 
@@ -73,15 +73,16 @@ def load_lora(target: Any, source: str | os.PathLike[str] | Mapping[str, Tensor]
     """
     name = _default_name(source) if name is None else name
     check_name(name)
+    check_strength(name, weight)
     parts = components(target)
     mixes = mixes_of(parts)
     if any(name in mix.adapters for mix in mixes.values()):
         raise AdapterStateError(f"an adapter named {shown(name)} is loaded already", remedy="Choose another name=, or unload it first.")
     layers = {component: layers_of(model) for component, model in parts.items()}
-    bundle = source if isinstance(source, Bundle) else converters.read(
-        _located(source, revision, filename), family=family, names={c: list(found) for c, found in layers.items()})
-    _check_family(bundle, family or family_of(target))
-    slots, lost, absent = _match(bundle, parts, layers, strict, trainable)
+    own = family or family_of(target)
+    bundle = source if isinstance(source, Bundle) else _read(located(source, revision, filename), own, family, {c: list(found) for c, found in layers.items()})
+    _check_family(bundle.families or (bundle.family,), own, bundle.source)
+    slots, absent = _match(bundle, parts, layers, strict, trainable)
     carried = {key: _kept(h) for key, h in bundle.carried.items()}
     plan, first = Plan(), True
     for component, found in slots.items():
@@ -90,11 +91,14 @@ def load_lora(target: Any, source: str | os.PathLike[str] | Mapping[str, Tensor]
             install(plan, component, {layer: layers[component][layer][0] for layer in found}, found, mixes.get(component), adapter, weight)
             first = False
     check_mix({name: weight}, [_preview(mix, new) for mix, new in plan.mixes])
-    plan.commit()
     report = LoadReport(name, bundle.format, bundle.family, frozenset(bundle.methods), tuple(_names(slots)),
-                        (*carried, *(key for e in (*absent, *lost) for key in e.keys or (e.layer,))), bundle.trigger_words)
-    if report.carried:
-        warnings.warn(f"adapter {name!r}: {len(report.carried)} tensors are kept but have no effect here: {listed(report.carried[:5])}", stacklevel=2)
+                        (*carried, *(key for e in absent for key in e.keys or (e.layer,))), bundle.trigger_words)
+    idle = [entry.layer for entry in bundle.entries if io.number(entry.alpha) == 0]
+    large = [layer for component, found in slots.items() for layer in oversized({n: layers[component][n][0] for n in found}, found)]
+    for what, names in (("tensors are kept but have no effect here", report.carried), ("layers have alpha 0 and no effect", idle), (OVERSIZED, large)):
+        if names:  # said before the commit: a warning may be an error
+            warnings.warn(f"adapter {name!r}: {len(names)} {what}: {listed(names[:5])}", stacklevel=2)
+    plan.commit()
     return report
 
 
@@ -125,7 +129,7 @@ def _default_name(source: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:128] or "default"
 
 
-def _located(source: Any, revision: str | None, filename: str | None) -> Any:
+def located(source: Any, revision: str | None = None, filename: str | None = None) -> Any:
     """The file behind a path, a folder or a Hub id; a dict of tensors as it is."""
     if isinstance(source, Mapping):
         return source
@@ -162,15 +166,23 @@ def _downloaded(repo: str, revision: str | None, filename: str | None) -> Path:
                                   remedy="If you mean a file, check its path; else check the id, filename= and the network.") from error
 
 
-def _check_family(bundle: Bundle, own: str | None) -> None:
-    if own is not None and own not in (bundle.families or (bundle.family,)):
-        fits = " or ".join(bundle.families or (bundle.family,))
-        raise WrongBaseError(f"the adapter is for {fits}, this pipeline is {own}", where=bundle.source, remedy=f"Use a pipeline of {fits}.")
+def _read(source: Any, own: str | None, family: str | None, names: Mapping[str, Sequence[str]]) -> Bundle:
+    """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint."""
+    if family is None:
+        found = converters.detect(source)
+        _check_family((found.family, *found.alternatives), own, "a dict of tensors" if isinstance(source, Mapping) else source)
+    return converters.read(source, family=family, names=names)
+
+
+def _check_family(fits: Sequence[str], own: str | None, where: object) -> None:
+    if own is not None and own not in fits:
+        them = " or ".join(filter(None, fits)) or "an unknown family"
+        raise WrongBaseError(f"the adapter is for {them}, this pipeline is {own}", where=where, remedy=f"Use a pipeline of {them}.")
 
 
 def _match(bundle: Bundle, parts: Mapping[str, nn.Module], layers: Mapping[str, Mapping[str, Any]], strict: bool,
-           trainable: bool) -> tuple[dict[str, dict[str, Slot]], list[Entry], list[Entry]]:
-    """Slots by component and layer, entries for layers that are not there, and those for components that are not there. Raises if any is unfit."""
+           trainable: bool) -> tuple[dict[str, dict[str, Slot]], list[Entry]]:
+    """Slots by component and layer, and the entries for components or (strict=False) layers that are not there. Raises if any is unfit."""
     _refuse_base_keys(bundle, parts)
     owners = {name: (component, layer) for component, found in layers.items() for layer in found
               for spelt in spellings(layer) for name in (canonical(component, layer), f"{component}.{spelt}" if component else spelt)}
@@ -183,18 +195,21 @@ def _match(bundle: Bundle, parts: Mapping[str, nn.Module], layers: Mapping[str, 
     found = [(e, place) for e, place in places if place is not None]
     if not found:
         raise UnknownKeysError("no tensor of this adapter fits the model", where=f"{bundle.source}: {listed([*(e.layer for e in bundle.entries), *bundle.carried])}")
+    twice = [e.layer for e, place in found if sum(place == other for _, other in found) > 1]
+    if twice:
+        raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {listed(twice)}")
     _check_shapes(bundle, found, layers)
     tensors = iter(io.load(h for e, _ in found for h in e.tensors.values()))
     slots: dict[str, dict[str, Slot]] = {component: {} for component in parts}
     for entry, (component, layer) in found:
         slots[component][layer] = _slot(bundle, entry, layers[component][layer][0], {role: next(tensors) for role in entry.tensors}, trainable)
-    return slots, lost, absent + lost
+    return slots, absent + lost
 
 
 def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
     """A key that names a parameter of the base must never reach it."""
     own = {name for component, model in parts.items() for key in model.state_dict(keep_vars=True) for spelt in spellings(key) for name in (spelt, f"{component}.{spelt}")}
-    bad = [key for key in bundle.carried if key in own or ".base_layer." in key]
+    bad = [key for key in bundle.carried if key in own or ".base_layer." in key] + [e.layer for e in bundle.entries if "base_layer" in e.layer.split(".")]
     if bad:
         raise UnknownKeysError("the file holds weights of the base model, not only an adapter", where=f"{bundle.source}: {listed(bad)}",
                                remedy="Load a whole model with -m or from_pretrained.")
@@ -206,7 +221,7 @@ def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]]
         module, parent = layers[component][layer]
         site = site_of(base_class(module))
         assert site is not None
-        if why := METHODS[entry.method].check(entry.tensors, site.geometry(module)):  # type: ignore[arg-type]
+        if why := METHODS[entry.method].check(entry.tensors, site.geometry(module)):
             wrong.append(f"{entry.layer}: {why}")
         if why := refusal(module, parent, layer):
             refused.append(f"{entry.layer}: {why}")
@@ -216,17 +231,19 @@ def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]]
         raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])
 
 
-def _slot(bundle: Bundle, entry: Entry, module: nn.Module, tensors: dict[str, Tensor], trainable: bool) -> Slot:
-    site, limit = site_of(base_class(module)), torch.finfo(module.weight.dtype).max  # type: ignore[union-attr,arg-type]
+def _slot(bundle: Bundle, entry: Entry, module: Any, tensors: dict[str, Tensor], trainable: bool) -> Slot:
+    site, limit = site_of(base_class(module)), torch.finfo(module.weight.dtype).max
     assert site is not None
     if not all(t.numel() == 0 or t.abs().max().item() <= limit for t in tensors.values()):  # NaN compares false
         raise NonFiniteError(f"layer {shown(entry.layer)} has values that are not finite in {module.weight.dtype}", where=bundle.source, remedy="The file is damaged.")
-    p = METHODS[entry.method].adopt(tensors, site.geometry(module))  # type: ignore[arg-type]
+    if trainable:
+        tensors = {role: t.detach().to(torch.float32, copy=True) for role, t in tensors.items()}  # training must not reach what was passed in
+    p = METHODS[entry.method].adopt(tensors, site.geometry(module))
     alpha = _kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
     slot = Slot(entry.method, p, alpha, trainable=trainable)
     if not abs(slot.scale) < float("inf"):
         raise NonFiniteError(f"layer {shown(entry.layer)} has an alpha that is not finite", where=bundle.source, remedy="The file is damaged.")
-    return slot.to(device=device_of(module), dtype=torch.float32 if trainable else None).train(module.training)
+    return slot.to(device_of(module)).train(module.training)
 
 
 def _kept(handle: Handle) -> Handle:

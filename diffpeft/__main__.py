@@ -1,0 +1,4 @@
+"""`python -m diffpeft`."""
+from diffpeft.cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""The command line. Commands are thin: parse, call, print. Nothing heavy is imported before a command runs."""
+from __future__ import annotations
+
+import sys
+
+import click
+
+from diffpeft import __version__
+from diffpeft.cli.demo import demo
+from diffpeft.cli.errors import run
+from diffpeft.cli.generate import generate
+from diffpeft.cli.train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")})
+@click.version_option(version=__version__, prog_name="diffpeft")
+def cli() -> None:
+    """Adapters for diffusion models: train them, draw with them.
+
+    \b
+    diffpeft demo                              learn a style on the embedded base, offline, in minutes
+    diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
+    diffpeft generate -p PROMPT --lora FILE    draw with an adapter
+    """
+
+
+for command in (demo, train, generate):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(cli))

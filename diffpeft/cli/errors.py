@@ -1,0 +1,68 @@
+"""Errors as people see them: what, where, remedy, a line each; and the exit code that tells scripts which kind it was."""
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import click
+
+from diffpeft.errors import AdapterStateError, CannotConvertError, CheckpointError, ConfigError, DataError, DiffpeftError, DivergedError, UnknownNameError
+
+EXIT_CODES: dict[type[DiffpeftError], int] = {
+    ConfigError: 2, UnknownNameError: 2, DataError: 3, CheckpointError: 4, CannotConvertError: 4, AdapterStateError: 4, DivergedError: 5}
+INTERRUPTED = 130
+
+
+def run(command: click.Command, args: list[str] | None = None) -> int:
+    """Run a command; its exit code. `--debug` anywhere among the arguments shows tracebacks and what libraries print."""
+    args = sys.argv[1:] if args is None else args
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if not debug:
+        _quieten()
+    try:
+        return command.main(args, prog_name="diffpeft", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except DiffpeftError as error:
+        if debug:
+            traceback.print_exc()
+        for line in _lines(error):
+            click.echo(line, err=True)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def _lines(error: DiffpeftError) -> list[str]:
+    return [line for line in (f"Error: {error.what}", error.where and f"  in: {error.where}", error.remedy and f"  try: {error.remedy}") if line]
+
+
+def _quieten() -> None:
+    """Libraries speak on stderr about what is no concern of the user's; our own warnings are one line each."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", category=UserWarning, module=r"diffpeft|converters")
+    warnings.showwarning = _one_line
+
+
+def _one_line(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
+def quiet_bars() -> None:
+    """No progress bars of diffusers and transformers: ours is the only one."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for module in (diffusers.utils.logging, transformers.utils.logging):
+        module.disable_progress_bar()
+        module.set_verbosity_error()

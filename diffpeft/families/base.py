@@ -1,0 +1,37 @@
+"""What the trainer asks of a family."""
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Noised(NamedTuple):
+    """Noised latents, the model's time, what the model shall predict, the signal-to-noise ratio [b], and the kind of prediction."""
+
+    x: Tensor
+    t: Tensor
+    target: Tensor
+    snr: Tensor
+    kind: str  # epsilon, v_prediction or sample
+
+
+class Family(Protocol):
+    """A pipeline seen from the training side. `denoiser` and `text_encoders` name its components."""
+
+    denoiser: str
+    text_encoders: tuple[str, ...]
+    pipe: Any
+    resolution: int  # pixels, the side of the square that the model was made for
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents, fp32."""
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """What the denoiser reads of the prompts, [b, ...]."""
+
+    def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
+        """Latents z with noise n at noise levels u [b] in [0, 1), 0 the cleanest."""
+
+    def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The denoiser's prediction, fp32."""

@@ -1,0 +1,68 @@
+"""A pipeline from what a user types: a diffusers folder, a single file with the folder of its configs, a Hub id, or nothing for the embedded base."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError, near, shown
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def default_device() -> str:
+    """cuda if there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_for(name: str | None, device: str) -> torch.dtype:
+    """A dtype by its short name; without one float32 on a CPU, bfloat16 elsewhere."""
+    if name is None:
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {shown(name)}", remedy=f"{near(name, DTYPES)} Known: {', '.join(DTYPES)}.".strip())
+    return DTYPES[name]
+
+
+def check_model(model: str | None, base: str | None) -> None:
+    """Raise CheckpointError if `model` can be seen to be no model without loading anything."""
+    path = Path(model) if model else EMBEDDED
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise CheckpointError("this folder holds no diffusers pipeline (no model_index.json)", where=path)
+    if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
+        raise UnsafeFileError("a pickle can run code when it is read, so it is not read", where=path, remedy="Ask for a .safetensors file.")
+    if path.is_file() and not base:
+        raise CheckpointError("a single file holds no configs and no tokenizer", where=path, remedy="Say with --base whose: a diffusers folder or a Hub id.")
+    if not path.exists() and (path.suffix == ".safetensors" or not _HUB_ID.fullmatch(str(model)) or path.parent.is_dir() and str(path.parent) != "."):
+        siblings = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise CheckpointError("no such model", where=path, remedy=near(str(path), siblings) or "Pass a diffusers folder, a .safetensors file or a Hub id (owner/name).")
+
+
+def open_pipeline(model: str | None = None, base: str | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The pipeline behind `model`, on `device`; the embedded base without one. `base` names the configs and the tokenizer of a single file.
+
+    Raises CheckpointError if it cannot be loaded.
+    """
+    check_model(model, base)
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    source = Path(model) if model else EMBEDDED
+    try:
+        if source.is_file():
+            pipe = StableDiffusionPipeline.from_single_file(str(source), config=str(base), dtype=dtype, safety_checker=None)
+        else:
+            pipe = DiffusionPipeline.from_pretrained(source if source.exists() else str(model), dtype=dtype)
+    except (MemoryError, NotImplementedError):
+        raise
+    except Exception as error:  # diffusers and its libraries raise all kinds for a model that cannot be read
+        raise CheckpointError(f"cannot load the model ({type(error).__name__}: {_first_line(error)})", where=source,
+                              remedy="Check the path or the id, and the network if it is an id.") from error
+    return pipe.to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:300]

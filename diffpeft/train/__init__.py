@@ -1,0 +1,1 @@
+"""Training an adapter on a few images: data, objective, loop, pictures, report."""

@@ -1,0 +1,98 @@
+"""The main job on the embedded base: learn a drawing style from 96 pictures, and measure it on names that were not among them."""
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import diffpeft
+from diffpeft.io import replacing
+from diffpeft.pipeline.open import EMBEDDED
+from diffpeft.train import data, dreambooth, report
+from diffpeft.train.config import TrainConfig
+from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features
+from diffpeft.train.sample import STRENGTHS, grid, pictures
+
+IMAGES = EMBEDDED.parent / "demo"
+NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000, 3000), 25, 4.0
+
+
+def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
+    """The options of the demo: what suits a style, many small pictures and a tiny model."""
+    return TrainConfig(model=str(EMBEDDED), data=str(IMAGES / "train"), out=out, name=NAME, method=method, steps=steps, rank=16, targets="full", lr=7e-4,
+                       lr_scheduler="cosine", warmup=20, batch_size=8, flip=True, caption_dropout=0.1, snr_gamma=5.0)
+
+
+@dataclass
+class Heldout:
+    """The names that are measured on, and how they truly look in both styles, [n, 64, 64, 3]."""
+
+    prompts: list[str]
+    target: np.ndarray
+    original: np.ndarray
+    paths: list[Path]
+
+
+def heldout() -> Heldout:
+    """The 16 held-out names."""
+    examples = data.find(IMAGES / "heldout" / "target", None)
+    target, original = (np.stack([np.asarray(Image.open(IMAGES / "heldout" / style / e.path.name).convert("RGB")) for e in examples])
+                        for style in ("target", "original"))
+    return Heldout([e.caption for e in examples], target, original, [e.path for e in examples])
+
+
+def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Path]:
+    """Train, measure, draw, write; the paths of the files written."""
+    start = time.perf_counter()
+    run = dreambooth.train(config(out, method, steps), watch)
+    pipe = run.family.pipe
+    pipe.set_progress_bar_config(disable=True)
+    truth = heldout()
+    watch.phase("drawing held-out prompts")
+    drawn = {strength: [_drawn(run, truth, strength, seed, watch) for seed in (SEEDS if strength in (0, 1) else SEEDS[:1])] for strength in STRENGTHS}
+    watch.phase("measuring")
+    metrics = {**_distances(pipe.vae, drawn, truth), "heldout_loss": _paired(run, truth, watch)}
+    picture = grid([p.removeprefix("an emoji of ") for p in truth.prompts], [f"strength {s:g}" for s in STRENGTHS], [drawn[s][0] for s in STRENGTHS], truth.target)
+    watch.phase("writing")
+    return _write(run, picture, metrics, time.perf_counter() - start)
+
+
+def _drawn(run: dreambooth.Run, truth: Heldout, strength: float, seed: int, watch: dreambooth.Watch) -> np.ndarray:
+    with torch.no_grad(), diffpeft.adapters(run.family.pipe, {run.name: strength}):
+        return pictures(run.family.pipe, truth.prompts, seed, steps=STEPS, guidance=GUIDANCE, tick=watch.tick)
+
+
+def _distances(vae: Any, drawn: dict[float, list[np.ndarray]], truth: Heldout) -> dict[str, dict[str, float]]:
+    """The patch distance of what was drawn to the true pictures of both styles, the mean over the seeds."""
+    true = {"distance_to_target": patch_features(vae, truth.target), "distance_to_original": patch_features(vae, truth.original)}
+    features = {when: [patch_features(vae, images) for images in drawn[strength]] for when, strength in (("before", 0.0), ("after", 1.0))}
+    return {name: {when: float(np.mean([patch_distance(f, style) for f in found])) for when, found in features.items()} for name, style in true.items()}
+
+
+def _paired(run: dreambooth.Run, truth: Heldout, watch: dreambooth.Watch) -> dict[str, float]:
+    """The denoising loss on held-out target pictures, with the same noise and noise levels at strength 0 and 1."""
+    pixels = data.stacked(truth.paths, run.family.resolution)
+    out = {}
+    for when, strength in (("before", 0.0), ("after", 1.0)):
+        with diffpeft.adapters(run.family.pipe, {run.name: strength}):
+            out[when] = heldout_loss(run.family, pixels, truth.prompts, seed=run.config.seed, tick=watch.tick)
+    return out
+
+
+def _write(run: dreambooth.Run, picture: Any, metrics: dict[str, dict[str, float]], seconds: float) -> list[Path]:
+    out = Path(run.config.out or "")
+    files = [*dreambooth.save(run), out / "before_after.png", out / "metrics.json", out / "report.html"]
+    with replacing(out / "before_after.png") as f:
+        picture.image.save(f, "PNG", optimize=True)
+    table = {**metrics, "seconds": round(seconds, 1), "steps": len(run.losses), "method": run.config.method, "grid": {"strengths": list(STRENGTHS), "boxes": picture.boxes}}
+    with replacing(out / "metrics.json") as f:
+        f.write(json.dumps(table, indent=1).encode())
+    report.write(out / "report.html", title="diffpeft demo: a drawing style learnt from 96 pictures", losses=run.losses, options=run.config.resolved(), files=files,
+                 pictures=picture.image, metrics=metrics)
+    return files

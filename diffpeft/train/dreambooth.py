@@ -1,0 +1,197 @@
+"""DreamBooth-style training of an adapter on a few images: load, attach, train, save."""
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import diffpeft
+from diffpeft.errors import ConfigError, UnknownNameError
+from diffpeft.families import Family, open_family
+from diffpeft.methods import METHODS
+from diffpeft.model.attach import attach
+from diffpeft.model.state import parameters_of, slots_of
+from diffpeft.model.target import PRESETS
+from diffpeft.pipeline.load import save_lora
+from diffpeft.pipeline.open import check_model, default_device, dtype_for, open_pipeline
+from diffpeft.train import data, draw
+from diffpeft.train.cache import Latents, Texts
+from diffpeft.train.config import TrainConfig
+from diffpeft.train.loop import Schedule, fit
+from diffpeft.train.objective import Batch, denoising, with_prior
+from diffpeft.train.sample import pictures
+
+FORMATS = ("diffusers", "kohya")
+
+
+class Watch(Protocol):
+    """Who is told how a run is getting on."""
+
+    def phase(self, text: str) -> None:
+        """What is being done now."""
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        """A training step is done."""
+
+    def tick(self) -> None:
+        """Still alive."""
+
+
+class Quiet:
+    """A Watch that says nothing."""
+
+    def phase(self, text: str) -> None: ...
+
+    def step(self, done: int, total: int, loss: float) -> None: ...
+
+    def tick(self) -> None: ...
+
+
+@dataclass
+class Run:
+    """A finished training run: the pipeline with the adapter on it, the losses by step, the seconds it took."""
+
+    config: TrainConfig
+    family: Family
+    name: str
+    losses: list[float]
+    seconds: float
+
+
+def train(config: TrainConfig, watch: Watch | None = None) -> Run:
+    """Train an adapter. Writes nothing but missing class images; `save` writes the adapter.
+
+    Raises ConfigError, DataError, CheckpointError, UnknownNameError or DivergedError.
+    """
+    watch = watch or Quiet()
+    start = time.perf_counter()
+    name = check(config)
+    examples = data.find(config.data, config.instance_prompt)  # type: ignore[arg-type]
+    device = default_device()
+    watch.phase("loading the model")
+    family = open_family(open_pipeline(config.model, config.base, dtype=dtype_for(config.dtype, device), device=device))
+    size = resolution(config, family)
+    watch.phase("encoding the images")
+    latents = Latents(family, examples, size, config.flip, watch.tick)
+    classes = class_examples(config, family, size, watch)
+    class_latents = Latents(family, classes, size, config.flip, watch.tick)
+    adapt(config, family, name)
+    loss_at = _loss(config, family, (examples, latents), (classes, class_latents))
+    watch.phase("training")
+    losses = fit(parameters_of(family.pipe, name), loss_at, Schedule(config.lr, config.steps, config.warmup, config.lr_scheduler),
+                 weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, on_step=lambda done, loss: watch.step(done, config.steps, loss))
+    for slot in slots_of(family.pipe, name).values():
+        slot.eval()
+    return Run(config, family, name, losses, time.perf_counter() - start)
+
+
+def check(config: TrainConfig) -> str:
+    """Everything about the options that can be checked without loading the model; the adapter's name. Raises ConfigError and its kin."""
+    config.validate()
+    if config.method not in METHODS:
+        raise UnknownNameError.of("method", config.method, METHODS)
+    out = Path(config.out or "")
+    if out.exists() and not out.is_dir():
+        raise ConfigError("the output folder is a file", where=out, remedy="Pass another --out.")
+    data.find(config.data, config.instance_prompt)  # type: ignore[arg-type]
+    check_model(config.model, config.base)
+    return config.name or re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name) or "adapter"
+
+
+def resolution(config: TrainConfig, family: Family) -> int:
+    """The side of the training images; it must suit the model's latents."""
+    size = config.resolution or family.resolution
+    factor = family.pipe.vae_scale_factor * 2 ** (len(family.pipe.unet.config.down_block_types) - 1)
+    if size % factor:
+        raise ConfigError(f"resolution is {size}", remedy=f"For this model it is a multiple of {factor}.")
+    return size
+
+
+def adapt(config: TrainConfig, family: Family, name: str) -> None:
+    """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
+    for component in (family.denoiser, *family.text_encoders, "vae"):
+        getattr(family.pipe, component).requires_grad_(False)
+    settings = METHODS[config.method].config(r=config.rank, lora_alpha=config.rank if config.alpha is None else config.alpha, lora_dropout=config.dropout)
+    components = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
+    for component in components:
+        targets = config.targets if component == family.denoiser or config.targets in PRESETS else "attn"  # an expression is for the denoiser
+        attach(getattr(family.pipe, component), settings, name, targets=targets, generator=draw.generator(config.seed, "init", component))
+    for slot in slots_of(family.pipe, name).values():
+        slot.train()
+
+
+def class_examples(config: TrainConfig, family: Family, size: int, watch: Watch) -> list[data.Example]:
+    """The class images; missing ones are generated by the base model and kept for the next run."""
+    if not config.class_prompt:
+        return []
+    folder = Path(config.class_data) if config.class_data else Path(config.out or "") / "class"
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sorted(p for p in folder.iterdir() if p.suffix.lower() in data.ENDINGS)
+    missing = config.num_class_images - len(there)
+    if missing > 0:
+        watch.phase(f"generating {missing} class images")
+        guidance, seed = 4.0, draw.generator(config.seed, "class").initial_seed() % 2**31
+        for first in range(0, missing, 8):
+            count = min(8, missing - first)
+            images = pictures(family.pipe, [config.class_prompt] * count, seed + first, steps=25, guidance=guidance, tick=watch.tick)
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(folder / f"class-{len(there) + first + i:04d}.png")
+    return data.find(folder, config.class_prompt)[:config.num_class_images]
+
+
+def _loss(config: TrainConfig, family: Family, instances: tuple[list[data.Example], Latents], classes: tuple[list[data.Example], Latents]) -> Callable[[int], Tensor]:
+    """The loss by step. Every draw is a function of seed, step and place in the batch."""
+    texts = Texts(family, live=config.train_text_encoder)
+    device = getattr(family.pipe, family.denoiser).device
+
+    def loss_at(step: int) -> Tensor:
+        batch = _batch(config, step, instances, classes)
+        batch = Batch(batch.latents.to(device), batch.noise.to(device), batch.u, batch.prompts, batch.is_class)
+        losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
+        return with_prior(losses, batch.is_class.to(losses.device), config.prior_weight)
+
+    return loss_at
+
+
+def _batch(config: TrainConfig, step: int, instances: tuple[list[data.Example], Latents], classes: tuple[list[data.Example], Latents]) -> Batch:
+    latents, noise, u, prompts, is_class = [], [], [], [], []
+    for kind, (examples, cached) in (("instance", instances), ("class", classes)):
+        if not examples:
+            continue
+        for place, index in enumerate(draw.order(len(examples), step * config.batch_size, config.batch_size, config.seed, kind)):
+            key = (config.seed, step, kind, place)
+            latents.append(cached.draw(index, config.flip and draw.uniform(*key, "flip") < 0.5, *key))
+            noise.append(torch.randn(latents[-1].shape, generator=draw.generator(*key, "noise")))
+            u.append(draw.uniform(*key, "level"))
+            prompts.append("" if draw.uniform(*key, "caption") < config.caption_dropout else examples[index].caption)
+            is_class.append(kind == "class")
+    return Batch(torch.stack(latents), torch.stack(noise), torch.tensor(u), prompts, torch.tensor(is_class))
+
+
+def save(run: Run) -> list[Path]:
+    """Write the adapter, one file a format, into the output folder."""
+    out = Path(run.config.out or "")
+    paths = [out / f"{run.name}.{format}.safetensors" for format in FORMATS]
+    for format, path in zip(FORMATS, paths, strict=True):
+        save_lora(run.family.pipe, path, name=run.name, format=format, metadata=_metadata(run))
+    return paths
+
+
+def _metadata(run: Run) -> dict[str, Any]:
+    """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part."""
+    config = run.config
+    return {
+        "ss_output_name": run.name, "ss_network_dim": config.rank, "ss_network_alpha": config.rank if config.alpha is None else config.alpha,
+        "ss_learning_rate": config.lr, "ss_lr_scheduler": config.lr_scheduler, "ss_lr_warmup_steps": config.warmup, "ss_steps": len(run.losses),
+        "ss_max_train_steps": config.steps, "ss_seed": config.seed, "ss_batch_size_per_device": config.batch_size, "ss_optimizer": "AdamW",
+        "ss_sd_model_name": Path(config.model or "").name, "ss_min_snr_gamma": config.snr_gamma, "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": run.name, "modelspec.implementation": "diffusers", "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.trigger_phrase": config.instance_prompt or "", "diffpeft.version": diffpeft.__version__,
+    }

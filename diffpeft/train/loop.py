@@ -1,0 +1,51 @@
+"""The training loop. It knows parameters and a loss by step, and no model."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.errors import DivergedError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate by step: `warmup` steps up, then constant, or down along a line or a cosine."""
+
+    lr: float
+    steps: int
+    warmup: int = 0
+    kind: str = "constant"
+
+    def at(self, step: int) -> float:
+        """The rate of step 0 .. steps - 1."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.kind]
+
+
+def fit(parameters: Sequence[nn.Parameter], loss_at: Callable[[int], Tensor], schedule: Schedule, *, weight_decay: float, max_grad_norm: float,
+        on_step: Callable[[int, float], None]) -> list[float]:
+    """Minimise `loss_at(step)` with AdamW; the losses by step. `on_step(steps done, loss)` is called after each.
+
+    Raises DivergedError for a loss that is not finite, before it reaches the parameters.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=weight_decay, fused=True)
+    losses: list[float] = []
+    for step in range(schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.at(step)
+        loss = loss_at(step)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise DivergedError(f"the loss is {losses[-1]} at step {step + 1}", remedy="Lower --lr, or use --dtype fp32.")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+        on_step(step + 1, losses[-1])
+    return losses

@@ -1,0 +1,66 @@
+"""How near generated pictures are to a style, and whether the adapter helps on pictures it has not seen.
+
+The patch distance is the Frechet distance between Gaussians fitted to features of small patches, as in SIFID (Shaham et al. 2019, SinGAN,
+arXiv:1905.01164), here on feature maps of the base's own VAE encoder (after its first convolution and its first two levels), each divided by the
+mean of the two covariance traces.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpeft.families import Family
+from diffpeft.train.draw import generator
+from diffpeft.train.objective import Batch, denoising
+
+
+@torch.no_grad()
+def patch_features(vae: Any, images: np.ndarray) -> list[Tensor]:
+    """[n, h, w, 3] uint8 -> three feature maps, each [patches, channels] in fp64."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+    x = vae.encoder.conv_in(x)
+    maps = [x]
+    for block in vae.encoder.down_blocks[:2]:
+        for resnet in block.resnets:
+            x = resnet(x, None)
+        maps.append(x)
+        for downsampler in block.downsamplers:
+            x = downsampler(x)
+    return [m.permute(0, 2, 3, 1).flatten(0, 2).double() for m in maps]
+
+
+def patch_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Mean over the feature maps of the normalised Frechet distance; 0 for equal statistics."""
+    return float(np.mean([frechet(x, y) for x, y in zip(a, b, strict=True)]))
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), over the mean of tr A and tr B. a, b [n, c] in fp64."""
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    root = _root(A)
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    traces = A.trace() + B.trace()
+    return (((a.mean(0) - b.mean(0)).square().sum() + traces - 2 * cross) / (traces / 2)).item()
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+@torch.no_grad()
+def heldout_loss(family: Family, pixels: Tensor, prompts: list[str], *, seed: int, levels: int = 8, tick: Callable[[], None] = lambda: None) -> float:
+    """Mean denoising error on images, at fixed noise levels and with fixed noise: call it with the adapter off and on for a paired comparison."""
+    z, _ = family.encode(pixels)
+    text = family.embed(prompts)
+    losses = []
+    for level in range(levels):
+        noise = torch.stack([torch.randn(z.shape[1:], generator=generator(seed, "heldout", i, level)) for i in range(len(z))]).to(z.device)
+        u = torch.full((len(z),), (level + 0.5) / levels)
+        losses.append(denoising(family, Batch(z, noise, u, prompts, torch.zeros(len(z), dtype=torch.bool)), text).mean().item())
+        tick()
+    return float(np.mean(losses))

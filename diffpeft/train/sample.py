@@ -1,0 +1,69 @@
+"""Pictures: the same prompts and seeds at several strengths, side by side."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+STRENGTHS = (0.0, 0.5, 1.0)
+_CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
+
+
+def pictures(pipe: Any, prompts: Sequence[str], seed: int, *, steps: int, guidance: float, batch: int = 16,
+             tick: Callable[[], None] = lambda: None) -> np.ndarray:
+    """One image a prompt, [n, h, w, 3] uint8. Image i starts from seed + i whatever the batch size."""
+
+    def told(*_: Any) -> dict[str, Any]:
+        tick()
+        return {}
+
+    out = []
+    for first in range(0, len(prompts), batch):
+        chunk = list(prompts[first:first + batch])
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(chunk))]
+        images = pipe(chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np",
+                      callback_on_step_end=told).images
+        out.append((images * 255).round().astype(np.uint8))
+    return np.concatenate(out)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A picture and where in it the cells are: boxes[row][column] = [left, top, right, bottom]."""
+
+    image: Image.Image
+    boxes: list[list[list[int]]]
+
+
+def grid(rows: Sequence[str], columns: Sequence[str], cells: Sequence[np.ndarray], truth: np.ndarray | None = None, abreast: int = 2) -> Grid:
+    """A labelled grid, `abreast` blocks of rows side by side. cells[column][row] are [h, w, 3]; `truth` [row] is one more column without a box."""
+    shown = [*cells, truth] if truth is not None else list(cells)
+    heads = [*columns, "true target"] if truth is not None else list(columns)
+    per = -(-len(rows) // abreast)
+    block = _LABEL + len(shown) * (_CELL + _GAP)
+    canvas = Image.new("RGB", (min(abreast, len(rows)) * block + _GAP, _HEAD + per * (_CELL + _GAP) + _GAP), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    boxes: list[list[list[int]]] = []
+    for r, label in enumerate(rows):
+        left, top = (r // per) * block, _HEAD + (r % per) * (_CELL + _GAP)
+        draw.multiline_text((left + 8, top + _CELL // 2 - 16), _wrapped(label), fill="#222", font=font)
+        boxes.append([])
+        for c, column in enumerate(shown):
+            x = left + _LABEL + c * (_CELL + _GAP)
+            if r % per == 0:
+                draw.text((x + _CELL // 2, _HEAD // 2), heads[c], fill="#222", font=font, anchor="mm")
+            canvas.paste(Image.fromarray(column[r]).resize((_CELL, _CELL), Image.Resampling.LANCZOS), (x, top))
+            if c < len(cells):
+                boxes[-1].append([x, top, x + _CELL, top + _CELL])
+    return Grid(canvas, boxes)
+
+
+def _wrapped(text: str, width: int = 17) -> str:
+    lines = [""]
+    for word in text.split():
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word[:width]]
+    return "\n".join(line for line in lines[:5] if line)

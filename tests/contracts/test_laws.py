@@ -1,0 +1,561 @@
+"""The laws of docs/concepts: every method on every kind of layer, in float64 where equality is claimed."""
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+from kinds import KINDS, LINEAR, Block, blocks, config, every_kind, every_method, layer
+from kinds import test_every_site_has_a_kind as test_every_site_has_a_kind  # collected here
+from torch import nn
+from torch.func import functional_call
+
+import diffpeft
+from diffpeft import AdapterStateError, adapters, attach, detach, set_adapters, unload
+from diffpeft.methods import METHODS
+from diffpeft.model import attach as attaching
+from diffpeft.model.state import slots_of
+
+# float64 keeps 16 digits; the sums here have fewer than 1000 terms of size 1, so the two orders of summation agree to 13
+EXACT = dict(rtol=1e-12, atol=1e-12)
+STRENGTHS = (1.0, 0.5, -0.7, 2.5)
+
+
+def everything(model):
+    """Targets: each layer by its name."""
+    return [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and "adapters" not in name]
+
+
+def effective(model, layer_name, order):
+    """The definition: W_k = W_{k-1} + s_k (f_k(W_{k-1}) - W_{k-1}), for `order` [(adapter, s), ...]."""
+    W = model.get_submodule(layer_name).weight
+    for name, s in order:
+        slot = slots_of(model, name)[layer_name]
+        W = W + s * METHODS[slot.method].delta(slot.tensors, slot.scale)
+    return W
+
+
+def defined(model, x, order):
+    """The model of one layer by the definition."""
+    plain = copy.deepcopy(model)
+    unload(plain)
+    return functional_call(plain, {"0.weight": effective(model, "0", order)}, x)
+
+
+@every_method
+@every_kind
+def test_a_fresh_adapter_changes_nothing(method, kind):
+    model, x = layer(kind)
+    plain = model(x)
+    attach(model, config(method), targets=["0"])
+    assert torch.equal(model(x), plain)
+
+
+@every_method
+@every_kind
+def test_strength_0_is_the_base_bit_for_bit(method, kind, randomize):
+    model, x = layer(kind, torch.float32)
+    plain = model(x)
+    attach(model, config(method), targets=["0"])
+    randomize(model, dtype=torch.float32)
+    assert not torch.equal(model(x), plain)
+    set_adapters(model, {"default": 0.0})
+    assert torch.equal(model(x), plain)
+    set_adapters(model, {})
+    assert torch.equal(model(x), plain)
+
+
+@every_method
+@every_kind
+def test_strength_is_linear_in_the_weight(method, kind, randomize):
+    model, x = layer(kind)
+    attach(model, config(method), targets=["0"])
+    randomize(model)
+    for s in STRENGTHS:
+        set_adapters(model, {"default": s})
+        torch.testing.assert_close(model(x), defined(model, x, [("default", s)]), **EXACT)
+
+
+@every_kind
+def test_adapters_compose_in_activation_order(kind, randomize):
+    model, x = layer(kind)
+    order = []
+    for method in METHODS:
+        for name, s in ((f"{method}-1", 0.6), (f"{method}-2", -1.2)):
+            attach(model, config(method), name, targets=["0"])
+            randomize(model, name)
+            order.append((name, s))
+    for mix in (order, order[::-1]):
+        set_adapters(model, dict(mix))
+        torch.testing.assert_close(model(x), defined(model, x, mix), **EXACT)
+
+
+@every_method
+@every_kind
+def test_the_fast_path_has_the_gradients_of_the_definition(method, kind, randomize):
+    model, x = layer(kind)
+    attach(model, config(method), targets=["0"])
+    randomize(model)
+    set_adapters(model, {"default": 0.7})
+    x.requires_grad_()
+    inputs = [x, *slots_of(model, "default")["0"].parameters()]
+    direction = torch.randn_like(model(x))
+    fast = torch.autograd.grad((model(x) * direction).sum(), inputs)
+    slow = torch.autograd.grad((defined(model, x, [("default", 0.7)]) * direction).sum(), inputs)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@every_method
+def test_the_fast_path_passes_gradcheck(method, randomize):
+    model, x = layer("linear tall")
+    attach(model, config(method), targets=["0"])
+    randomize(model)
+    slot = slots_of(model, "default")["0"]
+    assert torch.autograd.gradcheck(lambda x, *_: model(x), (x.requires_grad_(), *slot.parameters()))
+
+
+@every_method
+@every_kind
+def test_detaching_leaves_no_trace(method, kind, trace):
+    model, x = layer(kind)
+    model[0].register_forward_hook(lambda m, args, out: out)  # someone else's, which stays
+    before, keys, plain = trace(model), list(model.state_dict()), model(x)
+    attach(model, config(method), "a", targets=["0"])
+    attach(model, config(method), "b.c", targets=["0"])
+    model(x)
+    detach(model, "a")
+    detach(model, "b.c")
+    assert trace(model) == before
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), plain)
+
+
+@every_kind
+def test_a_layer_keeps_its_identity(kind):
+    model, _ = layer(kind)
+    base, parameters = type(model[0]), dict(model.named_parameters())
+    attach(model, config("lora"), targets=["0"])
+    assert isinstance(model[0], base) and type(model[0]).__name__ == base.__name__
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in parameters.items())
+    assert set(after) - set(parameters) == {"0.adapters.default.lora_A", "0.adapters.default.lora_B"}
+
+
+@pytest.mark.parametrize("name", ["a", "style.v1-2_x", "keys", "training", "_modules", "forward", ".", "-", "9"])
+def test_any_allowed_name_is_a_module_name(name, trace):
+    model = blocks(1)
+    before = trace(model)
+    attach(model, config("lora"), name, targets=["up"])
+    set_adapters(model, {name: 0.5})
+    assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
+    detach(model, name)
+    assert trace(model) == before
+
+
+def test_requires_grad_of_the_base_is_not_touched(pipe):
+    for i, p in enumerate(pipe.unet.parameters()):
+        p.requires_grad_(i % 2 == 0)
+    before = [p.requires_grad for p in pipe.unet.parameters()]
+    attach(pipe, config("lora"), targets="attn")
+    assert [p.requires_grad for n, p in pipe.unet.named_parameters() if "adapters" not in n] == before
+    unload(pipe)
+    assert [p.requires_grad for p in pipe.unet.parameters()] == before
+
+
+def test_a_layer_may_be_called_by_keyword(randomize):
+    model, x = layer(LINEAR)
+    attach(model, config("lora"), targets=["0"])
+    randomize(model)
+    assert torch.equal(model[0](input=x), model[0](x))
+
+
+# ---- all or nothing
+
+def operations(pipe, file):
+    """{name: what it does} of everything that commits; the adapter `old` is attached."""
+    return {
+        "attach": lambda: attach(pipe, config("lora"), "new", targets=["conv_in", "fc1"]),
+        "load_lora": lambda: diffpeft.load_lora(pipe, file, name="new"),
+        "unload": lambda: unload(pipe, "old"),
+        "detach": lambda: detach(pipe, "old"),
+        "set_adapters": lambda: set_adapters(pipe, {"old": {"unet": 0.3, "text_encoder": 0.6}}),
+    }
+
+
+@pytest.fixture
+def adapted(pipe, adapter):
+    attach(pipe, config("lora"), "old", targets=["conv_in", "time_emb_proj", "fc1"])
+    return pipe, adapter()
+
+
+OPERATIONS = tuple(operations(None, None))
+RAISED = (RuntimeError, KeyboardInterrupt, MemoryError)
+
+
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o != "set_adapters"])
+@pytest.mark.parametrize("error", RAISED)
+def test_an_operation_that_fails_at_any_layer_has_changed_nothing(operation, error, adapted, trace, monkeypatch):
+    pipe, file = adapted
+    before, mixes, enter = trace(pipe.unet, pipe.text_encoder), diffpeft.get_adapters(pipe), attaching.enter
+    for n in range(1000):
+        calls = iter(range(1000))
+
+        def failing(module, state, calls=calls, n=n):
+            if next(calls) == n:
+                raise error("injected")
+            enter(module, state)
+
+        monkeypatch.setattr(attaching, "enter", failing)
+        try:
+            operations(pipe, file)[operation]()
+            break
+        except error:
+            assert trace(pipe.unet, pipe.text_encoder) == before
+            assert diffpeft.get_adapters(pipe) == mixes
+    assert n >= 2  # layers were reached
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_interrupt_at_any_line_of_a_commit_leaves_the_old_or_the_new_state(operation, adapted, trace):
+    pipe, file = adapted
+    codes = {attaching.Plan.commit.__code__, attaching.enter.__code__}
+    old = trace(pipe.unet, pipe.text_encoder), diffpeft.get_adapters(pipe)
+    for n in range(1000):
+        lines = iter(range(1000))
+
+        def tracer(frame, event, arg, lines=lines, n=n):
+            if frame.f_code in codes and event == "line" and next(lines) == n:
+                raise KeyboardInterrupt
+            return tracer if frame.f_code in codes or event == "call" else None
+
+        sys.settrace(tracer)
+        try:
+            operations(pipe, file)[operation]()
+            break
+        except KeyboardInterrupt:
+            assert (trace(pipe.unet, pipe.text_encoder), diffpeft.get_adapters(pipe)) == old
+        finally:
+            sys.settrace(None)
+    assert n >= 5
+    assert diffpeft.get_adapters(pipe) != old[1]
+
+
+def test_a_dry_run_changes_nothing(pipe, trace):
+    before, state = trace(pipe.unet, pipe.text_encoder), torch.get_rng_state()
+    report = attach(pipe, config("lora"), targets="attn", dry_run=True)
+    assert trace(pipe.unet, pipe.text_encoder) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert attach(pipe, config("lora"), targets="attn") == report
+
+
+# ---- copies
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": lambda m: torch.load(io.BytesIO(_saved(m)), weights_only=False),
+}
+
+
+def _saved(model):
+    f = io.BytesIO()
+    torch.save(model, f)
+    return f.getvalue()
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@every_method
+def test_a_copy_of_an_adapted_model_is_one_of_its_own(copied, method, randomize, trace):
+    model, x = blocks(), torch.randn(2, 8, dtype=torch.float64)
+    plain, want = trace(model), model(x)
+    attach(model, config(method), targets=everything(model))
+    randomize(model)
+    set_adapters(model, {"default": {"0": 0.5}})
+    mixed = model(x)
+    twin = COPIES[copied](model)
+    assert torch.equal(twin(x), mixed)
+    set_adapters(twin, {})
+    assert torch.equal(twin(x), want) and torch.equal(model(x), mixed)
+    with adapters(model, {}):
+        set_adapters(twin, {"default": {"0": 0.5}})
+        assert torch.equal(twin(x), mixed)  # a block of the original is not the copy's
+    unload(twin)
+    assert torch.equal(twin(x), want)
+    assert [t[:3] for t in trace(twin)] == [t[:3] for t in plain]
+
+
+def test_a_copied_layer_may_lie_in_a_cycle():
+    """accelerate's hooks store a method of the layer on the layer."""
+    model = blocks(1)
+    attach(model, config("lora"), targets=["up"])
+    model[0].up.me = model[0].up.forward
+    twin = copy.deepcopy(model)
+    assert twin[0].up.me.__self__ is twin[0].up
+
+
+# ---- other libraries
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_accelerates_offloading_keeps_working(when, randomize):
+    from accelerate import cpu_offload
+
+    model, x = blocks(), torch.randn(2, 8, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    plain = model(x)
+    if when == "before":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    attach(model, config("lora"), targets=everything(twin))
+    randomize(model)
+    attach(twin, config("lora"), targets=everything(twin))
+    for name, slot in slots_of(model, "default").items():
+        for role, t in slot.tensors.items():
+            slots_of(twin, "default")[name].tensors[role].data = t.detach().clone()
+    if when == "after":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    set_adapters(model, {"default": 0.5})
+    set_adapters(twin, {"default": 0.5})
+    assert torch.equal(model(x), twin(x))
+    assert all(p.is_meta for n, p in model.named_parameters() if "adapters" not in n)
+    unload(model)
+    assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("removed", ["while adapted", "before attach"])
+def test_accelerates_hooks_may_be_removed_at_any_time(removed, randomize):
+    """accelerate leaves the forward it stored on the layer, as an instance attribute."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model, x = layer(LINEAR)
+    plain = model(x)
+    add_hook_to_module(model[0], AlignDevicesHook(execution_device="cpu"))
+    if removed == "before attach":
+        remove_hook_from_module(model[0])
+    attach(model, config("lora"), targets=["0"])
+    randomize(model)
+    if removed == "while adapted":
+        remove_hook_from_module(model[0])
+    torch.testing.assert_close(model(x), defined(model, x, [("default", 1)]), **EXACT)
+    unload(model)
+    assert torch.equal(model(x), plain)
+
+
+def test_an_offloaded_model_can_be_copied():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, x = layer(LINEAR)
+    attach(model, config("lora"), targets=["0"])
+    add_hook_to_module(model[0], AlignDevicesHook(execution_device="cpu"))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_an_unknown_forward_is_refused(trace):
+    model, _ = layer(LINEAR)
+    model[0].forward = lambda x: x
+    before = trace(model)
+    with pytest.raises(AdapterStateError, match="forward"):
+        attach(model, config("lora"), targets=["0"])
+    assert trace(model) == before
+
+
+def test_detach_refuses_a_class_on_top_of_ours():
+    model, _ = layer(LINEAR)
+    attach(model, config("lora"), targets=["0"])
+    ours = type(model[0])
+    model[0].__class__ = type("Sharded", (ours,), {})
+    with pytest.raises(AdapterStateError, match="Sharded"):
+        detach(model, "default")
+    model[0].__class__ = ours
+    detach(model, "default")
+
+
+# ---- threads
+
+def test_two_threads_never_see_each_others_mix(randomize):
+    model, x = blocks(), torch.randn(2, 8, dtype=torch.float64)
+    for name in ("a", "b"):
+        attach(model, config("lora"), name, targets=everything(model))
+        randomize(model, name)
+    mixes = ({"a": 0.8}, {"b": -0.6}, {"a": 0.1, "b": 0.2})
+    wants = []
+    for mix in mixes:
+        set_adapters(model, mix)
+        wants.append(model(x))
+    done, wrong = threading.Event(), []
+
+    def generate(mix, want):
+        with adapters(model, mix):
+            wrong.extend(mix for _ in range(150) if not torch.equal(model(x), want))
+
+    def change():
+        while not done.is_set():
+            for s in (0.0, 1.0, -1.0):
+                set_adapters(model, {"a": s, "b": s})
+
+    threads = [threading.Thread(target=generate, args=pair) for pair in zip(mixes, wants, strict=True)]
+    changer = threading.Thread(target=change)
+    changer.start()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    done.set()
+    changer.join()
+    assert not wrong
+
+
+def test_blocks_nest_and_an_exception_restores_the_mix(randomize):
+    model, x = layer(LINEAR)
+    plain = model(x)
+    attach(model, config("lora"), "a", targets=["0"])
+    randomize(model, "a")
+    full = model(x)
+    with adapters(model, {"a": 2.0}):
+        with pytest.raises(ZeroDivisionError):
+            with adapters(model, {}):
+                assert torch.equal(model(x), plain)
+                1 / 0
+        torch.testing.assert_close(model(x) - plain, 2 * (full - plain), **EXACT)
+    assert torch.equal(model(x), full)
+
+
+def test_an_adapter_in_use_by_a_block_is_busy():
+    model, _ = layer(LINEAR)
+    attach(model, config("lora"), "a", targets=["0"])
+    attach(model, config("lora"), "b", targets=["0"])
+    with adapters(model, {"a": 0.0}):
+        with pytest.raises(AdapterStateError, match="busy"):
+            unload(model)
+        unload(model, "b")
+    unload(model, "a")
+    assert diffpeft.get_adapters(model) == {}
+
+
+# ---- dtypes and compilation
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_kind
+def test_a_half_precision_base_gives_the_definition_to_its_precision(dtype, kind, randomize):
+    model, x = layer(kind, dtype)
+    attach(model, config("lora"), targets=["0"])
+    assert {p.dtype for p in slots_of(model, "default")["0"].parameters()} == {torch.float32}
+    randomize(model, dtype=torch.float32)
+    y, exact = model(x), copy.deepcopy(model).double()
+    assert y.dtype == dtype
+    # base, rank activations, update and sum are rounded once each, on values up to 8
+    torch.testing.assert_close(y.double(), exact(x.double()), rtol=0, atol=4 * 8 * torch.finfo(dtype).eps)
+
+
+@every_kind
+def test_autocast_gives_the_base_dtype(kind, randomize):
+    model, x = layer(kind, torch.float32)
+    attach(model, config("lora"), targets=["0"])
+    randomize(model, dtype=torch.float32)
+    y = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = model(x)
+    assert z.dtype == torch.bfloat16
+    # as above, and the input and both factors are rounded too: sums of up to 36 products, each off by 2^-8 of its size
+    torch.testing.assert_close(z.float(), y, rtol=0, atol=8 * 8 * 2**-8)
+
+
+def test_gradients_reach_fp32_adapters_through_a_bf16_base():
+    model, x = layer(LINEAR, torch.bfloat16)
+    attach(model, config("lora"), targets=["0"])
+    model(x).sum().backward()
+    assert {p.grad.dtype for p in slots_of(model, "default")["0"].parameters()} == {torch.float32}
+
+
+def test_compiled_equals_eager_and_strengths_do_not_compile_anew(randomize):
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    model, x = blocks(2, torch.float32), torch.randn(2, 8)
+    for name in ("a", "b"):
+        attach(model, config("lora"), name, targets=everything(model))
+        randomize(model, name, torch.float32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def check():
+        # fp32 keeps 7 digits; the strength is rounded to fp32 before it is scaled, not after
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+    check()
+    with adapters(model, {"b": 0.3}):
+        check()
+    graphs = dynamo.utils.counters["stats"]["unique_graphs"]
+    for s in (0.1, 0.7, -2.0, 0.0):
+        set_adapters(model, {"a": s, "b": {"0": s / 2}})
+        check()
+        with adapters(model, {"b": -s}):
+            check()
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_equal_blocks_share_one_compiled_graph(randomize):
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    model = blocks(4, torch.float32)
+    attach(model, config("lora"), targets=everything(model))
+    for block in model:
+        block.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():  # else the first block's input needs no gradient and the others' does
+        model(torch.randn(2, 8))
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert isinstance(model[0], Block)
+
+
+def test_dropout_is_for_training_only():
+    model, x = layer(LINEAR)
+    attach(model, config("lora", lora_dropout=0.5, init_lora_weights=False), targets=["0"])
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_gradient_checkpointing_replays_dropout():
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = layer(LINEAR)
+    attach(model, config("lora", lora_dropout=0.5, init_lora_weights=False), targets=["0"])
+    model.train()
+    slot = slots_of(model, "default")["0"]
+    grads = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(run(x).square().sum(), list(slot.parameters())))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_module_under_two_names_is_adapted_once(randomize):
+    model, x = layer(LINEAR)
+    twice = nn.Sequential(model[0], model[0])
+    assert attach(twice, config("lora"), targets=["0"]).layers == ("0",)
+    randomize(twice)
+    assert torch.equal(twice(x), model[0](model[0](x)))
+    unload(twice)
+    assert type(model[0]) is nn.Linear
+
+
+def test_part_of_an_adapted_model_is_no_target_of_its_own(trace):
+    """One Mix a component: what is taken off half a model could never be taken off the rest."""
+    model = blocks()
+    attach(model, config("lora"), "a", targets=everything(model))
+    before = trace(model)
+    for change in (lambda: detach(model[0], "a"), lambda: attach(model[0], config("lora"), "b", targets=["up"]), lambda: set_adapters(model[0], {})):
+        with pytest.raises(AdapterStateError, match="part"):
+            change()
+        assert trace(model) == before
+
+
+def test_kinds_cover_what_they_say():
+    assert LINEAR in KINDS

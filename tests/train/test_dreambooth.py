@@ -1,0 +1,88 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import diffpeft
+from diffpeft import ConfigError, DivergedError, TrainConfig
+from diffpeft.pipeline.open import EMBEDDED, open_pipeline
+from diffpeft.train import dreambooth
+
+DATA = EMBEDDED.parent / "demo" / "train"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("cat_face", "airplane", "automobile"):
+        (folder / f"{name}.png").write_bytes((DATA / f"{name}.png").read_bytes())
+    return folder
+
+
+def config(photos, **options):
+    return TrainConfig(**{"model": str(EMBEDDED), "data": str(photos), "out": str(photos.parent / "out"), "instance_prompt": "an emoji of sks", "steps": 2,
+                          "rank": 2, "batch_size": 2, "flip": True, "caption_dropout": 0.3, **options})
+
+
+def trained(**options):
+    run = dreambooth.train(config(**options))
+    return run, {key: t for path in dreambooth.save(run) if "kohya" in path.name for key, t in load_file(path).items()}
+
+
+def test_a_run_follows_from_its_seed(photos):
+    run, first = trained(photos=photos, seed=5)
+    torch.manual_seed(1)  # whatever the global generator does
+    again, second = trained(photos=photos, seed=5)
+    other, third = trained(photos=photos, seed=6)
+    assert run.losses == again.losses and all(torch.equal(first[k], second[k]) for k in first)
+    assert run.losses != other.losses and not all(torch.equal(first[k], third[k]) for k in first)
+
+
+def test_only_the_adapter_is_trained(photos):
+    base = open_pipeline().unet.state_dict()
+    run, tensors = trained(photos=photos)
+    diffpeft.unload(run.family.pipe)
+    assert all(torch.equal(base[k], v) for k, v in run.family.pipe.unet.state_dict().items())
+    assert any(t.abs().max() > 0 for k, t in tensors.items() if "lora_up" in k)
+    assert not any(k.startswith("lora_te_") for k in tensors)
+
+
+def test_the_text_encoder_is_trained_on_request(photos):
+    run, tensors = trained(photos=photos, train_text_encoder=True)
+    ups = [t for k, t in tensors.items() if k.startswith("lora_te_") and "lora_up" in k]
+    assert len(ups) == 4 * 4 and all(t.abs().max() > 0 for t in ups)
+
+
+def test_missing_class_images_are_generated_and_kept(photos, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    (folder / "mine.png").write_bytes((DATA / "cat_face.png").read_bytes())
+    options = dict(photos=photos, class_prompt="an emoji", class_data=str(folder), num_class_images=3, steps=1)
+    run, _ = trained(**options)
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert len(files) == 3
+    again, _ = trained(**options)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == files and again.losses == run.losses
+    plain, _ = trained(photos=photos, steps=1)
+    assert plain.losses != run.losses
+
+
+def test_bf16_trains_an_fp32_adapter(photos):
+    run, tensors = trained(photos=photos, dtype="bf16")
+    assert run.family.pipe.unet.dtype == torch.bfloat16
+    assert {t.dtype for t in tensors.values()} == {torch.float32} and np.isfinite(run.losses).all()
+
+
+def test_a_run_that_diverges_writes_nothing(photos):
+    with pytest.raises(DivergedError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dreambooth.train(config(photos, lr=1e30, steps=5, max_grad_norm=1e30))
+    assert not (photos.parent / "out").exists()
+
+
+def test_a_resolution_that_the_model_cannot_have_is_refused(photos):
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        dreambooth.train(config(photos, resolution=72))
