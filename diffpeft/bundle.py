@@ -69,7 +69,6 @@ class Bundle:
 
     def deltas(self, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """{canonical layer: f(W) - W in float64}, by each method's definition. `base` {layer: W} is for methods that need W; LoRA does not."""
-        import torch
 
         from diffpeft import io
         from diffpeft.methods import METHODS

@@ -85,10 +85,14 @@ def image():
 def trace():
     """All by which a model could be told from one that was never touched."""
     def of(*models: nn.Module):
-        return [(name, type(m), list(m.__dict__), {k: list(v) for k, v in m.__dict__.items() if isinstance(v, dict)}, [getattr(f, "__func__", f) for f in _forwards(m)],
-                 [(k, t.dtype, t.requires_grad, t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for k, t in _own_tensors(m)])
+        return [(name, type(m), list(m.__dict__), {k: list(v) for k, v in m.__dict__.items() if isinstance(v, dict)},
+                 [getattr(f, "__func__", f) for f in _forwards(m)], [(k, t.dtype, t.requires_grad, _bytes(t)) for k, t in _own_tensors(m)])
                 for model in models for name, m in model.named_modules()]
     return of
+
+
+def _bytes(t: torch.Tensor) -> bytes:
+    return t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _forwards(m: nn.Module):

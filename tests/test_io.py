@@ -103,13 +103,14 @@ def test_a_header_length_that_looks_like_another_kind_of_file_is_just_a_length(l
     assert list(io.header(path)[0]) == list(load_file(path)) == ["x"]
 
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.int32, torch.int16, torch.int8,
-          torch.uint8, torch.bool]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.int32, torch.int16,
+          torch.int8, torch.uint8, torch.bool]
 
 
 def tensors():
     made = {str(dtype): (torch.randn(3, 2) * 9).to(dtype) for dtype in DTYPES}
-    return {**made, "scalar": torch.tensor(4.0), "one": torch.tensor([4]), "empty": torch.empty(0, 3), "transposed": torch.randn(2, 3).T, "é \n\"": torch.ones(1)}
+    odd = {"scalar": torch.tensor(4.0), "one": torch.tensor([4]), "empty": torch.empty(0, 3), "transposed": torch.randn(2, 3).T, "é \n\"": torch.ones(1)}
+    return made | odd
 
 
 def same(a, b):

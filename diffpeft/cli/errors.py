@@ -21,6 +21,8 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
+    # threads that wait by spinning stand still for seconds at a time when another program wants the same cores; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debug:
         _quieten()
     try:

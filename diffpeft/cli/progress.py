@@ -6,7 +6,8 @@ import threading
 import time
 from typing import Any
 
-EVERY = 5.0  # seconds between plain lines
+EVERY = 5.0    # seconds between plain lines
+PATIENCE = 20  # seconds before the first one, if no step is done by then
 
 
 def _clock(seconds: float) -> str:
@@ -61,7 +62,7 @@ class Progress:
     def numbers(self) -> str:
         """step, loss, it/s and the time left of training."""
         if not self.done:
-            return "loss -"
+            return f"step 0{f'/{self.total}' if self.total else ''}  loss -"
         rate = self.done / max(time.monotonic() - self.training, 1e-9)
         left = f"  left {_clock((self.total - self.done) / rate)}" if self.done < self.total else ""
         speed = f"  {rate:.2f} it/s" if self.done < self.total else ""
@@ -74,7 +75,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        if not self.stop.is_set():
+        if self.done or time.monotonic() - self.start > PATIENCE:
             print(f"[{_clock(time.monotonic() - self.start)}] {self.text}: {self.numbers()}", flush=True)
 
     def _beat(self) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from diffpeft.layers.site import FORWARDS, site_of
+from diffpeft.layers.site import held_forwards, site_of
 from diffpeft.layers.slot import Slot
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
@@ -72,7 +72,7 @@ def state_with(module: nn.Module, record: Record | None) -> State:
 
 def enter(module: nn.Module, state: State) -> None:
     """Put a layer into `state`. Plain assignments: given a prepared state it cannot fail."""
-    held = [slot for slot in FORWARDS if getattr(module.__dict__.get(slot), "__func__", None) is type(module).forward]
+    held = held_forwards(module)
     module.__class__ = state.cls
     if state.record is None:
         module._modules.pop(ADAPTERS, None)
@@ -80,8 +80,8 @@ def enter(module: nn.Module, state: State) -> None:
     else:
         module._modules[ADAPTERS] = state.adapters
         module.__dict__[RECORD] = state.record
-    for slot in held:
-        module.__dict__[slot] = state.cls.forward.__get__(module)
+    for place, key in held:
+        place[key] = state.cls.forward.__get__(module)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:

@@ -56,7 +56,6 @@ class ConvSite:
 
 
 SITES = (LinearSite, ConvSite)
-FORWARDS = ("_old_forward", "forward")  # where accelerate keeps a layer's own forward: while its hook is on, and after it was removed
 
 
 def site_of(cls: type[nn.Module]) -> type[LinearSite] | type[ConvSite] | None:
@@ -75,10 +74,21 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
         return "it is parametrised"
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "its weight is quantised"
-    held = next((vars(module)[slot] for slot in FORWARDS if slot in vars(module)), None)
-    if held is not None and getattr(held, "__func__", None) is not type(module).forward:
+    if getattr(vars(module).get("_diffusers_hook"), "hooks", None):
+        return "diffusers' hooks are on it (load adapters before group offloading or layerwise casting is enabled)"
+    if "forward" in vars(module) and not held_forwards(module):
         return "another library has replaced its forward"
     return ""
+
+
+def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where other libraries keep the forward that the layer's class gave it, as (dict, key).
+
+    accelerate: beside its hook, and after the hook was removed as `forward` on the layer; diffusers: in its registry of hooks.
+    """
+    hooks = getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ())
+    places: list[tuple[Any, str]] = [(d, key) for d in (vars(module), *map(vars, hooks)) for key in ("_old_forward", "forward", "original_forward")]
+    return [(d, key) for d, key in places if getattr(d.get(key), "__func__", None) is type(module).forward]
 
 
 def device_of(module: Any) -> torch.device:

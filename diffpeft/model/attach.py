@@ -17,7 +17,6 @@ from diffpeft.methods import METHODS, Method
 from diffpeft.model.mix import Adapter, Choice, Mix, Strength, check_idle, check_name, choose
 from diffpeft.model.target import adapted_layers, components, is_preset, select
 
-
 OVERSIZED = "layers are smaller than the rank"
 
 
@@ -100,7 +99,8 @@ def attach(target: Any, config: Any, name: str = "default", targets: str | Seque
     chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
     mixes = mixes_of(parts)
     _refuse_duplicate(name, mixes.values())
-    slots = {component: {layer: _fresh(method, config, layer, module, generator, dry_run) for layer, module in found.items()} for component, found in chosen.items()}
+    slots = {component: {layer: _fresh(method, config, layer, module, generator, dry_run) for layer, module in found.items()}
+             for component, found in chosen.items()}
     large = [layer for component, found in slots.items() for layer in oversized(chosen[component], found)]
     if large and not is_preset(targets or config.target_modules):  # who named the layers should know
         warnings.warn(f"adapter {name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=2)
@@ -117,7 +117,7 @@ def attach(target: Any, config: Any, name: str = "default", targets: str | Seque
 
 def oversized(modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> list[str]:
     """The layers whose weight has fewer rows or columns than their adapter has ranks."""
-    shapes = {layer: site.geometry(modules[layer]) for layer in slots if (site := site_of(base_class(modules[layer])))}  # type: ignore[arg-type]
+    shapes = {layer: site.geometry(modules[layer]) for layer in slots if (site := site_of(base_class(modules[layer])))}
     return [layer for layer, slot in slots.items() if slot.rank > min(shapes[layer].out, shapes[layer].columns)]
 
 
@@ -135,7 +135,8 @@ def _fresh(method: type[Method], config: Any, layer: str, module: nn.Module, gen
     return slot if dry_run else slot.to(device_of(module))
 
 
-def install(plan: Plan, component: str, modules: Mapping[str, nn.Module], slots: Mapping[str, Slot], mix: Mix | None, adapter: Adapter, strength: Strength) -> None:
+def install(plan: Plan, component: str, modules: Mapping[str, nn.Module], slots: Mapping[str, Slot], mix: Mix | None, adapter: Adapter,
+            strength: Strength) -> None:
     """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active."""
     mix = mix or Mix(component)
     layers = (*mix.layers, *(layer for layer in slots if layer not in mix.layers))

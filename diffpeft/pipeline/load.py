@@ -23,7 +23,6 @@ from diffpeft.errors import (
     NonFiniteError,
     ShapeMismatchError,
     UnknownKeysError,
-    UnknownNameError,
     UnreadableFileError,
     WrongBaseError,
     listed,

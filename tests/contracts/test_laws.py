@@ -344,6 +344,26 @@ def test_accelerates_hooks_may_be_removed_at_any_time(removed, randomize):
     assert torch.equal(model(x), plain)
 
 
+@pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}], ids=["leaf", "block"])
+def test_diffusers_group_offloading_may_come_after_the_adapter(options, pipe, randomize):
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([3]), torch.randn(1, 5, 32, dtype=torch.float64)
+    plain = pipe.unet(*x).sample
+    attach(pipe.unet, config("lora"), targets=["conv_in", "attn1.to_q"])
+    randomize(pipe.unet)
+    want = pipe.unet(*x).sample
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), **options)
+    assert torch.equal(pipe.unet(*x).sample, want)
+    unload(pipe.unet)
+    assert torch.equal(pipe.unet(*x).sample, plain)
+
+
+def test_diffusers_hooks_on_a_layer_are_refused_by_name(pipe):
+    """Layerwise casting would round the adapter to 8 bits with its layer."""
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(AdapterStateError, match="group offloading"):
+        attach(pipe.unet, config("lora"), targets=["conv_in"])
+
+
 def test_an_offloaded_model_can_be_copied():
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 

@@ -47,7 +47,10 @@ def test_the_most_literal_then_longer_then_later_pattern_wins(patterns, want):
 
 @pytest.mark.parametrize("layer", ["encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"])
 @pytest.mark.parametrize("patterns", [
-    {"text_encoder.encoder.layers.0": 0.5}, {"text_encoder.text_model.encoder.layers.0": 0.5}, {"text_encoder.text_model": 0.5}, {"text_encoder.*.encoder.layers.0": 0.5},
+    {"text_encoder.encoder.layers.0": 0.5},
+    {"text_encoder.text_model.encoder.layers.0": 0.5},
+    {"text_encoder.text_model": 0.5},
+    {"text_encoder.*.encoder.layers.0": 0.5},
     {"text_encoder.text_model.encoder.layers.*": 0.2, "text_encoder.encoder.layers.0": 0.5},  # the level counts for nothing
 ])
 def test_both_spellings_of_clip_match(layer, patterns):

@@ -56,7 +56,8 @@ def test_every_preset_finds_layers_of_a_pipeline_in_every_component(preset, pipe
     assert all(found for found in select(components(pipe), preset).values())
 
 
-@pytest.mark.parametrize("targets", [["text_model.encoder.layers.0.mlp.fc1"], ["encoder.layers.0.mlp.fc1"], "text_model.encoder.layers.0.mlp.fc1", r"encoder\.layers\.0\.mlp\.fc1"])
+@pytest.mark.parametrize("targets", [["text_model.encoder.layers.0.mlp.fc1"], ["encoder.layers.0.mlp.fc1"],
+                                     "text_model.encoder.layers.0.mlp.fc1", r"encoder\.layers\.0\.mlp\.fc1"])
 def test_both_spellings_of_clip_choose(targets, pipe):
     assert attach(pipe, LoraConfig(), targets=targets, dry_run=True).layers == ("text_encoder.encoder.layers.0.mlp.fc1",)
 
@@ -124,9 +125,10 @@ def test_a_child_that_is_called_adapters_is_a_layer_like_any():
     assert type(model["adapters"]) is nn.Linear
 
 
-@pytest.mark.parametrize("field, value", [("r", 0), ("r", 1.5), ("r", True), ("r", "8"), ("lora_alpha", float("nan")), ("lora_alpha", "8"), ("lora_dropout", 1.0), ("lora_dropout", -0.1),
-                                          ("lora_dropout", "0.1"), ("init_lora_weights", "pissa"), ("rank_pattern", {"to_q": 0}), ("alpha_pattern", {"to_q": float("inf")}),
-                                          ("rank_pattern", {"(": 2}), ("alpha_pattern", {"(": 2})])
+@pytest.mark.parametrize("field, value", [
+    ("r", 0), ("r", 1.5), ("r", True), ("r", "8"), ("lora_alpha", float("nan")), ("lora_alpha", "8"), ("lora_dropout", 1.0), ("lora_dropout", -0.1),
+    ("lora_dropout", "0.1"), ("init_lora_weights", "pissa"), ("rank_pattern", {"to_q": 0}), ("alpha_pattern", {"to_q": float("inf")}),
+    ("rank_pattern", {"(": 2}), ("alpha_pattern", {"(": 2})])
 def test_a_bad_field_is_named(field, value):
     with pytest.raises(ConfigError, match=field):
         attach(Net(), LoraConfig(**{field: value}), targets="full")
@@ -150,8 +152,9 @@ def test_patterns_of_ranks_and_alphas_are_pefts():
     import peft
 
     ranks, alphas = {"to_q": 3, "^encoder.to_k": 5}, {"encoder.*": 7}
-    ours, theirs = Net(), peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=4, rank_pattern=ranks, alpha_pattern=alphas, target_modules=".*to_.*|conv"), Net())
-    attach(ours, LoraConfig(r=2, lora_alpha=4, rank_pattern=ranks, alpha_pattern=alphas), targets=".*to_.*|conv")
+    fields = dict(r=2, lora_alpha=4, rank_pattern=ranks, alpha_pattern=alphas, target_modules=".*to_.*|conv")
+    ours, theirs = Net(), peft.inject_adapter_in_model(peft.LoraConfig(**fields), Net())
+    attach(ours, LoraConfig(**fields))
     for name, m in theirs.named_modules():
         if hasattr(m, "scaling"):
             slot = ours.get_submodule(name).adapters["default"]

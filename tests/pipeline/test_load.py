@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import warnings
 
@@ -13,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import converters
-import diffpeft
 from diffpeft import (
     AdapterStateError,
     CannotConvertError,
@@ -42,8 +42,10 @@ EXACT = dict(rtol=0, atol=1e-10)
 FORMATS = tuple(converters.FORMATS)
 every_format = pytest.mark.parametrize("format", FORMATS)
 
-CONV, LINEAR, TEXT = "unet.conv_in", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "text_encoder.text_model.encoder.layers.1.mlp.fc1"
-KOHYA = {CONV: "lora_unet_conv_in", LINEAR: "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", TEXT: "lora_te_text_model_encoder_layers_1_mlp_fc1"}
+CONV, LINEAR = "unet.conv_in", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+TEXT = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+KOHYA = {CONV: "lora_unet_conv_in", LINEAR: "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+         TEXT: "lora_te_text_model_encoder_layers_1_mlp_fc1"}
 SHAPES = {CONV: (16, 4, 3, 3), LINEAR: (32, 32), TEXT: (48, 32)}
 
 
@@ -54,7 +56,8 @@ def lora(format="kohya", layers=tuple(SHAPES), ranks=(2, 3, 4), dtype=torch.floa
         o, i, *k = SHAPES[layer]
         A, B = torch.randn(r, i, *k).to(dtype), (torch.randn(o, r, *(1 for _ in k)) * 0.3).to(dtype)
         if format == "kohya":
-            out |= {f"{KOHYA[layer]}.lora_down.weight": A, f"{KOHYA[layer]}.lora_up.weight": B, **({f"{KOHYA[layer]}.alpha": alpha.clone()} if alpha is not None else {})}
+            out |= {f"{KOHYA[layer]}.lora_down.weight": A, f"{KOHYA[layer]}.lora_up.weight": B}
+            out |= {f"{KOHYA[layer]}.alpha": alpha.clone()} if alpha is not None else {}
         else:
             out |= {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}
     return out
@@ -303,14 +306,15 @@ def test_an_adapter_of_ours_can_be_saved_through_a_converted_dict(adapter, pipe)
 
 @every_format
 def test_a_layer_that_is_not_there_is_refused_with_the_near_match(format, pipe):
-    tensors = {k.replace("mid_block.attentions.0", "mid_block.attentions.7").replace("mid_block_attentions_0", "mid_block_attentions_7"): t for k, t in lora(format).items()}
+    tensors = {re.sub(r"(mid_block.attentions.)0", r"\g<1>7", k): t for k, t in lora(format).items()}
     with pytest.raises(UnknownKeysError) as caught:
         load_lora(pipe, tensors)
     assert "unet.mid_block.attentions.7.transformer_blocks.0.attn1.to_q" in str(caught.value) and f"Did you mean '{LINEAR}'" in str(caught.value)
     assert get_adapters(pipe) == {}
 
 
-LOST = {"kohya": ("lora_unet_mid_block_attentions_7_proj_in", "lora_unet_no_such_layer"), "diffusers": ("unet.mid_block.attentions.7.proj_in", "unet.no.such.layer")}
+LOST = {"kohya": ("lora_unet_mid_block_attentions_7_proj_in", "lora_unet_no_such_layer"),
+        "diffusers": ("unet.mid_block.attentions.7.proj_in", "unet.no.such.layer")}
 
 
 @every_format
@@ -345,8 +349,9 @@ def test_what_belongs_to_a_missing_component_is_carried_and_saved_again(format, 
     same(load_file(tmp_path / "b.safetensors"), want)
 
 
-@pytest.mark.parametrize("key", ["unet.conv_in.weight", "conv_in.weight", "unet.conv_in.base_layer.weight", "text_encoder.text_model.encoder.layers.0.mlp.fc1.bias",
-                                 "text_encoder.encoder.layers.0.mlp.fc1.bias", "unet.conv_in.base_layer.lora_A.weight"])
+@pytest.mark.parametrize("key", [
+    "unet.conv_in.weight", "conv_in.weight", "unet.conv_in.base_layer.weight", "text_encoder.text_model.encoder.layers.0.mlp.fc1.bias",
+    "text_encoder.encoder.layers.0.mlp.fc1.bias", "unet.conv_in.base_layer.lora_A.weight"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_key_of_the_base_is_always_refused(key, strict, pipe, trace):
     before = trace(pipe.unet, pipe.text_encoder)
@@ -462,8 +467,9 @@ def test_values_beyond_the_base_dtype_are_refused(fresh):
 
 
 def test_a_family_can_be_forced(pipe):
+    cross = LINEAR.replace("attn1.to_q", "attn2.to_k")
     with pytest.raises(ShapeMismatchError):
-        load_lora(pipe, {f"{LINEAR.replace('attn1.to_q', 'attn2.to_k')}.lora_{ab}.weight": torch.ones(*shape) for ab, shape in {"A": (1, 1024), "B": (32, 1)}.items()}, family="sd15")
+        load_lora(pipe, {f"{cross}.lora_A.weight": torch.ones(1, 1024), f"{cross}.lora_B.weight": torch.ones(32, 1)}, family="sd15")
     with pytest.raises(UnknownNameError, match="sd15"):
         load_lora(pipe, lora(), family="sd1.5")
 
@@ -475,13 +481,20 @@ def test_a_bundle_with_a_layer_twice_is_refused(pipe):
         load_lora(pipe, bundle)
 
 
-@pytest.mark.parametrize("make", [
-    lambda p, config: ({"unet.lora_alpha": "many"}, CheckpointError), lambda p, config: ("[]", CheckpointError), lambda p, config: ("{", CheckpointError),
-    lambda p, config: ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}, UnsafeFileError), lambda p, config: ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 2}}, CheckpointError),
-    lambda p, config: ({"unet.alpha_pattern": [1]}, CheckpointError), lambda p, config: ({"unet.lora_alpha": float("inf")}, NonFiniteError),
-], ids=["no number", "no table", "no JSON", "a slow pattern", "no pattern", "a list", "Inf"])
-def test_a_damaged_adapter_config_is_refused(make, pipe, tmp_path):
-    config, error = make(pipe, None)
+CONFIGS = {
+    "no number": ({"unet.lora_alpha": "many"}, CheckpointError),
+    "no table": ("[]", CheckpointError),
+    "no JSON": ("{", CheckpointError),
+    "a slow pattern": ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}, UnsafeFileError),
+    "no pattern": ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 2}}, CheckpointError),
+    "a list": ({"unet.alpha_pattern": [1]}, CheckpointError),
+    "Inf": ({"unet.lora_alpha": float("inf")}, NonFiniteError),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_damaged_adapter_config_is_refused(case, pipe, tmp_path):
+    config, error = CONFIGS[case]
     save_file(lora("diffusers"), tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": config if isinstance(config, str) else json.dumps(config)})
     with pytest.raises(error):
         load_lora(pipe, tmp_path / "a.safetensors")
@@ -492,7 +505,7 @@ def test_a_damaged_adapter_config_is_refused(make, pipe, tmp_path):
 
 def test_a_missing_file_names_its_neighbour(adapter, pipe):
     file = adapter()
-    with pytest.raises(UnreadableFileError, match="style.safetensors"):
+    with pytest.raises(UnreadableFileError, match=r"style\.safetensors"):
         load_lora(pipe, file.with_name("stile.safetensors"))
     with pytest.raises(UnreadableFileError, match="no such file"):
         load_lora(pipe, file.parent / "nowhere" / "style.safetensors")
@@ -535,7 +548,8 @@ def test_save_names_the_adapters_there_are(adapter, pipe, tmp_path):
     file = adapter()
     load_lora(pipe, file, name="a")
     load_lora(pipe, file, name="b")
-    for kwargs, error, said in (({}, ConfigError, "a, b"), ({"name": "c"}, UnknownNameError, "a, b"), ({"name": "a", "format": "koya"}, UnknownNameError, "kohya")):
+    for kwargs, error, said in (({}, ConfigError, "a, b"), ({"name": "c"}, UnknownNameError, "a, b"),
+                                ({"name": "a", "format": "koya"}, UnknownNameError, "kohya")):
         with pytest.raises(error, match=said):
             save_lora(pipe, out, **kwargs)
     assert not out.exists()
@@ -594,6 +608,18 @@ def test_a_file_may_vanish_after_it_was_loaded(adapter, pipe, tmp_path):
     file.unlink()
     save_lora(pipe.unet, tmp_path / "b.safetensors", format="kohya")
     same(load_file(tmp_path / "b.safetensors"), want)
+
+
+def test_pipelines_that_share_models_share_their_adapters(adapter, pipe):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    load_lora(pipe, adapter(), weight=0.5)
+    assert get_adapters(other) == get_adapters(pipe)
+    set_adapters(other, {"style": 0.2})
+    assert get_adapters(pipe)["style"].strength == 0.2
+    unload(other)
+    assert get_adapters(pipe) == {}
 
 
 def test_the_pipeline_object_is_untouched(adapter, pipe):

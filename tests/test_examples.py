@@ -1,0 +1,61 @@
+"""The examples and the README's commands run, or at least say what the code understands."""
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from PIL import Image
+
+import diffpeft
+from diffpeft.cli import cli
+from diffpeft.pipeline.open import open_pipeline
+from diffpeft.train.config import from_toml
+
+ROOT = Path(__file__).parent.parent
+
+
+def module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)
+def test_a_config_is_one_that_train_takes_and_starts_with_its_command(path):
+    from_toml(path, {}).validate()
+    assert path.read_text().splitlines()[0] == f"# diffpeft train examples/{path.name}"
+
+
+def test_the_mix_of_two_adapters_is_base_where_both_are_off(tmp_path):
+    pipe = open_pipeline()
+    for name in ("a", "b"):
+        diffpeft.attach(pipe.unet, diffpeft.LoraConfig(r=2, init_lora_weights=False), name, targets="attn")
+        diffpeft.save_lora(pipe, tmp_path / f"{name}.safetensors", name=name)
+        diffpeft.unload(pipe)
+    module(ROOT / "examples" / "mix_adapters.py").main([*(str(tmp_path / f"{n}.safetensors") for n in "ab"), "a cat", "--steps", "2", "-o", str(tmp_path / "m.png")])
+    picture = Image.open(tmp_path / "m.png")
+    cells = {picture.crop((64 * c, 64 * r, 64 * c + 64, 64 * r + 64)).tobytes() for r in range(3) for c in range(3)}
+    assert picture.size == (192, 192) and len(cells) == 9
+
+
+def commands():
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("diffpeft ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_the_readmes_commands_parse(line):
+    name, *args = shlex.split(line)[1:]
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    command.make_context(name, args)
+
+
+def test_the_readme_has_the_two_commands_alone_on_a_line_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert "\nmake demo\n" in text and "\nmake test\n" in text
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
