@@ -2,6 +2,7 @@
 
 The public names are imported on first use, so that `import diffpeft` costs no torch.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -12,7 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "diffpeft.errors": (
         "DiffpeftError CheckpointError UnreadableFileError UnsafeFileError UnknownKeysError MissingKeysError ShapeMismatchError "
-        "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError"),
+        "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError"
+    ),
     "diffpeft.bundle": "Bundle Entry",
     "diffpeft.methods": "LoraConfig METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",

@@ -1,4 +1,5 @@
 """`python -m diffpeft`."""
+
 from diffpeft.cli import main
 
 main()

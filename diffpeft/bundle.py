@@ -3,6 +3,7 @@
 It holds tensors as stored (dtype, shape and where the bytes are), under canonical names, and never does arithmetic.
 A canonical layer name is diffusers' own: `component.dotted.path`, for example `unet.mid_block.attentions.0.proj_in`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ class Entry:
     layer: str
     tensors: Mapping[str, Handle]
     alpha: Handle | float | None = None  # a stored tensor, a number from a config, or absent: then the scale is 1
-    keys: tuple[str, ...] = ()           # the keys in the file that this entry was read from
+    keys: tuple[str, ...] = ()  # the keys in the file that this entry was read from
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Bundle:
     carried: dict[str, Handle] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     source: str = "a dict of tensors"
-    families: tuple[str, ...] = ()       # every family the names fit, the likeliest first
+    families: tuple[str, ...] = ()  # every family the names fit, the likeliest first
 
     @property
     def methods(self) -> set[str]:

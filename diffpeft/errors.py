@@ -19,6 +19,7 @@ DiffpeftError
 
 Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -48,7 +49,7 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def _printable(text: object) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))[:MAX_MESSAGE // 3]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))[: MAX_MESSAGE // 3]
 
 
 class DiffpeftError(Exception):
@@ -59,7 +60,9 @@ class DiffpeftError(Exception):
         self.what, self.where, self.remedy = _printable(what), _printable(where), _printable(remedy)
 
     def __str__(self) -> str:
-        return " ".join(part if part[-1] in ".?!" else part + "." for part in (self.what, self.where, self.remedy) if part)
+        return " ".join(
+            part if part[-1] in ".?!" else part + "." for part in (self.what, self.where, self.remedy) if part
+        )
 
 
 class CheckpointError(DiffpeftError, ValueError):

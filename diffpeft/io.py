@@ -2,6 +2,7 @@
 
 The header is read by hand because detection and inspection must not import torch, and because every fault needs its own message.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,9 +21,34 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER, MAX_TENSORS = 16 << 20, 1 << 16
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-          "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 _NAMES = {name: code for code, name in _TORCH.items()}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -68,7 +94,11 @@ def _unreadable(path: Path, what: str) -> UnreadableFileError:
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
     """By the file's ending, and by its first bytes where they are no header's length (a length may begin like any of these)."""
     if path.suffix in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise UnsafeFileError("a pickle can run code when it is read, so it is not read", where=path, remedy="Ask for a .safetensors file.")
+        raise UnsafeFileError(
+            "a pickle can run code when it is read, so it is not read",
+            where=path,
+            remedy="Ask for a .safetensors file.",
+        )
     if start.lstrip()[:1] == b"<":
         raise _unreadable(path, "this is a web page, not a safetensors file")
     if start == b"version ":
@@ -95,7 +125,10 @@ def _refuse_gaps(path: Path, handles: Mapping[str, Handle], end: int, size: int)
     """Tensors lie side by side and fill the file: what lies between them could be anything."""
     for handle in sorted(handles.values(), key=lambda h: (h.start, h.end)):
         if handle.start != end:
-            raise _unreadable(path, "tensors overlap" if handle.start < end else "there are bytes between the tensors that belong to none")
+            raise _unreadable(
+                path,
+                "tensors overlap" if handle.start < end else "there are bytes between the tensors that belong to none",
+            )
         end = handle.end
     if end != size:
         raise _unreadable(path, "there are bytes after the tensors that belong to none")
@@ -119,7 +152,9 @@ def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
             if files[handle.path].readinto(data) != len(data):
                 raise _unreadable(handle.path, "the file became shorter while it was read")
             dtype = getattr(torch, _TORCH[handle.dtype])
-            out.append((torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(handle.shape))
+            out.append(
+                (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(handle.shape)
+            )
     return out
 
 
@@ -149,7 +184,9 @@ def cast(handle_: Handle, dtype: torch.dtype | None, where: str = "") -> Handle:
         return handle_
     tensor = load([handle_])[0].to(dtype)
     if not tensor.float().isfinite().all():
-        raise CannotConvertError(f"there are values that are not finite in {dtype}", where=where, remedy="Save in a wider dtype.")
+        raise CannotConvertError(
+            f"there are values that are not finite in {dtype}", where=where, remedy="Save in a wider dtype."
+        )
     return handle(tensor)
 
 

@@ -2,6 +2,7 @@
 
 python examples/mix_adapters.py A.safetensors B.safetensors "an emoji of lemon" -o mix.png [--model MODEL]
 """
+
 from __future__ import annotations
 
 import argparse

@@ -19,6 +19,7 @@ The VAE can draw Twemoji's style, but UNet and text encoder never see it: it is 
 Pictures: Noto Emoji, Copyright Google LLC, Apache License 2.0; Twemoji, Copyright Twitter, Inc and other contributors, CC-BY 4.0.
 The npm packages: Copyright (c) 2013 Cal Henderson, MIT. These attributions travel with a model that you publish.
 """
+
 import copy
 import itertools
 import json
@@ -44,27 +45,73 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 # The tokenizer is reused, not trained: BPE training breaks ties between equally frequent pairs by chance, and other merges give other token ids.
 TOKENIZER = Path(__file__).parents[1] / "diffpeft/assets/tiny-emoji/model/tokenizer"
 VAE = dict(  # 1.4 M parameters; 64x64 pixels are 16x16 latents of 4 channels
-    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(24, 48, 96), layers_per_block=1,
-    latent_channels=4, norm_num_groups=8, sample_size=64, mid_block_add_attention=False)
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    block_out_channels=(24, 48, 96),
+    layers_per_block=1,
+    latent_channels=4,
+    norm_num_groups=8,
+    sample_size=64,
+    mid_block_add_attention=False,
+)
 UNET = dict(  # 11.0 M parameters
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=(64, 128, 192), layers_per_block=1,
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=192, attention_head_dim=4, norm_num_groups=16,
-    sample_size=16)
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    block_out_channels=(64, 128, 192),
+    layers_per_block=1,
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=192,
+    attention_head_dim=4,
+    norm_num_groups=16,
+    sample_size=16,
+)
 TEXT = dict(  # 2.4 M parameters
-    hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6, max_position_embeddings=32, projection_dim=192)
+    hidden_size=192,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    max_position_embeddings=32,
+    projection_dim=192,
+)
 NOISE = dict(  # Stable Diffusion's schedule, for training and for drawing
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
 BATCH, LEARNING_RATE, SNR_LIMIT, VERSIONS, SAVE_EVERY, DRAWING_STEPS = 64, 1e-3, 5.0, 6, 400, 25
-TONES = {"1F3FB": "light skin tone", "1F3FC": "medium-light skin tone", "1F3FD": "medium skin tone",
-         "1F3FE": "medium-dark skin tone", "1F3FF": "dark skin tone"}
+TONES = {
+    "1F3FB": "light skin tone",
+    "1F3FC": "medium-light skin tone",
+    "1F3FD": "medium skin tone",
+    "1F3FE": "medium-dark skin tone",
+    "1F3FF": "dark skin tone",
+}
 # bfloat16 pays where the CPU computes in it; elsewhere it is emulated and many times slower than float32. Old torch cannot tell: float32.
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
 BFLOAT16 = bool(CPU.get("amx_bf16") or CPU.get("avx512_bf16"))
 # How often a picture is drawn, relative to 1. A person comes with five near copies (couples with 25), which would crowd out everything else;
 # flags, letters and signs say little about how things look.
 TONED, CATEGORIES = 0.03, {"Flags": 0.1, "Symbols": 0.35, "People & Body": 0.6}
-PROMPTS = ["grinning face", "an emoji of cat face", "dog face", "red heart", "slice of pizza", "automobile", "an emoji of rocket", "tree",
-           "banana", "house building", "a red cat", "a blue heart", "a green car", "sad dog", "penguin", "strawberry"]
+PROMPTS = [
+    "grinning face",
+    "an emoji of cat face",
+    "dog face",
+    "red heart",
+    "slice of pizza",
+    "automobile",
+    "an emoji of rocket",
+    "tree",
+    "banana",
+    "house building",
+    "a red cat",
+    "a blue heart",
+    "a green car",
+    "sad dog",
+    "penguin",
+    "strawberry",
+]
 
 
 @dataclass(frozen=True)
@@ -95,11 +142,17 @@ def clean(name: str) -> str:
 
 def emoji_of(entry: dict[str, Any]) -> Iterator[Emoji]:
     """The picture of an entry of emoji.json, and one for each of its skin tones."""
-    name, aliases, category = clean(entry["name"]), [clean(alias.replace("-", " ")) for alias in entry["short_names"]], entry["category"]
+    name, aliases, category = (
+        clean(entry["name"]),
+        [clean(alias.replace("-", " ")) for alias in entry["short_names"]],
+        entry["category"],
+    )
     yield Emoji(entry["image"], name, tuple(aliases), category)
     for code, variation in entry.get("skin_variations", {}).items():
         tone = " and ".join(TONES[part] for part in code.split("-") if part in TONES)
-        yield Emoji(variation["image"], f"{name}, {tone}", tuple(f"{alias}, {tone}" for alias in aliases), category, tone)
+        yield Emoji(
+            variation["image"], f"{name}, {tone}", tuple(f"{alias}, {tone}" for alias in aliases), category, tone
+        )
 
 
 def picture(path: Path) -> Tensor:
@@ -117,7 +170,9 @@ def prepare(google: Path, twitter: Path, limit: int | None) -> tuple[list[Emoji]
     entries = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else []
     emoji = [e for entry in entries for e in emoji_of(entry) if all((folder / e.image).is_file() for folder in folders)]
     if not emoji:
-        raise click.ClickException(f"{table} names no picture that is in {folders[0]} and in {folders[1]}. Unpack both packages as in {__file__}.")
+        raise click.ClickException(
+            f"{table} names no picture that is in {folders[0]} and in {folders[1]}. Unpack both packages as in {__file__}."
+        )
     if limit is not None:
         emoji = random.sample(emoji, min(limit, len(emoji)))
     noto, twemoji = (torch.stack([picture(folder / e.image) for e in emoji]) for folder in folders)
@@ -184,7 +239,9 @@ def train_vae(pictures: Tensor, minutes: float, steps: int | None) -> Autoencode
     vae = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0)
     for step, done in budget("vae", minutes, steps):
-        x = augmented(scaled(pictures[torch.randint(len(pictures), (BATCH,))])).contiguous(memory_format=torch.channels_last)
+        x = augmented(scaled(pictures[torch.randint(len(pictures), (BATCH,))])).contiguous(
+            memory_format=torch.channels_last
+        )
         loss, l1 = vae_loss(vae, x)
         update(loss, optimizer, step, done, warmup=100)
         if step % 25 == 0:
@@ -196,14 +253,19 @@ def train_vae(pictures: Tensor, minutes: float, steps: int | None) -> Autoencode
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return CLIPTextModel(CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=eos, pad_token_id=eos))
+    return CLIPTextModel(
+        CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)
+    )
 
 
 def unet_loss(model: nn.ModuleDict, scheduler: DDIMScheduler, z: Tensor, ids: Tensor) -> Tensor:
     """The denoising loss, with min-SNR weights, of latents z [n, 4, 16, 16] with captions ids [n, 32]."""
     noise, t = torch.randn_like(z), torch.randint(scheduler.config.num_train_timesteps, (len(z),))
     noisy = scheduler.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16), sdpa_kernel(SDPBackend.MATH):  # the backward pass of flash attention is slow on CPUs
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the backward pass of flash attention is slow on CPUs
         predicted = model["unet"](noisy, t, model["text"](ids).last_hidden_state).sample
     snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
     return ((predicted.float() - noise).square().mean((1, 2, 3)) * snr.clamp(max=SNR_LIMIT) / snr).mean()
@@ -217,7 +279,9 @@ def follow(average: nn.Module, model: nn.Module, step: int) -> None:
         kept.lerp_(new, 1 - decay)
 
 
-def train_unet(vae: AutoencoderKL, emoji: list[Emoji], pictures: Tensor, minutes: float, steps: int | None, out: Path) -> None:
+def train_unet(
+    vae: AutoencoderKL, emoji: list[Emoji], pictures: Tensor, minutes: float, steps: int | None, out: Path
+) -> None:
     """Train a UNet and a text encoder on the latents of `pictures` [n, 3, 64, 64], and save the pipeline in `out` now and then."""
     tokenizer, scheduler = CLIPTokenizer.from_pretrained(TOKENIZER), DDIMScheduler(**NOISE)
     weights = torch.tensor([e.weight for e in emoji])
@@ -246,8 +310,15 @@ def save(vae: AutoencoderKL, model: nn.ModuleDict, out: Path) -> None:
     """Write a diffusers folder. Loaded without a dtype, all of it is fp32: transformers keeps the dtype on disk, diffusers does not."""
     vae, unet = copy.deepcopy(vae).half(), copy.deepcopy(model["unet"]).half()
     StableDiffusionPipeline(
-        vae=vae, text_encoder=model["text"], tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER), unet=unet, scheduler=DDIMScheduler(**NOISE),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(out)
+        vae=vae,
+        text_encoder=model["text"],
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+        unet=unet,
+        scheduler=DDIMScheduler(**NOISE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(out)
 
 
 def draw(folder: Path) -> Image.Image:
@@ -255,22 +326,44 @@ def draw(folder: Path) -> Image.Image:
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    drawn = pipeline(PROMPTS, num_inference_steps=DRAWING_STEPS, guidance_scale=4.0, generator=generator, output_type="np").images
+    drawn = pipeline(
+        PROMPTS, num_inference_steps=DRAWING_STEPS, guidance_scale=4.0, generator=generator, output_type="np"
+    ).images
     sheet = drawn.reshape(2, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(128, 512, 3)
     return Image.fromarray((sheet * 255).round().astype("uint8")).resize((1024, 256))
 
 
 @click.command()
-@click.option("--google", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Unpacked emoji-datasource-google.")
-@click.option("--twitter", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Unpacked emoji-datasource-twitter.")
+@click.option(
+    "--google",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Unpacked emoji-datasource-google.",
+)
+@click.option(
+    "--twitter",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Unpacked emoji-datasource-twitter.",
+)
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 @click.option("--vae-minutes", type=click.FloatRange(min=0, min_open=True), default=45, show_default=True)
 @click.option("--unet-minutes", type=click.FloatRange(min=0, min_open=True), default=100, show_default=True)
 @click.option("--vae-steps", type=click.IntRange(min=1), help="Train the VAE for so many steps, whatever the time.")
-@click.option("--unet-steps", type=click.IntRange(min=1), help="Train UNet and text encoder for so many steps, whatever the time.")
+@click.option(
+    "--unet-steps", type=click.IntRange(min=1), help="Train UNet and text encoder for so many steps, whatever the time."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Use so many pictures of each style, chosen by chance.")
-def main(google: Path, twitter: Path, out: Path, vae_minutes: float, unet_minutes: float, vae_steps: int | None, unet_steps: int | None,
-         limit: int | None) -> None:
+def main(
+    google: Path,
+    twitter: Path,
+    out: Path,
+    vae_minutes: float,
+    unet_minutes: float,
+    vae_steps: int | None,
+    unet_steps: int | None,
+    limit: int | None,
+) -> None:
     """Train the tiny emoji model."""
     random.seed(0)
     torch.manual_seed(0)

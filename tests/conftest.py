@@ -1,4 +1,5 @@
 """Tiny pipelines, and what several tests ask of them."""
+
 from __future__ import annotations
 
 import copy
@@ -45,14 +46,36 @@ def tiny_base(embedded_base):
 
     torch.manual_seed(0)
     tokenizer = embedded_base.tokenizer
-    text = CLIPTextConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tokenizer),
-                          max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
-        scheduler=embedded_base.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=embedded_base.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(torch.float64)
 
@@ -60,11 +83,16 @@ def tiny_base(embedded_base):
 @pytest.fixture
 def fresh(tiny_base):
     """Makes pipelines equal to the random one, each with models of its own."""
+
     def make(dtype=torch.float64):
         models = {name: copy.deepcopy(getattr(tiny_base, name)).eval() for name in ("unet", "text_encoder", "vae")}
-        pipe = type(tiny_base)(**{**tiny_base.components, **models, "scheduler": copy.deepcopy(tiny_base.scheduler)}, requires_safety_checker=False)
+        pipe = type(tiny_base)(
+            **{**tiny_base.components, **models, "scheduler": copy.deepcopy(tiny_base.scheduler)},
+            requires_safety_checker=False,
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(dtype)
+
     return make
 
 
@@ -76,18 +104,33 @@ def pipe(fresh):
 @pytest.fixture(scope="session")
 def image():
     """The image [h, w, 3] that a pipeline makes of a prompt in two steps."""
+
     def make(pipe, prompt="cat"):
-        return torch.from_numpy(pipe(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images[0])
+        return torch.from_numpy(
+            pipe(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
+        )
+
     return make
 
 
 @pytest.fixture(scope="session")
 def trace():
     """All by which a model could be told from one that was never touched."""
+
     def of(*models: nn.Module):
-        return [(name, type(m), list(m.__dict__), {k: list(v) for k, v in m.__dict__.items() if isinstance(v, dict)},
-                 [getattr(f, "__func__", f) for f in _forwards(m)], [(k, t.dtype, t.requires_grad, _bytes(t)) for k, t in _own_tensors(m)])
-                for model in models for name, m in model.named_modules()]
+        return [
+            (
+                name,
+                type(m),
+                list(m.__dict__),
+                {k: list(v) for k, v in m.__dict__.items() if isinstance(v, dict)},
+                [getattr(f, "__func__", f) for f in _forwards(m)],
+                [(k, t.dtype, t.requires_grad, _bytes(t)) for k, t in _own_tensors(m)],
+            )
+            for model in models
+            for name, m in model.named_modules()
+        ]
+
     return of
 
 
@@ -106,6 +149,7 @@ def _own_tensors(m: nn.Module):
 @pytest.fixture
 def randomize():
     """Gives every tensor of an adapter values unlike its fresh ones, and a dtype."""
+
     def do(target, name="default", dtype=torch.float64):
         from diffpeft.model.state import slots_of
 
@@ -113,13 +157,19 @@ def randomize():
             slot.to(dtype)
             for p in slot.parameters():
                 nn.init.normal_(p, std=0.3)
+
     return do
 
 
 @pytest.fixture
 def adapter(tmp_path, fresh, randomize):
     """Writes a file with a random LoRA on a convolution, a UNet attention and two text encoder layers, of mixed ranks and alphas."""
-    targets = ("conv_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "layers.0.self_attn.q_proj", "layers.1.mlp.fc1")
+    targets = (
+        "conv_in",
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        "layers.0.self_attn.q_proj",
+        "layers.1.mlp.fc1",
+    )
 
     def write(format="kohya", dtype=torch.float32, path="style.safetensors", targets=targets):
         pipe = fresh()
@@ -128,4 +178,5 @@ def adapter(tmp_path, fresh, randomize):
         randomize(pipe, dtype=dtype)
         diffpeft.save_lora(pipe, tmp_path / path, format=format)
         return tmp_path / path
+
     return write

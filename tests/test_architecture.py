@@ -1,4 +1,5 @@
 """Who may import whom: downwards only, read from the syntax trees."""
+
 from __future__ import annotations
 
 import ast
@@ -28,7 +29,9 @@ FLOORS = {  # each package of ours: what it may import besides itself
     "cli": (*LOW, "layers", "model", "families", "pipeline", "train", "llm", "converters"),
 }
 HEAVY = {"diffusers", "transformers", "accelerate", "bitsandbytes", "click", "peft"}
-FILES = sorted(p for package in ("diffpeft", "converters") for p in (ROOT / package).rglob("*.py") if "assets" not in p.parts)
+FILES = sorted(
+    p for package in ("diffpeft", "converters") for p in (ROOT / package).rglob("*.py") if "assets" not in p.parts
+)
 
 
 def floor_of(module: str) -> str:
@@ -48,7 +51,9 @@ def imports(nodes, inside: str):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{inside}: a relative import"
-            yield from (f"diffpeft.{alias.name}" for alias in node.names) if node.module == "diffpeft" else (node.module,)
+            yield from (
+                (f"diffpeft.{alias.name}" for alias in node.names) if node.module == "diffpeft" else (node.module,)
+            )
 
 
 def at_import_time(tree: ast.Module):
@@ -56,7 +61,9 @@ def at_import_time(tree: ast.Module):
     todo = list(tree.body)
     while todo:
         node = todo.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
             continue
         yield node
         todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
@@ -68,7 +75,9 @@ def test_imports_go_downwards_only(path):
     floor = floor_of(module)
     if floor in ("", "__main__"):  # the lazy table of public names, and the command
         return
-    ours = {floor_of(name) for name in imports(ast.walk(tree), module) if name.split(".")[0] in ("diffpeft", "converters")} - {"", "__version__"}
+    ours = {
+        floor_of(name) for name in imports(ast.walk(tree), module) if name.split(".")[0] in ("diffpeft", "converters")
+    } - {"", "__version__"}
     assert ours - {floor} <= set(FLOORS[floor])
 
 
@@ -79,10 +88,16 @@ def test_low_floors_import_no_heavy_library_at_their_top(path):
         assert not {name.split(".")[0] for name in imports(at_import_time(ast.parse(path.read_text())), module)} & HEAVY
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if floor_of(name_of(p)) in ("errors", "bundle", "io", "converters")], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if floor_of(name_of(p)) in ("errors", "bundle", "io", "converters")], ids=name_of
+)
 def test_the_header_side_imports_no_torch_at_its_top(path):
     module = name_of(path)
-    assert not {name.split(".")[0] for name in imports(at_import_time(ast.parse(path.read_text())), module)} & {"torch", "numpy", "safetensors"}
+    assert not {name.split(".")[0] for name in imports(at_import_time(ast.parse(path.read_text())), module)} & {
+        "torch",
+        "numpy",
+        "safetensors",
+    }
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if floor_of(name_of(p)) == "methods"], ids=name_of)
@@ -90,7 +105,10 @@ def test_methods_import_torch_and_errors_only(path):
     import sys
 
     module, tree = name_of(path), ast.parse(path.read_text())
-    assert {name.split(".")[0] for name in imports(ast.walk(tree), module)} - sys.stdlib_module_names <= {"torch", "diffpeft"}
+    assert {name.split(".")[0] for name in imports(ast.walk(tree), module)} - sys.stdlib_module_names <= {
+        "torch",
+        "diffpeft",
+    }
 
 
 def test_every_package_has_a_floor():

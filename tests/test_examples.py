@@ -1,4 +1,5 @@
 """The examples and the README's commands run, or at least say what the code understands."""
+
 import importlib.util
 import re
 import shlex
@@ -35,7 +36,9 @@ def test_the_mix_of_two_adapters_is_base_where_both_are_off(tmp_path):
         diffpeft.attach(pipe.unet, diffpeft.LoraConfig(r=2, init_lora_weights=False), name, targets="attn")
         diffpeft.save_lora(pipe, tmp_path / f"{name}.safetensors", name=name)
         diffpeft.unload(pipe)
-    module(ROOT / "examples" / "mix_adapters.py").main([*(str(tmp_path / f"{n}.safetensors") for n in "ab"), "a cat", "--steps", "2", "-o", str(tmp_path / "m.png")])
+    module(ROOT / "examples" / "mix_adapters.py").main(
+        [*(str(tmp_path / f"{n}.safetensors") for n in "ab"), "a cat", "--steps", "2", "-o", str(tmp_path / "m.png")]
+    )
     picture = Image.open(tmp_path / "m.png")
     cells = {picture.crop((64 * c, 64 * r, 64 * c + 64, 64 * r + 64)).tobytes() for r in range(3) for c in range(3)}
     assert picture.size == (192, 192) and len(cells) == 9

@@ -1,4 +1,5 @@
 """safetensors by hand: what is refused and how, and agreement with the library."""
+
 from __future__ import annotations
 
 import json
@@ -39,7 +40,10 @@ BAD = {
     "header in UTF-16": (lambda p: built(p, json.dumps(row()).encode("utf-16")), "damaged"),
     "header too deep": (lambda p: built(p, b"[" * 100_000), "damaged"),
     "a key twice": (lambda p: built(p, b'{"x":%s,"x":%s}' % ((json.dumps(ROW).encode(),) * 2)), "twice"),
-    "a field twice": (lambda p: built(p, b'{"x":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'), "twice"),
+    "a field twice": (
+        lambda p: built(p, b'{"x":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
+        "twice",
+    ),
     "a field missing": (lambda p: built(p, {"x": {"dtype": "F32", "shape": [2]}}), "data_offsets"),
     "unknown dtype": (lambda p: built(p, row(dtype="F31")), "dtype"),
     "dtype of another kind": (lambda p: built(p, row(dtype=["F32"])), "damaged"),
@@ -98,24 +102,50 @@ def test_what_is_no_file_is_refused(tmp_path):
 def test_a_header_length_that_looks_like_another_kind_of_file_is_just_a_length(length, tmp_path):
     """640 is b"\\x80\\x02", how a pickle begins; 15392 is b" <", how a web page does."""
     text = json.dumps(row()).encode()
-    text = text.ljust(length) if len(text) <= length else b'{"x":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}'.ljust(length)
+    text = (
+        text.ljust(length)
+        if len(text) <= length
+        else b'{"x":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}'.ljust(length)
+    )
     path = built(tmp_path / "x.safetensors", text)
     assert list(io.header(path)[0]) == list(load_file(path)) == ["x"]
 
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.int32, torch.int16,
-          torch.int8, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def tensors():
     made = {str(dtype): (torch.randn(3, 2) * 9).to(dtype) for dtype in DTYPES}
-    odd = {"scalar": torch.tensor(4.0), "one": torch.tensor([4]), "empty": torch.empty(0, 3), "transposed": torch.randn(2, 3).T, "é \n\"": torch.ones(1)}
+    odd = {
+        "scalar": torch.tensor(4.0),
+        "one": torch.tensor([4]),
+        "empty": torch.empty(0, 3),
+        "transposed": torch.randn(2, 3).T,
+        'é \n"': torch.ones(1),
+    }
     return made | odd
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape
-                                        and torch.equal(a[k].contiguous().view(-1).view(torch.uint8), b[k].contiguous().view(-1).view(torch.uint8)) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype
+        and a[k].shape == b[k].shape
+        and torch.equal(a[k].contiguous().view(-1).view(torch.uint8), b[k].contiguous().view(-1).view(torch.uint8))
+        for k in a
+    )
 
 
 def test_what_the_library_writes_is_read_and_the_other_way_round(tmp_path):

@@ -1,4 +1,5 @@
 """How models name their layers. One file an architecture, one line a family here."""
+
 from converters.families import clip, unet
 from converters.families.base import Table
 

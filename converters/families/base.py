@@ -1,4 +1,5 @@
 """A table of layer names: templates in which `{}` stands for a number, and from them the way back from flat names."""
+
 from __future__ import annotations
 
 import functools
@@ -18,9 +19,9 @@ class Table:
         match = _flat(tuple(self.components.get(component, ()))).fullmatch(flat)
         if match is None:
             return None
-        at = int((match.lastgroup or '')[1:])
+        at = int((match.lastgroup or "")[1:])
         template = self.components[component][at]
-        return template.format(*(n for n in match.groups()[match.lastindex:] if n is not None))
+        return template.format(*(n for n in match.groups()[match.lastindex :] if n is not None))
 
     def knows(self, component: str, layer: str) -> bool:
         """Whether the family has a layer of this dotted name."""

@@ -1,4 +1,5 @@
 """How files spell adapters. One file a format, one line here."""
+
 from converters.formats.base import Format, Part
 from converters.formats.diffusers import Diffusers
 from converters.formats.kohya import Kohya

@@ -1,4 +1,5 @@
 """What a format is: a way to take keys apart and to put them together, and a place for alphas."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,5 @@
 """kohya (sd-scripts): `lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`, alphas as tensors beside the weights."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,12 @@ from converters.roles import FOREIGN
 from diffpeft.bundle import Entry
 
 # diffusers' own kohya writer says lora_te1_ where sd-scripts says lora_te_; both are read, the later row is written
-PREFIXES = {"lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder", "lora_unet_": "unet"}
+PREFIXES = {
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+    "lora_unet_": "unet",
+}
 SUFFIXES = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"}
 _PREFIX_OF = {component: prefix for prefix, component in PREFIXES.items()}
 _SUFFIX_OF = {role: suffix for suffix, role in SUFFIXES.items()}

@@ -1,4 +1,5 @@
 """The command line. Commands are thin: parse, call, print. Nothing heavy is imported before a command runs."""
+
 from __future__ import annotations
 
 import sys
@@ -12,7 +13,12 @@ from diffpeft.cli.generate import generate
 from diffpeft.cli.train import train
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")})
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    }
+)
 @click.version_option(version=__version__, prog_name="diffpeft")
 def cli() -> None:
     """Adapters for diffusion models: train them, draw with them.

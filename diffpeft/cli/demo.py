@@ -1,4 +1,5 @@
 """diffpeft demo."""
+
 from __future__ import annotations
 
 import click
@@ -7,7 +8,14 @@ import click
 @click.command()
 @click.option("--method", default="lora", show_default=True, help="The adapter method.")
 @click.option("--steps", type=click.IntRange(min=1), default=700, show_default=True, help="Training steps.")
-@click.option("-o", "--out", type=click.Path(file_okay=False), default="demo-out", show_default=True, help="Folder for the results.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(file_okay=False),
+    default="demo-out",
+    show_default=True,
+    help="Folder for the results.",
+)
 def demo(method: str, steps: int, out: str) -> None:
     """Learn a drawing style on the embedded base model, and see it: minutes on two cores, no network.
 

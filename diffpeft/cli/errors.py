@@ -1,4 +1,5 @@
 """Errors as people see them: what, where, remedy, a line each; and the exit code that tells scripts which kind it was."""
+
 from __future__ import annotations
 
 import os
@@ -9,10 +10,26 @@ from typing import Any
 
 import click
 
-from diffpeft.errors import AdapterStateError, CannotConvertError, CheckpointError, ConfigError, DataError, DiffpeftError, DivergedError, UnknownNameError
+from diffpeft.errors import (
+    AdapterStateError,
+    CannotConvertError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiffpeftError,
+    DivergedError,
+    UnknownNameError,
+)
 
 EXIT_CODES: dict[type[DiffpeftError], int] = {
-    ConfigError: 2, UnknownNameError: 2, DataError: 3, CheckpointError: 4, CannotConvertError: 4, AdapterStateError: 4, DivergedError: 5}
+    ConfigError: 2,
+    UnknownNameError: 2,
+    DataError: 3,
+    CheckpointError: 4,
+    CannotConvertError: 4,
+    AdapterStateError: 4,
+    DivergedError: 5,
+}
 INTERRUPTED = 130
 
 
@@ -21,8 +38,8 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
-    # threads that wait by spinning stand still for seconds at a time when another program wants the same cores; read when torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait make a step a hundred times slower when another program wants the same cores; read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if not debug:
         _quieten()
     try:
@@ -42,7 +59,15 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
 
 
 def _lines(error: DiffpeftError) -> list[str]:
-    return [line for line in (f"Error: {error.what}", error.where and f"  in: {error.where}", error.remedy and f"  try: {error.remedy}") if line]
+    return [
+        line
+        for line in (
+            f"Error: {error.what}",
+            error.where and f"  in: {error.where}",
+            error.remedy and f"  try: {error.remedy}",
+        )
+        if line
+    ]
 
 
 def _quieten() -> None:

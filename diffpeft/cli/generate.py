@@ -1,4 +1,5 @@
 """diffpeft generate."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,20 +19,42 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 @click.command()
-@click.option("-m", "--model", help="A diffusers folder, a single .safetensors file (with --base), or a Hub id. Default: the embedded base.")
+@click.option(
+    "-m",
+    "--model",
+    help="A diffusers folder, a single .safetensors file (with --base), or a Hub id. Default: the embedded base.",
+)
 @click.option("--base", help="The folder or Hub id with the configs and the tokenizer of a single-file model.")
 @click.option("-p", "--prompt", required=True, help="What to draw.")
 @click.option("--negative", help="What not to draw.")
-@click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="An adapter and its strength; may be repeated.")
-@click.option("-o", "--out", default="out.png", show_default=True, type=click.Path(dir_okay=False), help="The PNG to write.")
+@click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="An adapter and its strength; may be repeated."
+)
+@click.option(
+    "-o", "--out", default="out.png", show_default=True, type=click.Path(dir_okay=False), help="The PNG to write."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the starting noise.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Denoising steps.")
-@click.option("--guidance", type=float, help="Guidance scale. Default: 4 for the embedded base, else the pipeline's own.")
+@click.option(
+    "--guidance", type=float, help="Guidance scale. Default: 4 for the embedded base, else the pipeline's own."
+)
 @click.option("--width", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--height", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: fp32 on a CPU, else bf16.")
-def generate(model: str | None, base: str | None, prompt: str, negative: str | None, loras: tuple[str, ...], out: str, seed: int, steps: int,
-             guidance: float | None, width: int | None, height: int | None, dtype: str | None) -> None:
+def generate(
+    model: str | None,
+    base: str | None,
+    prompt: str,
+    negative: str | None,
+    loras: tuple[str, ...],
+    out: str,
+    seed: int,
+    steps: int,
+    guidance: float | None,
+    width: int | None,
+    height: int | None,
+    dtype: str | None,
+) -> None:
     """Draw a picture, with adapters or without.
 
     Example: diffpeft generate -p "an emoji of lemon" --lora demo-out/openmoji.diffusers.safetensors:0.8 -o lemon.png
@@ -44,11 +67,13 @@ def generate(model: str | None, base: str | None, prompt: str, negative: str | N
     import diffpeft
     from diffpeft.cli.errors import quiet_bars
     from diffpeft.io import replacing
-    from diffpeft.pipeline.load import located
+    from diffpeft.pipeline.locate import located
     from diffpeft.pipeline.open import check_model, default_device, dtype_for, open_pipeline
 
     check_model(model, base)
-    files = [(converters.read(located(file)), weight) for file, weight in map(weighted, loras)]  # headers only: a bad file is told before the model loads
+    files = [
+        (converters.read(located(file)), weight) for file, weight in map(weighted, loras)
+    ]  # headers only: a bad file is told before the model loads
     quiet_bars()
     device = default_device()
     pipe = open_pipeline(model, base, dtype=dtype_for(dtype, device), device=device)
@@ -57,7 +82,12 @@ def generate(model: str | None, base: str | None, prompt: str, negative: str | N
         diffpeft.load_lora(pipe, bundle, name=f"lora-{i}", weight=weight)
     guidance = 4.0 if guidance is None and model is None else guidance
     chosen = {"negative_prompt": negative, "guidance_scale": guidance, "width": width, "height": height}
-    image = pipe(prompt, num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(seed), **{k: v for k, v in chosen.items() if v is not None}).images[0]
+    image = pipe(
+        prompt,
+        num_inference_steps=steps,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        **{k: v for k, v in chosen.items() if v is not None},
+    ).images[0]
     with replacing(out) as f:
         image.save(f, "PNG")
     click.echo(out)

@@ -1,4 +1,5 @@
 """How a run is getting on: a bar on a terminal, and elsewhere plain lines, one at least every ten seconds, each with the loss."""
+
 from __future__ import annotations
 
 import sys
@@ -6,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-EVERY = 5.0    # seconds between plain lines
+EVERY = 5.0  # seconds between plain lines
 PATIENCE = 20  # seconds before the first one, if no step is done by then
 
 
@@ -29,7 +30,12 @@ class Progress:
         if sys.stdout.isatty():
             from rich import progress as rich
 
-            columns = rich.SpinnerColumn(), rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TextColumn("{task.fields[numbers]}")
+            columns = (
+                rich.SpinnerColumn(),
+                rich.TextColumn("{task.description}"),
+                rich.BarColumn(),
+                rich.TextColumn("{task.fields[numbers]}"),
+            )
             self.bar = rich.Progress(*columns)
             self.task = self.bar.add_task("starting", total=None, numbers="")
             self.bar.start()
@@ -70,7 +76,9 @@ class Progress:
 
     def _show(self, at_once: bool = False) -> None:
         if self.bar:
-            self.bar.update(self.task, description=self.text, completed=self.done, total=self.total or None, numbers=self.numbers())
+            self.bar.update(
+                self.task, description=self.text, completed=self.done, total=self.total or None, numbers=self.numbers()
+            )
         elif at_once:
             self._line()
 

@@ -1,4 +1,5 @@
 """diffpeft train: its options are the fields of TrainConfig."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -51,7 +52,14 @@ def train(config: str | None, **typed: Any) -> None:
         progress.phase("writing")
         files = dreambooth.save(run)
         out = Path(options.out or "")
-        files.append(report.write(out / "report.html", title=f"diffpeft: {run.name}", losses=run.losses, options=options.resolved(),
-                                  files=[*files, out / "report.html"]))
+        files.append(
+            report.write(
+                out / "report.html",
+                title=f"diffpeft: {run.name}",
+                losses=run.losses,
+                options=options.resolved(),
+                files=[*files, out / "report.html"],
+            )
+        )
     for file in files:
         click.echo(file)

@@ -1,4 +1,5 @@
 """What a model family needs beyond the names of its layers: which pipelines are of it, and how a training step adds noise and what it predicts."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +14,14 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 # the longer name first: a class is of the first family whose name it starts with
-_CLASSES = {"StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "StableDiffusion": "sd15", "Flux2": "flux2", "Flux": "flux", "UNet2DConditionModel": "sd15"}
+_CLASSES = {
+    "StableDiffusionXL": "sdxl",
+    "StableDiffusion3": "sd3",
+    "StableDiffusion": "sd15",
+    "Flux2": "flux2",
+    "Flux": "flux",
+    "UNet2DConditionModel": "sd15",
+}
 _WIDTHS = {1024: "sd2", 2048: "sdxl"}  # cross-attention widths of families that share the class UNet2DConditionModel
 
 
@@ -30,7 +38,9 @@ def open_family(pipe: Any) -> Family:
     """The training side of a pipeline. Raises WrongBaseError for one that cannot be trained yet."""
     family = family_of(pipe)
     if family not in FAMILIES:
-        raise WrongBaseError(f"a {type(pipe).__name__} cannot be trained", remedy=f"The families that can are {', '.join(FAMILIES)}.")
+        raise WrongBaseError(
+            f"a {type(pipe).__name__} cannot be trained", remedy=f"The families that can are {', '.join(FAMILIES)}."
+        )
     return FAMILIES[family](pipe)  # type: ignore[call-arg]
 
 

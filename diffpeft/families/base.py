@@ -1,4 +1,5 @@
 """What the trainer asks of a family."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol

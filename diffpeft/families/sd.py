@@ -2,6 +2,7 @@
 
 x_t = sqrt(a_t) z + sqrt(1 - a_t) n; the target is n, or v = sqrt(a_t) n - sqrt(1 - a_t) z (Ho et al. 2020; Salimans and Ho 2022).
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -35,7 +36,9 @@ class StableDiffusion:
     def embed(self, prompts: list[str]) -> Tensor:
         """Prompts -> the text encoder's last hidden states [b, tokens, width]."""
         tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
         return encoder(ids.to(encoder.device))[0]
 
     def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:

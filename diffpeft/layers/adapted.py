@@ -3,6 +3,7 @@
 Parameters keep their names, `isinstance` keeps working, and swapping the class back leaves no trace. Why a class and not an
 instance `forward`, a wrapper or a parametrisation: docs/decisions/001-in-place-means-a-class-swap.md.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ class Record:
 
     mix: Any
     column: Tensor  # [1], a tensor so that equal blocks share one compiled graph
-    index: int      # the same as a number, for eager code
+    index: int  # the same as a number, for eager code
     slots: Mapping[str, Slot]
 
 
@@ -102,14 +103,31 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
             y = base.forward(self, *args, **kwargs)
             x = args[0] if args else next(iter(kwargs.values()))
             record: Record = self._diffpeft
-            return _compiled(record, site(self), x, y) if torch.compiler.is_compiling() else _eager(record, site(self), x, y)
+            return (
+                _compiled(record, site(self), x, y)
+                if torch.compiler.is_compiling()
+                else _eager(record, site(self), x, y)
+            )
 
         def reduce(self: Any, protocol: Any) -> Any:
-            return _rebuild, (base,), self.__getstate__()  # the state apart: it may hold the layer itself, as accelerate's hooks do
+            return (
+                _rebuild,
+                (base,),
+                self.__getstate__(),
+            )  # the state apart: it may hold the layer itself, as accelerate's hooks do
 
-        _classes[base] = type(base.__name__, (base,), {
-            "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-            "_diffpeft_base": base, "forward": forward, "__reduce_ex__": reduce})
+        _classes[base] = type(
+            base.__name__,
+            (base,),
+            {
+                "__module__": base.__module__,
+                "__qualname__": base.__qualname__,
+                "__doc__": base.__doc__,
+                "_diffpeft_base": base,
+                "forward": forward,
+                "__reduce_ex__": reduce,
+            },
+        )
     return _classes[base]
 
 
@@ -119,7 +137,7 @@ def _eager(record: Record, op: Any, x: Tensor, y: Tensor) -> Tensor:
     for name in choice.order:
         slot = record.slots.get(name)
         if slot is not None and (strength := choice.strengths[name][record.index]):
-            y = y + slot(op, x, strength)
+            y = slot(op, x, y, strength)
     return y
 
 
@@ -129,7 +147,7 @@ def _compiled(record: Record, op: Any, x: Tensor, y: Tensor) -> Tensor:
     for row, name in enumerate(choice.order):
         slot = record.slots.get(name)
         if slot is not None:
-            y = y + slot(op, x, choice.table[row].index_select(0, record.column).to(y.device))
+            y = slot(op, x, y, choice.table[row].index_select(0, record.column).to(y.device))
     return y
 
 

@@ -1,4 +1,5 @@
 """A layer seen as one linear operation: the only place that knows Linear from Conv."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,8 +29,11 @@ class LinearSite:
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    def up(self, h: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(h, weight)
+    def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: float | Tensor) -> Tensor:
+        """y + gate * h W^T as one product with an epilogue: no pass over y beyond it. y [*n, out], h [*n, r]."""
+        if isinstance(gate, Tensor):
+            h, gate = h * gate, 1.0
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), weight.t(), alpha=gate).view(y.shape)
 
 
 class ConvSite:
@@ -50,9 +54,14 @@ class ConvSite:
         filters = weight if groups == 1 else weight.repeat(groups, *(1 for _ in weight.shape[1:]))
         return self.module._conv_forward(x, filters, None)
 
-    def up(self, h: Tensor, weight: Tensor) -> Tensor:
-        """[b, groups * r, *m] -> [b, out, *m]."""
-        return _CONVOLUTIONS[weight.dim() - 3](h, weight, groups=self.module.groups)
+    def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: float | Tensor) -> Tensor:
+        """y + gate * (1x1 convolution of h by group). y [b, out, *m], h [b, groups * r, *m]; a plain contiguous one as a product with an epilogue."""
+        if isinstance(gate, Tensor):
+            h, gate = h * gate, 1.0
+        if self.module.groups == 1 and y.dim() == weight.dim() and y.is_contiguous():
+            B = weight.flatten(1).expand(len(y), -1, -1)
+            return torch.baddbmm(y.flatten(2), B, h.flatten(2), alpha=gate).view(y.shape)
+        return y + gate * _CONVOLUTIONS[weight.dim() - 3](h, weight, groups=self.module.groups)
 
 
 SITES = (LinearSite, ConvSite)
@@ -87,7 +96,9 @@ def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     accelerate: beside its hook, and after the hook was removed as `forward` on the layer; diffusers: in its registry of hooks.
     """
     hooks = getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ())
-    places: list[tuple[Any, str]] = [(d, key) for d in (vars(module), *map(vars, hooks)) for key in ("_old_forward", "forward", "original_forward")]
+    places: list[tuple[Any, str]] = [
+        (d, key) for d in (vars(module), *map(vars, hooks)) for key in ("_old_forward", "forward", "original_forward")
+    ]
     return [(d, key) for d, key in places if getattr(d.get(key), "__func__", None) is type(module).forward]
 
 

@@ -1,4 +1,5 @@
 """Slot: one adapter on one layer, a leaf module that owns its tensors."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -19,7 +20,15 @@ class Slot(nn.Module):
     `alpha` is kept as stored (a tensor, a number, or None); the scale follows from it.
     """
 
-    def __init__(self, method: str, tensors: Mapping[str, Tensor], alpha: Handle | float | None, *, dropout: float = 0.0, trainable: bool):
+    def __init__(
+        self,
+        method: str,
+        tensors: Mapping[str, Tensor],
+        alpha: Handle | float | None,
+        *,
+        dropout: float = 0.0,
+        trainable: bool,
+    ):
         super().__init__()
         self.method, self.alpha, self.dropout = method, alpha, dropout
         for role, tensor in tensors.items():
@@ -41,8 +50,8 @@ class Slot(nn.Module):
         """The adapter's rank on this layer."""
         return METHODS[self.method].rank(self.tensors)
 
-    def forward(self, op: Op, x: Tensor, strength: float | Tensor) -> Tensor:
-        """What this adapter adds to the layer's output for input `x`."""
+    def forward(self, op: Op, x: Tensor, y: Tensor, strength: float | Tensor) -> Tensor:
+        """The layer's output `y` for input `x`, with this adapter added."""
         gate = strength * self.scale
         if isinstance(gate, Tensor):
             gate = gate.to(x.dtype)
@@ -51,7 +60,7 @@ class Slot(nn.Module):
             p = {role: t.to(x.dtype) for role, t in p.items()}
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        return METHODS[self.method].apply(op, p, x, gate)
+        return METHODS[self.method].apply(op, p, x, y, gate)
 
     def extra_repr(self) -> str:
         return f"{self.method}, rank={self.rank}, scale={self.scale:g}"

@@ -1,4 +1,5 @@
 """The adapter methods: mathematics only. One file a method, one line here."""
+
 from diffpeft.methods.base import Geometry, Method, Op
 from diffpeft.methods.lora import Lora, LoraConfig
 

@@ -1,4 +1,5 @@
 """What a method is: a definition on a weight, and a fast path on activations that must agree with it."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -33,8 +34,8 @@ class Op(Protocol):
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's operation (stride, padding and all) with `weight` [r, in / groups, *kernel]; r features out, once a group."""
 
-    def up(self, h: Tensor, weight: Tensor) -> Tensor:
-        """Mix features with `weight` [out, r, *1] at each position; with groups, each group mixes its own r."""
+    def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: float | Tensor) -> Tensor:
+        """y + gate x (the features of h mixed with `weight` [out, r, *1] at each position; with groups, each group mixes its own r)."""
 
 
 class Method(Protocol):
@@ -45,7 +46,9 @@ class Method(Protocol):
     roles: tuple[str, ...]
 
     @staticmethod
-    def init(config: Any, layer: str, geometry: Geometry, generator: torch.Generator | None) -> tuple[dict[str, Tensor], float | None]:
+    def init(
+        config: Any, layer: str, geometry: Geometry, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], float | None]:
         """Fresh fp32 tensors for `layer`, and the alpha that belongs to them."""
 
     @staticmethod
@@ -69,5 +72,5 @@ class Method(Protocol):
         """The definition: f(W) - W, in the shape of W."""
 
     @staticmethod
-    def apply(op: Op, p: Mapping[str, Tensor], x: Tensor, gate: float | Tensor) -> Tensor:
-        """The fast path: what to add to the layer's output for input `x`; `gate` is scale x strength."""
+    def apply(op: Op, p: Mapping[str, Tensor], x: Tensor, y: Tensor, gate: float | Tensor) -> Tensor:
+        """The fast path: the layer's output `y` for input `x`, with this adapter added; `gate` is scale x strength."""

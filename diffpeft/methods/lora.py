@@ -3,6 +3,7 @@
 rsLoRA divides alpha by sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
 On a grouped convolution A [r, in / groups, *k] is shared by the groups and the same equation holds for every row of W.
 """
+
 from __future__ import annotations
 
 import math
@@ -54,7 +55,10 @@ class LoraConfig:
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise ConfigError(f"{name} is {r!r}", remedy="A rank is a whole number of at least 1.")
-        for name, alpha in [("lora_alpha", self.lora_alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
+        for name, alpha in [
+            ("lora_alpha", self.lora_alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]:
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise ConfigError(f"{name} is {alpha!r}", remedy="An alpha is a finite number.")
         for name, pattern in [(n, p) for n in ("rank_pattern", "alpha_pattern") for p in getattr(self, n)]:
@@ -63,9 +67,13 @@ class LoraConfig:
             except re.error as error:
                 raise ConfigError(f"{name} has {pattern!r}", remedy=f"It is no regular expression: {error}.") from error
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout is {self.lora_dropout!r}", remedy="It is a probability: at least 0 and less than 1.")
+            raise ConfigError(
+                f"lora_dropout is {self.lora_dropout!r}", remedy="It is a probability: at least 0 and less than 1."
+            )
         if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ConfigError(f"init_lora_weights is {self.init_lora_weights!r}", remedy="It is True, False or 'gaussian'.")
+            raise ConfigError(
+                f"init_lora_weights is {self.init_lora_weights!r}", remedy="It is True, False or 'gaussian'."
+            )
 
     @property
     def dropout(self) -> float:
@@ -90,8 +98,13 @@ class Lora:
         return delta(p, scale)
 
     @staticmethod
-    def init(config: LoraConfig, layer: str, geometry: Geometry, generator: torch.Generator | None = None) -> tuple[dict[str, Tensor], float]:
-        r, alpha = _pattern(config.rank_pattern, layer, config.r), float(_pattern(config.alpha_pattern, layer, config.lora_alpha))
+    def init(
+        config: LoraConfig, layer: str, geometry: Geometry, generator: torch.Generator | None = None
+    ) -> tuple[dict[str, Tensor], float]:
+        r, alpha = (
+            _pattern(config.rank_pattern, layer, config.r),
+            float(_pattern(config.alpha_pattern, layer, config.lora_alpha)),
+        )
         A = torch.empty(r, geometry.in_ // geometry.groups, *geometry.kernel)
         B = torch.zeros(geometry.out, r, *(1 for _ in geometry.kernel))
         if config.init_lora_weights == "gaussian":
@@ -101,7 +114,9 @@ class Lora:
             A.uniform_(-bound, bound, generator=generator)
             if config.init_lora_weights is False:
                 B.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r), generator=generator)
-        return {"lora_A": A, "lora_B": B}, alpha * math.sqrt(r) if config.use_rslora else alpha  # so that scale is alpha / r in every file
+        return {"lora_A": A, "lora_B": B}, alpha * math.sqrt(
+            r
+        ) if config.use_rslora else alpha  # so that scale is alpha / r in every file
 
     @staticmethod
     def check(p: Mapping[str, Any], geometry: Geometry) -> str:
@@ -109,14 +124,19 @@ class Lora:
         if r != r2 or r < 1:
             return f"lora_A {tuple(p['lora_A'].shape)} and lora_B {tuple(p['lora_B'].shape)} have different ranks"
         i, k = geometry.in_ // geometry.groups, geometry.kernel
-        fits = o == geometry.out and set(b) <= {1} and a[:1] == [i] and (tuple(a[1:]) == k or set(a[1:]) | set(k) <= {1})
+        fits = (
+            o == geometry.out and set(b) <= {1} and a[:1] == [i] and (tuple(a[1:]) == k or set(a[1:]) | set(k) <= {1})
+        )
         layer = f"lora_A (r, {', '.join(map(str, (i, *k)))}) and lora_B ({geometry.out}, r{', 1' * len(k)})"
         return "" if fits else f"the layer takes {layer}, not {tuple(p['lora_A'].shape)} and {tuple(p['lora_B'].shape)}"
 
     @staticmethod
     def adopt(p: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
         A, B = p["lora_A"], p["lora_B"]
-        return {"lora_A": A.reshape(A.shape[0], geometry.in_ // geometry.groups, *geometry.kernel), "lora_B": B.reshape(geometry.out, A.shape[0], *(1 for _ in geometry.kernel))}
+        return {
+            "lora_A": A.reshape(A.shape[0], geometry.in_ // geometry.groups, *geometry.kernel),
+            "lora_B": B.reshape(geometry.out, A.shape[0], *(1 for _ in geometry.kernel)),
+        }
 
     @staticmethod
     def rank(p: Mapping[str, Any]) -> int:
@@ -127,5 +147,5 @@ class Lora:
         return 1.0 if alpha is None else alpha / rank
 
     @staticmethod
-    def apply(op: Op, p: Mapping[str, Tensor], x: Tensor, gate: float | Tensor) -> Tensor:
-        return op.up(op.down(x, p["lora_A"]) * gate, p["lora_B"])
+    def apply(op: Op, p: Mapping[str, Tensor], x: Tensor, y: Tensor, gate: float | Tensor) -> Tensor:
+        return op.add(y, op.down(x, p["lora_A"]), p["lora_B"], gate)

@@ -1,4 +1,5 @@
 """attach and detach: adapters on and off many layers, all or nothing, exact inverses."""
+
 from __future__ import annotations
 
 import warnings
@@ -62,8 +63,10 @@ def mix_of(model: nn.Module) -> Mix | None:
         assert record is not None
         mix = record.mix
         if mix.layers[record.index] != layer:
-            raise AdapterStateError(f"layer {shown(layer)} was adapted as {shown(mix.layers[record.index])}, as part of another module",
-                                    remedy="Pass the module that was adapted.")
+            raise AdapterStateError(
+                f"layer {shown(layer)} was adapted as {shown(mix.layers[record.index])}, as part of another module",
+                remedy="Pass the module that was adapted.",
+            )
     return mix
 
 
@@ -77,11 +80,22 @@ def method_of(config: Any) -> type[Method]:
     for method in METHODS.values():
         if type(config) is method.config:
             return method
-    raise ConfigError(f"{type(config).__name__} configures no method", remedy=f"Known: {', '.join(m.config.__name__ for m in METHODS.values())}.")
+    raise ConfigError(
+        f"{type(config).__name__} configures no method",
+        remedy=f"Known: {', '.join(m.config.__name__ for m in METHODS.values())}.",
+    )
 
 
-def attach(target: Any, config: Any, name: str = "default", targets: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None, *,
-           dry_run: bool = False, generator: torch.Generator | None = None) -> AttachReport:
+def attach(
+    target: Any,
+    config: Any,
+    name: str = "default",
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    *,
+    dry_run: bool = False,
+    generator: torch.Generator | None = None,
+) -> AttachReport:
     """Add a fresh, trainable adapter to layers of a module or pipeline and activate it at strength 1, after those already active.
 
     Args:
@@ -99,8 +113,10 @@ def attach(target: Any, config: Any, name: str = "default", targets: str | Seque
     chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
     mixes = mixes_of(parts)
     _refuse_duplicate(name, mixes.values())
-    slots = {component: {layer: _fresh(method, config, layer, module, generator, dry_run) for layer, module in found.items()}
-             for component, found in chosen.items()}
+    slots = {
+        component: {layer: _fresh(method, config, layer, module, generator, dry_run) for layer, module in found.items()}
+        for component, found in chosen.items()
+    }
     large = [layer for component, found in slots.items() for layer in oversized(chosen[component], found)]
     if large and not is_preset(targets or config.target_modules):  # who named the layers should know
         warnings.warn(f"adapter {name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=2)
@@ -108,11 +124,17 @@ def attach(target: Any, config: Any, name: str = "default", targets: str | Seque
         plan = Plan()
         for component, found in slots.items():
             if found:
-                install(plan, component, chosen[component], found, mixes.get(component), Adapter(name, tuple(found)), 1.0)
+                install(
+                    plan, component, chosen[component], found, mixes.get(component), Adapter(name, tuple(found)), 1.0
+                )
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
-    names = tuple(f"{component}.{layer}" if component else layer for component, found in slots.items() for layer in found)
-    return AttachReport(name, names, sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors))
+    names = tuple(
+        f"{component}.{layer}" if component else layer for component, found in slots.items() for layer in found
+    )
+    return AttachReport(
+        name, names, sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)
+    )
 
 
 def oversized(modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> list[str]:
@@ -123,10 +145,14 @@ def oversized(modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> li
 
 def _refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
     if any(name in mix.adapters for mix in mixes):
-        raise AdapterStateError(f"an adapter named {shown(name)} is there already", remedy="Choose another name=, or unload it first.")
+        raise AdapterStateError(
+            f"an adapter named {shown(name)} is there already", remedy="Choose another name=, or unload it first."
+        )
 
 
-def _fresh(method: type[Method], config: Any, layer: str, module: nn.Module, generator: torch.Generator | None, dry_run: bool) -> Slot:
+def _fresh(
+    method: type[Method], config: Any, layer: str, module: nn.Module, generator: torch.Generator | None, dry_run: bool
+) -> Slot:
     site = site_of(base_class(module))
     assert site is not None
     with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
@@ -135,15 +161,30 @@ def _fresh(method: type[Method], config: Any, layer: str, module: nn.Module, gen
     return slot if dry_run else slot.to(device_of(module))
 
 
-def install(plan: Plan, component: str, modules: Mapping[str, nn.Module], slots: Mapping[str, Slot], mix: Mix | None, adapter: Adapter,
-            strength: Strength) -> None:
+def install(
+    plan: Plan,
+    component: str,
+    modules: Mapping[str, nn.Module],
+    slots: Mapping[str, Slot],
+    mix: Mix | None,
+    adapter: Adapter,
+    strength: Strength,
+) -> None:
     """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active."""
     mix = mix or Mix(component)
     layers = (*mix.layers, *(layer for layer in slots if layer not in mix.layers))
     column = {layer: i for i, layer in enumerate(layers)}
     adapters = {**mix.adapters, adapter.name: adapter}
-    plan.mixes.append((mix, {"layers": layers, "adapters": adapters,
-                             "choice": choose(component, layers, adapters, {**mix.choice.given, adapter.name: strength})}))
+    plan.mixes.append(
+        (
+            mix,
+            {
+                "layers": layers,
+                "adapters": adapters,
+                "choice": choose(component, layers, adapters, {**mix.choice.given, adapter.name: strength}),
+            },
+        )
+    )
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
         old = record_of(module)
@@ -171,7 +212,15 @@ def remove(plan: Plan, parts: Mapping[str, nn.Module], names: set[str]) -> None:
         check_idle(mix, names)
         adapters = {n: a for n, a in mix.adapters.items() if n not in names}
         given = {n: s for n, s in mix.choice.given.items() if n not in names}
-        plan.mixes.append((mix, {"adapters": adapters, "choice": choose(component, mix.layers, adapters, given) if adapters else Choice()}))
+        plan.mixes.append(
+            (
+                mix,
+                {
+                    "adapters": adapters,
+                    "choice": choose(component, mix.layers, adapters, given) if adapters else Choice(),
+                },
+            )
+        )
         for layer, module in adapted_layers(parts[component]).items():
             record = record_of(module)
             assert record is not None
@@ -183,6 +232,7 @@ def remove(plan: Plan, parts: Mapping[str, nn.Module], names: set[str]) -> None:
 
 def _refuse_foreign(layer: str, module: nn.Module) -> None:
     if "_diffpeft_base" not in type(module).__dict__:
-        raise AdapterStateError(f"layer {shown(layer)} was given the class {type(module).__name__} by another library after the adapter",
-                                remedy="Undo that first.")
-
+        raise AdapterStateError(
+            f"layer {shown(layer)} was given the class {type(module).__name__} by another library after the adapter",
+            remedy="Undo that first.",
+        )

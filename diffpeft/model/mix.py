@@ -3,6 +3,7 @@
 A component has one Mix, its adapted layers hold it, and it holds names and numbers only, so deepcopy and pickle of the model work.
 `adapters(...)` puts another choice in force for one thread and one block.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -37,7 +38,9 @@ class Choice:
     order: tuple[str, ...] = ()
     given: Mapping[str, Strength] = field(default_factory=dict)
     strengths: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    table: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # [active adapter, layer] fp32: what compiled code reads
+    table: Tensor = field(
+        default_factory=lambda: torch.zeros(0, 0)
+    )  # [active adapter, layer] fp32: what compiled code reads
 
 
 @dataclass(frozen=True)
@@ -84,22 +87,35 @@ class Mix:
 
     def used(self, given: Mapping[str, Strength]) -> set[str]:
         """The patterns in `given` that match a layer of their adapter here."""
-        return {pattern for name, strength in given.items() if name in self.adapters and isinstance(strength, Mapping)
-                for pattern in strength if any(_matches(pattern, self.component, layer) for layer in self.adapters[name].layers)}
+        return {
+            pattern
+            for name, strength in given.items()
+            if name in self.adapters and isinstance(strength, Mapping)
+            for pattern in strength
+            if any(_matches(pattern, self.component, layer) for layer in self.adapters[name].layers)
+        }
 
 
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` may name an adapter."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ConfigError(f"adapter name {shown(name)}", remedy="A name is 1 to 128 letters, digits, dots, underscores and hyphens.")
+        raise ConfigError(
+            f"adapter name {shown(name)}", remedy="A name is 1 to 128 letters, digits, dots, underscores and hyphens."
+        )
 
 
-def choose(component: str, layers: Sequence[str], adapters: Mapping[str, Adapter], given: Mapping[str, Strength]) -> Choice:
+def choose(
+    component: str, layers: Sequence[str], adapters: Mapping[str, Adapter], given: Mapping[str, Strength]
+) -> Choice:
     """`given`, for the adapters that this component has, worked out layer by layer."""
     order = tuple(name for name in given if name in adapters)
     strengths = {name: _strengths(given[name], component, layers) for name in order}
-    table = torch.tensor([list(strengths[name]) for name in order], dtype=torch.float32, device="cpu").reshape(len(order), len(layers))
-    return Choice(order, {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order}, strengths, table)
+    table = torch.tensor([list(strengths[name]) for name in order], dtype=torch.float32, device="cpu").reshape(
+        len(order), len(layers)
+    )
+    return Choice(
+        order, {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order}, strengths, table
+    )
 
 
 def _strengths(strength: Strength, component: str, layers: Sequence[str]) -> list[float]:
@@ -112,7 +128,9 @@ def _strength(patterns: Mapping[str, float], component: str, layer: str) -> floa
     """The value of the pattern with most literal segments that matches, then the longer, then the later; 1 if none does."""
     best, value = (-1, -1), 1.0
     for pattern, strength in patterns.items():
-        segments = [s for s in pattern.split(".") if s != "text_model"]  # a level that may be there or not counts for nothing
+        segments = [
+            s for s in pattern.split(".") if s != "text_model"
+        ]  # a level that may be there or not counts for nothing
         rank = (sum("*" not in s and "?" not in s for s in segments), len(segments))
         if rank >= best and _matches(pattern, component, layer):
             best, value = rank, float(strength)
@@ -137,7 +155,9 @@ def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
     """Raise unless `given` is {known adapter: finite number or {pattern that matches: finite number}}."""
     mixes = list(mixes)
     if not isinstance(given, Mapping):
-        raise ConfigError(f"a mix is a dict of strengths by adapter name, not {shown(given)}", remedy='For example {"style": 0.8}.')
+        raise ConfigError(
+            f"a mix is a dict of strengths by adapter name, not {shown(given)}", remedy='For example {"style": 0.8}.'
+        )
     known = {name for mix in mixes for name in mix.adapters}
     for name, strength in given.items():
         if name not in known:
@@ -153,16 +173,30 @@ def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
 def check_strength(name: str, strength: Any) -> None:
     """Raise ConfigError unless `strength` is a finite number or {pattern: finite number}."""
     for where, value in strength.items() if isinstance(strength, Mapping) else [("", strength)]:
-        if not isinstance(where, str) or isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"the strength of {shown(name)}{f' at {shown(where)}' if where else ''} is {shown(value)}",
-                              remedy="A strength is a finite number, or a dict of such numbers by component or block.")
+        if (
+            not isinstance(where, str)
+            or isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
+            raise ConfigError(
+                f"the strength of {shown(name)}{f' at {shown(where)}' if where else ''} is {shown(value)}",
+                remedy="A strength is a finite number, or a dict of such numbers by component or block.",
+            )
 
 
 def _no_layer(name: str, pattern: str, mixes: list[Mix]) -> UnknownNameError:
-    names = [f"{mix.component}.{layer}" if mix.component else layer for mix in mixes if name in mix.adapters for layer in mix.adapters[name].layers]
+    names = [
+        f"{mix.component}.{layer}" if mix.component else layer
+        for mix in mixes
+        if name in mix.adapters
+        for layer in mix.adapters[name].layers
+    ]
     prefixes = {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
-    return UnknownNameError(f"pattern {shown(pattern)} matches no layer of adapter {shown(name)}",
-                            remedy=f"{near(pattern, prefixes)} A pattern is a component or a block, such as 'unet.up_blocks.*'.".strip())
+    return UnknownNameError(
+        f"pattern {shown(pattern)} matches no layer of adapter {shown(name)}",
+        remedy=f"{near(pattern, prefixes)} A pattern is a component or a block, such as 'unet.up_blocks.*'.".strip(),
+    )
 
 
 @contextlib.contextmanager
@@ -192,4 +226,7 @@ def check_idle(mix: Mix, names: Iterable[str]) -> None:
     """Raise AdapterStateError if an `adapters(...)` block that is running uses one of `names`."""
     busy = sorted(name for name in names if mix.live[name] > 0)
     if busy:
-        raise AdapterStateError(f"adapter {shown(busy[0])} is busy: a running adapters(...) block uses it", remedy="Unload it after the block.")
+        raise AdapterStateError(
+            f"adapter {shown(busy[0])} is busy: a running adapters(...) block uses it",
+            remedy="Unload it after the block.",
+        )

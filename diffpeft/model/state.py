@@ -1,4 +1,5 @@
 """An adapted model read back: the tensors of one adapter, as parameters to train or as a Bundle to write."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,10 +17,12 @@ from diffpeft.model.target import adapted_layers, components
 
 def slots_of(target: Any, name: str) -> dict[str, Slot]:
     """{canonical layer: slot} of one adapter, over all components."""
-    return {canonical(component, layer): record.slots[name]
-            for component, model in components(target).items()
-            for layer, module in adapted_layers(model).items()
-            if (record := record_of(module)) and name in record.slots}
+    return {
+        canonical(component, layer): record.slots[name]
+        for component, model in components(target).items()
+        for layer, module in adapted_layers(model).items()
+        if (record := record_of(module)) and name in record.slots
+    }
 
 
 def parameters_of(target: Any, name: str) -> list[nn.Parameter]:
@@ -41,9 +44,13 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
     """The adapter as a Bundle: its tensors in their own dtype, and all that its file held beside them."""
     adapters = [mix.adapters[name] for mix in mixes_of(components(target)).values() if name in mix.adapters]
     if not adapters:
-        raise UnknownNameError.of("adapter", name, {n for mix in mixes_of(components(target)).values() for n in mix.adapters})
-    entries = [Entry(slot.method, layer, {role: io.handle(t) for role, t in _present(slot).items()}, slot.alpha)
-               for layer, slot in slots_of(target, name).items()]
+        raise UnknownNameError.of(
+            "adapter", name, {n for mix in mixes_of(components(target)).values() for n in mix.adapters}
+        )
+    entries = [
+        Entry(slot.method, layer, {role: io.handle(t) for role, t in _present(slot).items()}, slot.alpha)
+        for layer, slot in slots_of(target, name).items()
+    ]
     bundle = Bundle("memory", family, entries, source=name)
     for adapter in adapters:
         bundle.entries += adapter.absent

@@ -1,4 +1,5 @@
 """Which layers: components of a pipeline, layers of a module, and names, suffixes, patterns and presets that choose among them."""
+
 from __future__ import annotations
 
 import re
@@ -27,15 +28,27 @@ def components(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         return {_component_name(target): target}
     parts = getattr(target, "components", None)
-    found = {name: parts[name] for name in COMPONENTS if isinstance(parts.get(name), nn.Module)} if isinstance(parts, Mapping) else {}
+    found = (
+        {name: parts[name] for name in COMPONENTS if isinstance(parts.get(name), nn.Module)}
+        if isinstance(parts, Mapping)
+        else {}
+    )
     if not found:
-        raise ConfigError(f"cannot adapt a {type(target).__name__}", remedy="Pass a diffusers pipeline or a torch.nn.Module.")
+        raise ConfigError(
+            f"cannot adapt a {type(target).__name__}", remedy="Pass a diffusers pipeline or a torch.nn.Module."
+        )
     return found
 
 
 def _component_name(module: nn.Module) -> str:
     name = type(getattr(module, COMPILED, module)).__name__
-    table = {"UNet2DCondition": "unet", "CLIPText": "text_encoder", "T5Encoder": "text_encoder", "Transformer2D": "transformer", "Transformer3D": "transformer"}
+    table = {
+        "UNet2DCondition": "unet",
+        "CLIPText": "text_encoder",
+        "T5Encoder": "text_encoder",
+        "Transformer2D": "transformer",
+        "Transformer3D": "transformer",
+    }
     return next((component for part, component in table.items() if part in name), "")
 
 
@@ -44,7 +57,9 @@ def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]
     return dict(_walk(model, "", None, set()))
 
 
-def _walk(module: nn.Module, name: str, parent: nn.Module | None, seen: set[int]) -> Iterator[tuple[str, tuple[nn.Module, nn.Module | None]]]:
+def _walk(
+    module: nn.Module, name: str, parent: nn.Module | None, seen: set[int]
+) -> Iterator[tuple[str, tuple[nn.Module, nn.Module | None]]]:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -52,7 +67,9 @@ def _walk(module: nn.Module, name: str, parent: nn.Module | None, seen: set[int]
         yield name, (module, parent)
     for child_name, child in module._modules.items():
         if child is not None and not (child_name == ADAPTERS and is_adapted(module)):
-            yield from _walk(child, ".".join(filter(None, (name, child_name if child_name != COMPILED else ""))), module, seen)
+            yield from _walk(
+                child, ".".join(filter(None, (name, child_name if child_name != COMPILED else ""))), module, seen
+            )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,13 +82,18 @@ def spellings(name: str) -> tuple[str, ...]:
     return (name, name.replace("text_model.", "")) if "text_model." in name else (name, f"text_model.{name}")
 
 
-def select(parts: Mapping[str, nn.Module], targets: str | Sequence[str] | None, exclude: str | Sequence[str] | None = None) -> dict[str, dict[str, nn.Module]]:
+def select(
+    parts: Mapping[str, nn.Module], targets: str | Sequence[str] | None, exclude: str | Sequence[str] | None = None
+) -> dict[str, dict[str, nn.Module]]:
     """{component: {layer name: layer}} chosen by `targets`: a preset, a regular expression for whole names, or a list of names and suffixes.
 
     Raises UnknownNameError for an entry that matches nothing anywhere, AdapterStateError for a layer that cannot be adapted.
     """
     if not targets:
-        raise ConfigError("no layers were chosen", remedy=f"Give targets: a preset ({', '.join(PRESETS)}), a regular expression or a list of names.")
+        raise ConfigError(
+            "no layers were chosen",
+            remedy=f"Give targets: a preset ({', '.join(PRESETS)}), a regular expression or a list of names.",
+        )
     layers = {component: layers_of(model) for component, model in parts.items()}
     names = [name for found in layers.values() for name in found]
     preset = is_preset(targets)
@@ -80,10 +102,15 @@ def select(parts: Mapping[str, nn.Module], targets: str | Sequence[str] | None, 
         _check_entries(entries, names)
     chosen: dict[str, dict[str, nn.Module]] = {}
     for component, found in layers.items():
-        chosen[component] = {n: m for n, (m, parent) in found.items()
-                             if _match(entries, n) and not _match(excluded, n) and _usable(n, m, parent, quiet=preset)}
+        chosen[component] = {
+            n: m
+            for n, (m, parent) in found.items()
+            if _match(entries, n) and not _match(excluded, n) and _usable(n, m, parent, quiet=preset)
+        }
     if not any(chosen.values()):
-        raise UnknownNameError(f"{shown(targets)} chooses no layer that can be adapted", remedy="Loosen targets, or exclude less.")
+        raise UnknownNameError(
+            f"{shown(targets)} chooses no layer that can be adapted", remedy="Loosen targets, or exclude less."
+        )
     return chosen
 
 
@@ -101,7 +128,9 @@ def _entries(given: str | Sequence[str]) -> str | Sequence[str]:
     try:
         re.compile(given)
     except re.error as error:
-        raise ConfigError(f"{shown(given)} is no regular expression ({error})", remedy="Or pass a list of layer names.") from error
+        raise ConfigError(
+            f"{shown(given)} is no regular expression ({error})", remedy="Or pass a list of layer names."
+        ) from error
     return given
 
 
@@ -113,10 +142,17 @@ def _match(entries: str | Sequence[str], name: str) -> bool:
 
 
 def _check_entries(entries: str | Sequence[str], names: Sequence[str]) -> None:
-    lost = [e for e in ([entries] if isinstance(entries, str) else entries) if not any(_match(entries if isinstance(entries, str) else [e], n) for n in names)]
+    lost = [
+        e
+        for e in ([entries] if isinstance(entries, str) else entries)
+        if not any(_match(entries if isinstance(entries, str) else [e], n) for n in names)
+    ]
     if lost:
         known = {".".join(n.split(".")[-k:]) for n in names for k in (1, 2, 3)} | set(names) | set(PRESETS)
-        raise UnknownNameError(f"no layer matches {shown(lost[0])}", remedy=near(lost[0], known) or f"The presets are {', '.join(PRESETS)}.")
+        raise UnknownNameError(
+            f"no layer matches {shown(lost[0])}",
+            remedy=near(lost[0], known) or f"The presets are {', '.join(PRESETS)}.",
+        )
 
 
 def _usable(name: str, module: nn.Module, parent: nn.Module | None, quiet: bool) -> bool:

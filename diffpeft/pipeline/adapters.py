@@ -1,4 +1,5 @@
 """The adapters of a pipeline (or any module): which there are, how strong they are, and off again."""
+
 from __future__ import annotations
 
 import contextlib
@@ -61,8 +62,14 @@ def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
     own = {component: mix for component, mix in mixes.items() if name in mix.adapters}
     given = [mix.choice.given[name] for mix in own.values() if name in mix.choice.given]
     return AdapterStatus(
-        methods=frozenset(slot.method for slot in slots), ranks=tuple(sorted({slot.rank for slot in slots})), strength=copy.copy(given[0]) if given else 0.0,
-        active=bool(given), fused=False, components=frozenset(own), parameters=sum(p.numel() for slot in slots for p in slot.parameters()))
+        methods=frozenset(slot.method for slot in slots),
+        ranks=tuple(sorted({slot.rank for slot in slots})),
+        strength=copy.copy(given[0]) if given else 0.0,
+        active=bool(given),
+        fused=False,
+        components=frozenset(own),
+        parameters=sum(p.numel() for slot in slots for p in slot.parameters()),
+    )
 
 
 def unload(target: Any, names: str | Sequence[str] | None = None) -> None:

@@ -1,9 +1,11 @@
 """load_lora and save_lora: from a file onto a pipeline and back. All checks first, then a commit that cannot fail."""
+
 from __future__ import annotations
 
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +25,6 @@ from diffpeft.errors import (
     NonFiniteError,
     ShapeMismatchError,
     UnknownKeysError,
-    UnreadableFileError,
     WrongBaseError,
     listed,
     near,
@@ -38,9 +39,7 @@ from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized
 from diffpeft.model.mix import Adapter, check_mix, check_name, check_strength
 from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, layers_of, spellings
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILE = "pytorch_lora_weights.safetensors"
+from diffpeft.pipeline.locate import located
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,18 @@ class LoadReport:
     trigger_words: tuple[str, ...]
 
 
-def load_lora(target: Any, source: str | os.PathLike[str] | Mapping[str, Tensor] | Bundle, *, name: str | None = None, weight: float = 1.0,
-              strict: bool = True, trainable: bool = False, family: str | None = None, revision: str | None = None,
-              filename: str | None = None) -> LoadReport:
+def load_lora(
+    target: Any,
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | Bundle,
+    *,
+    name: str | None = None,
+    weight: float = 1.0,
+    strict: bool = True,
+    trainable: bool = False,
+    family: str | None = None,
+    revision: str | None = None,
+    filename: str | None = None,
+) -> LoadReport:
     """Load an adapter onto a pipeline (or one of its models) and activate it at strength `weight`, after those already active.
 
     Args:
@@ -76,33 +84,75 @@ def load_lora(target: Any, source: str | os.PathLike[str] | Mapping[str, Tensor]
     parts = components(target)
     mixes = mixes_of(parts)
     if any(name in mix.adapters for mix in mixes.values()):
-        raise AdapterStateError(f"an adapter named {shown(name)} is loaded already", remedy="Choose another name=, or unload it first.")
+        raise AdapterStateError(
+            f"an adapter named {shown(name)} is loaded already", remedy="Choose another name=, or unload it first."
+        )
     layers = {component: layers_of(model) for component, model in parts.items()}
     own = family or family_of(target)
-    bundle = source if isinstance(source, Bundle) else _read(located(source, revision, filename), own, family, {c: list(found) for c, found in layers.items()})
+    bundle = (
+        source
+        if isinstance(source, Bundle)
+        else _read(located(source, revision, filename), own, family, {c: list(found) for c, found in layers.items()})
+    )
     _check_family(bundle.families or (bundle.family,), own, bundle.source)
     slots, absent = _match(bundle, parts, layers, strict, trainable)
     carried = {key: _kept(h) for key, h in bundle.carried.items()}
     plan, first = Plan(), True
     for component, found in slots.items():
         if found:
-            adapter = Adapter(name, tuple(found), bundle.metadata if first else {}, carried if first else {}, tuple(map(_entry_kept, absent)) if first else ())
-            install(plan, component, {layer: layers[component][layer][0] for layer in found}, found, mixes.get(component), adapter, weight)
+            adapter = Adapter(
+                name,
+                tuple(found),
+                bundle.metadata if first else {},
+                carried if first else {},
+                tuple(map(_entry_kept, absent)) if first else (),
+            )
+            install(
+                plan,
+                component,
+                {layer: layers[component][layer][0] for layer in found},
+                found,
+                mixes.get(component),
+                adapter,
+                weight,
+            )
             first = False
     check_mix({name: weight}, [_preview(mix, new) for mix, new in plan.mixes])
-    report = LoadReport(name, bundle.format, bundle.family, frozenset(bundle.methods), tuple(_names(slots)),
-                        (*carried, *(key for e in absent for key in e.keys or (e.layer,))), bundle.trigger_words)
+    report = LoadReport(
+        name,
+        bundle.format,
+        bundle.family,
+        frozenset(bundle.methods),
+        tuple(_names(slots)),
+        (*carried, *(key for e in absent for key in e.keys or (e.layer,))),
+        bundle.trigger_words,
+    )
     idle = [entry.layer for entry in bundle.entries if io.number(entry.alpha) == 0]
-    large = [layer for component, found in slots.items() for layer in oversized({n: layers[component][n][0] for n in found}, found)]
-    for what, names in (("tensors are kept but have no effect here", report.carried), ("layers have alpha 0 and no effect", idle), (OVERSIZED, large)):
+    large = [
+        layer
+        for component, found in slots.items()
+        for layer in oversized({n: layers[component][n][0] for n in found}, found)
+    ]
+    for what, names in (
+        ("tensors are kept but have no effect here", report.carried),
+        ("layers have alpha 0 and no effect", idle),
+        (OVERSIZED, large),
+    ):
         if names:  # said before the commit: a warning may be an error
             warnings.warn(f"adapter {name!r}: {len(names)} {what}: {listed(names[:5])}", stacklevel=2)
     plan.commit()
     return report
 
 
-def save_lora(target: Any, path: str | os.PathLike[str], *, name: str | None = None, format: str = "diffusers", dtype: torch.dtype | None = None,
-              metadata: Mapping[str, str] | None = None) -> None:
+def save_lora(
+    target: Any,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    format: str = "diffusers",
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write an adapter to `path` (.safetensors), whole or not at all.
 
     Args:
@@ -114,7 +164,10 @@ def save_lora(target: Any, path: str | os.PathLike[str], *, name: str | None = N
     if name is None:
         known = {n for mix in mixes_of(components(target)).values() for n in mix.adapters}
         if len(known) != 1:
-            raise ConfigError(f"there are {len(known)} adapters", remedy=f"Say name=, one of {', '.join(sorted(known))}." if known else "Load or attach one first.")
+            raise ConfigError(
+                f"there are {len(known)} adapters",
+                remedy=f"Say name=, one of {', '.join(sorted(known))}." if known else "Load or attach one first.",
+            )
         name = known.pop()
     bundle = bundle_of(target, name, family_of(target) or next(iter(converters.TABLES)))
     bundle.metadata |= {str(k): str(v) for k, v in (metadata or {}).items()}
@@ -128,93 +181,92 @@ def _default_name(source: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:128] or "default"
 
 
-def located(source: Any, revision: str | None = None, filename: str | None = None) -> Any:
-    """The file behind a path, a folder or a Hub id; a dict of tensors as it is."""
-    if isinstance(source, Mapping):
-        return source
-    if not isinstance(source, (str, os.PathLike)):
-        raise CheckpointError(f"cannot load an adapter from a {type(source).__name__}", remedy="Pass a path, a dict of tensors, a Bundle or a Hub id.")
-    path = Path(source)
-    if path.is_dir():
-        return _in_folder(path, filename)
-    if path.exists() or not _HUB_ID.fullmatch(str(source)) or path.suffix == ".safetensors":
-        if not path.exists() and path.parent.is_dir():
-            raise UnreadableFileError("no such file", where=path, remedy=near(path.name, [p.name for p in path.parent.iterdir()]))
-        return path
-    return _downloaded(str(source), revision, filename)
-
-
-def _in_folder(folder: Path, filename: str | None) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
-    if filename or (folder / _FILE).is_file():
-        return folder / (filename or _FILE)
-    if len(files) != 1:
-        raise CheckpointError(f"the folder holds {len(files)} .safetensors files", where=folder,
-                              remedy=f"Say filename=, one of {listed(f.name for f in files)}." if files else "Pass the adapter's file.")
-    return files[0]
-
-
-def _downloaded(repo: str, revision: str | None, filename: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, filename or _FILE, revision=revision))
-    except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UnreadableFileError(f"cannot get {filename or _FILE} of {shown(repo)} from the Hub", where=str(error).splitlines()[0],
-                                  remedy="If you mean a file, check its path; else check the id, filename= and the network.") from error
-
-
 def _read(source: Any, own: str | None, family: str | None, names: Mapping[str, Sequence[str]]) -> Bundle:
     """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint."""
     if family is None:
         found = converters.detect(source)
-        _check_family((found.family, *found.alternatives), own, "a dict of tensors" if isinstance(source, Mapping) else source)
+        _check_family(
+            (found.family, *found.alternatives), own, "a dict of tensors" if isinstance(source, Mapping) else source
+        )
     return converters.read(source, family=family, names=names)
 
 
 def _check_family(fits: Sequence[str], own: str | None, where: object) -> None:
     if own is not None and own not in fits:
         them = " or ".join(filter(None, fits)) or "an unknown family"
-        raise WrongBaseError(f"the adapter is for {them}, this pipeline is {own}", where=where, remedy=f"Use a pipeline of {them}.")
+        raise WrongBaseError(
+            f"the adapter is for {them}, this pipeline is {own}", where=where, remedy=f"Use a pipeline of {them}."
+        )
 
 
-def _match(bundle: Bundle, parts: Mapping[str, nn.Module], layers: Mapping[str, Mapping[str, Any]], strict: bool,
-           trainable: bool) -> tuple[dict[str, dict[str, Slot]], list[Entry]]:
+def _match(
+    bundle: Bundle,
+    parts: Mapping[str, nn.Module],
+    layers: Mapping[str, Mapping[str, Any]],
+    strict: bool,
+    trainable: bool,
+) -> tuple[dict[str, dict[str, Slot]], list[Entry]]:
     """Slots by component and layer, and the entries for components or (strict=False) layers that are not there. Raises if any is unfit."""
     _refuse_base_keys(bundle, parts)
-    owners = {name: (component, layer) for component, found in layers.items() for layer in found
-              for spelt in spellings(layer) for name in (canonical(component, layer), f"{component}.{spelt}" if component else spelt)}
+    owners = {
+        name: (component, layer)
+        for component, found in layers.items()
+        for layer in found
+        for spelt in spellings(layer)
+        for name in (canonical(component, layer), f"{component}.{spelt}" if component else spelt)
+    }
     places = [(entry, owners.get(entry.layer)) for entry in bundle.entries]
     lost = [e for e, place in places if place is None and e.layer.partition(".")[0] in parts]
     absent = [e for e, place in places if place is None and e.layer.partition(".")[0] not in parts]
     if lost and strict:
-        raise UnknownKeysError(f"the model has no layer for {len(lost)} of {len(places)} adapted layers", where=f"{bundle.source}: {listed([e.layer for e in lost])}",
-                               remedy=f"{near(lost[0].layer, owners)} It is for another model, or pass strict=False to load the rest.".strip())
+        raise UnknownKeysError(
+            f"the model has no layer for {len(lost)} of {len(places)} adapted layers",
+            where=f"{bundle.source}: {listed([e.layer for e in lost])}",
+            remedy=f"{near(lost[0].layer, owners)} It is for another model, or pass strict=False to load the rest.".strip(),
+        )
     found = [(e, place) for e, place in places if place is not None]
     if not found:
-        raise UnknownKeysError("no tensor of this adapter fits the model", where=f"{bundle.source}: {listed([*(e.layer for e in bundle.entries), *bundle.carried])}")
-    twice = [e.layer for e, place in found if sum(place == other for _, other in found) > 1]
+        raise UnknownKeysError(
+            "no tensor of this adapter fits the model",
+            where=f"{bundle.source}: {listed([*(e.layer for e in bundle.entries), *bundle.carried])}",
+        )
+    counts = Counter(place for _, place in found)
+    twice = [e.layer for e, place in found if counts[place] > 1]
     if twice:
         raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {listed(twice)}")
     _check_shapes(bundle, found, layers)
     tensors = iter(io.load(h for e, _ in found for h in e.tensors.values()))
     slots: dict[str, dict[str, Slot]] = {component: {} for component in parts}
     for entry, (component, layer) in found:
-        slots[component][layer] = _slot(bundle, entry, layers[component][layer][0], {role: next(tensors) for role in entry.tensors}, trainable)
+        slots[component][layer] = _slot(
+            bundle, entry, layers[component][layer][0], {role: next(tensors) for role in entry.tensors}, trainable
+        )
     return slots, absent + lost
 
 
 def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
     """A key that names a parameter of the base must never reach it."""
-    own = {name for component, model in parts.items() for key in model.state_dict(keep_vars=True) for spelt in spellings(key) for name in (spelt, f"{component}.{spelt}")}
-    bad = [key for key in bundle.carried if key in own or ".base_layer." in key] + [e.layer for e in bundle.entries if "base_layer" in e.layer.split(".")]
+    own = {
+        name
+        for component, model in parts.items()
+        for key in model.state_dict(keep_vars=True)
+        for spelt in spellings(key)
+        for name in (spelt, f"{component}.{spelt}")
+    }
+    bad = [key for key in bundle.carried if key in own or ".base_layer." in key] + [
+        e.layer for e in bundle.entries if "base_layer" in e.layer.split(".")
+    ]
     if bad:
-        raise UnknownKeysError("the file holds weights of the base model, not only an adapter", where=f"{bundle.source}: {listed(bad)}",
-                               remedy="Load a whole model with -m or from_pretrained.")
+        raise UnknownKeysError(
+            "the file holds weights of the base model, not only an adapter",
+            where=f"{bundle.source}: {listed(bad)}",
+            remedy="Load a whole model with -m or from_pretrained.",
+        )
 
 
-def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], layers: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_shapes(
+    bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], layers: Mapping[str, Mapping[str, Any]]
+) -> None:
     wrong, refused = [], []
     for entry, (component, layer) in found:
         module, parent = layers[component][layer]
@@ -225,7 +277,11 @@ def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]]
         if why := refusal(module, parent, layer):
             refused.append(f"{entry.layer}: {why}")
     if wrong:
-        raise ShapeMismatchError(f"{len(wrong)} of {len(found)} layers have other shapes", where=f"{bundle.source}: {wrong[0]}", remedy="It is for another model.")
+        raise ShapeMismatchError(
+            f"{len(wrong)} of {len(found)} layers have other shapes",
+            where=f"{bundle.source}: {wrong[0]}",
+            remedy="It is for another model.",
+        )
     if refused:
         raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])
 
@@ -234,14 +290,24 @@ def _slot(bundle: Bundle, entry: Entry, module: Any, tensors: dict[str, Tensor],
     site, limit = site_of(base_class(module)), torch.finfo(module.weight.dtype).max
     assert site is not None
     if not all(t.numel() == 0 or t.abs().max().item() <= limit for t in tensors.values()):  # NaN compares false
-        raise NonFiniteError(f"layer {shown(entry.layer)} has values that are not finite in {module.weight.dtype}", where=bundle.source, remedy="The file is damaged.")
+        raise NonFiniteError(
+            f"layer {shown(entry.layer)} has values that are not finite in {module.weight.dtype}",
+            where=bundle.source,
+            remedy="The file is damaged.",
+        )
     if trainable:
-        tensors = {role: t.detach().to(torch.float32, copy=True) for role, t in tensors.items()}  # training must not reach what was passed in
+        tensors = {
+            role: t.detach().to(torch.float32, copy=True) for role, t in tensors.items()
+        }  # training must not reach what was passed in
     p = METHODS[entry.method].adopt(tensors, site.geometry(module))
     alpha = _kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
     slot = Slot(entry.method, p, alpha, trainable=trainable)
     if not abs(slot.scale) < float("inf"):
-        raise NonFiniteError(f"layer {shown(entry.layer)} has an alpha that is not finite", where=bundle.source, remedy="The file is damaged.")
+        raise NonFiniteError(
+            f"layer {shown(entry.layer)} has an alpha that is not finite",
+            where=bundle.source,
+            remedy="The file is damaged.",
+        )
     return slot.to(device_of(module)).train(module.training)
 
 
@@ -251,7 +317,11 @@ def _kept(handle: Handle) -> Handle:
 
 
 def _entry_kept(entry: Entry) -> Entry:
-    return replace(entry, tensors={role: _kept(h) for role, h in entry.tensors.items()}, alpha=_kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha)
+    return replace(
+        entry,
+        tensors={role: _kept(h) for role, h in entry.tensors.items()},
+        alpha=_kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha,
+    )
 
 
 def _names(slots: Mapping[str, Mapping[str, Slot]]) -> list[str]:

@@ -1,17 +1,17 @@
 """A pipeline from what a user types: a diffusers folder, a single file with the folder of its configs, a Hub id, or nothing for the embedded base."""
+
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError, near, shown
+from diffpeft.pipeline.locate import HUB_ID
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def default_device() -> str:
@@ -34,15 +34,35 @@ def check_model(model: str | None, base: str | None) -> None:
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise CheckpointError("this folder holds no diffusers pipeline (no model_index.json)", where=path)
     if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
-        raise UnsafeFileError("a pickle can run code when it is read, so it is not read", where=path, remedy="Ask for a .safetensors file.")
+        raise UnsafeFileError(
+            "a pickle can run code when it is read, so it is not read",
+            where=path,
+            remedy="Ask for a .safetensors file.",
+        )
     if path.is_file() and not base:
-        raise CheckpointError("a single file holds no configs and no tokenizer", where=path, remedy="Say with --base whose: a diffusers folder or a Hub id.")
-    if not path.exists() and (path.suffix == ".safetensors" or not _HUB_ID.fullmatch(str(model)) or path.parent.is_dir() and str(path.parent) != "."):
+        raise CheckpointError(
+            "a single file holds no configs and no tokenizer",
+            where=path,
+            remedy="Say with --base whose: a diffusers folder or a Hub id.",
+        )
+    local = (
+        path.suffix == ".safetensors"
+        or not HUB_ID.fullmatch(str(model))
+        or (path.parent != Path() and path.parent.is_dir())
+    )
+    if not path.exists() and local:
         siblings = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError("no such model", where=path, remedy=near(str(path), siblings) or "Pass a diffusers folder, a .safetensors file or a Hub id (owner/name).")
+        raise CheckpointError(
+            "no such model",
+            where=path,
+            remedy=near(str(path), siblings)
+            or "Pass a diffusers folder, a .safetensors file or a Hub id (owner/name).",
+        )
 
 
-def open_pipeline(model: str | None = None, base: str | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def open_pipeline(
+    model: str | None = None, base: str | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Any:
     """The pipeline behind `model`, on `device`; the embedded base without one. `base` names the configs and the tokenizer of a single file.
 
     Raises CheckpointError if it cannot be loaded.
@@ -53,14 +73,19 @@ def open_pipeline(model: str | None = None, base: str | None = None, *, dtype: t
     source = Path(model) if model else EMBEDDED
     try:
         if source.is_file():
-            pipe = StableDiffusionPipeline.from_single_file(str(source), config=str(base), dtype=dtype, safety_checker=None)
+            pipe = StableDiffusionPipeline.from_single_file(
+                str(source), config=str(base), dtype=dtype, safety_checker=None
+            )
         else:
             pipe = DiffusionPipeline.from_pretrained(source if source.exists() else str(model), dtype=dtype)
     except (MemoryError, NotImplementedError):
         raise
     except Exception as error:  # diffusers and its libraries raise all kinds for a model that cannot be read
-        raise CheckpointError(f"cannot load the model ({type(error).__name__}: {_first_line(error)})", where=source,
-                              remedy="Check the path or the id, and the network if it is an id.") from error
+        raise CheckpointError(
+            f"cannot load the model ({type(error).__name__}: {_first_line(error)})",
+            where=source,
+            remedy="Check the path or the id, and the network if it is an id.",
+        ) from error
     return pipe.to(device)
 
 

@@ -1,4 +1,5 @@
 """What does not change while an adapter trains is computed once: latents, and text embeddings if the text encoder is frozen."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -16,11 +17,21 @@ _CHUNK = 8  # images encoded at a time
 class Latents:
     """The latents of a data set in memory, kept by example and flip; a draw from the posterior costs two small operations."""
 
-    def __init__(self, family: Family, examples: Sequence[Example], size: int, flip: bool, tick: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        family: Family,
+        examples: Sequence[Example],
+        size: int,
+        flip: bool,
+        tick: Callable[[], None] = lambda: None,
+    ):
         self.moments: list[list[tuple[Tensor, Tensor]]] = []
         for first in range(0, len(examples), _CHUNK):
-            images = stacked([e.path for e in examples[first:first + _CHUNK]], size)
-            means_stds = [family.encode(images.flip(-1) if flipped else images) for flipped in ((False, True) if flip else (False,))]
+            images = stacked([e.path for e in examples[first : first + _CHUNK]], size)
+            means_stds = [
+                family.encode(images.flip(-1) if flipped else images)
+                for flipped in ((False, True) if flip else (False,))
+            ]
             self.moments += [[(mean[i].cpu(), std[i].cpu()) for mean, std in means_stds] for i in range(len(images))]
             tick()
 

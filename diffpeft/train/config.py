@@ -1,4 +1,5 @@
 """The options of a training run. One list: the command line, the TOML file and the report are made from it. Imports no torch."""
+
 from __future__ import annotations
 
 import math
@@ -11,40 +12,76 @@ from typing import Any
 from diffpeft.errors import ConfigError, UnknownNameError, near, shown
 
 
-def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), at_least: float | None = None, below: float | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    below: float | None = None,
+) -> Any:
     """A field with what the command line says of it and the values that are allowed."""
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices, "at_least": at_least, "below": below})
+    return field(
+        default=default,
+        metadata={"help": help, "group": group, "choices": choices, "at_least": at_least, "below": below},
+    )
 
 
 @dataclass
 class TrainConfig:
     """A DreamBooth-style training run. Defaults are the community's for Stable Diffusion 1.5."""
 
-    model: str | None = option(None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.", group="Model")
-    base: str | None = option(None, "The folder or Hub id with the configs and the tokenizer of a single-file model.", group="Model")
-    dtype: str | None = option(None, "What the base computes in; default fp32 on a CPU, else bf16. The adapter is fp32.", group="Model", choices=("fp32", "bf16"))
+    model: str | None = option(
+        None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.", group="Model"
+    )
+    base: str | None = option(
+        None, "The folder or Hub id with the configs and the tokenizer of a single-file model.", group="Model"
+    )
+    dtype: str | None = option(
+        None,
+        "What the base computes in; default fp32 on a CPU, else bf16. The adapter is fp32.",
+        group="Model",
+        choices=("fp32", "bf16"),
+    )
     data: str | None = option(None, "A folder of images; NAME.txt beside NAME.png is its caption.", group="Data")
     instance_prompt: str | None = option(None, "The caption of images without a .txt.", group="Data")
-    class_prompt: str | None = option(None, "Switches prior preservation on: what the class is called, without the new word.", group="Data")
-    class_data: str | None = option(None, "A folder of class images; missing ones are generated into it. Default: OUT/class.", group="Data")
+    class_prompt: str | None = option(
+        None, "Switches prior preservation on: what the class is called, without the new word.", group="Data"
+    )
+    class_data: str | None = option(
+        None, "A folder of class images; missing ones are generated into it. Default: OUT/class.", group="Data"
+    )
     num_class_images: int = option(100, "How many class images there shall be.", group="Data", at_least=1)
-    resolution: int | None = option(None, "Side of the training images in pixels; default: what the model was made for.", group="Data", at_least=8)
+    resolution: int | None = option(
+        None, "Side of the training images in pixels; default: what the model was made for.", group="Data", at_least=8
+    )
     flip: bool = option(False, "Mirror images at random.", group="Data")
-    caption_dropout: float = option(0.0, "Probability of an empty caption, which guidance needs.", group="Data", at_least=0, below=1.0001)
+    caption_dropout: float = option(
+        0.0, "Probability of an empty caption, which guidance needs.", group="Data", at_least=0, below=1.0001
+    )
     method: str = option("lora", "The adapter method.", group="Adapter")
     rank: int = option(16, "Rank of the adapter.", group="Adapter", at_least=1)
     alpha: float | None = option(None, "The adapter's scale is alpha / rank; default: the rank.", group="Adapter")
-    targets: str = option("attn", "Which layers: attn, attn-mlp, full, or a regular expression for whole names.", group="Adapter")
-    dropout: float = option(0.0, "Probability with which an input feature of the adapter is dropped.", group="Adapter", at_least=0, below=1)
+    targets: str = option(
+        "attn", "Which layers: attn, attn-mlp, full, or a regular expression for whole names.", group="Adapter"
+    )
+    dropout: float = option(
+        0.0, "Probability with which an input feature of the adapter is dropped.", group="Adapter", at_least=0, below=1
+    )
     train_text_encoder: bool = option(False, "Adapt the text encoder too.", group="Adapter")
     lr: float = option(1e-4, "Learning rate.", group="Optimiser", at_least=0)
-    lr_scheduler: str = option("constant", "How it goes on after the warm-up.", group="Optimiser", choices=("constant", "linear", "cosine"))
+    lr_scheduler: str = option(
+        "constant", "How it goes on after the warm-up.", group="Optimiser", choices=("constant", "linear", "cosine")
+    )
     warmup: int = option(0, "Steps in which the learning rate rises.", group="Optimiser", at_least=0)
     steps: int = option(500, "Optimiser steps.", group="Optimiser", at_least=1)
     batch_size: int = option(1, "Images a step (as many class images come on top).", group="Optimiser", at_least=1)
     weight_decay: float = option(0.01, "AdamW's weight decay.", group="Optimiser", at_least=0)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", group="Optimiser", at_least=0)
-    snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", group="Optimiser", at_least=0)
+    snr_gamma: float | None = option(
+        None, "Weight the loss by min-SNR with this gamma; 5 is usual.", group="Optimiser", at_least=0
+    )
     prior_weight: float = option(1.0, "Weight of the class images.", group="Optimiser", at_least=0)
     seed: int = option(0, "Everything random follows from it.", group="Optimiser", at_least=0)
     out: str | None = option(None, "The folder for what is written.", group="Output")
@@ -60,12 +97,20 @@ class TrainConfig:
                 continue
             _check_type(f.name, value, str(f.type))
             if meta["choices"] and value not in meta["choices"]:
-                raise ConfigError(f"{f.name} is {shown(value)}", remedy=f"{near(str(value), meta['choices'])} Allowed: {', '.join(meta['choices'])}.".strip())
+                raise ConfigError(
+                    f"{f.name} is {shown(value)}",
+                    remedy=f"{near(str(value), meta['choices'])} Allowed: {', '.join(meta['choices'])}.".strip(),
+                )
             low, high = meta["at_least"], meta["below"]
             if (low is not None and value < low) or (high is not None and value >= high):
-                raise ConfigError(f"{f.name} is {value}", remedy=f"It is at least {low:g}" + (f" and below {high:g}." if high is not None else "."))
+                raise ConfigError(
+                    f"{f.name} is {value}",
+                    remedy=f"It is at least {low:g}" + (f" and below {high:g}." if high is not None else "."),
+                )
         if self.class_data and not self.class_prompt:
-            raise ConfigError("class_data without class_prompt", remedy="Say with --class-prompt what the class images show.")
+            raise ConfigError(
+                "class_data without class_prompt", remedy="Say with --class-prompt what the class images show."
+            )
 
     def resolved(self) -> dict[str, Any]:
         """Every option by its name."""
@@ -74,8 +119,15 @@ class TrainConfig:
 
 def _check_type(name: str, value: Any, declared: str) -> None:
     kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[declared.partition(" ")[0]]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ConfigError(f"{name} is {shown(value)}", remedy=f"It is a {'finite ' if float in kinds else ''}{declared.partition(' ')[0]}.")
+    if (
+        not isinstance(value, kinds)
+        or (isinstance(value, bool) and bool not in kinds)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        raise ConfigError(
+            f"{name} is {shown(value)}",
+            remedy=f"It is a {'finite ' if float in kinds else ''}{declared.partition(' ')[0]}.",
+        )
 
 
 def from_toml(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:

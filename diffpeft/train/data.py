@@ -1,4 +1,5 @@
 """Images and their captions from a folder."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -30,17 +31,30 @@ def find(folder: str | Path, prompt: str | None) -> list[Example]:
     folder = Path(folder)
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise DataError("not a folder" if folder.exists() else "no such folder", where=folder, remedy=near(folder.name, siblings) or "Pass a folder of images.")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and p.is_file() and not p.name.startswith("."))
+        raise DataError(
+            "not a folder" if folder.exists() else "no such folder",
+            where=folder,
+            remedy=near(folder.name, siblings) or "Pass a folder of images.",
+        )
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and p.is_file() and not p.name.startswith(".")
+    )
     if not files:
         folders = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        found = f"{sum(p.is_file() for p in folder.iterdir())} other files" + (f" and the folders {listed(folders)}" if folders else "")
-        raise DataError(f"no images in the folder, only {found}", where=folder, remedy=f"Images end in {', '.join(ENDINGS)}.")
+        found = f"{sum(p.is_file() for p in folder.iterdir())} other files" + (
+            f" and the folders {listed(folders)}" if folders else ""
+        )
+        raise DataError(
+            f"no images in the folder, only {found}", where=folder, remedy=f"Images end in {', '.join(ENDINGS)}."
+        )
     captions = {p: _caption(p, prompt) for p in files}
     bare = [p.name for p, caption in captions.items() if caption is None]
     if bare:
-        raise DataError(f"{len(bare)} of {len(files)} images have no caption: {listed(bare[:3])}", where=folder,
-                        remedy="Pass --instance-prompt, or put a .txt beside each image.")
+        raise DataError(
+            f"{len(bare)} of {len(files)} images have no caption: {listed(bare[:3])}",
+            where=folder,
+            remedy="Pass --instance-prompt, or put a .txt beside each image.",
+        )
     return [Example(p, caption) for p, caption in captions.items() if caption is not None]
 
 

@@ -1,4 +1,5 @@
 """The main job on the embedded base: learn a drawing style from 96 pictures, and measure it on names that were not among them."""
+
 from __future__ import annotations
 
 import json
@@ -25,8 +26,23 @@ NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000, 3000), 25, 4.0
 
 def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
     """The options of the demo: what suits a style, many small pictures and a tiny model."""
-    return TrainConfig(model=str(EMBEDDED), data=str(IMAGES / "train"), out=out, name=NAME, method=method, steps=steps, rank=16, targets="full", lr=7e-4,
-                       lr_scheduler="cosine", warmup=20, batch_size=8, flip=True, caption_dropout=0.1, snr_gamma=5.0)
+    return TrainConfig(
+        model=str(EMBEDDED),
+        data=str(IMAGES / "train"),
+        out=out,
+        name=NAME,
+        method=method,
+        steps=steps,
+        rank=16,
+        targets="full",
+        lr=7e-4,
+        lr_scheduler="cosine",
+        warmup=20,
+        batch_size=8,
+        flip=True,
+        caption_dropout=0.1,
+        snr_gamma=5.0,
+    )
 
 
 @dataclass
@@ -42,8 +58,10 @@ class Heldout:
 def heldout() -> Heldout:
     """The 16 held-out names."""
     examples = data.find(IMAGES / "heldout" / "target", None)
-    target, original = (np.stack([np.asarray(Image.open(IMAGES / "heldout" / style / e.path.name).convert("RGB")) for e in examples])
-                        for style in ("target", "original"))
+    target, original = (
+        np.stack([np.asarray(Image.open(IMAGES / "heldout" / style / e.path.name).convert("RGB")) for e in examples])
+        for style in ("target", "original")
+    )
     return Heldout([e.caption for e in examples], target, original, [e.path for e in examples])
 
 
@@ -55,10 +73,18 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
     pipe.set_progress_bar_config(disable=True)
     truth = heldout()
     watch.phase("drawing held-out prompts")
-    drawn = {strength: [_drawn(run, truth, strength, seed, watch) for seed in (SEEDS if strength in (0, 1) else SEEDS[:1])] for strength in STRENGTHS}
+    drawn = {
+        strength: [_drawn(run, truth, strength, seed, watch) for seed in (SEEDS if strength in (0, 1) else SEEDS[:1])]
+        for strength in STRENGTHS
+    }
     watch.phase("measuring")
     metrics = {**_distances(pipe.vae, drawn, truth), "heldout_loss": _paired(run, truth, watch)}
-    picture = grid([p.removeprefix("an emoji of ") for p in truth.prompts], [f"strength {s:g}" for s in STRENGTHS], [drawn[s][0] for s in STRENGTHS], truth.target)
+    picture = grid(
+        [p.removeprefix("an emoji of ") for p in truth.prompts],
+        [f"strength {s:g}" for s in STRENGTHS],
+        [drawn[s][0] for s in STRENGTHS],
+        truth.target,
+    )
     watch.phase("writing")
     return _write(run, picture, metrics, time.perf_counter() - start)
 
@@ -70,9 +96,18 @@ def _drawn(run: dreambooth.Run, truth: Heldout, strength: float, seed: int, watc
 
 def _distances(vae: Any, drawn: dict[float, list[np.ndarray]], truth: Heldout) -> dict[str, dict[str, float]]:
     """The patch distance of what was drawn to the true pictures of both styles, the mean over the seeds."""
-    true = {"distance_to_target": patch_features(vae, truth.target), "distance_to_original": patch_features(vae, truth.original)}
-    features = {when: [patch_features(vae, images) for images in drawn[strength]] for when, strength in (("before", 0.0), ("after", 1.0))}
-    return {name: {when: float(np.mean([patch_distance(f, style) for f in found])) for when, found in features.items()} for name, style in true.items()}
+    true = {
+        "distance_to_target": patch_features(vae, truth.target),
+        "distance_to_original": patch_features(vae, truth.original),
+    }
+    features = {
+        when: [patch_features(vae, images) for images in drawn[strength]]
+        for when, strength in (("before", 0.0), ("after", 1.0))
+    }
+    return {
+        name: {when: float(np.mean([patch_distance(f, style) for f in found])) for when, found in features.items()}
+        for name, style in true.items()
+    }
 
 
 def _paired(run: dreambooth.Run, truth: Heldout, watch: dreambooth.Watch) -> dict[str, float]:
@@ -90,9 +125,22 @@ def _write(run: dreambooth.Run, picture: Any, metrics: dict[str, dict[str, float
     files = [*dreambooth.save(run), out / "before_after.png", out / "metrics.json", out / "report.html"]
     with replacing(out / "before_after.png") as f:
         picture.image.save(f, "PNG", optimize=True)
-    table = {**metrics, "seconds": round(seconds, 1), "steps": len(run.losses), "method": run.config.method, "grid": {"strengths": list(STRENGTHS), "boxes": picture.boxes}}
+    table = {
+        **metrics,
+        "seconds": round(seconds, 1),
+        "steps": len(run.losses),
+        "method": run.config.method,
+        "grid": {"strengths": list(STRENGTHS), "boxes": picture.boxes},
+    }
     with replacing(out / "metrics.json") as f:
         f.write(json.dumps(table, indent=1).encode())
-    report.write(out / "report.html", title="diffpeft demo: a drawing style learnt from 96 pictures", losses=run.losses, options=run.config.resolved(), files=files,
-                 pictures=picture.image, metrics=metrics)
+    report.write(
+        out / "report.html",
+        title="diffpeft demo: a drawing style learnt from 96 pictures",
+        losses=run.losses,
+        options=run.config.resolved(),
+        files=files,
+        pictures=picture.image,
+        metrics=metrics,
+    )
     return files

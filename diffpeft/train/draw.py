@@ -1,4 +1,5 @@
 """Randomness as a function of seed, step and sample: a run can be repeated, resumed or split without a state to carry along."""
+
 from __future__ import annotations
 
 import functools

@@ -1,4 +1,5 @@
 """DreamBooth-style training of an adapter on a few images: load, attach, train, save."""
+
 from __future__ import annotations
 
 import re
@@ -85,8 +86,14 @@ def train(config: TrainConfig, watch: Watch | None = None) -> Run:
     adapt(config, family, name)
     loss_at = _loss(config, family, (examples, latents), (classes, class_latents))
     watch.phase("training")
-    losses = fit(parameters_of(family.pipe, name), loss_at, Schedule(config.lr, config.steps, config.warmup, config.lr_scheduler),
-                 weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, on_step=lambda done, loss: watch.step(done, config.steps, loss))
+    losses = fit(
+        parameters_of(family.pipe, name),
+        loss_at,
+        Schedule(config.lr, config.steps, config.warmup, config.lr_scheduler),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        on_step=lambda done, loss: watch.step(done, config.steps, loss),
+    )
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
     return Run(config, family, name, losses, time.perf_counter() - start)
@@ -118,11 +125,21 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
     """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
     for component in (family.denoiser, *family.text_encoders, "vae"):
         getattr(family.pipe, component).requires_grad_(False)
-    settings = METHODS[config.method].config(r=config.rank, lora_alpha=config.rank if config.alpha is None else config.alpha, lora_dropout=config.dropout)
+    settings = METHODS[config.method].config(
+        r=config.rank, lora_alpha=config.rank if config.alpha is None else config.alpha, lora_dropout=config.dropout
+    )
     components = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
     for component in components:
-        targets = config.targets if component == family.denoiser or config.targets in PRESETS else "attn"  # an expression is for the denoiser
-        attach(getattr(family.pipe, component), settings, name, targets=targets, generator=draw.generator(config.seed, "init", component))
+        targets = (
+            config.targets if component == family.denoiser or config.targets in PRESETS else "attn"
+        )  # an expression is for the denoiser
+        attach(
+            getattr(family.pipe, component),
+            settings,
+            name,
+            targets=targets,
+            generator=draw.generator(config.seed, "init", component),
+        )
     for slot in slots_of(family.pipe, name).values():
         slot.train()
 
@@ -140,13 +157,20 @@ def class_examples(config: TrainConfig, family: Family, size: int, watch: Watch)
         guidance, seed = 4.0, draw.generator(config.seed, "class").initial_seed() % 2**31
         for first in range(0, missing, 8):
             count = min(8, missing - first)
-            images = pictures(family.pipe, [config.class_prompt] * count, seed + first, steps=25, guidance=guidance, tick=watch.tick)
+            images = pictures(
+                family.pipe, [config.class_prompt] * count, seed + first, steps=25, guidance=guidance, tick=watch.tick
+            )
             for i, image in enumerate(images):
                 Image.fromarray(image).save(folder / f"class-{len(there) + first + i:04d}.png")
-    return data.find(folder, config.class_prompt)[:config.num_class_images]
+    return data.find(folder, config.class_prompt)[: config.num_class_images]
 
 
-def _loss(config: TrainConfig, family: Family, instances: tuple[list[data.Example], Latents], classes: tuple[list[data.Example], Latents]) -> Callable[[int], Tensor]:
+def _loss(
+    config: TrainConfig,
+    family: Family,
+    instances: tuple[list[data.Example], Latents],
+    classes: tuple[list[data.Example], Latents],
+) -> Callable[[int], Tensor]:
     """The loss by step. Every draw is a function of seed, step and place in the batch."""
     texts = Texts(family, live=config.train_text_encoder)
     device = getattr(family.pipe, family.denoiser).device
@@ -160,12 +184,19 @@ def _loss(config: TrainConfig, family: Family, instances: tuple[list[data.Exampl
     return loss_at
 
 
-def _batch(config: TrainConfig, step: int, instances: tuple[list[data.Example], Latents], classes: tuple[list[data.Example], Latents]) -> Batch:
+def _batch(
+    config: TrainConfig,
+    step: int,
+    instances: tuple[list[data.Example], Latents],
+    classes: tuple[list[data.Example], Latents],
+) -> Batch:
     latents, noise, u, prompts, is_class = [], [], [], [], []
     for kind, (examples, cached) in (("instance", instances), ("class", classes)):
         if not examples:
             continue
-        for place, index in enumerate(draw.order(len(examples), step * config.batch_size, config.batch_size, config.seed, kind)):
+        for place, index in enumerate(
+            draw.order(len(examples), step * config.batch_size, config.batch_size, config.seed, kind)
+        ):
             key = (config.seed, step, kind, place)
             latents.append(cached.draw(index, config.flip and draw.uniform(*key, "flip") < 0.5, *key))
             noise.append(torch.randn(latents[-1].shape, generator=draw.generator(*key, "noise")))
@@ -188,10 +219,23 @@ def _metadata(run: Run) -> dict[str, Any]:
     """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part."""
     config = run.config
     return {
-        "ss_output_name": run.name, "ss_network_dim": config.rank, "ss_network_alpha": config.rank if config.alpha is None else config.alpha,
-        "ss_learning_rate": config.lr, "ss_lr_scheduler": config.lr_scheduler, "ss_lr_warmup_steps": config.warmup, "ss_steps": len(run.losses),
-        "ss_max_train_steps": config.steps, "ss_seed": config.seed, "ss_batch_size_per_device": config.batch_size, "ss_optimizer": "AdamW",
-        "ss_sd_model_name": Path(config.model or "").name, "ss_min_snr_gamma": config.snr_gamma, "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": run.name, "modelspec.implementation": "diffusers", "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.trigger_phrase": config.instance_prompt or "", "diffpeft.version": diffpeft.__version__,
+        "ss_output_name": run.name,
+        "ss_network_dim": config.rank,
+        "ss_network_alpha": config.rank if config.alpha is None else config.alpha,
+        "ss_learning_rate": config.lr,
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_lr_warmup_steps": config.warmup,
+        "ss_steps": len(run.losses),
+        "ss_max_train_steps": config.steps,
+        "ss_seed": config.seed,
+        "ss_batch_size_per_device": config.batch_size,
+        "ss_optimizer": "AdamW",
+        "ss_sd_model_name": Path(config.model or "").name,
+        "ss_min_snr_gamma": config.snr_gamma,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": run.name,
+        "modelspec.implementation": "diffusers",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.trigger_phrase": config.instance_prompt or "",
+        "diffpeft.version": diffpeft.__version__,
     }

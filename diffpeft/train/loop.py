@@ -1,4 +1,5 @@
 """The training loop. It knows parameters and a loss by step, and no model."""
+
 from __future__ import annotations
 
 import math
@@ -25,11 +26,20 @@ class Schedule:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.kind]
+        return (
+            self.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.kind]
+        )
 
 
-def fit(parameters: Sequence[nn.Parameter], loss_at: Callable[[int], Tensor], schedule: Schedule, *, weight_decay: float, max_grad_norm: float,
-        on_step: Callable[[int, float], None]) -> list[float]:
+def fit(
+    parameters: Sequence[nn.Parameter],
+    loss_at: Callable[[int], Tensor],
+    schedule: Schedule,
+    *,
+    weight_decay: float,
+    max_grad_norm: float,
+    on_step: Callable[[int, float], None],
+) -> list[float]:
     """Minimise `loss_at(step)` with AdamW; the losses by step. `on_step(steps done, loss)` is called after each.
 
     Raises DivergedError for a loss that is not finite, before it reaches the parameters.
@@ -42,7 +52,9 @@ def fit(parameters: Sequence[nn.Parameter], loss_at: Callable[[int], Tensor], sc
         loss = loss_at(step)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise DivergedError(f"the loss is {losses[-1]} at step {step + 1}", remedy="Lower --lr, or use --dtype fp32.")
+            raise DivergedError(
+                f"the loss is {losses[-1]} at step {step + 1}", remedy="Lower --lr, or use --dtype fp32."
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, max_grad_norm)

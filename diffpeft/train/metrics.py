@@ -4,6 +4,7 @@ The patch distance is the Frechet distance between Gaussians fitted to features 
 arXiv:1905.01164), here on feature maps of the base's own VAE encoder (after its first convolution and its first two levels), each divided by the
 mean of the two covariance traces.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -53,14 +54,26 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def heldout_loss(family: Family, pixels: Tensor, prompts: list[str], *, seed: int, levels: int = 8, tick: Callable[[], None] = lambda: None) -> float:
+def heldout_loss(
+    family: Family,
+    pixels: Tensor,
+    prompts: list[str],
+    *,
+    seed: int,
+    levels: int = 8,
+    tick: Callable[[], None] = lambda: None,
+) -> float:
     """Mean denoising error on images, at fixed noise levels and with fixed noise: call it with the adapter off and on for a paired comparison."""
     z, _ = family.encode(pixels)
     text = family.embed(prompts)
     losses = []
     for level in range(levels):
-        noise = torch.stack([torch.randn(z.shape[1:], generator=generator(seed, "heldout", i, level)) for i in range(len(z))]).to(z.device)
+        noise = torch.stack(
+            [torch.randn(z.shape[1:], generator=generator(seed, "heldout", i, level)) for i in range(len(z))]
+        ).to(z.device)
         u = torch.full((len(z),), (level + 0.5) / levels)
-        losses.append(denoising(family, Batch(z, noise, u, prompts, torch.zeros(len(z), dtype=torch.bool)), text).mean().item())
+        losses.append(
+            denoising(family, Batch(z, noise, u, prompts, torch.zeros(len(z), dtype=torch.bool)), text).mean().item()
+        )
         tick()
     return float(np.mean(losses))

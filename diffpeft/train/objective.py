@@ -2,6 +2,7 @@
 
 min-SNR: Hang et al. 2023, arXiv:2303.09556. Prior preservation: DreamBooth, Ruiz et al. 2023, arXiv:2208.12242.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """report.html: one self-contained file with the pictures, the loss curve, the options and the files written."""
+
 from __future__ import annotations
 
 import base64
@@ -49,16 +50,32 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def write(path: Path, *, title: str, losses: Sequence[float], options: Mapping[str, Any], files: Sequence[Path],
-          pictures: Image.Image | None = None, metrics: Mapping[str, Any] | None = None) -> Path:
+def write(
+    path: Path,
+    *,
+    title: str,
+    losses: Sequence[float],
+    options: Mapping[str, Any],
+    files: Sequence[Path],
+    pictures: Image.Image | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the report. `metrics` are {name: {"before": number, "after": number}}."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
-    page = template.render(title=title, options=options, files=[f.name for f in files], metrics=metrics or {}, steps=len(losses),
-                           first=_running_mean(losses)[0], last=_running_mean(losses)[-1], curve=data_uri(loss_curve(losses)),
-                           pictures=data_uri(pictures) if pictures else "")
+    page = template.render(
+        title=title,
+        options=options,
+        files=[f.name for f in files],
+        metrics=metrics or {},
+        steps=len(losses),
+        first=_running_mean(losses)[0],
+        last=_running_mean(losses)[-1],
+        curve=data_uri(loss_curve(losses)),
+        pictures=data_uri(pictures) if pictures else "",
+    )
     with replacing(path) as f:
         f.write(page.encode())
     return path

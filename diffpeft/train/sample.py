@@ -1,4 +1,5 @@
 """Pictures: the same prompts and seeds at several strengths, side by side."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -13,8 +14,16 @@ STRENGTHS = (0.0, 0.5, 1.0)
 _CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
 
 
-def pictures(pipe: Any, prompts: Sequence[str], seed: int, *, steps: int, guidance: float, batch: int = 16,
-             tick: Callable[[], None] = lambda: None) -> np.ndarray:
+def pictures(
+    pipe: Any,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    steps: int,
+    guidance: float,
+    batch: int = 16,
+    tick: Callable[[], None] = lambda: None,
+) -> np.ndarray:
     """One image a prompt, [n, h, w, 3] uint8. Image i starts from seed + i whatever the batch size."""
 
     def told(*_: Any) -> dict[str, Any]:
@@ -23,10 +32,16 @@ def pictures(pipe: Any, prompts: Sequence[str], seed: int, *, steps: int, guidan
 
     out = []
     for first in range(0, len(prompts), batch):
-        chunk = list(prompts[first:first + batch])
+        chunk = list(prompts[first : first + batch])
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(chunk))]
-        images = pipe(chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np",
-                      callback_on_step_end=told).images
+        images = pipe(
+            chunk,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="np",
+            callback_on_step_end=told,
+        ).images
         out.append((images * 255).round().astype(np.uint8))
     return np.concatenate(out)
 
@@ -39,7 +54,13 @@ class Grid:
     boxes: list[list[list[int]]]
 
 
-def grid(rows: Sequence[str], columns: Sequence[str], cells: Sequence[np.ndarray], truth: np.ndarray | None = None, abreast: int = 2) -> Grid:
+def grid(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Sequence[np.ndarray],
+    truth: np.ndarray | None = None,
+    abreast: int = 2,
+) -> Grid:
     """A labelled grid, `abreast` blocks of rows side by side. cells[column][row] are [h, w, 3]; `truth` [row] is one more column without a box."""
     shown = [*cells, truth] if truth is not None else list(cells)
     heads = [*columns, "true target"] if truth is not None else list(columns)
@@ -65,5 +86,9 @@ def grid(rows: Sequence[str], columns: Sequence[str], cells: Sequence[np.ndarray
 def _wrapped(text: str, width: int = 17) -> str:
     lines = [""]
     for word in text.split():
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word[:width]]
+        lines = (
+            [*lines[:-1], f"{lines[-1]} {word}".strip()]
+            if len(lines[-1]) + len(word) < width
+            else [*lines, word[:width]]
+        )
     return "\n".join(line for line in lines[:5] if line)

@@ -1,4 +1,5 @@
 """The command line as a user meets it: in a process of its own."""
+
 import json
 import os
 import subprocess
@@ -18,8 +19,14 @@ PHOTO = IMAGES / "cat_face.png"
 
 
 def diffpeft(*args, cwd):
-    return subprocess.run([sys.executable, "-m", "diffpeft", *map(str, args)], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", "diffpeft", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture
@@ -54,7 +61,11 @@ MISTAKES = {
     "a folder that is no model": ((*TRAIN, "-m", "photos"), 4, "photos"),
     "a single file without its base": ((*TRAIN, "-m", "some.safetensors"), 4, "--base"),
     "a missing adapter": (("generate", "-p", "x", "--lora", "no.safetensors"), 4, "no.safetensors"),
-    "a model instead of an adapter": (("generate", "-p", "x", "--lora", EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors"), 4, "no adapter"),
+    "a model instead of an adapter": (
+        ("generate", "-p", "x", "--lora", EMBEDDED / "unet" / "diffusion_pytorch_model.safetensors"),
+        4,
+        "no adapter",
+    ),
     "an adapter for another family": (("generate", "-p", "x", "--lora", "sdxl.safetensors"), 4, "sdxl"),
     "an adapter for another model": (("generate", "-p", "x", "--lora", "other.safetensors"), 4, "shape"),
     "a pickle": (("generate", "-p", "x", "--lora", "x.bin"), 4, "pickle"),
@@ -70,7 +81,10 @@ def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, photo
     (tmp_path / "x.bin").write_bytes(b"\x80\x02}q\x00.")
     pair = {"lora_down.weight": torch.zeros(2, 5), "lora_up.weight": torch.zeros(5, 2)}
     save_file({f"lora_unet_input_blocks_4_1_proj_in.{k}": v for k, v in pair.items()}, tmp_path / "sdxl.safetensors")
-    save_file({f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.{k}": v for k, v in pair.items()}, tmp_path / "other.safetensors")
+    save_file(
+        {f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.{k}": v for k, v in pair.items()},
+        tmp_path / "other.safetensors",
+    )
     save_file(pair, tmp_path / "some.safetensors")
     before = sorted(tmp_path.rglob("*"))
     done = diffpeft(*args, cwd=tmp_path)
@@ -86,7 +100,15 @@ def test_debug_after_the_subcommand_shows_the_traceback(tmp_path):
 
 def test_help_and_import_load_nothing_heavy():
     code = "import sys, diffpeft, converters, diffpeft.cli; print({'torch', 'diffusers', 'transformers', 'rich', 'numpy', 'PIL'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}).stdout.strip() == "set()"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        ).stdout.strip()
+        == "set()"
+    )
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "generate"])
@@ -97,10 +119,24 @@ def test_every_command_has_help_with_an_example(command, tmp_path):
 
 def test_the_demo_writes_and_names_its_files(demo):
     out, done = demo
-    names = {"openmoji.diffusers.safetensors", "openmoji.kohya.safetensors", "before_after.png", "metrics.json", "report.html"}
+    names = {
+        "openmoji.diffusers.safetensors",
+        "openmoji.kohya.safetensors",
+        "before_after.png",
+        "metrics.json",
+        "report.html",
+    }
     assert {p.name for p in out.iterdir()} == names
-    assert [line for line in done.stdout.splitlines() if not line.startswith("[")] == [f"out/{n}" for n in (
-        "openmoji.diffusers.safetensors", "openmoji.kohya.safetensors", "before_after.png", "metrics.json", "report.html")]
+    assert [line for line in done.stdout.splitlines() if not line.startswith("[")] == [
+        f"out/{n}"
+        for n in (
+            "openmoji.diffusers.safetensors",
+            "openmoji.kohya.safetensors",
+            "before_after.png",
+            "metrics.json",
+            "report.html",
+        )
+    ]
     assert done.stderr == ""
     progress = [line for line in done.stdout.splitlines() if line.startswith("[")]
     assert progress and all("loss " in line and "step " in line for line in progress)
@@ -122,20 +158,40 @@ def test_the_demos_metrics_and_picture_agree(demo):
 def test_the_report_is_one_file_with_pictures_options_and_file_names(demo):
     page = (demo[0] / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
-    assert all(word in page for word in ("openmoji.kohya.safetensors", "metrics.json", "caption_dropout", "snr_gamma", "distance_to_target"))
-    assert "src=\"http" not in page and "<script" not in page and "<link" not in page
+    assert all(
+        word in page
+        for word in ("openmoji.kohya.safetensors", "metrics.json", "caption_dropout", "snr_gamma", "distance_to_target")
+    )
+    assert 'src="http' not in page and "<script" not in page and "<link" not in page
 
 
 def test_generate_draws_what_the_stock_pipeline_draws(demo, tmp_path):
     file = demo[0] / "openmoji.kohya.safetensors"
-    done = diffpeft("generate", "-p", "an emoji of lemon", "--seed", 7, "--steps", 3, "--guidance", 3, "--lora", f"{file}:0.5", "-o", "a.png", cwd=tmp_path)
+    done = diffpeft(
+        "generate",
+        "-p",
+        "an emoji of lemon",
+        "--seed",
+        7,
+        "--steps",
+        3,
+        "--guidance",
+        3,
+        "--lora",
+        f"{file}:0.5",
+        "-o",
+        "a.png",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and done.stdout == "a.png\n", done.stderr
     pipe = open_pipeline()
     pipe.load_lora_weights(str(file))
     pipe.set_adapters("default_0", 0.5)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    want = pipe("an emoji of lemon", num_inference_steps=3, guidance_scale=3.0, generator=torch.Generator("cpu").manual_seed(7)).images[0]
+    want = pipe(
+        "an emoji of lemon", num_inference_steps=3, guidance_scale=3.0, generator=torch.Generator("cpu").manual_seed(7)
+    ).images[0]
     torch.set_num_threads(threads)
     # both add the same product in another order of fp32 operations: at most one grey level apart after rounding
     assert np.abs(np.asarray(Image.open(tmp_path / "a.png")).astype(int) - np.asarray(want)).max() <= 1
@@ -143,11 +199,26 @@ def test_generate_draws_what_the_stock_pipeline_draws(demo, tmp_path):
 
 def test_train_on_a_single_file_with_its_base_and_a_toml(photos, tmp_path):
     save_file(original(open_pipeline()), tmp_path / "model.safetensors")
-    (tmp_path / "run.toml").write_text(f'model = "model.safetensors"\nbase = "{EMBEDDED}"\ndata = "photos"\nout = "out"\ninstance_prompt = "an emoji of sks"\nsteps = 50\n')
+    (tmp_path / "run.toml").write_text(
+        f'model = "model.safetensors"\nbase = "{EMBEDDED}"\ndata = "photos"\nout = "out"\ninstance_prompt = "an emoji of sks"\nsteps = 50\n'
+    )
     done = diffpeft("train", "run.toml", "--steps", "2", "--rank", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = ["out.diffusers.safetensors", "out.kohya.safetensors", "report.html"]
     assert [line for line in done.stdout.splitlines() if not line.startswith("[")] == [f"out/{n}" for n in names]
     assert "step 2/2" in done.stdout and "<td>2</td>" in (tmp_path / "out" / "report.html").read_text()
-    drawn = diffpeft("generate", "-m", "model.safetensors", "--base", EMBEDDED, "-p", "sks", "--lora", "out/out.diffusers.safetensors", "--steps", 2, cwd=tmp_path)
+    drawn = diffpeft(
+        "generate",
+        "-m",
+        "model.safetensors",
+        "--base",
+        EMBEDDED,
+        "-p",
+        "sks",
+        "--lora",
+        "out/out.diffusers.safetensors",
+        "--steps",
+        2,
+        cwd=tmp_path,
+    )
     assert drawn.returncode == 0 and Image.open(tmp_path / "out.png").size == (64, 64), drawn.stderr

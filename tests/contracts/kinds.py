@@ -1,4 +1,5 @@
 """The registries that the laws run over: every method on every kind of layer."""
+
 from __future__ import annotations
 
 import pytest
@@ -23,7 +24,10 @@ KINDS = {
     "conv2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 5, 5)),
     "conv2d non-square": (lambda: nn.Conv2d(4, 6, (1, 3), padding=(0, 1)), (2, 4, 5, 5)),
     "conv2d reflect": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), (2, 4, 5, 5)),
-    "conv2d circular grouped": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2, padding_mode="circular"), (2, 4, 6, 6)),
+    "conv2d circular grouped": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2, padding_mode="circular"),
+        (2, 4, 6, 6),
+    ),
     "conv2d without a batch": (lambda: nn.Conv2d(4, 6, 3), (4, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), (1, 2, 3, 4, 4)),
 }

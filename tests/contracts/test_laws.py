@@ -1,4 +1,5 @@
 """The laws of docs/concepts: every method on every kind of layer, in float64 where equality is claimed."""
+
 from __future__ import annotations
 
 import copy
@@ -27,7 +28,11 @@ STRENGTHS = (1.0, 0.5, -0.7, 2.5)
 
 def everything(model):
     """Targets: each layer by its name."""
-    return [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and "adapters" not in name]
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and "adapters" not in name
+    ]
 
 
 def effective(model, layer_name, order):
@@ -176,6 +181,7 @@ def test_a_layer_may_be_called_by_keyword(randomize):
 
 # ---- all or nothing
 
+
 def operations(pipe, file):
     """{name: what it does} of everything that commits; the adapter `old` is attached."""
     return {
@@ -300,6 +306,7 @@ def test_a_copied_layer_may_lie_in_a_cycle():
 
 # ---- other libraries
 
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_accelerates_offloading_keeps_working(when, randomize):
     from accelerate import cpu_offload
@@ -344,7 +351,11 @@ def test_accelerates_hooks_may_be_removed_at_any_time(removed, randomize):
     assert torch.equal(model(x), plain)
 
 
-@pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}], ids=["leaf", "block"])
+@pytest.mark.parametrize(
+    "options",
+    [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}],
+    ids=["leaf", "block"],
+)
 def test_diffusers_group_offloading_may_come_after_the_adapter(options, pipe, randomize):
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([3]), torch.randn(1, 5, 32, dtype=torch.float64)
     plain = pipe.unet(*x).sample
@@ -394,6 +405,7 @@ def test_detach_refuses_a_class_on_top_of_ours():
 
 
 # ---- threads
+
 
 def test_two_threads_never_see_each_others_mix(randomize):
     model, x = blocks(), torch.randn(2, 8, dtype=torch.float64)
@@ -456,6 +468,7 @@ def test_an_adapter_in_use_by_a_block_is_busy():
 
 
 # ---- dtypes and compilation
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_kind
@@ -571,7 +584,11 @@ def test_part_of_an_adapted_model_is_no_target_of_its_own(trace):
     model = blocks()
     attach(model, config("lora"), "a", targets=everything(model))
     before = trace(model)
-    for change in (lambda: detach(model[0], "a"), lambda: attach(model[0], config("lora"), "b", targets=["up"]), lambda: set_adapters(model[0], {})):
+    for change in (
+        lambda: detach(model[0], "a"),
+        lambda: attach(model[0], config("lora"), "b", targets=["up"]),
+        lambda: set_adapters(model[0], {}),
+    ):
         with pytest.raises(AdapterStateError, match="part"):
             change()
         assert trace(model) == before

@@ -1,4 +1,5 @@
 """Names: every format spells every layer of every family and reads it back; what a file is, from its header."""
+
 from __future__ import annotations
 
 import subprocess
@@ -15,13 +16,20 @@ from converters.roles import ROLES
 from diffpeft.bundle import canonical
 from diffpeft.errors import UnknownKeysError, WrongBaseError
 
-LAYERS = [(family, component, template) for family, table in TABLES.items() for component, templates in table.components.items() for template in templates]
+LAYERS = [
+    (family, component, template)
+    for family, table in TABLES.items()
+    for component, templates in table.components.items()
+    for template in templates
+]
 NUMBERS = ((0, 0, 0), (1, 2, 3), (10, 0, 12))
 
 
 def layers():
     """Every layer of every family, with numbers of one and two digits."""
-    return {(family, component, template.format(*numbers)) for family, component, template in LAYERS for numbers in NUMBERS}
+    return {
+        (family, component, template.format(*numbers)) for family, component, template in LAYERS for numbers in NUMBERS
+    }
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -46,7 +54,10 @@ def test_flat_names_have_one_meaning():
         assert TABLES[family].knows(component, layer)
 
 
-@pytest.mark.parametrize("flat", ["", "conv_in_", "xconv_in", "down_blocks_0", "down_blocks_x_resnets_0_conv1", "mid_block_0_resnets_0_conv1"])
+@pytest.mark.parametrize(
+    "flat",
+    ["", "conv_in_", "xconv_in", "down_blocks_0", "down_blocks_x_resnets_0_conv1", "mid_block_0_resnets_0_conv1"],
+)
 def test_a_flat_name_that_no_template_gives_has_no_meaning(flat):
     assert TABLES["sd15"].dotted("unet", flat) is None and TABLES["sd15"].dotted("nowhere", "conv_in") is None
 
@@ -54,19 +65,32 @@ def test_a_flat_name_that_no_template_gives_has_no_meaning(flat):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("family", TABLES)
 def test_every_layer_of_a_family_survives_a_file(format, family, tmp_path):
-    names = sorted({(c, layer) for f, c, layer in layers() if f == family and "transformer_blocks.12" not in layer and "transformer_blocks.3" not in layer})
+    names = sorted(
+        {
+            (c, layer)
+            for f, c, layer in layers()
+            if f == family and "transformer_blocks.12" not in layer and "transformer_blocks.3" not in layer
+        }
+    )
     tensors = {f"{c}.{layer}.lora_{ab}.weight": torch.ones(1, 1) for c, layer in names for ab in "AB"}
     bundle = converters.read(tensors, family=family)
     converters.write(bundle, tmp_path / "x.safetensors", format=format)
     again = converters.read(tmp_path / "x.safetensors", family=family)
-    assert again.format == format and {e.layer for e in again.entries} == {e.layer for e in bundle.entries} == {canonical(*name) for name in names}
+    assert again.format == format and {e.layer for e in again.entries} == {e.layer for e in bundle.entries} == {
+        canonical(*name) for name in names
+    }
     assert not again.carried
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_detection_reads_back_what_was_written(format, adapter):
     found = converters.detect(adapter(format))
-    assert (found.format, found.family, found.methods, found.confidence) == (format, "sd15", {"lora"}, 1.0) and found.alternatives == ("sd2",)
+    assert (found.format, found.family, found.methods, found.confidence) == (
+        format,
+        "sd15",
+        {"lora"},
+        1.0,
+    ) and found.alternatives == ("sd2",)
 
 
 def key(layer, width=320, format="diffusers"):
@@ -82,8 +106,14 @@ FAMILIES = {
     "no cross attention": (key("unet.conv_in"), ("sd15", "sd2")),
     "a UNet alone": (key("down_blocks.0.resnets.0.conv1"), ("sd15", "sd2")),
     "text alone": (key("text_encoder.text_model.encoder.layers.0.mlp.fc1"), ("sd15", "sd2", "sdxl", "sd3", "flux")),
-    "text alone, in a file of its own": (key("text_model.encoder.layers.0.mlp.fc1"), ("sd15", "sd2", "sdxl", "sd3", "flux")),
-    "text and an embedding": (key("text_encoder.encoder.layers.0.mlp.fc1") | {"emb_params": torch.ones(1, 8)}, ("sd15", "sd2", "sdxl", "sd3", "flux")),
+    "text alone, in a file of its own": (
+        key("text_model.encoder.layers.0.mlp.fc1"),
+        ("sd15", "sd2", "sdxl", "sd3", "flux"),
+    ),
+    "text and an embedding": (
+        key("text_encoder.encoder.layers.0.mlp.fc1") | {"emb_params": torch.ones(1, 8)},
+        ("sd15", "sd2", "sdxl", "sd3", "flux"),
+    ),
     "SDXL's depth": (key("unet.mid_block.attentions.0.transformer_blocks.9.attn1.to_q"), ("sdxl", "sdxl_refiner")),
     "SDXL's second text encoder": (key("text_encoder_2.text_model.encoder.layers.0.mlp.fc1"), ("sdxl", "sdxl_refiner")),
     "SD3": (key("transformer.transformer_blocks.0.attn2.to_q"), ("sd3",)),
@@ -130,8 +160,12 @@ def test_every_spelling_names_the_same_layer(case):
 
 def test_a_model_s_own_names_decide_before_the_table():
     tensors = {f"lora_unet_my_own_layer.lora_{d}.weight": torch.ones(1, 1) for d in ("down", "up")} | {
-        f"lora_unet_conv_in.lora_{d}.weight": torch.ones(1, 1) for d in ("down", "up")}
-    assert [e.layer for e in converters.read(tensors, names={"unet": ["my_own.layer"]}).entries] == ["unet.my_own.layer", "unet.conv_in"]
+        f"lora_unet_conv_in.lora_{d}.weight": torch.ones(1, 1) for d in ("down", "up")
+    }
+    assert [e.layer for e in converters.read(tensors, names={"unet": ["my_own.layer"]}).entries] == [
+        "unet.my_own.layer",
+        "unet.conv_in",
+    ]
     assert [e.layer for e in converters.read(tensors).entries] == ["unet.my_own_layer", "unet.conv_in"]
 
 

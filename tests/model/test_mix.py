@@ -1,4 +1,5 @@
 """How strong: patterns, finiteness, order."""
+
 from __future__ import annotations
 
 import copy
@@ -8,12 +9,28 @@ import pytest
 import torch
 from torch import nn
 
-from diffpeft import AdapterStateError, ConfigError, LoraConfig, UnknownNameError, adapters, attach, get_adapters, load_lora, set_adapters, unload
+from diffpeft import (
+    AdapterStateError,
+    ConfigError,
+    LoraConfig,
+    UnknownNameError,
+    adapters,
+    attach,
+    get_adapters,
+    load_lora,
+    set_adapters,
+    unload,
+)
 from diffpeft.model.attach import mix_of
 from diffpeft.model.mix import choose
 
-LAYERS = ("down_blocks.0.resnets.0.conv1", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.proj_in",
-          "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "up_blocks.1.resnets.10.conv1")
+LAYERS = (
+    "down_blocks.0.resnets.0.conv1",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "mid_block.attentions.0.proj_in",
+    "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    "up_blocks.1.resnets.10.conv1",
+)
 
 
 def strengths(patterns, component="unet", layers=LAYERS):
@@ -21,65 +38,88 @@ def strengths(patterns, component="unet", layers=LAYERS):
     return dict(zip(layers, choose(component, layers, {"a": None}, {"a": patterns}).strengths["a"], strict=True))
 
 
-@pytest.mark.parametrize("patterns, want", [
-    ({}, (1, 1, 1, 1, 1)),
-    ({"unet": 0.5}, (0.5,) * 5),
-    ({"unet.up_blocks": 0.5}, (1, 1, 1, 0.5, 0.5)),
-    ({"unet.up_blocks.*": 0.5}, (1, 1, 1, 0.5, 0.5)),
-    ({"unet.*_blocks": 0.5}, (0.5, 0.5, 1, 0.5, 0.5)),
-    ({"unet.????_blocks.1": 0.5}, (1, 0.5, 1, 1, 1)),
-    ({"unet.*.1": 0.5}, (1, 0.5, 1, 1, 0.5)),
-    ({"unet.up_blocks.1.resnets.1": 0.5}, (1, 1, 1, 1, 1)),            # a whole segment: resnets.10 is another
-    ({"unet.up": 0.5, "blocks": 0.2, "unet.blocks": 0.2}, (1,) * 5),
-    ({"*": 0.5}, (0.5,) * 5),
-    ({"unet": 0.8, "unet.up_blocks.*": 0.2}, (0.8, 0.8, 0.8, 0.2, 0.2)),
-    ({"unet.up_blocks.*": 0.2, "unet": 0.8}, (0.8, 0.8, 0.8, 0.2, 0.2)),  # the order of patterns of different weight does not matter
-    ({"unet.up_blocks.1": 0.1, "unet.*.*.resnets.*": 0.2}, (0.2, 1, 1, 1, 0.1)),  # literal segments first: 3 against 2
-    ({"unet.up_blocks": 0.1, "unet.up_blocks.*": 0.2}, (1, 1, 1, 0.2, 0.2)),      # then the longer
-    ({"unet.up_blocks.*": 0.2, "unet.up_blocks": 0.1}, (1, 1, 1, 0.2, 0.2)),
-    ({"unet.*.0": 0.1, "unet.*_blocks.0": 0.2}, (0.2, 1, 1, 0.2, 1)),             # then the later
-    ({"unet.*_blocks.0": 0.2, "unet.*.0": 0.1}, (0.1, 1, 1, 0.1, 1)),
-    ({"unet.mid.block": 0.1, "unet.mid_block.[a]*": 0.1}, (1,) * 5),              # a dot and brackets are themselves
-])
+@pytest.mark.parametrize(
+    "patterns, want",
+    [
+        ({}, (1, 1, 1, 1, 1)),
+        ({"unet": 0.5}, (0.5,) * 5),
+        ({"unet.up_blocks": 0.5}, (1, 1, 1, 0.5, 0.5)),
+        ({"unet.up_blocks.*": 0.5}, (1, 1, 1, 0.5, 0.5)),
+        ({"unet.*_blocks": 0.5}, (0.5, 0.5, 1, 0.5, 0.5)),
+        ({"unet.????_blocks.1": 0.5}, (1, 0.5, 1, 1, 1)),
+        ({"unet.*.1": 0.5}, (1, 0.5, 1, 1, 0.5)),
+        ({"unet.up_blocks.1.resnets.1": 0.5}, (1, 1, 1, 1, 1)),  # a whole segment: resnets.10 is another
+        ({"unet.up": 0.5, "blocks": 0.2, "unet.blocks": 0.2}, (1,) * 5),
+        ({"*": 0.5}, (0.5,) * 5),
+        ({"unet": 0.8, "unet.up_blocks.*": 0.2}, (0.8, 0.8, 0.8, 0.2, 0.2)),
+        (
+            {"unet.up_blocks.*": 0.2, "unet": 0.8},
+            (0.8, 0.8, 0.8, 0.2, 0.2),
+        ),  # the order of patterns of different weight does not matter
+        (
+            {"unet.up_blocks.1": 0.1, "unet.*.*.resnets.*": 0.2},
+            (0.2, 1, 1, 1, 0.1),
+        ),  # literal segments first: 3 against 2
+        ({"unet.up_blocks": 0.1, "unet.up_blocks.*": 0.2}, (1, 1, 1, 0.2, 0.2)),  # then the longer
+        ({"unet.up_blocks.*": 0.2, "unet.up_blocks": 0.1}, (1, 1, 1, 0.2, 0.2)),
+        ({"unet.*.0": 0.1, "unet.*_blocks.0": 0.2}, (0.2, 1, 1, 0.2, 1)),  # then the later
+        ({"unet.*_blocks.0": 0.2, "unet.*.0": 0.1}, (0.1, 1, 1, 0.1, 1)),
+        ({"unet.mid.block": 0.1, "unet.mid_block.[a]*": 0.1}, (1,) * 5),  # a dot and brackets are themselves
+    ],
+)
 def test_the_most_literal_then_longer_then_later_pattern_wins(patterns, want):
     assert tuple(strengths(patterns).values()) == want
 
 
 @pytest.mark.parametrize("layer", ["encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"])
-@pytest.mark.parametrize("patterns", [
-    {"text_encoder.encoder.layers.0": 0.5},
-    {"text_encoder.text_model.encoder.layers.0": 0.5},
-    {"text_encoder.text_model": 0.5},
-    {"text_encoder.*.encoder.layers.0": 0.5},
-    {"text_encoder.text_model.encoder.layers.*": 0.2, "text_encoder.encoder.layers.0": 0.5},  # the level counts for nothing
-])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"text_encoder.encoder.layers.0": 0.5},
+        {"text_encoder.text_model.encoder.layers.0": 0.5},
+        {"text_encoder.text_model": 0.5},
+        {"text_encoder.*.encoder.layers.0": 0.5},
+        {
+            "text_encoder.text_model.encoder.layers.*": 0.2,
+            "text_encoder.encoder.layers.0": 0.5,
+        },  # the level counts for nothing
+    ],
+)
 def test_both_spellings_of_clip_match(layer, patterns):
     assert strengths(patterns, "text_encoder", [layer]) == {layer: 0.5}
 
 
 @pytest.fixture
 def adapted(pipe):
-    attach(pipe, LoraConfig(r=1, init_lora_weights=False), "a", targets=["conv_in", "mid_block.attentions.0.proj_in", "layers.0.mlp.fc1"])
+    attach(
+        pipe,
+        LoraConfig(r=1, init_lora_weights=False),
+        "a",
+        targets=["conv_in", "mid_block.attentions.0.proj_in", "layers.0.mlp.fc1"],
+    )
     attach(pipe.unet, LoraConfig(r=1, init_lora_weights=False), "b", targets=["conv_out"])
     return pipe
 
 
-@pytest.mark.parametrize("mix, error, said", [
-    ({"c": 1.0}, UnknownNameError, "Known: a, b"),
-    ({"a": {"unet.mid_blok": 1.0}}, UnknownNameError, "unet.mid_block"),
-    ({"a": {"unet.conv_out": 1.0}}, UnknownNameError, "matches no layer of adapter 'a'"),
-    ({"b": {"text_encoder": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
-    ({"a": {"": 1.0}}, UnknownNameError, "matches no layer"),
-    ({"a": math.nan}, ConfigError, "nan"),
-    ({"a": math.inf}, ConfigError, "inf"),
-    ({"a": {"unet": 1.0, "text_encoder": -math.inf}}, ConfigError, "text_encoder"),
-    ({"a": "1.0"}, ConfigError, "finite number"),
-    ({"a": None}, ConfigError, "finite number"),
-    ({"a": True}, ConfigError, "finite number"),
-    ({"a": {1: 0.5}}, ConfigError, "block"),
-    (["a"], ConfigError, "dict"),
-    ({"b": 1.0, "a": {"nowhere": 1.0}}, UnknownNameError, "nowhere"),
-])
+@pytest.mark.parametrize(
+    "mix, error, said",
+    [
+        ({"c": 1.0}, UnknownNameError, "Known: a, b"),
+        ({"a": {"unet.mid_blok": 1.0}}, UnknownNameError, "unet.mid_block"),
+        ({"a": {"unet.conv_out": 1.0}}, UnknownNameError, "matches no layer of adapter 'a'"),
+        ({"b": {"text_encoder": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
+        ({"a": {"": 1.0}}, UnknownNameError, "matches no layer"),
+        ({"a": math.nan}, ConfigError, "nan"),
+        ({"a": math.inf}, ConfigError, "inf"),
+        ({"a": {"unet": 1.0, "text_encoder": -math.inf}}, ConfigError, "text_encoder"),
+        ({"a": "1.0"}, ConfigError, "finite number"),
+        ({"a": None}, ConfigError, "finite number"),
+        ({"a": True}, ConfigError, "finite number"),
+        ({"a": {1: 0.5}}, ConfigError, "block"),
+        (["a"], ConfigError, "dict"),
+        ({"b": 1.0, "a": {"nowhere": 1.0}}, UnknownNameError, "nowhere"),
+    ],
+)
 def test_a_bad_mix_is_refused_and_changes_nothing(adapted, mix, error, said):
     before = get_adapters(adapted)
     for use in (set_adapters, lambda pipe, mix: adapters(pipe, mix).__enter__()):
@@ -93,8 +133,17 @@ def test_those_named_are_active_in_that_order(adapted):
     set_adapters(adapted, {"b": 0.5, "a": {"unet": 0.8, "text_encoder": 0.0}})
     assert mix_of(adapted.unet).choice.order == ("b", "a") and mix_of(adapted.text_encoder).choice.order == ("a",)
     status = get_adapters(adapted)
-    assert list(status) == ["a", "b"] and status["a"].strength == {"unet": 0.8, "text_encoder": 0.0} and status["b"].strength == 0.5
-    assert status["a"].components == {"unet", "text_encoder"} and status["a"].ranks == (1,) and status["a"].methods == {"lora"} and not status["a"].fused
+    assert (
+        list(status) == ["a", "b"]
+        and status["a"].strength == {"unet": 0.8, "text_encoder": 0.0}
+        and status["b"].strength == 0.5
+    )
+    assert (
+        status["a"].components == {"unet", "text_encoder"}
+        and status["a"].ranks == (1,)
+        and status["a"].methods == {"lora"}
+        and not status["a"].fused
+    )
     set_adapters(adapted, {"b": 1})
     assert [s.active for s in get_adapters(adapted).values()] == [False, True]
 

@@ -1,4 +1,5 @@
 """Which layers: names, suffixes, expressions and presets."""
+
 from __future__ import annotations
 
 import pytest
@@ -18,34 +19,40 @@ class Net(nn.Module):
         self.table = nn.Embedding(3, 2)
 
 
-@pytest.mark.parametrize("targets, exclude, want", [
-    (["to_q"], None, {"encoder.to_q"}),                       # a suffix begins at a dot
-    (["encoder.to_q", "conv"], None, {"encoder.to_q", "conv"}),
-    ("encoder\\..*", None, {"encoder.to_q", "encoder.to_k", "encoder.my_to_q"}),
-    (".*to_q", None, {"encoder.to_q", "encoder.my_to_q"}),     # an expression is for the whole name
-    ("full", None, {"encoder.to_q", "encoder.to_k", "encoder.my_to_q", "conv"}),
-    ("attn", None, {"encoder.to_q", "encoder.to_k"}),
-    (["*"], ["conv", "to_k"], {"encoder.to_q", "encoder.my_to_q"}),
-    ("full", ".*to_.*", {"conv"}),
-    ("full", "attn", {"encoder.my_to_q", "conv"}),             # a preset excludes what it chooses
-    (("to_q", "to_k"), {"to_k"}, {"encoder.to_q"}),
-])
+@pytest.mark.parametrize(
+    "targets, exclude, want",
+    [
+        (["to_q"], None, {"encoder.to_q"}),  # a suffix begins at a dot
+        (["encoder.to_q", "conv"], None, {"encoder.to_q", "conv"}),
+        ("encoder\\..*", None, {"encoder.to_q", "encoder.to_k", "encoder.my_to_q"}),
+        (".*to_q", None, {"encoder.to_q", "encoder.my_to_q"}),  # an expression is for the whole name
+        ("full", None, {"encoder.to_q", "encoder.to_k", "encoder.my_to_q", "conv"}),
+        ("attn", None, {"encoder.to_q", "encoder.to_k"}),
+        (["*"], ["conv", "to_k"], {"encoder.to_q", "encoder.my_to_q"}),
+        ("full", ".*to_.*", {"conv"}),
+        ("full", "attn", {"encoder.my_to_q", "conv"}),  # a preset excludes what it chooses
+        (("to_q", "to_k"), {"to_k"}, {"encoder.to_q"}),
+    ],
+)
 def test_targets_choose(targets, exclude, want):
     assert set(select({"": Net()}, targets, exclude)[""]) == want
 
 
-@pytest.mark.parametrize("targets, exclude, error, said", [
-    (["to_p"], None, UnknownNameError, "to_q"),
-    (["to_q", "konv"], None, UnknownNameError, "conv"),
-    ("to_q", None, UnknownNameError, "to_q"),                  # a string is an expression for the whole name
-    ("atn", None, UnknownNameError, "attn"),
-    (["norm"], None, UnknownNameError, "norm"),
-    ("(", None, ConfigError, "expression"),
-    ("full", "(", ConfigError, "expression"),
-    (None, None, ConfigError, "presets?"),
-    ([], None, ConfigError, "presets?"),
-    (["conv"], ["conv"], UnknownNameError, "exclude"),
-])
+@pytest.mark.parametrize(
+    "targets, exclude, error, said",
+    [
+        (["to_p"], None, UnknownNameError, "to_q"),
+        (["to_q", "konv"], None, UnknownNameError, "conv"),
+        ("to_q", None, UnknownNameError, "to_q"),  # a string is an expression for the whole name
+        ("atn", None, UnknownNameError, "attn"),
+        (["norm"], None, UnknownNameError, "norm"),
+        ("(", None, ConfigError, "expression"),
+        ("full", "(", ConfigError, "expression"),
+        (None, None, ConfigError, "presets?"),
+        ([], None, ConfigError, "presets?"),
+        (["conv"], ["conv"], UnknownNameError, "exclude"),
+    ],
+)
 def test_bad_targets_are_refused_with_the_near_matches(targets, exclude, error, said):
     with pytest.raises(error, match=said):
         select({"": Net()}, targets, exclude)
@@ -56,10 +63,19 @@ def test_every_preset_finds_layers_of_a_pipeline_in_every_component(preset, pipe
     assert all(found for found in select(components(pipe), preset).values())
 
 
-@pytest.mark.parametrize("targets", [["text_model.encoder.layers.0.mlp.fc1"], ["encoder.layers.0.mlp.fc1"],
-                                     "text_model.encoder.layers.0.mlp.fc1", r"encoder\.layers\.0\.mlp\.fc1"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["text_model.encoder.layers.0.mlp.fc1"],
+        ["encoder.layers.0.mlp.fc1"],
+        "text_model.encoder.layers.0.mlp.fc1",
+        r"encoder\.layers\.0\.mlp\.fc1",
+    ],
+)
 def test_both_spellings_of_clip_choose(targets, pipe):
-    assert attach(pipe, LoraConfig(), targets=targets, dry_run=True).layers == ("text_encoder.encoder.layers.0.mlp.fc1",)
+    assert attach(pipe, LoraConfig(), targets=targets, dry_run=True).layers == (
+        "text_encoder.encoder.layers.0.mlp.fc1",
+    )
 
 
 def test_what_reads_weights_directly_is_refused_by_name():
@@ -93,7 +109,11 @@ def test_fused_projections_are_refused(pipe):
 
 def test_a_module_has_the_name_it_has_in_pipelines(pipe):
     assert list(components(pipe)) == ["unet", "text_encoder"]
-    assert list(components(pipe.unet)) == ["unet"] and list(components(pipe.text_encoder)) == ["text_encoder"] and list(components(Net())) == [""]
+    assert (
+        list(components(pipe.unet)) == ["unet"]
+        and list(components(pipe.text_encoder)) == ["text_encoder"]
+        and list(components(Net())) == [""]
+    )
     for wrong in (None, 3, "unet", {"unet": pipe.unet}):
         with pytest.raises(ConfigError, match="cannot adapt"):
             components(wrong)
@@ -125,10 +145,25 @@ def test_a_child_that_is_called_adapters_is_a_layer_like_any():
     assert type(model["adapters"]) is nn.Linear
 
 
-@pytest.mark.parametrize("field, value", [
-    ("r", 0), ("r", 1.5), ("r", True), ("r", "8"), ("lora_alpha", float("nan")), ("lora_alpha", "8"), ("lora_dropout", 1.0), ("lora_dropout", -0.1),
-    ("lora_dropout", "0.1"), ("init_lora_weights", "pissa"), ("rank_pattern", {"to_q": 0}), ("alpha_pattern", {"to_q": float("inf")}),
-    ("rank_pattern", {"(": 2}), ("alpha_pattern", {"(": 2})])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("r", 0),
+        ("r", 1.5),
+        ("r", True),
+        ("r", "8"),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", "8"),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", "0.1"),
+        ("init_lora_weights", "pissa"),
+        ("rank_pattern", {"to_q": 0}),
+        ("alpha_pattern", {"to_q": float("inf")}),
+        ("rank_pattern", {"(": 2}),
+        ("alpha_pattern", {"(": 2}),
+    ],
+)
 def test_a_bad_field_is_named(field, value):
     with pytest.raises(ConfigError, match=field):
         attach(Net(), LoraConfig(**{field: value}), targets="full")
@@ -166,10 +201,18 @@ def test_fresh_values_have_pefts_distribution(init):
     import peft
 
     big, std = nn.Sequential(nn.Linear(512, 512)), {}
-    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=64, target_modules=["0"], init_lora_weights=init), nn.Sequential(nn.Linear(512, 512)))
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=64, target_modules=["0"], init_lora_weights=init), nn.Sequential(nn.Linear(512, 512))
+    )
     attach(big, LoraConfig(r=64, init_lora_weights=init), targets=["0"])
     for ab in "AB":
-        std[ab] = [t.std().item() for t in (big[0].adapters["default"].get_parameter(f"lora_{ab}"), getattr(theirs[0], f"lora_{ab}")["default"].weight)]
+        std[ab] = [
+            t.std().item()
+            for t in (
+                big[0].adapters["default"].get_parameter(f"lora_{ab}"),
+                getattr(theirs[0], f"lora_{ab}")["default"].weight,
+            )
+        ]
         # the std of 32768 numbers is known to 1 / sqrt(65536), or 0.4 %; five times that
         assert std[ab][0] == pytest.approx(std[ab][1], rel=0.02), (ab, std)
 

@@ -1,4 +1,5 @@
 """From a file onto a pipeline and back; and the same files in stock diffusers with peft."""
+
 from __future__ import annotations
 
 import gc
@@ -44,8 +45,11 @@ every_format = pytest.mark.parametrize("format", FORMATS)
 
 CONV, LINEAR = "unet.conv_in", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
-KOHYA = {CONV: "lora_unet_conv_in", LINEAR: "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
-         TEXT: "lora_te_text_model_encoder_layers_1_mlp_fc1"}
+KOHYA = {
+    CONV: "lora_unet_conv_in",
+    LINEAR: "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+    TEXT: "lora_te_text_model_encoder_layers_1_mlp_fc1",
+}
 SHAPES = {CONV: (16, 4, 3, 3), LINEAR: (32, 32), TEXT: (48, 32)}
 
 
@@ -72,8 +76,16 @@ def same(a, b):
 
 # ---- round trips
 
-ALPHAS = {"none": None, "fp32": torch.tensor(2.0), "fp16": torch.tensor(1.5, dtype=torch.float16), "bf16": torch.tensor(3.0, dtype=torch.bfloat16),
-          "int64": torch.tensor(4), "one number": torch.tensor([2.0]), "0": torch.tensor(0.0), "negative": torch.tensor(-1.0)}
+ALPHAS = {
+    "none": None,
+    "fp32": torch.tensor(2.0),
+    "fp16": torch.tensor(1.5, dtype=torch.float16),
+    "bf16": torch.tensor(3.0, dtype=torch.bfloat16),
+    "int64": torch.tensor(4),
+    "one number": torch.tensor([2.0]),
+    "0": torch.tensor(0.0),
+    "negative": torch.tensor(-1.0),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -93,7 +105,9 @@ def test_kohya_comes_back_bit_for_bit(dtype, alpha, pipe, tmp_path):
 def test_diffusers_comes_back_bit_for_bit(dtype, pipe, tmp_path):
     want = lora("diffusers", dtype=dtype)
     report = load_lora(pipe, want, name="a")
-    assert report.format == "diffusers" and report.family == "sd15" and report.methods == {"lora"} and not report.carried
+    assert (
+        report.format == "diffusers" and report.family == "sd15" and report.methods == {"lora"} and not report.carried
+    )
     assert report.matched == (CONV, LINEAR, TEXT.replace("text_model.", ""))
     save_lora(pipe, tmp_path / "b.safetensors", format="diffusers")
     same(load_file(tmp_path / "b.safetensors"), want)
@@ -136,12 +150,21 @@ def test_a_cast_that_overflows_is_refused(format, pipe, tmp_path):
 
 @every_format
 def test_metadata_comes_back(format, pipe, tmp_path):
-    save_file(lora("kohya"), tmp_path / "a.safetensors", metadata={"ss_tag": "é", "modelspec.trigger_phrase": "a, b", "sshs_model_hash": "x"})
+    save_file(
+        lora("kohya"),
+        tmp_path / "a.safetensors",
+        metadata={"ss_tag": "é", "modelspec.trigger_phrase": "a, b", "sshs_model_hash": "x"},
+    )
     assert load_lora(pipe, tmp_path / "a.safetensors").trigger_words == ("a", "b")
     save_lora(pipe, tmp_path / "b.safetensors", format=format, metadata={"mine": "1"})
     with safe_open(tmp_path / "b.safetensors", "pt") as f:
         got = f.metadata()
-    assert got["ss_tag"] == "é" and got["mine"] == "1" and got["modelspec.trigger_phrase"] == "a, b" and "sshs_model_hash" not in got
+    assert (
+        got["ss_tag"] == "é"
+        and got["mine"] == "1"
+        and got["modelspec.trigger_phrase"] == "a, b"
+        and "sshs_model_hash" not in got
+    )
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -180,13 +203,17 @@ def test_a_1x1_convolution_takes_linear_factors(pipe):
     x = torch.randn(1, 32, 2, 2, dtype=torch.float64)
     outs = []
     for shape in ((), (1, 1)):
-        load_lora(pipe, {f"{layer}.lora_A.weight": A.reshape(2, 32, *shape), f"{layer}.lora_B.weight": B.reshape(32, 2, *shape)})
+        load_lora(
+            pipe,
+            {f"{layer}.lora_A.weight": A.reshape(2, 32, *shape), f"{layer}.lora_B.weight": B.reshape(32, 2, *shape)},
+        )
         outs.append(base(x))
         unload(pipe)
     assert torch.equal(*outs)
 
 
 # ---- stock diffusers
+
 
 def stock_image(pipe, image, weights, name):
     out = []
@@ -198,7 +225,9 @@ def stock_image(pipe, image, weights, name):
 
 @every_format
 def test_what_we_save_gives_the_same_image_in_stock_diffusers(format, adapter, fresh, image):
-    unet_only = {"targets": ("conv_in", "attn1.to_q")} if format == "kohya" else {}  # stock 0.42 drops q_proj, and alphas, of text encoders in kohya's spelling
+    unet_only = (
+        {"targets": ("conv_in", "attn1.to_q")} if format == "kohya" else {}
+    )  # stock 0.42 drops q_proj, and alphas, of text encoders in kohya's spelling
     file, ours, theirs = adapter(format, **unet_only), fresh(), fresh()
     load_lora(ours, file, name="a")
     theirs.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="a")
@@ -213,7 +242,12 @@ def test_what_we_save_gives_the_same_image_in_stock_diffusers(format, adapter, f
 PEFT = {
     "plain": dict(r=3, lora_alpha=3),
     "alpha": dict(r=4, lora_alpha=2),
-    "patterns": dict(r=3, lora_alpha=2, rank_pattern={"to_q": 2, r"^mid_block\.attentions.0.proj_in": 5}, alpha_pattern={"to_q": 6, ".*fc1": 5, "conv_in": 7}),
+    "patterns": dict(
+        r=3,
+        lora_alpha=2,
+        rank_pattern={"to_q": 2, r"^mid_block\.attentions.0.proj_in": 5},
+        alpha_pattern={"to_q": 6, ".*fc1": 5, "conv_in": 7},
+    ),
     "rslora": dict(r=4, lora_alpha=2, use_rslora=True, alpha_pattern={"to_k": 5}, rank_pattern={"to_k": 2}),
 }
 
@@ -224,7 +258,9 @@ def stock(pipe, fields, text=True, layers=("to_q", "to_k", "conv_in", "proj_in")
 
     pipe.unet.add_adapter(peft.LoraConfig(**fields, init_lora_weights=False, target_modules=layers), "a")
     if text:
-        pipe.text_encoder.add_adapter(peft.LoraConfig(**fields, init_lora_weights=False, target_modules=["q_proj", "fc1"]), "a")
+        pipe.text_encoder.add_adapter(
+            peft.LoraConfig(**fields, init_lora_weights=False, target_modules=["q_proj", "fc1"]), "a"
+        )
     return pipe
 
 
@@ -252,7 +288,9 @@ def saved_by_stock(pipe, how, folder):
 @pytest.mark.parametrize("fields", PEFT)
 @pytest.mark.parametrize("how", ["without metadata", "converted", "with metadata", "save_lora_adapter"])
 def test_what_stock_diffusers_saves_gives_the_same_image_here(fields, how, fresh, image, tmp_path):
-    layers = ("to_q", "to_k") if how == "converted" else ("to_q", "to_k", "conv_in", "proj_in")  # stock reads no converted file with other layers
+    layers = (
+        ("to_q", "to_k") if how == "converted" else ("to_q", "to_k", "conv_in", "proj_in")
+    )  # stock reads no converted file with other layers
     source, theirs, ours = stock(fresh(), PEFT[fields], how != "save_lora_adapter", layers), fresh(), fresh()
     saved_by_stock(source, how, tmp_path)
     if how in ("with metadata", "save_lora_adapter"):  # nothing is lost
@@ -272,7 +310,11 @@ def test_a_file_for_the_unet_alone_loads_on_the_unet_alone(fresh, tmp_path):
     source, ours = stock(fresh(), PEFT["patterns"], text=False), fresh()
     saved_by_stock(source, "save_lora_adapter", tmp_path)
     load_lora(ours.unet, tmp_path)
-    x, t, text = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([3]), torch.randn(1, 5, 32, dtype=torch.float64)
+    x, t, text = (
+        torch.randn(1, 4, 8, 8, dtype=torch.float64),
+        torch.tensor([3]),
+        torch.randn(1, 5, 32, dtype=torch.float64),
+    )
     torch.testing.assert_close(ours.unet(x, t, text).sample, source.unet(x, t, text).sample, **EXACT)
 
 
@@ -286,7 +328,12 @@ def test_the_embedded_base_gives_the_image_of_stock_diffusers(embedded, image, t
     for slot in slots_of(embedded, "a").values():
         nn.init.normal_(slot.lora_B, std=0.05)
     save_lora(embedded, tmp_path / "a.safetensors")
-    theirs = StableDiffusionPipeline(**{name: copy.deepcopy(part) if isinstance(part, nn.Module) else part for name, part in embedded.components.items()})
+    theirs = StableDiffusionPipeline(
+        **{
+            name: copy.deepcopy(part) if isinstance(part, nn.Module) else part
+            for name, part in embedded.components.items()
+        }
+    )
     unload(theirs)
     theirs.set_progress_bar_config(disable=True)
     theirs.load_lora_weights(str(tmp_path), weight_name="a.safetensors", adapter_name="a")
@@ -304,22 +351,30 @@ def test_an_adapter_of_ours_can_be_saved_through_a_converted_dict(adapter, pipe)
 
 # ---- the four fates of a key
 
+
 @every_format
 def test_a_layer_that_is_not_there_is_refused_with_the_near_match(format, pipe):
     tensors = {re.sub(r"(mid_block.attentions.)0", r"\g<1>7", k): t for k, t in lora(format).items()}
     with pytest.raises(UnknownKeysError) as caught:
         load_lora(pipe, tensors)
-    assert "unet.mid_block.attentions.7.transformer_blocks.0.attn1.to_q" in str(caught.value) and f"Did you mean '{LINEAR}'" in str(caught.value)
+    assert "unet.mid_block.attentions.7.transformer_blocks.0.attn1.to_q" in str(
+        caught.value
+    ) and f"Did you mean '{LINEAR}'" in str(caught.value)
     assert get_adapters(pipe) == {}
 
 
-LOST = {"kohya": ("lora_unet_mid_block_attentions_7_proj_in", "lora_unet_no_such_layer"),
-        "diffusers": ("unet.mid_block.attentions.7.proj_in", "unet.no.such.layer")}
+LOST = {
+    "kohya": ("lora_unet_mid_block_attentions_7_proj_in", "lora_unet_no_such_layer"),
+    "diffusers": ("unet.mid_block.attentions.7.proj_in", "unet.no.such.layer"),
+}
 
 
 @every_format
 def test_not_strict_carries_them_with_a_warning_and_saves_them_again(format, pipe, tmp_path):
-    want, ends = lora(format), {"kohya": ("lora_down.weight", "lora_up.weight"), "diffusers": ("lora_A.weight", "lora_B.weight")}[format]
+    want, ends = (
+        lora(format),
+        {"kohya": ("lora_down.weight", "lora_up.weight"), "diffusers": ("lora_A.weight", "lora_B.weight")}[format],
+    )
     lost = {f"{layer}.{end}": torch.randn(2, 2) for layer in LOST[format] for end in ends}
     with pytest.warns(UserWarning, match="no effect") as caught:
         report = load_lora(pipe, want | lost, strict=False)
@@ -331,7 +386,11 @@ def test_not_strict_carries_them_with_a_warning_and_saves_them_again(format, pip
 
 @every_format
 def test_tensors_of_no_adapter_are_carried_with_a_warning_and_saved_again(format, pipe, tmp_path):
-    want = lora(format) | {"emb_params": torch.randn(2, 32), "bundle_emb.x.string_to_param.*": torch.randn(1, 32), "unet.some_counter": torch.tensor(3)}
+    want = lora(format) | {
+        "emb_params": torch.randn(2, 32),
+        "bundle_emb.x.string_to_param.*": torch.randn(1, 32),
+        "unet.some_counter": torch.tensor(3),
+    }
     with pytest.warns(UserWarning, match="emb_params"):
         report = load_lora(pipe, want)
     assert set(report.carried) == set(want) - set(lora(format))
@@ -349,13 +408,25 @@ def test_what_belongs_to_a_missing_component_is_carried_and_saved_again(format, 
     same(load_file(tmp_path / "b.safetensors"), want)
 
 
-@pytest.mark.parametrize("key", [
-    "unet.conv_in.weight", "conv_in.weight", "unet.conv_in.base_layer.weight", "text_encoder.text_model.encoder.layers.0.mlp.fc1.bias",
-    "text_encoder.encoder.layers.0.mlp.fc1.bias", "unet.conv_in.base_layer.lora_A.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "unet.conv_in.weight",
+        "conv_in.weight",
+        "unet.conv_in.base_layer.weight",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.bias",
+        "text_encoder.encoder.layers.0.mlp.fc1.bias",
+        "unet.conv_in.base_layer.lora_A.weight",
+    ],
+)
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_key_of_the_base_is_always_refused(key, strict, pipe, trace):
     before = trace(pipe.unet, pipe.text_encoder)
-    tensors = lora("diffusers") | {key: torch.zeros(16, 4, 3, 3)} | ({key.replace("lora_A", "lora_B"): torch.zeros(16, 16, 1, 1)} if "lora_A" in key else {})
+    tensors = (
+        lora("diffusers")
+        | {key: torch.zeros(16, 4, 3, 3)}
+        | ({key.replace("lora_A", "lora_B"): torch.zeros(16, 16, 1, 1)} if "lora_A" in key else {})
+    )
     with pytest.raises(UnknownKeysError, match=r"conv_in|fc1"):
         load_lora(pipe, tensors, strict=strict)
     assert trace(pipe.unet, pipe.text_encoder) == before
@@ -383,6 +454,7 @@ def test_a_rank_beyond_the_layer_is_said(pipe):
 
 
 # ---- what is refused
+
 
 def broken(**changes):
     """A kohya dict in which keys (by their end) are replaced, or left out if None."""
@@ -419,7 +491,11 @@ BAD = {
     "other kernel": (broken(lora_down__weight=lambda t: torch.ones(2, 4, 1, 1)), ShapeMismatchError, "conv_in"),
     "kernel the other way": (broken(lora_up__weight=lambda t: torch.ones(16, 2, 3, 3)), ShapeMismatchError, "conv_in"),
     "other ranks": (broken(lora_up__weight=lambda t: torch.ones(16, 3, 1, 1)), ShapeMismatchError, "conv_in"),
-    "rank 0": (broken(lora_down__weight=lambda t: t[:0], lora_up__weight=lambda t: t[:, :0]), ShapeMismatchError, "conv_in"),
+    "rank 0": (
+        broken(lora_down__weight=lambda t: t[:0], lora_up__weight=lambda t: t[:, :0]),
+        ShapeMismatchError,
+        "conv_in",
+    ),
     "one axis": (broken(lora_down__weight=lambda t: t.flatten()), ShapeMismatchError, "conv_in"),
     "no axis": (broken(lora_down__weight=lambda t: torch.tensor(1.0)), ShapeMismatchError, "conv_in"),
     "integers": (broken(lora_down__weight=lambda t: t.long()), CheckpointError, "floating"),
@@ -427,18 +503,49 @@ BAD = {
     "no tensors": ({"a": 3}, CheckpointError, "tensors"),
     "no names": ({3: torch.ones(1)}, CheckpointError, "names"),
     "nothing known": ({"a.weight": torch.ones(1)}, UnknownKeysError, "kohya, diffusers"),
-    "nothing that fits": ({"emb_params": torch.ones(1), f"{KOHYA[TEXT].replace('_1_', '_9_')}.lora_down.weight": torch.ones(1, 32),
-                           f"{KOHYA[TEXT].replace('_1_', '_9_')}.lora_up.weight": torch.ones(48, 1)}, UnknownKeysError, "layers.9"),
-    "a name twice": (lora("diffusers") | {TEXT.replace("text_model.", "") + ".lora_A.weight": torch.ones(1, 32)}, CheckpointError, "same tensor"),
+    "nothing that fits": (
+        {
+            "emb_params": torch.ones(1),
+            f"{KOHYA[TEXT].replace('_1_', '_9_')}.lora_down.weight": torch.ones(1, 32),
+            f"{KOHYA[TEXT].replace('_1_', '_9_')}.lora_up.weight": torch.ones(48, 1),
+        },
+        UnknownKeysError,
+        "layers.9",
+    ),
+    "a name twice": (
+        lora("diffusers") | {TEXT.replace("text_model.", "") + ".lora_A.weight": torch.ones(1, 32)},
+        CheckpointError,
+        "same tensor",
+    ),
     "another method": ({f"{KOHYA[CONV]}.hada_w1_a": torch.ones(16, 1), **lora()}, CheckpointError, "loha"),
     "DoRA": ({f"{LINEAR}.lora_magnitude_vector": torch.ones(32), **lora("diffusers")}, CheckpointError, "dora"),
     "SDXL by block": (renamed("lora_unet_input_blocks_4_1_proj_in"), WrongBaseError, "sdxl.*sd15"),
-    "SDXL by text encoder": (renamed("lora_te2_text_model_encoder_layers_0_mlp_fc1", KOHYA[TEXT]), WrongBaseError, "sdxl.*sd15"),
-    "SDXL by depth": ({k.replace("transformer_blocks.0", "transformer_blocks.9"): t for k, t in lora("diffusers").items()}, WrongBaseError, "sdxl.*sd15"),
-    "Flux": ({f"transformer.single_transformer_blocks.0.attn.to_q.lora_{ab}.weight": torch.ones(1, 1) for ab in "AB"}, WrongBaseError, "flux.*sd15"),
+    "SDXL by text encoder": (
+        renamed("lora_te2_text_model_encoder_layers_0_mlp_fc1", KOHYA[TEXT]),
+        WrongBaseError,
+        "sdxl.*sd15",
+    ),
+    "SDXL by depth": (
+        {k.replace("transformer_blocks.0", "transformer_blocks.9"): t for k, t in lora("diffusers").items()},
+        WrongBaseError,
+        "sdxl.*sd15",
+    ),
+    "Flux": (
+        {f"transformer.single_transformer_blocks.0.attn.to_q.lora_{ab}.weight": torch.ones(1, 1) for ab in "AB"},
+        WrongBaseError,
+        "flux.*sd15",
+    ),
     "Flux by kohya": (renamed("lora_unet_double_blocks_0_img_attn_qkv"), WrongBaseError, "flux.*sd15"),
-    "Flux, and half of it": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 1)}, WrongBaseError, "flux.*sd15"),
-    "SD2 by width": ({LINEAR.replace("attn1.to_q", "attn2.to_k") + f".lora_{ab}.weight": torch.ones(1, 1024) for ab in "A"}, WrongBaseError, "sd2.*sd15"),
+    "Flux, and half of it": (
+        {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 1)},
+        WrongBaseError,
+        "flux.*sd15",
+    ),
+    "SD2 by width": (
+        {LINEAR.replace("attn1.to_q", "attn2.to_k") + f".lora_{ab}.weight": torch.ones(1, 1024) for ab in "A"},
+        WrongBaseError,
+        "sd2.*sd15",
+    ),
 }
 
 
@@ -469,7 +576,11 @@ def test_values_beyond_the_base_dtype_are_refused(fresh):
 def test_a_family_can_be_forced(pipe):
     cross = LINEAR.replace("attn1.to_q", "attn2.to_k")
     with pytest.raises(ShapeMismatchError):
-        load_lora(pipe, {f"{cross}.lora_A.weight": torch.ones(1, 1024), f"{cross}.lora_B.weight": torch.ones(32, 1)}, family="sd15")
+        load_lora(
+            pipe,
+            {f"{cross}.lora_A.weight": torch.ones(1, 1024), f"{cross}.lora_B.weight": torch.ones(32, 1)},
+            family="sd15",
+        )
     with pytest.raises(UnknownNameError, match="sd15"):
         load_lora(pipe, lora(), family="sd1.5")
 
@@ -495,13 +606,18 @@ CONFIGS = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_damaged_adapter_config_is_refused(case, pipe, tmp_path):
     config, error = CONFIGS[case]
-    save_file(lora("diffusers"), tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": config if isinstance(config, str) else json.dumps(config)})
+    save_file(
+        lora("diffusers"),
+        tmp_path / "a.safetensors",
+        metadata={"lora_adapter_metadata": config if isinstance(config, str) else json.dumps(config)},
+    )
     with pytest.raises(error):
         load_lora(pipe, tmp_path / "a.safetensors")
     assert get_adapters(pipe) == {}
 
 
 # ---- where files are found
+
 
 def test_a_missing_file_names_its_neighbour(adapter, pipe):
     file = adapter()
@@ -548,8 +664,11 @@ def test_save_names_the_adapters_there_are(adapter, pipe, tmp_path):
     file = adapter()
     load_lora(pipe, file, name="a")
     load_lora(pipe, file, name="b")
-    for kwargs, error, said in (({}, ConfigError, "a, b"), ({"name": "c"}, UnknownNameError, "a, b"),
-                                ({"name": "a", "format": "koya"}, UnknownNameError, "kohya")):
+    for kwargs, error, said in (
+        ({}, ConfigError, "a, b"),
+        ({"name": "c"}, UnknownNameError, "a, b"),
+        ({"name": "a", "format": "koya"}, UnknownNameError, "kohya"),
+    ):
         with pytest.raises(error, match=said):
             save_lora(pipe, out, **kwargs)
     assert not out.exists()
@@ -565,6 +684,7 @@ def test_a_model_that_no_table_names_cannot_be_saved(format, tmp_path):
 
 
 # ---- and off again
+
 
 def test_loading_and_unloading_leaves_nothing_behind(adapter, pipe, trace):
     file = adapter()

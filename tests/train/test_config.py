@@ -8,9 +8,24 @@ from diffpeft.train.config import from_toml
 NEEDED = {"model": "m", "data": "d", "out": "o"}
 
 
-@pytest.mark.parametrize("wrong", [
-    {"model": None}, {"rank": 0}, {"rank": 1.5}, {"rank": True}, {"lr": float("nan")}, {"lr": -1.0}, {"lr_scheduler": "cosin"}, {"caption_dropout": 1.5},
-    {"steps": 0}, {"flip": "yes"}, {"class_data": "c"}, {"dtype": "int8"}, {"method": 3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": None},
+        {"rank": 0},
+        {"rank": 1.5},
+        {"rank": True},
+        {"lr": float("nan")},
+        {"lr": -1.0},
+        {"lr_scheduler": "cosin"},
+        {"caption_dropout": 1.5},
+        {"steps": 0},
+        {"flip": "yes"},
+        {"class_data": "c"},
+        {"dtype": "int8"},
+        {"method": 3},
+    ],
+)
 def test_a_value_that_is_not_allowed_is_named(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         TrainConfig(**{**NEEDED, **wrong}).validate()

@@ -18,11 +18,14 @@ def test_a_caption_file_wins_over_the_prompt(tmp_path):
     assert [(e.path.name, e.caption) for e in data.find(tmp_path, "sks")] == [("a.jpg", "a dog"), ("b.png", "sks")]
 
 
-@pytest.mark.parametrize("prepare, says", [
-    (lambda d: None, "no images"),
-    (lambda d: (d / "10_sks dog").mkdir(), "10_sks dog"),
-    (lambda d: save(d / "a.png"), "no caption"),
-])
+@pytest.mark.parametrize(
+    "prepare, says",
+    [
+        (lambda d: None, "no images"),
+        (lambda d: (d / "10_sks dog").mkdir(), "10_sks dog"),
+        (lambda d: save(d / "a.png"), "no caption"),
+    ],
+)
 def test_a_folder_that_cannot_be_trained_on_says_what_it_holds(tmp_path, prepare, says):
     prepare(tmp_path)
     with pytest.raises(DataError, match=says):

@@ -23,8 +23,20 @@ def photos(tmp_path):
 
 
 def config(photos, **options):
-    return TrainConfig(**{"model": str(EMBEDDED), "data": str(photos), "out": str(photos.parent / "out"), "instance_prompt": "an emoji of sks", "steps": 2,
-                          "rank": 2, "batch_size": 2, "flip": True, "caption_dropout": 0.3, **options})
+    return TrainConfig(
+        **{
+            "model": str(EMBEDDED),
+            "data": str(photos),
+            "out": str(photos.parent / "out"),
+            "instance_prompt": "an emoji of sks",
+            "steps": 2,
+            "rank": 2,
+            "batch_size": 2,
+            "flip": True,
+            "caption_dropout": 0.3,
+            **options,
+        }
+    )
 
 
 def trained(**options):
@@ -51,7 +63,7 @@ def test_only_the_adapter_is_trained(photos):
 
 
 def test_the_text_encoder_is_trained_on_request(photos):
-    run, tensors = trained(photos=photos, train_text_encoder=True)
+    _, tensors = trained(photos=photos, train_text_encoder=True)
     ups = [t for k, t in tensors.items() if k.startswith("lora_te_") and "lora_up" in k]
     assert len(ups) == 4 * 4 and all(t.abs().max() > 0 for t in ups)
 

@@ -16,7 +16,9 @@ class Pipe:
     vae_scale_factor = 8
 
     def __init__(self, kind):
-        self.scheduler = DDPMScheduler(prediction_type=kind, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self.scheduler = DDPMScheduler(
+            prediction_type=kind, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        )
         self.unet = type("Unet", (), {"config": type("Config", (), {"sample_size": 64})})
 
 
@@ -34,7 +36,10 @@ def test_noise_and_target_are_the_papers(kind):
     torch.testing.assert_close(out.snr, compute_snr(family.noise, out.t), rtol=1e-4, atol=0)  # fp32: 1 - a cancels
 
 
-@pytest.mark.parametrize("kind, over", [("epsilon", lambda s: s), ("v_prediction", lambda s: s + 1), ("sample", lambda s: torch.ones_like(s))])
+@pytest.mark.parametrize(
+    "kind, over",
+    [("epsilon", lambda s: s), ("v_prediction", lambda s: s + 1), ("sample", lambda s: torch.ones_like(s))],
+)
 def test_min_snr_is_min_of_snr_and_gamma_over_the_kinds_own_weight(kind, over):
     snr = torch.tensor([0.01, 1.0, 5.0, 700.0], dtype=torch.float64)
     noised = Noised(snr, snr, snr, snr, kind)
