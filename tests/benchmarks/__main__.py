@@ -1,0 +1,92 @@
+"""`make bench`: this package against diffusers with peft on the embedded base, in one process, one thread, turn by turn.
+
+Printed are process CPU seconds (medians) and their ratio; only ratios mean something on a busy machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+
+import diffpeft
+from diffpeft.pipeline.open import open_pipeline
+
+ROUNDS, RANK = 7, 16
+
+
+def seconds(job: Callable[[], object]) -> float:
+    """CPU seconds of one call."""
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
+def compare(
+    name: str, ours: Callable[[], object], theirs: Callable[[], object], undo: tuple[Callable[[], object], ...] = ()
+) -> None:
+    """Run both in turn and print the medians. `undo` (ours, theirs) follows each call and is not counted."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for i, job in enumerate((ours, theirs)):
+            times[i].append(seconds(job))
+            if undo:
+                undo[i]()
+    a, b = map(statistics.median, times)
+    print(f"{name:32} diffpeft {a:8.4f} s   peft {b:8.4f} s   ratio {a / b:.2f}", flush=True)
+
+
+def training_step(pipe: object) -> Callable[[], None]:
+    """Forward and backward of the UNet at batch 8."""
+    g = torch.Generator().manual_seed(0)
+    x, text = torch.randn(8, 4, 16, 16, generator=g), torch.randn(8, 32, 192, generator=g)
+
+    def step() -> None:
+        pipe.unet.zero_grad()
+        pipe.unet(x, torch.tensor(500), text).sample.square().mean().backward()
+
+    return step
+
+
+def main() -> None:
+    """All comparisons."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    ours, theirs = open_pipeline(), open_pipeline()
+    for pipe in (ours, theirs):
+        pipe.unet.requires_grad_(False)
+        pipe.text_encoder.requires_grad_(False)
+    diffpeft.attach(ours.unet, diffpeft.LoraConfig(r=RANK, init_lora_weights=False), "a", targets="full")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.safetensors"
+        diffpeft.save_lora(ours, file)
+        diffpeft.unload(ours)
+        compare(
+            "load_lora, 122 layers",
+            lambda: diffpeft.load_lora(ours, file),
+            lambda: theirs.load_lora_weights(str(file)),
+            (lambda: diffpeft.unload(ours), theirs.unload_lora_weights),
+        )
+        diffpeft.load_lora(ours, file, trainable=True)
+        theirs.load_lora_weights(str(file), adapter_name="a")
+        theirs.unet.set_adapter("a")
+        for name, p in theirs.unet.named_parameters():
+            p.requires_grad_("lora" in name)
+        compare("set_adapters", lambda: diffpeft.set_adapters(ours, {"a": 0.5}), lambda: theirs.set_adapters("a", 0.5))
+        compare("training step, batch 8", training_step(ours), training_step(theirs))
+        with torch.no_grad():
+            x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 32, 192)
+            run = [lambda pipe=pipe: pipe.unet(x, torch.tensor(500), text) for pipe in (ours, theirs)]
+            compare("UNet forward, batch 2", *run)
+
+
+if __name__ == "__main__":
+    main()
