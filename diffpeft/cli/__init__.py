@@ -27,6 +27,8 @@ def cli() -> None:
     diffpeft demo                              learn a style on the embedded base, offline, in minutes
     diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
+
+    Every command takes --debug, which shows tracebacks and what libraries print.
     """
 
 

@@ -50,6 +50,11 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return INTERRUPTED
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"Error: {error.strerror or error}\n  in: {error.filename or 'this machine'}", err=True)
+        return 1
     except DiffpeftError as error:
         if debug:
             traceback.print_exc()

@@ -68,7 +68,7 @@ def generate(
     from diffpeft.cli.errors import quiet_bars
     from diffpeft.io import replacing
     from diffpeft.pipeline.locate import located
-    from diffpeft.pipeline.open import check_model, default_device, dtype_for, open_pipeline
+    from diffpeft.pipeline.open import check_model, default_device, default_dtype, open_pipeline
 
     check_model(model, base)
     files = [
@@ -76,7 +76,7 @@ def generate(
     ]  # headers only: a bad file is told before the model loads
     quiet_bars()
     device = default_device()
-    pipe = open_pipeline(model, base, dtype=dtype_for(dtype, device), device=device)
+    pipe = open_pipeline(model, base, dtype=dtype or default_dtype(device), device=device)
     pipe.set_progress_bar_config(disable=True)
     for i, (bundle, weight) in enumerate(files):
         diffpeft.load_lora(pipe, bundle, name=f"lora-{i}", weight=weight)

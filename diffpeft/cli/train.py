@@ -57,7 +57,7 @@ def train(config: str | None, **typed: Any) -> None:
                 out / "report.html",
                 title=f"diffpeft: {run.name}",
                 losses=run.losses,
-                options=options.resolved(),
+                options=run.config.resolved(),
                 files=[*files, out / "report.html"],
             )
         )

@@ -24,6 +24,7 @@ class Family(Protocol):
     text_encoders: tuple[str, ...]
     pipe: Any
     resolution: int  # pixels, the side of the square that the model was made for
+    multiple: int  # pixels, what a side must be a multiple of
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents, fp32."""

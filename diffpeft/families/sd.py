@@ -25,6 +25,7 @@ class StableDiffusion:
         self.pipe = pipe
         self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
         self.resolution: int = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.multiple: int = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.down_block_types) - 1)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError, near, shown
+from diffpeft.errors import CheckpointError, UnsafeFileError, near
 from diffpeft.pipeline.locate import HUB_ID
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
@@ -19,13 +19,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def dtype_for(name: str | None, device: str) -> torch.dtype:
-    """A dtype by its short name; without one float32 on a CPU, bfloat16 elsewhere."""
-    if name is None:
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {shown(name)}", remedy=f"{near(name, DTYPES)} Known: {', '.join(DTYPES)}.".strip())
-    return DTYPES[name]
+def default_dtype(device: str) -> str:
+    """What a base computes in where nothing else is said: fp32 on a CPU, else bf16."""
+    return "fp32" if device == "cpu" else "bf16"
 
 
 def check_model(model: str | None, base: str | None) -> None:
@@ -61,7 +57,7 @@ def check_model(model: str | None, base: str | None) -> None:
 
 
 def open_pipeline(
-    model: str | None = None, base: str | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    model: str | None = None, base: str | None = None, *, dtype: str = "fp32", device: str = "cpu"
 ) -> Any:
     """The pipeline behind `model`, on `device`; the embedded base without one. `base` names the configs and the tokenizer of a single file.
 
@@ -74,10 +70,10 @@ def open_pipeline(
     try:
         if source.is_file():
             pipe = StableDiffusionPipeline.from_single_file(
-                str(source), config=str(base), dtype=dtype, safety_checker=None
+                str(source), config=str(base), dtype=DTYPES[dtype], safety_checker=None
             )
         else:
-            pipe = DiffusionPipeline.from_pretrained(source if source.exists() else str(model), dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(source if source.exists() else str(model), dtype=DTYPES[dtype])
     except (MemoryError, NotImplementedError):
         raise
     except Exception as error:  # diffusers and its libraries raise all kinds for a model that cannot be read

@@ -21,7 +21,7 @@ from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features
 from diffpeft.train.sample import STRENGTHS, grid, pictures
 
 IMAGES = EMBEDDED.parent / "demo"
-NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000, 3000), 25, 4.0
+NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000), 25, 4.0
 
 
 def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:

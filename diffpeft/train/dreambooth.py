@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 import diffpeft
-from diffpeft.errors import ConfigError, UnknownNameError
+from diffpeft.errors import ConfigError, DataError, UnknownNameError
 from diffpeft.families import Family, open_family
 from diffpeft.methods import METHODS
 from diffpeft.model.attach import attach
 from diffpeft.model.state import parameters_of, slots_of
 from diffpeft.model.target import PRESETS
 from diffpeft.pipeline.load import save_lora
-from diffpeft.pipeline.open import check_model, default_device, dtype_for, open_pipeline
+from diffpeft.pipeline.open import check_model, default_device, default_dtype, open_pipeline
 from diffpeft.train import data, draw
 from diffpeft.train.cache import Latents, Texts
 from diffpeft.train.config import TrainConfig
@@ -57,7 +58,7 @@ class Quiet:
 
 @dataclass
 class Run:
-    """A finished training run: the pipeline with the adapter on it, the losses by step, the seconds it took."""
+    """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took."""
 
     config: TrainConfig
     family: Family
@@ -73,17 +74,19 @@ def train(config: TrainConfig, watch: Watch | None = None) -> Run:
     """
     watch = watch or Quiet()
     start = time.perf_counter()
-    name = check(config)
+    name, device = check(config), default_device()
+    dtype = config.dtype or default_dtype(device)
     examples = data.find(config.data, config.instance_prompt)  # type: ignore[arg-type]
-    device = default_device()
     watch.phase("loading the model")
-    family = open_family(open_pipeline(config.model, config.base, dtype=dtype_for(config.dtype, device), device=device))
-    size = resolution(config, family)
+    family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
+    size, alpha = resolution(config, family), config.rank if config.alpha is None else config.alpha
+    config = replace(config, name=name, dtype=dtype, resolution=size, alpha=alpha)
     watch.phase("encoding the images")
     latents = Latents(family, examples, size, config.flip, watch.tick)
-    classes = class_examples(config, family, size, watch)
-    class_latents = Latents(family, classes, size, config.flip, watch.tick)
     adapt(config, family, name)
+    with diffpeft.adapters(family.pipe, {name: 0.0}):
+        classes = class_examples(config, family, watch)
+    class_latents = Latents(family, classes, size, config.flip, watch.tick)
     loss_at = _loss(config, family, (examples, latents), (classes, class_latents))
     watch.phase("training")
     losses = fit(
@@ -104,30 +107,33 @@ def check(config: TrainConfig) -> str:
     config.validate()
     if config.method not in METHODS:
         raise UnknownNameError.of("method", config.method, METHODS)
-    out = Path(config.out or "")
-    if out.exists() and not out.is_dir():
-        raise ConfigError("the output folder is a file", where=out, remedy="Pass another --out.")
+    out = Path(config.out or "").resolve()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError("the output folder cannot be written", where=there, remedy="Pass another --out.")
+    if config.class_data and Path(config.class_data).is_file():
+        raise DataError(
+            "the folder of class images is a file", where=config.class_data, remedy="Pass a folder, which may be empty."
+        )
     data.find(config.data, config.instance_prompt)  # type: ignore[arg-type]
     check_model(config.model, config.base)
-    return config.name or re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name) or "adapter"
+    return config.name or re.sub(r"[^A-Za-z0-9._-]", "_", out.name) or "adapter"
 
 
 def resolution(config: TrainConfig, family: Family) -> int:
     """The side of the training images; it must suit the model's latents."""
     size = config.resolution or family.resolution
-    factor = family.pipe.vae_scale_factor * 2 ** (len(family.pipe.unet.config.down_block_types) - 1)
-    if size % factor:
-        raise ConfigError(f"resolution is {size}", remedy=f"For this model it is a multiple of {factor}.")
+    if size % family.multiple:
+        raise ConfigError(f"resolution is {size}", remedy=f"For this model it is a multiple of {family.multiple}.")
     return size
 
 
 def adapt(config: TrainConfig, family: Family, name: str) -> None:
     """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
-    for component in (family.denoiser, *family.text_encoders, "vae"):
-        getattr(family.pipe, component).requires_grad_(False)
-    settings = METHODS[config.method].config(
-        r=config.rank, lora_alpha=config.rank if config.alpha is None else config.alpha, lora_dropout=config.dropout
-    )
+    for module in family.pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    settings = METHODS[config.method].config(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout)
     components = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
     for component in components:
         targets = (
@@ -144,7 +150,7 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
         slot.train()
 
 
-def class_examples(config: TrainConfig, family: Family, size: int, watch: Watch) -> list[data.Example]:
+def class_examples(config: TrainConfig, family: Family, watch: Watch) -> list[data.Example]:
     """The class images; missing ones are generated by the base model and kept for the next run."""
     if not config.class_prompt:
         return []
@@ -221,7 +227,7 @@ def _metadata(run: Run) -> dict[str, Any]:
     return {
         "ss_output_name": run.name,
         "ss_network_dim": config.rank,
-        "ss_network_alpha": config.rank if config.alpha is None else config.alpha,
+        "ss_network_alpha": config.alpha,
         "ss_learning_rate": config.lr,
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_lr_warmup_steps": config.warmup,

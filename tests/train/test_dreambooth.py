@@ -53,6 +53,11 @@ def test_a_run_follows_from_its_seed(photos):
     assert run.losses != other.losses and not all(torch.equal(first[k], third[k]) for k in first)
 
 
+def test_a_run_knows_what_its_defaults_came_to(photos):
+    run = dreambooth.train(config(photos, steps=1))
+    assert (run.config.alpha, run.config.resolution, run.config.dtype, run.config.name) == (2, 64, "fp32", "out")
+
+
 def test_only_the_adapter_is_trained(photos):
     base = open_pipeline().unet.state_dict()
     run, tensors = trained(photos=photos)
@@ -93,6 +98,18 @@ def test_a_run_that_diverges_writes_nothing(photos):
         warnings.simplefilter("ignore")
         dreambooth.train(config(photos, lr=1e30, steps=5, max_grad_norm=1e30))
     assert not (photos.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"targets": "to_qq"}, {"class_data": "photos/cat_face.png"}, {"out": "photos/cat_face.png"}],
+)
+def test_what_can_be_checked_is_checked_before_class_images_are_drawn(photos, options, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    before = sorted(photos.parent.rglob("*"))
+    with pytest.raises(diffpeft.DiffpeftError):
+        dreambooth.train(config(photos, class_prompt="an emoji", num_class_images=2, **options))
+    assert sorted(photos.parent.rglob("*")) == before
 
 
 def test_a_resolution_that_the_model_cannot_have_is_refused(photos):
