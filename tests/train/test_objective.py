@@ -19,7 +19,9 @@ class Pipe:
         self.scheduler = DDPMScheduler(
             prediction_type=kind, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         )
-        self.unet = type("Unet", (), {"config": type("Config", (), {"sample_size": 64})})
+        self.unet = type(
+            "Unet", (), {"config": type("Config", (), {"sample_size": 64, "down_block_types": ("D",) * 4})}
+        )
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
