@@ -112,7 +112,7 @@ def attach(
     config.validate()
     chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
     mixes = mixes_of(parts)
-    _refuse_duplicate(name, mixes.values())
+    refuse_duplicate(name, mixes.values())
     slots = {
         component: {layer: _fresh(method, config, layer, module, generator, dry_run) for layer, module in found.items()}
         for component, found in chosen.items()
@@ -143,7 +143,8 @@ def oversized(modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> li
     return [layer for layer, slot in slots.items() if slot.rank > min(shapes[layer].out, shapes[layer].columns)]
 
 
-def _refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
+def refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
+    """Raise AdapterStateError if a component has an adapter of this name."""
     if any(name in mix.adapters for mix in mixes):
         raise AdapterStateError(
             f"an adapter named {shown(name)} is there already", remedy="Choose another name=, or unload it first."
@@ -172,7 +173,7 @@ def install(
 ) -> None:
     """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active."""
     mix = mix or Mix(component)
-    layers = (*mix.layers, *(layer for layer in slots if layer not in mix.layers))
+    layers = tuple(dict.fromkeys((*mix.layers, *slots)))
     column = {layer: i for i, layer in enumerate(layers)}
     adapters = {**mix.adapters, adapter.name: adapter}
     plan.mixes.append(

@@ -5,41 +5,30 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 import converters
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, Handle, canonical
+from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import (
-    AdapterStateError,
-    CheckpointError,
     ConfigError,
-    NonFiniteError,
-    ShapeMismatchError,
-    UnknownKeysError,
     WrongBaseError,
     listed,
-    near,
-    shown,
 )
 from diffpeft.families import family_of
-from diffpeft.layers.adapted import base_class
-from diffpeft.layers.site import device_of, refusal, site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.methods import METHODS
-from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized
-from diffpeft.model.mix import Adapter, check_mix, check_name, check_strength
+from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
+from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
 from diffpeft.model.state import bundle_of
-from diffpeft.model.target import components, layers_of, spellings
+from diffpeft.model.target import components, layers_of
 from diffpeft.pipeline.locate import located
+from diffpeft.pipeline.match import Layers, kept, matched
 
 
 @dataclass(frozen=True)
@@ -83,63 +72,16 @@ def load_lora(
     check_strength(name, weight)
     parts = components(target)
     mixes = mixes_of(parts)
-    if any(name in mix.adapters for mix in mixes.values()):
-        raise AdapterStateError(
-            f"an adapter named {shown(name)} is loaded already", remedy="Choose another name=, or unload it first."
-        )
+    refuse_duplicate(name, mixes.values())
     layers = {component: layers_of(model) for component, model in parts.items()}
     own = family or family_of(target)
-    bundle = (
-        source
-        if isinstance(source, Bundle)
-        else _read(located(source, revision, filename), own, family, {c: list(found) for c, found in layers.items()})
-    )
+    where = source if isinstance(source, Bundle) else located(source, revision, filename)
+    bundle = _read(where, own, family, {component: list(found) for component, found in layers.items()})
     _check_family(bundle.families or (bundle.family,), own, bundle.source)
-    slots, absent = _match(bundle, parts, layers, strict, trainable)
-    carried = {key: _kept(h) for key, h in bundle.carried.items()}
-    plan, first = Plan(), True
-    for component, found in slots.items():
-        if found:
-            adapter = Adapter(
-                name,
-                tuple(found),
-                bundle.metadata if first else {},
-                carried if first else {},
-                tuple(map(_entry_kept, absent)) if first else (),
-            )
-            install(
-                plan,
-                component,
-                {layer: layers[component][layer][0] for layer in found},
-                found,
-                mixes.get(component),
-                adapter,
-                weight,
-            )
-            first = False
-    check_mix({name: weight}, [_preview(mix, new) for mix, new in plan.mixes])
-    report = LoadReport(
-        name,
-        bundle.format,
-        bundle.family,
-        frozenset(bundle.methods),
-        tuple(_names(slots)),
-        (*carried, *(key for e in absent for key in e.keys or (e.layer,))),
-        bundle.trigger_words,
-    )
-    idle = [entry.layer for entry in bundle.entries if io.number(entry.alpha) == 0]
-    large = [
-        layer
-        for component, found in slots.items()
-        for layer in oversized({n: layers[component][n][0] for n in found}, found)
-    ]
-    for what, names in (
-        ("tensors are kept but have no effect here", report.carried),
-        ("layers have alpha 0 and no effect", idle),
-        (OVERSIZED, large),
-    ):
-        if names:  # said before the commit: a warning may be an error
-            warnings.warn(f"adapter {name!r}: {len(names)} {what}: {listed(names[:5])}", stacklevel=2)
+    slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable)
+    plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
+    report = _report(name, bundle, slots, absent)
+    _warn(report, bundle, slots, layers)  # before the commit: a warning may be an error
     plan.commit()
     return report
 
@@ -183,11 +125,12 @@ def _default_name(source: Any) -> str:
 
 def _read(source: Any, own: str | None, family: str | None, names: Mapping[str, Sequence[str]]) -> Bundle:
     """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint."""
+    if isinstance(source, Bundle):
+        return source
     if family is None:
         found = converters.detect(source)
-        _check_family(
-            (found.family, *found.alternatives), own, "a dict of tensors" if isinstance(source, Mapping) else source
-        )
+        where = "a dict of tensors" if isinstance(source, Mapping) else source
+        _check_family((found.family, *found.alternatives), own, where)
     return converters.read(source, family=family, names=names)
 
 
@@ -199,134 +142,59 @@ def _check_family(fits: Sequence[str], own: str | None, where: object) -> None:
         )
 
 
-def _match(
-    bundle: Bundle,
-    parts: Mapping[str, nn.Module],
-    layers: Mapping[str, Mapping[str, Any]],
-    strict: bool,
-    trainable: bool,
-) -> tuple[dict[str, dict[str, Slot]], list[Entry]]:
-    """Slots by component and layer, and the entries for components or (strict=False) layers that are not there. Raises if any is unfit."""
-    _refuse_base_keys(bundle, parts)
-    owners = {
-        name: (component, layer)
-        for component, found in layers.items()
-        for layer in found
-        for spelt in spellings(layer)
-        for name in (canonical(component, layer), f"{component}.{spelt}" if component else spelt)
-    }
-    places = [(entry, owners.get(entry.layer)) for entry in bundle.entries]
-    lost = [e for e, place in places if place is None and e.layer.partition(".")[0] in parts]
-    absent = [e for e, place in places if place is None and e.layer.partition(".")[0] not in parts]
-    if lost and strict:
-        raise UnknownKeysError(
-            f"the model has no layer for {len(lost)} of {len(places)} adapted layers",
-            where=f"{bundle.source}: {listed([e.layer for e in lost])}",
-            remedy=f"{near(lost[0].layer, owners)} It is for another model, or pass strict=False to load the rest.".strip(),
-        )
-    found = [(e, place) for e, place in places if place is not None]
-    if not found:
-        raise UnknownKeysError(
-            "no tensor of this adapter fits the model",
-            where=f"{bundle.source}: {listed([*(e.layer for e in bundle.entries), *bundle.carried])}",
-        )
-    counts = Counter(place for _, place in found)
-    twice = [e.layer for e, place in found if counts[place] > 1]
-    if twice:
-        raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {listed(twice)}")
-    _check_shapes(bundle, found, layers)
-    tensors = iter(io.load(h for e, _ in found for h in e.tensors.values()))
-    slots: dict[str, dict[str, Slot]] = {component: {} for component in parts}
-    for entry, (component, layer) in found:
-        slots[component][layer] = _slot(
-            bundle, entry, layers[component][layer][0], {role: next(tensors) for role in entry.tensors}, trainable
-        )
-    return slots, absent + lost
-
-
-def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
-    """A key that names a parameter of the base must never reach it."""
-    own = {
-        name
-        for component, model in parts.items()
-        for key in model.state_dict(keep_vars=True)
-        for spelt in spellings(key)
-        for name in (spelt, f"{component}.{spelt}")
-    }
-    bad = [key for key in bundle.carried if key in own or ".base_layer." in key] + [
-        e.layer for e in bundle.entries if "base_layer" in e.layer.split(".")
-    ]
-    if bad:
-        raise UnknownKeysError(
-            "the file holds weights of the base model, not only an adapter",
-            where=f"{bundle.source}: {listed(bad)}",
-            remedy="Load a whole model with -m or from_pretrained.",
-        )
-
-
-def _check_shapes(
-    bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], layers: Mapping[str, Mapping[str, Any]]
-) -> None:
-    wrong, refused = [], []
-    for entry, (component, layer) in found:
-        module, parent = layers[component][layer]
-        site = site_of(base_class(module))
-        assert site is not None
-        if why := METHODS[entry.method].check(entry.tensors, site.geometry(module)):
-            wrong.append(f"{entry.layer}: {why}")
-        if why := refusal(module, parent, layer):
-            refused.append(f"{entry.layer}: {why}")
-    if wrong:
-        raise ShapeMismatchError(
-            f"{len(wrong)} of {len(found)} layers have other shapes",
-            where=f"{bundle.source}: {wrong[0]}",
-            remedy="It is for another model.",
-        )
-    if refused:
-        raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])
-
-
-def _slot(bundle: Bundle, entry: Entry, module: Any, tensors: dict[str, Tensor], trainable: bool) -> Slot:
-    site, limit = site_of(base_class(module)), torch.finfo(module.weight.dtype).max
-    assert site is not None
-    if not all(t.numel() == 0 or t.abs().max().item() <= limit for t in tensors.values()):  # NaN compares false
-        raise NonFiniteError(
-            f"layer {shown(entry.layer)} has values that are not finite in {module.weight.dtype}",
-            where=bundle.source,
-            remedy="The file is damaged.",
-        )
-    if trainable:
-        tensors = {
-            role: t.detach().to(torch.float32, copy=True) for role, t in tensors.items()
-        }  # training must not reach what was passed in
-    p = METHODS[entry.method].adopt(tensors, site.geometry(module))
-    alpha = _kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
-    slot = Slot(entry.method, p, alpha, trainable=trainable)
-    if not abs(slot.scale) < float("inf"):
-        raise NonFiniteError(
-            f"layer {shown(entry.layer)} has an alpha that is not finite",
-            where=bundle.source,
-            remedy="The file is damaged.",
-        )
-    return slot.to(device_of(module)).train(module.training)
-
-
-def _kept(handle: Handle) -> Handle:
-    """The tensor in memory: its file may go away."""
-    return io.handle(io.load([handle])[0])
-
-
 def _entry_kept(entry: Entry) -> Entry:
     return replace(
         entry,
-        tensors={role: _kept(h) for role, h in entry.tensors.items()},
-        alpha=_kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha,
+        tensors={role: kept(h) for role, h in entry.tensors.items()},
+        alpha=kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha,
     )
 
 
-def _names(slots: Mapping[str, Mapping[str, Slot]]) -> list[str]:
-    return [f"{component}.{layer}" if component else layer for component, found in slots.items() for layer in found]
+def _planned(
+    name: str,
+    weight: Any,
+    bundle: Bundle,
+    slots: Mapping[str, Mapping[str, Slot]],
+    absent: Sequence[Entry],
+    layers: Layers,
+    mixes: Mapping[str, Mix],
+) -> Plan:
+    """The writes. What the file holds beside the slots goes to the first component that gets some."""
+    plan = Plan()
+    beside: dict[str, Any] = {
+        "metadata": bundle.metadata,
+        "carried": {key: kept(h) for key, h in bundle.carried.items()},
+        "absent": tuple(map(_entry_kept, absent)),
+    }
+    for component, found in slots.items():
+        if found:
+            modules = {layer: layers[component][layer][0] for layer in found}
+            adapter = Adapter(name, tuple(found), **beside)
+            install(plan, component, modules, found, mixes.get(component), adapter, weight)
+            beside = {}
+    check_mix({name: weight}, [replace(mix, **new) for mix, new in plan.mixes])
+    return plan
 
 
-def _preview(mix: Any, new: Mapping[str, Any]) -> Any:
-    return replace(mix, **new)
+def _report(name: str, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], absent: Sequence[Entry]) -> LoadReport:
+    names = [f"{component}.{layer}" if component else layer for component, found in slots.items() for layer in found]
+    carried = (*bundle.carried, *(key for e in absent for key in e.keys or (e.layer,)))
+    methods = frozenset(bundle.methods)
+    return LoadReport(name, bundle.format, bundle.family, methods, tuple(names), carried, bundle.trigger_words)
+
+
+def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], layers: Layers) -> None:
+    """Say what was kept without effect, and what is unusual."""
+    idle = [entry.layer for entry in bundle.entries if io.number(entry.alpha) == 0]
+    large = [
+        layer
+        for component, found in slots.items()
+        for layer in oversized({n: layers[component][n][0] for n in found}, found)
+    ]
+    for what, names in (
+        ("tensors are kept but have no effect here", report.carried),
+        ("layers have alpha 0 and no effect", idle),
+        (OVERSIZED, large),
+    ):
+        if names:
+            warnings.warn(f"adapter {report.name!r}: {len(names)} {what}: {listed(names[:5])}", stacklevel=3)
