@@ -102,19 +102,12 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
             y = base.forward(self, *args, **kwargs)
             x = args[0] if args else next(iter(kwargs.values()))
-            record: Record = self._diffpeft
-            return (
-                _compiled(record, site(self), x, y)
-                if torch.compiler.is_compiling()
-                else _eager(record, site(self), x, y)
-            )
+            add = _compiled if torch.compiler.is_compiling() else _eager
+            return add(self._diffpeft, site(self), x, y)
 
         def reduce(self: Any, protocol: Any) -> Any:
-            return (
-                _rebuild,
-                (base,),
-                self.__getstate__(),
-            )  # the state apart: it may hold the layer itself, as accelerate's hooks do
+            # the state apart from the arguments: it may hold the layer itself, as accelerate's hooks do
+            return _rebuild, (base,), self.__getstate__()
 
         _classes[base] = type(
             base.__name__,

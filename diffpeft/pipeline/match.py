@@ -127,9 +127,8 @@ def _slot(bundle: Bundle, entry: Entry, module: Any, tensors: dict[str, Tensor],
             remedy="The file is damaged.",
         )
     if trainable:
-        tensors = {
-            role: t.detach().to(torch.float32, copy=True) for role, t in tensors.items()
-        }  # training must not reach what was passed in
+        # a copy: training must not reach what was passed in
+        tensors = {role: t.detach().to(torch.float32, copy=True) for role, t in tensors.items()}
     p = METHODS[entry.method].adopt(tensors, site.geometry(module))
     alpha = kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
     slot = Slot(entry.method, p, alpha, trainable=trainable)
