@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     import torch
 
 
+def dotted(component: str, layer: str) -> str:
+    """`component.layer`, or the layer alone where the component has no name (a bare module)."""
+    return f"{component}.{layer}" if component else layer
+
+
 def canonical(component: str, layer: str) -> str:
     """A layer's canonical name. Text encoders are spelt with `text_model.`, the level of CLIP's names that transformers 5 dropped."""
     if component.startswith("text_encoder") and layer.startswith("encoder.layers."):
         layer = f"text_model.{layer}"
-    return f"{component}.{layer}" if component else layer
+    return dotted(component, layer)
 
 
 @dataclass(frozen=True)

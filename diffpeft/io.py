@@ -93,16 +93,21 @@ def _unreadable(path: Path, what: str) -> UnreadableFileError:
 
 def _refuse_other_kinds(path: Path, start: bytes) -> None:
     """By the file's ending, and by its first bytes where they are no header's length (a length may begin like any of these)."""
+    refuse_pickle(path, start)
+    if start.lstrip()[:1] == b"<":
+        raise _unreadable(path, "this is a web page, not a safetensors file")
+    if start == b"version ":
+        raise _unreadable(path, "this is a Git LFS pointer, not the file itself")
+
+
+def refuse_pickle(path: Path, start: bytes = b"") -> None:
+    """Raise UnsafeFileError for a pickle, by the file's ending or its first bytes."""
     if path.suffix in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise UnsafeFileError(
             "a pickle can run code when it is read, so it is not read",
             where=path,
             remedy="Ask for a .safetensors file.",
         )
-    if start.lstrip()[:1] == b"<":
-        raise _unreadable(path, "this is a web page, not a safetensors file")
-    if start == b"version ":
-        raise _unreadable(path, "this is a Git LFS pointer, not the file itself")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -46,7 +46,6 @@ def train(config: str | None, **typed: Any) -> None:
         from diffpeft.cli.errors import quiet_bars
         from diffpeft.train import dreambooth, report
 
-        dreambooth.check(options)
         quiet_bars()
         run = dreambooth.train(options, progress)
         progress.phase("writing")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
 from diffpeft.layers.adapted import Record, State, base_class, enter, record_of, state_of, state_with
 from diffpeft.layers.site import device_of, site_of
@@ -129,9 +130,7 @@ def attach(
                 )
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
-    names = tuple(
-        f"{component}.{layer}" if component else layer for component, found in slots.items() for layer in found
-    )
+    names = tuple(dotted(component, layer) for component, found in slots.items() for layer in found)
     return AttachReport(
         name, names, sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)
     )

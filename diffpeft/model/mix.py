@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpeft.bundle import Entry, Handle
+from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
 from diffpeft.model.target import spellings
 
@@ -139,7 +139,7 @@ def _strength(patterns: Mapping[str, float], component: str, layer: str) -> floa
 
 def _matches(pattern: str, component: str, layer: str) -> bool:
     """Whether `pattern` matches a leading run of whole segments of the layer's dotted name. CLIP's `text_model.` may be there or not."""
-    names = {name for spelt in spellings(layer) for name in (spelt, f"{component}.{spelt}" if component else spelt)}
+    names = {name for spelt in spellings(layer) for name in (spelt, dotted(component, spelt))}
     return any(_leads(pattern.split("."), name.split(".")) for name in names)
 
 
@@ -187,10 +187,7 @@ def check_strength(name: str, strength: Any) -> None:
 
 def _no_layer(name: str, pattern: str, mixes: list[Mix]) -> UnknownNameError:
     names = [
-        f"{mix.component}.{layer}" if mix.component else layer
-        for mix in mixes
-        if name in mix.adapters
-        for layer in mix.adapters[name].layers
+        dotted(mix.component, layer) for mix in mixes if name in mix.adapters for layer in mix.adapters[name].layers
     ]
     prefixes = {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
     return UnknownNameError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import converters
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.bundle import Bundle, Entry, Handle, dotted
 from diffpeft.errors import (
     ConfigError,
     WrongBaseError,
@@ -177,7 +177,7 @@ def _planned(
 
 
 def _report(name: str, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], absent: Sequence[Entry]) -> LoadReport:
-    names = [f"{component}.{layer}" if component else layer for component, found in slots.items() for layer in found]
+    names = [dotted(component, layer) for component, found in slots.items() for layer in found]
     carried = (*bundle.carried, *(key for e in absent for key in e.keys or (e.layer,)))
     methods = frozenset(bundle.methods)
     return LoadReport(name, bundle.format, bundle.family, methods, tuple(names), carried, bundle.trigger_words)

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, Handle, canonical
+from diffpeft.bundle import Bundle, Entry, Handle, canonical, dotted
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,
@@ -46,7 +46,7 @@ def matched(
         for component, found in layers.items()
         for layer in found
         for spelt in spellings(layer)
-        for name in (canonical(component, layer), f"{component}.{spelt}" if component else spelt)
+        for name in (canonical(component, layer), dotted(component, spelt))
     }
     places = [(entry, owners.get(entry.layer)) for entry in bundle.entries]
     lost = [e for e, place in places if place is None and e.layer.partition(".")[0] in parts]

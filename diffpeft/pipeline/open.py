@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from diffpeft.errors import CheckpointError, UnsafeFileError, near
+from diffpeft.errors import CheckpointError, near
+from diffpeft.io import refuse_pickle
 from diffpeft.pipeline.locate import HUB_ID
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
@@ -29,12 +30,7 @@ def check_model(model: str | None, base: str | None) -> None:
     path = Path(model) if model else EMBEDDED
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise CheckpointError("this folder holds no diffusers pipeline (no model_index.json)", where=path)
-    if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
-        raise UnsafeFileError(
-            "a pickle can run code when it is read, so it is not read",
-            where=path,
-            remedy="Ask for a .safetensors file.",
-        )
+    refuse_pickle(path)
     if path.is_file() and not base:
         raise CheckpointError(
             "a single file holds no configs and no tokenizer",

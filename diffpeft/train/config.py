@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ def option(
     default: Any,
     help: str,
     *,
-    group: str,
     choices: tuple[str, ...] = (),
     at_least: float | None = None,
     below: float | None = None,
@@ -24,7 +23,7 @@ def option(
     """A field with what the command line says of it and the values that are allowed."""
     return field(
         default=default,
-        metadata={"help": help, "group": group, "choices": choices, "at_least": at_least, "below": below},
+        metadata={"help": help, "choices": choices, "at_least": at_least, "below": below},
     )
 
 
@@ -32,60 +31,51 @@ def option(
 class TrainConfig:
     """A DreamBooth-style training run. Defaults are the community's for Stable Diffusion 1.5."""
 
-    model: str | None = option(
-        None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.", group="Model"
-    )
-    base: str | None = option(
-        None, "The folder or Hub id with the configs and the tokenizer of a single-file model.", group="Model"
-    )
+    model: str | None = option(None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.")
+    base: str | None = option(None, "The folder or Hub id with the configs and the tokenizer of a single-file model.")
     dtype: str | None = option(
         None,
         "What the base computes in; default fp32 on a CPU, else bf16. The adapter is fp32.",
-        group="Model",
         choices=("fp32", "bf16"),
     )
-    data: str | None = option(None, "A folder of images; NAME.txt beside NAME.png is its caption.", group="Data")
-    instance_prompt: str | None = option(None, "The caption of images without a .txt.", group="Data")
+    data: str | None = option(None, "A folder of images; NAME.txt beside NAME.png is its caption.")
+    instance_prompt: str | None = option(None, "The caption of images without a .txt.")
     class_prompt: str | None = option(
-        None, "Switches prior preservation on: what the class is called, without the new word.", group="Data"
+        None, "Switches prior preservation on: what the class is called, without the new word."
     )
     class_data: str | None = option(
-        None, "A folder of class images; missing ones are generated into it. Default: OUT/class.", group="Data"
+        None, "A folder of class images; missing ones are generated into it. Default: OUT/class."
     )
-    num_class_images: int = option(100, "How many class images there shall be.", group="Data", at_least=1)
+    num_class_images: int = option(100, "How many class images there shall be.", at_least=1)
     resolution: int | None = option(
-        None, "Side of the training images in pixels; default: what the model was made for.", group="Data", at_least=8
+        None, "Side of the training images in pixels; default: what the model was made for.", at_least=8
     )
-    flip: bool = option(False, "Mirror images at random.", group="Data")
+    flip: bool = option(False, "Mirror images at random.")
     caption_dropout: float = option(
-        0.0, "Probability of an empty caption, which guidance needs.", group="Data", at_least=0, below=1.0001
+        0.0, "Probability of an empty caption, which guidance needs.", at_least=0, below=1.0001
     )
-    method: str = option("lora", "The adapter method.", group="Adapter")
-    rank: int = option(16, "Rank of the adapter.", group="Adapter", at_least=1)
-    alpha: float | None = option(None, "The adapter's scale is alpha / rank; default: the rank.", group="Adapter")
-    targets: str = option(
-        "attn", "Which layers: attn, attn-mlp, full, or a regular expression for whole names.", group="Adapter"
-    )
+    method: str = option("lora", "The adapter method.")
+    rank: int = option(16, "Rank of the adapter.", at_least=1)
+    alpha: float | None = option(None, "The adapter's scale is alpha / rank; default: the rank.")
+    targets: str = option("attn", "Which layers: attn, attn-mlp, full, or a regular expression for whole names.")
     dropout: float = option(
-        0.0, "Probability with which an input feature of the adapter is dropped.", group="Adapter", at_least=0, below=1
+        0.0, "Probability with which an input feature of the adapter is dropped.", at_least=0, below=1
     )
-    train_text_encoder: bool = option(False, "Adapt the text encoder too.", group="Adapter")
-    lr: float = option(1e-4, "Learning rate.", group="Optimiser", at_least=0)
+    train_text_encoder: bool = option(False, "Adapt the text encoder too.")
+    lr: float = option(1e-4, "Learning rate.", at_least=0)
     lr_scheduler: str = option(
-        "constant", "How it goes on after the warm-up.", group="Optimiser", choices=("constant", "linear", "cosine")
+        "constant", "How it goes on after the warm-up.", choices=("constant", "linear", "cosine")
     )
-    warmup: int = option(0, "Steps in which the learning rate rises.", group="Optimiser", at_least=0)
-    steps: int = option(500, "Optimiser steps.", group="Optimiser", at_least=1)
-    batch_size: int = option(1, "Images a step (as many class images come on top).", group="Optimiser", at_least=1)
-    weight_decay: float = option(0.01, "AdamW's weight decay.", group="Optimiser", at_least=0)
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", group="Optimiser", at_least=0)
-    snr_gamma: float | None = option(
-        None, "Weight the loss by min-SNR with this gamma; 5 is usual.", group="Optimiser", at_least=0
-    )
-    prior_weight: float = option(1.0, "Weight of the class images.", group="Optimiser", at_least=0)
-    seed: int = option(0, "Everything random follows from it.", group="Optimiser", at_least=0)
-    out: str | None = option(None, "The folder for what is written.", group="Output")
-    name: str | None = option(None, "Name of the adapter; default: the output folder's.", group="Output")
+    warmup: int = option(0, "Steps in which the learning rate rises.", at_least=0)
+    steps: int = option(500, "Optimiser steps.", at_least=1)
+    batch_size: int = option(1, "Images a step (as many class images come on top).", at_least=1)
+    weight_decay: float = option(0.01, "AdamW's weight decay.", at_least=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", at_least=0)
+    snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", at_least=0)
+    prior_weight: float = option(1.0, "Weight of the class images.", at_least=0)
+    seed: int = option(0, "Everything random follows from it.", at_least=0)
+    out: str | None = option(None, "The folder for what is written.")
+    name: str | None = option(None, "Name of the adapter; default: the output folder's.")
 
     def validate(self) -> None:
         """Raise ConfigError for the first option with a value that is not allowed."""
@@ -144,8 +134,3 @@ def from_toml(path: str | Path, overrides: Mapping[str, Any]) -> TrainConfig:
         if name.replace("-", "_") not in known:
             raise UnknownNameError.of("option", name, known, where=path)
     return TrainConfig(**{name.replace("-", "_"): value for name, value in values.items()} | dict(overrides))
-
-
-def default_of(name: str) -> Any:
-    """An option's default."""
-    return next(f.default for f in fields(TrainConfig) if f.name == name and f.default is not MISSING)

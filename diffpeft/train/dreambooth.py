@@ -74,9 +74,8 @@ def train(config: TrainConfig, watch: Watch | None = None) -> Run:
     """
     watch = watch or Quiet()
     start = time.perf_counter()
-    name, device = check(config), default_device()
+    (name, examples), device = check(config), default_device()
     dtype = config.dtype or default_dtype(device)
-    examples = data.find(config.data, config.instance_prompt)  # type: ignore[arg-type]
     watch.phase("loading the model")
     family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
     size, alpha = resolution(config, family), config.rank if config.alpha is None else config.alpha
@@ -102,8 +101,8 @@ def train(config: TrainConfig, watch: Watch | None = None) -> Run:
     return Run(config, family, name, losses, time.perf_counter() - start)
 
 
-def check(config: TrainConfig) -> str:
-    """Everything about the options that can be checked without loading the model; the adapter's name. Raises ConfigError and its kin."""
+def check(config: TrainConfig) -> tuple[str, list[data.Example]]:
+    """All checks that need no model; the adapter's name and the images. Raises ConfigError and its kin."""
     config.validate()
     if config.method not in METHODS:
         raise UnknownNameError.of("method", config.method, METHODS)
@@ -115,9 +114,9 @@ def check(config: TrainConfig) -> str:
         raise DataError(
             "the folder of class images is a file", where=config.class_data, remedy="Pass a folder, which may be empty."
         )
-    data.find(config.data, config.instance_prompt)  # type: ignore[arg-type]
+    examples = data.find(config.data, config.instance_prompt)  # type: ignore[arg-type]
     check_model(config.model, config.base)
-    return config.name or re.sub(r"[^A-Za-z0-9._-]", "_", out.name) or "adapter"
+    return config.name or re.sub(r"[^A-Za-z0-9._-]", "_", out.name) or "adapter", examples
 
 
 def resolution(config: TrainConfig, family: Family) -> int:

@@ -71,8 +71,6 @@ def write(
         files=[f.name for f in files],
         metrics=metrics or {},
         steps=len(losses),
-        first=_running_mean(losses)[0],
-        last=_running_mean(losses)[-1],
         curve=data_uri(loss_curve(losses)),
         pictures=data_uri(pictures) if pictures else "",
     )
