@@ -1,76 +1,201 @@
-"""What a method is: a definition on a weight, and a fast path on activations that must agree with it."""
+"""What a method is: one definition on a weight, W' = f(W; p), and optional faster ways to the same numbers.
+
+W is canonical whatever the layer: [out, in / groups, *kernel]; a lookup (an embedding) is [features, number of rows].
+A method knows no layer: it sees a Geometry, and works through what a layer lends it (`Op`) and what came before it (`Link`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+Tensors = Mapping[str, Tensor]
+Strength = float | Tensor  # a number, or a tensor of one number in compiled code
+
 
 @dataclass(frozen=True)
 class Geometry:
-    """The layer as a method sees it: features or channels, the kernel (empty for a linear layer), and groups. W is [out, in / groups, *kernel]."""
+    """The layer as a method sees it: features or channels, the kernel (empty for a linear layer), groups, and whether it looks rows up (an embedding)."""
 
     out: int
     in_: int
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    lookup: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the canonical weight."""
+        return (self.out, self.in_ // self.groups, *self.kernel)
 
     @property
     def columns(self) -> int:
         """in / groups * prod(kernel): the width of W seen as a matrix."""
-        columns = self.in_ // self.groups
-        for k in self.kernel:
-            columns *= k
-        return columns
+        return math.prod(self.shape[1:])
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether W x is one matrix product at each position, so that what is done to W's columns can be done to x instead."""
+        return not self.lookup and self.groups == 1 and set(self.kernel) <= {1}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One adapter on one layer apart from its tensors: the layer, alpha as a number, and what the config or file chose (plain values)."""
+
+    geometry: Geometry
+    alpha: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A new adapter for one layer: trainable tensors by role, alpha, options, and frozen tensors by role."""
+
+    tensors: dict[str, Tensor]
+    alpha: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What `init` may ask about a layer: its name, geometry, and (slow: it may have to be dequantised) its weight in fp32 or better."""
+
+    name: str
+    geometry: Geometry
+    weight: Callable[[], Tensor]
+    generator: torch.Generator | None = None
 
 
 class Op(Protocol):
-    """What a layer lends a method: its own linear operation with other weights."""
+    """What a layer lends a method: its own operation with other weights, and its features seen apart from where they lie."""
+
+    geometry: Geometry
+
+    def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
+        """The layer's operation (stride, padding and all) with another canonical weight, with or without the layer's own bias."""
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's operation (stride, padding and all) with `weight` [r, in / groups, *kernel]; r features out, once a group."""
+        """The operation with `weight` [r, in / groups, *kernel] and no bias; r features out, once a group."""
 
     def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: float | Tensor) -> Tensor:
-        """y + gate x (the features of h mixed with `weight` [out, r, *1] at each position; with groups, each group mixes its own r)."""
+        """y + gate x (the features of h mixed with `weight` [out, r, *1] at each position). May write into y; gate: a number or [r]."""
+
+    def blocks(self, t: Tensor, matrices: Tensor) -> Tensor:
+        """Each block of features multiplied as a row vector: features [n * b], matrices [n, b, c] -> [n * c]."""
+
+    def mix(self, t: Tensor, matrix: Tensor) -> Tensor:
+        """Whole blocks of features mixed: features [n * f], matrix [m, n] -> [m * f], y[a] = sum_c matrix[a, c] t[c]."""
+
+    def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
+        """The operation with `weight` [f, in / n, *kernel] on each of n equal slices of the input features -> features [n * f]."""
+
+    def scaled(self, t: Tensor, by: Tensor) -> Tensor:
+        """Features multiplied by `by` [features]."""
+
+    def less_bias(self, y: Tensor) -> Tensor:
+        """y without the layer's bias."""
 
 
-class Method(Protocol):
-    """One adapter method. All members are pure functions; `p` maps a role, which is PEFT's parameter name, to its tensor."""
+class Link(Protocol):
+    """What came before a method: the layer with the earlier adapters applied."""
 
-    name: str
-    config: Any
-    roles: tuple[str, ...]
+    op: Op
+    dtype: torch.dtype  # what activations and weights are computed in
 
-    @staticmethod
-    def init(
-        config: Any, layer: str, geometry: Geometry, generator: torch.Generator | None
-    ) -> tuple[dict[str, Tensor], float | None]:
-        """Fresh fp32 tensors for `layer`, and the alpha that belongs to them."""
+    def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
+        """W x, with the layer's bias or without."""
 
-    @staticmethod
-    def check(p: Mapping[str, Any], geometry: Geometry) -> str:
+    def weight(self) -> Tensor:
+        """W, canonical, in `dtype`."""
+
+    def squares(self, axis: int) -> Tensor:
+        """Sums of squares of W over all axes but `axis`, in fp32 or better, without gradient: [out] or [in / groups]."""
+
+
+class Method:
+    """One adapter method. All members are pure; `p` maps a role, which is PEFT's parameter name, to its tensor.
+
+    A subclass needs `name`, `config`, `roles`, `init` and `weight` (or, of Additive, `delta`); the rest has a default that is right but not fast.
+    """
+
+    name: ClassVar[str]
+    config: ClassVar[Any]
+    roles: ClassVar[tuple[str, ...]]  # every role that can occur
+    options: ClassVar[frozenset[str]] = frozenset()  # keywords of `attach` that the method takes
+    precise: ClassVar[frozenset[str]] = frozenset()  # prepared tensors that stay in fp32 or better
+
+    @classmethod
+    def init(cls, config: Any, site: Site, **options: Any) -> Fresh:
+        """Fresh fp32 tensors for a layer; W' = W unless the config asks for something else."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
         """What about the shapes in `p` does not fit each other or the layer; empty if they fit."""
+        return ""
 
-    @staticmethod
-    def adopt(p: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
+    @classmethod
+    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
         """`p` reshaped (never changed) to the layer: [r, in, 1, 1] and [r, in] hold the same numbers."""
+        return p
 
-    @staticmethod
-    def rank(p: Mapping[str, Any]) -> int:
-        """The rank that the shapes in `p` show."""
+    @classmethod
+    def rank(cls, p: Mapping[str, Any]) -> int:
+        """The rank that the shapes in `p` show; for a rotation the size of its blocks."""
+        return min(t.shape[0] for t in p.values())
 
-    @staticmethod
-    def scale(alpha: float | None, rank: int) -> float:
-        """The factor in front of the update; 1 without an alpha."""
+    @classmethod
+    def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:
+        """The definition: f(W) at strength 1, in the shape of W. `p` is prepared."""
+        raise NotImplementedError
 
-    @staticmethod
-    def delta(p: Mapping[str, Tensor], scale: float) -> Tensor:
-        """The definition: f(W) - W, in the shape of W."""
+    @classmethod
+    def prepare(cls, p: Tensors, spec: Spec, training: bool) -> dict[str, Tensor]:
+        """What can be computed from the tensors alone, in their precision (a rotation from its generator). Kept for frozen adapters."""
+        return dict(p)
 
-    @staticmethod
-    def apply(op: Op, p: Mapping[str, Tensor], x: Tensor, y: Tensor, gate: float | Tensor) -> Tensor:
-        """The fast path: the layer's output `y` for input `x`, with this adapter added; `gate` is scale x strength."""
+    @classmethod
+    def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
+        """W(s) x with W(s) = W + s (f(W) - W), and the layer's bias if `bias`. `p` is prepared."""
+        W = before.weight()
+        return before.op.op(x, W + s * (cls.weight(W, p, spec) - W), bias)
+
+
+class Additive(Method):
+    """A method with W' = W + scale * delta(p), whatever W is."""
+
+    @classmethod
+    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+        """The factor in front of the update: alpha / rank; 1 without an alpha."""
+        return 1.0 if spec.alpha is None else spec.alpha / cls.rank(p)
+
+    @classmethod
+    def delta(cls, p: Tensors, spec: Spec) -> Tensor:
+        """The update without its scale, in the shape of W."""
+        raise NotImplementedError
+
+    @classmethod
+    def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:
+        return W + cls.scale(p, spec) * cls.delta(p, spec)
+
+    @classmethod
+    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor] | None:
+        """(A [R, in / groups, *kernel], B [out, R, *1]) with delta = B A exactly, if there is such a form."""
+        return None
+
+    @classmethod
+    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
+        """The cheapest way to add the update for so many positions: `factors`, `own` (the method's `add`) or `weight` (into W)."""
+        return "weight"
+
+    @classmethod
+    def add(cls, op: Op, y: Tensor, x: Tensor, p: Tensors, spec: Spec, gate: Strength) -> Tensor:
+        """y + gate * delta(p) x without building delta. May write into y."""
+        raise NotImplementedError
