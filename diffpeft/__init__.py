@@ -16,8 +16,9 @@ _HOMES = {
         "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError"
     ),
     "diffpeft.bundle": "Bundle Entry",
-    "diffpeft.methods": "LoraConfig METHODS",
+    "diffpeft.methods": "BOFTConfig LoHaConfig LoKrConfig LoraConfig METHODS OFTConfig",
     "diffpeft.model.attach": "attach detach AttachReport",
+    "diffpeft.model.fuse": "fuse unfuse",
     "diffpeft.pipeline.adapters": "set_adapters get_adapters adapters unload AdapterStatus",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
     "diffpeft.train.config": "TrainConfig",
@@ -30,10 +31,16 @@ if TYPE_CHECKING:
     from diffpeft.bundle import Entry as Entry
     from diffpeft.errors import *  # noqa: F403
     from diffpeft.methods import METHODS as METHODS
+    from diffpeft.methods import BOFTConfig as BOFTConfig
+    from diffpeft.methods import LoHaConfig as LoHaConfig
+    from diffpeft.methods import LoKrConfig as LoKrConfig
     from diffpeft.methods import LoraConfig as LoraConfig
+    from diffpeft.methods import OFTConfig as OFTConfig
     from diffpeft.model.attach import AttachReport as AttachReport
     from diffpeft.model.attach import attach as attach
     from diffpeft.model.attach import detach as detach
+    from diffpeft.model.fuse import fuse as fuse
+    from diffpeft.model.fuse import unfuse as unfuse
     from diffpeft.pipeline.adapters import AdapterStatus as AdapterStatus
     from diffpeft.pipeline.adapters import adapters as adapters
     from diffpeft.pipeline.adapters import get_adapters as get_adapters

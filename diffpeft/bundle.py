@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffpeft.errors import ConfigError, shown
+
 if TYPE_CHECKING:
     import torch
 
@@ -48,6 +50,9 @@ class Entry:
     tensors: Mapping[str, Handle]
     alpha: Handle | float | None = None  # a stored tensor, a number from a config, or absent: then the scale is 1
     keys: tuple[str, ...] = ()  # the keys in the file that this entry was read from
+    options: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what the method must know beside tensors and alpha: plain values
 
 
 @dataclass
@@ -74,15 +79,35 @@ class Bundle:
         return tuple(word for word in (part.strip(" []\"'") for part in text.split(",")) if word)
 
     def deltas(self, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """{canonical layer: f(W) - W in float64}, by each method's definition. `base` {layer: W} is for methods that need W; LoRA does not."""
+        """{canonical layer: f(W) - W in float64}, by each method's definition. `base` {layer: W} is for methods that need W, such as DoRA and OFT.
 
-        from diffpeft import io
-        from diffpeft.methods import METHODS
-
+        Raises ConfigError if W is needed and not there.
+        """
         out: dict[str, torch.Tensor] = {}
         for entry in self.entries:
-            method = METHODS[entry.method]
-            p = {role: t.double() for role, t in zip(entry.tensors, io.load(entry.tensors.values()), strict=True)}
-            delta = method.delta(p, method.scale(io.number(entry.alpha), method.rank(p)))
-            out[entry.layer] = out[entry.layer] + delta if entry.layer in out else delta
+            W, before = (base or {}).get(entry.layer), out.get(entry.layer)
+            delta = _delta(entry, W if W is None or before is None else W.double() + before)
+            out[entry.layer] = delta if before is None else before + delta
         return out
+
+
+def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:
+    """f(W) - W in float64; where f is additive W is not needed."""
+    from diffpeft import io
+    from diffpeft.methods import METHODS, Additive, Geometry, Spec
+
+    method = METHODS[entry.method]
+    roles = [role for role in entry.tensors if role in method.roles]
+    p = {role: t.double() for role, t in zip(roles, io.load(entry.tensors[role] for role in roles), strict=True)}
+    additive = isinstance(method, type) and issubclass(method, Additive)
+    if W is None and not additive:
+        raise ConfigError(
+            f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
+        )
+    g = Geometry(W.shape[0], W.shape[1], tuple(W.shape[2:])) if W is not None else method.geometry(p)  # type: ignore[attr-defined]
+    spec = Spec(g, io.number(entry.alpha), entry.options)
+    p = method.prepare(method.adopt(p, spec), spec, False)
+    if additive:
+        return method.scale(p, spec) * method.delta(p, spec)  # type: ignore[attr-defined]
+    assert W is not None
+    return method.weight(W.double(), p, spec) - W.double()

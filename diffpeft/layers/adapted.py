@@ -6,19 +6,23 @@ instance `forward`, a wrapper or a parametrisation: docs/decisions/001-in-place-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from diffpeft.layers.chain import Base, bias_shift, linked
 from diffpeft.layers.site import held_forwards, site_of
 from diffpeft.layers.slot import Slot
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
 _RESERVED = set(dir(nn.ModuleDict()))
+
+
+Weights = tuple[Tensor, Tensor | None]  # a layer's weight and bias
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,19 @@ class Record:
     column: Tensor  # [1], a tensor so that equal blocks share one compiled graph
     index: int  # the same as a number, for eager code
     slots: Mapping[str, Slot]
+    fused: frozenset[str] = frozenset()  # adapters that are in the weight
+    base: Weights | None = None  # what the weight was before, if it was kept
+    kept: dict[int, Any] = field(default_factory=dict)  # sums of squares of a frozen weight, by axis
 
 
 @dataclass(frozen=True)
 class State:
-    """All that tells an adapted layer from a plain one. `adapters` and `record` are None on a plain layer."""
+    """All that tells an adapted layer from a plain one. `adapters` and `record` are None on a plain layer; `weights` are None if they stay as they are."""
 
     cls: type[nn.Module]
     adapters: nn.ModuleDict | None = None
     record: Record | None = None
+    weights: Weights | None = None
 
 
 def escaped(name: str) -> str:
@@ -57,21 +65,28 @@ def record_of(module: nn.Module) -> Record | None:
 
 def state_of(module: nn.Module) -> State:
     """The state a layer is in now."""
-    return State(type(module), module._modules.get(ADAPTERS) if is_adapted(module) else None, record_of(module))  # type: ignore[arg-type]
+    adapters: Any = module._modules.get(ADAPTERS) if is_adapted(module) else None
+    return State(type(module), adapters, record_of(module), weights_of(module))
 
 
-def state_with(module: nn.Module, record: Record | None) -> State:
-    """The state in which a layer carries `record`, or nothing if it is None or empty."""
+def weights_of(module: Any) -> Weights:
+    """The tensors behind a layer's weight and bias."""
+    bias = getattr(module, "bias", None)
+    return module.weight.data, None if bias is None else bias.data
+
+
+def state_with(module: nn.Module, record: Record | None, weights: Weights | None = None) -> State:
+    """The state in which a layer carries `record`, or nothing if it is None or empty, and has these weights, or those it has."""
     base = base_class(module)
     if record is None or not record.slots:
-        return State(base)
+        return State(base, weights=weights)
     container = nn.ModuleDict()
     for name, slot in record.slots.items():
         container.add_module(escaped(name), slot)
-    return State(adapted_class(base), container, record)
+    return State(adapted_class(base), container, record, weights)
 
 
-def enter(module: nn.Module, state: State) -> None:
+def enter(module: Any, state: State) -> None:
     """Put a layer into `state`. Plain assignments: given a prepared state it cannot fail."""
     held = held_forwards(module)
     module.__class__ = state.cls
@@ -81,6 +96,10 @@ def enter(module: nn.Module, state: State) -> None:
     else:
         module._modules[ADAPTERS] = state.adapters
         module.__dict__[RECORD] = state.record
+    if state.weights is not None:
+        module.weight.data = state.weights[0]
+        if state.weights[1] is not None:
+            module.bias.data = state.weights[1]
     for place, key in held:
         place[key] = state.cls.forward.__get__(module)
 
@@ -100,10 +119,18 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         assert site is not None
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-            y = base.forward(self, *args, **kwargs)
-            x = args[0] if args else next(iter(kwargs.values()))
-            add = _compiled if torch.compiler.is_compiling() else _eager
-            return add(self._diffpeft, site(self), x, y)
+            steps = _steps(self._diffpeft)
+            if not steps:
+                return base.forward(self, *args, **kwargs)
+            x, rest, named = _taken(args, kwargs)
+            op = site(self, *rest, **named)
+            dtype = _dtype(self, x)
+            if x.is_floating_point():
+                x = x.to(dtype)
+            link = linked(Base(op, lambda x: base.forward(self, x, *rest, **named), dtype, self._diffpeft.kept), steps)
+            y = link(x)
+            shift = bias_shift(steps, y.dtype)
+            return y if shift is None else op.shifted(y, shift)
 
         def reduce(self: Any, protocol: Any) -> Any:
             # the state apart from the arguments: it may hold the layer itself, as accelerate's hooks do
@@ -124,24 +151,52 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     return _classes[base]
 
 
-def _eager(record: Record, op: Any, x: Tensor, y: Tensor) -> Tensor:
-    """y + sum of strength x adapter, in activation order; an adapter at strength 0 costs nothing and changes nothing."""
-    choice = record.mix.current()
-    for name in choice.order:
-        slot = record.slots.get(name)
-        if slot is not None and (strength := choice.strengths[name][record.index]):
-            y = slot(op, x, y, strength)
-    return y
+def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The input, and the other arguments of a forward."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = next(iter(kwargs))
+    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
 
 
-def _compiled(record: Record, op: Any, x: Tensor, y: Tensor) -> Tensor:
-    """The same with strengths gathered from a table in the graph, so that changing one does not compile anew."""
+def _dtype(module: Any, x: Tensor) -> torch.dtype:
+    """What the layer computes in: autocast's choice, else the input's, or for a lookup the weight's."""
+    if not x.is_floating_point():
+        return module.weight.dtype
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _steps(record: Record) -> list[tuple[Slot, float | Tensor]]:
+    """The active adapters of a layer in activation order with their strengths.
+
+    In eager code an adapter at strength 0 is left out, so that it costs nothing and changes nothing. In compiled code strengths are gathered
+    from a table in the graph, so that changing one does not compile anew.
+    """
     choice = record.mix.current()
-    for row, name in enumerate(choice.order):
-        slot = record.slots.get(name)
-        if slot is not None:
-            y = slot(op, x, y, choice.table[row].index_select(0, record.column).to(y.device))
-    return y
+    found = [
+        (row, name, record.slots[name])
+        for row, name in enumerate(choice.order)
+        if name in record.slots and name not in record.fused
+    ]
+    if torch.compiler.is_compiling():
+        return [
+            (slot, choice.table[row].index_select(0, record.column).to(slot.weight.device)[0]) for row, _, slot in found
+        ]
+    return [(slot, s) for _, name, slot in found if (s := choice.strengths[name][record.index])]
+
+
+def effective(
+    module: nn.Module, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weights: Weights
+) -> tuple[Tensor, Tensor | None]:
+    """The weight (in the layer's own order) and bias that a layer with `weights` has with these adapters in them, computed in `dtype`."""
+    site = site_of(base_class(module))
+    assert site is not None
+    op = site(module)
+    W = linked(Base(op, None, dtype, {}, op.canonical(weights[0])), steps).weight()
+    shift, bias = bias_shift(steps, dtype), weights[1]
+    return op.stored(W), bias if shift is None or bias is None else bias.to(shift) + shift
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:

@@ -1,7 +1,12 @@
-"""A layer seen as one linear operation: the only place that knows Linear from Conv."""
+"""A layer seen as one linear operation: the only place that knows Linear from Conv from Embedding from a quantised Linear.
+
+A site lends methods the layer's operation (`methods.base.Op`) and gives its weight in canonical form, [out, in / groups, *kernel].
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,80 +14,313 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffpeft.layers import kernels
 from diffpeft.methods import Geometry
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-class LinearSite:
+class _Site:
+    """What all sites share. `rest` are the arguments of the layer's forward beside its input."""
+
+    kinds: tuple[Any, ...]  # classes, or (module, name) of classes in libraries that may not be there
+    quantised = False
+    plain = False  # forward is F.linear(x, weight, bias) and no more
+
+    def __init__(self, module: Any, *rest: Any, **named: Any):
+        self.module, self.rest, self.named = module, rest, named
+        self.geometry = self.geometry_of(module)
+
+    @staticmethod
+    def geometry_of(module: Any) -> Geometry:
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    def weight(self) -> Tensor:
+        """The layer's weight seen as [out, in / groups, *kernel]; for quantised layers a copy."""
+        return self.canonical(self.module.weight)
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        """A weight in the layer's own order as [out, in / groups, *kernel]: the inverse of `stored`."""
+        return weight
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A canonical weight in the layer's own order: the inverse of `weight`."""
+        return weight
+
+    def _bias(self, like: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(like.dtype)
+
+
+class _FeaturesLast(_Site):
+    """Features in the last axis."""
+
+    def positions(self, x: Tensor) -> int:
+        return x.numel() // self.geometry.in_
+
+    def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: float | Tensor) -> Tensor:
+        """y [*n, out] + gate * h [*n, r] W^T as one product into y."""
+        if isinstance(gate, Tensor):
+            h, gate = h * gate, 1.0
+        return kernels.add(y, h, weight, gate, last=True, into=not self.quantised and y.is_contiguous())
+
+    def blocks(self, t: Tensor, matrices: Tensor) -> Tensor:
+        return kernels.block_product(t.reshape(-1, matrices.shape[0], matrices.shape[1]), matrices).reshape(
+            *t.shape[:-1], matrices.shape[0] * matrices.shape[2]
+        )
+
+    def mix(self, t: Tensor, matrix: Tensor) -> Tensor:
+        m, n = matrix.shape
+        return (matrix @ t.reshape(-1, n, t.shape[-1] // n)).reshape(*t.shape[:-1], m * (t.shape[-1] // n))
+
+    def permuted(self, t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+        lead = t.shape[:-1]
+        t = t.reshape(*lead, *sizes)
+        return t.permute(*range(len(lead)), *(len(lead) + i for i in order)).reshape(*lead, -1)
+
+    def scaled(self, t: Tensor, by: Tensor) -> Tensor:
+        return t * by
+
+    def shifted(self, y: Tensor, by: Tensor) -> Tensor:
+        return y + by
+
+    def rescaled(self, y: Tensor, by: Tensor, bias: bool) -> Tensor:
+        return torch.addcmul((1 - by) * self.bias.to(y.dtype), y, by) if bias and self.bias is not None else y * by
+
+    def less_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y - self.bias.to(y.dtype)
+
+
+class LinearSite(_FeaturesLast):
     """nn.Linear: W [out, in]."""
 
     kinds = (nn.Linear,)
 
-    def __init__(self, module: Any):
-        self.module = module
+    def __init__(self, module: Any, *rest: Any, **named: Any):
+        super().__init__(module, *rest, **named)
+        self.plain = module._diffpeft_base.forward is nn.Linear.forward if hasattr(module, "_diffpeft_base") else False
 
     @staticmethod
-    def geometry(module: Any) -> Geometry:
+    def geometry_of(module: Any) -> Geometry:
         return Geometry(module.out_features, module.in_features)
+
+    def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
+        return F.linear(x, weight, self._bias(x) if bias else None)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: float | Tensor) -> Tensor:
-        """y + gate * h W^T as one product with an epilogue: no pass over y beyond it. y [*n, out], h [*n, r]."""
-        if isinstance(gate, Tensor):
-            h, gate = h * gate, 1.0
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), weight.t(), alpha=gate).view(y.shape)
+    def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
+        return F.linear(x.reshape(*x.shape[:-1], n, x.shape[-1] // n), weight).flatten(-2)
 
 
-class ConvSite:
-    """nn.Conv1d, 2d and 3d with any stride, padding (and its mode), dilation and groups: W [out, in / groups, *kernel]."""
+class QuantisedSite(LinearSite):
+    """bitsandbytes' Linear8bitLt and Linear4bit: W is dequantised where a method needs it, and cannot be written back."""
+
+    kinds = (("bitsandbytes.nn.modules", "Linear8bitLt"), ("bitsandbytes.nn.modules", "Linear4bit"))
+    quantised = True
+
+    def weight(self) -> Tensor:
+        import bitsandbytes.functional as bnb
+
+        weight = self.module.weight
+        if getattr(weight, "quant_state", None) is not None:
+            return bnb.dequantize_4bit(weight.data, weight.quant_state)
+        # before the first forward the parameter holds the scales, afterwards the matrix-product state does
+        scales = weight.SCB if weight.SCB is not None else self.module.state.SCB
+        data = weight.data if weight.CB is None else weight.CB
+        return bnb.int8_vectorwise_dequant(data, scales)
+
+
+class TransposedLinearSite(LinearSite):
+    """GPT-2's Conv1D, a linear layer whose weight is stored [in, out]."""
+
+    kinds = (("transformers.pytorch_utils", "Conv1D"),)
+
+    @staticmethod
+    def geometry_of(module: Any) -> Geometry:
+        return Geometry(module.nf, module.nx)
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+
+class EmbeddingSite(_FeaturesLast):
+    """nn.Embedding, a linear layer on one-hot rows: W [features, rows] is the transposed table."""
+
+    kinds = (nn.Embedding,)
+
+    @staticmethod
+    def geometry_of(module: Any) -> Geometry:
+        return Geometry(module.embedding_dim, module.num_embeddings, lookup=True)
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def positions(self, x: Tensor) -> int:
+        return x.numel()
+
+    def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
+        m = self.module
+        return F.embedding(x, weight.t(), m.padding_idx, scale_grad_by_freq=m.scale_grad_by_freq, sparse=m.sparse)
+
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight.t(), self.module.padding_idx)
+
+
+class ConvSite(_Site):
+    """nn.Conv1d, 2d and 3d with any stride, padding (and its mode), dilation and groups; features in the axis before the kernel's."""
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def __init__(self, module: Any):
-        self.module = module
-
     @staticmethod
-    def geometry(module: Any) -> Geometry:
+    def geometry_of(module: Any) -> Geometry:
         return Geometry(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
+
+    def positions(self, x: Tensor) -> int:
+        return x.numel() // (self.geometry.in_ * math.prod(self.module.stride))
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.module._conv_forward(x, weight, bias)
+
+    def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
+        return self._convolve(x, weight, self._bias(x) if bias else None)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         """[b, in, *n] -> [b, groups * r, *m]: every group is filtered by the same r filters."""
-        groups = self.module.groups
-        filters = weight if groups == 1 else weight.repeat(groups, *(1 for _ in weight.shape[1:]))
-        return self.module._conv_forward(x, filters, None)
+        groups = self.geometry.groups
+        return self._convolve(x, weight if groups == 1 else weight.repeat(groups, *(1 for _ in weight.shape[1:])), None)
 
     def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: float | Tensor) -> Tensor:
-        """y + gate * (1x1 convolution of h by group). y [b, out, *m], h [b, groups * r, *m]; a plain contiguous one as a product with an epilogue."""
+        """y + gate * (1x1 convolution of h by group). y [b, out, *m], h [b, groups * r, *m]; a plain contiguous one as a product into y."""
+        groups = self.geometry.groups
         if isinstance(gate, Tensor):
-            h, gate = h * gate, 1.0
-        if self.module.groups == 1 and y.dim() == weight.dim() and y.is_contiguous():
-            B = weight.flatten(1).expand(len(y), -1, -1)
-            return torch.baddbmm(y.flatten(2), B, h.flatten(2), alpha=gate).view(y.shape)
-        return y + gate * _CONVOLUTIONS[weight.dim() - 3](h, weight, groups=self.module.groups)
+            h, gate = (
+                self.scaled(h, gate.repeat(groups) if gate.numel() > 1 else gate.expand(h.shape[self._axis(h)])),
+                1.0,
+            )
+        if groups == 1 and self._batched(y) and y.is_contiguous():
+            return kernels.add(y, h, weight.flatten(1), gate, last=False, into=True)
+        return y + gate * _CONVOLUTIONS[weight.dim() - 3](h, weight, groups=groups)
+
+    def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
+        lead = x.shape[: self._axis(x)]
+        y = self._convolve(x.reshape(-1, self.geometry.in_ // n, *x.shape[len(lead) + 1 :]), weight, None)
+        return y.reshape(*lead, -1, *y.shape[2:])
+
+    def blocks(self, t: Tensor, matrices: Tensor) -> Tensor:
+        n, b, c = matrices.shape
+        lead, space = t.shape[: self._axis(t)], t.shape[self._axis(t) + 1 :]
+        return (matrices.mT @ t.reshape(*lead, n, b, -1)).reshape(*lead, n * c, *space)
+
+    def mix(self, t: Tensor, matrix: Tensor) -> Tensor:
+        m, n = matrix.shape
+        lead, space = t.shape[: self._axis(t)], t.shape[self._axis(t) + 1 :]
+        f = t.shape[self._axis(t)] // n
+        return (matrix @ t.reshape(*lead, n, -1)).reshape(*lead, m * f, *space)
+
+    def permuted(self, t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+        axis = self._axis(t)
+        lead, space = t.shape[:axis], t.shape[axis + 1 :]
+        t = t.reshape(*lead, *sizes, -1).permute(*range(axis), *(axis + i for i in order), axis + len(sizes))
+        return t.reshape(*lead, -1, *space)
+
+    def _batched(self, t: Tensor) -> bool:
+        return t.dim() == len(self.geometry.kernel) + 2
+
+    def _axis(self, t: Tensor) -> int:
+        return int(self._batched(t))
+
+    def _column(self, vector: Tensor) -> Tensor:
+        return vector.reshape(-1, *(1 for _ in self.geometry.kernel))
+
+    def scaled(self, t: Tensor, by: Tensor) -> Tensor:
+        return t * self._column(by)
+
+    def shifted(self, y: Tensor, by: Tensor) -> Tensor:
+        return y + self._column(by)
+
+    def rescaled(self, y: Tensor, by: Tensor, bias: bool) -> Tensor:
+        if not bias or self.bias is None:
+            return y * self._column(by)
+        return torch.addcmul(self._column((1 - by) * self.bias.to(y.dtype)), y, self._column(by))
+
+    def less_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y - self._column(self.bias.to(y.dtype))
 
 
-SITES = (LinearSite, ConvSite)
+class TransposedConvSite(ConvSite):
+    """nn.ConvTranspose1d, 2d and 3d, whose weight is stored [in, out / groups, *kernel]."""
+
+    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    def positions(self, x: Tensor) -> int:
+        return x.numel() // self.geometry.in_
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        return _swapped(weight, self.geometry.groups)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return _swapped(weight, self.geometry.groups)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        m, d = self.module, len(self.geometry.kernel)
+        size = self.named.get("output_size", self.rest[0] if self.rest else None)
+        padding = m._output_padding(x, size, m.stride, m.padding, m.kernel_size, d, m.dilation)
+        return _TRANSPOSED[d - 1](
+            x, _swapped(weight, m.groups), bias, m.stride, m.padding, padding, m.groups, m.dilation
+        )
 
 
-def site_of(cls: type[nn.Module]) -> type[LinearSite] | type[ConvSite] | None:
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """[groups * a, b, *k] <-> [groups * b, a, *k]: the first two axes exchanged within each group; its own inverse."""
+    ab, b = weight.shape[:2]
+    return (
+        weight.reshape(groups, ab // groups, b, *weight.shape[2:])
+        .transpose(1, 2)
+        .reshape(groups * b, ab // groups, *weight.shape[2:])
+    )
+
+
+SITES = (QuantisedSite, LinearSite, TransposedLinearSite, EmbeddingSite, ConvSite, TransposedConvSite)
+
+
+def site_of(cls: type[nn.Module]) -> type[_Site] | None:
     """The kind of site that modules of this class are, or None if no method fits them."""
-    return next((site for site in SITES if issubclass(cls, site.kinds)), None)
+    names = {(c.__module__, c.__name__) for c in cls.__mro__}
+    return next(
+        (
+            site
+            for site in SITES
+            if any(kind in names if isinstance(kind, tuple) else issubclass(cls, kind) for kind in site.kinds)
+        ),
+        None,
+    )
 
 
 def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
     """Why this layer cannot be adapted although its kind can; empty if it can."""
-    weight = getattr(module, "weight", None)
+    weight, site = getattr(module, "weight", None), site_of(type(module))
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"{type(parent).__name__} reads its weight directly and would not see the adapter"
     if getattr(parent, "fused_projections", False) and name.rpartition(".")[2] in {"to_q", "to_k", "to_v"}:
         return "its projections are fused (call unfuse_qkv_projections first)"
     if hasattr(module, "parametrizations"):
         return "it is parametrised"
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return "its weight is quantised"
+    if not isinstance(weight, Tensor) or not (weight.is_floating_point() or (site and site.quantised)):
+        return "its weight is quantised in a way that is not known here"
+    if getattr(module, "max_norm", None) is not None:
+        return "it renormalises its weight in every forward (max_norm)"
     if getattr(vars(module).get("_diffusers_hook"), "hooks", None):
         return "diffusers' hooks are on it (load adapters before group offloading or layerwise casting is enabled)"
     if "forward" in vars(module) and not held_forwards(module):
@@ -106,3 +344,13 @@ def device_of(module: Any) -> torch.device:
     """Where the layer computes: an offloading hook's execution device, else where its weight is."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return torch.device(device) if device is not None else module.weight.device
+
+
+def present(module: nn.Module, read: Callable[[], Any]) -> Any:
+    """`read()` while the layer's own tensors are here, even where an offloading hook keeps them elsewhere."""
+    if not hasattr(module, "_hf_hook"):
+        return read()
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module, "cpu"):
+        return read()

@@ -2,65 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from diffpeft import io
 from diffpeft.bundle import Handle
-from diffpeft.methods import METHODS, Op
+from diffpeft.methods import METHODS, Additive, Method, Spec
+
+Result = TypeVar("Result")
+BIAS = "diff_b"  # a trainable change of the layer's bias, whatever the method
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method of an adapter on one layer: alpha as stored (a tensor, a number, or None), and what the method needs beside its tensors."""
+
+    method: type[Method]
+    roles: tuple[str, ...]
+    alpha: Handle | float | None
+    spec: Spec
+
+    @property
+    def additive(self) -> bool:
+        return issubclass(self.method, Additive)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a slot is made of: a method's name, its tensors by role, alpha as stored, its spec, and frozen tensors by role."""
+
+    method: str
+    tensors: Mapping[str, Tensor]
+    alpha: Handle | float | None
+    spec: Spec
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Slot(nn.Module):
     """The tensors of one adapter on one layer, as parameters named by their roles, in the dtype they are stored in.
 
-    `alpha` is kept as stored (a tensor, a number, or None); the scale follows from it.
+    An adapter is usually one method; a file may hold several for a layer, which then act in order as one.
     """
 
-    def __init__(
-        self,
-        method: str,
-        tensors: Mapping[str, Tensor],
-        alpha: Handle | float | None,
-        *,
-        dropout: float = 0.0,
-        trainable: bool,
-    ):
+    def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
         super().__init__()
-        self.method, self.alpha, self.dropout = method, alpha, dropout
-        for role, tensor in tensors.items():
+        for piece in pieces:
+            for role, tensor in piece.tensors.items():
+                self.register_parameter(role, nn.Parameter(tensor, requires_grad=trainable))
+            for role, tensor in piece.frozen.items():
+                self.register_buffer(role, tensor)
+        for role, tensor in (beside or {}).items():
             self.register_parameter(role, nn.Parameter(tensor, requires_grad=trainable))
-        self.scale = METHODS[method].scale(io.number(alpha), self.rank)
+        self.parts = tuple(Part(METHODS[p.method], (*p.tensors, *p.frozen), p.alpha, p.spec) for p in pieces)
+        self.shifts = BIAS in self._parameters or any(
+            "lora_B_bias" in part.roles for part in self.parts
+        )  # the layer's bias
+        self._kept: dict[Any, Any] = {}
 
     @property
     def weight(self) -> Tensor:
         """The first parameter: sharding policies look for this name."""
         return next(self.parameters())
 
+    def tensors_of(self, part: Part) -> dict[str, Tensor]:
+        """The tensors of one part by role."""
+        return {role: getattr(self, role) for role in part.roles}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods."""
+        return tuple(part.method.name for part in self.parts)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by role."""
-        return {role: p for role, p in self._parameters.items() if p is not None}
+        """All tensors by role."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     @property
     def rank(self) -> int:
-        """The adapter's rank on this layer."""
-        return METHODS[self.method].rank(self.tensors)
+        """The rank on this layer, of the first part if there are several."""
+        return self.parts[0].method.rank(self.tensors_of(self.parts[0])) if self.parts else 0
 
-    def forward(self, op: Op, x: Tensor, y: Tensor, strength: float | Tensor) -> Tensor:
-        """The layer's output `y` for input `x`, with this adapter added."""
-        gate = strength * self.scale
-        if isinstance(gate, Tensor):
-            gate = gate.to(x.dtype)
-        p = self.tensors
-        if not torch.is_autocast_enabled(x.device.type):
-            p = {role: t.to(x.dtype) for role, t in p.items()}
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
-        return METHODS[self.method].apply(op, p, x, y, gate)
+    @property
+    def scale(self) -> float:
+        """alpha / rank of the first additive part; 1 if there is none."""
+        return next((p.method.scale(self.tensors_of(p), p.spec) for p in self.parts if p.additive), 1.0)  # type: ignore[attr-defined]
+
+    def forward(self, use: Callable[..., Result], *args: Any) -> Result:
+        """`use(slot, *args)`: within this call whoever keeps the tensors elsewhere (offloading, sharding) has brought them here."""
+        return use(self, *args)
+
+    def prepared(self, part: Part, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The part's tensors, prepared and in the dtype of the computation. Kept for frozen adapters where no gradient is asked for."""
+        p = self.tensors_of(part)
+        keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or self._hooked)
+        key = (part.roles, dtype)
+        if keep:
+            stamp = [(t.data_ptr(), t._version) for t in p.values()]
+            kept = self._kept.get(key)
+            if kept is not None and kept[0] == stamp:
+                return kept[1]
+        if torch.is_autocast_enabled(self.weight.device.type):  # what is prepared keeps its precision
+            with torch.autocast(self.weight.device.type, enabled=False):
+                p = part.method.prepare(p, part.spec, self.training)
+        else:
+            p = part.method.prepare(p, part.spec, self.training)
+        p = {role: t if role in part.method.precise else t.to(dtype) for role, t in p.items()}
+        if keep and not any(t.requires_grad for t in self.parameters()):
+            self._kept[key] = stamp, p
+        return p
+
+    @property
+    def _hooked(self) -> bool:
+        return "_hf_hook" in self.__dict__
+
+    @property
+    def bare(self) -> bool:
+        """Whether the tensors are simply here, so that they may be read outside `forward`."""
+        return not (self._hooked or self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Slot:
+        self._kept.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
 
     def extra_repr(self) -> str:
-        return f"{self.method}, rank={self.rank}, scale={self.scale:g}"
+        """For example `lora, rank=8, scale=1`."""
+        words = []
+        for part in self.parts:
+            p = self.tensors_of(part)
+            words += [f"{part.method.name}, rank={part.method.rank(p)}"]
+            if isinstance(part.method, type) and issubclass(part.method, Additive):
+                words += [f"scale={part.method.scale(p, part.spec):g}"]
+        return ", ".join(words)

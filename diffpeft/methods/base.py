@@ -78,6 +78,9 @@ class Op(Protocol):
 
     geometry: Geometry
 
+    def positions(self, x: Tensor) -> int:
+        """At how many positions the operation is done for this input, about: what a cost model needs."""
+
     def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
         """The layer's operation (stride, padding and all) with another canonical weight, with or without the layer's own bias."""
 
@@ -96,8 +99,14 @@ class Op(Protocol):
     def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
         """The operation with `weight` [f, in / n, *kernel] on each of n equal slices of the input features -> features [n * f]."""
 
+    def permuted(self, t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+        """Features seen as an array of `sizes`, its axes put into another order, and flattened again."""
+
     def scaled(self, t: Tensor, by: Tensor) -> Tensor:
         """Features multiplied by `by` [features]."""
+
+    def rescaled(self, y: Tensor, by: Tensor, bias: bool) -> Tensor:
+        """Features multiplied by `by` [features], except that the layer's bias in y stays; exactly y where `by` is 1."""
 
     def less_bias(self, y: Tensor) -> Tensor:
         """y without the layer's bias."""
@@ -147,6 +156,11 @@ class Method:
         return p
 
     @classmethod
+    def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
+        """The tensors and alpha that a file should hold: those in use, unless some of them mean nothing to other programs."""
+        return p, alpha
+
+    @classmethod
     def rank(cls, p: Mapping[str, Any]) -> int:
         """The rank that the shapes in `p` show; for a rotation the size of its blocks."""
         return min(t.shape[0] for t in p.values())
@@ -155,6 +169,11 @@ class Method:
     def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:
         """The definition: f(W) at strength 1, in the shape of W. `p` is prepared."""
         raise NotImplementedError
+
+    @classmethod
+    def bias(cls, p: Tensors, spec: Spec) -> Tensor | None:
+        """What the adapter adds to the layer's bias at strength 1, if anything."""
+        return None
 
     @classmethod
     def prepare(cls, p: Tensors, spec: Spec, training: bool) -> dict[str, Tensor]:
@@ -175,6 +194,11 @@ class Additive(Method):
     def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
         """The factor in front of the update: alpha / rank; 1 without an alpha."""
         return 1.0 if spec.alpha is None else spec.alpha / cls.rank(p)
+
+    @classmethod
+    def geometry(cls, p: Mapping[str, Any]) -> Geometry:
+        """The layer that the shapes in `p` are for, as far as they show it: a convolution may look like a linear layer with as many columns."""
+        raise NotImplementedError
 
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -26,14 +29,14 @@ def skew(upper: Tensor, b: int) -> Tensor:
 
 class _Cayley(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, Q: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, Q: Tensor) -> Tensor:
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         inverse = torch.linalg.inv(eye + Q)
         ctx.save_for_backward(inverse)
         return 2 * inverse - eye
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, g: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         return -2 * (inverse.mT @ g @ inverse.mT)  # d(I + Q)^-1 = -(I + Q)^-1 dQ (I + Q)^-1
 
@@ -55,3 +58,74 @@ def cayley_neumann(Q: Tensor, terms: int, last: float = 1) -> Tensor:
         R = R + (last if n == powers > 1 else 2) * power
         power = power @ Q if n < powers else power
     return R
+
+
+def tucker_factors(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`tucker` as a product of two.  core [p, q, *k], a [p, o], b [q, i] -> (down [p, i, *k], up [o, p])."""
+    p, q, *k = core.shape
+    return torch.einsum("pqk,qi->pik", core.reshape(p, q, -1), b).reshape(p, b.shape[1], *k), a.T
+
+
+def core_shape(r: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a Tucker core [r, r, *k] as PEFT has it: with one more axis of 1 for a one-dimensional kernel."""
+    return (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)
+
+
+def holds(shape: tuple[int, ...], wanted: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape` can be read as `wanted` [n, i, *k] or [n, i * prod(k)]: only the kernel flattened, or axes of 1, differ."""
+    rest = tuple(shape[2:])
+    same = shape[:1] == wanted[:1] and math.prod(shape) == math.prod(wanted) > 0
+    return same and (rest in (kernel, (*kernel, 1)) or set(rest) <= {1})
+
+
+def kaiming(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    """PEFT's init of adapter tensors, kaiming_uniform_(a=sqrt(5)): uniform within 1 / sqrt(size of one row)."""
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def added(y: Tensor, h: Tensor, gate: float | Tensor) -> Tensor:
+    """y + gate h."""
+    return y + gate * h if isinstance(gate, Tensor) else torch.add(y, h, alpha=gate)
+
+
+def wide(t: Tensor) -> Tensor:
+    """`t` in fp32 or better: what rotations are computed in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def columns_times(W: Tensor, M: Tensor) -> Tensor:
+    """W blockdiag(M).  W [o, n * b], M [n or 1, b, c] -> [o, n * c]."""
+    return (W.unflatten(1, (-1, M.shape[-2])).transpose(0, 1) @ M).transpose(0, 1).flatten(1)
+
+
+def rows_times(M: Tensor, W: Tensor) -> Tensor:
+    """blockdiag(M) W.  M [n or 1, c, b], W [n * b, i] -> [n * c, i]."""
+    return (M @ W.unflatten(0, (-1, M.shape[-1]))).flatten(0, 1)
+
+
+def exchange(t: Tensor, axis: int, a: int, c: int, tail: int) -> Tensor:
+    """Two factors of an axis trade places: index [n, a, c, tail] -> [n, c, a, tail]. `axis` is not negative."""
+    return t.unflatten(axis, (-1, a, c, tail)).transpose(axis + 1, axis + 2).flatten(axis, axis + 3)
+
+
+def butterfly(
+    t: Tensor, stages: Iterable[tuple[int, Tensor]], exchange: Callable[..., Tensor], times: Callable[..., Tensor]
+) -> Tensor:
+    """t through the stages (i, matrices [n, b, b]) of a butterfly; stage i mixes halves of blocks that lie 2^i halves apart.
+
+    `exchange(t, a, c, b / 2)` trades two factors of the turned axis (see `linalg.exchange`), `times(t, matrices)` multiplies its blocks.
+    The permutation of stage i, the same for PEFT and LyCORIS up to the order inside a block: index [.., 2, 2^i, b / 2] <-> [.., 2^i, 2, b / 2].
+    """
+    for i, M in stages:
+        k, half = 2**i, M.shape[-1] // 2
+        t = times(exchange(t, 2, k, half) if i else t, M)
+        t = exchange(t, k, 2, half) if i else t
+    return t
+
+
+def squares(W: Tensor, axis: int) -> Tensor:
+    """Sums of squares over all axes but `axis`, in fp32 or better, without gradient."""
+    W = W.detach()
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    return W.square().sum([i for i in range(W.dim()) if i != axis])

@@ -1,14 +1,16 @@
 """LoRA: dW = (alpha / r) B A.  Hu et al. 2021, arXiv:2106.09685.
 
-rsLoRA divides alpha by sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
-On a grouped convolution A [r, in / groups, *k] is shared by the groups and the same equation holds for every row of W.
+rsLoRA divides alpha by sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732). On a convolution A [r, in / groups, *k] filters and B mixes;
+with groups, A is shared by them and the same equation holds for every row of W. LoCon's Tucker form puts a core between: dW = B (core) A
+(Yeh et al. 2023, arXiv:2309.14859). PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of W: the base keeps W, and their
+initial product is subtracted as a frozen second term.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +18,10 @@ import torch
 from torch import Tensor
 
 from diffpeft.errors import ConfigError
-from diffpeft.methods.base import Geometry, Op
+from diffpeft.methods import config as checks
+from diffpeft.methods.base import Additive, Fresh, Geometry, Site, Spec, Tensors
 
-
-def delta(p: Mapping[str, Tensor], scale: float) -> Tensor:
-    """scale * B A.  A [r, i, *k], B [o, r, *1] -> [o, i, *k]."""
-    A, B = p["lora_A"], p["lora_B"]
-    return (scale * (B.flatten(1) @ A.flatten(1))).reshape(B.shape[0], *A.shape[1:])
+INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
 
 @dataclass
@@ -35,8 +34,12 @@ class LoraConfig:
         target_modules: a preset (`attn`, `attn-mlp`, `full`), a regular expression that matches whole names, or a list of names or suffixes.
         exclude_modules: like target_modules; these layers are left alone.
         lora_dropout: probability, in [0, 1), with which an input feature of A is dropped while training.
+        bias: which biases are trained too: "none", "lora_only" (of adapted layers), "all" (also those of other layers in the model).
+        lora_bias: B has a bias of its own.
         use_rslora: the scale is lora_alpha / sqrt(r).
-        init_lora_weights: True: A kaiming uniform, B zero. "gaussian": A ~ N(0, 1 / r), B zero. False: both random, not the identity.
+        use_dora: W' = m V / |V| with V = W + dW and a trained magnitude m for each output (DoRA, arXiv:2402.09353).
+        init_lora_weights: True: A kaiming uniform, B zero. "gaussian": A ~ N(0, 1 / r), B zero. "orthogonal": both orthogonal to each other, B A = 0.
+            "pissa", "pissa_niter_N" (N steps of a randomised SVD), "olora": factors of W; the output is unchanged. False: both random, not the identity.
         rank_pattern, alpha_pattern: {regular expression: value} for layers that differ; a pattern matches a name or its end.
     """
 
@@ -45,107 +48,225 @@ class LoraConfig:
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
+    bias: str = "none"
+    lora_bias: bool = False
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
-        for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise ConfigError(f"{name} is {r!r}", remedy="A rank is a whole number of at least 1.")
-        for name, alpha in [
-            ("lora_alpha", self.lora_alpha),
-            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
-        ]:
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                raise ConfigError(f"{name} is {alpha!r}", remedy="An alpha is a finite number.")
-        for name, pattern in [(n, p) for n in ("rank_pattern", "alpha_pattern") for p in getattr(self, n)]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"{name} has {pattern!r}", remedy=f"It is no regular expression: {error}.") from error
-        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(
-                f"lora_dropout is {self.lora_dropout!r}", remedy="It is a probability: at least 0 and less than 1."
-            )
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ConfigError(
-                f"init_lora_weights is {self.init_lora_weights!r}", remedy="It is True, False or 'gaussian'."
-            )
-
-    @property
-    def dropout(self) -> float:
-        """The name that the layers read."""
-        return self.lora_dropout
+        checks.check_rank("r", self.r)
+        checks.check_alpha("lora_alpha", self.lora_alpha)
+        checks.check_patterns("rank_pattern", self.rank_pattern, checks.check_rank)
+        checks.check_patterns("alpha_pattern", self.alpha_pattern, checks.check_alpha)
+        checks.check_probability("lora_dropout", self.lora_dropout)
+        checks.check_choice("bias", self.bias, ("none", "all", "lora_only"))
+        init = self.init_lora_weights
+        if isinstance(init, str) and re.fullmatch(r"pissa_niter_[1-9]\d?", init):
+            return
+        checks.check_choice("init_lora_weights", init, INITS)
+        if init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise ConfigError(f"r is {self.r!r}", remedy="An orthogonal init needs an even rank.")
 
 
-def _pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The value of the first pattern that matches `layer` or its end at a dot: PEFT's rule."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
-
-
-class Lora:
-    """LoRA on linear and convolutional layers."""
+class Lora(Additive):
+    """LoRA on any layer with a weight."""
 
     name = "lora"
     config = LoraConfig
-    roles: tuple[str, ...] = ("lora_A", "lora_B")
+    roles = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_mid",
+        "lora_B_bias",
+        "initial_A",
+        "initial_B",
+    )
+    options = frozenset({"tucker"})
 
-    @staticmethod
-    def delta(p: Mapping[str, Tensor], scale: float) -> Tensor:
-        return delta(p, scale)
-
-    @staticmethod
-    def init(
-        config: LoraConfig, layer: str, geometry: Geometry, generator: torch.Generator | None = None
-    ) -> tuple[dict[str, Tensor], float]:
-        r, alpha = (
-            _pattern(config.rank_pattern, layer, config.r),
-            float(_pattern(config.alpha_pattern, layer, config.lora_alpha)),
-        )
-        A = torch.empty(r, geometry.in_ // geometry.groups, *geometry.kernel)
-        B = torch.zeros(geometry.out, r, *(1 for _ in geometry.kernel))
-        if config.init_lora_weights == "gaussian":
-            A.normal_(std=1 / r, generator=generator)
+    @classmethod
+    def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, **_: Any) -> Fresh:
+        r = checks.pattern(config.rank_pattern, site.name, config.r)
+        alpha = float(checks.pattern(config.alpha_pattern, site.name, config.lora_alpha))
+        if config.use_rslora:
+            alpha *= math.sqrt(r)  # so that the scale is alpha / r in every file
+        g, init = site.geometry, config.init_lora_weights
+        o, i, *k = g.shape
+        frozen: dict[str, Tensor] = {}
+        if tucker and set(k) - {1}:
+            ones = [1] * len(k)
+            tensors = {
+                "lora_A": _kaiming(site, r, i, *ones),
+                "lora_mid": _kaiming(site, r, r, *k),
+                "lora_B": torch.zeros(o, r, *ones),
+            }
+            if init is False:
+                tensors["lora_B"] = _kaiming(site, o, r, *ones)
         else:
-            bound = 1 / math.sqrt(geometry.columns)  # kaiming_uniform_(a=sqrt(5)), the init of nn.Linear
-            A.uniform_(-bound, bound, generator=generator)
-            if config.init_lora_weights is False:
-                B.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r), generator=generator)
-        return {"lora_A": A, "lora_B": B}, alpha * math.sqrt(
-            r
-        ) if config.use_rslora else alpha  # so that scale is alpha / r in every file
+            A, B = _initial(init, site, r, alpha / r)
+            names = ("lora_embedding_A", "lora_embedding_B") if g.lookup else ("lora_A", "lora_B")
+            tensors = dict(zip(names, (A, B), strict=True))
+            if _from_weight(init):
+                frozen = {"initial_A": A.clone(), "initial_B": B.clone()}
+        if config.lora_bias:
+            if g.lookup:
+                raise ConfigError("lora_bias is True", where=site.name, remedy="An embedding has no bias.")
+            tensors["lora_B_bias"] = torch.zeros(o)
+        options = {"dropout": config.lora_dropout} if config.lora_dropout else {}
+        return Fresh(tensors, alpha, options, frozen)
 
-    @staticmethod
-    def check(p: Mapping[str, Any], geometry: Geometry) -> str:
-        (r, *a), (o, r2, *b) = p["lora_A"].shape, p["lora_B"].shape
-        if r != r2 or r < 1:
-            return f"lora_A {tuple(p['lora_A'].shape)} and lora_B {tuple(p['lora_B'].shape)} have different ranks"
-        i, k = geometry.in_ // geometry.groups, geometry.kernel
-        fits = (
-            o == geometry.out and set(b) <= {1} and a[:1] == [i] and (tuple(a[1:]) == k or set(a[1:]) | set(k) <= {1})
-        )
-        layer = f"lora_A (r, {', '.join(map(str, (i, *k)))}) and lora_B ({geometry.out}, r{', 1' * len(k)})"
-        return "" if fits else f"the layer takes {layer}, not {tuple(p['lora_A'].shape)} and {tuple(p['lora_B'].shape)}"
+    @classmethod
+    def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
+        """A LoRA less its initial product is a LoRA of twice the rank (and so of twice the alpha)."""
+        if "initial_A" not in p:
+            return p, alpha
+        a, b = (role for role in p if role in cls.roles[:4])
+        double = {a: torch.cat([p[a], p["initial_A"]]), b: torch.cat([p[b], -p["initial_B"]], 1)}
+        rest = {role: t for role, t in p.items() if role not in (a, b, "initial_A", "initial_B")}
+        return {**double, **rest}, None if alpha is None else 2 * float(alpha)
 
-    @staticmethod
-    def adopt(p: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
-        A, B = p["lora_A"], p["lora_B"]
-        return {
-            "lora_A": A.reshape(A.shape[0], geometry.in_ // geometry.groups, *geometry.kernel),
-            "lora_B": B.reshape(geometry.out, A.shape[0], *(1 for _ in geometry.kernel)),
-        }
+    @classmethod
+    def rank(cls, p: Mapping[str, Any]) -> int:
+        return _factors(p)[0].shape[0]
 
-    @staticmethod
-    def rank(p: Mapping[str, Any]) -> int:
-        return p["lora_A"].shape[0]
+    @classmethod
+    def geometry(cls, p: Mapping[str, Any]) -> Geometry:
+        A, B = _factors(p)
+        return Geometry(B.shape[0], A.shape[1], tuple(p.get("lora_mid", A).shape[2:]))
 
-    @staticmethod
-    def scale(alpha: float | None, rank: int) -> float:
-        return 1.0 if alpha is None else alpha / rank
+    @classmethod
+    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor]:
+        A, B = _factors(p)
+        if "lora_mid" in p:  # the core folded into A: [r, r, *k] and [r, i, *1] -> [r, i, *k]
+            mid = p["lora_mid"]
+            A = torch.einsum("pqk,qi->pik", mid.flatten(2), A.flatten(1)).reshape(
+                mid.shape[0], A.shape[1], *mid.shape[2:]
+            )
+        if "initial_A" in p:
+            A, B = torch.cat([A, p["initial_A"]]), torch.cat([B, -p["initial_B"]], 1)
+        return A, B
 
-    @staticmethod
-    def apply(op: Op, p: Mapping[str, Tensor], x: Tensor, y: Tensor, gate: float | Tensor) -> Tensor:
-        return op.add(y, op.down(x, p["lora_A"]), p["lora_B"], gate)
+    @classmethod
+    def delta(cls, p: Tensors, spec: Spec) -> Tensor:
+        """B A.  A [r, i, *k], B [o, r, *1] -> [o, i, *k]."""
+        A, B = cls.factors(p, spec)
+        return (B.flatten(1) @ A.flatten(1)).reshape(spec.geometry.shape)
+
+    @classmethod
+    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
+        return "factors"
+
+    @classmethod
+    def bias(cls, p: Tensors, spec: Spec) -> Tensor | None:
+        return cls.scale(p, spec) * p["lora_B_bias"] if "lora_B_bias" in p else None
+
+    @classmethod
+    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+        A, B = _factors(p)
+        g = spec.geometry
+        (r, *a), (o, r2, *b) = A.shape, B.shape
+        _, i, *k = g.shape
+        core = list(p["lora_mid"].shape[2:]) if "lora_mid" in p else a[1:]
+        if "lora_mid" in p and (tuple(p["lora_mid"].shape[:2]) != (r2, r) or set(a[1:]) - {1}):
+            return f"lora_mid {tuple(p['lora_mid'].shape)} does not fit lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
+        if ("lora_mid" not in p and r != r2) or r < 1:
+            return f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} have different ranks"
+        if "lora_B_bias" in p and tuple(p["lora_B_bias"].shape) != (g.out,):
+            return f"lora_B has a bias {tuple(p['lora_B_bias'].shape)}, the layer {g.out} features"
+        flat = len(a) == 1 and a[0] == g.columns and "lora_mid" not in p
+        if o == g.out and set(b) <= {1} and (flat or (a[:1] == [i] and (core == list(k) or set(core) | set(k) <= {1}))):
+            return ""
+        layer = f"lora_A (r, {', '.join(map(str, (i, *k)))}) and lora_B ({g.out}, r{', 1' * len(k)})"
+        return f"the layer takes {layer}, not {tuple(A.shape)} and {tuple(B.shape)}"
+
+    @classmethod
+    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+        g = spec.geometry
+        ones = [1] * len(g.kernel)
+        names = ("lora_embedding_A", "lora_embedding_B") if g.lookup else ("lora_A", "lora_B")
+        A, B = _factors(p)
+        inner = (g.shape[1], *ones) if "lora_mid" in p else g.shape[1:]
+        rest = {role: t for role, t in p.items() if role not in cls.roles[:4]}
+        return {names[0]: A.reshape(-1, *inner), names[1]: B.reshape(g.out, -1, *ones), **rest}
+
+
+def _factors(p: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A and B, under PEFT's two names for them."""
+    return (p["lora_A"], p["lora_B"]) if "lora_A" in p else (p["lora_embedding_A"], p["lora_embedding_B"])
+
+
+def _kaiming(site: Site, *shape: int) -> Tensor:
+    """kaiming_uniform_(a=sqrt(5)), the init of nn.Linear."""
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=site.generator)
+
+
+def _from_weight(init: bool | str) -> bool:
+    return isinstance(init, str) and init.startswith(("pissa", "olora"))
+
+
+def _initial(init: bool | str, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A [r, i, *k] and B [o, r, *1]."""
+    g = site.geometry
+    ones = [1] * len(g.kernel)
+    make: dict[Any, Callable[[], tuple[Tensor, Tensor]]] = {
+        True: lambda: (_kaiming(site, r, *g.shape[1:]), torch.zeros(g.out, r)),
+        False: lambda: (_kaiming(site, r, *g.shape[1:]), _kaiming(site, g.out, r)),
+        "gaussian": lambda: (
+            torch.empty(r, *g.shape[1:]).normal_(std=1 / r, generator=site.generator),
+            torch.zeros(g.out, r),
+        ),
+        "orthogonal": lambda: _orthogonal(site, r),
+        "olora": lambda: _olora(site, r),
+    }
+    if init is True and g.lookup:  # PEFT: A zero, B normal
+        A, B = torch.zeros(r, g.in_), torch.empty(g.out, r).normal_(generator=site.generator)
+    elif isinstance(init, str) and init.startswith("pissa"):
+        A, B = _pissa(site, r, scale, int(init.rpartition("_")[2]) if init != "pissa" else None)
+    else:
+        A, B = make[init]()
+    return A.reshape(r, *g.shape[1:]).contiguous(), B.reshape(g.out, r, *ones).contiguous()
+
+
+def _matrix(site: Site) -> Tensor:
+    return site.weight().detach().flatten(1)
+
+
+def _orthogonal(site: Site, r: int) -> tuple[Tensor, Tensor]:
+    """Odd and even rows of a random rotation between, so that B A = 0."""
+    rand = lambda *shape: torch.randn(*shape, generator=site.generator)  # noqa: E731
+    Q = torch.linalg.qr(rand(r, r))[0]
+    A = (rand(site.geometry.columns, r // 2) @ Q[0::2]).t() / 10
+    return A, rand(site.geometry.out, r // 2) @ Q[1::2] / 10
+
+
+def _pissa(site: Site, r: int, scale: float, niter: int | None) -> tuple[Tensor, Tensor]:
+    """The r largest singular triplets of W; `niter` steps of a randomised SVD instead of a full one."""
+    W = _matrix(site)
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    else:
+        with torch.random.fork_rng(enabled=site.generator is not None):
+            if site.generator is not None:
+                torch.manual_seed(int(torch.randint(2**31, (1,), generator=site.generator)))
+            U, S, V = torch.svd_lowrank(W, min(r, *W.shape), niter=niter)
+        Vh = V.t()
+    root = (S / scale).sqrt()
+    return _padded(root[:, None] * Vh, r).float(), _padded((U * root).t(), r).t().float()
+
+
+def _olora(site: Site, r: int) -> tuple[Tensor, Tensor]:
+    """The first r columns of Q and rows of R of W = Q R."""
+    Q, R = torch.linalg.qr(_matrix(site))
+    return _padded(R[:r], r).float(), _padded(Q[:, :r].t(), r).t().float()
+
+
+def _padded(t: Tensor, rows: int) -> Tensor:
+    """Rows of zeros below, where the rank is larger than the layer."""
+    return torch.cat([t, t.new_zeros(rows - t.shape[0], t.shape[1])]) if t.shape[0] < rows else t

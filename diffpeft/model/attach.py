@@ -12,10 +12,22 @@ import torch.nn as nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import Record, State, base_class, enter, record_of, state_of, state_with
-from diffpeft.layers.site import device_of, site_of
-from diffpeft.layers.slot import Slot
-from diffpeft.methods import METHODS, Method
+from diffpeft.layers.adapted import (
+    Record,
+    State,
+    Weights,
+    base_class,
+    enter,
+    record_of,
+    state_of,
+    state_with,
+    weights_of,
+)
+from diffpeft.layers.site import device_of, present, site_of
+from diffpeft.layers.slot import BIAS, Piece, Slot
+from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
+from diffpeft.methods.config import check_choice
+from diffpeft.methods.dora import INNER
 from diffpeft.model.mix import Adapter, Choice, Mix, Strength, check_idle, check_name, choose
 from diffpeft.model.target import adapted_layers, components, is_preset, select
 
@@ -76,15 +88,22 @@ def mixes_of(parts: Mapping[str, nn.Module]) -> dict[str, Mix]:
     return {component: mix for component, model in parts.items() if (mix := mix_of(model))}
 
 
-def method_of(config: Any) -> type[Method]:
-    """The method that a config object configures."""
-    for method in METHODS.values():
-        if type(config) is method.config:
-            return method
-    raise ConfigError(
-        f"{type(config).__name__} configures no method",
-        remedy=f"Known: {', '.join(m.config.__name__ for m in METHODS.values())}.",
-    )
+def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
+    """The method that a config object and keywords of `attach` configure."""
+    method = next((m for m in METHODS.values() if type(config) is m.config), None)
+    if method is None:
+        raise ConfigError(
+            f"{type(config).__name__} configures no method",
+            remedy=f"Known: {', '.join(dict.fromkeys(m.config.__name__ for m in METHODS.values()))}.",
+        )
+    if getattr(config, "use_dora", False) or ("dora" in options and method in INNER):
+        method = Dora
+        check_choice("dora", options.get("dora", "out"), ("out", "in"))
+    for key in options:
+        if key not in method.options:
+            takes = f"It takes {', '.join(sorted(method.options))}." if method.options else "It takes no keywords."
+            raise ConfigError(f"{key}= is nothing that {method.name} has", remedy=takes)
+    return method
 
 
 def attach(
@@ -96,6 +115,11 @@ def attach(
     *,
     dry_run: bool = False,
     generator: torch.Generator | None = None,
+    side: str | None = None,
+    dora: str | None = None,
+    constraint: float | None = None,
+    rescale: bool | None = None,
+    tucker: bool | None = None,
 ) -> AttachReport:
     """Add a fresh, trainable adapter to layers of a module or pipeline and activate it at strength 1, after those already active.
 
@@ -104,21 +128,31 @@ def attach(
         targets, exclude: which layers; they replace config.target_modules and config.exclude_modules.
         dry_run: report and change nothing.
         generator: source of the initial values; torch's default one if None.
+        side: of OFT and BOFT: "input" (PEFT) or "output" (LyCORIS, Kohya).
+        dora: weight decomposition over LoRA, LoHa or LoKr, with a magnitude for each "out" or "in" feature.
+        constraint: of output-side OFT and BOFT: the bound on the rotation, as LyCORIS defines it.
+        rescale: of output-side OFT and BOFT: a trained factor for each output.
+        tucker: of LoRA, LoHa and LoKr on convolutions: a core tensor between the factors.
 
     Tensors are float32 whatever the base's dtype. `requires_grad` of the base is not touched.
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
     check_name(name)
-    method, parts = method_of(config), components(target)
+    given = {"side": side, "dora": dora, "constraint": constraint, "rescale": rescale, "tucker": tucker}
+    options = {key: value for key, value in given.items() if value is not None}
+    method, parts = method_of(config, options), components(target)
     config.validate()
     chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
     slots = {
-        component: {layer: _fresh(method, config, layer, module, generator, dry_run) for layer, module in found.items()}
+        component: {
+            layer: _fresh(method, config, layer, module, options, generator, dry_run) for layer, module in found.items()
+        }
         for component, found in chosen.items()
     }
-    large = [layer for component, found in slots.items() for layer in oversized(chosen[component], found)]
+    _warn_adjusted(name, slots)
+    large = [layer for component, found in slots.items() for layer in oversized(found)]
     if large and not is_preset(targets or config.target_modules):  # who named the layers should know
         warnings.warn(f"adapter {name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=2)
     if not dry_run:
@@ -136,10 +170,16 @@ def attach(
     )
 
 
-def oversized(modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> list[str]:
+def oversized(slots: Mapping[str, Slot]) -> list[str]:
     """The layers whose weight has fewer rows or columns than their adapter has ranks."""
-    shapes = {layer: site.geometry(modules[layer]) for layer in slots if (site := site_of(base_class(modules[layer])))}
-    return [layer for layer, slot in slots.items() if slot.rank > min(shapes[layer].out, shapes[layer].columns)]
+    return [
+        layer
+        for layer, slot in slots.items()
+        for part in slot.parts
+        if isinstance(part.method, type)
+        and issubclass(part.method, (Additive, Dora))
+        and slot.rank > min(part.spec.geometry.out, part.spec.geometry.columns)
+    ]
 
 
 def refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
@@ -151,14 +191,52 @@ def refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
 
 
 def _fresh(
-    method: type[Method], config: Any, layer: str, module: nn.Module, generator: torch.Generator | None, dry_run: bool
+    method: type[Method],
+    config: Any,
+    layer: str,
+    module: nn.Module,
+    options: Mapping[str, Any],
+    generator: torch.Generator | None,
+    dry_run: bool,
 ) -> Slot:
-    site = site_of(base_class(module))
-    assert site is not None
+    kind = site_of(base_class(module))
+    assert kind is not None
+    op = kind(module)
+    site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else generator)
     with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
-        tensors, alpha = method.init(config, layer, site.geometry(module), None if dry_run else generator)
-    slot = Slot(method.name, tensors, alpha, dropout=config.dropout, trainable=True).train(module.training)
+        fresh = method.init(config, site, **options)
+    tensors = dict(fresh.tensors)
+    if getattr(config, "bias", "none") != "none" and op.bias is not None:
+        tensors[BIAS] = torch.zeros(op.geometry.out, device="meta" if dry_run else "cpu")
+    piece = Piece(method.name, fresh.tensors, fresh.alpha, Spec(op.geometry, fresh.alpha, fresh.options), fresh.frozen)
+    slot = Slot([piece], {k: t for k, t in tensors.items() if k == BIAS}, trainable=True).train(module.training)
     return slot if dry_run else slot.to(device_of(module))
+
+
+def _weight(op: Any, dry_run: bool) -> torch.Tensor:
+    """The canonical weight on the CPU, in fp32 or better."""
+    if dry_run:
+        return torch.empty(op.geometry.shape)
+    W = present(op.module, lambda: op.weight().detach())
+    return W.to("cpu", torch.promote_types(W.dtype, torch.float32))
+
+
+def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
+    """One warning for all layers whose blocks had to be of another size than the config says."""
+    adjusted = {
+        dotted(component, layer): part.spec.options["adjusted"]
+        for component, found in slots.items()
+        for layer, slot in found.items()
+        for part in slot.parts
+        if "adjusted" in part.spec.options
+    }
+    if adjusted:
+        asked, used = next(iter(adjusted.values()))
+        warnings.warn(
+            f"adapter {name!r}: {asked} does not divide {len(adjusted)} layers, so the nearest number that does was taken "
+            f"({used} for the first): {listed(list(adjusted)[:5])}",
+            stacklevel=3,
+        )
 
 
 def install(
@@ -189,7 +267,8 @@ def install(
         module, index = modules[layer], column[layer]
         old = record_of(module)
         tensor = old.column if old else torch.tensor([index], device="cpu")
-        record = Record(mix, tensor, index, {**(old.slots if old else {}), adapter.name: slot})
+        slots_ = {**(old.slots if old else {}), adapter.name: slot}
+        record = replace(old, slots=slots_) if old else Record(mix, tensor, index, slots_)
         plan.layers.append((module, state_with(module, record)))
 
 
@@ -212,22 +291,34 @@ def remove(plan: Plan, parts: Mapping[str, nn.Module], names: set[str]) -> None:
         check_idle(mix, names)
         adapters = {n: a for n, a in mix.adapters.items() if n not in names}
         given = {n: s for n, s in mix.choice.given.items() if n not in names}
-        plan.mixes.append(
-            (
-                mix,
-                {
-                    "adapters": adapters,
-                    "choice": choose(component, mix.layers, adapters, given) if adapters else Choice(),
-                },
-            )
-        )
+        choice = choose(component, mix.layers, adapters, given) if adapters else Choice()
+        out = bool(names & set(mix.fused))
+        plan.mixes.append((mix, {"adapters": adapters, "choice": choice, "fused": {} if out else mix.fused}))
         for layer, module in adapted_layers(parts[component]).items():
             record = record_of(module)
             assert record is not None
-            if names & set(record.slots):
+            weights = None
+            if out and record.fused:
+                record, weights = unfused(layer, module, record)
+            if weights is not None or names & set(record.slots):
                 _refuse_foreign(layer, module)
                 left = {n: s for n, s in record.slots.items() if n not in names}
-                plan.layers.append((module, state_with(module, replace(record, slots=left))))
+                plan.layers.append((module, state_with(module, replace(record, slots=left), weights)))
+
+
+def unfused(layer: str, module: Any, record: Record) -> tuple[Record, Weights]:
+    """A layer's record and weights without anything fused, the weights in the present dtype and on the present device."""
+    if record.base is None:
+        raise AdapterStateError(
+            f"layer {shown(layer)} was fused with keep_base='none'",
+            remedy="Load the model again to get its own weights.",
+        )
+    weights = [
+        None if old is None or now is None else old.to(device=now.device, dtype=now.dtype)
+        for old, now in zip(record.base, weights_of(module), strict=True)
+    ]
+    assert weights[0] is not None
+    return replace(record, fused=frozenset(), base=None), (weights[0], weights[1])
 
 
 def _refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -62,6 +62,9 @@ class Mix:
     layers: tuple[str, ...] = ()  # the layer of each column; a column is never given to another layer
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     choice: Choice = field(default_factory=Choice)
+    fused: Mapping[str, Strength] = field(
+        default_factory=dict
+    )  # adapters that are in the weights, in order, and how strong
     live: Counter[str] = field(default_factory=Counter)  # adapters named by `adapters(...)` blocks that are running
     key: str = ""
 

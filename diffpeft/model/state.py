@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,9 +11,14 @@ from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import UnknownNameError
 from diffpeft.layers.adapted import record_of
+from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.target import adapted_layers, components
+
+TRAINING = frozenset(
+    {"dropout", "module_dropout", "rank_dropout", "rank_dropout_scale", "adjusted"}
+)  # no part of what f is
 
 
 def slots_of(target: Any, name: str) -> dict[str, Slot]:
@@ -30,14 +36,9 @@ def parameters_of(target: Any, name: str) -> list[nn.Parameter]:
     return [p for slot in slots_of(target, name).values() for p in slot.parameters() if p.requires_grad]
 
 
-def _present(slot: Slot) -> dict[str, Tensor]:
+def _tensors(slot: Slot) -> dict[str, Tensor]:
     """The slot's tensors by role; those that an offloading hook keeps elsewhere are fetched."""
-    if not hasattr(slot, "_hf_hook"):
-        return {role: p.detach() for role, p in slot.tensors.items()}
-    from accelerate.utils import align_module_device
-
-    with align_module_device(slot, "cpu"):
-        return {role: p.detach().clone() for role, p in slot.tensors.items()}
+    return present(slot, lambda: {role: p.detach() for role, p in slot.tensors.items()})
 
 
 def bundle_of(target: Any, name: str, family: str) -> Bundle:
@@ -47,13 +48,22 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
         raise UnknownNameError.of(
             "adapter", name, {n for mix in mixes_of(components(target)).values() for n in mix.adapters}
         )
-    entries = [
-        Entry(slot.method, layer, {role: io.handle(t) for role, t in _present(slot).items()}, slot.alpha)
-        for layer, slot in slots_of(target, name).items()
-    ]
+    entries = [entry for layer, slot in slots_of(target, name).items() for entry in entries_of(layer, slot)]
     bundle = Bundle("memory", family, entries, source=name)
     for adapter in adapters:
         bundle.entries += adapter.absent
         bundle.carried |= adapter.carried
         bundle.metadata |= adapter.metadata
     return bundle
+
+
+def entries_of(layer: str, slot: Slot) -> list[Entry]:
+    """What a slot holds, part by part; a change of the bias goes with the first."""
+    found, tensors = [], _tensors(slot)
+    for part in slot.parts:
+        p, alpha = part.method.stored({role: tensors.pop(role) for role in part.roles}, part.alpha)
+        options = {k: v for k, v in part.spec.options.items() if k not in TRAINING}
+        found.append(Entry(part.method.name, layer, {role: io.handle(t) for role, t in p.items()}, alpha, (), options))
+    if tensors and found:
+        found[0] = replace(found[0], tensors={**found[0].tensors, **{r: io.handle(t) for r, t in tensors.items()}})
+    return found

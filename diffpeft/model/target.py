@@ -105,13 +105,21 @@ def select(
         chosen[component] = {
             n: m
             for n, (m, parent) in found.items()
-            if _match(entries, n) and not _match(excluded, n) and _usable(n, m, parent, quiet=preset)
+            if _match(_for(m, entries), n) and not _match(excluded, n) and _usable(n, m, parent, quiet=preset)
         }
     if not any(chosen.values()):
         raise UnknownNameError(
             f"{shown(targets)} chooses no layer that can be adapted", remedy="Loosen targets, or exclude less."
         )
     return chosen
+
+
+def _for(module: nn.Module, entries: str | Sequence[str]) -> str | Sequence[str]:
+    """The entries that may choose a module: `*` stands for all layers but embeddings, which have to be named."""
+    site = site_of(base_class(module))
+    if isinstance(entries, str) or site is None or not site.geometry_of(module).lookup:
+        return entries
+    return [entry for entry in entries if entry != "*"]
 
 
 def is_preset(targets: Any) -> bool:

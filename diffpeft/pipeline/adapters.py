@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffpeft.errors import UnknownNameError
-from diffpeft.model.attach import Plan, mixes_of, remove
+from diffpeft.errors import AdapterStateError, UnknownNameError, shown
+from diffpeft.layers.adapted import record_of
+from diffpeft.model.attach import Plan, mix_of, mixes_of, remove
+from diffpeft.model.fuse import check_order
 from diffpeft.model.mix import Strength, check_mix, forced
 from diffpeft.model.state import slots_of
-from diffpeft.model.target import components
+from diffpeft.model.target import adapted_layers, components
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def set_adapters(target: Any, mix: Mapping[str, Strength]) -> None:
     """
     mixes = mixes_of(components(target)).values()
     check_mix(mix, mixes)
+    _check_fused(target, mix)
     plan = Plan(mixes=[(m, {"choice": m.chosen(mix)}) for m in mixes])
     plan.commit()
 
@@ -46,8 +49,28 @@ def adapters(target: Any, mix: Mapping[str, Strength]) -> Iterator[None]:
     """`set_adapters` for this thread and this block only. Blocks nest; the inner one replaces the whole mix."""
     mixes = list(mixes_of(components(target)).values())
     check_mix(mix, mixes)
+    _check_fused(target, mix)
     with forced({m.key: m.chosen(mix) for m in mixes}, mixes):
         yield
+
+
+def _check_fused(target: Any, given: Mapping[str, Strength]) -> None:
+    """Raise AdapterStateError if `given` would change what is in the weights."""
+    for component, model in components(target).items():
+        mix = mix_of(model)
+        if mix is None or not mix.fused:
+            continue
+        choice = mix.chosen(given)
+        for name in mix.fused:
+            if choice.strengths.get(name) != mix.choice.strengths[name]:
+                raise AdapterStateError(
+                    f"adapter {shown(name)} is fused into {component or 'the model'} at another strength",
+                    remedy="Call unfuse first; fused strengths must stay as they are.",
+                )
+        for layer, module in adapted_layers(model).items():
+            record = record_of(module)
+            if record is not None and record.fused:
+                check_order(layer, record, [n for n in mix.fused if n in record.fused], choice)
 
 
 def get_adapters(target: Any) -> dict[str, AdapterStatus]:
@@ -62,11 +85,11 @@ def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
     own = {component: mix for component, mix in mixes.items() if name in mix.adapters}
     given = [mix.choice.given[name] for mix in own.values() if name in mix.choice.given]
     return AdapterStatus(
-        methods=frozenset(slot.method for slot in slots),
+        methods=frozenset(method for slot in slots for method in slot.methods),
         ranks=tuple(sorted({slot.rank for slot in slots})),
         strength=copy.copy(given[0]) if given else 0.0,
         active=bool(given),
-        fused=False,
+        fused=any(name in mix.fused for mix in own.values()),
         components=frozenset(own),
         parameters=sum(p.numel() for slot in slots for p in slot.parameters()),
     )

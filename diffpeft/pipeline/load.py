@@ -81,7 +81,7 @@ def load_lora(
     slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable)
     plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
     report = _report(name, bundle, slots, absent)
-    _warn(report, bundle, slots, layers)  # before the commit: a warning may be an error
+    _warn(report, bundle, slots)  # before the commit: a warning may be an error
     plan.commit()
     return report
 
@@ -183,14 +183,10 @@ def _report(name: str, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], 
     return LoadReport(name, bundle.format, bundle.family, methods, tuple(names), carried, bundle.trigger_words)
 
 
-def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], layers: Layers) -> None:
+def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]]) -> None:
     """Say what was kept without effect, and what is unusual."""
     idle = [entry.layer for entry in bundle.entries if io.number(entry.alpha) == 0]
-    large = [
-        layer
-        for component, found in slots.items()
-        for layer in oversized({n: layers[component][n][0] for n in found}, found)
-    ]
+    large = [layer for found in slots.values() for layer in oversized(found)]
     for what, names in (
         ("tensors are kept but have no effect here", report.carried),
         ("layers have alpha 0 and no effect", idle),

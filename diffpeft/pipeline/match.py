@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +23,8 @@ from diffpeft.errors import (
 )
 from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import device_of, refusal, site_of
-from diffpeft.layers.slot import Slot
-from diffpeft.methods import METHODS
+from diffpeft.layers.slot import BIAS, Piece, Slot
+from diffpeft.methods import METHODS, Spec
 from diffpeft.model.target import spellings
 
 Layers = Mapping[str, Mapping[str, tuple[nn.Module, nn.Module | None]]]  # {component: {layer: (module, its parent)}}
@@ -63,17 +62,20 @@ def matched(
             "no tensor of this adapter fits the model",
             where=f"{bundle.source}: {listed([*(e.layer for e in bundle.entries), *bundle.carried])}",
         )
-    counts = Counter(place for _, place in found)
-    twice = [e.layer for e, place in found if counts[place] > 1]
-    if twice:
-        raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {listed(twice)}")
     _check_shapes(bundle, found, layers)
     tensors = iter(io.load(h for e, _ in found for h in e.tensors.values()))
-    slots: dict[str, dict[str, Slot]] = {component: {} for component in parts}
-    for entry, (component, layer) in found:
-        slots[component][layer] = _slot(
-            bundle, entry, layers[component][layer][0], {role: next(tensors) for role in entry.tensors}, trainable
+    pieces: dict[tuple[str, str], list[tuple[Piece, Mapping[str, Tensor]]]] = {}
+    for entry, place in found:
+        module = layers[place[0]][place[1]][0]
+        pieces.setdefault(place, []).append(
+            _piece(bundle, entry, module, {r: next(tensors) for r in entry.tensors}, trainable)
         )
+    slots: dict[str, dict[str, Slot]] = {component: {} for component in parts}
+    for (component, layer), own in pieces.items():
+        module = layers[component][layer][0]
+        beside = {role: t for _, extra in own for role, t in extra.items()}
+        slot = Slot([piece for piece, _ in own], beside, trainable=trainable)
+        slots[component][layer] = slot.to(device_of(module)).train(module.training)
     return slots, absent + lost
 
 
@@ -98,15 +100,23 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
 
 
 def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], layers: Layers) -> None:
-    wrong, refused = [], []
-    for entry, (component, layer) in found:
-        module, parent = layers[component][layer]
-        site = site_of(base_class(module))
-        assert site is not None
-        if why := METHODS[entry.method].check(entry.tensors, site.geometry(module)):
+    wrong, refused, taken = [], [], set()
+    for entry, place in found:
+        module, parent = layers[place[0]][place[1]]
+        spec = _spec(entry, module)
+        own = {role: h for role, h in entry.tensors.items() if role != BIAS}
+        if why := METHODS[entry.method].check(own, spec):
             wrong.append(f"{entry.layer}: {why}")
-        if why := refusal(module, parent, layer):
+        if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
+            wrong.append(
+                f"{entry.layer}: {BIAS} {entry.tensors[BIAS].shape}, the layer has {spec.geometry.out} outputs"
+            )
+        if why := refusal(module, parent, place[1]):
             refused.append(f"{entry.layer}: {why}")
+        twice = {(place, role) for role in entry.tensors} & taken
+        taken |= {(place, role) for role in entry.tensors}
+        if twice:
+            raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {shown(entry.layer)}")
     if wrong:
         raise ShapeMismatchError(
             f"{len(wrong)} of {len(found)} layers have other shapes",
@@ -117,9 +127,17 @@ def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]]
         raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])
 
 
-def _slot(bundle: Bundle, entry: Entry, module: Any, tensors: dict[str, Tensor], trainable: bool) -> Slot:
-    site, limit = site_of(base_class(module)), torch.finfo(module.weight.dtype).max
+def _spec(entry: Entry, module: nn.Module) -> Spec:
+    site = site_of(base_class(module))
     assert site is not None
+    return Spec(site.geometry_of(module), io.number(entry.alpha), entry.options)
+
+
+def _piece(
+    bundle: Bundle, entry: Entry, module: Any, tensors: dict[str, Tensor], trainable: bool
+) -> tuple[Piece, Mapping[str, Tensor]]:
+    """One method for one layer, checked for what is not finite, and what else its entry holds."""
+    limit = torch.finfo(module.weight.dtype if module.weight.is_floating_point() else torch.float16).max
     if not all(t.numel() == 0 or t.abs().max().item() <= limit for t in tensors.values()):  # NaN compares false
         raise NonFiniteError(
             f"layer {shown(entry.layer)} has values that are not finite in {module.weight.dtype}",
@@ -129,16 +147,17 @@ def _slot(bundle: Bundle, entry: Entry, module: Any, tensors: dict[str, Tensor],
     if trainable:
         # a copy: training must not reach what was passed in
         tensors = {role: t.detach().to(torch.float32, copy=True) for role, t in tensors.items()}
-    p = METHODS[entry.method].adopt(tensors, site.geometry(module))
+    beside = {role: tensors.pop(role) for role in (BIAS,) if role in tensors}
+    method, spec = METHODS[entry.method], _spec(entry, module)
+    p = method.adopt(tensors, spec)
     alpha = kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
-    slot = Slot(entry.method, p, alpha, trainable=trainable)
-    if not abs(slot.scale) < float("inf"):
+    if spec.alpha is not None and not abs(spec.alpha) < float("inf"):
         raise NonFiniteError(
             f"layer {shown(entry.layer)} has an alpha that is not finite",
             where=bundle.source,
             remedy="The file is damaged.",
         )
-    return slot.to(device_of(module)).train(module.training)
+    return Piece(entry.method, p, alpha, spec), beside
 
 
 def kept(handle: Handle) -> Handle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from diffpeft.layers.site import SITES
 from diffpeft.methods import METHODS
@@ -13,15 +14,17 @@ from diffpeft.methods import METHODS
 KINDS = {
     "linear": (lambda: nn.Linear(6, 6), (2, 3, 6)),
     "linear without bias": (lambda: nn.Linear(6, 6, bias=False), (2, 6)),
-    "linear tall": (lambda: nn.Linear(3, 8), (2, 3)),
-    "linear wide": (lambda: nn.Linear(8, 3), (1, 2, 2, 8)),
+    "linear tall": (lambda: nn.Linear(4, 8), (2, 4)),
+    "linear wide": (lambda: nn.Linear(8, 4), (1, 2, 2, 8)),
+    "gpt-2's Conv1D": (lambda: Conv1D(8, 6), (2, 3, 6)),
     "conv1d padded": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
     "conv1d circular": (lambda: nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 7)),
     "conv2d 1x1": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 5, 5)),
+    "conv2d 1x1 strided": (lambda: nn.Conv2d(4, 6, 1, stride=2, padding=1), (2, 4, 5, 5)),
     "conv2d strided": (lambda: nn.Conv2d(4, 6, 3, stride=(2, 1), padding=1), (2, 4, 6, 7)),
     "conv2d dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding="same", bias=False), (2, 4, 7, 6)),
     "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5)),
-    "conv2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 5, 5)),
+    "conv2d depthwise": (lambda: nn.Conv2d(4, 8, (3, 2), groups=4), (2, 4, 5, 5)),
     "conv2d non-square": (lambda: nn.Conv2d(4, 6, (1, 3), padding=(0, 1)), (2, 4, 5, 5)),
     "conv2d reflect": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), (2, 4, 5, 5)),
     "conv2d circular grouped": (
@@ -30,24 +33,87 @@ KINDS = {
     ),
     "conv2d without a batch": (lambda: nn.Conv2d(4, 6, 3), (4, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), (1, 2, 3, 4, 4)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=1), (2, 4, 5, 5)),
+    "transposed conv2d grouped": (lambda: nn.ConvTranspose2d(4, 8, 2, stride=2, groups=2), (2, 4, 4, 4)),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 4, (1, 2, 2), dilation=2), (1, 2, 3, 3, 3)),
+    "embedding": (lambda: nn.Embedding(10, 6, padding_idx=0), (2, 5)),
 }
 LINEAR = "linear"
 
-# where the default config of a method would hide a mistake: here the scale is not 1 and fits tiny layers
-CONFIGS = {"lora": {"r": 2, "lora_alpha": 3}}
+_SCALED = {
+    "r": 2,
+    "alpha": 3,
+}  # where the default config of a method would hide a mistake: the scale is not 1 and fits tiny layers
+# what is attached: (method, config fields, keywords of attach). The first of each method is the one that stands for it
+FORMS = {
+    "lora": ("lora", {"r": 2, "lora_alpha": 3}, {}),
+    "lora, rank-stabilised, with biases": (
+        "lora",
+        {"r": 3, "lora_alpha": 2, "use_rslora": True, "lora_bias": True, "bias": "lora_only"},
+        {},
+    ),
+    "lora, tucker": ("lora", {"r": 2, "lora_alpha": 3}, {"tucker": True}),
+    "lora, pissa": ("lora", {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"}, {}),
+    "lora, olora": ("lora", {"r": 2, "lora_alpha": 3, "init_lora_weights": "olora"}, {}),
+    "lora, orthogonal": ("lora", {"r": 2, "lora_alpha": 3, "init_lora_weights": "orthogonal"}, {}),
+    "dora": ("dora", {"r": 2, "lora_alpha": 3, "use_dora": True}, {}),
+    "dora, in": ("dora", {"r": 2, "lora_alpha": 3}, {"dora": "in"}),
+    "dora, tucker": ("dora", {"r": 2, "lora_alpha": 3}, {"dora": "out", "tucker": True}),
+    "dora over loha": ("dora", _SCALED, {"dora": "out", "of": "loha"}),
+    "dora over loha, in": ("dora", _SCALED, {"dora": "in", "of": "loha"}),
+    "dora over lokr": ("dora", _SCALED, {"dora": "out", "of": "lokr"}),
+    "dora over lokr, in": ("dora", _SCALED, {"dora": "in", "of": "lokr"}),
+    "loha": ("loha", _SCALED, {}),
+    "loha, tucker": ("loha", {**_SCALED, "use_effective_conv2d": True}, {}),
+    "lokr": ("lokr", {**_SCALED, "r": 1}, {}),
+    "lokr, both factored": ("lokr", {**_SCALED, "r": 1, "decompose_both": True}, {}),
+    "lokr, both full": ("lokr", {**_SCALED, "r": 9}, {}),
+    "lokr, factor 2, tucker": (
+        "lokr",
+        {**_SCALED, "r": 1, "decompose_factor": 2, "use_effective_conv2d": True},
+        {},
+    ),
+    "oft": ("oft", {"oft_block_size": 2, "use_cayley_neumann": False}, {}),
+    "oft, neumann": ("oft", {"oft_block_size": 2}, {}),
+    "oft, shared": ("oft", {"oft_block_size": 2, "block_share": True, "use_cayley_neumann": False}, {}),
+    "oft, constrained input": ("oft", {"oft_block_size": 2, "coft": True, "eps": 0.3}, {}),
+    "oft, output": ("oft", {"oft_block_size": 2}, {"side": "output"}),
+    "oft, output, rescaled": (
+        "oft",
+        {"oft_block_size": 2},
+        {"side": "output", "rescale": True, "constraint": 0.05},
+    ),
+    "boft": ("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 1}, {}),
+    "boft, output": ("boft", {"boft_block_size": 2}, {"side": "output"}),
+    "boft, output, rescaled": ("boft", {"boft_block_size": 2}, {"side": "output", "rescale": True, "constraint": 0.1}),
+}
+METHOD_FORMS = {method: next(form for form, row in FORMS.items() if row[0] == method) for method in METHODS}
 
-every_method = pytest.mark.parametrize("method", METHODS)
+every_method = pytest.mark.parametrize("form", METHOD_FORMS.values())
+every_form = pytest.mark.parametrize("form", FORMS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def config(method: str, **fields):
-    return METHODS[method].config(**{**CONFIGS.get(method, {}), **fields})
+def config(form: str, **fields):
+    """The config of a form."""
+    method, own, keywords = FORMS[form]
+    return METHODS[keywords.get("of", method)].config(**{**own, **fields})
+
+
+def keywords(form: str):
+    """The keywords of attach that a form needs."""
+    return {k: v for k, v in FORMS[form][2].items() if k != "of"}
 
 
 def layer(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, torch.Tensor]:
     """A model of one layer, and an input."""
     make, shape = KINDS[kind]
-    return nn.Sequential(make()).to(dtype).requires_grad_(False), torch.randn(shape, dtype=dtype)
+    module = make()
+    if isinstance(module, Conv1D):
+        nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+    x = torch.randint(1, 10, shape) if isinstance(module, nn.Embedding) else torch.randn(shape, dtype=dtype)
+    return nn.Sequential(module).to(dtype).requires_grad_(False), x
 
 
 class Block(nn.Module):
@@ -66,4 +132,5 @@ def blocks(n: int = 3, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def test_every_site_has_a_kind():
-    assert {cls for site in SITES for cls in site.kinds} == {type(make()) for make, _ in KINDS.values()}
+    kinds = {cls for site in SITES for cls in site.kinds if isinstance(cls, type)} - {nn.ConvTranspose3d}
+    assert kinds <= {type(make()) for make, _ in KINDS.values()}

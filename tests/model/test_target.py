@@ -157,7 +157,7 @@ def test_a_child_that_is_called_adapters_is_a_layer_like_any():
         ("lora_dropout", 1.0),
         ("lora_dropout", -0.1),
         ("lora_dropout", "0.1"),
-        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pisa"),
         ("rank_pattern", {"to_q": 0}),
         ("alpha_pattern", {"to_q": float("inf")}),
         ("rank_pattern", {"(": 2}),

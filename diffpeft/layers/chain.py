@@ -1,0 +1,232 @@
+"""The adapters of a layer applied in order: W_k = W_{k-1} + s_k (f_k(W_{k-1}) - W_{k-1}).
+
+Each link is the layer with one more adapter on it. A link can be applied to an input and can give its weight; methods choose what is cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffpeft.layers import kernels
+from diffpeft.layers.slot import BIAS, Part, Slot
+from diffpeft.methods import Link, Strength
+from diffpeft.methods.linalg import squares
+
+
+class Base:
+    """The layer without adapters."""
+
+    def __init__(
+        self,
+        op: Any,
+        forward: Callable[[Tensor], Tensor] | None,
+        dtype: torch.dtype,
+        kept: dict[int, Any],
+        own: Tensor | None = None,
+    ):
+        self.op, self.forward, self.dtype, self.kept, self.own = op, forward, dtype, kept, own
+
+    def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
+        assert self.forward is not None
+        if bias or self.op.bias is None:
+            return self.forward(x)
+        return self.op.less_bias(self.forward(x)) if self.op.quantised else self.op.op(x, self.weight(), False)
+
+    def weight(self) -> Tensor:
+        return (self.op.weight() if self.own is None else self.own).to(self.dtype)
+
+    def squares(self, axis: int) -> Tensor:
+        """Kept while the weight is frozen and the same."""
+        W = self.op.module.weight
+        if self.own is not None or W.requires_grad or self.op.quantised or torch.compiler.is_compiling():
+            return squares(self.weight(), axis)
+        stamp = (W.data_ptr(), W._version, W.dtype)
+        kept = self.kept.get(axis)
+        if kept is None or kept[0] != stamp:
+            kept = self.kept[axis] = stamp, squares(self.op.weight(), axis)
+        return kept[1]
+
+
+class _Later:
+    """A link after another one."""
+
+    def __init__(self, before: Link):
+        self.before, self.op, self.dtype = before, before.op, before.dtype
+
+    def weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def squares(self, axis: int) -> Tensor:
+        return squares(self.weight(), axis)
+
+
+class Added(_Later):
+    """Additive adapters side by side: they commute, so each takes its cheapest way, and those of low rank go as one."""
+
+    def __init__(self, before: Link, terms: Sequence[tuple[Slot, Part, Strength]]):
+        super().__init__(before)
+        self.terms = terms
+
+    def weight(self) -> Tensor:
+        W = self.before.weight()
+        for slot, part, s in self.terms:
+            W = slot(_with_delta, part, W, s, self.dtype)
+        return W
+
+    def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
+        op, tokens = self.op, self.op.positions(x)
+        W, pairs, others = None, [], []
+        for slot, part, s in self.terms:
+            s = _dropped(slot, part, s)
+            if not slot.bare:
+                others.append((slot, part, s))
+                continue
+            p = slot.prepared(part, self.dtype)
+            route = _route(slot, part, p, tokens)
+            if route == "weight":
+                W = (self.before.weight() if W is None else W) + s * _masked(slot, part, p)
+            elif route == "factors":
+                pairs.append((*part.method.factors(p, part.spec), s * part.method.scale(p, part.spec)))
+            else:
+                others.append((slot, part, s))
+        y = self._low_rank(x, bias, W, pairs)
+        for slot, part, s in others:
+            y = slot(_one, part, op, y, x, s, self.dtype, tokens)
+        return y
+
+    def _low_rank(self, x: Tensor, bias: bool, W: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor, Any]]) -> Tensor:
+        """The layer before, with W in place of its weight if given, and all pairs of factors as one."""
+        if not pairs:
+            return self.before(x, bias) if W is None else self.op.op(x, W, bias)
+        A, B, gate = _joined(pairs)
+        if W is None and isinstance(self.before, Base) and self.op.plain and not torch.compiler.is_compiling():
+            m = self.op.module
+            return kernels.lora_linear(x, m.weight, m.bias if bias else None, A, B, gate)
+        y = self.before(x, bias) if W is None else self.op.op(x, W, bias)
+        return self.op.add(y, self.op.down(x, A), B, gate)
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor, Any]:
+    """Pairs of factors as one pair, with the gates along the rank."""
+    if len(pairs) == 1:
+        return pairs[0]
+    A = torch.cat([A for A, _, _ in pairs])
+    B = torch.cat([B for _, B, _ in pairs], 1)
+    gates = [torch.as_tensor(g, dtype=A.dtype, device=A.device).reshape(1).expand(a.shape[0]) for a, _, g in pairs]
+    return A, B, torch.cat(gates)
+
+
+def _route(slot: Slot, part: Part, p: Any, tokens: int) -> str:
+    """How to apply an additive part; in training dropout decides."""
+    if slot.training and part.spec.options.get("rank_dropout"):
+        return "weight"
+    if slot.training and part.spec.options.get("dropout"):
+        return "alone"
+    return part.method.route(p, part.spec, tokens)
+
+
+def _one(slot: Slot, part: Part, op: Any, y: Tensor, x: Tensor, s: Strength, dtype: torch.dtype, tokens: int) -> Tensor:
+    """y with one additive adapter on its own added."""
+    p, method, spec = slot.prepared(part, dtype), part.method, part.spec
+    route = _route(slot, part, p, tokens)
+    if route == "alone":
+        x, route = F.dropout(x, spec.options["dropout"]), method.route(p, spec, tokens)
+    if route == "own":
+        return method.add(op, y, x, p, spec, s * method.scale(p, spec))
+    if route == "factors":
+        A, B = method.factors(p, spec)
+        return op.add(y, op.down(x, A), B, s * method.scale(p, spec))
+    return y + op.op(x, s * _masked(slot, part, p), False)
+
+
+def _masked(slot: Slot, part: Part, p: Any) -> Tensor:
+    """scale * delta; in training with rank dropout some rows are left out, the rest is scaled up if the method says so."""
+    delta = part.method.scale(p, part.spec) * part.method.delta(p, part.spec)
+    rate = part.spec.options.get("rank_dropout") if slot.training else 0
+    if not rate:
+        return delta
+    kept = (torch.rand(delta.shape[0]) > rate).to(delta)
+    if part.spec.options.get("rank_dropout_scale", True):
+        kept = kept / kept.mean()
+    return delta * kept.view(-1, *(1 for _ in delta.shape[1:]))
+
+
+def _dropped(slot: Slot, part: Part, s: Strength) -> Strength:
+    """The strength; in training with module dropout sometimes nothing."""
+    rate = part.spec.options.get("module_dropout") if slot.training and part.additive else 0
+    return s * (torch.rand(()) > rate).float() if rate else s
+
+
+def _with_delta(slot: Slot, part: Part, W: Tensor, s: Strength, dtype: torch.dtype) -> Tensor:
+    """W with one additive adapter in it."""
+    p = slot.prepared(part, dtype)
+    return W + s * (part.method.scale(p, part.spec) * part.method.delta(p, part.spec))
+
+
+class Changed(_Later):
+    """An adapter that depends on the weight before it: all its methods in order, as one at strength s."""
+
+    def __init__(self, before: Link, slot: Slot, s: Strength):
+        super().__init__(before)
+        self.slot, self.s = slot, s
+
+    def weight(self) -> Tensor:
+        return self.slot(_changed, self.before.weight(), self.s, self.dtype)
+
+    def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
+        if len(self.slot.parts) == 1:
+            return self.slot(_applied, self.before, x, self.s, bias)
+        return self.op.op(x, self.weight(), bias)
+
+
+def _changed(slot: Slot, W: Tensor, s: Strength, dtype: torch.dtype) -> Tensor:
+    """W + s (f(W) - W), f all parts in order."""
+    f = W
+    for part in slot.parts:
+        f = part.method.weight(f, slot.prepared(part, dtype), part.spec)
+    return W + s * (f - W)
+
+
+def _applied(slot: Slot, before: Link, x: Tensor, s: Strength, bias: bool) -> Tensor:
+    """The one part of a slot applied to what was before; in training with dropout only the change sees the dropped input."""
+    (part,) = slot.parts
+    p, spec = slot.prepared(part, before.dtype), part.spec
+    if not (slot.training and spec.options.get("dropout")):
+        return part.method.apply(before, x, p, spec, s, bias)
+    thin = F.dropout(x, spec.options["dropout"])
+    return before(x, bias) + part.method.apply(before, thin, p, spec, s, False) - before(thin, False)
+
+
+def linked(base: Base, steps: Sequence[tuple[Slot, Strength]]) -> Link:
+    """The layer with these adapters on it, in order."""
+    link: Link = base
+    waiting: list[tuple[Slot, Part, Strength]] = []
+    for slot, s in steps:
+        if all(part.additive for part in slot.parts):
+            waiting += [(slot, part, s) for part in slot.parts]
+            continue
+        if waiting:
+            link, waiting = Added(link, waiting), []
+        link = Changed(link, slot, s)
+    return Added(link, waiting) if waiting else link
+
+
+def bias_shift(steps: Sequence[tuple[Slot, Strength]], dtype: torch.dtype) -> Tensor | None:
+    """What the adapters add to the layer's bias."""
+    shift = None
+    for slot, s in steps:
+        if slot.shifts:
+            by = s * slot(_shift).to(dtype)
+            shift = by if shift is None else shift + by
+    return shift
+
+
+def _shift(slot: Slot) -> Tensor:
+    """What one adapter adds at strength 1."""
+    found = [part.method.bias(slot.tensors_of(part), part.spec) for part in slot.parts]
+    return sum([by for by in [*found, getattr(slot, BIAS, None)] if by is not None])  # type: ignore[return-value]

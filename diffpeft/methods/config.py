@@ -1,0 +1,56 @@
+"""What configs have in common: checks that name the field and say what is allowed, and PEFT's rule for patterns."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from diffpeft.errors import ConfigError
+
+
+def check_rank(name: str, r: Any) -> None:
+    """A rank is a whole number of at least 1."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ConfigError(f"{name} is {r!r}", remedy="A rank is a whole number of at least 1.")
+
+
+def check_alpha(name: str, alpha: Any) -> None:
+    """An alpha is a finite number."""
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ConfigError(f"{name} is {alpha!r}", remedy="An alpha is a finite number.")
+
+
+def check_probability(name: str, p: Any) -> None:
+    """A probability of dropping something is in [0, 1)."""
+    if not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise ConfigError(f"{name} is {p!r}", remedy="It is a probability: at least 0 and less than 1.")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """The value is one of at least two allowed ones."""
+    allowed = list(allowed)
+    if value not in allowed:
+        *first, last = map(repr, allowed)
+        raise ConfigError(f"{name} is {value!r}", remedy=f"It is {', '.join(first)} or {last}.")
+
+
+def check_patterns(name: str, patterns: Mapping[str, Any], check: Callable[[str, Any], None]) -> None:
+    """Every key of {regular expression: value} compiles and every value passes `check`."""
+    for key, value in patterns.items():
+        check(f"{name}[{key!r}]", value)
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ConfigError(f"{name} has {key!r}", remedy=f"It is no regular expression: {error}.") from error
+
+
+def pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+    """The value of the first pattern that matches `layer` or its end at a dot: PEFT's rule."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+
+
+def chosen(config: Any, *names: str) -> dict[str, Any]:
+    """The named fields that are set to something: the options of a fresh adapter."""
+    return {name: value for name in names if (value := getattr(config, name))}

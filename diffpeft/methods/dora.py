@@ -1,0 +1,161 @@
+"""DoRA: W' = m V / |V| with V = W + dW, dW of any additive method.  Liu et al. 2024, arXiv:2402.09353.
+
+|V| is the norm of each output's row (the paper, PEFT) or of each input's column over all rows and kernel positions (LyCORIS without `wd_on_out`).
+The norm takes no gradient (section 4.3 of the paper). For low-rank dW it needs no V:
+|W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpeft.methods.base import Additive, Fresh, Link, Method, Site, Spec, Strength, Tensors
+from diffpeft.methods.linalg import squares
+from diffpeft.methods.loha import LoHa
+from diffpeft.methods.lokr import LoKr
+from diffpeft.methods.lora import Lora, LoraConfig
+
+INNER: tuple[type[Additive], ...] = (Lora, LoHa, LoKr)
+PEFT, LYCORIS = "lora_magnitude_vector", "dora_scale"
+
+
+def norms(V: Tensor, axis: int) -> Tensor:
+    """The norm over all axes but `axis`, in fp32 or better, without gradient."""
+    return squares(V, axis).sqrt()
+
+
+def axis_of(p: Mapping[str, Any], spec: Spec) -> int:
+    """0: a magnitude for each output; 1: for each input. LyCORIS's vector tells by where its ones are; PEFT has outputs only."""
+    return int(PEFT not in p and p[LYCORIS].shape[0] == 1 != spec.geometry.out)
+
+
+def inner(p: Mapping[str, Any]) -> type[Additive]:
+    """The method that the update is of."""
+    return next(method for method in INNER if set(method.roles) & set(p))
+
+
+class Dora(Method):
+    """Weight decomposition over LoRA, LoHa and LoKr."""
+
+    name = "dora"
+    config = LoraConfig
+    roles = (PEFT, LYCORIS, *(role for method in INNER for role in method.roles))
+    options = frozenset({"dora", "tucker"})
+    precise = frozenset({PEFT, LYCORIS})
+
+    @classmethod
+    def init(cls, config: Any, site: Site, *, dora: str = "out", **options: Any) -> Fresh:
+        method = next(m for m in INNER if m.config is type(config))
+        fresh = method.init(config, site, **options)
+        W = site.weight()
+        p = {role: t.to(W) for role, t in {**fresh.tensors, **fresh.frozen}.items()}
+        V = method.weight(W, p, Spec(site.geometry, fresh.alpha, fresh.options))
+        m, ones = norms(V, 0 if dora == "out" else 1), [1] * len(site.geometry.kernel)
+        if dora == "in":
+            magnitude = {LYCORIS: m.view(1, -1, *ones)}
+        elif method is Lora:
+            magnitude = {PEFT: m.view(1, -1, *ones) if ones else m}
+        else:
+            magnitude = {LYCORIS: m.view(-1, 1, *ones)}
+        return Fresh({**fresh.tensors, **magnitude}, fresh.alpha, fresh.options, fresh.frozen)
+
+    @classmethod
+    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+        magnitude = p[PEFT] if PEFT in p else p[LYCORIS]
+        size = spec.geometry.shape[axis_of(p, spec)]
+        if max(magnitude.shape) != size or magnitude.numel() != size:
+            side = ("outputs", "inputs")[axis_of(p, spec)]
+            return f"the magnitude has shape {tuple(magnitude.shape)}, the layer has {size} {side}"
+        return inner(p).check(_rest(p), spec)
+
+    @classmethod
+    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+        ones = [1] * len(spec.geometry.kernel)
+        magnitudes = {role: t for role, t in p.items() if role in (PEFT, LYCORIS)}
+        if PEFT in magnitudes:
+            magnitudes[PEFT] = magnitudes[PEFT].reshape((1, -1, *ones) if ones else (-1,))
+        else:
+            magnitudes[LYCORIS] = magnitudes[LYCORIS].reshape(*((1, -1) if axis_of(p, spec) else (-1, 1)), *ones)
+        return {**inner(p).adopt(_rest(p), spec), **magnitudes}
+
+    @classmethod
+    def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
+        q, alpha = inner(p).stored(_rest(p), alpha)
+        return {**q, **{role: t for role, t in p.items() if role in (PEFT, LYCORIS)}}, alpha
+
+    @classmethod
+    def rank(cls, p: Mapping[str, Any]) -> int:
+        return inner(p).rank(_rest(p))
+
+    @classmethod
+    def bias(cls, p: Tensors, spec: Spec) -> Tensor | None:
+        return inner(p).bias(_rest(p), spec)
+
+    @classmethod
+    def prepare(cls, p: Tensors, spec: Spec, training: bool) -> dict[str, Tensor]:
+        magnitudes = {
+            role: t.to(torch.promote_types(t.dtype, torch.float32)) for role, t in p.items() if role in (PEFT, LYCORIS)
+        }
+        return {**inner(p).prepare(_rest(p), spec, training), **magnitudes}
+
+    @classmethod
+    def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:
+        axis = axis_of(p, spec)
+        V = inner(p).weight(W, _rest(p), spec)
+        shape = [1] * W.dim()
+        shape[axis] = -1
+        return V * _ratio(p, norms(V, axis)).view(shape).to(W.dtype)
+
+    @classmethod
+    def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
+        method, q, axis = inner(p), _rest(p), axis_of(p, spec)
+        g = spec.geometry
+        thin = method is Lora and (axis == 0 or not (g.lookup or g.groups > 1))
+        if not thin:
+            return super().apply(before, x, p, spec, s, bias)
+        scale = method.scale(q, spec)
+        A, B = Lora.factors(q, spec)
+        with torch.no_grad():
+            change = (_rows if axis == 0 else _columns)(before.weight(), A, B, scale)
+            norm = (before.squares(axis) + change).clamp_min(0).sqrt()
+        c = _ratio(p, norm)
+        k = (1 + s * (c - 1)).to(before.dtype)
+        op = before.op
+        if axis == 1:
+            y = before(op.scaled(x, k), bias)
+            return op.add(y, op.down(op.scaled(x, c.to(before.dtype)), A), B, s * scale)
+        y = op.rescaled(before(x, bias), k, bias)
+        rows = (s * scale * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
+        return op.add(y, op.down(x, A), B * rows, 1.0)
+
+
+def _rest(p: Mapping[str, Any]) -> dict[str, Any]:
+    return {role: t for role, t in p.items() if role not in (PEFT, LYCORIS)}
+
+
+def _ratio(p: Tensors, norm: Tensor) -> Tensor:
+    """m / |V|, and 1 where V is zero."""
+    return torch.where(norm > 0, (p[PEFT] if PEFT in p else p[LYCORIS]).flatten() / norm.clamp_min(1e-38), 1)
+
+
+def _rows(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """|W + scale B A|^2 - |W|^2 of each row.  W [o, i, *k], A [r, i, *k], B [o, r, *1] -> [o]."""
+    W, A, B = W.flatten(1), A.flatten(1), B.flatten(1)
+    wide = torch.promote_types(W.dtype, torch.float32)
+    cross = (W @ A.t()).to(wide)
+    A, B = A.to(wide), B.to(wide)
+    return ((2 * scale * cross + scale**2 * (B @ (A @ A.t()))) * B).sum(1)
+
+
+def _columns(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """|W + scale B A|^2 - |W|^2 of each input's column.  W [o, i, *k], A [r, i, *k], B [o, r, *1] -> [i]."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    B = B.flatten(1)
+    cross = (B.t() @ W.flatten(1)).to(wide).view(A.shape)
+    A, B = A.to(wide), B.to(wide)
+    quad = ((B.t() @ B) @ A.flatten(1)).view(A.shape)
+    return ((2 * scale * cross + scale**2 * quad) * A).sum([0, *range(2, A.dim())])

@@ -1,0 +1,270 @@
+"""LoKr: dW = (alpha / r) kron(W1, W2), that is dW[a o2 + b, c i2 + d, *k] = (alpha / r) W1[a, c] W2[b, d, *k].
+
+Yeh et al. 2023, arXiv:2309.14859 (LyCORIS). Either of W1 and W2 is one tensor or a product, W2 also a Tucker product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffpeft.errors import ConfigError
+from diffpeft.methods import config as checks
+from diffpeft.methods.base import Additive, Fresh, Geometry, Op, Site, Spec, Strength, Tensors
+from diffpeft.methods.linalg import added, core_shape, holds, kaiming, tucker_factors
+
+# How many multiply-adds take as long as the passes over one activation, and over one element of a weight that is built, added and
+# differentiated: in fp32 and in 16 bits, and whether the second half is one tensor. Measured on one core with 320 to 10240 features.
+_PASSES = {
+    ("wide", False): (500, 260),
+    ("wide", True): (600, 260),
+    ("half", False): (1000, 2000),
+    ("half", True): (2000, 2000),
+}
+
+
+@dataclass
+class LoKrConfig:
+    """How to make a LoKr. Names, meanings and defaults are PEFT's.
+
+    Args:
+        r: rank of the halves that are products, at least 1; a half that it would not make smaller is one tensor.
+        alpha: the scale is alpha / r; 1 if both halves are one tensor.
+        rank_dropout: probability, in [0, 1), with which a row of the update is dropped while training.
+        module_dropout: probability, in [0, 1), with which the whole update is dropped while training.
+        rank_dropout_scale: after rank_dropout the rows that are left grow by as much as was lost.
+        use_effective_conv2d: a Tucker core for kernels larger than 1 (the tensor lokr_t2).
+        decompose_both: the first half may be a product too.
+        decompose_factor: the first half's size, or near it if it does not divide; -1: near the square root.
+        target_modules: a preset (`attn`, `attn-mlp`, `full`), a regular expression that matches whole names, or a list of names or suffixes.
+        exclude_modules: like target_modules; these layers are left alone.
+        init_weights: True: the first half zero, the rest kaiming uniform. "lycoris": the second half zero. False: neither, not the identity.
+        rank_pattern, alpha_pattern: {regular expression: value} for layers that differ; a pattern matches a name or its end.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    rank_dropout_scale: bool = False
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    init_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first field whose value is not allowed."""
+        checks.check_rank("r", self.r)
+        checks.check_alpha("alpha", self.alpha)
+        for name in ("rank_dropout", "module_dropout"):
+            checks.check_probability(name, getattr(self, name))
+        factor = self.decompose_factor
+        if isinstance(factor, bool) or not isinstance(factor, int) or (factor < 1 and factor != -1):
+            raise ConfigError(f"decompose_factor is {factor!r}", remedy="It is -1 or a whole number of at least 1.")
+        checks.check_choice("init_weights", self.init_weights, (True, False, "lycoris"))
+        checks.check_patterns("rank_pattern", self.rank_pattern, checks.check_rank)
+        checks.check_patterns("alpha_pattern", self.alpha_pattern, checks.check_alpha)
+
+
+def factorization(n: int, factor: int = -1) -> tuple[int, int]:
+    """(factor, n / factor) if that is whole, else the two divisors nearest sqrt(n) of which the smaller is at most `factor` (-1: any)."""
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    m = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0 and (factor < 0 or d <= factor))
+    return m, n // m
+
+
+def kron(u: Tensor, v: Tensor) -> Tensor:
+    """The Kronecker product at each place of a kernel.  u [a, c], v [b, d, *k] -> [a b, c d, *k]."""
+    (a, c), (b, d, *k) = u.shape, v.shape
+    return (u[:, None, :, None, None] * v.reshape(1, b, 1, d, -1)).reshape(a * b, c * d, *k)
+
+
+class LoKr(Additive):
+    """LoKr on every kind of layer; the shapes are those of the tensors, however out and in were split.
+
+    First half [o1, i1]: lokr_w1, or lokr_w1_a [o1, r] lokr_w1_b [r, i1].
+    Second half [o2, i2, *k]: lokr_w2, or lokr_w2_a [o2, r] lokr_w2_b [r, i2 * prod(k)], or with a Tucker core lokr_t2 [r, r, *k]
+    lokr_w2_a [r, o2] and lokr_w2_b [r, i2].
+    """
+
+    name = "lokr"
+    config = LoKrConfig
+    roles = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    options = frozenset({"tucker"})
+
+    @classmethod
+    def init(cls, config: LoKrConfig, site: Site, *, tucker: bool = False, **options: Any) -> Fresh:
+        g, r = site.geometry, checks.pattern(config.rank_pattern, site.name, config.r)
+        (o1, o2), (i1, i2) = (factorization(n, config.decompose_factor) for n in g.shape[:2])
+        q = r if config.decompose_both and r < max(o1, i1) / 2 else 0
+        core = (tucker or config.use_effective_conv2d) and not set(g.kernel) <= {1}
+        shapes = _shapes(g.kernel, (o1, i1), (o2, i2), q, r if r < max(o2, i2) / 2 else 0, core)
+        zero = {True: {"lokr_w1", "lokr_w1_a"}, "lycoris": {"lokr_w2", "lokr_w2_b"}, False: set()}[config.init_weights]
+        tensors = {
+            role: torch.zeros(shape) if role in zero else kaiming(*shape, generator=site.generator)
+            for role, shape in shapes.items()
+        }
+        alpha = float(checks.pattern(config.alpha_pattern, site.name, config.alpha))
+        return Fresh(tensors, alpha, checks.chosen(config, "rank_dropout", "module_dropout", "rank_dropout_scale"))
+
+    @classmethod
+    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+        g, shapes = spec.geometry, {role: tuple(p[role].shape) for role in cls.roles if role in p}
+        if frozenset(shapes) not in _KINDS:
+            return f"{', '.join(shapes)}: not one whole tensor, or all tensors of one product, for each half"
+        if broken := {role: shape for role, shape in shapes.items() if len(shape) < 2 or 0 in shape}:
+            return f"not matrices: {broken}"
+        o1, i1 = _first_shape(p)
+        if g.out % o1 or g.shape[1] % i1:
+            return f"a first half of {(o1, i1)} does not divide the layer's {g.shape[:2]}"
+        wanted = _stored(p, g)
+        fits = {role: holds(shapes[role], shape, g.kernel) for role, shape in wanted.items()}
+        told = ", ".join(f"{role} {wanted[role]}, not {shapes[role]}" for role in wanted if not fits[role])
+        return f"with a first half of {(o1, i1)} the layer takes {told}" if told else ""
+
+    @classmethod
+    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+        return {**p, **{role: p[role].reshape(shape) for role, shape in _stored(p, spec.geometry).items()}}
+
+    @classmethod
+    def rank(cls, p: Mapping[str, Any]) -> int:
+        """That of the first half if it is a product, else that of the second; of two whole halves the second's smaller side."""
+        return next((p[b].shape[0] for b in ("lokr_w1_b", "lokr_w2_b") if b in p), 0) or min(p["lokr_w2"].shape[:2])
+
+    @classmethod
+    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+        """alpha / rank; 1 without an alpha, and for two whole halves whatever alpha is, as every reader of such files but PEFT has it."""
+        return 1.0 if "lokr_w1" in p and "lokr_w2" in p else super().scale(p, spec)
+
+    @classmethod
+    def delta(cls, p: Tensors, spec: Spec) -> Tensor:
+        return kron(_first(p), _second(p, spec.geometry))
+
+    @classmethod
+    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor]:
+        """(kron(B1, B2), kron(A1, A2)), where a whole half counts as itself times I. The rank is the product of both halves' ranks."""
+        g = spec.geometry
+        down1, up1 = _split(p["lokr_w1"]) if "lokr_w1" in p else (p["lokr_w1_b"], p["lokr_w1_a"])
+        down2, up2 = _split(p["lokr_w2"]) if "lokr_w2" in p else _second_pair(p, g)
+        return kron(down1, down2), kron(up1, up2).reshape(g.out, -1, *(1 for _ in g.kernel))
+
+    @classmethod
+    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
+        """Forward and backward: thin products and passes over activations against the gradient of W and passes over W."""
+        g = spec.geometry
+        if g.lookup or g.groups > 1:
+            return "own" if g.lookup else "weight"
+        (o1, i1), whole = _first_shape(p), "lokr_w2" in p
+        o2, i2k = g.out // o1, g.columns // i1
+        f = o2 if whole else p["lokr_w2_b"].shape[0]
+        products = f * (i1 * i2k + o1 * i1 + (0 if whole else o1 * o2))
+        activation, element = _PASSES["half" if next(iter(p.values())).itemsize == 2 else "wide", whole]
+        own = 3 * products + activation * (g.in_ + g.out)
+        return "own" if tokens * own < (tokens + element) * g.columns * g.out else "weight"
+
+    @classmethod
+    def add(cls, op: Op, y: Tensor, x: Tensor, p: Tensors, spec: Spec, gate: Strength) -> Tensor:
+        """kron(W1, W2) x by the two halves in turn: x is i1 blocks of i2 features, the result o1 blocks of o2."""
+        g, (o1, i1) = spec.geometry, _first_shape(p)
+        if g.lookup:
+            return added(y, _looked_up(x, p, g), gate)
+        if "lokr_w2" not in p:
+            down, up = _second_pair(p, g)
+            h = _mixed(op, op.grouped(x, down, i1), p)
+            return added(y, op.blocks(h, up.T.expand(o1, *up.T.shape)), gate)
+        w2, o2 = p["lokr_w2"], g.out // o1
+        i2 = g.shape[1] // i1
+        if not g.kernel and o1 * i2 * (i1 + o2) < i1 * o2 * (i2 + o1):
+            return added(y, op.grouped(_mixed(op, x, p), w2, o1), gate)
+        return added(y, _mixed(op, op.grouped(x, w2, i1), p), gate)
+
+
+_HALVES = (
+    [{"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}],
+    [{"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"}],
+)
+_KINDS = {frozenset(first | second) for first in _HALVES[0] for second in _HALVES[1]}
+
+
+def _shapes(
+    kernel: tuple[int, ...], first: tuple[int, int], second: tuple[int, int], q: int, r: int, core: bool
+) -> dict[str, tuple[int, ...]]:
+    """PEFT's shapes by role, in the order in which PEFT draws them; q and r: the ranks of the halves, 0 for a whole one."""
+    (o1, i1), (o2, i2) = first, second
+    a, b = ((r, o2), (r, i2)) if core else ((o2, r), (r, i2 * math.prod(kernel)))
+    return {
+        **({"lokr_w1_a": (o1, q), "lokr_w1_b": (q, i1)} if q else {"lokr_w1": (o1, i1)}),
+        **({"lokr_w2_a": a, "lokr_w2_b": b} if r else {"lokr_w2": (o2, i2, *kernel)}),
+        **({"lokr_t2": core_shape(r, kernel)} if r and core else {}),
+    }
+
+
+def _first_shape(p: Mapping[str, Any]) -> tuple[int, int]:
+    """(o1, i1)."""
+    whole = p.get("lokr_w1")
+    return (whole.shape[0], whole.shape[1]) if whole is not None else (p["lokr_w1_a"].shape[0], p["lokr_w1_b"].shape[1])
+
+
+def _stored(p: Mapping[str, Any], g: Geometry) -> dict[str, tuple[int, ...]]:
+    """The shapes as PEFT has them of tensors split and ranked as those in `p`."""
+    o1, i1 = _first_shape(p)
+    q, r = (p[b].shape[0] if b in p else 0 for b in ("lokr_w1_b", "lokr_w2_b"))
+    return _shapes(g.kernel, (o1, i1), (g.out // o1, g.shape[1] // i1), q, r, "lokr_t2" in p)
+
+
+def _first(p: Tensors) -> Tensor:
+    """W1 [o1, i1]."""
+    return p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"] @ p["lokr_w1_b"]
+
+
+def _second_pair(p: Tensors, g: Geometry) -> tuple[Tensor, Tensor]:
+    """W2 as a product.  -> (down [r, i2, *k], up [o2, r])."""
+    a, b = p["lokr_w2_a"], p["lokr_w2_b"]
+    down, up = tucker_factors(p["lokr_t2"], a, b) if "lokr_t2" in p else (b, a)
+    return down.reshape(len(b), -1, *g.kernel), up
+
+
+def _second(p: Tensors, g: Geometry) -> Tensor:
+    """W2 [o2, i2, *k]."""
+    if "lokr_w2" in p:
+        return p["lokr_w2"]
+    down, up = _second_pair(p, g)
+    return (up @ down.flatten(1)).reshape(-1, *down.shape[1:])
+
+
+def _split(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w [o, i, *k] = up down with an identity as the larger of the two.  -> (down [r, i, *k], up [o, r])."""
+    o, columns = w.flatten(1).shape
+    eye = torch.eye(min(o, columns), dtype=w.dtype, device=w.device)
+    return (w, eye) if o <= columns else (eye.reshape(columns, *w.shape[1:]), w.flatten(1))
+
+
+def _mixed(op: Op, t: Tensor, p: Tensors) -> Tensor:
+    """Blocks of features mixed by W1: as a product of two where that is clearly less work."""
+    o1, i1 = _first_shape(p)
+    if "lokr_w1" in p or 2 * len(p["lokr_w1_b"]) * (o1 + i1) >= o1 * i1:
+        return op.mix(t, _first(p))
+    return op.mix(op.mix(t, p["lokr_w1_b"]), p["lokr_w1_a"])
+
+
+def _looked_up(x: Tensor, p: Tensors, g: Geometry) -> Tensor:
+    """The columns x of kron(W1, W2) as rows.  Indices [*n] -> [*n, out]."""
+    i2 = g.in_ // _first_shape(p)[1]
+    u, d = F.embedding(x // i2, _first(p).T), x % i2
+    if "lokr_w2" in p:
+        v = F.embedding(d, p["lokr_w2"].T)
+    else:
+        down, up = _second_pair(p, g)
+        v = F.embedding(d, down.T) @ up.T
+    return (u[..., :, None] * v[..., None, :]).flatten(-2)

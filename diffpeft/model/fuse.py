@@ -1,0 +1,178 @@
+"""fuse and unfuse: adapters into the weights and out again, bit for bit.
+
+A fused weight is always computed from the base as it was, in fp32, and rounded once; the base itself is kept, so nothing ever drifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.errors import AdapterStateError, ConfigError, NonFiniteError, UnknownNameError, shown
+from diffpeft.layers.adapted import Record, Weights, effective, record_of, state_with, weights_of
+from diffpeft.layers.site import site_of
+from diffpeft.layers.slot import Slot
+from diffpeft.model.attach import Plan, mixes_of, unfused
+from diffpeft.model.mix import Choice, Mix
+from diffpeft.model.target import adapted_layers, components
+
+
+def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
+    """Put active adapters into the weights at their present strengths, so that they cost nothing any more.
+
+    Args:
+        names: which, all active ones by default. They must come first in the activation order, or commute with what they are put before.
+        keep_base: "cpu": the weights that are replaced are kept in main memory (their size again; on a CPU nothing is copied) for `unfuse`.
+            "none": they are not, and the adapters stay in for good.
+
+    Other active adapters keep acting on top. Raises UnknownNameError, AdapterStateError (an order that does not commute; quantised, offloaded or
+    tied weights) or NonFiniteError, in which case nothing has changed.
+    """
+    if keep_base not in ("cpu", "none"):
+        raise ConfigError(f"keep_base is {shown(keep_base)}", remedy="It is 'cpu' or 'none'.")
+    parts = components(target)
+    mixes = mixes_of(parts)
+    chosen = _chosen(names, mixes)
+    plan = Plan()
+    for component, mix in mixes.items():
+        given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
+        if given:
+            _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
+            plan.mixes.append((mix, {"fused": {**mix.fused, **given}}))
+    plan.commit()
+
+
+def unfuse(target: Any) -> None:
+    """Take all fused adapters out of the weights again, to the last bit; they stay active. With nothing fused it does nothing.
+
+    Raises AdapterStateError if the base was not kept.
+    """
+    parts = components(target)
+    plan = Plan()
+    for component, mix in mixes_of(parts).items():
+        plan_unfused(plan, parts[component], mix)
+    plan.commit()
+
+
+def plan_unfused(plan: Plan, model: nn.Module, mix: Mix) -> None:
+    """Plan to restore the weights of a component."""
+    if not mix.fused:
+        return
+    for layer, module in adapted_layers(model).items():
+        record = record_of(module)
+        if record is not None and record.fused:
+            plan.layers.append((module, state_with(module, *unfused(layer, module, record))))
+    plan.mixes.append((mix, {"fused": {}}))
+
+
+def _chosen(names: str | Sequence[str] | None, mixes: Mapping[str, Mix]) -> set[str]:
+    active = {n for mix in mixes.values() for n in mix.choice.order}
+    known = {n for mix in mixes.values() for n in mix.adapters}
+    wanted = active if names is None else {names} if isinstance(names, str) else set(names)
+    for name in sorted(wanted - known):
+        raise UnknownNameError.of("adapter", name, known)
+    for name in sorted(wanted - active):
+        raise AdapterStateError(f"adapter {shown(name)} is not active", remedy="Activate it with set_adapters first.")
+    if not wanted:
+        raise AdapterStateError(
+            "there is no active adapter to fuse", remedy="Load one, or activate it with set_adapters."
+        )
+    return wanted
+
+
+def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
+    """Plan the weights of one component with exactly `names` in them."""
+    owners = _owners(model)
+    for layer, module in adapted_layers(model).items():
+        record = record_of(module)
+        assert record is not None
+        own = [n for n in names if n in record.slots]
+        if not set(own) - record.fused:
+            continue
+        check_order(layer, record, own, mix.choice)
+        _refuse(layer, module, owners)
+        if record.fused and record.base is None:
+            raise AdapterStateError(
+                f"layer {shown(layer)} was fused with keep_base='none'",
+                remedy="Fuse all adapters at once, or keep the base.",
+            )
+        steps: list[tuple[Slot, float]] = [
+            (record.slots[n], s) for n in own if (s := mix.choice.strengths[n][record.index])
+        ]
+        now = weights_of(module)
+        base = record.base or now
+        weights = _fused(layer, module, base, steps)
+        kept = (_on_cpu(base[0]), _on_cpu(base[1])) if keep_base == "cpu" else None
+        plan.layers.append((module, state_with(module, replace(record, fused=frozenset(own), base=kept), weights)))
+
+
+def _on_cpu(t: Any) -> Any:
+    return None if t is None else t.to("cpu")
+
+
+def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, float]]) -> Weights:
+    """Weights computed from `base` in fp32 or better and rounded once, in the present dtype."""
+    weight, bias = weights_of(module)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        W, b = effective(module, steps, dtype, (base[0].to(weight.device), base[1]))
+    out = (
+        W.to(weight.dtype).contiguous(memory_format=torch.preserve_format),
+        None if b is None or bias is None else b.to(bias),
+    )
+    if not all(t is None or bool(t.isfinite().all()) for t in out):
+        raise NonFiniteError(
+            f"layer {shown(layer)} would get weights that are not finite",
+            remedy="An adapter is broken, or too strong for the dtype.",
+        )
+    return (out[0].clone() if out[0].data_ptr() == base[0].data_ptr() else out[0]), out[1]
+
+
+def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:
+    """Raise AdapterStateError unless fusing `fused` gives what the order of `choice` says."""
+    order = [n for n in choice.order if n in record.slots]
+    if order[: len(fused)] == list(fused):
+        return
+    last = max((order.index(n) for n in fused if n in order), default=-1)
+    movable = [n for n in {*order[: last + 1], *fused}]
+    stuck = [n for n in movable if not all(part.additive for part in record.slots[n].parts)]
+    if stuck:
+        raise AdapterStateError(
+            f"on layer {shown(layer)} the adapters {', '.join(order)} act in this order, and {shown(stuck[0])} does not commute",
+            remedy="Fuse them from the first on, or all of them.",
+        )
+
+
+def _owners(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter, by its id."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners[id(p)] = owners.get(id(p), 0) + 1
+    return owners
+
+
+def _refuse(layer: str, module: Any, owners: Mapping[int, int]) -> None:
+    site = site_of(type(module))
+    record = record_of(module)
+    assert site is not None and record is not None
+    why = ""
+    if site.quantised:
+        why = "its weight is quantised, and rounding it again would lose more than the adapter adds"
+    elif hasattr(module, "_hf_hook") or module.weight.is_meta:
+        why = "its weight is offloaded"
+    elif owners.get(id(module.weight), 0) > 1:
+        why = "its weight is tied to another layer's"
+    elif getattr(module, "bias", None) is None and any(slot.shifts for slot in record.slots.values()):
+        why = "an adapter adds a bias and the layer has none"
+    elif not isinstance(module.weight, nn.Parameter) or type(module.weight.data) is not Tensor:
+        why = "its weight is sharded or of a kind that is not known here"
+    if why:
+        raise AdapterStateError(
+            f"layer {shown(layer)} cannot be fused: {why}", remedy="Leave the adapter unfused; it acts all the same."
+        )
