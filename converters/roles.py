@@ -1,18 +1,42 @@
 """Which tensors a method has. A role is PEFT's parameter name; how a format spells it is the format's affair."""
 
-ROLES = {"lora": ("lora_A", "lora_B")}
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import product
+
+Shape = tuple[int, ...]
+
+# Several methods on one layer act in this order.
+ROLES = {
+    "lora": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_mid", "lora_B_bias"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "oft": ("oft_R", "oft_embedding_R", "oft_blocks", "rescale"),
+    "boft": ("boft_R", "boft_s", "oft_blocks", "rescale"),
+}
+ADDITIVE = ("lora", "loha", "lokr")
+MAGNITUDES = ("lora_magnitude_vector", "dora_scale")  # either makes an additive method a DoRA
+BIAS = "diff_b"  # a change of the layer's bias, beside any method
+KNOWN = frozenset(role for roles in ROLES.values() for role in roles) | {*MAGNITUDES, BIAS}
+
+# The sets of roles that are a whole method, and the roles that may be there besides.
+_HALVES = ("lokr_w1", "lokr_w1_a lokr_w1_b"), ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2")
+WHOLE = {
+    "lora": ("lora_A lora_B", "lora_A lora_B lora_mid", "lora_embedding_A lora_embedding_B"),
+    "loha": ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b", " ".join(ROLES["loha"])),
+    "lokr": tuple(" ".join(halves) for halves in product(*_HALVES)),
+    "oft": ("oft_blocks", "oft_R", "oft_embedding_R"),
+    "boft": ("oft_blocks", "boft_R boft_s"),
+}
+BESIDE = frozenset({"lora_B_bias", "rescale", *MAGNITUDES, BIAS})
 
 # Tensor names of methods that exist in files and that no method here reads: {how the last part of a key starts: method}.
 FOREIGN = {
-    "lora_mid": "lora with a Tucker core",
-    "dora_scale": "dora",
-    "lora_magnitude_vector": "dora",
-    "magnitude": "dora",
-    "lora_embedding_": "lora on an embedding",
-    "hada_": "loha",
-    "lokr_": "lokr",
-    "oft_": "oft",
-    "boft_": "boft",
+    "magnitude": "dora in ai-toolkit's spelling",
+    "oft_diag": "early oft",
+    "oft_r": "oft of PEFT before 0.16",
+    "oft_s": "oft of PEFT before 0.16",
     "ia3_l": "ia3",
     "on_input": "ia3",
     "a1.": "glora",
@@ -25,6 +49,72 @@ FOREIGN = {
     "w_norm": "norm",
     "b_norm": "norm",
     "vera_lambda_": "vera",
-    "rescale": "oft",
-    "lora_B.bias": "lora with a bias",
 }
+
+
+def split(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
+    """{method: roles} of one layer, in the order in which they act. `oft_blocks` are OFT's with 3 axes, BOFT's with 4."""
+    turned = "boft" if len(shapes.get("oft_blocks", ())) == 4 else "oft"
+    shared = {role: turned for role in ("oft_blocks", "rescale")}
+    owner = {role: method for method, roles in ROLES.items() for role in roles} | shared
+    found = {method: [role for role in shapes if owner.get(role) == method] for method in ROLES}
+    found = {method: roles for method, roles in found.items() if roles}
+    magnitudes = [role for role in shapes if role in MAGNITUDES]
+    if magnitudes:
+        inner = next((method for method in ADDITIVE if method in found), None)
+        found = {"dora": [*found.pop(inner, ()), *magnitudes], **found} if inner else {"dora": magnitudes, **found}
+    for role in shapes:
+        if role == BIAS and found:
+            next(iter(found.values())).append(role)
+        elif role not in KNOWN:
+            found.setdefault(foreign(role), []).append(role)
+    return found if found or BIAS not in shapes else {"full": [BIAS]}
+
+
+def foreign(role: str) -> str:
+    """The method, of none that is known here, that a tensor is of."""
+    return next((method for start, method in FOREIGN.items() if role.startswith(start)), role)
+
+
+def missing(roles: Collection[str]) -> tuple[str, ...] | None:
+    """What one method's roles lack to be whole; None if they are parts of more than one whole."""
+    own = set(roles) - BESIDE
+    methods = [m for m, known in ROLES.items() if set(roles) & set(known)] or ["lora"]
+    wholes = [set(whole.split()) for m in methods for whole in WHOLE[m]]
+    fitting = [whole - own for whole in wholes if own <= whole]
+    if not fitting or set(MAGNITUDES) <= set(roles):
+        return None
+    return tuple(sorted(min(fitting, key=len)))
+
+
+def rank(shapes: Mapping[str, Shape]) -> int:
+    """The rank that the shapes of an additive method show; 0 if they show none (a LoKr of two whole halves, a rotation)."""
+    roles = ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    return next((shapes[role][0] for role in roles if role in shapes), 0)
+
+
+def contradiction(shapes: Mapping[str, Shape]) -> str:
+    """Which axes that are the rank have several sizes, or none; empty if all is well."""
+    thin = [f"{role} {shape}" for role, shape in shapes.items() if role not in BESIDE and len(shape) < 2]
+    if thin or any(not shapes[role] for role in shapes if role != "alpha"):
+        return f"{', '.join(thin) or 'a number'} is no factor"
+    for group in _rank_axes(shapes):
+        sizes = {shapes[role][axis] for role, axis in group if role in shapes}
+        if len(sizes) > 1 or 0 in sizes:
+            told = ", ".join(f"{role} {shapes[role]}" for role in dict.fromkeys(r for r, _ in group) if role in shapes)
+            return f"{told} have different ranks" if len(sizes) > 1 else f"{told} have rank 0"
+    return ""
+
+
+def _rank_axes(roles: Collection[str]) -> list[list[tuple[str, int]]]:
+    """Groups of (role, axis) that have the same size. A Tucker core turns the first factors around."""
+    a = {core: int(core not in roles) for core in ("hada_t1", "hada_t2", "lokr_t2")}
+    hada = [("hada_w1_b", 0), ("hada_w1_a", a["hada_t1"]), ("hada_w2_b", 0), ("hada_w2_a", a["hada_t2"])]
+    return [
+        [("lora_A", 0), ("lora_mid", 1) if "lora_mid" in roles else ("lora_B", 1)],
+        [("lora_B", 1), ("lora_mid", 0)],
+        [("lora_embedding_A", 0), ("lora_embedding_B", 1)],
+        hada + [(core, axis) for core in ("hada_t1", "hada_t2") for axis in (0, 1)],
+        [("lokr_w1_b", 0), ("lokr_w1_a", 1)],
+        [("lokr_w2_b", 0), ("lokr_w2_a", a["lokr_t2"]), ("lokr_t2", 0), ("lokr_t2", 1)],
+    ]

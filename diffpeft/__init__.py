@@ -18,7 +18,9 @@ _HOMES = {
     "diffpeft.bundle": "Bundle Entry",
     "diffpeft.methods": "BOFTConfig LoHaConfig LoKrConfig LoraConfig METHODS OFTConfig",
     "diffpeft.model.attach": "attach detach AttachReport",
+    "diffpeft.model.combine": "combine to_lora",
     "diffpeft.model.fuse": "fuse unfuse",
+    "diffpeft.model.loraplus": "create_loraplus_optimizer",
     "diffpeft.pipeline.adapters": "set_adapters get_adapters adapters unload AdapterStatus",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
     "diffpeft.train.config": "TrainConfig",
@@ -39,8 +41,11 @@ if TYPE_CHECKING:
     from diffpeft.model.attach import AttachReport as AttachReport
     from diffpeft.model.attach import attach as attach
     from diffpeft.model.attach import detach as detach
+    from diffpeft.model.combine import combine as combine
+    from diffpeft.model.combine import to_lora as to_lora
     from diffpeft.model.fuse import fuse as fuse
     from diffpeft.model.fuse import unfuse as unfuse
+    from diffpeft.model.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
     from diffpeft.pipeline.adapters import AdapterStatus as AdapterStatus
     from diffpeft.pipeline.adapters import adapters as adapters
     from diffpeft.pipeline.adapters import get_adapters as get_adapters

@@ -6,7 +6,7 @@ A canonical layer name is diffusers' own: `component.dotted.path`, for example `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,18 @@ from diffpeft.errors import ConfigError, shown
 if TYPE_CHECKING:
     import torch
 
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+
 
 def dotted(component: str, layer: str) -> str:
     """`component.layer`, or the layer alone where the component has no name (a bare module)."""
     return f"{component}.{layer}" if component else layer
+
+
+def parted(name: str) -> tuple[str, str]:
+    """A layer's canonical name as (component, layer): the inverse of `dotted`. The component is empty for a bare module's layer."""
+    component, _, layer = name.partition(".")
+    return (component, layer) if component in COMPONENTS else ("", name)
 
 
 def canonical(component: str, layer: str) -> str:
@@ -43,7 +51,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method on one layer: its tensors by role (`lora_A`, `lora_B`), and the alpha as the file gives it."""
+    """One method on one layer: its tensors by role (PEFT's parameter names), and the alpha as the file gives it."""
 
     method: str
     layer: str
@@ -53,6 +61,18 @@ class Entry:
     options: Mapping[str, Any] = field(
         default_factory=dict
     )  # what the method must know beside tensors and alpha: plain values
+    shape: tuple[int, ...] | None = None  # of the layer's canonical weight, where a model told it
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The method's name, and for a DoRA over something else than LoRA also that."""
+        return named(self.method, self.tensors)
+
+
+def named(method: str, roles: Collection[str]) -> frozenset[str]:
+    """A method's name, and the name of what a DoRA is over unless that is LoRA."""
+    over = {"loha": "hada_", "lokr": "lokr_"} if method == "dora" else {}
+    return frozenset({method, *(m for m, start in over.items() if any(role.startswith(start) for role in roles))})
 
 
 @dataclass
@@ -70,7 +90,7 @@ class Bundle:
     @property
     def methods(self) -> set[str]:
         """Names of the methods in use."""
-        return {entry.method for entry in self.entries}
+        return {method for entry in self.entries for method in entry.methods}
 
     @property
     def trigger_words(self) -> tuple[str, ...]:
@@ -104,10 +124,25 @@ def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
         )
-    g = Geometry(W.shape[0], W.shape[1], tuple(W.shape[2:])) if W is not None else method.geometry(p)  # type: ignore[attr-defined]
-    spec = Spec(g, io.number(entry.alpha), entry.options)
+    o, i, *kernel = (entry.shape or _shown_shape(p)) if W is None else W.shape
+    spec = Spec(
+        Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles)),
+        io.number(entry.alpha),
+        entry.options,
+    )
     p = method.prepare(method.adopt(p, spec), spec, False)
     if additive:
         return method.scale(p, spec) * method.delta(p, spec)  # type: ignore[attr-defined]
     assert W is not None
     return method.weight(W.double(), p, spec) - W.double()
+
+
+def _shown_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """The shape of the weight that an additive method's tensors are for, as far as they show it: a kernel may be hidden in the columns."""
+    first = [p[role].shape for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if role in p]
+    down = next(p[role] for role in ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w2") if role in p)
+    up = next(p[role] for role in ("lora_B", "lora_embedding_B", "hada_w1_a", "lokr_w2_a", "lokr_w2") if role in p)
+    core = next((p[role] for role in ("lora_mid", "hada_t1", "lokr_t2") if role in p), None)
+    turned = core is not None and "lora_mid" not in p  # LyCORIS's Tucker factors are [r, out] and [r, in]
+    o1, i1 = (first[0][0], first[-1][1]) if first else (1, 1)
+    return (o1 * up.shape[int(turned)], i1 * down.shape[1], *(down if core is None else core).shape[2:])

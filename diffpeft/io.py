@@ -9,8 +9,10 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +173,12 @@ def handle(tensor: torch.Tensor) -> Handle:
     return Handle(code, tuple(tensor.shape), tensor=tensor)
 
 
+def reshaped(handle_: Handle, shape: tuple[int, ...]) -> Handle:
+    """The same numbers in another shape."""
+    tensor = handle_.tensor
+    return replace(handle_, shape=shape, tensor=None if tensor is None else tensor.reshape(shape))
+
+
 def number(alpha: Handle | float | None) -> float | None:
     """A stored or configured alpha as a number; None stays None."""
     if not isinstance(alpha, Handle):
@@ -233,6 +241,27 @@ def replacing(path: str | os.PathLike[str]):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def folder(path: str | os.PathLike[str]):
+    """A temporary folder that becomes `path` when the block ends well, and leaves nothing behind when it does not.
+
+    If `path` is a folder already, the files move into it one by one, and what else it holds stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        if path.exists():
+            for file in sorted(temporary.iterdir(), reverse=True):
+                os.replace(file, path / file.name)
+        else:
+            os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -1,12 +1,14 @@
-"""What a format is: a way to take keys apart and to put them together, and a place for alphas."""
+"""What a format is: a way to take keys apart and to put them together, what it can hold, and a place for alphas and options."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from diffpeft.bundle import Entry
+from converters.roles import FOREIGN, KNOWN
+from diffpeft.bundle import Entry, Handle
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,59 @@ class Part:
 
 
 class Format(Protocol):
-    """How files spell things. `flat` formats write a layer's dots as underscores."""
+    """How files spell things. `flat` formats write a layer's dots as underscores; a `folder` is a file of tensors and a config."""
 
     name: str
     flat: bool
+    folder: bool
     alpha_is_tensor: bool  # else alphas stand in the metadata
+    owned: frozenset[str]  # the keys of the metadata that only this format writes
 
     def split(self, key: str) -> Part | None:
         """The parts of a key, or None if the key is not of this format."""
 
-    def join(self, part: Part) -> str:
-        """The key that `split` takes apart into `part`; `part.layer` has dots."""
+    def join(self, part: Part, entry: Entry) -> str:
+        """The key that `split` takes apart into `part`, a tensor of `entry`; `part.layer` has dots."""
 
-    def alphas(self, metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, float]:
-        """{canonical layer: alpha} as the metadata gives them, for the layers in `ranks`."""
+    def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
+        """The entries with the alphas and options that the format and the metadata give them."""
 
-    def metadata(self, entries: Sequence[Entry], ranks: Mapping[str, int]) -> dict[str, str]:
-        """What this format says about the entries in the metadata."""
+    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+        """Why this format cannot hold these entries, and the layers that are to blame; None if it can."""
+
+    def stored(self, entry: Entry) -> dict[str, Handle]:
+        """The tensors by role as this format has them. Nothing is computed: only names and axes of 1 may change."""
+
+    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+        """What this format says about the entries in the metadata; `kept` is the adapter's own."""
+
+
+_WEIGHTS = ("lora_A", "lora_B", "lora_mid", "oft_R", "oft_embedding_R")
+_DOTTED = re.compile(
+    rf"(?P<layer>.+)\.(?P<role>{'|'.join(sorted(KNOWN, key=len, reverse=True))})"
+    r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?P<end>\.weight|\.bias)?"
+)
+_FOREIGN = re.compile(rf"(?P<layer>.+)\.(?P<role>(?:{'|'.join(map(re.escape, FOREIGN))})[^.]*(?:\.weight)?)")
+
+
+def suffix(role: str) -> str:
+    """What stands behind the layer's name in PEFT's spelling."""
+    return "lora_B.bias" if role == "lora_B_bias" else f"{role}.weight" if role in _WEIGHTS else role
+
+
+def dotted_role(key: str) -> tuple[str, str] | None:
+    """(layer, role) of `layer.role[.adapter's name][.weight]`, PEFT's spelling of any version; None if it is something else."""
+    match = _DOTTED.fullmatch(key)
+    if match and (match["end"] != ".bias" or match["role"] == "lora_B"):
+        return match["layer"], "lora_B_bias" if match["end"] == ".bias" else match["role"]
+    match = None if match else _FOREIGN.fullmatch(key)
+    return (match["layer"], match["role"]) if match else None
+
+
+def magnitude_axis(entry: Entry) -> int | None:
+    """0 if a DoRA's magnitude is for outputs, 1 if for inputs; None if there is none."""
+    if entry.method != "dora" or "lora_magnitude_vector" in entry.tensors:
+        return 0 if entry.method == "dora" else None
+    shape = entry.tensors["dora_scale"].shape
+    up = next((entry.tensors[role].shape for role in ("lora_B", "lora_embedding_B") if role in entry.tensors), (0,))
+    return int(shape[0] == 1 != up[0])

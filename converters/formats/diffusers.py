@@ -1,25 +1,27 @@
 """diffusers: `unet.down_blocks.0.attentions.0.proj_in.lora_A.weight`, alphas in the metadata as PEFT's config (`lora_adapter_metadata`).
 
-Read are also files of one component without its name in front (`UNet.save_lora_adapter`), and the older suffixes
-(`.lora.down.weight`, `.lora_linear_layer.down.weight`) that diffusers' scripts write for UNets and text encoders.
+Read are all methods in PEFT's and LyCORIS's spelling, files of one component without its name in front (`UNet.save_lora_adapter`), and the
+older suffixes (`.lora.down.weight`, `.lora_linear_layer.down.weight`) that diffusers' scripts write for UNets and text encoders.
+Written is what `load_lora_weights` of diffusers 0.42 reads: LoRA, and DoRA with a magnitude for each output.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from converters.formats.base import Part
-from converters.roles import FOREIGN
+from converters.formats import config as configs
+from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
+from converters.roles import ADDITIVE
 from diffpeft import io
-from diffpeft.bundle import Entry
-from diffpeft.errors import CheckpointError, UnsafeFileError, shown
+from diffpeft.bundle import COMPONENTS, Entry, Handle, parted
+from diffpeft.errors import CheckpointError
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-_BARE = {
+# The component of a layer whose name begins like this.
+BARE = {
     "down_blocks": "unet",
     "mid_block": "unet",
     "up_blocks": "unet",
@@ -31,110 +33,104 @@ _BARE = {
     "transformer_blocks": "transformer",
     "single_transformer_blocks": "transformer",
 }
-SUFFIXES = {
+OLD_SUFFIXES = {
     "lora_linear_layer.down.weight": "lora_A",
     "lora_linear_layer.up.weight": "lora_B",
     "lora.down.weight": "lora_A",
     "lora.up.weight": "lora_B",
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
     "alpha": "alpha",
 }
-_SUFFIX_OF = {role: suffix for suffix, role in SUFFIXES.items()}
-_ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
 METADATA = "lora_adapter_metadata"
 
 
 class Diffusers:
     """Dotted names."""
 
-    name, flat, alpha_is_tensor = "diffusers", False, False
+    name, flat, folder, alpha_is_tensor = "diffusers", False, False, False
+    owned = frozenset({METADATA})
 
     def split(self, key: str) -> Part | None:
         component, dot, rest = key.partition(".")
-        if component in _BARE:
-            component, rest = _BARE[component], key
+        if component in BARE:
+            component, rest = BARE[component], key
         elif component not in COMPONENTS or not dot:
             return None
-        rest = _ADAPTER_NAME.sub(r".\1.weight", rest)
-        for suffix, role in SUFFIXES.items():
-            if rest.endswith("." + suffix):
-                return Part(component, rest.removesuffix("." + suffix), role)
-        foreign = next(
-            (m for start in FOREIGN if (m := re.search(rf"\.({re.escape(start)}[^.]*(\.weight)?)$", rest))), None
-        )
-        return Part(component, rest[: foreign.start()], foreign[1]) if foreign else None
+        for old, role in OLD_SUFFIXES.items():
+            if rest.endswith("." + old):
+                return Part(component, rest.removesuffix("." + old), role)
+        found = dotted_role(rest)
+        return Part(component, *found) if found else None
 
-    def join(self, part: Part) -> str:
-        return f"{part.component}.{part.layer}.{_SUFFIX_OF[part.role]}"
+    def join(self, part: Part, entry: Entry) -> str:
+        return f"{part.component}.{part.layer}.{suffix(part.role)}"
 
-    def alphas(self, metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, float]:
-        if METADATA not in metadata:
-            return {}
+    def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         try:
-            config = json.loads(metadata[METADATA])
-            return {
-                layer: alpha
-                for layer, rank in ranks.items()
-                if (alpha := _alpha(_of_component(config, layer), layer, rank)) is not None
-            }
+            config = json.loads(metadata.get(METADATA, "{}"))
+            return [_configured(entry, _of_component(config, entry.layer)) for entry in entries]
         except (ValueError, TypeError, AttributeError, re.error) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the metadata {METADATA!r} cannot be read ({error})") from error
 
-    def metadata(self, entries: Sequence[Entry], ranks: Mapping[str, int]) -> dict[str, str]:
+    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+        foreign = [e.layer for e in entries if {*self.stored(e)} - {"lora_A", "lora_B", "lora_magnitude_vector"}]
+        if foreign:
+            methods = sorted({m for e in entries if e.layer in foreign for m in e.methods})
+            return f"stock diffusers reads no {' or '.join(methods)} with these tensors", foreign
+        inputs = [e.layer for e in entries if magnitude_axis(e) == 1]
+        if inputs:
+            return "stock diffusers reads no DoRA with a magnitude for each input", inputs
+        doras = {(parted(e.layer)[0], e.method) for e in entries}
+        mixed = [e.layer for e in entries if {(parted(e.layer)[0], m) for m in ("lora", "dora")} <= doras]
+        return ("stock diffusers reads LoRA and DoRA in one component as one of them", mixed) if mixed else None
+
+    def stored(self, entry: Entry) -> dict[str, Handle]:
+        return peft_magnitude(entry)
+
+    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
         config: dict[str, Any] = {}
-        for component in dict.fromkeys(e.layer.partition(".")[0] for e in entries):
-            config |= {
-                f"{component}.{field}": value
-                for field, value in _config([e for e in entries if e.layer.startswith(component + ".")], ranks).items()
-            }
+        for component in dict.fromkeys(parted(e.layer)[0] for e in entries):
+            own = [e for e in entries if parted(e.layer)[0] == component]
+            config |= {f"{component}.{field}": value for field, value in _config(own).items()}
         return {METADATA: json.dumps(config, indent=2, sort_keys=True)}
 
 
-def _config(entries: Sequence[Entry], ranks: Mapping[str, int]) -> dict[str, Any]:
+def peft_magnitude(entry: Entry) -> dict[str, Handle]:
+    """The tensors with PEFT's magnitude: [out] for a linear layer and [1, out, *1] for a convolution, where LyCORIS's is [out, 1, *1]."""
+    tensors = dict(entry.tensors)
+    if magnitude_axis(entry) == 0 and "dora_scale" in tensors and "lora_A" in tensors:
+        m = tensors.pop("dora_scale")
+        out, *rest = m.shape
+        tensors["lora_magnitude_vector"] = io.reshaped(m, (1, out, *rest[1:]) if len(rest) > 1 else (out,))
+    return tensors
+
+
+def _config(entries: Sequence[Entry]) -> dict[str, Any]:
     """PEFT's fields for one component. Names start below `text_model.`: stock diffusers strips that level from keys, not from the config."""
-    names = {e.layer: e.layer.partition(".")[2].removeprefix("text_model.") for e in entries}
-    alphas = {e.layer: float(ranks[e.layer]) if e.alpha is None else io.number(e.alpha) for e in entries}
-    r, alpha = (Counter(values).most_common(1)[0][0] for values in ([ranks[e.layer] for e in entries], alphas.values()))
+    names = {e.layer: parted(e.layer)[1].removeprefix("text_model.") for e in entries}
+    scales = configs.scales(entries, names, "lora_alpha", configs.ranks_of(entries))
     return {
-        "r": r,
-        "lora_alpha": alpha,
+        **scales,
         "target_modules": sorted(names.values()),
         "peft_type": "LORA",
         "bias": "none",
-        "use_dora": False,
+        "use_dora": any(e.method == "dora" for e in entries),
         "use_rslora": False,
-        "rank_pattern": {f"^{names[e.layer]}": ranks[e.layer] for e in entries if ranks[e.layer] != r},
-        "alpha_pattern": {f"^{names[e.layer]}": alphas[e.layer] for e in entries if alphas[e.layer] != alpha},
     }
 
 
 def _of_component(config: Mapping[str, Any], layer: str) -> dict[str, Any]:
     """The fields for the layer's component; a file of one component has them without its name in front."""
-    prefix = layer.partition(".")[0] + "."
+    prefix = parted(layer)[0] + "."
     own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     return own or {k: v for k, v in config.items() if k.partition(".")[0] not in COMPONENTS}
 
 
-def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float | None:
-    name = layer.partition(".")[2]
-    names = {name, name.removeprefix("text_model.")}
-    alpha = next(
-        (a for pattern, a in (config.get("alpha_pattern") or {}).items() if any(_matches(pattern, n) for n in names)),
-        config.get("lora_alpha"),
-    )
-    if alpha is None:
-        return None
-    return float(alpha) * rank**0.5 if config.get("use_rslora") else float(alpha)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """PEFT's rule: the pattern matches the name or its end at a dot. A pattern that could take very long is refused."""
-    plain = pattern.removeprefix("^").replace("\\.", ".")
-    if re.fullmatch(r"[\w.]+", plain):
-        return name == plain or (name.endswith("." + plain) and not pattern.startswith("^"))
-    if len(pattern) > 500 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{?]", pattern):
-        raise UnsafeFileError(f"the pattern {shown(pattern)} in the metadata could take very long to match")
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
+    entry = configs.turned(entry, configs.rotation({"peft_version": "0.18", **config}))
+    if entry.alpha is not None or entry.method not in ("dora", *ADDITIVE):
+        return entry
+    name = parted(entry.layer)[1]
+    r = configs.ranks_of([entry])[entry.layer]
+    return replace(entry, alpha=configs.alpha(config, (name, name.removeprefix("text_model.")), r))

@@ -123,7 +123,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
             if not steps:
                 return base.forward(self, *args, **kwargs)
             x, rest, named = _taken(args, kwargs)
-            op = site(self, *rest, **named)
+            op: Any = site(self, *rest, **named)
             dtype = _dtype(self, x)
             if x.is_floating_point():
                 x = x.to(dtype)
@@ -193,7 +193,7 @@ def effective(
     """The weight (in the layer's own order) and bias that a layer with `weights` has with these adapters in them, computed in `dtype`."""
     site = site_of(base_class(module))
     assert site is not None
-    op = site(module)
+    op: Any = site(module)
     W = linked(Base(op, None, dtype, {}, op.canonical(weights[0])), steps).weight()
     shift, bias = bias_shift(steps, dtype), weights[1]
     return op.stored(W), bias if shift is None or bias is None else bias.to(shift) + shift

@@ -56,7 +56,8 @@ class _Later:
     """A link after another one."""
 
     def __init__(self, before: Link):
-        self.before, self.op, self.dtype = before, before.op, before.dtype
+        self.before, self.dtype = before, before.dtype
+        self.op: Any = before.op
 
     def weight(self) -> Tensor:
         raise NotImplementedError
@@ -88,7 +89,7 @@ class Added(_Later):
                 continue
             p = slot.prepared(part, self.dtype)
             route = _route(slot, part, p, tokens)
-            if route == "weight":
+            if route == "weight" and not op.quantised:
                 W = (self.before.weight() if W is None else W) + s * _masked(slot, part, p)
             elif route == "factors":
                 pairs.append((*part.method.factors(p, part.spec), s * part.method.scale(p, part.spec)))
@@ -152,7 +153,7 @@ def _masked(slot: Slot, part: Part, p: Any) -> Tensor:
         return delta
     kept = (torch.rand(delta.shape[0]) > rate).to(delta)
     if part.spec.options.get("rank_dropout_scale", True):
-        kept = kept / kept.mean()
+        kept = kept / kept.mean().clamp_min(1 / len(kept))
     return delta * kept.view(-1, *(1 for _ in delta.shape[1:]))
 
 
@@ -181,6 +182,8 @@ class Changed(_Later):
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
         if len(self.slot.parts) == 1:
             return self.slot(_applied, self.before, x, self.s, bias)
+        if self.op.quantised:
+            return self.before(x, bias) + self.op.op(x, self.weight() - self.before.weight(), False)
         return self.op.op(x, self.weight(), bias)
 
 
@@ -229,4 +232,4 @@ def bias_shift(steps: Sequence[tuple[Slot, Strength]], dtype: torch.dtype) -> Te
 def _shift(slot: Slot) -> Tensor:
     """What one adapter adds at strength 1."""
     found = [part.method.bias(slot.tensors_of(part), part.spec) for part in slot.parts]
-    return sum([by for by in [*found, getattr(slot, BIAS, None)] if by is not None])  # type: ignore[return-value]
+    return sum([by for by in [*found, getattr(slot, BIAS, None)] if by is not None])

@@ -98,7 +98,7 @@ class _FeaturesLast(_Site):
 class LinearSite(_FeaturesLast):
     """nn.Linear: W [out, in]."""
 
-    kinds = (nn.Linear,)
+    kinds: tuple[Any, ...] = (nn.Linear,)
 
     def __init__(self, module: Any, *rest: Any, **named: Any):
         super().__init__(module, *rest, **named)
@@ -181,7 +181,7 @@ class EmbeddingSite(_FeaturesLast):
 class ConvSite(_Site):
     """nn.Conv1d, 2d and 3d with any stride, padding (and its mode), dilation and groups; features in the axis before the kernel's."""
 
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    kinds: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @staticmethod
     def geometry_of(module: Any) -> Geometry:

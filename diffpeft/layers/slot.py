@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from diffpeft.bundle import Handle
-from diffpeft.methods import METHODS, Additive, Method, Spec
+from diffpeft.methods import METHODS, Additive, Spec
 
 Result = TypeVar("Result")
 BIAS = "diff_b"  # a trainable change of the layer's bias, whatever the method
@@ -21,7 +21,7 @@ BIAS = "diff_b"  # a trainable change of the layer's bias, whatever the method
 class Part:
     """One method of an adapter on one layer: alpha as stored (a tensor, a number, or None), and what the method needs beside its tensors."""
 
-    method: type[Method]
+    method: type[Any]  # a Method; what additive ones have besides is used where `additive` says so
     roles: tuple[str, ...]
     alpha: Handle | float | None
     spec: Spec
@@ -90,7 +90,7 @@ class Slot(nn.Module):
     @property
     def scale(self) -> float:
         """alpha / rank of the first additive part; 1 if there is none."""
-        return next((p.method.scale(self.tensors_of(p), p.spec) for p in self.parts if p.additive), 1.0)  # type: ignore[attr-defined]
+        return next((p.method.scale(self.tensors_of(p), p.spec) for p in self.parts if p.additive), 1.0)
 
     def forward(self, use: Callable[..., Result], *args: Any) -> Result:
         """`use(slot, *args)`: within this call whoever keeps the tensors elsewhere (offloading, sharding) has brought them here."""

@@ -77,6 +77,7 @@ class Op(Protocol):
     """What a layer lends a method: its own operation with other weights, and its features seen apart from where they lie."""
 
     geometry: Geometry
+    quantised: bool
 
     def positions(self, x: Tensor) -> int:
         """At how many positions the operation is done for this input, about: what a cost model needs."""
@@ -184,7 +185,10 @@ class Method:
     def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
         """W(s) x with W(s) = W + s (f(W) - W), and the layer's bias if `bias`. `p` is prepared."""
         W = before.weight()
-        return before.op.op(x, W + s * (cls.weight(W, p, spec) - W), bias)
+        change = s * (cls.weight(W, p, spec) - W)
+        if before.op.quantised:  # the layer's own operation is not W x: it may round x too
+            return before(x, bias) + before.op.op(x, change, False)
+        return before.op.op(x, W + change, bias)
 
 
 class Additive(Method):

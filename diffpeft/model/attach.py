@@ -246,23 +246,16 @@ def install(
     slots: Mapping[str, Slot],
     mix: Mix | None,
     adapter: Adapter,
-    strength: Strength,
+    strength: Strength | None,
 ) -> None:
-    """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active."""
+    """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active, or inactive if it is None."""
     mix = mix or Mix(component)
     layers = tuple(dict.fromkeys((*mix.layers, *slots)))
     column = {layer: i for i, layer in enumerate(layers)}
     adapters = {**mix.adapters, adapter.name: adapter}
-    plan.mixes.append(
-        (
-            mix,
-            {
-                "layers": layers,
-                "adapters": adapters,
-                "choice": choose(component, layers, adapters, {**mix.choice.given, adapter.name: strength}),
-            },
-        )
-    )
+    given = mix.choice.given if strength is None else {**mix.choice.given, adapter.name: strength}
+    choice = choose(component, layers, adapters, given)
+    plan.mixes.append((mix, {"layers": layers, "adapters": adapters, "choice": choice}))
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
         old = record_of(module)

@@ -1,13 +1,14 @@
-"""`make bench`: this package against diffusers with peft on the embedded base, in one process, one thread, turn by turn.
+"""`make bench`: this package against its peers, in one process, one thread, turn by turn.
 
-Printed are process CPU seconds (medians) and their ratio; only ratios mean something on a busy machine.
+`python -m tests.benchmarks [layers | pipeline] [--quick]`: single layers (layers.py), and the embedded base with diffusers and peft; without a word
+both. Printed is process CPU time (medians) and its ratio; only ratios mean something on a busy machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,10 @@ from diffusers.utils import logging
 
 import diffpeft
 from diffpeft.pipeline.open import open_pipeline
+from tests.benchmarks import layers
+from tests.benchmarks.layers import seconds
 
 ROUNDS, RANK = 7, 16
-
-
-def seconds(job: Callable[[], object]) -> float:
-    """CPU seconds of one call."""
-    start = time.process_time()
-    job()
-    return time.process_time() - start
 
 
 def compare(
@@ -54,12 +50,8 @@ def training_step(pipe: object) -> Callable[[], None]:
     return step
 
 
-def main() -> None:
-    """All comparisons."""
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
+def pipeline() -> None:
+    """The embedded base with LoRA on 122 layers."""
     ours, theirs = open_pipeline(), open_pipeline()
     for pipe in (ours, theirs):
         pipe.unet.requires_grad_(False)
@@ -86,6 +78,23 @@ def main() -> None:
             x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 32, 192)
             run = [lambda pipe=pipe: pipe.unet(x, torch.tensor(500), text) for pipe in (ours, theirs)]
             compare("UNet forward, batch 2", *run)
+
+
+def main() -> None:
+    """What the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("layers", "pipeline"))
+    parser.add_argument("--quick", action="store_true", help="fewer layers, fewer rounds")
+    parser.add_argument("--only", default="", help="methods with this word in their name")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    if given.what != "pipeline":
+        layers.main(given.quick, given.only)
+    if given.what != "layers":
+        pipeline()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from kinds import (
     Block,
     blocks,
     config,
+    every_form,
     every_kind,
     every_method,
     keywords,
@@ -32,7 +33,7 @@ from diffpeft import AdapterStateError, adapters, attach, detach, set_adapters, 
 from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import site_of
 from diffpeft.model import attach as attaching
-from diffpeft.model.state import slots_of
+from diffpeft.model.state import parameters_of, slots_of
 from diffpeft.model.target import layers_of
 
 # float64 keeps 16 digits; the sums here have fewer than 1000 terms of size 1, so the two orders of summation agree to 13
@@ -545,30 +546,37 @@ def test_an_adapter_in_use_by_a_block_is_busy():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_kind
-def test_a_half_precision_base_gives_the_definition_to_its_precision(dtype, kind, randomize):
+@every_method
+def test_a_half_precision_base_gives_the_definition_to_its_precision(dtype, kind, form, randomize):
     model, x = layer(kind, dtype)
-    attach(model, config("lora"), targets=["0"])
+    give(model, form)
     assert {p.dtype for p in slots_of(model, "default")["0"].parameters()} == {torch.float32}
     randomize(model, dtype=torch.float32)
     y, exact = model(x), copy.deepcopy(model).double()
-    assert y.dtype == dtype
-    # base, rank activations, update and sum are rounded once each, on values up to 8
+    assert y.dtype == dtype and y.isfinite().all()
+    want = exact(x.double() if x.is_floating_point() else x)
+    # base, adapted input or rank activations, update and sum are rounded once each, in sums of up to 36 products
     torch.testing.assert_close(
-        y.double(), exact(x.double() if x.is_floating_point() else x), rtol=0, atol=4 * 8 * torch.finfo(dtype).eps
+        y.double(), want, rtol=0, atol=8 * max(want.abs().max().item(), 8) * torch.finfo(dtype).eps
     )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "embedding"])  # autocast leaves lookups alone
-def test_autocast_gives_the_base_dtype(kind, randomize):
+@every_method
+def test_autocast_gives_the_base_dtype(kind, form, randomize):
     model, x = layer(kind, torch.float32)
-    attach(model, config("lora"), targets=["0"])
+    give(model, form)
     randomize(model, dtype=torch.float32)
     y = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         z = model(x)
+        z.float().sum().backward()
     assert z.dtype == torch.bfloat16
-    # as above, and the input and both factors are rounded too: sums of up to 36 products, each off by 2^-8 of its size
-    torch.testing.assert_close(z.float(), y, rtol=0, atol=8 * 8 * 2**-8)
+    # as above, and the input and the tensors are rounded too
+    torch.testing.assert_close(z.float(), y, rtol=0, atol=16 * max(y.abs().max().item(), 8) * 2**-8)
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 for p in slots_of(model, "default")["0"].parameters()
+    )
 
 
 def test_gradients_reach_fp32_adapters_through_a_bf16_base():
@@ -578,20 +586,22 @@ def test_gradients_reach_fp32_adapters_through_a_bf16_base():
     assert {p.grad.dtype for p in slots_of(model, "default")["0"].parameters()} == {torch.float32}
 
 
-def test_compiled_equals_eager_and_strengths_do_not_compile_anew(randomize):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@every_method
+def test_compiled_equals_eager_and_strengths_do_not_compile_anew(form, backend, randomize):
     import torch._dynamo as dynamo
 
     dynamo.reset()
     dynamo.utils.counters.clear()
     model, x = blocks(2, torch.float32), torch.randn(2, 8)
     for name in ("a", "b"):
-        attach(model, config("lora"), name, targets=everything(model))
+        give(model, form, name, targets=everything(model))
         randomize(model, name, torch.float32)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
 
     def check():
-        # fp32 keeps 7 digits; the strength is rounded to fp32 before it is scaled, not after
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        # fp32 keeps 7 digits; the strength is rounded to fp32 before it is scaled, not after, and rotations take other ways
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
     check()
     with adapters(model, {"b": 0.3}):
@@ -605,13 +615,14 @@ def test_compiled_equals_eager_and_strengths_do_not_compile_anew(randomize):
     assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_equal_blocks_share_one_compiled_graph(randomize):
+@every_method
+def test_equal_blocks_share_one_compiled_graph(form, randomize):
     import torch._dynamo as dynamo
 
     dynamo.reset()
     dynamo.utils.counters.clear()
     model = blocks(4, torch.float32)
-    attach(model, config("lora"), targets=everything(model))
+    give(model, form, targets=everything(model))
     for block in model:
         block.compile(backend="eager", fullgraph=True)
     with torch.no_grad():  # else the first block's input needs no gradient and the others' does
@@ -620,28 +631,128 @@ def test_equal_blocks_share_one_compiled_graph(randomize):
     assert isinstance(model[0], Block)
 
 
-def test_dropout_is_for_training_only():
-    model, x = layer(LINEAR)
-    attach(model, config("lora", lora_dropout=0.5, init_lora_weights=False), targets=["0"])
-    model.eval()
-    assert torch.equal(model(x), model(x))
-    model.train()
-    assert not torch.equal(model(x), model(x))
+# ---- training
 
 
-def test_gradient_checkpointing_replays_dropout():
+@every_form
+def test_training_a_toy_regression_lowers_the_loss_tenfold(form):
+    """The target is a layer with an adapter of the same form, so that every method can reach it."""
+    model, _ = layer("linear", torch.float32)
+    teacher = copy.deepcopy(model)
+    give(teacher, form, bias="none") if "biases" in form else give(teacher, form)
+    with torch.no_grad():
+        for p in slots_of(teacher, "default")["0"].parameters():
+            p += 0.3 * torch.randn_like(p)
+    give(model, form, bias="none") if "biases" in form else give(model, form)
+    x = torch.randn(256, 6)
+    want = teacher(x).detach()
+    optimizer = torch.optim.Adam(parameters_of(model, "default"), lr=0.02)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (model(x) - want).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+
+
+@every_form
+def test_a_step_changes_the_adapter_and_nothing_else(form):
+    model = blocks(2).requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    report = give(model, form, targets=everything(model))
+    own = parameters_of(model, "default")
+    assert report.parameters == sum(p.numel() for p in own)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own}
+    with torch.no_grad():
+        for p in own:
+            p += 0.1 * torch.randn_like(p)
+    was = [p.clone() for p in own]
+    model(torch.randn(3, 8, dtype=torch.float64)).square().sum().backward()
+    torch.optim.SGD(own, lr=0.1).step()
+    assert all(p.grad is not None for p in own) and any(not torch.equal(a, b) for a, b in zip(own, was, strict=True))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@every_form
+def test_gradient_checkpointing_gives_the_same_gradients(form, reentrant, randomize):
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = blocks(2), torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    give(model, form, targets=everything(model))
+    randomize(model)
+    own, grads = parameters_of(model, "default"), []
+    for run in (lambda m, x: m(x), lambda m, x: checkpoint(m, x, use_reentrant=reentrant)):
+        y = x
+        for block in model:
+            y = run(block, y)
+        y.square().sum().backward()  # a reentrant checkpoint knows no torch.autograd.grad
+        grads.append([p.grad.clone() for p in own])
+        model.zero_grad()
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+# what is dropped, and where: config fields that drop something
+DROPS = {
+    "lora": {"lora_dropout": 0.5},
+    "dora": {"lora_dropout": 0.5},
+    "loha": {"rank_dropout": 0.5},
+    "loha, tucker": {"module_dropout": 0.5},
+    "lokr": {"rank_dropout": 0.5, "rank_dropout_scale": True},
+    "lokr, both full": {"module_dropout": 0.5},
+    "oft": {"module_dropout": 0.5},
+    "oft, output": {"module_dropout": 0.5},
+    "boft": {"boft_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("form", DROPS)
+def test_dropout_is_for_training_only_and_checkpointing_replays_it(form, randomize):
     from torch.utils.checkpoint import checkpoint
 
     model, x = layer(LINEAR)
-    attach(model, config("lora", lora_dropout=0.5, init_lora_weights=False), targets=["0"])
+    give(model, form, **DROPS[form])
+    randomize(model)
+    model.eval()
+    want = model(x)
+    assert torch.equal(model(x), want)
+    torch.testing.assert_close(want, defined(model, x, [("default", 1.0)]), **EXACT)
     model.train()
-    slot = slots_of(model, "default")["0"]
+    runs = [model(x) for _ in range(20)]
+    assert any(not torch.equal(run, runs[0]) for run in runs)
     grads = []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
         torch.manual_seed(1)
-        grads.append(torch.autograd.grad(run(x).square().sum(), list(slot.parameters())))
+        grads.append(torch.autograd.grad(run(x).square().sum(), parameters_of(model, "default"), allow_unused=True))
     for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+SOME = 1 - 0.5**6  # of six rows at least one is kept; where none is, PEFT divides zero by zero and gives NaN
+
+
+# a whole module left out lowers the mean, as in PEFT; the others keep it
+@pytest.mark.parametrize(
+    ("form", "share"),
+    [("lora", 1.0), ("dora", 1.0), ("loha", SOME), ("lokr", SOME), ("loha, tucker", 0.5), ("lokr, both full", 0.5)],
+)
+def test_what_dropout_expects(form, share, randomize):
+    model, x = layer(LINEAR)
+    plain = model(x)
+    give(model, form, **DROPS[form])
+    randomize(model)
+    model.eval()
+    full = model(x) - plain
+    model.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        runs = torch.stack([model(x) - plain for _ in range(4000)])
+    # the mean of 4000 runs is off by a 63rd of their spread; five times that is passed once in a million
+    spread = runs.std(0) / 4000**0.5
+    assert ((runs.mean(0) - share * full).abs() <= 5 * spread + 1e-12).all()
 
 
 def test_a_module_under_two_names_is_adapted_once(randomize):

@@ -1,0 +1,79 @@
+"""PEFT's configs as files have them: patterns for names, alphas, ranks, and what a rotation must know."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from converters.roles import rank
+from diffpeft import io
+from diffpeft.bundle import Entry
+from diffpeft.errors import UnsafeFileError, shown
+
+ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by peft_type
+
+
+def matches(pattern: str, name: str) -> bool:
+    """PEFT's rule: the pattern matches the name or its end at a dot. A pattern that could take very long is refused."""
+    plain = pattern.removeprefix("^").replace("\\.", ".")
+    if re.fullmatch(r"[\w.]+", plain):
+        return name == plain or (name.endswith("." + plain) and not pattern.startswith("^"))
+    refuse_slow(pattern)
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def refuse_slow(pattern: str) -> None:
+    """Raise UnsafeFileError for a regular expression that could take very long."""
+    if len(pattern) > 500 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{?]", pattern):
+        raise UnsafeFileError(f"the pattern {shown(pattern)} in the metadata could take very long to match")
+
+
+def chosen(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> Any:
+    """The value of the first pattern that matches one of the names."""
+    return next((v for pattern, v in (patterns or {}).items() if any(matches(pattern, n) for n in names)), default)
+
+
+def alpha(config: Mapping[str, Any], names: Iterable[str], r: int) -> float | None:
+    """The alpha by which alpha / rank is the scale; rank-stabilised configs mean alpha / sqrt(rank)."""
+    value = chosen(config.get("alpha_pattern"), names, config.get("lora_alpha", config.get("alpha")))
+    if value is None:
+        return None
+    return float(value) * r**0.5 if config.get("use_rslora") else float(value)
+
+
+def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an input-side OFT. The series ended in another term before PEFT 0.18, which is also when configs began to say a version."""
+    terms = int(config.get("num_cayley_neumann_terms", 5)) if config.get("use_cayley_neumann", True) else 0
+    options = {"neumann": terms, "coft": float(config.get("eps", 6e-5)) if config.get("coft") else None}
+    version = re.match(r"(\d+)\.(\d+)", config.get("peft_version") or "0.17")
+    old = version is not None and (int(version[1]), int(version[2])) < (0, 18)
+    return {**options, **({"neumann_last": 2} if old and terms else {})}
+
+
+def turned(entry: Entry, options: Mapping[str, Any]) -> Entry:
+    """The entry with the options of a rotation: LyCORIS's blocks turn the output; PEFT's tensors the input, as `options` say."""
+    if entry.method not in ("oft", "boft"):
+        return entry
+    if "oft_blocks" in entry.tensors:
+        return replace(entry, options={"side": "output"})
+    return replace(entry, options={"side": "input", **(options if entry.method == "oft" else {})})
+
+
+def scales(entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """r, alpha and the patterns for layers that differ from most; `names` are the layers' in the patterns. No alpha: alpha = rank."""
+    alphas = {e.layer: float(ranks[e.layer]) if e.alpha is None else io.number(e.alpha) for e in entries}
+    r, most = (Counter(values).most_common(1)[0][0] for values in ([ranks[e.layer] for e in entries], alphas.values()))
+    return {
+        "r": r,
+        field: most,
+        "rank_pattern": {f"^{names[e.layer]}": ranks[e.layer] for e in entries if ranks[e.layer] != r},
+        "alpha_pattern": {f"^{names[e.layer]}": alphas[e.layer] for e in entries if alphas[e.layer] != most},
+    }
+
+
+def ranks_of(entries: Iterable[Entry]) -> dict[str, int]:
+    """{layer: rank} of additive methods."""
+    return {e.layer: rank({role: h.shape for role, h in e.tensors.items()}) for e in entries}

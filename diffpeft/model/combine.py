@@ -1,0 +1,282 @@
+"""Adapters into others: any method as a LoRA, and several adapters as one.
+
+Both work on effective deltas: what an adapter adds to the layer's own weight at strength 1, whatever its method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.bundle import dotted
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft.layers.adapted import base_class, record_of, state_with, weights_of
+from diffpeft.layers.chain import Base, bias_shift, linked
+from diffpeft.layers.site import device_of, present, site_of
+from diffpeft.layers.slot import BIAS, Piece, Slot
+from diffpeft.methods import Lora, Spec
+from diffpeft.methods.config import check_choice, check_rank
+from diffpeft.methods.merging import HOW, merged
+from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
+from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
+from diffpeft.model.target import adapted_layers, components
+
+Factors = tuple[Tensor, Tensor]  # A [r, columns], B [out, r]: an update B A
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one adapter does to one layer: its delta [out, columns], the factors if it has exact ones, its rank, and the change of the bias."""
+
+    delta: Tensor
+    factors: Factors | None
+    rank: int
+    shift: Tensor | None
+
+
+def to_lora(
+    target: Any, adapter: str, *, name: str | None = None, rank: int | None = None, energy: float | None = None
+) -> dict[str, float]:
+    """Turn an adapter of any method into a LoRA. -> {layer: Frobenius norm of what is lost / of the delta}.
+
+    Args:
+        name: of the LoRA, which is added inactive; without it the adapter itself becomes one, and stays as active as it was.
+        rank: the most ranks that a layer gets: where an exact form has more, the largest singular values are kept.
+        energy: instead of rank: the share, in (0, 1], of each delta's squared norm that is kept.
+
+    Without rank and energy the form is exact: LoHa as its Khatri-Rao product of rank r^2, LoKr and Tucker by their factors, others at full rank.
+    A method that depends on the weight before it (DoRA, OFT, BOFT) is taken as it acts on the layer's own weight.
+    Raises UnknownNameError, AdapterStateError or ConfigError, in which case nothing has changed.
+    """
+    if rank is not None:
+        check_rank("rank", rank)
+    if energy is not None and (rank is not None or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
+        raise ConfigError(f"energy is {energy!r}", remedy="It is a share above 0 and at most 1, given instead of rank.")
+    parts, mixes = components(target), mixes_of(components(target))
+    _known([adapter], mixes)
+    if name is not None:
+        _check_new(name, mixes)
+    plan, lost = Plan(), {}
+    for component, mix in mixes.items():
+        if adapter not in mix.adapters:
+            continue
+        slots = {}
+        for layer, module, old in _slots(parts[component], adapter):
+            update = _update(module, old)
+            factors = update.factors if update.factors is not None else _whole(update.delta)
+            if rank is not None or energy is not None:
+                factors = _shortened(factors, rank, energy)
+            lost[dotted(component, layer)] = _residual(update.delta, factors)
+            slots[layer] = _lora(module, factors, update.shift, old.weight.requires_grad)
+        if name is None:
+            _plan_replaced(plan, parts[component], mix, adapter, slots)
+        else:
+            _plan_added(plan, parts[component], component, mix, name, slots)
+    plan.commit()
+    return lost
+
+
+def combine(
+    target: Any,
+    weights: Mapping[str, float],
+    *,
+    name: str,
+    how: str = "cat",
+    rank: int | None = None,
+    density: float = 0.5,
+    majority_sign: str = "total",
+) -> dict[str, float]:
+    """Merge adapters of any methods into a new LoRA, which is added inactive. -> {layer: norm of what is lost / of the sum}.
+
+    Args:
+        weights: {adapter: weight}; a weight may be negative.
+        how: "cat": factors side by side, exact. "linear": the sum at its full rank, exact. "svd": the sum cut to `rank`. "ties", "dare",
+            "dare_ties", "magnitude": entries of each delta left out (and signs elected) before the sum is cut to `rank`.
+        rank: default for those that cut: the largest rank among the adapters on a layer.
+        density: the share of entries that "ties", "dare", "dare_ties" and "magnitude" keep.
+        majority_sign: how TIES elects a sign: by the "total" of the values or the "frequency" of the signs.
+
+    Raises UnknownNameError, AdapterStateError or ConfigError, in which case nothing has changed.
+    """
+    check_choice("how", how, ("cat", *HOW))
+    check_choice("majority_sign", majority_sign, ("total", "frequency"))
+    if rank is not None:
+        check_rank("rank", rank)
+    if not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ConfigError(f"density is {density!r}", remedy="It is a share above 0 and at most 1.")
+    for adapter, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ConfigError(
+                f"the weight of {shown(adapter)} is {shown(weight)}", remedy="A weight is a finite number."
+            )
+    if not weights:
+        raise ConfigError("weights is empty", remedy="Give {adapter: weight}.")
+    parts, mixes = components(target), mixes_of(components(target))
+    _known(weights, mixes)
+    _check_new(name, mixes)
+    plan, lost = Plan(), {}
+    for component, mix in mixes.items():
+        updates: dict[str, list[tuple[float, Update]]] = {}
+        modules = {}
+        for adapter, weight in weights.items():
+            for layer, module, slot in _slots(parts[component], adapter):
+                updates.setdefault(layer, []).append((weight, _update(module, slot)))
+                modules[layer] = module
+        slots = {}
+        for layer, found in updates.items():
+            factors, whole = _combined(how, found, rank, density, majority_sign)
+            shifts = [w * u.shift for w, u in found if u.shift is not None]
+            lost[dotted(component, layer)] = _residual(whole, factors)
+            slots[layer] = _lora(modules[layer], factors, sum(shifts) if shifts else None, False)  # type: ignore[arg-type]
+        if slots:
+            _plan_added(plan, parts[component], component, mix, name, slots)
+    plan.commit()
+    return lost
+
+
+def _combined(
+    how: str, found: list[tuple[float, Update]], rank: int | None, density: float, majority_sign: str
+) -> tuple[Factors, Tensor]:
+    """The factors for one layer, and the sum that they stand for."""
+    weights, deltas = [w for w, _ in found], [u.delta for _, u in found]
+    if how == "cat":
+        whole = merged("linear", deltas, weights, 1, majority_sign)
+        pairs = [(w, u.factors or _whole(u.delta)) for w, u in found]
+        factors = torch.cat([A for _, (A, _) in pairs]), torch.cat([w * B for w, (_, B) in pairs], 1)
+        cut = factors if len(factors[0]) <= min(whole.shape) else _whole(whole)
+        return (cut if rank is None else _shortened(cut, rank, None)), whole
+    whole = merged(how, deltas, weights, density, majority_sign)
+    if how == "linear" and rank is None:
+        return _whole(whole), whole
+    return _shortened(_whole(whole), rank or max(u.rank for _, u in found), None), whole
+
+
+def _known(names: Iterable[str], mixes: Mapping[str, Mix]) -> None:
+    known = {n for mix in mixes.values() for n in mix.adapters}
+    for name in names:
+        if name not in known:
+            raise UnknownNameError.of("adapter", name, known)
+
+
+def _check_new(name: str, mixes: Mapping[str, Mix]) -> None:
+    check_name(name)
+    refuse_duplicate(name, mixes.values())
+
+
+def _slots(model: nn.Module, name: str) -> Iterable[tuple[str, nn.Module, Slot]]:
+    """(layer, module, slot) of one adapter of a component."""
+    for layer, module in adapted_layers(model).items():
+        record = record_of(module)
+        if record is not None and name in record.slots:
+            yield layer, module, record.slots[name]
+
+
+@torch.no_grad()
+def _update(module: Any, slot: Slot) -> Update:
+    """What an adapter does to a layer's own weight, in fp32 or better."""
+    kind, record = site_of(base_class(module)), record_of(module)
+    assert kind is not None and record is not None
+    op: Any = kind(module)
+    dtype = torch.float32
+    for t in slot.parameters():
+        dtype = torch.promote_types(dtype, t.dtype)
+
+    def read() -> Update:
+        steps = [(slot, 1.0)]
+        factors = _factors(slot, dtype)
+        if factors is not None:
+            delta = factors[1] @ factors[0]
+        else:
+            own = record.base[0] if record.base is not None else weights_of(module)[0]
+            W = (op.weight() if op.quantised else op.canonical(own)).to(slot.weight.device, dtype)
+            delta = (linked(Base(op, None, dtype, {}, W), steps).weight() - W).flatten(1)
+        return Update(delta, factors, slot.rank, bias_shift(steps, dtype))
+
+    was = slot.training
+    slot.eval()
+    try:
+        return present(module, lambda: slot(lambda _: read()))
+    finally:
+        slot.train(was)
+
+
+def _factors(slot: Slot, dtype: torch.dtype) -> Factors | None:
+    """Exact factors of all parts side by side, their scale in B, if every part has some of less than full rank."""
+    pairs = []
+    for part in slot.parts:
+        if not part.additive:
+            return None
+        p = slot.prepared(part, dtype)
+        found = part.method.factors(p, part.spec)
+        g = part.spec.geometry
+        if found is None or (found[0].shape[0] >= min(g.out, g.columns) and part.method is not Lora):
+            return None
+        pairs.append((found[0].flatten(1), part.method.scale(p, part.spec) * found[1].flatten(1)))
+    return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)
+
+
+def _whole(delta: Tensor) -> Factors:
+    """A matrix as a product with an identity: exact, at the full rank."""
+    o, columns = delta.shape
+    eye = torch.eye(min(o, columns), dtype=delta.dtype, device=delta.device)
+    return (delta, eye) if o <= columns else (eye, delta)
+
+
+def _shortened(factors: Factors, rank: int | None, energy: float | None) -> Factors:
+    """The best factors of at most `rank`, or of the least rank that keeps `energy` of the squared norm; as they are if they are no longer."""
+    A, B = factors
+    if rank is not None and len(A) <= rank:
+        return factors
+    (Qb, Rb), (Qa, Ra) = (
+        torch.linalg.qr(B),
+        torch.linalg.qr(A.t()),
+    )  # the SVD of a product of thin factors needs only a small one
+    U, S, Vh = torch.linalg.svd(Rb @ Ra.t(), full_matrices=False)
+    if rank is None:
+        assert energy is not None
+        kept = S.double().square().cumsum(0)
+        rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1
+    root = S[:rank].sqrt()
+    return root[:, None] * (Vh[:rank] @ Qa.t()), Qb @ U[:, :rank] * root
+
+
+def _residual(delta: Tensor, factors: Factors) -> float:
+    """|delta - B A| / |delta|, Frobenius; 0 for no delta."""
+    norm = torch.linalg.norm(delta.double())
+    return (
+        float(torch.linalg.norm(delta.double() - factors[1].double() @ factors[0].double()) / norm) if norm > 0 else 0.0
+    )
+
+
+def _lora(module: Any, factors: Factors, shift: Tensor | None, trainable: bool) -> Slot:
+    """A LoRA of these factors, at scale 1."""
+    kind = site_of(base_class(module))
+    assert kind is not None
+    A, B = (t.detach().clone() for t in factors)
+    spec = Spec(kind.geometry_of(module), float(len(A)))
+    piece = Piece("lora", Lora.adopt({"lora_A": A, "lora_B": B}, spec), spec.alpha, spec)
+    beside = {} if shift is None else {BIAS: shift.detach().clone()}
+    return Slot([piece], beside, trainable=trainable).to(device_of(module)).train(module.training)
+
+
+def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Mapping[str, Slot]) -> None:
+    """Plan to give an adapter other slots."""
+    check_idle(mix, [name])
+    if name in mix.fused:
+        raise AdapterStateError(
+            f"adapter {shown(name)} is fused", remedy="Call unfuse first, or give the LoRA a name=."
+        )
+    for layer, module, _ in _slots(model, name):
+        record = record_of(module)
+        assert record is not None
+        plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]}))))
+
+
+def _plan_added(plan: Plan, model: nn.Module, component: str, mix: Mix, name: str, slots: Mapping[str, Slot]) -> None:
+    """Plan a new adapter that is not active."""
+    install(plan, component, adapted_layers(model), slots, mix, Adapter(name, tuple(slots)), None)
