@@ -1,5 +1,5 @@
 """Checkpoint formats: every adapter file becomes a Bundle, and a Bundle becomes a file. From the file alone; no model is needed."""
 
-from converters.engine import FORMATS, TABLES, Detection, detect, read, write
+from converters.engine import FORMATS, TABLES, Detection, detect, read, refusal, write
 
-__all__ = ["FORMATS", "TABLES", "Detection", "detect", "read", "write"]
+__all__ = ["FORMATS", "TABLES", "Detection", "detect", "read", "refusal", "write"]

@@ -30,8 +30,9 @@ SIGNS = (
     (("hidream",), r".*(double|single)_stream_blocks_\d+_"),
 )
 _CROSS = re.compile(
-    r".*(down_blocks_\d+|mid_block|up_blocks_\d+)_attentions_\d+_transformer_blocks_\d+_attn2_to_[kv][._]lora_(down|A)"
+    r".*(down_blocks_\d+|mid_block|up_blocks_\d+)_attentions_\d+_transformer_blocks_\d+_attn2_to_[kv][._](lora_(down|A)|hada_w[12]_b)"
 )
+_START = re.compile(r"^(base_model\.model\.|oft_unet_)")  # PEFT's and sd-scripts' OFT's, before the layer's own name
 _UNET = re.compile(r"(lora_unet_|unet_)?(down_blocks|mid_block|up_blocks|conv_(in|out)|time_embedding)_")
 _TEXT, _DENOISER = (
     re.compile(r"lora_te|text_encoder|text_model_|encoder_layers_"),
@@ -68,7 +69,7 @@ def format_of(keys: Iterable[str], source: str) -> str:
 
 def families_of(tensors: Mapping[str, Handle]) -> tuple[str, ...]:
     """Every family the names fit, the likeliest first. Between SD1.x and SD2.x, whose names are equal, the cross-attention width decides."""
-    flat = {key.replace(".", "_"): handle for key, handle in tensors.items()}
+    flat = {_START.sub("", key).replace(".", "_"): handle for key, handle in tensors.items()}
     signed = [families for families, sign in SIGNS if any(re.match(sign, key) for key in flat)]
     if signed:
         return signed[0]

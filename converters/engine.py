@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.detection import Detection, families_of, format_of
 from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
-from converters.roles import FOREIGN, ROLES
+from converters.formats.diffusers import BARE
+from converters.formats.peft import CONFIG, FILE, WEIGHTS
+from converters.roles import ROLES, contradiction, missing, split
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, Handle, canonical
+from diffpeft.bundle import Bundle, Entry, Handle, canonical, named, parted
 from diffpeft.errors import (
     CannotConvertError,
     CheckpointError,
     MissingKeysError,
     ShapeMismatchError,
     UnknownNameError,
+    UnreadableFileError,
     WrongBaseError,
     listed,
     shown,
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
+Found = dict[str, tuple[str, Handle]]  # one layer's tensors: {role: (key, handle)}
 _HASHES = ("sshs_", "modelspec.hash_")  # they are over tensor bytes, so a rewritten file must not keep them
 
 
@@ -35,9 +40,15 @@ def detect(source: Source) -> Detection:
     tensors, _, name = _open(source)
     format = format_of(tensors, name)
     families = families_of(tensors) or ("",)
-    parts = [part for key in tensors if (part := FORMATS[format].split(key))]
-    methods = frozenset(_method(part.role) for part in parts if part.role != "alpha")
-    return Detection(format, families[0], methods, len(parts) / max(len(tensors), 1), families[1:])
+    layers: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    parts = 0
+    for key, handle in tensors.items():
+        if part := FORMATS[format].split(key):
+            parts += 1
+            found = layers.setdefault((part.component, part.layer), {})
+            found |= {part.role: handle.shape} if part.role != "alpha" else {}
+    methods = {m for shapes in layers.values() for method, roles in split(shapes).items() for m in named(method, roles)}
+    return Detection(format, families[0], frozenset(methods), parts / max(len(tensors), 1), families[1:])
 
 
 def read(
@@ -47,58 +58,87 @@ def read(
     format: str | None = None,
     names: Mapping[str, Iterable[str]] | None = None,
 ) -> Bundle:
-    """A file or dict of tensors as a Bundle. Reads the header; the tensors stay where they are.
+    """A file, a PEFT folder or a dict of tensors as a Bundle. Reads the header; the tensors stay where they are.
 
     `family` and `format` override detection. `names` {component: layer names} are a model's own, against which flat names are resolved
-    before the family's table is asked.
+    before the family's table is asked, and which tell the component of a PEFT folder.
     """
     tensors, metadata, where = _open(source)
     fmt = FORMATS[_known("format", format, FORMATS) or format_of(tensors, where)]
     families = (family,) if family else families_of(tensors)
     if family:
         _known("family", family, TABLES)
-    elif not set(families) & set(TABLES):
+    elif not fmt.folder and not set(families) & set(TABLES):
         raise WrongBaseError(
             f"this adapter is for {' or '.join(families) or 'an unknown family'}",
             where=where,
             remedy=f"Supported: {', '.join(TABLES)}.",
         )
-    groups, carried = _group(tensors, fmt, next(f for f in families if f in TABLES), names or {})
+    groups, carried = _group(tensors, fmt, next((f for f in families if f in TABLES), ""), names or {})
     _refuse_foreign(groups, where)
-    entries = [_entry(layer, found, where) for layer, found in groups.items()]
-    ranks = {e.layer: e.tensors["lora_A"].shape[0] for e in entries}
-    configured = fmt.alphas(metadata, ranks)
-    entries = [
-        Entry(e.method, e.layer, e.tensors, configured.get(e.layer) if e.alpha is None else e.alpha, e.keys)
-        for e in entries
-    ]
-    return Bundle(fmt.name, families[0], entries, carried, dict(metadata), where, families)
+    entries = [entry for layer, found in groups.items() for entry in _entries(layer, found, where)]
+    entries = fmt.configured(entries, metadata)
+    return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families)
 
 
 def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: torch.dtype | None = None) -> None:
-    """Write a Bundle as a file of another format, whole or not at all. `dtype` casts the factors; alphas keep theirs."""
-    _known("format", format, FORMATS)
-    if bundle.family not in TABLES:
+    """Write a Bundle as a file or folder of another format, whole or not at all. `dtype` casts the factors; alphas keep theirs.
+
+    Raises CannotConvertError, which names the layers, the reason and the formats that can hold the adapter.
+    """
+    if error := refusal(bundle, format):
+        raise error
+    fmt = FORMATS[format]
+    if fmt.folder and (Path(path).suffix == ".safetensors" or Path(path).is_file()):
         raise CannotConvertError(
-            f"the layer names of family {shown(bundle.family)} are not known",
-            where=bundle.source,
-            remedy=f"Known: {', '.join(TABLES)}.",
+            f"{format} is a folder, and this is a file", where=path, remedy="Give a folder's name."
         )
-    fmt, table = FORMATS[format], TABLES[bundle.family]
     tensors: dict[str, Handle] = {}
-    unknown = [e.layer for e in bundle.entries if not _spells(fmt, table, *e.layer.partition(".")[::2])]
-    if unknown:
-        raise CannotConvertError(f"{format} has no name for layers of this adapter", where=listed(unknown))
+    alphas = fmt.alphas(bundle.entries)
     for entry in bundle.entries:
-        component, _, layer = entry.layer.partition(".")
-        for role, handle in entry.tensors.items():
-            tensors[fmt.join(Part(component, layer, role))] = io.cast(handle, dtype, entry.layer)
-        if fmt.alpha_is_tensor and entry.alpha is not None:
-            tensors[fmt.join(Part(component, layer, "alpha"))] = _alpha_tensor(entry.alpha)
-    ranks = {e.layer: e.tensors["lora_A"].shape[0] for e in bundle.entries}
-    other = {key for f in FORMATS.values() for key in f.metadata(bundle.entries[:1], ranks)}
+        component, layer = parted(entry.layer)
+        for role, handle in fmt.stored(entry).items():
+            tensors[fmt.join(Part(component, layer, role), entry)] = io.cast(handle, dtype, entry.layer)
+        if entry.layer in alphas:
+            tensors[fmt.join(Part(component, layer, "alpha"), entry)] = _alpha_tensor(alphas[entry.layer])
+    own = fmt.metadata(bundle.entries, bundle.metadata)
+    other = {key for f in FORMATS.values() if not f.folder for key in f.owned}
     metadata = {k: v for k, v in bundle.metadata.items() if k not in other and not k.startswith(_HASHES)}
-    io.save(path, {**tensors, **bundle.carried}, {"format": "pt", **metadata, **fmt.metadata(bundle.entries, ranks)})
+    metadata = {"format": "pt", **metadata, **own}
+    if not fmt.folder:
+        io.save(path, {**tensors, **bundle.carried}, metadata)
+        return
+    with io.folder(path) as folder:
+        config = metadata.pop(CONFIG)
+        io.save(folder / WEIGHTS, {**tensors, **bundle.carried}, metadata)
+        (folder / FILE).write_text(config + "\n", encoding="utf-8")
+
+
+def refusal(bundle: Bundle, format: str) -> CannotConvertError | None:
+    """Why a format cannot hold an adapter, with the formats that can; None if it can."""
+    _known("format", format, FORMATS)
+    problem = _problem(bundle, format)
+    if problem is None:
+        return None
+    others = [name for name in FORMATS if name != format and _problem(bundle, name) is None]
+    return CannotConvertError(
+        f"{format} cannot hold {len(problem[1])} of {len(bundle.entries)} adapted layers: {problem[0]}",
+        where=listed(problem[1]),
+        remedy=f"These formats can: {', '.join(others)}." if others else "No format here can hold it whole.",
+    )
+
+
+def _problem(bundle: Bundle, format: str) -> tuple[str, list[str]] | None:
+    """Why a format cannot hold an adapter, and the layers that are to blame."""
+    fmt, layers = FORMATS[format], [e.layer for e in bundle.entries]
+    if not fmt.folder:
+        table = TABLES.get(bundle.family)
+        if table is None:
+            return f"the layer names of family {shown(bundle.family)} are not known", layers
+        unknown = [layer for layer in layers if not _spells(fmt, table, *parted(layer))]
+        if unknown:
+            return "it has no name for them", unknown
+    return fmt.problem(bundle.entries)
 
 
 def _spells(fmt: Format, table: Table, component: str, layer: str) -> bool:
@@ -113,23 +153,33 @@ def _known(kind: str, name: str | None, known: Mapping[str, Any]) -> str | None:
 
 
 def _open(source: Source) -> tuple[dict[str, Handle], dict[str, str], str]:
+    """The tensors, the metadata and where they are. The config beside PEFT's weights counts as metadata."""
     if isinstance(source, Mapping):
         if not source or not all(
             isinstance(k, str) and hasattr(t, "dtype") and hasattr(t, "shape") for k, t in source.items()
         ):
             raise CheckpointError("a dict of tensors maps names to tensors, and holds at least one")
         return {key: io.handle(tensor) for key, tensor in source.items()}, {}, "a dict of tensors"
-    handles, metadata = io.header(source)
+    path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
+    handles, metadata = io.header(path)
+    config = path.with_name(FILE)
+    if path.name == WEIGHTS and config.is_file():
+        try:
+            metadata = {**metadata, CONFIG: config.read_text(encoding="utf-8").rstrip("\n")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise UnreadableFileError(f"cannot read {FILE} ({error})", where=config) from error
     return handles, metadata, str(source)
 
 
 def _group(tensors: Mapping[str, Handle], fmt: Format, family: str, names: Mapping[str, Iterable[str]]):
     """{canonical layer: {role: (key, handle)}} of what the format takes apart, and the tensors it does not."""
     known = {component: {layer.replace(".", "_"): layer for layer in layers} for component, layers in names.items()}
-    groups: dict[str, dict[str, tuple[str, Handle]]] = {}
+    parts = {key: fmt.split(key) for key in tensors}
+    placed = _component([part.layer for part in parts.values() if part], names) if fmt.folder else ""
+    groups: dict[str, Found] = {}
     carried: dict[str, Handle] = {}
     for key, handle in tensors.items():
-        part = fmt.split(key)
+        part = parts[key]
         if part is None:
             carried[key] = handle
             continue
@@ -142,49 +192,79 @@ def _group(tensors: Mapping[str, Handle], fmt: Format, family: str, names: Mappi
                 or TABLES[family].dotted(part.component, layer)
                 or layer
             )
-        found = groups.setdefault(canonical(part.component, layer), {})
+        found = groups.setdefault(canonical(part.component or placed, layer), {})
         if part.role in found:
             raise CheckpointError("two keys name the same tensor", where=listed([found[part.role][0], key]))
         found[part.role] = (key, handle)
     return groups, carried
 
 
-def _method(role: str) -> str:
-    return next((m for m, roles in ROLES.items() if role in roles), None) or next(
-        (m for start, m in FOREIGN.items() if role.startswith(start)), role
-    )
+def _component(layers: Iterable[str], names: Mapping[str, Iterable[str]]) -> str:
+    """The component that layers without one are of: the model's that has most of them, its only one, or the one whose names begin so."""
+    layers = set(layers)
+    hits = {c: len({canonical(c, n) for n in own} & {canonical(c, n) for n in layers}) for c, own in names.items()}
+    best = max(hits, key=hits.__getitem__, default="")
+    if len(hits) == 1 or hits.get(best):
+        return best
+    heads = {BARE.get(layer.partition(".")[0], "") for layer in layers}
+    return heads.pop() if len(heads) == 1 else ""
 
 
-def _refuse_foreign(groups: Mapping[str, Mapping[str, tuple[str, Handle]]], where: str) -> None:
-    known = {"alpha", *(role for roles in ROLES.values() for role in roles)}
-    foreign = {key: _method(role) for found in groups.values() for role, (key, _) in found.items() if role not in known}
+def _refuse_foreign(groups: Mapping[str, Found], where: str) -> None:
+    known = {"dora", *ROLES}
+    foreign = {
+        found[role][0]: method
+        for found in groups.values()
+        for method, roles in split(
+            {role: handle.shape for role, (_, handle) in found.items() if role != "alpha"}
+        ).items()
+        if method not in known
+        for role in roles
+    }
     if foreign:
         raise CheckpointError(
             f"method {' and '.join(sorted(set(foreign.values())))} is not supported",
             where=f"{where}: {listed(list(foreign)[:3])}",
-            remedy=f"Supported: {', '.join(ROLES)}.",
+            remedy=f"Supported: {', '.join(known)}.",
         )
 
 
-def _entry(layer: str, found: Mapping[str, tuple[str, Handle]], where: str) -> Entry:
-    missing = [role for role in ROLES["lora"] if role not in found]
-    if missing:
+def _entries(layer: str, found: Found, where: str) -> list[Entry]:
+    """One entry a method, in the order in which they act. The alpha is all methods', its key is the first's."""
+    shapes = {role: handle.shape for role, (_, handle) in found.items() if role != "alpha"}
+    methods = split(shapes)
+    if not methods:
         raise MissingKeysError(
-            f"layer {shown(layer)} has {listed(sorted(found))} but no {listed(missing)}",
-            where=f"{where}: {found[next(iter(found))][0]}",
+            f"layer {shown(layer)} has an alpha but no {listed(ROLES['lora'][:2])}",
+            where=f"{where}: {found['alpha'][0]}",
         )
-    a, b = (found[role][1].shape for role in ROLES["lora"])
-    if min(len(a), len(b)) < 2 or len(a) != len(b) or a[0] != b[1] or a[0] < 1:
-        raise ShapeMismatchError(
-            f"lora_A {a} and lora_B {b} of layer {shown(layer)} do not fit each other", where=where
-        )
-    if any(handle.dtype not in ("F64", "F32", "F16", "BF16") for role, (_, handle) in found.items() if role != "alpha"):
-        raise CheckpointError(f"layer {shown(layer)} has tensors that are no floating point numbers", where=where)
     alpha = found["alpha"][1] if "alpha" in found else None
     io.number(alpha)
-    return Entry(
-        "lora", layer, {role: found[role][1] for role in ROLES["lora"]}, alpha, tuple(key for key, _ in found.values())
-    )
+    entries: list[Entry] = []
+    for method, roles in methods.items():
+        _check(layer, method, {role: found[role][1] for role in roles}, f"{where}: {found[roles[0]][0]}")
+        own = {*roles, *(() if entries else ("alpha",))}
+        keys = tuple(key for role, (key, _) in found.items() if role in own)
+        entries.append(Entry(method, layer, {role: found[role][1] for role in roles}, alpha, keys))
+    return entries
+
+
+def _check(layer: str, method: str, tensors: Mapping[str, Handle], where: str) -> None:
+    """Raise for one method's tensors on one layer that are no whole, contradict each other, or are no floating point numbers."""
+    lost = missing(tensors)
+    if lost is None:
+        raise CheckpointError(
+            f"layer {shown(layer)} has {listed(sorted(tensors))}, which are parts of more than one {method}",
+            where=where,
+        )
+    if lost:
+        raise MissingKeysError(
+            f"layer {shown(layer)} has {listed(sorted(tensors))} of {method} but no {listed(lost)}", where=where
+        )
+    if why := contradiction({role: handle.shape for role, handle in tensors.items()}):
+        raise ShapeMismatchError(f"layer {shown(layer)}: {why}", where=where)
+    if any(handle.dtype not in ("F64", "F32", "F16", "BF16") for handle in tensors.values()):
+        raise CheckpointError(f"layer {shown(layer)} has tensors that are no floating point numbers", where=where)
 
 
 def _alpha_tensor(alpha: Handle | float) -> Handle:

@@ -84,7 +84,8 @@ def missing(roles: Collection[str]) -> tuple[str, ...] | None:
     fitting = [whole - own for whole in wholes if own <= whole]
     if not fitting or set(MAGNITUDES) <= set(roles):
         return None
-    return tuple(sorted(min(fitting, key=len)))
+    fewest: set[str] = min(fitting, key=len)
+    return tuple(sorted(fewest))
 
 
 def rank(shapes: Mapping[str, Shape]) -> int:
@@ -103,7 +104,8 @@ def contradiction(shapes: Mapping[str, Shape]) -> str:
         if len(sizes) > 1 or 0 in sizes:
             told = ", ".join(f"{role} {shapes[role]}" for role in dict.fromkeys(r for r, _ in group) if role in shapes)
             return f"{told} have different ranks" if len(sizes) > 1 else f"{told} have rank 0"
-    return ""
+    empty = [f"{role} {shape}" for role, shape in shapes.items() if 0 in shape]
+    return f"{', '.join(empty)} is empty" if empty else ""
 
 
 def _rank_axes(roles: Collection[str]) -> list[list[tuple[str, int]]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from PIL import Image
 
 import diffpeft
@@ -62,3 +63,24 @@ def test_the_readme_has_the_two_commands_alone_on_a_line_and_its_links_lead_some
     assert "\nmake demo\n" in text and "\nmake test\n" in text
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
+
+
+def snippets():
+    for page in ("README.md", "docs/methods.md", "docs/adapters.md"):
+        for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)):
+            yield pytest.param(block, id=f"{page}-{i}")
+
+
+@pytest.mark.parametrize("block", snippets())
+def test_the_pages_python_runs(block, fresh, tmp_path, monkeypatch):
+    """Each block on a pipeline of its own, on which the adapters that it speaks of are loaded unless it loads them itself."""
+    monkeypatch.chdir(tmp_path)
+    pipe = fresh(torch.float32)
+    for name in ("style", "person"):
+        config = diffpeft.LoraConfig(r=2, init_lora_weights=False)
+        diffpeft.attach(pipe, config, name, targets=["attn1.to_q", "up_blocks.0.attentions.0.proj_in", "fc1"])
+        diffpeft.save_lora(pipe, f"{name}.safetensors", name=name)
+        if "load_lora(" in block:
+            diffpeft.unload(pipe)
+    quick = block.replace('pipe("a castle")', 'pipe("a castle", num_inference_steps=1)')
+    exec(quick, {"pipe": pipe, "unet": pipe.unet, "diffpeft": diffpeft, "torch": torch})

@@ -26,7 +26,6 @@ class Format(Protocol):
     name: str
     flat: bool
     folder: bool
-    alpha_is_tensor: bool  # else alphas stand in the metadata
     owned: frozenset[str]  # the keys of the metadata that only this format writes
 
     def split(self, key: str) -> Part | None:
@@ -43,6 +42,9 @@ class Format(Protocol):
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         """The tensors by role as this format has them. Nothing is computed: only names and axes of 1 may change."""
+
+    def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
+        """{canonical layer: alpha} of the alphas that stand beside the tensors; the others are the metadata's."""
 
     def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
         """What this format says about the entries in the metadata; `kept` is the adapter's own."""

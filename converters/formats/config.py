@@ -11,8 +11,9 @@ from typing import Any
 from converters.roles import rank
 from diffpeft import io
 from diffpeft.bundle import Entry
-from diffpeft.errors import UnsafeFileError, shown
+from diffpeft.errors import CheckpointError, UnsafeFileError, shown
 
+MAX_TERMS = 100  # a file must not make a rotation endless work
 ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by peft_type
 
 
@@ -47,6 +48,8 @@ def alpha(config: Mapping[str, Any], names: Iterable[str], r: int) -> float | No
 def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of an input-side OFT. The series ended in another term before PEFT 0.18, which is also when configs began to say a version."""
     terms = int(config.get("num_cayley_neumann_terms", 5)) if config.get("use_cayley_neumann", True) else 0
+    if not 0 <= terms <= MAX_TERMS:
+        raise CheckpointError(f"num_cayley_neumann_terms is {terms}", remedy=f"At most {MAX_TERMS} are computed.")
     options = {"neumann": terms, "coft": float(config.get("eps", 6e-5)) if config.get("coft") else None}
     version = re.match(r"(\d+)\.(\d+)", config.get("peft_version") or "0.17")
     old = version is not None and (int(version[1]), int(version[2])) < (0, 18)

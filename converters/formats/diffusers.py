@@ -46,7 +46,7 @@ METADATA = "lora_adapter_metadata"
 class Diffusers:
     """Dotted names."""
 
-    name, flat, folder, alpha_is_tensor = "diffusers", False, False, False
+    name, flat, folder = "diffusers", False, False
     owned = frozenset({METADATA})
 
     def split(self, key: str) -> Part | None:
@@ -62,13 +62,15 @@ class Diffusers:
         return Part(component, *found) if found else None
 
     def join(self, part: Part, entry: Entry) -> str:
-        return f"{part.component}.{part.layer}.{suffix(part.role)}"
+        # for text encoders stock diffusers hands over to transformers, which reads this name only with `.weight`
+        end = ".weight" if part.role == "lora_magnitude_vector" and part.component.startswith("text_encoder") else ""
+        return f"{part.component}.{part.layer}.{suffix(part.role)}{end}"
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         try:
             config = json.loads(metadata.get(METADATA, "{}"))
             return [_configured(entry, _of_component(config, entry.layer)) for entry in entries]
-        except (ValueError, TypeError, AttributeError, re.error) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the metadata {METADATA!r} cannot be read ({error})") from error
@@ -87,6 +89,9 @@ class Diffusers:
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         return peft_magnitude(entry)
+
+    def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
+        return {}
 
     def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
         config: dict[str, Any] = {}

@@ -38,7 +38,7 @@ _SUFFIX_OF = {role: suffix for suffix, role in SUFFIXES.items()}
 class Kohya:
     """Flat names."""
 
-    name, flat, folder, alpha_is_tensor = "kohya", True, False, True
+    name, flat, folder = "kohya", True, False
     owned = frozenset({"ss_network_module"})
 
     def split(self, key: str) -> Part | None:
@@ -78,6 +78,12 @@ class Kohya:
             else h
             for role, h in entry.tensors.items()
         }
+
+    def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
+        """LyCORIS asks for a rotation's bound even where there is none, and then it is 0; to a scale that would be something else."""
+        scaled = {e.layer for e in entries if e.method not in ("oft", "boft") or _of_sd_scripts(e)}
+        free: dict[str, Handle | float] = {e.layer: 0.0 for e in entries if e.layer not in scaled}
+        return free | {e.layer: e.alpha for e in entries if e.alpha is not None}
 
     def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
         plain = all(magnitude_axis(e) is None and {*e.tensors} <= {"lora_A", "lora_B"} for e in entries)

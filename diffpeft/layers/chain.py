@@ -17,6 +17,9 @@ from diffpeft.layers.slot import BIAS, Part, Slot
 from diffpeft.methods import Link, Strength
 from diffpeft.methods.linalg import squares
 
+# One element of a weight that is copied takes as long as so many multiply-adds.
+_PASS = 40
+
 
 class Base:
     """The layer without adapters."""
@@ -37,6 +40,17 @@ class Base:
             return self.forward(x)
         return self.op.less_bias(self.forward(x)) if self.op.quantised else self.op.op(x, self.weight(), False)
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is F.linear with a weight that is simply here, so that one node may do it and an adapter."""
+        return self.op.plain and not torch.compiler.is_compiling()
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gate: Any, bias: bool, by: Tensor | None = None) -> Tensor:
+        if not self.plain:
+            return _low_rank(self, x, A, B, gate, bias, by)
+        m = self.op.module
+        return kernels.lora_linear(x, m.weight, m.bias if bias else None, A, B, gate, by)
+
     def weight(self) -> Tensor:
         return (self.op.weight() if self.own is None else self.own).to(self.dtype)
 
@@ -52,8 +66,16 @@ class Base:
         return kept[1]
 
 
+def _low_rank(link: Link, x: Tensor, A: Tensor, B: Tensor, gate: Any, bias: bool, by: Tensor | None = None) -> Tensor:
+    """`Link.low_rank` by the layer's parts."""
+    y = link(x, bias)
+    return link.op.add(y if by is None else link.op.rescaled(y, by, bias), link.op.down(x, A), B, gate)
+
+
 class _Later:
     """A link after another one."""
+
+    low_rank = _low_rank
 
     def __init__(self, before: Link):
         self.before, self.dtype = before, before.dtype
@@ -91,25 +113,47 @@ class Added(_Later):
             route = _route(slot, part, p, tokens)
             if route == "weight" and not op.quantised:
                 W = (self.before.weight() if W is None else W) + s * _masked(slot, part, p)
+            elif (
+                route == "own"
+                and len(self.terms) == 1
+                and isinstance(self.before, Base)
+                and self.before.plain
+                and (k := part.method.kron(p, part.spec))
+            ):
+                first, down, up = k
+                m, gate = self.op.module, s * part.method.scale(p, part.spec)
+                return kernels.kron_linear(x, m.weight, m.bias if bias else None, first, down, up, gate)
             elif route == "factors":
                 pairs.append((*part.method.factors(p, part.spec), s * part.method.scale(p, part.spec)))
             else:
                 others.append((slot, part, s))
-        y = self._low_rank(x, bias, W, pairs)
+        y = self._with_pairs(x, bias, W, pairs)
         for slot, part, s in others:
             y = slot(_one, part, op, y, x, s, self.dtype, tokens)
         return y
 
-    def _low_rank(self, x: Tensor, bias: bool, W: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor, Any]]) -> Tensor:
+    def _with_pairs(
+        self, x: Tensor, bias: bool, W: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor, Any]]
+    ) -> Tensor:
         """The layer before, with W in place of its weight if given, and all pairs of factors as one."""
         if not pairs:
             return self.before(x, bias) if W is None else self.op.op(x, W, bias)
         A, B, gate = _joined(pairs)
-        if W is None and isinstance(self.before, Base) and self.op.plain and not torch.compiler.is_compiling():
-            m = self.op.module
-            return kernels.lora_linear(x, m.weight, m.bias if bias else None, A, B, gate)
-        y = self.before(x, bias) if W is None else self.op.op(x, W, bias)
-        return self.op.add(y, self.op.down(x, A), B, gate)
+        if W is None and self._cheaper_in_weight(x, A):
+            W = torch.addmm(self.before.weight().flatten(1), B.flatten(1) * gate, A.flatten(1))
+            return self.op.op(x, W.view(self.op.geometry.shape), bias)
+        if W is None:
+            return self.before.low_rank(x, A, B, gate, bias)
+        return self.op.add(self.op.op(x, W, bias), self.op.down(x, A), B, gate)
+
+    def _cheaper_in_weight(self, x: Tensor, A: Tensor) -> bool:
+        """Whether a product of low rank is better added to the weight: without a backward pass, in a dtype that does not round it away."""
+        op, g, r = self.op, self.op.geometry, A.shape[0]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.dtype.itemsize < 4:
+            return False
+        if not isinstance(self.before, Base) or g.lookup or getattr(op.module, "_diffpeft_base", None) not in op.kinds:
+            return False  # a subclass may do more than its weight says
+        return (r + _PASS) * g.out * g.columns < r * op.positions(x) * (g.groups * g.columns + g.out)
 
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor, Any]:

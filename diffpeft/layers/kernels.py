@@ -5,11 +5,20 @@ Each has its plain form beside it for compiled code, where the compiler does thi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_CACHE = 2**15  # numbers that stay in the cache
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether a node may be made of these: nothing is compiled, and they are of one dtype."""
+    return not torch.compiler.is_compiling() and len({t.dtype for t in tensors}) == 1
 
 
 def _added(y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool, into: bool) -> Tensor:
@@ -53,43 +62,207 @@ def add(y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool, into: bool) ->
     return _added(y, h, B, gate, last, into=False)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """x W^T + b + gate * (x A^T) B^T as one node: nothing is saved but x and the rank activations."""
+def _rescaled(y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
+    """y * by + (1 - by) * b: what is not the bias is scaled; exactly y where `by` is 1."""
+    return y * by if b is None else torch.addcmul((1 - by) * b.to(by.dtype), y, by)
+
+
+def _rescaled_backward(g: Tensor, y: Tensor, by: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of y, by and b. On a CPU in pieces that stay in the cache."""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    rows = g.reshape(-1, g.shape[-1])
+    if torch.is_grad_enabled() or g.device.type != "cpu":
+        gy, products = g * by, (rows * y.reshape(rows.shape)).sum(0, dtype=wide)
+    else:
+        gy, products = torch.empty_like(g, memory_format=torch.contiguous_format), by.new_zeros(by.shape, dtype=wide)
+        pieces = [t.view(rows.shape).split(max(_CACHE // len(by), 1)) for t in (rows, y.reshape(rows.shape), gy)]
+        for part, of_y, of_gy in zip(*pieces, strict=True):
+            products += (part * of_y).sum(0, dtype=wide)
+            torch.mul(part, by, out=of_gy)
+    if b is None:
+        return gy, products.to(by.dtype), None
+    total = rows.sum(0, dtype=wide)
+    return gy, (products - total * b).to(by.dtype), ((1 - by) * total).to(b.dtype)
+
+
+class _Rescale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y, by, b)
+        return _rescaled(y, by, b)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any) -> Tensor:
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _rescaled_backward(g, *ctx.saved_tensors)
+
+
+def rescale(y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
+    """y * by + (1 - by) * b.  y [*n, f], by [f], b [f]."""
+    if not eager(y, by):
+        return _rescaled(y, by, b)
+    return _Rescale.apply(y, by, b)
+
+
+def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """A result that nothing else refers to in another shape, and not as a view: autograd adds other gradients into it only then."""
+    return torch.ops.aten._unsafe_view(t, shape)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`lora_linear` as one node: nothing is saved but x, the rank activations, and what is scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any, by: Tensor | None
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         h = flat @ A.t()
         if isinstance(gate, Tensor):
             h *= gate
-        y = F.linear(x, W, b)
+        plain = F.linear(x, W, b)
+        y = plain if by is None else _rescaled(plain, by, b)
         y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=1 if isinstance(gate, Tensor) else gate)
-        ctx.save_for_backward(x, W, A, B, h)
+        ctx.save_for_backward(x, W, A, B, h, *(() if by is None else (b, by, plain)))
         ctx.gate = gate
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, W, A, B, h = ctx.saved_tensors
-        gate, needs = ctx.gate, ctx.needs_input_grad
+        x, W, A, B, h, *scaled = ctx.saved_tensors
+        gate, needs, gb, gby = ctx.gate, ctx.needs_input_grad, None, None
         scalar = 1.0 if isinstance(gate, Tensor) else gate
-        flat, x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        gh = flat @ B
-        if isinstance(gate, Tensor):
-            gh = gh * gate
-        gx = torch.addmm(flat @ W, gh, A, alpha=scalar) if needs[0] else None
-        gA = torch.mm(gh.t(), x).mul_(scalar) if needs[3] else None
+        flat, x_flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        gx = gA = None
+        if needs[0] or needs[3]:
+            gh = flat @ B
+            if isinstance(gate, Tensor):
+                gh *= gate
+            gA = torch.mm(gh.t(), x_flat).mul_(scalar) if needs[3] else None
         gB = torch.mm(flat.t(), h).mul_(scalar) if needs[4] else None
-        gW = flat.t() @ x if needs[1] else None
-        gb = flat.sum(0) if needs[2] else None
-        return None if gx is None else gx.view(*g.shape[:-1], -1), gW, gb, gA, gB, None
+        if scaled:
+            b, by, plain = scaled
+            g, gby, gb = _rescaled_backward(g, plain, by, b)
+            flat = g.reshape(flat.shape)
+        elif needs[2]:
+            gb = flat.sum(0)
+        if needs[0]:
+            gx = _shaped((flat @ W.to(flat.dtype)).addmm_(gh, A, alpha=scalar), x.shape)
+        gW = flat.t() @ x_flat if needs[1] else None
+        return gx, gW, gb, gA, gB, None, gby
 
 
-def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor) -> Tensor:
-    """x W^T + b + gate * (x A^T) B^T.  x [*n, i], W [o, i], A [r, i], B [o, r], gate a number or [r]."""
-    return _LoraLinear.apply(x, W, b, A, B, gate)
+def lora_linear(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor, by: Tensor | None = None
+) -> Tensor:
+    """by * x W^T + b + gate * (x A^T) B^T.  x [*n, i], W [o, i], A [r, i], B [o, r], gate a number or [r], by [o]."""
+    return _LoraLinear.apply(x, W, b, A, B, gate, by)
+
+
+class _KronLinear(torch.autograd.Function):
+    """x W^T + b + gate * x kron(first, up down)^T as one node. Slices lie outside positions, so that mixing them is one product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        first: Tensor,
+        down: Tensor | None,
+        up: Tensor,
+        gate: float,
+    ) -> Tensor:
+        (a, c), (f, r) = first.shape, up.shape
+        h = x.reshape(-1, x.shape[-1] // c)
+        h = (h if down is None else h @ down.t()).view(-1, c, r).transpose(0, 1).reshape(c, -1)
+        mixed = (first @ h).view(a, -1, r)
+        y = F.linear(x, W, b)
+        _apart(y, a).baddbmm_(mixed, up.t().expand(a, r, f), alpha=gate)
+        ctx.save_for_backward(x, W, first, down, up, h, mixed)
+        ctx.gate = gate
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, W, first, down, up, h, mixed = ctx.saved_tensors
+        (a, c), (f, r), needs = first.shape, up.shape, ctx.needs_input_grad
+        flat, blocks = g.reshape(-1, g.shape[-1]), _apart(g, a)
+        gx = gfirst = gdown = None
+        if needs[0] or needs[3] or needs[4]:
+            gmixed = torch.bmm(blocks, (up * ctx.gate).expand(a, f, r)).view(a, -1)
+            gfirst = gmixed @ h.t() if needs[3] else None
+            gh = (first.t() @ gmixed).view(c, -1, r)
+            if needs[4]:
+                gdown = torch.bmm(gh.mT, _apart(x, c)).sum(0)
+            if needs[0]:
+                gx = flat @ W.to(flat.dtype)
+                if down is None:
+                    _apart(gx, c).add_(gh)
+                else:
+                    _apart(gx, c).baddbmm_(gh, down.expand(c, *down.shape))
+                gx = _shaped(gx, x.shape)
+        gup = torch.bmm(blocks.mT, mixed).sum(0).mul_(ctx.gate) if needs[5] else None
+        gW = flat.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+        return gx, gW, flat.sum(0) if needs[2] else None, gfirst, gdown, gup, None
+
+
+def kron_linear(
+    x: Tensor, W: Tensor, b: Tensor | None, first: Tensor, down: Tensor | None, up: Tensor, gate: float
+) -> Tensor:
+    """x W^T + b + gate * x kron(first, up down)^T.  x [*n, c d], first [a, c], down [r, d] or none, up [f, r]; a f features out."""
+    return _KronLinear.apply(x, W, b, first, down, up, gate)
+
+
+_BLOCK = 32  # the smallest block whose product takes no longer than reading it
+
+
+class _Blocks(torch.autograd.Function):
+    """A batched product that reads and writes blocks of features where they lie."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, M: Tensor) -> Tensor:
+        ctx.save_for_backward(t, M)
+        y = t.new_empty(*t.shape[:-1], M.shape[0] * M.shape[2])
+        torch.bmm(_apart(t, M.shape[0]), M, out=_apart(y, M.shape[0]))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        t, M = ctx.saved_tensors
+        gt = _Blocks.apply(g, M.mT) if ctx.needs_input_grad[0] else None
+        gM = torch.bmm(_apart(t, M.shape[0]).mT, _apart(g, M.shape[0])) if ctx.needs_input_grad[1] else None
+        return gt, gM
+
+
+def _apart(t: Tensor, k: int) -> Tensor:
+    """[*n, k b] -> [k, n, b], without a copy where that can be."""
+    return t.reshape(-1, k, t.shape[-1] // k).transpose(0, 1)
 
 
 def block_product(t: Tensor, M: Tensor) -> Tensor:
-    """Each block of features times its matrix.  t [n, k, b], M [k, b, c] -> [n, k, c]."""
-    return torch.einsum("nkb,kbc->nkc", t, M)
+    """Each block of features times its matrix.  t [*n, k b], M [k, b, c] -> [*n, k c]."""
+    k, b, c = M.shape
+    if not eager(t, M):
+        return torch.einsum("...kb,kbc->...kc", t.unflatten(-1, (k, b)), M).flatten(-2)
+    q = math.gcd(k, _BLOCK // max(b, c)) if max(b, c) < _BLOCK else 1
+    if q > 1:  # q neighbours as one block with zeros beside the diagonal
+        apart = torch.eye(q, dtype=M.dtype, device=M.device).view(q, 1, q, 1)
+        M = (M.reshape(-1, q, b, 1, c) * apart).reshape(-1, q * b, q * c)
+    return _Blocks.apply(t, M)
+
+
+def butterfly(t: Tensor, sizes: tuple[int, ...], stages: Sequence[tuple[int, Tensor]], last: bool) -> Tensor:
+    """Features, seen as an array of `sizes`, through stages (axis, M): M mixes that axis together with the last one, for every place on the others.
+
+    t [n, f], or with features first [n, f, m]; M [f / d, d, d], d the size of both axes together. Between two stages features are copied once.
+    """
+    shape, axes = t.shape, len(sizes)
+    t = t.reshape(shape[0], *sizes, *shape[2:])
+    for axis, M in stages:
+        others = [1 + a for a in range(axes - 1) if a != axis]
+        order = [*others, 0, 1 + axis, axes] if last else [0, *others, 1 + axis, *range(axes, t.dim())]
+        t = t.permute(order)
+        flat = t.reshape(M.shape[0], -1, M.shape[1]) if last else t.reshape(shape[0], M.shape[0], M.shape[1], -1)
+        t = (torch.bmm(flat, M) if last else M.mT @ flat).view(t.shape)
+        t = t.permute([order.index(a) for a in range(t.dim())])
+    return t.reshape(shape)

@@ -6,7 +6,7 @@ A site lends methods the layer's operation (`methods.base.Op`) and gives its wei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffpeft.layers import kernels
 from diffpeft.methods import Geometry
+from diffpeft.methods.linalg import added
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -26,6 +27,7 @@ class _Site:
 
     kinds: tuple[Any, ...]  # classes, or (module, name) of classes in libraries that may not be there
     quantised = False
+    targets = True  # whether methods fit it; else it can only be given another bias
     plain = False  # forward is F.linear(x, weight, bias) and no more
 
     def __init__(self, module: Any, *rest: Any, **named: Any):
@@ -52,6 +54,12 @@ class _Site:
         """A canonical weight in the layer's own order: the inverse of `weight`."""
         return weight
 
+    def kron(
+        self: Any, y: Tensor, x: Tensor, first: Tensor, down: Tensor | None, up: Tensor, gate: float | Tensor
+    ) -> Tensor:
+        h = self.mix(x if down is None else self.grouped(x, down, first.shape[1]), first)
+        return added(y, self.blocks(h, up.T.expand(len(first), *up.T.shape)), gate)
+
     def _bias(self, like: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.to(like.dtype)
 
@@ -69,18 +77,14 @@ class _FeaturesLast(_Site):
         return kernels.add(y, h, weight, gate, last=True, into=not self.quantised and y.is_contiguous())
 
     def blocks(self, t: Tensor, matrices: Tensor) -> Tensor:
-        return kernels.block_product(t.reshape(-1, matrices.shape[0], matrices.shape[1]), matrices).reshape(
-            *t.shape[:-1], matrices.shape[0] * matrices.shape[2]
-        )
+        return kernels.block_product(t, matrices)
 
     def mix(self, t: Tensor, matrix: Tensor) -> Tensor:
         m, n = matrix.shape
         return (matrix @ t.reshape(-1, n, t.shape[-1] // n)).reshape(*t.shape[:-1], m * (t.shape[-1] // n))
 
-    def permuted(self, t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-        lead = t.shape[:-1]
-        t = t.reshape(*lead, *sizes)
-        return t.permute(*range(len(lead)), *(len(lead) + i for i in order)).reshape(*lead, -1)
+    def butterfly(self, t: Tensor, sizes: tuple[int, ...], stages: Sequence[tuple[int, Tensor]]) -> Tensor:
+        return kernels.butterfly(t.reshape(-1, t.shape[-1]), sizes, stages, last=True).view(t.shape)
 
     def scaled(self, t: Tensor, by: Tensor) -> Tensor:
         return t * by
@@ -89,7 +93,7 @@ class _FeaturesLast(_Site):
         return y + by
 
     def rescaled(self, y: Tensor, by: Tensor, bias: bool) -> Tensor:
-        return torch.addcmul((1 - by) * self.bias.to(y.dtype), y, by) if bias and self.bias is not None else y * by
+        return kernels.rescale(y, by, self._bias(y) if bias else None)
 
     def less_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y - self.bias.to(y.dtype)
@@ -229,11 +233,9 @@ class ConvSite(_Site):
         f = t.shape[self._axis(t)] // n
         return (matrix @ t.reshape(*lead, n, -1)).reshape(*lead, m * f, *space)
 
-    def permuted(self, t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-        axis = self._axis(t)
-        lead, space = t.shape[:axis], t.shape[axis + 1 :]
-        t = t.reshape(*lead, *sizes, -1).permute(*range(axis), *(axis + i for i in order), axis + len(sizes))
-        return t.reshape(*lead, -1, *space)
+    def butterfly(self, t: Tensor, sizes: tuple[int, ...], stages: Sequence[tuple[int, Tensor]]) -> Tensor:
+        flat = t.reshape(-1, t.shape[self._axis(t)], math.prod(t.shape[self._axis(t) + 1 :]))
+        return kernels.butterfly(flat, sizes, stages, last=False).view(t.shape)
 
     def _batched(self, t: Tensor) -> bool:
         return t.dim() == len(self.geometry.kernel) + 2
@@ -292,7 +294,21 @@ def _swapped(weight: Tensor, groups: int) -> Tensor:
     )
 
 
-SITES = (QuantisedSite, LinearSite, TransposedLinearSite, EmbeddingSite, ConvSite, TransposedConvSite)
+class NormSite(_Site):
+    """Normalising layers, whose bias may change: features are the last axes of LayerNorm, the second of the others."""
+
+    kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+    targets = False
+
+    @staticmethod
+    def geometry_of(module: Any) -> Geometry:
+        return Geometry(0 if module.weight is None else module.weight.numel(), 1)
+
+    def shifted(self, y: Tensor, by: Tensor) -> Tensor:
+        return y + (by if isinstance(self.module, nn.LayerNorm) else by.view(-1, *(1 for _ in y.shape[2:])))
+
+
+SITES = (QuantisedSite, LinearSite, TransposedLinearSite, EmbeddingSite, ConvSite, TransposedConvSite, NormSite)
 
 
 def site_of(cls: type[nn.Module]) -> type[_Site] | None:

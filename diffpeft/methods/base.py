@@ -7,7 +7,7 @@ A method knows no layer: it sees a Geometry, and works through what a layer lend
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -100,8 +100,12 @@ class Op(Protocol):
     def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
         """The operation with `weight` [f, in / n, *kernel] on each of n equal slices of the input features -> features [n * f]."""
 
-    def permuted(self, t: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-        """Features seen as an array of `sizes`, its axes put into another order, and flattened again."""
+    def kron(self, y: Tensor, x: Tensor, first: Tensor, down: Tensor | None, up: Tensor, gate: Strength) -> Tensor:
+        """y + gate * kron(first, up down) x: `grouped` with `down` if given, `mix` with `first` [m, n], each block times `up` [f, r]."""
+
+    def butterfly(self, t: Tensor, sizes: tuple[int, ...], stages: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """Features seen as an array of `sizes`, through stages (axis, matrices): that axis and the last one together are multiplied as a row
+        vector, one matrix [d, d] for each place on the other axes, in order."""
 
     def scaled(self, t: Tensor, by: Tensor) -> Tensor:
         """Features multiplied by `by` [features]."""
@@ -121,6 +125,9 @@ class Link(Protocol):
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
         """W x, with the layer's bias or without."""
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gate: Any, bias: bool, by: Tensor | None = None) -> Tensor:
+        """by * W x + gate * B A x and the bias. A [R, in / groups, *kernel], B [out, R, *1], by [out], gate: a number or [R]."""
 
     def weight(self) -> Tensor:
         """W, canonical, in `dtype`."""
@@ -216,6 +223,11 @@ class Additive(Method):
     @classmethod
     def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor] | None:
         """(A [R, in / groups, *kernel], B [out, R, *1]) with delta = B A exactly, if there is such a form."""
+        return None
+
+    @classmethod
+    def kron(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        """What `Op.kron` takes so that `add` is no more than that, if there is such a form."""
         return None
 
     @classmethod

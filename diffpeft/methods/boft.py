@@ -10,6 +10,8 @@ PEFT has m > 1 only with its CUDA extension (elsewhere it makes m = 1 of it); he
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as configs
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Op, Site, Spec, Strength, Tensors
-from diffpeft.methods.linalg import butterfly, cayley, columns_times, exchange, rows_times, wide
+from diffpeft.methods.linalg import added, butterfly, cayley, columns_times, exchange, rows_times, wide
 from diffpeft.methods.oft import (
     adopt_rescale,
     check_either,
@@ -35,8 +37,10 @@ from diffpeft.methods.oft import (
     turns_output,
 )
 
+# Numbers in a row of the matrices that several stages become.
+WIDEST = 80
 # Multiplications in a matrix product that take as long as one number takes in one stage: fp32, one CPU core.
-PASS = 1500
+PASS = 600
 
 
 @dataclass
@@ -169,26 +173,25 @@ class Boft(Method):
         op, geometry, on_output = before.op, spec.geometry, turns_output(spec)
         whole = not isinstance(s, Tensor) and s == 1
         possible = geometry.groups == 1 if on_output else geometry.pointwise and whole
-        if not possible or not cheaper_on_activations(geometry, on_output, op.positions(x), len(p["R"])):
+        if not possible or not cheaper_on_activations(geometry, on_output, op.positions(x), *p["R"].shape[::2]):
             return super().apply(before, x, p, spec, s, bias)
-        stages = _stages(p["R"].to(before.dtype), spec)
         if not on_output:
-            y = before(_turned(op, x, stages), bias)
+            y = before(_turned(op, x, p["R"], spec, before.dtype), bias)
             return op.rescaled(y, p["scale"].to(before.dtype), bias)
         y = before(x, bias)
         plain = op.less_bias(y) if bias else y
-        turned = _turned(op, plain, stages)
+        turned = _turned(op, plain, p["R"], spec, before.dtype)
         if "scale" in p:
             turned = op.scaled(turned, p["scale"].to(before.dtype))
-        return y + (s * (turned - plain)).to(y.dtype)
+        return added(y, turned - plain, s).to(y.dtype)
 
 
-def cheaper_on_activations(geometry: Geometry, on_output: bool, positions: int, m: int) -> bool:
+def cheaper_on_activations(geometry: Geometry, on_output: bool, positions: int, m: int, b: int) -> bool:
     """Whether turning activations costs less than turning the weight, whose gradient is one more product over all positions."""
     features = geometry.out if on_output else geometry.in_
     W = geometry.out * geometry.columns
     product = 0 if geometry.lookup else positions * W
-    return m * positions * features * PASS <= m * W * PASS + product
+    return len(spans(m, b // 2)) * positions * features * PASS <= m * W * PASS + product
 
 
 def _stages(R: Tensor, spec: Spec) -> list[tuple[int, Tensor]]:
@@ -197,14 +200,42 @@ def _stages(R: Tensor, spec: Spec) -> list[tuple[int, Tensor]]:
     return stages if side_of(spec) == "output" else stages[::-1]
 
 
-def _turned(op: Op, t: Tensor, stages: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """Activations through the stages."""
+def spans(m: int, half: int) -> list[tuple[int, int]]:
+    """The stages from first to last in spans of about equal length, each short enough that its matrices are no wider than WIDEST."""
+    most = max(int(math.log2(WIDEST / max(half, 1))), 1)
+    number = -(-m // most)
+    ends = [m * j // number for j in range(number + 1)]
+    return list(itertools.pairwise(ends))
 
-    def exchanged(t: Tensor, a: int, c: int, tail: int) -> Tensor:
-        n, b, _ = stages[0][1].shape
-        return op.permuted(t, (n * b // (a * c * tail), a, c, tail), (0, 2, 1, 3))
 
-    return butterfly(t, stages, exchanged, op.blocks)
+def _turned(op: Op, t: Tensor, R: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """Activations through the stages, several at a time: one pass over the activations costs more than wider matrices.
+
+    Stage i mixes index i, from the right, of the features seen as [n, 2, .., 2, 2, b / 2] together with the last one.
+    """
+    m, n, b, _ = R.shape
+    if m == 1:
+        return op.blocks(t, R[0].to(dtype))
+    taken = spans(m, b // 2)
+    sizes = (2 * n >> m, *(2 ** (high - low) for low, high in reversed(taken)), b // 2)
+    onward = side_of(spec) == "output"
+    stages = [(len(taken) - j, _span(R, *span, onward).to(dtype)) for j, span in enumerate(taken)]
+    return op.butterfly(t, sizes, stages if onward else stages[::-1])
+
+
+def _span(R: Tensor, low: int, high: int, onward: bool) -> Tensor:
+    """Stages low to high - 1 as one.  R [m, n, b, b] -> [n b / d, d, d], d = 2^(high - low) b / 2."""
+    (_, n, b, _), g = R.shape, high - low
+    if g == 1:
+        return R[low]
+    d = (b << g) // 2
+    t = torch.eye(d, dtype=R.dtype, device=R.device).expand(n * b // d, d, d)
+    for u in range(g) if onward else reversed(range(g)):
+        a, c = 2 ** (g - 1 - u), 2**u
+        t = t.reshape(-1, 2**low, d, a, 2, c, b // 2)
+        M = R[low + u].reshape(-1, a, c, 2**low, 2, b // 2, 2, b // 2)
+        t = torch.einsum("qldaxch,qaclxhyk->qldayck", t, M)
+    return t.reshape(-1, d, d)
 
 
 def _exchange(axis: int) -> Callable[..., Tensor]:

@@ -128,9 +128,8 @@ class Dora(Method):
         if axis == 1:
             y = before(op.scaled(x, k), bias)
             return op.add(y, op.down(op.scaled(x, c.to(before.dtype)), A), B, s * scale)
-        y = op.rescaled(before(x, bias), k, bias)
         rows = (s * scale * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
-        return op.add(y, op.down(x, A), B * rows, 1.0)
+        return before.low_rank(x, A, B * rows, 1.0, bias, k)
 
 
 def _rest(p: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from diffpeft.methods.linalg import added, core_shape, holds, kaiming, tucker_fa
 # How many multiply-adds take as long as the passes over one activation, and over one element of a weight that is built, added and
 # differentiated: in fp32 and in 16 bits, and whether the second half is one tensor. Measured on one core with 320 to 10240 features.
 _PASSES = {
-    ("wide", False): (500, 260),
-    ("wide", True): (600, 260),
+    ("wide", False): (150, 260),
+    ("wide", True): (200, 260),
     ("half", False): (1000, 2000),
     ("half", True): (2000, 2000),
 }
@@ -179,15 +179,21 @@ class LoKr(Additive):
         g, (o1, i1) = spec.geometry, _first_shape(p)
         if g.lookup:
             return added(y, _looked_up(x, p, g), gate)
+        if k := cls.kron(p, spec):
+            return op.kron(y, x, *k, gate)
         if "lokr_w2" not in p:
             down, up = _second_pair(p, g)
             h = _mixed(op, op.grouped(x, down, i1), p)
             return added(y, op.blocks(h, up.T.expand(o1, *up.T.shape)), gate)
-        w2, o2 = p["lokr_w2"], g.out // o1
-        i2 = g.shape[1] // i1
-        if not g.kernel and o1 * i2 * (i1 + o2) < i1 * o2 * (i2 + o1):
-            return added(y, op.grouped(_mixed(op, x, p), w2, o1), gate)
-        return added(y, _mixed(op, op.grouped(x, w2, i1), p), gate)
+        if _mixes_first(p, g):
+            return added(y, op.grouped(_mixed(op, x, p), p["lokr_w2"], o1), gate)
+        return added(y, _mixed(op, op.grouped(x, p["lokr_w2"], i1), p), gate)
+
+    @classmethod
+    def kron(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        if _in_two(p) or ("lokr_w2" in p and not _mixes_first(p, spec.geometry)):
+            return None
+        return _first(p), *((None, p["lokr_w2"]) if "lokr_w2" in p else _second_pair(p, spec.geometry))
 
 
 _HALVES = (
@@ -250,12 +256,21 @@ def _split(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w, eye) if o <= columns else (eye.reshape(columns, *w.shape[1:]), w.flatten(1))
 
 
-def _mixed(op: Op, t: Tensor, p: Tensors) -> Tensor:
-    """Blocks of features mixed by W1: as a product of two where that is clearly less work."""
+def _in_two(p: Tensors) -> bool:
+    """Whether W1 is a product whose factors are clearly less work one after the other."""
     o1, i1 = _first_shape(p)
-    if "lokr_w1" in p or 2 * len(p["lokr_w1_b"]) * (o1 + i1) >= o1 * i1:
-        return op.mix(t, _first(p))
-    return op.mix(op.mix(t, p["lokr_w1_b"]), p["lokr_w1_a"])
+    return "lokr_w1" not in p and 2 * len(p["lokr_w1_b"]) * (o1 + i1) < o1 * i1
+
+
+def _mixes_first(p: Tensors, g: Geometry) -> bool:
+    """Whether x is mixed by W1 before it goes through a whole W2: the other order is no less work."""
+    (o1, i1), (o2, i2) = _first_shape(p), p["lokr_w2"].shape[:2]
+    return not g.kernel and o1 * i2 * (i1 + o2) <= i1 * o2 * (i2 + o1)
+
+
+def _mixed(op: Op, t: Tensor, p: Tensors) -> Tensor:
+    """Blocks of features mixed by W1."""
+    return op.mix(op.mix(t, p["lokr_w1_b"]), p["lokr_w1_a"]) if _in_two(p) else op.mix(t, _first(p))
 
 
 def _looked_up(x: Tensor, p: Tensors, g: Geometry) -> Tensor:

@@ -23,13 +23,13 @@ from diffpeft.layers.adapted import (
     state_with,
     weights_of,
 )
-from diffpeft.layers.site import device_of, present, site_of
+from diffpeft.layers.site import device_of, present, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.model.mix import Adapter, Choice, Mix, Strength, check_idle, check_name, choose
-from diffpeft.model.target import adapted_layers, components, is_preset, select
+from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, select
 
 OVERSIZED = "layers are smaller than the rank"
 
@@ -151,6 +151,11 @@ def attach(
         }
         for component, found in chosen.items()
     }
+    if getattr(config, "bias", "none") == "all":
+        for component, model in parts.items():
+            other = {n: m for n, m in _biased(model).items() if n not in chosen[component]} if chosen[component] else {}
+            chosen[component] = {**chosen[component], **other}
+            slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
     _warn_adjusted(name, slots)
     large = [layer for component, found in slots.items() for layer in oversized(found)]
     if large and not is_preset(targets or config.target_modules):  # who named the layers should know
@@ -211,6 +216,21 @@ def _fresh(
     piece = Piece(method.name, fresh.tensors, fresh.alpha, Spec(op.geometry, fresh.alpha, fresh.options), fresh.frozen)
     slot = Slot([piece], {k: t for k, t in tensors.items() if k == BIAS}, trainable=True).train(module.training)
     return slot if dry_run else slot.to(device_of(module))
+
+
+def _biased(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have a bias which can be changed."""
+    return {
+        name: module
+        for name, (module, parent) in layers_of(model).items()
+        if getattr(module, "bias", None) is not None and not refusal(module, parent, name)
+    }
+
+
+def _bias_alone(module: Any, dry_run: bool) -> Slot:
+    """An adapter that only changes the layer's bias."""
+    shift = torch.zeros(module.bias.shape, device="meta" if dry_run else device_of(module))
+    return Slot([], {BIAS: shift}, trainable=True).train(module.training)
 
 
 def _weight(op: Any, dry_run: bool) -> torch.Tensor:

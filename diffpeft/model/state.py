@@ -63,7 +63,8 @@ def entries_of(layer: str, slot: Slot) -> list[Entry]:
     for part in slot.parts:
         p, alpha = part.method.stored({role: tensors.pop(role) for role in part.roles}, part.alpha)
         options = {k: v for k, v in part.spec.options.items() if k not in TRAINING}
-        found.append(Entry(part.method.name, layer, {role: io.handle(t) for role, t in p.items()}, alpha, (), options))
+        handles, shape = {role: io.handle(t) for role, t in p.items()}, part.spec.geometry.shape
+        found.append(Entry(part.method.name, layer, handles, alpha, (), options, shape))
     if tensors and found:
         found[0] = replace(found[0], tensors={**found[0].tensors, **{r: io.handle(t) for r, t in tensors.items()}})
     return found

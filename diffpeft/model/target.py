@@ -53,8 +53,13 @@ def _component_name(module: nn.Module) -> str:
 
 
 def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
-    """{dotted name: (layer, its parent)} of every layer some method fits, each module once. Adapters of ours are not entered."""
+    """{dotted name: (layer, its parent)} of every layer that can carry adapters, each module once. Adapters of ours are not entered."""
     return dict(_walk(model, "", None, set()))
+
+
+def targets_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+    """`layers_of` without those that methods do not fit, which have only a bias to change."""
+    return {name: (m, p) for name, (m, p) in layers_of(model).items() if (s := site_of(base_class(m))) and s.targets}
 
 
 def _walk(
@@ -94,7 +99,7 @@ def select(
             "no layers were chosen",
             remedy=f"Give targets: a preset ({', '.join(PRESETS)}), a regular expression or a list of names.",
         )
-    layers = {component: layers_of(model) for component, model in parts.items()}
+    layers = {component: targets_of(model) for component, model in parts.items()}
     names = [name for found in layers.values() for name in found]
     preset = is_preset(targets)
     entries, excluded = _entries(targets), _entries(exclude or ())

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from diffpeft.errors import AdapterStateError, UnknownNameError, shown
 from diffpeft.layers.adapted import record_of
 from diffpeft.model.attach import Plan, mix_of, mixes_of, remove
@@ -46,12 +48,27 @@ def set_adapters(target: Any, mix: Mapping[str, Strength]) -> None:
 
 @contextlib.contextmanager
 def adapters(target: Any, mix: Mapping[str, Strength]) -> Iterator[None]:
-    """`set_adapters` for this thread and this block only. Blocks nest; the inner one replaces the whole mix."""
+    """`set_adapters` for this thread and this block only. Blocks nest; the inner one replaces the whole mix.
+
+    Raises AdapterStateError where gradient checkpointing would run layers again outside the block.
+    """
     mixes = list(mixes_of(components(target)).values())
     check_mix(mix, mixes)
     _check_fused(target, mix)
+    _check_checkpointing(target)
     with forced({m.key: m.chosen(mix) for m in mixes}, mixes):
         yield
+
+
+def _check_checkpointing(target: Any) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for component, model in components(target).items():
+        if any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules()):
+            raise AdapterStateError(
+                f"gradient checkpointing is on in {component or 'the model'}: backward would run its layers again outside the block",
+                remedy="Use set_adapters, or torch.no_grad().",
+            )
 
 
 def _check_fused(target: Any, given: Mapping[str, Strength]) -> None:
@@ -86,7 +103,7 @@ def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
     given = [mix.choice.given[name] for mix in own.values() if name in mix.choice.given]
     return AdapterStatus(
         methods=frozenset(method for slot in slots for method in slot.methods),
-        ranks=tuple(sorted({slot.rank for slot in slots})),
+        ranks=tuple(sorted({slot.rank for slot in slots if slot.parts})),
         strength=copy.copy(given[0]) if given else 0.0,
         active=bool(given),
         fused=any(name in mix.fused for mix in own.values()),

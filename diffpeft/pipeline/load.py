@@ -26,9 +26,12 @@ from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
 from diffpeft.model.state import bundle_of
-from diffpeft.model.target import components, layers_of
+from diffpeft.model.target import components, targets_of
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import Layers, kept, matched
+
+_FILES = ("diffusers", "kohya")  # formats of one file, the preferred one first
+_BOUNDED = ("oft", "boft")  # methods whose alpha is a bound, and 0 none
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def load_lora(
     """Load an adapter onto a pipeline (or one of its models) and activate it at strength `weight`, after those already active.
 
     Args:
-        source: a .safetensors file, a folder with one, a dict of tensors, a Bundle, or a Hub id (`revision`, `filename`).
+        source: a .safetensors file, a folder with one, a PEFT folder, a dict of tensors, a Bundle, or a Hub id (`revision`, `filename`).
         name: default: the file's name without its ending.
         strict: False carries an adapter's tensors for layers that the model lacks, with a warning, instead of refusing the file.
         trainable: the tensors get gradients, and are float32.
@@ -73,7 +76,7 @@ def load_lora(
     parts = components(target)
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
-    layers = {component: layers_of(model) for component, model in parts.items()}
+    layers = {component: targets_of(model) for component, model in parts.items()}
     own = family or family_of(target)
     where = source if isinstance(source, Bundle) else located(source, revision, filename)
     bundle = _read(where, own, family, {component: list(found) for component, found in layers.items()})
@@ -91,15 +94,15 @@ def save_lora(
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
-    format: str = "diffusers",
+    format: str | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter to `path` (.safetensors), whole or not at all.
+    """Write an adapter to `path`, whole or not at all: a .safetensors file, or under any other name a PEFT folder.
 
     Args:
         name: may be left out if there is only one.
-        format: one of converters.FORMATS.
+        format: one of converters.FORMATS; default: for a file diffusers if it can hold the adapter, else kohya; for a folder peft.
         dtype: of the factors; default: as they are stored.
         metadata: added to what the adapter's own file held.
     """
@@ -113,6 +116,9 @@ def save_lora(
         name = known.pop()
     bundle = bundle_of(target, name, family_of(target) or next(iter(converters.TABLES)))
     bundle.metadata |= {str(k): str(v) for k, v in (metadata or {}).items()}
+    if format is None:
+        formats = _FILES if os.fspath(path).endswith(".safetensors") else ("peft",)
+        format = next((f for f in formats if not converters.refusal(bundle, f)), formats[0])
     converters.write(bundle, path, format=format, dtype=dtype)
 
 
@@ -185,7 +191,7 @@ def _report(name: str, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], 
 
 def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]]) -> None:
     """Say what was kept without effect, and what is unusual."""
-    idle = [entry.layer for entry in bundle.entries if io.number(entry.alpha) == 0]
+    idle = [e.layer for e in bundle.entries if e.method not in _BOUNDED and io.number(e.alpha) == 0]
     large = [layer for found in slots.values() for layer in oversized(found)]
     for what, names in (
         ("tensors are kept but have no effect here", report.carried),

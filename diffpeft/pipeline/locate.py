@@ -1,4 +1,4 @@
-"""Where an adapter lies: a file, a folder with one, or a repository on the Hub."""
+"""Where an adapter lies: a file, a folder with one, a PEFT folder, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from diffpeft.errors import CheckpointError, UnreadableFileError, listed, near, 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE = "pytorch_lora_weights.safetensors"
+_PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def located(source: Any, revision: str | None = None, filename: str | None = None) -> Any:
@@ -35,6 +36,8 @@ def located(source: Any, revision: str | None = None, filename: str | None = Non
 
 
 def _in_folder(folder: Path, filename: str | None) -> Path:
+    if not filename and all((folder / name).is_file() for name in _PEFT):
+        return folder
     files = sorted(folder.glob("*.safetensors"))
     if filename or (folder / _FILE).is_file():
         return folder / (filename or _FILE)
@@ -51,8 +54,16 @@ def _downloaded(repo: str, revision: str | None, filename: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    def get(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, revision=revision))
+
     try:
-        return Path(hf_hub_download(repo, filename or _FILE, revision=revision))
+        try:
+            return get(filename or _FILE)
+        except EntryNotFoundError as error:
+            if filename or isinstance(error, LocalEntryNotFoundError):
+                raise
+            return [get(name) for name in _PEFT][-1]
     except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UnreadableFileError(
             f"cannot get {filename or _FILE} of {shown(repo)} from the Hub",

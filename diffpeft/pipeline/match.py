@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, Handle, canonical, dotted
+from diffpeft.bundle import Bundle, Entry, Handle, canonical, dotted, parted
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,
@@ -27,6 +27,7 @@ from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.target import spellings
 
+WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
 Layers = Mapping[str, Mapping[str, tuple[nn.Module, nn.Module | None]]]  # {component: {layer: (module, its parent)}}
 
 
@@ -48,8 +49,8 @@ def matched(
         for name in (canonical(component, layer), dotted(component, spelt))
     }
     places = [(entry, owners.get(entry.layer)) for entry in bundle.entries]
-    lost = [e for e, place in places if place is None and e.layer.partition(".")[0] in parts]
-    absent = [e for e, place in places if place is None and e.layer.partition(".")[0] not in parts]
+    lost = [e for e, place in places if place is None and parted(e.layer)[0] in parts]
+    absent = [e for e, place in places if place is None and parted(e.layer)[0] not in parts]
     if lost and strict:
         raise UnknownKeysError(
             f"the model has no layer for {len(lost)} of {len(places)} adapted layers",
@@ -86,7 +87,7 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
         for component, model in parts.items()
         for key in model.state_dict(keep_vars=True)
         for spelt in spellings(key)
-        for name in (spelt, f"{component}.{spelt}")
+        for name in (spelt, dotted(component, spelt), f"{WRAPPED}{spelt}")
     }
     bad = [key for key in bundle.carried if key in own or ".base_layer." in key] + [
         e.layer for e in bundle.entries if "base_layer" in e.layer.split(".")
@@ -100,11 +101,13 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
 
 
 def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], layers: Layers) -> None:
-    wrong, refused, taken = [], [], set()
+    wrong: list[str] = []
+    refused: list[str] = []
+    taken: set[tuple[tuple[str, str], str]] = set()
     for entry, place in found:
         module, parent = layers[place[0]][place[1]]
         spec = _spec(entry, module)
-        own = {role: h for role, h in entry.tensors.items() if role != BIAS}
+        own = {role: torch.empty(h.shape, device="meta") for role, h in entry.tensors.items() if role != BIAS}
         if why := METHODS[entry.method].check(own, spec):
             wrong.append(f"{entry.layer}: {why}")
         if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import converters
 import diffpeft
 from diffpeft.errors import ConfigError, DataError, UnknownNameError
-from diffpeft.families import Family, open_family
-from diffpeft.methods import METHODS
+from diffpeft.families import Family, family_of, open_family
+from diffpeft.methods import METHODS, BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from diffpeft.model.attach import attach
-from diffpeft.model.state import parameters_of, slots_of
+from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.model.target import PRESETS
 from diffpeft.pipeline.load import save_lora
 from diffpeft.pipeline.open import check_model, default_device, default_dtype, open_pipeline
@@ -127,12 +128,29 @@ def resolution(config: TrainConfig, family: Family) -> int:
     return size
 
 
+def adapter_of(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
+    """The method's own config and keywords. Rotations turn the output, as in the files that image programs read; their rank is the size of a block."""
+    lora: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    product: dict[str, Any] = {"r": config.rank, "alpha": config.alpha, "rank_dropout": config.dropout}
+    block: dict[str, Any] = {"oft_block_size": config.rank, "module_dropout": config.dropout}
+    butterfly: dict[str, Any] = {"boft_block_size": config.rank, "boft_dropout": config.dropout}
+    table: dict[str, tuple[Any, dict[str, Any]]] = {
+        "lora": (LoraConfig(**lora), {}),
+        "dora": (LoraConfig(**lora, use_dora=True), {}),
+        "loha": (LoHaConfig(**product), {}),
+        "lokr": (LoKrConfig(**product), {}),
+        "oft": (OFTConfig(**block), {"side": "output"}),
+        "boft": (BOFTConfig(**butterfly), {"side": "output"}),
+    }
+    return table[config.method]
+
+
 def adapt(config: TrainConfig, family: Family, name: str) -> None:
     """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
     for module in family.pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
-    settings = METHODS[config.method].config(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout)
+    settings, keywords = adapter_of(config)
     components = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
     for component in components:
         targets = (
@@ -144,6 +162,7 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
             name,
             targets=targets,
             generator=draw.generator(config.seed, "init", component),
+            **keywords,
         )
     for slot in slots_of(family.pipe, name).values():
         slot.train()
@@ -212,10 +231,11 @@ def _batch(
 
 
 def save(run: Run) -> list[Path]:
-    """Write the adapter, one file a format, into the output folder."""
-    out = Path(run.config.out or "")
-    paths = [out / f"{run.name}.{format}.safetensors" for format in FORMATS]
-    for format, path in zip(FORMATS, paths, strict=True):
+    """Write the adapter, one file for each format that can hold it, into the output folder."""
+    bundle = bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
+    formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
+    paths = [Path(run.config.out or "") / f"{run.name}.{format}.safetensors" for format in formats]
+    for format, path in zip(formats, paths, strict=True):
         save_lora(run.family.pipe, path, name=run.name, format=format, metadata=_metadata(run))
     return paths
 

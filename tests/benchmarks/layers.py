@@ -159,9 +159,12 @@ def contests(case: Case) -> Iterator[Contest]:
         {"peft": always(1.0)},
         same=False,  # PEFT's own folds patches that overlap
     )
+    theirs = lycoris.DiagOFTModule(
+        "layer", case.layer(), lora_dim=32
+    ).block_size  # 20 where 32 gives fewer than 32 blocks
     yield Contest(
-        "OFT, output side",
-        diffpeft.OFTConfig(**exact),
+        f"OFT, output side, {theirs}",
+        diffpeft.OFTConfig(**{**exact, "oft_block_size": theirs}),
         {"lycoris": lycoris_layer(lycoris.DiagOFTModule, lora_dim=32)},
         {"lycoris": always(0.75)},
         dict(side="output"),

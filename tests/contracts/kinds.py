@@ -132,5 +132,5 @@ def blocks(n: int = 3, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def test_every_site_has_a_kind():
-    kinds = {cls for site in SITES for cls in site.kinds if isinstance(cls, type)} - {nn.ConvTranspose3d}
+    kinds = {cls for site in SITES if site.targets for cls in site.kinds if isinstance(cls, type)}
     assert kinds <= {type(make()) for make, _ in KINDS.values()}

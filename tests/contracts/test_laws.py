@@ -263,13 +263,17 @@ def operations(pipe, file):
         "load_lora": lambda: diffpeft.load_lora(pipe, file, name="new"),
         "unload": lambda: unload(pipe, "old"),
         "detach": lambda: detach(pipe, "old"),
+        "fuse": lambda: diffpeft.fuse(pipe),
+        "to_lora": lambda: diffpeft.to_lora(pipe, "old", name="new", rank=1),
+        "to_lora in place": lambda: diffpeft.to_lora(pipe, "old", rank=1),
+        "combine": lambda: diffpeft.combine(pipe, {"old": 0.5}, name="new"),
         "set_adapters": lambda: set_adapters(pipe, {"old": {"unet": 0.3, "text_encoder": 0.6}}),
     }
 
 
 @pytest.fixture
 def adapted(pipe, adapter):
-    attach(pipe, config("lora"), "old", targets=["conv_in", "time_emb_proj", "fc1"])
+    attach(pipe, config("loha"), "old", targets=["conv_in", "time_emb_proj", "fc1"])
     return pipe, adapter()
 
 
@@ -693,6 +697,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(form, reentrant, random
         model.zero_grad()
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_block_and_gradient_checkpointing_exclude_each_other(pipe):
+    """Backward runs the layers again, after the block."""
+    give(pipe.unet, "lora", targets=["conv_in"])
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
+    with pytest.raises(AdapterStateError, match="checkpointing"), adapters(pipe, {"default": 0.5}):
+        pass
+    with torch.no_grad(), adapters(pipe, {"default": 0.5}):
+        pass
+    pipe.unet.eval()
+    with adapters(pipe, {"default": 0.5}):
+        pass
 
 
 # what is dropped, and where: config fields that drop something

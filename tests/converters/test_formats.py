@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import converters
 from converters import FORMATS, TABLES
 from converters.formats import Part
-from converters.roles import ROLES
-from diffpeft.bundle import canonical
+from converters.roles import MAGNITUDES, ROLES
+from diffpeft.bundle import Entry, canonical
 from diffpeft.errors import UnknownKeysError, WrongBaseError
 
 LAYERS = [
@@ -32,20 +32,33 @@ def layers():
     }
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("role", [role for roles in ROLES.values() for role in roles])
+FILES = [name for name, fmt in FORMATS.items() if not fmt.folder]
+NAMED = [  # what a format has a name for
+    (name, role)
+    for name, fmt in FORMATS.items()
+    for role in sorted({*(role for roles in ROLES.values() for role in roles), *MAGNITUDES, "diff_b"})
+    if not (fmt.flat and role.startswith(("lora_emb", "lora_B_", "lora_mag", "oft_R", "oft_emb", "boft_")))
+]
+
+
+def entry(layer):
+    return Entry("lora", layer, {})
+
+
+@pytest.mark.parametrize("format, role", NAMED)
 def test_split_undoes_join(format, role):
     fmt = FORMATS[format]
     for _, component, layer in layers():
-        part = fmt.split(fmt.join(Part(component, layer, role)))
-        assert part == Part(component, layer.replace(".", "_") if fmt.flat else layer, role)
+        part = fmt.split(fmt.join(Part(component, layer, role), entry(f"{component}.{layer}")))
+        spelt = layer.removeprefix("text_model.") if fmt.folder else layer.replace(".", "_") if fmt.flat else layer
+        assert part == Part("" if fmt.folder else component, spelt, role)
 
 
-@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.alpha_is_tensor])
+@pytest.mark.parametrize("format", ["kohya"])
 def test_split_undoes_join_for_alphas(format):
     fmt = FORMATS[format]
     for _, component, layer in layers():
-        assert fmt.split(fmt.join(Part(component, layer, "alpha"))).role == "alpha"
+        assert fmt.split(fmt.join(Part(component, layer, "alpha"), entry(f"{component}.{layer}"))).role == "alpha"
 
 
 def test_flat_names_have_one_meaning():
@@ -62,7 +75,7 @@ def test_a_flat_name_that_no_template_gives_has_no_meaning(flat):
     assert TABLES["sd15"].dotted("unet", flat) is None and TABLES["sd15"].dotted("nowhere", "conv_in") is None
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FILES)
 @pytest.mark.parametrize("family", TABLES)
 def test_every_layer_of_a_family_survives_a_file(format, family, tmp_path):
     names = sorted(
@@ -82,7 +95,7 @@ def test_every_layer_of_a_family_survives_a_file(format, family, tmp_path):
     assert not again.carried
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FILES)
 def test_detection_reads_back_what_was_written(format, adapter):
     found = converters.detect(adapter(format))
     assert (found.format, found.family, found.methods, found.confidence) == (

@@ -28,6 +28,8 @@ class Dense:
 
 
 class Operation:
+    quantised = False
+
     def __init__(self, layer):
         self.layer, self.geometry = layer, layer.geometry
 
@@ -42,9 +44,13 @@ class Operation:
     def blocks(self, t, matrices):
         return torch.einsum("...kb,kbc->...kc", t.unflatten(-1, (len(matrices), -1)), matrices).flatten(-2)
 
-    def permuted(self, t, sizes, order):
-        lead = t.dim() - 1
-        return t.unflatten(-1, sizes).permute(*range(lead), *(lead + i for i in order)).flatten(lead)
+    def butterfly(self, t, sizes, stages):
+        shape = t.shape
+        for axis, matrices in stages:
+            t = t.reshape(-1, *sizes).movedim(axis + 1, -2)
+            seen, r = t.shape, sizes[axis] * sizes[-1]
+            t = torch.einsum("zkb,kbc->zkc", t.reshape(seen[0], -1, r), matrices).reshape(seen).movedim(-2, axis + 1)
+        return t.reshape(shape)
 
     def scaled(self, t, by):
         return t * by

@@ -45,6 +45,12 @@ class FakeOp:
     def mix(self, t, matrix):
         return torch.einsum("mn,...nf->...mf", matrix, t.unflatten(-1, (matrix.shape[1], -1))).flatten(-2)
 
+    def kron(self, y, x, first, down, up, gate):
+        second = up if down is None else up @ down
+        return y + gate * torch.einsum(
+            "ac,bd,...cd->...ab", first, second, x.unflatten(-1, (first.shape[1], -1))
+        ).flatten(-2)
+
     def grouped(self, x, weight, n):
         return torch.einsum("fi,...ni->...nf", weight, x.unflatten(-1, (n, -1))).flatten(-2)
 

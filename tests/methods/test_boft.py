@@ -162,10 +162,11 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output(geometry, side, s, cheaper
 
 
 def test_few_positions_turn_activations_and_many_the_weight():
-    square = Geometry(640, 640)
-    assert boft.cheaper_on_activations(square, False, 77, 2)
-    assert not boft.cheaper_on_activations(square, False, 4096, 2)
-    assert boft.cheaper_on_activations(Geometry(768, 49408, lookup=True), True, 77, 2)
+    narrow = Geometry(640, 64)
+    assert boft.cheaper_on_activations(narrow, True, 64, 2, 8)
+    assert not boft.cheaper_on_activations(narrow, True, 4096, 2, 8)
+    assert boft.cheaper_on_activations(Geometry(640, 640), True, 4096, 2, 8)
+    assert boft.cheaper_on_activations(Geometry(768, 49408, lookup=True), True, 77, 2, 8)
 
 
 # PEFT

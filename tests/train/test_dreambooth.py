@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import diffpeft
-from diffpeft import ConfigError, DivergedError, TrainConfig
+from diffpeft import METHODS, ConfigError, DivergedError, TrainConfig
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
 
@@ -51,6 +51,21 @@ def test_a_run_follows_from_its_seed(photos):
     other, third = trained(photos=photos, seed=6)
     assert run.losses == again.losses and all(torch.equal(first[k], second[k]) for k in first)
     assert run.losses != other.losses and not all(torch.equal(first[k], third[k]) for k in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_its_files_load(method, photos, embedded):
+    run = dreambooth.train(config(photos, method=method, lr=1e-2))
+    files = dreambooth.save(run)
+    assert files
+    x = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.randn(2, 7, 192)
+    with torch.no_grad():
+        want, base = run.family.pipe.unet.eval()(*x).sample, embedded.unet(*x).sample
+        assert (want - base).abs().max() > 1e-4
+        for file in files:
+            assert diffpeft.load_lora(embedded, file, name="trained").methods == {method}
+            torch.testing.assert_close(embedded.unet(*x).sample, want, rtol=0, atol=1e-5)  # fp32, a whole UNet
+            diffpeft.unload(embedded)
 
 
 def test_a_run_knows_what_its_defaults_came_to(photos):

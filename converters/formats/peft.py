@@ -1,0 +1,218 @@
+"""PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors`, keys `base_model.model.mid_block.attentions.0.proj_in.lora_A.weight`.
+
+A folder holds one component and one method; alphas, ranks and what rotations must know stand in the config. Written in the dialect of PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from converters.formats import config as configs
+from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
+from converters.formats.diffusers import peft_magnitude
+from converters.formats.fields import TYPES, Unfit, blocks_of, fields, layers_of, own_name
+from converters.roles import ROLES
+from diffpeft import io
+from diffpeft.bundle import Entry, Handle, parted
+from diffpeft.errors import CheckpointError, UnsafeFileError, listed, shown
+
+WEIGHTS, FILE = "adapter_model.safetensors", "adapter_config.json"
+CONFIG = "diffpeft.adapter_config"  # where a Bundle's metadata has the config
+PREFIX = "base_model.model."
+_HELD = {role for roles in ROLES.values() for role in roles} - {"lora_mid", "oft_blocks", "rescale"}
+
+
+class Peft:
+    """Dotted names without a component."""
+
+    name, flat, folder = "peft", False, True
+    owned = frozenset({CONFIG})
+
+    def split(self, key: str) -> Part | None:
+        found = dotted_role(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
+        return Part("", *found) if found else None
+
+    def join(self, part: Part, entry: Entry) -> str:
+        return f"{PREFIX}{own_name(entry.layer)}.{suffix(part.role)}"
+
+    def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
+        if CONFIG not in metadata:
+            raise CheckpointError(
+                f"these are PEFT's names, and there is no {FILE} that says the alphas",
+                remedy=f"Pass the folder with {WEIGHTS} and {FILE}.",
+            )
+        try:
+            config = json.loads(metadata[CONFIG])
+            _check(config, entries)
+            return [_configured(entry, config) for entry in entries]
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, re.error) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{FILE} cannot be read ({error})") from error
+
+    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+        try:
+            self._fields(entries)
+        except Unfit as why:
+            return why.why, why.layers
+        return None
+
+    def stored(self, entry: Entry) -> dict[str, Handle]:
+        """The core of a one-dimensional convolution has one more axis here than in LyCORIS."""
+        cores = ("hada_t1", "hada_t2", "lokr_t2")
+        return {
+            role: io.reshaped(h, (*h.shape, 1)) if role in cores and len(h.shape) == 3 else h
+            for role, h in peft_magnitude(entry).items()
+        }
+
+    def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
+        return {}
+
+    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+        """The config: the adapter's own where that still says the same."""
+        if CONFIG in kept and self._says(kept[CONFIG], entries):
+            return {CONFIG: kept[CONFIG]}
+        config = {"base_model_name_or_path": None, "task_type": None, **self._fields(entries)}
+        config |= {"target_modules": sorted({own_name(e.layer) for e in entries})}
+        return {CONFIG: json.dumps(config, indent=2, sort_keys=True)}
+
+    def _says(self, config: str, entries: Sequence[Entry]) -> bool:
+        """Whether a config gives these entries the alphas and options that they have."""
+        options = lambda e: {k: v for k, v in e.options.items() if v is not None}  # noqa: E731
+        alpha = lambda e: math.nan if (a := io.number(e.alpha)) is None else a  # noqa: E731
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again = self.configured([replace(e, alpha=None, options={}) for e in entries], {CONFIG: config})
+        except CheckpointError:
+            return False
+        return all(
+            options(a) == options(b)
+            and (a.alpha is b.alpha or math.isclose(alpha(a), alpha(b), rel_tol=1e-6))  # kohya's alphas are float32
+            and all(a.tensors[role] is b.tensors[role] for role in a.tensors)
+            for a, b in zip(again, entries, strict=True)
+        )
+
+    def _fields(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """The fields of a config with which PEFT makes these tensors. Raises Unfit."""
+        if not entries:
+            raise Unfit("there is no adapter", [])
+        components = {parted(e.layer)[0] for e in entries}
+        if len(components) > 1:
+            raise Unfit(f"a folder holds one component, not {' and '.join(sorted(components))}", layers_of(entries))
+        over = [e for e in entries if len(e.methods) > 1]
+        if over:
+            raise Unfit(f"PEFT has no {' over '.join(sorted(over[0].methods))}", layers_of(over))
+        inputs = [e for e in entries if magnitude_axis(e) == 1]
+        if inputs:
+            raise Unfit("PEFT's DoRA has a magnitude for each output, not for each input", layers_of(inputs))
+        extra = {e.layer: sorted({*self.stored(e)} - _HELD - {"lora_magnitude_vector"}) for e in entries}
+        if lost := {layer: roles for layer, roles in extra.items() if roles}:
+            roles = sorted({role for found in lost.values() for role in found})
+            what = " (PEFT turns inputs, LyCORIS and sd-scripts outputs)" if "oft_blocks" in roles else ""
+            raise Unfit(f"PEFT has no {' and '.join(roles)}{what}", list(lost))
+        methods = sorted({e.method for e in entries})
+        if len(methods) > 1:
+            few = min(methods, key=lambda m: sum(e.method == m for e in entries))
+            raise Unfit(f"a folder holds one method, not {' and '.join(methods)}", layers_of(entries, few))
+        return fields(entries)
+
+
+def _names(layer: str) -> tuple[str, ...]:
+    return tuple({parted(layer)[1], parted(layer)[1].removeprefix("text_model.")})
+
+
+# Reading
+
+
+def _check(config: Any, entries: Sequence[Entry]) -> None:
+    """Raise for a config that says something else than the tensors, or that names code."""
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{FILE} is no table")
+    if config.get("megatron_core") not in (None, "megatron.core"):
+        raise UnsafeFileError(
+            f"{FILE} names code to import, {shown(config['megatron_core'])}", remedy="Remove the field if you trust it."
+        )
+    kind = config.get("peft_type")
+    others = [e for e in entries if TYPES[e.method] != kind]
+    if others or kind not in TYPES.values():
+        found = sorted({e.method for e in others})
+        raise CheckpointError(
+            f"{FILE} says {shown(kind)}, the tensors {' and '.join(found) or 'something else'}",
+            where=listed(layers_of(others)[:3]),
+            remedy=f"Supported: {', '.join(dict.fromkeys(TYPES.values()))}.",
+        )
+    wrong = {e.layer: why for e in entries if (why := _disagreement(config, e))}
+    if wrong:
+        raise CheckpointError(
+            f"{FILE} disagrees with the tensors of {len(wrong)} layers: {next(iter(wrong.values()))}",
+            where=listed(list(wrong)[:3]),
+        )
+    _check_targets(config.get("target_modules"), [e.layer for e in entries])
+
+
+def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
+    shapes = {role: h.shape for role, h in entry.tensors.items()}
+    if entry.method in ("lora", "dora") and bool(config.get("use_dora")) != (entry.method == "dora"):
+        return f"use_dora is {config.get('use_dora', False)}"
+    if entry.method == "oft" and not config.get("block_share"):
+        from diffpeft.methods.oft import nearest_divisor
+
+        (n, b), asked = blocks_of(entry), config.get("oft_block_size", 32)
+        used = nearest_divisor(n * b, asked or config["r"])
+        return "" if used == (b if asked else n) else f"its blocks are not of {b}, there are not {n}"
+    if entry.method == "boft":
+        n, b = shapes["boft_R"][1:3]
+        size, number = config.get("boft_block_size", 4), config.get("boft_block_num", 0)
+        return "" if b == size or n == number else f"its blocks are not of {b}, there are not {n}"
+    r = configs.ranks_of([entry])[entry.layer]
+    told = configs.chosen(config.get("rank_pattern"), _names(entry.layer), config.get("r", 8))
+    return f"the rank is {told}, not {r}" if r and r != told else ""
+
+
+def _check_targets(targets: Any, layers: Sequence[str]) -> None:
+    """The tensors decide which layers are adapted. A target without tensors is refused, tensors that are no target are named in a warning."""
+    names = {layer: _names(layer) for layer in layers}
+    if isinstance(targets, str) and targets != "all-linear":
+        configs.refuse_slow(targets)
+        outside = [layer for layer, own in names.items() if not any(re.fullmatch(targets, n) for n in own)]
+    elif isinstance(targets, list):
+        hit = lambda t, own: any(n == t or n.endswith(f".{t}") for n in own)  # noqa: E731
+        lost = [t for t in targets if not any(hit(t, own) for own in names.values())]
+        if lost:
+            raise CheckpointError(f"{FILE} names target_modules without tensors: {listed(lost[:5])}")
+        outside = [layer for layer, own in names.items() if not any(hit(t, own) for t in targets)]
+    else:
+        outside = []
+    if outside:
+        warnings.warn(
+            f"{len(outside)} adapted layers are not among target_modules: {listed(outside[:5])}", stacklevel=2
+        )
+
+
+def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
+    if entry.method in ("oft", "boft"):
+        return configs.turned(entry, configs.rotation(config))
+    if {"lokr_w1", "lokr_w2"} <= {*entry.tensors}:
+        return _whole(entry, config)
+    r = configs.ranks_of([entry])[entry.layer]
+    field = configs.ALPHA[TYPES[entry.method]]
+    return replace(entry, alpha=configs.alpha({field: 8, **config}, _names(entry.layer), r))
+
+
+def _whole(entry: Entry, config: Mapping[str, Any]) -> Entry:
+    """PEFT scales a LoKr of two whole halves by alpha / r; everywhere else its scale is 1. So the first half takes the factor."""
+    names = _names(entry.layer)
+    r = configs.chosen(config.get("rank_pattern"), names, config.get("r", 8))
+    scale = (configs.alpha({"alpha": 8, **config}, names, r) or 0) / r
+    if scale == 1:
+        return entry
+    warnings.warn(f"{shown(entry.layer)}: alpha / r = {scale:g} was multiplied into lokr_w1", stacklevel=2)
+    (w1,) = io.load([entry.tensors["lokr_w1"]])
+    return replace(entry, tensors={**entry.tensors, "lokr_w1": io.handle(w1 * scale)})
