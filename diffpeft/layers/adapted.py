@@ -132,6 +132,9 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
             shift = bias_shift(steps, y.dtype)
             return y if shift is None else op.shifted(y, shift)
 
+        def extra_repr(self: Any) -> str:
+            return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
+
         def reduce(self: Any, protocol: Any) -> Any:
             # the state apart from the arguments: it may hold the layer itself, as accelerate's hooks do
             return _rebuild, (base,), self.__getstate__()
@@ -145,10 +148,21 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
                 "__doc__": base.__doc__,
                 "_diffpeft_base": base,
                 "forward": forward,
+                "extra_repr": extra_repr,
                 "__reduce_ex__": reduce,
             },
         )
     return _classes[base]
+
+
+def _shown(record: Record) -> list[str]:
+    """What a printed layer says of each adapter: its strength, `inactive` or `fused`."""
+    choice = record.mix.current()
+    strengths = {name: f"{choice.strengths[name][record.index]:g}" for name in choice.order}
+    return [
+        f"{name}={'fused at ' if name in record.fused else ''}{strengths.get(name, 'inactive')}"
+        for name in record.slots
+    ]
 
 
 def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -5,6 +5,7 @@ A fused weight is always computed from the base as it was, in fp32, and rounded 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,8 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
         if given:
             _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
             plan.mixes.append((mix, {"fused": {**mix.fused, **given}}))
+    if not plan.layers:
+        warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=2)
     plan.commit()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 import sys
 import threading
 
@@ -225,7 +226,10 @@ def test_a_layer_keeps_its_identity(kind):
     assert set(after) - set(parameters) == {f"0.adapters.default.{name}" for name in names}
 
 
-@pytest.mark.parametrize("name", ["a", "style.v1-2_x", "keys", "training", "_modules", "forward", ".", "-", "9"])
+@pytest.mark.parametrize(
+    "name",
+    ["a", "style.v1-2_x", "keys", "training", "_modules", "forward", ".", "-", "9", "lora_A", "lora_", "adapters"],
+)
 def test_any_allowed_name_is_a_module_name(name, trace):
     model = blocks(1)
     before = trace(model)
@@ -633,6 +637,32 @@ def test_equal_blocks_share_one_compiled_graph(form, randomize):
         model(torch.randn(2, 8))
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert isinstance(model[0], Block)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("form", ["lora", "oft"])
+def test_inductor_gives_what_eager_code_gives(form, randomize):
+    torch._dynamo.reset()
+    model, x = blocks(1, torch.float32), torch.randn(2, 8)
+    give(model, form, targets=everything(model))
+    randomize(model, dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True)
+    for s in (1.0, 0.3):
+        set_adapters(model, {"default": s})
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_switching_there_and_back_gives_the_same_bits(form, randomize):
+    model, x = layer(LINEAR)
+    for name in ("a", "b"):
+        give(model, form, name)
+        randomize(model, name)
+    outputs = []
+    for name in ("a", "b", "a"):
+        set_adapters(model, {name: 0.7})
+        outputs.append(model(x))
+    assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
 
 
 # ---- training
