@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.detection import Detection, families_of, format_of
-from converters.families import TABLES, Table
+from converters.families import TABLES as NAMES
+from converters.families import Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.diffusers import BARE
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
@@ -30,6 +31,8 @@ from diffpeft.errors import (
 if TYPE_CHECKING:
     import torch
 
+# families that the formats can spell so far: those whose files use diffusers' own names
+TABLES = {family: NAMES[family] for family in ("sd15", "sd2")}
 Source = str | os.PathLike[str] | Mapping[str, Any]
 Found = dict[str, tuple[str, Handle]]  # one layer's tensors: {role: (key, handle)}
 _HASHES = ("sshs_", "modelspec.hash_")  # they are over tensor bytes, so a rewritten file must not keep them

@@ -1,35 +1,163 @@
-"""A table of layer names: templates in which `{}` stands for a number, and from them the way back from flat names."""
+"""Tables of layer names: templates in which `{}` stands for a number, and the way from one program's names to another's."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+Side = dict[str, list[tuple["Rule", int]]]  # {template: the rules that it is in, and as which part}
+SWAPPED = (1, 0)  # the halves the other way round, as (shift, scale) and (scale, shift) are
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One layer of the original program, and the layers that diffusers makes of its rows (out features).
+
+    `parts` are diffusers' layers, in order, with their shares of the rows. `chunks` are the numbers of the original's equal chunks of rows
+    in the order in which diffusers has them. An `aspect` keeps the rule to layers with so many rows a column, where one name has two rules.
+    """
+
+    original: str
+    parts: tuple[tuple[str, int], ...]
+    chunks: tuple[int, ...] = (0,)
+    aspect: int | None = None
+
+    def rows(self, part: int, total: int) -> Sequence[int]:
+        """Which of the original layer's `total` rows a part has, in the part's order; a range if they lie together.
+
+        Raises ValueError for a total that does not divide into the shares.
+        """
+        shares = [share for _, share in self.parts]
+        unit, rest = divmod(total, sum(shares))
+        size, odd = divmod(total, len(self.chunks))
+        if rest or odd:
+            raise ValueError(f"{total} rows of {self.original} do not divide into {shares}")
+        whole = range(total)
+        order = whole if size == total else [row for n in self.chunks for row in whole[n * size : (n + 1) * size]]
+        return order[unit * sum(shares[:part]) : unit * sum(shares[: part + 1])]
+
+    def filled(self, numbers: Sequence[str]) -> Rule:
+        """The rule with numbers in its names."""
+        parts = tuple((name.format(*numbers), share) for name, share in self.parts)
+        return replace(self, original=self.original.format(*numbers), parts=parts)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder: its layers in transformers' names, what flat names start with (the first is written), what ComfyUI's start with."""
+
+    layers: Sequence[str]
+    kohya: tuple[str, ...] = ()
+    comfyui: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """{component: templates of its layers, in diffusers' names}."""
+    """A family: {component: templates of its layers, in diffusers' names}, {denoiser: rules from the original's names}, its text encoders.
+
+    A component without rules has the same names in both programs.
+    """
 
     components: Mapping[str, Sequence[str]]
+    rules: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
+    encoders: Mapping[str, Encoder] = field(default_factory=dict)
 
     def dotted(self, component: str, flat: str) -> str | None:
         """The layer whose dots written as underscores give `flat`; None if the family has no such layer."""
-        match = _flat(tuple(self.components.get(component, ()))).fullmatch(flat)
-        if match is None:
-            return None
-        at = int((match.lastgroup or "")[1:])
-        template = self.components[component][at]
-        return template.format(*(n for n in match.groups()[match.lastindex :] if n is not None))
+        return _filled(_find(tuple(self.components.get(component, ())), flat))
 
     def knows(self, component: str, layer: str) -> bool:
         """Whether the family has a layer of this dotted name."""
         return self.dotted(component, layer.replace(".", "_")) == layer
+
+    def original_dotted(self, component: str, flat: str) -> str | None:
+        """As `dotted`, for the original's names."""
+        return _filled(_find(tuple(self._sides(component)[0]), flat))
+
+    def to_diffusers(self, component: str, layer: str, aspect: int | None = None) -> Rule | None:
+        """The rule of one layer of the original, in full names. `aspect` (rows by columns) is only asked for where names do not suffice."""
+        found = _rule(self._sides(component)[0], layer, aspect)
+        return found and found[0]
+
+    def to_original(self, component: str, layer: str, aspect: int | None = None) -> tuple[Rule, int] | None:
+        """The rule of the original layer that one of diffusers' is of, in full names, and which of its parts that is."""
+        return _rule(self._sides(component)[1], layer, aspect)
+
+    def _sides(self, component: str) -> tuple[Side, Side]:
+        """The rules of a component by the original's templates and by diffusers'."""
+        if component not in self._indexed:
+            originals: Side = {}
+            parts: Side = {}
+            for rule in self.rules.get(component) or same(*self.components.get(component, ())):
+                originals.setdefault(rule.original, []).append((rule, 0))
+                for part, (name, _) in enumerate(rule.parts):
+                    parts.setdefault(name, []).append((rule, part))
+            self._indexed[component] = originals, parts
+        return self._indexed[component]
+
+    @functools.cached_property
+    def _indexed(self) -> dict[str, tuple[Side, Side]]:
+        return {}
+
+
+def table(
+    rules: Sequence[Rule],
+    encoders: Mapping[str, Encoder],
+    *,
+    denoisers: Sequence[str] = ("transformer",),
+    layers: Sequence[str] = (),
+) -> Table:
+    """A family of which one set of rules names all denoisers. `layers` are diffusers' templates if there are more than in the rules."""
+    layers = layers or tuple(dict.fromkeys(name for rule in rules for name, _ in rule.parts))
+    components = {**dict.fromkeys(denoisers, layers), **{name: encoder.layers for name, encoder in encoders.items()}}
+    return Table(components, dict.fromkeys(denoisers, rules), encoders)
+
+
+def renamed(names: Mapping[str, str | Sequence[str]]) -> tuple[Rule, ...]:
+    """Rules from {original: diffusers' layer, or the layers that share its rows equally}."""
+    parts = {original: (own,) if isinstance(own, str) else own for original, own in names.items()}
+    return tuple(Rule(original, tuple((name, 1) for name in own)) for original, own in parts.items())
+
+
+def same(*names: str) -> tuple[Rule, ...]:
+    """Rules of layers that are called the same in both programs."""
+    return renamed({name: name for name in names})
+
+
+def within(original: str, diffusers: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Rules of what is inside a block, for the block."""
+    return tuple(
+        replace(rule, original=original + rule.original, parts=tuple((diffusers + n, s) for n, s in rule.parts))
+        for rule in rules
+    )
+
+
+def _rule(side: Side, layer: str, aspect: int | None) -> tuple[Rule, int] | None:
+    found = _find(tuple(side), layer.replace(".", "_"))
+    if found is None or _filled(found) != layer:
+        return None
+    template, numbers = found
+    fitting = [(rule.filled(numbers), part) for rule, part in side[template] if rule.aspect in (None, aspect)]
+    return fitting[0] if fitting else None
+
+
+def _filled(found: tuple[str, list[str]] | None) -> str | None:
+    return found and found[0].format(*found[1])
+
+
+def _find(templates: tuple[str, ...], flat: str) -> tuple[str, list[str]] | None:
+    """The template and the numbers in it that give a flat name. Of templates that fit, the first counts."""
+    match = _flat(templates).fullmatch(flat)
+    if match is None or match.lastindex is None:
+        return None
+    template = templates[int((match.lastgroup or "")[1:])]
+    return template, [number for number in match.groups()[match.lastindex :] if number is not None]
 
 
 @functools.cache
 def _flat(templates: tuple[str, ...]) -> re.Pattern[str]:
     """One pattern for all templates. Its group `tN` is the N-th template, the groups after it are that template's numbers."""
     rows = (re.escape(t.replace(".", "_")).replace(r"\{\}", r"(\d+)") for t in templates)
-    return re.compile("|".join(f"(?P<t{n}>{row})" for n, row in enumerate(rows)))
+    return re.compile("|".join(f"(?P<t{n}>{row})" for n, row in enumerate(rows)) or r"(?!)")

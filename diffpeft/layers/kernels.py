@@ -112,16 +112,23 @@ class _LoraLinear(torch.autograd.Function):
     """`lora_linear` as one node: nothing is saved but x, the rank activations, and what is scaled."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any, by: Tensor | None
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        h = flat @ A.t()
+    def parts(
+        x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any, by: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, the rank activations, and what is scaled."""
+        h = x.reshape(-1, x.shape[-1]) @ A.t()
         if isinstance(gate, Tensor):
             h *= gate
         plain = F.linear(x, W, b)
         y = plain if by is None else _rescaled(plain, by, b)
         y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=1 if isinstance(gate, Tensor) else gate)
+        return y, h, plain
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any, by: Tensor | None
+    ) -> Tensor:
+        y, h, plain = _LoraLinear.parts(x, W, b, A, B, gate, by)
         ctx.save_for_backward(x, W, A, B, h, *(() if by is None else (b, by, plain)))
         ctx.gate = gate
         return y
@@ -129,22 +136,24 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, W, A, B, h, *scaled = ctx.saved_tensors
-        gate, needs, gb, gby = ctx.gate, ctx.needs_input_grad, None, None
+        gate, needs, gby = ctx.gate, ctx.needs_input_grad, None
         scalar = 1.0 if isinstance(gate, Tensor) else gate
         flat, x_flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         gx = gA = None
+        if torch.is_grad_enabled():  # to be differentiated again: what was kept is no function of the inputs then
+            h = x_flat @ A.t() * (gate if isinstance(gate, Tensor) else 1)
+            scaled = scaled and [*scaled[:2], F.linear(x, W, scaled[0])]
         if needs[0] or needs[3]:
             gh = flat @ B
             if isinstance(gate, Tensor):
                 gh *= gate
             gA = torch.mm(gh.t(), x_flat).mul_(scalar) if needs[3] else None
         gB = torch.mm(flat.t(), h).mul_(scalar) if needs[4] else None
+        gb = flat.sum(0) if needs[2] else None
         if scaled:
             b, by, plain = scaled
-            g, gby, gb = _rescaled_backward(g, plain, by, b)
+            g, gby, _ = _rescaled_backward(g, plain, by, b)
             flat = g.reshape(flat.shape)
-        elif needs[2]:
-            gb = flat.sum(0)
         if needs[0]:
             gx = _shaped((flat @ W.to(flat.dtype)).addmm_(gh, A, alpha=scalar), x.shape)
         gW = flat.t() @ x_flat if needs[1] else None
@@ -155,11 +164,22 @@ def lora_linear(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor, by: Tensor | None = None
 ) -> Tensor:
     """by * x W^T + b + gate * (x A^T) B^T.  x [*n, i], W [o, i], A [r, i], B [o, r], gate a number or [r], by [o]."""
-    return _LoraLinear.apply(x, W, b, A, B, gate, by)
+    if torch.is_grad_enabled():
+        return _LoraLinear.apply(x, W, b, A, B, gate, by)
+    return _LoraLinear.parts(x, W, b, A, B, gate, by)[0]  # a node has its price
 
 
 class _KronLinear(torch.autograd.Function):
-    """x W^T + b + gate * x kron(first, up down)^T as one node. Slices lie outside positions, so that mixing them is one product."""
+    """`kron_linear` as one node. Slices lie outside positions, so that mixing them is one product."""
+
+    @staticmethod
+    def mixed(x: Tensor, first: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x in slices, through `down` -> [c, n r], and mixed -> [a, n, r]."""
+        a, c = first.shape
+        h = x.reshape(-1, x.shape[-1] // c)
+        h = h if down is None else h @ down.t()
+        h = h.view(-1, c, h.shape[1]).transpose(0, 1).reshape(c, -1)
+        return h, (first @ h).view(a, -1, h.shape[1] // (x.numel() // x.shape[-1]))
 
     @staticmethod
     def forward(
@@ -172,10 +192,8 @@ class _KronLinear(torch.autograd.Function):
         up: Tensor,
         gate: float,
     ) -> Tensor:
-        (a, c), (f, r) = first.shape, up.shape
-        h = x.reshape(-1, x.shape[-1] // c)
-        h = (h if down is None else h @ down.t()).view(-1, c, r).transpose(0, 1).reshape(c, -1)
-        mixed = (first @ h).view(a, -1, r)
+        (a, _), (f, r) = first.shape, up.shape
+        h, mixed = _KronLinear.mixed(x, first, down)
         y = F.linear(x, W, b)
         _apart(y, a).baddbmm_(mixed, up.t().expand(a, r, f), alpha=gate)
         ctx.save_for_backward(x, W, first, down, up, h, mixed)
@@ -186,6 +204,8 @@ class _KronLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, W, first, down, up, h, mixed = ctx.saved_tensors
         (a, c), (f, r), needs = first.shape, up.shape, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            h, mixed = _KronLinear.mixed(x, first, down)
         flat, blocks = g.reshape(-1, g.shape[-1]), _apart(g, a)
         gx = gfirst = gdown = None
         if needs[0] or needs[3] or needs[4]:

@@ -106,7 +106,7 @@ class Slot(nn.Module):
             kept = self._kept.get(key)
             if kept is not None and kept[0] == stamp:
                 return kept[1]
-        if torch.is_autocast_enabled(self.weight.device.type):  # what is prepared keeps its precision
+        if torch.is_autocast_enabled(next(iter(p.values())).device.type):  # what is prepared keeps its precision
             with torch.autocast(self.weight.device.type, enabled=False):
                 p = part.method.prepare(p, part.spec, self.training)
         else:

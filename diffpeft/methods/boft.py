@@ -39,8 +39,9 @@ from diffpeft.methods.oft import (
 
 # Numbers in a row of the matrices that several stages become.
 WIDEST = 80
-# Multiplications in a matrix product that take as long as one number takes in one stage: fp32, one CPU core.
-PASS = 600
+# Multiplications in a matrix product that take as long as one number takes in one pass over activations, and in one stage on a weight: fp32, one
+# CPU core.
+PASS, STAGE = 450, 350
 
 
 @dataclass
@@ -191,7 +192,8 @@ def cheaper_on_activations(geometry: Geometry, on_output: bool, positions: int, 
     features = geometry.out if on_output else geometry.in_
     W = geometry.out * geometry.columns
     product = 0 if geometry.lookup else positions * W
-    return len(spans(m, b // 2)) * positions * features * PASS <= m * W * PASS + product
+    passes = 2 * len(spans(m, b // 2)) - 1  # between two products features change places
+    return passes * positions * features * PASS <= m * W * STAGE + product
 
 
 def _stages(R: Tensor, spec: Spec) -> list[tuple[int, Tensor]]:

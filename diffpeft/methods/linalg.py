@@ -31,13 +31,14 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx, Q: Tensor) -> Tensor:
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        inverse = torch.linalg.inv(eye + Q)
-        ctx.save_for_backward(inverse)
-        return 2 * inverse - eye
+        R = 2 * torch.linalg.inv(eye + Q) - eye
+        ctx.save_for_backward(R)
+        return R
 
     @staticmethod
     def backward(ctx, g: Tensor) -> Tensor:
-        (inverse,) = ctx.saved_tensors
+        (R,) = ctx.saved_tensors
+        inverse = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)) / 2
         return -2 * (inverse.mT @ g @ inverse.mT)  # d(I + Q)^-1 = -(I + Q)^-1 dQ (I + Q)^-1
 
 

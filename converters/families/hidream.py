@@ -1,0 +1,27 @@
+"""HiDream-I1: the original is written in diffusers' names. Its feed-forwards are mixtures of experts."""
+
+from converters.families import text
+from converters.families.base import Encoder, same, table
+
+_ATTENTION = tuple(f"attn1.to_{p}" for p in ("q", "k", "v", "out"))
+_EXPERTS = tuple(f"ff_i.{part}.w{n}" for part in ("shared_experts", "experts.{}") for n in (1, 2, 3))
+_SINGLE = ("adaLN_modulation.1", *_ATTENTION, *_EXPERTS)
+_DOUBLE = (*_SINGLE, *(f"{layer}_t" for layer in _ATTENTION), *(f"ff_t.w{n}" for n in (1, 2, 3)))
+HIDREAM = table(
+    same(
+        "x_embedder.proj",
+        *(f"t_embedder.timestep_embedder.linear_{n}" for n in (1, 2)),
+        *(f"p_embedder.pooled_embedder.linear_{n}" for n in (1, 2)),
+        "caption_projection.{}.linear",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+        *(f"double_stream_blocks.{{}}.block.{layer}" for layer in _DOUBLE),
+        *(f"single_stream_blocks.{{}}.block.{layer}" for layer in _SINGLE),
+    ),
+    {
+        "text_encoder": text.clip("lora_te1_", "clip_l"),
+        "text_encoder_2": text.clip("lora_te2_", "clip_g"),
+        "text_encoder_3": text.t5("lora_te3_"),
+        "text_encoder_4": Encoder(text.CAUSAL, ("lora_te4_",), "text_encoders.llama.transformer."),
+    },
+)
