@@ -1,5 +1,6 @@
 """Checkpoint formats: every adapter file becomes a Bundle, and a Bundle becomes a file. From the file alone; no model is needed."""
 
 from converters.engine import FORMATS, TABLES, Detection, detect, read, refusal, write
+from converters.inspection import Inspection, inspect
 
-__all__ = ["FORMATS", "TABLES", "Detection", "detect", "read", "refusal", "write"]
+__all__ = ["FORMATS", "TABLES", "Detection", "Inspection", "detect", "inspect", "read", "refusal", "write"]

@@ -40,7 +40,7 @@ _HASHES = ("sshs_", "modelspec.hash_")  # they are over tensor bytes, so a rewri
 
 def detect(source: Source) -> Detection:
     """What a file or dict of tensors is, from the header alone."""
-    tensors, _, name = _open(source)
+    tensors, _, name = opened(source)
     format = format_of(tensors, name)
     families = families_of(tensors) or ("",)
     layers: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
@@ -66,7 +66,7 @@ def read(
     `family` and `format` override detection. `names` {component: layer names} are a model's own, against which flat names are resolved
     before the family's table is asked, and which tell the component of a PEFT folder.
     """
-    tensors, metadata, where = _open(source)
+    tensors, metadata, where = opened(source)
     fmt = FORMATS[_known("format", format, FORMATS) or format_of(tensors, where)]
     families = (family,) if family else families_of(tensors)
     if family:
@@ -155,7 +155,7 @@ def _known(kind: str, name: str | None, known: Mapping[str, Any]) -> str | None:
     return name
 
 
-def _open(source: Source) -> tuple[dict[str, Handle], dict[str, str], str]:
+def opened(source: Source) -> tuple[dict[str, Handle], dict[str, str], str]:
     """The tensors, the metadata and where they are. The config beside PEFT's weights counts as metadata."""
     if isinstance(source, Mapping):
         if not source or not all(

@@ -10,6 +10,7 @@ from diffpeft import __version__
 from diffpeft.cli.demo import demo
 from diffpeft.cli.errors import run
 from diffpeft.cli.generate import generate
+from diffpeft.cli.inspect import inspect
 from diffpeft.cli.train import train
 
 
@@ -27,12 +28,13 @@ def cli() -> None:
     diffpeft demo                              learn a style on the embedded base, offline, in minutes
     diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
+    diffpeft inspect FILE                      say what an adapter file is
 
     Every command takes --debug, which shows tracebacks and what libraries print.
     """
 
 
-for command in (demo, train, generate):
+for command in (demo, train, generate, inspect):
     cli.add_command(command)
 
 

@@ -287,7 +287,8 @@ def compare(case: Case, contest: Contest, budget: float, memory: bool) -> None:
     row += f"{ms['ours']:9.1f} {ms['base']:9.1f} {ms['ours'] / ms['base']:6.2f}"
     for peer in ("peft", "lycoris"):
         if peer in ms:
-            goal = limit(contest.goals[peer], case) if peer in contest.goals else None
+            fair = contest.same or "conv" not in case.words
+            goal = limit(contest.goals[peer], case) if fair and peer in contest.goals else None
             row += f"   {peer} {ms[peer]:8.1f} {verdict(ms['ours'] / ms[peer], goal)}"
     if memory:
         a, b = peak(jobs["ours"]), peak(jobs["peft"])

@@ -1,0 +1,169 @@
+"""inspect: what an adapter file is, from its header; norms and values on request. Without norms no torch is imported."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converters.detection import Detection, families_of, format_of
+from converters.engine import Source, opened
+from converters.formats import FORMATS
+from converters.roles import rank, split
+from diffpeft import io
+from diffpeft.bundle import Handle, dotted, named
+
+# which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
+READERS = {
+    "kohya": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
+    "diffusers": (("diffusers", "ComfyUI"), ()),
+    "peft": (("PEFT", "transformers"), ("PEFT",)),
+}
+_UNPACK = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. `norms` are of the tensors of each layer together; None unless they were asked for, as are `dead` and `nonfinite`.
+
+    `ranks` and `alphas` are {value: number of layers}; an alpha of None is missing. `blocks` is {block: number of adapted layers}.
+    """
+
+    path: str
+    format: str
+    family: str
+    alternatives: tuple[str, ...]
+    confidence: float
+    methods: tuple[str, ...]
+    components: tuple[str, ...]
+    layers: int
+    tensors: int
+    bytes: int
+    dtypes: Mapping[str, int]
+    ranks: Mapping[int, int]
+    alphas: Mapping[float | None, int]
+    blocks: Mapping[str, int]
+    carried: tuple[str, ...]
+    trigger_words: tuple[str, ...]
+    metadata: Mapping[str, str]
+    readable_by: tuple[str, ...]
+    norms: Mapping[str, float] | None = None
+    dead: tuple[str, ...] | None = None
+    nonfinite: tuple[str, ...] | None = None
+
+
+def inspect(source: Source, *, norms: bool = False) -> Inspection:
+    """What a file, a PEFT folder or a dict of tensors is. Reads the header and the alphas; with `norms` every tensor, one at a time.
+
+    `norms` {layer: sqrt of the sum of squares of all its tensors}; `dead` layers have an alpha of 0 or a factor that is all zeros, so that they
+    change nothing; `nonfinite` ones hold NaN or Inf. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
+    """
+    tensors, metadata, where = opened(source)
+    format = format_of(tensors, where)
+    families = families_of(tensors) or ("",)
+    groups, carried = _grouped(tensors, format)
+    shapes = {n: {role: h.shape for role, h in found.items() if role != "alpha"} for n, found in groups.items()}
+    methods = {m for own in shapes.values() for method, roles in split(own).items() for m in named(method, roles)}
+    alphas = Counter(_number(found.get("alpha")) for found in groups.values())
+    known = Detection(format, families[0], frozenset(methods), 1 - len(carried) / max(len(tensors), 1), families[1:])
+    rows: dict[str, Any] = {}
+    if norms:
+        sizes, zero, broken = _measured(groups)
+        off = {name for name, found in groups.items() if _number(found.get("alpha")) == 0}
+        rows = {"norms": sizes, "dead": tuple(n for n in groups if n in zero | off), "nonfinite": tuple(broken)}
+    return Inspection(
+        path=where,
+        format=format,
+        family=known.family,
+        alternatives=known.alternatives,
+        confidence=known.confidence,
+        methods=tuple(sorted(methods)),
+        components=tuple(dict.fromkeys(name.partition(".")[0] for name in groups)),
+        layers=len(groups),
+        tensors=len(tensors),
+        bytes=sum(math.prod(h.shape) * io.SIZES[h.dtype] for h in tensors.values()),
+        dtypes=dict(Counter(h.dtype for h in tensors.values()).most_common()),
+        ranks=dict(sorted(Counter(r for own in shapes.values() if (r := rank(own))).items())),
+        alphas=dict(alphas.most_common()),
+        blocks=dict(Counter(block_of(name) for name in groups)),
+        carried=tuple(carried),
+        trigger_words=_trigger_words(metadata),
+        metadata=metadata,
+        readable_by=READERS[format][0] if methods <= {"lora", "dora"} else READERS[format][1],
+        **rows,
+    )
+
+
+def _grouped(tensors: Mapping[str, Handle], format: str) -> tuple[dict[str, dict[str, Handle]], list[str]]:
+    """{component.layer as the file spells it: {role: handle}}, and the keys that are no adapter's."""
+    groups: dict[str, dict[str, Handle]] = {}
+    carried = []
+    for key, handle in tensors.items():
+        if part := FORMATS[format].split(key):
+            groups.setdefault(dotted(part.component, part.layer), {})[part.role] = handle
+        else:
+            carried.append(key)
+    return groups, carried
+
+
+def block_of(name: str) -> str:
+    """The block that a layer is in: everything up to its first number (in a UNet's halves, and the text encoder's layers)."""
+    match = re.match(r".*?(?:\d+(?=[._])|mid_block|middle_block)", name)
+    return match[0] if match else name
+
+
+def _number(alpha: Handle | None) -> float | None:
+    """A stored alpha as a number, without torch."""
+    if alpha is None or math.prod(alpha.shape) != 1:
+        return None
+    if alpha.path is None:
+        return float(alpha.tensor.item())
+    with open(alpha.path, "rb") as f:
+        f.seek(alpha.start)
+        data = f.read(io.SIZES[alpha.dtype])
+    if alpha.dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    return float(struct.unpack(_UNPACK[alpha.dtype], data)[0]) if alpha.dtype in _UNPACK else None
+
+
+def _measured(groups: Mapping[str, Mapping[str, Handle]]) -> tuple[dict[str, float], set[str], list[str]]:
+    """Norms by layer, the layers with a factor that is zero, and those with values that are not finite."""
+    sizes: dict[str, float] = {}
+    zero: set[str] = set()
+    broken = []
+    for name, found in groups.items():
+        total = 0.0
+        for role, handle in found.items():
+            if role == "alpha":
+                continue
+            square = io.load([handle])[0].double().square().sum().item()
+            total += square
+            if square == 0 and role not in ("diff_b", "lora_B_bias"):
+                zero.add(name)
+        sizes[name] = math.sqrt(total) if math.isfinite(total) else total
+        if not math.isfinite(total):
+            broken.append(name)
+    return sizes, zero, broken
+
+
+def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    from diffpeft.bundle import Bundle
+
+    return Bundle("", "", [], metadata=dict(metadata)).trigger_words
+
+
+def by_block(norms: Mapping[str, float]) -> dict[str, float]:
+    """Norms of blocks from norms of layers."""
+    found: dict[str, float] = {}
+    for name, norm in norms.items():
+        found[block_of(name)] = math.hypot(found.get(block_of(name), 0.0), norm)
+    return found
+
+
+def listed_values(values: Iterable[Any]) -> str:
+    """Values for people."""
+    return ", ".join("none" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values)

@@ -1,0 +1,105 @@
+"""inspect: from the header, without torch; norms, dead layers and NaN on request."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+import converters
+from converters.inspection import block_of, by_block
+from diffpeft import CheckpointError
+from diffpeft.cli import cli
+
+LAYER = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A LoRA without alpha, a LoKr with alpha 0, a LoHa with a factor of zeros and a DoRA with NaN."""
+    g = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    tensors = {
+        f"{LAYER}.lora_down.weight": new(4, 768),
+        f"{LAYER}.lora_up.weight": new(320, 4),
+        "lora_unet_mid_block_attentions_0_proj_in.lokr_w1": new(4, 4).half(),
+        "lora_unet_mid_block_attentions_0_proj_in.lokr_w2_a": new(8, 2).half(),
+        "lora_unet_mid_block_attentions_0_proj_in.lokr_w2_b": new(2, 8).half(),
+        "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(0, dtype=torch.int64),
+        "lora_te_text_model_encoder_layers_3_mlp_fc1.hada_w1_a": new(9, 3),
+        "lora_te_text_model_encoder_layers_3_mlp_fc1.hada_w1_b": new(3, 5),
+        "lora_te_text_model_encoder_layers_3_mlp_fc1.hada_w2_a": new(9, 3),
+        "lora_te_text_model_encoder_layers_3_mlp_fc1.hada_w2_b": torch.zeros(3, 5),
+        "lora_te_text_model_encoder_layers_3_mlp_fc1.alpha": torch.tensor(1.5, dtype=torch.bfloat16),
+        "lora_unet_conv_in.lora_down.weight": torch.full((2, 4, 3, 3), float("nan")),
+        "lora_unet_conv_in.lora_up.weight": new(8, 2, 1, 1),
+        "lora_unet_conv_in.dora_scale": new(8, 1, 1, 1),
+        "emb_params": new(2, 768),
+    }
+    path = tmp_path / "style.safetensors"
+    save_file(tensors, path, {"modelspec.trigger_phrase": "sks dog, sks cat"})
+    return path
+
+
+def test_the_header_tells_what_a_file_is(file):
+    found = converters.inspect(file)
+    assert (found.format, found.family) == ("kohya", "sd15")
+    assert found.methods == ("dora", "loha", "lokr", "lora")
+    assert found.components == ("unet", "text_encoder") and (found.layers, found.tensors) == (4, 15)
+    assert found.ranks == {2: 2, 3: 1, 4: 1} and found.alphas == {None: 2, 0.0: 1, 1.5: 1}
+    assert found.carried == ("emb_params",) and found.trigger_words == ("sks dog", "sks cat")
+    assert "A1111" in found.readable_by and "diffusers" not in found.readable_by
+    assert found.blocks["unet.down_blocks_1"] == 1 and found.norms is found.dead is found.nonfinite is None
+
+
+def test_norms_dead_layers_and_nan_are_found_on_request(file):
+    found = converters.inspect(file, norms=True)
+    own = converters.inspection.io.header(file)[0]
+    factors = [t for key, t in own.items() if key.startswith(LAYER)]
+    want = sum(converters.inspection.io.load([t])[0].double().square().sum() for t in factors).sqrt().item()
+    assert found.norms[f"unet.{LAYER.removeprefix('lora_unet_')}"] == pytest.approx(want, rel=1e-12)
+    assert found.dead == ("unet.mid_block_attentions_0_proj_in", "text_encoder.text_model_encoder_layers_3_mlp_fc1")
+    assert found.nonfinite == ("unet.conv_in",)
+
+
+def test_a_dict_of_tensors_can_be_inspected():
+    found = converters.inspect(
+        {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)},
+        norms=True,
+    )
+    assert found.format == "diffusers" and found.norms == {"unet.conv_in": pytest.approx((72 + 16) ** 0.5)}
+
+
+def test_blocks_of_layers():
+    assert block_of("unet.down_blocks_1_attentions_0_proj_in") == "unet.down_blocks_1"
+    assert block_of("unet.mid_block.attentions.0.proj_in") == "unet.mid_block"
+    assert block_of("unet.conv_in") == "unet.conv_in"
+    assert by_block({"unet.down_blocks.1.a": 3.0, "unet.down_blocks.1.b": 4.0}) == {"unet.down_blocks.1": 5.0}
+
+
+def test_the_command_prints_it_for_people_and_as_json(file):
+    text = CliRunner().invoke(cli, ["inspect", str(file), "--norms"])
+    assert text.exit_code == 0
+    for said in ("kohya", "sd15", "sks dog", "lokr", "█", "dead layers", "unet.conv_in", "emb_params"):
+        assert said in text.output
+    found = json.loads(CliRunner().invoke(cli, ["inspect", str(file), str(file), "--json", "--norms"]).output)
+    assert (
+        len(found) == 2 and found[0]["ranks"] == {"2": 2, "3": 1, "4": 1} and found[0]["norms"]["unet.conv_in"] == "nan"
+    )
+
+
+def test_a_file_that_is_none_is_said(tmp_path):
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html></html>")
+    with pytest.raises(CheckpointError):
+        converters.inspect(tmp_path / "page.safetensors")
+
+
+def test_without_norms_no_torch_is_imported(file):
+    code = f"import sys, converters; converters.inspect({str(file)!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
