@@ -13,7 +13,8 @@ from converters.families import Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.diffusers import BARE
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
-from converters.roles import ROLES, contradiction, missing, split
+from converters.provenance import KEY, Place, recorded, restored
+from converters.roles import ROLES, contradiction, missing, rank, split
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, canonical, named, parted
 from diffpeft.errors import (
@@ -96,18 +97,27 @@ def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: t
         raise CannotConvertError(
             f"{format} is a folder, and this is a file", where=path, remedy="Give a folder's name."
         )
-    tensors: dict[str, Handle] = {}
+    places: dict[Place, Handle] = {}
+    keys: dict[Place, str] = {}
     alphas = fmt.alphas(bundle.entries)
     for entry in bundle.entries:
-        component, layer = parted(entry.layer)
-        for role, handle in fmt.stored(entry).items():
-            tensors[fmt.join(Part(component, layer, role), entry)] = io.cast(handle, dtype, entry.layer)
+        found = {role: io.cast(handle, dtype, entry.layer) for role, handle in fmt.stored(entry).items()}
         if entry.layer in alphas:
-            tensors[fmt.join(Part(component, layer, "alpha"), entry)] = _alpha_tensor(alphas[entry.layer])
+            found["alpha"] = _alpha_tensor(alphas[entry.layer])
+        places |= {(entry.layer, role): handle for role, handle in found.items()}
+        keys |= {(entry.layer, role): fmt.join(Part(*parted(entry.layer), role), entry) for role in found}
+    tensors = {keys[place]: handle for place, handle in places.items()}
     own = fmt.metadata(bundle.entries, bundle.metadata)
     other = {key for f in FORMATS.values() if not f.folder for key in f.owned}
     metadata = {k: v for k, v in bundle.metadata.items() if k not in other and not k.startswith(_HASHES)}
     metadata = {"format": "pt", **metadata, **own}
+    back = restored(bundle.metadata.get(KEY, ""), format, places, _ranks(bundle.entries))
+    if back:
+        tensors = back[0]
+        metadata = {k: v for k, v in metadata.items() if k not in {KEY, "format", *fmt.owned}} | back[1]
+        metadata = {k: v for k, v in metadata.items() if not k.startswith(_HASHES)}
+    elif text := recorded(bundle, format, metadata):
+        metadata[KEY] = text
     if not fmt.folder:
         io.save(path, {**tensors, **bundle.carried}, metadata)
         return
@@ -115,6 +125,10 @@ def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: t
         config = metadata.pop(CONFIG)
         io.save(folder / WEIGHTS, {**tensors, **bundle.carried}, metadata)
         (folder / FILE).write_text(config + "\n", encoding="utf-8")
+
+
+def _ranks(entries: Iterable[Entry]) -> dict[str, int]:
+    return {e.layer: rank({role: h.shape for role, h in e.tensors.items()}) for e in entries}
 
 
 def refusal(bundle: Bundle, format: str) -> CannotConvertError | None:

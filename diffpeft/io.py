@@ -173,6 +173,24 @@ def handle(tensor: torch.Tensor) -> Handle:
     return Handle(code, tuple(tensor.shape), tensor=tensor)
 
 
+def raw(handle_: Handle) -> bytes:
+    """The bytes of a tensor."""
+    if handle_.path is None:
+        return _bytes(handle_.tensor)
+    with open(handle_.path, "rb") as f:
+        f.seek(handle_.start)
+        return f.read(handle_.end - handle_.start)
+
+
+def of_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Handle:
+    """A tensor in memory made of bytes. Raises ValueError if they are not as many as it has."""
+    import torch
+
+    if dtype not in _TORCH or len(data) != SIZES[dtype] * math.prod(shape):
+        raise ValueError(f"{len(data)} bytes are no {dtype} {shape}")
+    return handle(torch.frombuffer(bytearray(data), dtype=getattr(torch, _TORCH[dtype])).reshape(shape))
+
+
 def reshaped(handle_: Handle, shape: tuple[int, ...]) -> Handle:
     """The same numbers in another shape."""
     tensor = handle_.tensor

@@ -176,7 +176,6 @@ def contests(case: Case) -> Iterator[Contest]:
             diffpeft.BOFTConfig(**small),
             {"peft": peft_layer(peft.BOFTConfig(target_modules=to, **small))},
             {"peft": always(0.4)},
-            same=False,
         )
     # LyCORIS cannot do 1280 with blocks of 8: it wants a power of two of them
     m, _, b, _ = lycoris.ButterflyOFTModule("layer", case.layer(), lora_dim=10).oft_blocks.shape
