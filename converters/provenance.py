@@ -32,7 +32,7 @@ def recorded(bundle: Bundle, format: str, metadata: Mapping[str, str]) -> str | 
             assert part is not None
             handle = entry.alpha if part.role == "alpha" else entry.tensors.get(part.role)
             own[key] = _row(handle) if isinstance(handle, Handle) else None
-    lost = {k: v for k, v in bundle.metadata.items() if metadata.get(k) != v}
+    lost = {k: v for k, v in bundle.metadata.items() if metadata.get(k) != v or k == "format"}
     return json.dumps({"format": bundle.format, "layers": layers, "metadata": lost}, separators=(",", ":"))
 
 

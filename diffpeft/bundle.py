@@ -113,28 +113,34 @@ class Bundle:
 
 def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:
     """f(W) - W in float64; where f is additive W is not needed."""
+    from diffpeft.methods import Additive
+
+    method, p, spec = definition_of(entry, W)
+    if issubclass(method, Additive):
+        return method.scale(p, spec) * method.delta(p, spec)
+    assert W is not None
+    return method.weight(W.double(), p, spec) - W.double()
+
+
+def definition_of(entry: Entry, W: torch.Tensor | None = None) -> tuple[Any, dict[str, torch.Tensor], Any]:
+    """An entry's method, its prepared tensors in float64, and its spec: what the method's functions take.
+
+    Without W the layer's shape is what the tensors show. Raises ConfigError if the method needs W.
+    """
     from diffpeft import io
     from diffpeft.methods import METHODS, Additive, Geometry, Spec
 
-    method = METHODS[entry.method]
+    method: Any = METHODS[entry.method]
     roles = [role for role in entry.tensors if role in method.roles]
     p = {role: t.double() for role, t in zip(roles, io.load(entry.tensors[role] for role in roles), strict=True)}
-    additive = isinstance(method, type) and issubclass(method, Additive)
-    if W is None and not additive:
+    if W is None and not issubclass(method, Additive):
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
         )
     o, i, *kernel = (entry.shape or _shown_shape(p)) if W is None else W.shape
-    spec = Spec(
-        Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles)),
-        io.number(entry.alpha),
-        entry.options,
-    )
-    p = method.prepare(method.adopt(p, spec), spec, False)
-    if additive:
-        return method.scale(p, spec) * method.delta(p, spec)  # type: ignore[attr-defined]
-    assert W is not None
-    return method.weight(W.double(), p, spec) - W.double()
+    geometry = Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles))
+    spec = Spec(geometry, io.number(entry.alpha), entry.options)
+    return method, method.prepare(method.adopt(p, spec), spec, False), spec
 
 
 def _shown_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import sys
 import click
 
 from diffpeft import __version__
+from diffpeft.cli.convert import convert
 from diffpeft.cli.demo import demo
 from diffpeft.cli.errors import run
 from diffpeft.cli.generate import generate
@@ -29,12 +30,13 @@ def cli() -> None:
     diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
     diffpeft inspect FILE                      say what an adapter file is
+    diffpeft convert IN OUT --to FORMAT        write it in another format
 
     Every command takes --debug, which shows tracebacks and what libraries print.
     """
 
 
-for command in (demo, train, generate, inspect):
+for command in (demo, train, generate, inspect, convert):
     cli.add_command(command)
 
 
