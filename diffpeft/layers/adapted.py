@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from diffpeft.layers.chain import Base, bias_shift, linked
+from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.site import held_forwards, site_of
 from diffpeft.layers.slot import Slot
 
@@ -35,7 +35,12 @@ class Record:
     slots: Mapping[str, Slot]
     fused: frozenset[str] = frozenset()  # adapters that are in the weight
     base: Weights | None = None  # what the weight was before, if it was kept
-    kept: dict[int, Any] = field(default_factory=dict)  # sums of squares of a frozen weight, by axis
+    kept: dict[Any, Any] = field(
+        default_factory=dict, init=False
+    )  # what was worked out: never more than this record and its layer say
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": {}}  # a copy has a weight of its own
 
 
 @dataclass(frozen=True)
@@ -119,18 +124,12 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         assert site is not None
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-            steps = _steps(self._diffpeft)
-            if not steps:
-                return base.forward(self, *args, **kwargs)
             x, rest, named = _taken(args, kwargs)
-            op: Any = site(self, *rest, **named)
             dtype = _dtype(self, x)
-            if x.is_floating_point():
-                x = x.to(dtype)
-            link = linked(Base(op, lambda x: base.forward(self, x, *rest, **named), dtype, self._diffpeft.kept), steps)
-            y = link(x)
-            shift = bias_shift(steps, y.dtype)
-            return y if shift is None else op.shifted(y, shift)
+            link = _link(self, base, site, rest, named, dtype)
+            if link is None:
+                return base.forward(self, *args, **kwargs)
+            return link(x.to(dtype) if x.is_floating_point() else x)
 
         def extra_repr(self: Any) -> str:
             return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
@@ -182,19 +181,40 @@ def _dtype(module: Any, x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _steps(record: Record) -> list[tuple[Slot, float | Tensor]]:
+def _link(
+    module: Any, base: Any, site: Any, rest: tuple[Any, ...], named: dict[str, Any], dtype: torch.dtype
+) -> Whole | None:
+    """The layer with the active adapters on it; None if there is none. Kept from one call to the next while the mix is the same."""
+    record = module._diffpeft
+    choice = record.mix.current()
+    compiling = torch.compiler.is_compiling()
+    keep = not (compiling or rest or named)
+    if keep:
+        kept = record.kept.get("link")
+        if kept is not None and kept[0] is choice and kept[1] == dtype:
+            return kept[2]
+    steps = _steps(record, choice, compiling)
+    link = None
+    if steps:
+        op: Any = site(module, *rest, **named)
+        link = Whole(Base(op, lambda x: base.forward(module, x, *rest, **named), dtype, record.kept), steps)
+    if keep:
+        record.kept["link"] = choice, dtype, link
+    return link
+
+
+def _steps(record: Record, choice: Any, compiling: bool) -> list[tuple[Slot, float | Tensor]]:
     """The active adapters of a layer in activation order with their strengths.
 
     In eager code an adapter at strength 0 is left out, so that it costs nothing and changes nothing. In compiled code strengths are gathered
     from a table in the graph, so that changing one does not compile anew.
     """
-    choice = record.mix.current()
     found = [
         (row, name, record.slots[name])
         for row, name in enumerate(choice.order)
         if name in record.slots and name not in record.fused
     ]
-    if torch.compiler.is_compiling():
+    if compiling:
         return [
             (slot, choice.table[row].index_select(0, record.column).to(slot.weight.device)[0]) for row, _, slot in found
         ]
@@ -208,8 +228,8 @@ def effective(
     site = site_of(base_class(module))
     assert site is not None
     op: Any = site(module)
-    W = linked(Base(op, None, dtype, {}, op.canonical(weights[0])), steps).weight()
-    shift, bias = bias_shift(steps, dtype), weights[1]
+    whole, bias = Whole(Base(op, None, dtype, {}, op.canonical(weights[0])), steps), weights[1]
+    W, shift = whole.weight(), whole.shift(dtype)
     return op.stored(W), bias if shift is None or bias is None else bias.to(shift) + shift
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpeft.layers import kernels
-from diffpeft.layers.slot import BIAS, Part, Slot
+from diffpeft.layers.slot import BIAS, Part, Slot, stamp_of
 from diffpeft.methods import Link, Strength
 from diffpeft.methods.linalg import squares
 
@@ -59,7 +59,7 @@ class Base:
         W = self.op.module.weight
         if self.own is not None or W.requires_grad or self.op.quantised or torch.compiler.is_compiling():
             return squares(self.weight(), axis)
-        stamp = (W.data_ptr(), W._version, W.dtype)
+        stamp = stamp_of(W)
         kept = self.kept.get(axis)
         if kept is None or kept[0] != stamp:
             kept = self.kept[axis] = stamp, squares(self.op.weight(), axis)
@@ -249,8 +249,32 @@ def _applied(slot: Slot, before: Link, x: Tensor, s: Strength, bias: bool) -> Te
     return before(x, bias) + part.method.apply(before, thin, p, spec, s, False) - before(thin, False)
 
 
-def linked(base: Base, steps: Sequence[tuple[Slot, Strength]]) -> Link:
-    """The layer with these adapters on it, in order."""
+class Whole:
+    """The layer with all its adapters on it, in order, biases included."""
+
+    def __init__(self, base: Base, steps: Sequence[tuple[Slot, Strength]]):
+        self.op, self.link = base.op, _linked(base, steps)
+        self.shifts = [(slot, s) for slot, s in steps if slot.shifts]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.link(x)
+        shift = self.shift(y.dtype)
+        return y if shift is None else self.op.shifted(y, shift)
+
+    def weight(self) -> Tensor:
+        return self.link.weight()
+
+    def shift(self, dtype: torch.dtype) -> Tensor | None:
+        """What the adapters add to the layer's bias."""
+        total = None
+        for slot, s in self.shifts:
+            by = s * slot(_shift).to(dtype)
+            total = by if total is None else total + by
+        return total
+
+
+def _linked(base: Base, steps: Sequence[tuple[Slot, Strength]]) -> Link:
+    """The links, runs of additive adapters as one."""
     link: Link = base
     waiting: list[tuple[Slot, Part, Strength]] = []
     for slot, s in steps:
@@ -263,17 +287,7 @@ def linked(base: Base, steps: Sequence[tuple[Slot, Strength]]) -> Link:
     return Added(link, waiting) if waiting else link
 
 
-def bias_shift(steps: Sequence[tuple[Slot, Strength]], dtype: torch.dtype) -> Tensor | None:
-    """What the adapters add to the layer's bias."""
-    shift = None
-    for slot, s in steps:
-        if slot.shifts:
-            by = s * slot(_shift).to(dtype)
-            shift = by if shift is None else shift + by
-    return shift
-
-
 def _shift(slot: Slot) -> Tensor:
-    """What one adapter adds at strength 1."""
+    """What one adapter adds to the bias at strength 1."""
     found = [part.method.bias(slot.tensors_of(part), part.spec) for part in slot.parts]
     return sum([by for by in [*found, getattr(slot, BIAS, None)] if by is not None])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffpeft.bundle import Handle
 from diffpeft.methods import METHODS, Additive, Spec
@@ -40,6 +41,11 @@ class Piece:
     alpha: Handle | float | None
     spec: Spec
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def stamp_of(t: Tensor) -> tuple[Any, ...]:
+    """What stays while a tensor is the same: its memory (not its address, which another tensor may get), its version and its dtype."""
+    return StorageWeakRef(t.untyped_storage()), t._version, t.dtype
 
 
 class Slot(nn.Module):
@@ -102,7 +108,7 @@ class Slot(nn.Module):
         keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or self._hooked)
         key = (part.roles, dtype)
         if keep:
-            stamp = [(t.data_ptr(), t._version) for t in p.values()]
+            stamp = [stamp_of(t) for t in p.values()]
             kept = self._kept.get(key)
             if kept is not None and kept[0] == stamp:
                 return kept[1]

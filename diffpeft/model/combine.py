@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.adapted import base_class, record_of, state_with, weights_of
-from diffpeft.layers.chain import Base, bias_shift, linked
+from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.site import device_of, present, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import Lora, Spec
@@ -187,15 +187,12 @@ def _update(module: Any, slot: Slot) -> Update:
         dtype = torch.promote_types(dtype, t.dtype)
 
     def read() -> Update:
-        steps = [(slot, 1.0)]
         factors = _factors(slot, dtype)
-        if factors is not None:
-            delta = factors[1] @ factors[0]
-        else:
-            own = record.base[0] if record.base is not None else weights_of(module)[0]
-            W = (op.weight() if op.quantised else op.canonical(own)).to(slot.weight.device, dtype)
-            delta = (linked(Base(op, None, dtype, {}, W), steps).weight() - W).flatten(1)
-        return Update(delta, factors, slot.rank, bias_shift(steps, dtype))
+        own = record.base[0] if record.base is not None else weights_of(module)[0]
+        W = (op.weight() if op.quantised else op.canonical(own)).to(slot.weight.device, dtype)
+        whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
+        delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
+        return Update(delta, factors, slot.rank, whole.shift(dtype))
 
     was = slot.training
     slot.eval()

@@ -830,3 +830,24 @@ def test_part_of_an_adapted_model_is_no_target_of_its_own(trace):
 
 def test_kinds_cover_what_they_say():
     assert LINEAR in KINDS
+
+
+@pytest.mark.parametrize("form", ["dora", "oft", "lora"])
+def test_nothing_kept_outlives_what_it_was_made_of(form, randomize):
+    """A tensor put in place of another may get the memory of one before it."""
+    model, x = layer(LINEAR)
+    give(model, form)
+    randomize(model)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.eval()
+    for _ in range(20):
+        for p in model.parameters():
+            p.data = torch.randn_like(p)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), defined(model, x, [("default", 1.0)]), **EXACT)
+    slot = slots_of(model, "default")["0"]
+    slot.load_state_dict({k: torch.randn_like(t) for k, t in slot.state_dict().items()})
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), defined(model, x, [("default", 1.0)]), **EXACT)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
