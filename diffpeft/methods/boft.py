@@ -52,7 +52,8 @@ class BOFTConfig:
         boft_block_size: features in a block; 0 if boft_block_num is given. It has to divide every layer's features.
         boft_block_num: number of blocks; 0 if boft_block_size is given.
         boft_n_butterfly_factor: number of stages m; the number of blocks has to be a multiple of 2^(m-1).
-        target_modules, exclude_modules: as in LoraConfig.
+        target_modules, exclude_modules, fan_in_fan_out: as in LoraConfig.
+        bias: which biases are trained too: "none", "boft_only", "all".
         boft_dropout: share, in [0, 1), of the blocks of one random stage that do nothing in a training step.
         init_weights: True: the identity. False: small random rotations, and scales near 1.
     """
@@ -62,6 +63,8 @@ class BOFTConfig:
     boft_n_butterfly_factor: int = 1
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
     boft_dropout: float = 0.0
     init_weights: bool = True
 
@@ -71,6 +74,7 @@ class BOFTConfig:
         check_whole("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
         configs.check_probability("boft_dropout", self.boft_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))
+        configs.check_choice("bias", self.bias, ("none", "all", "boft_only"))
 
 
 class Boft(Method):

@@ -41,6 +41,7 @@ class LoraConfig:
         init_lora_weights: True: A kaiming uniform, B zero. "gaussian": A ~ N(0, 1 / r), B zero. "orthogonal": both orthogonal to each other, B A = 0.
             "pissa", "pissa_niter_N" (N steps of a randomised SVD), "olora": factors of W; the output is unchanged. False: both random, not the identity.
         rank_pattern, alpha_pattern: {regular expression: value} for layers that differ; a pattern matches a name or its end.
+        fan_in_fan_out: PEFT has to be told that GPT-2's Conv1D stores its weight transposed; here the layer's class tells, and this changes nothing.
     """
 
     r: int = 8
@@ -55,6 +56,7 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""

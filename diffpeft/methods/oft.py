@@ -32,7 +32,8 @@ class OFTConfig:
         r: number of blocks; 0 if oft_block_size is given.
         oft_block_size: features in a block; 0 if r is given. What does not divide a layer's features becomes the nearest divisor.
         module_dropout: share, in [0, 1), of the blocks that do nothing in a training step. (PEFT has the field and ignores it since 0.16.)
-        target_modules, exclude_modules: as in LoraConfig.
+        target_modules, exclude_modules, fan_in_fan_out: as in LoraConfig.
+        bias: which biases are trained too: "none", "oft_only", "all".
         init_weights: True: the identity. False: small random rotations.
         coft: no block may turn further than eps / sqrt(blocks), the Frobenius norm of its Q. Input side only.
         eps: see coft.
@@ -46,6 +47,8 @@ class OFTConfig:
     module_dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
     init_weights: bool = True
     coft: bool = False
     eps: float = 6e-5
@@ -58,6 +61,7 @@ class OFTConfig:
         check_either(self, "r", "oft_block_size")
         configs.check_probability("module_dropout", self.module_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))
+        configs.check_choice("bias", self.bias, ("none", "all", "oft_only"))
         configs.check_alpha("eps", self.eps)
         if self.eps <= 0:
             raise ConfigError(f"eps is {self.eps!r}", remedy="It is above 0.")

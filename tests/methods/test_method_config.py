@@ -1,7 +1,11 @@
 """What configs refuse, and PEFT's rule for patterns."""
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+
+import diffpeft
 from diffpeft.errors import ConfigError
 from diffpeft.methods import LoHaConfig, LoKrConfig
 from diffpeft.methods import config as checks
@@ -70,3 +74,32 @@ def test_a_pattern_matches_a_name_or_its_end_at_a_dot_and_the_first_one_wins():
     ):
         theirs = patterns.get(get_pattern_key(patterns, layer), 0)
         assert checks.pattern(patterns, layer, 0) == theirs, layer
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig"])
+def test_fields_and_defaults_are_pefts(name):
+    import peft
+
+    ours, theirs = getattr(diffpeft, name)(), getattr(peft, name)()
+    for field in dataclasses.fields(ours):
+        assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (diffpeft.OFTConfig(oft_block_size=2, bias="oft_only"), {"0"}),
+        (diffpeft.BOFTConfig(boft_block_size=2, bias="all"), {"0", "1"}),
+        (diffpeft.OFTConfig(oft_block_size=2), set()),
+    ],
+)
+def test_biases_train_with_rotations_too(config, names):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6))
+    diffpeft.attach(model, config, targets=["0"])
+    assert {n.split(".")[0] for n, _ in model.named_parameters() if n.endswith("diff_b")} == names
+
+
+@pytest.mark.parametrize("config", [diffpeft.OFTConfig(bias="lora_only"), diffpeft.BOFTConfig(bias="oft_only")])
+def test_a_bias_of_another_method_is_refused(config):
+    with pytest.raises(diffpeft.ConfigError, match="bias"):
+        config.validate()
