@@ -313,15 +313,21 @@ SITES = (QuantisedSite, LinearSite, TransposedLinearSite, EmbeddingSite, ConvSit
 
 def site_of(cls: type[nn.Module]) -> type[_Site] | None:
     """The kind of site that modules of this class are, or None if no method fits them."""
+    if cls not in _found:
+        _found[cls] = _site(cls)
+    return _found[cls]
+
+
+_found: dict[type, type[_Site] | None] = {}
+
+
+def _site(cls: type[nn.Module]) -> type[_Site] | None:
     names = {(c.__module__, c.__name__) for c in cls.__mro__}
-    return next(
-        (
-            site
-            for site in SITES
-            if any(kind in names if isinstance(kind, tuple) else issubclass(cls, kind) for kind in site.kinds)
-        ),
-        None,
-    )
+
+    def fits(kind: Any) -> bool:
+        return kind in names if isinstance(kind, tuple) else issubclass(cls, kind)
+
+    return next((site for site in SITES if any(map(fits, site.kinds))), None)
 
 
 def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffpeft.errors import AdapterStateError, UnknownNameError, shown
 from diffpeft.layers.adapted import record_of
-from diffpeft.model.attach import Plan, mix_of, mixes_of, remove
+from diffpeft.model.attach import Plan, mixes_of, remove
 from diffpeft.model.fuse import check_order
-from diffpeft.model.mix import Strength, check_mix, forced
+from diffpeft.model.mix import Mix, Strength, check_mix, forced
 from diffpeft.model.state import slots_of
 from diffpeft.model.target import adapted_layers, components
 
@@ -39,9 +40,11 @@ def set_adapters(target: Any, mix: Mapping[str, Strength]) -> None:
     segments of a layer's dotted name; the one with most literal segments wins, then the longer, then the later; a layer that none names has 1.
     Raises UnknownNameError or ConfigError, in which case nothing has changed.
     """
-    mixes = mixes_of(components(target)).values()
+    parts = components(target)
+    own = mixes_of(parts)
+    mixes = own.values()
     check_mix(mix, mixes)
-    _check_fused(target, mix)
+    _check_fused(parts, own, mix)
     plan = Plan(mixes=[(m, {"choice": m.chosen(mix)}) for m in mixes])
     plan.commit()
 
@@ -52,9 +55,11 @@ def adapters(target: Any, mix: Mapping[str, Strength]) -> Iterator[None]:
 
     Raises AdapterStateError where gradient checkpointing would run layers again outside the block.
     """
-    mixes = list(mixes_of(components(target)).values())
+    parts = components(target)
+    own = mixes_of(parts)
+    mixes = list(own.values())
     check_mix(mix, mixes)
-    _check_fused(target, mix)
+    _check_fused(parts, own, mix)
     _check_checkpointing(target)
     with forced({m.key: m.chosen(mix) for m in mixes}, mixes):
         yield
@@ -71,11 +76,10 @@ def _check_checkpointing(target: Any) -> None:
             )
 
 
-def _check_fused(target: Any, given: Mapping[str, Strength]) -> None:
+def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], given: Mapping[str, Strength]) -> None:
     """Raise AdapterStateError if `given` would change what is in the weights."""
-    for component, model in components(target).items():
-        mix = mix_of(model)
-        if mix is None or not mix.fused:
+    for component, mix in mixes.items():
+        if not mix.fused:
             continue
         choice = mix.chosen(given)
         for name in mix.fused:
@@ -84,7 +88,7 @@ def _check_fused(target: Any, given: Mapping[str, Strength]) -> None:
                     f"adapter {shown(name)} is fused into {component or 'the model'} at another strength",
                     remedy="Call unfuse first; fused strengths must stay as they are.",
                 )
-        for layer, module in adapted_layers(model).items():
+        for layer, module in adapted_layers(parts[component]).items():
             record = record_of(module)
             if record is not None and record.fused:
                 check_order(layer, record, [n for n in mix.fused if n in record.fused], choice)
