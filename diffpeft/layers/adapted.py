@@ -94,6 +94,9 @@ def state_with(module: nn.Module, record: Record | None, weights: Weights | None
 def enter(module: Any, state: State) -> None:
     """Put a layer into `state`. Plain assignments: given a prepared state it cannot fail."""
     held = held_forwards(module)
+    old = record_of(module)
+    if old is not None and old is not state.record:
+        old.kept.clear()  # it refers to the layer, which would keep adapters alive until a garbage collection
     module.__class__ = state.cls
     if state.record is None:
         module._modules.pop(ADAPTERS, None)

@@ -144,6 +144,6 @@ class Slot(nn.Module):
         for part in self.parts:
             p = self.tensors_of(part)
             words += [f"{part.method.name}, rank={part.method.rank(p)}"]
-            if isinstance(part.method, type) and issubclass(part.method, Additive):
+            if part.additive:
                 words += [f"scale={part.method.scale(p, part.spec):g}"]
         return ", ".join(words)

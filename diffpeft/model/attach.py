@@ -181,8 +181,7 @@ def oversized(slots: Mapping[str, Slot]) -> list[str]:
         layer
         for layer, slot in slots.items()
         for part in slot.parts
-        if isinstance(part.method, type)
-        and issubclass(part.method, (Additive, Dora))
+        if issubclass(part.method, (Additive, Dora))
         and slot.rank > min(part.spec.geometry.out, part.spec.geometry.columns)
     ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import shutil
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -851,3 +853,22 @@ def test_nothing_kept_outlives_what_it_was_made_of(form, randomize):
     with torch.no_grad():
         torch.testing.assert_close(model(x), defined(model, x, [("default", 1.0)]), **EXACT)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@every_method
+def test_an_adapter_that_is_off_is_gone_at_once(form):
+    """Its memory must not wait for a garbage collection."""
+    model, x = layer(LINEAR)
+    for _ in range(2):
+        give(model, form)
+        give(model, form, "other")
+        model(x)
+        adapter = weakref.ref(slots_of(model, "default")["0"])
+        gc.collect()
+        gc.disable()
+        try:
+            detach(model, "default")
+            assert adapter() is None
+        finally:
+            gc.enable()
+        detach(model, "other")
