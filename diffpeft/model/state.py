@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
-from diffpeft.errors import UnknownNameError
+from diffpeft.errors import CannotConvertError, UnknownNameError, shown
 from diffpeft.layers.adapted import record_of
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
@@ -65,6 +65,11 @@ def entries_of(layer: str, slot: Slot) -> list[Entry]:
         options = {k: v for k, v in part.spec.options.items() if k not in TRAINING}
         handles, shape = {role: io.handle(t) for role, t in p.items()}, part.spec.geometry.shape
         found.append(Entry(part.method.name, layer, handles, alpha, (), options, shape))
-    if tensors and found:
+    if tensors and not found:
+        raise CannotConvertError(
+            f"on layer {shown(layer)} the adapter changes only the bias, for which no format here has a place",
+            remedy="Train with bias='none' or 'lora_only' to save it as a file.",
+        )
+    if tensors:
         found[0] = replace(found[0], tensors={**found[0].tensors, **{r: io.handle(t) for r, t in tensors.items()}})
     return found

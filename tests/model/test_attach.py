@@ -13,6 +13,7 @@ import diffpeft
 from diffpeft import (
     AdapterStateError,
     BOFTConfig,
+    CannotConvertError,
     ConfigError,
     LoHaConfig,
     LoKrConfig,
@@ -63,6 +64,13 @@ def test_bias_trains_the_biases_it_names(bias, layers, trace):
     torch.testing.assert_close(model(X), expected(X), rtol=1e-5, atol=1e-5)
     diffpeft.unload(model)
     assert trace(model) == before
+
+
+def test_what_only_changes_biases_is_not_dropped_in_silence(pipe, tmp_path):
+    attach(pipe.unet, LoraConfig(r=2, bias="all"), targets=["conv_in"])
+    with pytest.raises(CannotConvertError, match="bias"):
+        diffpeft.save_lora(pipe, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 CONFIGS = {
