@@ -7,6 +7,7 @@ The norm takes no gradient (section 4.3 of the paper). For low-rank dW it needs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ class Dora(Method):
     def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
         magnitude = p[PEFT] if PEFT in p else p[LYCORIS]
         size = spec.geometry.shape[axis_of(p, spec)]
-        if max(magnitude.shape) != size or magnitude.numel() != size:
+        if max(magnitude.shape) != size or math.prod(magnitude.shape) != size:
             side = ("outputs", "inputs")[axis_of(p, spec)]
             return f"the magnitude has shape {tuple(magnitude.shape)}, the layer has {size} {side}"
         return inner(p).check(_rest(p), spec)

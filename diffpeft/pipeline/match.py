@@ -107,7 +107,7 @@ def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]]
     for entry, place in found:
         module, parent = layers[place[0]][place[1]]
         spec = _spec(entry, module)
-        own = {role: torch.empty(h.shape, device="meta") for role, h in entry.tensors.items() if role != BIAS}
+        own = {role: h for role, h in entry.tensors.items() if role != BIAS}
         if why := METHODS[entry.method].check(own, spec):
             wrong.append(f"{entry.layer}: {why}")
         if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
