@@ -38,7 +38,7 @@ class Base:
         assert self.forward is not None
         if bias or self.op.bias is None:
             return self.forward(x)
-        return self.op.less_bias(self.forward(x)) if self.op.quantised else self.op.op(x, self.weight(), False)
+        return self.op.op(x, self.weight(), False) if self.op.faithful else self.op.less_bias(self.forward(x))
 
     @property
     def plain(self) -> bool:
@@ -111,7 +111,7 @@ class Added(_Later):
                 continue
             p = slot.prepared(part, self.dtype)
             route = _route(slot, part, p, tokens)
-            if route == "weight" and not op.quantised:
+            if route == "weight" and op.faithful:
                 W = (self.before.weight() if W is None else W) + s * _masked(slot, part, p)
             elif (
                 route == "own"
@@ -151,8 +151,8 @@ class Added(_Later):
         op, g, r = self.op, self.op.geometry, A.shape[0]
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.dtype.itemsize < 4:
             return False
-        if not isinstance(self.before, Base) or g.lookup or getattr(op.module, "_diffpeft_base", None) not in op.kinds:
-            return False  # a subclass may do more than its weight says
+        if not isinstance(self.before, Base) or g.lookup or not op.faithful:
+            return False
         return (r + _PASS) * g.out * g.columns < r * op.positions(x) * (g.groups * g.columns + g.out)
 
 
@@ -226,7 +226,7 @@ class Changed(_Later):
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
         if len(self.slot.parts) == 1:
             return self.slot(_applied, self.before, x, self.s, bias)
-        if self.op.quantised:
+        if not self.op.faithful:
             return self.before(x, bias) + self.op.op(x, self.weight() - self.before.weight(), False)
         return self.op.op(x, self.weight(), bias)
 

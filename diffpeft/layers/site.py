@@ -33,6 +33,12 @@ class _Site:
     def __init__(self, module: Any, *rest: Any, **named: Any):
         self.module, self.rest, self.named = module, rest, named
         self.geometry = self.geometry_of(module)
+        base: Any = getattr(type(module), "_diffpeft_base", type(module))
+        # else the layer is quantised, or a subclass with a forward of its own: that must run, and its result may be needed for backward
+        self.faithful = not self.quantised and any(
+            base.forward is kind.forward if isinstance(kind, type) else kind == (base.__module__, base.__name__)
+            for kind in self.kinds
+        )
 
     @staticmethod
     def geometry_of(module: Any) -> Geometry:
@@ -74,7 +80,7 @@ class _FeaturesLast(_Site):
         """y [*n, out] + gate * h [*n, r] W^T as one product into y."""
         if isinstance(gate, Tensor):
             h, gate = h * gate, 1.0
-        return kernels.add(y, h, weight, gate, last=True, into=not self.quantised and y.is_contiguous())
+        return kernels.add(y, h, weight, gate, last=True, into=self.faithful and y.is_contiguous())
 
     def blocks(self, t: Tensor, matrices: Tensor) -> Tensor:
         return kernels.block_product(t, matrices)
@@ -214,7 +220,7 @@ class ConvSite(_Site):
                 1.0,
             )
         if groups == 1 and self._batched(y) and y.is_contiguous():
-            return kernels.add(y, h, weight.flatten(1), gate, last=False, into=True)
+            return kernels.add(y, h, weight.flatten(1), gate, last=False, into=self.faithful)
         return y + gate * _CONVOLUTIONS[weight.dim() - 3](h, weight, groups=groups)
 
     def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:

@@ -77,7 +77,7 @@ class Op(Protocol):
     """What a layer lends a method: its own operation with other weights, and its features seen apart from where they lie."""
 
     geometry: Geometry
-    quantised: bool
+    faithful: bool  # whether op(x, W) is all that the layer does; else what a method changes is added to the layer's own result
 
     def positions(self, x: Tensor) -> int:
         """At how many positions the operation is done for this input, about: what a cost model needs."""
@@ -193,7 +193,7 @@ class Method:
         """W(s) x with W(s) = W + s (f(W) - W), and the layer's bias if `bias`. `p` is prepared."""
         W = before.weight()
         change = s * (cls.weight(W, p, spec) - W)
-        if before.op.quantised:  # the layer's own operation is not W x: it may round x too
+        if not before.op.faithful:
             return before(x, bias) + before.op.op(x, change, False)
         return before.op.op(x, W + change, bias)
 

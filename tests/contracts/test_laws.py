@@ -872,3 +872,32 @@ def test_an_adapter_that_is_off_is_gone_at_once(form):
         finally:
             gc.enable()
         detach(model, "other")
+
+
+class Rectified(nn.Linear):
+    def forward(self, x):
+        return torch.relu(super().forward(x))  # which saves its result for backward
+
+
+class RectifiedConv(nn.Conv2d):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), [(lambda: Rectified(6, 4), (3, 6)), (lambda: RectifiedConv(4, 6, 3), (2, 4, 5, 5))]
+)
+@pytest.mark.parametrize("form", ["lora", "lokr", "loha"])
+def test_a_subclass_keeps_its_own_forward_and_its_gradients(form, make, shape, randomize):
+    model, x = nn.Sequential(make()).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    base = model(x)
+    give(model, form)
+    randomize(model)
+    slot = slots_of(model, "default")["0"]
+    (part,) = slot.parts
+    delta = part.method.scale(slot.tensors, part.spec) * part.method.delta(slot.tensors, part.spec)
+    op = torch.nn.functional.linear if delta.dim() == 2 else torch.nn.functional.conv2d
+    torch.testing.assert_close(model(x), base + op(x, delta), **EXACT)
+    (g,) = torch.autograd.grad(model(x).sum(), x)
+    (want,) = torch.autograd.grad((base + op(x, delta)).sum(), x)
+    torch.testing.assert_close(g, want, **EXACT)

@@ -28,7 +28,7 @@ class Dense:
 
 
 class Operation:
-    quantised = False
+    faithful = True
 
     def __init__(self, layer):
         self.layer, self.geometry = layer, layer.geometry
