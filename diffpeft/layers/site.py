@@ -36,7 +36,7 @@ class _Site:
         base: Any = getattr(type(module), "_diffpeft_base", type(module))
         # else the layer is quantised, or a subclass with a forward of its own: that must run, and its result may be needed for backward
         self.faithful = not self.quantised and any(
-            base.forward is kind.forward if isinstance(kind, type) else kind == (base.__module__, base.__name__)
+            kind == (base.__module__, base.__name__) if isinstance(kind, tuple) else base.forward is kind.forward
             for kind in self.kinds
         )
 
