@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converters.detection import Detection, families_of, format_of
+from converters.detection import families_of, format_of
 from converters.engine import Source, opened
 from converters.formats import FORMATS
 from converters.roles import rank, split
 from diffpeft import io
-from diffpeft.bundle import Handle, dotted, named
+from diffpeft.bundle import Handle, dotted, named, trigger_words
 
 # which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
 READERS = {
@@ -23,7 +22,6 @@ READERS = {
     "diffusers": (("diffusers", "ComfyUI"), ()),
     "peft": (("PEFT", "transformers"), ("PEFT",)),
 }
-_UNPACK = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
 
 
 @dataclass(frozen=True)
@@ -68,19 +66,19 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
     groups, carried = _grouped(tensors, format)
     shapes = {n: {role: h.shape for role, h in found.items() if role != "alpha"} for n, found in groups.items()}
     methods = {m for own in shapes.values() for method, roles in split(own).items() for m in named(method, roles)}
-    alphas = Counter(_number(found.get("alpha")) for found in groups.values())
-    known = Detection(format, families[0], frozenset(methods), 1 - len(carried) / max(len(tensors), 1), families[1:])
+    numbers = {n: _number(found.get("alpha")) for n, found in groups.items()}
+    alphas = Counter(numbers.values())
     rows: dict[str, Any] = {}
     if norms:
         sizes, zero, broken = _measured(groups)
-        off = {name for name, found in groups.items() if _number(found.get("alpha")) == 0}
+        off = {name for name, alpha in numbers.items() if alpha == 0}
         rows = {"norms": sizes, "dead": tuple(n for n in groups if n in zero | off), "nonfinite": tuple(broken)}
     return Inspection(
         path=where,
         format=format,
-        family=known.family,
-        alternatives=known.alternatives,
-        confidence=known.confidence,
+        family=families[0],
+        alternatives=families[1:],
+        confidence=1 - len(carried) / max(len(tensors), 1),
         methods=tuple(sorted(methods)),
         components=tuple(dict.fromkeys(name.partition(".")[0] for name in groups)),
         layers=len(groups),
@@ -91,7 +89,7 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
         alphas=dict(alphas.most_common()),
         blocks=dict(Counter(block_of(name) for name in groups)),
         carried=tuple(carried),
-        trigger_words=_trigger_words(metadata),
+        trigger_words=trigger_words(metadata),
         metadata=metadata,
         readable_by=READERS[format][0] if methods <= {"lora", "dora"} else READERS[format][1],
         **rows,
@@ -110,24 +108,15 @@ def _grouped(tensors: Mapping[str, Handle], format: str) -> tuple[dict[str, dict
     return groups, carried
 
 
+def _number(alpha: Handle | None) -> float | None:
+    """An alpha as a number; None if it is missing or several."""
+    return None if alpha is None or math.prod(alpha.shape) != 1 else io.number(alpha)
+
+
 def block_of(name: str) -> str:
     """The block that a layer is in: everything up to its first number (in a UNet's halves, and the text encoder's layers)."""
     match = re.match(r".*?(?:\d+(?=[._])|mid_block|middle_block)", name)
     return match[0] if match else name
-
-
-def _number(alpha: Handle | None) -> float | None:
-    """A stored alpha as a number, without torch."""
-    if alpha is None or math.prod(alpha.shape) != 1:
-        return None
-    if alpha.path is None:
-        return float(alpha.tensor.item())
-    with open(alpha.path, "rb") as f:
-        f.seek(alpha.start)
-        data = f.read(io.SIZES[alpha.dtype])
-    if alpha.dtype == "BF16":
-        return float(struct.unpack("<f", b"\0\0" + data)[0])
-    return float(struct.unpack(_UNPACK[alpha.dtype], data)[0]) if alpha.dtype in _UNPACK else None
 
 
 def _measured(groups: Mapping[str, Mapping[str, Handle]]) -> tuple[dict[str, float], set[str], list[str]]:
@@ -148,12 +137,6 @@ def _measured(groups: Mapping[str, Mapping[str, Handle]]) -> tuple[dict[str, flo
         if not math.isfinite(total):
             broken.append(name)
     return sizes, zero, broken
-
-
-def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    from diffpeft.bundle import Bundle
-
-    return Bundle("", "", [], metadata=dict(metadata)).trigger_words
 
 
 def by_block(norms: Mapping[str, float]) -> dict[str, float]:

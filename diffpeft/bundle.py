@@ -95,8 +95,7 @@ class Bundle:
     @property
     def trigger_words(self) -> tuple[str, ...]:
         """What the file says must stand in a prompt, from `modelspec.trigger_phrase` or `trained_words`."""
-        text = self.metadata.get("modelspec.trigger_phrase") or self.metadata.get("trained_words") or ""
-        return tuple(word for word in (part.strip(" []\"'") for part in text.split(",")) if word)
+        return trigger_words(self.metadata)
 
     def deltas(self, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """{canonical layer: f(W) - W in float64}, by each method's definition. `base` {layer: W} is for methods that need W, such as DoRA and OFT.
@@ -109,6 +108,12 @@ class Bundle:
             delta = _delta(entry, W if W is None or before is None else W.double() + before)
             out[entry.layer] = delta if before is None else before + delta
         return out
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """What a file says must stand in a prompt."""
+    text = metadata.get("modelspec.trigger_phrase") or metadata.get("trained_words") or ""
+    return tuple(word for word in (part.strip(" []\"'") for part in text.split(",")) if word)
 
 
 def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -50,6 +51,18 @@ _TORCH = {
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
+}
+# how struct reads one number
+_UNPACK = {
+    "F64": "<d",
+    "F32": "<f",
+    "BF16": "<f",
+    "F16": "<e",
+    "I64": "<q",
+    "I32": "<i",
+    "I16": "<h",
+    "I8": "<b",
+    "U8": "<B",
 }
 _NAMES = {name: code for code, name in _TORCH.items()}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -198,12 +211,19 @@ def reshaped(handle_: Handle, shape: tuple[int, ...]) -> Handle:
 
 
 def number(alpha: Handle | float | None) -> float | None:
-    """A stored or configured alpha as a number; None stays None."""
+    """A stored or configured alpha as a number; None stays None. For a file of the usual dtypes torch is not needed."""
     if not isinstance(alpha, Handle):
         return alpha
     if math.prod(alpha.shape) != 1:
         raise CheckpointError(f"an alpha of shape {alpha.shape} is no single number", where=alpha.path or "")
-    return float(load([alpha])[0].item())
+    if alpha.dtype not in _UNPACK:
+        return float(load([alpha])[0].item())
+    data = raw(alpha)
+    if len(data) != SIZES[alpha.dtype]:
+        raise _unreadable(alpha.path or Path(), "the file became shorter while it was read")
+    if alpha.dtype == "BF16":  # the upper half of an F32
+        data = b"\0\0" + data
+    return float(struct.unpack(_UNPACK[alpha.dtype], data)[0])
 
 
 def cast(handle_: Handle, dtype: torch.dtype | None, where: str = "") -> Handle:

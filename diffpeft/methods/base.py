@@ -207,11 +207,6 @@ class Additive(Method):
         return 1.0 if spec.alpha is None else spec.alpha / cls.rank(p)
 
     @classmethod
-    def geometry(cls, p: Mapping[str, Any]) -> Geometry:
-        """The layer that the shapes in `p` are for, as far as they show it: a convolution may look like a linear layer with as many columns."""
-        raise NotImplementedError
-
-    @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
         """The update without its scale, in the shape of W."""
         raise NotImplementedError

@@ -25,10 +25,8 @@ from diffpeft.methods.base import Fresh, Geometry, Link, Method, Op, Site, Spec,
 from diffpeft.methods.linalg import added, butterfly, cayley, columns_times, exchange, rows_times, wide
 from diffpeft.methods.oft import (
     adopt_rescale,
-    check_either,
     check_keywords,
     check_rescale,
-    check_whole,
     clamped_skew,
     side_of,
     some,
@@ -70,8 +68,8 @@ class BOFTConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
-        check_either(self, "boft_block_size", "boft_block_num")
-        check_whole("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
+        configs.check_either(self, "boft_block_size", "boft_block_num")
+        configs.check_whole("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
         configs.check_probability("boft_dropout", self.boft_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))
         configs.check_choice("bias", self.bias, ("none", "all", "boft_only"))

@@ -46,6 +46,34 @@ def check_patterns(name: str, patterns: Mapping[str, Any], check: Callable[[str,
             raise ConfigError(f"{name} has {key!r}", remedy=f"It is no regular expression: {error}.") from error
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+    """A setting is a whole number of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} is {value!r}", remedy=f"It is a whole number of at least {least}.")
+
+
+def check_either(config: Any, one: str, other: str) -> None:
+    """Of two settings one is a whole number above 0, the other 0."""
+    for name in (one, other):
+        check_whole(name, getattr(config, name), 0)
+    if bool(getattr(config, one)) == bool(getattr(config, other)):
+        raise ConfigError(
+            f"{one} is {getattr(config, one)} and {other} is {getattr(config, other)}",
+            remedy="Give one of them, and 0 for the other.",
+        )
+
+
+def check_product(config: Any, inits: Iterable[Any]) -> None:
+    """What LoHa and LoKr have in common: rank, alpha, dropouts, inits and patterns."""
+    check_rank("r", config.r)
+    check_alpha("alpha", config.alpha)
+    for name in ("rank_dropout", "module_dropout"):
+        check_probability(name, getattr(config, name))
+    check_choice("init_weights", config.init_weights, inits)
+    check_patterns("rank_pattern", config.rank_pattern, check_rank)
+    check_patterns("alpha_pattern", config.alpha_pattern, check_alpha)
+
+
 def pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     """The value of the first pattern that matches `layer` or its end at a dot: PEFT's rule."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)

@@ -9,12 +9,6 @@ import torch
 from torch import Tensor
 
 
-def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """sum_pq core[p, q, *k] a[p, o] b[q, i].  core [p, q, *k], a [p, o], b [q, i] -> [o, i, *k]."""
-    k = core.shape[2:]
-    return torch.einsum("pqk,po,qi->oik", core.flatten(2), a, b).reshape(a.shape[1], b.shape[1], *k)
-
-
 def khatri_rao(a1: Tensor, a2: Tensor) -> Tensor:
     """Column-wise products of every pair of columns.  a1 [o, p], a2 [o, q] -> [o, p * q]."""
     return (a1[:, :, None] * a2[:, None, :]).flatten(1)
@@ -62,7 +56,7 @@ def cayley_neumann(Q: Tensor, terms: int, last: float = 1) -> Tensor:
 
 
 def tucker_factors(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """`tucker` as a product of two.  core [p, q, *k], a [p, o], b [q, i] -> (down [p, i, *k], up [o, p])."""
+    """sum_pq core[p, q, *k] a[p, o] b[q, i] as a product of two.  core [p, q, *k], a [p, o], b [q, i] -> (down [p, i, *k], up [o, p])."""
     p, q, *k = core.shape
     return torch.einsum("pqk,qi->pik", core.reshape(p, q, -1), b).reshape(p, b.shape[1], *k), a.T
 

@@ -51,13 +51,7 @@ class LoHaConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
-        checks.check_rank("r", self.r)
-        checks.check_alpha("alpha", self.alpha)
-        for name in ("rank_dropout", "module_dropout"):
-            checks.check_probability(name, getattr(self, name))
-        checks.check_choice("init_weights", self.init_weights, (True, False))
-        checks.check_patterns("rank_pattern", self.rank_pattern, checks.check_rank)
-        checks.check_patterns("alpha_pattern", self.alpha_pattern, checks.check_alpha)
+        checks.check_product(self, (True, False))
 
 
 class LoHa(Additive):

@@ -64,16 +64,10 @@ class LoKrConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
-        checks.check_rank("r", self.r)
-        checks.check_alpha("alpha", self.alpha)
-        for name in ("rank_dropout", "module_dropout"):
-            checks.check_probability(name, getattr(self, name))
+        checks.check_product(self, (True, False, "lycoris"))
         factor = self.decompose_factor
         if isinstance(factor, bool) or not isinstance(factor, int) or (factor < 1 and factor != -1):
             raise ConfigError(f"decompose_factor is {factor!r}", remedy="It is -1 or a whole number of at least 1.")
-        checks.check_choice("init_weights", self.init_weights, (True, False, "lycoris"))
-        checks.check_patterns("rank_pattern", self.rank_pattern, checks.check_rank)
-        checks.check_patterns("alpha_pattern", self.alpha_pattern, checks.check_alpha)
 
 
 def factorization(n: int, factor: int = -1) -> tuple[int, int]:

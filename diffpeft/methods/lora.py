@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
-from diffpeft.methods.base import Additive, Fresh, Geometry, Site, Spec, Tensors
+from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.linalg import kaiming, tucker_factors
 
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
@@ -103,12 +104,12 @@ class Lora(Additive):
         if tucker and set(k) - {1}:
             ones = [1] * len(k)
             tensors = {
-                "lora_A": _kaiming(site, r, i, *ones),
-                "lora_mid": _kaiming(site, r, r, *k),
+                "lora_A": kaiming(r, i, *ones, generator=site.generator),
+                "lora_mid": kaiming(r, r, *k, generator=site.generator),
                 "lora_B": torch.zeros(o, r, *ones),
             }
             if init is False:
-                tensors["lora_B"] = _kaiming(site, o, r, *ones)
+                tensors["lora_B"] = kaiming(o, r, *ones, generator=site.generator)
         else:
             A, B = _initial(init, site, r, alpha / r)
             names = ("lora_embedding_A", "lora_embedding_B") if g.lookup else ("lora_A", "lora_B")
@@ -137,18 +138,10 @@ class Lora(Additive):
         return _factors(p)[0].shape[0]
 
     @classmethod
-    def geometry(cls, p: Mapping[str, Any]) -> Geometry:
-        A, B = _factors(p)
-        return Geometry(B.shape[0], A.shape[1], tuple(p.get("lora_mid", A).shape[2:]))
-
-    @classmethod
     def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor]:
         A, B = _factors(p)
-        if "lora_mid" in p:  # the core folded into A: [r, r, *k] and [r, i, *1] -> [r, i, *k]
-            mid = p["lora_mid"]
-            A = torch.einsum("pqk,qi->pik", mid.flatten(2), A.flatten(1)).reshape(
-                mid.shape[0], A.shape[1], *mid.shape[2:]
-            )
+        if "lora_mid" in p:
+            A, _ = tucker_factors(p["lora_mid"], B.flatten(1).T, A.flatten(1))
         if "initial_A" in p:
             A, B = torch.cat([A, p["initial_A"]]), torch.cat([B, -p["initial_B"]], 1)
         return A, B
@@ -202,12 +195,6 @@ def _factors(p: Mapping[str, Any]) -> tuple[Any, Any]:
     return (p["lora_A"], p["lora_B"]) if "lora_A" in p else (p["lora_embedding_A"], p["lora_embedding_B"])
 
 
-def _kaiming(site: Site, *shape: int) -> Tensor:
-    """kaiming_uniform_(a=sqrt(5)), the init of nn.Linear."""
-    bound = 1 / math.sqrt(math.prod(shape[1:]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=site.generator)
-
-
 def _from_weight(init: bool | str) -> bool:
     return isinstance(init, str) and init.startswith(("pissa", "olora"))
 
@@ -217,8 +204,11 @@ def _initial(init: bool | str, site: Site, r: int, scale: float) -> tuple[Tensor
     g = site.geometry
     ones = [1] * len(g.kernel)
     make: dict[Any, Callable[[], tuple[Tensor, Tensor]]] = {
-        True: lambda: (_kaiming(site, r, *g.shape[1:]), torch.zeros(g.out, r)),
-        False: lambda: (_kaiming(site, r, *g.shape[1:]), _kaiming(site, g.out, r)),
+        True: lambda: (kaiming(r, *g.shape[1:], generator=site.generator), torch.zeros(g.out, r)),
+        False: lambda: (
+            kaiming(r, *g.shape[1:], generator=site.generator),
+            kaiming(g.out, r, generator=site.generator),
+        ),
         "gaussian": lambda: (
             torch.empty(r, *g.shape[1:]).normal_(std=1 / r, generator=site.generator),
             torch.zeros(g.out, r),

@@ -58,14 +58,14 @@ class OFTConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
-        check_either(self, "r", "oft_block_size")
+        configs.check_either(self, "r", "oft_block_size")
         configs.check_probability("module_dropout", self.module_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))
         configs.check_choice("bias", self.bias, ("none", "all", "oft_only"))
         configs.check_alpha("eps", self.eps)
         if self.eps <= 0:
             raise ConfigError(f"eps is {self.eps!r}", remedy="It is above 0.")
-        check_whole("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 1)
+        configs.check_whole("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 1)
 
 
 class Oft(Method):
@@ -289,20 +289,3 @@ def check_rescale(p: Mapping[str, Any], spec: Spec) -> str:
 def adopt_rescale(p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
     """`p` with `rescale` as [out, 1, *1]."""
     return {k: t.reshape(-1, *(1 for _ in spec.geometry.shape[1:])) if k == "rescale" else t for k, t in p.items()}
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """A setting is a whole number of at least so much."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}", remedy=f"It is a whole number of at least {least}.")
-
-
-def check_either(config: Any, one: str, other: str) -> None:
-    """Of two settings one is a whole number above 0, the other 0."""
-    for name in (one, other):
-        check_whole(name, getattr(config, name), 0)
-    if bool(getattr(config, one)) == bool(getattr(config, other)):
-        raise ConfigError(
-            f"{one} is {getattr(config, one)} and {other} is {getattr(config, other)}",
-            remedy="Give one of them, and 0 for the other.",
-        )
