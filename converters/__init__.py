@@ -1,7 +1,7 @@
 """Checkpoint formats: every adapter file becomes a Bundle, and a Bundle becomes a file. From the file alone; no model is needed."""
 
 from converters.conversion import ConvertReport, convert
-from converters.engine import FORMATS, TABLES, Detection, detect, read, refusal, write
+from converters.engine import FORMATS, TABLES, Detection, detect, fitting, read, refusal, write
 from converters.inspection import Inspection, inspect
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Inspection",
     "convert",
     "detect",
+    "fitting",
     "inspect",
     "read",
     "refusal",

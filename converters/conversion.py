@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.engine import Source, read, refusal, write
+from converters.engine import Source, planned, problem, read, refusal, store
 from converters.formats import FORMATS
 from converters.roles import ADDITIVE
 from diffpeft import io
@@ -61,21 +61,30 @@ def convert(
         raise ConfigError(f"allow is {shown(allow)}", remedy="It is 'approximate', or left out.")
     cast = _dtype(dtype)
     bundle = read(source, family=family, format=format)
+    if isinstance(source, (str, os.PathLike)) and Path(source).resolve() == Path(path).resolve():
+        raise ConfigError("the output is the input", where=path, remedy="Give another name.")
     said: list[str] = []
     out = bundle
     if refusal(bundle, to):
         out, expanded = _expanded(bundle, to)
         if expanded:
             said.append(f"{len(expanded)} layers became LoRAs of the same update: {listed(expanded[:5])}")
-    if isinstance(source, (str, os.PathLike)) and Path(source).resolve() == Path(path).resolve():
-        raise ConfigError("the output is the input", where=path, remedy="Give another name.")
-    write(out, path, format=to, dtype=cast)
+    plan = planned(out, to, cast)
+    store(plan, path, to)
+    if plan.inexact:
+        said.append(
+            f"{len(plan.inexact)} fused layers have parts of unequal scales, which went into the factors: {listed(plan.inexact[:5])}"
+        )
+    zero = [e.layer for e in bundle.entries if e.method not in ("oft", "boft") and io.number(e.alpha) == 0]
+    if zero:
+        said.append(f"{len(zero)} layers have alpha 0 and no effect: {listed(zero[:5])}")
     if bundle.carried:
         said.append(
             f"{len(bundle.carried)} keys are no adapter's and were kept as they are: {listed(list(bundle.carried)[:5])}"
         )
-    exact = out is bundle and cast is None and (to == bundle.format or not FORMATS[bundle.format].folder)
-    mapped = tuple(key for entry in bundle.entries for key in entry.keys)
+    exact = out is bundle and cast is None and not plan.inexact
+    exact = exact and (to == bundle.format or not FORMATS[bundle.format].folder)
+    mapped = tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys))
     return ConvertReport(
         "L0" if exact else "L1", mapped, tuple(bundle.carried), tuple(said), bundle.format, bundle.family
     )
@@ -95,12 +104,15 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _expanded(bundle: Bundle, to: str) -> tuple[Bundle, list[str]]:
     """The bundle with LoRAs in place of what the format cannot hold and a LoRA can say exactly, and the layers that this was done to."""
-    fmt, entries, done = FORMATS[to], [], []
-    for entry in bundle.entries:
-        lora = _as_lora(entry) if fmt.problem([entry]) else None
-        entries.append(lora or entry)
-        done += [entry.layer] if lora else []
-    return replace(bundle, entries=entries), done
+    out, done = bundle, list[str]()
+    while trouble := problem(out, to):
+        blamed = {*trouble[1]}
+        entries = [_as_lora(e) if {e.layer, *e.targets} & blamed and e.method != "lora" else None for e in out.entries]
+        if not any(entries):
+            break
+        done += [e.layer for e, lora in zip(out.entries, entries, strict=True) if lora]
+        out = replace(out, entries=[lora or e for e, lora in zip(out.entries, entries, strict=True)])
+    return out, done
 
 
 def _as_lora(entry: Entry) -> Entry | None:
@@ -117,4 +129,5 @@ def _as_lora(entry: Entry) -> Entry | None:
         return None
     dtype = io.load([next(iter(entry.tensors.values()))])[0].dtype
     A, B = factors[0].to(dtype).contiguous(), (method.scale(p, spec) * factors[1]).to(dtype).contiguous()
-    return Entry("lora", entry.layer, {"lora_A": io.handle(A), "lora_B": io.handle(B)}, float(len(A)), entry.keys)
+    factors = {"lora_A": io.handle(A), "lora_B": io.handle(B)}
+    return replace(entry, method="lora", tensors=factors, alpha=float(len(A)), options={})

@@ -1,45 +1,81 @@
-"""Which format and which families a file's names and shapes fit. Reads the header only."""
+"""Which format and which families a file's names and shapes fit. Reads the header only.
+
+Every format's way to take keys apart is tried, and every family's tables: the family that knows the most layers is the file's. Where several know
+as many, the metadata decide, then widths and ratios of shapes, then whose own spelling it is.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
-from converters.formats import FORMATS
+from converters.families import TABLES, Table
+from converters.families.text import CLIP, T5
+from converters.formats import FORMATS, Format
+from converters.rows import extent
 from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
 
-# Names (dots written as underscores) that only these families have. SD1.x and SD2.x have the names that are left.
-SIGNS = (
-    (
-        ("sdxl", "sdxl_refiner"),
-        r"(lora_unet_)?(input_blocks_\d+|middle_block_\d+|output_blocks_\d+)_|(lora_te2|text_encoder_2)_text_model_encoder"
-        r"|.*(down_blocks_\d+|mid_block|up_blocks_\d+)_attentions_\d+_transformer_blocks_[1-9]",
-    ),
-    (("sd3",), r".*joint_blocks_\d+_|transformer_transformer_blocks_\d+_(attn2_|norm1_context)"),
-    (
-        ("flux", "chroma"),
-        r".*(double_blocks_\d+_(img|txt)_(attn|mlp_[02]|mod_lin)|single_blocks_\d+_(linear|modulation)|single_transformer_blocks_\d+_)",
-    ),
-    (("hunyuan_video",), r".*(double_blocks_\d+_(img|txt)_(mlp_fc|mod_linear)|individual_token_refiner)"),
-    (("qwen_image",), r".*transformer_blocks_\d+_(img|txt)_(mlp_net|mod_1)"),
-    (("wan",), r".*(blocks_\d+_(self_attn|cross_attn|ffn)_|condition_embedder_)"),
-    (("z_image", "lumina2"), r".*(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward)_"),
-    (("auraflow",), r".*(joint_transformer_blocks|double_layers)_\d+_"),
-    (("hidream",), r".*(double|single)_stream_blocks_\d+_"),
+Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
+# where a file written here says its family, and the component if its format does not
+HINT, COMPONENT = "diffpeft.family", "diffpeft.component"
+# what metadata say, in any of these places: {family: pattern}
+_PLACES = (HINT, "modelspec.architecture", "ss_base_model_version")
+_SAID = {
+    "sdxl_refiner": r".*xl.*refiner",
+    "sdxl": r"stable-diffusion-xl|sdxl|sd_?xl",
+    "sd3": r"stable-diffusion-3|sd_?3",
+    "sd2": r"stable-diffusion-v2|sd_?(v?2)",
+    "sd15": r"stable-diffusion-v1|sd_?(v?1)",
+    "flux2": r"flux[-_. ]?2",
+    "flux": r"flux",
+    "chroma": r"chroma",
+    "wan": r"wan",
+    "qwen_image": r"qwen",
+    "z_image": r"z[-_ ]?image",
+    "lumina2": r"lumina",
+    "hunyuan_video": r"hunyuan[-_ ]?video",
+    "pixart": r"pixart",
+    "sana": r"sana",
+    "auraflow": r"aura|pony[-_ ]?v?7",
+    "ltx": r"ltx",
+    "mochi": r"mochi",
+    "cogvideox": r"cogvideo",
+    "hidream": r"hidream",
+}
+# rows a column of layers whose names several families have
+_RATIOS = {
+    r"single_blocks[._]\d+[._]linear1": {"flux": 7, "chroma": 7, "hunyuan_video": 7, "flux2": 9},
+    r"single_blocks[._]\d+[._]linear2": {"flux": Fraction(1, 5), "chroma": Fraction(1, 5), "flux2": Fraction(1, 4)},
+    r"double_blocks[._]\d+[._](img|txt)_mlp[._]0": {"flux": 4, "chroma": 4, "flux2": 6},
+    r"(layers|refiner)[._]\d+[._]attention[._]qkv": {"lumina2": Fraction(5, 3), "z_image": 3},
+}
+# blocks that the published models have, where the names do not tell one from the other
+_DEPTHS = {
+    r"double_blocks[._](\d+)|(?<!single_)transformer_blocks[._](\d+)": {
+        "flux": 19,
+        "chroma": 19,
+        "hunyuan_video": 20,
+        "flux2": 8,
+    },
+    r"single_blocks[._](\d+)|single_transformer_blocks[._](\d+)": {
+        "flux": 38,
+        "chroma": 38,
+        "hunyuan_video": 40,
+        "flux2": 48,
+    },
+}
+_UNETS = ("sd15", "sd2", "sdxl", "sdxl_refiner")
+_WIDTHS = {768: ("sd15",), 1024: ("sd2",), 2048: ("sdxl",), 1280: ("sdxl_refiner",)}
+_INPUTS = ("lora_A", "hada_w1_b", "diff")  # roles whose second axis is the layer's inputs
+_CROSS = re.compile(r".*transformer_blocks[._]\d+[._]attn2[._]to_[kv]")
+_XL = re.compile(
+    r".*attentions?[._].*transformer_blocks[._][1-9]|.*_blocks?[._]\d.*transformer_blocks[._][1-9]|add_embedding|label_emb"
 )
-_CROSS = re.compile(
-    r".*(down_blocks_\d+|mid_block|up_blocks_\d+)_attentions_\d+_transformer_blocks_\d+_attn2_to_[kv][._](lora_(down|A)|hada_w[12]_b)"
-)
-_START = re.compile(r"^(base_model\.model\.|oft_unet_)")  # PEFT's and sd-scripts' OFT's, before the layer's own name
-_UNET = re.compile(r"(lora_unet_|unet_)?(down_blocks|mid_block|up_blocks|conv_(in|out)|time_embedding)_")
-_TEXT, _DENOISER = (
-    re.compile(r"lora_te|text_encoder|text_model_|encoder_layers_"),
-    re.compile(r"lora_unet_|lora_transformer_|unet_|transformer_"),
-)
-_TEXT_ONLY_FAMILIES = ("sd15", "sd2", "sdxl", "sd3", "flux")
-WIDTHS = {768: ("sd15",), 1024: ("sd2",), 2048: ("sdxl",), 1280: ("sdxl_refiner",)}
+_NOT_XL = re.compile(r"(down|up)_blocks[._]3|down_blocks[._]0[._]attentions")
 
 
 @dataclass(frozen=True)
@@ -53,33 +89,190 @@ class Detection:
     alternatives: tuple[str, ...] = ()
 
 
-def format_of(keys: Iterable[str], source: str) -> str:
-    """The format that most keys are of. Raises UnknownKeysError if no key is of any format."""
+@dataclass(frozen=True)
+class Fit:
+    """What a file fits. `families`, the likeliest first; `ambiguous` if the first of them was only the first: the names say nothing.
+
+    `known` {family: how many layers it knows}, of `layers`.
+    """
+
+    format: str
+    families: tuple[str, ...]
+    ambiguous: bool
+    known: Mapping[str, int]
+    layers: int
+    parsed: int
+
+
+def fit(tensors: Mapping[str, Handle], metadata: Mapping[str, str], source: str, format: str | None = None) -> Fit:
+    """What a file fits. Raises UnknownKeysError if no key is of any format."""
+    formats = _formats_of(tensors, source) if format is None else [format]
+    layers: dict[Spelt, dict[str, Handle]] = {}
+    parsed = 0
+    for key, handle in tensors.items():
+        if part := FORMATS[formats[0]].split(key):
+            parsed += 1
+            layers.setdefault((part.word, part.layer), {})[part.role] = handle
+    counts = _counts(layers, FORMATS[formats[0]], metadata)
+    most = max(counts.values(), default=0)
+    fitting = [family for family in TABLES if most and counts.get(family) == most]
+    families, ambiguous, own = _decided(fitting, layers, metadata, formats)
+    best = families[0] if families else ""
+    chosen = max(formats, key=lambda f: own.get((f, best), 0))
+    if metadata.get("diffpeft.format") in formats:
+        chosen = metadata["diffpeft.format"]
+    return Fit(chosen, families, ambiguous, counts, len(layers), parsed)
+
+
+def _formats_of(keys: Iterable[str], source: str) -> list[str]:
+    """The formats that most keys are of."""
     keys = list(keys)
     counts = {name: sum(fmt.split(key) is not None for key in keys) for name, fmt in FORMATS.items()}
-    best = max(counts, key=counts.__getitem__)
-    if not counts[best]:
+    most = max(counts.values(), default=0)
+    if not most:
         raise UnknownKeysError(
             "this holds no adapter that is known here",
             where=f"{source}: {listed(keys[:3])}{' ...' if len(keys) > 3 else ''}",
             remedy=f"Readable are the formats {', '.join(FORMATS)}.",
         )
-    return best
+    return [name for name, n in counts.items() if n == most]
 
 
-def families_of(tensors: Mapping[str, Handle]) -> tuple[str, ...]:
-    """Every family the names fit, the likeliest first. Between SD1.x and SD2.x, whose names are equal, the cross-attention width decides."""
-    flat = {_START.sub("", key).replace(".", "_"): handle for key, handle in tensors.items()}
-    signed = [families for families, sign in SIGNS if any(re.match(sign, key) for key in flat)]
-    if signed:
-        return signed[0]
-    widths = {handle.shape[1] for key, handle in flat.items() if _CROSS.match(key) and len(handle.shape) >= 2}
-    if widths:
-        return WIDTHS.get(min(widths), ("sd15",))
-    if any(_UNET.match(key) for key in flat):
-        return ("sd15", "sd2")
-    return (
-        _TEXT_ONLY_FAMILIES
-        if any(_TEXT.match(key) for key in flat) and not any(_DENOISER.match(key) for key in flat)
-        else ()
+def bare(table: Table, layers: Collection[str], fmt: Format, metadata: Mapping[str, str]) -> str:
+    """The component that layers without one are of: what the metadata say, else the first of those that know most.
+
+    The names of language models say nothing.
+    """
+    if metadata.get(COMPONENT) in table.components:
+        return metadata[COMPONENT]
+    own = [c for c in table.components if c not in table.encoders or table.encoders[c].layers in (CLIP, T5)]
+    counts = {c: sum(known(fmt, table, c, layer) != "" for layer in layers) for c in own}
+    best = max(counts, key=counts.__getitem__, default="")
+    return best if counts.get(best) else ""
+
+
+def known(fmt: Format, table: Table, component: str, layer: str) -> str:
+    """In whose names a family has a layer, "original" or "diffusers"; empty if it does not have it."""
+    if component in table.encoders:
+        return "diffusers" if table.encoded(component, layer, fmt.flat) else ""
+    names = ("original", "diffusers") if fmt.original(table) else ("diffusers", "original")
+    for name in names:
+        if fmt.flat:
+            found = (table.dotted if name == "diffusers" else table.original_dotted)(component, layer) is not None
+        else:
+            found = (table.knows if name == "diffusers" else table.is_original)(component, layer)
+        if found:
+            return name
+    return ""
+
+
+def _counts(layers: Collection[Spelt], fmt: Format, metadata: Mapping[str, str]) -> dict[str, int]:
+    """{family: how many of the layers it knows}. Names are first compared without their numbers, which spares most of the work."""
+    shapes = Counter((word, re.sub(r"\d+", "#", layer.replace(".", "_"))) for word, layer in layers)
+    rough: dict[str, int] = {}
+    for family, table in TABLES.items():
+        patterns = {c: table.patterns(c) for c in table.components}
+        everything = frozenset().union(*patterns.values())
+        n = 0
+        for (word, shape), count in shapes.items():
+            own = patterns.get(fmt.component(word, table), frozenset()) if word else everything
+            n += count * bool(own & {shape, f"text_model_{shape}", shape.removeprefix("model_")})
+        rough[family] = n
+    counts: dict[str, int] = {}
+    for family in sorted(rough, key=lambda f: -rough[f]):
+        if rough[family] <= 0 or rough[family] < max(counts.values(), default=0):
+            break
+        table = TABLES[family]
+        component = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
+        counts[family] = sum(
+            known(fmt, table, fmt.component(word, table) if word else component, layer) != "" for word, layer in layers
+        )
+    return counts
+
+
+def _decided(
+    fitting: list[str], layers: Mapping[Spelt, Mapping[str, Handle]], metadata: Mapping[str, str], formats: list[str]
+) -> tuple[tuple[str, ...], bool, dict[tuple[str, str], int]]:
+    """The families in order, whether the first is a mere guess, and {(format, family): layers in that format's own spelling}."""
+    own = {(f, family): _own(FORMATS[f], TABLES[family], layers, metadata) for f in formats for family in fitting}
+    spelt = {family: max(own[f, family] for f in formats) for family in fitting}
+    best = [family for family in fitting if family in _said(metadata)] or fitting
+    fmt = FORMATS[formats[0]]
+    denoised = {f for f in best if any(_component(fmt, TABLES[f], s, metadata) in TABLES[f].rules for s in layers)}
+    if not denoised:  # text encoders have the same names everywhere
+        return tuple(sorted(fitting, key=lambda f: (f not in best, -spelt[f]))), False, own
+    best = _by_width(best, layers) or best
+    best = _by_ratio(best, layers) or best
+    best = _by_depth(best, layers) or best
+    if set(best) <= set(_UNETS):
+        if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
+            best = [family for family in best if any(FORMATS[f].original(TABLES[family]) for f in formats)] or best
+        return tuple(best), False, own
+    best = [family for family in best if spelt[family] == max(spelt[f] for f in best)]
+    maps = {id(TABLES[family].rules[next(iter(TABLES[family].rules))]) for family in best}
+    return tuple(best), len(maps) > 1, own
+
+
+def _own(fmt: Format, table: Table, layers: Collection[Spelt], metadata: Mapping[str, str]) -> int:
+    """How many layers are spelt as this format would spell them."""
+    component = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
+    n = 0
+    for word, layer in layers:
+        own = fmt.component(word, table) if word else component
+        names = "original" if fmt.original(table) and own in table.rules else "diffusers"
+        n += fmt.word(own, table) == word and own in table.components and known(fmt, table, own, layer) == names
+    return n
+
+
+def _component(fmt: Format, table: Table, spelt: Spelt, metadata: Mapping[str, str]) -> str:
+    return fmt.component(spelt[0], table) if spelt[0] else bare(table, [spelt[1]], fmt, metadata)
+
+
+def _said(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The families that the metadata name."""
+    for place in _PLACES:
+        text = metadata.get(place, "").lower()
+        if text in TABLES:
+            return (text,)
+        for family, pattern in _SAID.items():
+            if text and re.match(pattern, text):
+                return (family,)
+    return ()
+
+
+def _by_width(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]]) -> list[str]:
+    """Of UNets: by the depth of transformers, the number of text encoders, the width of the cross-attention and which levels there are."""
+    if not set(families) <= set(_UNETS):
+        return families
+    xl = any(
+        _XL.match(layer) or re.match(r"lora_te2_|text_encoder_2|text_encoders\.clip_g", word) for word, layer in layers
     )
+    crosses = [found for (_, layer), found in layers.items() if _CROSS.match(layer)]
+    widths = {h.shape[1] for found in crosses for role, h in found.items() if role in _INPUTS and len(h.shape) > 1}
+    if widths:
+        told = _WIDTHS.get(min(widths), ("sdxl", "sdxl_refiner") if xl else ("sd15",))
+        return [f for f in families if f in told] or families
+    if xl:
+        return [f for f in families if f in ("sdxl", "sdxl_refiner")]
+    return [f for f in families if f in ("sd15", "sd2") or not any(_NOT_XL.match(layer) for _, layer in layers)]
+
+
+def _by_ratio(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]]) -> list[str]:
+    wrong = set()
+    for (_, layer), found in layers.items():
+        for pattern, ratios in _RATIOS.items():
+            if re.search(pattern + "$", layer) and (e := _extent(found)):
+                wrong |= {family for family, ratio in ratios.items() if Fraction(e[0], e[1]) != ratio}
+    return [family for family in families if family not in wrong]
+
+
+def _by_depth(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]]) -> list[str]:
+    wrong = set()
+    for pattern, depths in _DEPTHS.items():
+        numbers = [int(next(filter(None, m.groups()))) for _, layer in layers if (m := re.search(pattern, layer))]
+        wrong |= {family for family, depth in depths.items() if max(numbers, default=0) >= depth}
+    return [family for family in families if family not in wrong]
+
+
+def _extent(found: Mapping[str, Handle]) -> tuple[int, int] | None:
+    return extent({role: h.shape for role, h in found.items()})

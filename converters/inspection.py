@@ -9,18 +9,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converters.detection import families_of, format_of
-from converters.engine import Source, opened
+from converters.detection import bare, fit
+from converters.engine import Source, detected, opened
+from converters.families import TABLES, Table
 from converters.formats import FORMATS
 from converters.roles import rank, split
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, named, trigger_words
 
 # which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
-READERS = {
+READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kohya": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
     "diffusers": (("diffusers", "ComfyUI"), ()),
     "peft": (("PEFT", "transformers"), ("PEFT",)),
+    "kohya-diffusers": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
+    "comfyui": (("ComfyUI",), ("ComfyUI",)),
+    "lycoris": (("LyCORIS", "ComfyUI"), ("LyCORIS", "ComfyUI")),
 }
 
 
@@ -61,9 +65,9 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
     change nothing; `nonfinite` ones hold NaN or Inf. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
     """
     tensors, metadata, where = opened(source)
-    format = format_of(tensors, where)
-    families = families_of(tensors) or ("",)
-    groups, carried = _grouped(tensors, format)
+    found = fit(tensors, metadata, where)
+    format, families = found.format, found.families or ("",)
+    groups, carried = _grouped(tensors, format, TABLES.get(families[0], Table({})), metadata)
     shapes = {n: {role: h.shape for role, h in found.items() if role != "alpha"} for n, found in groups.items()}
     methods = {m for own in shapes.values() for method, roles in split(own).items() for m in named(method, roles)}
     numbers = {n: _number(found.get("alpha")) for n, found in groups.items()}
@@ -78,7 +82,7 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
         format=format,
         family=families[0],
         alternatives=families[1:],
-        confidence=1 - len(carried) / max(len(tensors), 1),
+        confidence=detected(found, tensors).confidence,
         methods=tuple(sorted(methods)),
         components=tuple(dict.fromkeys(name.partition(".")[0] for name in groups)),
         layers=len(groups),
@@ -96,13 +100,18 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
     )
 
 
-def _grouped(tensors: Mapping[str, Handle], format: str) -> tuple[dict[str, dict[str, Handle]], list[str]]:
+def _grouped(
+    tensors: Mapping[str, Handle], format: str, table: Table, metadata: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Handle]], list[str]]:
     """{component.layer as the file spells it: {role: handle}}, and the keys that are no adapter's."""
     groups: dict[str, dict[str, Handle]] = {}
     carried = []
+    parts = [part for key in tensors if (part := FORMATS[format].split(key))]
+    component = bare(table, {part.layer for part in parts if not part.word}, FORMATS[format], metadata)
     for key, handle in tensors.items():
         if part := FORMATS[format].split(key):
-            groups.setdefault(dotted(part.component, part.layer), {})[part.role] = handle
+            word = FORMATS[format].component(part.word, table) if part.word else component
+            groups.setdefault(dotted(word, part.layer), {})[part.role] = handle
         else:
             carried.append(key)
     return groups, carried

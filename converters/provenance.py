@@ -1,6 +1,7 @@
 """Provenance: what a file's own format can say and another cannot, kept in the other's metadata, so that the way back gives the same keys and bytes.
 
-It is one JSON string: the format, and for each key its shape, for an alpha also its dtype and bytes, and the metadata that was left out.
+It is one JSON string: the format; for each key of the file, in its order, the layer and the shape, for a single number also its dtype and bytes; the
+metadata that was left out, and the order of all; and which ranks of fused layers, as they are now, are whose.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.formats import FORMATS
+from converters.rows import Blocks
 from diffpeft import io
 from diffpeft.bundle import Bundle, Handle
 
@@ -18,22 +20,40 @@ KEY = "diffpeft.provenance"
 Place = tuple[str, str]  # canonical layer, role
 
 
-def recorded(bundle: Bundle, format: str, metadata: Mapping[str, str]) -> str | None:
-    """What to keep of a bundle read from a file of another format than `format`; None if there is nothing, or if it is kept already."""
-    if KEY in bundle.metadata:
-        return bundle.metadata[KEY]
-    if bundle.format == format or bundle.format not in FORMATS or FORMATS[bundle.format].folder:
-        return None
-    layers: dict[str, dict[str, Any]] = {}
+def recorded(bundle: Bundle, format: str, metadata: Mapping[str, str], blocks: Mapping[str, Blocks]) -> str | None:
+    """What to keep of a bundle read from a file of another format than `format`; None if there is nothing. An older record is kept on."""
+    ranks = {layer: {str(part): list(span) for part, span in own.items()} for layer, own in blocks.items()}
+    kept = _parsed(bundle.metadata.get(KEY, ""))
+    if kept:
+        return _text({**{k: v for k, v in kept.items() if k != "blocks"}, **({"blocks": ranks} if ranks else {})})
+    if bundle.format not in FORMATS or FORMATS[bundle.format].folder or bundle.format == format:
+        return _text({"format": "", "blocks": ranks}) if ranks else None
+    own: dict[str, list[Any]] = {}
     for entry in bundle.entries:
-        own = layers.setdefault(entry.layer, {})
         for key in entry.keys:
             part = FORMATS[bundle.format].split(key)
             assert part is not None
             handle = entry.alpha if part.role == "alpha" else entry.tensors.get(part.role)
-            own[key] = _row(handle) if isinstance(handle, Handle) else None
+            if key in own:
+                own[key][0].append(entry.layer)
+            else:
+                own[key] = [[entry.layer], part.role, *(_row(handle) if isinstance(handle, Handle) else ())]
+    keys = {key: own.get(key, []) for key in bundle.order or (*own, *bundle.carried)}
     lost = {k: v for k, v in bundle.metadata.items() if metadata.get(k) != v or k == "format"}
-    return json.dumps({"format": bundle.format, "layers": layers, "metadata": lost}, separators=(",", ":"))
+    names = [k for k in bundle.metadata if k in lost or k in metadata]
+    return _text(
+        {
+            "format": bundle.format,
+            "keys": keys,
+            "metadata": lost,
+            "names": names,
+            **({"blocks": ranks} if ranks else {}),
+        }
+    )
+
+
+def _text(kept: Mapping[str, Any]) -> str:
+    return json.dumps(kept, separators=(",", ":"))
 
 
 def _row(handle: Handle) -> list[Any]:
@@ -43,40 +63,84 @@ def _row(handle: Handle) -> list[Any]:
     return [list(handle.shape), handle.dtype, io.raw(handle).hex()]
 
 
+def _parsed(text: str) -> dict[str, Any]:
+    """The record; empty if it is somebody else's, or cut: the file is right without it."""
+    try:
+        kept = json.loads(text)
+        assert isinstance(kept["format"], str) and isinstance(kept.get("keys", {}), dict)
+        return kept
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        return {}
+
+
+def places_in(text: str, format: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{layer: {role: shape}} of the adapter's file of this format, if it had one."""
+    kept = _parsed(text)
+    out: dict[str, dict[str, tuple[int, ...]]] = {}
+    try:
+        for row in kept["keys"].values() if kept.get("format") == format else ():
+            for layer in row[0] if row else ():
+                out.setdefault(layer, {})[row[1]] = tuple(row[2]) if len(row) > 2 else ()
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return {}
+    return out
+
+
+def blocks_in(text: str) -> dict[str, Blocks]:
+    """{fused layer: the ranks of its parts}."""
+    try:
+        blocks = _parsed(text).get("blocks", {})
+        return {layer: {int(part): (int(a), int(b)) for part, (a, b) in own.items()} for layer, own in blocks.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
 def restored(
-    text: str, format: str, tensors: Mapping[Place, Handle], ranks: Mapping[str, int]
-) -> tuple[dict[str, Handle], dict[str, str]] | None:
-    """The tensors by the keys that the adapter's file of this format had, and its metadata; None if it had another format or was another adapter.
+    text: str,
+    format: str,
+    tensors: Mapping[Place, Handle],
+    ranks: Mapping[str, int],
+    carried: Mapping[str, Handle],
+) -> tuple[dict[str, Handle], dict[str, str], list[str]] | None:
+    """What the adapter's file of this format had: the tensors by its keys, the metadata that were left out, the order of all of them.
+
+    None if it had another format or was another adapter.
 
     `tensors` are what would be written without it; where the file had no alpha, the one here must be the rank.
     """
+    kept = _parsed(text)
+    if kept.get("format") != format:
+        return None
     try:
-        kept = json.loads(text)
-        if kept["format"] != format:
-            return None
         out: dict[str, Handle] = {}
         used = set()
-        for layer, rows in kept["layers"].items():
-            for key, row in rows.items():
-                part = FORMATS[format].split(key)
-                place = (layer, part.role if part else "")
-                if place not in tensors or row is None:
+        for key, row in kept["keys"].items():
+            if not row:
+                if key in carried:
+                    out[key] = carried[key]
+                continue
+            layers, role, *rest = row
+            places = [(layer, role) for layer in layers]
+            if not rest or not {*places} <= {*tensors}:
+                return None
+            used.update(places)
+            handle = tensors[places[0]]
+            shape, *value = rest
+            if math.prod(shape) != math.prod(handle.shape):
+                return None
+            if value and role == "alpha":
+                alpha = io.of_bytes(value[0], tuple(shape), bytes.fromhex(value[1]))
+                if not math.isclose(io.number(alpha) or 0, io.number(handle) or 0, rel_tol=1e-6):
                     return None
-                used.add(place)
-                handle = tensors[place]
-                if math.prod(row[0]) != math.prod(handle.shape):
-                    return None
-                if len(row) == 3 and place[1] == "alpha":
-                    alpha = io.of_bytes(row[1], tuple(row[0]), bytes.fromhex(row[2]))
-                    if io.number(alpha) != io.number(handle):
-                        return None
-                    out[key] = alpha
-                else:
-                    out[key] = io.reshaped(handle, tuple(row[0]))
+                out[key] = alpha
+            else:
+                out[key] = io.reshaped(handle, tuple(shape))
+        out |= {key: handle for key, handle in carried.items() if key not in out}
+        lost, names = dict(kept["metadata"]), list(kept["names"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return None  # somebody else's, or cut: the file is right without it
+        return None
     if any(
         role != "alpha" or io.number(tensors[layer, role]) != ranks.get(layer) for layer, role in set(tensors) - used
     ):
         return None
-    return out, kept["metadata"]
+    return out, lost, names

@@ -9,9 +9,13 @@ Shape = tuple[int, ...]
 
 # Several methods on one layer act in this order.
 ROLES = {
+    "full": ("diff", "set_weight"),
+    "norm": ("w_norm", "b_norm"),
     "lora": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_mid", "lora_B_bias"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "glora": ("glora_a1", "glora_a2", "glora_b1", "glora_b2", "glora_bm"),
+    "ia3": ("ia3_l", "ia3_w", "on_input"),
     "oft": ("oft_R", "oft_embedding_R", "oft_blocks", "rescale"),
     "boft": ("boft_R", "boft_s", "oft_blocks", "rescale"),
 }
@@ -20,40 +24,54 @@ MAGNITUDES = ("lora_magnitude_vector", "dora_scale")  # either makes an additive
 BIAS = "diff_b"  # a change of the layer's bias, beside any method
 KNOWN = frozenset(role for roles in ROLES.values() for role in roles) | {*MAGNITUDES, BIAS}
 
+# The roles whose first axis is the layer's out features (LoKr: as many as the second half leaves; rotations: blocks), so that a fused layer's
+# parts are rows of them; all parts share the others. Zeros change nothing where a tensor of FILLED stands.
+FILLED = frozenset(
+    {"lora_B", "lora_B_bias", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a", "oft_blocks"}
+    | {"diff", "diff_b", "w_norm", "b_norm", "ia3_w"}
+)
+ROWS = FILLED | {"rescale", "boft_s", "set_weight", "glora_b1"}
+
 # The sets of roles that are a whole method, and the roles that may be there besides.
 _HALVES = ("lokr_w1", "lokr_w1_a lokr_w1_b"), ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2")
 WHOLE = {
     "lora": ("lora_A lora_B", "lora_A lora_B lora_mid", "lora_embedding_A lora_embedding_B"),
     "loha": ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b", " ".join(ROLES["loha"])),
     "lokr": tuple(" ".join(halves) for halves in product(*_HALVES)),
+    "full": ("diff", "set_weight", ""),
+    "norm": ("w_norm", "b_norm", "w_norm b_norm"),
+    "glora": ("glora_a1 glora_a2 glora_b1 glora_b2",),
+    "ia3": ("ia3_l", "ia3_w on_input"),
     "oft": ("oft_blocks", "oft_R", "oft_embedding_R"),
     "boft": ("oft_blocks", "boft_R boft_s"),
 }
-BESIDE = frozenset({"lora_B_bias", "rescale", *MAGNITUDES, BIAS})
+BESIDE = frozenset({"lora_B_bias", "rescale", "glora_bm", *MAGNITUDES, BIAS})
 
 # Tensor names of methods that exist in files and that no method here reads: {how the last part of a key starts: method}.
 FOREIGN = {
-    "magnitude": "dora in ai-toolkit's spelling",
     "oft_diag": "early oft",
     "oft_r": "oft of PEFT before 0.16",
     "oft_s": "oft of PEFT before 0.16",
-    "ia3_l": "ia3",
-    "on_input": "ia3",
-    "a1.": "glora",
-    "a2.": "glora",
-    "b1.": "glora",
-    "b2.": "glora",
-    "bm.": "glora",
-    "diff": "full",
-    "set_weight": "full",
-    "w_norm": "norm",
-    "b_norm": "norm",
     "vera_lambda_": "vera",
+    "lambda_layer": "tlora",
+    "q_layer": "tlora",
+    "p_layer": "tlora",
+    "glora_A": "glora of PEFT",
+    "glora_B": "glora of PEFT",
+    "hra_u": "hra",
+    "delora_": "delora",
 }
 
 
+def rows_of(role: str, shape: Shape) -> bool:
+    """Whether a tensor has rows that belong to a fused layer's parts; a magnitude has if it is for outputs, (IA)^3's if it is no row."""
+    if role == "dora_scale":
+        return not (shape[0] == 1 and len(shape) > 1 and shape[1] > 1)
+    return role in ROWS or role == "lora_magnitude_vector" or (role == "ia3_l" and not (shape[0] == 1 and shape[1] > 1))
+
+
 def split(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
-    """{method: roles} of one layer, in the order in which they act. `oft_blocks` are OFT's with 3 axes, BOFT's with 4."""
+    """{method: roles} of one layer, in the order in which they act. `oft_blocks` are OFT's with 3 axes, BOFT's with 4. A bias alone is `full`'s."""
     turned = "boft" if len(shapes.get("oft_blocks", ())) == 4 else "oft"
     shared = {role: turned for role in ("oft_blocks", "rescale")}
     owner = {role: method for method, roles in ROLES.items() for role in roles} | shared
@@ -63,6 +81,7 @@ def split(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
     if magnitudes:
         inner = next((method for method in ADDITIVE if method in found), None)
         found = {"dora": [*found.pop(inner, ()), *magnitudes], **found} if inner else {"dora": magnitudes, **found}
+        found = {**{m: found.pop(m) for m in ("full", "norm") if m in found}, **found}
     for role in shapes:
         if role == BIAS and found:
             next(iter(found.values())).append(role)
@@ -80,6 +99,8 @@ def missing(roles: Collection[str]) -> tuple[str, ...] | None:
     """What one method's roles lack to be whole; None if they are parts of more than one whole."""
     own = set(roles) - BESIDE
     methods = [m for m, known in ROLES.items() if set(roles) & set(known)] or ["lora"]
+    if set(roles) == {BIAS}:
+        return ()
     wholes = [set(whole.split()) for m in methods for whole in WHOLE[m]]
     fitting = [whole - own for whole in wholes if own <= whole]
     if not fitting or set(MAGNITUDES) <= set(roles):
@@ -90,14 +111,14 @@ def missing(roles: Collection[str]) -> tuple[str, ...] | None:
 
 def rank(shapes: Mapping[str, Shape]) -> int:
     """The rank that the shapes of an additive method show; 0 if they show none (a LoKr of two whole halves, a rotation)."""
-    roles = ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    roles = ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "glora_a2")
     return next((shapes[role][0] for role in roles if role in shapes), 0)
 
 
 def contradiction(shapes: Mapping[str, Shape]) -> str:
     """Which axes that are the rank have several sizes, or none; empty if all is well."""
-    thin = [f"{role} {shape}" for role, shape in shapes.items() if role not in BESIDE and len(shape) < 2]
-    if thin or any(not shapes[role] for role in shapes if role != "alpha"):
+    thin = [f"{role} {shape}" for role, shape in shapes.items() if role not in {*BESIDE, *_THIN} and len(shape) < 2]
+    if thin or any(not shapes[role] for role in shapes if role not in ("alpha", "on_input")):
         return f"{', '.join(thin) or 'a number'} is no factor"
     for group in _rank_axes(shapes):
         sizes = {shapes[role][axis] for role, axis in group if role in shapes}
@@ -106,6 +127,9 @@ def contradiction(shapes: Mapping[str, Shape]) -> str:
             return f"{told} have different ranks" if len(sizes) > 1 else f"{told} have rank 0"
     empty = [f"{role} {shape}" for role, shape in shapes.items() if 0 in shape]
     return f"{', '.join(empty)} is empty" if empty else ""
+
+
+_THIN = frozenset({"diff", "set_weight", "w_norm", "b_norm", "ia3_w", "on_input"})  # may have one axis
 
 
 def _rank_axes(roles: Collection[str]) -> list[list[tuple[str, int]]]:

@@ -1,13 +1,14 @@
 """Bundle: an adapter between file and model. Every file becomes one, every adapted model becomes one.
 
 It holds tensors as stored (dtype, shape and where the bytes are), under canonical names, and never does arithmetic.
-A canonical layer name is diffusers' own: `component.dotted.path`, for example `unet.mid_block.attentions.0.proj_in`.
+A canonical layer name is diffusers' own: `component.dotted.path`, for example `unet.mid_block.attentions.0.proj_in`. A layer that the original
+program has fused (or with other rows first) is an entry under the original's name, with the rule that tells its rows apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,15 @@ from diffpeft.errors import ConfigError, shown
 if TYPE_CHECKING:
     import torch
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "text_encoder_4",
+)
 
 
 def dotted(component: str, layer: str) -> str:
@@ -39,7 +48,12 @@ def canonical(component: str, layer: str) -> str:
 
 @dataclass(frozen=True)
 class Handle:
-    """One stored tensor, not yet read: safetensors dtype name, shape, and either bytes [start, end) of `path` or the tensor itself."""
+    """One stored tensor, not yet read: safetensors dtype name, shape, and where the bytes are.
+
+    They are bytes [start, end) of `path`, a tensor, bytes in memory, or made of other handles' (`parts`): their bytes one after the other, or as
+    `how` says: ("diagonal",) matrices along the diagonal of one that is zero elsewhere, ("columns", a, b) of a matrix, ("cast", where),
+    ("scaled", factor). Without any: zeros.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,6 +61,59 @@ class Handle:
     start: int = 0
     end: int = 0
     tensor: Any = None
+    data: bytes | None = None
+    parts: tuple[Handle, ...] = ()
+    how: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One layer of the original program, and the layers that diffusers makes of its rows (out features).
+
+    `parts` are diffusers' layers, in order, with their shares of the rows. `chunks` are the numbers of the original's equal chunks of rows
+    in the order in which diffusers has them. An `aspect` keeps the rule to layers with so many rows a column, where one name has two rules.
+    """
+
+    original: str
+    parts: tuple[tuple[str, int], ...]
+    chunks: tuple[int, ...] = (0,)
+    aspect: int | None = None
+
+    @property
+    def renames(self) -> bool:
+        """Whether the rule gives one layer another name and nothing more."""
+        return len(self.parts) == 1 and len(self.chunks) == 1
+
+    def ranges(self, part: int, total: int) -> list[tuple[int, int]]:
+        """Which of the original layer's `total` rows a part has, in the part's order, as (first, end).
+
+        Raises ValueError for a total that does not divide into the shares.
+        """
+        shares = [share for _, share in self.parts]
+        unit, rest = divmod(total, sum(shares))
+        size, odd = divmod(total, len(self.chunks))
+        if rest or odd:
+            raise ValueError(f"{total} rows of {self.original} do not divide into {shares}")
+        start, end = unit * sum(shares[:part]), unit * sum(shares[: part + 1])  # in diffusers' order
+        found: list[tuple[int, int]] = []
+        for place, chunk in enumerate(self.chunks):
+            a, b = max(start, place * size), min(end, (place + 1) * size)
+            if a < b:
+                a, b = a + (chunk - place) * size, b + (chunk - place) * size
+                if found and found[-1][1] == a:
+                    a = found.pop()[0]
+                found.append((a, b))
+        return found
+
+    def rows(self, part: int, total: int) -> Sequence[int]:
+        """As `ranges`, row by row; a range if they lie together."""
+        found = [range(a, b) for a, b in self.ranges(part, total)]
+        return found[0] if len(found) == 1 else [row for rows in found for row in rows]
+
+    def filled(self, numbers: Sequence[str]) -> Rule:
+        """The rule with numbers in its names."""
+        parts = tuple((name.format(*numbers), share) for name, share in self.parts)
+        return replace(self, original=self.original.format(*numbers), parts=parts)
 
 
 @dataclass(frozen=True)
@@ -62,6 +129,15 @@ class Entry:
         default_factory=dict
     )  # what the method must know beside tensors and alpha: plain values
     shape: tuple[int, ...] | None = None  # of the layer's canonical weight, where a model told it
+    rule: Rule | None = (
+        None  # of a layer of the original program whose rows are not one of diffusers' layers' as they are
+    )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The canonical layers that the entry is for."""
+        component = parted(self.layer)[0]
+        return tuple(dotted(component, name) for name, _ in self.rule.parts) if self.rule else (self.layer,)
 
     @property
     def methods(self) -> frozenset[str]:
@@ -86,6 +162,7 @@ class Bundle:
     metadata: dict[str, str] = field(default_factory=dict)
     source: str = "a dict of tensors"
     families: tuple[str, ...] = ()  # every family the names fit, the likeliest first
+    order: tuple[str, ...] = ()  # the file's keys
 
     @property
     def methods(self) -> set[str]:
@@ -104,9 +181,13 @@ class Bundle:
         """
         out: dict[str, torch.Tensor] = {}
         for entry in self.entries:
-            W, before = (base or {}).get(entry.layer), out.get(entry.layer)
-            delta = _delta(entry, W if W is None or before is None else W.double() + before)
-            out[entry.layer] = delta if before is None else before + delta
+            Ws = [(base or {}).get(layer) for layer in entry.targets]
+            now = [
+                W if W is None or layer not in out else W.double() + out[layer]
+                for W, layer in zip(Ws, entry.targets, strict=True)
+            ]
+            for layer, delta in zip(entry.targets, _deltas(entry, now), strict=True):
+                out[layer] = out[layer] + delta if layer in out else delta
         return out
 
 
@@ -114,6 +195,23 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """What a file says must stand in a prompt."""
     text = metadata.get("modelspec.trigger_phrase") or metadata.get("trained_words") or ""
     return tuple(word for word in (part.strip(" []\"'") for part in text.split(",")) if word)
+
+
+def _deltas(entry: Entry, Ws: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The changes of an entry's targets. A fused layer's weight is put together and its change taken apart."""
+    import torch
+
+    if (rule := entry.rule) is None:
+        return [_delta(entry, Ws[0])]
+    fused = None
+    known = [W for W in Ws if W is not None]
+    if len(known) == len(Ws):
+        own = torch.cat(known)
+        order = [row for part in range(len(Ws)) for row in rule.rows(part, len(own))]
+        fused = torch.empty_like(own)
+        fused[order] = own
+    delta = _delta(entry, fused)
+    return [delta[list(rule.rows(part, len(delta)))] for part in range(len(Ws))]
 
 
 def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from diffpeft.errors import CannotConvertError, CheckpointError, UnreadableFileE
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER, MAX_TENSORS = 16 << 20, 1 << 16
+MAX_HEADER, MAX_TENSORS, CHUNK = 16 << 20, 1 << 16, 1 << 20
 SIZES = {
     "F64": 8,
     "F32": 4,
@@ -154,27 +154,91 @@ def _refuse_gaps(path: Path, handles: Mapping[str, Handle], end: int, size: int)
         raise _unreadable(path, "there are bytes after the tensors that belong to none")
 
 
+def chunks(handle_: Handle, files: dict[Path, Any] | None = None) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor, a few at a time. `files` keeps opened files for the next call."""
+    if handle_.path is not None:
+        kept = {} if files is None else files
+        if handle_.path not in kept:
+            kept[handle_.path] = open(handle_.path, "rb", buffering=0)  # noqa: SIM115
+        yield from _read(kept[handle_.path], handle_)
+        if files is None:
+            kept[handle_.path].close()
+    elif handle_.tensor is not None:
+        yield _bytes(handle_.tensor)
+    elif handle_.data is not None:
+        yield handle_.data
+    elif handle_.how:
+        yield _assembled(handle_)
+    elif handle_.parts:
+        for part in handle_.parts:
+            yield from chunks(part, files)
+    else:
+        for at in range(0, nbytes(handle_), CHUNK):
+            yield bytes(min(CHUNK, nbytes(handle_) - at))
+
+
+def _read(file: Any, handle_: Handle) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(CHUNK, handle_.end - handle_.start)))
+    for at in range(handle_.start, handle_.end, CHUNK):
+        view = buffer[: min(CHUNK, handle_.end - at)]
+        done = 0
+        file.seek(at)
+        while done < len(view):
+            if not (n := file.readinto(view[done:])):
+                raise _unreadable(Path(file.name), "the file became shorter while it was read")
+            done += n
+        yield view
+
+
+def _assembled(handle_: Handle) -> bytes:
+    """Matrices put together, or cut, by columns (all numbers are whole bytes, so what they are does not matter), or computed."""
+    import numpy as np
+
+    def matrix(h: Handle) -> Any:
+        return np.frombuffer(raw(h), np.uint8).reshape(h.shape[0], -1)
+
+    size = SIZES[handle_.dtype]
+    if handle_.how[0] in ("cast", "scaled"):
+        return _computed(handle_)
+    if handle_.how[0] == "diagonal":
+        out = np.zeros((handle_.shape[0], math.prod(handle_.shape[1:]) * size), np.uint8)
+        row = column = 0
+        for part in handle_.parts:
+            block = matrix(part)
+            out[row : row + block.shape[0], column : column + block.shape[1]] = block
+            row, column = row + block.shape[0], column + block.shape[1]
+        return out.tobytes()
+    _, first, end = handle_.how
+    return np.ascontiguousarray(matrix(handle_.parts[0])[:, first * size : end * size]).tobytes()
+
+
+def nbytes(handle_: Handle) -> int:
+    """How many bytes a tensor has."""
+    return math.prod(handle_.shape) * SIZES[handle_.dtype]
+
+
 def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
     """The tensors themselves, on CPU, in the dtype they are stored in. A file is opened once, and read in the order given."""
     import torch
 
     out: list[torch.Tensor] = []
-    with contextlib.ExitStack() as stack:
-        files: dict[Path, Any] = {}
+    files: dict[Path, Any] = {}
+    try:
         for handle in handles:
-            if handle.path is None:
+            if handle.tensor is not None:
                 out.append(handle.tensor)
                 continue
-            if handle.path not in files:
-                files[handle.path] = stack.enter_context(open(handle.path, "rb"))
-            data = bytearray(handle.end - handle.start)
-            files[handle.path].seek(handle.start)
-            if files[handle.path].readinto(data) != len(data):
-                raise _unreadable(handle.path, "the file became shorter while it was read")
+            data, at = bytearray(nbytes(handle)), 0
+            for chunk in chunks(handle, files):
+                data[at : at + len(chunk)] = chunk
+                at += len(chunk)
             dtype = getattr(torch, _TORCH[handle.dtype])
             out.append(
                 (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(handle.shape)
             )
+    finally:
+        for file in files.values():
+            file.close()
     return out
 
 
@@ -188,26 +252,79 @@ def handle(tensor: torch.Tensor) -> Handle:
 
 def raw(handle_: Handle) -> bytes:
     """The bytes of a tensor."""
-    if handle_.path is None:
-        return _bytes(handle_.tensor)
-    with open(handle_.path, "rb") as f:
-        f.seek(handle_.start)
-        return f.read(handle_.end - handle_.start)
+    return b"".join(bytes(chunk) for chunk in chunks(handle_))
+
+
+def same(a: Handle, b: Handle) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    if a == b if a.tensor is None and b.tensor is None else a.tensor is b.tensor:
+        return True
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and raw(a) == raw(b)
+
+
+def scalar(value: float) -> Handle:
+    """A single number, in float32."""
+    return Handle("F32", (), data=struct.pack("<f", value))
 
 
 def of_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Handle:
-    """A tensor in memory made of bytes. Raises ValueError if they are not as many as it has."""
-    import torch
-
-    if dtype not in _TORCH or len(data) != SIZES[dtype] * math.prod(shape):
+    """A tensor made of bytes. Raises ValueError if they are not as many as it has."""
+    if dtype not in SIZES or len(data) != SIZES[dtype] * math.prod(shape):
         raise ValueError(f"{len(data)} bytes are no {dtype} {shape}")
-    return handle(torch.frombuffer(bytearray(data), dtype=getattr(torch, _TORCH[dtype])).reshape(shape))
+    return Handle(dtype, shape, data=data)
 
 
 def reshaped(handle_: Handle, shape: tuple[int, ...]) -> Handle:
     """The same numbers in another shape."""
     tensor = handle_.tensor
+    if handle_.how:
+        return Handle(handle_.dtype, shape, parts=(handle_,))
     return replace(handle_, shape=shape, tensor=None if tensor is None else tensor.reshape(shape))
+
+
+def rows(handle_: Handle, ranges: Iterable[tuple[int, int]]) -> Handle:
+    """Ranges (first, end) of a tensor's first axis, one after the other."""
+    ranges = list(ranges)
+    if ranges == [(0, handle_.shape[0])]:
+        return handle_
+    row = nbytes(handle_) // handle_.shape[0]
+    shape = (sum(b - a for a, b in ranges), *handle_.shape[1:])
+    cuts = tuple(_cut(handle_, a * row, b * row) for a, b in ranges)
+    return replace(cuts[0], shape=shape) if len(cuts) == 1 else Handle(handle_.dtype, shape, parts=cuts)
+
+
+def _cut(handle_: Handle, start: int, end: int) -> Handle:
+    """Bytes [start, end) of a tensor, as a tensor of one axis."""
+    shape = ((end - start) // SIZES[handle_.dtype],)
+    if handle_.path is not None:
+        return replace(handle_, shape=shape, start=handle_.start + start, end=handle_.start + end)
+    if handle_.tensor is not None or handle_.data is not None or handle_.how:
+        return Handle(handle_.dtype, shape, data=raw(handle_)[start:end])
+    found, at = [], 0
+    for part in handle_.parts:
+        a, b = max(start - at, 0), min(end - at, nbytes(part))
+        found += [_cut(part, a, b)] if a < b else []
+        at += nbytes(part)
+    return Handle(handle_.dtype, shape, parts=tuple(found))
+
+
+def columns(handle_: Handle, first: int, end: int) -> Handle:
+    """Columns [first, end) of a matrix."""
+    return Handle(handle_.dtype, (handle_.shape[0], end - first), parts=(handle_,), how=("columns", first, end))
+
+
+def stacked(parts: Iterable[Handle]) -> Handle:
+    """Tensors one under the other. They have one dtype, and the same axes after the first."""
+    parts = tuple(parts)
+    shape = (sum(h.shape[0] for h in parts), *parts[0].shape[1:])
+    return parts[0] if len(parts) == 1 else Handle(parts[0].dtype, shape, parts=parts)
+
+
+def diagonal(parts: Iterable[Handle]) -> Handle:
+    """Matrices along the diagonal of one that is zero elsewhere; trailing axes of 1 are kept."""
+    parts = tuple(parts)
+    shape = (sum(h.shape[0] for h in parts), sum(h.shape[1] for h in parts), *parts[0].shape[2:])
+    return Handle(parts[0].dtype, shape, parts=parts, how=("diagonal",))
 
 
 def number(alpha: Handle | float | None) -> float | None:
@@ -229,16 +346,33 @@ def number(alpha: Handle | float | None) -> float | None:
 def cast(handle_: Handle, dtype: torch.dtype | None, where: str = "") -> Handle:
     """The same tensor in another dtype, if it is a floating point tensor of more than one number (an alpha keeps its dtype).
 
-    Raises CannotConvertError naming `where` if that dtype cannot hold its values.
+    It is cast when it is read, which raises CannotConvertError naming `where` if that dtype cannot hold its values.
     """
     if dtype is None or not handle_.shape or handle_.dtype[0] not in "FB" or handle_.dtype == "BOOL":
         return handle_
-    tensor = load([handle_])[0].to(dtype)
-    if not tensor.float().isfinite().all():
+    return Handle(_NAMES[str(dtype).removeprefix("torch.")], handle_.shape, parts=(handle_,), how=("cast", where))
+
+
+def scaled(handle_: Handle, factor: float) -> Handle:
+    """The tensor times a number, computed in float64 and rounded once, when it is read."""
+    return (
+        handle_
+        if factor == 1
+        else replace(handle_, path=None, tensor=None, data=None, parts=(handle_,), how=("scaled", factor))
+    )
+
+
+def _computed(handle_: Handle) -> bytes:
+    import torch
+
+    what, value = handle_.how
+    tensor = load(handle_.parts)[0]
+    out = (tensor.double() * value if what == "scaled" else tensor).to(getattr(torch, _TORCH[handle_.dtype]))
+    if what == "cast" and not out.float().isfinite().all():
         raise CannotConvertError(
-            f"there are values that are not finite in {dtype}", where=where, remedy="Save in a wider dtype."
+            f"there are values that are not finite in {out.dtype}", where=value, remedy="Save in a wider dtype."
         )
-    return handle(tensor)
+    return _bytes(out)
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: Mapping[str, str]) -> None:
@@ -246,14 +380,20 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: 
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, h in tensors.items():
-        start, end = end, end + math.prod(h.shape) * SIZES[h.dtype]
+        start, end = end, end + nbytes(h)
         table[key] = {"dtype": h.dtype, "shape": list(h.shape), "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for h in tensors.values():
-            f.write(_bytes(load([h])[0]))
+        files: dict[Path, Any] = {}
+        try:
+            for h in tensors.values():
+                for chunk in chunks(h, files):
+                    f.write(chunk)
+        finally:
+            for file in files.values():
+                file.close()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

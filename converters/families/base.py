@@ -7,41 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-Side = dict[str, list[tuple["Rule", int]]]  # {template: the rules that it is in, and as which part}
+from diffpeft.bundle import Rule
+
+Side = dict[str, list[tuple[Rule, int]]]  # {template: the rules that it is in, and as which part}
+_NUMBER = re.compile(r"\{\}|[0-9]+")
 SWAPPED = (1, 0)  # the halves the other way round, as (shift, scale) and (scale, shift) are
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One layer of the original program, and the layers that diffusers makes of its rows (out features).
-
-    `parts` are diffusers' layers, in order, with their shares of the rows. `chunks` are the numbers of the original's equal chunks of rows
-    in the order in which diffusers has them. An `aspect` keeps the rule to layers with so many rows a column, where one name has two rules.
-    """
-
-    original: str
-    parts: tuple[tuple[str, int], ...]
-    chunks: tuple[int, ...] = (0,)
-    aspect: int | None = None
-
-    def rows(self, part: int, total: int) -> Sequence[int]:
-        """Which of the original layer's `total` rows a part has, in the part's order; a range if they lie together.
-
-        Raises ValueError for a total that does not divide into the shares.
-        """
-        shares = [share for _, share in self.parts]
-        unit, rest = divmod(total, sum(shares))
-        size, odd = divmod(total, len(self.chunks))
-        if rest or odd:
-            raise ValueError(f"{total} rows of {self.original} do not divide into {shares}")
-        whole = range(total)
-        order = whole if size == total else [row for n in self.chunks for row in whole[n * size : (n + 1) * size]]
-        return order[unit * sum(shares[:part]) : unit * sum(shares[: part + 1])]
-
-    def filled(self, numbers: Sequence[str]) -> Rule:
-        """The rule with numbers in its names."""
-        parts = tuple((name.format(*numbers), share) for name, share in self.parts)
-        return replace(self, original=self.original.format(*numbers), parts=parts)
 
 
 @dataclass(frozen=True)
@@ -63,6 +33,7 @@ class Table:
     components: Mapping[str, Sequence[str]]
     rules: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
+    flat_is_diffusers: bool = False  # sd-scripts has diffusers' names in its flat ones
 
     def dotted(self, component: str, flat: str) -> str | None:
         """The layer whose dots written as underscores give `flat`; None if the family has no such layer."""
@@ -72,9 +43,32 @@ class Table:
         """Whether the family has a layer of this dotted name."""
         return self.dotted(component, layer.replace(".", "_")) == layer
 
+    def encoded(self, component: str, layer: str, flat: bool) -> str | None:
+        """A text encoder's layer behind a name that may lack the level `text_model` or have one `model` more."""
+        dot = "_" if flat else "."
+        for name in (layer, f"text_model{dot}{layer}", layer.removeprefix(f"model{dot}")):
+            if found := self.dotted(component, name.replace(".", "_")):
+                return found if flat or found == name else None
+        return None
+
     def original_dotted(self, component: str, flat: str) -> str | None:
         """As `dotted`, for the original's names."""
         return _filled(_find(tuple(self._sides(component)[0]), flat))
+
+    def is_original(self, component: str, layer: str) -> bool:
+        """As `knows`, for the original's names."""
+        return self.original_dotted(component, layer.replace(".", "_")) == layer
+
+    def patterns(self, component: str) -> frozenset[str]:
+        """The flat names of both programs with # for each number: what is not among them, the family does not have."""
+        if component not in self._patterns:
+            names = (tuple(self.components.get(component, ())), tuple(self._sides(component)[0]))
+            self._patterns[component] = frozenset(name for templates in names for name in _flat(templates))
+        return self._patterns[component]
+
+    @functools.cached_property
+    def _patterns(self) -> dict[str, frozenset[str]]:
+        return {}
 
     def to_diffusers(self, component: str, layer: str, aspect: int | None = None) -> Rule | None:
         """The rule of one layer of the original, in full names. `aspect` (rows by columns) is only asked for where names do not suffice."""
@@ -108,11 +102,12 @@ def table(
     *,
     denoisers: Sequence[str] = ("transformer",),
     layers: Sequence[str] = (),
+    flat_is_diffusers: bool = False,
 ) -> Table:
     """A family of which one set of rules names all denoisers. `layers` are diffusers' templates if there are more than in the rules."""
     layers = layers or tuple(dict.fromkeys(name for rule in rules for name, _ in rule.parts))
     components = {**dict.fromkeys(denoisers, layers), **{name: encoder.layers for name, encoder in encoders.items()}}
-    return Table(components, dict.fromkeys(denoisers, rules), encoders)
+    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers)
 
 
 def renamed(names: Mapping[str, str | Sequence[str]]) -> tuple[Rule, ...]:
@@ -149,15 +144,17 @@ def _filled(found: tuple[str, list[str]] | None) -> str | None:
 
 def _find(templates: tuple[str, ...], flat: str) -> tuple[str, list[str]] | None:
     """The template and the numbers in it that give a flat name. Of templates that fit, the first counts."""
-    match = _flat(templates).fullmatch(flat)
-    if match is None or match.lastindex is None:
-        return None
-    template = templates[int((match.lastgroup or "")[1:])]
-    return template, [number for number in match.groups()[match.lastindex :] if number is not None]
+    numbers = _NUMBER.findall(flat)
+    for template, own in _flat(templates).get(_NUMBER.sub("#", flat), ()):
+        if all(want in ("{}", number) for want, number in zip(own, numbers, strict=True)):
+            return template, [number for want, number in zip(own, numbers, strict=True) if want == "{}"]
+    return None
 
 
 @functools.cache
-def _flat(templates: tuple[str, ...]) -> re.Pattern[str]:
-    """One pattern for all templates. Its group `tN` is the N-th template, the groups after it are that template's numbers."""
-    rows = (re.escape(t.replace(".", "_")).replace(r"\{\}", r"(\d+)") for t in templates)
-    return re.compile("|".join(f"(?P<t{n}>{row})" for n, row in enumerate(rows)) or r"(?!)")
+def _flat(templates: tuple[str, ...]) -> dict[str, list[tuple[str, list[str]]]]:
+    """{flat name with # for each number: [(template, its numbers)]}: which templates a name may be of, without trying all."""
+    found: dict[str, list[tuple[str, list[str]]]] = {}
+    for template in templates:
+        found.setdefault(_NUMBER.sub("#", template.replace(".", "_")), []).append((template, _NUMBER.findall(template)))
+    return found

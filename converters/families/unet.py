@@ -73,7 +73,11 @@ _SDXL = (*renamed(_TOP | _ADDED), *numbered((False, True, True)))
 _REFINER = (*renamed(_TOP | _ADDED), *numbered((False, True, True, False)))
 _CLIPS = {"text_encoder": text.clip("lora_te1_", "clip_l"), "text_encoder_2": text.clip("lora_te2_", "clip_g")}
 
-SD15 = table(_SD, {"text_encoder": text.clip("lora_te_", "clip_l")}, denoisers=("unet",), layers=LAYERS)
-SD2 = table(_SD, {"text_encoder": text.clip("lora_te_", "clip_h")}, denoisers=("unet",), layers=LAYERS)
+SD15, SD2 = (
+    table(
+        _SD, {"text_encoder": text.clip("lora_te_", name)}, denoisers=("unet",), layers=LAYERS, flat_is_diffusers=True
+    )
+    for name in ("clip_l", "clip_h")
+)
 SDXL = table(_SDXL, _CLIPS, denoisers=("unet",), layers=LAYERS)
 SDXL_REFINER = table(_REFINER, {"text_encoder_2": text.clip("lora_te_", "clip_g")}, denoisers=("unet",), layers=LAYERS)

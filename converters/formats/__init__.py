@@ -1,14 +1,19 @@
 """How files spell adapters. One file a format, one line here."""
 
 from converters.formats.base import Format, Part
+from converters.formats.comfyui import ComfyUI
 from converters.formats.diffusers import Diffusers
-from converters.formats.kohya import Kohya
+from converters.formats.kohya import Kohya, Wrapper
 from converters.formats.peft import Peft
 
+# Where a file could be of several, the first counts.
 FORMATS: dict[str, Format] = {
-    "kohya": Kohya(),
+    "kohya": Kohya("kohya", originals=True),
+    "kohya-diffusers": Kohya("kohya-diffusers", originals=False),
     "diffusers": Diffusers(),
     "peft": Peft(),
+    "comfyui": ComfyUI(),
+    "lycoris": Wrapper(),
 }
 
 __all__ = ["FORMATS", "Format", "Part"]

@@ -7,29 +7,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from converters.families import Table
 from converters.roles import FOREIGN, KNOWN
 from diffpeft.bundle import Entry, Handle
 
 
 @dataclass(frozen=True)
 class Part:
-    """A key taken apart: the component, the layer as the format spells it, and the role of the tensor (`alpha` among them)."""
+    """A key taken apart: what says the component, the layer as the format spells it, and the role of the tensor (`alpha` among them).
 
-    component: str
+    An empty `word` says no component. `part` is the number of a fused layer's part that the tensor is for, where the key tells one.
+    """
+
+    word: str
     layer: str
     role: str
+    part: int | None = None
 
 
 class Format(Protocol):
-    """How files spell things. `flat` formats write a layer's dots as underscores; a `folder` is a file of tensors and a config."""
+    """How files spell things. `flat` formats write a layer's dots as underscores; a `folder` is a file of tensors and a config.
+
+    A `single` one holds one component. One that is not `writable` is only read.
+    """
 
     name: str
     flat: bool
     folder: bool
+    single: bool
+    writable: bool
     owned: frozenset[str]  # the keys of the metadata that only this format writes
 
     def split(self, key: str) -> Part | None:
         """The parts of a key, or None if the key is not of this format."""
+
+    def component(self, word: str, table: Table) -> str:
+        """The component that a part's word means in a family; empty if it says none."""
+
+    def word(self, component: str, table: Table) -> str | None:
+        """What says the component in a key; None if the format has no name for it in this family."""
+
+    def original(self, table: Table) -> bool:
+        """Whether the layers of a family's denoiser have the original program's names, not diffusers'."""
 
     def join(self, part: Part, entry: Entry) -> str:
         """The key that `split` takes apart into `part`, a tensor of `entry`; `part.layer` has dots."""
@@ -50,7 +69,24 @@ class Format(Protocol):
         """What this format says about the entries in the metadata; `kept` is the adapter's own."""
 
 
+# LyCORIS's and sd-scripts' spellings of what is not simply called by its role
+LYCORIS = {
+    "lora_down.weight": "lora_A",
+    "lora_up.weight": "lora_B",
+    "lora_mid.weight": "lora_mid",
+    **{f"{role}.weight": f"glora_{role}" for role in ("a1", "a2", "b1", "b2", "bm")},
+}
+# other programs' and older spellings, which are only read
+_OTHER = {
+    "lora_linear_layer.down.weight": "lora_A",
+    "lora_linear_layer.up.weight": "lora_B",
+    "lora.down.weight": "lora_A",
+    "lora.up.weight": "lora_B",
+    "magnitude": "lora_magnitude_vector",  # ai-toolkit's
+}
 _WEIGHTS = ("lora_A", "lora_B", "lora_mid", "oft_R", "oft_embedding_R")
+_SPELT = {**LYCORIS, **_OTHER, "alpha": "alpha"}
+_ENDING = re.compile(rf"(?P<layer>.+)\.(?P<role>{'|'.join(map(re.escape, sorted(_SPELT, key=len, reverse=True)))})")
 _DOTTED = re.compile(
     rf"(?P<layer>.+)\.(?P<role>{'|'.join(sorted(KNOWN, key=len, reverse=True))})"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?P<end>\.weight|\.bias)?"
@@ -64,7 +100,9 @@ def suffix(role: str) -> str:
 
 
 def dotted_role(key: str) -> tuple[str, str] | None:
-    """(layer, role) of `layer.role[.adapter's name][.weight]`, PEFT's spelling of any version; None if it is something else."""
+    """(layer, role) of `layer.role`, in any spelling: PEFT's of any version (`layer.role[.adapter's name][.weight]`), LyCORIS's, others'."""
+    if match := _ENDING.fullmatch(key):
+        return match["layer"], _SPELT[match["role"]]
     match = _DOTTED.fullmatch(key)
     if match and (match["end"] != ".bias" or match["role"] == "lora_B"):
         return match["layer"], "lora_B_bias" if match["end"] == ".bias" else match["role"]
@@ -79,3 +117,8 @@ def magnitude_axis(entry: Entry) -> int | None:
     shape = entry.tensors["dora_scale"].shape
     up = next((entry.tensors[role].shape for role in ("lora_B", "lora_embedding_B") if role in entry.tensors), (0,))
     return int(shape[0] == 1 != up[0])
+
+
+def denoiser(table: Table) -> str:
+    """The component that a file of one denoiser is for."""
+    return next(name for name in table.components if name not in table.encoders)

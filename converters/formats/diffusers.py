@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from converters.families import Table
 from converters.formats import config as configs
 from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
 from converters.roles import ADDITIVE
@@ -20,51 +21,49 @@ from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle, parted
 from diffpeft.errors import CheckpointError
 
-# The component of a layer whose name begins like this.
-BARE = {
-    "down_blocks": "unet",
-    "mid_block": "unet",
-    "up_blocks": "unet",
-    "conv_in": "unet",
-    "conv_out": "unet",
-    "time_embedding": "unet",
-    "text_model": "text_encoder",
-    "encoder": "text_encoder",
-    "transformer_blocks": "transformer",
-    "single_transformer_blocks": "transformer",
-}
-OLD_SUFFIXES = {
-    "lora_linear_layer.down.weight": "lora_A",
-    "lora_linear_layer.up.weight": "lora_B",
-    "lora.down.weight": "lora_A",
-    "lora.up.weight": "lora_B",
-    "alpha": "alpha",
-}
 METADATA = "lora_adapter_metadata"
+# what other formats' keys begin with
+_OTHERS = (
+    "base_model.model.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "text_encoders.",
+    "lora_",
+    "lycoris_",
+    "oft_unet_",
+)
 
 
 class Diffusers:
     """Dotted names."""
 
-    name, flat, folder = "diffusers", False, False
+    name, flat, folder, single, writable = "diffusers", False, False, False, True
     owned = frozenset({METADATA})
 
     def split(self, key: str) -> Part | None:
-        component, dot, rest = key.partition(".")
-        if component in BARE:
-            component, rest = BARE[component], key
-        elif component not in COMPONENTS or not dot:
-            return None
-        for old, role in OLD_SUFFIXES.items():
-            if rest.endswith("." + old):
-                return Part(component, rest.removesuffix("." + old), role)
+        """The component's name, unless the file is of one component (and then the family's names say which)."""
+        word, _, rest = key.partition(".")
+        if word not in COMPONENTS:
+            word, rest = "", key
         found = dotted_role(rest)
-        return Part(component, *found) if found else None
+        return Part(word, *found) if found and not rest.startswith(_OTHERS) else None
+
+    def component(self, word: str, table: Table) -> str:
+        """It is the component."""
+        return word
+
+    def word(self, component: str, table: Table) -> str | None:
+        """It is the component."""
+        return component
+
+    def original(self, table: Table) -> bool:
+        """Never."""
+        return False
 
     def join(self, part: Part, entry: Entry) -> str:
-        # for text encoders stock diffusers hands over to transformers, which reads this name only with `.weight`
-        end = ".weight" if part.role == "lora_magnitude_vector" and part.component.startswith("text_encoder") else ""
-        return f"{part.component}.{part.layer}.{suffix(part.role)}{end}"
+        """For text encoders stock diffusers hands over to transformers, which reads a magnitude only with `.weight`."""
+        end = ".weight" if part.role == "lora_magnitude_vector" and part.word.startswith("text_encoder") else ""
+        return f"{part.word}.{part.layer}.{suffix(part.role)}{end}"
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         try:

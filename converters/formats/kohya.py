@@ -1,62 +1,61 @@
-"""kohya (sd-scripts) and LyCORIS: `lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`, alphas as tensors beside the weights.
+"""Flat names: `lora_unet_input_blocks_4_1_proj_in.lora_down.weight`, alphas as tensors beside the weights.
 
-The rotations of sd-scripts' own OFT start with `oft_unet_`; their bound means something else than LyCORIS's (see methods/oft.py).
+sd-scripts and LyCORIS write them in the original program's names (of SD1.x and SD2.x in diffusers'), others in diffusers' (kohya-diffusers). LyCORIS
+by itself puts `lycoris_` before diffusers' names. The rotations of sd-scripts' own OFT start with `oft_unet_`; their bound means something else
+than LyCORIS's (see methods/oft.py), and a fused layer has those of its parts under numbers.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from converters.formats.base import Part, magnitude_axis
+from converters.families import TABLES, Table
+from converters.formats.base import LYCORIS, Part, denoiser, dotted_role, magnitude_axis
 from converters.formats.config import turned
-from converters.roles import BIAS, FOREIGN, ROLES
+from converters.roles import BIAS, ROLES
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
 
-# diffusers' own kohya writer says lora_te1_ where sd-scripts says lora_te_; both are read, the later row is written
-PREFIXES = {
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te_": "text_encoder",
-    "oft_unet_": "unet",
-    "lora_unet_": "unet",
-}
 KOHYA_OFT = "oft_unet_"
-_PLAIN = (*ROLES["loha"], *ROLES["lokr"], "oft_blocks", "rescale", "dora_scale", BIAS)
-SUFFIXES = {
-    "lora_down.weight": "lora_A",
-    "lora_up.weight": "lora_B",
-    "lora_mid.weight": "lora_mid",
-    "alpha": "alpha",
-    **{role: role for role in _PLAIN},
+UNET, TRANSFORMER, WRAPPER = "lora_unet_", "lora_transformer_", "lycoris_"
+# diffusers' own kohya writer says lora_te1_ where sd-scripts says lora_te_; VideoX-Fun has two underscores
+_ENCODERS = tuple(dict.fromkeys(p for table in TABLES.values() for e in table.encoders.values() for p in e.kohya))
+_NUMBERS = {
+    "lora_te_": "text_encoder",
+    **{f"lora_te{n + 1}_": f"text_encoder{f'_{n + 1}' * (n > 0)}" for n in range(4)},
 }
-_PREFIX_OF = {component: prefix for prefix, component in PREFIXES.items()}
+_WORD = re.compile(rf"(?:lora_unet__|{'|'.join((UNET, TRANSFORMER, KOHYA_OFT, *_NUMBERS, *_ENCODERS))})")
+_PLAIN = (
+    *ROLES["full"],
+    *ROLES["norm"],
+    *ROLES["loha"],
+    *ROLES["lokr"],
+    "oft_blocks",
+    "rescale",
+    "dora_scale",
+    BIAS,
+    "alpha",
+)
+SUFFIXES = {**LYCORIS, **{role: role for role in _PLAIN}, "weight": "ia3_w", "on_input": "on_input"}
 _SUFFIX_OF = {role: suffix for suffix, role in SUFFIXES.items()}
 
 
-class Kohya:
-    """Flat names."""
+class Lycoris:
+    """What all formats with LyCORIS's tensors have in common."""
 
-    name, flat, folder = "kohya", True, False
-    owned = frozenset({"ss_network_module"})
-
-    def split(self, key: str) -> Part | None:
-        body, _, suffix = key.partition(".")
-        prefix = next((p for p in PREFIXES if body.startswith(p)), None)
-        if prefix is None or (suffix not in SUFFIXES and not suffix.startswith(tuple(FOREIGN))):
-            return None
-        return Part(PREFIXES[prefix], body.removeprefix(prefix), SUFFIXES.get(suffix, suffix))
-
-    def join(self, part: Part, entry: Entry) -> str:
-        prefix = KOHYA_OFT if _of_sd_scripts(entry) else _PREFIX_OF[part.component]
-        return f"{prefix}{part.layer.replace('.', '_')}.{_SUFFIX_OF[part.role]}"
+    name, flat, folder, single, writable = "", True, False, False, True
+    owned: frozenset[str] = frozenset()
+    suffixes: Mapping[str, str] = _SUFFIX_OF  # {role: what stands behind the layer's name}
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
-        return [_clamped(turned(entry, {})) for entry in entries]
+        """Rotations turn the output."""
+        return [turned(entry, {}) for entry in entries]
 
     def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
-        roles = {e.layer: sorted({*self.stored(e)} - {*_SUFFIX_OF}) for e in entries}
+        """Roles without a name, and methods on one layer with several alphas."""
+        roles = {e.layer: sorted({*self.stored(e)} - {*self.suffixes}) for e in entries}
         lost = {layer: names for layer, names in roles.items() if names}
         if lost:
             names = sorted({name for found in lost.values() for name in found})
@@ -65,10 +64,7 @@ class Kohya:
         for e in entries:
             alphas.setdefault(e.layer, set()).add(io.number(e.alpha))
         several = [layer for layer, found in alphas.items() if len(found) > 1]
-        if several:
-            return "it has one alpha a layer, for all of its methods", several
-        clamped = [e.layer for e in entries if _of_sd_scripts(e) and parted(e.layer)[0] != "unet"]
-        return ("sd-scripts' OFT is for UNets", clamped) if clamped else None
+        return ("it has one alpha a layer, for all of its methods", several) if several else None
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         """LyCORIS's magnitude is [out, 1, *1] where PEFT's is [out] or [1, out, *1]."""
@@ -81,22 +77,121 @@ class Kohya:
 
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         """LyCORIS asks for a rotation's bound even where there is none, and then it is 0; to a scale that would be something else."""
-        scaled = {e.layer for e in entries if e.method not in ("oft", "boft") or _of_sd_scripts(e)}
+        scaled = {e.layer for e in entries if e.method not in ("oft", "boft") or of_sd_scripts(e)}
         free: dict[str, Handle | float] = {e.layer: 0.0 for e in entries if e.layer not in scaled}
         return free | {e.layer: e.alpha for e in entries if e.alpha is not None}
 
     def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+
+class Kohya(Lycoris):
+    """`lora_unet_`, `lora_te_` and their kin."""
+
+    owned = frozenset({"ss_network_module"})
+
+    def __init__(self, name: str, originals: bool):
+        self.name, self.originals = name, originals
+
+    def split(self, key: str) -> Part | None:
+        """Everything before the first dot is the layer."""
+        body, _, end = key.partition(".")
+        word = _WORD.match(body)
+        if word is None:
+            return None
+        if body.startswith(KOHYA_OFT) and re.fullmatch(r"oft_blocks\.\d+", end):
+            return Part(word[0], body[word.end() :], "oft_blocks", int(end.partition(".")[2]))
+        role = flat_role(end)
+        return Part(word[0], body[word.end() :], role) if role else None
+
+    def component(self, word: str, table: Table) -> str:
+        """By the family's own prefixes, else by the number."""
+        if word not in _NUMBERS and word not in _ENCODERS:
+            return denoiser(table)
+        return next((c for c, e in table.encoders.items() if word in e.kohya), _NUMBERS.get(word, "text_encoder"))
+
+    def word(self, component: str, table: Table) -> str | None:
+        """The first prefix of an encoder; a file holds one denoiser."""
+        if component in table.encoders:
+            return next(iter(table.encoders[component].kohya), None)
+        if component != denoiser(table):
+            return None
+        return UNET if self.originals or component == "unet" else TRANSFORMER
+
+    def original(self, table: Table) -> bool:
+        """sd-scripts names the layers of SD1.x and SD2.x as diffusers does."""
+        return self.originals and not table.flat_is_diffusers
+
+    def join(self, part: Part, entry: Entry) -> str:
+        """The rotations of sd-scripts have a prefix of their own."""
+        word = KOHYA_OFT if of_sd_scripts(entry) and not part.word.startswith("lora_te") else part.word
+        return f"{word}{part.layer.replace('.', '_')}.{self.suffixes[part.role]}"
+
+    def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
+        """With sd-scripts' bound, if the keys say so."""
+        return [_clamped(entry) for entry in super().configured(entries, metadata)]
+
+    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+        """As for all, and sd-scripts' rotations of text encoders."""
+        clamped = [e.layer for e in entries if of_sd_scripts(e) and parted(e.layer)[0].startswith("text_encoder")]
+        return ("sd-scripts' OFT is not for text encoders", clamped) if clamped else super().problem(entries)
+
+    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+        """The module that reads it in sd-scripts."""
         plain = all(magnitude_axis(e) is None and {*e.tensors} <= {"lora_A", "lora_B"} for e in entries)
         module = "networks.lora" if plain else "lycoris.kohya"
-        return {"ss_network_module": "networks.oft" if all(map(_of_sd_scripts, entries)) else module}
+        return {"ss_network_module": "networks.oft" if all(map(of_sd_scripts, entries)) else module}
+
+
+class Wrapper(Lycoris):
+    """`lycoris_`, diffusers' names, one model."""
+
+    name, single = "lycoris", True
+
+    def split(self, key: str) -> Part | None:
+        """Everything before the first dot is the layer."""
+        body, _, end = key.partition(".")
+        role = flat_role(end) if body.startswith(WRAPPER) else None
+        return Part("", body.removeprefix(WRAPPER), role) if role else None
+
+    def component(self, word: str, table: Table) -> str:
+        """It says none."""
+        return ""
+
+    def word(self, component: str, table: Table) -> str | None:
+        """It says none."""
+        return ""
+
+    def original(self, table: Table) -> bool:
+        """The model is diffusers'."""
+        return False
+
+    def join(self, part: Part, entry: Entry) -> str:
+        """The layer's name as the model has it."""
+        return f"{WRAPPER}{part.layer.replace('.', '_')}.{self.suffixes[part.role]}"
+
+    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+        """As for all, and sd-scripts' rotations."""
+        clamped = [e.layer for e in entries if of_sd_scripts(e)]
+        return ("sd-scripts' OFT has another bound than LyCORIS's", clamped) if clamped else super().problem(entries)
+
+
+def flat_role(end: str) -> str | None:
+    """The role that what stands behind a flat name says."""
+    if end in SUFFIXES:
+        return SUFFIXES[end]
+    found = dotted_role(f"-.{end}") if end else None
+    return found[1] if found and found[0] == "-" else None
+
+
+def of_sd_scripts(entry: Entry) -> bool:
+    """Whether a rotation has sd-scripts' bound."""
+    return entry.options.get("clamp") == "kohya"
 
 
 def _column(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], 1) if len(shape) == 1 else (shape[1], 1, *shape[2:])
-
-
-def _of_sd_scripts(entry: Entry) -> bool:
-    return entry.options.get("clamp") == "kohya"
 
 
 def _clamped(entry: Entry) -> Entry:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from converters.families import Table
 from converters.formats import config as configs
 from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
@@ -31,14 +32,28 @@ _HELD = {role for roles in ROLES.values() for role in roles} - {"lora_mid", "oft
 class Peft:
     """Dotted names without a component."""
 
-    name, flat, folder = "peft", False, True
+    name, flat, folder, single, writable = "peft", False, True, True, True
     owned = frozenset({CONFIG})
 
     def split(self, key: str) -> Part | None:
+        """A PeftModel's prefix, the layer, the role."""
         found = dotted_role(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
         return Part("", *found) if found else None
 
+    def component(self, word: str, table: Table) -> str:
+        """It says none."""
+        return ""
+
+    def word(self, component: str, table: Table) -> str | None:
+        """It says none."""
+        return ""
+
+    def original(self, table: Table) -> bool:
+        """The model is diffusers'."""
+        return False
+
     def join(self, part: Part, entry: Entry) -> str:
+        """The layer's name as the model has it."""
         return f"{PREFIX}{own_name(entry.layer)}.{suffix(part.role)}"
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:

@@ -134,9 +134,10 @@ def _read(source: Any, own: str | None, family: str | None, names: Mapping[str, 
     if isinstance(source, Bundle):
         return source
     if family is None:
-        found = converters.detect(source)
+        found = converters.fitting(source)
         where = "a dict of tensors" if isinstance(source, Mapping) else source
-        _check_family((found.family, *found.alternatives), own, where)
+        _check_family(found.families, own, where)
+        family = own if own in found.families else None
     return converters.read(source, family=family, names=names)
 
 

@@ -14,7 +14,7 @@ from converters import FORMATS, TABLES
 from converters.formats import Part
 from converters.roles import MAGNITUDES, ROLES
 from diffpeft.bundle import Entry, canonical
-from diffpeft.errors import UnknownKeysError, WrongBaseError
+from diffpeft.errors import AmbiguousFormatError, UnknownKeysError, WrongBaseError
 
 LAYERS = [
     (family, component, template)
@@ -32,12 +32,13 @@ def layers():
     }
 
 
-FILES = [name for name, fmt in FORMATS.items() if not fmt.folder]
-NAMED = [  # what a format has a name for
-    (name, role)
+FILES = [name for name, fmt in FORMATS.items() if fmt.writable and not fmt.folder]
+SPELT = [  # how each format spells each of its names
+    (name, family, component, layer)
     for name, fmt in FORMATS.items()
-    for role in sorted({*(role for roles in ROLES.values() for role in roles), *MAGNITUDES, "diff_b"})
-    if not (fmt.flat and role.startswith(("lora_emb", "lora_B_", "lora_mag", "oft_R", "oft_emb", "boft_")))
+    if fmt.writable
+    for family, component, layer in sorted(layers())
+    if fmt.word(component, TABLES[family]) is not None
 ]
 
 
@@ -45,20 +46,26 @@ def entry(layer):
     return Entry("lora", layer, {})
 
 
-@pytest.mark.parametrize("format, role", NAMED)
-def test_split_undoes_join(format, role):
+@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.writable])
+def test_split_undoes_join(format):
     fmt = FORMATS[format]
-    for _, component, layer in layers():
-        part = fmt.split(fmt.join(Part(component, layer, role), entry(f"{component}.{layer}")))
-        spelt = layer.removeprefix("text_model.") if fmt.folder else layer.replace(".", "_") if fmt.flat else layer
-        assert part == Part("" if fmt.folder else component, spelt, role)
+    every = sorted({*(role for roles in ROLES.values() for role in roles), *MAGNITUDES, "diff_b", "alpha"})
+    roles = [role for role in every if role in getattr(fmt, "suffixes", every)]
+    layer = "double_blocks.0.img_attn.qkv" if format == "xlabs" else "transformer_blocks.3.attn.to_out.0"
+    for role in [role for role in roles if format not in ("diffusers", "peft") or role not in ("alpha", "ia3_w")]:
+        word = fmt.word("transformer", TABLES["flux"])
+        part = fmt.split(fmt.join(Part(word, layer, role), entry(f"transformer.{layer}")))
+        assert part == Part(word, layer.replace(".", "_") if fmt.flat else layer, role)
 
 
-@pytest.mark.parametrize("format", ["kohya"])
-def test_split_undoes_join_for_alphas(format):
+@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.writable and name != "xlabs"])
+def test_every_word_leads_back_to_its_component(format):
     fmt = FORMATS[format]
-    for _, component, layer in layers():
-        assert fmt.split(fmt.join(Part(component, layer, "alpha"), entry(f"{component}.{layer}"))).role == "alpha"
+    for _, family, component, layer in (row for row in SPELT if row[0] == format):
+        table = TABLES[family]
+        word = fmt.word(component, table)
+        part = fmt.split(fmt.join(Part(word, layer, "lora_A"), entry(f"{component}.{layer}")))
+        assert word.startswith(part.word) and fmt.component(part.word, table) == ("" if fmt.single else component)
 
 
 def test_flat_names_have_one_meaning():
@@ -78,36 +85,58 @@ def test_a_flat_name_that_no_template_gives_has_no_meaning(flat):
 @pytest.mark.parametrize("format", FILES)
 @pytest.mark.parametrize("family", TABLES)
 def test_every_layer_of_a_family_survives_a_file(format, family, tmp_path):
-    names = sorted(
-        {
-            (c, layer)
-            for f, c, layer in layers()
-            if f == family and "transformer_blocks.12" not in layer and "transformer_blocks.3" not in layer
+    """With one block of each kind; a file of one component, for each."""
+    fmt, table = FORMATS[format], TABLES[family]
+    names: dict[str, list[str]] = {}
+    for component, templates in table.components.items():
+        if fmt.word(component, table) is not None:
+            layers = [template.format(1, 0, 0) for template in templates]
+            if fmt.original(table) and component in table.rules:  # unusual layers of UNets have no number
+                layers = [n for n in layers if table.to_original(component, n, 6)]
+            names.setdefault(component if fmt.single else "", []).extend(f"{component}.{n}" for n in layers)
+    if format == "xlabs":
+        names = {"": [n for n in names[""] if fmt.holds(n)]} if family == "flux" else {}
+    for n, layers in enumerate(names.values()):
+        tensors = {}
+        for layer in layers:
+            rows = _rows(table, *layer.partition(".")[::2])
+            tensors |= {f"{layer}.lora_A.weight": torch.ones(1, 2), f"{layer}.lora_B.weight": torch.ones(rows, 1)}
+        bundle = converters.read(tensors, family=family)
+        file = tmp_path / f"{n}.safetensors"
+        converters.write(bundle, file, format=format)
+        again = converters.read(file, family=family)
+        assert {layer for e in again.entries for layer in e.targets} == {
+            canonical(*name.partition(".")[::2]) for name in layers
         }
-    )
-    tensors = {f"{c}.{layer}.lora_{ab}.weight": torch.ones(1, 1) for c, layer in names for ab in "AB"}
-    bundle = converters.read(tensors, family=family)
-    converters.write(bundle, tmp_path / "x.safetensors", format=format)
-    again = converters.read(tmp_path / "x.safetensors", family=family)
-    assert again.format == format and {e.layer for e in again.entries} == {e.layer for e in bundle.entries} == {
-        canonical(*name) for name in names
-    }
-    assert not again.carried
+        assert not again.carried and FORMATS[again.format].original(table) == fmt.original(table)
 
 
-@pytest.mark.parametrize("format", FILES)
+def _rows(table, component, layer):
+    """As many as a part of this share has, so that all parts fit."""
+    found = table.to_original(component, layer, 6) if component in table.rules else None
+    return 12 * dict(found[0].parts)[layer] if found else 12
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "comfyui"])
 def test_detection_reads_back_what_was_written(format, adapter):
     found = converters.detect(adapter(format))
-    assert (found.format, found.family, found.methods, found.confidence) == (
-        format,
-        "sd15",
-        {"lora"},
-        1.0,
-    ) and found.alternatives == ("sd2",)
+    assert (found.format, found.family, found.methods, found.confidence) == (format, "sd15", {"lora"}, 1.0)
 
 
 def key(layer, width=320, format="diffusers"):
-    return {f"{layer}.lora_A.weight": torch.ones(1, width), f"{layer}.lora_B.weight": torch.ones(8, 1)}
+    a, b = ("lora_A", "lora_B") if format == "diffusers" else ("lora_down", "lora_up")
+    return {f"{layer}.{a}.weight": torch.ones(1, width), f"{layer}.{b}.weight": torch.ones(16, 1)}
+
+
+def sizes(layer, rows, columns):
+    """A layer as ComfyUI names it, of a given shape."""
+    name = f"diffusion_model.{layer}"
+    return {f"{name}.lora_A.weight": torch.ones(1, columns), f"{name}.lora_B.weight": torch.ones(rows, 1)}
+
+
+CLIPS = ("sd15", "sd2", "sdxl", "sd3", "flux", "hidream")
+ALL_CLIPS = ("sd15", "sd2", "sdxl", "sdxl_refiner", "sd3", "flux", "hunyuan_video", "hidream")
+SECOND_CLIPS = ("sdxl", "sdxl_refiner", "sd3", "hunyuan_video", "hidream")
 
 
 CROSS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -116,39 +145,86 @@ FAMILIES = {
     "wide cross attention": (key(CROSS, 1024), ("sd2",)),
     "SDXL's cross attention": (key(CROSS, 2048), ("sdxl",)),
     "unusual cross attention": (key(CROSS, 32), ("sd15",)),
-    "no cross attention": (key("unet.conv_in"), ("sd15", "sd2")),
-    "a UNet alone": (key("down_blocks.0.resnets.0.conv1"), ("sd15", "sd2")),
-    "text alone": (key("text_encoder.text_model.encoder.layers.0.mlp.fc1"), ("sd15", "sd2", "sdxl", "sd3", "flux")),
-    "text alone, in a file of its own": (
-        key("text_model.encoder.layers.0.mlp.fc1"),
-        ("sd15", "sd2", "sdxl", "sd3", "flux"),
-    ),
-    "text and an embedding": (
-        key("text_encoder.encoder.layers.0.mlp.fc1") | {"emb_params": torch.ones(1, 8)},
-        ("sd15", "sd2", "sdxl", "sd3", "flux"),
-    ),
+    "no cross attention": (key("unet.conv_in"), ("sd15", "sd2", "sdxl", "sdxl_refiner")),
+    "a UNet alone": (key("down_blocks.0.resnets.0.conv1"), ("sd15", "sd2", "sdxl", "sdxl_refiner")),
+    "a level that SDXL does not have": (key("unet.up_blocks.3.resnets.0.conv1"), ("sd15", "sd2")),
+    "text alone": (key("text_encoder.text_model.encoder.layers.0.mlp.fc1"), CLIPS),
+    "text alone, in a file of its own": (key("text_model.encoder.layers.0.mlp.fc1"), ALL_CLIPS),
+    "text and an embedding": (key("text_encoder.encoder.layers.0.mlp.fc1") | {"emb_params": torch.ones(1, 8)}, CLIPS),
     "SDXL's depth": (key("unet.mid_block.attentions.0.transformer_blocks.9.attn1.to_q"), ("sdxl", "sdxl_refiner")),
-    "SDXL's second text encoder": (key("text_encoder_2.text_model.encoder.layers.0.mlp.fc1"), ("sdxl", "sdxl_refiner")),
-    "SD3": (key("transformer.transformer_blocks.0.attn2.to_q"), ("sd3",)),
-    "Flux": (key("transformer.single_transformer_blocks.0.attn.to_q"), ("flux", "chroma")),
+    "SDXL's second text encoder": (key("text_encoder_2.text_model.encoder.layers.0.mlp.fc1"), SECOND_CLIPS),
+    "kohya's first of several encoders": (
+        {f"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{d}.weight": torch.ones(1, 1) for d in ("down", "up")},
+        ("sdxl", "sd3", "flux", "hidream", "sd15", "sd2"),
+    ),
+    "SD3": (key("transformer.transformer_blocks.0.norm1_context.linear") | key("transformer.pos_embed.proj"), ("sd3",)),
+    "Flux's double blocks": (
+        key("transformer.transformer_blocks.0.norm1_context.linear") | key("transformer.context_embedder"),
+        None,
+    ),
+    "Flux's single blocks": (key("transformer.single_transformer_blocks.0.attn.to_q"), None),
+    "Flux's modulation": (
+        key("transformer.single_transformer_blocks.0.norm.linear") | key("transformer.x_embedder"),
+        ("flux",),
+    ),
+    "a block that only HunyuanVideo has": (
+        key("transformer.single_transformer_blocks.39.proj_mlp"),
+        ("hunyuan_video",),
+    ),
+    "Flux.1's or Flux.2's": (sizes("double_blocks.0.img_mlp.0", 64, 16), None),
+    "Flux.2's share": (sizes("double_blocks.0.img_mlp.0", 96, 16), ("flux2",)),
+    "Chroma, says the metadata of nobody": (sizes("single_blocks.0.linear1", 112, 16), None),
+    "Lumina's share": (sizes("layers.0.attention.qkv", 40, 24), ("lumina2",)),
+    "Z-Image's share": (sizes("layers.0.attention.qkv", 72, 24), ("z_image",)),
 }
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_names_and_widths_tell_the_family(case):
+def test_names_and_shapes_tell_the_family(case):
     tensors, want = FAMILIES[case]
-    found = converters.detect(tensors)
-    assert (found.family, *found.alternatives) == want
-
-
-@pytest.mark.parametrize("case", FAMILIES)
-def test_reading_refuses_what_no_table_names(case):
-    tensors, want = FAMILIES[case]
-    if set(want) & set(TABLES):
-        assert converters.read(tensors).families == want
-    else:
-        with pytest.raises(WrongBaseError, match=want[0]):
+    if want is None:
+        with pytest.raises(AmbiguousFormatError, match="family="):
+            converters.detect(tensors)
+        with pytest.raises(AmbiguousFormatError):
             converters.read(tensors)
+        for family in converters.fitting(tensors).families:
+            assert converters.read(tensors, family=family).family == family
+    else:
+        found = converters.detect(tensors)
+        assert (found.family, *found.alternatives) == want == converters.read(tensors).families
+
+
+@pytest.mark.parametrize(
+    ("metadata", "family"),
+    [
+        ({"modelspec.architecture": "chroma/lora"}, "chroma"),
+        ({"ss_base_model_version": "flux1"}, "flux"),
+        ({"diffpeft.family": "hunyuan_video"}, "hunyuan_video"),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, None),  # it does not fit
+    ],
+)
+def test_metadata_decide_between_families_that_fit(metadata, family, tmp_path):
+    save_file(
+        {k: t.clone() for k, t in key("lora_unet_single_blocks_0_linear2", 80, "kohya").items()},
+        tmp_path / "x.safetensors",
+        metadata,
+    )
+    if family is None:
+        with pytest.raises(AmbiguousFormatError):
+            converters.detect(tmp_path / "x.safetensors")
+    else:
+        assert converters.detect(tmp_path / "x.safetensors").family == family
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "wan"])
+def test_a_family_that_does_not_fit_is_refused(family):
+    with pytest.raises(WrongBaseError, match=r"flux.*not " + family):
+        converters.read(FAMILIES["Flux's modulation"][0], family=family)
+
+
+def test_what_no_family_has_is_refused():
+    with pytest.raises(WrongBaseError, match="unknown"):
+        converters.read(key("transformer.no_such_layer"))
 
 
 SPELLINGS = {

@@ -40,7 +40,7 @@ from diffpeft.model.state import slots_of
 
 # float64, 16 digits; the nets are 30 layers deep with normed activations, and the order of summation differs between implementations
 EXACT = dict(rtol=0, atol=1e-10)
-FORMATS = tuple(name for name, fmt in converters.FORMATS.items() if not fmt.folder)
+FORMATS = ("kohya", "diffusers")  # those of SD1.5's files that stock diffusers reads
 every_format = pytest.mark.parametrize("format", FORMATS)
 
 CONV, LINEAR = "unet.conv_in", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -114,8 +114,11 @@ def test_diffusers_comes_back_bit_for_bit(dtype, pipe, tmp_path):
     assert {slot.scale for slot in slots_of(pipe, "a").values()} == {1.0}
 
 
-@pytest.mark.parametrize("there", FORMATS)
-@pytest.mark.parametrize("back", FORMATS)
+WHOLE = [name for name, fmt in converters.FORMATS.items() if fmt.writable and not fmt.single and name != "xlabs"]
+
+
+@pytest.mark.parametrize("there", WHOLE)
+@pytest.mark.parametrize("back", WHOLE)
 def test_the_deltas_are_the_same_in_every_format(there, back, adapter, pipe, tmp_path, image):
     want = converters.read(adapter(there))
     converters.write(want, tmp_path / "b.safetensors", format=back)
@@ -502,7 +505,7 @@ BAD = {
     "empty": ({}, CheckpointError, "at least one"),
     "no tensors": ({"a": 3}, CheckpointError, "tensors"),
     "no names": ({3: torch.ones(1)}, CheckpointError, "names"),
-    "nothing known": ({"a.weight": torch.ones(1)}, UnknownKeysError, "kohya, diffusers"),
+    "nothing known": ({"a.weight": torch.ones(1)}, UnknownKeysError, "kohya.*diffusers"),
     "nothing that fits": (
         {
             "emb_params": torch.ones(1),
@@ -535,7 +538,11 @@ BAD = {
         WrongBaseError,
         "flux.*sd15",
     ),
-    "Flux by kohya": (renamed("lora_unet_double_blocks_0_img_attn_qkv"), WrongBaseError, "flux.*sd15"),
+    "Flux by kohya": (
+        {k: t for k, t in renamed("lora_unet_double_blocks_0_img_attn_qkv").items() if "double" in k},
+        WrongBaseError,
+        "flux.*sd15",
+    ),
     "Flux, and half of it": (
         {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 1)},
         WrongBaseError,

@@ -1,0 +1,58 @@
+"""ComfyUI: `diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`, dots and the original program's names, alphas as tensors beside them.
+
+Text encoders are `text_encoders.clip_l.transformer.text_model. ...`. Read is what it reads: LyCORIS's tensors and PEFT's names for a LoRA's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from converters.families import Table
+from converters.formats.base import Part, denoiser, dotted_role
+from converters.formats.kohya import SUFFIXES, Lycoris, of_sd_scripts
+from diffpeft.bundle import Entry
+
+DENOISER = "diffusion_model."
+_WORD = re.compile(rf"(?:model\.)?{re.escape(DENOISER)}|text_encoders\.\w+\.(?:transformer\.)?")
+
+
+class ComfyUI(Lycoris):
+    """Dotted names of the original program."""
+
+    name, flat = "comfyui", False
+    suffixes = {role: suffix for suffix, role in SUFFIXES.items() if role not in ("ia3_w", "on_input")} | {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+    }
+
+    def split(self, key: str) -> Part | None:
+        """A prefix, the layer, the role."""
+        word = _WORD.match(key)
+        found = dotted_role(key[word.end() :]) if word else None
+        return Part(word[0], *found) if word and found else None
+
+    def component(self, word: str, table: Table) -> str:
+        """By the family's own prefixes."""
+        if not word.startswith("text_encoders."):
+            return denoiser(table)
+        return next((c for c, e in table.encoders.items() if e.comfyui.startswith(word)), "text_encoder")
+
+    def word(self, component: str, table: Table) -> str | None:
+        """A file holds one denoiser."""
+        if component in table.encoders:
+            return table.encoders[component].comfyui or None
+        return DENOISER if component == denoiser(table) else None
+
+    def original(self, table: Table) -> bool:
+        """Always."""
+        return True
+
+    def join(self, part: Part, entry: Entry) -> str:
+        """A prefix, the layer, the role."""
+        return f"{part.word}{part.layer}.{self.suffixes[part.role]}"
+
+    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+        """As for all, and sd-scripts' rotations."""
+        clamped = [e.layer for e in entries if of_sd_scripts(e)]
+        return ("ComfyUI knows no rotations with sd-scripts' bound", clamped) if clamped else super().problem(entries)
