@@ -1,8 +1,12 @@
 """Checkpoint formats: every adapter file becomes a Bundle, and a Bundle becomes a file. From the file alone; no model is needed."""
 
 from converters.conversion import ConvertReport, convert
-from converters.engine import FORMATS, TABLES, Detection, detect, fitting, read, refusal, write
+from converters.detection import Detection
+from converters.engine import detect, fitting, read
+from converters.families import TABLES
+from converters.formats import FORMATS
 from converters.inspection import Inspection, inspect
+from converters.writing import refusal, write
 
 __all__ = [
     "FORMATS",

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.engine import Source, planned, problem, read, refusal, store
-from converters.formats import FORMATS
+from converters.engine import Source, read
 from converters.roles import ADDITIVE
+from converters.writing import plans, problem, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, definition_of
-from diffpeft.errors import ConfigError, listed, near, shown
+from diffpeft.errors import CannotConvertError, ConfigError, listed, near, shown
 
 if TYPE_CHECKING:
     import torch
@@ -65,15 +65,17 @@ def convert(
         raise ConfigError("the output is the input", where=path, remedy="Give another name.")
     said: list[str] = []
     out = bundle
-    if refusal(bundle, to):
+    try:
+        found = plans(bundle, to, path, cast)
+    except CannotConvertError:
         out, expanded = _expanded(bundle, to)
-        if expanded:
-            said.append(f"{len(expanded)} layers became LoRAs of the same update: {listed(expanded[:5])}")
-    plan = planned(out, to, cast)
-    store(plan, path, to)
-    if plan.inexact:
+        found = plans(out, to, path, cast)
+        said.append(f"{len(expanded)} layers became LoRAs of the same update: {listed(expanded[:5])}")
+    store(found, path, to)
+    inexact = [layer for plan in found.values() for layer in plan.inexact]
+    if inexact:
         said.append(
-            f"{len(plan.inexact)} fused layers have parts of unequal scales, which went into the factors: {listed(plan.inexact[:5])}"
+            f"{len(inexact)} fused layers have parts of unequal scales, which went into the factors: {listed(inexact[:5])}"
         )
     zero = [e.layer for e in bundle.entries if e.method not in ("oft", "boft") and io.number(e.alpha) == 0]
     if zero:
@@ -82,8 +84,8 @@ def convert(
         said.append(
             f"{len(bundle.carried)} keys are no adapter's and were kept as they are: {listed(list(bundle.carried)[:5])}"
         )
-    exact = out is bundle and cast is None and not plan.inexact
-    exact = exact and (to == bundle.format or not FORMATS[bundle.format].folder)
+    computed = any(h.how[:1] == ("scaled",) for e in bundle.entries for h in e.tensors.values())
+    exact = out is bundle and cast is None and not inexact and not computed
     mapped = tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys))
     return ConvertReport(
         "L0" if exact else "L1", mapped, tuple(bundle.carried), tuple(said), bundle.format, bundle.family

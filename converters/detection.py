@@ -20,8 +20,8 @@ from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
-# where a file written here says its family, and the component if its format does not
-HINT, COMPONENT = "diffpeft.family", "diffpeft.component"
+# where a file written here says its family; and the component and the format, where its keys do not
+HINT, COMPONENT, FORMAT = "diffpeft.family", "diffpeft.component", "diffpeft.format"
 # what metadata say, in any of these places: {family: pattern}
 _PLACES = (HINT, "modelspec.architecture", "ss_base_model_version")
 _SAID = {
@@ -47,7 +47,7 @@ _SAID = {
     "hidream": r"hidream",
 }
 # rows a column of layers whose names several families have
-_RATIOS = {
+_RATIOS: dict[str, dict[str, Fraction | int]] = {
     r"single_blocks[._]\d+[._]linear1": {"flux": 7, "chroma": 7, "hunyuan_video": 7, "flux2": 9},
     r"single_blocks[._]\d+[._]linear2": {"flux": Fraction(1, 5), "chroma": Fraction(1, 5), "flux2": Fraction(1, 4)},
     r"double_blocks[._]\d+[._](img|txt)_mlp[._]0": {"flux": 4, "chroma": 4, "flux2": 6},
@@ -119,8 +119,8 @@ def fit(tensors: Mapping[str, Handle], metadata: Mapping[str, str], source: str,
     families, ambiguous, own = _decided(fitting, layers, metadata, formats)
     best = families[0] if families else ""
     chosen = max(formats, key=lambda f: own.get((f, best), 0))
-    if metadata.get("diffpeft.format") in formats:
-        chosen = metadata["diffpeft.format"]
+    if metadata.get(FORMAT) in formats:
+        chosen = metadata[FORMAT]
     return Fit(chosen, families, ambiguous, counts, len(layers), parsed)
 
 

@@ -1,26 +1,23 @@
-"""The one engine: header -> parts -> entries, and back."""
+"""The engine's reading side: header -> parts -> entries. The way back is writing.py."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.detection import COMPONENT, HINT, Detection, Fit, bare, fit, known
+from converters.detection import Detection, Fit, bare, fit, known
 from converters.families import TABLES, Table
-from converters.formats import FORMATS, Format, Part
+from converters.formats import FORMATS, Format
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
-from converters.provenance import KEY, Place, blocks_in, places_in, recorded, restored
-from converters.roles import ROLES, contradiction, missing, rank, split
-from converters.rows import Blocks, Unfit, extent, joined
-from converters.rows import split as taken_apart
+from converters.roles import ROLES, contradiction, missing, split
+from converters.rows import extent
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, Handle, Rule, canonical, dotted, named, parted
+from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, canonical, dotted, named
 from diffpeft.errors import (
     AmbiguousFormatError,
-    CannotConvertError,
     CheckpointError,
     MissingKeysError,
     ShapeMismatchError,
@@ -32,17 +29,13 @@ from diffpeft.errors import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 Names = Mapping[str, Iterable[str]]
 Spelt = tuple[str, str, int | None]  # what says the component, the layer as the format spells it, the part of it
 Found = dict[str, tuple[str, Handle]]  # one layer's tensors: {role: (key, handle)}
-_HASHES = ("sshs_", "modelspec.hash_")  # they are over tensor bytes, so a rewritten file must not keep them
-FORMAT = "diffpeft.format"  # where a file says its format, if its keys could be of another
-
-
-# Reading
+_NUMBERS = ("alpha", "on_input")  # roles that are numbers
 
 
 def detect(source: Source) -> Detection:
@@ -95,9 +88,12 @@ def read(
     `family` and `format` override detection. `names` {component: layer names} are a model's own, against which names are resolved
     before the family's table is asked, and which tell the component where the file does not.
     """
+    known_name("format", format, FORMATS)
+    known_name("family", family, TABLES)
+    if several := _components_in(source):
+        family = family or _common(several)
+        return _merged([read(path, family=family, format=format, names=names) for path in several], source)
     tensors, metadata, where = opened(source)
-    _known("format", format, FORMATS)
-    _known("family", family, TABLES)
     found = fit(tensors, metadata, where, format)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
@@ -117,6 +113,28 @@ def read(
             entries.append(replace(entry, rule=rule))
     entries = fmt.configured(entries, metadata)
     return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families, tuple(tensors))
+
+
+def _components_in(source: Source) -> list[Path]:
+    """The files or PEFT folders in a folder that has one for each of several components."""
+    if isinstance(source, Mapping) or not Path(source).is_dir() or (Path(source) / WEIGHTS).is_file():
+        return []
+    names = [Path(source) / f"{component}{end}" for component in COMPONENTS for end in ("", ".safetensors")]
+    return [path for path in names if path.is_file() or (path / WEIGHTS).is_file()]
+
+
+def _common(paths: Sequence[Path]) -> str | None:
+    """The family of files of one adapter: the first that fits all."""
+    fits = sorted((fitting(path) for path in paths), key=lambda f: len(f.families))
+    if any(f.ambiguous for f in fits) and not any(len(f.families) == 1 for f in fits):
+        return None
+    return next((family for family in fits[0].families if all(family in f.families for f in fits)), None)
+
+
+def _merged(bundles: Sequence[Bundle], source: Source) -> Bundle:
+    entries = [e for b in bundles for e in b.entries]
+    carried = {key: h for b in bundles for key, h in b.carried.items()}
+    return replace(bundles[0], entries=entries, carried=carried, order=(), source=str(source))
 
 
 def _families(found: Fit, fmt: Format, family: str | None, names: Names | None, where: str) -> tuple[str, ...]:
@@ -157,7 +175,8 @@ def opened(source: Source) -> tuple[dict[str, Handle], dict[str, str], str]:
     return handles, metadata, str(source)
 
 
-def _known(kind: str, name: str | None, among: Mapping[str, Any]) -> str | None:
+def known_name(kind: str, name: str | None, among: Mapping[str, Any]) -> str | None:
+    """The name. Raises UnknownNameError, with near matches, if it is none of the known."""
     if name is not None and name not in among:
         raise UnknownNameError.of(kind, name, among)
     return name
@@ -167,8 +186,11 @@ def _grouped(tensors: Mapping[str, Handle], fmt: Format, table: Table, names: Na
     """{(canonical layer, rule): {role: (key, handle)}} of what the format takes apart, and the tensors it does not."""
     spelt: dict[Spelt, Found] = {}
     carried: dict[str, Handle] = {}
-    for key, handle in tensors.items():
-        part = fmt.split(key)
+    parts = {key: fmt.split(key) for key in tensors}
+    alphas = [key for key, part in parts.items() if part and part.role in _NUMBERS]
+    numbers = dict(zip(alphas, io.held(tensors[key] for key in alphas), strict=True))
+    for key, handle in {**tensors, **numbers}.items():
+        part = parts[key]
         if part is None:
             carried[key] = handle
             continue
@@ -296,222 +318,3 @@ def _check(layer: str, method: str, tensors: Mapping[str, Handle], where: str) -
         raise ShapeMismatchError(f"layer {shown(layer)}: {why}", where=where)
     if any(handle.dtype not in ("F64", "F32", "F16", "BF16") for r, handle in tensors.items() if r != "on_input"):
         raise CheckpointError(f"layer {shown(layer)} has tensors that are no floating point numbers", where=where)
-
-
-# Writing
-
-
-@dataclass
-class Arranged:
-    """The entries of a bundle as a format needs them: fused layers in the original's names, taken apart in diffusers'.
-
-    `failed` {layer: why it cannot be}; `blocks` {fused layer: ranks of its parts}; `inexact` are layers whose numbers had to be computed.
-    """
-
-    entries: list[Entry]
-    failed: dict[str, str] = field(default_factory=dict)
-    blocks: dict[str, Blocks] = field(default_factory=dict)
-    inexact: list[str] = field(default_factory=list)
-
-
-def arranged(bundle: Bundle, fmt: Format) -> Arranged:
-    """A bundle's entries as a format needs them. Layers that the file had before, if it was of this format, become these again."""
-    table = TABLES.get(bundle.family, Table({}))
-    text = bundle.metadata.get(KEY, "")
-    before, known_blocks = places_in(text, fmt.name), blocks_in(text)
-    original = fmt.original(table)
-    out = Arranged([])
-    groups: dict[tuple[str, str, str], dict[int, Entry]] = {}
-    rules: dict[tuple[str, str, str], Rule] = {}
-    for entry in bundle.entries:
-        if entry.rule and (original or entry.layer in before):
-            out.entries.append(entry)
-            if entry.layer in known_blocks:
-                out.blocks[entry.layer] = known_blocks[entry.layer]
-        elif entry.rule:
-            try:
-                out.entries += taken_apart(entry, known_blocks.get(entry.layer))
-            except Unfit as why:
-                out.failed[entry.layer] = str(why)
-                out.entries.append(entry)
-        elif (place := _fused(entry, table)) and entry.layer not in before and (original or place[0] in before):
-            layer, rule, part = place
-            at = (layer, entry.method, _over(entry))
-            if at not in groups:
-                out.entries.append(entry)  # its place
-            groups.setdefault(at, {})[part] = entry
-            rules[at] = rule
-        else:
-            out.entries.append(entry)
-    for at, found in groups.items():
-        first = next(iter(found.values()))
-        where = next(n for n, e in enumerate(out.entries) if e is first)
-        shapes = before.get(at[0], {})
-        try:
-            one = joined(parted(at[0])[0], rules[at], found, shapes.get("lora_A", (None,))[0])
-        except Unfit as why:
-            out.failed |= {e.layer: f"{at[0]}: {why}" for e in found.values()}
-            out.entries[where : where + 1] = list(found.values())
-            continue
-        out.entries[where] = one.entry
-        out.inexact += [] if one.exact else [at[0]]
-        if one.blocks:
-            out.blocks[at[0]] = one.blocks
-    return out
-
-
-def _fused(entry: Entry, table: Table) -> tuple[str, Rule, int] | None:
-    """The original's fused layer that a layer of diffusers' is a part of, with the rule and the part's number."""
-    component, layer = parted(entry.layer)
-    if component not in table.rules:
-        return None
-    shape = extent({role: h.shape for role, h in entry.tensors.items()})
-    found = table.to_original(component, layer, shape[0] // shape[1] if shape else None)
-    if found is None or found[0].renames:
-        return None
-    return dotted(component, found[0].original), *found
-
-
-def _over(entry: Entry) -> str:
-    return " ".join(sorted(entry.methods))
-
-
-def _spelt(fmt: Format, table: Table, entry: Entry) -> Part | None:
-    """How a format names a layer (the role is still to say); None if it has no name for it.
-
-    A layer that nobody knows is spelt as it was read, flat or dotted.
-    """
-    component, layer = parted(entry.layer)
-    word = fmt.word(component, table) if table.components or not fmt.folder else ""
-    if fmt.folder:
-        return Part("", layer, "")
-    if word is None or component not in table.components:
-        return None
-    if entry.rule is None and component in table.rules and fmt.original(table):
-        shape = extent({role: h.shape for role, h in entry.tensors.items()})
-        found = table.to_original(component, layer, shape[0] // shape[1] if shape else None)
-        if found:
-            return Part(word, found[0].original, "")
-        return None if table.knows(component, layer) or fmt.flat != ("." not in layer) else Part(word, layer, "")
-    if entry.rule is None and not table.knows(component, layer) and fmt.flat != ("." not in layer):
-        return None
-    return Part(word, layer, "")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a file will hold, and which layers' numbers had to be computed for it."""
-
-    tensors: Mapping[str, Handle]
-    metadata: Mapping[str, str]
-    inexact: tuple[str, ...] = ()
-
-
-def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: torch.dtype | None = None) -> None:
-    """Write a Bundle as a file or folder of another format, whole or not at all. `dtype` casts the factors; alphas keep theirs.
-
-    Raises CannotConvertError, which names the layers, the reason and the formats that can hold the adapter.
-    """
-    store(planned(bundle, format, dtype), path, format)
-
-
-def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None) -> Plan:
-    """What `write` would write. Raises CannotConvertError."""
-    if error := refusal(bundle, format):
-        raise error
-    fmt, table = FORMATS[format], TABLES.get(bundle.family, Table({}))
-    order = arranged(bundle, fmt)
-    entries = order.entries
-    places: dict[Place, Handle] = {}
-    keys: dict[Place, str] = {}
-    alphas = fmt.alphas(entries)
-    for entry in entries:
-        found = {role: io.cast(handle, dtype, entry.layer) for role, handle in fmt.stored(entry).items()}
-        if entry.layer in alphas:
-            alpha = alphas[entry.layer]
-            found["alpha"] = alpha if isinstance(alpha, Handle) else io.scalar(float(alpha))
-        spelt = _spelt(fmt, table, entry)
-        assert spelt is not None
-        places |= {(entry.layer, role): handle for role, handle in found.items()}
-        keys |= {(entry.layer, role): fmt.join(replace(spelt, role=role), entry) for role in found}
-    tensors = {keys[place]: handle for place, handle in places.items()} | bundle.carried
-    own = fmt.metadata(entries, bundle.metadata)
-    other = {key for f in FORMATS.values() if not f.folder for key in f.owned}
-    kept = {
-        k: v
-        for k, v in bundle.metadata.items()
-        if k not in other and not k.startswith((*_HASHES, FORMAT, HINT, COMPONENT))
-    }
-    metadata = {"format": "pt", **kept, **own}
-    if back := restored(bundle.metadata.get(KEY, ""), format, places, _ranks(entries), bundle.carried):
-        tensors, lost, names = back
-        metadata = {k: v for k, v in metadata.items() if k not in {KEY, "format", *fmt.owned}} | lost
-        metadata = {k: metadata[k] for k in (*names, *metadata) if k in metadata and not k.startswith(_HASHES)}
-    else:
-        certain = bundle.family and len(bundle.families) < 2 and not fmt.folder
-        metadata |= {HINT: bundle.family} if certain else {}
-        metadata |= {COMPONENT: parted(entries[0].layer)[0]} if fmt.single and not fmt.folder else {}
-        metadata |= {FORMAT: format} if format == "onetrainer" else {}
-        if text := recorded(bundle, format, metadata, order.blocks):
-            metadata[KEY] = text
-        else:
-            metadata.pop(KEY, None)
-    return Plan(tensors, metadata, tuple(order.inexact))
-
-
-def store(plan: Plan, path: str | os.PathLike[str], format: str) -> None:
-    """Write what is planned, whole or not at all."""
-    if not FORMATS[format].folder:
-        io.save(path, plan.tensors, plan.metadata)
-        return
-    if Path(path).suffix == ".safetensors" or Path(path).is_file():
-        raise CannotConvertError(
-            f"{format} is a folder, and this is a file", where=path, remedy="Give a folder's name."
-        )
-    with io.folder(path) as folder:
-        metadata = dict(plan.metadata)
-        config = metadata.pop(CONFIG)
-        io.save(folder / WEIGHTS, plan.tensors, metadata)
-        (folder / FILE).write_text(config + "\n", encoding="utf-8")
-
-
-def _ranks(entries: Iterable[Entry]) -> dict[str, int]:
-    return {e.layer: rank({role: h.shape for role, h in e.tensors.items()}) for e in entries}
-
-
-def refusal(bundle: Bundle, format: str) -> CannotConvertError | None:
-    """Why a format cannot hold an adapter, with the formats that can; None if it can."""
-    _known("format", format, FORMATS)
-    trouble = problem(bundle, format)
-    if trouble is None:
-        return None
-    why, layers = trouble
-    others = [name for name, fmt in FORMATS.items() if name != format and fmt.writable and not problem(bundle, name)]
-    return CannotConvertError(
-        f"{format} cannot hold {len(layers)} of {len(bundle.entries)} adapted layers: {why}",
-        where=listed(layers),
-        remedy=f"These formats can: {', '.join(others)}." if others else "No format here can hold it whole.",
-    )
-
-
-def problem(bundle: Bundle, format: str) -> tuple[str, list[str]] | None:
-    """Why a format cannot hold an adapter, and the layers that are to blame."""
-    fmt, layers = FORMATS[format], [e.layer for e in bundle.entries]
-    if not fmt.writable:
-        return "it is only read, not written", layers
-    table = TABLES.get(bundle.family)
-    if table is None and not fmt.folder:
-        return f"the layer names of family {shown(bundle.family)} are not known", layers
-    order = arranged(bundle, fmt)
-    if order.failed:
-        return (
-            f"a fused layer cannot be {'joined' if fmt.original(table or Table({})) else 'taken apart'}: {next(iter(order.failed.values()))}",
-            [*order.failed],
-        )
-    components = {parted(e.layer)[0] for e in order.entries}
-    if fmt.single and len(components) > 1:
-        return f"it holds one component, not {' and '.join(sorted(components))}", layers
-    unknown = [e.layer for e in order.entries if _spelt(fmt, table or Table({}), e) is None]
-    if unknown:
-        return "it has no name for them", unknown
-    return fmt.problem(order.entries)

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from diffpeft.bundle import Rule
 
 Side = dict[str, list[tuple[Rule, int]]]  # {template: the rules that it is in, and as which part}
 _NUMBER = re.compile(r"\{\}|[0-9]+")
 SWAPPED = (1, 0)  # the halves the other way round, as (shift, scale) and (scale, shift) are
+
+
+def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a table that looks each name up once: files ask for the same ones again and again."""
+
+    @functools.wraps(method)
+    def look(self: Table, *args: Any, **kwargs: Any) -> Any:
+        found = self._found
+        key = (method.__name__, *args, *kwargs.values())
+        if key not in found:
+            if len(found) > 100_000:
+                found.clear()
+            found[key] = method(self, *args, **kwargs)
+        return found[key]
+
+    return look
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,7 @@ class Table:
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     flat_is_diffusers: bool = False  # sd-scripts has diffusers' names in its flat ones
 
+    @_remembered
     def dotted(self, component: str, flat: str) -> str | None:
         """The layer whose dots written as underscores give `flat`; None if the family has no such layer."""
         return _filled(_find(tuple(self.components.get(component, ())), flat))
@@ -43,6 +61,7 @@ class Table:
         """Whether the family has a layer of this dotted name."""
         return self.dotted(component, layer.replace(".", "_")) == layer
 
+    @_remembered
     def encoded(self, component: str, layer: str, flat: bool) -> str | None:
         """A text encoder's layer behind a name that may lack the level `text_model` or have one `model` more."""
         dot = "_" if flat else "."
@@ -51,6 +70,7 @@ class Table:
                 return found if flat or found == name else None
         return None
 
+    @_remembered
     def original_dotted(self, component: str, flat: str) -> str | None:
         """As `dotted`, for the original's names."""
         return _filled(_find(tuple(self._sides(component)[0]), flat))
@@ -67,14 +87,20 @@ class Table:
         return self._patterns[component]
 
     @functools.cached_property
+    def _found(self) -> dict[tuple[Any, ...], Any]:
+        return {}
+
+    @functools.cached_property
     def _patterns(self) -> dict[str, frozenset[str]]:
         return {}
 
+    @_remembered
     def to_diffusers(self, component: str, layer: str, aspect: int | None = None) -> Rule | None:
         """The rule of one layer of the original, in full names. `aspect` (rows by columns) is only asked for where names do not suffice."""
         found = _rule(self._sides(component)[0], layer, aspect)
         return found and found[0]
 
+    @_remembered
     def to_original(self, component: str, layer: str, aspect: int | None = None) -> tuple[Rule, int] | None:
         """The rule of the original layer that one of diffusers' is of, in full names, and which of its parts that is."""
         return _rule(self._sides(component)[1], layer, aspect)

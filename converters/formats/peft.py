@@ -229,5 +229,4 @@ def _whole(entry: Entry, config: Mapping[str, Any]) -> Entry:
     if scale == 1:
         return entry
     warnings.warn(f"{shown(entry.layer)}: alpha / r = {scale:g} was multiplied into lokr_w1", stacklevel=2)
-    (w1,) = io.load([entry.tensors["lokr_w1"]])
-    return replace(entry, tensors={**entry.tensors, "lokr_w1": io.handle(w1 * scale)})
+    return replace(entry, tensors={**entry.tensors, "lokr_w1": io.scaled(entry.tensors["lokr_w1"], scale)})

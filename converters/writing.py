@@ -1,0 +1,289 @@
+"""The engine's writing side: entries -> fused and named as a format needs them -> file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.detection import COMPONENT, FORMAT, HINT
+from converters.engine import known_name
+from converters.families import TABLES, Table
+from converters.formats import FORMATS, Format, Part
+from converters.formats.peft import CONFIG, FILE, WEIGHTS
+from converters.provenance import KEY, Place, blocks_in, places_in, recorded, restored
+from converters.roles import rank
+from converters.rows import Blocks, Unfit, extent, joined
+from converters.rows import split as taken_apart
+from diffpeft import io
+from diffpeft.bundle import Bundle, Entry, Handle, Rule, dotted, parted
+from diffpeft.errors import CannotConvertError, listed, shown
+
+if TYPE_CHECKING:
+    import torch
+
+_HASHES = ("sshs_", "modelspec.hash_")  # they are over tensor bytes, so a rewritten file must not keep them
+
+
+@dataclass
+class Arranged:
+    """The entries of a bundle as a format needs them: fused layers in the original's names, taken apart in diffusers'.
+
+    `failed` {layer: why it cannot be}; `blocks` {fused layer: ranks of its parts}; `inexact` are layers whose numbers had to be computed.
+    """
+
+    entries: list[Entry]
+    failed: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, Blocks] = field(default_factory=dict)
+    inexact: list[str] = field(default_factory=list)
+
+
+def arranged(bundle: Bundle, fmt: Format) -> Arranged:
+    """A bundle's entries as a format needs them. Layers that the file had before, if it was of this format, become these again."""
+    table = TABLES.get(bundle.family, Table({}))
+    text = bundle.metadata.get(KEY, "")
+    before, known_blocks = places_in(text, fmt.name), blocks_in(text)
+    original = fmt.original(table)
+    out = Arranged([])
+    groups: dict[tuple[str, str, str], dict[int, Entry]] = {}
+    rules: dict[tuple[str, str, str], Rule] = {}
+    for entry in bundle.entries:
+        if entry.rule and (original or entry.layer in before):
+            out.entries.append(entry)
+            if entry.layer in known_blocks:
+                out.blocks[entry.layer] = known_blocks[entry.layer]
+        elif entry.rule:
+            try:
+                out.entries += taken_apart(entry, known_blocks.get(entry.layer))
+            except Unfit as why:
+                out.failed[entry.layer] = str(why)
+                out.entries.append(entry)
+        elif (place := _fused(entry, table)) and entry.layer not in before and (original or place[0] in before):
+            layer, rule, part = place
+            at = (layer, entry.method, _over(entry))
+            if at not in groups:
+                out.entries.append(entry)  # its place
+            groups.setdefault(at, {})[part] = entry
+            rules[at] = rule
+        else:
+            out.entries.append(entry)
+    for at, found in groups.items():
+        first = next(iter(found.values()))
+        where = next(n for n, e in enumerate(out.entries) if e is first)
+        shapes = before.get(at[0], {})
+        try:
+            one = joined(parted(at[0])[0], rules[at], found, shapes.get("lora_A", (None,))[0])
+        except Unfit as why:
+            out.failed |= {e.layer: f"{at[0]}: {why}" for e in found.values()}
+            out.entries[where : where + 1] = list(found.values())
+            continue
+        out.entries[where] = one.entry
+        out.inexact += [] if one.exact else [at[0]]
+        if one.blocks:
+            out.blocks[at[0]] = one.blocks
+    return out
+
+
+def _fused(entry: Entry, table: Table) -> tuple[str, Rule, int] | None:
+    """The original's fused layer that a layer of diffusers' is a part of, with the rule and the part's number."""
+    component, layer = parted(entry.layer)
+    if component not in table.rules:
+        return None
+    shape = extent({role: h.shape for role, h in entry.tensors.items()})
+    found = table.to_original(component, layer, shape[0] // shape[1] if shape else None)
+    if found is None or found[0].renames:
+        return None
+    return dotted(component, found[0].original), *found
+
+
+def _over(entry: Entry) -> str:
+    return " ".join(sorted(entry.methods))
+
+
+def _spelt(fmt: Format, table: Table, entry: Entry, source: str) -> Part | None:
+    """How a format names a layer (the role is still to say); None if it has no name for it.
+
+    A layer that no table has is spelt as it was read from a `source` of another format, if both have the same program's names, flat or dotted.
+    """
+    component, layer = parted(entry.layer)
+    if fmt.folder:
+        return Part("", layer, "")
+    word = fmt.word(component, table)
+    if word is None or component not in table.components:
+        return None
+    original = fmt.original(table) and component in table.rules
+    if entry.rule:
+        return Part(word, layer, "")
+    if original:
+        shape = extent({role: h.shape for role, h in entry.tensors.items()})
+        found = table.to_original(component, layer, shape[0] // shape[1] if shape else None)
+        if found:
+            return Part(word, found[0].original, "")
+    elif table.knows(component, layer):
+        return Part(word, layer, "")
+    before = source in FORMATS and FORMATS[source].original(table) and component in table.rules
+    alike = fmt.flat == ("." not in layer) and before == original and not table.knows(component, layer)
+    return Part(word, layer, "") if alike else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a file will hold, and which layers' numbers had to be computed for it."""
+
+    tensors: Mapping[str, Handle]
+    metadata: Mapping[str, str]
+    inexact: tuple[str, ...] = ()
+
+
+def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: torch.dtype | None = None) -> None:
+    """Write a Bundle as a file or folder of another format, whole or not at all. `dtype` casts the factors; alphas keep theirs.
+
+    Raises CannotConvertError, which names the layers, the reason and the formats that can hold the adapter.
+    """
+    store(plans(bundle, format, path, dtype), path, format)
+
+
+def plans(
+    bundle: Bundle, format: str, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> dict[str, Plan]:
+    """{component: what `write` would write}. The component is empty unless there are several, the format holds one, and `path` is a folder's name.
+
+    Raises CannotConvertError.
+    """
+    known_name("format", format, FORMATS)
+    fmt, file = FORMATS[format], Path(path).suffix == ".safetensors" or Path(path).is_file()
+    if fmt.folder and file:
+        raise CannotConvertError(
+            f"{format} is a folder, and this is a file", where=path, remedy="Give a folder's name."
+        )
+    components = list(dict.fromkeys(parted(e.layer)[0] for e in bundle.entries))
+    if not fmt.single or file or len(components) < 2:
+        return {"": planned(bundle, format, dtype)}
+    found = {}
+    for n, component in enumerate(components):
+        own = [e for e in bundle.entries if parted(e.layer)[0] == component]
+        part = replace(bundle, entries=own, carried={} if n else bundle.carried)
+        found[component] = planned(part, format, dtype, bundle)
+    return found
+
+
+def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole: Bundle | None = None) -> Plan:
+    """What `write` would write to one file or folder, of a bundle that may be a part of a `whole` one. Raises CannotConvertError."""
+    fmt, table = FORMATS[format], TABLES.get(bundle.family, Table({}))
+    order, trouble = _tried(bundle, fmt)
+    if trouble:
+        raise _refused(bundle, format, *trouble)
+    entries = order.entries
+    places: dict[Place, Handle] = {}
+    keys: dict[Place, str] = {}
+    alphas = fmt.alphas(entries)
+    for entry in entries:
+        found = {role: io.cast(handle, dtype, entry.layer) for role, handle in fmt.stored(entry).items()}
+        if entry.layer in alphas:
+            alpha = alphas[entry.layer]
+            found["alpha"] = alpha if isinstance(alpha, Handle) else io.scalar(float(alpha))
+        spelt = _spelt(fmt, table, entry, bundle.format)
+        assert spelt is not None
+        places |= {(entry.layer, role): handle for role, handle in found.items()}
+        keys |= {(entry.layer, role): fmt.join(replace(spelt, role=role), entry) for role in found}
+    tensors = {keys[place]: handle for place, handle in places.items()} | bundle.carried
+    own = fmt.metadata(entries, bundle.metadata)
+    other = {key for f in FORMATS.values() if not f.folder for key in f.owned}
+    kept = {
+        k: v
+        for k, v in bundle.metadata.items()
+        if k not in other and not k.startswith((*_HASHES, FORMAT, HINT, COMPONENT))
+    }
+    metadata = {"format": "pt", **kept, **own}
+    if back := restored(bundle.metadata.get(KEY, ""), format, places, _ranks(entries), bundle.carried):
+        tensors, lost, names = back
+        metadata = {k: v for k, v in metadata.items() if k not in {KEY, "format", *fmt.owned}} | lost
+        metadata = {k: v for k, v in metadata.items() if k in names or not k.startswith(("diffpeft.", *_HASHES))}
+        metadata = {k: metadata[k] for k in (*names, *metadata) if k in metadata and not k.startswith(_HASHES)}
+    else:
+        certain = bundle.family and len(bundle.families) < 2 and (whole or not fmt.folder)
+        metadata |= {HINT: bundle.family} if certain else {}
+        metadata |= {COMPONENT: parted(entries[0].layer)[0]} if fmt.single and parted(entries[0].layer)[0] else {}
+        metadata |= {FORMAT: format} if format == "onetrainer" else {}
+        if text := recorded(whole or bundle, format, metadata, order.blocks):
+            metadata[KEY] = text
+        else:
+            metadata.pop(KEY, None)
+    return Plan(tensors, metadata, tuple(order.inexact))
+
+
+def store(found: Mapping[str, Plan], path: str | os.PathLike[str], format: str) -> None:
+    """Write what is planned, whole or not at all."""
+    end = "" if FORMATS[format].folder else ".safetensors"
+    if [*found] == [""]:
+        _store(found[""], Path(path), format)
+        return
+    with io.folder(path) as folder:
+        for component, plan in found.items():
+            _store(plan, folder / f"{component}{end}", format)
+
+
+def _store(plan: Plan, path: Path, format: str) -> None:
+    if not FORMATS[format].folder:
+        io.save(path, plan.tensors, plan.metadata)
+        return
+    with io.folder(path) as folder:
+        metadata = dict(plan.metadata)
+        config = metadata.pop(CONFIG)
+        io.save(folder / WEIGHTS, plan.tensors, metadata)
+        (folder / FILE).write_text(config + "\n", encoding="utf-8")
+
+
+def _ranks(entries: Iterable[Entry]) -> dict[str, int]:
+    return {e.layer: rank({role: h.shape for role, h in e.tensors.items()}) for e in entries}
+
+
+def refusal(bundle: Bundle, format: str) -> CannotConvertError | None:
+    """Why a format cannot hold an adapter, with the formats that can; None if it can."""
+    known_name("format", format, FORMATS)
+    trouble = problem(bundle, format)
+    return _refused(bundle, format, *trouble) if trouble else None
+
+
+def _refused(bundle: Bundle, format: str, why: str, layers: list[str]) -> CannotConvertError:
+    others = [name for name, fmt in FORMATS.items() if name != format and fmt.writable and not problem(bundle, name)]
+    return CannotConvertError(
+        f"{format} cannot hold {len(layers)} of {len(bundle.entries)} adapted layers: {why}",
+        where=listed(layers),
+        remedy=f"These formats can: {', '.join(others)}." if others else "No format here can hold it whole.",
+    )
+
+
+def problem(bundle: Bundle, format: str) -> tuple[str, list[str]] | None:
+    """Why a format cannot hold an adapter, and the layers that are to blame."""
+    return _tried(bundle, FORMATS[format])[1]
+
+
+def _tried(bundle: Bundle, fmt: Format) -> tuple[Arranged, tuple[str, list[str]] | None]:
+    """The entries as the format needs them, and why it cannot hold them, with the layers that are to blame."""
+    layers = [e.layer for e in bundle.entries]
+    if not fmt.writable:
+        return Arranged([]), ("it is only read, not written", layers)
+    if bundle.family not in TABLES and not fmt.folder:
+        return Arranged([]), (f"the layer names of family {shown(bundle.family)} are not known", layers)
+    order = arranged(bundle, fmt)
+    return order, _trouble(order, fmt, TABLES.get(bundle.family, Table({})), layers, bundle.format)
+
+
+def _trouble(
+    order: Arranged, fmt: Format, table: Table, layers: list[str], source: str
+) -> tuple[str, list[str]] | None:
+    if order.failed:
+        return (
+            f"a fused layer cannot be {'joined' if fmt.original(table or Table({})) else 'taken apart'}: {next(iter(order.failed.values()))}",
+            [*order.failed],
+        )
+    components = {parted(e.layer)[0] for e in order.entries}
+    if fmt.single and len(components) > 1:
+        return f"it holds one component, not {' and '.join(sorted(components))}", layers
+    unknown = [e.layer for e in order.entries if _spelt(fmt, table, e, source) is None]
+    if unknown:
+        return "it has no name for them", unknown
+    return fmt.problem(order.entries)
