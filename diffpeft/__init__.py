@@ -16,7 +16,7 @@ _HOMES = {
         "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError"
     ),
     "diffpeft.bundle": "Bundle Entry",
-    "diffpeft.methods": "BOFTConfig LoHaConfig LoKrConfig LoraConfig METHODS OFTConfig",
+    "diffpeft.methods": "BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig METHODS OFTConfig",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
     "diffpeft.model.fuse": "fuse unfuse",
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diffpeft.errors import *  # noqa: F403
     from diffpeft.methods import METHODS as METHODS
     from diffpeft.methods import BOFTConfig as BOFTConfig
+    from diffpeft.methods import IA3Config as IA3Config
     from diffpeft.methods import LoHaConfig as LoHaConfig
     from diffpeft.methods import LoKrConfig as LoKrConfig
     from diffpeft.methods import LoraConfig as LoraConfig

@@ -8,7 +8,7 @@ program has fused (or with other rows first) is an entry under the original's na
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,7 @@ class Rule:
     def filled(self, numbers: Sequence[str]) -> Rule:
         """The rule with numbers in its names."""
         parts = tuple((name.format(*numbers), share) for name, share in self.parts)
-        return replace(self, original=self.original.format(*numbers), parts=parts)
+        return Rule(self.original.format(*numbers), parts, self.chunks, self.aspect)
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,12 @@ class Bundle:
     def deltas(self, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """{canonical layer: f(W) - W in float64}, by each method's definition. `base` {layer: W} is for methods that need W, such as DoRA and OFT.
 
-        Raises ConfigError if W is needed and not there.
+        Entries that change nothing but a bias are left out. Raises ConfigError if W is needed and not there.
         """
         out: dict[str, torch.Tensor] = {}
         for entry in self.entries:
+            if not {*entry.tensors} - {"diff_b", "b_norm"}:
+                continue
             Ws = [(base or {}).get(layer) for layer in entry.targets]
             now = [
                 W if W is None or layer not in out else W.double() + out[layer]
@@ -216,13 +218,14 @@ def _deltas(entry: Entry, Ws: list[torch.Tensor | None]) -> list[torch.Tensor]:
 
 def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:
     """f(W) - W in float64; where f is additive W is not needed."""
-    from diffpeft.methods import Additive
-
     method, p, spec = definition_of(entry, W)
-    if issubclass(method, Additive):
-        return method.scale(p, spec) * method.delta(p, spec)
+    if method.additive(p):
+        delta = method.scale(p, spec) * method.delta(p, spec)
+        column = W is None and any(len(entry.tensors[role].shape) == 1 for role in ("diff", "w_norm") if role in p)
+        return delta.flatten() if column else delta if W is None else delta.reshape(W.shape)
     assert W is not None
-    return method.weight(W.double(), p, spec) - W.double()
+    before = W.double().reshape(spec.geometry.shape)
+    return (method.weight(before, p, spec) - before).reshape(W.shape)
 
 
 def definition_of(entry: Entry, W: torch.Tensor | None = None) -> tuple[Any, dict[str, torch.Tensor], Any]:
@@ -231,16 +234,17 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> tuple[Any, dic
     Without W the layer's shape is what the tensors show. Raises ConfigError if the method needs W.
     """
     from diffpeft import io
-    from diffpeft.methods import METHODS, Additive, Geometry, Spec
+    from diffpeft.methods import METHODS, Geometry, Spec
 
     method: Any = METHODS[entry.method]
     roles = [role for role in entry.tensors if role in method.roles]
     p = {role: t.double() for role, t in zip(roles, io.load(entry.tensors[role] for role in roles), strict=True)}
-    if W is None and not issubclass(method, Additive):
+    if W is None and not method.additive(p):
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
         )
-    o, i, *kernel = (entry.shape or _shown_shape(p)) if W is None else W.shape
+    o, *rest = (entry.shape or _shown_shape(p)) if W is None else W.shape
+    i, *kernel = rest or [1]  # a norm's factors are a column
     geometry = Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles))
     spec = Spec(geometry, io.number(entry.alpha), entry.options)
     return method, method.prepare(method.adopt(p, spec), spec, False), spec
@@ -248,6 +252,9 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> tuple[Any, dic
 
 def _shown_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
     """The shape of the weight that an additive method's tensors are for, as far as they show it: a kernel may be hidden in the columns."""
+    whole = next((p[role] for role in ("diff", "w_norm", "b_norm") if role in p), None)
+    if whole is not None:
+        return tuple(whole.shape)
     first = [p[role].shape for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if role in p]
     down = next(p[role] for role in ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w2") if role in p)
     up = next(p[role] for role in ("lora_B", "lora_embedding_B", "hada_w1_a", "lokr_w2_a", "lokr_w2") if role in p)

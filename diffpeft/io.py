@@ -255,6 +255,19 @@ def raw(handle_: Handle) -> bytes:
     return b"".join(bytes(chunk) for chunk in chunks(handle_))
 
 
+def held(handles: Iterable[Handle]) -> list[Handle]:
+    """The tensors with their bytes in memory, of which there should be few."""
+    files: dict[Path, Any] = {}
+    try:
+        return [
+            h if h.path is None else Handle(h.dtype, h.shape, data=b"".join(map(bytes, chunks(h, files))))
+            for h in handles
+        ]
+    finally:
+        for file in files.values():
+            file.close()
+
+
 def same(a: Handle, b: Handle) -> bool:
     """Whether two tensors have the same dtype, shape and bytes."""
     if a == b if a.tensor is None and b.tensor is None else a.tensor is b.tensor:

@@ -128,11 +128,11 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
             x, rest, named = _taken(args, kwargs)
-            dtype = _dtype(self, x)
+            dtype = _dtype(self, x, site)
             link = _link(self, base, site, rest, named, dtype)
             if link is None:
                 return base.forward(self, *args, **kwargs)
-            return link(x.to(dtype) if x.is_floating_point() else x)
+            return link(x.to(dtype) if x.is_floating_point() and site.targets else x)
 
         def extra_repr(self: Any) -> str:
             return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
@@ -175,8 +175,10 @@ def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
 
 
-def _dtype(module: Any, x: Tensor) -> torch.dtype:
-    """What the layer computes in: autocast's choice, else the input's, or for a lookup the weight's."""
+def _dtype(module: Any, x: Tensor, site: Any) -> torch.dtype:
+    """What the layer computes in: autocast's choice, else the input's, or for a lookup the weight's. A norm only has its weight computed."""
+    if not site.targets:
+        return torch.promote_types(module.weight.dtype, torch.float32)
     if not x.is_floating_point():
         return module.weight.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -227,13 +229,18 @@ def _steps(record: Record, choice: Any, compiling: bool) -> list[tuple[Slot, flo
 def effective(
     module: nn.Module, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weights: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight (in the layer's own order) and bias that a layer with `weights` has with these adapters in them, computed in `dtype`."""
+    """The weight (in the layer's own order) and bias that a layer with `weights` has with these adapters in them, computed in `dtype`.
+
+    There is a bias where an adapter adds one, also if the layer has no place for it.
+    """
     site = site_of(base_class(module))
     assert site is not None
     op: Any = site(module)
     whole, bias = Whole(Base(op, None, dtype, {}, op.canonical(weights[0])), steps), weights[1]
-    W, shift = whole.weight(), whole.shift(dtype)
-    return op.stored(W), bias if shift is None or bias is None else bias.to(shift) + shift
+    W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
+    if shift is None or bias is None:
+        return W, bias if shift is None else shift
+    return W, bias.to(shift) + shift.reshape(bias.shape)
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:

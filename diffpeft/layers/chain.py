@@ -102,6 +102,8 @@ class Added(_Later):
         return W
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
+        if not self.op.targets:
+            return self.op.op(x, self.weight(), bias)
         op, tokens = self.op, self.op.positions(x)
         W, pairs, others = None, [], []
         for slot, part, s in self.terms:
@@ -224,7 +226,7 @@ class Changed(_Later):
         return self.slot(_changed, self.before.weight(), self.s, self.dtype)
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
-        if len(self.slot.parts) == 1:
+        if len(self.slot.parts) == 1 and self.op.targets:
             return self.slot(_applied, self.before, x, self.s, bias)
         if not self.op.faithful:
             return self.before(x, bias) + self.op.op(x, self.weight() - self.before.weight(), False)
@@ -258,18 +260,18 @@ class Whole:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.link(x)
-        shift = self.shift(y.dtype)
+        shift = self.shift(y.dtype, self.op.bias)
         return y if shift is None else self.op.shifted(y, shift)
 
     def weight(self) -> Tensor:
         return self.link.weight()
 
-    def shift(self, dtype: torch.dtype) -> Tensor | None:
-        """What the adapters add to the layer's bias."""
-        total = None
+    def shift(self, dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
+        """What the adapters add to the layer's bias, if anything: b_k = b_{k-1} + s_k (f_k(b_{k-1}) - b_{k-1})."""
+        total, bias = None, None if bias is None else bias.flatten()
         for slot, s in self.shifts:
-            by = s * slot(_shift).to(dtype)
-            total = by if total is None else total + by
+            by = slot(_shift, _sum(bias, total))
+            total = _sum(total, None if by is None else s * by.to(dtype))
         return total
 
 
@@ -287,7 +289,14 @@ def _linked(base: Base, steps: Sequence[tuple[Slot, Strength]]) -> Link:
     return Added(link, waiting) if waiting else link
 
 
-def _shift(slot: Slot) -> Tensor:
-    """What one adapter adds to the bias at strength 1."""
-    found = [part.method.bias(slot.tensors_of(part), part.spec) for part in slot.parts]
-    return sum([by for by in [*found, getattr(slot, BIAS, None)] if by is not None])
+def _shift(slot: Slot, b: Tensor | None) -> Tensor | None:
+    """What one adapter adds to the bias `b` at strength 1: all its methods in order, and its own change."""
+    total = None
+    for part in slot.parts:
+        total = _sum(total, part.method.bias(_sum(b, total), slot.tensors_of(part), part.spec))
+    return _sum(total, getattr(slot, BIAS, None))
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of what is there."""
+    return b if a is None else a if b is None else a + b

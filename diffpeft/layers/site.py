@@ -27,7 +27,8 @@ class _Site:
 
     kinds: tuple[Any, ...]  # classes, or (module, name) of classes in libraries that may not be there
     quantised = False
-    targets = True  # whether methods fit it; else it can only be given another bias
+    endings: tuple[str, ...] = ()  # of the names of further classes
+    targets = True  # whether `attach` may choose it; else it is a norm: what changes it changes its weight and bias
     plain = False  # forward is F.linear(x, weight, bias) and no more
 
     def __init__(self, module: Any, *rest: Any, **named: Any):
@@ -300,18 +301,46 @@ def _swapped(weight: Tensor, groups: int) -> Tensor:
     )
 
 
-class NormSite(_Site):
-    """Normalising layers, whose bias may change: features are the last axes of LayerNorm, the second of the others."""
+_CHANNELS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
-    kinds = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+class NormSite(_Site):
+    """Normalising layers: W [features, 1] is their factors, whatever their class makes of them. Features are the second axis or the last.
+
+    transformers has a class like T5LayerNorm or Qwen2RMSNorm for every model.
+    """
+
+    kinds = (nn.LayerNorm, nn.RMSNorm, *_CHANNELS)
+    endings = ("RMSNorm", "T5LayerNorm")
     targets = False
+
+    def __init__(self, module: Any, *rest: Any, **named: Any):
+        super().__init__(module, *rest, **named)
+        self.faithful = True  # whatever the class does, `op` does
 
     @staticmethod
     def geometry_of(module: Any) -> Geometry:
-        return Geometry(0 if module.weight is None else module.weight.numel(), 1)
+        weight = getattr(module, "weight", None)
+        return Geometry(0 if weight is None else weight.numel(), 1)
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, 1)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self.module.weight.shape)
+
+    def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
+        """The forward of its class on a layer that differs in its weight and nothing else."""
+        m = self.module
+        base: Any = getattr(type(m), "_diffpeft_base", type(m))
+        own = {"weight": self.stored(weight).to(m.weight.dtype), "bias": self.bias if bias else None}
+        other = base.__new__(base)
+        other.__dict__.update(m.__dict__, _parameters={**m._parameters, **own})
+        return base.forward(other, x, *self.rest, **self.named)
 
     def shifted(self, y: Tensor, by: Tensor) -> Tensor:
-        return y + (by if isinstance(self.module, nn.LayerNorm) else by.view(-1, *(1 for _ in y.shape[2:])))
+        second = isinstance(self.module, _CHANNELS)
+        return y + by.to(y.dtype).view((-1, *(1 for _ in y.shape[2:])) if second else self.module.weight.shape)
 
 
 SITES = (QuantisedSite, LinearSite, TransposedLinearSite, EmbeddingSite, ConvSite, TransposedConvSite, NormSite)
@@ -333,7 +362,7 @@ def _site(cls: type[nn.Module]) -> type[_Site] | None:
     def fits(kind: Any) -> bool:
         return kind in names if isinstance(kind, tuple) else issubclass(cls, kind)
 
-    return next((site for site in SITES if any(map(fits, site.kinds))), None)
+    return next((s for s in SITES if any(map(fits, s.kinds)) or cls.__name__.endswith(s.endings)), None)
 
 
 def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:

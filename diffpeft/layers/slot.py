@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffpeft.bundle import Handle
-from diffpeft.methods import METHODS, Additive, Spec
+from diffpeft.methods import METHODS, Spec
 
 Result = TypeVar("Result")
 BIAS = "diff_b"  # a trainable change of the layer's bias, whatever the method
@@ -29,7 +29,7 @@ class Part:
 
     @property
     def additive(self) -> bool:
-        return issubclass(self.method, Additive)
+        return self.method.additive(self.roles)
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,26 @@ def stamp_of(t: Tensor) -> tuple[Any, ...]:
 class Slot(nn.Module):
     """The tensors of one adapter on one layer, as parameters named by their roles, in the dtype they are stored in.
 
-    An adapter is usually one method; a file may hold several for a layer, which then act in order as one.
+    An adapter is usually one method; a file may hold several for a layer, which then act in order as one. A piece without tensors
+    is nothing but what lies beside it: a change of the bias.
     """
 
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
         super().__init__()
         for piece in pieces:
+            fixed = {**piece.frozen, **{r: t for r, t in piece.tensors.items() if r in METHODS[piece.method].constants}}
             for role, tensor in piece.tensors.items():
-                self.register_parameter(role, nn.Parameter(tensor, requires_grad=trainable))
-            for role, tensor in piece.frozen.items():
+                if role not in fixed:
+                    self.register_parameter(role, nn.Parameter(tensor, requires_grad=trainable))
+            for role, tensor in fixed.items():
                 self.register_buffer(role, tensor)
         for role, tensor in (beside or {}).items():
             self.register_parameter(role, nn.Parameter(tensor, requires_grad=trainable))
-        self.parts = tuple(Part(METHODS[p.method], (*p.tensors, *p.frozen), p.alpha, p.spec) for p in pieces)
-        self.shifts = BIAS in self._parameters or any(
-            "lora_B_bias" in part.roles for part in self.parts
-        )  # the layer's bias
+        self.parts = tuple(
+            Part(METHODS[p.method], roles, p.alpha, p.spec) for p in pieces if (roles := (*p.tensors, *p.frozen))
+        )
+        # whether the layer's bias may change
+        self.shifts = BIAS in self._parameters or any(part.method.shifts & set(part.roles) for part in self.parts)
         self._kept: dict[Any, Any] = {}
 
     @property
@@ -80,8 +84,8 @@ class Slot(nn.Module):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The names of the methods."""
-        return tuple(part.method.name for part in self.parts)
+        """The names of the methods; a change of nothing but the bias is `full`."""
+        return tuple(part.method.name for part in self.parts) or ("full",)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

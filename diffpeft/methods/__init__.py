@@ -3,9 +3,13 @@
 from diffpeft.methods.base import Additive, Fresh, Geometry, Link, Method, Op, Site, Spec, Strength
 from diffpeft.methods.boft import Boft, BOFTConfig
 from diffpeft.methods.dora import Dora
+from diffpeft.methods.full import Full
+from diffpeft.methods.glora import GLoRA
+from diffpeft.methods.ia3 import IA3, IA3Config
 from diffpeft.methods.loha import LoHa, LoHaConfig
 from diffpeft.methods.lokr import LoKr, LoKrConfig
 from diffpeft.methods.lora import Lora, LoraConfig
+from diffpeft.methods.norm import Norm
 from diffpeft.methods.oft import Oft, OFTConfig
 
 METHODS: dict[str, type[Method]] = {
@@ -15,6 +19,10 @@ METHODS: dict[str, type[Method]] = {
     "lokr": LoKr,
     "oft": Oft,
     "boft": Boft,
+    "ia3": IA3,
+    "glora": GLoRA,
+    "full": Full,
+    "norm": Norm,
 }
 
 __all__ = [
@@ -23,7 +31,11 @@ __all__ = [
     "Boft",
     "Dora",
     "Fresh",
+    "Full",
+    "GLoRA",
     "Geometry",
+    "IA3",
+    "IA3Config",
     "Link",
     "LoHa",
     "LoHaConfig",
@@ -33,6 +45,7 @@ __all__ = [
     "LoraConfig",
     "METHODS",
     "Method",
+    "Norm",
     "OFTConfig",
     "Oft",
     "Op",

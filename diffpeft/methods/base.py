@@ -7,7 +7,7 @@ A method knows no layer: it sees a Geometry, and works through what a layer lend
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -140,11 +140,14 @@ class Method:
     """One adapter method. All members are pure; `p` maps a role, which is PEFT's parameter name, to its tensor.
 
     A subclass needs `name`, `config`, `roles`, `init` and `weight` (or, of Additive, `delta`); the rest has a default that is right but not fast.
+    One that only files hold has no `config` and no `init`.
     """
 
     name: ClassVar[str]
-    config: ClassVar[Any]
+    config: ClassVar[Any] = None
     roles: ClassVar[tuple[str, ...]]  # every role that can occur
+    shifts: ClassVar[frozenset[str]] = frozenset()  # roles that change the layer's bias
+    constants: ClassVar[frozenset[str]] = frozenset()  # roles that say something and are never trained
     options: ClassVar[frozenset[str]] = frozenset()  # keywords of `attach` that the method takes
     precise: ClassVar[frozenset[str]] = frozenset()  # prepared tensors that stay in fp32 or better
 
@@ -152,6 +155,11 @@ class Method:
     def init(cls, config: Any, site: Site, **options: Any) -> Fresh:
         """Fresh fp32 tensors for a layer; W' = W unless the config asks for something else."""
         raise NotImplementedError
+
+    @classmethod
+    def additive(cls, roles: Collection[str]) -> bool:
+        """Whether with these tensors W' = W + scale * delta(p), so that it commutes with others of the kind."""
+        return False
 
     @classmethod
     def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
@@ -179,8 +187,8 @@ class Method:
         raise NotImplementedError
 
     @classmethod
-    def bias(cls, p: Tensors, spec: Spec) -> Tensor | None:
-        """What the adapter adds to the layer's bias at strength 1, if anything."""
+    def bias(cls, b: Tensor | None, p: Tensors, spec: Spec) -> Tensor | None:
+        """What the adapter adds to the bias `b` (None: there is none) at strength 1, if anything."""
         return None
 
     @classmethod
@@ -200,6 +208,10 @@ class Method:
 
 class Additive(Method):
     """A method with W' = W + scale * delta(p), whatever W is."""
+
+    @classmethod
+    def additive(cls, roles: Collection[str]) -> bool:
+        return True
 
     @classmethod
     def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:

@@ -47,6 +47,7 @@ class Dora(Method):
     roles = (PEFT, LYCORIS, *(role for method in INNER for role in method.roles))
     options = frozenset({"dora", "tucker"})
     precise = frozenset({PEFT, LYCORIS})
+    shifts = Lora.shifts
 
     @classmethod
     def init(cls, config: Any, site: Site, *, dora: str = "out", **options: Any) -> Fresh:
@@ -93,8 +94,8 @@ class Dora(Method):
         return inner(p).rank(_rest(p))
 
     @classmethod
-    def bias(cls, p: Tensors, spec: Spec) -> Tensor | None:
-        return inner(p).bias(_rest(p), spec)
+    def bias(cls, b: Tensor | None, p: Tensors, spec: Spec) -> Tensor | None:
+        return inner(p).bias(b, _rest(p), spec)
 
     @classmethod
     def prepare(cls, p: Tensors, spec: Spec, training: bool) -> dict[str, Tensor]:

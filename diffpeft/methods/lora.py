@@ -91,6 +91,7 @@ class Lora(Additive):
         "initial_B",
     )
     options = frozenset({"tucker"})
+    shifts = frozenset({"lora_B_bias"})
 
     @classmethod
     def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, **_: Any) -> Fresh:
@@ -157,7 +158,7 @@ class Lora(Additive):
         return "factors"
 
     @classmethod
-    def bias(cls, p: Tensors, spec: Spec) -> Tensor | None:
+    def bias(cls, b: Tensor | None, p: Tensors, spec: Spec) -> Tensor | None:
         return cls.scale(p, spec) * p["lora_B_bias"] if "lora_B_bias" in p else None
 
     @classmethod

@@ -94,7 +94,7 @@ def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
     if method is None:
         raise ConfigError(
             f"{type(config).__name__} configures no method",
-            remedy=f"Known: {', '.join(dict.fromkeys(m.config.__name__ for m in METHODS.values()))}.",
+            remedy=f"Known: {', '.join(dict.fromkeys(m.config.__name__ for m in METHODS.values() if m.config))}.",
         )
     if getattr(config, "use_dora", False) or ("dora" in options and method in INNER):
         method = Dora
@@ -228,7 +228,7 @@ def _biased(model: nn.Module) -> dict[str, nn.Module]:
 
 def _bias_alone(module: Any, dry_run: bool) -> Slot:
     """An adapter that only changes the layer's bias."""
-    shift = torch.zeros(module.bias.shape, device="meta" if dry_run else device_of(module))
+    shift = torch.zeros(module.bias.numel(), device="meta" if dry_run else device_of(module))
     return Slot([], {BIAS: shift}, trainable=True).train(module.training)
 
 

@@ -50,7 +50,8 @@ def to_lora(
         energy: instead of rank: the share, in (0, 1], of each delta's squared norm that is kept.
 
     Without rank and energy the form is exact: LoHa as its Khatri-Rao product of rank r^2, LoKr and Tucker by their factors, others at full rank.
-    A method that depends on the weight before it (DoRA, OFT, BOFT) is taken as it acts on the layer's own weight.
+    A method that depends on the weight before it (DoRA, OFT, BOFT) is taken as it acts on the layer's own weight. What changes a norm, or nothing
+    but a bias, stays that.
     Raises UnknownNameError, AdapterStateError or ConfigError, in which case nothing has changed.
     """
     if rank is not None:
@@ -69,7 +70,7 @@ def to_lora(
         for layer, module, old in _slots(parts[component], adapter):
             update = _update(module, old)
             factors = update.factors if update.factors is not None else _whole(update.delta)
-            if rank is not None or energy is not None:
+            if len(factors[0]) and (rank is not None or energy is not None):
                 factors = _shortened(factors, rank, energy)
             lost[dotted(component, layer)] = _residual(update.delta, factors)
             slots[layer] = _lora(module, factors, update.shift, old.weight.requires_grad)
@@ -187,12 +188,13 @@ def _update(module: Any, slot: Slot) -> Update:
         dtype = torch.promote_types(dtype, t.dtype)
 
     def read() -> Update:
-        factors = _factors(slot, dtype)
-        own = record.base[0] if record.base is not None else weights_of(module)[0]
+        factors = _factors(slot, dtype, op)
+        own, bias = record.base if record.base is not None else weights_of(module)
         W = (op.weight() if op.quantised else op.canonical(own)).to(slot.weight.device, dtype)
+        bias = None if bias is None else bias.to(W)
         whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
-        return Update(delta, factors, slot.rank, whole.shift(dtype))
+        return Update(delta, factors, slot.rank, whole.shift(dtype, bias))
 
     was = slot.training
     slot.eval()
@@ -202,9 +204,10 @@ def _update(module: Any, slot: Slot) -> Update:
         slot.train(was)
 
 
-def _factors(slot: Slot, dtype: torch.dtype) -> Factors | None:
+def _factors(slot: Slot, dtype: torch.dtype, op: Any) -> Factors | None:
     """Exact factors of all parts side by side, their scale in B, if every part has some of less than full rank."""
-    pairs = []
+    nothing = slot.weight.new_zeros(0, dtype=dtype)
+    pairs = [(nothing.view(0, op.geometry.columns), nothing.view(op.geometry.out, 0))]
     for part in slot.parts:
         if not part.additive:
             return None
@@ -251,14 +254,17 @@ def _residual(delta: Tensor, factors: Factors) -> float:
 
 
 def _lora(module: Any, factors: Factors, shift: Tensor | None, trainable: bool) -> Slot:
-    """A LoRA of these factors, at scale 1."""
+    """A LoRA of these factors, at scale 1; on a norm what they come to, and for no factors only the bias."""
     kind = site_of(base_class(module))
     assert kind is not None
     A, B = (t.detach().clone() for t in factors)
     spec = Spec(kind.geometry_of(module), float(len(A)))
     piece = Piece("lora", Lora.adopt({"lora_A": A, "lora_B": B}, spec), spec.alpha, spec)
+    if not kind.targets:
+        piece = Piece("norm", {"w_norm": (B @ A).flatten()}, None, replace(spec, alpha=None))
     beside = {} if shift is None else {BIAS: shift.detach().clone()}
-    return Slot([piece], beside, trainable=trainable).to(device_of(module)).train(module.training)
+    slot = Slot([piece] if len(A) else [], beside, trainable=trainable)
+    return slot.to(device_of(module)).train(module.training)
 
 
 def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Mapping[str, Slot]) -> None:

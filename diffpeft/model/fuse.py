@@ -122,7 +122,10 @@ def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, f
     weight, bias = weights_of(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
-        W, b = effective(module, steps, dtype, (base[0].to(weight.device), base[1]))
+        own = base[0].to(weight.device), None if base[1] is None else base[1].to(weight.device)
+        W, b = effective(module, steps, dtype, own)
+    if b is not None and bias is None:
+        raise _unfit(layer, "an adapter adds a bias and the layer has none")
     out = (
         W.to(weight.dtype).contiguous(memory_format=torch.preserve_format),
         None if b is None or bias is None else b.to(bias),
@@ -162,8 +165,7 @@ def _owners(model: nn.Module) -> dict[int, int]:
 
 def _refuse(layer: str, module: Any, owners: Mapping[int, int]) -> None:
     site = site_of(type(module))
-    record = record_of(module)
-    assert site is not None and record is not None
+    assert site is not None
     why = ""
     if site.quantised:
         why = "its weight is quantised, and rounding it again would lose more than the adapter adds"
@@ -171,11 +173,13 @@ def _refuse(layer: str, module: Any, owners: Mapping[int, int]) -> None:
         why = "its weight is offloaded"
     elif owners.get(id(module.weight), 0) > 1:
         why = "its weight is tied to another layer's"
-    elif getattr(module, "bias", None) is None and any(slot.shifts for slot in record.slots.values()):
-        why = "an adapter adds a bias and the layer has none"
     elif not isinstance(module.weight, nn.Parameter) or type(module.weight.data) is not Tensor:
         why = "its weight is sharded or of a kind that is not known here"
     if why:
-        raise AdapterStateError(
-            f"layer {shown(layer)} cannot be fused: {why}", remedy="Leave the adapter unfused; it acts all the same."
-        )
+        raise _unfit(layer, why)
+
+
+def _unfit(layer: str, why: str) -> AdapterStateError:
+    return AdapterStateError(
+        f"layer {shown(layer)} cannot be fused: {why}", remedy="Leave the adapter unfused; it acts all the same."
+    )

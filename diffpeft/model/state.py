@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
-from diffpeft.errors import CannotConvertError, UnknownNameError, shown
+from diffpeft.errors import UnknownNameError
 from diffpeft.layers.adapted import record_of
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
@@ -58,18 +58,14 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
 
 
 def entries_of(layer: str, slot: Slot) -> list[Entry]:
-    """What a slot holds, part by part; a change of the bias goes with the first."""
+    """What a slot holds, part by part; a change of the bias goes with the first, or is an entry of its own."""
     found, tensors = [], _tensors(slot)
     for part in slot.parts:
         p, alpha = part.method.stored({role: tensors.pop(role) for role in part.roles}, part.alpha)
         options = {k: v for k, v in part.spec.options.items() if k not in TRAINING}
         handles, shape = {role: io.handle(t) for role, t in p.items()}, part.spec.geometry.shape
         found.append(Entry(part.method.name, layer, handles, alpha, (), options, shape))
-    if tensors and not found:
-        raise CannotConvertError(
-            f"on layer {shown(layer)} the adapter changes only the bias, for which no format here has a place",
-            remedy="Train with bias='none' or 'lora_only' to save it as a file.",
-        )
-    if tensors:
-        found[0] = replace(found[0], tensors={**found[0].tensors, **{r: io.handle(t) for r, t in tensors.items()}})
+    beside = {role: io.handle(t) for role, t in tensors.items()}
+    if beside:
+        found[:1] = [replace(e, tensors={**e.tensors, **beside}) for e in found[:1] or [Entry("full", layer, {})]]
     return found

@@ -18,7 +18,7 @@ import converters
 import diffpeft
 from diffpeft.errors import ConfigError, DataError, UnknownNameError
 from diffpeft.families import Family, family_of, open_family
-from diffpeft.methods import METHODS, BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from diffpeft.methods import BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.model.target import PRESETS
@@ -105,8 +105,8 @@ def train(config: TrainConfig, watch: Watch | None = None) -> Run:
 def check(config: TrainConfig) -> tuple[str, list[data.Example]]:
     """All checks that need no model; the adapter's name and the images. Raises ConfigError and its kin."""
     config.validate()
-    if config.method not in METHODS:
-        raise UnknownNameError.of("method", config.method, METHODS)
+    if config.method not in ADAPTERS:
+        raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = Path(config.out or "").resolve()
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -128,21 +128,24 @@ def resolution(config: TrainConfig, family: Family) -> int:
     return size
 
 
-def adapter_of(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
-    """The method's own config and keywords. Rotations turn the output, as in the files that image programs read; their rank is the size of a block."""
-    lora: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
-    product: dict[str, Any] = {"r": config.rank, "alpha": config.alpha, "rank_dropout": config.dropout}
-    block: dict[str, Any] = {"oft_block_size": config.rank, "module_dropout": config.dropout}
-    butterfly: dict[str, Any] = {"boft_block_size": config.rank, "boft_dropout": config.dropout}
-    table: dict[str, tuple[Any, dict[str, Any]]] = {
-        "lora": (LoraConfig(**lora), {}),
-        "dora": (LoraConfig(**lora, use_dora=True), {}),
-        "loha": (LoHaConfig(**product), {}),
-        "lokr": (LoKrConfig(**product), {}),
-        "oft": (OFTConfig(**block), {"side": "output"}),
-        "boft": (BOFTConfig(**butterfly), {"side": "output"}),
-    }
-    return table[config.method]
+def _lora(c: TrainConfig) -> dict[str, Any]:
+    return {"r": c.rank, "lora_alpha": c.alpha, "lora_dropout": c.dropout}
+
+
+def _product(c: TrainConfig) -> dict[str, Any]:
+    return {"r": c.rank, "alpha": c.alpha, "rank_dropout": c.dropout}
+
+
+# The methods that can be trained, with their own config and keywords of attach. Rotations turn the output, as in the files that image programs read;
+# their rank is the size of a block.
+ADAPTERS: dict[str, Callable[[TrainConfig], tuple[Any, dict[str, Any]]]] = {
+    "lora": lambda c: (LoraConfig(**_lora(c)), {}),
+    "dora": lambda c: (LoraConfig(**_lora(c), use_dora=True), {}),
+    "loha": lambda c: (LoHaConfig(**_product(c)), {}),
+    "lokr": lambda c: (LoKrConfig(**_product(c)), {}),
+    "oft": lambda c: (OFTConfig(oft_block_size=c.rank, module_dropout=c.dropout), {"side": "output"}),
+    "boft": lambda c: (BOFTConfig(boft_block_size=c.rank, boft_dropout=c.dropout), {"side": "output"}),
+}
 
 
 def adapt(config: TrainConfig, family: Family, name: str) -> None:
@@ -150,7 +153,7 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
     for module in family.pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
-    settings, keywords = adapter_of(config)
+    settings, keywords = ADAPTERS[config.method](config)
     components = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
     for component in components:
         targets = (

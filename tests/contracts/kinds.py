@@ -7,8 +7,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from diffpeft.layers.site import SITES
-from diffpeft.methods import METHODS
+from diffpeft.layers.adapted import base_class
+from diffpeft.layers.site import SITES, site_of
+from diffpeft.layers.slot import Piece, Slot
+from diffpeft.methods import METHODS, Spec
+from diffpeft.model.attach import AttachReport, Plan, attach, install, mix_of
+from diffpeft.model.mix import Adapter
+from diffpeft.model.target import components
 
 # name: how to make the layer, and the shape of an input
 KINDS = {
@@ -87,12 +92,52 @@ FORMS = {
     "boft": ("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 1}, {}),
     "boft, output": ("boft", {"boft_block_size": 2}, {"side": "output"}),
     "boft, output, rescaled": ("boft", {"boft_block_size": 2}, {"side": "output", "rescale": True, "constraint": 0.1}),
+    "ia3": ("ia3", {}, {}),
+    "ia3, feedforward": ("ia3", {"feedforward_modules": ".*"}, {}),
+    "ia3, lycoris": ("ia3", {}, {}),
+    "ia3, lycoris, on input": ("ia3", {}, {}),
+    "glora": ("glora", {}, {}),
+    "glora, tucker": ("glora", {}, {}),
+    "full": ("full", {}, {}),
+    "full, in place": ("full", {}, {}),
 }
-METHOD_FORMS = {method: next(form for form, row in FORMS.items() if row[0] == method) for method in METHODS}
+# what only files hold: the tensors [by role] of a fresh one, as a file gives them
+FILES = {
+    "ia3, lycoris": lambda op: {"ia3_w": torch.zeros(_vector(op.geometry, "out")), "on_input": torch.tensor(0)},
+    "ia3, lycoris, on input": lambda op: {
+        "ia3_w": torch.zeros(_vector(op.geometry, "in_")),
+        "on_input": torch.tensor(1),
+    },
+    "glora": lambda op: _glora(op.geometry, core=False),
+    "glora, tucker": lambda op: _glora(op.geometry, core=True),
+    "full": lambda op: {"diff": torch.zeros(op.geometry.shape[::-1] if op.geometry.lookup else op.geometry.shape)},
+    "full, in place": lambda op: {
+        "set_weight": (op.weight().t() if op.geometry.lookup else op.weight()).detach().clone()
+    },
+}
+ON_NORMS = ("norm",)  # see test_norms.py
+METHOD_FORMS = {m: next(form for form, row in FORMS.items() if row[0] == m) for m in METHODS if m not in ON_NORMS}
+
+
+def fits(form: str, kind: str) -> bool:
+    """Whether a form has something to do on a kind that another form does not do (a core needs a kernel)."""
+    module = KINDS[kind][0]()
+    if "biases" in form:
+        return getattr(module, "bias", None) is not None
+    if "glora" in form and getattr(module, "groups", 1) > 1:
+        return False
+    return "tucker" not in form or bool(set(getattr(module, "kernel_size", ())) - {1})
+
 
 every_method = pytest.mark.parametrize("form", METHOD_FORMS.values())
 every_form = pytest.mark.parametrize("form", FORMS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_cell = pytest.mark.parametrize(
+    ("form", "kind"), [(form, kind) for form in FORMS for kind in KINDS if fits(form, kind)]
+)
+every_method_cell = pytest.mark.parametrize(
+    ("form", "kind"), [(form, kind) for form in METHOD_FORMS.values() for kind in KINDS if fits(form, kind)]
+)
 
 
 def config(form: str, **fields):
@@ -104,6 +149,46 @@ def config(form: str, **fields):
 def keywords(form: str):
     """The keywords of attach that a form needs."""
     return {k: v for k, v in FORMS[form][2].items() if k != "of"}
+
+
+def give(model, form="lora", name="default", targets=("0",), **fields) -> AttachReport:
+    """A fresh adapter of this form."""
+    if form not in FILES:
+        return attach(model, config(form, **fields), name, targets=list(targets), **keywords(form))
+    return put(model, FORMS[form][0], {layer: FILES[form](_op(model.get_submodule(layer))) for layer in targets}, name)
+
+
+def put(model, method, tensors, name="default", alpha=3.0, options=None) -> AttachReport:
+    """An adapter of these tensors, {layer: {role: tensor}}, as loading does it."""
+    ((component, _),), slots = components(model).items(), {}
+    for layer, p in tensors.items():
+        spec = Spec(_op(model.get_submodule(layer)).geometry, alpha, options or {})
+        assert not METHODS[method].check(p, spec)
+        slots[layer] = Slot([Piece(method, METHODS[method].adopt(p, spec), alpha, spec)], trainable=True)
+    plan, modules = Plan(), {layer: model.get_submodule(layer) for layer in slots}
+    install(plan, component, modules, slots, mix_of(model), Adapter(name, tuple(slots)), 1.0)
+    plan.commit()
+    own = [p for slot in slots.values() for p in slot.parameters()]
+    return AttachReport(name, tuple(slots), sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own))
+
+
+def _op(module):
+    return site_of(base_class(module))(module)
+
+
+def _vector(g, axis):
+    return (1, getattr(g, axis), *(1 for _ in g.kernel)) if g.kernel else (getattr(g, axis),)
+
+
+def _glora(g, core):
+    ones, r = [1] * len(g.kernel), 2
+    p = {
+        "glora_a1": torch.randn(g.in_, r, *ones),
+        "glora_a2": torch.zeros(r, g.in_, *ones),
+        "glora_b1": torch.randn(g.out, r, *ones),
+        "glora_b2": torch.zeros(r, g.in_, *(ones if core else g.kernel)),
+    }
+    return {**p, "glora_bm": torch.randn(r, r, *g.kernel)} if core else p
 
 
 def layer(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, torch.Tensor]:
@@ -129,6 +214,10 @@ class Block(nn.Module):
 
 def blocks(n: int = 3, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(*(Block() for _ in range(n))).to(dtype).requires_grad_(False)
+
+
+def test_every_method_has_a_form():
+    assert set(METHOD_FORMS) | set(ON_NORMS) == set(METHODS)
 
 
 def test_every_site_has_a_kind():

@@ -21,13 +21,17 @@ from kinds import (
     Block,
     blocks,
     config,
+    every_cell,
     every_form,
     every_kind,
     every_method,
-    keywords,
+    every_method_cell,
+    fits,
+    give,
     layer,
 )
-from kinds import test_every_site_has_a_kind as test_every_site_has_a_kind  # collected here
+from kinds import test_every_method_has_a_form as test_every_method_has_a_form  # collected here
+from kinds import test_every_site_has_a_kind as test_every_site_has_a_kind
 from torch import nn
 from torch.func import functional_call
 
@@ -55,26 +59,22 @@ def everything(model):
     return list(layers_of(model))
 
 
-def give(model, form="lora", name="default", targets=("0",), **fields):
-    """A fresh adapter of this form."""
-    return attach(model, config(form, **fields), name, targets=list(targets), **keywords(form))
-
-
 def effective(model, order):
     """The definition: W_k = W_{k-1} + s_k (f_k(W_{k-1}) - W_{k-1}), for `order` [(adapter, s), ...]; and the bias."""
     op = site_of(base_class(model[0]))(model[0])
     W, b = op.weight(), op.bias
     for name, s in order:
         slot = slots_of(model, name)["0"]
-        f = W
+        f, g = W, b
         for part in slot.parts:
             p = part.method.prepare(slot.tensors_of(part), part.spec, False)
             f = part.method.weight(f, p, part.spec)
-            if b is not None and (shift := part.method.bias(p, part.spec)) is not None:
-                b = b + s * shift
+            if b is not None and (shift := part.method.bias(g, p, part.spec)) is not None:
+                g = g + shift
         if b is not None and "diff_b" in slot.tensors:
-            b = b + s * slot.diff_b
+            g = g + slot.diff_b
         W = W + s * (f - W)
+        b = b if b is None else b + s * (g - b)
     return op.stored(W), b
 
 
@@ -86,19 +86,6 @@ def defined(model, x, order):
     return functional_call(plain, {"0.weight": W} if b is None else {"0.weight": W, "0.bias": b}, x)
 
 
-def fits(form, kind):
-    """Whether a form has something to do on a kind that another form does not do (a core needs a kernel)."""
-    module = KINDS[kind][0]()
-    if "biases" in form:
-        return getattr(module, "bias", None) is not None
-    return "tucker" not in form or set(getattr(module, "kernel_size", ())) - {1}
-
-
-every_cell = pytest.mark.parametrize(
-    ("form", "kind"), [(form, kind) for form in FORMS for kind in KINDS if fits(form, kind)]
-)
-
-
 @every_cell
 def test_a_fresh_adapter_changes_nothing(form, kind):
     model, x = layer(kind)
@@ -108,8 +95,7 @@ def test_a_fresh_adapter_changes_nothing(form, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@every_kind
-@every_method
+@every_method_cell
 def test_a_fresh_adapter_changes_no_bit_in_any_dtype(form, kind, dtype):
     model, x = layer(kind, dtype)
     plain = model(x)
@@ -117,8 +103,7 @@ def test_a_fresh_adapter_changes_no_bit_in_any_dtype(form, kind, dtype):
     assert torch.equal(model(x), plain)
 
 
-@every_kind
-@every_method
+@every_method_cell
 def test_strength_0_is_the_base_bit_for_bit(form, kind, randomize):
     model, x = layer(kind, torch.float32)
     plain = model(x)
@@ -161,13 +146,13 @@ def test_adapters_compose_in_activation_order(kind, randomize):
     model, x = layer(kind)
     order = []
     for method, form in METHOD_FORMS.items():
-        for name, s in ((f"{method}-1", 0.6), (f"{method}-2", -1.2)):
+        for name, s in ((f"{method}-1", 0.6), (f"{method}-2", -1.2)) if fits(form, kind) else ():
             give(model, form, name)
             randomize(model, name)
             order.append((name, s))
     for mix in (order, order[::-1], order[3:] + order[:3]):
         set_adapters(model, dict(mix))
-        torch.testing.assert_close(model(x), defined(model, x, mix), rtol=1e-11, atol=1e-11)  # twelve factors deep
+        torch.testing.assert_close(model(x), defined(model, x, mix), rtol=1e-11, atol=1e-11)  # eighteen factors deep
 
 
 @pytest.mark.parametrize("tokens", [1, 7])  # other shapes take other ways
@@ -200,8 +185,7 @@ def test_the_fast_path_passes_gradcheck(form, randomize):
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (x.requires_grad_(), *slot.parameters()))
 
 
-@every_kind
-@every_method
+@every_method_cell
 def test_detaching_leaves_no_trace(form, kind, trace):
     model, x = layer(kind)
     model[0].register_forward_hook(lambda m, args, out: out)  # someone else's, which stays
@@ -555,8 +539,7 @@ def test_an_adapter_in_use_by_a_block_is_busy():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_kind
-@every_method
+@every_method_cell
 def test_a_half_precision_base_gives_the_definition_to_its_precision(dtype, kind, form, randomize):
     model, x = layer(kind, dtype)
     give(model, form)
@@ -571,8 +554,10 @@ def test_a_half_precision_base_gives_the_definition_to_its_precision(dtype, kind
     )
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "embedding"])  # autocast leaves lookups alone
-@every_method
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [(form, kind) for form in METHOD_FORMS.values() for kind in KINDS if kind != "embedding" and fits(form, kind)],
+)  # autocast leaves lookups alone
 def test_autocast_gives_the_base_dtype(kind, form, randomize):
     model, x = layer(kind, torch.float32)
     give(model, form)

@@ -58,7 +58,9 @@ def test_a_toy_method_passes(name, gain, request):
     rows = [{}]
     for key, values in marks.items():
         if "form" in key:  # ("form", "kind") or "form"
-            values = [("gain", kind) for kind in kinds.KINDS] if not isinstance(key, str) else ["gain"]
+            values = (
+                ["gain"] if isinstance(key, str) else [("gain", kind) for kind in dict.fromkeys(k for _, k in values)]
+            )
         names = [key] if isinstance(key, str) and "," not in key else list(key)
         rows = [{**row, **dict(zip(names, [v] if len(names) == 1 else v, strict=True))} for row in rows for v in values]
     test = getattr(test_laws, name)

@@ -56,6 +56,16 @@ CONFIGS = {
     "oft, coft": ("OFTConfig", {**OFT, "coft": True, "eps": 0.5}, LINEAR),
     "oft, r": ("OFTConfig", {"r": 4, "oft_block_size": 0}, LINEAR),
     "boft": ("BOFTConfig", {"boft_block_size": 4}, (*LINEAR, "conv2d 1x1")),
+    "ia3": (
+        "IA3Config",
+        {"feedforward_modules": []},
+        (*LINEAR, "gpt-2's Conv1D", "conv2d", "conv2d dilated", "conv2d 1x1", "conv2d grouped", "conv3d"),
+    ),
+    "ia3, feedforward": (
+        "IA3Config",
+        {"feedforward_modules": ["0"]},
+        (*LINEAR, "gpt-2's Conv1D", "conv2d", "conv2d dilated", "conv2d 1x1", "conv2d grouped", "conv3d"),
+    ),
     "boft, blocks": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2}, LINEAR),
 }
 CELLS = [(name, kind) for name, (_, _, kinds) in CONFIGS.items() for kind in kinds]
@@ -129,7 +139,10 @@ def test_fused_weights_are_pefts(name, kind):
     ours, theirs, _ = pair(name, kind)
     diffpeft.fuse(ours)
     theirs[0].merge()
-    torch.testing.assert_close(ours[0].weight, theirs[0].get_base_layer().weight, rtol=1e-6, atol=1e-6)
+    base = theirs[0].get_base_layer()
+    torch.testing.assert_close(ours[0].weight, base.weight, rtol=1e-6, atol=1e-6)
+    if getattr(base, "bias", None) is not None and name != "lora with a bias":
+        torch.testing.assert_close(ours[0].bias, base.bias, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

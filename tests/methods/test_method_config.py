@@ -76,7 +76,7 @@ def test_a_pattern_matches_a_name_or_its_end_at_a_dot_and_the_first_one_wins():
         assert checks.pattern(patterns, layer, 0) == theirs, layer
 
 
-@pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig"])
+@pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig", "IA3Config"])
 def test_fields_and_defaults_are_pefts(name):
     import peft
 

@@ -13,7 +13,6 @@ import diffpeft
 from diffpeft import (
     AdapterStateError,
     BOFTConfig,
-    CannotConvertError,
     ConfigError,
     LoHaConfig,
     LoKrConfig,
@@ -24,7 +23,7 @@ from diffpeft import (
     set_adapters,
     unload,
 )
-from diffpeft.model.state import parameters_of, slots_of
+from diffpeft.model.state import bundle_of, parameters_of, slots_of
 
 
 class Net(nn.Module):
@@ -66,11 +65,12 @@ def test_bias_trains_the_biases_it_names(bias, layers, trace):
     assert trace(model) == before
 
 
-def test_what_only_changes_biases_is_not_dropped_in_silence(pipe, tmp_path):
-    attach(pipe.unet, LoraConfig(r=2, bias="all"), targets=["conv_in"])
-    with pytest.raises(CannotConvertError, match="bias"):
-        diffpeft.save_lora(pipe, tmp_path / "a.safetensors")
-    assert not list(tmp_path.iterdir())
+def test_what_only_changes_biases_is_an_entry_of_its_own():
+    model = Net()
+    attach(model, LoraConfig(r=2, bias="all"), targets=["up"])
+    entries = {e.layer: (e.method, set(e.tensors)) for e in bundle_of(model, "default", "").entries}
+    assert entries["up"] == ("lora", {"lora_A", "lora_B", "diff_b"})
+    assert {layer for layer, entry in entries.items() if entry == ("full", {"diff_b"})} == {"conv", "group", "norm"}
 
 
 CONFIGS = {

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import diffpeft
-from diffpeft import METHODS, ConfigError, DivergedError, TrainConfig
+from diffpeft import ConfigError, DivergedError, TrainConfig
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
 
@@ -53,7 +53,7 @@ def test_a_run_follows_from_its_seed(photos):
     assert run.losses != other.losses and not all(torch.equal(first[k], third[k]) for k in first)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", dreambooth.ADAPTERS)
 def test_every_method_trains_and_its_files_load(method, photos, embedded):
     run = dreambooth.train(config(photos, method=method, lr=1e-2))
     files = dreambooth.save(run)

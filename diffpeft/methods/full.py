@@ -1,0 +1,73 @@
+"""Full: W' = W + diff, or W' = value.
+
+`diff` is LyCORIS's "full" (and what extracting tools write for small layers), `set_weight` ComfyUI's; at strength s both are a step along a line from
+W, as every method. A change of nothing but the bias is a `full` without tensors of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffpeft.methods.base import Additive, Geometry, Spec, Tensors
+
+
+class Full(Additive):
+    """A whole weight, in the layer's shape: [out, in / groups, *kernel], of an embedding [rows, features], of a norm [features]."""
+
+    name = "full"
+    roles = ("diff", "set_weight")
+
+    @classmethod
+    def additive(cls, roles: Collection[str]) -> bool:
+        return "set_weight" not in roles
+
+    @classmethod
+    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+        if len(p) > 1:
+            return "diff and set_weight are both there, and the layer takes one of them"
+        wanted = _shape(spec.geometry)
+        wrong = [(role, tuple(t.shape)) for role, t in p.items() if _short(t.shape) != _short(wanted)]
+        return "".join(f"the layer takes {role} {wanted}, not {shape}" for role, shape in wrong)
+
+    @classmethod
+    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
+        return {role: t.reshape(_shape(spec.geometry)) for role, t in p.items()}
+
+    @classmethod
+    def rank(cls, p: Mapping[str, Any]) -> int:
+        """The most that a matrix of this shape can have."""
+        return min((min(t.shape[0], math.prod(t.shape[1:])) for t in p.values()), default=0)
+
+    @classmethod
+    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+        """1: an alpha that lies beside a diff means nothing."""
+        return 1.0
+
+    @classmethod
+    def delta(cls, p: Tensors, spec: Spec) -> Tensor:
+        return _canonical(p["diff"], spec)
+
+    @classmethod
+    def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:
+        return _canonical(p["set_weight"], spec) if "set_weight" in p else super().weight(W, p, spec)
+
+
+def _shape(g: Geometry) -> tuple[int, ...]:
+    """The shape in files: a table of embeddings is not transposed there."""
+    return g.shape[::-1] if g.lookup else g.shape
+
+
+def _short(shape: Collection[int]) -> tuple[int, ...]:
+    """A shape without ones at its end: [o, i] and [o, i, 1, 1] hold the same numbers."""
+    short = tuple(shape)
+    while len(short) > 1 and short[-1] == 1:
+        short = short[:-1]
+    return short
+
+
+def _canonical(t: Tensor, spec: Spec) -> Tensor:
+    return t.t() if spec.geometry.lookup else t
