@@ -67,9 +67,12 @@ def convert(
     out = bundle
     try:
         found = plans(bundle, to, path, cast)
-    except CannotConvertError:
+    except CannotConvertError as error:
         out, expanded = _expanded(bundle, to)
-        found = plans(out, to, path, cast)
+        try:
+            found = plans(out, to, path, cast)
+        except CannotConvertError:
+            raise error from None
         said.append(f"{len(expanded)} layers became LoRAs of the same update: {listed(expanded[:5])}")
     store(found, path, to)
     inexact = [layer for plan in found.values() for layer in plan.inexact]
@@ -109,27 +112,35 @@ def _expanded(bundle: Bundle, to: str) -> tuple[Bundle, list[str]]:
     out, done = bundle, list[str]()
     while trouble := problem(out, to):
         blamed = {*trouble[1]}
-        entries = [_as_lora(e) if {e.layer, *e.targets} & blamed and e.method != "lora" else None for e in out.entries]
-        if not any(entries):
+        loras = [_as_lora(e) if {e.layer, *e.targets} & blamed else None for e in out.entries]
+        if not any(loras):  # what is to blame is a LoRA already, beside others
+            loras = [_as_lora(e) for e in out.entries]
+        if not any(loras):
             break
-        done += [e.layer for e, lora in zip(out.entries, entries, strict=True) if lora]
-        out = replace(out, entries=[lora or e for e, lora in zip(out.entries, entries, strict=True)])
+        done += [name for e, lora in zip(out.entries, loras, strict=True) if lora for name in e.targets]
+        out = replace(out, entries=[lora or e for e, lora in zip(out.entries, loras, strict=True)])
     return out, done
 
 
 def _as_lora(entry: Entry) -> Entry | None:
-    """The same update as a plain LoRA of a rank below the layer's, in the dtype of the factors; None if there is none.
+    """The same update as a plain LoRA of a rank below the layer's, in the dtype of the factors; None if there is none, or it is one.
 
     A file does not tell the kernel of a flattened convolution, so these stay as they are.
     """
     kernel = any(len(h.shape) > 2 for h in entry.tensors.values())
-    if entry.method not in ADDITIVE or (re.search(r"conv[^.]*$", entry.layer) and not kernel):
+    plain = entry.method == "lora" and "lora_mid" not in entry.tensors
+    hidden = re.search(r"conv[^.]*$|patch_embed|(pos_embed|x_embedder)\.proj$", entry.layer) and not kernel
+    if plain or entry.method not in ADDITIVE or hidden:
         return None
     method, p, spec = definition_of(entry)
     factors = method.factors(p, spec)
-    if factors is None or len(factors[0]) >= min(spec.geometry.out, spec.geometry.columns):
+    if factors is None or (entry.method != "lora" and len(factors[0]) >= min(spec.geometry.out, spec.geometry.columns)):
         return None
     dtype = io.load([next(iter(entry.tensors.values()))])[0].dtype
-    A, B = factors[0].to(dtype).contiguous(), (method.scale(p, spec) * factors[1]).to(dtype).contiguous()
-    factors = {"lora_A": io.handle(A), "lora_B": io.handle(B)}
-    return replace(entry, method="lora", tensors=factors, alpha=float(len(A)), options={})
+    A, B = factors[0].to(dtype), (method.scale(p, spec) * factors[1]).to(dtype)
+    ones = (1,) * len(spec.geometry.kernel)
+    A = A.reshape(len(A), spec.geometry.in_, *spec.geometry.kernel).contiguous()
+    B = B.reshape(*B.shape, *ones).contiguous()
+    beside = {role: h for role, h in entry.tensors.items() if role in ("diff_b",)}
+    tensors = {"lora_A": io.handle(A), "lora_B": io.handle(B), **beside}
+    return replace(entry, method="lora", tensors=tensors, alpha=float(len(A)), options={})

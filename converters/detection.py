@@ -104,8 +104,14 @@ class Fit:
     parsed: int
 
 
-def fit(tensors: Mapping[str, Handle], metadata: Mapping[str, str], source: str, format: str | None = None) -> Fit:
-    """What a file fits. Raises UnknownKeysError if no key is of any format."""
+def fit(
+    tensors: Mapping[str, Handle],
+    metadata: Mapping[str, str],
+    source: str,
+    format: str | None = None,
+    family: str | None = None,
+) -> Fit:
+    """What a file fits; `format` and `family` are known, and not looked for. Raises UnknownKeysError if no key is of any format."""
     formats = _formats_of(tensors, source) if format is None else [format]
     layers: dict[Spelt, dict[str, Handle]] = {}
     parsed = 0
@@ -117,7 +123,9 @@ def fit(tensors: Mapping[str, Handle], metadata: Mapping[str, str], source: str,
     most = max(counts.values(), default=0)
     fitting = [family for family in TABLES if most and counts.get(family) == most]
     families, ambiguous, own = _decided(fitting, layers, metadata, formats)
-    best = families[0] if families else ""
+    if family and family not in fitting:
+        own |= {(f, family): _own(FORMATS[f], TABLES[family], layers, metadata) for f in formats}
+    best = family or (families[0] if families else "")
     chosen = max(formats, key=lambda f: own.get((f, best), 0))
     if metadata.get(FORMAT) in formats:
         chosen = metadata[FORMAT]

@@ -94,7 +94,7 @@ def read(
         family = family or _common(several)
         return _merged([read(path, family=family, format=format, names=names) for path in several], source)
     tensors, metadata, where = opened(source)
-    found = fit(tensors, metadata, where, format)
+    found = fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
     table = TABLES.get(next(iter(families), ""), Table({}))

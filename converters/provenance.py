@@ -28,6 +28,16 @@ def recorded(bundle: Bundle, format: str, metadata: Mapping[str, str], blocks: M
         return _text({**{k: v for k, v in kept.items() if k != "blocks"}, **({"blocks": ranks} if ranks else {})})
     if bundle.format not in FORMATS or FORMATS[bundle.format].folder or bundle.format == format:
         return _text({"format": "", "blocks": ranks}) if ranks else None
+    return _text({**_record(bundle, metadata), **({"blocks": ranks} if ranks else {})})
+
+
+def own_record(bundle: Bundle) -> str:
+    """What `restored` needs to give a bundle's own keys again, for a file of its own format."""
+    known = bundle.format in FORMATS and not FORMATS[bundle.format].folder
+    return _text(_record(bundle, {})) if known else ""
+
+
+def _record(bundle: Bundle, metadata: Mapping[str, str]) -> dict[str, Any]:
     own: dict[str, list[Any]] = {}
     for entry in bundle.entries:
         for key in entry.keys:
@@ -39,17 +49,9 @@ def recorded(bundle: Bundle, format: str, metadata: Mapping[str, str], blocks: M
             else:
                 own[key] = [[entry.layer], part.role, *(_row(handle) if isinstance(handle, Handle) else ())]
     keys = {key: own.get(key, []) for key in bundle.order or (*own, *bundle.carried)}
-    lost = {k: v for k, v in bundle.metadata.items() if metadata.get(k) != v or k == "format"}
-    names = [k for k in bundle.metadata if k in lost or k in metadata]
-    return _text(
-        {
-            "format": bundle.format,
-            "keys": keys,
-            "metadata": lost,
-            "names": names,
-            **({"blocks": ranks} if ranks else {}),
-        }
-    )
+    kept = {k for k, v in metadata.items() if bundle.metadata.get(k) == v} - {"format"} - FORMATS[bundle.format].owned
+    lost = {k: v for k, v in bundle.metadata.items() if k not in kept}
+    return {"format": bundle.format, "keys": keys, "metadata": lost, "names": list(bundle.metadata)}
 
 
 def _text(kept: Mapping[str, Any]) -> str:
@@ -90,7 +92,10 @@ def blocks_in(text: str) -> dict[str, Blocks]:
     """{fused layer: the ranks of its parts}."""
     try:
         blocks = _parsed(text).get("blocks", {})
-        return {layer: {int(part): (int(a), int(b)) for part, (a, b) in own.items()} for layer, own in blocks.items()}
+        return {
+            layer: {int(part): (int(a), int(b), float(q)) for part, (a, b, q) in own.items()}
+            for layer, own in blocks.items()
+        }
     except (ValueError, TypeError, AttributeError):
         return {}
 

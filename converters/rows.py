@@ -10,11 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from converters.roles import FILLED, MAGNITUDES, rank, rows_of
+from converters.roles import FILLED, rank, rows_of
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, Rule, dotted
 
-Blocks = Mapping[int, tuple[int, int]]  # {part: its first rank and the end of them}
+Blocks = Mapping[
+    int, tuple[int, int, float]
+]  # {part: its first rank, the end of them, what its second factor was multiplied by}
 _LORAS = ("lora", "dora")
 
 
@@ -39,9 +41,10 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
     rule = entry.rule
     if rule is None:
         return [entry]
-    unit, own = _unit(entry), _rowed_roles(entry)
+    _check_mixing(entry, rule)
+    own = _rowed_roles(entry)
     total = _rows(entry) or math.lcm(sum(share for _, share in rule.parts), len(rule.chunks))
-    cuts = [_in_units(_ranges(rule, part, total), unit) for part in range(len(rule.parts))]
+    cuts = [_ranges(rule, part, total) for part in range(len(rule.parts))]
     if entry.method in _LORAS and len(cuts) > 1:
         blocks = _blocks(entry, cuts, blocks)
     out = []
@@ -49,15 +52,17 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
         if blocks is not None and part not in blocks:
             continue
         tensors = {
-            role: _cut(role, h, cuts[part], total // unit) if role in own else h for role, h in entry.tensors.items()
+            role: _cut(entry, role, cuts[part], total) if role in own else h for role, h in entry.tensors.items()
         }
         alpha, r = entry.alpha, rank({role: h.shape for role, h in entry.tensors.items()})
-        if blocks is not None and blocks[part] != (0, r):
-            first, end = blocks[part]
+        if blocks is not None and blocks[part][:2] != (0, r):
+            first, end, ratio = blocks[part]
             tensors["lora_A"] = io.rows(tensors["lora_A"], [(first, end)])
-            tensors["lora_B"] = io.columns(tensors["lora_B"], first, end)
+            tensors["lora_B"] = io.scaled(io.columns(tensors["lora_B"], first, end), 1 / ratio if ratio else 1)
+            if "lora_B_bias" in tensors and ratio:
+                tensors["lora_B_bias"] = io.scaled(tensors["lora_B_bias"], 1 / ratio)
             number = io.number(alpha)
-            alpha = None if number is None else number * (end - first) / r
+            alpha = None if number is None else number * ratio * (end - first) / r
         out.append(replace(entry, layer=name, rule=None, tensors=tensors, alpha=alpha, shape=None))
     return out
 
@@ -74,6 +79,7 @@ def joined(component: str, rule: Rule, found: Mapping[int, Entry], wanted: int |
         raise Unfit("its parts have different methods or tensors")
     if len({(role, h.dtype) for e in entries.values() for role, h in e.tensors.items()}) > len(first.tensors):
         raise Unfit("its parts have different dtypes")
+    _check_mixing(first, rule)
     sizes = _sizes(rule, entries)
     fused = replace(first, layer=layer, rule=rule, shape=None, keys=tuple(k for e in entries.values() for k in e.keys))
     ranks = [rank({role: h.shape for role, h in e.tensors.items()}) for e in entries.values()]
@@ -87,7 +93,8 @@ def joined(component: str, rule: Rule, found: Mapping[int, Entry], wanted: int |
         }
         _check_missing(rule, entries, shared)
         partial = len(entries) < len(rule.parts) and first.method in _LORAS
-        return Joined(replace(fused, tensors=tensors), {part: (0, ranks[0]) for part in entries} if partial else None)
+        blocks = {part: (0, ranks[0], 1.0) for part in entries}
+        return Joined(replace(fused, tensors=tensors), blocks if partial else None)
     if first.method not in _LORAS or "lora_mid" in first.tensors:
         raise Unfit("its parts have no common factor, and this method has no blocks")
     return _diagonal(rule, fused, entries, ranks, sizes)
@@ -96,14 +103,17 @@ def joined(component: str, rule: Rule, found: Mapping[int, Entry], wanted: int |
 def _diagonal(
     rule: Rule, fused: Entry, entries: Mapping[int, Entry], ranks: Sequence[int], sizes: Sequence[int]
 ) -> Joined:
-    """Each part's LoRA in columns of its own. One scale is left, so that another one's ratio to it goes into the second factor."""
+    """Each part's LoRA in columns of its own. The least scale is left, and others' ratios to it go into the second factor.
+
+    So that nothing gets smaller than the dtype can say; a power of two is exact, and undone on the way back.
+    """
     _check_missing(rule, entries, ["lora_A"])
     numbers = [io.number(e.alpha) for e in entries.values()]
     scales = [1.0 if a is None else a / r for a, r in zip(numbers, ranks, strict=True)]
-    scale = next((s for s in scales if s), 1.0)
-    ratios = [s / scale for s in scales]
+    scale = min((s for s in scales if s), key=abs, default=0.0)
+    ratios = [s / scale if scale else 1.0 for s in scales]
     ends = [sum(ranks[: n + 1]) for n in range(len(ranks))]
-    blocks = {part: (end - r, end) for part, end, r in zip(entries, ends, ranks, strict=True)}
+    blocks = {part: (end - r, end, q) for part, end, r, q in zip(entries, ends, ranks, ratios, strict=True)}
     ratio = dict(zip(entries, ratios, strict=True))
     model = fused.tensors["lora_B"]
     pieces = [
@@ -120,7 +130,7 @@ def _diagonal(
         if role not in ("lora_A", "lora_B")
     }
     alpha = None if set(numbers) == {None} else scale * sum(ranks)
-    exact = all(math.frexp(r)[0] in (0.5, -0.5, 0.0) for r in ratios)
+    exact = all(math.frexp(r)[0] in (0.5, -0.5) for r in ratios)
     return Joined(replace(fused, tensors={"lora_A": A, "lora_B": B, **rest}, alpha=alpha), blocks, exact)
 
 
@@ -141,7 +151,7 @@ def _stack(
 ) -> Handle:
     """The parts' rows in the original's order, zeros for missing parts."""
     first = next(iter(entries.values()))
-    unit, pieces = _unit(first), []
+    unit, pieces = _unit(first, role), []
     model = _rowed(first.tensors[role])
     for part, size in enumerate(sizes):
         if part in entries:
@@ -154,11 +164,12 @@ def _stack(
     return io.reshaped(whole, (1, whole.shape[0], *lead[2:])) if lead[0] == 1 != model.shape[0] else whole
 
 
-def _cut(role: str, handle: Handle, ranges: Sequence[tuple[int, int]], total: int) -> Handle:
+def _cut(entry: Entry, role: str, ranges: Sequence[tuple[int, int]], total: int) -> Handle:
+    handle, unit = entry.tensors[role], _unit(entry, role)
     own = _rowed(handle)
-    if own.shape[0] != total:
-        raise Unfit(f"{role} {handle.shape} does not have {total} rows")
-    cut = io.rows(own, ranges)
+    if own.shape[0] * unit != total:
+        raise Unfit(f"{role} {handle.shape} does not have {total // unit} rows")
+    cut = io.rows(own, _in_units(ranges, unit))
     return cut if own is handle else io.reshaped(cut, (1, cut.shape[0], *handle.shape[2:]))
 
 
@@ -194,32 +205,35 @@ def _rowed_roles(entry: Entry) -> set[str]:
 
 def _rows(entry: Entry) -> int:
     """The layer's out features, as the tensors show them; 0 if they show none."""
-    unit = _unit(entry)
-    sizes = {unit * _rowed(entry.tensors[role]).shape[0] for role in _rowed_roles(entry)}
+    sizes = {_unit(entry, role) * _rowed(entry.tensors[role]).shape[0] for role in _rowed_roles(entry)}
     if len(sizes) > 1:
         raise Unfit(f"its tensors are for {' and '.join(map(str, sorted(sizes)))} rows")
     return sizes.pop() if sizes else 0
 
 
-def _unit(entry: Entry) -> int:
-    """How many of the layer's rows stand behind one row of the tensors. Raises Unfit for what mixes all rows."""
+def _unit(entry: Entry, role: str) -> int:
+    """How many of the layer's rows stand behind one row of a tensor."""
+    if role == "oft_blocks":
+        return entry.tensors[role].shape[1]
+    if role in ("lokr_w1", "lokr_w1_a"):
+        w2 = entry.tensors.get("lokr_w2") or entry.tensors["lokr_w2_a"]
+        return w2.shape[1] if "lokr_t2" in entry.tensors else w2.shape[0]
+    return 1
+
+
+def _check_mixing(entry: Entry, rule: Rule) -> None:
+    """Raise Unfit for what mixes the rows of several parts, or their order."""
     shapes = {role: h.shape for role, h in entry.tensors.items()}
-    if "dora_scale" in shapes and not rows_of("dora_scale", shapes["dora_scale"]):
-        raise Unfit("a DoRA with a magnitude for each input needs the norms of the base's parts")
     if len(shapes.get("oft_blocks", ())) == 4:
         raise Unfit("BOFT turns all rows together")
     if any(core in shapes for core in ("hada_t1", "hada_t2")):
         raise Unfit("a Tucker core turns its factors around")
-    if "oft_blocks" in shapes:
-        if entry.options.get("clamp") or io.number(entry.alpha):
-            raise Unfit("the bound is on all rows together")
-        return shapes["oft_blocks"][1]
-    if entry.method == "lokr" or any(role.startswith("lokr_") for role in shapes):
-        w2 = shapes.get("lokr_w2") or shapes["lokr_w2_a"]
-        if set(shapes) & set(MAGNITUDES) and w2[0] > 1:
-            raise Unfit("a DoRA over a LoKr has rows of two kinds")
-        return w2[1] if "lokr_t2" in shapes else w2[0]
-    return 1
+    if len(rule.parts) == 1:
+        return
+    if "dora_scale" in shapes and not rows_of("dora_scale", shapes["dora_scale"]):
+        raise Unfit("a DoRA with a magnitude for each input needs the norms of the base's parts")
+    if "oft_blocks" in shapes and (entry.options.get("clamp") or io.number(entry.alpha)):
+        raise Unfit("the bound is on all rows together")
 
 
 def _ranges(rule: Rule, part: int, total: int) -> list[tuple[int, int]]:
@@ -267,14 +281,14 @@ def _blocks(entry: Entry, cuts: Sequence[Sequence[tuple[int, int]]], known: Bloc
         return None
     if known is None and not r % len(cuts):
         size = r // len(cuts)
-        known = {part: (size * part, size * (part + 1)) for part in range(len(cuts))}
-    if known is None or any(end > r for _, end in known.values()):
+        known = {part: (size * part, size * (part + 1), 1.0) for part in range(len(cuts))}
+    if known is None or any(end > r for _, end, _ in known.values()):
         return None
     data, row = memoryview(io.raw(B)), io.nbytes(B) // B.shape[0]
     size = row // r
     zero = bytes(row)
     for part, ranges in enumerate(cuts):
-        first, end = known.get(part, (0, 0))
+        first, end, _ = known.get(part, (0, 0, 1.0))
         for n in (n for a, b in ranges for n in range(a, b)):
             own = data[n * row : (n + 1) * row]
             left, right = own[: first * size], own[end * size :]

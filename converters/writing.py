@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from converters.engine import known_name
 from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
-from converters.provenance import KEY, Place, blocks_in, places_in, recorded, restored
+from converters.provenance import KEY, Place, blocks_in, own_record, places_in, recorded, restored
 from converters.roles import rank
 from converters.rows import Blocks, Unfit, extent, joined
 from converters.rows import split as taken_apart
@@ -189,29 +190,44 @@ def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole
         places |= {(entry.layer, role): handle for role, handle in found.items()}
         keys |= {(entry.layer, role): fmt.join(replace(spelt, role=role), entry) for role in found}
     tensors = {keys[place]: handle for place, handle in places.items()} | bundle.carried
-    own = fmt.metadata(entries, bundle.metadata)
+    text = own_record(bundle) if bundle.format == format else bundle.metadata.get(KEY, "")
+    if back := restored(text, format, places, _ranks(entries), bundle.carried):
+        tensors, before, names = back
+        if bundle.format != format:
+            own = {"format", *(key for f in FORMATS.values() for key in f.owned)}
+            since = {k: v for k, v in bundle.metadata.items() if k in names or not (k in own or _ours(k))}
+            before = since | before
+        metadata = {k: before[k] for k in (*names, *before) if k in before and not k.startswith(_HASHES)}
+        if _agrees(fmt, entries, metadata):
+            return Plan(tensors, metadata, tuple(order.inexact))
     other = {key for f in FORMATS.values() if not f.folder for key in f.owned}
-    kept = {
-        k: v
-        for k, v in bundle.metadata.items()
-        if k not in other and not k.startswith((*_HASHES, FORMAT, HINT, COMPONENT))
-    }
-    metadata = {"format": "pt", **kept, **own}
-    if back := restored(bundle.metadata.get(KEY, ""), format, places, _ranks(entries), bundle.carried):
-        tensors, lost, names = back
-        metadata = {k: v for k, v in metadata.items() if k not in {KEY, "format", *fmt.owned}} | lost
-        metadata = {k: v for k, v in metadata.items() if k in names or not k.startswith(("diffpeft.", *_HASHES))}
-        metadata = {k: metadata[k] for k in (*names, *metadata) if k in metadata and not k.startswith(_HASHES)}
-    else:
-        certain = bundle.family and len(bundle.families) < 2 and (whole or not fmt.folder)
-        metadata |= {HINT: bundle.family} if certain else {}
-        metadata |= {COMPONENT: parted(entries[0].layer)[0]} if fmt.single and parted(entries[0].layer)[0] else {}
-        metadata |= {FORMAT: format} if format == "onetrainer" else {}
-        if text := recorded(whole or bundle, format, metadata, order.blocks):
-            metadata[KEY] = text
-        else:
-            metadata.pop(KEY, None)
+    metadata = {k: v for k, v in bundle.metadata.items() if k not in other and not k.startswith(_HASHES)}
+    metadata = {"format": "pt", **{k: v for k, v in metadata.items() if not _ours(k) or k == CONFIG}}
+    metadata |= fmt.metadata(entries, bundle.metadata)
+    certain = bundle.family and len(bundle.families) < 2 and (whole or not fmt.folder)
+    metadata |= {HINT: bundle.family} if certain else {}
+    metadata |= {COMPONENT: parted(entries[0].layer)[0]} if fmt.single and parted(entries[0].layer)[0] else {}
+    metadata |= {FORMAT: format} if format == "onetrainer" else {}
+    if record := recorded(whole or bundle, format, metadata, order.blocks):
+        metadata[KEY] = record
     return Plan(tensors, metadata, tuple(order.inexact))
+
+
+def _ours(key: str) -> bool:
+    return key.startswith("diffpeft.")
+
+
+def _agrees(fmt: Format, entries: Sequence[Entry], metadata: Mapping[str, str]) -> bool:
+    """Whether metadata of an earlier file say of these entries what they are now; an alpha beside the tensors was checked already."""
+    if not fmt.owned & {*metadata}:
+        return True
+    beside = fmt.alphas(entries)
+    bare = [replace(e, alpha=e.alpha if e.layer in beside else None, options={}) for e in entries]
+    for old, new in zip(fmt.configured(bare, metadata), entries, strict=True):
+        a, b = io.number(old.alpha), io.number(new.alpha)
+        if (a is None) != (b is None) or (a is not None and not math.isclose(a, b or 0, rel_tol=1e-6)):
+            return False
+    return True
 
 
 def store(found: Mapping[str, Plan], path: str | os.PathLike[str], format: str) -> None:
@@ -248,6 +264,8 @@ def refusal(bundle: Bundle, format: str) -> CannotConvertError | None:
 
 
 def _refused(bundle: Bundle, format: str, why: str, layers: list[str]) -> CannotConvertError:
+    told = {e.layer: e.targets for e in bundle.entries}
+    layers = list(dict.fromkeys(target for layer in layers for target in told.get(layer, (layer,))))
     others = [name for name, fmt in FORMATS.items() if name != format and fmt.writable and not problem(bundle, name)]
     return CannotConvertError(
         f"{format} cannot hold {len(layers)} of {len(bundle.entries)} adapted layers: {why}",

@@ -24,7 +24,9 @@ class Unfit(Exception):
 
 def fields(entries: Sequence[Entry]) -> dict[str, Any]:
     """The fields for entries of one type. Raises Unfit."""
-    kind = TYPES[entries[0].method]
+    kind = TYPES.get(entries[0].method)
+    if kind not in _MAKERS:
+        raise Unfit(f"PEFT has no {entries[0].method}", layers_of(entries))
     return {"peft_type": kind, "peft_version": VERSION, **_MAKERS[kind](entries)}
 
 

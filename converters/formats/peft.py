@@ -155,7 +155,7 @@ def _check(config: Any, entries: Sequence[Entry]) -> None:
             f"{FILE} names code to import, {shown(config['megatron_core'])}", remedy="Remove the field if you trust it."
         )
     kind = config.get("peft_type")
-    others = [e for e in entries if TYPES[e.method] != kind]
+    others = [e for e in entries if TYPES.get(e.method) != kind]
     if others or kind not in TYPES.values():
         found = sorted({e.method for e in others})
         raise CheckpointError(
