@@ -2,7 +2,7 @@
 
 from converters.conversion import ConvertReport, convert
 from converters.detection import Detection
-from converters.engine import detect, fitting, read
+from converters.engine import components_in, detect, fitting, read
 from converters.families import TABLES
 from converters.formats import FORMATS
 from converters.inspection import Inspection, inspect
@@ -14,6 +14,7 @@ __all__ = [
     "ConvertReport",
     "Detection",
     "Inspection",
+    "components_in",
     "convert",
     "detect",
     "fitting",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.engine import Source, read
+from converters.formats.fields import on_inputs
 from converters.roles import ADDITIVE
 from converters.writing import plans, problem, store
 from diffpeft import io
@@ -73,7 +74,7 @@ def convert(
             found = plans(out, to, path, cast)
         except CannotConvertError:
             raise error from None
-        said.append(f"{len(expanded)} layers became LoRAs of the same update: {listed(expanded[:5])}")
+        said.append(f"{len(expanded)} layers were computed anew to do the same: {listed(expanded[:5])}")
     store(found, path, to)
     inexact = [layer for plan in found.values() for layer in plan.inexact]
     if inexact:
@@ -112,7 +113,7 @@ def _expanded(bundle: Bundle, to: str) -> tuple[Bundle, list[str]]:
     out, done = bundle, list[str]()
     while trouble := problem(out, to):
         blamed = {*trouble[1]}
-        loras = [_as_lora(e) if {e.layer, *e.targets} & blamed else None for e in out.entries]
+        loras = [(_as_lora(e) or _as_ia3(e, to)) if {e.layer, *e.targets} & blamed else None for e in out.entries]
         if not any(loras):  # what is to blame is a LoRA already, beside others
             loras = [_as_lora(e) for e in out.entries]
         if not any(loras):
@@ -144,3 +145,23 @@ def _as_lora(entry: Entry) -> Entry | None:
     beside = {role: h for role, h in entry.tensors.items() if role in ("diff_b",)}
     tensors = {"lora_A": io.handle(A), "lora_B": io.handle(B), **beside}
     return replace(entry, method="lora", tensors=tensors, alpha=float(len(A)), options={})
+
+
+def _as_ia3(entry: Entry, to: str) -> Entry | None:
+    """(IA)^3 of a layer's inputs in the other program's way: PEFT stores factors, LyCORIS what they are above 1. None for outputs, where PEFT's
+    factors are the bias's too, and if nothing is to do.
+    """
+    roles, inputs = {*entry.tensors}, io.number(entry.tensors["on_input"]) if "on_input" in entry.tensors else False
+    if to == "peft" and inputs and "ia3_w" in roles:
+        (w,) = io.load([entry.tensors["ia3_w"]])
+        factors = (1 + w.double()).to(w.dtype).reshape(1, -1, *w.shape[2:])
+        return replace(entry, tensors={"ia3_l": io.handle(factors)}, options={"feedforward": True})
+    if to != "peft" and "ia3_l" in roles and on_inputs(entry):
+        import torch
+
+        (factors,) = io.load([entry.tensors["ia3_l"]])
+        w = (factors.double() - 1).to(factors.dtype)
+        w = w if w.ndim > 2 else w.flatten()
+        tensors = {"ia3_w": io.handle(w), "on_input": io.handle(torch.tensor(True))}
+        return replace(entry, tensors=tensors, options={})
+    return None

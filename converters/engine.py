@@ -47,7 +47,10 @@ def detect(source: Source) -> Detection:
 
 
 def fitting(source: Source) -> Fit:
-    """All that a file fits, the ambiguous among it."""
+    """All that a file fits, the ambiguous among it. Of a folder with a file for each component, what all of them fit."""
+    if several := components_in(source):
+        family, first = _common(several), fitting(several[0])
+        return replace(first, families=(family,) if family else first.families, ambiguous=family is None)
     tensors, metadata, where = opened(source)
     return fit(tensors, metadata, where)
 
@@ -90,7 +93,7 @@ def read(
     """
     known_name("format", format, FORMATS)
     known_name("family", family, TABLES)
-    if several := _components_in(source):
+    if several := components_in(source):
         family = family or _common(several)
         return _merged([read(path, family=family, format=format, names=names) for path in several], source)
     tensors, metadata, where = opened(source)
@@ -115,7 +118,7 @@ def read(
     return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families, tuple(tensors))
 
 
-def _components_in(source: Source) -> list[Path]:
+def components_in(source: Source) -> list[Path]:
     """The files or PEFT folders in a folder that has one for each of several components."""
     if isinstance(source, Mapping) or not Path(source).is_dir() or (Path(source) / WEIGHTS).is_file():
         return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from converters.formats import FORMATS
@@ -26,31 +26,30 @@ def recorded(bundle: Bundle, format: str, metadata: Mapping[str, str], blocks: M
     kept = _parsed(bundle.metadata.get(KEY, ""))
     if kept:
         return _text({**{k: v for k, v in kept.items() if k != "blocks"}, **({"blocks": ranks} if ranks else {})})
-    if bundle.format not in FORMATS or FORMATS[bundle.format].folder or bundle.format == format:
+    if bundle.format not in FORMATS or bundle.format == format:
         return _text({"format": "", "blocks": ranks}) if ranks else None
     return _text({**_record(bundle, metadata), **({"blocks": ranks} if ranks else {})})
 
 
 def own_record(bundle: Bundle) -> str:
     """What `restored` needs to give a bundle's own keys again, for a file of its own format."""
-    known = bundle.format in FORMATS and not FORMATS[bundle.format].folder
-    return _text(_record(bundle, {})) if known else ""
+    return _text(_record(bundle, {}))
 
 
 def _record(bundle: Bundle, metadata: Mapping[str, str]) -> dict[str, Any]:
-    own: dict[str, list[Any]] = {}
+    rows: dict[str, list[Any]] = {}
     for entry in bundle.entries:
         for key in entry.keys:
             part = FORMATS[bundle.format].split(key)
             assert part is not None
             handle = entry.alpha if part.role == "alpha" else entry.tensors.get(part.role)
-            if key in own:
-                own[key][0].append(entry.layer)
+            if key in rows:
+                rows[key][0].append(entry.layer)
             else:
-                own[key] = [[entry.layer], part.role, *(_row(handle) if isinstance(handle, Handle) else ())]
-    keys = {key: own.get(key, []) for key in bundle.order or (*own, *bundle.carried)}
-    kept = {k for k, v in metadata.items() if bundle.metadata.get(k) == v} - {"format"} - FORMATS[bundle.format].owned
-    lost = {k: v for k, v in bundle.metadata.items() if k not in kept}
+                rows[key] = [[entry.layer], part.role, *(_row(handle) if isinstance(handle, Handle) else ())]
+    keys = {key: rows.get(key, []) for key in bundle.order or (*rows, *bundle.carried)}
+    own = {"format", *(k for k in FORMATS[bundle.format].owned if not k.startswith("diffpeft."))}
+    lost = {k: v for k, v in bundle.metadata.items() if metadata.get(k) != v or k in own}
     return {"format": bundle.format, "keys": keys, "metadata": lost, "names": list(bundle.metadata)}
 
 
@@ -106,12 +105,14 @@ def restored(
     tensors: Mapping[Place, Handle],
     ranks: Mapping[str, int],
     carried: Mapping[str, Handle],
+    unscaled: Collection[str],
 ) -> tuple[dict[str, Handle], dict[str, str], list[str]] | None:
     """What the adapter's file of this format had: the tensors by its keys, the metadata that were left out, the order of all of them.
 
     None if it had another format or was another adapter.
 
-    `tensors` are what would be written without it; where the file had no alpha, the one here must be the rank.
+    `tensors` are what would be written without it; where the file had no alpha, the one here must be the rank. An alpha of a layer that is `unscaled`
+    means nothing, and is what it was.
     """
     kept = _parsed(text)
     if kept.get("format") != format:
@@ -126,11 +127,14 @@ def restored(
                 continue
             layers, role, *rest = row
             places = [(layer, role) for layer in layers]
-            if not rest or not {*places} <= {*tensors}:
-                return None
-            used.update(places)
-            handle = tensors[places[0]]
             shape, *value = rest
+            used.update(places)
+            if role == "alpha" and {*layers} <= {*unscaled}:
+                out[key] = io.of_bytes(value[0], tuple(shape), bytes.fromhex(value[1]))
+                continue
+            if not {*places} <= {*tensors}:
+                return None
+            handle = tensors[places[0]]
             if math.prod(shape) != math.prod(handle.shape):
                 return None
             if value and role == "alpha":

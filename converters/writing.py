@@ -191,7 +191,7 @@ def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole
         keys |= {(entry.layer, role): fmt.join(replace(spelt, role=role), entry) for role in found}
     tensors = {keys[place]: handle for place, handle in places.items()} | bundle.carried
     text = own_record(bundle) if bundle.format == format else bundle.metadata.get(KEY, "")
-    if back := restored(text, format, places, _ranks(entries), bundle.carried):
+    if back := restored(text, format, places, _ranks(entries), bundle.carried, _unscaled(entries)):
         tensors, before, names = back
         if bundle.format != format:
             own = {"format", *(key for f in FORMATS.values() for key in f.owned)}
@@ -250,6 +250,14 @@ def _store(plan: Plan, path: Path, format: str) -> None:
         config = metadata.pop(CONFIG)
         io.save(folder / WEIGHTS, plan.tensors, metadata)
         (folder / FILE).write_text(config + "\n", encoding="utf-8")
+
+
+def _unscaled(entries: Iterable[Entry]) -> set[str]:
+    """Layers of which no entry has a scale: whole differences, norms, (IA)^3, a LoKr of two whole halves."""
+    scaled = {
+        e.layer for e in entries if not ({"lokr_w1", "lokr_w2"} <= {*e.tensors} or e.method in ("full", "norm", "ia3"))
+    }
+    return {e.layer for e in entries} - scaled
 
 
 def _ranks(entries: Iterable[Entry]) -> dict[str, int]:

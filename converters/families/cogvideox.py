@@ -18,8 +18,12 @@ _RULES = (
             "time_embed.2": "time_embedding.linear_2",
             "ofs_embed.0": "ofs_embedding.linear_1",
             "ofs_embed.2": "ofs_embedding.linear_2",
+            "transformer.final_layernorm": "norm_final",
+            "mixins.final_layer.norm_final": "norm_out.norm",
             "mixins.final_layer.linear": "proj_out",
             "mixins.final_layer.adaLN_modulation.1": "norm_out.linear",
+            "mixins.adaln_layer.query_layernorm_list.{}": "transformer_blocks.{}.attn1.norm_q",
+            "mixins.adaln_layer.key_layernorm_list.{}": "transformer_blocks.{}.attn1.norm_k",
         }
     ),
     _MODULATION,
@@ -30,6 +34,8 @@ _RULES = (
             {
                 "attention.query_key_value": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
                 "attention.dense": "attn1.to_out.0",
+                "input_layernorm": "norm1.norm",
+                "post_attention_layernorm": "norm2.norm",
                 "mlp.dense_h_to_4h": "ff.net.0.proj",
                 "mlp.dense_4h_to_h": "ff.net.2",
             }

@@ -8,7 +8,12 @@ _ATTENTION = {
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "txt_attn.proj": "attn.to_add_out",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
 }
+_SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
 _FEED_FORWARD = {
     "img_mlp.0": "ff.net.0.proj",
     "img_mlp.2": "ff.net.2",
@@ -21,7 +26,11 @@ _NORM_OUT = Rule("final_layer.adaLN_modulation.1", (("norm_out.linear", 1),), SW
 _SHARED = (
     *renamed(_ENDS),
     *within("double_blocks.{}.", "transformer_blocks.{}.", renamed({**_ATTENTION, **_FEED_FORWARD})),
-    *within("single_blocks.{}.", "single_transformer_blocks.{}.", (_LINEAR1, *renamed({"linear2": "proj_out"}))),
+    *within(
+        "single_blocks.{}.",
+        "single_transformer_blocks.{}.",
+        (_LINEAR1, *renamed({"linear2": "proj_out", **_SINGLE_NORMS})),
+    ),
 )
 
 
@@ -61,6 +70,7 @@ CHROMA = table(
                     "out_proj": "out_proj",
                     "layers.{}.in_layer": "layers.{}.linear_1",
                     "layers.{}.out_layer": "layers.{}.linear_2",
+                    "norms.{}": "norms.{}",
                 }
             ),
         ),
@@ -90,8 +100,9 @@ FLUX2 = table(
         *within(
             "single_blocks.{}.",
             "single_transformer_blocks.{}.",
-            renamed({"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}),
+            renamed({"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out", **_SINGLE_NORMS}),
         ),
     ),
-    {"text_encoder": Encoder((*text.MULTIMODAL, *text.CAUSAL))},  # Mistral3 (dev) or Qwen3 (klein)
+    # Mistral3 (dev) or Qwen3 (klein)
+    {"text_encoder": Encoder((*text.inside("model.language_model", text.LLAMA), *text.inside("model", text.QWEN3)))},
 )

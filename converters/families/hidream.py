@@ -3,7 +3,7 @@
 from converters.families import text
 from converters.families.base import Encoder, same, table
 
-_ATTENTION = tuple(f"attn1.to_{p}" for p in ("q", "k", "v", "out"))
+_ATTENTION = tuple(f"attn1.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out", "q_rms_norm", "k_rms_norm"))
 _EXPERTS = tuple(f"ff_i.{part}.w{n}" for part in ("shared_experts", "experts.{}") for n in (1, 2, 3))
 _SINGLE = ("adaLN_modulation.1", *_ATTENTION, *_EXPERTS)
 _DOUBLE = (*_SINGLE, *(f"{layer}_t" for layer in _ATTENTION), *(f"ff_t.w{n}" for n in (1, 2, 3)))
@@ -22,6 +22,6 @@ HIDREAM = table(
         "text_encoder": text.clip("lora_te1_", "clip_l"),
         "text_encoder_2": text.clip("lora_te2_", "clip_g"),
         "text_encoder_3": text.t5("lora_te3_"),
-        "text_encoder_4": Encoder(text.CAUSAL, ("lora_te4_",), "text_encoders.llama.transformer."),
+        "text_encoder_4": Encoder(text.inside("model", text.LLAMA), ("lora_te4_",), "text_encoders.llama.transformer."),
     },
 )

@@ -1,17 +1,21 @@
 """HunyuanVideo: Flux.1's blocks in other words, and a refiner of the text's tokens."""
 
 from converters.families import text
-from converters.families.base import SWAPPED, Rule, renamed, table, within
+from converters.families.base import SWAPPED, Rule, renamed, same, table, within
 
 _DOUBLE = renamed(
     {
         "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
         "img_attn_proj": "attn.to_out.0",
+        "img_attn_q_norm": "attn.norm_q",
+        "img_attn_k_norm": "attn.norm_k",
         "img_mod.linear": "norm1.linear",
         "img_mlp.fc1": "ff.net.0.proj",
         "img_mlp.fc2": "ff.net.2",
         "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
         "txt_attn_proj": "attn.to_add_out",
+        "txt_attn_q_norm": "attn.norm_added_q",
+        "txt_attn_k_norm": "attn.norm_added_k",
         "txt_mod.linear": "norm1_context.linear",
         "txt_mlp.fc1": "ff_context.net.0.proj",
         "txt_mlp.fc2": "ff_context.net.2",
@@ -19,16 +23,26 @@ _DOUBLE = renamed(
 )
 _SINGLE = (
     Rule("linear1", (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4))),
-    *renamed({"linear2": "proj_out", "modulation.linear": "norm.linear"}),
+    *renamed(
+        {
+            "linear2": "proj_out",
+            "modulation.linear": "norm.linear",
+            "q_norm": "attn.norm_q",
+            "k_norm": "attn.norm_k",
+        }
+    ),
 )
-_REFINER = renamed(
-    {
-        "self_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "self_attn_proj": "attn.to_out.0",
-        "mlp.fc1": "ff.net.0.proj",
-        "mlp.fc2": "ff.net.2",
-        "adaLN_modulation.1": "norm_out.linear",  # two gates, so nothing is swapped
-    }
+_REFINER = (
+    *same("norm1", "norm2"),
+    *renamed(
+        {
+            "self_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "self_attn_proj": "attn.to_out.0",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+            "adaLN_modulation.1": "norm_out.linear",  # two gates, so nothing is swapped
+        }
+    ),
 )
 _TEXT = renamed(
     {
@@ -63,7 +77,7 @@ _RULES = (
 HUNYUAN_VIDEO = table(
     _RULES,
     {
-        "text_encoder": text.decoder("lora_te1_", name="llama"),
+        "text_encoder": text.language(text.LLAMA, "lora_te1_", name="llama"),
         "text_encoder_2": text.clip("lora_te2_", "clip_l"),
     },
 )

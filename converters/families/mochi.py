@@ -10,6 +10,8 @@ _BLOCK = (
             "attn.proj_x": "attn1.to_out.0",
             "attn.qkv_y": ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
             "attn.proj_y": "attn1.to_add_out",
+            **{f"attn.{p}_norm_x": f"attn1.norm_{p}" for p in "qk"},
+            **{f"attn.{p}_norm_y": f"attn1.norm_added_{p}" for p in "qk"},
             "mod_x": "norm1.linear",
             "mod_y": "norm1_context.linear",
             "mlp_x.w2": "ff.net.2",

@@ -44,12 +44,17 @@ PIXART = table(
     {"text_encoder": text.t5("lora_te_")},
 )
 
+# of Sana 1.5
+_QK_NORM = {
+    f"{old}.{p}_norm": f"{new}.norm_{p}" for old, new in (("attn", "attn1"), ("cross_attn", "attn2")) for p in "qk"
+}
 SANA = table(
     (
         *renamed(
             {
                 **_ENDS,
                 "x_embedder.proj": "patch_embed.proj",
+                "attention_y_norm": "caption_norm",
                 "t_block.1": "time_embed.linear",
                 **_embedder("t_embedder", "time_embed.emb.timestep_embedder"),
             }
@@ -57,8 +62,12 @@ SANA = table(
         *within(
             "blocks.{}.",
             "transformer_blocks.{}.",
-            (*_BLOCK, *renamed({f"mlp.{n}_conv.conv": f"ff.conv_{n}" for n in ("inverted", "depth", "point")})),
+            (
+                *_BLOCK,
+                *renamed(_QK_NORM),
+                *renamed({f"mlp.{n}_conv.conv": f"ff.conv_{n}" for n in ("inverted", "depth", "point")}),
+            ),
         ),
     ),
-    {"text_encoder": text.decoder("lora_te_", name="gemma2_2b")},
+    {"text_encoder": text.language(text.GEMMA2, "lora_te_", name="gemma2_2b")},
 )

@@ -7,16 +7,20 @@ from converters.families.base import Rule, renamed, same, table, within
 
 _BLOCKS = ("down_blocks.{}", "mid_block", "up_blocks.{}")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_TRANSFORMER = (*(f"attn{n}.{layer}" for n in (1, 2) for layer in _ATTENTION), "ff.net.0.proj", "ff.net.2")
-_IN_ATTENTION = ("proj_in", "proj_out", *(f"transformer_blocks.{{}}.{layer}" for layer in _TRANSFORMER))
+_TRANSFORMER = (
+    *(f"attn{n}.{layer}" for n in (1, 2) for layer in _ATTENTION),
+    *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
+)
+_IN_ATTENTION = ("norm", "proj_in", "proj_out", *(f"transformer_blocks.{{}}.{layer}" for layer in _TRANSFORMER))
 _IN_BLOCK = (
     *(f"attentions.{{}}.{layer}" for layer in _IN_ATTENTION),
-    *(f"resnets.{{}}.{layer}" for layer in ("conv1", "conv2", "time_emb_proj", "conv_shortcut")),
+    *(f"resnets.{{}}.{layer}" for layer in ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")),
     "downsamplers.{}.conv",
     "upsamplers.{}.conv",
 )
 LAYERS = (
     "conv_in",
+    "conv_norm_out",
     "conv_out",
     "time_embedding.linear_1",
     "time_embedding.linear_2",
@@ -32,12 +36,15 @@ _TOP = {
     "input_blocks.0.0": "conv_in",
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
 _ADDED = {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
 _RESNET = {
+    "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }

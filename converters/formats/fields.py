@@ -10,7 +10,7 @@ from typing import Any
 from converters.formats import config as configs
 from diffpeft.bundle import Entry, parted
 
-TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "oft": "OFT", "boft": "BOFT"}
+TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "oft": "OFT", "boft": "BOFT", "ia3": "IA3"}
 VERSION, OLD_SERIES = "0.21.2", "0.17.1"
 
 
@@ -178,4 +178,14 @@ def _boft(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-_MAKERS = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "OFT": _oft, "BOFT": _boft}
+def _ia3(entries: Sequence[Entry]) -> dict[str, Any]:
+    return {"feedforward_modules": sorted(own_name(e.layer) for e in entries if on_inputs(e))}
+
+
+def on_inputs(entry: Entry) -> bool:
+    """Whether PEFT's (IA)^3 scales a layer's inputs, which it calls feedforward: a row does, a column does not, of a convolution the config says."""
+    first, second, *kernel = entry.tensors["ia3_l"].shape
+    return bool(entry.options.get("feedforward")) if kernel or first == second == 1 else first == 1
+
+
+_MAKERS = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "OFT": _oft, "BOFT": _boft, "IA3": _ia3}

@@ -26,7 +26,11 @@ from diffpeft.errors import CheckpointError, UnsafeFileError, listed, shown
 WEIGHTS, FILE = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "diffpeft.adapter_config"  # where a Bundle's metadata has the config
 PREFIX = "base_model.model."
-_HELD = {role for roles in ROLES.values() for role in roles} - {"lora_mid", "oft_blocks", "rescale"}
+_HELD = {r for m in ("lora", "loha", "lokr", "oft", "boft") for r in ROLES[m]} - {
+    "lora_mid",
+    "oft_blocks",
+    "rescale",
+} | {"ia3_l"}
 
 
 class Peft:
@@ -182,6 +186,8 @@ def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
         (n, b), asked = blocks_of(entry), config.get("oft_block_size", 32)
         used = nearest_divisor(n * b, asked or config["r"])
         return "" if used == (b if asked else n) else f"its blocks are not of {b}, there are not {n}"
+    if entry.method == "ia3":
+        return ""
     if entry.method == "boft":
         n, b = shapes["boft_R"][1:3]
         size, number = config.get("boft_block_size", 4), config.get("boft_block_num", 0)
@@ -214,11 +220,25 @@ def _check_targets(targets: Any, layers: Sequence[str]) -> None:
 def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
     if entry.method in ("oft", "boft"):
         return configs.turned(entry, configs.rotation(config))
+    if entry.method == "ia3":
+        modules = config.get("feedforward_modules") or []
+        regex = modules if isinstance(modules, str) else None
+        listed_ = [] if regex else modules
+        own = any(n == m or n.endswith(f".{m}") for n in _names(entry.layer) for m in listed_)
+        return replace(entry, options={"feedforward": own or _matched(regex, entry.layer)})
     if {"lokr_w1", "lokr_w2"} <= {*entry.tensors}:
         return _whole(entry, config)
     r = configs.ranks_of([entry])[entry.layer]
     field = configs.ALPHA[TYPES[entry.method]]
     return replace(entry, alpha=configs.alpha({field: 8, **config}, _names(entry.layer), r))
+
+
+def _matched(regex: str | None, layer: str) -> bool:
+    """PEFT's rule for a regular expression; one that could take very long is refused."""
+    if regex is None:
+        return False
+    configs.refuse_slow(regex)
+    return any(re.fullmatch(regex, name) for name in _names(layer))
 
 
 def _whole(entry: Entry, config: Mapping[str, Any]) -> Entry:

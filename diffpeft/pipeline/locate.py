@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import converters
 from diffpeft.errors import CheckpointError, UnreadableFileError, listed, near, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -36,7 +37,8 @@ def located(source: Any, revision: str | None = None, filename: str | None = Non
 
 
 def _in_folder(folder: Path, filename: str | None) -> Path:
-    if not filename and all((folder / name).is_file() for name in _PEFT):
+    peft = all((folder / name).is_file() for name in _PEFT)
+    if not filename and (peft or converters.components_in(folder)):
         return folder
     files = sorted(folder.glob("*.safetensors"))
     if filename or (folder / _FILE).is_file():

@@ -141,7 +141,8 @@ def _piece(
 ) -> tuple[Piece, Mapping[str, Tensor]]:
     """One method for one layer, checked for what is not finite, and what else its entry holds."""
     limit = torch.finfo(module.weight.dtype if module.weight.is_floating_point() else torch.float16).max
-    if not all(t.numel() == 0 or t.abs().max().item() <= limit for t in tensors.values()):  # NaN compares false
+    numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
+    if not all(t.abs().max().item() <= limit for t in numbers):  # NaN compares false
         raise NonFiniteError(
             f"layer {shown(entry.layer)} has values that are not finite in {module.weight.dtype}",
             where=bundle.source,
@@ -149,7 +150,10 @@ def _piece(
         )
     if trainable:
         # a copy: training must not reach what was passed in
-        tensors = {role: t.detach().to(torch.float32, copy=True) for role, t in tensors.items()}
+        tensors = {
+            role: t.detach().to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+            for role, t in tensors.items()
+        }
     beside = {role: tensors.pop(role) for role in (BIAS,) if role in tensors}
     method, spec = METHODS[entry.method], _spec(entry, module)
     p = method.adopt(tensors, spec)

@@ -3,9 +3,9 @@
 Row tracing: every original weight that our rules name gets rows of numbers that no other row has, diffusers converts the checkpoint, and the
 numbers that come out under each of diffusers' names must be those that our rule says. A wrong name, share or order cannot pass.
 
-Not traced, because the diffusers package has no converter for them: PixArt and CogVideoX (read in diffusers' conversion scripts) and Qwen-Image,
-whose names are the same on both sides. HiDream's converter renames nothing. Of all these and of text encoders only the names are checked,
-against the models themselves. The prefixes of text encoders are read, not traced.
+Not traced, because the diffusers package has no converter for them: PixArt, CogVideoX and the norms of Sana 1.5 (read in diffusers' conversion
+scripts) and Qwen-Image, whose names are the same on both sides. HiDream's converter renames nothing. Of all these and of text encoders only the
+names are checked, against the models themselves. The prefixes of text encoders are read, not traced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from converters.families.base import SWAPPED
 
 
 class Checkpoint(dict):
-    """A checkpoint in which whatever is not a Linear or Conv (norms, tables) is there, with anything in it."""
+    """A checkpoint in which whatever is not a Linear, a Conv or a norm (tables) is there, with anything in it."""
 
     def pop(self, key: str, *default: Any) -> Any:
         return super().pop(key, *(default or (torch.zeros(2, 1),)))
@@ -45,6 +45,7 @@ class Model:
     config: dict[str, Any]
     converter: str = ""
     component: str = "transformer"
+    norm: str = "weight"  # how the original calls the weight of a norm
     convert: Callable[[Checkpoint], dict[str, Tensor]] | None = field(default=None, compare=False)
 
 
@@ -91,10 +92,15 @@ MODELS = (
     _unet("sd2", "aaa-", use_linear_projection=True),
     _unet("sdxl", "-aa", transformer_layers_per_block=(1, 2, 3), **ADDED),
     _unet("sdxl_refiner", "-aa-", transformer_layers_per_block=2, **ADDED),
-    Model("sd3", "SD3Transformer2DModel", {"num_layers": 3, "dual_attention_layers": (0,), **SMALL}, "sd3_transformer"),
-    Model("flux", "FluxTransformer2DModel", {**DEEP, "guidance_embeds": True}, "flux_transformer"),
-    Model("chroma", "ChromaTransformer2DModel", {**DEEP, "approximator_layers": 2}, "chroma_transformer"),
-    Model("flux2", "Flux2Transformer2DModel", {**DEEP, **SMALL}, "flux2_transformer"),
+    Model(
+        "sd3",
+        "SD3Transformer2DModel",
+        {"num_layers": 3, "dual_attention_layers": (0,), "qk_norm": "rms_norm", **SMALL},
+        "sd3_transformer",
+    ),
+    Model("flux", "FluxTransformer2DModel", {**DEEP, "guidance_embeds": True}, "flux_transformer", norm="scale"),
+    Model("chroma", "ChromaTransformer2DModel", {**DEEP, "approximator_layers": 2}, "chroma_transformer", norm="scale"),
+    Model("flux2", "Flux2Transformer2DModel", {**DEEP, **SMALL}, "flux2_transformer", norm="scale"),
     Model("wan", "WanTransformer3DModel", {"num_layers": 2, **IMAGE, **SMALL}, "wan_transformer"),
     Model(
         "wan", "WanVACETransformer3DModel", {"num_layers": 2, "vace_layers": [0], **IMAGE, **SMALL}, "wan_transformer"
@@ -120,6 +126,7 @@ MODELS = (
         },
     ),
     Model("sana", "SanaTransformer2DModel", {"num_layers": 2, **CROSS, **SMALL}, "sana_transformer"),
+    Model("sana", "SanaTransformer2DModel", {"num_layers": 2, "qk_norm": "rms_norm_across_heads", **CROSS, **SMALL}),
     Model(
         "auraflow",
         "AuraFlowTransformer2DModel",
@@ -157,54 +164,77 @@ def named(model: Model) -> str:
 
 
 @functools.cache
-def _layers(name: str, at: int) -> dict[str, nn.Module]:
+def _modules(name: str, at: int) -> dict[str, nn.Module]:
     with torch.device("meta"):
-        return linears(getattr(diffusers, name)(**MODELS[at].config))
+        return weighted(getattr(diffusers, name)(**MODELS[at].config))
+
+
+def modules(model: Model) -> dict[str, nn.Module]:
+    """The Linear and Conv layers and the norms of a model without weights."""
+    return _modules(model.name, MODELS.index(model))
 
 
 def layers(model: Model) -> dict[str, nn.Module]:
-    """The Linear and Conv layers of a model without weights."""
-    return _layers(model.name, MODELS.index(model))
+    """As `modules`, without the norms: what can have a LoRA."""
+    return {name: module for name, module in modules(model).items() if not is_norm(module)}
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
+def weighted(model: nn.Module) -> dict[str, nn.Module]:
     kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds) or is_norm(module)}
 
 
-def aspect(layer: nn.Module) -> int:
-    return layer.weight.shape[0] // layer.weight.shape[1]
+def is_norm(module: nn.Module) -> bool:
+    """Whether this scales its channels, in whatever class."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+def aspect(*parts: nn.Module) -> int | None:
+    """Rows a column of the layer that these are the parts of; a norm has no columns."""
+    return None if is_norm(parts[0]) else sum(part.weight.shape[0] for part in parts) // parts[0].weight.shape[1]
 
 
 @functools.cache
 def rules(at: int) -> dict[str, Rule]:
-    """{original layer: its rule} of a model, from diffusers' names."""
+    """{original module: its rule} of a model, from diffusers' names."""
     model = MODELS[at]
     found = {
-        name: TABLES[model.family].to_original(model.component, name, aspect(layer))
-        for name, layer in layers(model).items()
+        name: TABLES[model.family].to_original(model.component, name, aspect(module))
+        for name, module in modules(model).items()
     }
     assert not [name for name, rule in found.items() if rule is None]
     return {rule.original: rule for rule, _ in filter(None, found.values())}
 
 
-def originals(model: Model) -> dict[str, tuple[Rule, list[nn.Module]]]:
-    """{original layer: its rule, diffusers' layers that it is split into}."""
-    own = layers(model)
+def sources(model: Model) -> dict[str, tuple[Rule, list[nn.Module]]]:
+    """{original module: its rule, diffusers' modules that it is split into}."""
+    own = modules(model)
     return {
         original: (rule, [own[name] for name, _ in rule.parts]) for original, rule in rules(MODELS.index(model)).items()
     }
 
 
+def originals(model: Model) -> dict[str, tuple[Rule, list[nn.Module]]]:
+    """As `sources`, without the norms."""
+    return {original: found for original, found in sources(model).items() if not is_norm(found[1][0])}
+
+
+def parameters(model: Model, original: str, part: nn.Module) -> dict[str, str]:
+    """{diffusers' name of a parameter: its key in the original checkpoint}."""
+    names = {"weight": model.norm if is_norm(part) else "weight", "bias": "bias"}
+    return {kind: f"{original}.{name}" for kind, name in names.items() if getattr(part, kind, None) is not None}
+
+
 def traced(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The original checkpoint with a number of its own in every row, and what diffusers' converter makes of it."""
     checkpoint, at = Checkpoint(), 0
-    for original, (_, parts) in originals(model).items():
-        for kind, shape in (("weight", (-1, 1)), ("bias", (-1,))):
-            if getattr(parts[0], kind) is not None:
-                rows = sum(part.weight.shape[0] for part in parts)
-                checkpoint[f"{original}.{kind}"] = torch.arange(at, at + rows).reshape(shape)
-                at += rows
+    for original, (_, parts) in sources(model).items():
+        for kind, key in parameters(model, original, parts[0]).items():
+            rows = sum(part.weight.shape[0] for part in parts)
+            columns = () if kind == "bias" or is_norm(parts[0]) else (1,)
+            checkpoint[key] = torch.arange(at, at + rows).reshape(-1, *columns)
+            at += rows
     convert = model.convert
     if convert is None:
         tried = [f"convert_{model.converter}{end}_to_diffusers" for end in ("", "_checkpoint")]
@@ -215,31 +245,31 @@ def traced(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @pytest.mark.parametrize("model", TRACED, ids=named)
 def test_diffusers_own_converter_moves_every_row_as_the_rules_say(model):
     before, after = traced(model)
-    assert before and len({int(rows[0]) for rows in before.values() if rows.ndim == 2}) == len(originals(model))
-    for original, (rule, parts) in originals(model).items():
-        for kind in ("weight", "bias"):
-            rows = before.get(f"{original}.{kind}")
-            for part, (name, _) in enumerate(rule.parts):
-                assert (rows is None) == (getattr(parts[part], kind) is None)
-                if rows is not None:
-                    assert torch.equal(after[f"{name}.{kind}"], rows[list(rule.rows(part, len(rows)))]), name
+    weights = {int(rows[0]) for key, rows in before.items() if not key.endswith(".bias")}
+    assert before and len(weights) == len(sources(model))
+    for original, (rule, parts) in sources(model).items():
+        for part, (name, _) in enumerate(rule.parts):
+            keys = parameters(model, original, parts[part])
+            assert keys.keys() == parameters(model, original, parts[0]).keys()
+            for kind, key in keys.items():
+                rows = before[key]
+                assert torch.equal(after[f"{name}.{kind}"], rows[list(rule.rows(part, len(rows)))]), name
 
 
 @pytest.mark.parametrize("model", TRACED, ids=named)
 def test_the_rules_lead_back_from_diffusers_rows_to_the_original(model):
     before, after = traced(model)
     table, rebuilt = TABLES[model.family], {key: torch.full_like(rows, -1) for key, rows in before.items()}
-    for name, layer in layers(model).items():
-        rule, part = table.to_original(model.component, name, aspect(layer))
-        for kind in ("weight", "bias"):
-            if key := f"{rule.original}.{kind}" if getattr(layer, kind) is not None else "":
-                rebuilt[key][list(rule.rows(part, len(rebuilt[key])))] = after[f"{name}.{kind}"]
+    for name, module in modules(model).items():
+        rule, part = table.to_original(model.component, name, aspect(module))
+        for kind, key in parameters(model, rule.original, module).items():
+            rebuilt[key][list(rule.rows(part, len(rebuilt[key])))] = after[f"{name}.{kind}"]
     assert all(torch.equal(rebuilt[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=named)
 def test_every_layer_of_the_model_is_in_the_table_and_every_part_of_a_rule_in_the_model(model):
-    table, own = TABLES[model.family], layers(model)
+    table, own = TABLES[model.family], modules(model)
     assert not [name for name in own if not table.knows(model.component, name)]
     parts = [name for rule in rules(MODELS.index(model)).values() for name, _ in rule.parts]
     assert sorted(parts) == sorted(own)
@@ -247,7 +277,7 @@ def test_every_layer_of_the_model_is_in_the_table_and_every_part_of_a_rule_in_th
 
 @pytest.mark.parametrize("model", MODELS, ids=named)
 def test_the_shares_of_a_rule_are_the_rows_that_the_layers_have(model):
-    for rule, parts in originals(model).values():
+    for rule, parts in sources(model).values():
         total = sum(part.weight.shape[0] for part in parts)
         split = [list(rule.rows(part, total)) for part in range(len(parts))]
         assert [len(rows) for rows in split] == [part.weight.shape[0] for part in parts]
@@ -257,9 +287,8 @@ def test_the_shares_of_a_rule_are_the_rows_that_the_layers_have(model):
 @pytest.mark.parametrize("model", MODELS, ids=named)
 def test_names_go_to_the_other_program_and_back(model):
     table = TABLES[model.family]
-    for original, (rule, parts) in originals(model).items():
-        ratio = sum(part.weight.shape[0] for part in parts) // parts[0].weight.shape[1]
-        assert table.to_diffusers(model.component, original, ratio) == rule
+    for original, (rule, parts) in sources(model).items():
+        assert table.to_diffusers(model.component, original, aspect(*parts)) == rule
         for part, (name, _) in enumerate(rule.parts):
             assert table.to_original(model.component, name, aspect(parts[part])) == (rule, part)
 
@@ -267,7 +296,7 @@ def test_names_go_to_the_other_program_and_back(model):
 @pytest.mark.parametrize("model", MODELS, ids=named)
 def test_flat_names_have_one_reading(model):
     table = TABLES[model.family]
-    for names, dotted in ((layers(model), table.dotted), (originals(model), table.original_dotted)):
+    for names, dotted in ((modules(model), table.dotted), (sources(model), table.original_dotted)):
         flat = {name.replace(".", "_"): name for name in names}
         assert len(flat) == len(names)
         assert {short: dotted(model.component, short) for short in flat} == flat
@@ -277,7 +306,7 @@ def test_flat_names_have_one_reading(model):
 @pytest.mark.parametrize("family", TABLES)
 def test_no_rule_is_of_a_layer_that_no_model_has(family):
     models = [model for model in MODELS if model.family == family]
-    own = "\n".join(name for model in models for name in layers(model))
+    own = "\n".join(name for model in models for name in modules(model))
     for rule in TABLES[family].rules[models[0].component]:
         for template, _ in rule.parts:
             if template.endswith("conv_shortcut"):  # which resnets change the width is not the numbering's affair
@@ -286,7 +315,7 @@ def test_no_rule_is_of_a_layer_that_no_model_has(family):
 
 
 def test_flat_sdxl_names_are_read_as_diffusers_reads_them_in_adapters():
-    """Some of what is not in a block, too: diffusers passes it through."""
+    """Some of what is not in a block, too: diffusers passes it through. Norms it does not know there."""
     model = next(model for model in MODELS if model.family == "sdxl")
     table, names = TABLES["sdxl"], list(originals(model))
     factors = {
@@ -356,14 +385,20 @@ CONFIG = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
 CONFIG |= {"num_key_value_heads": 2, "vocab_size": 9, "pad_token_id": 0}
 T5 = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 9, "feed_forward_proj": "gated-gelu"}
 QWEN_VL = {"text_config": CONFIG, "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2}}
+SEEING = {"text_config": {**CONFIG, "head_dim": 16}, "vision_config": {**CONFIG, "image_size": 28, "patch_size": 14}}
+SEES = "model.language_model"
 ENCODERS = (
     (text.CLIP, "CLIPTextModelWithProjection", "CLIPTextConfig", CONFIG),
     (text.T5, "T5EncoderModel", "T5Config", T5),
     (text.T5, "UMT5EncoderModel", "UMT5Config", T5),
-    (text.DECODER, "Gemma2Model", "Gemma2Config", CONFIG),
-    (text.DECODER, "LlamaModel", "LlamaConfig", CONFIG),
-    (text.CAUSAL, "Qwen3ForCausalLM", "Qwen3Config", CONFIG),
-    (text.MULTIMODAL, "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", QWEN_VL),
+    (text.GEMMA2, "Gemma2Model", "Gemma2Config", CONFIG),
+    (text.LLAMA, "LlamaModel", "LlamaConfig", CONFIG),
+    (text.QWEN3, "Qwen3Model", "Qwen3Config", CONFIG),
+    (text.inside("model", text.LLAMA), "LlamaForCausalLM", "LlamaConfig", CONFIG),
+    (text.inside("model", text.QWEN3), "Qwen3ForCausalLM", "Qwen3Config", CONFIG),
+    (text.inside(SEES, text.LLAMA), "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", QWEN_VL),
+    (text.inside(SEES, text.LLAMA), "Mistral3ForConditionalGeneration", "Mistral3Config", SEEING),
+    (text.inside(SEES, text.GEMMA3), "Gemma3ForConditionalGeneration", "Gemma3Config", SEEING),
 )
 
 
@@ -372,9 +407,10 @@ ENCODERS = (
 )
 def test_text_encoders_have_the_names_that_transformers_has(templates, name, config, options):
     """Heads and vision towers aside."""
+    aside = "lm_head", "model.visual", "model.vision_tower", "model.multi_modal_projector"
     with torch.device("meta"):
-        own = linears(getattr(transformers, name)(getattr(transformers, config)(**options)))
-    names = {layer for layer in own if not layer.startswith(("lm_head", "model.visual"))}
+        own = weighted(getattr(transformers, name)(getattr(transformers, config)(**options)))
+    names = {layer for layer in own if not layer.startswith(aside)}
     table = Table({"text_encoder": templates})
     assert not [layer for layer in names if not table.knows("text_encoder", layer)]
     assert all(table.to_diffusers("text_encoder", layer).parts == ((layer, 1),) for layer in names)

@@ -380,12 +380,17 @@ def test_the_change_of_a_bias_has_the_rows_of_its_layer(tmp_path):
 
 
 @pytest.mark.parametrize("target", SINGLE)
-def test_text_encoders_do_not_fit_into_a_file_of_one_component(target, tmp_path):
+def test_a_format_of_one_component_gets_a_file_for_each_if_it_is_given_a_folder(target, tmp_path):
     made = checkpoint("kohya", "flux")
-    b = output(tmp_path, target, "b")
-    with pytest.raises(CannotConvertError, match="text_encoder") as error:
-        converters.convert(made.save(tmp_path), b, to=target, family="flux")
-    assert named_in(error.value, made) and not b.exists()
+    a, c = made.save(tmp_path), tmp_path / "c.safetensors"
+    if target == "lycoris":
+        with pytest.raises(CannotConvertError, match="text_encoder") as error:
+            converters.convert(a, tmp_path / "b.safetensors", to=target, family="flux")
+        assert named_in(error.value, made) and not (tmp_path / "b.safetensors").exists()
+    report = converters.convert(a, tmp_path / "b", to=target, family="flux")
+    assert report.level == "L0" and len(list((tmp_path / "b").iterdir())) > 1
+    converters.convert(tmp_path / "b", c, to="kohya", family="flux")
+    assert_same_file(a, c)
 
 
 @pytest.mark.parametrize("source, target", [("kohya", "diffusers"), ("comfyui", "kohya"), ("diffusers", "kohya")])
