@@ -6,13 +6,23 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffpeft.bundle import Rule
 
 Side = dict[str, list[tuple[Rule, int]]]  # {template: the rules that it is in, and as which part}
+# {flat name with # for each number: {which of the numbers a template fixes: {these numbers: the template}}}
+Flat = dict[str, dict[tuple[bool, ...], dict[tuple[str, ...], str]]]
 _NUMBER = re.compile(r"\{\}|[0-9]+")
 SWAPPED = (1, 0)  # the halves the other way round, as (shift, scale) and (scale, shift) are
+
+
+class Index(NamedTuple):
+    """Where a component's names are looked up: diffusers' layers, and the rules by the original's names and by diffusers'."""
+
+    own: Flat
+    originals: tuple[Flat, Side]
+    parts: tuple[Flat, Side]
 
 
 def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +65,7 @@ class Table:
     @_remembered
     def dotted(self, component: str, flat: str) -> str | None:
         """The layer whose dots written as underscores give `flat`; None if the family has no such layer."""
-        return _filled(_find(tuple(self.components.get(component, ())), flat))
+        return _filled(_find(self._index(component).own, flat))
 
     def knows(self, component: str, layer: str) -> bool:
         """Whether the family has a layer of this dotted name."""
@@ -73,52 +83,42 @@ class Table:
     @_remembered
     def original_dotted(self, component: str, flat: str) -> str | None:
         """As `dotted`, for the original's names."""
-        return _filled(_find(tuple(self._sides(component)[0]), flat))
+        return _filled(_find(self._index(component).originals[0], flat))
 
     def is_original(self, component: str, layer: str) -> bool:
         """As `knows`, for the original's names."""
         return self.original_dotted(component, layer.replace(".", "_")) == layer
 
+    @_remembered
     def patterns(self, component: str) -> frozenset[str]:
         """The flat names of both programs with # for each number: what is not among them, the family does not have."""
-        if component not in self._patterns:
-            names = (tuple(self.components.get(component, ())), tuple(self._sides(component)[0]))
-            self._patterns[component] = frozenset(name for templates in names for name in _flat(templates))
-        return self._patterns[component]
-
-    @functools.cached_property
-    def _found(self) -> dict[tuple[Any, ...], Any]:
-        return {}
-
-    @functools.cached_property
-    def _patterns(self) -> dict[str, frozenset[str]]:
-        return {}
+        index = self._index(component)
+        return frozenset(index.own) | frozenset(index.originals[0])
 
     @_remembered
     def to_diffusers(self, component: str, layer: str, aspect: int | None = None) -> Rule | None:
         """The rule of one layer of the original, in full names. `aspect` (rows by columns) is only asked for where names do not suffice."""
-        found = _rule(self._sides(component)[0], layer, aspect)
+        found = _rule(self._index(component).originals, layer, aspect)
         return found and found[0]
 
     @_remembered
     def to_original(self, component: str, layer: str, aspect: int | None = None) -> tuple[Rule, int] | None:
         """The rule of the original layer that one of diffusers' is of, in full names, and which of its parts that is."""
-        return _rule(self._sides(component)[1], layer, aspect)
+        return _rule(self._index(component).parts, layer, aspect)
 
-    def _sides(self, component: str) -> tuple[Side, Side]:
-        """The rules of a component by the original's templates and by diffusers'."""
-        if component not in self._indexed:
-            originals: Side = {}
-            parts: Side = {}
-            for rule in self.rules.get(component) or same(*self.components.get(component, ())):
-                originals.setdefault(rule.original, []).append((rule, 0))
-                for part, (name, _) in enumerate(rule.parts):
-                    parts.setdefault(name, []).append((rule, part))
-            self._indexed[component] = originals, parts
-        return self._indexed[component]
+    @_remembered
+    def _index(self, component: str) -> Index:
+        layers = self.components.get(component, ())
+        originals: Side = {}
+        parts: Side = {}
+        for rule in self.rules.get(component) or same(*layers):
+            originals.setdefault(rule.original, []).append((rule, 0))
+            for part, (name, _) in enumerate(rule.parts):
+                parts.setdefault(name, []).append((rule, part))
+        return Index(_flat(layers), (_flat(originals), originals), (_flat(parts), parts))
 
     @functools.cached_property
-    def _indexed(self) -> dict[str, tuple[Side, Side]]:
+    def _found(self) -> dict[tuple[Any, ...], Any]:
         return {}
 
 
@@ -155,8 +155,9 @@ def within(original: str, diffusers: str, rules: Iterable[Rule]) -> tuple[Rule, 
     )
 
 
-def _rule(side: Side, layer: str, aspect: int | None) -> tuple[Rule, int] | None:
-    found = _find(tuple(side), layer.replace(".", "_"))
+def _rule(rules: tuple[Flat, Side], layer: str, aspect: int | None) -> tuple[Rule, int] | None:
+    index, side = rules
+    found = _find(index, layer.replace(".", "_"))
     if found is None or _filled(found) != layer:
         return None
     template, numbers = found
@@ -168,19 +169,27 @@ def _filled(found: tuple[str, list[str]] | None) -> str | None:
     return found and found[0].format(*found[1])
 
 
-def _find(templates: tuple[str, ...], flat: str) -> tuple[str, list[str]] | None:
-    """The template and the numbers in it that give a flat name. Of templates that fit, the first counts."""
-    numbers = _NUMBER.findall(flat)
-    for template, own in _flat(templates).get(_NUMBER.sub("#", flat), ()):
-        if all(want in ("{}", number) for want, number in zip(own, numbers, strict=True)):
-            return template, [number for want, number in zip(own, numbers, strict=True) if want == "{}"]
+def _find(index: Flat, flat: str) -> tuple[str, list[str]] | None:
+    """The template and the numbers in it that give a flat name."""
+    shape, numbers = _shape(flat)
+    for mask, own in index.get(shape, {}).items():
+        literal = tuple(number for number, fixed in zip(numbers, mask, strict=True) if fixed)
+        if literal in own:
+            return own[literal], [number for number, fixed in zip(numbers, mask, strict=True) if not fixed]
     return None
 
 
-@functools.cache
-def _flat(templates: tuple[str, ...]) -> dict[str, list[tuple[str, list[str]]]]:
-    """{flat name with # for each number: [(template, its numbers)]}: which templates a name may be of, without trying all."""
-    found: dict[str, list[tuple[str, list[str]]]] = {}
+@functools.lru_cache(1 << 16)
+def _shape(flat: str) -> tuple[str, tuple[str, ...]]:
+    """A flat name with # for each number (a template's placeholders too), and the numbers."""
+    return _NUMBER.sub("#", flat), tuple(_NUMBER.findall(flat))
+
+
+def _flat(templates: Iterable[str]) -> Flat:
+    found: Flat = {}
     for template in templates:
-        found.setdefault(_NUMBER.sub("#", template.replace(".", "_")), []).append((template, _NUMBER.findall(template)))
+        shape, numbers = _shape(template.replace(".", "_"))
+        mask = tuple(number != "{}" for number in numbers)
+        literal = tuple(number for number in numbers if number != "{}")
+        found.setdefault(shape, {}).setdefault(mask, {}).setdefault(literal, template)
     return found
