@@ -20,6 +20,7 @@ from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
+Layers = dict[Spelt, dict[str, Handle]]
 # where a file written here says its family; and the component and the format, where its keys do not
 HINT, COMPONENT, FORMAT = "diffpeft.family", "diffpeft.component", "diffpeft.format"
 # what metadata say, in any of these places: {family: pattern}
@@ -113,23 +114,34 @@ def fit(
 ) -> Fit:
     """What a file fits; `format` and `family` are known, and not looked for. Raises UnknownKeysError if no key is of any format."""
     formats = _formats_of(tensors, source) if format is None else [format]
-    layers: dict[Spelt, dict[str, Handle]] = {}
-    parsed = 0
-    for key, handle in tensors.items():
-        if part := FORMATS[formats[0]].split(key):
-            parsed += 1
-            layers.setdefault((part.word, part.layer), {})[part.role] = handle
-    counts = _counts(layers, FORMATS[formats[0]], metadata)
+    formats = [f for f in formats if f == metadata.get(FORMAT)] or formats
+    formats = [f for f in formats if FORMATS[f].owned & metadata.keys()] or formats
+    read: dict[frozenset[Spelt], tuple[Layers, list[str]]] = {}  # the formats that take the keys apart alike
+    for name in formats:
+        layers = _layers(tensors, FORMATS[name])
+        read.setdefault(frozenset(layers), (layers, []))[1].append(name)
+    tried = [(layers, names, _counts(layers, FORMATS[names[0]], metadata)) for layers, names in read.values()]
+    layers, formats, counts = max(tried, key=lambda t: max(t[2].values(), default=0))
+    parsed = sum(FORMATS[formats[0]].split(key) is not None for key in tensors)
     most = max(counts.values(), default=0)
     fitting = [family for family in TABLES if most and counts.get(family) == most]
     families, ambiguous, own = _decided(fitting, layers, metadata, formats)
     if family and family not in fitting:
-        own |= {(f, family): _own(FORMATS[f], TABLES[family], layers, metadata) for f in formats}
+        tables = FORMATS[formats[0]].tables
+        own |= {(f, family): _own(FORMATS[f], tables[family], layers, metadata) for f in formats if family in tables}
     best = family or (families[0] if families else "")
-    chosen = max(formats, key=lambda f: own.get((f, best), 0))
-    if metadata.get(FORMAT) in formats:
-        chosen = metadata[FORMAT]
+    able = [f for f in formats if {*([family] if family else families)} <= {*FORMATS[f].tables}]
+    chosen = max(able or formats, key=lambda f: own.get((f, best), 0))
     return Fit(chosen, families, ambiguous, counts, len(layers), parsed)
+
+
+def _layers(tensors: Mapping[str, Handle], fmt: Format) -> Layers:
+    """{(what says the component, layer): {role: handle}} of what a format takes apart."""
+    layers: Layers = {}
+    for key, handle in tensors.items():
+        if part := fmt.split(key):
+            layers.setdefault((part.word, part.layer), {})[part.role] = handle
+    return layers
 
 
 def _formats_of(keys: Iterable[str], source: str) -> list[str]:
@@ -178,7 +190,7 @@ def _counts(layers: Collection[Spelt], fmt: Format, metadata: Mapping[str, str])
     """{family: how many of the layers it knows}. Names are first compared without their numbers, which spares most of the work."""
     shapes = Counter((word, re.sub(r"\d+", "#", layer.replace(".", "_"))) for word, layer in layers)
     rough: dict[str, int] = {}
-    for family, table in TABLES.items():
+    for family, table in fmt.tables.items():
         patterns = {c: table.patterns(c) for c in table.components}
         everything = frozenset().union(*patterns.values())
         n = 0
@@ -190,7 +202,7 @@ def _counts(layers: Collection[Spelt], fmt: Format, metadata: Mapping[str, str])
     for family in sorted(rough, key=lambda f: -rough[f]):
         if rough[family] <= 0 or rough[family] < max(counts.values(), default=0):
             break
-        table = TABLES[family]
+        table = fmt.tables[family]
         component = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
         counts[family] = sum(
             known(fmt, table, fmt.component(word, table) if word else component, layer) != "" for word, layer in layers
@@ -202,11 +214,12 @@ def _decided(
     fitting: list[str], layers: Mapping[Spelt, Mapping[str, Handle]], metadata: Mapping[str, str], formats: list[str]
 ) -> tuple[tuple[str, ...], bool, dict[tuple[str, str], int]]:
     """The families in order, whether the first is a mere guess, and {(format, family): layers in that format's own spelling}."""
-    own = {(f, family): _own(FORMATS[f], TABLES[family], layers, metadata) for f in formats for family in fitting}
+    tables = FORMATS[formats[0]].tables
+    own = {(f, family): _own(FORMATS[f], tables[family], layers, metadata) for f in formats for family in fitting}
     spelt = {family: max(own[f, family] for f in formats) for family in fitting}
     best = [family for family in fitting if family in _said(metadata)] or fitting
     fmt = FORMATS[formats[0]]
-    denoised = {f for f in best if any(_component(fmt, TABLES[f], s, metadata) in TABLES[f].rules for s in layers)}
+    denoised = {f for f in best if any(_component(fmt, tables[f], s, metadata) in tables[f].rules for s in layers)}
     if not denoised:  # text encoders have the same names everywhere
         return tuple(sorted(fitting, key=lambda f: (f not in best, -spelt[f]))), False, own
     best = _by_width(best, layers) or best
@@ -214,10 +227,10 @@ def _decided(
     best = _by_depth(best, layers) or best
     if set(best) <= set(_UNETS):
         if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
-            best = [family for family in best if any(FORMATS[f].original(TABLES[family]) for f in formats)] or best
+            best = [family for family in best if any(FORMATS[f].original(tables[family]) for f in formats)] or best
         return tuple(best), False, own
     best = [family for family in best if spelt[family] == max(spelt[f] for f in best)]
-    maps = {id(TABLES[family].rules[next(iter(TABLES[family].rules))]) for family in best}
+    maps = {id(tables[family].rules[next(iter(tables[family].rules))]) for family in best}
     return tuple(best), len(maps) > 1, own
 
 

@@ -100,7 +100,7 @@ def read(
     found = fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
-    table = TABLES.get(next(iter(families), ""), Table({}))
+    table = fmt.tables.get(next(iter(families), ""), Table({}))
     groups, carried = _grouped(tensors, fmt, table, names or {}, metadata)
     _refuse_foreign(groups, where)
     placed: dict[tuple[str, str], str] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from converters.detection import bare, fit
 from converters.engine import Source, detected, opened
-from converters.families import TABLES, Table
+from converters.families import Table
 from converters.formats import FORMATS
 from converters.roles import rank, split
 from diffpeft import io
@@ -25,6 +25,11 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kohya-diffusers": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
     "comfyui": (("ComfyUI",), ("ComfyUI",)),
     "lycoris": (("LyCORIS", "ComfyUI"), ("LyCORIS", "ComfyUI")),
+    "diffusers-old": (("diffusers", "ComfyUI"), ()),
+    "xlabs": (("x-flux", "ComfyUI", "diffusers"), ()),
+    "bfl": (("diffusers", "ComfyUI"), ("diffusers", "ComfyUI")),
+    "safeloras": (("cloneofsimo/lora",), ()),
+    "onetrainer": (("OneTrainer", "ComfyUI", "diffusers"), ("OneTrainer", "ComfyUI")),
 }
 
 
@@ -67,7 +72,7 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
     tensors, metadata, where = opened(source)
     found = fit(tensors, metadata, where)
     format, families = found.format, found.families or ("",)
-    groups, carried = _grouped(tensors, format, TABLES.get(families[0], Table({})), metadata)
+    groups, carried = _grouped(tensors, format, FORMATS[format].tables.get(families[0], Table({})), metadata)
     shapes = {n: {role: h.shape for role, h in found.items() if role != "alpha"} for n, found in groups.items()}
     methods = {m for own in shapes.values() for method, roles in split(own).items() for m in named(method, roles)}
     numbers = {n: _number(found.get("alpha")) for n, found in groups.items()}

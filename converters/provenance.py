@@ -111,12 +111,13 @@ def restored(
 
     None if it had another format or was another adapter.
 
-    `tensors` are what would be written without it; where the file had no alpha, the one here must be the rank. An alpha of a layer that is `unscaled`
+    `tensors` are what would be written without it; an alpha that only one of them has must be the rank. An alpha of a layer that is `unscaled`
     means nothing, and is what it was.
     """
     kept = _parsed(text)
     if kept.get("format") != format:
         return None
+    tensors = {**{(layer, "alpha"): io.scalar(r) for layer, r in ranks.items() if r}, **tensors}
     try:
         out: dict[str, Handle] = {}
         used = set()

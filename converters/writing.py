@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from converters.detection import COMPONENT, FORMAT, HINT
 from converters.engine import known_name
-from converters.families import TABLES, Table
+from converters.families import Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.provenance import KEY, Place, blocks_in, own_record, places_in, recorded, restored
@@ -43,24 +43,28 @@ class Arranged:
 
 def arranged(bundle: Bundle, fmt: Format) -> Arranged:
     """A bundle's entries as a format needs them. Layers that the file had before, if it was of this format, become these again."""
-    table = TABLES.get(bundle.family, Table({}))
+    table = fmt.tables.get(bundle.family, Table({}))
     text = bundle.metadata.get(KEY, "")
     before, known_blocks = places_in(text, fmt.name), blocks_in(text)
     original = fmt.original(table)
     out = Arranged([])
     groups: dict[tuple[str, str, str], dict[int, Entry]] = {}
     rules: dict[tuple[str, str, str], Rule] = {}
+    entries: list[Entry] = []
     for entry in bundle.entries:
-        if entry.rule and (original or entry.layer in before):
+        if not entry.rule or entry.layer in before or (original and table.is_original(*parted(entry.layer))):
+            entries.append(entry)
+            continue
+        try:
+            entries += taken_apart(entry, known_blocks.get(entry.layer))
+        except Unfit as why:
+            out.failed[entry.layer] = str(why)
+            entries.append(entry)
+    for entry in entries:
+        if entry.rule:
             out.entries.append(entry)
             if entry.layer in known_blocks:
                 out.blocks[entry.layer] = known_blocks[entry.layer]
-        elif entry.rule:
-            try:
-                out.entries += taken_apart(entry, known_blocks.get(entry.layer))
-            except Unfit as why:
-                out.failed[entry.layer] = str(why)
-                out.entries.append(entry)
         elif (place := _fused(entry, table)) and entry.layer not in before and (original or place[0] in before):
             layer, rule, part = place
             at = (layer, entry.method, _over(entry))
@@ -172,7 +176,8 @@ def plans(
 
 def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole: Bundle | None = None) -> Plan:
     """What `write` would write to one file or folder, of a bundle that may be a part of a `whole` one. Raises CannotConvertError."""
-    fmt, table = FORMATS[format], TABLES.get(bundle.family, Table({}))
+    fmt = FORMATS[format]
+    table = fmt.tables.get(bundle.family, Table({}))
     order, trouble = _tried(bundle, fmt)
     if trouble:
         raise _refused(bundle, format, *trouble)
@@ -292,10 +297,10 @@ def _tried(bundle: Bundle, fmt: Format) -> tuple[Arranged, tuple[str, list[str]]
     layers = [e.layer for e in bundle.entries]
     if not fmt.writable:
         return Arranged([]), ("it is only read, not written", layers)
-    if bundle.family not in TABLES and not fmt.folder:
+    if bundle.family not in fmt.tables and not fmt.folder:
         return Arranged([]), (f"the layer names of family {shown(bundle.family)} are not known", layers)
     order = arranged(bundle, fmt)
-    return order, _trouble(order, fmt, TABLES.get(bundle.family, Table({})), layers, bundle.format)
+    return order, _trouble(order, fmt, fmt.tables.get(bundle.family, Table({})), layers, bundle.format)
 
 
 def _trouble(

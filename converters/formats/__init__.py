@@ -1,10 +1,15 @@
 """How files spell adapters. One file a format, one line here."""
 
 from converters.formats.base import Format, Part
+from converters.formats.bfl import BFL
 from converters.formats.comfyui import ComfyUI
 from converters.formats.diffusers import Diffusers
+from converters.formats.diffusers_old import DiffusersOld
 from converters.formats.kohya import Kohya, Wrapper
+from converters.formats.onetrainer import OneTrainer
 from converters.formats.peft import Peft
+from converters.formats.safeloras import SafeLoras
+from converters.formats.xlabs import XLabs
 
 # Where a file could be of several, the first counts.
 FORMATS: dict[str, Format] = {
@@ -14,6 +19,11 @@ FORMATS: dict[str, Format] = {
     "peft": Peft(),
     "comfyui": ComfyUI(),
     "lycoris": Wrapper(),
+    "diffusers-old": DiffusersOld(),
+    "xlabs": XLabs(),
+    "bfl": BFL(),
+    "safeloras": SafeLoras(),
+    "onetrainer": OneTrainer(),
 }
 
 __all__ = ["FORMATS", "Format", "Part"]

@@ -36,6 +36,7 @@ class Format(Protocol):
     folder: bool
     single: bool
     writable: bool
+    tables: Mapping[str, Table]  # the families that it is for, with their tables as it sees them
     owned: frozenset[str]  # the keys of the metadata that only this format writes
 
     def split(self, key: str) -> Part | None:

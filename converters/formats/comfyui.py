@@ -30,7 +30,7 @@ class ComfyUI(Lycoris):
         """A prefix, the layer, the role."""
         word = _WORD.match(key)
         found = dotted_role(key[word.end() :]) if word else None
-        return Part(word[0], *found) if word and found else None
+        return Part(word[0], *found) if word and found and found[1] != "oft_R" else None  # that is OneTrainer's
 
     def component(self, word: str, table: Table) -> str:
         """By the family's own prefixes."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from converters.families import Table
+from converters.families import TABLES, Table
 from converters.formats import config as configs
 from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
 from converters.roles import ADDITIVE
@@ -38,7 +38,8 @@ class Diffusers:
     """Dotted names."""
 
     name, flat, folder, single, writable = "diffusers", False, False, False, True
-    owned = frozenset({METADATA})
+    tables: Mapping[str, Table] = TABLES
+    owned: frozenset[str] = frozenset({METADATA})
 
     def split(self, key: str) -> Part | None:
         """The component's name, unless the file is of one component (and then the family's names say which)."""

@@ -46,6 +46,7 @@ class Lycoris:
     """What all formats with LyCORIS's tensors have in common."""
 
     name, flat, folder, single, writable = "", True, False, False, True
+    tables: Mapping[str, Table] = TABLES
     owned: frozenset[str] = frozenset()
     suffixes: Mapping[str, str] = _SUFFIX_OF  # {role: what stands behind the layer's name}
 
@@ -182,7 +183,7 @@ def flat_role(end: str) -> str | None:
     if end in SUFFIXES:
         return SUFFIXES[end]
     found = dotted_role(f"-.{end}") if end else None
-    return found[1] if found and found[0] == "-" else None
+    return found[1] if found and found[0] == "-" and found[1] != "oft_R" else None  # that is OneTrainer's
 
 
 def of_sd_scripts(entry: Entry) -> bool:

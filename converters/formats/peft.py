@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from converters.families import Table
+from converters.families import TABLES, Table
 from converters.formats import config as configs
 from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
@@ -37,7 +37,8 @@ class Peft:
     """Dotted names without a component."""
 
     name, flat, folder, single, writable = "peft", False, True, True, True
-    owned = frozenset({CONFIG})
+    tables: Mapping[str, Table] = TABLES
+    owned: frozenset[str] = frozenset({CONFIG})
 
     def split(self, key: str) -> Part | None:
         """A PeftModel's prefix, the layer, the role."""
