@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from converters.families import TABLES, Table
 from converters.families.text import CLIP, T5
-from converters.formats import FORMATS, Format
+from converters.formats import FORMATS, Format, Part
 from converters.rows import extent
 from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
@@ -94,7 +95,7 @@ class Detection:
 class Fit:
     """What a file fits. `families`, the likeliest first; `ambiguous` if the first of them was only the first: the names say nothing.
 
-    `known` {family: how many layers it knows}, of `layers`.
+    `known` {family: how many layers it knows}, of `layers`; `parts` are the keys that are an adapter's, taken apart.
     """
 
     format: str
@@ -102,7 +103,7 @@ class Fit:
     ambiguous: bool
     known: Mapping[str, int]
     layers: int
-    parsed: int
+    parts: Mapping[str, Part]
 
 
 def fit(
@@ -113,16 +114,17 @@ def fit(
     family: str | None = None,
 ) -> Fit:
     """What a file fits; `format` and `family` are known, and not looked for. Raises UnknownKeysError if no key is of any format."""
-    formats = _formats_of(tensors, source) if format is None else [format]
-    formats = [f for f in formats if f == metadata.get(FORMAT)] or formats
+    parts = _most(tensors, [format] if format else list(FORMATS), source)
+    formats = [f for f in parts if f == metadata.get(FORMAT)] or list(parts)
     formats = [f for f in formats if FORMATS[f].owned & metadata.keys()] or formats
-    read: dict[frozenset[Spelt], tuple[Layers, list[str]]] = {}  # the formats that take the keys apart alike
+    alike: dict[frozenset[Spelt], list[str]] = {}  # the formats that take the keys apart alike
     for name in formats:
-        layers = _layers(tensors, FORMATS[name])
-        read.setdefault(frozenset(layers), (layers, []))[1].append(name)
-    tried = [(layers, names, _counts(layers, FORMATS[names[0]], metadata)) for layers, names in read.values()]
-    layers, formats, counts = max(tried, key=lambda t: max(t[2].values(), default=0))
-    parsed = sum(FORMATS[formats[0]].split(key) is not None for key in tensors)
+        alike.setdefault(frozenset((part.word, part.layer) for part in parts[name].values()), []).append(name)
+    tried = [
+        (names, layers := _layers(tensors, parts[names[0]]), _counts(layers, FORMATS[names[0]], metadata))
+        for names in alike.values()
+    ]
+    formats, layers, counts = max(tried, key=lambda t: max(t[2].values(), default=0))
     most = max(counts.values(), default=0)
     fitting = [family for family in TABLES if most and counts.get(family) == most]
     families, ambiguous, own = _decided(fitting, layers, metadata, formats)
@@ -132,30 +134,35 @@ def fit(
     best = family or (families[0] if families else "")
     able = [f for f in formats if {*([family] if family else families)} <= {*FORMATS[f].tables}]
     chosen = max(able or formats, key=lambda f: own.get((f, best), 0))
-    return Fit(chosen, families, ambiguous, counts, len(layers), parsed)
+    return Fit(chosen, families, ambiguous, counts, len(layers), parts[chosen])
 
 
-def _layers(tensors: Mapping[str, Handle], fmt: Format) -> Layers:
-    """{(what says the component, layer): {role: handle}} of what a format takes apart."""
+def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
+    """{(what says the component, layer): {role: handle}}."""
     layers: Layers = {}
-    for key, handle in tensors.items():
-        if part := fmt.split(key):
-            layers.setdefault((part.word, part.layer), {})[part.role] = handle
+    for key, part in parts.items():
+        layers.setdefault((part.word, part.layer), {})[part.role] = tensors[key]
     return layers
 
 
-def _formats_of(keys: Iterable[str], source: str) -> list[str]:
-    """The formats that most keys are of."""
-    keys = list(keys)
-    counts = {name: sum(fmt.split(key) is not None for key in keys) for name, fmt in FORMATS.items()}
-    most = max(counts.values(), default=0)
+def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[str, dict[str, Part]]:
+    """{format: the keys that it takes apart}, of the formats that most keys are of."""
+    found: dict[str, dict[str, Part]] = {}
+    done: dict[Any, dict[str, Part]] = {}  # formats that share the way need it once
+    for name in formats:
+        fmt = FORMATS[name]
+        way = type(fmt).split
+        if way not in done:
+            done[way] = {key: part for key in keys if (part := fmt.split(key))}
+        found[name] = done[way]
+    most = max(map(len, found.values()), default=0)
     if not most:
         raise UnknownKeysError(
             "this holds no adapter that is known here",
-            where=f"{source}: {listed(keys[:3])}{' ...' if len(keys) > 3 else ''}",
+            where=f"{source}: {listed(list(keys)[:3])}{' ...' if len(keys) > 3 else ''}",
             remedy=f"Readable are the formats {', '.join(FORMATS)}.",
         )
-    return [name for name, n in counts.items() if n == most]
+    return {name: parts for name, parts in found.items() if len(parts) == most}
 
 
 def bare(table: Table, layers: Collection[str], fmt: Format, metadata: Mapping[str, str]) -> str:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters.detection import Detection, Fit, bare, fit, known
 from converters.families import TABLES, Table
-from converters.formats import FORMATS, Format
+from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.roles import ROLES, contradiction, missing, split
 from converters.rows import extent
@@ -27,9 +27,6 @@ from diffpeft.errors import (
     listed,
     shown,
 )
-
-if TYPE_CHECKING:
-    pass
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 Names = Mapping[str, Iterable[str]]
@@ -58,14 +55,13 @@ def fitting(source: Source) -> Fit:
 def detected(found: Fit, tensors: Mapping[str, Handle]) -> Detection:
     """A Detection of what fits: its confidence is the share of the keys that are an adapter's, times that of the layers that the family knows."""
     layers: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-    for key, handle in tensors.items():
-        if part := FORMATS[found.format].split(key):
-            own = layers.setdefault((part.word, part.layer), {})
-            own |= {part.role: handle.shape} if part.role != "alpha" else {}
+    for key, part in found.parts.items():
+        own = layers.setdefault((part.word, part.layer), {})
+        own |= {part.role: tensors[key].shape} if part.role != "alpha" else {}
     methods = {m for shapes in layers.values() for method, roles in split(shapes).items() for m in named(method, roles)}
     family = found.families[0] if found.families else ""
     share = found.known.get(family, 0) / max(found.layers, 1) if family else 0.5
-    confidence = found.parsed / max(len(tensors), 1) * share
+    confidence = len(found.parts) / max(len(tensors), 1) * share
     return Detection(found.format, family, frozenset(methods), confidence, found.families[1:])
 
 
@@ -101,7 +97,7 @@ def read(
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
     table = fmt.tables.get(next(iter(families), ""), Table({}))
-    groups, carried = _grouped(tensors, fmt, table, names or {}, metadata)
+    groups, carried = _grouped(tensors, found.parts, fmt, table, names or {}, metadata)
     _refuse_foreign(groups, where)
     placed: dict[tuple[str, str], str] = {}
     entries: list[Entry] = []
@@ -185,15 +181,21 @@ def known_name(kind: str, name: str | None, among: Mapping[str, Any]) -> str | N
     return name
 
 
-def _grouped(tensors: Mapping[str, Handle], fmt: Format, table: Table, names: Names, metadata: Mapping[str, str]):
+def _grouped(
+    tensors: Mapping[str, Handle],
+    parts: Mapping[str, Part],
+    fmt: Format,
+    table: Table,
+    names: Names,
+    metadata: Mapping[str, str],
+):
     """{(canonical layer, rule): {role: (key, handle)}} of what the format takes apart, and the tensors it does not."""
     spelt: dict[Spelt, Found] = {}
     carried: dict[str, Handle] = {}
-    parts = {key: fmt.split(key) for key in tensors}
-    alphas = [key for key, part in parts.items() if part and part.role in _NUMBERS]
+    alphas = [key for key, part in parts.items() if part.role in _NUMBERS]
     numbers = dict(zip(alphas, io.held(tensors[key] for key in alphas), strict=True))
     for key, handle in {**tensors, **numbers}.items():
-        part = parts[key]
+        part = parts.get(key)
         if part is None:
             carried[key] = handle
             continue

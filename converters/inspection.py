@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converters.detection import bare, fit
+from converters.detection import Fit, bare, fit
 from converters.engine import Source, detected, opened
 from converters.families import Table
 from converters.formats import FORMATS
@@ -72,10 +72,10 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
     tensors, metadata, where = opened(source)
     found = fit(tensors, metadata, where)
     format, families = found.format, found.families or ("",)
-    groups, carried = _grouped(tensors, format, FORMATS[format].tables.get(families[0], Table({})), metadata)
-    shapes = {n: {role: h.shape for role, h in found.items() if role != "alpha"} for n, found in groups.items()}
+    groups, carried = _grouped(tensors, found, FORMATS[format].tables.get(families[0], Table({})), metadata)
+    shapes = {n: {role: h.shape for role, h in own.items() if role != "alpha"} for n, own in groups.items()}
     methods = {m for own in shapes.values() for method, roles in split(own).items() for m in named(method, roles)}
-    numbers = {n: _number(found.get("alpha")) for n, found in groups.items()}
+    numbers = {n: _number(own.get("alpha")) for n, own in groups.items()}
     alphas = Counter(numbers.values())
     rows: dict[str, Any] = {}
     if norms:
@@ -106,20 +106,19 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
 
 
 def _grouped(
-    tensors: Mapping[str, Handle], format: str, table: Table, metadata: Mapping[str, str]
+    tensors: Mapping[str, Handle], found: Fit, table: Table, metadata: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, Handle]], list[str]]:
     """{component.layer as the file spells it: {role: handle}}, and the keys that are no adapter's."""
     groups: dict[str, dict[str, Handle]] = {}
-    carried = []
-    parts = [part for key in tensors if (part := FORMATS[format].split(key))]
-    component = bare(table, {part.layer for part in parts if not part.word}, FORMATS[format], metadata)
-    for key, handle in tensors.items():
-        if part := FORMATS[format].split(key):
-            word = FORMATS[format].component(part.word, table) if part.word else component
-            groups.setdefault(dotted(word, part.layer), {})[part.role] = handle
-        else:
-            carried.append(key)
-    return groups, carried
+    fmt = FORMATS[found.format]
+    component = bare(table, {part.layer for part in found.parts.values() if not part.word}, fmt, metadata)
+    for key, part in found.parts.items():
+        word = fmt.component(part.word, table) if part.word else component
+        groups.setdefault(dotted(word, part.layer), {})[part.role] = tensors[key]
+    alphas = [own for own in groups.values() if "alpha" in own]
+    for own, alpha in zip(alphas, io.held(own["alpha"] for own in alphas), strict=True):
+        own["alpha"] = alpha
+    return groups, [key for key in tensors if key not in found.parts]
 
 
 def _number(alpha: Handle | None) -> float | None:

@@ -108,18 +108,28 @@ class Table:
 
     @_remembered
     def _index(self, component: str) -> Index:
-        layers = self.components.get(component, ())
-        originals: Side = {}
-        parts: Side = {}
-        for rule in self.rules.get(component) or same(*layers):
-            originals.setdefault(rule.original, []).append((rule, 0))
-            for part, (name, _) in enumerate(rule.parts):
-                parts.setdefault(name, []).append((rule, part))
-        return Index(_flat(layers), (_flat(originals), originals), (_flat(parts), parts))
+        layers, rules = self.components.get(component, ()), self.rules.get(component, ())
+        at = id(layers), id(rules)  # families share them
+        if at not in _INDICES:
+            _INDICES[at] = _indexed(layers, rules), layers, rules
+        return _INDICES[at][0]
 
     @functools.cached_property
     def _found(self) -> dict[tuple[Any, ...], Any]:
         return {}
+
+
+_INDICES: dict[tuple[int, int], tuple[Index, Any, Any]] = {}  # with what the ids are of, so that they stay theirs
+
+
+def _indexed(layers: Sequence[str], rules: Sequence[Rule]) -> Index:
+    originals: Side = {}
+    parts: Side = {}
+    for rule in rules or same(*layers):
+        originals.setdefault(rule.original, []).append((rule, 0))
+        for part, (name, _) in enumerate(rule.parts):
+            parts.setdefault(name, []).append((rule, part))
+    return Index(_flat(layers), (_flat(originals), originals), (_flat(parts), parts))
 
 
 def table(
