@@ -7,7 +7,9 @@ same files spell other layers as `diffusers` does. There are no alphas, with few
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
+from converters.families import TABLES, Table
 from converters.formats.base import Part
 from converters.formats.diffusers import Diffusers
 from diffpeft.bundle import COMPONENTS
@@ -31,6 +33,7 @@ class DiffusersOld(Diffusers):
     """Dotted names of processors."""
 
     name, writable = "diffusers-old", False
+    tables: Mapping[str, Table] = {family: TABLES[family] for family in ("sd15", "sd2", "sdxl", "sdxl_refiner")}
 
     def split(self, key: str) -> Part | None:
         """The component's name or none, the attention, and which of its layers."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from converters.families import TABLES, Table
 from converters.formats.base import Part
 from converters.formats.diffusers import Diffusers
 from diffpeft.bundle import Entry, dotted, parted
@@ -49,6 +50,7 @@ class SafeLoras(Diffusers):
     """Numbers."""
 
     name, writable = "safeloras", False
+    tables: Mapping[str, Table] = {family: TABLES[family] for family in ("sd15", "sd2")}
 
     def split(self, key: str) -> Part | None:
         """The component and the layer that has the number if the classes are the usual ones; see `configured` for others."""

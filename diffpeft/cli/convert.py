@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import click
 
+WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris", "xlabs", "onetrainer")
+
 
 @click.command()
 @click.argument("source", metavar="IN")
 @click.argument("out", metavar="OUT")
-@click.option("--to", required=True, help="The format: kohya, diffusers or peft (a folder).")
+@click.option(
+    "--to",
+    required=True,
+    help=f"The format: {', '.join(WRITTEN)} (peft is a folder; lycoris holds one component, or in a folder a file for each).",
+)
 @click.option("--family", help="What the adapter is for, if that is not what the file looks like.")
 @click.option("--format", "format_", help="The format of IN, if that is not what it looks like.")
 @click.option("--dtype", help="Of the factors: fp64, fp32, fp16 or bf16. Default: as they are stored.")
@@ -24,7 +30,7 @@ def convert(
 ) -> None:
     """Write an adapter file in another format.
 
-    Example: diffpeft convert style.safetensors style-kohya.safetensors --to kohya
+    Example: diffpeft convert style.safetensors style-comfyui.safetensors --to comfyui
     """
     import converters
 

@@ -14,7 +14,9 @@ from converters import FORMATS, TABLES
 from converters.formats import Part
 from converters.roles import MAGNITUDES, ROLES
 from diffpeft.bundle import Entry, canonical
+from diffpeft.cli.convert import WRITTEN
 from diffpeft.errors import AmbiguousFormatError, UnknownKeysError, WrongBaseError
+from tests.converters import table
 
 LAYERS = [
     (family, component, template)
@@ -267,3 +269,12 @@ def test_detection_imports_no_torch(tmp_path):
     save_file(key("unet.conv_in"), tmp_path / "x.safetensors")
     code = f"import sys, converters; assert converters.detect({str(tmp_path / 'x.safetensors')!r}).family == 'sd15'; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readme_says_what_the_registries_and_the_matrix_say():
+    """`python -m tests.converters.table` writes it."""
+    assert table.text() in table.README.read_text()
+
+
+def test_the_command_names_the_formats_that_can_be_written():
+    assert {name for name, fmt in FORMATS.items() if fmt.writable} == {*WRITTEN}
