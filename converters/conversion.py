@@ -72,8 +72,10 @@ def convert(
         out, expanded = _expanded(bundle, to)
         try:
             found = plans(out, to, path, cast)
-        except CannotConvertError:
-            raise error from None
+        except CannotConvertError as still:
+            left = {e.layer for e, now in zip(bundle.entries, out.entries, strict=True) if e is now}
+            blamed = {*(problem(out, to) or ("", []))[1]}
+            raise (still if expanded and blamed <= left else error) from None
         said.append(f"{len(expanded)} layers were computed anew to do the same: {listed(expanded[:5])}")
     store(found, path, to)
     inexact = [layer for plan in found.values() for layer in plan.inexact]

@@ -125,6 +125,8 @@ def fit(
         for names in alike.values()
     ]
     formats, layers, counts = max(tried, key=lambda t: max(t[2].values(), default=0))
+    fits = _by_ratio(list(counts), layers)
+    counts = {family: n for family, n in counts.items() if family in fits}
     most = max(counts.values(), default=0)
     fitting = [family for family in TABLES if most and counts.get(family) == most]
     families, ambiguous, own = _decided(fitting, layers, metadata, formats)
@@ -138,10 +140,12 @@ def fit(
 
 
 def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
-    """{(what says the component, layer): {role: handle}}."""
+    """{(what says the component, layer): {role: handle}}; of a part of a layer only the name counts."""
     layers: Layers = {}
     for key, part in parts.items():
-        layers.setdefault((part.word, part.layer), {})[part.role] = tensors[key]
+        own = layers.setdefault((part.word, part.layer), {})
+        if part.part is None:
+            own[part.role] = tensors[key]
     return layers
 
 
@@ -230,7 +234,6 @@ def _decided(
     if not denoised:  # text encoders have the same names everywhere
         return tuple(sorted(fitting, key=lambda f: (f not in best, -spelt[f]))), False, own
     best = _by_width(best, layers) or best
-    best = _by_ratio(best, layers) or best
     best = _by_depth(best, layers) or best
     if set(best) <= set(_UNETS):
         if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
@@ -286,6 +289,7 @@ def _by_width(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]])
 
 
 def _by_ratio(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]]) -> list[str]:
+    """Without those whose layers have another ratio of rows to columns: a wrong family, whatever somebody says."""
     wrong = set()
     for (_, layer), found in layers.items():
         for pattern, ratios in _RATIOS.items():

@@ -140,7 +140,8 @@ def restored(
                 return None
             if value and role == "alpha":
                 alpha = io.of_bytes(value[0], tuple(shape), bytes.fromhex(value[1]))
-                if not math.isclose(io.number(alpha) or 0, io.number(handle) or 0, rel_tol=1e-6):
+                before, now = io.number(alpha) or 0.0, io.number(handle) or 0.0
+                if not math.isclose(before, now, rel_tol=1e-6) and not (before != before and now != now):
                     return None
                 out[key] = alpha
             else:

@@ -125,6 +125,18 @@ def contradiction(shapes: Mapping[str, Shape]) -> str:
         if len(sizes) > 1 or 0 in sizes:
             told = ", ".join(f"{role} {shapes[role]}" for role in dict.fromkeys(r for r, _ in group) if role in shapes)
             return f"{told} have different ranks" if len(sizes) > 1 else f"{told} have rank 0"
+    glora = {role: shapes[role] for role in ROLES["glora"][:4] if role in shapes}
+    if len(glora) == 4 and not _is_glora(*(glora[role] for role in ROLES["glora"][:4])):
+        return f"{', '.join(f'{role} {shape}' for role, shape in glora.items())} are of different ranks or layers"
+    for group in _same_axes(shapes):
+        sizes = {shapes[role][axis] for role, axis in group if role in shapes}
+        if len(sizes) > 1:
+            told = ", ".join(f"{role} {shapes[role]}" for role in dict.fromkeys(r for r, _ in group) if role in shapes)
+            return f"{told} are of different layers"
+    if "oft_blocks" in shapes and "rescale" in shapes:
+        blocks, rows = shapes["oft_blocks"], shapes["rescale"][0]
+        if blocks[-3] * blocks[-1] != rows:
+            return f"rescale {shapes['rescale']} is for {rows} features, oft_blocks {blocks} for others"
     empty = [f"{role} {shape}" for role, shape in shapes.items() if 0 in shape]
     return f"{', '.join(empty)} is empty" if empty else ""
 
@@ -144,3 +156,26 @@ def _rank_axes(roles: Collection[str]) -> list[list[tuple[str, int]]]:
         [("lokr_w1_b", 0), ("lokr_w1_a", 1)],
         [("lokr_w2_b", 0), ("lokr_w2_a", a["lokr_t2"]), ("lokr_t2", 0), ("lokr_t2", 1)],
     ]
+
+
+def _is_glora(a1: Shape, a2: Shape, b1: Shape, b2: Shape) -> bool:
+    """Whether the shapes are GLoRA's, (in, r), (r, in), (out, r), (r, in), or an old file's, where the first of each pair is the second."""
+    new = a1[1] == a2[0] == b1[1] == b2[0] and a1[0] == a2[1] == b2[1]
+    old = a1[0] == a2[1] == b1[0] == b2[1] and a1[1] == a2[0] == b1[1]
+    return new or old
+
+
+def _same_axes(shapes: Mapping[str, Shape]) -> list[list[tuple[str, int]]]:
+    """Groups of (role, axis) that have the same size, the layer's features."""
+    cores = [core in shapes for core in ("hada_t1", "hada_t2")]
+    ups = [(f"hada_w{n}_a", int(core)) for n, core in zip((1, 2), cores, strict=True)]
+    outs = [("lora_B", 0), *ups]
+    if "dora_scale" in shapes and len(shapes["dora_scale"]) > 1:
+        turned = shapes["dora_scale"][0] == 1
+        if any(role in shapes for role, _ in outs):
+            up = next(shapes[role][axis] for role, axis in outs if role in shapes)
+            outs += [("dora_scale", 0)] if not turned or up == 1 else []
+    inside = [("lora_A", 1), ("hada_w1_b", 1), ("hada_w2_b", 1)]
+    if "dora_scale" in shapes and shapes["dora_scale"][0] == 1 and "lora_A" in shapes and "lora_mid" not in shapes:
+        inside += [("dora_scale", 1)] if len(shapes["dora_scale"]) > 1 and shapes["dora_scale"][1] != 1 else []
+    return [outs, inside, [("oft_blocks", -1), ("oft_blocks", -2)]]

@@ -230,7 +230,9 @@ def _agrees(fmt: Format, entries: Sequence[Entry], metadata: Mapping[str, str]) 
     bare = [replace(e, alpha=e.alpha if e.layer in beside else None, options={}) for e in entries]
     for old, new in zip(fmt.configured(bare, metadata), entries, strict=True):
         a, b = io.number(old.alpha), io.number(new.alpha)
-        if (a is None) != (b is None) or (a is not None and not math.isclose(a, b or 0, rel_tol=1e-6)):
+        if (a is None) != (b is None):
+            return False
+        if a is not None and not math.isclose(a, b or 0.0, rel_tol=1e-6) and not (a != a and b != b):
             return False
     return True
 
@@ -317,4 +319,11 @@ def _trouble(
     unknown = [e.layer for e in order.entries if _spelt(fmt, table, e, source) is None]
     if unknown:
         return "it has no name for them", unknown
+    taken: dict[tuple[str, str], int] = {}
+    for e in order.entries:
+        for role in fmt.stored(e):
+            taken[e.layer, role] = taken.get((e.layer, role), 0) + 1
+    twice = list(dict.fromkeys(layer for (layer, _), n in taken.items() if n > 1))
+    if twice:
+        return "it has room for one adapter of a kind on a layer", twice
     return fmt.problem(order.entries)

@@ -68,13 +68,19 @@ def turned(entry: Entry, options: Mapping[str, Any]) -> Entry:
 def scales(entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]) -> dict[str, Any]:
     """r, alpha and the patterns for layers that differ from most; `names` are the layers' in the patterns. No alpha: alpha = rank."""
     alphas = {e.layer: float(ranks[e.layer]) if e.alpha is None else io.number(e.alpha) for e in entries}
-    r, most = (Counter(values).most_common(1)[0][0] for values in ([ranks[e.layer] for e in entries], alphas.values()))
+    r, most = _commonest([ranks[e.layer] for e in entries]), _commonest(alphas.values())
     return {
         "r": r,
         field: most,
         "rank_pattern": {f"^{names[e.layer]}": ranks[e.layer] for e in entries if ranks[e.layer] != r},
         "alpha_pattern": {f"^{names[e.layer]}": alphas[e.layer] for e in entries if alphas[e.layer] != most},
     }
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    """The value that most have, the least of several: files must not depend on the order of layers."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))
 
 
 def ranks_of(entries: Iterable[Entry]) -> dict[str, int]:

@@ -144,8 +144,11 @@ class Peft:
         return fields(entries)
 
 
-def _names(layer: str) -> tuple[str, ...]:
-    return tuple({parted(layer)[1], parted(layer)[1].removeprefix("text_model.")})
+def _names(entry: Entry) -> tuple[str, ...]:
+    """What a config may call a layer: its canonical name, that without CLIP's level, and the name in the keys, which may be the original program's."""
+    own = parted(entry.layer)[1]
+    spelt = (found[0] for key in entry.keys[:1] if (found := dotted_role(key.removeprefix(PREFIX))))
+    return tuple({own, own.removeprefix("text_model."), *spelt})
 
 
 # Reading
@@ -174,7 +177,7 @@ def _check(config: Any, entries: Sequence[Entry]) -> None:
             f"{FILE} disagrees with the tensors of {len(wrong)} layers: {next(iter(wrong.values()))}",
             where=listed(list(wrong)[:3]),
         )
-    _check_targets(config.get("target_modules"), [e.layer for e in entries])
+    _check_targets(config.get("target_modules"), entries)
 
 
 def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
@@ -194,13 +197,13 @@ def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
         size, number = config.get("boft_block_size", 4), config.get("boft_block_num", 0)
         return "" if b == size or n == number else f"its blocks are not of {b}, there are not {n}"
     r = configs.ranks_of([entry])[entry.layer]
-    told = configs.chosen(config.get("rank_pattern"), _names(entry.layer), config.get("r", 8))
+    told = configs.chosen(config.get("rank_pattern"), _names(entry), config.get("r", 8))
     return f"the rank is {told}, not {r}" if r and r != told else ""
 
 
-def _check_targets(targets: Any, layers: Sequence[str]) -> None:
+def _check_targets(targets: Any, entries: Sequence[Entry]) -> None:
     """The tensors decide which layers are adapted. A target without tensors is refused, tensors that are no target are named in a warning."""
-    names = {layer: _names(layer) for layer in layers}
+    names = {e.layer: _names(e) for e in entries}
     if isinstance(targets, str) and targets != "all-linear":
         configs.refuse_slow(targets)
         outside = [layer for layer, own in names.items() if not any(re.fullmatch(targets, n) for n in own)]
@@ -225,26 +228,26 @@ def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
         modules = config.get("feedforward_modules") or []
         regex = modules if isinstance(modules, str) else None
         listed_ = [] if regex else modules
-        own = any(n == m or n.endswith(f".{m}") for n in _names(entry.layer) for m in listed_)
-        return replace(entry, options={"feedforward": own or _matched(regex, entry.layer)})
+        own = any(n == m or n.endswith(f".{m}") for n in _names(entry) for m in listed_)
+        return replace(entry, options={"feedforward": own or _matched(regex, entry)})
     if {"lokr_w1", "lokr_w2"} <= {*entry.tensors}:
         return _whole(entry, config)
     r = configs.ranks_of([entry])[entry.layer]
     field = configs.ALPHA[TYPES[entry.method]]
-    return replace(entry, alpha=configs.alpha({field: 8, **config}, _names(entry.layer), r))
+    return replace(entry, alpha=configs.alpha({field: 8, **config}, _names(entry), r))
 
 
-def _matched(regex: str | None, layer: str) -> bool:
+def _matched(regex: str | None, entry: Entry) -> bool:
     """PEFT's rule for a regular expression; one that could take very long is refused."""
     if regex is None:
         return False
     configs.refuse_slow(regex)
-    return any(re.fullmatch(regex, name) for name in _names(layer))
+    return any(re.fullmatch(regex, name) for name in _names(entry))
 
 
 def _whole(entry: Entry, config: Mapping[str, Any]) -> Entry:
     """PEFT scales a LoKr of two whole halves by alpha / r; everywhere else its scale is 1. So the first half takes the factor."""
-    names = _names(entry.layer)
+    names = _names(entry)
     r = configs.chosen(config.get("rank_pattern"), names, config.get("r", 8))
     scale = (configs.alpha({"alpha": 8, **config}, names, r) or 0) / r
     if scale == 1:
