@@ -157,7 +157,13 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
         fmt = FORMATS[name]
         way = type(fmt).split
         if way not in done:
-            done[way] = {key: part for key in keys if (part := fmt.split(key))}
+            every = any(len(parts) == len(keys) for parts in done.values())  # then one key less is too few
+            done[way] = {}
+            for key in keys:
+                if part := fmt.split(key):
+                    done[way][key] = part
+                elif every:
+                    break
         found[name] = done[way]
     most = max(map(len, found.values()), default=0)
     if not most:
@@ -214,6 +220,10 @@ def _counts(layers: Collection[Spelt], fmt: Format, metadata: Mapping[str, str])
         if rough[family] <= 0 or rough[family] < max(counts.values(), default=0):
             break
         table = fmt.tables[family]
+        twin = next((f for f in counts if fmt.tables[f].is_named_as(table)), None)
+        if twin:
+            counts[family] = counts[twin]
+            continue
         component = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
         counts[family] = sum(
             known(fmt, table, fmt.component(word, table) if word else component, layer) != "" for word, layer in layers

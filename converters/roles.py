@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from itertools import product
 
@@ -73,21 +74,28 @@ def rows_of(role: str, shape: Shape) -> bool:
 def split(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
     """{method: roles} of one layer, in the order in which they act. `oft_blocks` are OFT's with 3 axes, BOFT's with 4. A bias alone is `full`'s."""
     turned = "boft" if len(shapes.get("oft_blocks", ())) == 4 else "oft"
-    shared = {role: turned for role in ("oft_blocks", "rescale")}
-    owner = {role: method for method, roles in ROLES.items() for role in roles} | shared
-    found = {method: [role for role in shapes if owner.get(role) == method] for method in ROLES}
-    found = {method: roles for method, roles in found.items() if roles}
-    magnitudes = [role for role in shapes if role in MAGNITUDES]
+    return {method: list(roles) for method, roles in _split(tuple(shapes), turned).items()}
+
+
+@functools.cache
+def _split(roles: tuple[str, ...], turned: str) -> dict[str, list[str]]:
+    owner = _OWNER | {role: turned for role in ("oft_blocks", "rescale")}
+    found = {method: [role for role in roles if owner.get(role) == method] for method in ROLES}
+    found = {method: own for method, own in found.items() if own}
+    magnitudes = [role for role in roles if role in MAGNITUDES]
     if magnitudes:
         inner = next((method for method in ADDITIVE if method in found), None)
         found = {"dora": [*found.pop(inner, ()), *magnitudes], **found} if inner else {"dora": magnitudes, **found}
         found = {**{m: found.pop(m) for m in ("full", "norm") if m in found}, **found}
-    for role in shapes:
+    for role in roles:
         if role == BIAS and found:
             next(iter(found.values())).append(role)
         elif role not in KNOWN:
             found.setdefault(foreign(role), []).append(role)
-    return found if found or BIAS not in shapes else {"full": [BIAS]}
+    return found if found or BIAS not in roles else {"full": [BIAS]}
+
+
+_OWNER = {role: method for method, roles in ROLES.items() for role in roles}
 
 
 def foreign(role: str) -> str:
@@ -169,7 +177,7 @@ def _same_axes(shapes: Mapping[str, Shape]) -> list[list[tuple[str, int]]]:
     """Groups of (role, axis) that have the same size, the layer's features."""
     cores = [core in shapes for core in ("hada_t1", "hada_t2")]
     ups = [(f"hada_w{n}_a", int(core)) for n, core in zip((1, 2), cores, strict=True)]
-    outs = [("lora_B", 0), *ups]
+    outs = [("lora_B", 0), *ups, ("diff_b", 0), ("lora_B_bias", 0), ("diff", 0), ("set_weight", 0), ("glora_b1", 0)]
     if "dora_scale" in shapes and len(shapes["dora_scale"]) > 1:
         turned = shapes["dora_scale"][0] == 1
         if any(role in shapes for role, _ in outs):
@@ -178,4 +186,4 @@ def _same_axes(shapes: Mapping[str, Shape]) -> list[list[tuple[str, int]]]:
     inside = [("lora_A", 1), ("hada_w1_b", 1), ("hada_w2_b", 1)]
     if "dora_scale" in shapes and shapes["dora_scale"][0] == 1 and "lora_A" in shapes and "lora_mid" not in shapes:
         inside += [("dora_scale", 1)] if len(shapes["dora_scale"]) > 1 and shapes["dora_scale"][1] != 1 else []
-    return [outs, inside, [("oft_blocks", -1), ("oft_blocks", -2)]]
+    return [outs, [("w_norm", 0), ("b_norm", 0)], inside, [("oft_blocks", -1), ("oft_blocks", -2)]]

@@ -6,6 +6,7 @@ The header is read by hand because detection and inspection must not import torc
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from diffpeft.errors import CannotConvertError, CheckpointError, UnreadableFileE
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER, MAX_TENSORS, CHUNK = 16 << 20, 1 << 16, 1 << 20
+MAX_HEADER, MAX_TENSORS, CHUNK, PIECE = 16 << 20, 1 << 16, 1 << 20, 32 << 20
 SIZES = {
     "F64": 8,
     "F32": 4,
@@ -167,6 +168,9 @@ def chunks(handle_: Handle, files: dict[Path, Any] | None = None) -> Iterator[by
         yield _bytes(handle_.tensor)
     elif handle_.data is not None:
         yield handle_.data
+    elif handle_.how[:1] in (("cast",), ("scaled",)):
+        for chunk in chunks(handle_.parts[0], files):
+            yield _computed(handle_, chunk)
     elif handle_.how:
         yield _assembled(handle_)
     elif handle_.parts:
@@ -191,15 +195,13 @@ def _read(file: Any, handle_: Handle) -> Iterator[memoryview]:
 
 
 def _assembled(handle_: Handle) -> bytes:
-    """Matrices put together, or cut, by columns (all numbers are whole bytes, so what they are does not matter), or computed."""
+    """Matrices put together, or cut, by columns; all numbers are whole bytes, so what they are does not matter."""
     import numpy as np
 
     def matrix(h: Handle) -> Any:
         return np.frombuffer(raw(h), np.uint8).reshape(h.shape[0], -1)
 
     size = SIZES[handle_.dtype]
-    if handle_.how[0] in ("cast", "scaled"):
-        return _computed(handle_)
     if handle_.how[0] == "diagonal":
         out = np.zeros((handle_.shape[0], math.prod(handle_.shape[1:]) * size), np.uint8)
         row = column = 0
@@ -375,13 +377,15 @@ def scaled(handle_: Handle, factor: float) -> Handle:
     )
 
 
-def _computed(handle_: Handle) -> bytes:
+def _computed(handle_: Handle, chunk: bytes | memoryview) -> bytes:
+    """Some bytes of a tensor that is cast or scaled, from those of its part."""
     import torch
 
     what, value = handle_.how
-    tensor = load(handle_.parts)[0]
-    out = (tensor.double() * value if what == "scaled" else tensor).to(getattr(torch, _TORCH[handle_.dtype]))
-    if what == "cast" and not out.float().isfinite().all():
+    tensor = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, _TORCH[handle_.parts[0].dtype]))
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()  # half to half directly is slow
+    out = (tensor.double() * value if what == "scaled" else wide).to(getattr(torch, _TORCH[handle_.dtype]))
+    if what == "cast" and not torch.stack(out.aminmax()).isfinite().all():
         raise CannotConvertError(
             f"there are values that are not finite in {out.dtype}", where=value, remedy="Save in a wider dtype."
         )
@@ -401,12 +405,60 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: 
         f.write(len(text).to_bytes(8, "little") + text)
         files: dict[Path, Any] = {}
         try:
-            for h in tensors.values():
-                for chunk in chunks(h, files):
-                    f.write(chunk)
+            for h in _joined(tensors.values()):
+                if h.path is None or not _copied(h, f, files):
+                    for chunk in chunks(h, files):
+                        f.write(chunk)
         finally:
             for file in files.values():
                 file.close()
+
+
+def _joined(handles: Iterable[Handle]) -> Iterator[Handle]:
+    """The pieces that tensors are made of; those that lie side by side in one file as one."""
+    last: Handle | None = None
+    for h in (leaf for handle_ in handles for leaf in _leaves(handle_)):
+        if last and h.path is not None and h.path == last.path and h.start == last.end:
+            last = replace(last, end=h.end)
+            continue
+        if last:
+            yield last
+        last = h
+    if last:
+        yield last
+
+
+def _leaves(handle_: Handle) -> Iterator[Handle]:
+    if handle_.parts and not handle_.how:
+        for part in handle_.parts:
+            yield from _leaves(part)
+    else:
+        yield handle_
+
+
+def _copied(handle_: Handle, target: Any, files: dict[Path, Any]) -> bool:
+    """Whether the system could copy bytes of a file to the end of another by itself."""
+    assert handle_.path is not None
+    if not hasattr(os, "copy_file_range") or handle_.end - handle_.start < CHUNK:
+        return False
+    if handle_.path not in files:
+        files[handle_.path] = open(handle_.path, "rb", buffering=0)  # noqa: SIM115
+    source, at = files[handle_.path].fileno(), handle_.start
+    target.flush()
+    while at < handle_.end:
+        try:
+            n = os.copy_file_range(source, target.fileno(), min(handle_.end - at, PIECE), at)
+        except OSError as error:
+            if at == handle_.start and error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                return False
+            raise
+        if not n:
+            raise _unreadable(handle_.path, "the file became shorter while it was read")
+        at += n
+        os.posix_fadvise(
+            target.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+        )  # starts writing, which the sync at the end waits for
+    return True
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

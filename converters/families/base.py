@@ -89,6 +89,16 @@ class Table:
         """As `knows`, for the original's names."""
         return self.original_dotted(component, layer.replace(".", "_")) == layer
 
+    def is_named_as(self, other: Table) -> bool:
+        """Whether another family has the same names."""
+        alike = self.components.keys() == other.components.keys() and self.rules.keys() == other.rules.keys()
+        return (
+            alike
+            and all(own is other.components[c] for c, own in self.components.items())
+            and all(own is other.rules[c] for c, own in self.rules.items())
+            and all(e.kohya == other.encoders[c].kohya for c, e in self.encoders.items())
+        )
+
     @_remembered
     def patterns(self, component: str) -> frozenset[str]:
         """The flat names of both programs with # for each number: what is not among them, the family does not have."""

@@ -1,7 +1,7 @@
 """`make bench`: this package against its peers, in one process, one thread, turn by turn.
 
-`python -m tests.benchmarks [layers | pipeline] [--quick]`: single layers (layers.py), and the embedded base with diffusers and peft; without a word
-both. Printed is process CPU time (medians) and its ratio; only ratios mean something on a busy machine.
+`python -m tests.benchmarks [layers | pipeline | files] [--quick]`: single layers (layers.py), the embedded base with diffusers and peft, converting
+and inspecting files (files.py); without a word all. Printed is process CPU time (medians) and its ratio; only ratios mean something on a busy machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffusers.utils import logging
 
 import diffpeft
 from diffpeft.pipeline.open import open_pipeline
-from tests.benchmarks import layers
+from tests.benchmarks import files, layers
 from tests.benchmarks.layers import seconds
 
 ROUNDS, RANK = 7, 16
@@ -83,7 +83,7 @@ def pipeline() -> None:
 def main() -> None:
     """What the command line names."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("layers", "pipeline"))
+    parser.add_argument("what", nargs="?", choices=("layers", "pipeline", "files"))
     parser.add_argument("--quick", action="store_true", help="fewer layers, fewer rounds")
     parser.add_argument("--only", default="", help="methods with this word in their name")
     given = parser.parse_args()
@@ -91,10 +91,12 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    if given.what != "pipeline":
+    if given.what in (None, "layers"):
         layers.main(given.quick, given.only)
-    if given.what != "layers":
+    if given.what in (None, "pipeline"):
         pipeline()
+    if given.what in (None, "files"):
+        files.main(given.quick)
 
 
 if __name__ == "__main__":

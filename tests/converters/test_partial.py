@@ -917,7 +917,7 @@ def failing(request, monkeypatch):
 
         def half(path, tensors, told):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(io, "chunks", after(len(tensors) // 2, chunks, failure))
+                patch.setattr(io, "chunks", after(0, chunks, failure))  # after the header
                 save(path, tensors, told)
 
         monkeypatch.setattr(io, "save", half)
