@@ -1,5 +1,6 @@
 """Checkpoint formats: every adapter file becomes a Bundle, and a Bundle becomes a file. From the file alone; no model is needed."""
 
+from converters.bundled import embeddings, write_embeddings
 from converters.conversion import ConvertReport, convert
 from converters.detection import Detection
 from converters.engine import components_in, detect, fitting, read
@@ -17,9 +18,11 @@ __all__ = [
     "components_in",
     "convert",
     "detect",
+    "embeddings",
     "fitting",
     "inspect",
     "read",
     "refusal",
     "write",
+    "write_embeddings",
 ]

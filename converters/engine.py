@@ -12,7 +12,7 @@ from converters.detection import Detection, Fit, bare, fit, known
 from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
-from converters.roles import ROLES, contradiction, missing, split
+from converters.roles import OLD_OFT, ROLES, contradiction, missing, split
 from converters.rows import extent
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, canonical, dotted, named
@@ -213,7 +213,20 @@ def _grouped(
         place = _placed(at, found, component, fmt, table, own)
         for role, (key, handle) in found.items():
             _add(groups.setdefault(place, {}), role, key, handle)
-    return groups, carried
+    return {place: _today(found) for place, found in groups.items()}, carried
+
+
+def _today(found: Found) -> Found:
+    """PEFT's rotations of before 0.16 as what they are: up to 0.13 LyCORIS's of the output with another sign and scale; then, with `oft_s`, a
+    BOFT of one stage (formats: PEFT's sources of these versions).
+    """
+    if "oft_r" not in found:
+        return found
+    key, blocks = found["oft_r"]
+    rest = {role: own for role, own in found.items() if role not in OLD_OFT}
+    if "oft_s" in found:
+        return {"boft_R": (key, io.reshaped(blocks, (1, *blocks.shape))), "boft_s": found["oft_s"], **rest}
+    return {"oft_blocks": (key, io.scaled(blocks, -0.5)), **rest}
 
 
 def _add(found: Found, role: str, key: str, handle: Handle) -> None:

@@ -23,7 +23,8 @@ ROLES = {
 ADDITIVE = ("lora", "loha", "lokr")
 MAGNITUDES = ("lora_magnitude_vector", "dora_scale")  # either makes an additive method a DoRA
 BIAS = "diff_b"  # a change of the layer's bias, beside any method
-KNOWN = frozenset(role for roles in ROLES.values() for role in roles) | {*MAGNITUDES, BIAS}
+OLD_OFT = ("oft_r", "oft_s")  # PEFT's before 0.16, which are read as what they are today: see engine.today
+KNOWN = frozenset(role for roles in ROLES.values() for role in roles) | {*MAGNITUDES, BIAS, *OLD_OFT}
 
 # The roles whose first axis is the layer's out features (LoKr: as many as the second half leaves; rotations: blocks), so that a fused layer's
 # parts are rows of them; all parts share the others. Zeros change nothing where a tensor of FILLED stands.
@@ -51,8 +52,6 @@ BESIDE = frozenset({"lora_B_bias", "rescale", "glora_bm", *MAGNITUDES, BIAS})
 # Tensor names of methods that exist in files and that no method here reads: {how the last part of a key starts: method}.
 FOREIGN = {
     "oft_diag": "early oft",
-    "oft_r": "oft of PEFT before 0.16",
-    "oft_s": "oft of PEFT before 0.16",
     "vera_lambda_": "vera",
     "lambda_layer": "tlora",
     "q_layer": "tlora",

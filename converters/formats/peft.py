@@ -163,7 +163,13 @@ def _check(config: Any, entries: Sequence[Entry]) -> None:
             f"{FILE} names code to import, {shown(config['megatron_core'])}", remedy="Remove the field if you trust it."
         )
     kind = config.get("peft_type")
-    others = [e for e in entries if TYPES.get(e.method) != kind]
+    old = [e for e in entries if _is_old_oft(e)] if kind == "OFT" else []
+    if old and config.get("block_share"):
+        raise CheckpointError(
+            f"{FILE} says block_share, of PEFT before 0.16",
+            remedy="Save it with block_share=False, or as another method.",
+        )
+    others = [e for e in entries if TYPES.get(e.method) != kind and e not in old]
     if others or kind not in TYPES.values():
         found = sorted({e.method for e in others})
         raise CheckpointError(
@@ -180,10 +186,18 @@ def _check(config: Any, entries: Sequence[Entry]) -> None:
     _check_targets(config.get("target_modules"), entries)
 
 
+def _is_old_oft(entry: Entry) -> bool:
+    """Whether these are rotations of PEFT before 0.16."""
+    return any(key.endswith((".oft_r", ".oft_s")) or ".oft_r." in key for key in entry.keys)
+
+
 def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
     shapes = {role: h.shape for role, h in entry.tensors.items()}
     if entry.method in ("lora", "dora") and bool(config.get("use_dora")) != (entry.method == "dora"):
         return f"use_dora is {config.get('use_dora', False)}"
+    if _is_old_oft(entry):
+        n = (shapes.get("oft_blocks") or shapes["boft_R"][1:])[0]
+        return "" if n == config.get("r", 8) else f"there are {n} blocks, not {config.get('r', 8)}"
     if entry.method == "oft" and not config.get("block_share"):
         from diffpeft.methods.oft import nearest_divisor
 

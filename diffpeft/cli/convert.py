@@ -19,6 +19,7 @@ WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris"
 @click.option("--format", "format_", help="The format of IN, if that is not what it looks like.")
 @click.option("--dtype", help="Of the factors: fp64, fp32, fp16 or bf16. Default: as they are stored.")
 @click.option("--allow", type=click.Choice(["approximate"]), help="Admit a conversion that loses more than rounding.")
+@click.option("--embeddings", metavar="DIR", help="Write embeddings that IN has along as files of their own, too.")
 def convert(
     source: str,
     out: str,
@@ -27,6 +28,7 @@ def convert(
     format_: str | None,
     dtype: str | None,
     allow: str | None,
+    embeddings: str | None,
 ) -> None:
     """Write an adapter file in another format.
 
@@ -41,3 +43,5 @@ def convert(
         f"{report.format} to {to}, {report.family}: {len(report.mapped)} keys mapped, {len(report.carried)} carried, {report.level}"
     )
     click.echo(out)
+    for path in converters.write_embeddings(source, embeddings) if embeddings else ():
+        click.echo(path)

@@ -659,3 +659,45 @@ def test_all_that_can_be_read_can_be_inspected(tmp_path):
         assert found.format == format and found.readable_by and set(found.ranks) == {R}
     oft = {f"{LINEAR}.oft_R.weight": torch.randn(192, 6), f"{LINEAR}.oft_R.scaled_oft": torch.tensor(True)}
     assert converters.inspect(oft).format == "onetrainer" and io.number(None) is None
+
+
+# PEFT's OFT before 0.16
+
+
+def _old_oft(path, scales):
+    """A folder as PEFT 0.13 (without `scales`) or 0.15 wrote it."""
+    D = torch.randn(3, 4, 4)
+    tensors = {"base_model.model.mid_block.attentions.0.proj_in.oft_r": D}
+    if scales is not None:
+        tensors["base_model.model.mid_block.attentions.0.proj_in.oft_s"] = scales
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {"peft_type": "OFT", "r": 3, "target_modules": ["proj_in"], "block_share": False}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    S = 0.5 * (D.double() - D.mT.double())
+    eye = torch.eye(4, dtype=torch.float64)
+    return torch.block_diag(*((eye - S) @ torch.linalg.inv(eye + S)))
+
+
+def test_peft_up_to_0_13_turned_the_output(tmp_path):
+    Q, W = _old_oft(tmp_path / "a", None), torch.randn(12, 12)
+    (delta,) = converters.read(tmp_path / "a").deltas({"unet.mid_block.attentions.0.proj_in": W}).values()
+    torch.testing.assert_close(delta, Q.T @ W.double() - W, rtol=0, atol=1e-12)
+    converters.convert(tmp_path / "a", tmp_path / "b.safetensors", to="kohya")
+    (again,) = converters.read(tmp_path / "b.safetensors").deltas({"unet.mid_block.attentions.0.proj_in": W}).values()
+    torch.testing.assert_close(again, delta, rtol=0, atol=1e-12)
+
+
+def test_peft_0_14_and_0_15_turned_and_scaled_the_input(tmp_path):
+    s = torch.randn(12, 1)
+    Q, W = _old_oft(tmp_path / "a", s), torch.randn(12, 12)
+    (delta,) = converters.read(tmp_path / "a").deltas({"unet.mid_block.attentions.0.proj_in": W}).values()
+    torch.testing.assert_close(delta, s.double() * (W.double() @ Q.T) - W, rtol=0, atol=1e-12)
+
+
+def test_shared_blocks_of_old_versions_are_refused(tmp_path):
+    _old_oft(tmp_path / "a", None)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text()) | {"block_share": True}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="block_share"):
+        converters.read(tmp_path / "a")

@@ -1,0 +1,46 @@
+"""Embeddings that an adapter file has along (`bundle_emb.<token>.clip_l`, as OneTrainer and A1111 bundle them), each as a file of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from converters.engine import Source, opened
+from diffpeft import io
+from diffpeft.bundle import Handle
+
+_KEY = re.compile(
+    r"bundle_emb\.(?P<token>.+)\.(?P<name>clip_l|clip_g|t5|llama|gemma|qwen|string_to_param\.[^.]+)(?P<out>_out)?"
+)
+
+
+def embeddings(source: Source) -> dict[str, dict[str, Handle]]:
+    """{token: {key in a file of its own: vectors [tokens, width]}} of what a file has bundled. Reads the header only.
+
+    The keys are those of textual inversion files: `emb_params` where there is one text encoder, else `clip_l`, `clip_g` and so on.
+    """
+    return _found(opened(source)[0])
+
+
+def write_embeddings(source: Source, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write each bundled embedding to `folder/<token>.safetensors`, and return the paths. Characters that file names lack become underscores."""
+    paths: list[Path] = []
+    for token, tensors in embeddings(source).items():
+        stem = re.sub(r"[^\w.-]", "_", token)[:100]
+        path = Path(folder) / f"{stem}.safetensors"
+        if path in paths:
+            path = Path(folder) / f"{stem}-{len(paths)}.safetensors"
+        io.save(path, tensors, {"format": "pt"})
+        paths.append(path)
+    return paths
+
+
+def _found(tensors: Mapping[str, Handle]) -> dict[str, dict[str, Handle]]:
+    found: dict[str, dict[str, Handle]] = {}
+    for key, handle in tensors.items():
+        if match := _KEY.fullmatch(key):
+            name = "emb_params" if match["name"].startswith("string_to_param") else match["name"] + (match["out"] or "")
+            found.setdefault(match["token"], {})[name] = handle
+    return {token: {"emb_params": own["clip_l"]} if own.keys() == {"clip_l"} else own for token, own in found.items()}
