@@ -115,9 +115,9 @@ def _expanded(bundle: Bundle, to: str) -> tuple[Bundle, list[str]]:
     out, done = bundle, list[str]()
     while trouble := problem(out, to):
         blamed = {*trouble[1]}
-        loras = [(_as_lora(e) or _as_ia3(e, to)) if {e.layer, *e.targets} & blamed else None for e in out.entries]
+        loras = [(as_lora(e) or _as_ia3(e, to)) if {e.layer, *e.targets} & blamed else None for e in out.entries]
         if not any(loras):  # what is to blame is a LoRA already, beside others
-            loras = [_as_lora(e) for e in out.entries]
+            loras = [as_lora(e) for e in out.entries]
         if not any(loras):
             break
         done += [name for e, lora in zip(out.entries, loras, strict=True) if lora for name in e.targets]
@@ -125,7 +125,7 @@ def _expanded(bundle: Bundle, to: str) -> tuple[Bundle, list[str]]:
     return out, done
 
 
-def _as_lora(entry: Entry) -> Entry | None:
+def as_lora(entry: Entry) -> Entry | None:
     """The same update as a plain LoRA of a rank below the layer's, in the dtype of the factors; None if there is none, or it is one.
 
     A file does not tell the kernel of a flattened convolution, so these stay as they are.

@@ -13,25 +13,46 @@ FAMILIES: dict[str, type[Family]] = {
     "sd2": StableDiffusion,
 }
 
-# the longer name first: a class is of the first family whose name it starts with
+# {what the names of pipelines' and models' classes begin with: the family}; of several that fit, the longest counts. None: a model of its own.
 _CLASSES = {
+    "StableDiffusion": "sd15",
+    "UNet2DConditionModel": "sd15",
     "StableDiffusionXL": "sdxl",
     "StableDiffusion3": "sd3",
-    "StableDiffusion": "sd15",
-    "Flux2": "flux2",
+    "SD3": "sd3",
     "Flux": "flux",
-    "UNet2DConditionModel": "sd15",
+    "Flux2": "flux2",
+    "Flux3": None,
+    "Chroma": "chroma",
+    "Wan": "wan",
+    "QwenImage": "qwen_image",
+    "QwenImage21": None,
+    "ZImage": "z_image",
+    "Lumina2": "lumina2",
+    "HunyuanVideo": "hunyuan_video",
+    "HunyuanVideo15": None,
+    "PixArt": "pixart",
+    "Sana": "sana",
+    "SanaVideo": None,
+    "SanaWM": None,
+    "AuraFlow": "auraflow",
+    "LTX": "ltx",
+    "Mochi": "mochi",
+    "CogVideoX": "cogvideox",
+    "HiDream": "hidream",
 }
-_WIDTHS = {1024: "sd2", 2048: "sdxl"}  # cross-attention widths of families that share the class UNet2DConditionModel
+# the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
+_WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl"}, "sdxl": {1280: "sdxl_refiner"}}
 
 
 def family_of(target: Any) -> str | None:
     """The family id of a pipeline or model, by its class; None if the class does not tell. SD2.x is SD1.x with a cross-attention width of 1024."""
-    family = next((family for start, family in _CLASSES.items() if type(target).__name__.startswith(start)), None)
-    if family != "sd15":
-        return family
+    name = type(getattr(target, "_orig_mod", target)).__name__  # within torch.compile's module
+    starts = [start for start in _CLASSES if name.startswith(start)]
+    family = _CLASSES[max(starts, key=len)] if starts else None
     config = getattr(getattr(target, "unet", target), "config", None)
-    return _WIDTHS.get(getattr(config, "cross_attention_dim", None), family)  # type: ignore[arg-type]
+    width = getattr(config, "cross_attention_dim", None)
+    return _WIDTHS.get(family or "", {}).get(width, family) if isinstance(width, int) else family
 
 
 def open_family(pipe: Any) -> Family:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.nn as nn
 
+from diffpeft.bundle import COMPONENTS
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
 from diffpeft.layers.adapted import ADAPTERS, base_class, is_adapted
 from diffpeft.layers.site import refusal, site_of
 
 COMPILED = "_orig_mod"  # the level that torch.compile puts around a module; names go without it
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 PRESETS: dict[str, tuple[str, ...]] = {

@@ -26,7 +26,8 @@ from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
 from diffpeft.model.state import bundle_of
-from diffpeft.model.target import components, targets_of
+from diffpeft.model.target import components, layers_of
+from diffpeft.pipeline.fused import unfused
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import Layers, kept, matched
 
@@ -76,11 +77,12 @@ def load_lora(
     parts = components(target)
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
-    layers = {component: targets_of(model) for component, model in parts.items()}
+    layers = {component: layers_of(model) for component, model in parts.items()}
     own = family or family_of(target)
     where = source if isinstance(source, Bundle) else located(source, revision, filename)
     bundle = _read(where, own, family, {component: list(found) for component, found in layers.items()})
     _check_family(bundle.families or (bundle.family,), own, bundle.source)
+    bundle = unfused(bundle, layers)
     slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable)
     plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
     report = _report(name, bundle, slots, absent)
