@@ -22,6 +22,7 @@ _HOMES = {
     "diffpeft.model.fuse": "fuse unfuse",
     "diffpeft.model.loraplus": "create_loraplus_optimizer",
     "diffpeft.pipeline.adapters": "set_adapters get_adapters adapters unload AdapterStatus",
+    "diffpeft.pipeline.hotswap": "replace",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
     "diffpeft.train.config": "TrainConfig",
 }
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.adapters import get_adapters as get_adapters
     from diffpeft.pipeline.adapters import set_adapters as set_adapters
     from diffpeft.pipeline.adapters import unload as unload
+    from diffpeft.pipeline.hotswap import replace as replace
     from diffpeft.pipeline.load import LoadReport as LoadReport
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora

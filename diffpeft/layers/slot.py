@@ -52,11 +52,13 @@ class Slot(nn.Module):
     """The tensors of one adapter on one layer, as parameters named by their roles, in the dtype they are stored in.
 
     An adapter is usually one method; a file may hold several for a layer, which then act in order as one. A piece without tensors
-    is nothing but what lies beside it: a change of the bias.
+    is nothing but what lies beside it: a change of the bias. Where the parameters are not what the adapter's file holds (a rank padded, or another
+    adapter put into them) `source` is that.
     """
 
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
         super().__init__()
+        self.source: tuple[Piece, ...] | None = None
         for piece in pieces:
             fixed = {**piece.frozen, **{r: t for r, t in piece.tensors.items() if r in METHODS[piece.method].constants}}
             for role, tensor in piece.tensors.items():
@@ -95,7 +97,8 @@ class Slot(nn.Module):
     @property
     def rank(self) -> int:
         """The rank on this layer, of the first part if there are several."""
-        return self.parts[0].method.rank(self.tensors_of(self.parts[0])) if self.parts else 0
+        pieces = pieces_of(self)
+        return METHODS[pieces[0].method].rank({**pieces[0].tensors, **pieces[0].frozen}) if pieces else 0
 
     @property
     def scale(self) -> float:
@@ -151,3 +154,10 @@ class Slot(nn.Module):
             if part.additive:
                 words += [f"scale={part.method.scale(p, part.spec):g}"]
         return ", ".join(words)
+
+
+def pieces_of(slot: Slot) -> tuple[Piece, ...]:
+    """What the adapter is made of on this layer, as its file holds it."""
+    if slot.source is not None:
+        return slot.source
+    return tuple(Piece(p.method.name, slot.tensors_of(p), p.alpha, p.spec) for p in slot.parts)

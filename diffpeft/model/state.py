@@ -13,6 +13,7 @@ from diffpeft.errors import UnknownNameError
 from diffpeft.layers.adapted import record_of
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
+from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.target import adapted_layers, components
 
@@ -61,11 +62,22 @@ def entries_of(layer: str, slot: Slot) -> list[Entry]:
     """What a slot holds, part by part; a change of the bias goes with the first, or is an entry of its own."""
     found, tensors = [], _tensors(slot)
     for part in slot.parts:
-        p, alpha = part.method.stored({role: tensors.pop(role) for role in part.roles}, part.alpha)
-        options = {k: v for k, v in part.spec.options.items() if k not in TRAINING}
-        handles, shape = {role: io.handle(t) for role, t in p.items()}, part.spec.geometry.shape
-        found.append(Entry(part.method.name, layer, handles, alpha, (), options, shape))
+        own = {role: tensors.pop(role) for role in part.roles}
+        if slot.source is None:
+            found.append(_entry(layer, part.method, own, part.alpha, part.spec))
+    for piece in slot.source or ():
+        found.append(_entry(layer, METHODS[piece.method], dict(piece.tensors), piece.alpha, piece.spec))
+    if slot.source == ():
+        return []
     beside = {role: io.handle(t) for role, t in tensors.items()}
     if beside:
         found[:1] = [replace(e, tensors={**e.tensors, **beside}) for e in found[:1] or [Entry("full", layer, {})]]
     return found
+
+
+def _entry(layer: str, method: Any, tensors: dict[str, Tensor], alpha: Any, spec: Spec) -> Entry:
+    p, alpha = method.stored(tensors, alpha)
+    options = {k: v for k, v in spec.options.items() if k not in TRAINING}
+    return Entry(
+        method.name, layer, {role: io.handle(t) for role, t in p.items()}, alpha, (), options, spec.geometry.shape
+    )

@@ -33,36 +33,51 @@ class AdapterStatus:
     parameters: int
 
 
-def set_adapters(target: Any, mix: Mapping[str, Strength]) -> None:
+def set_adapters(
+    target: Any, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
+) -> None:
     """Make the adapters named in `mix` active, in this order and at these strengths; all others become inactive.
 
     A strength is a number, or numbers by component or block: {"unet": 0.8, "unet.up_blocks.*": 0.2}. A pattern matches a leading run of whole
     segments of a layer's dotted name; the one with most literal segments wins, then the longer, then the later; a layer that none names has 1.
-    Raises UnknownNameError or ConfigError, in which case nothing has changed.
+    In place of a number there may be a `diffpeft.schedule`, which changes it from step to step of the pipeline given as `target`.
+
+    A list of mixes is one a prompt: row i of a batch has mix (i // images_per_prompt) % len(mix); guidance repeats the batch; a text encoder has
+    one row a prompt. Raises UnknownNameError or ConfigError, in which case nothing has changed.
     """
     parts = components(target)
     own = mixes_of(parts)
-    mixes = own.values()
-    check_mix(mix, mixes)
-    _check_fused(parts, own, mix)
-    plan = Plan(mixes=[(m, {"choice": m.chosen(mix)}) for m in mixes])
+    choices = _choices(target, parts, own, mix, images_per_prompt)
+    plan = Plan(mixes=[(m, {"choice": choices[m.key]}) for m in own.values()])
+    plan.roots = [(parts[component], m) for component, m in own.items()]
     plan.commit()
 
 
 @contextlib.contextmanager
-def adapters(target: Any, mix: Mapping[str, Strength]) -> Iterator[None]:
+def adapters(
+    target: Any, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
+) -> Iterator[None]:
     """`set_adapters` for this thread and this block only. Blocks nest; the inner one replaces the whole mix.
 
     Raises AdapterStateError where gradient checkpointing would run layers again outside the block.
     """
     parts = components(target)
     own = mixes_of(parts)
-    mixes = list(own.values())
-    check_mix(mix, mixes)
-    _check_fused(parts, own, mix)
+    choices = _choices(target, parts, own, mix, images_per_prompt)
     _check_checkpointing(target)
-    with forced({m.key: m.chosen(mix) for m in mixes}, mixes):
+    with forced(choices, list(own.values())), rooted(parts, own, choices):
         yield
+
+
+def _choices(
+    target: Any, parts: Mapping[str, nn.Module], own: Mapping[str, Mix], given: Any, images: int
+) -> dict[str, Choice]:
+    """{mix key: choice}, all checked."""
+    check_rows(given, images, own.values())
+    clock = Clock(None if isinstance(target, nn.Module) else target)
+    choices = {mix.key: mix.chosen(given, clock, images) for mix in own.values()}
+    _check_fused(parts, own, choices)
+    return choices
 
 
 def _check_checkpointing(target: Any) -> None:
@@ -76,8 +91,8 @@ def _check_checkpointing(target: Any) -> None:
             )
 
 
-def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], given: Mapping[str, Strength]) -> None:
-    """Raise AdapterStateError if `given` would change what is in the weights."""
+def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choices: Mapping[str, Choice]) -> None:
+    """Raise AdapterStateError if a choice would change what is in the weights."""
     for component, mix in mixes.items():
         if not mix.fused:
             continue

@@ -20,6 +20,7 @@ from diffpeft.errors import (
     ConfigError,
     WrongBaseError,
     listed,
+    shown,
 )
 from diffpeft.families import family_of
 from diffpeft.layers.slot import Slot
@@ -56,6 +57,7 @@ def load_lora(
     weight: float = 1.0,
     strict: bool = True,
     trainable: bool = False,
+    max_rank: int | None = None,
     family: str | None = None,
     revision: str | None = None,
     filename: str | None = None,
@@ -67,6 +69,7 @@ def load_lora(
         name: default: the file's name without its ending.
         strict: False carries an adapter's tensors for layers that the model lacks, with a warning, instead of refusing the file.
         trainable: the tensors get gradients, and are float32.
+        max_rank: room for LoRAs of up to this rank, that `replace` may put in the place of this one.
         family: overrides the detected family.
 
     Raises CheckpointError and its kin, UnknownNameError, ConfigError or AdapterStateError, in which case nothing has changed.
@@ -78,17 +81,39 @@ def load_lora(
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
     layers = {component: layers_of(model) for component, model in parts.items()}
+    check_max_rank(max_rank, trainable)
+    bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
+    slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
+    plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
+    report = report_of(name, bundle, slots, absent)
+    _warn(report, bundle, slots)  # before the commit: a warning may be an error
+    plan.commit()
+    return report
+
+
+def check_max_rank(max_rank: int | None, trainable: bool) -> None:
+    """Raise ConfigError for what is no rank, or for an adapter that is to be trained."""
+    if max_rank is not None and (not isinstance(max_rank, int) or max_rank < 1):
+        raise ConfigError(f"max_rank is {shown(max_rank)}", remedy="It is a whole number of at least 1.")
+    if max_rank is not None and trainable:
+        raise ConfigError("max_rank is for adapters that are not trained", remedy="Leave out trainable=True.")
+
+
+def opened(
+    target: Any,
+    source: Any,
+    layers: Layers,
+    *,
+    family: str | None,
+    revision: str | None,
+    filename: str | None,
+) -> Bundle:
+    """What is to be loaded, in the model's own layers. Raises CheckpointError and its kin."""
     own = family or family_of(target)
     where = source if isinstance(source, Bundle) else located(source, revision, filename)
     bundle = _read(where, own, family, {component: list(found) for component, found in layers.items()})
     _check_family(bundle.families or (bundle.family,), own, bundle.source)
-    bundle = unfused(bundle, layers)
-    slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable)
-    plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
-    report = _report(name, bundle, slots, absent)
-    _warn(report, bundle, slots)  # before the commit: a warning may be an error
-    plan.commit()
-    return report
+    return unfused(bundle, layers)
 
 
 def save_lora(
@@ -170,11 +195,7 @@ def _planned(
 ) -> Plan:
     """The writes. What the file holds beside the slots goes to the first component that gets some."""
     plan = Plan()
-    beside: dict[str, Any] = {
-        "metadata": bundle.metadata,
-        "carried": {key: kept(h) for key, h in bundle.carried.items()},
-        "absent": tuple(map(_entry_kept, absent)),
-    }
+    beside = beside_of(bundle, absent)
     for component, found in slots.items():
         if found:
             modules = {layer: layers[component][layer][0] for layer in found}
@@ -185,7 +206,19 @@ def _planned(
     return plan
 
 
-def _report(name: str, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], absent: Sequence[Entry]) -> LoadReport:
+def beside_of(bundle: Bundle, absent: Sequence[Entry]) -> dict[str, Any]:
+    """What an Adapter holds beside its slots."""
+    return {
+        "metadata": bundle.metadata,
+        "carried": {key: kept(h) for key, h in bundle.carried.items()},
+        "absent": tuple(map(_entry_kept, absent)),
+    }
+
+
+def report_of(
+    name: str, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], absent: Sequence[Entry]
+) -> LoadReport:
+    """What a load did."""
     names = [dotted(component, layer) for component, found in slots.items() for layer in found]
     carried = (*bundle.carried, *(key for e in absent for key in e.keys or (e.layer,)))
     methods = frozenset(bundle.methods)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffpeft.bundle import Bundle, Entry, Handle, canonical, dotted, parted
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,
+    ConfigError,
     NonFiniteError,
     ShapeMismatchError,
     UnknownKeysError,
@@ -28,6 +30,7 @@ from diffpeft.methods import METHODS, Spec
 from diffpeft.model.target import spellings
 
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
+LORAS = ("lora", "dora")
 Layers = Mapping[str, Mapping[str, tuple[nn.Module, nn.Module | None]]]  # {component: {layer: (module, its parent)}}
 
 
@@ -38,8 +41,12 @@ def matched(
     *,
     strict: bool,
     trainable: bool,
+    max_rank: int | None = None,
 ) -> tuple[dict[str, dict[str, Slot]], list[Entry]]:
-    """Slots by component and layer, and the entries for components or (strict=False) layers that are not there. Raises if any is unfit."""
+    """Slots by component and layer, and the entries for components or (strict=False) layers that are not there. Raises if any is unfit.
+
+    With `max_rank` the LoRAs' parameters have room for that rank.
+    """
     _refuse_base_keys(bundle, parts)
     owners = {
         name: (component, layer)
@@ -75,7 +82,10 @@ def matched(
     for (component, layer), own in pieces.items():
         module = layers[component][layer][0]
         beside = {role: t for _, extra in own for role, t in extra.items()}
-        slot = Slot([piece for piece, _ in own], beside, trainable=trainable)
+        made = [piece for piece, _ in own]
+        where = f"{bundle.source}: {dotted(component, layer)}"
+        slot = Slot([p if max_rank is None else padded(p, max_rank, where) for p in made], beside, trainable=trainable)
+        slot.source = None if max_rank is None else tuple(made)
         slots[component][layer] = slot.to(device_of(module)).train(module.training)
     return slots, absent + lost
 
@@ -165,6 +175,39 @@ def _piece(
             remedy="The file is damaged.",
         )
     return Piece(entry.method, p, alpha, spec), beside
+
+
+def padded(piece: Piece, rank: int, where: str) -> Piece:
+    """A LoRA with room for a rank. Raises ShapeMismatchError for one of a higher rank, ConfigError for another method."""
+    if piece.method not in LORAS or "lora_A" not in piece.tensors or "lora_mid" in piece.tensors:
+        raise ConfigError(f"max_rank is for LoRA and DoRA, this is {piece.method}", where=where)
+    scale = scale_of(piece.tensors, piece.spec)
+    tensors = fitted(piece.tensors, rank, scale, scale, where)
+    return replace(piece, tensors=tensors, alpha=scale * rank, spec=replace(piece.spec, alpha=scale * rank))
+
+
+def scale_of(tensors: Mapping[str, Tensor], spec: Spec) -> float:
+    """A LoRA's."""
+    return 1.0 if spec.alpha is None else spec.alpha / tensors["lora_A"].shape[0]
+
+
+def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, where: str) -> dict[str, Tensor]:
+    """A LoRA's tensors with zeros up to a rank, its scale turned into another one. Raises ShapeMismatchError if that cannot be."""
+    A, B = tensors["lora_A"], tensors["lora_B"]
+    room = rank - A.shape[0]
+    if room < 0:
+        raise ShapeMismatchError(
+            f"rank {A.shape[0]} is above {rank}", where=where, remedy="Load the first adapter with a higher max_rank=."
+        )
+    if scale != to and not to:
+        raise ShapeMismatchError(
+            "the first adapter has scale 0", where=where, remedy="Unload it, and load the new one."
+        )
+    if scale != to:
+        B = (B.double() * (scale / to)).to(B.dtype)
+    A = torch.cat([A, A.new_zeros(room, *A.shape[1:])])
+    B = torch.cat([B, B.new_zeros(B.shape[0], room, *B.shape[2:])], 1)
+    return {**tensors, "lora_A": A, "lora_B": B}
 
 
 def kept(handle: Handle) -> Handle:

@@ -709,7 +709,7 @@ HALVES = {
     "a magnitude of other size": (
         {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "dora_scale": (31, 1)},
         ShapeMismatchError,
-        "magnitude",
+        "dora_scale",
     ),
     "other blocks": ({"oft_blocks": (3, 8, 8)}, ShapeMismatchError, "features"),
     "a difference of other size": ({"diff": (31, 32)}, ShapeMismatchError, "diff"),

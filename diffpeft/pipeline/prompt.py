@@ -1,0 +1,215 @@
+"""A1111's prompt tags: `<lora:name:0.8>`, `<lora:name:TE:UNET>`, and weights by block, `<lora:name:1:1:lbw=OUTALL>`.
+
+The tags are those of stable-diffusion-webui (extra_networks_lora.py: the text encoders' strength comes first, the denoiser's second, which is the
+same if it is left out), the weights by block those of hako-mikan's sd-webui-lora-block-weight. `<lyco:...>` is the same as `<lora:...>`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import converters
+from diffpeft.bundle import COMPONENTS
+from diffpeft.errors import ConfigError, UnknownNameError, shown
+
+Given = TypeVar("Given")
+_TAG = re.compile(r"\s*<(?:lora|lyco):([^>]*)>")
+_NAMED = ("te", "unet", "lbw", "w")
+_END = ".safetensors"
+
+# What the numbers of a vector are for. BASE (CLIP, T5) are text encoders; IN, M and OUT number the blocks as LDM and SGM do.
+_SD, _XL = (
+    ["BASE", *(f"IN{i:02}" for i in range(n)), "M00", *(f"OUT{i:02}" for i in range(n))] for n in (12, 9)
+)  # all blocks, for LoRAs of every layer; the shorter vectors have those with attention
+_SD_LORA = ["BASE", *(f"IN{i:02}" for i in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(3, 12))]
+_XL_LORA = ["BASE", "IN04", "IN05", "IN07", "IN08", "M00", *(f"OUT{i:02}" for i in range(6))]
+_FLUX = ["CLIP", "T5", "IN", *(f"D{i:02}" for i in range(19)), *(f"S{i:02}" for i in range(38)), "OUT"]
+VECTORS: dict[str, tuple[Sequence[str], ...]] = {
+    "sd15": (_SD_LORA, _SD),
+    "sd2": (_SD_LORA, _SD),
+    "sdxl": (_XL_LORA, _XL),
+    "flux": (_FLUX,),
+}
+# One digit a number of the family's first vector. BASE is 1 as in the extension's README and script (an older file of it has 0).
+_ON_OFF = {n: {"ALL": "1" * n, "NONE": "0" * n} for n in (12, 17, 61)}
+PRESETS: dict[int, dict[str, str]] = _ON_OFF | {
+    12: _ON_OFF[12] | {"INALL": "111110000000", "OUTALL": "100000111111"},
+    17: _ON_OFF[17]
+    | {
+        "INS": "11110000000000000",
+        "IND": "10001110000000000",
+        "INALL": "11111110000000000",
+        "MIDD": "10001111111100000",
+        "OUTD": "10000000111100000",
+        "OUTS": "10000000000011111",
+        "OUTALL": "10000000111111111",
+    },
+}
+_SGM = re.compile(r"(?:(input|output)_blocks\.(\d+)|middle_block)\.")
+_FLUX_ENDS = {"IN": ("x_embedder", "context_embedder", "time_text_embed"), "OUT": ("norm_out", "proj_out")}
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One tag: an adapter's name, its strength on the denoiser and on the text encoders, and a preset or a weight for each block."""
+
+    name: str
+    unet: float = 1.0
+    text_encoder: float = 1.0
+    lbw: str | tuple[float, ...] | None = None
+
+
+def parsed(prompt: str) -> tuple[str, list[Tag]]:
+    """The prompt without its tags (and the spaces before them), and the tags. A prompt without any stays as it is.
+
+    Raises ConfigError or UnknownNameError for a tag that says what is not known.
+    """
+    tags = [_tag(found[1]) for found in _TAG.finditer(prompt)]
+    return (_TAG.sub("", prompt).strip() if tags else prompt), tags
+
+
+def resolved(
+    given: Sequence[tuple[str, Given]], tags: Iterable[Tag], folder: Path
+) -> list[tuple[str | Path, Given | Tag]]:
+    """The files to load and how strong each is: those that were given, then those that only tags name, `name.safetensors` in `folder`.
+
+    A tag's strength takes the place of that of the given file with its name. Raises UnknownNameError if there is none.
+    """
+    there = {path.name.removesuffix(_END): path for path in sorted(folder.glob(f"*{_END}"))}
+    out: list[tuple[str | Path, Given | Tag]] = list(given)
+    own = [Path(file).name.removesuffix(_END) for file, _ in given]
+    seen: set[str] = set()
+    for tag in tags:
+        name = tag.name.removesuffix(_END)
+        if name in seen or own.count(name) > 1:
+            what = "two tags are" if name in seen else "two files given are"
+            raise ConfigError(f"{what} for {shown(name)}", remedy="Name each adapter once.")
+        seen.add(name)
+        if name in own:
+            n = own.index(name)
+            out[n] = (out[n][0], tag)
+        elif name in there:
+            out.append((there[name], tag))
+        else:
+            raise UnknownNameError.of("adapter", name, {*there, *own}, f"the prompt's tags (looked in {folder})")
+    return out
+
+
+def strengths(tag: Tag, family: str | None, layers: Sequence[str] | None = None) -> float | dict[str, float]:
+    """What `set_adapters` takes: one number, or numbers by component and block. `layers`: the adapter's own, to name nothing else.
+
+    Raises ConfigError or UnknownNameError if the family has no such blocks.
+    """
+    if tag.lbw is None and tag.unet == tag.text_encoder:
+        return tag.unet
+    table = converters.TABLES.get(family or "")
+    parts = COMPONENTS if table is None else tuple(table.components)
+    out = {part: tag.text_encoder if part.startswith("text_encoder") else tag.unet for part in parts}
+    if tag.lbw is not None:
+        own = _weights(tag, family)
+        for block, patterns in places(family or "").items():
+            for pattern in patterns:
+                whole = tag.text_encoder if pattern.startswith("text_encoder") else tag.unet
+                out[pattern] = whole * own.get(block, 0.0)
+    if layers is None:
+        return out
+    return {p: s for p, s in out.items() if any(name == p or name.startswith(f"{p}.") for name in layers)}
+
+
+@functools.cache
+def places(family: str) -> Mapping[str, tuple[str, ...]]:
+    """{block: patterns of its layers} of a family with known blocks. What is in no block (time embedding, output layer) keeps the whole strength."""
+    table = converters.TABLES[family]
+    encoders = [part for part in table.components if part.startswith("text_encoder")]
+    found: dict[str, dict[str, None]] = {}
+    if family == "flux":
+        found = {block: dict.fromkeys(f"transformer.{name}" for name in ends) for block, ends in _FLUX_ENDS.items()}
+        found |= {block: {encoder: None} for block, encoder in zip(("CLIP", "T5"), encoders, strict=True)}
+        for letter, name in (("D", "transformer_blocks"), ("S", "single_transformer_blocks")):
+            found |= {b: {f"transformer.{name}.{int(b[1:])}": None} for b in _FLUX if b[0] == letter}
+    else:
+        found["BASE"] = dict.fromkeys(encoders)
+        for rule in table.rules["unet"]:
+            if m := _SGM.match(rule.original):
+                block = f"{m[1].removesuffix('put').upper()}{int(m[2]):02}" if m[1] else "M00"
+                own = found.setdefault(block, {})
+                for name, _ in rule.parts:
+                    # an attention goes with the resnet before it, also in a UNet that has some where the family's has none
+                    own |= dict.fromkeys((_pattern(name), _pattern(name).replace(".resnets.", ".attentions.")))
+    return {block: tuple(patterns) for block, patterns in found.items()}
+
+
+def _pattern(layer: str) -> str:
+    """`unet.down_blocks.1.attentions.0` of any layer in it: with what LDM gives one number."""
+    return ".".join(["unet", *layer.split(".")[: 1 if layer.startswith("mid_block") else 4]])
+
+
+def _weights(tag: Tag, family: str | None) -> dict[str, float]:
+    """{block: its weight}. Blocks that the vector leaves out have 0, as in the extension."""
+    vectors = VECTORS.get(family or "")
+    if vectors is None:
+        raise ConfigError(
+            f"<lora:{tag.name}> has weights by block, and those of {family or 'this pipeline'} are not known",
+            remedy=f"They are for {', '.join(VECTORS)}.",
+        )
+    if isinstance(tag.lbw, str):
+        presets = PRESETS[len(vectors[0])]
+        if tag.lbw not in presets:
+            raise UnknownNameError.of(f"preset of block weights for {family} called", tag.lbw, presets)
+        return dict(zip(vectors[0], map(float, presets[tag.lbw]), strict=True))
+    numbers = tag.lbw or ()
+    names = next((v for v in vectors if len(v) == len(numbers)), None)
+    if names is None:
+        raise ConfigError(
+            f"<lora:{tag.name}> has {len(numbers)} weights by block",
+            remedy=f"{family} has {' or '.join(str(len(v)) for v in vectors)}.",
+        )
+    return dict(zip(names, numbers, strict=True))
+
+
+def _tag(text: str) -> Tag:
+    name, *rest = (part.strip() for part in text.split(":"))
+    where = f"<lora:{text}>"
+    if not name:
+        raise ConfigError("a tag without a name", where=where, remedy="For example <lora:style:0.8>.")
+    named = dict(part.split("=", 1) for part in rest if "=" in part)
+    if unknown := [key for key in named if key not in _NAMED]:
+        raise UnknownNameError.of("setting of a tag called", unknown[0], _NAMED, where)
+    plain = [part for part in rest if "=" not in part]
+    # an old spelling puts the weights by block after the strength: <lora:name:1:OUTALL>
+    lbw = named.get("lbw", named.get("w")) or (plain.pop() if len(plain) > 1 and not _is_number(plain[-1]) else None)
+    if len(plain) > 2:
+        raise ConfigError("too many numbers", where=where, remedy="It is <lora:NAME:TEXT_ENCODER:UNET>.")
+    te, unet = (*plain, None, None)[:2]
+    text_encoder = _number(named.get("te", te or "1"), where)
+    both = named.get("unet", unet)
+    return Tag(name, text_encoder if not both else _number(both, where), text_encoder, lbw and _vector(lbw, where))
+
+
+def _vector(text: str, where: str) -> str | tuple[float, ...]:
+    if "," in text:
+        return tuple(_number(part, where) for part in text.split(","))
+    known = {name for presets in PRESETS.values() for name in presets}
+    if text not in known:
+        raise UnknownNameError.of("preset of block weights called", text, known, where)
+    return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(text: str, where: str) -> float:
+    if not _is_number(text) or not math.isfinite(float(text)):
+        raise ConfigError(f"{shown(text.strip())} is no finite number", where=where, remedy="For example 0.8.")
+    return float(text)
