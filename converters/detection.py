@@ -129,13 +129,11 @@ def fit(
     counts = {family: n for family, n in counts.items() if family in fits}
     most = max(counts.values(), default=0)
     fitting = [family for family in TABLES if most and counts.get(family) == most]
-    families, ambiguous, own = _decided(fitting, layers, metadata, formats)
-    if family and family not in fitting:
-        tables = FORMATS[formats[0]].tables
-        own |= {(f, family): _own(FORMATS[f], tables[family], layers, metadata) for f in formats if family in tables}
+    own = _Own(layers, metadata, FORMATS[formats[0]].tables)
+    families, ambiguous = _decided(fitting, layers, metadata, formats, own)
     best = family or (families[0] if families else "")
-    able = [f for f in formats if {*([family] if family else families)} <= {*FORMATS[f].tables}]
-    chosen = max(able or formats, key=lambda f: own.get((f, best), 0))
+    able = [f for f in formats if {*([family] if family else families)} <= {*FORMATS[f].tables}] or formats
+    chosen = able[0] if len(able) == 1 or not best else max(able, key=lambda f: own(f, best))
     return Fit(chosen, families, ambiguous, counts, len(layers), parts[chosen])
 
 
@@ -231,27 +229,47 @@ def _counts(layers: Collection[Spelt], fmt: Format, metadata: Mapping[str, str])
     return counts
 
 
+class _Own:
+    """How many layers are spelt as a format would spell a family's: counted when it is asked for."""
+
+    def __init__(self, layers: Collection[Spelt], metadata: Mapping[str, str], tables: Mapping[str, Table]):
+        self.layers, self.metadata, self.tables = layers, metadata, tables
+        self.counts: dict[tuple[str, str], int] = {}
+
+    def __call__(self, format: str, family: str) -> int:
+        at = format, family
+        if at not in self.counts:
+            table = self.tables.get(family)
+            self.counts[at] = _own(FORMATS[format], table, self.layers, self.metadata) if table else 0
+        return self.counts[at]
+
+
 def _decided(
-    fitting: list[str], layers: Mapping[Spelt, Mapping[str, Handle]], metadata: Mapping[str, str], formats: list[str]
-) -> tuple[tuple[str, ...], bool, dict[tuple[str, str], int]]:
-    """The families in order, whether the first is a mere guess, and {(format, family): layers in that format's own spelling}."""
+    fitting: list[str],
+    layers: Mapping[Spelt, Mapping[str, Handle]],
+    metadata: Mapping[str, str],
+    formats: list[str],
+    own: _Own,
+) -> tuple[tuple[str, ...], bool]:
+    """The families in order, and whether the first is a mere guess."""
     tables = FORMATS[formats[0]].tables
-    own = {(f, family): _own(FORMATS[f], tables[family], layers, metadata) for f in formats for family in fitting}
-    spelt = {family: max(own[f, family] for f in formats) for family in fitting}
     best = [family for family in fitting if family in _said(metadata)] or fitting
     fmt = FORMATS[formats[0]]
-    denoised = {f for f in best if any(_component(fmt, tables[f], s, metadata) in tables[f].rules for s in layers)}
+    denoised = any(_component(fmt, tables[f], s, metadata) in tables[f].rules for f in best for s in layers)
     if not denoised:  # text encoders have the same names everywhere
-        return tuple(sorted(fitting, key=lambda f: (f not in best, -spelt[f]))), False, own
+        spelt = {f: max(own(name, f) for name in formats) for f in fitting}
+        return tuple(sorted(fitting, key=lambda f: (f not in best, -spelt[f]))), False
     best = _by_width(best, layers) or best
     best = _by_depth(best, layers) or best
     if set(best) <= set(_UNETS):
         if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
             best = [family for family in best if any(FORMATS[f].original(tables[family]) for f in formats)] or best
-        return tuple(best), False, own
-    best = [family for family in best if spelt[family] == max(spelt[f] for f in best)]
+        return tuple(best), False
+    if len(best) > 1:
+        spelt = {f: max(own(name, f) for name in formats) for f in best}
+        best = [family for family in best if spelt[family] == max(spelt.values())]
     maps = {id(tables[family].rules[next(iter(tables[family].rules))]) for family in best}
-    return tuple(best), len(maps) > 1, own
+    return tuple(best), len(maps) > 1
 
 
 def _own(fmt: Format, table: Table, layers: Collection[Spelt], metadata: Mapping[str, str]) -> int:

@@ -43,13 +43,16 @@ def detect(source: Source) -> Detection:
     return detected(found, tensors)
 
 
-def fitting(source: Source) -> Fit:
-    """All that a file fits, the ambiguous among it. Of a folder with a file for each component, what all of them fit."""
+def fitting(source: Source, family: str | None = None) -> Fit:
+    """All that a file fits, the ambiguous among it. Of a folder with a file for each component, what all of them fit.
+
+    `family` is known to be what the file is asked for, where formats of different families look alike.
+    """
     if several := components_in(source):
         family, first = _common(several), fitting(several[0])
         return replace(first, families=(family,) if family else first.families, ambiguous=family is None)
     tensors, metadata, where = opened(source)
-    return fit(tensors, metadata, where)
+    return fit(tensors, metadata, where, family=family)
 
 
 def detected(found: Fit, tensors: Mapping[str, Handle]) -> Detection:
@@ -81,11 +84,12 @@ def read(
     family: str | None = None,
     format: str | None = None,
     names: Names | None = None,
+    fits: Fit | None = None,
 ) -> Bundle:
     """A file, a PEFT folder or a dict of tensors as a Bundle. Reads the header; the tensors stay where they are.
 
     `family` and `format` override detection. `names` {component: layer names} are a model's own, against which names are resolved
-    before the family's table is asked, and which tell the component where the file does not.
+    before the family's table is asked, and which tell the component where the file does not. `fits` is what `fitting` has said of it.
     """
     known_name("format", format, FORMATS)
     known_name("family", family, TABLES)
@@ -93,7 +97,7 @@ def read(
         family = family or _common(several)
         return _merged([read(path, family=family, format=format, names=names) for path in several], source)
     tensors, metadata, where = opened(source)
-    found = fit(tensors, metadata, where, format, family)
+    found = fits or fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
     table = fmt.tables.get(next(iter(families), ""), Table({}))

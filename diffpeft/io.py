@@ -230,6 +230,9 @@ def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
             if handle.tensor is not None:
                 out.append(handle.tensor)
                 continue
+            if handle.path is not None and nbytes(handle):
+                out.append(_filled(handle, files))
+                continue
             data, at = bytearray(nbytes(handle)), 0
             for chunk in chunks(handle, files):
                 data[at : at + len(chunk)] = chunk
@@ -242,6 +245,24 @@ def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
         for file in files.values():
             file.close()
     return out
+
+
+def _filled(handle_: Handle, files: dict[Path, Any]) -> torch.Tensor:
+    """A tensor read straight into its place."""
+    import torch
+
+    assert handle_.path is not None
+    if handle_.path not in files:
+        files[handle_.path] = open(handle_.path, "rb", buffering=0)  # noqa: SIM115
+    tensor = torch.empty(handle_.shape, dtype=getattr(torch, _TORCH[handle_.dtype]))
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    view, done = memoryview(data), 0
+    files[handle_.path].seek(handle_.start)
+    while done < len(view):
+        if not (n := files[handle_.path].readinto(view[done:])):
+            raise _unreadable(handle_.path, "the file became shorter while it was read")
+        done += n
+    return tensor
 
 
 def handle(tensor: torch.Tensor) -> Handle:

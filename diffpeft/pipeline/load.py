@@ -160,12 +160,13 @@ def _read(source: Any, own: str | None, family: str | None, names: Mapping[str, 
     """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint."""
     if isinstance(source, Bundle):
         return source
+    found = None
     if family is None:
-        found = converters.fitting(source)
+        found = converters.fitting(source, own)
         where = "a dict of tensors" if isinstance(source, Mapping) else source
         _check_family(found.families, own, where)
         family = own if own in found.families else None
-    return converters.read(source, family=family, names=names)
+    return converters.read(source, family=family, names=names, fits=found)
 
 
 def _check_family(fits: Sequence[str], own: str | None, where: object) -> None:

@@ -86,15 +86,21 @@ def matched(
         where = f"{bundle.source}: {dotted(component, layer)}"
         slot = Slot([p if max_rank is None else padded(p, max_rank, where) for p in made], beside, trainable=trainable)
         slot.source = None if max_rank is None else tuple(made)
-        slots[component][layer] = slot.to(device_of(module)).train(module.training)
+        device = device_of(module)
+        slots[component][layer] = slot if _is_on(slot, device) else slot.to(device)
+        slot.train(module.training)
     return slots, absent + lost
+
+
+def _is_on(slot: Slot, device: torch.device) -> bool:
+    return all(t.device == device for t in slot.tensors.values())
 
 
 def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
     """A key that names a parameter of the base must never reach it."""
     own = {
         name
-        for component, model in parts.items()
+        for component, model in (parts if bundle.carried else {}).items()
         for key in model.state_dict(keep_vars=True)
         for spelt in spellings(key)
         for name in (spelt, dotted(component, spelt), f"{WRAPPED}{spelt}")
