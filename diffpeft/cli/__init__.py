@@ -10,6 +10,7 @@ from diffpeft import __version__
 from diffpeft.cli.convert import convert
 from diffpeft.cli.demo import demo
 from diffpeft.cli.errors import run
+from diffpeft.cli.fuse import fuse
 from diffpeft.cli.generate import generate
 from diffpeft.cli.inspect import inspect
 from diffpeft.cli.train import train
@@ -29,6 +30,7 @@ def cli() -> None:
     diffpeft demo                              learn a style on the embedded base, offline, in minutes
     diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
+    diffpeft fuse -m MODEL --lora FILE -o OUT  put adapters into a model's weights for good
     diffpeft inspect FILE                      say what an adapter file is
     diffpeft convert IN OUT --to FORMAT        write it in another format
 
@@ -36,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, train, generate, inspect, convert):
+for command in (demo, train, generate, fuse, inspect, convert):
     cli.add_command(command)
 
 

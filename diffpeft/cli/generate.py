@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,10 +26,17 @@ def weighted(text: str) -> tuple[str, float]:
     help="A diffusers folder, a single .safetensors file (with --base), or a Hub id. Default: the embedded base.",
 )
 @click.option("--base", help="The folder or Hub id with the configs and the tokenizer of a single-file model.")
-@click.option("-p", "--prompt", required=True, help="What to draw.")
+@click.option("-p", "--prompt", required=True, help="What to draw; may name adapters: <lora:style:0.8>.")
 @click.option("--negative", help="What not to draw.")
 @click.option(
     "--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="An adapter and its strength; may be repeated."
+)
+@click.option(
+    "--lora-dir",
+    default=".",
+    show_default=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Where NAME.safetensors is that the prompt names as <lora:NAME:0.8> and no --lora gives.",
 )
 @click.option(
     "-o", "--out", default="out.png", show_default=True, type=click.Path(dir_okay=False), help="The PNG to write."
@@ -47,6 +55,7 @@ def generate(
     prompt: str,
     negative: str | None,
     loras: tuple[str, ...],
+    lora_dir: str,
     out: str,
     seed: int,
     steps: int,
@@ -57,29 +66,35 @@ def generate(
 ) -> None:
     """Draw a picture, with adapters or without.
 
+    \b
     Example: diffpeft generate -p "an emoji of lemon" --lora demo-out/openmoji.diffusers.safetensors:0.8 -o lemon.png
+             diffpeft generate -p "an emoji of lemon <lora:openmoji.kohya:0.8>" --lora-dir demo-out -o lemon.png
+
+    Tags in the prompt are A1111's: <lora:NAME>, <lora:NAME:0.8>, <lora:NAME:TEXT_ENCODER:UNET>, and with weights by
+    block <lora:NAME:1:1:lbw=OUTALL> or lbw=0,1,0.5,...
     """
     if Path(out).suffix.lower() != ".png":
         raise ConfigError(f"the output is {out!r}", remedy="It is a PNG: its name ends in .png.")
     import torch
 
     import converters
-    import diffpeft
     from diffpeft.cli.errors import quiet_bars
     from diffpeft.io import replacing
     from diffpeft.pipeline.locate import located
     from diffpeft.pipeline.open import check_model, default_device, default_dtype, open_pipeline
+    from diffpeft.pipeline.prompt import parsed, resolved
 
+    prompt, tags = parsed(prompt)
+    wanted = resolved([weighted(text) for text in loras], tags, Path(lora_dir))
     check_model(model, base)
     files = [
-        (converters.read(located(file)), weight) for file, weight in map(weighted, loras)
+        (converters.read(located(file)), strength) for file, strength in wanted
     ]  # headers only: a bad file is told before the model loads
     quiet_bars()
     device = default_device()
     pipe = open_pipeline(model, base, dtype=dtype or default_dtype(device), device=device)
     pipe.set_progress_bar_config(disable=True)
-    for i, (bundle, weight) in enumerate(files):
-        diffpeft.load_lora(pipe, bundle, name=f"lora-{i}", weight=weight)
+    _load(pipe, files)
     guidance = 4.0 if guidance is None and model is None else guidance
     chosen = {"negative_prompt": negative, "guidance_scale": guidance, "width": width, "height": height}
     image = pipe(
@@ -91,3 +106,18 @@ def generate(
     with replacing(out) as f:
         image.save(f, "PNG")
     click.echo(out)
+
+
+def _load(pipe: Any, files: list[tuple[Any, Any]]) -> None:
+    """Bundles, each with its strength: a number, or the tag of the prompt that says it."""
+    import diffpeft
+    from diffpeft.families import family_of
+    from diffpeft.pipeline.prompt import Tag, strengths
+
+    mix = {}
+    for i, (bundle, strength) in enumerate(files):
+        tagged = isinstance(strength, Tag)
+        report = diffpeft.load_lora(pipe, bundle, name=f"lora-{i}", weight=1.0 if tagged else strength)
+        mix[report.name] = strengths(strength, family_of(pipe), report.matched) if tagged else strength
+    if mix:
+        diffpeft.set_adapters(pipe, mix)

@@ -19,6 +19,7 @@ from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import Plan, mixes_of, unfused
 from diffpeft.model.mix import Choice, Mix
+from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted_layers, components
 
 
@@ -40,6 +41,7 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
     chosen = _chosen(names, mixes)
     plan = Plan()
     for component, mix in mixes.items():
+        _refuse_changing(mix, chosen)
         given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
         if given:
             _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
@@ -87,6 +89,21 @@ def _chosen(names: str | Sequence[str] | None, mixes: Mapping[str, Mix]) -> set[
     return wanted
 
 
+def _refuse_changing(mix: Mix, names: set[str]) -> None:
+    """Raise AdapterStateError if there is no one strength to fuse at."""
+    if mix.choice.rows:
+        raise AdapterStateError(
+            "a list of mixes is set, one a prompt, and weights are the same for all rows",
+            remedy="Call set_adapters with one mix first.",
+        )
+    for name in mix.choice.order:
+        if name in names and any(isinstance(level, Schedule) for level in mix.choice.levels[name]):
+            raise AdapterStateError(
+                f"the strength of adapter {shown(name)} is a schedule, and weights are the same in all steps",
+                remedy="Call set_adapters with a number first.",
+            )
+
+
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
     owners = _owners(model)
@@ -130,7 +147,7 @@ def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, f
         W.to(weight.dtype).contiguous(memory_format=torch.preserve_format),
         None if b is None or bias is None else b.to(bias),
     )
-    if not all(t is None or bool(t.isfinite().all()) for t in out):
+    if not all(t is None or bool(torch.stack(t.aminmax()).isfinite().all()) for t in out):  # NaN is either's
         raise NonFiniteError(
             f"layer {shown(layer)} would get weights that are not finite",
             remedy="An adapter is broken, or too strong for the dtype.",

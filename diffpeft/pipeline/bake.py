@@ -91,8 +91,8 @@ def bake(
     """
     model, out = Path(model), Path(out)
     _check_places(model, out)
-    index = _index(model)
-    names = [n for n, c in index.items() if isinstance(c, list) and c[:1] != [None] and (model / n).is_dir()]
+    index = _json(model / INDEX)
+    names = [n for n, kind in index.items() if _is_component(n, kind) and (model / n).is_dir()]
     stored = {name: _stored(model / name, variant) for name in names}
     if variant and not any(_variant(file) == variant for own in stored.values() for file in own.files):
         raise CheckpointError(f"no file is of the variant {shown(variant)}", where=model, remedy="Leave out variant.")
@@ -104,28 +104,37 @@ def bake(
         _show_weights(source, target, parts, stored)
         load_lora(target, source, name=f"lora-{n}", weight=weight)
     changes = {name: _changes(name, part, stored[name]) for name, part in parts.items()}
-    total = sum(map(len, changes.values()))
     with io.folder(out) as folder:
         beside = [p for p in sorted(model.iterdir()) if p.is_file() and p.name[0] != "." and not _others(p)]
         for file in [*beside, *(file for own in stored.values() for file in own.files)]:
             _copy(file, folder / file.relative_to(model))
-        done = 0
-        with contextlib.ExitStack() as stack:
-            files: dict[Path, Any] = {}
-            for change in (c for own in changes.values() for c in own):
-                for handle, tensor in _computed(change):
-                    assert handle.path is not None
-                    if handle.path not in files:
-                        copy = folder / handle.path.relative_to(model)
-                        files[handle.path] = stack.enter_context(open(copy, "r+b"))
-                    files[handle.path].seek(handle.start)
-                    for chunk in io.chunks(io.handle(tensor)):
-                        files[handle.path].write(chunk)
-                told(done := done + 1, total)
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
+        _write([change for own in changes.values() for change in own], model, folder, told)
     return {name: len(own) for name, own in changes.items() if own}
+
+
+def _write(changes: Sequence[_Change], model: Path, folder: Path, told: Callable[[int, int], None]) -> None:
+    """Compute each layer and write its tensors over those in the copies, which have them at the same bytes."""
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, Any] = {}
+        for done, change in enumerate(changes, 1):
+            for handle, tensor in _computed(change):
+                assert handle.path is not None
+                if handle.path not in files:
+                    copy = folder / handle.path.relative_to(model)
+                    files[handle.path] = stack.enter_context(open(copy, "r+b"))
+                files[handle.path].seek(handle.start)
+                for chunk in io.chunks(io.handle(tensor)):
+                    files[handle.path].write(chunk)
+            told(done, len(changes))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _is_component(name: str, kind: Any) -> bool:
+    """Whether an entry of model_index.json names a component: a plain name, a library and a class."""
+    pair = isinstance(kind, list) and len(kind) == 2 and all(isinstance(part, str) for part in kind)
+    return pair and re.fullmatch(r"\w+", name) is not None
 
 
 def _check_places(model: Path, out: Path) -> None:
@@ -146,14 +155,14 @@ def _check_places(model: Path, out: Path) -> None:
         raise ConfigError("the output is there already", where=out, remedy="Name a new folder, or empty this one.")
 
 
-def _index(model: Path) -> dict[str, Any]:
+def _json(file: Path) -> dict[str, Any]:
     try:
-        index = json.loads((model / INDEX).read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UnreadableFileError(f"cannot read it ({error})", where=model / INDEX) from error
-    if not isinstance(index, dict):
-        raise UnreadableFileError("it is no table of components", where=model / INDEX)
-    return index
+        raise UnreadableFileError(f"cannot read it ({error})", where=file) from error
+    if not isinstance(found, dict):
+        raise UnreadableFileError("it is no table", where=file)
+    return found
 
 
 def _variant(file: Path) -> str | None:
@@ -190,7 +199,7 @@ def _tensors(files: Iterable[Path], folder: Path) -> dict[str, Handle]:
     files = list(files)
     for file in files:
         if file.suffix == ".json":
-            wanted |= {*json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()}
+            wanted |= {*map(str, _json(file).get("weight_map", {}).values())}
             continue
         own = io.header(file)[0]
         if twice := own.keys() & tensors.keys():

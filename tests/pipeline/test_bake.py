@@ -23,7 +23,6 @@ from diffpeft import (
     WrongBaseError,
 )
 from diffpeft.pipeline.bake import _variant, bake
-from diffpeft.pipeline.open import EMBEDDED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -57,8 +56,7 @@ def fused(folder, dtype, adapters, **options):
     for n, (file, weight) in enumerate(adapters):
         diffpeft.load_lora(pipe, file, name=f"a{n}", weight=weight)
     diffpeft.fuse(pipe)
-    out = {k: t.clone() for k, t in weights(pipe).items() if ".adapters." not in k}
-    return out
+    return {k: t.clone() for k, t in weights(pipe).items() if ".adapters." not in k}
 
 
 def equal(a, b):
@@ -207,21 +205,39 @@ def test_both_spellings_of_clips_names(saved, adapter, tmp_path):
         assert equal(weights(opened(tmp_path / f"out{n}", torch.float32)), fused(model, torch.float32, [(lora, 1.0)]))
 
 
-def test_the_embedded_base_draws_the_same_picture(adapter, tmp_path, image, embedded_base):
-    """Its UNet is stored in fp16 and its text encoder in fp32; each keeps its dtype."""
-    attach_to = opened(EMBEDDED, torch.float32)
-    diffpeft.attach(attach_to, diffpeft.LoraConfig(r=2), targets="attn")
-    for m in attach_to.unet.modules():
-        for name, p in m.named_parameters(recurse=False):
-            if name == "lora_B":
-                torch.nn.init.normal_(p, std=0.02)
-    diffpeft.save_lora(attach_to, tmp_path / "a.safetensors", format="kohya")
-    bake(EMBEDDED, [(tmp_path / "a.safetensors", 1.0)], tmp_path / "out")
-    plain, with_adapter = opened(EMBEDDED, torch.float16).to(torch.float32), opened(tmp_path / "out", torch.float32)
-    diffpeft.load_lora(plain, tmp_path / "a.safetensors")
-    assert not torch.equal(image(with_adapter), image(embedded_base))
-    # the weights were rounded to fp16, whose step is 2^-11 of a number
-    assert (image(with_adapter) - image(plain)).abs().max() < 0.05
+def test_transformers_and_several_text_encoders(tmp_path, randomize):
+    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    clip = CLIPTextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=9
+    )
+    parts = {
+        "transformer": SD3Transformer2DModel(
+            sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+            caption_projection_dim=16, pooled_projection_dim=64,
+        ),
+        "text_encoder": CLIPTextModelWithProjection(clip),
+        "text_encoder_3": T5EncoderModel(T5Config(vocab_size=9, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
+    }  # fmt: skip
+    index = {"_class_name": "StableDiffusion3Pipeline", "tokenizer": [None, None]}
+    for name, model in parts.items():
+        model.save_pretrained(tmp_path / "model" / name)
+        index[name] = ["diffusers" if name == "transformer" else "transformers", type(model).__name__]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    pipe = type("StableDiffusion3Pipeline", (), {**parts, "components": parts})()
+    diffpeft.attach(pipe, diffpeft.LoraConfig(r=2), targets=["to_q", "fc1", "wo"])
+    randomize(pipe, dtype=torch.float32)
+    diffpeft.save_lora(pipe, tmp_path / "a.safetensors", format="kohya")
+    diffpeft.unload(pipe)
+    layers = bake(tmp_path / "model", [(tmp_path / "a.safetensors", 0.5)], tmp_path / "out")
+    # Kohya joins q, k and v
+    assert layers == {"transformer": 6, "text_encoder": 1, "text_encoder_3": 2}
+    diffpeft.load_lora(pipe, tmp_path / "a.safetensors", weight=0.5)
+    diffpeft.fuse(pipe)
+    for name, model in parts.items():
+        got, want = type(model).from_pretrained(tmp_path / "out" / name).state_dict(), model.state_dict()
+        assert all(torch.equal(t, want[k]) for k, t in got.items())
 
 
 @pytest.mark.filterwarnings("ignore:.*whole differences")
@@ -300,6 +316,9 @@ def test_models_that_cannot_be_read(saved, adapter, tmp_path):
     refuses(ShapeMismatchError, "conv_in", tmp_path, model, lora, out)
     save_file(tensors | {"conv_in.weight": torch.zeros(16, 4, 3, 3).to(torch.float8_e4m3fn)}, model / UNET)
     refuses(AdapterStateError, "F8", tmp_path, model, lora, out)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"unet": ["mine", "UNet"]}))
+    refuses(CheckpointError, "mine.UNet", tmp_path, model, lora, out)
     (model / "model_index.json").write_text("{")
     refuses(UnreadableFileError, "model_index", tmp_path, model, lora, out)
 
@@ -308,6 +327,16 @@ def load_bytes(data):
     from safetensors.torch import load
 
     return load(data)
+
+
+def test_names_in_the_index_lead_nowhere_else(saved, adapter, tmp_path):
+    model = saved()
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "x").touch()
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"../secret": ["a", "b"], "odd": 3, "pair": ["a"]}))
+    bake(model, [(adapter(), 1.0)], tmp_path / "deep" / "out")
+    assert [*(tmp_path / "deep").iterdir()] == [tmp_path / "deep" / "out"]
 
 
 def test_a_missing_shard(saved, adapter, tmp_path):
