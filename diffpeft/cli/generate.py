@@ -87,9 +87,12 @@ def generate(
     prompt, tags = parsed(prompt)
     wanted = resolved([weighted(text) for text in loras], tags, Path(lora_dir))
     check_model(model, base)
-    files = [
-        (converters.read(located(file)), strength) for file, strength in wanted
-    ]  # headers only: a bad file is told before the model loads
+    files = [(located(file), strength) for file, strength in wanted]
+    for (
+        file,
+        _,
+    ) in files:  # headers only: a bad file is told before the model loads, which tells the family where names do not
+        converters.read(file, names={})
     quiet_bars()
     device = default_device()
     pipe = open_pipeline(model, base, dtype=dtype or default_dtype(device), device=device)
@@ -109,15 +112,15 @@ def generate(
 
 
 def _load(pipe: Any, files: list[tuple[Any, Any]]) -> None:
-    """Bundles, each with its strength: a number, or the tag of the prompt that says it."""
+    """Files, each with its strength: a number, or the tag of the prompt that says it."""
     import diffpeft
     from diffpeft.families import family_of
     from diffpeft.pipeline.prompt import Tag, strengths
 
     mix = {}
-    for i, (bundle, strength) in enumerate(files):
+    for i, (file, strength) in enumerate(files):
         tagged = isinstance(strength, Tag)
-        report = diffpeft.load_lora(pipe, bundle, name=f"lora-{i}", weight=1.0 if tagged else strength)
+        report = diffpeft.load_lora(pipe, file, name=f"lora-{i}", weight=1.0 if tagged else strength)
         mix[report.name] = strengths(strength, family_of(pipe), report.matched) if tagged else strength
     if mix:
         diffpeft.set_adapters(pipe, mix)

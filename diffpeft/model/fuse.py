@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, NonFiniteError, UnknownNameError, shown
-from diffpeft.layers.adapted import Record, Weights, effective, record_of, state_with, weights_of
-from diffpeft.layers.site import site_of
+from diffpeft.layers.adapted import Record, Weights, base_class, effective, record_of, state_with, weights_of
+from diffpeft.layers.site import ConvSite, LinearSite, site_of
 from diffpeft.layers.slot import Slot
+from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import Plan, mixes_of, unfused
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted_layers, components
+
+SOME = 1 << 19  # numbers that are cheap to find memory for
 
 
 def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
@@ -140,7 +143,8 @@ def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, f
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
         own = base[0].to(weight.device), None if base[1] is None else base[1].to(weight.device)
-        W, b = effective(module, steps, dtype, own)
+        rows = _by_rows(module, steps, dtype, own[0])
+        W, b = effective(module, steps, dtype, own) if rows is None else (rows, own[1])
     if b is not None and bias is None:
         raise _unfit(layer, "an adapter adds a bias and the layer has none")
     out = (
@@ -153,6 +157,33 @@ def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, f
             remedy="An adapter is broken, or too strong for the dtype.",
         )
     return (out[0].clone() if out[0].data_ptr() == base[0].data_ptr() else out[0]), out[1]
+
+
+def _by_rows(module: Any, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weight: Tensor) -> Tensor | None:
+    """The weight of a large layer with plain LoRAs in it, some rows at a time: new memory costs more than the arithmetic. None for other layers."""
+    plain = all(
+        slot.parts and slot.parts[0].method is Lora and {*slot.tensors} == {"lora_A", "lora_B"} for slot, _ in steps
+    )
+    if weight.numel() < SOME or not plain or site_of(base_class(module)) not in (LinearSite, ConvSite):
+        return None
+    terms = [(*slot(_scaled_factors, dtype), s) for slot, s in steps]
+    out, some = torch.empty_like(weight), max(1, SOME * len(weight) // weight.numel())
+    now, then = (torch.empty(some, weight[0].numel(), dtype=dtype, device=weight.device) for _ in range(2))
+    for a in range(0, len(weight), some):
+        rows = weight[a : a + some].flatten(1)
+        W, other = now[: len(rows)].copy_(rows), then[: len(rows)]
+        for A, B, scale, s in terms:
+            torch.mm(B[a : a + some], A, out=other).mul_(scale).mul_(s).add_(W)
+            W, other = other, W
+        out[a : a + some] = W.reshape(out[a : a + some].shape)
+    return out
+
+
+def _scaled_factors(slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    part = slot.parts[0]
+    p, method = slot.prepared(part, dtype), part.method
+    A, B = method.factors(p, part.spec)
+    return A.flatten(1), B.flatten(1), method.scale(p, part.spec)
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:

@@ -256,3 +256,19 @@ def test_a_component_keeps_its_own_strengths(pipe, image, randomize):
     unfuse(pipe)
     assert torch.equal(image(pipe), want)
     assert diffpeft.get_adapters(pipe)["a"].strength == {"unet": 0.5, "text_encoder": 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", [nn.Linear(640, 1300), nn.Conv2d(256, 320, 3, padding=1)], ids=["linear", "conv"])
+def test_large_layers_are_fused_some_rows_at_a_time_to_the_same_bytes(layer, dtype, monkeypatch):
+    net = nn.Sequential(copy.deepcopy(layer)).to(dtype).requires_grad_(False)
+    for name, r in (("a", 3), ("b", 5)):
+        attach(net, LoraConfig(r=r, lora_alpha=2, init_lora_weights=False), name, targets=["0"])
+    set_adapters(net, {"a": -0.7, "b": 1.3})
+    found = []
+    for some in (1 << 14, 1 << 40):
+        monkeypatch.setattr("diffpeft.model.fuse.SOME", some)
+        fuse(net)
+        found.append(net[0].weight.clone())
+        unfuse(net)
+    assert torch.equal(*found) and not torch.equal(found[0], net[0].weight)
