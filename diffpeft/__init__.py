@@ -27,7 +27,8 @@ _HOMES = {
     "diffpeft.train.config": "TrainConfig",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-__all__ = sorted(_HOME)
+_MODULES = {"schedule": "diffpeft.model.schedule"}
+__all__ = sorted([*_HOME, *_MODULES])
 
 if TYPE_CHECKING:
     from diffpeft.bundle import Bundle as Bundle
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from diffpeft.methods import LoKrConfig as LoKrConfig
     from diffpeft.methods import LoraConfig as LoraConfig
     from diffpeft.methods import OFTConfig as OFTConfig
+    from diffpeft.model import schedule as schedule
     from diffpeft.model.attach import AttachReport as AttachReport
     from diffpeft.model.attach import attach as attach
     from diffpeft.model.attach import detach as detach
@@ -61,12 +63,15 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
         raise AttributeError(f"module 'diffpeft' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})

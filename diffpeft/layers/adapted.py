@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from diffpeft.layers.chain import Base, Whole
+from diffpeft.layers.chain import Base, Dial, Whole
+from diffpeft.layers.rows import Rows
 from diffpeft.layers.site import held_forwards, site_of
 from diffpeft.layers.slot import Slot
 
@@ -127,9 +128,12 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         assert site is not None
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+            record = getattr(self, RECORD, None)
+            if record is None:  # another thread has just taken the last adapter off
+                return base.forward(self, *args, **kwargs)
             x, rest, named = _taken(args, kwargs)
             dtype = _dtype(self, x, site)
-            link = _link(self, base, site, rest, named, dtype)
+            link = _link(self, record, base, site, rest, named, dtype)
             if link is None:
                 return base.forward(self, *args, **kwargs)
             return link(x.to(dtype) if x.is_floating_point() and site.targets else x)
@@ -159,12 +163,20 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def _shown(record: Record) -> list[str]:
     """What a printed layer says of each adapter: its strength, `inactive` or `fused`."""
-    choice = record.mix.current()
-    strengths = {name: f"{choice.strengths[name][record.index]:g}" for name in choice.order}
+    choice = record.mix.standing()
+    strengths = {name: _level(choice, name, record.index) for name in choice.order}
     return [
         f"{name}={'fused at ' if name in record.fused else ''}{strengths.get(name, 'inactive')}"
         for name in record.slots
     ]
+
+
+def _level(choice: Any, name: str, index: int) -> str:
+    """An adapter's strength on a layer in words: a number, a schedule, or one a prompt."""
+    if choice.rows:
+        return " | ".join(_level(row, name, index) if name in row.order else "0" for row in choice.rows)
+    level = choice.levels[name][index]
+    return f"{level:g}" if isinstance(level, float) else repr(level)
 
 
 def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -187,32 +199,40 @@ def _dtype(module: Any, x: Tensor, site: Any) -> torch.dtype:
 
 
 def _link(
-    module: Any, base: Any, site: Any, rest: tuple[Any, ...], named: dict[str, Any], dtype: torch.dtype
-) -> Whole | None:
+    module: Any,
+    record: Record,
+    base: Any,
+    site: Any,
+    rest: tuple[Any, ...],
+    named: dict[str, Any],
+    dtype: torch.dtype,
+) -> Whole | Rows | None:
     """The layer with the active adapters on it; None if there is none. Kept from one call to the next while the mix is the same."""
-    record = module._diffpeft
     choice = record.mix.current()
     compiling = torch.compiler.is_compiling()
     keep = not (compiling or rest or named)
+    lasting = choice.of or choice  # what stays from step to step
     if keep:
         kept = record.kept.get("link")
-        if kept is not None and kept[0] is choice and kept[1] == dtype:
+        if kept is not None and kept[0] is lasting and kept[1] == dtype:
             return kept[2]
-    steps = _steps(record, choice, compiling)
-    link = None
-    if steps:
+    mixes = choice.rows or (choice,)
+    prompts = [_steps(record, mix, compiling, row if choice.rows else None) for row, mix in enumerate(mixes)]
+    link: Whole | Rows | None = None
+    if any(prompts):
         op: Any = site(module, *rest, **named)
-        link = Whole(Base(op, lambda x: base.forward(module, x, *rest, **named), dtype, record.kept), steps)
+        plain = Base(op, lambda x: base.forward(module, x, *rest, **named), dtype, record.kept)
+        link = Rows(plain, prompts, record) if choice.rows else Whole(plain, prompts[0])
     if keep:
-        record.kept["link"] = choice, dtype, link
+        record.kept["link"] = lasting, dtype, link
     return link
 
 
-def _steps(record: Record, choice: Any, compiling: bool) -> list[tuple[Slot, float | Tensor]]:
-    """The active adapters of a layer in activation order with their strengths.
+def _steps(record: Record, choice: Any, compiling: bool, row: int | None) -> list[tuple[Slot, float | Dial | Tensor]]:
+    """The active adapters of a layer in activation order with their strengths. `row`: the prompt, where each has its mix.
 
-    In eager code an adapter at strength 0 is left out, so that it costs nothing and changes nothing. In compiled code strengths are gathered
-    from a table in the graph, so that changing one does not compile anew.
+    In eager code an adapter at strength 0 is left out, so that it costs nothing and changes nothing, and one that changes from step to step is a
+    dial. In compiled code strengths are gathered from a table in the graph, so that changing one does not compile anew.
     """
     found = [
         (row, name, record.slots[name])
@@ -223,7 +243,12 @@ def _steps(record: Record, choice: Any, compiling: bool) -> list[tuple[Slot, flo
         return [
             (slot, choice.table[row].index_select(0, record.column).to(slot.weight.device)[0]) for row, _, slot in found
         ]
-    return [(slot, s) for _, name, slot in found if (s := choice.strengths[name][record.index])]
+    levels = [(name, slot, choice.levels[name][record.index]) for _, name, slot in found]
+    return [
+        (slot, s if isinstance(s, float) else Dial(record.mix, row, name, record.index, s))
+        for name, slot, s in levels
+        if s != 0
+    ]
 
 
 def effective(

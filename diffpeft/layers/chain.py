@@ -21,6 +21,30 @@ from diffpeft.methods.linalg import squares
 _PASS = 40
 
 
+class Dial:
+    """A strength that changes from step to step: what the mix in force has for it now. `level` is the schedule."""
+
+    def __init__(self, mix: Any, row: int | None, name: str, index: int, level: Any):
+        self.mix, self.row, self.name, self.index, self.level = mix, row, name, index, level
+
+    def now(self) -> float:
+        choice = self.mix.current()
+        return (choice if self.row is None else choice.rows[self.row]).strengths[self.name][self.index]
+
+
+Given = Strength | Dial
+
+
+def now(s: Given) -> Strength:
+    """A strength as it is now."""
+    return s.now() if isinstance(s, Dial) else s
+
+
+def is_zero(s: Strength) -> bool:
+    """Whether a strength is known to be 0, so that its adapter is left out."""
+    return isinstance(s, float) and s == 0
+
+
 class Base:
     """The layer without adapters."""
 
@@ -91,13 +115,18 @@ class _Later:
 class Added(_Later):
     """Additive adapters side by side: they commute, so each takes its cheapest way, and those of low rank go as one."""
 
-    def __init__(self, before: Link, terms: Sequence[tuple[Slot, Part, Strength]]):
+    def __init__(self, before: Link, terms: Sequence[tuple[Slot, Part, Given]]):
         super().__init__(before)
         self.terms = terms
 
+    def _now(self) -> list[tuple[Slot, Part, Strength]]:
+        """The terms whose strength is not 0."""
+        terms = [(slot, part, now(s)) for slot, part, s in self.terms]
+        return [term for term in terms if not is_zero(term[2])]
+
     def weight(self) -> Tensor:
         W = self.before.weight()
-        for slot, part, s in self.terms:
+        for slot, part, s in self._now():
             W = slot(_with_delta, part, W, s, self.dtype)
         return W
 
@@ -106,13 +135,13 @@ class Added(_Later):
             return self.op.op(x, self.weight(), bias)
         op, tokens = self.op, self.op.positions(x)
         W, pairs, others = None, [], []
-        for slot, part, s in self.terms:
+        for slot, part, s in self._now():
             s = _dropped(slot, part, s)
             if not slot.bare:
                 others.append((slot, part, s))
                 continue
             p = slot.prepared(part, self.dtype)
-            route = _route(slot, part, p, tokens)
+            route = route_of(slot, part, p, tokens)
             if route == "weight" and op.faithful:
                 W = (self.before.weight() if W is None else W) + s * _masked(slot, part, p)
             elif (
@@ -168,7 +197,7 @@ def _joined(pairs: Sequence[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor
     return A, B, torch.cat(gates)
 
 
-def _route(slot: Slot, part: Part, p: Any, tokens: int) -> str:
+def route_of(slot: Slot, part: Part, p: Any, tokens: int) -> str:
     """How to apply an additive part; in training dropout decides."""
     if slot.training and part.spec.options.get("rank_dropout"):
         return "weight"
@@ -180,7 +209,7 @@ def _route(slot: Slot, part: Part, p: Any, tokens: int) -> str:
 def _one(slot: Slot, part: Part, op: Any, y: Tensor, x: Tensor, s: Strength, dtype: torch.dtype, tokens: int) -> Tensor:
     """y with one additive adapter on its own added."""
     p, method, spec = slot.prepared(part, dtype), part.method, part.spec
-    route = _route(slot, part, p, tokens)
+    route = route_of(slot, part, p, tokens)
     if route == "alone":
         x, route = F.dropout(x, spec.options["dropout"]), method.route(p, spec, tokens)
     if route == "own":
@@ -212,22 +241,28 @@ def _dropped(slot: Slot, part: Part, s: Strength) -> Strength:
 def _with_delta(slot: Slot, part: Part, W: Tensor, s: Strength, dtype: torch.dtype) -> Tensor:
     """W with one additive adapter in it."""
     p = slot.prepared(part, dtype)
-    return W + s * (part.method.scale(p, part.spec) * part.method.delta(p, part.spec))
+    change = part.method.scale(p, part.spec) * part.method.delta(p, part.spec)
+    fits = change.stride() == W.stride() and torch.promote_types(change.dtype, W.dtype) == change.dtype
+    if torch.is_grad_enabled() or isinstance(s, Tensor) or not fits:  # the result lies in memory as W does
+        return W + s * change
+    return change.mul_(s).add_(W)  # large weights take longer to find memory for than to compute
 
 
 class Changed(_Later):
     """An adapter that depends on the weight before it: all its methods in order, as one at strength s."""
 
-    def __init__(self, before: Link, slot: Slot, s: Strength):
+    def __init__(self, before: Link, slot: Slot, s: Given):
         super().__init__(before)
         self.slot, self.s = slot, s
 
     def weight(self) -> Tensor:
-        return self.slot(_changed, self.before.weight(), self.s, self.dtype)
+        return self.slot(_changed, self.before.weight(), now(self.s), self.dtype)
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
+        if is_zero(s := now(self.s)):
+            return self.before(x, bias)
         if len(self.slot.parts) == 1 and self.op.targets:
-            return self.slot(_applied, self.before, x, self.s, bias)
+            return self.slot(_applied, self.before, x, s, bias)
         if not self.op.faithful:
             return self.before(x, bias) + self.op.op(x, self.weight() - self.before.weight(), False)
         return self.op.op(x, self.weight(), bias)
@@ -254,7 +289,7 @@ def _applied(slot: Slot, before: Link, x: Tensor, s: Strength, bias: bool) -> Te
 class Whole:
     """The layer with all its adapters on it, in order, biases included."""
 
-    def __init__(self, base: Base, steps: Sequence[tuple[Slot, Strength]]):
+    def __init__(self, base: Base, steps: Sequence[tuple[Slot, Given]]):
         self.op, self.link = base.op, _linked(base, steps)
         self.shifts = [(slot, s) for slot, s in steps if slot.shifts]
 
@@ -270,15 +305,17 @@ class Whole:
         """What the adapters add to the layer's bias, if anything: b_k = b_{k-1} + s_k (f_k(b_{k-1}) - b_{k-1})."""
         total, bias = None, None if bias is None else bias.flatten()
         for slot, s in self.shifts:
+            if is_zero(s := now(s)):
+                continue
             by = slot(_shift, _sum(bias, total))
             total = _sum(total, None if by is None else s * by.to(dtype))
         return total
 
 
-def _linked(base: Base, steps: Sequence[tuple[Slot, Strength]]) -> Link:
+def _linked(base: Base, steps: Sequence[tuple[Slot, Given]]) -> Link:
     """The links, runs of additive adapters as one."""
     link: Link = base
-    waiting: list[tuple[Slot, Part, Strength]] = []
+    waiting: list[tuple[Slot, Part, Given]] = []
     for slot, s in steps:
         if all(part.additive for part in slot.parts):
             waiting += [(slot, part, s) for part in slot.parts]

@@ -61,6 +61,11 @@ class _Site:
         """A canonical weight in the layer's own order: the inverse of `weight`."""
         return weight
 
+    def has_batch(self, x: Tensor) -> bool:
+        """Whether the first axis of an input counts rows of a batch."""
+        g = self.geometry
+        return x.dim() == len(g.kernel) + 2 if g.kernel else x.dim() > (not g.lookup)
+
     def kron(
         self: Any, y: Tensor, x: Tensor, first: Tensor, down: Tensor | None, up: Tensor, gate: float | Tensor
     ) -> Tensor:
@@ -96,6 +101,10 @@ class _FeaturesLast(_Site):
     def scaled(self, t: Tensor, by: Tensor) -> Tensor:
         return t * by
 
+    def gated(self, h: Tensor, by: Tensor) -> Tensor:
+        """h [b, *n, r] times by [b, r]."""
+        return h * by.view(len(by), *(1 for _ in h.shape[2:]), -1)
+
     def shifted(self, y: Tensor, by: Tensor) -> Tensor:
         return y + by
 
@@ -113,7 +122,8 @@ class LinearSite(_FeaturesLast):
 
     def __init__(self, module: Any, *rest: Any, **named: Any):
         super().__init__(module, *rest, **named)
-        self.plain = module._diffpeft_base.forward is nn.Linear.forward if hasattr(module, "_diffpeft_base") else False
+        base: Any = getattr(type(module), "_diffpeft_base", None)
+        self.plain = base is not None and base.forward is nn.Linear.forward
 
     @staticmethod
     def geometry_of(module: Any) -> Geometry:
@@ -255,6 +265,11 @@ class ConvSite(_Site):
 
     def scaled(self, t: Tensor, by: Tensor) -> Tensor:
         return t * self._column(by)
+
+    def gated(self, h: Tensor, by: Tensor) -> Tensor:
+        """h [b, groups * r, *m] times by [b, r]."""
+        by = by.repeat(1, self.geometry.groups)
+        return h * by.view(*by.shape, *(1 for _ in self.geometry.kernel))
 
     def shifted(self, y: Tensor, by: Tensor) -> Tensor:
         return y + self._column(by)

@@ -28,7 +28,8 @@ from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
-from diffpeft.model.mix import Adapter, Choice, Mix, Strength, check_idle, check_name, choose
+from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
+from diffpeft.model.root import settle
 from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, select
 
 OVERSIZED = "layers are smaller than the rank"
@@ -50,6 +51,7 @@ class Plan:
 
     layers: list[tuple[nn.Module, State]] = field(default_factory=list)
     mixes: list[tuple[Mix, dict[str, Any]]] = field(default_factory=list)
+    roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
 
     def commit(self) -> None:
         """Make the writes; if one is interrupted, undo those made."""
@@ -60,11 +62,15 @@ class Plan:
                 mix.__dict__.update(new)
             for module, state in self.layers:
                 enter(module, state)
+            for model, mix in self.roots:
+                settle(model, mix)
         except BaseException:
             for module, state in before:
                 enter(module, state)
             for mix, old in attributes:
                 mix.__dict__.update(old)
+            for model, mix in self.roots:
+                settle(model, mix)
             raise
 
 
@@ -272,8 +278,8 @@ def install(
     layers = tuple(dict.fromkeys((*mix.layers, *slots)))
     column = {layer: i for i, layer in enumerate(layers)}
     adapters = {**mix.adapters, adapter.name: adapter}
-    given = mix.choice.given if strength is None else {**mix.choice.given, adapter.name: strength}
-    choice = choose(component, layers, adapters, given)
+    added: Given = {} if strength is None else {adapter.name: strength}
+    choice = mix.changed(layers, adapters, lambda given: {**given, **added})
     plan.mixes.append((mix, {"layers": layers, "adapters": adapters, "choice": choice}))
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
@@ -302,10 +308,11 @@ def remove(plan: Plan, parts: Mapping[str, nn.Module], names: set[str]) -> None:
             continue
         check_idle(mix, names)
         adapters = {n: a for n, a in mix.adapters.items() if n not in names}
-        given = {n: s for n, s in mix.choice.given.items() if n not in names}
-        choice = choose(component, mix.layers, adapters, given) if adapters else Choice()
+        choice = mix.changed(mix.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
+        choice = choice if adapters else Choice()
         out = bool(names & set(mix.fused))
         plan.mixes.append((mix, {"adapters": adapters, "choice": choice, "fused": {} if out else mix.fused}))
+        plan.roots.append((parts[component], mix))
         for layer, module in adapted_layers(parts[component]).items():
             record = record_of(module)
             assert record is not None

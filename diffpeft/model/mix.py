@@ -1,7 +1,8 @@
 """Mix: which adapters of one component are active, in which order, and how strong each is on each layer.
 
 A component has one Mix, its adapted layers hold it, and it holds names and numbers only, so deepcopy and pickle of the model work.
-`adapters(...)` puts another choice in force for one thread and one block.
+`adapters(...)` puts another choice in force for one thread and one block, and a root (root.py) one for each call where strengths change from
+step to step or from row to row.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from torch import Tensor
 
 from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
+from diffpeft.model.schedule import Clock, Schedule
 from diffpeft.model.target import spellings
 
-Strength = float | Mapping[str, float]
+Level = float | Schedule
+Strength = Level | Mapping[str, Level]
+Given = Mapping[str, Strength]
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 _here = threading.local()  # `choices`: {mix key: Choice} inside this thread's `adapters(...)` blocks, else absent
@@ -31,16 +35,60 @@ _lock = threading.Lock()
 _keys = itertools.count()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
-    """A mix in force: active adapters in activation order, what the user set, and the strength of each on each layer (a column)."""
+    """A mix in force: active adapters in activation order, what the user set, and the strength of each on each layer (a column).
+
+    Where strengths depend on the call, layers read a `moment` of it: the same for one step and one batch.
+    """
 
     order: tuple[str, ...] = ()
-    given: Mapping[str, Strength] = field(default_factory=dict)
-    strengths: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    levels: Mapping[str, Sequence[Level]] = field(default_factory=dict)  # by adapter, of each layer
+    strengths: Mapping[str, Sequence[float]] = field(
+        default_factory=dict
+    )  # the same as numbers: now, or in the first step
     table: Tensor = field(
         default_factory=lambda: torch.zeros(0, 0)
     )  # [active adapter, layer] fp32: what compiled code reads
+    clock: Clock | None = None  # tells the step, where a level is a schedule
+    rows: tuple[
+        Choice, ...
+    ] = ()  # one a prompt; the fields above are of the first that has an adapter then, `given` of each
+    images: int = 1  # how many rows of a batch a prompt has
+    of: Choice | None = None  # what this is a moment of
+    batch: int = 0  # of a moment: how many rows the batch has, 0 if that is not known
+    live: bool = False  # whether it depends on the call
+    moments: dict[Any, Choice] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "moments": {}}
+
+    def moment(self, fraction: float | None, batch: int = 0) -> Choice:
+        """This choice at a step and for a batch."""
+        found = self.moments.get((fraction, batch))
+        if found is None:
+            if len(self.moments) >= _KEPT:
+                self.moments.clear()
+            found = self.moments[fraction, batch] = self._moment(fraction, batch)
+        return found
+
+    def _moment(self, fraction: float | None, batch: int) -> Choice:
+        strengths, table = self.strengths, self.table
+        if fraction is not None and not self.rows:
+            strengths, table = _numbers(self.order, self.levels, fraction)
+        return replace(
+            self,
+            strengths=strengths,
+            table=table,
+            rows=tuple(row.moment(fraction) for row in self.rows),
+            of=self,
+            batch=batch,
+            moments={},
+        )
+
+
+_KEPT = 256  # moments: those of a few numbers of steps
 
 
 @dataclass(frozen=True)
@@ -66,27 +114,41 @@ class Mix:
         default_factory=dict
     )  # adapters that are in the weights, in order, and how strong
     live: Counter[str] = field(default_factory=Counter)  # adapters named by `adapters(...)` blocks that are running
+    open: int = 0  # how many of those blocks depend on the call
     key: str = ""
 
     def __post_init__(self) -> None:
         self.key = f"mix{next(_keys)}"  # a copy is another mix: a thread's choice for the one is not for the other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "live": Counter()}
+        return {**self.__dict__, "live": Counter(), "open": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
 
-    def current(self) -> Choice:
+    def standing(self) -> Choice:
         """The choice that holds here and now: this thread's, or the one that was set."""
         if hasattr(_here, "choices"):
             return _here.choices.get(self.key, self.choice)
         return self.choice
 
-    def chosen(self, given: Mapping[str, Strength]) -> Choice:
+    def current(self) -> Choice:
+        """`standing` as layers apply it. Outside of its model's call a layer is told the step by `schedule.step`."""
+        choice = self.standing()
+        if not choice.live or choice.of is not None or torch.compiler.is_compiling():
+            return choice
+        return choice.moment(None if choice.clock is None else choice.clock.fraction())
+
+    def chosen(self, given: Given | Sequence[Given], clock: Clock | None = None, images: int = 1) -> Choice:
         """The choice in which the adapters in `given` that this component has are active at these strengths."""
-        return choose(self.component, self.layers, self.adapters, given)
+        return choose(self.component, self.layers, self.adapters, given, clock, images)
+
+    def changed(self, layers: Sequence[str], adapters: Mapping[str, Adapter], edit: Callable[[Given], Given]) -> Choice:
+        """The choice that was set, with what was given edited (that of every prompt) and for these layers and adapters."""
+        choice = self.choice
+        given = [edit(row.given) for row in choice.rows] if choice.rows else edit(choice.given)
+        return choose(self.component, layers, adapters, given, choice.clock, choice.images)
 
     def used(self, given: Mapping[str, Strength]) -> set[str]:
         """The patterns in `given` that match a layer of their adapter here."""
@@ -108,35 +170,78 @@ def check_name(name: str) -> None:
 
 
 def choose(
-    component: str, layers: Sequence[str], adapters: Mapping[str, Adapter], given: Mapping[str, Strength]
+    component: str,
+    layers: Sequence[str],
+    adapters: Mapping[str, Adapter],
+    given: Given | Sequence[Given],
+    clock: Clock | None = None,
+    images: int = 1,
 ) -> Choice:
-    """`given`, for the adapters that this component has, worked out layer by layer."""
+    """`given`, for the adapters that this component has, worked out layer by layer; a list of them, one a prompt, for rows of a batch.
+
+    A text encoder runs before the first step, and once a prompt.
+    """
+    early = component.startswith("text_encoder")
+    if not isinstance(given, Mapping):
+        rows = tuple(choose(component, layers, adapters, mix, clock) for mix in given)
+        first = {name: row for row in reversed(rows) for name in row.order}
+        order = tuple(dict.fromkeys(name for row in rows for name in row.order))
+        return Choice(
+            order,
+            {name: tuple(row.given.get(name, 0.0) for row in rows) for name in order},
+            {name: first[name].levels[name] for name in order},
+            {name: first[name].strengths[name] for name in order},
+            clock=next((row.clock for row in rows if row.clock is not None), None),
+            rows=rows if order else (),
+            images=1 if early else images,
+            live=bool(order),
+        )
     order = tuple(name for name in given if name in adapters)
-    strengths = {name: _strengths(given[name], component, layers) for name in order}
-    table = torch.tensor([list(strengths[name]) for name in order], dtype=torch.float32, device="cpu").reshape(
-        len(order), len(layers)
-    )
+    levels = {name: _levels(given[name], component, layers) for name in order}
+    strengths, table = _numbers(order, levels, 0.0)
+    scheduled = not early and any(isinstance(level, Schedule) for found in levels.values() for level in found)
     return Choice(
-        order, {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order}, strengths, table
+        order,
+        {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order},
+        levels if scheduled else strengths,
+        strengths,
+        table.reshape(len(order), len(layers)),
+        clock=(clock or Clock()) if scheduled else None,
+        live=scheduled,
     )
 
 
-def _strengths(strength: Strength, component: str, layers: Sequence[str]) -> list[float]:
+def _numbers(
+    order: Sequence[str], levels: Mapping[str, Sequence[Level]], fraction: float
+) -> tuple[dict[str, Sequence[float]], Tensor]:
+    """Strengths at a fraction of the steps, and as a table."""
+    strengths: dict[str, Sequence[float]] = {}
+    for name in order:
+        now = {level: level.at(fraction) if isinstance(level, Schedule) else level for level in set(levels[name])}
+        strengths[name] = [now[level] for level in levels[name]]
+    return strengths, torch.tensor([list(strengths[name]) for name in order], dtype=torch.float32, device="cpu")
+
+
+def _levels(strength: Strength, component: str, layers: Sequence[str]) -> list[Level]:
     if not isinstance(strength, Mapping):
-        return [float(strength)] * len(layers)
+        return [_level(strength)] * len(layers)
     return [_strength(strength, component, layer) for layer in layers]
 
 
-def _strength(patterns: Mapping[str, float], component: str, layer: str) -> float:
+def _level(strength: Level) -> Level:
+    return strength if isinstance(strength, Schedule) else float(strength)
+
+
+def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Level:
     """The value of the pattern with most literal segments that matches, then the longer, then the later; 1 if none does."""
-    best, value = (-1, -1), 1.0
+    best, value = (-1, -1), _level(1.0)
     for pattern, strength in patterns.items():
         segments = [
             s for s in pattern.split(".") if s != "text_model"
         ]  # a level that may be there or not counts for nothing
         rank = (sum("*" not in s and "?" not in s for s in segments), len(segments))
         if rank >= best and _matches(pattern, component, layer):
-            best, value = rank, float(strength)
+            best, value = rank, _level(strength)
     return value
 
 
@@ -155,7 +260,7 @@ def _glob(segment: str) -> re.Pattern[str]:
 
 
 def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
-    """Raise unless `given` is {known adapter: finite number or {pattern that matches: finite number}}."""
+    """Raise unless `given` is {known adapter: strength or {pattern that matches: strength}}."""
     mixes = list(mixes)
     if not isinstance(given, Mapping):
         raise ConfigError(
@@ -165,7 +270,7 @@ def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
     for name, strength in given.items():
         if name not in known:
             raise UnknownNameError.of("adapter", name, known)
-        check_strength(name, strength)
+        check_strength(name, strength, schedules=True)
         if isinstance(strength, Mapping):
             used = set().union(*(mix.used({name: strength}) for mix in mixes))
             for pattern in strength:
@@ -173,9 +278,24 @@ def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
                     raise _no_layer(name, pattern, mixes)
 
 
-def check_strength(name: str, strength: Any) -> None:
-    """Raise ConfigError unless `strength` is a finite number or {pattern: finite number}."""
+def check_rows(given: Any, images: Any, mixes: Iterable[Mix]) -> None:
+    """Raise unless `given` is a mix, or a list of mixes for so many images a prompt."""
+    mixes = list(mixes)
+    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
+        raise ConfigError(f"images_per_prompt is {shown(images)}", remedy="It is a number of images, at least 1.")
+    if not isinstance(given, (list, tuple)):
+        return check_mix(given, mixes)
+    if not given:
+        raise ConfigError("the list of mixes is empty", remedy="Give one dict of strengths for each prompt.")
+    for mix in given:
+        check_mix(mix, mixes)
+
+
+def check_strength(name: str, strength: Any, schedules: bool = False) -> None:
+    """Raise ConfigError unless `strength` is a finite number (or a schedule) or {pattern: such a number}."""
     for where, value in strength.items() if isinstance(strength, Mapping) else [("", strength)]:
+        if isinstance(where, str) and schedules and isinstance(value, Schedule):
+            continue
         if (
             not isinstance(where, str)
             or isinstance(value, bool)
@@ -184,7 +304,8 @@ def check_strength(name: str, strength: Any) -> None:
         ):
             raise ConfigError(
                 f"the strength of {shown(name)}{f' at {shown(where)}' if where else ''} is {shown(value)}",
-                remedy="A strength is a finite number, or a dict of such numbers by component or block.",
+                remedy="A strength is a finite number, or a dict of such numbers by component or block."
+                + (" In set_adapters it may be a diffpeft.schedule." if isinstance(value, Schedule) else ""),
             )
 
 
@@ -202,17 +323,34 @@ def _no_layer(name: str, pattern: str, mixes: list[Mix]) -> UnknownNameError:
 @contextlib.contextmanager
 def forced(choices: Mapping[str, Choice], mixes: Sequence[Mix]) -> Iterator[None]:
     """These choices, by mix key, in this thread inside this block."""
-    before: dict[str, Choice] | None = getattr(_here, "choices", None)
     _count(choices, mixes, 1)
-    _here.choices = {**(before or {}), **choices}
     try:
-        yield
+        with _in_force(choices):
+            yield
     finally:
-        if before is None:
+        _count(choices, mixes, -1)
+
+
+def in_force(key: str, choice: Choice) -> _in_force:
+    """This choice of one mix, in this thread inside this block, without a claim on its adapters."""
+    return _in_force({key: choice})
+
+
+class _in_force:
+    """Choices by mix key for this thread. A class: a step is to cost nothing."""
+
+    def __init__(self, choices: Mapping[str, Choice]) -> None:
+        self.choices = choices
+
+    def __enter__(self) -> None:
+        self.before: dict[str, Choice] | None = getattr(_here, "choices", None)
+        _here.choices = {**(self.before or {}), **self.choices}
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is None:
             del _here.choices  # absent, not None: a third state would be a third compiled graph
         else:
-            _here.choices = before
-        _count(choices, mixes, -1)
+            _here.choices = self.before
 
 
 def _count(choices: Mapping[str, Choice], mixes: Sequence[Mix], by: int) -> None:

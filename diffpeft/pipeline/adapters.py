@@ -15,18 +15,23 @@ from diffpeft.errors import AdapterStateError, UnknownNameError, shown
 from diffpeft.layers.adapted import record_of
 from diffpeft.model.attach import Plan, mixes_of, remove
 from diffpeft.model.fuse import check_order
-from diffpeft.model.mix import Mix, Strength, check_mix, forced
+from diffpeft.model.mix import Choice, Mix, Strength, check_rows, forced
+from diffpeft.model.root import rooted
+from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
 from diffpeft.model.target import adapted_layers, components
 
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """One adapter: its methods and ranks, the strength that was set, whether it is active, where it sits, and how many numbers it has."""
+    """One adapter: its methods and ranks, the strength that was set, whether it is active, where it sits, and how many numbers it has.
+
+    Where a list of mixes was set, `strength` is a tuple of one a prompt, 0.0 where a mix does not name the adapter.
+    """
 
     methods: frozenset[str]
     ranks: tuple[int, ...]
-    strength: Strength
+    strength: Strength | tuple[Strength, ...]
     active: bool
     fused: bool
     components: frozenset[str]
@@ -96,9 +101,9 @@ def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choic
     for component, mix in mixes.items():
         if not mix.fused:
             continue
-        choice = mix.chosen(given)
+        rows = choices[mix.key].rows or (choices[mix.key],)
         for name in mix.fused:
-            if choice.strengths.get(name) != mix.choice.strengths[name]:
+            if any(row.levels.get(name) != mix.choice.levels[name] for row in rows):
                 raise AdapterStateError(
                     f"adapter {shown(name)} is fused into {component or 'the model'} at another strength",
                     remedy="Call unfuse first; fused strengths must stay as they are.",
@@ -106,7 +111,8 @@ def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choic
         for layer, module in adapted_layers(parts[component]).items():
             record = record_of(module)
             if record is not None and record.fused:
-                check_order(layer, record, [n for n in mix.fused if n in record.fused], choice)
+                for row in rows:
+                    check_order(layer, record, [n for n in mix.fused if n in record.fused], row)
 
 
 def get_adapters(target: Any) -> dict[str, AdapterStatus]:

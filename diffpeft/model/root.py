@@ -1,0 +1,127 @@
+"""Root: the module that a pipeline calls. While strengths depend on the step or the row, it tells its layers which step it is and how many rows there are.
+
+Like an adapted layer (docs/decisions/001) it gets a subclass of its class; here that overrides `__call__`, which runs before anything compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.errors import ShapeMismatchError
+from diffpeft.layers.site import site_of
+from diffpeft.model.mix import Choice, Mix, in_force
+from diffpeft.model.target import COMPILED
+
+ROOT = "_diffpeft_root"
+_REASON = (
+    "the strengths of adapters depend on the step; compile the model that set_adapters is given and not what calls it"
+)
+_lock = threading.RLock()
+_classes: dict[type, type] = {}
+
+
+def settle(model: nn.Module, mix: Mix) -> None:
+    """Make `model` a root if strengths of `mix` depend on the call, and what it was if not. Plain assignments: it cannot fail."""
+    with _lock:
+        want = mix.choice.live or mix.open > 0
+        inner = model._modules.get(COMPILED)  # may have become a root before it was compiled
+        for module in (model,) if want or inner is None else (model, inner):
+            if (ROOT in module.__dict__) == want or (want and site_of(type(module)) is not None):
+                continue
+            base: Any = getattr(type(module), "_diffpeft_called", type(module))
+            # past a compiled module's own __setattr__, which would reach the module inside
+            object.__setattr__(module, "__class__", _root_class(base) if want else base)
+            if want:
+                module.__dict__[ROOT] = mix
+            else:
+                module.__dict__.pop(ROOT)
+
+
+@contextlib.contextmanager
+def rooted(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choices: Mapping[str, Choice]) -> Iterator[None]:
+    """Roots for choices that hold in this block."""
+    live = [(parts[component], mix) for component, mix in mixes.items() if choices[mix.key].live]
+    _open(live, 1)
+    try:
+        yield
+    finally:
+        _open(live, -1)
+
+
+def _open(live: list[tuple[nn.Module, Mix]], by: int) -> None:
+    for model, mix in live:
+        with _lock:
+            mix.open += by
+            settle(model, mix)
+
+
+def _root_class(base: Any) -> type:
+    if base not in _classes:
+        moment = torch.compiler.disable(_moment)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            mix = self.__dict__.get(ROOT)
+            choice = None if mix is None else mix.standing()
+            if choice is None or not choice.live or choice.of is not None:
+                return base.__call__(self, *args, **kwargs)
+            with in_force(mix.key, moment(choice, args, kwargs)):
+                return base.__call__(self, *args, **kwargs)
+
+        def reduce(self: Any, protocol: Any) -> Any:
+            return _rebuild, (base,), self.__getstate__()
+
+        own = (
+            {}
+            if hasattr(base, "_torchdynamo_orig_callable") or "__reduce__" in vars(base)
+            else {"__reduce_ex__": reduce}
+        )
+        _classes[base] = type(
+            base.__name__,
+            (base,),
+            {
+                "__module__": base.__module__,
+                "__qualname__": base.__qualname__,
+                "__doc__": base.__doc__,
+                "_diffpeft_called": base,
+                # skipped by dynamo, the model's own forward is not: the step is looked up outside of every graph
+                "__call__": torch.compiler.disable(call, recursive=False, reason=_REASON),
+                **own,
+            },
+        )
+    return _classes[base]
+
+
+def _rebuild(base: Any) -> Any:
+    cls: Any = _root_class(base)
+    return cls.__new__(cls)
+
+
+def _moment(choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+    """The choice for one call."""
+    fraction = None
+    if choice.clock is not None:
+        names = [name for name in ("timestep", "timesteps", "t") if name in kwargs]
+        fraction = choice.clock.fraction(kwargs[names[0]] if names else args[1] if len(args) > 1 else None)
+    return choice.moment(fraction, _rows(choice, (*args, *kwargs.values())) if choice.rows else 0)
+
+
+def _rows(choice: Choice, given: tuple[Any, ...]) -> int:
+    """How many rows the batch has. Raises ShapeMismatchError if that is no multiple of what the mixes are for."""
+    sizes = [len(v) for v in given if (isinstance(v, Tensor) and v.dim()) or _is_batch(v)]
+    n, m = len(choice.rows), choice.images
+    if not sizes or sizes[0] % (n * m):
+        raise ShapeMismatchError(
+            f"the batch has {sizes[0] if sizes else 'no'} rows, and {n} mixes with {m} images a prompt take {n * m} or a multiple",
+            remedy="Give one prompt a mix, and set_adapters(..., images_per_prompt=) the pipeline's num_images_per_prompt.",
+        )
+    return sizes[0]
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Tensor) for v in value)
