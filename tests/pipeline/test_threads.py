@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 
 import pytest
 import torch
 
 from diffpeft import LoraConfig, adapters, attach, get_adapters, load_lora, schedule, unload
+from tests.contracts.kinds import give, layer
 
 PLAIN = [{"a": 1.0}, {"b": -0.7}]
 CHANGING = [{"a": schedule.linear(1.0, -0.5)}, {"b": schedule.steps({0.0: 0.3, 0.5: 1.0}), "a": 0.2}]
@@ -69,3 +71,35 @@ def test_no_mixed_image_while_a_third_loads_and_unloads(mixes, pipe, adapter, ra
     changer.join()
     assert not wrong and len(loads) > 1 and list(get_adapters(pipe)) == ["a", "b"]
     assert [t[:2] for t in trace(pipe.unet, pipe.text_encoder)] == [t[:2] for t in before]
+
+
+@pytest.mark.parametrize("form", ["lora", "dora"])
+def test_a_layer_is_used_while_its_last_adapter_comes_and_goes(form):
+    """Threads that change places as often as they can."""
+    model, x = layer("linear")
+    plain, done, wrong, interval = model(x), threading.Event(), [], sys.getswitchinterval()
+
+    def use():
+        try:
+            while not done.is_set():
+                if not torch.equal(model(x), plain):  # a fresh adapter changes nothing
+                    wrong.append("another output")
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for s in (1.0, schedule.constant(0.0)) * 40:
+            give(model, form, "c")
+            with adapters(model, {"c": s}):
+                pass
+            unload(model)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
