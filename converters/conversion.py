@@ -139,7 +139,7 @@ def as_lora(entry: Entry) -> Entry | None:
     factors = method.factors(p, spec)
     if factors is None or (entry.method != "lora" and len(factors[0]) >= min(spec.geometry.out, spec.geometry.columns)):
         return None
-    dtype = io.load([next(iter(entry.tensors.values()))])[0].dtype
+    dtype = io.dtype_of(next(iter(entry.tensors.values())))
     A, B = factors[0].to(dtype), (method.scale(p, spec) * factors[1]).to(dtype)
     ones = (1,) * len(spec.geometry.kernel)
     A = A.reshape(len(A), spec.geometry.in_, *spec.geometry.kernel).contiguous()

@@ -105,6 +105,11 @@ class Fit:
     layers: int
     parts: Mapping[str, Part]
 
+    def confidence(self, keys: int) -> float:
+        """The share of a file's keys that are an adapter's, times that of the layers that the family knows; a half without a family."""
+        share = self.known.get(self.families[0], 0) / max(self.layers, 1) if self.families and self.families[0] else 0.5
+        return len(self.parts) / max(keys, 1) * share
+
 
 def fit(
     tensors: Mapping[str, Handle],

@@ -13,7 +13,7 @@ from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.roles import OLD_OFT, ROLES, contradiction, missing, split
-from converters.rows import extent
+from converters.rows import aspect
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, canonical, dotted, named
 from diffpeft.errors import (
@@ -56,16 +56,14 @@ def fitting(source: Source, family: str | None = None) -> Fit:
 
 
 def detected(found: Fit, tensors: Mapping[str, Handle]) -> Detection:
-    """A Detection of what fits: its confidence is the share of the keys that are an adapter's, times that of the layers that the family knows."""
+    """A Detection of what fits."""
     layers: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
     for key, part in found.parts.items():
         own = layers.setdefault((part.word, part.layer), {})
         own |= {part.role: tensors[key].shape} if part.role != "alpha" else {}
     methods = {m for shapes in layers.values() for method, roles in split(shapes).items() for m in named(method, roles)}
     family = found.families[0] if found.families else ""
-    share = found.known.get(family, 0) / max(found.layers, 1) if family else 0.5
-    confidence = len(found.parts) / max(len(tensors), 1) * share
-    return Detection(found.format, family, frozenset(methods), confidence, found.families[1:])
+    return Detection(found.format, family, frozenset(methods), found.confidence(len(tensors)), found.families[1:])
 
 
 def refuse_ambiguous(found: Fit, where: str) -> None:
@@ -270,8 +268,7 @@ def _placed(
         return canonical(component, layer), None
     if known(fmt, table, component, layer) == "original" and component not in table.encoders:
         name = table.original_dotted(component, _flat(layer)) or layer
-        shape = extent({role: h.shape for role, (_, h) in found.items()})
-        rule = table.to_diffusers(component, name, shape[0] // shape[1] if shape else None)
+        rule = table.to_diffusers(component, name, aspect({role: h.shape for role, (_, h) in found.items()}))
         if rule is not None:
             if number is not None and number < len(rule.parts):
                 return dotted(component, rule.parts[number][0]), None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.detection import Fit, bare, fit
-from converters.engine import Source, detected, opened
+from converters.engine import Source, opened
 from converters.families import Table
 from converters.formats import FORMATS
 from converters.roles import rank, split
@@ -87,7 +87,7 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
         format=format,
         family=families[0],
         alternatives=families[1:],
-        confidence=detected(found, tensors).confidence,
+        confidence=found.confidence(len(tensors)),
         methods=tuple(sorted(methods)),
         components=tuple(dict.fromkeys(name.partition(".")[0] for name in groups)),
         layers=len(groups),

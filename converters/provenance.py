@@ -6,6 +6,7 @@ metadata that was left out, and the order of all; and which ranks of fused layer
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -64,6 +65,7 @@ def _row(handle: Handle) -> list[Any]:
     return [list(handle.shape), handle.dtype, io.raw(handle).hex()]
 
 
+@functools.lru_cache(4)
 def _parsed(text: str) -> dict[str, Any]:
     """The record; empty if it is somebody else's, or cut: the file is right without it."""
     try:

@@ -54,7 +54,7 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
         tensors = {
             role: _cut(entry, role, cuts[part], total) if role in own else h for role, h in entry.tensors.items()
         }
-        alpha, r = entry.alpha, rank({role: h.shape for role, h in entry.tensors.items()})
+        alpha, r = entry.alpha, rank(entry.shapes)
         if blocks is not None and blocks[part][:2] != (0, r):
             first, end, ratio = blocks[part]
             tensors["lora_A"] = io.rows(tensors["lora_A"], [(first, end)])
@@ -82,7 +82,7 @@ def joined(component: str, rule: Rule, found: Mapping[int, Entry], wanted: int |
     _check_mixing(first, rule)
     sizes = _sizes(rule, entries)
     fused = replace(first, layer=layer, rule=rule, shape=None, keys=tuple(k for e in entries.values() for k in e.keys))
-    ranks = [rank({role: h.shape for role, h in e.tensors.items()}) for e in entries.values()]
+    ranks = [rank(e.shapes) for e in entries.values()]
     shared = [role for role in first.tensors if role not in _rowed_roles(first)]
     alphas = {io.number(e.alpha) for e in entries.values()}
     alike = len(set(ranks)) == 1 and len(alphas) == 1
@@ -196,6 +196,12 @@ def extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
     return first[0][0] * second[0][int(turned)], first[1][1] * second[1][1]  # type: ignore[index]
 
 
+def aspect(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Rows a column, by which tables tell two layers of one name apart."""
+    found = extent(shapes)
+    return found[0] // found[1] if found else None
+
+
 def _rowed_roles(entry: Entry) -> set[str]:
     """The roles whose tensors have rows of their own for each part."""
     own = {role for role, h in entry.tensors.items() if rows_of(role, h.shape)}
@@ -223,7 +229,7 @@ def _unit(entry: Entry, role: str) -> int:
 
 def _check_mixing(entry: Entry, rule: Rule) -> None:
     """Raise Unfit for what mixes the rows of several parts, or their order."""
-    shapes = {role: h.shape for role, h in entry.tensors.items()}
+    shapes = entry.shapes
     if len(shapes.get("oft_blocks", ())) == 4:
         raise Unfit("BOFT turns all rows together")
     if any(core in shapes for core in ("hada_t1", "hada_t2")):
@@ -275,7 +281,7 @@ def _order(rule: Rule, total: int, unit: int) -> list[tuple[int, int]]:
 
 def _blocks(entry: Entry, cuts: Sequence[Sequence[tuple[int, int]]], known: Blocks | None) -> Blocks | None:
     """The ranks of the parts if the second factor has blocks, which is then zero off the diagonal; None if it is one LoRA."""
-    r, B = rank({role: h.shape for role, h in entry.tensors.items()}), entry.tensors.get("lora_B")
+    r, B = rank(entry.shapes), entry.tensors.get("lora_B")
     some = known is not None
     if B is None or "lora_mid" in entry.tensors or math.prod(B.shape[2:]) != 1:
         return None

@@ -13,10 +13,10 @@ from converters.detection import COMPONENT, FORMAT, HINT
 from converters.engine import known_name
 from converters.families import Table
 from converters.formats import FORMATS, Format, Part
+from converters.formats.config import ranks_of
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.provenance import KEY, Place, blocks_in, own_record, places_in, recorded, restored
-from converters.roles import rank
-from converters.rows import Blocks, Unfit, extent, joined
+from converters.rows import Blocks, Unfit, aspect, joined
 from converters.rows import split as taken_apart
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, Rule, dotted, parted
@@ -96,8 +96,7 @@ def _fused(entry: Entry, table: Table) -> tuple[str, Rule, int] | None:
     component, layer = parted(entry.layer)
     if component not in table.rules:
         return None
-    shape = extent({role: h.shape for role, h in entry.tensors.items()})
-    found = table.to_original(component, layer, shape[0] // shape[1] if shape else None)
+    found = table.to_original(component, layer, aspect(entry.shapes))
     if found is None or found[0].renames:
         return None
     return dotted(component, found[0].original), *found
@@ -122,8 +121,7 @@ def _spelt(fmt: Format, table: Table, entry: Entry, source: str) -> Part | None:
     if entry.rule:
         return Part(word, layer, "")
     if original:
-        shape = extent({role: h.shape for role, h in entry.tensors.items()})
-        found = table.to_original(component, layer, shape[0] // shape[1] if shape else None)
+        found = table.to_original(component, layer, aspect(entry.shapes))
         if found:
             return Part(word, found[0].original, "")
     elif table.knows(component, layer):
@@ -196,7 +194,7 @@ def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole
         keys |= {(entry.layer, role): fmt.join(replace(spelt, role=role), entry) for role in found}
     tensors = {keys[place]: handle for place, handle in places.items()} | bundle.carried
     text = own_record(bundle) if bundle.format == format else bundle.metadata.get(KEY, "")
-    if back := restored(text, format, places, _ranks(entries), bundle.carried, _unscaled(entries)):
+    if back := restored(text, format, places, ranks_of(entries), bundle.carried, _unscaled(entries)):
         tensors, before, names = back
         if bundle.format != format:
             own = {"format", *(key for f in FORMATS.values() for key in f.owned)}
@@ -267,10 +265,6 @@ def _unscaled(entries: Iterable[Entry]) -> set[str]:
     return {e.layer for e in entries} - scaled
 
 
-def _ranks(entries: Iterable[Entry]) -> dict[str, int]:
-    return {e.layer: rank({role: h.shape for role, h in e.tensors.items()}) for e in entries}
-
-
 def refusal(bundle: Bundle, format: str) -> CannotConvertError | None:
     """Why a format cannot hold an adapter, with the formats that can; None if it can."""
     known_name("format", format, FORMATS)
@@ -310,7 +304,7 @@ def _trouble(
 ) -> tuple[str, list[str]] | None:
     if order.failed:
         return (
-            f"a fused layer cannot be {'joined' if fmt.original(table or Table({})) else 'taken apart'}: {next(iter(order.failed.values()))}",
+            f"a fused layer cannot be {'joined' if fmt.original(table) else 'taken apart'}: {next(iter(order.failed.values()))}",
             [*order.failed],
         )
     components = {parted(e.layer)[0] for e in order.entries}

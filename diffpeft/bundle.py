@@ -140,6 +140,11 @@ class Entry:
         return tuple(dotted(component, name) for name, _ in self.rule.parts) if self.rule else (self.layer,)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors by role."""
+        return {role: h.shape for role, h in self.tensors.items()}
+
+    @property
     def methods(self) -> frozenset[str]:
         """The method's name, and for a DoRA over something else than LoRA also that."""
         return named(self.method, self.tensors)

@@ -214,6 +214,13 @@ def _assembled(handle_: Handle) -> bytes:
     return np.ascontiguousarray(matrix(handle_.parts[0])[:, first * size : end * size]).tobytes()
 
 
+def dtype_of(handle_: Handle) -> torch.dtype:
+    """The dtype a tensor is stored in, as torch has it."""
+    import torch
+
+    return getattr(torch, _TORCH[handle_.dtype])
+
+
 def nbytes(handle_: Handle) -> int:
     """How many bytes a tensor has."""
     return math.prod(handle_.shape) * SIZES[handle_.dtype]

@@ -70,6 +70,22 @@ class Format(Protocol):
         """What this format says about the entries in the metadata; `kept` is the adapter's own."""
 
 
+class OneModel:
+    """What formats of one of diffusers' models have in common: keys that do not name the component."""
+
+    def component(self, word: str, table: Table) -> str:
+        """It says none."""
+        return ""
+
+    def word(self, component: str, table: Table) -> str | None:
+        """It says none."""
+        return ""
+
+    def original(self, table: Table) -> bool:
+        """The model is diffusers'."""
+        return False
+
+
 # LyCORIS's and sd-scripts' spellings of what is not simply called by its role
 LYCORIS = {
     "lora_down.weight": "lora_A",

@@ -85,4 +85,4 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 def ranks_of(entries: Iterable[Entry]) -> dict[str, int]:
     """{layer: rank} of additive methods."""
-    return {e.layer: rank({role: h.shape for role, h in e.tensors.items()}) for e in entries}
+    return {e.layer: rank(e.shapes) for e in entries}

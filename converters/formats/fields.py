@@ -93,7 +93,7 @@ def _lokr(entries: Sequence[Entry]) -> dict[str, Any]:
 
 def _halves(entry: Entry) -> tuple[tuple[int, int], int, list[int]]:
     """((o1, i1), o2, what i2 may be): a kernel that no tensor and no model shows is 1, 3, 3 x 3 or 3 x 3 x 3."""
-    s = {role: h.shape for role, h in entry.tensors.items()}
+    s = entry.shapes
     first = (s["lokr_w1"][0], s["lokr_w1"][1]) if "lokr_w1" in s else (s["lokr_w1_a"][0], s["lokr_w1_b"][1])
     if "lokr_w2" in s:
         return first, s["lokr_w2"][0], [s["lokr_w2"][1]]

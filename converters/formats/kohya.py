@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
-from converters.formats.base import LYCORIS, Part, denoiser, dotted_role, magnitude_axis
+from converters.formats.base import LYCORIS, OneModel, Part, denoiser, dotted_role, magnitude_axis
 from converters.formats.config import turned
 from converters.roles import BIAS, ROLES
 from diffpeft import io
@@ -145,7 +145,7 @@ class Kohya(Lycoris):
         return {"ss_network_module": "networks.oft" if all(map(of_sd_scripts, entries)) else module}
 
 
-class Wrapper(Lycoris):
+class Wrapper(OneModel, Lycoris):
     """`lycoris_`, diffusers' names, one model."""
 
     name, single = "lycoris", True
@@ -155,18 +155,6 @@ class Wrapper(Lycoris):
         body, _, end = key.partition(".")
         role = flat_role(end) if body.startswith(WRAPPER) else None
         return Part("", body.removeprefix(WRAPPER), role) if role else None
-
-    def component(self, word: str, table: Table) -> str:
-        """It says none."""
-        return ""
-
-    def word(self, component: str, table: Table) -> str | None:
-        """It says none."""
-        return ""
-
-    def original(self, table: Table) -> bool:
-        """The model is diffusers'."""
-        return False
 
     def join(self, part: Part, entry: Entry) -> str:
         """The layer's name as the model has it."""

@@ -18,9 +18,10 @@ from dataclasses import replace
 
 from converters.families import TABLES, Table
 from converters.formats.base import Part, denoiser, dotted_role
+from converters.formats.config import ranks_of
 from converters.formats.fields import blocks_of
 from converters.formats.kohya import TRANSFORMER, UNET, Kohya
-from converters.roles import ADDITIVE, ROLES, rank
+from converters.roles import ADDITIVE, ROLES
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
 from diffpeft.errors import CheckpointError, listed
@@ -136,7 +137,7 @@ class OneTrainer(Kohya):
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         """It writes one for each layer; without one the scale is 1."""
         added = {e.layer: e for e in entries if e.method in ("dora", *ADDITIVE)}
-        ranks = {layer: rank({role: h.shape for role, h in e.tensors.items()}) for layer, e in added.items()}
+        ranks = ranks_of(added.values())
         return {
             layer: float(ranks[layer]) if e.alpha is None else e.alpha
             for layer, e in added.items()

@@ -15,7 +15,7 @@ from typing import Any
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import OneModel, Part, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
 from converters.formats.fields import TYPES, Unfit, blocks_of, fields, layers_of, own_name
 from converters.roles import ROLES
@@ -33,7 +33,7 @@ _HELD = {r for m in ("lora", "loha", "lokr", "oft", "boft") for r in ROLES[m]} -
 } | {"ia3_l"}
 
 
-class Peft:
+class Peft(OneModel):
     """Dotted names without a component."""
 
     name, flat, folder, single, writable = "peft", False, True, True, True
@@ -44,18 +44,6 @@ class Peft:
         """A PeftModel's prefix, the layer, the role."""
         found = dotted_role(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
         return Part("", *found) if found else None
-
-    def component(self, word: str, table: Table) -> str:
-        """It says none."""
-        return ""
-
-    def word(self, component: str, table: Table) -> str | None:
-        """It says none."""
-        return ""
-
-    def original(self, table: Table) -> bool:
-        """The model is diffusers'."""
-        return False
 
     def join(self, part: Part, entry: Entry) -> str:
         """The layer's name as the model has it."""
@@ -192,7 +180,7 @@ def _is_old_oft(entry: Entry) -> bool:
 
 
 def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
-    shapes = {role: h.shape for role, h in entry.tensors.items()}
+    shapes = entry.shapes
     if entry.method in ("lora", "dora") and bool(config.get("use_dora")) != (entry.method == "dora"):
         return f"use_dora is {config.get('use_dora', False)}"
     if _is_old_oft(entry):

@@ -114,4 +114,4 @@ class XLabs:
 
 
 def _rank(entry: Entry) -> int:
-    return rank({role: h.shape for role, h in entry.tensors.items()})
+    return rank(entry.shapes)

@@ -72,8 +72,7 @@ def _weight(module: Any) -> Tensor:
 
 def _like(entry: Entry, tensor: Tensor) -> Handle:
     """A tensor in the dtype of an entry's first."""
-    (first,) = io.load([next(iter(entry.tensors.values()))])
-    return io.handle(tensor.to(first.dtype).contiguous())
+    return io.handle(tensor.to(io.dtype_of(next(iter(entry.tensors.values())))).contiguous())
 
 
 def _as_lora(entry: Entry) -> list[Entry] | None:

@@ -14,11 +14,12 @@ from diffpeft.bundle import Bundle, dotted
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, UnknownNameError, listed, shown
 from diffpeft.layers.adapted import record_of
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
+from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Adapter, Mix
 from diffpeft.model.target import adapted_layers, components, layers_of
 from diffpeft.pipeline.load import LoadReport, beside_of, opened, report_of
-from diffpeft.pipeline.match import LORAS, fitted, matched, scale_of
+from diffpeft.pipeline.match import LORAS, fitted, matched
 
 # the roles that are zero where an additive adapter changes nothing
 _OFF = (
@@ -126,7 +127,7 @@ def _writes(old: Slot, new: Slot | None, where: str) -> Writes:
     for before, after in zip(old.parts, new.parts, strict=True):
         own, tensors = old.tensors_of(before), new.tensors_of(after)
         if before.method.name in LORAS and "lora_mid" not in own and "lora_A" in own:
-            scales = scale_of(tensors, after.spec), scale_of(own, before.spec)
+            scales = Lora.scale(tensors, after.spec), Lora.scale(own, before.spec)
             tensors = fitted(tensors, own["lora_A"].shape[0], *scales, where)
         elif before.additive and before.method.scale(own, before.spec) != after.method.scale(tensors, after.spec):
             raise ShapeMismatchError("the new adapter has another scale", where=where)

@@ -27,6 +27,7 @@ from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import device_of, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
+from diffpeft.methods.lora import Lora
 from diffpeft.model.target import spellings
 
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
@@ -187,14 +188,9 @@ def padded(piece: Piece, rank: int, where: str) -> Piece:
     """A LoRA with room for a rank. Raises ShapeMismatchError for one of a higher rank, ConfigError for another method."""
     if piece.method not in LORAS or "lora_A" not in piece.tensors or "lora_mid" in piece.tensors:
         raise ConfigError(f"max_rank is for LoRA and DoRA, this is {piece.method}", where=where)
-    scale = scale_of(piece.tensors, piece.spec)
+    scale = Lora.scale(piece.tensors, piece.spec)
     tensors = fitted(piece.tensors, rank, scale, scale, where)
     return replace(piece, tensors=tensors, alpha=scale * rank, spec=replace(piece.spec, alpha=scale * rank))
-
-
-def scale_of(tensors: Mapping[str, Tensor], spec: Spec) -> float:
-    """A LoRA's."""
-    return 1.0 if spec.alpha is None else spec.alpha / tensors["lora_A"].shape[0]
 
 
 def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, where: str) -> dict[str, Tensor]:
