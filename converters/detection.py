@@ -95,7 +95,7 @@ class Detection:
 class Fit:
     """What a file fits. `families`, the likeliest first; `ambiguous` if the first of them was only the first: the names say nothing.
 
-    `known` {family: how many layers it knows}, of `layers`; `parts` are the keys that are an adapter's, taken apart.
+    `known` {family: how many layers it knows}, of `layers`; `parts` are the keys that are an adapter's, taken apart. `opened` is the file itself.
     """
 
     format: str
@@ -104,6 +104,7 @@ class Fit:
     known: Mapping[str, int]
     layers: int
     parts: Mapping[str, Part]
+    opened: tuple[dict[str, Handle], dict[str, str], str]  # its tensors, its metadata and where it is
 
     def confidence(self, keys: int) -> float:
         """The share of a file's keys that are an adapter's, times that of the layers that the family knows; a half without a family."""
@@ -112,8 +113,8 @@ class Fit:
 
 
 def fit(
-    tensors: Mapping[str, Handle],
-    metadata: Mapping[str, str],
+    tensors: dict[str, Handle],
+    metadata: dict[str, str],
     source: str,
     format: str | None = None,
     family: str | None = None,
@@ -139,7 +140,7 @@ def fit(
     best = family or (families[0] if families else "")
     able = [f for f in formats if {*([family] if family else families)} <= {*FORMATS[f].tables}] or formats
     chosen = able[0] if len(able) == 1 or not best else max(able, key=lambda f: own(f, best))
-    return Fit(chosen, families, ambiguous, counts, len(layers), parts[chosen])
+    return Fit(chosen, families, ambiguous, counts, len(layers), parts[chosen], (tensors, metadata, source))
 
 
 def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
@@ -156,7 +157,9 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
     """{format: the keys that it takes apart}, of the formats that most keys are of."""
     found: dict[str, dict[str, Part]] = {}
     done: dict[Any, dict[str, Part]] = {}  # formats that share the way need it once
-    for name in formats:
+    some = [*keys][:: max(len(keys) // 16, 1)]
+    likely = sorted(formats, key=lambda f: sum(FORMATS[f].split(key) is None for key in some))
+    for name in likely:  # the rest is then done with at its first key
         fmt = FORMATS[name]
         way = type(fmt).split
         if way not in done:
@@ -168,6 +171,7 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
                 elif every:
                     break
         found[name] = done[way]
+    found = {name: found[name] for name in formats}
     most = max(map(len, found.values()), default=0)
     if not most:
         raise UnknownKeysError(

@@ -94,7 +94,7 @@ def read(
     if several := components_in(source):
         family = family or _common(several)
         return _merged([read(path, family=family, format=format, names=names) for path in several], source)
-    tensors, metadata, where = opened(source)
+    tensors, metadata, where = fits.opened if fits else opened(source)
     found = fits or fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
@@ -111,7 +111,7 @@ def read(
                         f"two layers of the file are the same rows of {shown(target)}",
                         where=f"{where}: {listed([placed[target, entry.method], layer])}",
                     )
-            entries.append(replace(entry, rule=rule))
+            entries.append(entry if rule is None else replace(entry, rule=rule))
     entries = fmt.configured(entries, metadata)
     return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families, tuple(tensors))
 

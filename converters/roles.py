@@ -104,6 +104,11 @@ def foreign(role: str) -> str:
 
 def missing(roles: Collection[str]) -> tuple[str, ...] | None:
     """What one method's roles lack to be whole; None if they are parts of more than one whole."""
+    return _missing(tuple(roles))
+
+
+@functools.cache
+def _missing(roles: tuple[str, ...]) -> tuple[str, ...] | None:
     own = set(roles) - BESIDE
     methods = [m for m, known in ROLES.items() if set(roles) & set(known)] or ["lora"]
     if set(roles) == {BIAS}:
@@ -124,6 +129,12 @@ def rank(shapes: Mapping[str, Shape]) -> int:
 
 def contradiction(shapes: Mapping[str, Shape]) -> str:
     """Which axes that are the rank have several sizes, or none; empty if all is well."""
+    return _contradiction(tuple(shapes.items()))
+
+
+@functools.lru_cache(4096)  # a file has few shapes
+def _contradiction(items: tuple[tuple[str, Shape], ...]) -> str:
+    shapes = dict(items)
     thin = [f"{role} {shape}" for role, shape in shapes.items() if role not in {*BESIDE, *_THIN} and len(shape) < 2]
     if thin or any(not shapes[role] for role in shapes if role not in ("alpha", "on_input")):
         return f"{', '.join(thin) or 'a number'} is no factor"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER, MAX_TENSORS, CHUNK, PIECE = 16 << 20, 1 << 16, 1 << 20, 32 << 20
+_VECTORS = 512  # pieces of memory for one read: systems take 1024
 SIZES = {
     "F64": 8,
     "F32": 4,
@@ -227,49 +228,67 @@ def nbytes(handle_: Handle) -> int:
 
 
 def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
-    """The tensors themselves, on CPU, in the dtype they are stored in. A file is opened once, and read in the order given."""
+    """The tensors themselves, on CPU, in the dtype they are stored in. A file is opened once and read from its start to its end."""
     import torch
 
     out: list[torch.Tensor] = []
     files: dict[Path, Any] = {}
+    whole: dict[Path, list[tuple[int, memoryview]]] = {}  # what is read straight into its place
     try:
         for handle in handles:
             if handle.tensor is not None:
                 out.append(handle.tensor)
                 continue
-            if handle.path is not None and nbytes(handle):
-                out.append(_filled(handle, files))
+            dtype = getattr(torch, _TORCH[handle.dtype])
+            if handle.path is not None and handle.end > handle.start:
+                tensor = torch.empty(handle.shape, dtype=dtype)
+                flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+                whole.setdefault(handle.path, []).append((handle.start, memoryview(flat)))
+                out.append(tensor)
                 continue
             data, at = bytearray(nbytes(handle)), 0
             for chunk in chunks(handle, files):
                 data[at : at + len(chunk)] = chunk
                 at += len(chunk)
-            dtype = getattr(torch, _TORCH[handle.dtype])
             out.append(
                 (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(handle.shape)
             )
+        for path, places in whole.items():
+            _fill(path, places)
     finally:
         for file in files.values():
             file.close()
     return out
 
 
-def _filled(handle_: Handle, files: dict[Path, Any]) -> torch.Tensor:
-    """A tensor read straight into its place."""
-    import torch
+def _fill(path: Path, places: list[tuple[int, memoryview]]) -> None:
+    """Bytes of a file into memory, each piece from where it starts; neighbours with one call."""
+    places.sort(key=lambda place: place[0])
+    with open(path, "rb", buffering=0) as file:
+        todo: list[memoryview] = []
+        start = end = 0
+        for at, view in places:
+            if todo and (at != end or len(todo) == _VECTORS):
+                _scatter(file, start, todo)
+                todo = []
+            start, end = (start if todo else at), at + len(view)
+            todo.append(view)
+        _scatter(file, start, todo)
 
-    assert handle_.path is not None
-    if handle_.path not in files:
-        files[handle_.path] = open(handle_.path, "rb", buffering=0)  # noqa: SIM115
-    tensor = torch.empty(handle_.shape, dtype=getattr(torch, _TORCH[handle_.dtype]))
-    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    view, done = memoryview(data), 0
-    files[handle_.path].seek(handle_.start)
-    while done < len(view):
-        if not (n := files[handle_.path].readinto(view[done:])):
-            raise _unreadable(handle_.path, "the file became shorter while it was read")
-        done += n
-    return tensor
+
+def _scatter(file: Any, start: int, todo: list[memoryview]) -> None:
+    """The bytes from `start` on into one piece of memory after the other."""
+    file.seek(start)
+    done = os.readv(file.fileno(), todo) if hasattr(os, "readv") else 0
+    for view in todo:
+        if done >= len(view):
+            done -= len(view)
+            continue
+        while done < len(view):
+            if not (n := file.readinto(view[done:])):
+                raise _unreadable(Path(file.name), "the file became shorter while it was read")
+            done += n
+        done = 0
 
 
 def handle(tensor: torch.Tensor) -> Handle:

@@ -108,6 +108,7 @@ _DOTTED = re.compile(
     rf"(?P<layer>.+)\.(?P<role>{'|'.join(sorted(KNOWN, key=len, reverse=True))})"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?P<end>\.weight|\.bias)?"
 )
+_USUAL = (".lora_A.weight", ".lora_B.weight")
 _FOREIGN = re.compile(rf"(?P<layer>.+)\.(?P<role>(?:{'|'.join(map(re.escape, FOREIGN))})[^.]*(?:\.weight)?)")
 
 
@@ -118,6 +119,8 @@ def suffix(role: str) -> str:
 
 def dotted_role(key: str) -> tuple[str, str] | None:
     """(layer, role) of `layer.role`, in any spelling: PEFT's of any version (`layer.role[.adapter's name][.weight]`), LyCORIS's, others'."""
+    if key[:-14] and key.endswith(_USUAL) and "\n" not in key:  # most files have no others
+        return key[:-14], key[-13:-7]
     if match := _ENDING.fullmatch(key):
         return match["layer"], _SPELT[match["role"]]
     match = _DOTTED.fullmatch(key)

@@ -56,13 +56,15 @@ def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **({"neumann_last": 2} if old and terms else {})}
 
 
-def turned(entry: Entry, options: Mapping[str, Any]) -> Entry:
-    """The entry with the options of a rotation: LyCORIS's blocks turn the output; PEFT's tensors the input, as `options` say."""
+def turned(entry: Entry, config: Mapping[str, Any] | None) -> Entry:
+    """The entry with the options of a rotation: LyCORIS's blocks turn the output; PEFT's tensors the input, as its config says."""
     if entry.method not in ("oft", "boft"):
         return entry
     if "oft_blocks" in entry.tensors:
         return replace(entry, options={"side": "output"})
-    return replace(entry, options={"side": "input", **(options if entry.method == "oft" else {})})
+    return replace(
+        entry, options={"side": "input", **(rotation(config) if config is not None and entry.method == "oft" else {})}
+    )
 
 
 def scales(entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]) -> dict[str, Any]:

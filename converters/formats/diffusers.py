@@ -133,7 +133,7 @@ def _of_component(config: Mapping[str, Any], layer: str) -> dict[str, Any]:
 
 
 def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
-    entry = configs.turned(entry, configs.rotation({"peft_version": "0.18", **config}))
+    entry = configs.turned(entry, {"peft_version": "0.18", **config})
     if entry.alpha is not None or entry.method not in ("dora", *ADDITIVE):
         return entry
     name = parted(entry.layer)[1]

@@ -39,7 +39,7 @@ class DiffusersOld(Diffusers):
         """The component's name or none, the attention, and which of its layers."""
         word, _, rest = key.partition(".")
         word, rest = (word, rest) if word in COMPONENTS else ("", key)
-        match = _KEY.fullmatch(rest)
+        match = _KEY.fullmatch(rest) if "_lora." in rest else None
         if match is None:
             return super().split(key)
         layers = _CLIP if match["attention"].endswith("self_attn") else _UNET

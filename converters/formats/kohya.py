@@ -52,7 +52,7 @@ class Lycoris:
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         """Rotations turn the output."""
-        return [turned(entry, {}) for entry in entries]
+        return [turned(entry, None) for entry in entries]
 
     def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
         """Roles without a name, and methods on one layer with several alphas."""

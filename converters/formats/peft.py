@@ -225,7 +225,7 @@ def _check_targets(targets: Any, entries: Sequence[Entry]) -> None:
 
 def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
     if entry.method in ("oft", "boft"):
-        return configs.turned(entry, configs.rotation(config))
+        return configs.turned(entry, config)
     if entry.method == "ia3":
         modules = config.get("feedforward_modules") or []
         regex = modules if isinstance(modules, str) else None

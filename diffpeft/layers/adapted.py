@@ -87,8 +87,7 @@ def state_with(module: nn.Module, record: Record | None, weights: Weights | None
     if record is None or not record.slots:
         return State(base, weights=weights)
     container = nn.ModuleDict()
-    for name, slot in record.slots.items():
-        container.add_module(escaped(name), slot)
+    container._modules.update((escaped(name), slot) for name, slot in record.slots.items())
     return State(adapted_class(base), container, record, weights)
 
 

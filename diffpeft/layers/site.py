@@ -385,13 +385,13 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
     weight, site = getattr(module, "weight", None), site_of(type(module))
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"{type(parent).__name__} reads its weight directly and would not see the adapter"
-    if getattr(parent, "fused_projections", False) and name.rpartition(".")[2] in {"to_q", "to_k", "to_v"}:
+    if getattr(parent, "__dict__", {}).get("fused_projections") and name.rpartition(".")[2] in {"to_q", "to_k", "to_v"}:
         return "its projections are fused (call unfuse_qkv_projections first)"
-    if hasattr(module, "parametrizations"):
+    if "parametrizations" in module._modules:
         return "it is parametrised"
     if not isinstance(weight, Tensor) or not (weight.is_floating_point() or (site and site.quantised)):
         return "its weight is quantised in a way that is not known here"
-    if getattr(module, "max_norm", None) is not None:
+    if vars(module).get("max_norm") is not None:
         return "it renormalises its weight in every forward (max_norm)"
     if getattr(vars(module).get("_diffusers_hook"), "hooks", None):
         return "diffusers' hooks are on it (load adapters before group offloading or layerwise casting is enabled)"
@@ -414,13 +414,15 @@ def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
 
 def device_of(module: Any) -> torch.device:
     """Where the layer computes: an offloading hook's execution device, else where its weight is."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    device = getattr(
+        vars(module).get("_hf_hook"), "execution_device", None
+    )  # vars: torch is slow to say that there is none
     return torch.device(device) if device is not None else module.weight.device
 
 
 def present(module: nn.Module, read: Callable[[], Any]) -> Any:
     """`read()` while the layer's own tensors are here, even where an offloading hook keeps them elsewhere."""
-    if not hasattr(module, "_hf_hook"):
+    if "_hf_hook" not in vars(module):
         return read()
     from accelerate.utils import align_module_device
 

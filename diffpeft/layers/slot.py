@@ -56,24 +56,37 @@ class Slot(nn.Module):
     adapter put into them) `source` is that.
     """
 
+    parts: tuple[Part, ...]
+    source: tuple[Piece, ...] | None
+    shifts: bool
+    _kept: dict[Any, Any]
+
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
         super().__init__()
-        self.source: tuple[Piece, ...] | None = None
+        parameters = (
+            self._parameters
+        )  # written straight: a load makes thousands, and torch's checks take longer than all else
         for piece in pieces:
-            fixed = {**piece.frozen, **{r: t for r, t in piece.tensors.items() if r in METHODS[piece.method].constants}}
+            constants = METHODS[piece.method].constants
             for role, tensor in piece.tensors.items():
-                if role not in fixed:
-                    self.register_parameter(role, nn.Parameter(tensor, requires_grad=trainable))
-            for role, tensor in fixed.items():
+                if role in constants or role in piece.frozen:
+                    self.register_buffer(role, tensor)
+                else:
+                    parameters[role] = nn.Parameter(tensor, requires_grad=trainable)
+            for role, tensor in piece.frozen.items():
                 self.register_buffer(role, tensor)
         for role, tensor in (beside or {}).items():
-            self.register_parameter(role, nn.Parameter(tensor, requires_grad=trainable))
-        self.parts = tuple(
+            parameters[role] = nn.Parameter(tensor, requires_grad=trainable)
+        parts = tuple(
             Part(METHODS[p.method], roles, p.alpha, p.spec) for p in pieces if (roles := (*p.tensors, *p.frozen))
         )
-        # whether the layer's bias may change
-        self.shifts = BIAS in self._parameters or any(part.method.shifts & set(part.roles) for part in self.parts)
-        self._kept: dict[Any, Any] = {}
+        self.__dict__.update(
+            parts=parts,
+            source=None,
+            # whether the layer's bias may change
+            shifts=BIAS in parameters or any(part.method.shifts & set(part.roles) for part in parts),
+            _kept={},
+        )
 
     @property
     def weight(self) -> Tensor:

@@ -74,10 +74,13 @@ class Plan:
             raise
 
 
-def mix_of(model: nn.Module) -> Mix | None:
-    """The Mix that the layers of a component share, if it has adapters. Raises AdapterStateError if `model` is not what was adapted, but a part or more."""
+def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
+    """The Mix that the layers of a component share, if it has adapters. Raises AdapterStateError if `model` is not what was adapted, but a part or more.
+
+    `adapted` are its adapted layers, where the caller has looked already.
+    """
     mix = None
-    for layer, module in adapted_layers(model).items():
+    for layer, module in (adapted_layers(model) if adapted is None else adapted).items():
         record = record_of(module)
         assert record is not None
         mix = record.mix
@@ -89,9 +92,12 @@ def mix_of(model: nn.Module) -> Mix | None:
     return mix
 
 
-def mixes_of(parts: Mapping[str, nn.Module]) -> dict[str, Mix]:
-    """{component: Mix} of the components that have adapters."""
-    return {component: mix for component, model in parts.items() if (mix := mix_of(model))}
+def mixes_of(
+    parts: Mapping[str, nn.Module], adapted: Mapping[str, Mapping[str, nn.Module]] | None = None
+) -> dict[str, Mix]:
+    """{component: Mix} of the components that have adapters; `adapted` as in `mix_of`."""
+    found = {component: mix_of(model, (adapted or {}).get(component)) for component, model in parts.items()}
+    return {component: mix for component, mix in found.items() if mix}
 
 
 def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
@@ -281,29 +287,41 @@ def install(
     added: Given = {} if strength is None else {adapter.name: strength}
     choice = mix.changed(layers, adapters, lambda given: {**given, **added})
     plan.mixes.append((mix, {"layers": layers, "adapters": adapters, "choice": choice}))
+    columns = torch.arange(len(layers), device="cpu").split(1)
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
         old = record_of(module)
-        tensor = old.column if old else torch.tensor([index], device="cpu")
         slots_ = {**(old.slots if old else {}), adapter.name: slot}
-        record = replace(old, slots=slots_) if old else Record(mix, tensor, index, slots_)
+        record = replace(old, slots=slots_) if old else Record(mix, columns[index].clone(), index, slots_)
         plan.layers.append((module, state_with(module, record)))
 
 
 def detach(target: Any, name: str) -> None:
     """Remove an adapter. With the last one every layer is what it was: class, keys and bytes."""
-    parts = components(target)
-    known = {n for mix in mixes_of(parts).values() for n in mix.adapters}
-    if name not in known:
+    take_off(components(target), {name})
+
+
+def take_off(parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
+    """Remove adapters, or all of them. Raises UnknownNameError for a name that no component has."""
+    adapted = {component: adapted_layers(model) for component, model in parts.items()}
+    mixes = mixes_of(parts, adapted)
+    known = {n for mix in mixes.values() for n in mix.adapters}
+    for name in sorted((names or set()) - known):
         raise UnknownNameError.of("adapter", name, known)
     plan = Plan()
-    remove(plan, parts, {name})
+    remove(plan, parts, mixes, adapted, known if names is None else names)
     plan.commit()
 
 
-def remove(plan: Plan, parts: Mapping[str, nn.Module], names: set[str]) -> None:
+def remove(
+    plan: Plan,
+    parts: Mapping[str, nn.Module],
+    mixes: Mapping[str, Mix],
+    adapted: Mapping[str, Mapping[str, nn.Module]],
+    names: set[str],
+) -> None:
     """Plan to take `names` off every component that has them."""
-    for component, mix in mixes_of(parts).items():
+    for component, mix in mixes.items():
         if not names & set(mix.adapters):
             continue
         check_idle(mix, names)
@@ -313,7 +331,7 @@ def remove(plan: Plan, parts: Mapping[str, nn.Module], names: set[str]) -> None:
         out = bool(names & set(mix.fused))
         plan.mixes.append((mix, {"adapters": adapters, "choice": choice, "fused": {} if out else mix.fused}))
         plan.roots.append((parts[component], mix))
-        for layer, module in adapted_layers(parts[component]).items():
+        for layer, module in adapted[component].items():
             record = record_of(module)
             assert record is not None
             weights = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn as nn
@@ -54,27 +54,27 @@ def _component_name(module: nn.Module) -> str:
 
 def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """{dotted name: (layer, its parent)} of every layer that can carry adapters, each module once. Adapters of ours are not entered."""
-    return dict(_walk(model, "", None, set()))
+    found: dict[str, tuple[nn.Module, nn.Module | None]] = {}
+    seen: set[int] = set()
+    todo: list[tuple[nn.Module, str, nn.Module | None]] = [(model, "", None)]
+    while todo:
+        module, name, parent = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if site_of(base_class(module)) is not None:
+            found[name] = module, parent
+        own = ADAPTERS if is_adapted(module) else ""
+        for child_name, child in reversed(module._modules.items()):
+            if child is not None and child_name != own:
+                inner = name if child_name == COMPILED else f"{name}.{child_name}" if name else child_name
+                todo.append((child, inner, module))
+    return found
 
 
 def targets_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """`layers_of` without those that methods do not fit, which have only a bias to change."""
     return {name: (m, p) for name, (m, p) in layers_of(model).items() if (s := site_of(base_class(m))) and s.targets}
-
-
-def _walk(
-    module: nn.Module, name: str, parent: nn.Module | None, seen: set[int]
-) -> Iterator[tuple[str, tuple[nn.Module, nn.Module | None]]]:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    if site_of(base_class(module)) is not None:
-        yield name, (module, parent)
-    for child_name, child in module._modules.items():
-        if child is not None and not (child_name == ADAPTERS and is_adapted(module)):
-            yield from _walk(
-                child, ".".join(filter(None, (name, child_name if child_name != COMPILED else ""))), module, seen
-            )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpeft.errors import AdapterStateError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, shown
 from diffpeft.layers.adapted import record_of
-from diffpeft.model.attach import Plan, mixes_of, remove
+from diffpeft.model.attach import Plan, mixes_of, take_off
 from diffpeft.model.fuse import check_order
 from diffpeft.model.mix import Choice, Mix, Strength, check_rows, forced
 from diffpeft.model.root import rooted
@@ -142,11 +142,4 @@ def unload(target: Any, names: str | Sequence[str] | None = None) -> None:
 
     Raises UnknownNameError for a name that is not there, AdapterStateError for one that a running `adapters(...)` block uses.
     """
-    parts = components(target)
-    known = {name for mix in mixes_of(parts).values() for name in mix.adapters}
-    wanted = known if names is None else {names} if isinstance(names, str) else set(names)
-    for name in sorted(wanted - known):
-        raise UnknownNameError.of("adapter", name, known)
-    plan = Plan()
-    remove(plan, parts, wanted)
-    plan.commit()
+    take_off(components(target), None if names is None else {names} if isinstance(names, str) else set(names))

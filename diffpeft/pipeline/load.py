@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.families import family_of
+from diffpeft.layers.adapted import is_adapted
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
@@ -77,18 +80,32 @@ def load_lora(
     name = _default_name(source) if name is None else name
     check_name(name)
     check_strength(name, weight)
-    parts = components(target)
-    mixes = mixes_of(parts)
-    refuse_duplicate(name, mixes.values())
-    layers = {component: layers_of(model) for component, model in parts.items()}
     check_max_rank(max_rank, trainable)
-    bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
-    slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
-    plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
-    report = report_of(name, bundle, slots, absent)
-    _warn(report, bundle, slots)  # before the commit: a warning may be an error
-    plan.commit()
+    parts = components(target)
+    with _uncollected():
+        layers = {component: layers_of(model) for component, model in parts.items()}
+        adapted = {c: {layer: m for layer, (m, _) in found.items() if is_adapted(m)} for c, found in layers.items()}
+        mixes = mixes_of(parts, adapted)
+        refuse_duplicate(name, mixes.values())
+        bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
+        slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
+        plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
+        report = report_of(name, bundle, slots, absent)
+        _warn(report, bundle, slots)  # before the commit: a warning may be an error
+        plan.commit()
     return report
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: a load makes tens of thousands of objects that all stay, and each full collection walks the whole program's."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def check_max_rank(max_rank: int | None, trainable: bool) -> None:

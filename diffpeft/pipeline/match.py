@@ -71,30 +71,32 @@ def matched(
             "no tensor of this adapter fits the model",
             where=f"{bundle.source}: {listed([*(e.layer for e in bundle.entries), *bundle.carried])}",
         )
-    _check_shapes(bundle, found, layers)
+    specs = _checked(bundle, found, layers)
     tensors = iter(io.load(h for e, _ in found for h in e.tensors.values()))
     pieces: dict[tuple[str, str], list[tuple[Piece, Mapping[str, Tensor]]]] = {}
-    for entry, place in found:
+    for (entry, place), spec in zip(found, specs, strict=True):
         module = layers[place[0]][place[1]][0]
         pieces.setdefault(place, []).append(
-            _piece(bundle, entry, module, {r: next(tensors) for r in entry.tensors}, trainable)
+            _piece(bundle, entry, module, spec, {r: next(tensors) for r in entry.tensors}, trainable)
         )
     slots: dict[str, dict[str, Slot]] = {component: {} for component in parts}
     for (component, layer), own in pieces.items():
         module = layers[component][layer][0]
         beside = {role: t for _, extra in own for role, t in extra.items()}
         made = [piece for piece, _ in own]
-        where = f"{bundle.source}: {dotted(component, layer)}"
-        slot = Slot([p if max_rank is None else padded(p, max_rank, where) for p in made], beside, trainable=trainable)
+        room = made
+        if max_rank is not None:
+            where = f"{bundle.source}: {dotted(component, layer)}"
+            room = [padded(piece, max_rank, where) for piece in made]
+        slot = slots[component][layer] = Slot(room, beside, trainable=trainable)
         slot.source = None if max_rank is None else tuple(made)
         device = device_of(module)
-        slots[component][layer] = slot if _is_on(slot, device) else slot.to(device)
-        slot.train(module.training)
+        if any(
+            t.device != device for own_ in (slot._parameters, slot._buffers) for t in own_.values() if t is not None
+        ):
+            slot.to(device)
+        slot.training = module.training
     return slots, absent + lost
-
-
-def _is_on(slot: Slot, device: torch.device) -> bool:
-    return all(t.device == device for t in slot.tensors.values())
 
 
 def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
@@ -117,13 +119,16 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], layers: Layers) -> None:
+def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], layers: Layers) -> list[Spec]:
+    """What each entry's method must know beside its tensors. Raises if one does not fit its layer."""
+    specs: list[Spec] = []
     wrong: list[str] = []
     refused: list[str] = []
     taken: set[tuple[tuple[str, str], str]] = set()
     for entry, place in found:
         module, parent = layers[place[0]][place[1]]
         spec = _spec(entry, module)
+        specs.append(spec)
         own = {role: h for role, h in entry.tensors.items() if role != BIAS}
         if why := METHODS[entry.method].check(own, spec):
             wrong.append(f"{entry.layer}: {why}")
@@ -133,10 +138,9 @@ def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]]
             )
         if why := refusal(module, parent, place[1]):
             refused.append(f"{entry.layer}: {why}")
-        twice = {(place, role) for role in entry.tensors} & taken
-        taken |= {(place, role) for role in entry.tensors}
-        if twice:
+        if any((place, role) in taken for role in entry.tensors):
             raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {shown(entry.layer)}")
+        taken.update((place, role) for role in entry.tensors)
     if wrong:
         raise ShapeMismatchError(
             f"{len(wrong)} of {len(found)} layers have other shapes",
@@ -145,6 +149,7 @@ def _check_shapes(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]]
         )
     if refused:
         raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])
+    return specs
 
 
 def _spec(entry: Entry, module: nn.Module) -> Spec:
@@ -154,14 +159,17 @@ def _spec(entry: Entry, module: nn.Module) -> Spec:
 
 
 def _piece(
-    bundle: Bundle, entry: Entry, module: Any, tensors: dict[str, Tensor], trainable: bool
+    bundle: Bundle, entry: Entry, module: Any, spec: Spec, tensors: dict[str, Tensor], trainable: bool
 ) -> tuple[Piece, Mapping[str, Tensor]]:
     """One method for one layer, checked for what is not finite, and what else its entry holds."""
-    limit = torch.finfo(module.weight.dtype if module.weight.is_floating_point() else torch.float16).max
+    dtype = module.weight.dtype
+    limit = torch.finfo(dtype if dtype.is_floating_point else torch.float16).max
     numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
-    if not all(t.abs().max().item() <= limit for t in numbers):  # NaN compares false
+    if not all(
+        -low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)
+    ):  # NaN compares false
         raise NonFiniteError(
-            f"layer {shown(entry.layer)} has values that are not finite in {module.weight.dtype}",
+            f"layer {shown(entry.layer)} has values that are not finite in {dtype}",
             where=bundle.source,
             remedy="The file is damaged.",
         )
@@ -172,8 +180,7 @@ def _piece(
             for role, t in tensors.items()
         }
     beside = {role: tensors.pop(role) for role in (BIAS,) if role in tensors}
-    method, spec = METHODS[entry.method], _spec(entry, module)
-    p = method.adopt(tensors, spec)
+    p = METHODS[entry.method].adopt(tensors, spec)
     alpha = kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
     if spec.alpha is not None and not abs(spec.alpha) < float("inf"):
         raise NonFiniteError(

@@ -1,0 +1,178 @@
+"""An exception at any step of any operation: what is there is what was there before, or what the finished operation gives, never between."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import converters
+import diffpeft
+from diffpeft import (
+    LoHaConfig,
+    attach,
+    combine,
+    detach,
+    fuse,
+    load_lora,
+    replace,
+    save_lora,
+    schedule,
+    set_adapters,
+    to_lora,
+    unfuse,
+    unload,
+)
+from tests.pipeline.states import adapted, fingerprint, lora, within
+
+OURS = tuple(str(Path(package.__file__).parent) for package in (diffpeft, converters))
+SPREAD, LAST = 30, 30  # points over the whole of an operation, and of its end, where it commits
+
+
+class Fault:
+    """While it is entered: counts steps in our code, and raises at the `at`-th. 0 counts only."""
+
+    def __init__(self, at=0, error=MemoryError):
+        self.at, self.error, self.seen = at, error, 0
+
+    def step(self, frame):
+        if frame.f_code.co_filename.startswith(OURS):
+            self.seen += 1
+            if self.seen == self.at:
+                raise self.error("injected")
+
+
+class AtCalls(Fault):
+    """A step is a call from our code, into our code or C: what runs out of memory or finds a bad value."""
+
+    def __enter__(self):
+        sys.setprofile(lambda frame, event, arg: self.step(frame) if event in ("call", "c_call") else None)
+        return self
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+
+class AtLines(Fault):
+    """A step is a line of our code: where Ctrl-C may strike."""
+
+    def __enter__(self):
+        sys.settrace(self.traced)
+        return self
+
+    def traced(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        if event == "line":
+            self.step(frame)
+        return self.traced
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+
+FAULTS = {
+    "a call, MemoryError": (AtCalls, MemoryError),
+    "a call, RuntimeError": (AtCalls, RuntimeError),
+    "a line, KeyboardInterrupt": (AtLines, KeyboardInterrupt),
+}
+
+fused = lambda pipe: fuse(pipe)  # noqa: E731
+# name: (what comes before, the operation on (pipe, folder))
+OPERATIONS = {
+    "load_lora": (None, lambda pipe, d: load_lora(pipe, d / "new.safetensors", name="new")),
+    "load_lora, trainable": (None, lambda pipe, d: load_lora(pipe, d / "new.safetensors", name="new", trainable=True)),
+    "set_adapters": (None, lambda pipe, d: set_adapters(pipe, {"b.c": 0.1, "a": {"unet": 0.3, "text_encoder": 0.6}})),
+    "set_adapters, scheduled": (None, lambda pipe, d: set_adapters(pipe, {"a": schedule.linear(1.0, 0.2)})),
+    "adapters": (None, lambda pipe, d: within(pipe, {"b.c": 0.3})),
+    "adapters, one mix a prompt": (None, lambda pipe, d: within(pipe, [{"a": 0.3}, {}])),
+    "fuse": (None, lambda pipe, d: fuse(pipe)),
+    "fuse a prefix": (None, lambda pipe, d: fuse(pipe, "a")),
+    "fuse for good": (None, lambda pipe, d: fuse(pipe, keep_base="none")),
+    "unfuse": (fused, lambda pipe, d: unfuse(pipe)),
+    "replace": (None, lambda pipe, d: replace(pipe, "a", d / "new.safetensors")),
+    "unload one": (None, lambda pipe, d: unload(pipe, "a")),
+    "unload all": (None, lambda pipe, d: unload(pipe)),
+    "unload one that is fused": (fused, lambda pipe, d: unload(pipe, "a")),
+    "attach": (None, lambda pipe, d: attach(pipe, LoHaConfig(r=2), "new", targets=["conv_in", "conv_out", "fc1"])),
+    "detach": (None, lambda pipe, d: detach(pipe, "b.c")),
+    "combine": (None, lambda pipe, d: combine(pipe, {"a": 0.7, "b.c": -0.3}, name="new")),
+    "to_lora": (None, lambda pipe, d: to_lora(pipe, "b.c", name="new", rank=2)),
+    "to_lora in place": (None, lambda pipe, d: to_lora(pipe, "b.c", rank=2)),
+    "save_lora": (None, lambda pipe, d: save_lora(pipe, d / "out.safetensors", name="a", format="kohya")),
+    "save_lora, a folder": (None, lambda pipe, d: save_lora(pipe.unet, d / "out", name="a")),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What the operations read, and older files where they write."""
+    bundle = converters.read(lora(2, 3))
+    bundle.metadata["modelspec.trigger_phrase"] = "sks"
+    converters.write(bundle, tmp_path / "new.safetensors", format="kohya")
+    (tmp_path / "out.safetensors").write_bytes(b"old")
+    return tmp_path
+
+
+def files(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def points(n):
+    return sorted({*range(1, n + 1, max(1, n // SPREAD)), *range(max(1, n - LAST), n + 1)})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_fails_at_any_step_is_not_begun_or_is_done(operation, fault, fresh, trace, folder):
+    (kind, error), (prepare, operate), old = FAULTS[fault], OPERATIONS[operation], files(folder)
+
+    def started():
+        pipe = adapted(fresh())
+        if prepare:
+            prepare(pipe)
+        return pipe
+
+    def run(pipe, at=0):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with kind(at, error) as found:
+                operate(pipe, folder)
+        return found.seen
+
+    def state(pipe):
+        return {**fingerprint(pipe, trace), "files": files(folder)}
+
+    def restored():
+        for file in files(folder).keys() - old.keys():
+            (folder / file).unlink()
+        for file, data in old.items():
+            (folder / file).write_bytes(data)
+        for part in [p for p in folder.iterdir() if p.is_dir()]:
+            part.rmdir()
+
+    run(started())  # what is imported and kept once
+    restored()
+    pipe = started()
+    before, n, after = state(pipe), run(pipe), state(pipe)
+    assert n > 10 and (before != after or operation.startswith("adapters"))
+    restored()
+    pipe, failures = started(), 0
+    for at in points(n):
+        with contextlib.suppress(error):
+            run(pipe, at)
+            continue
+        failures += 1
+        got = state(pipe)
+        if got == before:
+            continue
+        between = [part for part in got if got[part] not in (before[part], after[part])]
+        assert got == after, f"step {at} of {n}: between in {between or 'parts of both'}"
+        restored()
+        pipe = started()
+    assert failures > 10
