@@ -109,7 +109,7 @@ def _refuse_changing(mix: Mix, names: set[str]) -> None:
 
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
-    owners = _owners(model)
+    owners, scratch = _owners(model), Scratch()
     for layer, module in adapted_layers(model).items():
         record = record_of(module)
         assert record is not None
@@ -128,7 +128,7 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
         ]
         now = weights_of(module)
         base = record.base or now
-        weights = _fused(layer, module, base, steps)
+        weights = _fused(layer, module, base, steps, scratch)
         kept = (_on_cpu(base[0]), _on_cpu(base[1])) if keep_base == "cpu" else None
         plan.layers.append((module, state_with(module, replace(record, fused=frozenset(own), base=kept), weights)))
 
@@ -137,13 +137,15 @@ def _on_cpu(t: Any) -> Any:
     return None if t is None else t.to("cpu")
 
 
-def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, float]]) -> Weights:
+def _fused(
+    layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, float]], scratch: Scratch
+) -> Weights:
     """Weights computed from `base` in fp32 or better and rounded once, in the present dtype."""
     weight, bias = weights_of(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
         own = base[0].to(weight.device), None if base[1] is None else base[1].to(weight.device)
-        rows = _by_rows(module, steps, dtype, own[0])
+        rows = _by_rows(module, steps, dtype, own[0], scratch)
         W, b = effective(module, steps, dtype, own) if rows is None else (rows, own[1])
     if b is not None and bias is None:
         raise _unfit(layer, "an adapter adds a bias and the layer has none")
@@ -159,31 +161,46 @@ def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, f
     return (out[0].clone() if out[0].data_ptr() == base[0].data_ptr() else out[0]), out[1]
 
 
-def _by_rows(module: Any, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weight: Tensor) -> Tensor | None:
-    """The weight of a large layer with plain LoRAs in it, some rows at a time: new memory costs more than the arithmetic. None for other layers."""
+class Scratch:
+    """Memory for a block of rows, twice, used for all layers: new memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0)
+
+    def pair(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[2, rows, columns], with anything in it."""
+        n = 2 * rows * columns
+        if self.held.numel() < n or (self.held.dtype, self.held.device) != (dtype, device):
+            self.held = torch.empty(n, dtype=dtype, device=device)
+        return self.held[:n].view(2, rows, columns)
+
+
+def _by_rows(
+    module: Any, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weight: Tensor, scratch: Scratch
+) -> Tensor | None:
+    """The weight of a large layer with plain LoRAs in it, some rows at a time. None for other layers."""
     plain = all(
         slot.parts and slot.parts[0].method is Lora and {*slot.tensors} == {"lora_A", "lora_B"} for slot, _ in steps
     )
     if weight.numel() < SOME or not plain or site_of(base_class(module)) not in (LinearSite, ConvSite):
         return None
-    terms = [(*slot(_scaled_factors, dtype), s) for slot, s in steps]
+    factors = [slot(_factors, dtype, s) for slot, s in steps]
+    A, B = torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], 1)
     out, some = torch.empty_like(weight), max(1, SOME * len(weight) // weight.numel())
-    now, then = (torch.empty(some, weight[0].numel(), dtype=dtype, device=weight.device) for _ in range(2))
+    now, then = scratch.pair(some, weight[0].numel(), dtype, weight.device)
     for a in range(0, len(weight), some):
         rows = weight[a : a + some].flatten(1)
-        W, other = now[: len(rows)].copy_(rows), then[: len(rows)]
-        for A, B, scale, s in terms:
-            torch.mm(B[a : a + some], A, out=other).mul_(scale).mul_(s).add_(W)
-            W, other = other, W
+        W = torch.addmm(now[: len(rows)].copy_(rows), B[a : a + some], A, out=then[: len(rows)])
         out[a : a + some] = W.reshape(out[a : a + some].shape)
     return out
 
 
-def _scaled_factors(slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+def _factors(slot: Slot, dtype: torch.dtype, strength: float) -> tuple[Tensor, Tensor]:
+    """A [r, in * k] and B [out, r] of a LoRA, whose product is what it adds at a strength."""
     part = slot.parts[0]
     p, method = slot.prepared(part, dtype), part.method
     A, B = method.factors(p, part.spec)
-    return A.flatten(1), B.flatten(1), method.scale(p, part.spec)
+    return A.flatten(1), B.flatten(1) * (method.scale(p, part.spec) * strength)
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:

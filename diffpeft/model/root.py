@@ -32,7 +32,8 @@ def settle(model: nn.Module, mix: Mix) -> None:
         want = mix.choice.live or mix.open > 0
         inner = model._modules.get(COMPILED)  # may have become a root before it was compiled
         for module in (model,) if want or inner is None else (model, inner):
-            if (ROOT in module.__dict__) == want or (want and site_of(type(module)) is not None):
+            found = {ROOT in module.__dict__, hasattr(type(module), "_diffpeft_called")}  # both, if an interrupt came between
+            if found == {want} or (want and site_of(type(module)) is not None):
                 continue
             base: Any = getattr(type(module), "_diffpeft_called", type(module))
             # past a compiled module's own __setattr__, which would reach the module inside
@@ -40,7 +41,7 @@ def settle(model: nn.Module, mix: Mix) -> None:
             if want:
                 module.__dict__[ROOT] = mix
             else:
-                module.__dict__.pop(ROOT)
+                module.__dict__.pop(ROOT, None)
 
 
 @contextlib.contextmanager

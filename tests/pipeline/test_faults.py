@@ -30,7 +30,7 @@ from diffpeft import (
 from tests.pipeline.states import adapted, fingerprint, lora, within
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (diffpeft, converters))
-SPREAD, LAST = 30, 30  # points over the whole of an operation, and of its end, where it commits
+SPREAD, LAST = 20, 20  # points over the whole of an operation, and of its end, where it commits
 
 
 class Fault:
@@ -77,7 +77,6 @@ class AtLines(Fault):
 
 FAULTS = {
     "a call, MemoryError": (AtCalls, MemoryError),
-    "a call, RuntimeError": (AtCalls, RuntimeError),
     "a line, KeyboardInterrupt": (AtLines, KeyboardInterrupt),
 }
 
@@ -171,8 +170,8 @@ def test_what_fails_at_any_step_is_not_begun_or_is_done(operation, fault, fresh,
         got = state(pipe)
         if got == before:
             continue
-        between = [part for part in got if got[part] not in (before[part], after[part])]
-        assert got == after, f"step {at} of {n}: between in {between or 'parts of both'}"
+        between = [part for part in got if got[part] != after[part]]
+        assert not between, f"step {at} of {n}: neither begun nor done in {between}"
         restored()
         pipe = started()
     assert failures > 10
