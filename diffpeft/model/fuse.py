@@ -137,9 +137,7 @@ def _on_cpu(t: Any) -> Any:
     return None if t is None else t.to("cpu")
 
 
-def _fused(
-    layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, float]], scratch: Scratch
-) -> Weights:
+def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, float]], scratch: Scratch) -> Weights:
     """Weights computed from `base` in fp32 or better and rounded once, in the present dtype."""
     weight, bias = weights_of(module)
     dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -199,7 +199,7 @@ def choose(
     order = tuple(name for name in given if name in adapters)
     levels = {name: _levels(given[name], component, layers) for name in order}
     strengths, table = _numbers(order, levels, 0.0)
-    scheduled = not early and any(isinstance(level, Schedule) for found in levels.values() for level in found)
+    scheduled = not early and any(isinstance(level, Schedule) for found in levels.values() for level in set(found))
     return Choice(
         order,
         {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order},

@@ -32,7 +32,10 @@ def settle(model: nn.Module, mix: Mix) -> None:
         want = mix.choice.live or mix.open > 0
         inner = model._modules.get(COMPILED)  # may have become a root before it was compiled
         for module in (model,) if want or inner is None else (model, inner):
-            found = {ROOT in module.__dict__, hasattr(type(module), "_diffpeft_called")}  # both, if an interrupt came between
+            found = {
+                ROOT in module.__dict__,
+                hasattr(type(module), "_diffpeft_called"),
+            }  # both, if an interrupt came between
             if found == {want} or (want and site_of(type(module)) is not None):
                 continue
             base: Any = getattr(type(module), "_diffpeft_called", type(module))

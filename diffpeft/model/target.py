@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn as nn
@@ -54,6 +54,15 @@ def _component_name(module: nn.Module) -> str:
 
 def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """{dotted name: (layer, its parent)} of every layer that can carry adapters, each module once. Adapters of ours are not entered."""
+    return _walk(model, lambda module: site_of(base_class(module)) is not None)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{dotted name: layer} of the layers that carry adapters of ours."""
+    return {name: module for name, (module, _) in _walk(model, is_adapted).items()}
+
+
+def _walk(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     found: dict[str, tuple[nn.Module, nn.Module | None]] = {}
     seen: set[int] = set()
     todo: list[tuple[nn.Module, str, nn.Module | None]] = [(model, "", None)]
@@ -62,8 +71,10 @@ def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if site_of(base_class(module)) is not None:
+        if wanted(module):
             found[name] = module, parent
+        if not module._modules:
+            continue
         own = ADAPTERS if is_adapted(module) else ""
         for child_name, child in reversed(module._modules.items()):
             if child is not None and child_name != own:
@@ -75,11 +86,6 @@ def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]
 def targets_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """`layers_of` without those that methods do not fit, which have only a bias to change."""
     return {name: (m, p) for name, (m, p) in layers_of(model).items() if (s := site_of(base_class(m))) and s.targets}
-
-
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{dotted name: layer} of the layers that carry adapters of ours."""
-    return {name: module for name, (module, _) in layers_of(model).items() if is_adapted(module)}
 
 
 def spellings(name: str) -> tuple[str, ...]:
