@@ -1,0 +1,208 @@
+"""What all configs have in common with PEFT's: who they are for, and the way to `adapter_config.json` and back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from diffpeft.errors import CheckpointError, ConfigError, near, shown
+
+FILE = "adapter_config.json"
+DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
+Config = TypeVar("Config", bound="PeftConfig")
+
+
+class PeftType(StrEnum):
+    """PEFT's names for methods."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    BOFT = "BOFT"
+    IA3 = "IA3"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+
+
+class TaskType(StrEnum):
+    """What a language model is for."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+@dataclass
+class PeftConfig:
+    """The fields of every adapter_config.json. Names, meanings and defaults are PEFT's.
+
+    Args:
+        task_type: a TaskType: which PeftModelFor... wraps the model.
+        peft_type: the method; a method's own config sets it.
+        auto_mapping: the base model's class and library, where there is no task type.
+        peft_version: of the file's dialect.
+        base_model_name_or_path, revision: the base model.
+        inference_mode: the adapter is not to be trained.
+    """
+
+    task_type: str | None = None
+    peft_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    TYPE: ClassVar[PeftType | None] = None
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()  # fields of PEFT's that have to stay at their defaults here
+    types: ClassVar[dict[str, type[PeftConfig]]] = {}  # {peft_type: its config's class}
+    fetch: ClassVar[Callable[..., str] | None] = (
+        None  # (repository, file name, ...) -> path; where there is no network, none
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.TYPE is not None and "TYPE" in vars(cls):
+            PeftConfig.types[cls.TYPE.value] = cls
+
+    def __post_init__(self) -> None:
+        kinds = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in kinds:
+            raise ConfigError(
+                f"Invalid task type: {shown(self.task_type)}",
+                remedy=near(str(self.task_type), kinds) or f"It is one of {', '.join(kinds)}.",
+            )
+        self.task_type = None if self.task_type is None else TaskType(self.task_type)
+        self.peft_version = self.peft_version or DIALECT
+        if self.TYPE is not None:
+            self.peft_type = self.TYPE
+
+    def validate(self) -> None:
+        """Raise ConfigError for a field whose value is not allowed, or that means nothing here."""
+        standard = type(self)()
+        for name in sorted(self.UNSUPPORTED):
+            if getattr(self, name) != getattr(standard, name):
+                raise ConfigError(
+                    f"{name} is {shown(getattr(self, name))}",
+                    remedy="PEFT has this field; here it must stay at its default.",
+                )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method adds tokens, and not to layers."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether it is LLaMA-Adapter."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def to_json(self) -> str:
+        """The text of adapter_config.json: lists sorted, so that it does not depend on the hash seed."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write adapter_config.json into a folder, which is made. `auto_mapping_dict` replaces auto_mapping in the file."""
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise AssertionError(f"Provided path ({folder}) should be a directory, not a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        own = copy.copy(self)
+        own.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
+        (folder / FILE).write_text(own.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """The config in a folder or a repository on the Hub, as its method's class. Hub options go to hf_hub_download."""
+        where = os.fspath(pretrained_model_name_or_path)
+        path = Path(where, subfolder or "", FILE)
+        if not path.is_file():
+            try:
+                if PeftConfig.fetch is None or Path(where).exists():
+                    raise FileNotFoundError(path)
+                path = Path(PeftConfig.fetch(where, FILE, subfolder=subfolder, **kwargs))
+            except Exception as error:
+                raise CheckpointError(
+                    f"Can't find {FILE!r} at {where!r}", remedy="Check the path, or the id and the network."
+                ) from error
+        own = {f.name for f in fields(cls)}
+        given = {key: value for key, value in kwargs.items() if key in own}
+        return cls.from_peft_type(**{**given, **cls.from_json_file(path)})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The fields in a file."""
+        try:
+            found = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it is no table")
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"cannot read {FILE} ({error})", where=path_json_file) from error
+        if "runtime_config" in found:
+            warnings.warn(
+                f"{FILE} has a runtime_config, which is ignored: it is for the run and not for the file", stacklevel=2
+            )
+            del found["runtime_config"]
+        return found
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """A config from fields, of the class that `peft_type` names. Unknown fields are dropped with a warning."""
+        kind = kwargs.get("peft_type")
+        kind = kind.value if isinstance(kind, Enum) else kind
+        made: Any = cls if kind is None else PeftConfig.types.get(kind)
+        if made is None:
+            raise ConfigError(
+                f"peft_type is {shown(kind)}",
+                remedy=near(str(kind), PeftConfig.types) or f"Supported: {', '.join(PeftConfig.types)}.",
+            )
+        known = set(inspect.signature(made).parameters)
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {made.__name__}, these are ignored. The file may be of a newer version.",
+                stacklevel=2,
+            )
+        return made(**{key: value for key, value in kwargs.items() if key in known})
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The fields as they are."""
+        return kwargs
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON has it."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        plain = [_plain(v) for v in value]
+        return sorted(plain) if all(isinstance(v, str) for v in plain) else plain
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return value
