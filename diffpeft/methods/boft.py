@@ -34,6 +34,7 @@ from diffpeft.methods.oft import (
     turned_features,
     turns_output,
 )
+from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 # Numbers in a row of the matrices that several stages become.
 WIDEST = 80
@@ -43,7 +44,7 @@ PASS, STAGE = 450, 350
 
 
 @dataclass
-class BOFTConfig:
+class BOFTConfig(PeftConfig):
     """How to make a BOFT. Names, meanings and defaults are PEFT's; `boft_block_num` needs `boft_block_size=0`.
 
     Args:
@@ -54,6 +55,7 @@ class BOFTConfig:
         bias: which biases are trained too: "none", "boft_only", "all".
         boft_dropout: share, in [0, 1), of the blocks of one random stage that do nothing in a training step.
         init_weights: True: the identity. False: small random rotations, and scales near 1.
+        layers_to_transform, layers_pattern, modules_to_save: as in LoraConfig.
     """
 
     boft_block_size: int = 4
@@ -65,9 +67,15 @@ class BOFTConfig:
     fan_in_fan_out: bool = False
     boft_dropout: float = 0.0
     init_weights: bool = True
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+
+    TYPE = PeftType.BOFT
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
+        super().validate()
         configs.check_either(self, "boft_block_size", "boft_block_num")
         configs.check_whole("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
         configs.check_probability("boft_dropout", self.boft_dropout)

@@ -19,12 +19,13 @@ from diffpeft.errors import ConfigError, ShapeMismatchError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Site, Spec, Strength, Tensors
 from diffpeft.methods.linalg import wide
+from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 FACTORS, OFFSETS, ON_INPUT = "ia3_l", "ia3_w", "on_input"  # the first is PEFT's, the others LyCORIS's
 
 
 @dataclass
-class IA3Config:
+class IA3Config(PeftConfig):
     """How to make an (IA)^3. Names, meanings and defaults are PEFT's.
 
     Args:
@@ -32,6 +33,7 @@ class IA3Config:
         feedforward_modules: layers whose inputs are multiplied instead of their outputs: a regular expression for whole names, or a list of what
             names end with; a list must be part of target_modules where that is a list. None: no layer.
         init_ia3_weights: True: ones, the identity. False: random numbers around 0.
+        modules_to_save: as in LoraConfig.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -39,9 +41,13 @@ class IA3Config:
     feedforward_modules: str | Sequence[str] | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
+    modules_to_save: list[str] | None = None
+
+    TYPE = PeftType.IA3
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
+        super().validate()
         checks.check_choice("init_ia3_weights", self.init_ia3_weights, (True, False))
         inner, outer = self.feedforward_modules, self.target_modules
         if isinstance(inner, str):

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Geometry, Op, Site, Spec, Strength, Tensors
 from diffpeft.methods.linalg import added, core_shape, holds, kaiming, khatri_rao, tucker_factors
+from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 # One element of a weight that is built, added and differentiated takes as long as so many multiply-adds, in fp32 and in 16 bits.
 # Measured on one core with 640 to 2048 features; a GPU has about the same ratios.
@@ -23,7 +24,7 @@ _PASSES = {"wide": 600, "half": 3000}
 
 
 @dataclass
-class LoHaConfig:
+class LoHaConfig(PeftConfig):
     """How to make a LoHa. Names, meanings and defaults are PEFT's.
 
     Args:
@@ -36,6 +37,7 @@ class LoHaConfig:
         exclude_modules: like target_modules; these layers are left alone.
         init_weights: True: hada_w2_b zero, the rest kaiming uniform. False: that one too, not the identity.
         rank_pattern, alpha_pattern: {regular expression: value} for layers that differ; a pattern matches a name or its end.
+        layers_to_transform, layers_pattern, modules_to_save: as in LoraConfig.
     """
 
     r: int = 8
@@ -48,9 +50,15 @@ class LoHaConfig:
     init_weights: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+
+    TYPE = PeftType.LOHA
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
+        super().validate()
         checks.check_product(self, (True, False))
 
 

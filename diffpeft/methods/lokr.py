@@ -18,6 +18,7 @@ from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Geometry, Op, Site, Spec, Strength, Tensors
 from diffpeft.methods.linalg import added, core_shape, holds, kaiming, tucker_factors
+from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 # How many multiply-adds take as long as the passes over one activation, and over one element of a weight that is built, added and
 # differentiated: in fp32 and in 16 bits, and whether the second half is one tensor. Measured on one core with 320 to 10240 features.
@@ -30,7 +31,7 @@ _PASSES = {
 
 
 @dataclass
-class LoKrConfig:
+class LoKrConfig(PeftConfig):
     """How to make a LoKr. Names, meanings and defaults are PEFT's.
 
     Args:
@@ -46,6 +47,7 @@ class LoKrConfig:
         exclude_modules: like target_modules; these layers are left alone.
         init_weights: True: the first half zero, the rest kaiming uniform. "lycoris": the second half zero. False: neither, not the identity.
         rank_pattern, alpha_pattern: {regular expression: value} for layers that differ; a pattern matches a name or its end.
+        layers_to_transform, layers_pattern, modules_to_save: as in LoraConfig.
     """
 
     r: int = 8
@@ -61,9 +63,15 @@ class LoKrConfig:
     init_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+
+    TYPE = PeftType.LOKR
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
+        super().validate()
         checks.check_product(self, (True, False, "lycoris"))
         factor = self.decompose_factor
         if isinstance(factor, bool) or not isinstance(factor, int) or (factor < 1 and factor != -1):

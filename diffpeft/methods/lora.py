@@ -21,12 +21,20 @@ from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
 from diffpeft.methods.linalg import kaiming, tucker_factors
+from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
 
 @dataclass
-class LoraConfig:
+class LoraRuntimeConfig:
+    """What holds for a run and is not in the file. There is nothing to choose here: slots are where their layer computes."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(PeftConfig):
     """How to make a LoRA. Names, meanings and defaults are PEFT's.
 
     Args:
@@ -43,6 +51,8 @@ class LoraConfig:
             "pissa", "pissa_niter_N" (N steps of a randomised SVD), "olora": factors of W; the output is unchanged. False: both random, not the identity.
         rank_pattern, alpha_pattern: {regular expression: value} for layers that differ; a pattern matches a name or its end.
         fan_in_fan_out: PEFT has to be told that GPT-2's Conv1D stores its weight transposed; here the layer's class tells, and this changes nothing.
+        layers_to_transform, layers_pattern: only layers of these numbers in a list of blocks, and what that list is called.
+        modules_to_save: modules that are trained and saved whole, in a copy for each adapter (get_peft_model).
     """
 
     r: int = 8
@@ -58,9 +68,49 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    loftq_config: Any = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    TYPE = PeftType.LORA
+    UNSUPPORTED = frozenset(
+        (
+            "megatron_config",
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
+            "velora_config",
+            "alora_invocation_tokens",
+            "use_qalora",
+            "monteclora_config",
+            "use_bdlora",
+            "arrow_config",
+            "kasa_config",
+        )
+    )
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
+        super().validate()
         checks.check_rank("r", self.r)
         checks.check_alpha("lora_alpha", self.lora_alpha)
         checks.check_patterns("rank_pattern", self.rank_pattern, checks.check_rank)

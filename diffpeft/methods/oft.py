@@ -22,10 +22,11 @@ from diffpeft.errors import ConfigError
 from diffpeft.methods import config as configs
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Site, Spec, Strength, Tensors
 from diffpeft.methods.linalg import cayley, cayley_neumann, columns_times, rows_times, skew, wide
+from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 
 @dataclass
-class OFTConfig:
+class OFTConfig(PeftConfig):
     """How to make an OFT. Names, meanings and defaults are PEFT's; `r` needs `oft_block_size=0`.
 
     Args:
@@ -40,6 +41,7 @@ class OFTConfig:
         block_share: one rotation for all blocks of a layer.
         use_cayley_neumann: R by a truncated series, about the transpose of the exact R. Input side only; the output side is always exact.
         num_cayley_neumann_terms: terms of the series.
+        layers_to_transform, layers_pattern, modules_to_save: as in LoraConfig.
     """
 
     r: int = 0
@@ -55,9 +57,15 @@ class OFTConfig:
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+
+    TYPE = PeftType.OFT
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
+        super().validate()
         configs.check_either(self, "r", "oft_block_size")
         configs.check_probability("module_dropout", self.module_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))

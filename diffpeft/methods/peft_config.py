@@ -87,6 +87,18 @@ class PeftConfig:
                 f"Invalid task type: {shown(self.task_type)}",
                 remedy=near(str(self.task_type), kinds) or f"It is one of {', '.join(kinds)}.",
             )
+        layers, blocks = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
+        targets = getattr(self, "target_modules", None)
+        if isinstance(targets, str) and (layers is not None or blocks):
+            raise ConfigError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str.",
+                remedy="Say the layers in the expression, or give target_modules as a list.",
+            )
+        if blocks and layers is None:
+            raise ConfigError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
+                remedy="Give layers_to_transform=, the numbers of the layers.",
+            )
         self.task_type = None if self.task_type is None else TaskType(self.task_type)
         self.peft_version = self.peft_version or DIALECT
         if self.TYPE is not None:
@@ -114,7 +126,7 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
 
     def to_json(self) -> str:
         """The text of adapter_config.json: lists sorted, so that it does not depend on the hash seed."""

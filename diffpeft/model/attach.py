@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffpeft.layers.adapted import (
     Weights,
     base_class,
     enter,
+    is_adapted,
     record_of,
     state_of,
     state_with,
@@ -25,12 +27,13 @@ from diffpeft.layers.adapted import (
 )
 from diffpeft.layers.site import device_of, present, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
+from diffpeft.layers.whole import Copies, bare_copy, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.root import settle
-from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, select
+from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
 
 OVERSIZED = "layers are smaller than the rank"
 
@@ -52,21 +55,27 @@ class Plan:
     layers: list[tuple[nn.Module, State]] = field(default_factory=list)
     mixes: list[tuple[Mix, dict[str, Any]]] = field(default_factory=list)
     roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
+    wholes: list[tuple[nn.Module, Copies | None]] = field(default_factory=list)  # modules with copies of themselves
 
     def commit(self) -> None:
         """Make the writes; if one is interrupted, undo those made."""
         before = [(module, state_of(module)) for module, _ in self.layers]
         attributes = [(mix, {name: getattr(mix, name) for name in new}) for mix, new in self.mixes]
+        copies = [(module, copies_of(module)) for module, _ in self.wholes]
         try:
             for mix, new in self.mixes:
                 mix.__dict__.update(new)
             for module, state in self.layers:
                 enter(module, state)
+            for module, own in self.wholes:
+                place(module, own)
             for model, mix in self.roots:
                 settle(model, mix)
         except BaseException:
             for module, state in before:
                 enter(module, state)
+            for module, old_copies in copies:
+                place(module, old_copies)
             for mix, old in attributes:
                 mix.__dict__.update(old)
             for model, mix in self.roots:
@@ -154,9 +163,48 @@ def attach(
     options = {key: value for key, value in given.items() if value is not None}
     method, parts = method_of(config, options), components(target)
     config.validate()
+    for field_ in _FACADE:
+        if getattr(config, field_, None):
+            raise ConfigError(
+                f"attach has no use for {field_}", remedy="It is for get_peft_model and inject_adapter_in_model."
+            )
     chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
+    quiet = is_preset(targets or config.target_modules)  # who named the layers should know of small ones
+    return attach_to(
+        parts, chosen, config, name, method=method, options=options, generator=generator, dry_run=dry_run, quiet=quiet
+    )
+
+
+_FACADE = (
+    "layers_to_transform",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+)
+
+
+def attach_to(
+    parts: Mapping[str, nn.Module],
+    chosen: Mapping[str, Mapping[str, nn.Module]],
+    config: Any,
+    name: str,
+    *,
+    method: type[Method],
+    options: Mapping[str, Any] = MappingProxyType({}),
+    generator: torch.Generator | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+    strength: float | None = 1.0,
+    wholes: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> AttachReport:
+    """`attach` for layers that have been chosen, {component: {name: layer}}. A strength of None leaves the adapter inactive.
+
+    `wholes` {name: module} are trained in copies, those of one component.
+    """
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
+    chosen = {component: dict(found) for component, found in chosen.items()}
     slots = {
         component: {
             layer: _fresh(method, config, layer, module, options, generator, dry_run) for layer, module in found.items()
@@ -169,22 +217,35 @@ def attach(
             chosen[component] = {**chosen[component], **other}
             slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
     _warn_adjusted(name, slots)
-    large = [layer for component, found in slots.items() for layer in oversized(found)]
-    if large and not is_preset(targets or config.target_modules):  # who named the layers should know
-        warnings.warn(f"adapter {name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=2)
+    large = [] if quiet else [layer for component, found in slots.items() for layer in oversized(found)]
+    if large:
+        warnings.warn(f"adapter {name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=3)
     if not dry_run:
         plan = Plan()
         for component, found in slots.items():
             if found:
-                install(
-                    plan, component, chosen[component], found, mixes.get(component), Adapter(name, tuple(found)), 1.0
-                )
+                own = Adapter(name, tuple(found), modules=tuple(wholes))
+                install(plan, component, chosen[component], found, mixes.get(component), own, strength)
+                copy_wholes(plan, name, wholes)
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
     names = tuple(dotted(component, layer) for component, found in slots.items() for layer in found)
     return AttachReport(
         name, names, sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)
     )
+
+
+def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> None:
+    """Plan to give modules a trainable copy each, for the adapter whose layers are planned already. Raises AdapterStateError for one that has adapters."""
+    for where, module in wholes.items():
+        if any(is_adapted(m) for m in module.modules()):
+            raise AdapterStateError(
+                f"module {shown(where)} has adapters, and cannot be trained whole beside them",
+                remedy="Leave it out of modules_to_save, or unload the other adapters.",
+            )
+        old, mix = copies_of(module), plan.mixes[-1][0]
+        fresh = bare_copy(module).requires_grad_(True)
+        plan.wholes.append((module, Copies(mix, {**(old.modules if old else {}), name: fresh})))
 
 
 def oversized(slots: Mapping[str, Slot]) -> list[str]:
@@ -341,6 +402,10 @@ def remove(
                 _refuse_foreign(layer, module)
                 left = {n: s for n, s in record.slots.items() if n not in names}
                 plan.layers.append((module, state_with(module, replace(record, slots=left), weights)))
+        for module, _ in modules_of(parts[component], lambda m: copies_of(m) is not None).values():
+            copies = copies_of(module)
+            if copies is not None and copies.mix is mix and names & set(copies.modules):
+                plan.wholes.append((module, copies.without(names)))
 
 
 def unfused(layer: str, module: Any, record: Record) -> tuple[Record, Weights]:

@@ -100,6 +100,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     carried: Mapping[str, Handle] = field(default_factory=dict)
     absent: tuple[Entry, ...] = ()  # entries for components that the pipeline lacks
+    modules: tuple[str, ...] = ()  # those that it has a copy of (modules_to_save)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from diffpeft.bundle import COMPONENTS
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
 from diffpeft.layers.adapted import ADAPTERS, base_class, is_adapted
 from diffpeft.layers.site import refusal, site_of
+from diffpeft.layers.whole import CONTAINER, copies_of
 
 COMPILED = "_orig_mod"  # the level that torch.compile puts around a module; names go without it
 
@@ -54,15 +55,16 @@ def _component_name(module: nn.Module) -> str:
 
 def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """{dotted name: (layer, its parent)} of every layer that can carry adapters, each module once. Adapters of ours are not entered."""
-    return _walk(model, lambda module: site_of(base_class(module)) is not None)
+    return modules_of(model, lambda module: site_of(base_class(module)) is not None)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{dotted name: layer} of the layers that carry adapters of ours."""
-    return {name: module for name, (module, _) in _walk(model, is_adapted).items()}
+    return {name: module for name, (module, _) in modules_of(model, is_adapted).items()}
 
 
-def _walk(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+def modules_of(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+    """{dotted name: (module, its parent)} of the modules that are wanted, each once; nothing of ours is entered."""
     found: dict[str, tuple[nn.Module, nn.Module | None]] = {}
     seen: set[int] = set()
     todo: list[tuple[nn.Module, str, nn.Module | None]] = [(model, "", None)]
@@ -75,7 +77,7 @@ def _walk(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, tu
             found[name] = module, parent
         if not module._modules:
             continue
-        own = ADAPTERS if is_adapted(module) else ""
+        own = ADAPTERS if is_adapted(module) else CONTAINER if copies_of(module) else ""
         for child_name, child in reversed(module._modules.items()):
             if child is not None and child_name != own:
                 inner = name if child_name == COMPILED else f"{name}.{child_name}" if name else child_name

@@ -1,0 +1,34 @@
+"""PEFT's configs under one roof, and the way to the Hub for `PeftConfig.from_pretrained`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from diffpeft.methods import BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from diffpeft.methods.lora import LoraRuntimeConfig
+from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
+
+__all__ = [
+    "BOFTConfig",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
+    "LoraRuntimeConfig",
+    "OFTConfig",
+    "PeftConfig",
+    "PeftType",
+    "TaskType",
+]
+
+
+def fetch(repository: str, name: str, subfolder: str | None = None, **options: Any) -> str:
+    """A file of a repository on the Hub, downloaded. `options` that hf_hub_download does not have are left out."""
+    from huggingface_hub import hf_hub_download
+
+    known = inspect.signature(hf_hub_download).parameters
+    return hf_hub_download(repository, name, subfolder=subfolder, **{k: v for k, v in options.items() if k in known})
+
+
+PeftConfig.fetch = staticmethod(fetch)

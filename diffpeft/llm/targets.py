@@ -1,0 +1,223 @@
+"""Which layers PEFT would adapt: its rules for `target_modules` and the fields around it, and its defaults by type of model."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.layers.adapted import base_class
+from diffpeft.layers.site import refusal, site_of
+from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
+from diffpeft.model.target import modules_of
+
+ALL_LINEAR = "all-linear"
+HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
+_LINEAR = ("Linear", "Conv1D")
+
+
+def _table(text: str) -> dict[str, list[str]]:
+    """{model type: names} from lines `names: model types`."""
+    rows = [line.split(":") for line in text.strip().splitlines()]
+    return {kind: names.split() for names, kinds in rows for kind in kinds.split()}
+
+
+# PEFT 0.21.2's defaults; in (IA)^3's a * is before what is feedforward
+_LORA = _table("""
+q v: t5 mt5
+q_proj v_proj: bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3
+c_attn: gpt2 gpt_bigcode
+query_key_value: bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon
+q v q_proj v_proj: blip-2
+query value: bert roberta xlm-roberta electra layoutlm
+query_proj value_proj: deberta-v2
+in_proj: deberta
+Wqkv: mpt
+c_proj c_attn: btlm
+qkv_proj: codegen
+q_proj v_proj fc1 fc2: phi
+q_proj k_proj v_proj o_proj: nemotron_h
+key value receptance output: rwkv
+r_proj k_proj v_proj o_proj key value: rwkv7
+""")
+_IA3 = _table("""
+k v *wo: t5
+k v wi_1: mt5
+c_attn *mlp.c_proj: gpt2 gpt_bigcode
+query_key_value *mlp.dense_4h_to_h: bloom
+query_key_value *dense_4h_to_h: gpt_neox RefinedWebModel RefinedWeb falcon
+key value *output.dense: bert roberta
+q_proj k_proj *fc2: opt
+q_proj v_proj *fc_out: gptj
+q_proj v_proj *c_proj: gpt_neo
+q_proj v_proj *fc2: bart phi
+k_proj v_proj *down_proj: llama mistral
+q_proj v_proj *down_proj: llama4 gemma gemma2 gemma3_text qwen2 qwen3
+k_proj v_proj *w2: mixtral
+key_proj value_proj *output.dense: deberta-v2
+in_proj *output.dense: deberta
+""")
+_ADALORA = _table("""
+q k v o wi wo: t5
+q k v o wi_0 wi_1 wo: mt5
+q_proj k_proj v_proj out_proj fc1 fc2: bart opt
+c_attn: gpt2 gpt_bigcode
+query_key_value: bloom gpt_neox
+q_proj v_proj: gptj gpt_neo llama llama4 gemma gemma2 gemma3_text qwen2 qwen3
+query value: bert
+query key value dense: roberta
+query_proj key_proj value_proj dense: deberta-v2
+in_proj: deberta
+q_proj k_proj v_proj o_proj: nemotron_h
+""")
+_DEFAULTS: Mapping[str, dict[str, list[str]]] = {PeftType.IA3: _IA3, PeftType.ADALORA: _ADALORA}
+
+
+def resolved(model: nn.Module, config: PeftConfig) -> Any:
+    """A copy of a config in which defaults and `all-linear` have become names."""
+    config = copy.deepcopy(config)
+    own: Any = config
+    if isinstance(own.target_modules, str) and own.target_modules.lower() == ALL_LINEAR:
+        own.target_modules = _linear(model, config)
+    elif own.target_modules is None and not getattr(own, "target_parameters", None):
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        names = _DEFAULTS.get(str(own.peft_type), _LORA).get(str(kind))
+        if names is None:
+            raise ConfigError(
+                "Please specify `target_modules` or `target_parameters` in `peft_config`",
+                remedy=f'There is no default for {shown(kind)}. For example target_modules="all-linear".',
+            )
+        own.target_modules = [name.removeprefix("*") for name in names]
+        if own.peft_type == PeftType.IA3 and own.feedforward_modules is None:
+            own.feedforward_modules = [name[1:] for name in names if name.startswith("*")]
+    return config
+
+
+def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """{name: layer} that a resolved config chooses, in the order of the model.
+
+    Raises UnknownNameError if no name fits, ConfigError or AdapterStateError for a module that cannot carry the method.
+    """
+    fitting: dict[str, tuple[nn.Module, nn.Module | None]] = {}
+    excluded: list[str] = []
+    names: list[str] = []
+    for name, (module, parent) in _modules(model).items():
+        names.append(name)
+        if matches(config, name):
+            if excludes(config, name):
+                excluded.append(name)
+            else:
+                fitting[name] = module, parent
+    if not fitting:
+        _raise_none(config, names, excluded)
+    _warn_unmatched(config, names, excluded)
+    for name, (module, parent) in fitting.items():
+        site = site_of(base_class(module))
+        if site is None or not site.targets:
+            raise ConfigError(
+                f"Target module {shown(name)} is not supported: it is a {base_class(module).__name__}",
+                remedy="Adapters go on linear, convolution and embedding layers.",
+            )
+        if why := refusal(module, parent, name):
+            raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
+    return {name: module for name, (module, _) in fitting.items()}
+
+
+def matches(config: Any, name: str) -> bool:
+    """Whether `target_modules` and `layers_to_transform` choose a module; a whole name in a list passes over the numbers."""
+    targets = config.target_modules
+    if not targets:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    return any(name.endswith(f".{t}") for t in targets) and _in_layers(config, name)
+
+
+def excludes(config: Any, name: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` keep a module from being adapted."""
+    out = config.exclude_modules or ()
+    if re.fullmatch(out, name) if isinstance(out, str) else any(name == e or name.endswith(f".{e}") for e in out):
+        return True
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in getattr(config, "modules_to_save", None) or ())
+
+
+def _in_layers(config: Any, name: str) -> bool:
+    """Whether the first number in a name is among `layers_to_transform`. A name before the list of blocks is needed."""
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or wanted == []:
+        return True
+    blocks = getattr(config, "layers_pattern", None) or ()
+    blocks = (blocks,) if isinstance(blocks, str) else blocks
+    patterns = [rf"(?:^|.*?\.){block}\.(\d+)\." for block in blocks] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((m for p in patterns if (m := re.match(p, name))), None)
+    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+    """{name: (module, its parent)} of all below the model, each once."""
+    return modules_of(model, lambda module: module is not model)
+
+
+def _linear(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Every linear layer but the head, as the shortest names that mean these and no others."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+        if head is None and config.task_type == TaskType.SEQ_CLS:
+            head = next((found for name in HEADS if (found := getattr(model, name, None)) is not None), None)
+    inside = {id(m) for m in head.modules()} if head is not None else set()
+    linear, others = [], []
+    for name, (module, _) in _modules(model).items():
+        kinds = {c.__name__ for c in base_class(module).__mro__}
+        (linear if kinds & {*_LINEAR} and id(module) not in inside else others).append(name)
+    return shortest(linear, others)
+
+
+def shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The shortest ends at dots of names, sorted, that choose `wanted` and none of `others`."""
+    others, found = [f".{name}" for name in others], set()
+    for name in wanted:
+        segments = name.split(".")
+        ends = (".".join(segments[-k:]) for k in range(1, len(segments) + 1))
+        found.add(next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), name))
+    return sorted(found)
+
+
+def _raise_none(config: Any, names: list[str], excluded: list[str]) -> None:
+    if excluded:
+        raise ConfigError(
+            "All modules were excluded: none of the targets is left",
+            where=listed(excluded[:5]),
+            remedy="Loosen exclude_modules or modules_to_save.",
+        )
+    targets = config.target_modules
+    entries = [targets] if isinstance(targets, str) else sorted(targets or ())
+    if not entries:
+        return
+    raise UnknownNameError(
+        f"Target modules {shown(targets if isinstance(targets, str) else set(entries))} not found in the base model",
+        remedy=near(entries[0], _ends(names)) or "Check target_modules, layers_to_transform and the model.",
+    )
+
+
+def _warn_unmatched(config: Any, names: list[str], excluded: list[str]) -> None:
+    """Say which entries of a list chose nothing."""
+    if config.exclude_modules and not excluded:
+        warnings.warn(f"exclude_modules {shown(config.exclude_modules)} excludes nothing", stacklevel=4)
+    if isinstance(config.target_modules, str):
+        return
+    lost = [t for t in config.target_modules or () if not any(n == t or n.endswith(f".{t}") for n in names)]
+    for target in sorted(lost):
+        hint = near(target, _ends(names))
+        warnings.warn(f"target_modules has {shown(target)}, which no module is called. {hint}".strip(), stacklevel=4)
+
+
+def _ends(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names} | set(names)

@@ -1,0 +1,223 @@
+"""merge_for_good: adapters into the weights, and no adapter any more.
+
+Unlike `fuse` there is no way back, so nothing is kept: each layer ends as what it was before its first adapter, with other numbers. A quantised weight
+has too few levels to take an adapter in; its layer is replaced by a plain one where the caller says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpeft.bundle import dotted
+from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
+from diffpeft.layers.adapted import Record, Weights, base_class, effective, record_of, state_with, weights_of
+from diffpeft.layers.site import site_of
+from diffpeft.layers.slot import Slot
+from diffpeft.model.attach import Plan, _refuse_foreign, mixes_of, unfused
+from diffpeft.model.fuse import _owners, _refuse, _refuse_changing, _unfit, check_order
+from diffpeft.model.mix import Choice, Mix, check_idle, choose
+from diffpeft.model.target import adapted_layers, components
+
+
+def merge_for_good(
+    model: Any, names: str | Sequence[str] | None = None, *, dequantize: bool = False, safe: bool = False
+) -> dict[str, float]:
+    """Put adapters into the weights at their present strengths, in activation order, and take every adapter off, merged or not.
+
+    Args:
+        model: a module, or a pipeline.
+        names: which, all active ones by default. One that is not active is merged at strength 1, after those that are.
+        dequantize: replace quantised layers that an adapter goes into by plain linear ones with the dequantised weight. They get the dtype that most of
+            the model's other parameters have, as activations do; where there are none, the dtype the layer computes in.
+        safe: PEFT's word for refusing values that are not finite, which happens always.
+
+    Parameters stay the same objects, except those of quantised layers, whose layers are replaced in every module that holds them.
+    Adapters that are fused already are counted once: the merge starts from the base that `fuse` kept, or where it kept none from what is there.
+
+    Returns {layer: relative error}: the Frobenius norm of (weight as stored - exact merge), divided by that of the exact merge, which is
+    computed in fp32 from the weight that the merge starts from. Raises UnknownNameError, AdapterStateError or NonFiniteError, in which case nothing
+    has changed.
+    """
+    parts = components(model)
+    adapted = {component: adapted_layers(part) for component, part in parts.items()}
+    mixes = mixes_of(parts, adapted)
+    known = {n for mix in mixes.values() for n in mix.adapters}
+    wanted = None if names is None else [names] if isinstance(names, str) else list(names)
+    for name in wanted or ():
+        if name not in known:
+            raise UnknownNameError.of("adapter", name, known)
+    plan, swaps, errors = Plan(), Swaps(), {}
+    for component, mix in mixes.items():
+        merger = _merger(parts[component], mix, wanted, dequantize, swaps)
+        for layer, module in adapted[component].items():
+            found = merger.plan(plan, layer, module)
+            if found is not None:
+                errors[dotted(component, layer)] = found
+        plan.mixes.append((mix, {"adapters": {}, "choice": Choice(), "fused": {}}))
+        plan.roots.append((parts[component], mix))
+    swaps.commit(plan)
+    return errors
+
+
+@dataclass
+class Swaps:
+    """Modules to be replaced: (the table that holds one, its key, the new one)."""
+
+    rows: list[tuple[dict[str, Any], str, nn.Module]] = field(default_factory=list)
+
+    def commit(self, plan: Plan) -> None:
+        """Replace them and commit the plan; if that is interrupted, put them back."""
+        before = [(table, key, table[key]) for table, key, _ in self.rows]
+        try:
+            for table, key, new in self.rows:
+                table[key] = new
+            plan.commit()
+        except BaseException:
+            for table, key, old in before:
+                table[key] = old
+            raise
+
+
+@dataclass
+class _Merger:
+    """One component: what goes into its weights, in which order, and what has to be known for that."""
+
+    model: nn.Module
+    choice: Choice  # with the chosen adapters alone
+    dequantize: bool
+    swaps: Swaps
+    owners: Mapping[int, int]
+    dtype: torch.dtype | None  # of plain layers in place of quantised ones
+
+    def plan(self, plan: Plan, layer: str, module: Any) -> float | None:
+        """Plan to make a layer plain. The relative error, or None if no adapter goes into it."""
+        record = record_of(module)
+        assert record is not None
+        _refuse_foreign(layer, module)
+        own = [n for n in self.choice.order if n in record.slots]
+        if not own:
+            weights = unfused(layer, module, record)[1] if record.fused else None
+            plan.layers.append((module, state_with(module, None, weights)))
+            return None
+        base, steps = self._start(layer, module, record, own)
+        site = site_of(base_class(module))
+        assert site is not None
+        if site.quantised:
+            if not self.dequantize:
+                raise AdapterStateError(
+                    f"layer {shown(layer)} cannot be merged: its weight is quantised, and rounding it again would lose more than the adapter adds",
+                    remedy="Pass dequantize=True to get a plain layer, or leave the adapter unmerged; it acts all the same.",
+                )
+            return self._replace(plan, layer, module, steps)
+        _refuse(layer, module, self.owners)
+        weights, error = _merged(layer, module, base, weights_of(module), steps)
+        plan.layers.append((module, state_with(module, None, weights)))
+        return error
+
+    def _start(
+        self, layer: str, module: Any, record: Record, own: Sequence[str]
+    ) -> tuple[Weights, list[tuple[Slot, float]]]:
+        """The weights to start from, and the adapters that are not in them, with their strengths."""
+        steps = {n: (record.slots[n], self.choice.strengths[n][record.index]) for n in own}
+        if not record.fused:
+            return weights_of(module), _strong(steps.values())
+        if record.base is not None:
+            return unfused(layer, module, record)[1], _strong(steps.values())
+        out = sorted(record.fused - {*own})
+        if out:
+            raise AdapterStateError(
+                f"on layer {shown(layer)} the adapter {shown(out[0])} is in the weight for good (keep_base='none')",
+                remedy="Merge it too.",
+            )
+        inside = [n for n in own if n in record.fused]
+        check_order(layer, record, inside, self.choice)
+        return weights_of(module), _strong(step for n, step in steps.items() if n not in record.fused)
+
+    def _replace(self, plan: Plan, layer: str, module: Any, steps: Sequence[tuple[Slot, float]]) -> float:
+        """Plan to put a plain layer in place of a quantised one, wherever the model holds it."""
+        if "_hf_hook" in vars(module):
+            raise _unfit(layer, "its weight is offloaded")
+        places = [(m._modules, key) for m in self.model.modules() for key, c in m._modules.items() if c is module]
+        if not places:
+            raise _unfit(layer, "it is the whole model, and has to be replaced in the module that holds it")
+        site: Any = site_of(base_class(module))
+        bias = module.bias
+        with torch.no_grad():
+            base = site(module).weight(), None if bias is None else bias.data
+        dtype = self.dtype or _computed_in(module)
+        plain = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta", dtype=dtype)
+        like = (
+            torch.empty(base[0].shape, dtype=dtype, device=base[0].device),
+            None if bias is None else bias.data.to(dtype),
+        )
+        weights, error = _merged(layer, module, base, like, steps)
+        plain.weight = nn.Parameter(weights[0], requires_grad=False)
+        if weights[1] is not None:
+            plain.bias = nn.Parameter(weights[1], requires_grad=bias.requires_grad)
+        plain.train(module.training)
+        for name in vars(plain):
+            if name.startswith(("_forward", "_backward")) and name in vars(module):  # other libraries' hooks
+                plain.__dict__[name] = vars(module)[name]
+        plan.layers.append((module, state_with(module, None)))
+        self.swaps.rows += [(table, key, plain) for table, key in places]
+        return error
+
+
+def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize: bool, swaps: Swaps) -> _Merger:
+    check_idle(mix, mix.adapters)
+    active = mix.choice.order
+    chosen = {*active} if names is None else {*names}
+    _refuse_changing(mix, chosen)
+    given: dict[str, Any] = {}
+    if not mix.choice.rows:
+        given = {n: mix.choice.given[n] for n in active if n in chosen}
+    given |= {n: 1.0 for n in names or () if n in mix.adapters and n not in given}
+    choice = choose(mix.component, mix.layers, mix.adapters, given)
+    return _Merger(model, choice, dequantize, swaps, _owners(model), _activations(model))
+
+
+def _strong(steps: Any) -> list[tuple[Slot, float]]:
+    return [(slot, s) for slot, s in steps if s]
+
+
+def _merged(
+    layer: str, module: Any, base: Weights, like: Weights, steps: Sequence[tuple[Slot, float]]
+) -> tuple[Weights, float]:
+    """Weights computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`; and the relative error of that."""
+    with torch.no_grad():
+        own = base[0].to(like[0].device), base[1]
+        W, b = effective(module, steps, torch.promote_types(base[0].dtype, torch.float32), own)
+        if b is not None and like[1] is None:
+            raise _unfit(layer, "an adapter adds a bias and the layer has none")
+        stored = torch.empty_like(like[0]).copy_(W), None if b is None or like[1] is None else b.to(like[1])
+        if not all(t is None or bool(t.isfinite().all()) for t in stored):
+            raise NonFiniteError(
+                "NaNs detected in the merged weights",
+                where=f"Layer {shown(layer)} would get values that are not finite",
+                remedy=f"An adapter seems to be broken, or too strong for {like[0].dtype}.",
+            )
+        error = torch.linalg.vector_norm(stored[0].to(W) - W) / torch.linalg.vector_norm(W).clamp_min(1e-30)
+    return stored, float(error)
+
+
+def _activations(model: nn.Module) -> torch.dtype | None:
+    """The dtype that most parameters have that are neither an adapter's nor in quantised layers: that of the activations."""
+    dtypes: Counter[torch.dtype] = Counter()
+    for module in model.modules():
+        site = site_of(base_class(module))
+        if not isinstance(module, Slot) and not (site and site.quantised):
+            dtypes.update(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
+    return dtypes.most_common(1)[0][0] if dtypes else None
+
+
+def _computed_in(module: Any) -> torch.dtype:
+    """The dtype in which a quantised layer computes, as far as it knows."""
+    state = getattr(module.weight, "quant_state", None)
+    bias = None if module.bias is None else module.bias.dtype
+    return getattr(module, "compute_dtype", None) or bias or (torch.float16 if state is None else state.dtype)
