@@ -83,18 +83,21 @@ def read(
     format: str | None = None,
     names: Names | None = None,
     fits: Fit | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Bundle:
     """A file, a PEFT folder or a dict of tensors as a Bundle. Reads the header; the tensors stay where they are.
 
     `family` and `format` override detection. `names` {component: layer names} are a model's own, against which names are resolved
     before the family's table is asked, and which tell the component where the file does not. `fits` is what `fitting` has said of it.
+    `metadata` are added to the file's.
     """
     known_name("format", format, FORMATS)
     known_name("family", family, TABLES)
     if several := components_in(source):
         family = family or _common(several)
         return _merged([read(path, family=family, format=format, names=names) for path in several], source)
-    tensors, metadata, where = fits.opened if fits else opened(source)
+    tensors, own, where = fits.opened if fits else opened(source)
+    metadata = {**own, **(metadata or {})}
     found = fits or fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)

@@ -1,4 +1,4 @@
-"""diffpeft: adapters (LoRA and kin) for diffusion models.
+"""diffpeft: adapters (LoRA and kin) for diffusion models, and for language models under PEFT's names.
 
 The public names are imported on first use, so that `import diffpeft` costs no torch.
 """
@@ -16,7 +16,18 @@ _HOMES = {
         "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError"
     ),
     "diffpeft.bundle": "Bundle Entry",
-    "diffpeft.methods": "BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig METHODS OFTConfig",
+    "diffpeft.llm.auto": (
+        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+        "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
+    ),
+    "diffpeft.llm.config": "BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig LoraRuntimeConfig OFTConfig PeftConfig PeftType TaskType",
+    "diffpeft.llm.peft_model": (
+        "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
+        "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model get_peft_model_state_dict "
+        "inject_adapter_in_model set_peft_model_state_dict"
+    ),
+    "diffpeft.llm.status": "get_layer_status get_model_status",
+    "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
     "diffpeft.model.fuse": "fuse unfuse",
@@ -34,13 +45,37 @@ if TYPE_CHECKING:
     from diffpeft.bundle import Bundle as Bundle
     from diffpeft.bundle import Entry as Entry
     from diffpeft.errors import *  # noqa: F403
+    from diffpeft.llm.auto import AutoPeftModel as AutoPeftModel
+    from diffpeft.llm.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from diffpeft.llm.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from diffpeft.llm.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from diffpeft.llm.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from diffpeft.llm.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from diffpeft.llm.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from diffpeft.llm.config import BOFTConfig as BOFTConfig
+    from diffpeft.llm.config import IA3Config as IA3Config
+    from diffpeft.llm.config import LoHaConfig as LoHaConfig
+    from diffpeft.llm.config import LoKrConfig as LoKrConfig
+    from diffpeft.llm.config import LoraConfig as LoraConfig
+    from diffpeft.llm.config import LoraRuntimeConfig as LoraRuntimeConfig
+    from diffpeft.llm.config import OFTConfig as OFTConfig
+    from diffpeft.llm.config import PeftConfig as PeftConfig
+    from diffpeft.llm.config import PeftType as PeftType
+    from diffpeft.llm.config import TaskType as TaskType
+    from diffpeft.llm.peft_model import PeftModel as PeftModel
+    from diffpeft.llm.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
+    from diffpeft.llm.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from diffpeft.llm.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from diffpeft.llm.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from diffpeft.llm.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from diffpeft.llm.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from diffpeft.llm.peft_model import get_peft_model as get_peft_model
+    from diffpeft.llm.peft_model import get_peft_model_state_dict as get_peft_model_state_dict
+    from diffpeft.llm.peft_model import inject_adapter_in_model as inject_adapter_in_model
+    from diffpeft.llm.peft_model import set_peft_model_state_dict as set_peft_model_state_dict
+    from diffpeft.llm.status import get_layer_status as get_layer_status
+    from diffpeft.llm.status import get_model_status as get_model_status
     from diffpeft.methods import METHODS as METHODS
-    from diffpeft.methods import BOFTConfig as BOFTConfig
-    from diffpeft.methods import IA3Config as IA3Config
-    from diffpeft.methods import LoHaConfig as LoHaConfig
-    from diffpeft.methods import LoKrConfig as LoKrConfig
-    from diffpeft.methods import LoraConfig as LoraConfig
-    from diffpeft.methods import OFTConfig as OFTConfig
     from diffpeft.model import schedule as schedule
     from diffpeft.model.attach import AttachReport as AttachReport
     from diffpeft.model.attach import attach as attach

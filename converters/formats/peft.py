@@ -247,11 +247,18 @@ def _matched(regex: str | None, entry: Entry) -> bool:
     return any(re.fullmatch(regex, name) for name in _names(entry))
 
 
-def _whole(entry: Entry, config: Mapping[str, Any]) -> Entry:
-    """PEFT scales a LoKr of two whole halves by alpha / r; everywhere else its scale is 1. So the first half takes the factor."""
+def whole_scale(entry: Entry, config: Mapping[str, Any]) -> float:
+    """By what PEFT multiplies a LoKr of two whole halves; 1 for anything else."""
+    if not {"lokr_w1", "lokr_w2"} <= {*entry.tensors}:
+        return 1.0
     names = _names(entry)
     r = configs.chosen(config.get("rank_pattern"), names, config.get("r", 8))
-    scale = (configs.alpha({"alpha": 8, **config}, names, r) or 0) / r
+    return (configs.alpha({"alpha": 8, **config}, names, r) or 0) / r
+
+
+def _whole(entry: Entry, config: Mapping[str, Any]) -> Entry:
+    """PEFT scales a LoKr of two whole halves by alpha / r; everywhere else its scale is 1. So the first half takes the factor."""
+    scale = whole_scale(entry, config)
     if scale == 1:
         return entry
     warnings.warn(f"{shown(entry.layer)}: alpha / r = {scale:g} was multiplied into lokr_w1", stacklevel=2)

@@ -167,13 +167,15 @@ def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
 
 def _linear(model: nn.Module, config: PeftConfig) -> list[str]:
     """Every linear layer but the head, as the shortest names that mean these and no others."""
+    own: Any = model
     head = None
     if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
+        head = own.get_output_embeddings()
         if head is None and config.task_type == TaskType.SEQ_CLS:
             head = next((found for name in HEADS if (found := getattr(model, name, None)) is not None), None)
     inside = {id(m) for m in head.modules()} if head is not None else set()
-    linear, others = [], []
+    linear: list[str] = []
+    others: list[str] = []
     for name, (module, _) in _modules(model).items():
         kinds = {c.__name__ for c in base_class(module).__mro__}
         (linear if kinds & {*_LINEAR} and id(module) not in inside else others).append(name)

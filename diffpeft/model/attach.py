@@ -197,10 +197,11 @@ def attach_to(
     quiet: bool = False,
     strength: float | None = 1.0,
     wholes: Mapping[str, nn.Module] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> AttachReport:
     """`attach` for layers that have been chosen, {component: {name: layer}}. A strength of None leaves the adapter inactive.
 
-    `wholes` {name: module} are trained in copies, those of one component.
+    `wholes` {name: module} are trained in copies, those of one component. `metadata` are what a file of the adapter is to hold.
     """
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
@@ -224,7 +225,7 @@ def attach_to(
         plan = Plan()
         for component, found in slots.items():
             if found:
-                own = Adapter(name, tuple(found), modules=tuple(wholes))
+                own = Adapter(name, tuple(found), dict(metadata), modules=tuple(wholes))
                 install(plan, component, chosen[component], found, mixes.get(component), own, strength)
                 copy_wholes(plan, name, wholes)
         plan.commit()

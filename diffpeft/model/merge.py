@@ -143,27 +143,21 @@ class _Merger:
         """Plan to put a plain layer in place of a quantised one, wherever the model holds it."""
         if "_hf_hook" in vars(module):
             raise _unfit(layer, "its weight is offloaded")
+        if self.owners[id(module.weight)] > 1:
+            raise _unfit(layer, "its weight is tied to another layer's")
         places = [(m._modules, key) for m in self.model.modules() for key, c in m._modules.items() if c is module]
         if not places:
             raise _unfit(layer, "it is the whole model, and has to be replaced in the module that holds it")
         site: Any = site_of(base_class(module))
-        bias = module.bias
         with torch.no_grad():
-            base = site(module).weight(), None if bias is None else bias.data
-        dtype = self.dtype or _computed_in(module)
-        plain = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta", dtype=dtype)
-        like = (
-            torch.empty(base[0].shape, dtype=dtype, device=base[0].device),
-            None if bias is None else bias.data.to(dtype),
-        )
+            base = site(module).weight(), None if module.bias is None else module.bias.data
+        plain = _plain(module, self.dtype or _computed_in(module), base[0].device)
+        own: Any = site_of(type(plain))
+        like = own(plain).canonical(plain.weight), plain.bias
         weights, error = _merged(layer, module, base, like, steps)
-        plain.weight = nn.Parameter(weights[0], requires_grad=False)
+        plain.weight = nn.Parameter(own(plain).stored(weights[0]).contiguous(), requires_grad=False)
         if weights[1] is not None:
-            plain.bias = nn.Parameter(weights[1], requires_grad=bias.requires_grad)
-        plain.train(module.training)
-        for name in vars(plain):
-            if name.startswith(("_forward", "_backward")) and name in vars(module):  # other libraries' hooks
-                plain.__dict__[name] = vars(module)[name]
+            plain.bias = nn.Parameter(weights[1], requires_grad=module.bias.requires_grad)
         plan.layers.append((module, state_with(module, None)))
         self.swaps.rows += [(table, key, plain) for table, key in places]
         return error
@@ -214,6 +208,21 @@ def _activations(model: nn.Module) -> torch.dtype | None:
         if not isinstance(module, Slot) and not (site and site.quantised):
             dtypes.update(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
     return dtypes.most_common(1)[0][0] if dtypes else None
+
+
+def _plain(module: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """An empty layer of the class that a quantised one was made from: nn.Linear, or GPT-2's Conv1D, so that a saved model has its weights the right way."""
+    source = getattr(module, "source_cls", None)
+    if source is not None and source.__name__ == "Conv1D":
+        with torch.device("meta"):
+            plain = source(module.out_features, module.in_features)
+    else:
+        plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    plain.to_empty(device=device).to(dtype).train(module.training)
+    for name in vars(plain):
+        if name.startswith(("_forward", "_backward")) and name in vars(module):  # other libraries' hooks
+            plain.__dict__[name] = vars(module)[name]
+    return plain
 
 
 def _computed_in(module: Any) -> torch.dtype:

@@ -12,7 +12,6 @@ import itertools
 import math
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,7 +30,9 @@ Given = Mapping[str, Strength]
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 _here = threading.local()  # `choices`: {mix key: Choice} inside this thread's `adapters(...)` blocks, else absent
-_lock = threading.Lock()
+_running: dict[
+    object, Mapping[str, Choice]
+] = {}  # the choices of each `adapters(...)` block that is running, of all threads
 _keys = itertools.count()
 
 
@@ -114,19 +115,18 @@ class Mix:
     fused: Mapping[str, Strength] = field(
         default_factory=dict
     )  # adapters that are in the weights, in order, and how strong
-    live: Counter[str] = field(default_factory=Counter)  # adapters named by `adapters(...)` blocks that are running
-    open: int = 0  # how many of those blocks depend on the call
     key: str = ""
 
     def __post_init__(self) -> None:
         self.key = f"mix{next(_keys)}"  # a copy is another mix: a thread's choice for the one is not for the other
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "live": Counter(), "open": 0}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
+
+    def running(self) -> list[Choice]:
+        """The choices of the `adapters(...)` blocks that are running, in all threads."""
+        return [choices[self.key] for choices in list(_running.values()) if self.key in choices]
 
     def standing(self) -> Choice:
         """The choice that holds here and now: this thread's, or the one that was set."""
@@ -322,14 +322,20 @@ def _no_layer(name: str, pattern: str, mixes: list[Mix]) -> UnknownNameError:
 
 
 @contextlib.contextmanager
-def forced(choices: Mapping[str, Choice], mixes: Sequence[Mix]) -> Iterator[None]:
-    """These choices, by mix key, in this thread inside this block."""
-    _count(choices, mixes, 1)
+def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
+    """These choices, by mix key, in this thread inside this block. No statement calls anything before all is done: no interrupt comes between."""
+    block, before = object(), getattr(_here, "choices", None)
+    within = {**(before or {}), **choices}
+    _running[block] = choices
+    _here.choices = within
     try:
-        with _in_force(choices):
-            yield
+        yield
     finally:
-        _count(choices, mixes, -1)
+        if before is not None:
+            _here.choices = before
+        else:
+            del _here.choices  # absent, not None: a third state would be a third compiled graph
+        del _running[block]
 
 
 def in_force(key: str, choice: Choice) -> _in_force:
@@ -354,16 +360,10 @@ class _in_force:
             _here.choices = self.before
 
 
-def _count(choices: Mapping[str, Choice], mixes: Sequence[Mix], by: int) -> None:
-    with _lock:
-        for mix in mixes:
-            for name in choices[mix.key].order if mix.key in choices else ():
-                mix.live[name] += by
-
-
 def check_idle(mix: Mix, names: Iterable[str]) -> None:
     """Raise AdapterStateError if an `adapters(...)` block that is running uses one of `names`."""
-    busy = sorted(name for name in names if mix.live[name] > 0)
+    used = {name for choice in mix.running() for name in choice.order}
+    busy = sorted(used & set(names))
     if busy:
         raise AdapterStateError(
             f"adapter {shown(busy[0])} is busy: a running adapters(...) block uses it",

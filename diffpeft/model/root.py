@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import ShapeMismatchError
 from diffpeft.layers.site import site_of
-from diffpeft.model.mix import Choice, Mix, in_force
+from diffpeft.model.mix import Choice, Mix, forced, in_force
 from diffpeft.model.target import COMPILED
 
 ROOT = "_diffpeft_root"
@@ -29,7 +29,7 @@ _classes: dict[type, type] = {}
 def settle(model: nn.Module, mix: Mix) -> None:
     """Make `model` a root if strengths of `mix` depend on the call, and what it was if not. Plain assignments: it cannot fail."""
     with _lock:
-        want = mix.choice.live or mix.open > 0
+        want = mix.choice.live or any(choice.live for choice in mix.running())
         inner = model._modules.get(COMPILED)  # may have become a root before it was compiled
         for module in (model,) if want or inner is None else (model, inner):
             found = {
@@ -49,20 +49,21 @@ def settle(model: nn.Module, mix: Mix) -> None:
 
 @contextlib.contextmanager
 def rooted(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choices: Mapping[str, Choice]) -> Iterator[None]:
-    """Roots for choices that hold in this block."""
+    """These choices, by mix key, in this thread inside this block, with the roots that they need."""
     live = [(parts[component], mix) for component, mix in mixes.items() if choices[mix.key].live]
-    _open(live, 1)
     try:
-        yield
+        with forced(choices):
+            for model, mix in live:
+                settle(model, mix)
+            yield
     finally:
-        _open(live, -1)
-
-
-def _open(live: list[tuple[nn.Module, Mix]], by: int) -> None:
-    for model, mix in live:
-        with _lock:
-            mix.open += by
-            settle(model, mix)
+        try:
+            for model, mix in live:
+                settle(model, mix)
+        except BaseException:  # an interrupt
+            for model, mix in live:
+                settle(model, mix)
+            raise
 
 
 def _root_class(base: Any) -> type:

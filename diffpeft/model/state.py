@@ -25,8 +25,16 @@ TRAINING = frozenset(
 def slots_of(target: Any, name: str) -> dict[str, Slot]:
     """{canonical layer: slot} of one adapter, over all components."""
     return {
-        canonical(component, layer): record.slots[name]
+        canonical(component, layer): slot
         for component, model in components(target).items()
+        for layer, slot in slots_in(model, name).items()
+    }
+
+
+def slots_in(model: nn.Module, name: str) -> dict[str, Slot]:
+    """{layer: slot} of one adapter on one module."""
+    return {
+        layer: record.slots[name]
         for layer, module in adapted_layers(model).items()
         if (record := record_of(module)) and name in record.slots
     }

@@ -1,0 +1,1 @@
+"""Language models: PEFT's names on the same adapters."""

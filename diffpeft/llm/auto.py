@@ -1,0 +1,130 @@
+"""AutoPeftModel: the base model and the adapter from the adapter's folder alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffpeft.errors import ConfigError, UnsafeFileError, shown
+from diffpeft.llm.peft_model import MODELS, PeftModel
+from diffpeft.methods.peft_config import PeftConfig, TaskType
+
+_LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
+
+
+class AutoPeftModel:
+    """`from_pretrained(folder or Hub id)`: a PeftModel of the class that the config says, around the base model that it names."""
+
+    task: ClassVar[TaskType | None] = None
+    base: ClassVar[str] = ""  # the Auto class of transformers
+
+    def __init__(self) -> None:
+        raise OSError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(folder)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load both. `kwargs` are the base model's (`dtype`, `device_map`, `quantization_config`, ...).
+
+        Raises CheckpointError and its kin or ConfigError.
+        """
+        config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
+        if config.base_model_name_or_path is None:
+            raise ConfigError(
+                "the adapter's config names no base model",
+                where=os.fspath(pretrained_model_name_or_path),
+                remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
+            )
+        if cls.task is not None and config.task_type != cls.task:
+            raise ConfigError(
+                f"Expected target PEFT class: {MODELS[cls.task].__name__}, but the adapter's task type is {shown(config.task_type)}",
+                remedy=f"Use {_auto_of(config.task_type)}.",
+            )
+        made = cls._base_class(config)
+        base = made.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+        _fit_vocabulary(base, pretrained_model_name_or_path)
+        return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config)
+
+    @classmethod
+    def _base_class(cls, config: Any) -> Any:
+        import transformers
+
+        auto = _AUTOS.get(config.task_type)
+        if auto is not None:
+            return getattr(transformers, auto.base)
+        mapping = config.auto_mapping or {}
+        library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
+        if not name:
+            raise ConfigError(
+                "the adapter's config has neither a task_type nor an auto_mapping",
+                remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
+            )
+        if library.partition(".")[0] not in _LIBRARIES:
+            raise UnsafeFileError(
+                f"the config wants code of {shown(library)} to be imported",
+                remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
+            )
+        return getattr(importlib.import_module(library), name)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """For models that continue text."""
+
+    task, base = TaskType.CAUSAL_LM, "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """For models that turn a text into another."""
+
+    task, base = TaskType.SEQ_2_SEQ_LM, "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """For models that classify texts."""
+
+    task, base = TaskType.SEQ_CLS, "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """For models that classify tokens."""
+
+    task, base = TaskType.TOKEN_CLS, "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """For models that find answers in texts."""
+
+    task, base = TaskType.QUESTION_ANS, "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """For models that give hidden states."""
+
+    task, base = TaskType.FEATURE_EXTRACTION, "AutoModel"
+
+
+_AUTOS: dict[Any, type[AutoPeftModel]] = {cls.task: cls for cls in AutoPeftModel.__subclasses__()}
+
+
+def _auto_of(task: Any) -> str:
+    return _AUTOS[task].__name__ if task in _AUTOS else "AutoPeftModel"
+
+
+def _fit_vocabulary(base: Any, folder: str | os.PathLike[str]) -> None:
+    """Make room for the tokens of a tokenizer that was saved beside the adapter."""
+    if not (Path(folder) / "tokenizer_config.json").is_file() or not hasattr(base, "resize_token_embeddings"):
+        return
+    from transformers import AutoTokenizer
+
+    size = len(AutoTokenizer.from_pretrained(folder))
+    if size > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(size)

@@ -1,0 +1,499 @@
+"""PeftModel: PEFT's model class around the same adapters, for code that was written for PEFT.
+
+Where peft is loaded too, these pass for its classes (`isinstance`), because transformers, accelerate and TRL ask that way.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from converters.formats.peft import PREFIX
+from diffpeft import io
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
+from diffpeft.llm import state
+from diffpeft.llm.state import Incompatible
+from diffpeft.llm.status import Counted
+from diffpeft.llm.targets import chosen, resolved
+from diffpeft.llm.tuner import Tuner, found_configs, inject
+from diffpeft.methods.peft_config import PeftConfig, TaskType
+from diffpeft.model.mix import check_name
+
+_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+_CARD = """---
+base_model: {base}
+library_name: peft
+tags:
+- diffpeft
+- {method}
+---
+
+# An adapter for {base}
+
+Load it with `PeftModel.from_pretrained(base_model, "this folder")` of diffpeft or PEFT {version}.
+"""
+
+
+class PeftModel(Counted, nn.Module):
+    """A model with adapters, under PEFT's names. `base_model.model` is the user's model.
+
+    Args:
+        model: it is adapted in place; layers keep their classes and names.
+        peft_config: of the first adapter.
+        adapter_name: its name.
+    """
+
+    task: TaskType | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ):
+        super().__init__()
+        check_name(adapter_name)
+        config = inject(model, self._with_heads(peft_config), adapter_name, active=True)
+        self._adopt(model, {adapter_name: config})
+
+    def _adopt(self, model: nn.Module, configs: dict[str, Any]) -> None:
+        self.base_model = Tuner(model, configs)
+        if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+            getattr(model, "enable_input_require_grads")()  # noqa: B009
+
+    @classmethod
+    def _with_heads(cls, config: Any) -> Any:
+        """The config of an adapter that trains the head of a classifier whole."""
+        heads = _HEADS.get(cls.task) if cls.task else None
+        if heads and hasattr(config, "modules_to_save"):
+            own = list(config.modules_to_save or ())
+            config.modules_to_save = own + [name for name in heads if name not in own]
+        return config
+
+    # -- what this passes for ------------------------------------------------------------------------------------------
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return getattr(sys.modules.get("peft"), type(self).__name__, type(self))
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        object.__dict__["__class__"].__set__(self, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self),), self.__getstate__()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """{adapter: its config}."""
+        return self.base_model.peft_config
+
+    @property
+    def peft_type(self) -> Any:
+        """The method of the active adapter."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in order."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> Any:
+        """The active adapter's name, or a list if there are several."""
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> Any:
+        """The first active adapter's config."""
+        return self.peft_config[(self.active_adapters or list(self.peft_config))[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of the modules that adapters train whole."""
+        return {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()} or None
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, with the adapters on it."""
+        return self.base_model.model
+
+    def add_adapter(self, adapter_name: str, peft_config: Any = None, **_: Any) -> None:
+        """Add a fresh adapter, inactive. Without a config: one like the active adapter's."""
+        if peft_config is None:
+            peft_config = self.active_peft_config
+        self.peft_config[adapter_name] = self._added(adapter_name, peft_config)
+
+    def _added(self, name: str, config: Any) -> Any:
+        if name in self.peft_config:
+            raise AdapterStateError(f"Adapter with name {name!r} already exists.", remedy="Choose another name.")
+        return inject(self.get_base_model(), self._with_heads(config), name, active=False)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make an adapter active (or several, in this order) and the only one that is trained."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether adapters are trained, active or not."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the first that is left becomes so, with a warning."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone, in this thread inside this block."""
+        with self.base_model.disabled():
+            yield
+
+    # -- use -----------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's. `adapter_names` has an adapter's name, or `__base__`, for each row of the batch."""
+        kwargs.pop("alora_offsets", None)
+        with nullcontext() if adapter_names is None else self._rows(adapter_names, args, kwargs):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's. `adapter_names` as in forward, one a prompt."""
+        base: Any = self.get_base_model()
+        kwargs.pop("alora_offsets", None)
+        if adapter_names is None:
+            return base.generate(*args, **kwargs)
+        own = kwargs.get("generation_config") or base.generation_config
+        beams, several = (kwargs.get(k) or getattr(own, k, None) or 1 for k in ("num_beams", "num_return_sequences"))
+        with self._rows(adapter_names, args, kwargs, max(beams, several)):
+            return base.generate(*args, **kwargs)
+
+    def _rows(self, names: Sequence[str], args: Any, kwargs: Mapping[str, Any], copies: int = 1) -> Any:
+        batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), len(names))
+        if batch != len(names):
+            raise ConfigError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {batch} respectively.",
+                remedy="Give one name a row.",
+            )
+        return self.base_model.rows(names, copies)
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write `adapter_model.safetensors`, `adapter_config.json` and a README.md for each adapter; those not called default into folders of their names.
+
+        Inits that took a part of the weight (PiSSA, OLoRA) are always written as a LoRA for the untouched base. `state_dict` has tensors that were
+        gathered from shards.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ConfigError(f"Provided path ({folder}) should be a directory, not a file")
+        if not safe_serialization:
+            raise ConfigError("safe_serialization is False", remedy="Adapters are written as .safetensors only.")
+        names = list(self.peft_config if selected_adapters is None else selected_adapters)
+        for name in names:
+            if name not in self.peft_config:
+                raise UnknownNameError.of("adapter", name, self.peft_config)
+        files = {
+            name: get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            for name in names
+        }
+        if not is_main_process:
+            return
+        for name, tensors in files.items():
+            own = folder if name == "default" else folder / name
+            state.write(own, tensors, self._config_to_save(name))
+        card = folder / "README.md"
+        if not card.exists():
+            config = self.active_peft_config
+            card.write_text(
+                _CARD.format(
+                    base=config.base_model_name_or_path or self._name() or "a model",
+                    method=str(config.peft_type).lower(),
+                    version=config.peft_version,
+                ),
+                encoding="utf-8",
+            )
+
+    def _config_to_save(self, name: str) -> Any:
+        config = state.saved(self.peft_config[name])
+        config.base_model_name_or_path = config.base_model_name_or_path or self._name()
+        config.inference_mode = True
+        if config.task_type is None and config.auto_mapping is None:
+            base = _plain_class(self.get_base_model())
+            config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        return config
+
+    def _name(self) -> str | None:
+        return self.get_base_model().__dict__.get("name_or_path") or None
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save into a repository on the Hub, which is made. `private`, `token`, `revision`, `commit_message` are the Hub's; the rest is save_pretrained's."""
+        from huggingface_hub import HfApi
+
+        own = {k: kwargs.pop(k) for k in ("commit_message", "revision", "create_pr") if k in kwargs}
+        api = HfApi(token=kwargs.pop("token", None))
+        repo = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return api.upload_folder(repo_id=repo, folder_path=folder, **own)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
+
+        Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
+        """
+        check_name(adapter_name)
+        config = config if config is not None else PeftConfig.from_pretrained(model_id, **kwargs)
+        made = MODELS.get(config.task_type, cls) if config.task_type else cls
+        made = cls if issubclass(cls, made) else made
+        config.inference_mode = not is_trainable
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+        self = made.__new__(made)
+        nn.Module.__init__(self)
+        config = _loaded(model, model_id, adapter_name, made._with_heads(config), is_trainable, True, kwargs)
+        self._adopt(model, {adapter_name: config})
+        return self if is_trainable else self.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: Any = None,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> Incompatible:
+        """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already."""
+        if adapter_name in self.peft_config:
+            tensors = dict(_tensors_in(state.located(model_id, **kwargs)))
+            result = set_peft_model_state_dict(self, tensors, adapter_name)
+        else:
+            config = PeftConfig.from_pretrained(model_id, **kwargs)
+            config.inference_mode = not is_trainable
+            lost: list[str] = []
+            self.peft_config[adapter_name] = _loaded(
+                self.get_base_model(),
+                model_id,
+                adapter_name,
+                self._with_heads(config),
+                is_trainable,
+                False,
+                kwargs,
+                lost,
+            )
+            result = Incompatible(lost, [], [])
+        if not is_trainable:
+            self.eval()
+        return result
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A PeftModel that continues text."""
+
+    task = TaskType.CAUSAL_LM
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """A PeftModel that turns a text into another."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A PeftModel that classifies texts; the head is trained whole."""
+
+    task = TaskType.SEQ_CLS
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A PeftModel that classifies tokens; the head is trained whole."""
+
+    task = TaskType.TOKEN_CLS
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A PeftModel that finds an answer in a text; the head is trained whole."""
+
+    task = TaskType.QUESTION_ANS
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A PeftModel that gives hidden states."""
+
+    task = TaskType.FEATURE_EXTRACTION
+
+
+MODELS: dict[Any, type[PeftModel]] = {cls.task: cls for cls in PeftModel.__subclasses__()}
+
+
+def _rebuild(cls: Any) -> Any:
+    self = cls.__new__(cls)
+    nn.Module.__init__(self)
+    return self
+
+
+def _plain_class(model: nn.Module) -> type:
+    """The class that a model had before anything of ours."""
+    return next(c for c in type(model).__mro__ if not any(k.startswith("_diffpeft") for k in vars(c)))
+
+
+def _loaded(
+    model: nn.Module,
+    model_id: Any,
+    name: str,
+    config: Any,
+    is_trainable: bool,
+    active: bool,
+    options: Mapping[str, Any],
+    lost: list[str] | None = None,
+) -> Any:
+    """Read an adapter's folder and attach it; the resolved config. `lost` gets the keys of layers that the file should have."""
+    config = resolved(model, config)
+    config.validate()
+    found = state.read(
+        model, state.located(model_id, **options), config, trainable=is_trainable, chosen=chosen(model, config)
+    )
+    if found.missing:
+        warnings.warn(f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=3)
+    state.put(model, name, config, found, trainable=is_trainable, strength=1.0 if active else None)
+    if lost is not None:
+        lost += found.missing
+    return config
+
+
+def _tensors_in(folder: Path) -> Mapping[str, Tensor]:
+    handles, _ = io.header(folder / state.WEIGHTS)
+    return dict(zip(handles, io.load(handles.values()), strict=True))
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """A model with a fresh, trainable adapter, wrapped as its config's task type says. The base is frozen.
+
+    Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
+    """
+    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    if old is not None and old != new:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            stacklevel=2,
+        )
+    peft_config.base_model_name_or_path = new
+    peft_config.revision = revision or peft_config.revision
+    if isinstance(model, PeftModel):
+        raise AdapterStateError("the model is a PeftModel already", remedy="Call its add_adapter, or unload() first.")
+    if found_configs(model):
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different config, "
+            "make sure to call `.unload()` before.",
+            stacklevel=2,
+        )
+    made = MODELS.get(peft_config.task_type, PeftModel) if peft_config.task_type else PeftModel
+    return made(model, peft_config, adapter_name)
+
+
+def inject_adapter_in_model(
+    peft_config: Any,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name."""
+    if state_dict is not None:
+        peft_config = state.targeting(peft_config, state_dict)
+    inject(model, peft_config, adapter_name, active=True)
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """{key: tensor} of one adapter as its file has it: of a PeftModel with `base_model.model.`, of a bare module without."""
+    base, config = _unwrapped(model, adapter_name)
+    given = None if state_dict is None else {k.removeprefix(PREFIX): t for k, t in state_dict.items()}
+    return state.spelt(
+        base,
+        adapter_name,
+        config,
+        prefix="" if base is getattr(model, "_orig_mod", model) else PREFIX,
+        given=given,
+        embeddings=save_embedding_layers,
+    )
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Incompatible:
+    """Put tensors with PEFT's keys into an adapter that is there: all or nothing. -> missing_keys, unexpected_keys, mismatched_keys."""
+    base, config = _unwrapped(model, adapter_name)
+    return state.overwrite(base, adapter_name, config, peft_model_state_dict)
+
+
+def _unwrapped(model: Any, name: str) -> tuple[Any, Any]:
+    """The user's model in a PeftModel, or a bare module, and an adapter's config. Raises UnknownNameError."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PeftModel):
+        return model, state.config_of(model, name)
+    if name not in model.peft_config:
+        raise UnknownNameError.of("adapter", name, model.peft_config)
+    return model.get_base_model(), model.peft_config[name]

@@ -1,0 +1,362 @@
+"""Adapters of a model and PEFT's tensors: the keys of `adapter_model.safetensors`, both ways.
+
+A key is `base_model.model.<layer>.<tensor>` in a PeftModel and its files, and `<layer>.<tensor>` on a module without that wrapper.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import warnings
+from collections import namedtuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import converters
+from converters.formats import FORMATS
+from converters.formats.base import dotted_role, suffix
+from converters.formats.peft import CONFIG, PREFIX, WEIGHTS, whole_scale
+from diffpeft import io
+from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    ShapeMismatchError,
+    UnknownKeysError,
+    UnknownNameError,
+    listed,
+    shown,
+)
+from diffpeft.layers.adapted import ADAPTERS, escaped
+from diffpeft.layers.slot import BIAS, Slot
+from diffpeft.layers.whole import CONTAINER, Copies, bare_copy, copies_of
+from diffpeft.methods.peft_config import PeftConfig
+from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
+from diffpeft.model.mix import Adapter, check_name
+from diffpeft.model.state import entries_of, slots_in
+from diffpeft.model.target import layers_of, modules_of
+from diffpeft.pipeline.match import matched
+
+Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
+EMBEDDINGS = ("embed_tokens", "lm_head")  # what PEFT looks for in target_modules
+_INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of the weight
+
+
+def wholes_of(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """{name: module} of those that `modules_to_save` names by a whole name or its end. Those inside another are that one's."""
+    names = getattr(config, "modules_to_save", None)
+    if not names:
+        return {}
+    found = {
+        name: module
+        for name, (module, _) in modules_of(model, lambda m: m is not model).items()
+        if any(name == n or name.endswith(f".{n}") for n in names)
+    }
+    return {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+
+
+def saved(config: Any) -> Any:
+    """The config of a file: inits that took a part of the weight have become a LoRA of twice the rank (PEFT's own conversion of them)."""
+    config = copy.deepcopy(config)
+    if _INITS.fullmatch(str(getattr(config, "init_lora_weights", ""))):
+        growth = math.sqrt(2) if config.use_rslora else 2
+        config.init_lora_weights, config.r, config.lora_alpha = True, 2 * config.r, growth * config.lora_alpha
+        config.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
+        config.alpha_pattern = {key: growth * alpha for key, alpha in config.alpha_pattern.items()}
+        config.loftq_config = {}
+    return config
+
+
+def spelt(
+    model: nn.Module,
+    name: str,
+    config: Any,
+    *,
+    prefix: str = "",
+    given: Mapping[str, Tensor] | None = None,
+    embeddings: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """{PEFT's key: tensor} of one adapter. `given` {name in the model: tensor} replaces the model's own tensors (gathered from shards)."""
+    slots = slots_in(model, name)
+    if not slots:
+        raise UnknownNameError.of("adapter", name, {n for mix in mixes_of({"": model}).values() for n in mix.adapters})
+    found: dict[str, Tensor] = {}
+    fmt, fields = FORMATS["peft"], config.to_dict()
+    for layer, slot in slots.items():
+        own = _with(slot, {r: t for r in slot.tensors if (t := (given or {}).get(_inside(layer, name, r))) is not None})
+        for entry in entries_of(layer, own):
+            by = whole_scale(entry, fields)
+            for role, handle in fmt.stored(entry).items():
+                if role == "lokr_w1" and by != 1:
+                    found[f"{prefix}{layer}.{role}"] = handle.tensor.detach() / by if by else handle.tensor.detach()
+                elif role == BIAS:
+                    bias: Any = model.get_submodule(layer).bias
+                    found[f"{prefix}{layer}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
+                else:
+                    found[f"{prefix}{layer}.{suffix(role)}"] = handle.tensor.detach()
+    for where, (module, _) in modules_of(model, lambda m: copies_of(m) is not None).items():
+        copies = copies_of(module)
+        if copies is not None and name in copies.modules:
+            at = f"{where}.{CONTAINER}.{escaped(name)}."
+            for key, tensor in copies.modules[name].state_dict().items():
+                found[f"{prefix}{where}.{key}"] = (given or {}).get(at + key, tensor).detach()
+    found |= {f"{prefix}{key}": tensor for key, tensor in _embeddings(model, config, embeddings).items()}
+    return found
+
+
+def _inside(layer: str, name: str, role: str) -> str:
+    """The name of an adapter's tensor in the model."""
+    return f"{layer}.{ADAPTERS}.{escaped(name)}.{role}"
+
+
+def _with(slot: Slot, given: Mapping[str, Tensor]) -> Slot:
+    """A slot with other tensors."""
+    if not given:
+        return slot
+    other = copy.copy(slot)
+    other.__dict__["_parameters"] = {
+        role: nn.Parameter(given[role], requires_grad=False) if role in given else p
+        for role, p in slot._parameters.items()
+    }
+    return other
+
+
+def _embeddings(model: Any, config: Any, wanted: bool | str) -> dict[str, Tensor]:
+    """The weights of the embeddings, where they are wanted or (auto) adapters are on them."""
+    if wanted == "auto":
+        targets = getattr(config, "target_modules", None) or ()
+        if isinstance(targets, str):
+            wanted = any(
+                re.fullmatch(targets, n) for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDINGS
+            )
+        else:
+            wanted = any(name in targets for name in EMBEDDINGS)
+        wanted = wanted and not getattr(config, "trainable_token_indices", None)
+        if wanted:
+            warnings.warn(
+                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=4
+            )
+    if not wanted:
+        return {}
+    return {f"{name}.weight": module.weight.detach() for name, module in _embedding_layers(model).items()}
+
+
+def _embedding_layers(model: Any) -> dict[str, Any]:
+    """{name: layer} of a language model's input and output embeddings."""
+    if not hasattr(model, "get_input_embeddings"):
+        return {}
+    own = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    return {name: module for name, module in model.named_modules() if any(module is layer for layer in own)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter's file, told apart: what goes to slots, whole modules and embeddings. `missing` and `unexpected` are keys."""
+
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    wholes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in it: tensor}}
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)  # {layer: weight}
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+
+def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen: Mapping[str, nn.Module]) -> Found:
+    """What a folder, or a dict of tensors with PEFT's keys, holds for the layers of a model. `chosen` are the layers that the config means.
+
+    Raises CheckpointError and its kin.
+    """
+    layers = {"": layers_of(model)}
+    if isinstance(source, Mapping):
+        source = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in source.items()}
+    bundle = _bundle(source, config, layers)
+    carried = dict(bundle.carried)
+    modules = wholes_of(model, config)
+    wholes: dict[str, dict[str, Handle]] = {}
+    biases: dict[str, Handle] = {}
+    embeddings: dict[str, Handle] = {}
+    tables = _embedding_layers(model)
+    for key in list(carried):
+        own = key.removeprefix(PREFIX)
+        layer, _, last = own.replace(".base_layer.", ".").rpartition(".")
+        whole = next((name for name in modules if own.startswith(f"{name}.")), None)
+        if whole is not None:
+            wholes.setdefault(whole, {})[own.removeprefix(f"{whole}.")] = carried.pop(key)
+        elif last == "bias" and layer in layers[""] and getattr(config, "bias", "none") != "none":
+            biases[layer] = carried.pop(key)
+        elif last == "weight" and layer in tables:
+            embeddings[layer] = carried.pop(key)
+    bundle = replace(bundle, carried=carried, entries=_with_biases(bundle, biases, layers[""], config))
+    slots, _ = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)
+    read_ = {where: dict(zip(own, io.load(own.values()), strict=True)) for where, own in wholes.items()}
+    for where, tensors in read_.items():
+        _check_whole(f"{bundle.source}: {where}", modules[where], tensors)
+    return Found(
+        slots[""],
+        read_,
+        dict(zip(embeddings, io.load(embeddings.values()), strict=True)),
+        tuple(f"{PREFIX}{layer}" for layer in chosen if layer not in slots[""]),
+        tuple(carried),
+    )
+
+
+def _bundle(source: Any, config: Any, layers: Mapping[str, Any]) -> Bundle:
+    text = {CONFIG: config.to_json()}
+    try:
+        return converters.read(source, format="peft", names={c: list(own) for c, own in layers.items()}, metadata=text)
+    except UnknownKeysError as error:
+        raise UnknownKeysError(
+            "this holds no adapter that PEFT could have written", where=error.where, remedy="Check the folder."
+        ) from error
+
+
+def _with_biases(bundle: Bundle, biases: Mapping[str, Handle], layers: Mapping[str, Any], config: Any) -> list[Any]:
+    """The entries, with the change of the bias where PEFT has the whole trained bias."""
+    if not biases:
+        return bundle.entries
+    shifts = {}
+    for layer, handle in biases.items():
+        (bias,) = io.load([handle])
+        own = layers[layer][0].bias
+        if own is None or own.shape != bias.shape:
+            raise ShapeMismatchError(
+                f"layer {shown(layer)} has no bias of shape {tuple(bias.shape)}", where=bundle.source
+            )
+        shifts[layer] = io.handle((bias.to(own.device).float() - own.detach().float()).cpu())
+    entries = [
+        replace(e, tensors={**e.tensors, BIAS: shifts.pop(e.layer)}) if e.layer in shifts else e for e in bundle.entries
+    ]
+    return entries + [Entry("full", layer, {BIAS: shift}) for layer, shift in shifts.items()]
+
+
+def _check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> None:
+    """Raise unless these are all of a module's tensors, in its shapes and finite."""
+    base = getattr(type(module), "_diffpeft_whole", None)
+    mine = (bare_copy(module) if base else module).state_dict()
+    wrong = [key for key in mine.keys() ^ own.keys()] or [key for key in mine if mine[key].shape != own[key].shape]
+    if wrong:
+        raise ShapeMismatchError(f"the module's tensors are others: {listed(sorted(wrong)[:5])}", where=where)
+    if not all(bool(t.isfinite().all()) for t in own.values() if t.is_floating_point()):
+        raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
+
+
+def put(model: nn.Module, name: str, config: Any, found: Found, *, trainable: bool, strength: float | None) -> None:
+    """Attach what was read as a new adapter: one commit."""
+    check_name(name)
+    mixes = mixes_of({"": model})
+    refuse_duplicate(name, mixes.values())
+    layers = layers_of(model)
+    modules = wholes_of(model, config)
+    plan = Plan()
+    adapter = Adapter(name, tuple(found.slots), {CONFIG: config.to_json()}, modules=tuple(modules))
+    install(plan, "", {n: layers[n][0] for n in found.slots}, found.slots, mixes.get(""), adapter, strength)
+    for where, module in modules.items():
+        fresh = bare_copy(module).requires_grad_(trainable)
+        if where in found.wholes:
+            fresh.load_state_dict(dict(found.wholes[where]))
+        old = copies_of(module)
+        plan.wholes.append((module, Copies(plan.mixes[-1][0], {**(old.modules if old else {}), name: fresh})))
+    _check_embeddings(model, found.embeddings)
+    plan.commit()
+    for where, weight in found.embeddings.items():
+        own: Any = model.get_submodule(where).weight
+        if not torch.equal(own.detach(), weight.to(own)):
+            warnings.warn(
+                f"the embedding {shown(where)} was saved with the adapter and replaces the model's", stacklevel=3
+            )
+            with torch.no_grad():
+                own.copy_(weight)
+
+
+def _check_embeddings(model: nn.Module, embeddings: Mapping[str, Tensor]) -> None:
+    for where, weight in embeddings.items():
+        own: Any = model.get_submodule(where).weight
+        if own.shape != weight.shape:
+            raise ShapeMismatchError(
+                f"the embedding {shown(where)} is {tuple(own.shape)}, the file has {tuple(weight.shape)}",
+                remedy=f"Call model.resize_token_embeddings({weight.shape[0]}) first.",
+            )
+
+
+def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
+    """A copy of a config that means the layers of which there are tensors."""
+    layers = {found[0] for key in tensors if (found := dotted_role(key.removeprefix(PREFIX)))}
+    config = copy.deepcopy(config)
+    config.target_modules = sorted(layers)
+    return config
+
+
+def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
+    """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
+    slots = slots_in(model, name)
+    found = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
+    lost = [layer for layer in found.slots if layer not in slots]
+    writes: list[tuple[Tensor, Tensor]] = []
+    for layer, slot in found.slots.items():
+        for role, new in slot.tensors.items() if layer not in lost else ():
+            old = slots[layer].tensors.get(role)
+            if old is None or old.shape != new.shape:
+                raise ShapeMismatchError(
+                    f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if old is None else tuple(old.shape)}",
+                    remedy="Load it under another name.",
+                )
+            writes.append((old, new))
+    copies = {where: copies_of(model.get_submodule(where)) for where in found.wholes}
+    for where, own in found.wholes.items():
+        modules: Any = copies[where]
+        mine = modules.modules[name].state_dict(keep_vars=True)
+        writes += [(mine[key], tensor) for key, tensor in own.items()]
+    with torch.no_grad():
+        for old, new in writes:
+            old.copy_(new)
+    return Incompatible(list(found.missing), [*found.unexpected, *lost], [])
+
+
+def config_of(model: nn.Module, name: str) -> Any:
+    """The config that an adapter on a module was made from. Raises UnknownNameError."""
+    adapters = {n: a for mix in mixes_of({"": model}).values() for n, a in mix.adapters.items()}
+    if name not in adapters:
+        raise UnknownNameError.of("adapter", name, adapters)
+    text = adapters[name].metadata.get(CONFIG)
+    if text is None:
+        raise ConfigError(
+            f"adapter {shown(name)} was not made from a config of PEFT's kind",
+            remedy="Use inject_adapter_in_model, or diffpeft.save_lora(format='peft').",
+        )
+    return PeftConfig.from_peft_type(**json.loads(text))
+
+
+def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Any) -> None:
+    """`adapter_model.safetensors` and `adapter_config.json`, the weights first."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    # shared tensors (a tied head) are written twice
+    io.save(path / WEIGHTS, {key: io.handle(t.contiguous()) for key, t in sorted(tensors.items())}, {"format": "pt"})
+    config.save_pretrained(path)
+
+
+def located(model_id: str | os.PathLike[str], **options: Any) -> Path:
+    """The folder with an adapter's two files: this one, or a download. Raises CheckpointError."""
+    path = Path(model_id, options.get("subfolder") or "")
+    if (path / WEIGHTS).is_file():
+        return path
+    pickled = path / "adapter_model.bin"
+    if pickled.is_file():
+        io.refuse_pickle(pickled)
+    if path.exists() or PeftConfig.fetch is None:
+        raise CheckpointError(f"there is no {WEIGHTS}", where=path, remedy="Save the adapter with save_pretrained.")
+    try:
+        PeftConfig.fetch(os.fspath(model_id), "adapter_config.json", **options)
+        return Path(PeftConfig.fetch(os.fspath(model_id), WEIGHTS, **options)).parent
+    except Exception as error:
+        raise CheckpointError(
+            f"Can't find {WEIGHTS!r} at {shown(os.fspath(model_id))}", remedy="Check the id and the network."
+        ) from error
