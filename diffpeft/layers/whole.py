@@ -43,6 +43,17 @@ def copies_of(module: nn.Module) -> Copies | None:
     return module.__dict__.get(COPIES)
 
 
+def copied(module: nn.Module) -> bool:
+    """Whether a module has copies."""
+    return COPIES in module.__dict__
+
+
+def replace_tensors(module: nn.Module, by: nn.Module) -> None:
+    """Give a module's parameters and buffers, which stay the same objects, another one's numbers."""
+    for own, other in zip((*module.parameters(), *module.buffers()), (*by.parameters(), *by.buffers()), strict=True):
+        own.data = other.data
+
+
 def place(module: Any, copies: Copies | None) -> None:
     """Give a module these copies, or none. Plain assignments: it cannot fail."""
     base = getattr(type(module), "_diffpeft_whole", type(module))

@@ -38,7 +38,7 @@ from diffpeft.errors import (
 )
 from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
-from diffpeft.layers.whole import CONTAINER, Copies, bare_copy, copies_of
+from diffpeft.layers.whole import CONTAINER, Copies, bare_copy, copied, copies_of
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
 from diffpeft.model.mix import Adapter, check_name
@@ -103,7 +103,7 @@ def spelt(
                     found[f"{prefix}{layer}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
                 else:
                     found[f"{prefix}{layer}.{suffix(role)}"] = handle.tensor.detach()
-    for where, (module, _) in modules_of(model, lambda m: copies_of(m) is not None).items():
+    for where, (module, _) in modules_of(model, copied).items():
         copies = copies_of(module)
         if copies is not None and name in copies.modules:
             at = f"{where}.{CONTAINER}.{escaped(name)}."

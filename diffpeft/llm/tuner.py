@@ -11,11 +11,12 @@ from torch import nn
 
 from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.whole import copies_of
+from diffpeft.layers.whole import copied, copies_of, place, replace_tensors
 from diffpeft.llm.state import config_of, wholes_of
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
 from diffpeft.model.fuse import fuse, unfuse
+from diffpeft.model.merge import merge_for_good
 from diffpeft.model.mix import check_name
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import modules_of
@@ -59,7 +60,7 @@ def trainable(model: nn.Module, name: str, flag: bool) -> None:
     """Whether an adapter's tensors get gradients, whole modules among them."""
     for slot in slots_in(model, name).values():
         slot.requires_grad_(flag)
-    for module, _ in modules_of(model, lambda m: copies_of(m) is not None).values():
+    for module, _ in modules_of(model, copied).values():
         copies = copies_of(module)
         if copies is not None and name in copies.modules:
             copies.modules[name].requires_grad_(flag)
@@ -82,6 +83,7 @@ class Tuner(nn.Module):
         super().__init__()
         self.model = model
         self.peft_config = configs
+        self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Any] | None = None  # the mix that disable_adapter_layers has put aside
 
     def __getattr__(self, name: str) -> Any:
@@ -177,6 +179,30 @@ class Tuner(nn.Module):
         if not fused_of(self.model):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         unfuse(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """The plain model with the active (or named) adapters in its weights, and the modules that they train whole in their places.
+
+        `dequantize` makes plain layers of quantised ones. `last_merge_report` has the relative error of each layer afterwards.
+        """
+        names = None if adapter_names is None else list(adapter_names)
+        self._known(names or ())
+        order = names or self.active_adapters
+        wholes = [(m, copies) for m, _ in modules_of(self.model, copied).values() if (copies := copies_of(m))]
+        self.last_merge_report = merge_for_good(self.model, names, dequantize=dequantize, safe=safe_merge)
+        for module, copies in wholes:
+            acting = next((copies.modules[name] for name in reversed(order) if name in copies.modules), None)
+            place(module, None)
+            if acting is not None:
+                replace_tensors(module, acting)
+        self.peft_config.clear()
+        return self.model
 
     def unload(self) -> nn.Module:
         """The model without any adapter, as it was."""

@@ -27,7 +27,7 @@ from diffpeft.layers.adapted import (
 )
 from diffpeft.layers.site import device_of, present, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
-from diffpeft.layers.whole import Copies, bare_copy, copies_of, place
+from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
@@ -403,7 +403,7 @@ def remove(
                 _refuse_foreign(layer, module)
                 left = {n: s for n, s in record.slots.items() if n not in names}
                 plan.layers.append((module, state_with(module, replace(record, slots=left), weights)))
-        for module, _ in modules_of(parts[component], lambda m: copies_of(m) is not None).values():
+        for module, _ in modules_of(parts[component], copied).values():
             copies = copies_of(module)
             if copies is not None and copies.mix is mix and names & set(copies.modules):
                 plan.wholes.append((module, copies.without(names)))
