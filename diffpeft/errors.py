@@ -12,7 +12,7 @@ DiffpeftError
 |   `-- WrongBaseError              made for another model family
 |-- CannotConvertError              the target format cannot hold this
 |-- UnknownNameError (ValueError)   adapter, method, format, layer pattern ...
-|-- AdapterStateError               duplicate name, not attached, busy
+|-- AdapterStateError (ValueError)  duplicate name, not attached, busy
 |-- ConfigError (ValueError)        a field, its value, what is allowed
 |-- DataError                       a data set
 `-- DivergedError                   training produced a loss that is not finite
@@ -116,7 +116,7 @@ class UnknownNameError(DiffpeftError, ValueError):
         return cls(f"no {kind} {shown(name)}", where=where, remedy=remedy.strip())
 
 
-class AdapterStateError(DiffpeftError):
+class AdapterStateError(DiffpeftError, ValueError):
     """The adapter or layer is in a state that does not allow this."""
 
 

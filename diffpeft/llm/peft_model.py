@@ -6,7 +6,6 @@ Where peft is loaded too, these pass for its classes (`isinstance`), because tra
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tuner import Tuner, found_configs, inject
-from diffpeft.methods.peft_config import PeftConfig, TaskType
+from diffpeft.methods.peft_config import Passing, PeftConfig, TaskType
 from diffpeft.model.mix import check_name
 
 _HEADS = {
@@ -46,7 +45,7 @@ Load it with `PeftModel.from_pretrained(base_model, "this folder")` of diffpeft 
 """
 
 
-class PeftModel(Counted, nn.Module):
+class PeftModel(Passing, Counted, nn.Module):
     """A model with adapters, under PEFT's names. `base_model.model` is the user's model.
 
     Args:
@@ -83,19 +82,6 @@ class PeftModel(Counted, nn.Module):
             own = list(config.modules_to_save or ())
             config.modules_to_save = own + [name for name in heads if name not in own]
         return config
-
-    # -- what this passes for ------------------------------------------------------------------------------------------
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return getattr(sys.modules.get("peft"), type(self).__name__, type(self))
-
-    @__class__.setter
-    def __class__(self, cls: type) -> None:
-        object.__dict__["__class__"].__set__(self, cls)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self),), self.__getstate__()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -367,12 +353,6 @@ class PeftModelForFeatureExtraction(PeftModel):
 
 
 MODELS: dict[Any, type[PeftModel]] = {cls.task: cls for cls in PeftModel.__subclasses__()}
-
-
-def _rebuild(cls: Any) -> Any:
-    self = cls.__new__(cls)
-    nn.Module.__init__(self)
-    return self
 
 
 def _plain_class(model: nn.Module) -> type:

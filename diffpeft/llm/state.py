@@ -100,7 +100,9 @@ def spelt(
                     found[f"{prefix}{layer}.{role}"] = handle.tensor.detach() / by if by else handle.tensor.detach()
                 elif role == BIAS:
                     bias: Any = model.get_submodule(layer).bias
-                    found[f"{prefix}{layer}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
+                    # PEFT keeps an adapted layer one level below
+                    inner = f"{layer}.base_layer" if slot.parts else layer
+                    found[f"{prefix}{inner}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
                 else:
                     found[f"{prefix}{layer}.{suffix(role)}"] = handle.tensor.detach()
     for where, (module, _) in modules_of(model, copied).items():

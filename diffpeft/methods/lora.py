@@ -26,6 +26,11 @@ from diffpeft.methods.peft_config import PeftConfig, PeftType
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
 
+def _variant(default: Any) -> Any:
+    """A field by which peft chooses another LoRA; it looks for this mark when it builds from one of these configs."""
+    return field(default=default, metadata={"is_lora_variant": True})
+
+
 @dataclass
 class LoraRuntimeConfig:
     """What holds for a run and is not in the file. There is nothing to choose here: slots are where their layer computes."""
@@ -63,8 +68,8 @@ class LoraConfig(PeftConfig):
     bias: str = "none"
     lora_bias: bool = False
     use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: bool | str = True
+    use_dora: bool = _variant(False)
+    init_lora_weights: bool | str = field(default=True, metadata={"lora_variants": ("mica",)})
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
@@ -80,15 +85,15 @@ class LoraConfig(PeftConfig):
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
-    velora_config: Any = None
-    alora_invocation_tokens: list[int] | None = None
-    use_qalora: bool = False
+    velora_config: Any = _variant(None)
+    alora_invocation_tokens: list[int] | None = _variant(None)
+    use_qalora: bool = _variant(False)
     qalora_group_size: int = 16
-    monteclora_config: Any = None
+    monteclora_config: Any = _variant(None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
+    use_bdlora: Any = _variant(None)
+    arrow_config: Any = _variant(None)
+    kasa_config: Any = _variant(None)
     ensure_weight_tying: bool = False
 
     TYPE = PeftType.LORA
@@ -107,6 +112,8 @@ class LoraConfig(PeftConfig):
             "kasa_config",
         )
     )
+
+    _custom_modules = None  # peft asks for it when it builds from one of these
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""

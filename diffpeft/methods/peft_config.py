@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -47,8 +48,30 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class Passing:
+    """Instances pass for those of peft's class of the same name where peft is loaded: libraries ask `isinstance(x, peft.PeftModel)`.
+
+    What this needs: a class that can be assigned (FSDP2 does that) and a pickle that names the real one.
+    """
+
+    @property
+    def __class__(self) -> type:
+        return getattr(sys.modules.get("peft"), type(self).__name__, type(self))
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        object.__dict__["__class__"].__set__(self, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self),), self.__getstate__()
+
+
+def _rebuild(cls: Any) -> Any:
+    return cls.__new__(cls)
+
+
 @dataclass
-class PeftConfig:
+class PeftConfig(Passing):
     """The fields of every adapter_config.json. Names, meanings and defaults are PEFT's.
 
     Args:

@@ -1,0 +1,153 @@
+"""Which layers a config chooses: PEFT's answer is the oracle, its quirks included."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import peft
+import pytest
+from torch import nn
+
+import diffpeft
+from diffpeft.llm.targets import chosen, matches, resolved, shortest
+from diffpeft.model.target import adapted_layers
+from tests.llm.models import TASKS, model
+
+
+def theirs(base, config):
+    """The layers that peft puts adapters on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(base, config)
+    return {n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+FIELDS = {
+    "a suffix": dict(target_modules=["q_proj"]),
+    "suffixes": dict(target_modules=["q_proj", "down_proj"]),
+    "a whole name": dict(target_modules=["model.layers.1.mlp.up_proj"]),
+    "a part of a name is no suffix": dict(target_modules=["q_proj", "proj"]),
+    "two segments": dict(target_modules=["mlp.up_proj"]),
+    "an expression": dict(target_modules=r".*\.(q|v)_proj"),
+    "an expression for whole names": dict(target_modules=r"model\.layers\.0\..*down_proj"),
+    "all linear": dict(target_modules="all-linear"),
+    "All-Linear": dict(target_modules="All-Linear"),
+    "default": dict(),
+    "one layer": dict(target_modules=["q_proj"], layers_to_transform=1),
+    "layers": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 1]),
+    "a list of no layers": dict(target_modules=["q_proj"], layers_to_transform=[]),
+    "pattern of layers": dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    "patterns of layers": dict(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=["h", "layers"]),
+    "a whole name passes over the numbers": dict(
+        target_modules=["model.layers.0.mlp.up_proj", "q_proj"], layers_to_transform=[1]
+    ),
+    "excluded suffix": dict(target_modules="all-linear", exclude_modules=["down_proj"]),
+    "excluded expression": dict(target_modules=["q_proj", "v_proj"], exclude_modules=r".*layers\.0\..*"),
+    "excluded whole name": dict(target_modules=["q_proj"], exclude_modules=["model.layers.0.self_attn.q_proj"]),
+    "saved modules are no targets": dict(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"]),
+    "embedding": dict(target_modules=["embed_tokens", "q_proj"]),
+    "head": dict(target_modules=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_the_same_layers_as_peft(case):
+    ours = diffpeft.get_peft_model(model(), diffpeft.LoraConfig(**FIELDS[case]))
+    found = set(adapted_layers(ours.get_base_model()))
+    assert found and found == theirs(model(), peft.LoraConfig(**FIELDS[case]))
+
+
+@pytest.mark.parametrize("config", ["LoraConfig", "IA3Config", "LoHaConfig"])
+@pytest.mark.parametrize("kind", TASKS)
+def test_defaults_and_all_linear_by_model(kind, config):
+    for fields in ({}, {"target_modules": "all-linear"}):
+        if config == "IA3Config" and fields:
+            continue  # PEFT has no feedforward modules for it then
+        if (config == "LoHaConfig" and kind == "gpt2") or (fields and kind in ("bert-tokens", "bert-qa")):
+            continue  # PEFT has no LoHa for Conv1D, and puts adapters on these heads, which it then cannot train whole
+        ours = diffpeft.get_peft_model(model(kind), getattr(diffpeft, config)(task_type=TASKS[kind], **fields))
+        theirs_ = theirs(model(kind), getattr(peft, config)(task_type=TASKS[kind], **fields))
+        assert set(adapted_layers(ours.get_base_model())) == theirs_
+
+
+class Nested(nn.Module):
+    """Names that are easily confused."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4), "xq": nn.Linear(4, 4)}) for _ in range(3))
+        self.inner = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2)])})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_modules=["q"]),
+        dict(target_modules="q"),
+        dict(target_modules=["q"], layers_to_transform=[1]),
+        dict(target_modules=["layers.1.q"], layers_to_transform=[0]),
+        dict(target_modules=["q"], layers_to_transform=[1], layers_pattern="layers"),
+        dict(target_modules=r".*q"),
+    ],
+)
+def test_names_on_any_module(fields):
+    found = set(chosen(Nested(), resolved(Nested(), diffpeft.LoraConfig(**fields))))
+    assert found == theirs(Nested(), peft.LoraConfig(**fields))
+
+
+def test_the_rule_for_one_name_is_pefts():
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    names = ["q", "a.q", "a.layers.1.q", "layers.1.q", "b.layers.12.mlp.experts.3.q", "aq", "a.q.b"]
+    for fields in (
+        dict(target_modules=["q"]),
+        dict(target_modules="(a\\.)?q"),
+        dict(target_modules=["q"], layers_to_transform=[1, 12]),
+        dict(target_modules=["q", "layers.1.q"], layers_to_transform=[3]),
+    ):
+        for name in names:
+            want = bool(check_target_module_exists(peft.LoraConfig(**fields), name))
+            assert matches(diffpeft.LoraConfig(**fields), name) == want, (fields, name)
+
+
+@pytest.mark.parametrize("library", ["peft", "diffpeft"])
+def test_nothing_matches(library):
+    lib = importlib.import_module(library)
+    base = model()
+    with pytest.raises(ValueError, match="not found in the base model"):
+        lib.get_peft_model(base, lib.LoraConfig(target_modules=["q_prj"]))
+    if library == "diffpeft":  # and nothing has changed
+        assert not adapted_layers(base) and all(p.requires_grad for p in base.parameters())
+
+
+def test_a_typo_beside_what_matches_is_named():
+    with pytest.warns(UserWarning, match="'q_prj', which no module is called. Did you mean 'q_proj'"):
+        diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["v_proj", "q_prj"]))
+
+
+def test_everything_excluded_and_no_default():
+    with pytest.raises(ValueError, match="All modules were excluded"):
+        diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        diffpeft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), diffpeft.LoraConfig())
+    with pytest.raises(ValueError, match="is not supported"):
+        diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["self_attn"]))
+    with pytest.warns(UserWarning, match="excludes nothing"):
+        diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["q_proj"], exclude_modules=["typo"]))
+
+
+def test_all_linear_is_written_as_the_shortest_names():
+    ours = resolved(model(), diffpeft.LoraConfig(target_modules="all-linear"))
+    assert ours.target_modules == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert shortest(["a.x", "b.x", "c.y"], ["d.y"]) == ["c.y", "x"]
+
+
+def test_a_config_can_be_used_twice():
+    config = diffpeft.LoraConfig(target_modules="all-linear")
+    for kind in ("llama", "bert"):
+        diffpeft.get_peft_model(model(kind), config)
+    assert config.target_modules == "all-linear"
