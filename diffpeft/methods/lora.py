@@ -26,9 +26,8 @@ from diffpeft.methods.peft_config import PeftConfig, PeftType
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
 
-def _variant(default: Any) -> Any:
-    """A field by which peft chooses another LoRA; it looks for this mark when it builds from one of these configs."""
-    return field(default=default, metadata={"is_lora_variant": True})
+# marks that peft looks for, to choose another kind of LoRA, when it builds from one of these configs
+_VARIANT, _INITS = {"is_lora_variant": True}, {"lora_variants": ("mica",)}
 
 
 @dataclass
@@ -68,8 +67,8 @@ class LoraConfig(PeftConfig):
     bias: str = "none"
     lora_bias: bool = False
     use_rslora: bool = False
-    use_dora: bool = _variant(False)
-    init_lora_weights: bool | str = field(default=True, metadata={"lora_variants": ("mica",)})
+    use_dora: bool = field(default=False, metadata=_VARIANT)
+    init_lora_weights: bool | str = field(default=True, metadata=_INITS)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
@@ -85,15 +84,15 @@ class LoraConfig(PeftConfig):
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
-    velora_config: Any = _variant(None)
-    alora_invocation_tokens: list[int] | None = _variant(None)
-    use_qalora: bool = _variant(False)
+    velora_config: Any = field(default=None, metadata=_VARIANT)
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata=_VARIANT)
+    use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: Any = _variant(None)
+    monteclora_config: Any = field(default=None, metadata=_VARIANT)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
-    use_bdlora: Any = _variant(None)
-    arrow_config: Any = _variant(None)
-    kasa_config: Any = _variant(None)
+    use_bdlora: Any = field(default=None, metadata=_VARIANT)
+    arrow_config: Any = field(default=None, metadata=_VARIANT)
+    kasa_config: Any = field(default=None, metadata=_VARIANT)
     ensure_weight_tying: bool = False
 
     TYPE = PeftType.LORA
