@@ -12,6 +12,7 @@ Shape = tuple[int, ...]
 ROLES = {
     "full": ("diff", "set_weight"),
     "norm": ("w_norm", "b_norm"),
+    "adalora": ("lora_A", "lora_B", "lora_E"),
     "lora": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_mid", "lora_B_bias"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
@@ -37,6 +38,7 @@ ROWS = FILLED | {"rescale", "boft_s", "set_weight", "glora_b1"}
 # The sets of roles that are a whole method, and the roles that may be there besides.
 _HALVES = ("lokr_w1", "lokr_w1_a lokr_w1_b"), ("lokr_w2", "lokr_w2_a lokr_w2_b", "lokr_w2_a lokr_w2_b lokr_t2")
 WHOLE = {
+    "adalora": ("lora_A lora_B lora_E",),
     "lora": ("lora_A lora_B", "lora_A lora_B lora_mid", "lora_embedding_A lora_embedding_B"),
     "loha": ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b", " ".join(ROLES["loha"])),
     "lokr": tuple(" ".join(halves) for halves in product(*_HALVES)),
@@ -81,6 +83,8 @@ def _split(roles: tuple[str, ...], turned: str) -> dict[str, list[str]]:
     owner = _OWNER | {role: turned for role in ("oft_blocks", "rescale")}
     found = {method: [role for role in roles if owner.get(role) == method] for method in ROLES}
     found = {method: own for method, own in found.items() if own}
+    if "adalora" in found:
+        found["adalora"] += found.pop("lora", [])
     magnitudes = [role for role in roles if role in MAGNITUDES]
     if magnitudes:
         inner = next((method for method in ADDITIVE if method in found), None)
@@ -140,7 +144,7 @@ def _contradiction(items: tuple[tuple[str, Shape], ...]) -> str:
         return f"{', '.join(thin) or 'a number'} is no factor"
     for group in _rank_axes(shapes):
         sizes = {shapes[role][axis] for role, axis in group if role in shapes}
-        if len(sizes) > 1 or 0 in sizes:
+        if len(sizes) > 1 or (0 in sizes and "lora_E" not in shapes):  # AdaLoRA may have pruned all
             told = ", ".join(f"{role} {shapes[role]}" for role in dict.fromkeys(r for r, _ in group) if role in shapes)
             return f"{told} have different ranks" if len(sizes) > 1 else f"{told} have rank 0"
     glora = {role: shapes[role] for role in ROLES["glora"][:4] if role in shapes}
@@ -155,7 +159,7 @@ def _contradiction(items: tuple[tuple[str, Shape], ...]) -> str:
         blocks, rows = shapes["oft_blocks"], shapes["rescale"][0]
         if blocks[-3] * blocks[-1] != rows:
             return f"rescale {shapes['rescale']} is for {rows} features, oft_blocks {blocks} for others"
-    empty = [f"{role} {shape}" for role, shape in shapes.items() if 0 in shape]
+    empty = [f"{role} {shape}" for role, shape in shapes.items() if 0 in shape and "lora_E" not in shapes]
     return f"{', '.join(empty)} is empty" if empty else ""
 
 
@@ -168,7 +172,7 @@ def _rank_axes(roles: Collection[str]) -> list[list[tuple[str, int]]]:
     hada = [("hada_w1_b", 0), ("hada_w1_a", a["hada_t1"]), ("hada_w2_b", 0), ("hada_w2_a", a["hada_t2"])]
     return [
         [("lora_A", 0), ("lora_mid", 1) if "lora_mid" in roles else ("lora_B", 1)],
-        [("lora_B", 1), ("lora_mid", 0)],
+        [("lora_B", 1), ("lora_mid", 0), ("lora_E", 0)],
         [("lora_embedding_A", 0), ("lora_embedding_B", 1)],
         hada + [(core, axis) for core in ("hada_t1", "hada_t2") for axis in (0, 1)],
         [("lokr_w1_b", 0), ("lokr_w1_a", 1)],

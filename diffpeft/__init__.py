@@ -20,12 +20,18 @@ _HOMES = {
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
         "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
     ),
-    "diffpeft.llm.config": "BOFTConfig IA3Config LoHaConfig LoKrConfig LoraConfig LoraRuntimeConfig OFTConfig PeftConfig PeftType TaskType",
+    "diffpeft.llm.config": (
+        "AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoftQConfig LoraConfig LoraRuntimeConfig MultitaskPromptTuningConfig "
+        "MultitaskPromptTuningInit OFTConfig PeftConfig PeftType PrefixTuningConfig "
+        "PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit TaskType"
+    ),
     "diffpeft.llm.peft_model": (
         "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model get_peft_model_state_dict "
         "inject_adapter_in_model set_peft_model_state_dict"
     ),
+    "diffpeft.llm.distributed": "fsdp_auto_wrap_policy",
+    "diffpeft.llm.kbit": "prepare_model_for_kbit_training replace_lora_weights_loftq",
     "diffpeft.llm.status": "get_layer_status get_model_status",
     "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
@@ -52,16 +58,28 @@ if TYPE_CHECKING:
     from diffpeft.llm.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
     from diffpeft.llm.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
     from diffpeft.llm.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from diffpeft.llm.config import AdaLoraConfig as AdaLoraConfig
     from diffpeft.llm.config import BOFTConfig as BOFTConfig
     from diffpeft.llm.config import IA3Config as IA3Config
     from diffpeft.llm.config import LoHaConfig as LoHaConfig
     from diffpeft.llm.config import LoKrConfig as LoKrConfig
+    from diffpeft.llm.config import LoftQConfig as LoftQConfig
     from diffpeft.llm.config import LoraConfig as LoraConfig
     from diffpeft.llm.config import LoraRuntimeConfig as LoraRuntimeConfig
+    from diffpeft.llm.config import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from diffpeft.llm.config import MultitaskPromptTuningInit as MultitaskPromptTuningInit
     from diffpeft.llm.config import OFTConfig as OFTConfig
     from diffpeft.llm.config import PeftConfig as PeftConfig
     from diffpeft.llm.config import PeftType as PeftType
+    from diffpeft.llm.config import PrefixTuningConfig as PrefixTuningConfig
+    from diffpeft.llm.config import PromptEncoderConfig as PromptEncoderConfig
+    from diffpeft.llm.config import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from diffpeft.llm.config import PromptTuningConfig as PromptTuningConfig
+    from diffpeft.llm.config import PromptTuningInit as PromptTuningInit
     from diffpeft.llm.config import TaskType as TaskType
+    from diffpeft.llm.distributed import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
+    from diffpeft.llm.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from diffpeft.llm.kbit import replace_lora_weights_loftq as replace_lora_weights_loftq
     from diffpeft.llm.peft_model import PeftModel as PeftModel
     from diffpeft.llm.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
     from diffpeft.llm.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction

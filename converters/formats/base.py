@@ -112,9 +112,11 @@ _USUAL = (".lora_A.weight", ".lora_B.weight")
 _FOREIGN = re.compile(rf"(?P<layer>.+)\.(?P<role>(?:{'|'.join(map(re.escape, FOREIGN))})[^.]*(?:\.weight)?)")
 
 
-def suffix(role: str) -> str:
-    """What stands behind the layer's name in PEFT's spelling."""
-    return "lora_B.bias" if role == "lora_B_bias" else f"{role}.weight" if role in _WEIGHTS else role
+def suffix(role: str, method: str = "lora") -> str:
+    """What stands behind the layer's name in PEFT's spelling. AdaLoRA's tensors are parameters, not weights of layers."""
+    if role == "lora_B_bias":
+        return "lora_B.bias"
+    return f"{role}.weight" if role in _WEIGHTS and method != "adalora" else role
 
 
 def dotted_role(key: str) -> tuple[str, str] | None:

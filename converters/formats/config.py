@@ -14,7 +14,7 @@ from diffpeft.bundle import Entry
 from diffpeft.errors import CheckpointError, UnsafeFileError, shown
 
 MAX_TERMS = 100  # a file must not make a rotation endless work
-ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by peft_type
+ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by peft_type
 
 
 def matches(pattern: str, name: str) -> bool:

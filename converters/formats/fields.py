@@ -8,9 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 from converters.formats import config as configs
+from diffpeft import io
 from diffpeft.bundle import Entry, parted
 
-TYPES = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR", "oft": "OFT", "boft": "BOFT", "ia3": "IA3"}
+TYPES = {
+    "lora": "LORA",
+    "dora": "LORA",
+    "adalora": "ADALORA",
+    "loha": "LOHA",
+    "lokr": "LOKR",
+    "oft": "OFT",
+    "boft": "BOFT",
+    "ia3": "IA3",
+}
 VERSION, OLD_SERIES = "0.21.2", "0.17.1"
 
 
@@ -50,6 +60,19 @@ def _lora(entries: Sequence[Entry]) -> dict[str, Any]:
         "use_dora": entries[0].method == "dora",
         "lora_bias": bool(biased),
     }
+
+
+def _adalora(entries: Sequence[Entry]) -> dict[str, Any]:
+    """A training of one step, and which triplets of the rank at the start are left."""
+    ranks = configs.ranks_of(entries)
+    told = {(io.number(e.alpha), e.options.get("ranknum", ranks[e.layer])) for e in entries}
+    if len(told) > 1:
+        raise Unfit("in PEFT all layers of an AdaLoRA have the same alpha and the same rank at the start", [*ranks])
+    ((alpha, first),) = told
+    if alpha is None or max(ranks.values()) > first:
+        raise Unfit("PEFT has no AdaLoRA without an alpha, or above its rank at the start", [*ranks])
+    masks = {f"{own_name(layer)}.lora_E": [n < r for n in range(first)] for layer, r in ranks.items()}
+    return {"lora_alpha": alpha, "init_r": first, "total_step": 1, "rank_pattern": masks}
 
 
 def _loha(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -188,4 +211,12 @@ def on_inputs(entry: Entry) -> bool:
     return bool(entry.options.get("feedforward")) if kernel or first == second == 1 else first == 1
 
 
-_MAKERS = {"LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "OFT": _oft, "BOFT": _boft, "IA3": _ia3}
+_MAKERS = {
+    "LORA": _lora,
+    "ADALORA": _adalora,
+    "LOHA": _loha,
+    "LOKR": _lokr,
+    "OFT": _oft,
+    "BOFT": _boft,
+    "IA3": _ia3,
+}

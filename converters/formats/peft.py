@@ -26,7 +26,7 @@ from diffpeft.errors import CheckpointError, UnsafeFileError, listed, shown
 WEIGHTS, FILE = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "diffpeft.adapter_config"  # where a Bundle's metadata has the config
 PREFIX = "base_model.model."
-_HELD = {r for m in ("lora", "loha", "lokr", "oft", "boft") for r in ROLES[m]} - {
+_HELD = {r for m in ("lora", "adalora", "loha", "lokr", "oft", "boft") for r in ROLES[m]} - {
     "lora_mid",
     "oft_blocks",
     "rescale",
@@ -47,7 +47,7 @@ class Peft(OneModel):
 
     def join(self, part: Part, entry: Entry) -> str:
         """The layer's name as the model has it."""
-        return f"{PREFIX}{own_name(entry.layer)}.{suffix(part.role)}"
+        return f"{PREFIX}{own_name(entry.layer)}.{suffix(part.role, entry.method)}"
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         if CONFIG not in metadata:
@@ -199,6 +199,10 @@ def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
         size, number = config.get("boft_block_size", 4), config.get("boft_block_num", 0)
         return "" if b == size or n == number else f"its blocks are not of {b}, there are not {n}"
     r = configs.ranks_of([entry])[entry.layer]
+    if entry.method == "adalora":
+        masks = config.get("rank_pattern") or {}
+        told = next((sum(masks[key]) for n in _names(entry) if (key := f"{n}.lora_E") in masks), config["init_r"])
+        return f"the rank is {told}, not {r}" if r != told else ""
     told = configs.chosen(config.get("rank_pattern"), _names(entry), config.get("r", 8))
     return f"the rank is {told}, not {r}" if r and r != told else ""
 
@@ -234,6 +238,8 @@ def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
         return replace(entry, options={"feedforward": own or _matched(regex, entry)})
     if {"lokr_w1", "lokr_w2"} <= {*entry.tensors}:
         return _whole(entry, config)
+    if entry.method == "adalora":  # which has no patterns of alpha
+        return replace(entry, alpha=float(config.get("lora_alpha", 8)), options={"ranknum": config["init_r"]})
     r = configs.ranks_of([entry])[entry.layer]
     field = configs.ALPHA[TYPES[entry.method]]
     return replace(entry, alpha=configs.alpha({field: 8, **config}, _names(entry), r))

@@ -5,15 +5,29 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from diffpeft.methods import BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from diffpeft.llm.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from diffpeft.llm.prefix_tuning import PrefixTuningConfig
+from diffpeft.llm.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from diffpeft.methods import AdaLoraConfig, BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from diffpeft.methods.loftq import LoftQConfig
 from diffpeft.methods.lora import LoraRuntimeConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
 
 __all__ = [
+    "AdaLoraConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "BOFTConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
+    "LoftQConfig",
     "LoraConfig",
     "LoraRuntimeConfig",
     "OFTConfig",

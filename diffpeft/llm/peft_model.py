@@ -5,6 +5,7 @@ Where peft is loaded too, these pass for its classes (`isinstance`), because tra
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import warnings
@@ -16,13 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from converters.formats.peft import PREFIX
-from diffpeft import io
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
 from diffpeft.llm import state
+from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
-from diffpeft.llm.targets import chosen, resolved
-from diffpeft.llm.tuner import Tuner, found_configs, inject
+from diffpeft.llm.tuner import Tuner, found_configs, inject, known
 from diffpeft.methods.peft_config import Passing, PeftConfig, TaskType
 from diffpeft.model.mix import check_name
 
@@ -66,13 +66,26 @@ class PeftModel(Passing, Counted, nn.Module):
     ):
         super().__init__()
         check_name(adapter_name)
-        config = inject(model, self._with_heads(peft_config), adapter_name, active=True)
-        self._adopt(model, {adapter_name: config})
+        self._adopt(model, peft_config)
+        self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True)
 
-    def _adopt(self, model: nn.Module, configs: dict[str, Any]) -> None:
-        self.base_model = Tuner(model, configs)
+    def _adopt(self, model: nn.Module, config: Any) -> None:
+        """Stand around a model: with a Tuner between for adapters on layers, beside it for prompts, as in PEFT."""
+        self.__dict__["_prompts"] = None
+        if not config.is_prompt_learning:
+            self.base_model: Any = Tuner(model, {})
+        else:
+            prompts = PromptTuner(model, config.task_type)
+            self.__dict__["_prompts"] = prompts  # past nn.Module: its parts are this module's
+            self.base_model = model
+            self.prompt_encoder, self.word_embeddings = prompts.prompt_encoder, prompts.word_embeddings
         if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
             getattr(model, "enable_input_require_grads")()  # noqa: B009
+
+    @property
+    def tuner(self) -> Any:
+        """What has the adapters: a Tuner, or a PromptTuner."""
+        return self.__dict__["_prompts"] or self.base_model
 
     @classmethod
     def _with_heads(cls, config: Any) -> Any:
@@ -96,7 +109,7 @@ class PeftModel(Passing, Counted, nn.Module):
     @property
     def peft_config(self) -> dict[str, Any]:
         """{adapter: its config}."""
-        return self.base_model.peft_config
+        return self.tuner.peft_config
 
     @property
     def peft_type(self) -> Any:
@@ -106,12 +119,12 @@ class PeftModel(Passing, Counted, nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The names of the active adapters, in order."""
-        return self.base_model.active_adapters
+        return self.tuner.active_adapters
 
     @property
     def active_adapter(self) -> Any:
         """The active adapter's name, or a list if there are several."""
-        return self.base_model.active_adapter
+        return self.tuner.active_adapter
 
     @property
     def active_peft_config(self) -> Any:
@@ -125,35 +138,43 @@ class PeftModel(Passing, Counted, nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters on it."""
-        return self.base_model.model
+        return self.tuner.inner
 
     def add_adapter(self, adapter_name: str, peft_config: Any = None, **_: Any) -> None:
         """Add a fresh adapter, inactive. Without a config: one like the active adapter's."""
         if peft_config is None:
             peft_config = self.active_peft_config
-        self.peft_config[adapter_name] = self._added(adapter_name, peft_config)
-
-    def _added(self, name: str, config: Any) -> Any:
-        if name in self.peft_config:
-            raise AdapterStateError(f"Adapter with name {name!r} already exists.", remedy="Choose another name.")
-        return inject(self.get_base_model(), self._with_heads(config), name, active=False)
+        if adapter_name in self.peft_config:
+            raise AdapterStateError(
+                f"Adapter with name {adapter_name!r} already exists.", remedy="Choose another name."
+            )
+        if peft_config.is_prompt_learning != (self.__dict__["_prompts"] is not None):
+            raise ConfigError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {peft_config.peft_type}.",
+                remedy="Prompts and adapters on layers need a PeftModel each.",
+            )
+        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(peft_config)), active=False)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self.tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether adapters are trained, active or not."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self.tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first that is left becomes so, with a warning."""
-        self.base_model.delete_adapter(adapter_name)
+        self.tuner.delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """The user's model without any adapter, as it was."""
+        return self.tuner.unload()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, in this thread inside this block."""
-        with self.base_model.disabled():
+        with self.tuner.disabled():
             yield
 
     # -- use -----------------------------------------------------------------------------------------------------------
@@ -162,18 +183,18 @@ class PeftModel(Passing, Counted, nn.Module):
         """The model's. `adapter_names` has an adapter's name, or `__base__`, for each row of the batch."""
         kwargs.pop("alora_offsets", None)
         with nullcontext() if adapter_names is None else self._rows(adapter_names, args, kwargs):
-            return self.base_model(*args, **kwargs)
+            return self.tuner.call(args, kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's. `adapter_names` as in forward, one a prompt."""
         base: Any = self.get_base_model()
         kwargs.pop("alora_offsets", None)
         if adapter_names is None:
-            return base.generate(*args, **kwargs)
+            return self.tuner.generated(args, kwargs)
         own = kwargs.get("generation_config") or base.generation_config
         beams, several = (kwargs.get(k) or getattr(own, k, None) or 1 for k in ("num_beams", "num_return_sequences"))
         with self._rows(adapter_names, args, kwargs, max(beams, several)):
-            return base.generate(*args, **kwargs)
+            return self.tuner.generated(args, kwargs)
 
     def _rows(self, names: Sequence[str], args: Any, kwargs: Mapping[str, Any], copies: int = 1) -> Any:
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), len(names))
@@ -182,7 +203,7 @@ class PeftModel(Passing, Counted, nn.Module):
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {batch} respectively.",
                 remedy="Give one name a row.",
             )
-        return self.base_model.rows(names, copies)
+        return self.tuner.rows(names, copies)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -279,8 +300,14 @@ class PeftModel(Passing, Counted, nn.Module):
             config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         self = made.__new__(made)
         nn.Module.__init__(self)
-        config = _loaded(model, model_id, adapter_name, made._with_heads(config), is_trainable, True, kwargs)
-        self._adopt(model, {adapter_name: config})
+        self._adopt(model, config)
+        self.tuner.load(
+            adapter_name,
+            made._with_heads(config),
+            state.located(model_id, **kwargs),
+            trainable=is_trainable,
+            active=True,
+        )
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -294,22 +321,12 @@ class PeftModel(Passing, Counted, nn.Module):
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already."""
         if adapter_name in self.peft_config:
-            tensors = dict(_tensors_in(state.located(model_id, **kwargs)))
-            result = set_peft_model_state_dict(self, tensors, adapter_name)
+            result = self.tuner.overwrite(adapter_name, state.tensors_in(state.located(model_id, **kwargs)))
         else:
             config = PeftConfig.from_pretrained(model_id, **kwargs)
             config.inference_mode = not is_trainable
-            lost: list[str] = []
-            self.peft_config[adapter_name] = _loaded(
-                self.get_base_model(),
-                model_id,
-                adapter_name,
-                self._with_heads(config),
-                is_trainable,
-                False,
-                kwargs,
-                lost,
-            )
+            folder = state.located(model_id, **kwargs)
+            lost = self.tuner.load(adapter_name, self._with_heads(config), folder, trainable=is_trainable, active=False)
             result = Incompatible(lost, [], [])
         if not is_trainable:
             self.eval()
@@ -358,35 +375,6 @@ MODELS: dict[Any, type[PeftModel]] = {cls.task: cls for cls in PeftModel.__subcl
 def _plain_class(model: nn.Module) -> type:
     """The class that a model had before anything of ours."""
     return next(c for c in type(model).__mro__ if not any(k.startswith("_diffpeft") for k in vars(c)))
-
-
-def _loaded(
-    model: nn.Module,
-    model_id: Any,
-    name: str,
-    config: Any,
-    is_trainable: bool,
-    active: bool,
-    options: Mapping[str, Any],
-    lost: list[str] | None = None,
-) -> Any:
-    """Read an adapter's folder and attach it; the resolved config. `lost` gets the keys of layers that the file should have."""
-    config = resolved(model, config)
-    config.validate()
-    found = state.read(
-        model, state.located(model_id, **options), config, trainable=is_trainable, chosen=chosen(model, config)
-    )
-    if found.missing:
-        warnings.warn(f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=3)
-    state.put(model, name, config, found, trainable=is_trainable, strength=1.0 if active else None)
-    if lost is not None:
-        lost += found.missing
-    return config
-
-
-def _tensors_in(folder: Path) -> Mapping[str, Tensor]:
-    handles, _ = io.header(folder / state.WEIGHTS)
-    return dict(zip(handles, io.load(handles.values()), strict=True))
 
 
 def get_peft_model(
@@ -445,16 +433,13 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
     """{key: tensor} of one adapter as its file has it: of a PeftModel with `base_model.model.`, of a bare module without."""
-    base, config = _unwrapped(model, adapter_name)
+    model = getattr(model, "_orig_mod", model)
     given = None if state_dict is None else {k.removeprefix(PREFIX): t for k, t in state_dict.items()}
-    return state.spelt(
-        base,
-        adapter_name,
-        config,
-        prefix="" if base is getattr(model, "_orig_mod", model) else PREFIX,
-        given=given,
-        embeddings=save_embedding_layers,
-    )
+    if isinstance(model, PeftModel):
+        known([adapter_name], model.peft_config)
+        return model.tuner.tensors(adapter_name, given, save_embedding_layers)
+    config = state.config_of(model, adapter_name)
+    return state.spelt(model, adapter_name, config, given=given, embeddings=save_embedding_layers)
 
 
 def set_peft_model_state_dict(
@@ -465,15 +450,8 @@ def set_peft_model_state_dict(
     low_cpu_mem_usage: bool = False,
 ) -> Incompatible:
     """Put tensors with PEFT's keys into an adapter that is there: all or nothing. -> missing_keys, unexpected_keys, mismatched_keys."""
-    base, config = _unwrapped(model, adapter_name)
-    return state.overwrite(base, adapter_name, config, peft_model_state_dict)
-
-
-def _unwrapped(model: Any, name: str) -> tuple[Any, Any]:
-    """The user's model in a PeftModel, or a bare module, and an adapter's config. Raises UnknownNameError."""
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, PeftModel):
-        return model, state.config_of(model, name)
-    if name not in model.peft_config:
-        raise UnknownNameError.of("adapter", name, model.peft_config)
-    return model.get_base_model(), model.peft_config[name]
+    if isinstance(model, PeftModel):
+        known([adapter_name], model.peft_config)
+        return model.tuner.overwrite(adapter_name, peft_model_state_dict)
+    return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)

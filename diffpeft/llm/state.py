@@ -39,7 +39,9 @@ from diffpeft.errors import (
 from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.layers.whole import CONTAINER, Copies, bare_copy, copied, copies_of
-from diffpeft.methods.peft_config import PeftConfig
+from diffpeft.llm import adalora
+from diffpeft.methods.adalora import AdaLoraConfig
+from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.state import entries_of, slots_in
@@ -48,6 +50,9 @@ from diffpeft.pipeline.match import matched
 
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
 EMBEDDINGS = ("embed_tokens", "lm_head")  # what PEFT looks for in target_modules
+_DROPOUTS = {"lora_dropout": "dropout"} | {
+    name: name for name in ("rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout")
+}
 _INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of the weight
 
 
@@ -67,7 +72,7 @@ def wholes_of(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 def saved(config: Any) -> Any:
     """The config of a file: inits that took a part of the weight have become a LoRA of twice the rank (PEFT's own conversion of them)."""
     config = copy.deepcopy(config)
-    if _INITS.fullmatch(str(getattr(config, "init_lora_weights", ""))):
+    if config.peft_type == PeftType.LORA and _INITS.fullmatch(str(getattr(config, "init_lora_weights", ""))):
         growth = math.sqrt(2) if config.use_rslora else 2
         config.init_lora_weights, config.r, config.lora_alpha = True, 2 * config.r, growth * config.lora_alpha
         config.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
@@ -104,15 +109,32 @@ def spelt(
                     inner = f"{layer}.base_layer" if slot.parts else layer
                     found[f"{prefix}{inner}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
                 else:
-                    found[f"{prefix}{layer}.{suffix(role)}"] = handle.tensor.detach()
+                    found[f"{prefix}{layer}.{suffix(role, entry.method)}"] = handle.tensor.detach()
+    if isinstance(config, AdaLoraConfig):
+        found = adalora.pruned(found, config, name)
+    found |= whole_tensors(model, name, prefix, given)
+    found |= {f"{prefix}{key}": tensor for key, tensor in _embeddings(model, config, embeddings).items()}
+    return found
+
+
+def whole_tensors(
+    model: nn.Module, name: str, prefix: str, given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """{PEFT's key: tensor} of the modules that an adapter trains whole."""
+    found: dict[str, Tensor] = {}
     for where, (module, _) in modules_of(model, copied).items():
         copies = copies_of(module)
         if copies is not None and name in copies.modules:
             at = f"{where}.{CONTAINER}.{escaped(name)}."
             for key, tensor in copies.modules[name].state_dict().items():
                 found[f"{prefix}{where}.{key}"] = (given or {}).get(at + key, tensor).detach()
-    found |= {f"{prefix}{key}": tensor for key, tensor in _embeddings(model, config, embeddings).items()}
     return found
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder."""
+    handles, _ = io.header(folder / WEIGHTS)
+    return dict(zip(handles, io.load(handles.values()), strict=True))
 
 
 def _inside(layer: str, name: str, role: str) -> str:
@@ -196,11 +218,14 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
             biases[layer] = carried.pop(key)
         elif last == "weight" and layer in tables:
             embeddings[layer] = carried.pop(key)
-    bundle = replace(bundle, carried=carried, entries=_with_biases(bundle, biases, layers[""], config))
+    entries = _with_biases(bundle, biases, layers[""], config)
+    if trainable:
+        entries = [replace(e, options={**e.options, **_dropouts(e.method, config)}) for e in entries]
+    bundle = replace(bundle, carried=carried, entries=entries)
     slots, _ = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)
     read_ = {where: dict(zip(own, io.load(own.values()), strict=True)) for where, own in wholes.items()}
     for where, tensors in read_.items():
-        _check_whole(f"{bundle.source}: {where}", modules[where], tensors)
+        check_whole(f"{bundle.source}: {where}", modules[where], tensors)
     return Found(
         slots[""],
         read_,
@@ -208,6 +233,12 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
         tuple(f"{PREFIX}{layer}" for layer in chosen if layer not in slots[""]),
         tuple(carried),
     )
+
+
+def _dropouts(method: str, config: Any) -> dict[str, Any]:
+    """What an adapter must know to be trained on, and its file says in the config alone."""
+    found = {own: value for name, own in _DROPOUTS.items() if (value := getattr(config, name, None))}
+    return {**found, "rank_dropout_scale": True} if method == "loha" and "rank_dropout" in found else found
 
 
 def _bundle(source: Any, config: Any, layers: Mapping[str, Any]) -> Bundle:
@@ -239,7 +270,7 @@ def _with_biases(bundle: Bundle, biases: Mapping[str, Handle], layers: Mapping[s
     return entries + [Entry("full", layer, {BIAS: shift}) for layer, shift in shifts.items()]
 
 
-def _check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> None:
+def check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> None:
     """Raise unless these are all of a module's tensors, in its shapes and finite."""
     base = getattr(type(module), "_diffpeft_whole", None)
     mine = (bare_copy(module) if base else module).state_dict()
@@ -298,6 +329,8 @@ def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
 
 def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
     """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
+    if isinstance(config, AdaLoraConfig):
+        adalora.resize(model, name, config)
     slots = slots_in(model, name)
     found = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
     lost = [layer for layer in found.slots if layer not in slots]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from converters.formats.peft import CONFIG
+from converters.formats.peft import CONFIG, PREFIX
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.whole import copied, copies_of, place, replace_tensors
-from diffpeft.llm.state import config_of, wholes_of
+from diffpeft.llm import adalora
+from diffpeft.llm.kbit import forget_quantization
+from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, wholes_of
 from diffpeft.llm.targets import chosen, resolved
+from diffpeft.llm.weighted import add_weighted
 from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
 from diffpeft.model.fuse import fuse, unfuse
 from diffpeft.model.merge import merge_for_good
@@ -95,8 +99,17 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
-        return self.model(*args, **kwargs)
+        """The model's; AdaLoRA adds its penalty to a loss."""
+        return adalora.regularised(self.model(*args, **kwargs), self.model, self.peft_config)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's schedule: call it in each training step between backward and zero_grad. Raises AdapterStateError if no such adapter is trained."""
+        name = adalora.trained(self.peft_config)
+        if name is None:
+            raise AdapterStateError(
+                "no adapter of AdaLoRA is trained", remedy="Use get_peft_model with an AdaLoraConfig."
+            )
+        adalora.update_and_allocate(self.model, name, self.peft_config[name], global_step)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -116,8 +129,8 @@ class Tuner(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active, in this order; they are trained (unless `inference_mode`), the others are not."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._known(names)
+        names = named(adapter_name)
+        known(names, self.peft_config)
         set_adapters(self.model, dict.fromkeys(names, 1.0))
         self._off = None
         for name in self.peft_config:
@@ -125,18 +138,18 @@ class Tuner(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether adapters are trained, active or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._known(names)
+        names = named(adapter_names)
+        known(names, self.peft_config)
         for name in names:
             trainable(self.model, name, requires_grad)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **_: Any) -> None:
         """Put the adapter whose config is in `peft_config` on the model, inactive."""
-        self.peft_config[adapter_name] = inject(model, self.peft_config[adapter_name], adapter_name, active=False)
+        self.inject(adapter_name, self.peft_config[adapter_name], active=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first that is left becomes so, with a warning."""
-        self._known([adapter_name])
+        known([adapter_name], self.peft_config)
         if adapter_name in fused_of(self.model):
             raise AdapterStateError(
                 f"Cannot delete adapter(s) {shown(adapter_name)} while they are merged",
@@ -154,12 +167,51 @@ class Tuner(nn.Module):
             )
             self.set_adapter(first)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Put adapters together as a new one, inactive and frozen. Without a type: as their exact weighted sum, whatever the methods.
+
+        Args:
+            combination_type: PEFT's algorithm of this name instead: svd, linear, cat, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd,
+                dare_ties_svd, magnitude_prune, magnitude_prune_svd (LoRA); linear ((IA)^3).
+            svd_rank: of the types that end in svd; default: the largest rank among the adapters.
+            svd_clamp: the quantile of the factors' entries that these are cut at.
+            svd_full_matrices, svd_driver: torch.linalg.svd's.
+            density: the share of entries that ties, dare and magnitude_prune keep.
+            majority_sign_method: how TIES elects a sign: by the "total" of the values or the "frequency" of the signs.
+        """
+        self.peft_config[adapter_name] = add_weighted(
+            self.model,
+            self.peft_config,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_full_matrices=svd_full_matrices,
+            svd_driver=svd_driver,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
+
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put active adapters into the weights. What would not be finite is refused, with or without `safe_merge`."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         names = list(self.active_adapters if adapter_names is None else adapter_names)
-        self._known(names)
+        known(names, self.peft_config)
         merged = fused_of(self.model)
         todo = [name for name in names if name not in merged]
         if len(todo) < len(names):
@@ -192,10 +244,12 @@ class Tuner(nn.Module):
         `dequantize` makes plain layers of quantised ones. `last_merge_report` has the relative error of each layer afterwards.
         """
         names = None if adapter_names is None else list(adapter_names)
-        self._known(names or ())
+        known(names or (), self.peft_config)
         order = names or self.active_adapters
         wholes = [(m, copies) for m, _ in modules_of(self.model, copied).values() if (copies := copies_of(m))]
         self.last_merge_report = merge_for_good(self.model, names, dequantize=dequantize, safe=safe_merge)
+        if dequantize:
+            forget_quantization(self.model)
         for module, copies in wholes:
             acting = next((copies.modules[name] for name in reversed(order) if name in copies.modules), None)
             place(module, None)
@@ -251,12 +305,58 @@ class Tuner(nn.Module):
             raise UnknownNameError.of("adapter", lost[0], self.peft_config)
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
 
-    def _known(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.peft_config:
-                raise UnknownNameError(
-                    f"Adapter {name} not found: it does not exist", remedy=f"There are {', '.join(self.peft_config)}."
-                )
+    @property
+    def inner(self) -> nn.Module:
+        """The user's model."""
+        return self.model
+
+    def call(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The model's output."""
+        return self(*args, **kwargs)
+
+    def generated(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the model generates."""
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
+        """{PEFT's key: tensor} of one adapter's file."""
+        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, given=given, embeddings=embeddings)
+
+    def overwrite(self, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
+        """Put a file's tensors into an adapter that is there: all or nothing."""
+        return overwrite(self.model, name, self.peft_config[name], tensors)
+
+    def inject(self, name: str, config: Any, *, active: bool) -> None:
+        """Add a fresh adapter."""
+        adalora.trained({**self.peft_config, name: config})
+        self.peft_config[name] = inject(self.model, config, name, active=active)
+
+    def load(self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool) -> list[str]:
+        """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
+        config = resolved(self.model, config)
+        config.validate()
+        found = read(self.model, folder, config, trainable=trainable, chosen=chosen(self.model, config))
+        if found.missing:
+            warnings.warn(
+                f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=4
+            )
+        put(self.model, name, config, found, trainable=trainable, strength=1.0 if active else None)
+        self.peft_config[name] = config
+        return list(found.missing)
+
+
+def named(names: str | Sequence[str]) -> list[str]:
+    """One name or several, as a list."""
+    return [names] if isinstance(names, str) else list(names)
+
+
+def known(names: Iterable[str], configs: Mapping[str, Any]) -> None:
+    """Raise UnknownNameError for a name that no adapter has."""
+    for name in names:
+        if name not in configs:
+            raise UnknownNameError(
+                f"Adapter {name} not found: it does not exist", remedy=f"There are {', '.join(configs) or 'none'}."
+            )
 
 
 def found_configs(model: nn.Module) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The adapter methods: mathematics only. One file a method, one line here."""
 
+from diffpeft.methods.adalora import AdaLora, AdaLoraConfig
 from diffpeft.methods.base import Additive, Fresh, Geometry, Link, Method, Op, Site, Spec, Strength
 from diffpeft.methods.boft import Boft, BOFTConfig
 from diffpeft.methods.dora import Dora
@@ -15,6 +16,7 @@ from diffpeft.methods.oft import Oft, OFTConfig
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "dora": Dora,
+    "adalora": AdaLora,
     "loha": LoHa,
     "lokr": LoKr,
     "oft": Oft,
@@ -26,6 +28,8 @@ METHODS: dict[str, type[Method]] = {
 }
 
 __all__ = [
+    "AdaLora",
+    "AdaLoraConfig",
     "Additive",
     "BOFTConfig",
     "Boft",

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
+from diffpeft.methods import loftq
 from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
 from diffpeft.methods.linalg import kaiming, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
-INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
+INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq")
 
 
 # marks that peft looks for, to choose another kind of LoRA, when it builds from one of these configs
@@ -52,7 +53,8 @@ class LoraConfig(PeftConfig):
         use_rslora: the scale is lora_alpha / sqrt(r).
         use_dora: W' = m V / |V| with V = W + dW and a trained magnitude m for each output (DoRA, arXiv:2402.09353).
         init_lora_weights: True: A kaiming uniform, B zero. "gaussian": A ~ N(0, 1 / r), B zero. "orthogonal": both orthogonal to each other, B A = 0.
-            "pissa", "pissa_niter_N" (N steps of a randomised SVD), "olora": factors of W; the output is unchanged. False: both random, not the identity.
+            "pissa", "pissa_niter_N" (N steps of a randomised SVD), "olora": factors of W; "loftq": of what its quantisation loses, as `loftq_config` says
+            (arXiv:2310.08659); the output is unchanged. False: both random, not the identity.
         rank_pattern, alpha_pattern: {regular expression: value} for layers that differ; a pattern matches a name or its end.
         fan_in_fan_out: PEFT has to be told that GPT-2's Conv1D stores its weight transposed; here the layer's class tells, and this changes nothing.
         layers_to_transform, layers_pattern: only layers of these numbers in a list of blocks, and what that list is called.
@@ -168,7 +170,7 @@ class Lora(Additive):
             if init is False:
                 tensors["lora_B"] = kaiming(o, r, *ones, generator=site.generator)
         else:
-            A, B = _initial(init, site, r, alpha / r)
+            A, B = _initial(config, site, r, alpha / r)
             names = ("lora_embedding_A", "lora_embedding_B") if g.lookup else ("lora_A", "lora_B")
             tensors = dict(zip(names, (A, B), strict=True))
             if _from_weight(init):
@@ -253,12 +255,12 @@ def _factors(p: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _from_weight(init: bool | str) -> bool:
-    return isinstance(init, str) and init.startswith(("pissa", "olora"))
+    return isinstance(init, str) and init.startswith(("pissa", "olora", "loftq"))
 
 
-def _initial(init: bool | str, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
+def _initial(config: LoraConfig, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """A [r, i, *k] and B [o, r, *1]."""
-    g = site.geometry
+    g, init = site.geometry, config.init_lora_weights
     ones = [1] * len(g.kernel)
     make: dict[Any, Callable[[], tuple[Tensor, Tensor]]] = {
         True: lambda: (kaiming(r, *g.shape[1:], generator=site.generator), torch.zeros(g.out, r)),
@@ -272,6 +274,7 @@ def _initial(init: bool | str, site: Site, r: int, scale: float) -> tuple[Tensor
         ),
         "orthogonal": lambda: _orthogonal(site, r),
         "olora": lambda: _olora(site, r),
+        "loftq": lambda: loftq.factors(_matrix(site), r, scale, loftq.LoftQConfig.of(config.loftq_config)),
     }
     if init is True and g.lookup:  # PEFT: A zero, B normal
         A, B = torch.zeros(r, g.in_), torch.empty(g.out, r).normal_(generator=site.generator)

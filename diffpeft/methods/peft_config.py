@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -129,9 +129,9 @@ class PeftConfig(Passing):
 
     def validate(self) -> None:
         """Raise ConfigError for a field whose value is not allowed, or that means nothing here."""
-        standard = type(self)()
-        for name in sorted(self.UNSUPPORTED):
-            if getattr(self, name) != getattr(standard, name):
+        for field in fields(self):
+            name, factory = field.name, field.default_factory
+            if name in self.UNSUPPORTED and getattr(self, name) != (field.default if factory is MISSING else factory()):
                 raise ConfigError(
                     f"{name} is {shown(getattr(self, name))}",
                     remedy="PEFT has this field; here it must stay at its default.",

@@ -189,6 +189,12 @@ def _update(module: Any, slot: Slot) -> Update:
 
     def read() -> Update:
         factors = _factors(slot, dtype, op)
+        if record.fused and record.base is None and not all(part.additive for part in slot.parts):
+            raise AdapterStateError(
+                "what the adapter does depends on the layer's own weight, which was fused with keep_base='none'",
+                where=dotted(record.mix.component, record.mix.layers[record.index]),
+                remedy="Load the model again to get its own weights.",
+            )
         own, bias = record.base if record.base is not None else weights_of(module)
         W = (op.weight() if op.quantised else op.canonical(own)).to(slot.weight.device, dtype)
         bias = None if bias is None else bias.to(W)

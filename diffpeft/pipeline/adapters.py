@@ -15,7 +15,7 @@ from diffpeft.errors import AdapterStateError, shown
 from diffpeft.layers.adapted import record_of
 from diffpeft.model.attach import Plan, mixes_of, take_off
 from diffpeft.model.fuse import check_order
-from diffpeft.model.mix import Choice, Mix, Strength, check_rows, forced
+from diffpeft.model.mix import Choice, Mix, Strength, check_rows
 from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
@@ -70,7 +70,7 @@ def adapters(
     own = mixes_of(parts)
     choices = _choices(target, parts, own, mix, images_per_prompt)
     _check_checkpointing(target)
-    with forced(choices, list(own.values())), rooted(parts, own, choices):
+    with rooted(parts, own, choices):
         yield
 
 

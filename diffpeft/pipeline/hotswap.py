@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ _OFF = (
     BIAS,
 )
 Writes = list[tuple[Tensor, Tensor]]  # a parameter, and what it is to be
+Attributes = list[tuple[Slot | Mix, dict[str, Any]]]  # what is to have them, and what they are to be
 
 
 def replace(
@@ -83,17 +84,16 @@ def replace(
         for layer, slot in found.items():
             writes += _writes(slot, new[component].get(layer), f"{bundle.source}: {dotted(component, layer)}")
     beside = beside_of(bundle, absent)
-    adapters = {
-        component: Adapter(name, mix.adapters[name].layers, **(beside if n == 0 else {}))
-        for n, (component, mix) in enumerate(own.items())
-    }
+    sources: Attributes = [
+        (slot, {"source": pieces_of(fresh) if (fresh := new[component].get(layer)) else ()})
+        for component, found in old.items()
+        for layer, slot in found.items()
+    ]
+    for n, mix in enumerate(own.values()):
+        adapter = Adapter(name, mix.adapters[name].layers, **(beside if n == 0 else {}))
+        sources.append((mix, {"adapters": {**mix.adapters, name: adapter}}))
     report = report_of(name, bundle, new, absent)
-    _commit(writes)
-    for component, found in old.items():
-        own[component].adapters = {**own[component].adapters, name: adapters[component]}
-        for layer, slot in found.items():
-            fresh = new[component].get(layer)
-            slot.source = pieces_of(fresh) if fresh else ()
+    _commit(writes, sources)
     return report
 
 
@@ -101,7 +101,7 @@ def _check_idle(name: str, mixes: Mapping[str, Mix], slots: Mapping[str, Mapping
     for mix in mixes.values():
         if name in mix.fused:
             raise AdapterStateError(f"adapter {shown(name)} is fused", remedy="Call unfuse first.")
-        if mix.live[name]:
+        if any(name in choice.order for choice in mix.running()):
             raise AdapterStateError(f"adapter {shown(name)} is used by a running adapters(...) block")
     if any(p.requires_grad for found in slots.values() for slot in found.values() for p in slot.parameters()):
         raise AdapterStateError(
@@ -158,12 +158,18 @@ def _switched_off(slot: Slot, where: str) -> Writes:
 
 
 @torch.no_grad()
-def _commit(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _commit(writes: Writes, attributes: Attributes) -> None:
+    """Make the writes; if one is interrupted, undo those made."""
     before = [(p, p.detach().clone()) for p, _ in writes]
+    were = [(owner, {name: getattr(owner, name) for name in new}) for owner, new in attributes]
     try:
         for p, tensor in writes:
             p.copy_(tensor)
+        for owner, new in attributes:
+            owner.__dict__.update(new)
     except BaseException:
         for p, tensor in before:
             p.copy_(tensor)
+        for owner, old in were:
+            owner.__dict__.update(old)
         raise

@@ -69,6 +69,7 @@ FORMS = {
     "dora over loha, in": ("dora", _SCALED, {"dora": "in", "of": "loha"}),
     "dora over lokr": ("dora", _SCALED, {"dora": "out", "of": "lokr"}),
     "dora over lokr, in": ("dora", _SCALED, {"dora": "in", "of": "lokr"}),
+    "adalora": ("adalora", {"init_r": 2, "lora_alpha": 3, "total_step": 4}, {}),
     "loha": ("loha", _SCALED, {}),
     "loha, tucker": ("loha", {**_SCALED, "use_effective_conv2d": True}, {}),
     "lokr": ("lokr", {**_SCALED, "r": 1}, {}),

@@ -101,7 +101,7 @@ def test_folders_of_each_library_in_the_other(name, kind, tmp_path):
     torch.testing.assert_close(run(again, kind), run(theirs, kind), **SAME)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4", "loftq"])
 def test_inits_from_the_weight_leave_the_base_alone(init, tmp_path):
     base = model()
     want, weight = run(base), base.model.layers[0].self_attn.q_proj.weight.clone()

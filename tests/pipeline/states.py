@@ -43,16 +43,16 @@ def fingerprint(pipe, trace):
         x, text = torch.randn(1, 4, 4, 4, generator=g), torch.randn(1, 3, 32, generator=g)
         seen = unet(x.to(unet.dtype), torch.tensor([3]), text.to(unet.dtype)).sample
         hidden = pipe.text_encoder(torch.tensor([[1, 2, 3]])).last_hidden_state
-    mixes = mixes_of(components(pipe))
+    mixes, models = mixes_of(components(pipe)), trace(pipe.unet, pipe.text_encoder)
     return {
-        "models": trace(pipe.unet, pipe.text_encoder),
+        "models": [(*row[:3], {k: v for k, v in row[3].items() if k != "_kept"}, *row[4:]) for row in models],
         "pipeline": list(vars(pipe)),
         "output": [t.flatten().tolist() for t in (seen, hidden)],
         "listed": list(get_adapters(pipe).items()),
         "saved": {name: _saved(pipe, name) for name in get_adapters(pipe)},
-        "mixes": {c: (m.layers, dict(m.fused), +m.live, m.open) for c, m in mixes.items()},
+        "mixes": {c: (m.layers, dict(m.fused), m.running()) for c, m in mixes.items()},
         "training": [m.training for model in (pipe.unet, pipe.text_encoder) for m in model.modules()],
-        "thread": (torch.is_grad_enabled(), hasattr(mixing._here, "choices")),
+        "thread": (torch.is_grad_enabled(), hasattr(mixing._here, "choices"), len(mixing._running)),
     }
 
 

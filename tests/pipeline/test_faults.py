@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import warnings
 from pathlib import Path
@@ -30,54 +31,38 @@ from diffpeft import (
 from tests.pipeline.states import adapted, fingerprint, lora, within
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (diffpeft, converters))
-SPREAD, LAST = 20, 20  # points over the whole of an operation, and of its end, where it commits
+GENERATOR = inspect.CO_GENERATOR
+SPREAD, LAST = 15, 15  # points over the whole of an operation, and of its end, where it commits
 
 
 class Fault:
-    """While it is entered: counts steps in our code, and raises at the `at`-th. 0 counts only."""
+    """While it is entered: counts events in our code, and raises at the `at`-th. 0 counts only."""
 
-    def __init__(self, at=0, error=MemoryError):
-        self.at, self.error, self.seen = at, error, 0
-
-    def step(self, frame):
-        if frame.f_code.co_filename.startswith(OURS):
-            self.seen += 1
-            if self.seen == self.at:
-                raise self.error("injected")
-
-
-class AtCalls(Fault):
-    """A step is a call from our code, into our code or C: what runs out of memory or finds a bad value."""
+    def __init__(self, at, error, events):
+        self.at, self.error, self.events, self.seen = at, error, events, 0
 
     def __enter__(self):
-        sys.setprofile(lambda frame, event, arg: self.step(frame) if event in ("call", "c_call") else None)
+        sys.setprofile(self._profile)
         return self
 
     def __exit__(self, *error):
         sys.setprofile(None)
 
-
-class AtLines(Fault):
-    """A step is a line of our code: where Ctrl-C may strike."""
-
-    def __enter__(self):
-        sys.settrace(self.traced)
-        return self
-
-    def traced(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(OURS):
-            return None
-        if event == "line":
-            self.step(frame)
-        return self.traced
-
-    def __exit__(self, *error):
-        sys.settrace(None)
+    def _profile(self, frame, event, arg):
+        code = frame.f_code
+        if event not in self.events or not code.co_filename.startswith(OURS):
+            return
+        # leaving a lock does not fail, and an interrupt that meets it comes after it; a generator that yields is not at its end
+        if getattr(arg, "__name__", "") in ("__exit__", "release") or (event == "return" and code.co_flags & GENERATOR):
+            return
+        self.seen += 1
+        if self.seen == self.at:
+            raise self.error("injected")
 
 
 FAULTS = {
-    "a call, MemoryError": (AtCalls, MemoryError),
-    "a line, KeyboardInterrupt": (AtLines, KeyboardInterrupt),
+    "fails": (MemoryError, ("call", "c_call")),  # whatever our code calls, its own functions or C
+    "is interrupted": (KeyboardInterrupt, ("call", "return", "c_return")),  # where CPython looks for Ctrl-C
 }
 
 fused = lambda pipe: fuse(pipe)  # noqa: E731
@@ -125,10 +110,11 @@ def points(n):
     return sorted({*range(1, n + 1, max(1, n // SPREAD)), *range(max(1, n - LAST), n + 1)})
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_what_fails_at_any_step_is_not_begun_or_is_done(operation, fault, fresh, trace, folder):
-    (kind, error), (prepare, operate), old = FAULTS[fault], OPERATIONS[operation], files(folder)
+    (error, events), (prepare, operate), old = FAULTS[fault], OPERATIONS[operation], files(folder)
 
     def started():
         pipe = adapted(fresh())
@@ -140,7 +126,7 @@ def test_what_fails_at_any_step_is_not_begun_or_is_done(operation, fault, fresh,
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with kind(at, error) as found:
+            with Fault(at, error, events) as found:
                 operate(pipe, folder)
         return found.seen
 
@@ -165,13 +151,12 @@ def test_what_fails_at_any_step_is_not_begun_or_is_done(operation, fault, fresh,
     for at in points(n):
         with contextlib.suppress(error):
             run(pipe, at)
-            continue
+            failures -= 1  # it struck where an object was finalised, which Python only reports
         failures += 1
         got = state(pipe)
-        if got == before:
-            continue
-        between = [part for part in got if got[part] != after[part]]
-        assert not between, f"step {at} of {n}: neither begun nor done in {between}"
-        restored()
-        pipe = started()
+        begun, done = ([part for part in got if got[part] != end[part]] for end in (before, after))
+        assert not begun or not done, f"step {at} of {n}: changed {begun}, not finished {done}"
+        if begun:
+            restored()
+            pipe = started()
     assert failures > 10

@@ -48,7 +48,7 @@ FORMS = {
 OUTPUT = {form for form, (_, _, keys) in FORMS.items() if keys.get("side") == "output"}
 INPUT = {form for form, (method, _, _) in FORMS.items() if method in ("oft", "boft")} - OUTPUT
 PLAIN = {"lora", "lora, pissa", "lora, olora", "lora, orthogonal", "dora"}
-LYCORIS = set(FORMS) - INPUT - {"lora, rank-stabilised, with biases", "ia3", "ia3, feedforward"}
+LYCORIS = set(FORMS) - INPUT - {"lora, rank-stabilised, with biases", "adalora", "ia3", "ia3, feedforward"}
 BOUNDED = {form for form, (_, _, keys) in FORMS.items() if keys.get("constraint") == "kohya" or "kohya" in form}
 HELD = {
     "kohya": LYCORIS,
@@ -56,7 +56,7 @@ HELD = {
     "diffusers": PLAIN,
     "peft": PLAIN
     | INPUT
-    | {"ia3", "ia3, feedforward"}
+    | {"adalora", "ia3", "ia3, feedforward"}
     | {form for form, (method, _, _) in FORMS.items() if method in ("loha", "lokr")},
     "comfyui": LYCORIS - BOUNDED - {form for form in FORMS if form.startswith("ia3")},
     "lycoris": LYCORIS - BOUNDED,

@@ -1,0 +1,84 @@
+"""Adapted models on several devices: what FSDP may shard by itself.
+
+DDP, FSDP 2 (`fully_shard`) and DeepSpeed ZeRO leave modules in place, and hooks on them gather what a layer or a slot needs: nothing has to be done. FSDP 1
+puts each unit into a module of its own and, unless `use_orig_params` is set, wants all parameters of a unit to be trained or none. Slots are
+therefore units, and layers have to call what they were put into.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from diffpeft.errors import UnknownNameError
+from diffpeft.layers.adapted import ADAPTERS, RECORD, escaped, record_of
+from diffpeft.layers.slot import Slot
+from diffpeft.llm.prompt import Encoder
+
+ASKED = "FSDP_TRANSFORMER_CLS_TO_WRAP"
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+    """The units that FSDP 1 may shard an adapted model by: transformer blocks, slots, prompt encoders, and other leaves that are trained.
+
+    For `FullyShardedDataParallel(model, auto_wrap_policy=...)` or the `fsdp_plugin` of accelerate. Blocks are the model's `_no_split_modules`, or the classes
+    named in the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP (with commas between). Call it when all adapters are attached.
+    """
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+    blocks: set[type[nn.Module]] = {Encoder, *_blocks(model)}
+    for layer in list(model.modules()):
+        if record_of(layer) is not None:
+            _follow(layer)
+    trained = functools.partial(lambda_auto_wrap_policy, lambda_fn=_trained_leaf)
+    whole = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)
+    return functools.partial(_or_policy, policies=[trained, whole])
+
+
+def _trained_leaf(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return not module._modules and bool(own) and all(p.requires_grad for p in own)
+
+
+def _blocks(model: nn.Module) -> Iterator[type[nn.Module]]:
+    """The classes of transformer blocks."""
+    known = {type(m).__name__: type(m) for m in model.modules()}
+    asked = os.environ.get(ASKED)
+    if asked is None:
+        names = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+        yield from (
+            known[name] for name in sorted(names & known.keys())
+        )  # a model may not have all that its family has
+        return
+    for name in filter(None, asked.split(",")):
+        if name not in known:
+            raise UnknownNameError.of("class of modules", name, known, where=ASKED)
+        yield known[name]
+
+
+def _follow(layer: Any) -> None:
+    """Let a layer call its slots where FSDP 1 has put them, from its first forward on."""
+    slots = [child for child in layer._modules[ADAPTERS].children() if isinstance(child, Slot)]
+    marks = [slot.register_forward_pre_hook(_gathered) for slot in slots]
+
+    def look(module: Any, given: Any) -> None:
+        hook.remove()
+        record, held = module.__dict__[RECORD], module._modules[ADAPTERS]._modules
+        found = {name: held[escaped(name)] for name in record.slots}
+        if all(found[name] is slot for name, slot in record.slots.items()):
+            for mark in marks:
+                mark.remove()
+        else:
+            record.kept.clear()
+            module.__dict__[RECORD] = replace(record, slots=found)
+
+    hook = layer.register_forward_pre_hook(look)
+
+
+def _gathered(slot: Any, given: Any) -> None:
+    """A hook that does nothing, but says that the slot's tensors are there only while it is called (`Slot.bare`)."""

@@ -1,0 +1,300 @@
+"""Prompts: a model together with the prompt adapters on it, and the model's call and generation with one of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
+from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptEmbedding
+from diffpeft.llm.p_tuning import PromptEncoder
+from diffpeft.llm.prefix_tuning import PrefixEncoder, cache, call
+from diffpeft.llm.prompt import Encoder, complete
+from diffpeft.llm.prompt_tuning import PromptEmbedding
+from diffpeft.methods.peft_config import PeftType, TaskType
+
+PROMPTS: dict[PeftType, type[Encoder]] = {
+    PeftType.PROMPT_TUNING: PromptEmbedding,
+    PeftType.P_TUNING: PromptEncoder,
+    PeftType.PREFIX_TUNING: PrefixEncoder,
+    PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptEmbedding,
+}
+
+_START, _END = ("input_ids", "attention_mask"), ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+_LABELLED = (*_START, "inputs_embeds", "labels", *_END)
+POSITIONAL: dict[TaskType, tuple[str, ...]] = {  # the order of a call's arguments
+    TaskType.CAUSAL_LM: _LABELLED,
+    TaskType.SEQ_CLS: _LABELLED,
+    TaskType.TOKEN_CLS: _LABELLED,
+    TaskType.FEATURE_EXTRACTION: (*_START, "inputs_embeds", *_END),
+    TaskType.QUESTION_ANS: (
+        *_START,
+        "token_type_ids",
+        "position_ids",
+        "inputs_embeds",
+        "start_positions",
+        "end_positions",
+        *_END,
+    ),
+    TaskType.SEQ_2_SEQ_LM: (
+        *_START,
+        "inputs_embeds",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+        "decoder_inputs_embeds",
+        "labels",
+        *_END,
+    ),
+}
+TYPED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)  # tasks that keep token_type_ids
+LABELLED = (
+    TaskType.CAUSAL_LM,
+    TaskType.TOKEN_CLS,
+)  # tasks with a label for each token; PEFT forgets those of the prompt in the second and fails
+
+
+class Prompts(nn.Module):
+    """The model, frozen by the first adapter, and its prompt adapters by name. Its state dict is that of PEFT's model with the same adapters.
+
+    Args:
+        base_model: the user's model, from transformers.
+        task_type: what the adapters are for.
+    """
+
+    def __init__(self, base_model: Any, task_type: str | None) -> None:
+        super().__init__()
+        if task_type not in POSITIONAL:
+            raise ConfigError(
+                f"task_type is {task_type}", remedy=f"A prompt method needs one of {', '.join(POSITIONAL)}."
+            )
+        self.task_type = TaskType(task_type)
+        if not hasattr(base_model, "get_input_embeddings"):
+            raise ConfigError(
+                f"{type(base_model).__name__} has no get_input_embeddings", remedy="Use a model of transformers."
+            )
+        self.base_model = base_model
+        self.prompt_encoder = nn.ModuleDict()
+        self.prompt_tokens: dict[str, Tensor] = {}
+        self.word_embeddings = base_model.get_input_embeddings()
+
+    def add(self, name: str, config: Any) -> Encoder:
+        """Complete `config` from the model and make its encoder, on the model's device and in fp32. Anything wrong: nothing is added."""
+        if name in self.prompt_encoder:
+            raise ConfigError(f"Adapter with name '{name}' already exists.", remedy="Choose another name.")
+        made = PROMPTS.get(config.peft_type)
+        if made is None:
+            raise UnknownNameError.of("prompt method", config.peft_type, PROMPTS)
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
+        if config.peft_type == PeftType.PREFIX_TUNING and checkpointing:
+            raise ConfigError(
+                "PREFIX_TUNING does not work with gradient checkpointing.",
+                remedy="Call gradient_checkpointing_disable() on the model first.",
+            )
+        config.validate()
+        complete(config, self.base_model.config)
+        if config.num_transformer_submodules is None:
+            config.num_transformer_submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
+        encoder = made(config, self.word_embeddings).to(self.base_model.device)
+        if not self.prompt_encoder:  # before PeftModel makes the copies of modules_to_save, which are trained
+            self.base_model.requires_grad_(False)
+        self.prompt_encoder[name] = encoder
+        self.prompt_tokens[name] = torch.arange(config.num_virtual_tokens * config.num_transformer_submodules)
+        return encoder
+
+    def delete(self, name: str) -> None:
+        """Take an adapter away."""
+        self.encoder(name)
+        del self.prompt_encoder[name], self.prompt_tokens[name]
+
+    def encoder(self, name: str) -> Encoder:
+        """An adapter's encoder."""
+        if name not in self.prompt_encoder:
+            raise UnknownNameError.of("adapter", name, self.prompt_encoder)
+        return self.prompt_encoder[name]  # type: ignore[return-value]
+
+    def state(self, name: str, config: Any) -> dict[str, Tensor]:
+        """What a file of this adapter holds."""
+        return self.encoder(name).state(config.inference_mode)
+
+    def load_state(self, name: str, config: Any, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Copy a file's tensors into an adapter; the names of those used."""
+        encoder = self.encoder(name)
+        if config.peft_type == PeftType.P_TUNING and not config.inference_mode:
+            warnings.warn(
+                f"The file holds the finished vectors of {name!r}, and its network would be applied to them again: "
+                "load with inference_mode=True",
+                stacklevel=2,
+            )
+        return encoder.load(tensors)
+
+    def prompt(self, active: str, config: Any, batch: int, task_ids: Tensor | None = None) -> Any:
+        """An adapter's vectors for a batch [batch, tokens, dim], or for a prefix a fresh cache of keys and values."""
+        vectors = self.encoder(active).prompt(batch, config.inference_mode, task_ids)
+        if config.peft_type != PeftType.PREFIX_TUNING:
+            return vectors
+        dtype = getattr(self.base_model, "dtype", None) or vectors.dtype
+        return cache(vectors.to(dtype), config, self.base_model)
+
+    def forward(self, active: str, config: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None):
+        """The model's output for its own arguments, with a prompt before what it reads."""
+        given = {**dict(zip(POSITIONAL[self.task_type], args, strict=False)), **(kwargs or {})}
+        task_ids, n = given.pop("task_ids", None), config.num_virtual_tokens
+        ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+        if ids is None and embeds is None:
+            raise ConfigError("You have to provide either input_ids or inputs_embeds", remedy="Give one of them.")
+        _drop(given, config, typed=self.task_type in TYPED)
+        prompt = self.prompt(active, config, len(embeds if ids is None else ids), task_ids)
+        if self.task_type == TaskType.SEQ_2_SEQ_LM:
+            return self._translate(config, prompt, ids, embeds, given)
+        _extend(given, "attention_mask", n, 1)
+        if config.peft_type == PeftType.PREFIX_TUNING:
+            given |= {"input_ids": ids, "inputs_embeds": embeds}
+            return call(self.base_model, self.task_type, config, prompt, given)
+        _extend(given, "token_type_ids", n, 0)
+        if self.task_type in LABELLED:
+            _extend(given, "labels", n, -100)
+        return self.base_model(inputs_embeds=self._joined(prompt, ids, embeds), **given)
+
+    def _joined(self, prompt: Tensor, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """[b, n, dim] and [b, t] or [b, t, dim] -> [b, n + t, dim]."""
+        embeds = self.word_embeddings(ids) if embeds is None else embeds
+        return torch.cat((prompt.to(embeds.dtype), embeds), dim=1)
+
+    def _translate(self, config: Any, prompt: Any, ids: Any, embeds: Any, given: dict[str, Any]) -> Any:
+        """The output of an encoder and a decoder: a prefix goes before the decoder's layers, a prompt before the encoder's
+        input, and that of several tasks before the decoder's too."""
+        n = config.num_virtual_tokens
+        if config.peft_type == PeftType.PREFIX_TUNING:
+            _extend(given, "decoder_attention_mask", n, 1)
+            return self.base_model(input_ids=ids, inputs_embeds=embeds, past_key_values=prompt, **given)
+        _extend(given, "attention_mask", n, 1)
+        given["inputs_embeds"] = self._joined(prompt[:, :n], ids, embeds)
+        if config.peft_type == PeftType.MULTITASK_PROMPT_TUNING and config.num_transformer_submodules == 2:
+            ids, embeds = given.pop("decoder_input_ids", None), given.get("decoder_inputs_embeds")
+            if ids is None and embeds is None:
+                ids = _shifted(given.get("labels"), self.base_model.config)
+            given["decoder_inputs_embeds"] = self._joined(prompt[:, n:], ids, embeds)
+            _extend(given, "decoder_attention_mask", n, 1)
+            _extend(given, "labels", n, -100)
+        return self.base_model(**given)
+
+    def generate(self, active: str, config: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None):
+        """The model's `generate` with a prompt. It runs on a passing view of the model, so that the model itself is never changed
+        and threads may generate with different adapters."""
+        given, model = dict(kwargs or {}), _view(self.base_model)
+        if self.task_type == TaskType.CAUSAL_LM:
+            model.prepare_inputs_for_generation = self._steps(active, config, model.prepare_inputs_for_generation)
+            return model.generate(*args, **given)
+        if self.task_type != TaskType.SEQ_2_SEQ_LM:
+            raise AdapterStateError(f"{self.task_type} does not generate", remedy="Use CAUSAL_LM or SEQ_2_SEQ_LM.")
+        given |= dict(zip(("input_ids",), args, strict=False))
+        if given.get("input_ids") is None:
+            raise ConfigError("input_ids must be provided for generation", remedy="Give input_ids=.")
+        _drop(given, config)
+        if config.peft_type == PeftType.PREFIX_TUNING:
+            model.prepare_inputs_for_generation = self._steps(active, config, model.prepare_inputs_for_generation)
+            return model.generate(**given)
+        if given.pop("encoder_outputs", None) is not None:
+            warnings.warn("`encoder_outputs` are of a text without the prompt, and are ignored", stacklevel=2)
+        ids, n = given.pop("input_ids"), config.num_virtual_tokens
+        prompt = self.prompt(active, config, len(ids), given.pop("task_ids", None))
+        _extend(given, "attention_mask", n, 1)
+        return model.generate(inputs_embeds=self._joined(prompt[:, :n], ids, None), **given)
+
+    def _steps(self, active: str, config: Any, prepare: Any) -> Any:
+        """`prepare_inputs_for_generation` that puts the prompt before the first step, and before all where nothing is kept between steps."""
+        n, is_prefix = config.num_virtual_tokens, config.peft_type == PeftType.PREFIX_TUNING
+        decodes = self.task_type == TaskType.SEQ_2_SEQ_LM
+
+        def prepared(
+            input_ids: Tensor,
+            next_sequence_length: int | None = None,
+            past_key_values: Any = None,
+            attention_mask: Tensor | None = None,
+            inputs_embeds: Tensor | None = None,
+            is_first_iteration: bool | None = False,
+            task_ids: Tensor | None = None,
+            **kwargs: Any,
+        ) -> dict[str, Any]:
+            own = kwargs | {"attention_mask": attention_mask}
+            kept = kwargs.get("use_cache") is not False  # a model may hand a prefix on even so
+            fresh = not kept or past_key_values is None or not past_key_values.get_seq_length()
+            if fresh and is_prefix:
+                past_key_values = self.prompt(active, config, len(input_ids))
+            elif fresh:
+                embeds = inputs_embeds if is_first_iteration else None
+                inputs_embeds = self._joined(self.prompt(active, config, len(input_ids), task_ids), input_ids, embeds)
+                is_first_iteration, next_sequence_length = True, None
+                past_key_values = _longer(past_key_values, n, self.base_model.config)
+            elif is_first_iteration and next_sequence_length is not None:
+                next_sequence_length += n  # generation goes on from a cache, which holds the prompt too
+            if not decodes:
+                own.pop("token_type_ids", None)
+                places = own.pop("position_ids", None)
+                if places is not None and is_prefix:
+                    own["position_ids"] = places + n
+            _extend(own, "decoder_attention_mask" if decodes else "attention_mask", n, 1)
+            return prepare(
+                input_ids,
+                next_sequence_length=next_sequence_length,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                is_first_iteration=is_first_iteration,
+                **own,
+            )
+
+        return prepared
+
+
+def _view(model: Any) -> Any:
+    """The same model as another object: what is set on one is not seen on the other, modules and tensors are shared."""
+    view = object.__new__(type(model))
+    view.__dict__.update(model.__dict__)
+    return view
+
+
+def _longer(past: Any, n: int, config: Any) -> Any:
+    """An empty cache with room for n more tokens: `generate` made one of a fixed size for the text alone."""
+    from transformers import StaticCache
+
+    if not isinstance(past, StaticCache):
+        return past
+    layers: Any = past.layers
+    size = max(layer.max_cache_len for layer in layers) + n
+    return StaticCache(config=config, max_cache_len=size, offloading=past.offloading)
+
+
+def _extend(given: dict[str, Any], name: str, n: int, value: int) -> None:
+    """Put n times `value` before each row of an argument [b, t], if it is given."""
+    if (t := given.get(name)) is not None:
+        given[name] = torch.cat((t.new_full((len(t), n), value), t), dim=1)
+
+
+def _drop(given: dict[str, Any], config: Any, typed: bool = False) -> None:
+    """Positions move behind a prefix; before a prompt there is no place for those of the user, nor for token types in most tasks."""
+    if config.peft_type == PeftType.PREFIX_TUNING and given.get("position_ids") is not None:
+        given["position_ids"] = given["position_ids"] + config.num_virtual_tokens
+    elif given.pop("position_ids", None) is not None:
+        warnings.warn(
+            "Position ids are not supported for parameter efficient tuning. Ignoring position ids.", stacklevel=3
+        )
+    if not typed and given.pop("token_type_ids", None) is not None:
+        warnings.warn(
+            "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids", stacklevel=3
+        )
+
+
+def _shifted(labels: Tensor | None, config: Any) -> Tensor:
+    """What a decoder reads for these labels [b, t]: the labels one place later, the start token first."""
+    if labels is None or config.pad_token_id is None:
+        raise ConfigError(
+            "the decoder has nothing to read" if labels is None else "pad_token_id of the model's config is None",
+            remedy="Give labels, decoder_input_ids or decoder_inputs_embeds, and set pad_token_id.",
+        )
+    start = labels.new_full((len(labels), 1), config.decoder_start_token_id)
+    ids = torch.cat((start, labels[:, :-1]), dim=1)
+    return ids.masked_fill(ids == -100, config.pad_token_id)
