@@ -116,6 +116,7 @@ def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     if not fitting:
         _raise_none(config, names, excluded)
     _warn_unmatched(config, names, excluded)
+    _warn_tied(model, fitting)
     for name, (module, parent) in fitting.items():
         site = site_of(base_class(module))
         if site is None or not site.targets:
@@ -219,6 +220,20 @@ def _warn_unmatched(config: Any, names: list[str], excluded: list[str]) -> None:
     for target in sorted(lost):
         hint = near(target, _ends(names))
         warnings.warn(f"target_modules has {shown(target)}, which no module is called. {hint}".strip(), stacklevel=4)
+
+
+def _warn_tied(model: nn.Module, fitting: Mapping[str, tuple[nn.Module, nn.Module | None]]) -> None:
+    """Say which chosen layers share their weight with another module."""
+    holders: dict[int, list[str]] = {}
+    for name, (module, _) in _modules(model).items():
+        if module._parameters.get("weight") is not None:
+            holders.setdefault(id(module._parameters["weight"]), []).append(name)
+    tied = [n for names in holders.values() if len(names) > 1 for n in names if n in fitting]
+    if tied:
+        warnings.warn(
+            f"{listed(tied)} share their weight with another module. The adapter acts on the ones named alone, and cannot be merged.",
+            stacklevel=4,
+        )
 
 
 def _ends(names: Iterable[str]) -> set[str]:

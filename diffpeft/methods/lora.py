@@ -111,6 +111,7 @@ class LoraConfig(PeftConfig):
             "use_bdlora",
             "arrow_config",
             "kasa_config",
+            "ensure_weight_tying",
         )
     )
 

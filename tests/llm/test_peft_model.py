@@ -500,3 +500,22 @@ def test_two_models_share_nothing():
     a.set_adapter("default")
     a.unload()
     assert torch.equal(run(b), want) and batch()["input_ids"].shape == (2, 7)
+
+
+def test_the_bases_keys_stay():
+    ours = made(diffpeft, "lora", "llama")
+    own = {k.removeprefix("base_model.model."): t for k, t in ours.state_dict().items() if ".adapters." not in k}
+    want = model().state_dict()
+    assert own.keys() == want.keys() and all(torch.equal(t, want[k]) for k, t in own.items())
+
+
+def test_a_tie_is_named_and_kept():
+    base = model("gpt2")
+    assert base.lm_head.weight is base.transformer.wte.weight
+    with pytest.warns(UserWarning, match=r"'transformer\.wte' share their weight"):
+        ours = get_peft_model(base, LoraConfig(target_modules=["wte", "c_attn"], init_lora_weights=False)).eval()
+    assert base.lm_head.weight is base.transformer.wte.weight
+    with pytest.raises(ValueError, match="tied"):
+        ours.merge_adapter()
+    ours.unload()
+    assert torch.equal(run(base, "gpt2"), run(model("gpt2"), "gpt2"))
