@@ -259,3 +259,71 @@ def test_quickstarts_copy_and_pickle(lib, tmp_path):
     assert type(twin) is type(wrapped) and torch.equal(run(twin), run(wrapped))
     torch.save(wrapped, tmp_path / "whole.pt")
     assert torch.equal(run(torch.load(tmp_path / "whole.pt", weights_only=False)), run(wrapped))
+
+
+def test_qlora(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model().save_pretrained(tmp_path / "base")
+
+    def quickstart(lib):
+        bnb_config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=bnb_config)
+        base = lib.prepare_model_for_kbit_training(base)
+        config = lib.LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        wrapped = seeded(lib.get_peft_model(base, config)).train()
+        optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.5)
+        data, losses = batch(rows=4), []
+        for _ in range(6):
+            loss = wrapped(**data, labels=data["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        wrapped.save_pretrained(tmp_path / lib.__name__)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=bnb_config)
+        again = lib.PeftModel.from_pretrained(base, tmp_path / lib.__name__)
+        torch.testing.assert_close(run(again), run(wrapped.eval()), **SAME)
+        return torch.tensor(losses)
+
+    torch.testing.assert_close(*both(quickstart), rtol=1e-4, atol=1e-4)  # six steps over 4-bit matrix products
+
+
+def test_prefix_tuning_for_translation():
+    def quickstart(lib):
+        config = lib.PrefixTuningConfig(
+            task_type=lib.TaskType.SEQ_2_SEQ_LM, inference_mode=False, num_virtual_tokens=20
+        )
+        wrapped = seeded(lib.get_peft_model(model("t5"), config))
+        data = batch("t5")
+        loss = wrapped(
+            input_ids=data["input_ids"], attention_mask=data["attention_mask"], labels=data["input_ids"]
+        ).loss
+        loss.backward()
+        return loss.detach()
+
+    torch.testing.assert_close(*both(quickstart), **SAME)
+
+
+def test_adalora():
+    def quickstart(lib):
+        config = lib.AdaLoraConfig(
+            task_type="CAUSAL_LM", init_r=6, target_r=2, tinit=2, tfinal=4, deltaT=1, total_step=12, lora_alpha=8
+        )
+        wrapped = seeded(lib.get_peft_model(model(), config)).train()
+        optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+        data, losses = batch(), []
+        for step in range(12):
+            loss = wrapped(**data, labels=data["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            wrapped.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    torch.testing.assert_close(*both(quickstart), **SAME)
