@@ -31,6 +31,7 @@ _HOMES = {
         "inject_adapter_in_model set_peft_model_state_dict"
     ),
     "diffpeft.llm.distributed": "fsdp_auto_wrap_policy",
+    "diffpeft.llm.hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap",
     "diffpeft.llm.kbit": "prepare_model_for_kbit_training replace_lora_weights_loftq",
     "diffpeft.llm.status": "get_layer_status get_model_status",
     "diffpeft.methods": "METHODS",
@@ -78,6 +79,8 @@ if TYPE_CHECKING:
     from diffpeft.llm.config import PromptTuningInit as PromptTuningInit
     from diffpeft.llm.config import TaskType as TaskType
     from diffpeft.llm.distributed import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
+    from diffpeft.llm.hotswap import hotswap_adapter as hotswap_adapter
+    from diffpeft.llm.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from diffpeft.llm.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from diffpeft.llm.kbit import replace_lora_weights_loftq as replace_lora_weights_loftq
     from diffpeft.llm.peft_model import PeftModel as PeftModel

@@ -27,6 +27,7 @@ from converters.formats.peft import CONFIG, PREFIX, WEIGHTS, whole_scale
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import (
+    AdapterStateError,
     CheckpointError,
     ConfigError,
     NonFiniteError,
@@ -105,6 +106,11 @@ def spelt(
                     found[f"{prefix}{layer}.{role}"] = handle.tensor.detach() / by if by else handle.tensor.detach()
                 elif role == BIAS:
                     bias: Any = model.get_submodule(layer).bias
+                    if bias is None:
+                        raise AdapterStateError(
+                            f"adapter {shown(name)} adds a bias on layer {shown(layer)}, which has none",
+                            remedy="PEFT has no place for that; use diffpeft.save_lora.",
+                        )
                     # PEFT keeps an adapted layer one level below
                     inner = f"{layer}.base_layer" if slot.parts else layer
                     found[f"{prefix}{inner}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
@@ -113,7 +119,7 @@ def spelt(
     if isinstance(config, AdaLoraConfig):
         found = adalora.pruned(found, config, name)
     found |= whole_tensors(model, name, prefix, given)
-    found |= {f"{prefix}{key}": tensor for key, tensor in _embeddings(model, config, embeddings).items()}
+    found |= {f"{prefix}{key}": tensor for key, tensor in _embeddings(model, slots, config, embeddings).items()}
     return found
 
 
@@ -154,8 +160,8 @@ def _with(slot: Slot, given: Mapping[str, Tensor]) -> Slot:
     return other
 
 
-def _embeddings(model: Any, config: Any, wanted: bool | str) -> dict[str, Tensor]:
-    """The weights of the embeddings, where they are wanted or (auto) adapters are on them."""
+def _embeddings(model: Any, slots: Mapping[str, Slot], config: Any, wanted: bool | str) -> dict[str, Tensor]:
+    """The weights of the embeddings, where they are wanted or (auto) adapters are on them; if adapters are on one, not those of the other."""
     if wanted == "auto":
         targets = getattr(config, "target_modules", None) or ()
         if isinstance(targets, str):
@@ -171,7 +177,9 @@ def _embeddings(model: Any, config: Any, wanted: bool | str) -> dict[str, Tensor
             )
     if not wanted:
         return {}
-    return {f"{name}.weight": module.weight.detach() for name, module in _embedding_layers(model).items()}
+    layers = _embedding_layers(model)
+    own = {f"{name}.base_layer.weight": module for name, module in layers.items() if name in slots}
+    return {key: m.weight.detach() for key, m in (own or {f"{n}.weight": m for n, m in layers.items()}).items()}
 
 
 def _embedding_layers(model: Any) -> dict[str, Any]:
