@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from diffpeft.llm.config import AdaLoraConfig as AdaLoraConfig
     from diffpeft.llm.config import BOFTConfig as BOFTConfig
     from diffpeft.llm.config import IA3Config as IA3Config
+    from diffpeft.llm.config import LoftQConfig as LoftQConfig
     from diffpeft.llm.config import LoHaConfig as LoHaConfig
     from diffpeft.llm.config import LoKrConfig as LoKrConfig
-    from diffpeft.llm.config import LoftQConfig as LoftQConfig
     from diffpeft.llm.config import LoraConfig as LoraConfig
     from diffpeft.llm.config import LoraRuntimeConfig as LoraRuntimeConfig
     from diffpeft.llm.config import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig

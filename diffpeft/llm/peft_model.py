@@ -142,8 +142,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: Any = None, **_: Any) -> None:
         """Add a fresh adapter, inactive. Without a config: one like the active adapter's."""
-        if peft_config is None:
-            peft_config = self.active_peft_config
+        peft_config = PeftConfig.of(self.active_peft_config if peft_config is None else peft_config)
         if adapter_name in self.peft_config:
             raise AdapterStateError(
                 f"Adapter with name {adapter_name!r} already exists.", remedy="Choose another name."
@@ -390,6 +389,7 @@ def get_peft_model(
 
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
+    peft_config = PeftConfig.of(peft_config)
     old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(
@@ -419,6 +419,7 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name."""
+    peft_config = PeftConfig.of(peft_config)
     if state_dict is not None:
         peft_config = state.targeting(peft_config, state_dict)
     inject(model, peft_config, adapter_name, active=True)

@@ -222,6 +222,16 @@ class PeftConfig(Passing):
         return made(**{key: value for key, value in kwargs.items() if key in known})
 
     @classmethod
+    def of(cls, config: Any) -> Any:
+        """A config of these, from one of peft's or the fields of one. Raises ConfigError for anything else."""
+        if issubclass(type(config), PeftConfig):
+            return config
+        found = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(found, Mapping) or not found.get("peft_type"):
+            raise ConfigError(f"a {type(config).__name__} is no config", remedy="Pass for example a LoraConfig.")
+        return cls.from_peft_type(**found)
+
+    @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """The fields as they are."""
         return kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -518,3 +519,18 @@ def test_a_tie_is_named_and_kept():
         ours.merge_adapter()
     ours.unload()
     assert torch.equal(run(base, "gpt2"), run(model("gpt2"), "gpt2"))
+
+
+def test_configs_of_peft_are_taken_too():
+    config = dataclasses.replace(
+        LoraConfig(r=3, target_modules=["q_proj"]), r=4
+    )  # peft's class, since ours passes for it
+    for given in (
+        config,
+        peft.LoraConfig(r=4, target_modules=["q_proj"]),
+        LoraConfig(r=4, target_modules=["q_proj"]).to_dict(),
+    ):
+        ours = get_peft_model(model(), given)
+        assert type(ours.peft_config["default"]) is LoraConfig and ours.peft_config["default"].r == 4
+    with pytest.raises(ConfigError, match="is no config"):
+        get_peft_model(model(), "lora")
