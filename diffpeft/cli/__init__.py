@@ -13,6 +13,7 @@ from diffpeft.cli.errors import run
 from diffpeft.cli.fuse import fuse
 from diffpeft.cli.generate import generate
 from diffpeft.cli.inspect import inspect
+from diffpeft.cli.sft import sft
 from diffpeft.cli.train import train
 
 
@@ -29,6 +30,7 @@ def cli() -> None:
     \b
     diffpeft demo                              learn a style on the embedded base, offline, in minutes
     diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
+    diffpeft sft -m MODEL -d TEXTS -o OUT      fine-tune a language model
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
     diffpeft fuse -m MODEL --lora FILE -o OUT  put adapters into a model's weights for good
     diffpeft inspect FILE                      say what an adapter file is
@@ -38,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, train, generate, fuse, inspect, convert):
+for command in (demo, train, sft, generate, fuse, inspect, convert):
     cli.add_command(command)
 
 

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from diffpeft.train.config import TrainConfig, from_toml
-
-_SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
-_TYPES = {"int": int, "float": float, "str": str}
-
-
-def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """One option a field. Defaults stay None here, so that what was typed can be told from what was not."""
-    for f in reversed(fields(TrainConfig)):
-        flag, kind, meta = "--" + f.name.replace("_", "-"), str(f.type).partition(" ")[0], f.metadata
-        names = [n for n in (_SHORT.get(f.name), f"{flag}/--no-{flag[2:]}" if kind == "bool" else flag) if n]
-        shown = "" if f.default is None or kind == "bool" else f" [default: {f.default}]"
-        type_ = None if kind == "bool" else click.Choice(meta["choices"]) if meta["choices"] else _TYPES[kind]
-        command = click.option(*names, f.name, type=type_, default=None, help=meta["help"] + shown)(command)
-    return command
+from diffpeft.cli.options import options_from, options_of
+from diffpeft.train.config import TrainConfig
 
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
-@_options
+@options_of(TrainConfig)
 def train(config: str | None, **typed: Any) -> None:
     """Train an adapter on your own images, DreamBooth-style.
 
@@ -36,9 +21,7 @@ def train(config: str | None, **typed: Any) -> None:
 
     Example: diffpeft train -m MODEL -d photos -o out --instance-prompt "a photo of sks dog"
     """
-    given = {name: value for name, value in typed.items() if value is not None}
-    options = from_toml(config, given) if config else TrainConfig(**given)
-    options.validate()
+    options = options_from(TrainConfig, config, typed)
 
     from diffpeft.cli.progress import Progress
 

@@ -37,19 +37,20 @@ def check_model(model: str | None, base: str | None) -> None:
             where=path,
             remedy="Say with --base whose: a diffusers folder or a Hub id.",
         )
+    check_exists(str(path), "Pass a diffusers folder, a .safetensors file or a Hub id (owner/name).")
+
+
+def check_exists(model: str, remedy: str) -> None:
+    """Raise CheckpointError if `model` is neither a path that exists nor what may be a Hub id."""
+    path = Path(model)
     local = (
-        path.suffix == ".safetensors"
-        or not HUB_ID.fullmatch(str(model))
+        path.suffix in (".safetensors", ".gguf")
+        or not HUB_ID.fullmatch(model)
         or (path.parent != Path() and path.parent.is_dir())
     )
     if not path.exists() and local:
         siblings = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError(
-            "no such model",
-            where=path,
-            remedy=near(str(path), siblings)
-            or "Pass a diffusers folder, a .safetensors file or a Hub id (owner/name).",
-        )
+        raise CheckpointError("no such model", where=path, remedy=near(model, siblings) or remedy)
 
 
 def open_pipeline(
@@ -73,13 +74,15 @@ def open_pipeline(
     except (MemoryError, NotImplementedError):
         raise
     except Exception as error:  # diffusers and its libraries raise all kinds for a model that cannot be read
-        raise CheckpointError(
-            f"cannot load the model ({type(error).__name__}: {_first_line(error)})",
-            where=source,
-            remedy="Check the path or the id, and the network if it is an id.",
-        ) from error
+        raise not_loaded(error, source) from error
     return pipe.to(device)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:300]
+def not_loaded(error: Exception, source: object) -> CheckpointError:
+    """What a library said of a model that it could not load, as an error of ours."""
+    first_line = next(iter(str(error).strip().splitlines()), "")[:300]
+    return CheckpointError(
+        f"cannot load the model ({type(error).__name__}: {first_line})",
+        where=source,
+        remedy="Check the path or the id, and the network if it is an id.",
+    )

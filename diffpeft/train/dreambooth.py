@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +17,6 @@ import converters
 import diffpeft
 from diffpeft.errors import ConfigError, DataError, UnknownNameError
 from diffpeft.families import Family, family_of, open_family
-from diffpeft.methods import BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.model.target import PRESETS
@@ -28,33 +26,12 @@ from diffpeft.train import data, draw
 from diffpeft.train.cache import Latents, Texts
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.loop import Schedule, fit
+from diffpeft.train.method import CONFIGS
 from diffpeft.train.objective import Batch, denoising, with_prior
 from diffpeft.train.sample import pictures
+from diffpeft.train.watch import Quiet, Watch
 
 FORMATS = ("diffusers", "kohya")
-
-
-class Watch(Protocol):
-    """Who is told how a run is getting on."""
-
-    def phase(self, text: str) -> None:
-        """What is being done now."""
-
-    def step(self, done: int, total: int, loss: float) -> None:
-        """A training step is done."""
-
-    def tick(self) -> None:
-        """Still alive."""
-
-
-class Quiet:
-    """A Watch that says nothing."""
-
-    def phase(self, text: str) -> None: ...
-
-    def step(self, done: int, total: int, loss: float) -> None: ...
-
-    def tick(self) -> None: ...
 
 
 @dataclass
@@ -107,10 +84,7 @@ def check(config: TrainConfig) -> tuple[str, list[data.Example]]:
     config.validate()
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
-    out = Path(config.out or "").resolve()
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError("the output folder cannot be written", where=there, remedy="Pass another --out.")
+    out = config.output()
     if config.class_data and Path(config.class_data).is_file():
         raise DataError(
             "the folder of class images is a file", where=config.class_data, remedy="Pass a folder, which may be empty."
@@ -128,23 +102,14 @@ def resolution(config: TrainConfig, family: Family) -> int:
     return size
 
 
-def _lora(c: TrainConfig) -> dict[str, Any]:
-    return {"r": c.rank, "lora_alpha": c.alpha, "lora_dropout": c.dropout}
-
-
-def _product(c: TrainConfig) -> dict[str, Any]:
-    return {"r": c.rank, "alpha": c.alpha, "rank_dropout": c.dropout}
-
-
-# The methods that can be trained, with their own config and keywords of attach. Rotations turn the output, as in the files that image programs read;
-# their rank is the size of a block.
-ADAPTERS: dict[str, Callable[[TrainConfig], tuple[Any, dict[str, Any]]]] = {
-    "lora": lambda c: (LoraConfig(**_lora(c)), {}),
-    "dora": lambda c: (LoraConfig(**_lora(c), use_dora=True), {}),
-    "loha": lambda c: (LoHaConfig(**_product(c)), {}),
-    "lokr": lambda c: (LoKrConfig(**_product(c)), {}),
-    "oft": lambda c: (OFTConfig(oft_block_size=c.rank, module_dropout=c.dropout), {"side": "output"}),
-    "boft": lambda c: (BOFTConfig(boft_block_size=c.rank, boft_dropout=c.dropout), {"side": "output"}),
+# The methods that can be trained, with keywords of attach: rotations turn the output, as in the files that image programs read.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {},
+    "loha": {},
+    "lokr": {},
+    "oft": {"side": "output"},
+    "boft": {"side": "output"},
 }
 
 
@@ -153,7 +118,7 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
     for module in family.pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
-    settings, keywords = ADAPTERS[config.method](config)
+    settings = CONFIGS[config.method](config)
     components = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
     for component in components:
         targets = (
@@ -165,7 +130,7 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
             name,
             targets=targets,
             generator=draw.generator(config.seed, "init", component),
-            **keywords,
+            **ADAPTERS[config.method],
         )
     for slot in slots_of(family.pipe, name).values():
         slot.train()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class Schedule:
 
 def fit(
     parameters: Sequence[nn.Parameter],
-    loss_at: Callable[[int], Tensor],
+    loss_at: Callable[[int], Tensor | Iterable[Tensor]],
     schedule: Schedule,
     *,
     weight_decay: float,
@@ -42,6 +42,8 @@ def fit(
 ) -> list[float]:
     """Minimise `loss_at(step)` with AdamW; the losses by step. `on_step(steps done, loss)` is called after each.
 
+    A loss may come in parts whose sum it is: gradients are accumulated, and a generator holds one part's graph at a time.
+
     Raises DivergedError for a loss that is not finite, before it reaches the parameters.
     """
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=weight_decay, fused=True)
@@ -49,14 +51,14 @@ def fit(
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step)
-        loss = loss_at(step)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise DivergedError(
-                f"the loss is {losses[-1]} at step {step + 1}", remedy="Lower --lr, or use --dtype fp32."
-            )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, parts = 0.0, loss_at(step)
+        for part in [parts] if isinstance(parts, Tensor) else parts:
+            loss += part.item()
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is {loss} at step {step + 1}", remedy="Lower --lr, or use --dtype fp32.")
+            part.backward()
+        losses.append(loss)
         nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
         on_step(step + 1, losses[-1])

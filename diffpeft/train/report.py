@@ -59,8 +59,9 @@ def write(
     files: Sequence[Path],
     pictures: Image.Image | None = None,
     metrics: Mapping[str, Any] | None = None,
+    answers: Sequence[Mapping[str, str]] = (),
 ) -> Path:
-    """Write the report. `metrics` are {name: {"before": number, "after": number}}."""
+    """Write the report. `metrics` are {name: {"before": number, "after": number}}, `answers` rows of prompt, expected, before and after."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -70,6 +71,7 @@ def write(
         options=options,
         files=[f.name for f in files],
         metrics=metrics or {},
+        answers=answers,
         steps=len(losses),
         curve=data_uri(loss_curve(losses)),
         pictures=data_uri(pictures) if pictures else "",

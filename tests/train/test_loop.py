@@ -37,6 +37,17 @@ def test_fit_minimises_and_tells_of_every_step():
     assert losses[-1] < 1e-3 * losses[0] and seen == list(enumerate(losses, 1))
 
 
+def test_a_loss_may_come_in_parts():
+    def learnt(loss_at):
+        x = torch.nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))
+        return fit([x], loss_at(x), Schedule(0.1, 5), weight_decay=0, max_grad_norm=1, on_step=lambda *_: None), x
+
+    whole, x = learnt(lambda x: lambda step: x.square().sum())
+    parts, y = learnt(lambda x: lambda step: (e.square() for e in x))
+    assert parts == pytest.approx(whole, rel=1e-12)
+    torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
+
+
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_parameters():
     x = torch.nn.Parameter(torch.tensor([3.0]))
     with pytest.raises(DivergedError, match="step 3"):

@@ -1,0 +1,277 @@
+"""Supervised fine-tuning of a language model: load, attach, train, measure, save."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffpeft.errors import CheckpointError, ConfigError, UnknownNameError
+from diffpeft.io import replacing
+from diffpeft.llm import texts
+from diffpeft.llm.kbit import prepare_model_for_kbit_training
+from diffpeft.llm.peft_model import get_peft_model
+from diffpeft.llm.sft_config import SftConfig
+from diffpeft.llm.texts import IGNORED, Example
+from diffpeft.methods.peft_config import TaskType
+from diffpeft.pipeline.open import DTYPES, check_exists, default_device, default_dtype, not_loaded
+from diffpeft.train import draw, report
+from diffpeft.train.loop import Schedule, fit
+from diffpeft.train.method import CONFIGS
+from diffpeft.train.watch import Quiet, Watch
+
+GGUF = ".gguf"
+ANSWER = 48  # tokens of an answer that is shown in the report
+Sequences = Sequence[Sequence[Example]]
+
+
+@dataclass
+class Run:
+    """A finished run: the options as they were used, the PeftModel, the losses by step, held-out losses and answers before and after."""
+
+    config: SftConfig
+    model: Any
+    tokenizer: Any
+    losses: list[float]
+    heldout_loss: dict[str, float]
+    answers: list[dict[str, str]]
+    learnt_tokens: int
+    seconds: float
+
+
+def train(config: SftConfig, watch: Watch | None = None) -> Run:
+    """Train an adapter. Writes nothing; `save` does.
+
+    Raises ConfigError, DataError, CheckpointError, UnknownNameError or DivergedError.
+    """
+    watch, start = watch or Quiet(), time.perf_counter()
+    rows, held_rows = check(config)
+    device = default_device()
+    config = replace(
+        config, dtype=config.dtype or default_dtype(device), alpha=config.rank if config.alpha is None else config.alpha
+    )
+    watch.phase("loading the model")
+    tokenizer, model = open_model(config, device)
+    limits: dict[str, Any] = {"max_length": config.max_length, "loss": config.loss}
+    found = texts.examples(rows, tokenizer, where=config.data, **limits)
+    held = texts.examples(held_rows, tokenizer, where=config.heldout, **limits)
+    sequences = texts.packed(found, config.max_length) if config.packing else [[e] for e in found]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = adapt(config, model)
+        loss = Loss(model, tokenizer.pad_token_id)
+        questions = [e for e in held or found if 0 < len(e.prompt) < len(e.ids)][: config.samples]
+        measure = Measure(loss, tokenizer, held, questions, config.batch_size, watch)
+        loss_before, before = measure()
+        watch.phase("training")
+        model.train()
+        losses = fit(
+            [p for p in model.parameters() if p.requires_grad],
+            lambda step: loss.parts(drawn(config, sequences, step), config.batch_size),
+            Schedule(config.lr, config.steps, config.warmup, config.lr_scheduler),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            on_step=lambda done, loss: watch.step(done, config.steps, loss),
+        )
+        loss_after, after = measure()
+    return Run(
+        config,
+        model,
+        tokenizer,
+        losses,
+        {"before": loss_before, "after": loss_after} if held else {},
+        measure.rows(before, after),
+        sum(texts.tokens(drawn(config, sequences, step)) for step in range(config.steps)),
+        time.perf_counter() - start,
+    )
+
+
+def check(config: SftConfig) -> tuple[list[texts.Row], list[texts.Row]]:
+    """All checks that need no model; the rows to train on and those to measure on."""
+    config.validate()
+    if config.method not in CONFIGS:
+        raise UnknownNameError.of("method", config.method, CONFIGS)
+    config.output()
+    model = str(config.model)
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise CheckpointError("this folder holds no language model (no config.json)", where=model)
+    check_exists(model, "Pass a folder with a language model, a .gguf file or a Hub id (owner/name).")
+    if Path(model).suffix == GGUF and config.quantize:
+        raise ConfigError(
+            "quantize with a .gguf file", remedy="Save the model as a folder first, or leave --quantize out."
+        )
+    return texts.read(str(config.data)), texts.read(config.heldout) if config.heldout else []
+
+
+def open_model(config: SftConfig, device: str) -> tuple[Any, Any]:
+    """The tokenizer and the model. Raises CheckpointError if they cannot be loaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = Path(str(config.model))
+    gguf = {"gguf_file": source.name} if source.suffix == GGUF else {}
+    where = str(source.parent if gguf else source) if source.exists() else str(config.model)
+    dtype = DTYPES[str(config.dtype)]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, **gguf, **_quantised(config, dtype, device)
+        )
+    except (MemoryError, NotImplementedError):
+        raise
+    except Exception as error:  # transformers and its libraries raise all kinds for a model that cannot be read
+        raise not_loaded(error, config.model) from error
+    return tokenizer, model if config.quantize else model.to(device)
+
+
+def _quantised(config: SftConfig, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    if not config.quantize:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    kinds: dict[str, dict[str, Any]] = {
+        "nf4": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        },
+        "int8": {"load_in_8bit": True},
+    }
+    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantize]), "device_map": {"": device}}
+
+
+def adapt(config: SftConfig, model: Any) -> Any:
+    """The model with a fresh adapter on it, as a PeftModel; its base is frozen."""
+    checkpointing = {"use_reentrant": False}
+    if config.quantize:
+        prepare_model_for_kbit_training(model, config.gradient_checkpointing, checkpointing)
+    elif config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    settings = CONFIGS[config.method](config)
+    settings.task_type, settings.target_modules = TaskType.CAUSAL_LM, targets(config.targets)
+    return get_peft_model(model, settings)
+
+
+def targets(text: str) -> str | list[str] | None:
+    """What PEFT's target_modules says: `default` is None, names with commas are a list, all else is as it is."""
+    names = [name.strip() for name in text.split(",")]
+    if text == "default":
+        return None
+    return names if text != "all-linear" and all(re.fullmatch(r"\w[\w.]*", name) for name in names) else text
+
+
+class Loss:
+    """Cross-entropy of the tokens that are learnt, in fp32.
+
+    Logits are computed only where in some sequence the next token is learnt, if the model can do that (`logits_to_keep`): they need most memory.
+    """
+
+    def __init__(self, model: Any, pad: int | None):
+        self.model, self.pad = model, pad or 0  # padding is never read, so any token will do
+        self.can_keep = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+
+    def total(self, sequences: Sequences) -> Tensor:
+        """The sum over the tokens of a batch of sequences."""
+        batch = {name: t.to(self.model.device) for name, t in texts.collated(sequences, self.pad).items()}
+        following = batch.pop("labels")[:, 1:]
+        keep = (following != IGNORED).any(0).nonzero().squeeze(1)
+        wanted = {"logits_to_keep": keep} if self.can_keep else {}
+        logits = self.model(**batch, use_cache=False, **wanted).logits
+        logits = logits if self.can_keep else logits[:, keep]
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), following[:, keep].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def parts(self, sequences: Sequences, size: int) -> Iterator[Tensor]:
+        """The mean over the tokens of all sequences, as a sum of parts with `size` sequences each: accumulating changes nothing."""
+        tokens = texts.tokens(sequences)
+        for first in range(0, len(sequences), size):
+            yield self.total(sequences[first : first + size]) / tokens
+
+
+def drawn(config: SftConfig, sequences: Sequences, step: int) -> list[Sequence[Example]]:
+    """The sequences of a step: passes through all of them, shuffled by the seed."""
+    count = config.batch_size * config.accumulate
+    return [sequences[i] for i in draw.order(len(sequences), step * count, count, config.seed, "rows")]
+
+
+@dataclass
+class Measure:
+    """What is measured before and after: the loss of held-out examples, and answers to some questions."""
+
+    loss: Loss
+    tokenizer: Any
+    held: Sequence[Example]
+    questions: Sequence[Example]
+    batch_size: int
+    watch: Watch
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[float, list[str]]:
+        """The mean loss of a learnt token (0 without held-out examples), and the answers."""
+        self.watch.phase("measuring")
+        self.loss.model.eval()
+        total = 0.0
+        for part in self.loss.parts([[e] for e in self.held], self.batch_size):
+            total += part.item()
+            self.watch.tick()
+        return total, [self._answer(e) for e in self.questions]
+
+    def _answer(self, example: Example) -> str:
+        prompt = torch.tensor([example.prompt], device=self.loss.model.device)
+        got = self.loss.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=ANSWER,
+            do_sample=False,
+            pad_token_id=self.loss.pad,
+        )
+        self.watch.tick()
+        return self.tokenizer.decode(got[0, prompt.shape[1] :], skip_special_tokens=True)
+
+    def rows(self, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+        """The questions, what was expected, and the answers before and after."""
+        return [
+            {"prompt": self._text(e.prompt), "expected": self._text(e.ids[len(e.prompt) :]), "before": b, "after": a}
+            for e, b, a in zip(self.questions, before, after, strict=True)
+        ]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def save(run: Run) -> list[Path]:
+    """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths."""
+    out = Path(run.config.out or "")
+    run.model.save_pretrained(out)
+    files = [out / name for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json", "report.html")]
+    table = {
+        "heldout_loss": run.heldout_loss or None,
+        "losses": run.losses,
+        "answers": run.answers,
+        "seconds": round(run.seconds, 1),
+        "steps": len(run.losses),
+        "method": run.config.method,
+        "learnt_tokens": run.learnt_tokens,
+    }
+    with replacing(out / "metrics.json") as f:
+        f.write(json.dumps(table, indent=1).encode())
+    report.write(
+        out / "report.html",
+        title=f"diffpeft: {out.resolve().name}",
+        losses=run.losses,
+        options=run.config.resolved(),
+        files=files,
+        metrics={"heldout_loss": run.heldout_loss} if run.heldout_loss else {},
+        answers=run.answers,
+    )
+    return files

@@ -1,0 +1,201 @@
+"""Texts to train on: rows of a JSONL file, or a plain text, as tokens of which each is learnt or only read.
+
+A row is `{"messages": [{"role", "content"}, ...]}`, told with the tokenizer's chat template; `{"prompt", "completion"}`, joined as they are; or `{"text"}`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpeft.errors import DataError, near, shown
+
+IGNORED = -100  # the label of a token that is not learnt
+Segment = tuple[str, bool]  # a piece of a text, and whether it is learnt
+Row = Mapping[str, Any]
+_PLAIN = (".txt", ".text", ".md")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and for each whether it is learnt; both [t]."""
+
+    ids: list[int]
+    learnt: list[bool]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are learnt. The first one has nothing before it."""
+        return sum(self.learnt[1:])
+
+    @property
+    def prompt(self) -> list[int]:
+        """The ids before the first one that is learnt."""
+        return self.ids[: self.learnt.index(True)] if True in self.learnt else self.ids
+
+
+def read(path: str | Path) -> list[Row]:
+    """The rows of a JSONL file; of a plain text one row. Raises DataError, which names the line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise DataError(
+            f"cannot read the data: {why}",
+            where=path,
+            remedy=(not path.exists() and near(path.name, siblings)) or "Pass a .jsonl or a .txt file.",
+        ) from error
+    if path.suffix.lower() in _PLAIN:
+        rows: list[Row] = [{"text": text}] if text.strip() else []
+    else:
+        rows = [_row(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not rows:
+        raise DataError("the file is empty", where=path, remedy="Each line is a row: " + _ROWS)
+    return rows
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"this is no JSON ({error})", where=where, remedy="Each line is a row: " + _ROWS) from error
+    if not isinstance(row, dict) or not any(key in row for key in SEGMENTS):
+        found = ", ".join(map(shown, row)) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"a row with {found or 'nothing'}", where=where, remedy="A row is " + _ROWS)
+    return row
+
+
+def _messages(row: Row, tokenizer: Any) -> list[Segment]:
+    """The answers of the assistant are learnt; what the template puts around the others is read."""
+    messages, done, segments = row["messages"], "", []
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=True) if n else ""
+        after = tokenizer.apply_chat_template(messages[: n + 1], tokenize=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise ValueError("the chat template changes earlier messages")
+        segments += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    return segments
+
+
+# {what a row of this form has: its segments}
+SEGMENTS: dict[str, Callable[[Row, Any], list[Segment]]] = {
+    "messages": _messages,
+    "prompt": lambda row, _: [(row["prompt"], False), (row["completion"], True)],
+    "text": lambda row, _: [(row["text"], True)],
+}
+_ROWS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}.'
+
+
+def examples(rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss: str, where: object = "") -> list[Example]:
+    """Rows as tokens. Texts are cut into pieces of `max_length`, other rows are cut off there.
+
+    Args:
+        loss: "completion": what the model is to answer is learnt; "all": prompts too.
+
+    Raises DataError for a row that is not as it should be, or of which nothing that is learnt remains.
+    """
+    found, cut = [], 0
+    for n, row in enumerate(rows, 1):
+        form = next(key for key in SEGMENTS if key in row)
+        try:
+            whole = tokenised(SEGMENTS[form](row, tokenizer), tokenizer, chat=form == "messages", loss=loss)
+        except Exception as error:  # templates raise what they like
+            raise DataError(
+                f"cannot use a row of {form} ({type(error).__name__}: {str(error)[:200]})",
+                where=f"{where}, row {n}",
+                remedy="A row is " + _ROWS,
+            ) from error
+        ends = range(0, len(whole.ids), max_length) if form == "text" else (0,)
+        pieces = [Example(whole.ids[i : i + max_length], whole.learnt[i : i + max_length]) for i in ends]
+        cut += form != "text" and len(whole.ids) > max_length
+        if not any(piece.tokens for piece in pieces):
+            long = len(whole.ids) > max_length
+            raise DataError(
+                f"a row in which nothing is learnt{' before it is cut off' if long else ''}",
+                where=f"{where}, row {n}",
+                remedy="Raise --max-length." if long else "Give it an answer.",
+            )
+        found += [piece for piece in pieces if piece.tokens]
+    if cut:
+        warnings.warn(f"{cut} of {len(rows)} rows are longer than {max_length} tokens and were cut off", stacklevel=2)
+    return found
+
+
+def tokenised(segments: Sequence[Segment], tokenizer: Any, *, chat: bool, loss: str) -> Example:
+    """Segments as one text's tokens, so that they are those of generation; a token is learnt if it reaches into a segment that is.
+
+    A chat template writes the special tokens itself; elsewhere the tokenizer's beginning goes before, and the end is learnt.
+    """
+    text, spans, at = "".join(s for s, _ in segments), [], 0
+    for segment, answer in segments:
+        spans += [(at, at + len(segment))] if answer or loss == "all" else []
+        at += len(segment)
+    got = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
+    ids = list(got["input_ids"])
+    learnt = [any(a < stop and b > start for a, b in spans) for start, stop in got["offset_mapping"]]
+    end = tokenizer.eos_token_id
+    if not chat and end is not None:
+        if ids[-1:] != [end]:
+            ids, learnt = [*ids, end], [*learnt, True]
+        learnt[-1] = True
+    return Example(ids, learnt)
+
+
+def packed(found: Sequence[Example], length: int) -> list[list[Example]]:
+    """Examples put together into sequences of at most `length` tokens: the longest first, each where there is room first."""
+    sequences: list[list[Example]] = []
+    free: list[int] = []
+    for example in sorted(found, key=lambda e: -len(e.ids)):
+        place = next((i for i, room in enumerate(free) if room >= len(example.ids)), len(free))
+        if place == len(free):
+            sequences.append([])
+            free.append(length)
+        sequences[place].append(example)
+        free[place] -= len(example.ids)
+    return sequences
+
+
+def collated(sequences: Sequence[Sequence[Example]], pad: int) -> dict[str, Tensor]:
+    """Sequences of examples as a batch, padded on the right: input_ids and labels [b, t], attention_mask or position_ids [b, t].
+
+    Where examples share a sequence, positions start again with each, by which transformers keeps them apart.
+    """
+    width = max(sum(len(e.ids) for e in sequence) for sequence in sequences)
+    shared = any(len(sequence) > 1 for sequence in sequences)
+    columns: dict[str, list[list[int]]] = {
+        "input_ids": [],
+        "labels": [],
+        "position_ids" if shared else "attention_mask": [],
+    }
+    for sequence in sequences:
+        ids = [i for e in sequence for i in e.ids]
+        labels = [
+            i if n and learnt else IGNORED
+            for e in sequence
+            for n, (i, learnt) in enumerate(zip(e.ids, e.learnt, strict=True))
+        ]
+        rest = width - len(ids)
+        columns["input_ids"].append(ids + [pad] * rest)
+        columns["labels"].append(labels + [IGNORED] * rest)
+        if shared:
+            columns["position_ids"].append([n for e in sequence for n in range(len(e.ids))] + list(range(rest)))
+        else:
+            columns["attention_mask"].append([1] * len(ids) + [0] * rest)
+    return {name: torch.tensor(rows) for name, rows in columns.items()}
+
+
+def tokens(sequences: Iterable[Sequence[Example]]) -> int:
+    """How many tokens are learnt."""
+    return sum(e.tokens for sequence in sequences for e in sequence)

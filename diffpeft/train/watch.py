@@ -1,0 +1,28 @@
+"""Who is told how a run is getting on."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Watch(Protocol):
+    """Who is told how a run is getting on."""
+
+    def phase(self, text: str) -> None:
+        """What is being done now."""
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        """A training step is done."""
+
+    def tick(self) -> None:
+        """Still alive."""
+
+
+class Quiet:
+    """A Watch that says nothing."""
+
+    def phase(self, text: str) -> None: ...
+
+    def step(self, done: int, total: int, loss: float) -> None: ...
+
+    def tick(self) -> None: ...
