@@ -1,20 +1,22 @@
 """Whole modules that an adapter trains in a copy (PEFT's `modules_to_save`): the copy acts in the module's place while its adapter is active.
 
-As with layers (docs/decisions/001) the module's class is swapped; its own parameters keep their names and stay as they are.
+What else adapters do with a module as a whole takes the same way (patches.py). As with layers (docs/decisions/001) the module's class is swapped;
+its own parameters keep their names and stay as they are.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffpeft.errors import ShapeMismatchError
 from diffpeft.layers.adapted import escaped
-from diffpeft.layers.site import COPIES
+from diffpeft.layers.site import COPIES, held_forwards
 
 CONTAINER = "copies"
 
@@ -25,17 +27,36 @@ class Copies:
 
     mix: Any
     modules: Mapping[str, nn.Module]
+    fused: frozenset[str] = frozenset()  # adapters that are in the module's own parameters: never, of copies
+    hidden: frozenset[str] = frozenset()  # those whose module is another's too, where it is trained and saved
 
-    def without(self, names: set[str]) -> Copies | None:
+    def without(self, names: set[str]) -> Any:
         """What is left; None if nothing is."""
         left = {name: module for name, module in self.modules.items() if name not in names}
-        return Copies(self.mix, left) if left else None
+        return replace(self, modules=left) if left else None
 
-    def acting(self, choice: Any) -> nn.Module | None:
-        """The copy of the last active adapter that has one and a strength."""
+    def acting(self, choice: Any) -> Any:
+        """What acts: the copy of the last active adapter that has one and a strength, or None."""
         return next(
             (self.modules[n] for n in reversed(choice.order) if n in self.modules and choice.given[n] != 0), None
         )
+
+    def run(self, module: Any, base: Any, acting: Any, args: Any, kwargs: Any) -> Any:
+        """The module's forward with what acts; `base` is its class."""
+        return base.forward(module, *args, **kwargs) if acting is None else acting(*args, **kwargs)
+
+    def merged(self, module: nn.Module, order: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """(parameter or buffer, the numbers that it has with these adapters in it for good)."""
+        acting = next((self.modules[name] for name in reversed(order) if name in self.modules), None)
+        if acting is None:
+            return []
+        own = bare(module)
+        return [
+            (mine, other.data)
+            for mine, other in zip(
+                (*own.parameters(), *own.buffers()), (*acting.parameters(), *acting.buffers()), strict=True
+            )
+        ]
 
 
 def copies_of(module: nn.Module) -> Copies | None:
@@ -48,36 +69,43 @@ def copied(module: nn.Module) -> bool:
     return COPIES in module.__dict__
 
 
-def replace_tensors(module: nn.Module, by: nn.Module) -> None:
-    """Give a module's parameters and buffers, which stay the same objects, another one's numbers."""
-    for own, other in zip((*module.parameters(), *module.buffers()), (*by.parameters(), *by.buffers()), strict=True):
-        own.data = other.data
-
-
 def place(module: Any, copies: Copies | None) -> None:
     """Give a module these copies, or none. Plain assignments: it cannot fail."""
-    base = getattr(type(module), "_diffpeft_whole", type(module))
+    base, held = base_of(module), held_forwards(module)
+    module.__class__ = base if copies is None else _class(base)
+    module._modules.pop(CONTAINER, None)
     if copies is None:
-        module.__class__ = base
-        module._modules.pop(CONTAINER, None)
         module.__dict__.pop(COPIES, None)
-        return
-    module.__class__ = _class(base)
-    container = nn.ModuleDict()
-    container._modules.update((escaped(name), own) for name, own in copies.modules.items())
-    module._modules[CONTAINER] = container
-    module.__dict__[COPIES] = copies
+    else:
+        module.__dict__[COPIES] = copies
+        shown = {escaped(name): own for name, own in copies.modules.items() if name not in copies.hidden}
+        if shown:
+            container = nn.ModuleDict()
+            container._modules.update(shown)
+            module._modules[CONTAINER] = container
+    for where, key in held:
+        where[key] = type(module).forward.__get__(module)
+
+
+def base_of(module: nn.Module) -> Any:
+    """The class that a module has without copies."""
+    return getattr(type(module), "_diffpeft_whole", type(module))
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The same parameters and modules inside, without the copies."""
+    if not copied(module):
+        return module
+    own = copy.copy(module)
+    own.__class__ = base_of(module)
+    own.__dict__.pop(COPIES)
+    own.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != CONTAINER}
+    return own
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
     """A module like this one, without the copies it has."""
-    own = copies_of(module)
-    if own is None:
-        return copy.deepcopy(module)
-    bare = copy.copy(module)
-    bare.__dict__["_modules"] = dict(module._modules)
-    place(bare, None)
-    return copy.deepcopy(bare)
+    return copy.deepcopy(bare(module))
 
 
 _classes: dict[type, type] = {}
@@ -93,8 +121,7 @@ def _class(base: Any) -> type:
             choice = copies.mix.current()
             if choice.rows:
                 return _by_rows(self, base, copies, choice, args, kwargs)
-            acting = copies.acting(choice)
-            return base.forward(self, *args, **kwargs) if acting is None else acting(*args, **kwargs)
+            return copies.run(self, base, copies.acting(choice), args, kwargs)
 
         def reduce(self: Any, protocol: Any) -> Any:
             return _rebuild, (base,), self.__getstate__()
@@ -120,19 +147,34 @@ def _rebuild(base: Any) -> Any:
 
 
 def _by_rows(module: Any, base: Any, copies: Copies, choice: Any, args: Any, kwargs: Any) -> Any:
-    """Each row of the batch through the module that its mix says. Row i has mix (i // images) % number of mixes."""
+    """Each row of the batch through the module as its mix says. Row i has mix (i // images) % number of mixes.
+
+    What the model has split further (tokens, one below the other) has several rows for each of the batch.
+    """
     rows = next(len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    each, rest = divmod(rows, choice.batch or rows)
+    if rest or not each:
+        raise ShapeMismatchError(
+            f"{rows} rows do not divide into a batch of {choice.batch}", where=f"a {base.__name__} with adapters"
+        )
     acting = [copies.acting(row) for row in choice.rows]
-    owner = [acting[(i // choice.images) % len(acting)] for i in range(rows)]
+    owner = [acting[(i // (each * choice.images)) % len(acting)] for i in range(rows)]
     out: Tensor | None = None
-    for own in dict.fromkeys(owner):
-        at = torch.tensor([i for i, other in enumerate(owner) if other is own])
+    for own in _different(acting):
+        at = torch.tensor([i for i, other in enumerate(owner) if other == own])
+        if not len(at):
+            continue
 
         def some(t: Any, at: Tensor = at) -> Any:
             return t[at.to(t.device)] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t
 
         given = [some(t) for t in args], {name: some(t) for name, t in kwargs.items()}
-        found = base.forward(module, *given[0], **given[1]) if own is None else own(*given[0], **given[1])
+        found = copies.run(module, base, own, *given)
         out = found.new_empty(rows, *found.shape[1:]) if out is None else out
         out = out.index_copy(0, at.to(found.device), found.to(out.dtype))
     return out
+
+
+def _different(values: Sequence[Any]) -> list[Any]:
+    """Each value once."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]

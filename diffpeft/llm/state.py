@@ -41,9 +41,10 @@ from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.layers.whole import CONTAINER, Copies, bare_copy, copied, copies_of
 from diffpeft.llm import adalora
+from diffpeft.llm import patches as patching
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
+from diffpeft.model.attach import Plan, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.state import entries_of, slots_in
 from diffpeft.model.target import layers_of, modules_of
@@ -92,9 +93,9 @@ def spelt(
     embeddings: bool | str = "auto",
 ) -> dict[str, Tensor]:
     """{PEFT's key: tensor} of one adapter. `given` {name in the model: tensor} replaces the model's own tensors (gathered from shards)."""
-    slots = slots_in(model, name)
-    if not slots:
-        raise UnknownNameError.of("adapter", name, {n for mix in mixes_of({"": model}).values() for n in mix.adapters})
+    slots, adapters = slots_in(model, name), {n for mix in mixes_of({"": model}).values() for n in mix.adapters}
+    if name not in adapters:
+        raise UnknownNameError.of("adapter", name, adapters)
     found: dict[str, Tensor] = {}
     fmt, fields = FORMATS["peft"], config.to_dict()
     for layer, slot in slots.items():
@@ -126,11 +127,11 @@ def spelt(
 def whole_tensors(
     model: nn.Module, name: str, prefix: str, given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """{PEFT's key: tensor} of the modules that an adapter trains whole."""
+    """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
     found: dict[str, Tensor] = {}
     for where, (module, _) in modules_of(model, copied).items():
         copies = copies_of(module)
-        if copies is not None and name in copies.modules:
+        if copies is not None and name in copies.modules and name not in copies.hidden:
             at = f"{where}.{CONTAINER}.{escaped(name)}."
             for key, tensor in copies.modules[name].state_dict().items():
                 found[f"{prefix}{where}.{key}"] = (given or {}).get(at + key, tensor).detach()
@@ -197,6 +198,7 @@ class Found:
     slots: Mapping[str, Slot] = field(default_factory=dict)
     wholes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in it: tensor}}
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)  # {layer: weight}
+    patches: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in its patch: tensor}}
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
 
@@ -209,7 +211,11 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     layers = {"": layers_of(model)}
     if isinstance(source, Mapping):
         source = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in source.items()}
-    bundle = _bundle(source, config, layers)
+    patches = patching.patches_of(model, config, chosen)
+    if patches:
+        source = dict(source) if isinstance(source, Mapping) else tensors_in(Path(source))
+    own_patches, lost = patching.taken(patches, source, PREFIX)
+    bundle = _bundle(source, config, layers) if source else Bundle("peft", "", [])
     carried = dict(bundle.carried)
     modules = wholes_of(model, config)
     wholes: dict[str, dict[str, Handle]] = {}
@@ -230,7 +236,9 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     if trainable:
         entries = [replace(e, options={**e.options, **_dropouts(e.method, config)}) for e in entries]
     bundle = replace(bundle, carried=carried, entries=entries)
-    slots, _ = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)
+    slots: dict[str, dict[str, Slot]] = {"": {}}
+    if bundle.entries or not own_patches:
+        slots, _ = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)
     read_ = {where: dict(zip(own, io.load(own.values()), strict=True)) for where, own in wholes.items()}
     for where, tensors in read_.items():
         check_whole(f"{bundle.source}: {where}", modules[where], tensors)
@@ -238,7 +246,8 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
         slots[""],
         read_,
         dict(zip(embeddings, io.load(embeddings.values()), strict=True)),
-        tuple(f"{PREFIX}{layer}" for layer in chosen if layer not in slots[""]),
+        own_patches,
+        tuple(f"{PREFIX}{layer}" for layer in (*(n for n in chosen if n not in slots[""]), *lost)),
         tuple(carried),
     )
 
@@ -295,9 +304,12 @@ def put(model: nn.Module, name: str, config: Any, found: Found, *, trainable: bo
     mixes = mixes_of({"": model})
     refuse_duplicate(name, mixes.values())
     layers = layers_of(model)
-    modules = wholes_of(model, config)
+    modules, patches = wholes_of(model, config), patching.patches_of(model, config, found.slots)
+    for where, (_, patch) in patches.items():
+        patch.load_state_dict(dict(found.patches.get(where, patch.state_dict())))
+        patch.requires_grad_(trainable)
     plan = Plan()
-    adapter = Adapter(name, tuple(found.slots), {CONFIG: config.to_json()}, modules=tuple(modules))
+    adapter = Adapter(name, tuple(found.slots), {CONFIG: config.to_json()}, modules=(*modules, *patches))
     install(plan, "", {n: layers[n][0] for n in found.slots}, found.slots, mixes.get(""), adapter, strength)
     for where, module in modules.items():
         fresh = bare_copy(module).requires_grad_(trainable)
@@ -305,6 +317,7 @@ def put(model: nn.Module, name: str, config: Any, found: Found, *, trainable: bo
             fresh.load_state_dict(dict(found.wholes[where]))
         old = copies_of(module)
         plan.wholes.append((module, Copies(plan.mixes[-1][0], {**(old.modules if old else {}), name: fresh})))
+    put_patches(plan, name, patches)
     _check_embeddings(model, found.embeddings)
     plan.commit()
     for where, weight in found.embeddings.items():
@@ -329,6 +342,10 @@ def _check_embeddings(model: nn.Module, embeddings: Mapping[str, Tensor]) -> Non
 
 def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
     """A copy of a config that means the layers of which there are tensors."""
+    if getattr(config, "target_parameters", None):
+        raise ConfigError(
+            f"target_parameters is {shown(config.target_parameters)}", remedy="Inject the adapter without state_dict=."
+        )
     layers = {found[0] for key in tensors if (found := dotted_role(key.removeprefix(PREFIX)))}
     config = copy.deepcopy(config)
     config.target_modules = sorted(layers)
@@ -352,8 +369,9 @@ def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Te
                     remedy="Load it under another name.",
                 )
             writes.append((old, new))
-    copies = {where: copies_of(model.get_submodule(where)) for where in found.wholes}
-    for where, own in found.wholes.items():
+    whole = {**found.wholes, **found.patches}
+    copies = {where: copies_of(model.get_submodule(where)) for where in whole}
+    for where, own in whole.items():
         modules: Any = copies[where]
         mine = modules.modules[name].state_dict(keep_vars=True)
         writes += [(mine[key], tensor) for key, tensor in own.items()]

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from converters.formats.peft import CONFIG, PREFIX
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.whole import copied, copies_of, place, replace_tensors
+from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm import adalora
 from diffpeft.llm.kbit import forget_quantization
+from diffpeft.llm.patches import patches_of
+from diffpeft.llm.replication import replicated
 from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, wholes_of
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.weighted import add_weighted
-from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
-from diffpeft.model.fuse import fuse, unfuse
+from diffpeft.model.attach import Plan, attach_to, method_of, mixes_of, take_off
+from diffpeft.model.fuse import fuse, refuse_half_tied, unfuse
 from diffpeft.model.merge import merge_for_good
 from diffpeft.model.mix import check_name
 from diffpeft.model.state import slots_in
@@ -39,9 +41,15 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool) -> Any:
         raise ConfigError(f"{type(config).__name__} adds tokens and not layers", remedy="Use get_peft_model.")
     config = resolved(model, config)
     config.validate()
+    others = found_configs(model) if getattr(config, "layer_replication", None) else {}
+    with replicated(model, config, others):
+        return _inject(model, config, name, active)
+
+
+def _inject(model: nn.Module, config: Any, name: str, active: bool) -> Any:
     layers = chosen(model, config)
     method = method_of(config, {})
-    wholes = wholes_of(model, config)
+    wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
     trained = [p for p in model.parameters() if p.requires_grad] if not mixes_of({"": model}) else []
     attach_to(
         {"": model},
@@ -51,6 +59,7 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool) -> Any:
         method=method,
         strength=1.0 if active else None,
         wholes=wholes,
+        patches=patches,
         quiet=True,
         metadata={CONFIG: config.to_json()},
     )
@@ -191,6 +200,13 @@ class Tuner(nn.Module):
             density: the share of entries that ties, dare and magnitude_prune keep.
             majority_sign_method: how TIES elects a sign: by the "total" of the values or the "frequency" of the signs.
         """
+        for name in adapters:
+            for field in ("trainable_token_indices", "target_parameters"):
+                if value := getattr(self.peft_config.get(name), field, None):
+                    raise ConfigError(
+                        f"add_weighted_adapter does not support {field}, and adapter {shown(name)} has {shown(value)}",
+                        remedy="Merge the adapters one after the other.",
+                    )
         self.peft_config[adapter_name] = add_weighted(
             self.model,
             self.peft_config,
@@ -247,14 +263,14 @@ class Tuner(nn.Module):
         known(names or (), self.peft_config)
         order = names or self.active_adapters
         wholes = [(m, copies) for m, _ in modules_of(self.model, copied).values() if (copies := copies_of(m))]
+        for mix in mixes_of({"": self.model}).values():
+            refuse_half_tied(self.model, mix, order)
+        after = Plan(wholes=[(module, None) for module, _ in wholes])
+        after.tensors = [pair for module, copies in wholes for pair in copies.merged(module, order)]
         self.last_merge_report = merge_for_good(self.model, names, dequantize=dequantize, safe=safe_merge)
         if dequantize:
             forget_quantization(self.model)
-        for module, copies in wholes:
-            acting = next((copies.modules[name] for name in reversed(order) if name in copies.modules), None)
-            place(module, None)
-            if acting is not None:
-                replace_tensors(module, acting)
+        after.commit()
         self.peft_config.clear()
         return self.model
 
@@ -335,12 +351,13 @@ class Tuner(nn.Module):
         """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
         config = resolved(self.model, config)
         config.validate()
-        found = read(self.model, folder, config, trainable=trainable, chosen=chosen(self.model, config))
-        if found.missing:
-            warnings.warn(
-                f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=4
-            )
-        put(self.model, name, config, found, trainable=trainable, strength=1.0 if active else None)
+        with replicated(self.model, config, self.peft_config):
+            found = read(self.model, folder, config, trainable=trainable, chosen=chosen(self.model, config))
+            if found.missing:
+                warnings.warn(
+                    f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=4
+                )
+            put(self.model, name, config, found, trainable=trainable, strength=1.0 if active else None)
         self.peft_config[name] = config
         return list(found.missing)
 

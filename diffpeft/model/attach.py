@@ -25,7 +25,8 @@ from diffpeft.layers.adapted import (
     state_with,
     weights_of,
 )
-from diffpeft.layers.site import device_of, present, refusal, site_of
+from diffpeft.layers.patches import Patch, Patches
+from diffpeft.layers.site import COPIES, device_of, present, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
@@ -55,13 +56,17 @@ class Plan:
     layers: list[tuple[nn.Module, State]] = field(default_factory=list)
     mixes: list[tuple[Mix, dict[str, Any]]] = field(default_factory=list)
     roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
-    wholes: list[tuple[nn.Module, Copies | None]] = field(default_factory=list)  # modules with copies of themselves
+    wholes: list[tuple[nn.Module, Copies | None]] = field(
+        default_factory=list
+    )  # modules with copies of themselves, or patches
+    tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # parameters that get other numbers
 
     def commit(self) -> None:
         """Make the writes; if one is interrupted, undo those made."""
         before = [(module, state_of(module)) for module, _ in self.layers]
         attributes = [(mix, {name: getattr(mix, name) for name in new}) for mix, new in self.mixes]
         copies = [(module, copies_of(module)) for module, _ in self.wholes]
+        numbers = [(tensor, tensor.data) for tensor, _ in self.tensors]
         try:
             for mix, new in self.mixes:
                 mix.__dict__.update(new)
@@ -69,6 +74,8 @@ class Plan:
                 enter(module, state)
             for module, own in self.wholes:
                 place(module, own)
+            for tensor, new_numbers in self.tensors:
+                tensor.data = new_numbers
             for model, mix in self.roots:
                 settle(model, mix)
         except BaseException:
@@ -76,6 +83,8 @@ class Plan:
                 enter(module, state)
             for module, old_copies in copies:
                 place(module, old_copies)
+            for tensor, old_numbers in reversed(numbers):
+                tensor.data = old_numbers
             for mix, old in attributes:
                 mix.__dict__.update(old)
             for model, mix in self.roots:
@@ -98,7 +107,10 @@ def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> 
                 f"layer {shown(layer)} was adapted as {shown(mix.layers[record.index])}, as part of another module",
                 remedy="Pass the module that was adapted.",
             )
-    return mix
+    if mix is not None:
+        return mix
+    found = [own for module, _ in modules_of(model, copied).values() if isinstance(own := copies_of(module), Patches)]
+    return found[0].mix if found else None
 
 
 def mixes_of(
@@ -197,11 +209,13 @@ def attach_to(
     quiet: bool = False,
     strength: float | None = 1.0,
     wholes: Mapping[str, nn.Module] = MappingProxyType({}),
+    patches: Mapping[str, tuple[nn.Module, Patch]] = MappingProxyType({}),
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> AttachReport:
     """`attach` for layers that have been chosen, {component: {name: layer}}. A strength of None leaves the adapter inactive.
 
-    `wholes` {name: module} are trained in copies, those of one component. `metadata` are what a file of the adapter is to hold.
+    `wholes` {name: module} are trained in copies, `patches` {name: (module, patch)} change parameters, both of one component. `metadata` are what
+    a file of the adapter is to hold.
     """
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
@@ -214,7 +228,8 @@ def attach_to(
     }
     if getattr(config, "bias", "none") == "all":
         for component, model in parts.items():
-            other = {n: m for n, m in _biased(model).items() if n not in chosen[component]} if chosen[component] else {}
+            some = chosen[component] or patches
+            other = {n: m for n, m in _biased(model).items() if n not in chosen[component]} if some else {}
             chosen[component] = {**chosen[component], **other}
             slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
     _warn_adjusted(name, slots)
@@ -224,12 +239,14 @@ def attach_to(
     if not dry_run:
         plan = Plan()
         for component, found in slots.items():
-            if found:
-                own = Adapter(name, tuple(found), dict(metadata), modules=tuple(wholes))
+            if found or patches:
+                own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
                 install(plan, component, chosen[component], found, mixes.get(component), own, strength)
                 copy_wholes(plan, name, wholes)
+                put_patches(plan, name, patches)
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
+    tensors += dict.fromkeys(p for _, patch in patches.values() for p in patch.parameters())
     names = tuple(dotted(component, layer) for component, found in slots.items() for layer in found)
     return AttachReport(
         name, names, sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)
@@ -239,7 +256,7 @@ def attach_to(
 def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> None:
     """Plan to give modules a trainable copy each, for the adapter whose layers are planned already. Raises AdapterStateError for one that has adapters."""
     for where, module in wholes.items():
-        if any(is_adapted(m) for m in module.modules()):
+        if any(is_adapted(m) or isinstance(copies_of(m), Patches) for m in module.modules()):
             raise AdapterStateError(
                 f"module {shown(where)} has adapters, and cannot be trained whole beside them",
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
@@ -247,6 +264,29 @@ def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> None:
         old, mix = copies_of(module), plan.mixes[-1][0]
         fresh = bare_copy(module).requires_grad_(True)
         plan.wholes.append((module, Copies(mix, {**(old.modules if old else {}), name: fresh})))
+
+
+def put_patches(plan: Plan, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
+    """Plan to give modules a patch each, for the adapter that is installed already. Two that hold one parameter may have the same patch (tied weights).
+
+    Raises AdapterStateError for a module that something else of ours is on.
+    """
+    mix, new = plan.mixes[-1]
+    taken = [module for module, *_ in (*plan.layers, *plan.wholes)]
+    seen: set[int] = set()
+    for where, (module, patch) in patches.items():
+        old = copies_of(module)
+        other = old is not None and {*map(type, old.modules.values())} != {type(patch)}
+        inside = [m for m in module.modules() if m is not module]
+        if other or is_adapted(module) or any(map(copied, inside)) or any(m is module for m in taken):
+            raise AdapterStateError(
+                f"module {shown(where)} has adapters, and its parameters cannot be changed beside them",
+                remedy="Leave it out of target_modules and modules_to_save, or unload the other adapters.",
+            )
+        own = old or Patches(mix, {}, index=new["layers"].index(where))
+        hidden = own.hidden | ({name} if id(patch) in seen else frozenset())
+        plan.wholes.append((module, replace(own, modules={**own.modules, name: patch}, hidden=hidden)))
+        seen.add(id(patch))
 
 
 def oversized(slots: Mapping[str, Slot]) -> list[str]:
@@ -343,7 +383,7 @@ def install(
 ) -> None:
     """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active, or inactive if it is None."""
     mix = mix or Mix(component)
-    layers = tuple(dict.fromkeys((*mix.layers, *slots)))
+    layers = tuple(dict.fromkeys((*mix.layers, *slots, *adapter.modules)))
     column = {layer: i for i, layer in enumerate(layers)}
     adapters = {**mix.adapters, adapter.name: adapter}
     added: Given = {} if strength is None else {adapter.name: strength}
@@ -352,6 +392,11 @@ def install(
     columns = torch.arange(len(layers), device="cpu").split(1)
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
+        if COPIES in module.__dict__:
+            raise AdapterStateError(
+                f"layer {shown(layer)}: an adapter changes its parameters, or trains it whole",
+                remedy="Leave it out, or unload that adapter.",
+            )
         old = record_of(module)
         slots_ = {**(old.slots if old else {}), adapter.name: slot}
         record = replace(old, slots=slots_) if old else Record(mix, columns[index].clone(), index, slots_)
@@ -405,7 +450,13 @@ def remove(
                 plan.layers.append((module, state_with(module, replace(record, slots=left), weights)))
         for module, _ in modules_of(parts[component], copied).values():
             copies = copies_of(module)
-            if copies is not None and copies.mix is mix and names & set(copies.modules):
+            if copies is None or copies.mix is not mix:
+                continue
+            if out and copies.fused and isinstance(copies, Patches):
+                copies, numbers = copies.unfused(module)
+                plan.tensors += numbers
+                plan.wholes.append((module, copies))
+            if names & set(copies.modules):
                 plan.wholes.append((module, copies.without(names)))
 
 

@@ -1,0 +1,76 @@
+"""LoRA on parameters themselves (PEFT's `target_parameters`): for what no layer kind knows, such as the experts of a mixture in one tensor.
+
+For each expert e: dW_e = (alpha / r) B_e A_e (Hu et al. 2021, arXiv:2106.09685), with the experts' factors in one tensor each, as PEFT has them:
+A [experts * r, in] goes expert by expert, B [out, r * experts] rank by rank. A parameter of two axes is one expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.layers.patches import Patch
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A parameter seen as matrices: [out, in], [experts, out, in], or where `turned` [experts, in, out]."""
+
+    name: str
+    experts: int
+    out: int
+    in_: int
+    turned: bool = False
+
+    @classmethod
+    def of(cls, module: Any, name: str) -> Stack | None:
+        """How to see a module's parameter; None if it has another number of axes."""
+        shape = module._parameters[name].shape
+        if len(shape) not in (2, 3):
+            return None
+        turned = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
+        o, i = reversed(shape[-2:]) if turned else shape[-2:]
+        return cls(name, shape[0] if len(shape) == 3 else 1, o, i, turned)
+
+
+class _Matrix(nn.Module):
+    """A tensor called `weight`."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Factors(Patch):
+    """The factors of one or several parameters of a module. Those of the last are its own; those of the others lie inside, as PEFT's wrappers do.
+
+    Args:
+        stacks: the parameters, in the order in which the module has them.
+        tensors: {name: (A [experts * r, in], B [out, r * experts])}.
+        scales: {name: alpha / r}.
+    """
+
+    commutes = True
+    base_layer: Factors
+
+    def __init__(self, stacks: tuple[Stack, ...], tensors: dict[str, tuple[Tensor, Tensor]], scales: dict[str, float]):
+        super().__init__()
+        *inner, self.stack = stacks
+        self.scale = scales[self.stack.name]
+        self.names = tuple(stack.name for stack in stacks)
+        if inner:
+            self.base_layer = Factors(tuple(inner), tensors, scales)
+        self.lora_A, self.lora_B = map(_Matrix, tensors[self.stack.name])
+
+    def changed(self, name: str, W: Tensor, s: float) -> Tensor:
+        if name != self.stack.name:
+            return self.base_layer.changed(name, W, s)
+        A, B = (t.weight.to(W.dtype) for t in (self.lora_A, self.lora_B))
+        A = A.unflatten(0, (self.stack.experts, -1))  # [experts, r, in]
+        B = B.unflatten(1, (-1, self.stack.experts)).permute(2, 0, 1)  # [experts, out, r]
+        left, right = (A.mT, B.mT) if self.stack.turned else (B, A)
+        with torch.autocast(W.device.type, enabled=False):  # a parameter keeps its dtype
+            return torch.baddbmm(W if W.dim() == 3 else W[None], left, right, alpha=s * self.scale).view(W.shape)

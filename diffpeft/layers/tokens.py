@@ -1,0 +1,90 @@
+"""Rows of a table of embeddings that an adapter trains (PEFT's `trainable_token_indices`): W'[index] = delta, all other rows stay.
+
+A head that shares its weight with the table has a row for each token too, and follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.layers.patches import Patch, Steps, stand_in
+
+
+class Tokens(Patch):
+    """New values for some rows: delta [n, features], index [n]. As everywhere W(s) = W + s (W' - W).
+
+    The module runs as it is, and once more on a table of n rows, whose results are put in (of a head: added). The large table is never copied.
+    """
+
+    names = ("weight",)
+
+    def __init__(self, index: Sequence[int], delta: Tensor):
+        super().__init__()
+        self.token_adapter = nn.Module()
+        self.token_adapter.register_parameter("trainable_tokens_delta", nn.Parameter(delta))
+        self.register_buffer("index", torch.tensor(list(index), device=delta.device), persistent=False)
+
+    @property
+    def delta(self) -> Tensor:
+        """The new rows."""
+        return self.token_adapter.trainable_tokens_delta  # type: ignore[return-value]
+
+    @property
+    def rows(self) -> Tensor:
+        """Which rows of the table they are."""
+        return self.index  # type: ignore[return-value]
+
+    def place(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens of x are among the rows, and (anything for others) where."""
+        known, order = torch.sort(self.rows)
+        at = torch.searchsorted(known, x.to(known)).clamp_max(len(known) - 1)
+        return known[at] == x, order[at]
+
+    def changed(self, name: str, W: Tensor, s: float) -> Tensor:
+        return W.index_copy(0, self.rows, _between(W[self.rows], self.delta.to(W.dtype), s))
+
+    @classmethod
+    def run(cls, module: Any, base: Any, steps: Steps, args: Any, kwargs: Any) -> Any:
+        x, rest, named = (args[0], args[1:], kwargs) if args else _first(kwargs)
+        y = base.forward(module, x, *rest, **named)
+        for k, (patch, s) in enumerate(steps):
+            if isinstance(module, nn.Embedding):
+                y = _looked_up(module, base, patch, s, y, x, rest, named)
+            else:
+                y = _multiplied(module, base, patch, s, y, x, rest, named, steps[:k])
+        return y
+
+
+def _first(kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    name = next(iter(kwargs))
+    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
+
+
+def _between(old: Tensor, new: Tensor, s: float) -> Tensor:
+    """old + s (new - old); at 1 `new` to the last bit."""
+    return new if s == 1 else old + s * (new - old)
+
+
+def _looked_up(module: Any, base: Any, patch: Any, s: float, y: Tensor, x: Tensor, rest: Any, named: Any) -> Tensor:
+    """y [*n, features] of tokens x [*n], with new values where a token is among the rows."""
+    hit, at = patch.place(x)
+    table = patch.delta.to(module.weight.dtype)
+    small = stand_in(module, base, {"weight": table}, num_embeddings=len(table), padding_idx=None)
+    return torch.where(hit[..., None], _between(y, base.forward(small, at, *rest, **named), s), y)
+
+
+def _multiplied(
+    module: Any, base: Any, patch: Any, s: float, y: Tensor, x: Tensor, rest: Any, named: Any, earlier: Steps
+) -> Tensor:
+    """y [*n, tokens] of a head, and the change of the rows (from what earlier patches made of them) times x [*n, features] added to it."""
+    old = module.weight[patch.rows]
+    for other, t in earlier:
+        hit, at = other.place(patch.rows)  # type: ignore[operator]
+        old = torch.where(hit[:, None], _between(old, other.delta[at].to(old.dtype), t), old)  # type: ignore[index]
+    change = (patch.delta - old).to(module.weight.dtype)
+    by = base.forward(stand_in(module, base, {"weight": change, "bias": None}), x, *rest, **named)
+    return y.index_add(-1, patch.rows, by.to(y.dtype), alpha=s)
