@@ -193,10 +193,16 @@ class EmbeddingSite(_FeaturesLast):
 
     def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
         m = self.module
-        return F.embedding(x, weight.t(), m.padding_idx, scale_grad_by_freq=m.scale_grad_by_freq, sparse=m.sparse)
+        y = F.embedding(x, weight.t(), m.padding_idx, scale_grad_by_freq=m.scale_grad_by_freq, sparse=m.sparse)
+        return self._grown(y)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(x, weight.t(), self.module.padding_idx)
+        return self._grown(F.embedding(x, weight.t(), self.module.padding_idx))
+
+    def _grown(self, y: Tensor) -> Tensor:
+        """Times what transformers' scaled embeddings (Gemma, Bart) multiply their rows by."""
+        scale = vars(self.module).get("embed_scale", self.module._buffers.get("embed_scale"))
+        return y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
 
 class ConvSite(_Site):

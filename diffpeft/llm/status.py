@@ -105,12 +105,14 @@ def _status(name: str, module: Any, off: Any) -> TunerLayerStatus:
     mix = (record or copies).mix  # type: ignore[union-attr]
     site = site_of(type(module)) if record is not None else None
     order = off if off is not None else mix.choice.order
+    # a module that is trained whole is not merged before the others are for good
+    inside = record.fused if record is not None else copies.fused or held  # type: ignore[union-attr]
     return TunerLayerStatus(
         name=name,
         module_type=type(module).__name__,
         enabled=off is None,
         active_adapters=[n for n in order if n in held],
-        merged_adapters=[n for n in mix.fused if record is not None and n in record.fused],
+        merged_adapters=[n for n in mix.fused if n in inside],
         requires_grad={n: _common(p.requires_grad for p in own.parameters()) for n, own in held.items()},
         available_adapters=sorted(held),
         devices={n: sorted({p.device.type for p in own.parameters()}) for n, own in held.items()},

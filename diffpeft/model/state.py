@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
-from diffpeft.errors import UnknownNameError
+from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.layers.adapted import record_of
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
@@ -56,6 +56,13 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
     if not adapters:
         raise UnknownNameError.of(
             "adapter", name, {n for mix in mixes_of(components(target)).values() for n in mix.adapters}
+        )
+    whole = [module for adapter in adapters for module in adapter.modules]
+    if whole:
+        raise CannotConvertError(
+            f"adapter {shown(name)} trains more than layers",
+            where=listed(whole[:5]),
+            remedy="Only a PEFT folder has a place for that: use PeftModel.save_pretrained.",
         )
     entries = [entry for layer, slot in slots_of(target, name).items() for entry in entries_of(layer, slot)]
     bundle = Bundle("memory", family, entries, source=name)

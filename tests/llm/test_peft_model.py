@@ -534,3 +534,33 @@ def test_configs_of_peft_are_taken_too():
         assert type(ours.peft_config["default"]) is LoraConfig and ours.peft_config["default"].r == 4
     with pytest.raises(ConfigError, match="is no config"):
         get_peft_model(model(), "lora")
+
+
+@pytest.mark.parametrize("scale", [3.0, torch.tensor(3.0)], ids=["number", "buffer"])
+def test_embeddings_that_scale_their_rows(scale):
+    from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+
+    def net():
+        torch.manual_seed(0)
+        table = BartScaledWordEmbedding(10, 8, 0, embed_scale=3.0)
+        if isinstance(scale, torch.Tensor):
+            del table.embed_scale
+            table.register_buffer("embed_scale", scale)
+        return nn.Sequential(table, nn.Linear(8, 4))
+
+    ids = torch.arange(10)[None]
+    found = []
+    for lib in (peft, diffpeft):
+        wrapped = seeded(lib.get_peft_model(net(), lib.LoraConfig(r=2, target_modules=["0"]))).eval()
+        found.append(wrapped(ids))
+    torch.testing.assert_close(*found, **SAME)
+    wrapped.merge_adapter()
+    torch.testing.assert_close(wrapped(ids), found[1], **SAME)
+
+
+def test_what_only_a_folder_can_hold_is_not_dropped(tmp_path):
+    ours = get_peft_model(model("bert-cls"), LoraConfig(task_type="SEQ_CLS"))
+    with pytest.raises(diffpeft.CannotConvertError, match="trains more than layers"):
+        diffpeft.save_lora(ours.get_base_model(), tmp_path / "x", format="peft")
+    ours.merge_adapter()
+    assert ours.get_model_status().merged_adapters == ["default"]
