@@ -18,6 +18,7 @@ from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.rows import Rows
 from diffpeft.layers.site import held_forwards, site_of
 from diffpeft.layers.slot import Slot
+from diffpeft.layers.swap import subclass
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
 _RESERVED = set(dir(nn.ModuleDict()))
@@ -121,7 +122,7 @@ _classes: dict[type, type] = {}
 
 
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that applies adapters. It carries the same name (accelerate compares names) and pickles as base plus state."""
+    """The subclass of `base` that applies adapters."""
     if base not in _classes:
         site = site_of(base)
         assert site is not None
@@ -140,23 +141,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         def extra_repr(self: Any) -> str:
             return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
 
-        def reduce(self: Any, protocol: Any) -> Any:
-            # the state apart from the arguments: it may hold the layer itself, as accelerate's hooks do
-            return _rebuild, (base,), self.__getstate__()
-
-        _classes[base] = type(
-            base.__name__,
-            (base,),
-            {
-                "__module__": base.__module__,
-                "__qualname__": base.__qualname__,
-                "__doc__": base.__doc__,
-                "_diffpeft_base": base,
-                "forward": forward,
-                "extra_repr": extra_repr,
-                "__reduce_ex__": reduce,
-            },
-        )
+        _classes[base] = subclass(base, adapted_class, "_diffpeft_base", forward=forward, extra_repr=extra_repr)
     return _classes[base]
 
 
@@ -265,8 +250,3 @@ def effective(
     if shift is None or bias is None:
         return W, bias if shift is None else shift
     return W, bias.to(shift) + shift.reshape(bias.shape)
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(base)
-    return cls.__new__(cls)

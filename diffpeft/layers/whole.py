@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffpeft.errors import ShapeMismatchError
 from diffpeft.layers.adapted import escaped
 from diffpeft.layers.site import COPIES, held_forwards
+from diffpeft.layers.swap import subclass
 
 CONTAINER = "copies"
 
@@ -123,27 +124,8 @@ def _class(base: Any) -> type:
                 return _by_rows(self, base, copies, choice, args, kwargs)
             return copies.run(self, base, copies.acting(choice), args, kwargs)
 
-        def reduce(self: Any, protocol: Any) -> Any:
-            return _rebuild, (base,), self.__getstate__()
-
-        _classes[base] = type(
-            base.__name__,
-            (base,),
-            {
-                "__module__": base.__module__,
-                "__qualname__": base.__qualname__,
-                "__doc__": base.__doc__,
-                "_diffpeft_whole": base,
-                "forward": forward,
-                "__reduce_ex__": reduce,
-            },
-        )
+        _classes[base] = subclass(base, _class, "_diffpeft_whole", forward=forward)
     return _classes[base]
-
-
-def _rebuild(base: Any) -> Any:
-    cls: Any = _class(base)
-    return cls.__new__(cls)
 
 
 def _by_rows(module: Any, base: Any, copies: Copies, choice: Any, args: Any, kwargs: Any) -> Any:

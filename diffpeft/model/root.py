@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import ShapeMismatchError
 from diffpeft.layers.site import site_of
+from diffpeft.layers.swap import subclass
 from diffpeft.model.mix import Choice, Mix, forced, in_force
 from diffpeft.model.target import COMPILED
 
@@ -78,33 +79,15 @@ def _root_class(base: Any) -> type:
             with in_force(mix.key, moment(choice, args, kwargs)):
                 return base.__call__(self, *args, **kwargs)
 
-        def reduce(self: Any, protocol: Any) -> Any:
-            return _rebuild, (base,), self.__getstate__()
-
-        own = (
-            {}
-            if hasattr(base, "_torchdynamo_orig_callable") or "__reduce__" in vars(base)
-            else {"__reduce_ex__": reduce}
-        )
-        _classes[base] = type(
-            base.__name__,
-            (base,),
-            {
-                "__module__": base.__module__,
-                "__qualname__": base.__qualname__,
-                "__doc__": base.__doc__,
-                "_diffpeft_called": base,
-                # skipped by dynamo, the model's own forward is not: the step is looked up outside of every graph
-                "__call__": torch.compiler.disable(call, recursive=False, reason=_REASON),
-                **own,
-            },
+        _classes[base] = subclass(
+            base,
+            _root_class,
+            "_diffpeft_called",
+            pickles=not (hasattr(base, "_torchdynamo_orig_callable") or "__reduce__" in vars(base)),
+            # skipped by dynamo, the model's own forward is not: the step is looked up outside of every graph
+            __call__=torch.compiler.disable(call, recursive=False, reason=_REASON),
         )
     return _classes[base]
-
-
-def _rebuild(base: Any) -> Any:
-    cls: Any = _root_class(base)
-    return cls.__new__(cls)
 
 
 def _moment(choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
