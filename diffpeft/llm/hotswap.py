@@ -18,7 +18,7 @@ import converters
 from converters.formats.peft import CONFIG, PREFIX, WEIGHTS
 from diffpeft import io
 from diffpeft.bundle import Bundle, canonical
-from diffpeft.errors import ConfigError, ShapeMismatchError, UnknownNameError, listed, shown
+from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, listed, shown
 from diffpeft.layers.adapted import record_of, state_of, state_with
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.llm.peft_model import PeftModel
@@ -26,7 +26,7 @@ from diffpeft.llm.state import config_of, located
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-from diffpeft.model.attach import Plan
+from diffpeft.model.attach import Plan, mixes_of
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import COMPILED, adapted_layers, components, layers_of
 from diffpeft.pipeline.hotswap import replace as put_in_place
@@ -62,6 +62,13 @@ def hotswap_adapter_from_state_dict(
     Raises ShapeMismatchError (a RuntimeError) for keys that the adapter in place has not.
     """
     base, old = _parts(model, adapter_name)
+    whole = [m for mix in mixes_of({"": base}).values() for m in mix.adapters[adapter_name].modules]
+    if whole:
+        raise AdapterStateError(
+            f"adapter {shown(adapter_name)} trains more than layers",
+            where=listed(whole[:5]),
+            remedy="Load the new one under another name.",
+        )
     slots = slots_in(base, adapter_name)
     bundle = _bundle(base, state_dict, adapter_name, config, parameter_prefix)
     unexpected = [*bundle.carried, *(e.layer for e in bundle.entries if e.layer not in _canonical(base, slots))]

@@ -445,7 +445,7 @@ def remove(
             if out and record.fused:
                 record, weights = unfused(layer, module, record)
             if weights is not None or names & set(record.slots):
-                _refuse_foreign(layer, module)
+                refuse_foreign(layer, module)
                 left = {n: s for n, s in record.slots.items() if n not in names}
                 plan.layers.append((module, state_with(module, replace(record, slots=left), weights)))
         for module, _ in modules_of(parts[component], copied).values():
@@ -475,7 +475,7 @@ def unfused(layer: str, module: Any, record: Record) -> tuple[Record, Weights]:
     return replace(record, fused=frozenset(), base=None), (weights[0], weights[1])
 
 
-def _refuse_foreign(layer: str, module: nn.Module) -> None:
+def refuse_foreign(layer: str, module: nn.Module) -> None:
     if "_diffpeft_base" not in type(module).__dict__:
         raise AdapterStateError(
             f"layer {shown(layer)} was given the class {type(module).__name__} by another library after the adapter",

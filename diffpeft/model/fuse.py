@@ -46,7 +46,7 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
     chosen = _chosen(names, mixes)
     plan = Plan()
     for component, mix in mixes.items():
-        _refuse_changing(mix, chosen)
+        refuse_changing(mix, chosen)
         given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
         if given:
             _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
@@ -97,7 +97,7 @@ def _chosen(names: str | Sequence[str] | None, mixes: Mapping[str, Mix]) -> set[
     return wanted
 
 
-def _refuse_changing(mix: Mix, names: set[str]) -> None:
+def refuse_changing(mix: Mix, names: set[str]) -> None:
     """Raise AdapterStateError if there is no one strength to fuse at."""
     if mix.choice.rows:
         raise AdapterStateError(
@@ -114,7 +114,7 @@ def _refuse_changing(mix: Mix, names: set[str]) -> None:
 
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
-    owners, scratch = _owners(model), Scratch()
+    owners, scratch = owners_of(model), Scratch()
     for layer, module in adapted_layers(model).items():
         record = record_of(module)
         assert record is not None
@@ -122,7 +122,7 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
         if not set(own) - record.fused:
             continue
         check_order(layer, record, own, mix.choice)
-        _refuse(layer, module, owners)
+        refuse_unfit(layer, module, owners)
         if record.fused and record.base is None:
             raise AdapterStateError(
                 f"layer {shown(layer)} was fused with keep_base='none'",
@@ -154,14 +154,14 @@ def _patched(model: nn.Module, mix: Mix) -> list[tuple[nn.Module, Patches]]:
 def refuse_half_tied(model: nn.Module, mix: Mix, names: Sequence[str]) -> None:
     """Raise AdapterStateError if one of these adapters changes a parameter that another module holds too, and not in the same way."""
     patched = [(m, own, [own.modules.get(name) for name in names]) for m, own in _patched(model, mix)]
-    owners = _owners(model) if patched else {}
+    owners = owners_of(model) if patched else {}
     for module, own, patches in patched:
         for name in {n for patch in patches if isinstance(patch, Patch) for n in patch.names}:
             same = sum(
                 m._parameters.get(name) is module._parameters[name] for m, _, others in patched if others == patches
             )
             if owners[id(module._parameters[name])] > same:
-                raise _unfit(mix.layers[own.index], f"its {name} is tied to another layer's")
+                raise unfit(mix.layers[own.index], f"its {name} is tied to another layer's")
 
 
 def _on_cpu(t: Any) -> Any:
@@ -177,7 +177,7 @@ def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, f
         rows = _by_rows(module, steps, dtype, own[0], scratch)
         W, b = effective(module, steps, dtype, own) if rows is None else (rows, own[1])
     if b is not None and bias is None:
-        raise _unfit(layer, "an adapter adds a bias and the layer has none")
+        raise unfit(layer, "an adapter adds a bias and the layer has none")
     out = (
         W.to(weight.dtype).contiguous(memory_format=torch.preserve_format),
         None if b is None or bias is None else b.to(bias),
@@ -247,7 +247,7 @@ def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice
         )
 
 
-def _owners(model: nn.Module) -> dict[int, int]:
+def owners_of(model: nn.Module) -> dict[int, int]:
     """How many modules hold each parameter, by its id."""
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -257,7 +257,8 @@ def _owners(model: nn.Module) -> dict[int, int]:
     return owners
 
 
-def _refuse(layer: str, module: Any, owners: Mapping[int, int]) -> None:
+def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:
+    """Raise AdapterStateError for a layer whose weight cannot take anything in. `owners` as `owners_of` gives them."""
     site = site_of(type(module))
     assert site is not None
     why = ""
@@ -270,10 +271,11 @@ def _refuse(layer: str, module: Any, owners: Mapping[int, int]) -> None:
     elif not isinstance(module.weight, nn.Parameter) or type(module.weight.data) is not Tensor:
         why = "its weight is sharded or of a kind that is not known here"
     if why:
-        raise _unfit(layer, why)
+        raise unfit(layer, why)
 
 
-def _unfit(layer: str, why: str) -> AdapterStateError:
+def unfit(layer: str, why: str) -> AdapterStateError:
+    """The error for a layer that cannot be fused."""
     return AdapterStateError(
         f"layer {shown(layer)} cannot be fused: {why}", remedy="Leave the adapter unfused; it acts all the same."
     )

@@ -19,8 +19,8 @@ from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError,
 from diffpeft.layers.adapted import Record, Weights, base_class, effective, record_of, state_with, weights_of
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.model.attach import Plan, _refuse_foreign, mixes_of, unfused
-from diffpeft.model.fuse import _owners, _refuse, _refuse_changing, _unfit, check_order
+from diffpeft.model.attach import Plan, mixes_of, refuse_foreign, unfused
+from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_unfit, unfit
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.target import adapted_layers, components
 
@@ -99,7 +99,7 @@ class _Merger:
         """Plan to make a layer plain. The relative error, or None if no adapter goes into it."""
         record = record_of(module)
         assert record is not None
-        _refuse_foreign(layer, module)
+        refuse_foreign(layer, module)
         own = [n for n in self.choice.order if n in record.slots]
         if not own:
             weights = unfused(layer, module, record)[1] if record.fused else None
@@ -115,7 +115,7 @@ class _Merger:
                     remedy="Pass dequantize=True to get a plain layer, or leave the adapter unmerged; it acts all the same.",
                 )
             return self._replace(plan, layer, module, steps)
-        _refuse(layer, module, self.owners)
+        refuse_unfit(layer, module, self.owners)
         weights, error = _merged(layer, module, base, weights_of(module), steps)
         plan.layers.append((module, state_with(module, None, weights)))
         return error
@@ -142,12 +142,12 @@ class _Merger:
     def _replace(self, plan: Plan, layer: str, module: Any, steps: Sequence[tuple[Slot, float]]) -> float:
         """Plan to put a plain layer in place of a quantised one, wherever the model holds it."""
         if "_hf_hook" in vars(module):
-            raise _unfit(layer, "its weight is offloaded")
+            raise unfit(layer, "its weight is offloaded")
         if self.owners[id(module.weight)] > 1:
-            raise _unfit(layer, "its weight is tied to another layer's")
+            raise unfit(layer, "its weight is tied to another layer's")
         places = [(m._modules, key) for m in self.model.modules() for key, c in m._modules.items() if c is module]
         if not places:
-            raise _unfit(layer, "it is the whole model, and has to be replaced in the module that holds it")
+            raise unfit(layer, "it is the whole model, and has to be replaced in the module that holds it")
         site: Any = site_of(base_class(module))
         with torch.no_grad():
             base = site(module).weight(), None if module.bias is None else module.bias.data
@@ -167,13 +167,13 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
     check_idle(mix, mix.adapters)
     active = mix.choice.order
     chosen = {*active} if names is None else {*names}
-    _refuse_changing(mix, chosen)
+    refuse_changing(mix, chosen)
     given: dict[str, Any] = {}
     if not mix.choice.rows:
         given = {n: mix.choice.given[n] for n in active if n in chosen}
     given |= {n: 1.0 for n in names or () if n in mix.adapters and n not in given}
     choice = choose(mix.component, mix.layers, mix.adapters, given)
-    return _Merger(model, choice, dequantize, swaps, _owners(model), _activations(model))
+    return _Merger(model, choice, dequantize, swaps, owners_of(model), _activations(model))
 
 
 def _strong(steps: Any) -> list[tuple[Slot, float]]:
@@ -188,7 +188,7 @@ def _merged(
         own = base[0].to(like[0].device), base[1]
         W, b = effective(module, steps, torch.promote_types(base[0].dtype, torch.float32), own)
         if b is not None and like[1] is None:
-            raise _unfit(layer, "an adapter adds a bias and the layer has none")
+            raise unfit(layer, "an adapter adds a bias and the layer has none")
         stored = torch.empty_like(like[0]).copy_(W), None if b is None or like[1] is None else b.to(like[1])
         if not all(t is None or bool(t.isfinite().all()) for t in stored):
             raise NonFiniteError(

@@ -334,3 +334,16 @@ def test_it_still_pickles_and_copies(folders):
     prepare_model_for_compiled_hotswap(it, target_rank=8)
     hotswap_adapter(it, folders["small"], "default")
     assert torch.equal(run(copy.deepcopy(it)), run(it))
+
+
+def test_an_adapter_that_trains_more_than_layers_is_not_swapped(tmp_path):
+    from diffpeft import AdapterStateError, LoraConfig, get_peft_model, hotswap_adapter
+    from tests.llm.models import model, run
+
+    get_peft_model(model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    for more in (dict(modules_to_save=["lm_head"]), dict(trainable_token_indices=[3])):
+        ours = get_peft_model(model(), LoraConfig(target_modules=["q_proj"], **more)).eval()
+        before = run(ours)
+        with pytest.raises(AdapterStateError, match="more than layers"):
+            hotswap_adapter(ours, tmp_path, "default")
+        assert torch.equal(run(ours), before)
