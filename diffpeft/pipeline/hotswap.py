@@ -108,6 +108,10 @@ def _check_idle(name: str, mixes: Mapping[str, Mix], slots: Mapping[str, Mapping
             f"adapter {shown(name)} is trainable",
             remedy="Load it without trainable=True, or unload it and load the new one.",
         )
+    if any(t.is_meta for found in slots.values() for slot in found.values() for t in slot.tensors.values()):
+        raise AdapterStateError(
+            f"the tensors of adapter {shown(name)} are offloaded", remedy="Unload it, and load the new one."
+        )
 
 
 def _writes(old: Slot, new: Slot | None, where: str) -> Writes:

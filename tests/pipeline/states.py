@@ -43,17 +43,22 @@ def fingerprint(pipe, trace):
         x, text = torch.randn(1, 4, 4, 4, generator=g), torch.randn(1, 3, 32, generator=g)
         seen = unet(x.to(unet.dtype), torch.tensor([3]), text.to(unet.dtype)).sample
         hidden = pipe.text_encoder(torch.tensor([[1, 2, 3]])).last_hidden_state
-    mixes, models = mixes_of(components(pipe)), trace(pipe.unet, pipe.text_encoder)
+    mixes, models, listed = mixes_of(components(pipe)), trace(pipe.unet, pipe.text_encoder), get_adapters(pipe)
     return {
-        "models": [(*row[:3], {k: v for k, v in row[3].items() if k != "_kept"}, *row[4:]) for row in models],
+        "models": lasting(models),
         "pipeline": list(vars(pipe)),
         "output": [t.flatten().tolist() for t in (seen, hidden)],
-        "listed": list(get_adapters(pipe).items()),
-        "saved": {name: _saved(pipe, name) for name in get_adapters(pipe)},
+        "listed": list(listed.items()),
+        "saved": {name: _saved(pipe, name) for name in listed},
         "mixes": {c: (m.layers, dict(m.fused), m.running()) for c, m in mixes.items()},
         "training": [m.training for model in (pipe.unet, pipe.text_encoder) for m in model.modules()],
         "thread": (torch.is_grad_enabled(), hasattr(mixing._here, "choices"), len(mixing._running)),
     }
+
+
+def lasting(rows):
+    """A trace without what slots have worked out and keep."""
+    return [(*row[:3], {k: v for k, v in row[3].items() if k != "_kept"}, *row[4:]) for row in rows]
 
 
 def _saved(pipe, name):

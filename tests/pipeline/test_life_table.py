@@ -179,6 +179,7 @@ def test_a_sequence_ends_well(case, pipe, image, trace):
 # ---- weights of the base in an adapter's folder, in PEFT's spelling
 
 
+@pytest.mark.filterwarnings("ignore:.*target_modules")
 @pytest.mark.parametrize("key", ["conv_in.weight", "conv_in.base_layer.weight", "conv_in.base_layer.lora_A.weight"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_key_of_pefts_never_reaches_the_base(key, strict, pipe, trace, tmp_path):
