@@ -114,6 +114,7 @@ def refuse_changing(mix: Mix, names: set[str]) -> None:
 
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
+    refuse_hooked(model)
     owners, scratch = owners_of(model), Scratch()
     for layer, module in adapted_layers(model).items():
         record = record_of(module)
@@ -255,6 +256,17 @@ def owners_of(model: nn.Module) -> dict[int, int]:
             if p is not None:
                 owners[id(p)] = owners.get(id(p), 0) + 1
     return owners
+
+
+def refuse_hooked(model: nn.Module) -> None:
+    """Raise AdapterStateError if diffusers' hooks keep a model's weights elsewhere, or in another dtype, between calls."""
+    for name, module in model.named_modules():
+        found = _HOOKS & {*getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
+        if found:
+            raise unfit(name, f"diffusers' {sorted(found)[0].replace('_', ' ')} holds its weight")
+
+
+_HOOKS = frozenset({"group_offloading", "layerwise_casting", "lazy_prefetch_group_offloading"})
 
 
 def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:

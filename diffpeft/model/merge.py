@@ -20,7 +20,7 @@ from diffpeft.layers.adapted import Record, Weights, base_class, effective, reco
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import Plan, mixes_of, refuse_foreign, unfused
-from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_unfit, unfit
+from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit, unfit
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.target import adapted_layers, components
 
@@ -173,6 +173,7 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
         given = {n: mix.choice.given[n] for n in active if n in chosen}
     given |= {n: 1.0 for n in names or () if n in mix.adapters and n not in given}
     choice = choose(mix.component, mix.layers, mix.adapters, given)
+    refuse_hooked(model)
     return _Merger(model, choice, dequantize, swaps, owners_of(model), _activations(model))
 
 

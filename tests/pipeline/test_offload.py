@@ -130,6 +130,9 @@ def test_diffusers_hooks_may_come_after_the_file(hooks, fresh):
     for p in (pipe, twin):
         set_adapters(p, {"a": 0.3})
     assert torch.equal(output(pipe), output(twin))
+    with pytest.raises(AdapterStateError, match=rf"diffusers' {hooks} holds its weight"):
+        fuse(pipe)
+    assert torch.equal(output(pipe), output(twin))
     unload(pipe)
     assert torch.equal(output(pipe), plain)
 
