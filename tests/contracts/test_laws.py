@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import pickle
 import shutil
 import sys
@@ -299,8 +300,8 @@ def test_an_interrupt_at_any_line_of_a_commit_leaves_the_old_or_the_new_state(op
     pipe, file = adapted
     codes = {attaching.Plan.commit.__code__, attaching.enter.__code__}
     old = trace(pipe.unet, pipe.text_encoder), diffpeft.get_adapters(pipe)
-    for n in range(1000):
-        lines = iter(range(1000))
+    for n in range(0, 3000, 3):  # every third line: tests/pipeline/test_faults.py goes through the calls
+        lines = itertools.count()
 
         def tracer(frame, event, arg, lines=lines, n=n):
             if frame.f_code in codes and event == "line" and next(lines) == n:
@@ -581,8 +582,14 @@ def test_gradients_reach_fp32_adapters_through_a_bf16_base():
     assert {p.grad.dtype for p in slots_of(model, "default")["0"].parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@every_method
+# aot_eager compiles ten times longer, and what it may find differs by the kind of path: low-rank, rotation, product
+@pytest.mark.parametrize(
+    ("form", "backend"),
+    [
+        *((form, "eager") for form in METHOD_FORMS.values()),
+        *((METHOD_FORMS[m], "aot_eager") for m in ("lora", "oft", "loha")),
+    ],
+)
 def test_compiled_equals_eager_and_strengths_do_not_compile_anew(form, backend, randomize):
     import torch._dynamo as dynamo
 
@@ -627,7 +634,7 @@ def test_equal_blocks_share_one_compiled_graph(form, randomize):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("form", ["lora", "oft"])
+@pytest.mark.parametrize("form", ["oft"])
 def test_inductor_gives_what_eager_code_gives(form, randomize):
     torch._dynamo.reset()
     model, x = blocks(1, torch.float32), torch.randn(2, 8)

@@ -179,6 +179,8 @@ def test_feedforward_modules_are_a_part_of_the_targets():
 
 def test_init_ia3_weights_false_is_random():
     model = nn.Sequential(nn.Linear(6, 8))
-    diffpeft.attach(model, IA3Config(target_modules=["0"], init_ia3_weights=False), generator=torch.Generator().manual_seed(1))
+    diffpeft.attach(
+        model, IA3Config(target_modules=["0"], init_ia3_weights=False), generator=torch.Generator().manual_seed(1)
+    )
     first = slots_of(model, "default")["0"].ia3_l
     assert first.shape == (8, 1) and first.std() > 0.3

@@ -309,9 +309,15 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("how", COMPILED)
-@pytest.mark.parametrize("first", ["compile", "set"])
-@pytest.mark.parametrize("form", METHOD_FORMS.values())
+WAYS = [(how, first) for how in COMPILED for first in ("compile", "set")]
+
+
+# LoRA in every way, the others in one each
+@pytest.mark.parametrize(
+    ("form", "how", "first"),
+    [("lora", *way) for way in WAYS]
+    + [(form, *WAYS[i % len(WAYS)]) for i, form in enumerate(METHOD_FORMS.values()) if form != "lora"],
+)
 def test_steps_do_not_compile_anew(form, how, first, randomize, dynamo):
     model, x = Net(), torch.randn(2, 8)
     give(model, form, "a", targets=["inner.0.up", "inner.1.up", "inner.0.down"])
