@@ -68,6 +68,7 @@ class PeftModel(Passing, Counted, nn.Module):
         check_name(adapter_name)
         self._adopt(model, peft_config)
         self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True)
+        self._checkpoint()
 
     def _adopt(self, model: nn.Module, config: Any) -> None:
         """Stand around a model: with a Tuner between for adapters on layers, beside it for prompts, as in PEFT."""
@@ -79,8 +80,12 @@ class PeftModel(Passing, Counted, nn.Module):
             self.__dict__["_prompts"] = prompts  # past nn.Module: its parts are this module's
             self.base_model = model
             self.prompt_encoder, self.word_embeddings = prompts.prompt_encoder, prompts.word_embeddings
-        if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
-            getattr(model, "enable_input_require_grads")()  # noqa: B009
+
+    def _checkpoint(self) -> None:
+        """Where activations are computed again, a frozen embedding's output has to ask for gradients."""
+        base: Any = self.get_base_model()
+        if getattr(base, "is_activation_checkpointing", False) and hasattr(base, "enable_input_require_grads"):
+            base.enable_input_require_grads()
 
     @property
     def tuner(self) -> Any:
@@ -307,6 +312,7 @@ class PeftModel(Passing, Counted, nn.Module):
             trainable=is_trainable,
             active=True,
         )
+        self._checkpoint()
         return self if is_trainable else self.eval()
 
     def load_adapter(

@@ -50,7 +50,7 @@ def _inject(model: nn.Module, config: Any, name: str, active: bool) -> Any:
     layers = chosen(model, config)
     method = method_of(config, {})
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
-    trained = [p for p in model.parameters() if p.requires_grad] if not mixes_of({"": model}) else []
+    own = base_of(model)
     attach_to(
         {"": model},
         {"": layers},
@@ -63,10 +63,15 @@ def _inject(model: nn.Module, config: Any, name: str, active: bool) -> Any:
         quiet=True,
         metadata={CONFIG: config.to_json()},
     )
-    for p in trained:
+    for p in own:
         p.requires_grad_(False)
     trainable(model, name, active and not config.inference_mode)
     return config
+
+
+def base_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the first adapter freezes; none if there is one already."""
+    return [] if mixes_of({"": model}) else list(model.parameters())
 
 
 def trainable(model: nn.Module, name: str, flag: bool) -> None:
@@ -357,7 +362,10 @@ class Tuner(nn.Module):
                 warnings.warn(
                     f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=4
                 )
-            put(self.model, name, config, found, trainable=trainable, strength=1.0 if active else None)
+            own = base_of(self.model)
+        put(self.model, name, config, found, trainable=trainable, strength=1.0 if active else None)
+        for p in own:
+            p.requires_grad_(False)
         self.peft_config[name] = config
         return list(found.missing)
 

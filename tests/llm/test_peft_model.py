@@ -564,3 +564,15 @@ def test_what_only_a_folder_can_hold_is_not_dropped(tmp_path):
         diffpeft.save_lora(ours.get_base_model(), tmp_path / "x", format="peft")
     ours.merge_adapter()
     assert ours.get_model_status().merged_adapters == ["default"]
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_loaded_adapter_is_trained_alone_or_not_at_all(is_trainable, folder):
+    ours, theirs = (
+        lib.PeftModel.from_pretrained(model(), folder, is_trainable=is_trainable) for lib in (diffpeft, peft)
+    )
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    assert ours.training == theirs.training == is_trainable
+    ours.load_adapter(folder, "b", is_trainable=True)
+    theirs.load_adapter(folder, "b", is_trainable=True)
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
