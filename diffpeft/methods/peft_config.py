@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
 import sys
@@ -212,7 +211,7 @@ class PeftConfig(Passing):
                 f"peft_type is {shown(kind)}",
                 remedy=near(str(kind), PeftConfig.types) or f"Supported: {', '.join(PeftConfig.types)}.",
             )
-        known = set(inspect.signature(made).parameters)
+        known = {field.name for field in fields(made)}
         unknown = sorted(set(kwargs) - known)
         if unknown:
             warnings.warn(
