@@ -28,7 +28,7 @@ _HOMES = {
     "diffpeft.llm.peft_model": (
         "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model get_peft_model_state_dict "
-        "inject_adapter_in_model set_peft_model_state_dict"
+        "inject_adapter_in_model load_peft_weights set_peft_model_state_dict"
     ),
     "diffpeft.llm.distributed": "fsdp_auto_wrap_policy",
     "diffpeft.llm.hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap",
@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from diffpeft.llm.peft_model import get_peft_model as get_peft_model
     from diffpeft.llm.peft_model import get_peft_model_state_dict as get_peft_model_state_dict
     from diffpeft.llm.peft_model import inject_adapter_in_model as inject_adapter_in_model
+    from diffpeft.llm.peft_model import load_peft_weights as load_peft_weights
     from diffpeft.llm.peft_model import set_peft_model_state_dict as set_peft_model_state_dict
     from diffpeft.llm.status import get_layer_status as get_layer_status
     from diffpeft.llm.status import get_model_status as get_model_status

@@ -462,3 +462,9 @@ def set_peft_model_state_dict(
         known([adapter_name], model.peft_config)
         return model.tuner.overwrite(adapter_name, peft_model_state_dict)
     return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
+
+
+def load_peft_weights(model_id: str | os.PathLike[str], device: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+    """{key: tensor} of an adapter's folder or repository on the Hub, on `device`. Raises CheckpointError and its kin."""
+    tensors = state.tensors_in(state.located(model_id, **kwargs))
+    return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

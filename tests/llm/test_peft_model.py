@@ -411,6 +411,16 @@ def test_a_resized_vocabulary_comes_back(tmp_path):
     assert torch.equal(other.get_input_embeddings().weight, base.get_input_embeddings().weight)
 
 
+def test_the_weights_of_a_folder(folder):
+    ours, theirs = (
+        lib.load_peft_weights(str(folder))
+        if lib is diffpeft
+        else peft.utils.load_peft_weights(str(folder), device="cpu")
+        for lib in (diffpeft, peft)
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[k]) for k, t in ours.items())
+
+
 def test_vllm_finds_its_fields(folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert {"r", "lora_alpha", "target_modules"} <= config.keys() and config["modules_to_save"] is None
