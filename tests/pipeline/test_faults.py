@@ -32,7 +32,7 @@ from tests.pipeline.states import adapted, fingerprint, lora, within
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (diffpeft, converters))
 GENERATOR = inspect.CO_GENERATOR
-SPREAD, LAST = 10, 12  # points over the whole of an operation, and of its end, where it commits
+SPREAD, LAST = 6, 9  # points over the whole of an operation, and of its end, where it commits
 
 
 class Fault:
