@@ -12,21 +12,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
+from tests.cli.process import diffpeft, quick
 from tests.single_file import original
 
 IMAGES = EMBEDDED.parent / "demo" / "train"
 PHOTO = IMAGES / "cat_face.png"
-
-
-def diffpeft(*args, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "diffpeft", *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.fixture
@@ -74,7 +64,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, photos, tmp_path):
+def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, photos, tmp_path, tmp_path_factory):
     args, code, says = MISTAKES[mistake]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "b.png").write_bytes(b"no picture")
@@ -87,7 +77,7 @@ def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, photo
     )
     save_file(pair, tmp_path / "some.safetensors")
     before = sorted(tmp_path.rglob("*"))
-    done = diffpeft(*args, cwd=tmp_path)
+    done = quick(*args, cwd=tmp_path, out=tmp_path_factory.mktemp("printed"))
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr and 1 <= len(done.stderr.strip().splitlines()) <= 6
     assert sorted(tmp_path.rglob("*")) == before

@@ -1,9 +1,5 @@
 """`diffpeft fuse` as a user meets it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from click.testing import CliRunner
@@ -13,16 +9,7 @@ import diffpeft
 from diffpeft.cli import cli
 from diffpeft.cli.errors import EXIT_CODES
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
-
-
-def run(*args, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "diffpeft", *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
+from tests.cli.process import diffpeft as run
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,5 @@
 """Tags in the prompt of `diffpeft generate` do what `--lora` does."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +10,7 @@ import diffpeft
 from diffpeft.cli import cli
 from diffpeft.cli.errors import EXIT_CODES
 from diffpeft.pipeline.open import open_pipeline
+from tests.cli import process
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +99,6 @@ def test_a_mistake_in_a_tag_has_its_exit_code(mistake, folder, tmp_path, draw):
 def test_a_mistake_in_a_tag_is_one_short_message(folder, tmp_path):
     prompt, code, says = MISTAKES["an unknown name"]
     args = ("generate", "-p", prompt, "--lora-dir", folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "diffpeft", *map(str, args)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
+    done = process.diffpeft(*args, cwd=tmp_path)
     assert done.returncode == code and says in done.stderr and len(done.stderr.splitlines()) <= 6, done.stderr
     assert list(tmp_path.iterdir()) == []

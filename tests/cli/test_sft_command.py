@@ -1,24 +1,13 @@
 """diffpeft sft as a user meets it: in a process of its own."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
+from tests.cli.process import diffpeft, quick
 from tests.llm import chat
-
-
-def diffpeft(*args, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "diffpeft", *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +60,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, model, rows, tmp_path):
+def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, model, rows, tmp_path, tmp_path_factory):
     args, code, says = MISTAKES[mistake]
     (tmp_path / "bad.toml").write_text("max_lenght = 4\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    done = diffpeft(*(model if a == "MODEL" else a for a in args), cwd=tmp_path)
+    given = (model if a == "MODEL" else a for a in args)
+    done = quick(*given, cwd=tmp_path, out=tmp_path_factory.mktemp("printed"))
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr and 1 <= len(done.stderr.strip().splitlines()) <= 6
     assert sorted(tmp_path.rglob("*")) == before
