@@ -425,9 +425,8 @@ def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
 
 def device_of(module: Any) -> torch.device:
     """Where the layer computes: an offloading hook's execution device, else where its weight is."""
-    device = getattr(
-        vars(module).get("_hf_hook"), "execution_device", None
-    )  # vars: torch is slow to say that there is none
+    hook = vars(module).get("_hf_hook")  # vars: torch is slow to say that there is none
+    device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else module.weight.device
 
 

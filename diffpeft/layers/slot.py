@@ -63,9 +63,8 @@ class Slot(nn.Module):
 
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
         super().__init__()
-        parameters = (
-            self._parameters
-        )  # written straight: a load makes thousands, and torch's checks take longer than all else
+        # written straight: a load makes thousands, and torch's checks take longer than all else
+        parameters = self._parameters
         for piece in pieces:
             constants = METHODS[piece.method].constants
             for role, tensor in piece.tensors.items():

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import converters
-from converters.formats.peft import CONFIG, PREFIX, WEIGHTS
+from converters.formats.peft import CONFIG, PREFIX
 from diffpeft import io
 from diffpeft.bundle import Bundle, canonical
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, listed, shown
 from diffpeft.layers.adapted import record_of, state_of, state_with
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.llm.peft_model import PeftModel
-from diffpeft.llm.state import config_of, located
+from diffpeft.llm.state import config_of, located, tensors_in
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -48,8 +48,7 @@ def hotswap_adapter(
     """
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     check_hotswap_configs_compatible(_parts(model, adapter_name)[1], config)
-    handles, _ = io.header(located(model_name_or_path, **kwargs) / WEIGHTS)
-    tensors = dict(zip(handles, io.load(handles.values()), strict=True))
+    tensors = tensors_in(located(model_name_or_path, **kwargs))
     hotswap_adapter_from_state_dict(model, tensors, adapter_name, config)
 
 

@@ -22,8 +22,9 @@ from diffpeft.llm import state
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
-from diffpeft.llm.tuner import Tuner, found_configs, inject, known
+from diffpeft.llm.tuner import Tuner, inject, known
 from diffpeft.methods.peft_config import Passing, PeftConfig, TaskType
+from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import check_name
 
 _HEADS = {
@@ -407,7 +408,7 @@ def get_peft_model(
     peft_config.revision = revision or peft_config.revision
     if isinstance(model, PeftModel):
         raise AdapterStateError("the model is a PeftModel already", remedy="Call its add_adapter, or unload() first.")
-    if found_configs(model):
+    if mixes_of({"": model}):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different config, "
             "make sure to call `.unload()` before.",

@@ -14,9 +14,9 @@ from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompts import Prompts
 from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
-from diffpeft.llm.tuner import known, named
+from diffpeft.llm.tuner import known, named, trainable
 from diffpeft.model.attach import Plan, copy_wholes
-from diffpeft.model.mix import Adapter, Choice, Mix, check_name, forced
+from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, forced
 from diffpeft.model.target import modules_of
 
 PREFIX = "base_model."  # of whole modules in PEFT's files of prompts
@@ -54,22 +54,15 @@ class PromptTuner(Prompts):
             wholes = wholes_of(self.base_model, config)
             adapters = {**self.mix.adapters, name: Adapter(name, (), modules=tuple(wholes))}
             given = {name: 1.0} if active else dict(self.mix.choice.given)
-            choice = Choice(tuple(given), given, {n: () for n in given}, {n: () for n in given})
-            plan = Plan(mixes=[(self.mix, {"adapters": adapters, "choice": choice})])
+            plan = Plan(mixes=[(self.mix, {"adapters": adapters, "choice": choose("", (), adapters, given)})])
             copy_wholes(plan, name, wholes)
             plan.commit()
         except BaseException:
             self.delete(name)
             raise
         encoder.requires_grad_(not config.inference_mode)
-        self._copies(name, lambda own: own.requires_grad_(active and not config.inference_mode))
+        trainable(self.base_model, {name: active and not config.inference_mode})
         self.peft_config[name] = config
-
-    def _copies(self, name: str, change: Any) -> None:
-        for module, _ in modules_of(self.base_model, copied).values():
-            copies = copies_of(module)
-            if copies is not None and name in copies.modules:
-                change(copies.modules[name])
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, and the one that is trained."""
@@ -77,7 +70,7 @@ class PromptTuner(Prompts):
         known(names, self.peft_config)
         if len(names) != 1:
             raise ConfigError(f"{len(names)} prompts cannot be active together", remedy="Name one adapter.")
-        self.mix.choice = Choice((names[0],), {names[0]: 1.0}, {names[0]: ()}, {names[0]: ()})
+        self.mix.choice = self.mix.chosen({names[0]: 1.0})
         for name in self.peft_config:
             self.set_requires_grad(name, name == names[0] and not inference_mode)
 
@@ -86,7 +79,7 @@ class PromptTuner(Prompts):
         known(named(adapter_names), self.peft_config)
         for name in named(adapter_names):
             self.encoder(name).requires_grad_(requires_grad)
-            self._copies(name, lambda own: own.requires_grad_(requires_grad))
+        trainable(self.base_model, dict.fromkeys(named(adapter_names), requires_grad))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first that is left becomes so."""
@@ -97,7 +90,7 @@ class PromptTuner(Prompts):
                 plan.wholes.append((module, copies.without({adapter_name})))
         left = {n: a for n, a in self.mix.adapters.items() if n != adapter_name}
         order = [n for n in self.mix.choice.order if n != adapter_name] or list(left)[:1]
-        choice = Choice(tuple(order), dict.fromkeys(order, 1.0), dict.fromkeys(order, ()), dict.fromkeys(order, ()))
+        choice = choose("", (), left, dict.fromkeys(order, 1.0))
         plan.mixes.append((self.mix, {"adapters": left, "choice": choice}))
         plan.commit()
         self.delete(adapter_name)

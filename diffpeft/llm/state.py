@@ -39,12 +39,12 @@ from diffpeft.errors import (
 )
 from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
-from diffpeft.layers.whole import CONTAINER, Copies, bare_copy, copied, copies_of
+from diffpeft.layers.whole import CONTAINER, bare_copy, copied, copies_of
 from diffpeft.llm import adalora
 from diffpeft.llm import patches as patching
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-from diffpeft.model.attach import Plan, install, mixes_of, put_patches, refuse_duplicate
+from diffpeft.model.attach import Plan, copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.state import entries_of, slots_in
 from diffpeft.model.target import layers_of, modules_of
@@ -311,12 +311,8 @@ def put(model: nn.Module, name: str, config: Any, found: Found, *, trainable: bo
     plan = Plan()
     adapter = Adapter(name, tuple(found.slots), {CONFIG: config.to_json()}, modules=(*modules, *patches))
     install(plan, "", {n: layers[n][0] for n in found.slots}, found.slots, mixes.get(""), adapter, strength)
-    for where, module in modules.items():
-        fresh = bare_copy(module).requires_grad_(trainable)
-        if where in found.wholes:
-            fresh.load_state_dict(dict(found.wholes[where]))
-        old = copies_of(module)
-        plan.wholes.append((module, Copies(plan.mixes[-1][0], {**(old.modules if old else {}), name: fresh})))
+    for where, fresh in copy_wholes(plan, name, modules).items():
+        fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
     put_patches(plan, name, patches)
     _check_embeddings(model, found.embeddings)
     plan.commit()

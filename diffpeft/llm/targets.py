@@ -106,7 +106,8 @@ def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     fitting: dict[str, tuple[nn.Module, nn.Module | None]] = {}
     excluded: list[str] = []
     names: list[str] = []
-    for name, (module, parent) in _modules(model).items():
+    modules = _modules(model)
+    for name, (module, parent) in modules.items():
         names.append(name)
         if matches(config, name):
             if excludes(config, name):
@@ -116,7 +117,7 @@ def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     if not fitting:
         _raise_none(config, names, excluded)
     _warn_unmatched(config, names, excluded)
-    _warn_tied(model, fitting)
+    _warn_tied(modules, fitting)
     for name, (module, parent) in fitting.items():
         site = site_of(base_class(module))
         if site is None or not site.targets:
@@ -222,10 +223,10 @@ def _warn_unmatched(config: Any, names: list[str], excluded: list[str]) -> None:
         warnings.warn(f"target_modules has {shown(target)}, which no module is called. {hint}".strip(), stacklevel=4)
 
 
-def _warn_tied(model: nn.Module, fitting: Mapping[str, tuple[nn.Module, nn.Module | None]]) -> None:
+def _warn_tied(modules: Mapping[str, Any], fitting: Mapping[str, Any]) -> None:
     """Say which chosen layers share their weight with another module."""
     holders: dict[int, list[str]] = {}
-    for name, (module, _) in _modules(model).items():
+    for name, (module, _) in modules.items():
         if module._parameters.get("weight") is not None:
             holders.setdefault(id(module._parameters["weight"]), []).append(name)
     tied = [n for names in holders.values() if len(names) > 1 for n in names if n in fitting]

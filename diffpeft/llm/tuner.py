@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from converters.formats.peft import CONFIG, PREFIX
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft.layers.adapted import is_adapted, record_of
 from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm import adalora
 from diffpeft.llm.kbit import forget_quantization
@@ -65,7 +66,7 @@ def _inject(model: nn.Module, config: Any, name: str, active: bool) -> Any:
     )
     for p in own:
         p.requires_grad_(False)
-    trainable(model, name, active and not config.inference_mode)
+    trainable(model, {name: active and not config.inference_mode})
     return config
 
 
@@ -74,14 +75,14 @@ def base_of(model: nn.Module) -> list[nn.Parameter]:
     return [] if mixes_of({"": model}) else list(model.parameters())
 
 
-def trainable(model: nn.Module, name: str, flag: bool) -> None:
-    """Whether an adapter's tensors get gradients, whole modules among them."""
-    for slot in slots_in(model, name).values():
-        slot.requires_grad_(flag)
-    for module, _ in modules_of(model, copied).values():
-        copies = copies_of(module)
-        if copies is not None and name in copies.modules:
-            copies.modules[name].requires_grad_(flag)
+def trainable(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Whether the tensors of these adapters get gradients, whole modules among them."""
+    for module, _ in modules_of(model, lambda m: is_adapted(m) or copied(m)).values():
+        record, copies = record_of(module), copies_of(module)
+        for held in (record.slots if record else {}, copies.modules if copies else {}):
+            for name, own in held.items():
+                if name in flags:
+                    own.requires_grad_(flags[name])
 
 
 def order_of(model: nn.Module) -> list[str]:
@@ -147,15 +148,13 @@ class Tuner(nn.Module):
         known(names, self.peft_config)
         set_adapters(self.model, dict.fromkeys(names, 1.0))
         self._off = None
-        for name in self.peft_config:
-            trainable(self.model, name, name in names and not inference_mode)
+        trainable(self.model, {name: name in names and not inference_mode for name in self.peft_config})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether adapters are trained, active or not."""
         names = named(adapter_names)
         known(names, self.peft_config)
-        for name in names:
-            trainable(self.model, name, requires_grad)
+        trainable(self.model, dict.fromkeys(names, requires_grad))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **_: Any) -> None:
         """Put the adapter whose config is in `peft_config` on the model, inactive."""

@@ -253,8 +253,12 @@ def attach_to(
     )
 
 
-def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> None:
-    """Plan to give modules a trainable copy each, for the adapter whose layers are planned already. Raises AdapterStateError for one that has adapters."""
+def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Plan to give modules a trainable copy each, for the adapter whose layers are planned already; the copies.
+
+    Raises AdapterStateError for a module that has adapters.
+    """
+    made: dict[str, nn.Module] = {}
     for where, module in wholes.items():
         if any(is_adapted(m) or isinstance(copies_of(m), Patches) for m in module.modules()):
             raise AdapterStateError(
@@ -262,8 +266,9 @@ def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> None:
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
         old, mix = copies_of(module), plan.mixes[-1][0]
-        fresh = bare_copy(module).requires_grad_(True)
-        plan.wholes.append((module, Copies(mix, {**(old.modules if old else {}), name: fresh})))
+        made[where] = bare_copy(module).requires_grad_(True)
+        plan.wholes.append((module, Copies(mix, {**(old.modules if old else {}), name: made[where]})))
+    return made
 
 
 def put_patches(plan: Plan, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
