@@ -118,6 +118,13 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_diffpeft_base", type(module))
 
 
+def op_of(module: nn.Module) -> Any:
+    """What a layer, adapted or not, lends a method (methods.Op), with its own weight."""
+    site = site_of(base_class(module))
+    assert site is not None
+    return site(module)
+
+
 _classes: dict[type, type] = {}
 
 

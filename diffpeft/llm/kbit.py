@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Handle
 from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError, listed, near
-from diffpeft.layers.adapted import base_class, record_of
+from diffpeft.layers.adapted import base_class, op_of, record_of
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.loftq import half_turn, share
@@ -136,8 +136,7 @@ def _loras_on_4_bits(model: nn.Module, adapter: str) -> dict[str, tuple[Any, Slo
 
 def _made_good(module: Any, slot: Slot, W: Tensor) -> dict[str, Tensor]:
     """{role: tensor} of a LoRA that adds the best approximation of its rank to W - Q. Computed in fp32 on the layer's device."""
-    site: Any = site_of(base_class(module))
-    Q = site(module).weight().float()
+    Q = op_of(module).weight().float()
     A, B = share(*half_turn(W.to(Q) - Q, slot.rank), slot.scale)
     return {"lora_A": A, "lora_B": B}
 

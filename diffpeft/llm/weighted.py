@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
-from diffpeft.layers.adapted import base_class, record_of, state_with
-from diffpeft.layers.site import present, site_of
+from diffpeft.layers.adapted import op_of, record_of, state_with
+from diffpeft.layers.site import present
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
 from diffpeft.layers.whole import Copies, bare_copy, copies_of
 from diffpeft.llm.state import saved
@@ -209,9 +209,9 @@ def _lora(
             stacklevel=4,
         )
     for module in layers.values():
-        _draw(own[0], _op(module).geometry, recipe.rank)
+        _draw(own[0], op_of(module).geometry, recipe.rank)
     found = {layer: _sources(module, adapters, weights) for layer, module in layers.items()}
-    made = {layer: _MADE[recipe.what](recipe, found[layer], _op(module)) for layer, module in layers.items()}
+    made = {layer: _MADE[recipe.what](recipe, found[layer], op_of(module)) for layer, module in layers.items()}
 
     def written(layer: str, slot: Slot) -> Mapping[str, Tensor]:
         A, B = (role for role in Lora.roles[:4] if role in slot.tensors)
@@ -425,11 +425,6 @@ def _layers(model: nn.Module, adapters: Iterable[str]) -> dict[str, nn.Module]:
     """{name: layer} of those that carry one of the adapters, in the order of the model."""
     names = {*adapters}
     return {n: m for n, m in adapted_layers(model).items() if (r := record_of(m)) and names & {*r.slots}}
-
-
-def _op(module: nn.Module) -> Any:
-    kind: Any = site_of(base_class(module))
-    return kind(module)
 
 
 def _has_copies(model: nn.Module, adapter: str) -> bool:

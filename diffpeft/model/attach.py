@@ -17,16 +17,16 @@ from diffpeft.layers.adapted import (
     Record,
     State,
     Weights,
-    base_class,
     enter,
     is_adapted,
+    op_of,
     record_of,
     state_of,
     state_with,
     weights_of,
 )
 from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, refusal, site_of
+from diffpeft.layers.site import COPIES, device_of, present, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
@@ -322,9 +322,7 @@ def _fresh(
     generator: torch.Generator | None,
     dry_run: bool,
 ) -> Slot:
-    kind = site_of(base_class(module))
-    assert kind is not None
-    op = kind(module)
+    op = op_of(module)
     site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else generator)
     with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
         fresh = method.init(config, site, **options)

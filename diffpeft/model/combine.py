@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.adapted import base_class, record_of, state_with, weights_of
+from diffpeft.layers.adapted import base_class, op_of, record_of, state_with, weights_of
 from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.site import device_of, present, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
@@ -180,9 +180,8 @@ def _slots(model: nn.Module, name: str) -> Iterable[tuple[str, nn.Module, Slot]]
 @torch.no_grad()
 def _update(module: Any, slot: Slot) -> Update:
     """What an adapter does to a layer's own weight, in fp32 or better."""
-    kind, record = site_of(base_class(module)), record_of(module)
-    assert kind is not None and record is not None
-    op: Any = kind(module)
+    op, record = op_of(module), record_of(module)
+    assert record is not None
     dtype = torch.float32
     for t in slot.parameters():
         dtype = torch.promote_types(dtype, t.dtype)

@@ -16,7 +16,7 @@ from torch import nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
-from diffpeft.layers.adapted import Record, Weights, base_class, effective, record_of, state_with, weights_of
+from diffpeft.layers.adapted import Record, Weights, base_class, effective, op_of, record_of, state_with, weights_of
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import Plan, mixes_of, refuse_foreign, unfused
@@ -148,9 +148,8 @@ class _Merger:
         places = [(m._modules, key) for m in self.model.modules() for key, c in m._modules.items() if c is module]
         if not places:
             raise unfit(layer, "it is the whole model, and has to be replaced in the module that holds it")
-        site: Any = site_of(base_class(module))
         with torch.no_grad():
-            base = site(module).weight(), None if module.bias is None else module.bias.data
+            base = op_of(module).weight(), None if module.bias is None else module.bias.data
         plain = _plain(module, self.dtype or _computed_in(module), base[0].device)
         own: Any = site_of(type(plain))
         like = own(plain).canonical(plain.weight), plain.bias

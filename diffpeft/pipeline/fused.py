@@ -18,8 +18,7 @@ from converters.rows import Unfit, split
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, canonical
 from diffpeft.errors import listed
-from diffpeft.layers.adapted import base_class
-from diffpeft.layers.site import site_of
+from diffpeft.layers.adapted import op_of
 
 
 def unfused(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> Bundle:
@@ -65,9 +64,7 @@ def unfused(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[Any, Any]]])
 
 
 def _weight(module: Any) -> Tensor:
-    site = site_of(base_class(module))
-    assert site is not None
-    return site(module).weight().detach()
+    return op_of(module).weight().detach()
 
 
 def _like(entry: Entry, tensor: Tensor) -> Handle:
