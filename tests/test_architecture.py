@@ -13,10 +13,11 @@ import diffpeft
 ROOT = Path(diffpeft.__file__).parent.parent
 assert Path(converters.__file__).parent.parent == ROOT
 
-LOW = ("errors", "bundle", "io", "methods")
+LOW = ("errors", "patterns", "bundle", "io", "methods")
 FLOORS = {  # each package of ours: what it may import besides itself
     "errors": (),
-    "methods": ("errors",),
+    "patterns": ("errors",),
+    "methods": ("errors", "patterns"),
     "bundle": ("errors", "methods", "io"),  # io and methods inside Bundle.deltas: the definition in use
     "io": ("errors", "bundle"),
     "converters": LOW,

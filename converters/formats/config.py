@@ -9,37 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 from converters.roles import rank
-from diffpeft import io
+from diffpeft import io, patterns
 from diffpeft.bundle import Entry
-from diffpeft.errors import CheckpointError, UnsafeFileError, shown
+from diffpeft.errors import CheckpointError
 
 MAX_TERMS = 100  # a file must not make a rotation endless work
 ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by peft_type
 
 
-def matches(pattern: str, name: str) -> bool:
-    """PEFT's rule: the pattern matches the name or its end at a dot. A pattern that could take very long is refused."""
-    plain = pattern.removeprefix("^").replace("\\.", ".")
-    if re.fullmatch(r"[\w.]+", plain):
-        return name == plain or (name.endswith("." + plain) and not pattern.startswith("^"))
-    refuse_slow(pattern)
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def refuse_slow(pattern: str) -> None:
-    """Raise UnsafeFileError for a regular expression that could take very long."""
-    if len(pattern) > 500 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{?]", pattern):
-        raise UnsafeFileError(f"the pattern {shown(pattern)} in the metadata could take very long to match")
-
-
-def chosen(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> Any:
-    """The value of the first pattern that matches one of the names."""
-    return next((v for pattern, v in (patterns or {}).items() if any(matches(pattern, n) for n in names)), default)
-
-
 def alpha(config: Mapping[str, Any], names: Iterable[str], r: int) -> float | None:
     """The alpha by which alpha / rank is the scale; rank-stabilised configs mean alpha / sqrt(rank)."""
-    value = chosen(config.get("alpha_pattern"), names, config.get("lora_alpha", config.get("alpha")))
+    value = patterns.first(config.get("alpha_pattern"), names, config.get("lora_alpha", config.get("alpha")))
     if value is None:
         return None
     return float(value) * r**0.5 if config.get("use_rslora") else float(value)

@@ -8,7 +8,6 @@ Written is what `load_lora_weights` of diffusers 0.42 reads: LoRA, and DoRA with
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,9 +16,9 @@ from converters.families import TABLES, Table
 from converters.formats import config as configs
 from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
 from converters.roles import ADDITIVE
-from diffpeft import io
+from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, parted
-from diffpeft.errors import CheckpointError
+from diffpeft.errors import CheckpointError, UnsafeFileError
 
 METADATA = "lora_adapter_metadata"
 # what other formats' keys begin with
@@ -69,8 +68,9 @@ class Diffusers:
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         try:
             config = json.loads(metadata.get(METADATA, "{}"))
-            return [_configured(entry, _of_component(config, entry.layer)) for entry in entries]
-        except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+            with patterns.limited(UnsafeFileError, METADATA):
+                return [_configured(entry, _of_component(config, entry.layer)) for entry in entries]
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the metadata {METADATA!r} cannot be read ({error})") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from converters.formats.base import OneModel, Part, dotted_role, magnitude_axis,
 from converters.formats.diffusers import peft_magnitude
 from converters.formats.fields import TYPES, Unfit, blocks_of, fields, layers_of, own_name
 from converters.roles import ROLES
-from diffpeft import io
+from diffpeft import io, patterns
 from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.errors import CheckpointError, UnsafeFileError, listed, shown
 
@@ -57,9 +56,10 @@ class Peft(OneModel):
             )
         try:
             config = json.loads(metadata[CONFIG])
-            _check(config, entries)
-            return [_configured(entry, config) for entry in entries]
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, re.error) as error:
+            with patterns.limited(UnsafeFileError, FILE):
+                _check(config, entries)
+                return [_configured(entry, config) for entry in entries]
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{FILE} cannot be read ({error})") from error
@@ -203,7 +203,7 @@ def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
         masks = config.get("rank_pattern") or {}
         told = next((sum(masks[key]) for n in _names(entry) if (key := f"{n}.lora_E") in masks), config["init_r"])
         return f"the rank is {told}, not {r}" if r != told else ""
-    told = configs.chosen(config.get("rank_pattern"), _names(entry), config.get("r", 8))
+    told = patterns.first(config.get("rank_pattern"), _names(entry), config.get("r", 8))
     return f"the rank is {told}, not {r}" if r and r != told else ""
 
 
@@ -211,8 +211,7 @@ def _check_targets(targets: Any, entries: Sequence[Entry]) -> None:
     """The tensors decide which layers are adapted. A target without tensors is refused, tensors that are no target are named in a warning."""
     names = {e.layer: _names(e) for e in entries}
     if isinstance(targets, str) and targets != "all-linear":
-        configs.refuse_slow(targets)
-        outside = [layer for layer, own in names.items() if not any(re.fullmatch(targets, n) for n in own)]
+        outside = [layer for layer, own in names.items() if not any(patterns.fullmatch(targets, n) for n in own)]
     elif isinstance(targets, list):
         hit = lambda t, own: any(n == t or n.endswith(f".{t}") for n in own)  # noqa: E731
         lost = [t for t in targets if not any(hit(t, own) for own in names.values())]
@@ -246,11 +245,8 @@ def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
 
 
 def _matched(regex: str | None, entry: Entry) -> bool:
-    """PEFT's rule for a regular expression; one that could take very long is refused."""
-    if regex is None:
-        return False
-    configs.refuse_slow(regex)
-    return any(re.fullmatch(regex, name) for name in _names(entry))
+    """PEFT's rule for a regular expression."""
+    return regex is not None and any(patterns.fullmatch(regex, name) for name in _names(entry))
 
 
 def whole_scale(entry: Entry, config: Mapping[str, Any]) -> float:
@@ -258,7 +254,7 @@ def whole_scale(entry: Entry, config: Mapping[str, Any]) -> float:
     if not {"lokr_w1", "lokr_w2"} <= {*entry.tensors}:
         return 1.0
     names = _names(entry)
-    r = configs.chosen(config.get("rank_pattern"), names, config.get("r", 8))
+    r = patterns.first(config.get("rank_pattern"), names, config.get("r", 8))
     return (configs.alpha({"alpha": 8, **config}, names, r) or 0) / r
 
 

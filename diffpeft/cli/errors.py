@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -81,6 +82,9 @@ def _quieten() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on some CPUs it asks for a package that nothing here needs
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=UserWarning, module=r"diffpeft|converters")
     warnings.showwarning = _one_line

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpeft import patterns
 from diffpeft.errors import (
     AdapterStateError,
     ConfigError,
@@ -27,7 +28,6 @@ from diffpeft.layers.patches import Patch, Patches
 from diffpeft.layers.site import held_forwards, refusal
 from diffpeft.layers.tokens import Tokens
 from diffpeft.layers.whole import base_of, copies_of
-from diffpeft.methods import config as checks
 from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.peft_config import PeftType
 from diffpeft.model.target import modules_of
@@ -203,8 +203,8 @@ def _factors_of(module: Any, where: str, names: Sequence[str], config: Any) -> F
                 f"target_parameters has {shown(key)}, of shape {tuple(parameter.shape)} and {parameter.dtype}",
                 remedy="A parameter of two or three axes and of floating-point numbers is needed.",
             )
-        r = checks.pattern(config.rank_pattern, key, config.r)
-        alpha = checks.pattern(config.alpha_pattern, key, config.lora_alpha)
+        r = patterns.first(config.rank_pattern, (key,), config.r)
+        alpha = patterns.first(config.alpha_pattern, (key,), config.lora_alpha)
         scales[name] = alpha / (math.sqrt(r) if config.use_rslora else r)
         A, B = _initial(config.init_lora_weights, stack, r)
         tensors[name] = A.to(parameter.device), B.to(parameter.device)

@@ -24,7 +24,7 @@ import converters
 from converters.formats import FORMATS
 from converters.formats.base import dotted_role, suffix
 from converters.formats.peft import CONFIG, PREFIX, WEIGHTS, whole_scale
-from diffpeft import io
+from diffpeft import io, patterns
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import (
     AdapterStateError,
@@ -167,7 +167,7 @@ def _embeddings(model: Any, slots: Mapping[str, Slot], config: Any, wanted: bool
         targets = getattr(config, "target_modules", None) or ()
         if isinstance(targets, str):
             wanted = any(
-                re.fullmatch(targets, n) for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDINGS
+                patterns.fullmatch(targets, n) for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDINGS
             )
         else:
             wanted = any(name in targets for name in EMBEDDINGS)

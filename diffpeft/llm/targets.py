@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import refusal, site_of
@@ -136,7 +136,7 @@ def matches(config: Any, name: str) -> bool:
     if not targets:
         return False
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return patterns.fullmatch(targets, name)
     if name in targets:
         return True
     return any(name.endswith(f".{t}") for t in targets) and _in_layers(config, name)
@@ -145,9 +145,9 @@ def matches(config: Any, name: str) -> bool:
 def excludes(config: Any, name: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keep a module from being adapted."""
     out = config.exclude_modules or ()
-    if re.fullmatch(out, name) if isinstance(out, str) else any(name == e or name.endswith(f".{e}") for e in out):
+    if patterns.fullmatch(out, name) if isinstance(out, str) else any(name == e or name.endswith(f".{e}") for e in out):
         return True
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in getattr(config, "modules_to_save", None) or ())
+    return any(patterns.match(rf"(^|.*\.){m}($|\..*)", name) for m in getattr(config, "modules_to_save", None) or ())
 
 
 def _in_layers(config: Any, name: str) -> bool:
@@ -157,8 +157,8 @@ def _in_layers(config: Any, name: str) -> bool:
         return True
     blocks = getattr(config, "layers_pattern", None) or ()
     blocks = (blocks,) if isinstance(blocks, str) else blocks
-    patterns = [rf"(?:^|.*?\.){block}\.(\d+)\." for block in blocks] or [r".*?\.[^.]*\.(\d+)\."]
-    found = next((m for p in patterns if (m := re.match(p, name))), None)
+    numbered = [rf"(?:^|.*?\.){block}\.(\d+)\." for block in blocks] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((m for p in numbered if (m := patterns.match(p, name))), None)
     return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from diffpeft.errors import ConfigError
+from diffpeft.patterns import check as compiled
 
 
 def check_rank(name: str, r: Any) -> None:
@@ -41,9 +41,9 @@ def check_patterns(name: str, patterns: Mapping[str, Any], check: Callable[[str,
     for key, value in patterns.items():
         check(f"{name}[{key!r}]", value)
         try:
-            re.compile(key)
-        except re.error as error:
-            raise ConfigError(f"{name} has {key!r}", remedy=f"It is no regular expression: {error}.") from error
+            compiled(key)
+        except ConfigError as error:
+            raise ConfigError(f"{name} has {key!r}", remedy=f"{error.what}.") from error
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
@@ -72,11 +72,6 @@ def check_product(config: Any, inits: Iterable[Any]) -> None:
     check_choice("init_weights", config.init_weights, inits)
     check_patterns("rank_pattern", config.rank_pattern, check_rank)
     check_patterns("alpha_pattern", config.alpha_pattern, check_alpha)
-
-
-def pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The value of the first pattern that matches `layer` or its end at a dot: PEFT's rule."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
 
 
 def chosen(config: Any, *names: str) -> dict[str, Any]:

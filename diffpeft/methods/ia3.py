@@ -7,7 +7,6 @@ PEFT stores the factors, `ia3_l`, and on the outputs multiplies the layer's bias
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpeft import patterns
 from diffpeft.errors import ConfigError, ShapeMismatchError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Site, Spec, Strength, Tensors
@@ -184,5 +184,5 @@ def _along_inputs(shape: Sequence[int], g: Geometry) -> bool:
 def _is_feedforward(modules: str | Sequence[str] | None, layer: str) -> bool:
     """PEFT's rule: an expression for the whole name, or what it ends with."""
     if isinstance(modules, str):
-        return re.fullmatch(modules, layer) is not None
+        return patterns.fullmatch(modules, layer)
     return any(layer.endswith(name) for name in modules or ())

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffpeft import patterns
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Geometry, Op, Site, Spec, Strength, Tensors
 from diffpeft.methods.linalg import added, core_shape, holds, kaiming, khatri_rao, tucker_factors
@@ -75,7 +76,7 @@ class LoHa(Additive):
 
     @classmethod
     def init(cls, config: LoHaConfig, site: Site, *, tucker: bool = False, **options: Any) -> Fresh:
-        r = checks.pattern(config.rank_pattern, site.name, config.r)
+        r = patterns.first(config.rank_pattern, (site.name,), config.r)
         core = (tucker or config.use_effective_conv2d) and not set(site.geometry.kernel) <= {1}
         zero = {"hada_w2_b"} if config.init_weights else set()
         tensors = {
@@ -85,7 +86,7 @@ class LoHa(Additive):
         dropouts = checks.chosen(config, "rank_dropout", "module_dropout")
         if config.rank_dropout:
             dropouts["rank_dropout_scale"] = True  # as PEFT's LoHa; only its LoKr has a switch for it
-        return Fresh(tensors, float(checks.pattern(config.alpha_pattern, site.name, config.alpha)), dropouts)
+        return Fresh(tensors, float(patterns.first(config.alpha_pattern, (site.name,), config.alpha)), dropouts)
 
     @classmethod
     def check(cls, p: Mapping[str, Any], spec: Spec) -> str:

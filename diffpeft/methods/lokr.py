@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffpeft import patterns
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Geometry, Op, Site, Spec, Strength, Tensors
@@ -107,7 +108,7 @@ class LoKr(Additive):
 
     @classmethod
     def init(cls, config: LoKrConfig, site: Site, *, tucker: bool = False, **options: Any) -> Fresh:
-        g, r = site.geometry, checks.pattern(config.rank_pattern, site.name, config.r)
+        g, r = site.geometry, patterns.first(config.rank_pattern, (site.name,), config.r)
         (o1, o2), (i1, i2) = (factorization(n, config.decompose_factor) for n in g.shape[:2])
         q = r if config.decompose_both and r < max(o1, i1) / 2 else 0
         core = (tucker or config.use_effective_conv2d) and not set(g.kernel) <= {1}
@@ -117,7 +118,7 @@ class LoKr(Additive):
             role: torch.zeros(shape) if role in zero else kaiming(*shape, generator=site.generator)
             for role, shape in shapes.items()
         }
-        alpha = float(checks.pattern(config.alpha_pattern, site.name, config.alpha))
+        alpha = float(patterns.first(config.alpha_pattern, (site.name,), config.alpha))
         return Fresh(tensors, alpha, checks.chosen(config, "rank_dropout", "module_dropout", "rank_dropout_scale"))
 
     @classmethod

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpeft import patterns
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods import loftq
@@ -154,8 +155,8 @@ class Lora(Additive):
 
     @classmethod
     def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, **_: Any) -> Fresh:
-        r = checks.pattern(config.rank_pattern, site.name, config.r)
-        alpha = float(checks.pattern(config.alpha_pattern, site.name, config.lora_alpha))
+        r = patterns.first(config.rank_pattern, (site.name,), config.r)
+        alpha = float(patterns.first(config.alpha_pattern, (site.name,), config.lora_alpha))
         if config.use_rslora:
             alpha *= math.sqrt(r)  # so that the scale is alpha / r in every file
         g, init = site.geometry, config.init_lora_weights

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn as nn
 
+from diffpeft import patterns
 from diffpeft.bundle import COMPONENTS
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
 from diffpeft.layers.adapted import ADAPTERS, base_class, is_adapted
@@ -147,18 +147,16 @@ def _entries(given: str | Sequence[str]) -> str | Sequence[str]:
     if not isinstance(given, str):
         return given
     try:
-        re.compile(given)
-    except re.error as error:
-        raise ConfigError(
-            f"{shown(given)} is no regular expression ({error})", remedy="Or pass a list of layer names."
-        ) from error
+        patterns.check(given)
+    except ConfigError as error:
+        raise ConfigError(error.what, remedy="Or pass a list of layer names.") from error
     return given
 
 
 def _match(entries: str | Sequence[str], name: str) -> bool:
     """A string is a regular expression for the whole name; a list holds whole names and suffixes, and `*` for all."""
     if isinstance(entries, str):
-        return any(re.fullmatch(entries, n) for n in spellings(name))
+        return any(patterns.fullmatch(entries, n) for n in spellings(name))
     return any(entry == "*" or n == entry or n.endswith("." + entry) for entry in entries for n in spellings(name))
 
 

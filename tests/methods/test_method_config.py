@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import diffpeft
+from diffpeft import patterns as rules
 from diffpeft.errors import ConfigError
 from diffpeft.methods import LoHaConfig, LoKrConfig
 from diffpeft.methods import config as checks
@@ -36,7 +37,7 @@ def test_defaults_are_valid_and_equal_to_pefts(config):
         ("init_weights", "gaussian", "It is True"),
         ("rank_pattern", {"to_q": 0}, "A rank is a whole number"),
         ("alpha_pattern", {"to_q": float("inf")}, "An alpha is a finite number."),
-        ("rank_pattern", {"to_(q": 4}, "It is no regular expression"),
+        ("rank_pattern", {"to_(q": 4}, "is no regular expression"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(config, field, value, allowed):
@@ -73,7 +74,7 @@ def test_a_pattern_matches_a_name_or_its_end_at_a_dot_and_the_first_one_wins():
         "b",
     ):
         theirs = patterns.get(get_pattern_key(patterns, layer), 0)
-        assert checks.pattern(patterns, layer, 0) == theirs, layer
+        assert rules.first(patterns, (layer,), 0) == theirs, layer
 
 
 @pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig", "IA3Config"])

@@ -603,7 +603,10 @@ CONFIGS = {
     "no number": ({"unet.lora_alpha": "many"}, CheckpointError),
     "no table": ("[]", CheckpointError),
     "no JSON": ("{", CheckpointError),
-    "a slow pattern": ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}, UnsafeFileError),
+    "a slow pattern": (
+        {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(?:|.|.?)" * 60 + "(?:!|x!)": 2}},
+        UnsafeFileError,
+    ),
     "no pattern": ({"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 2}}, CheckpointError),
     "a list": ({"unet.alpha_pattern": [1]}, CheckpointError),
     "Inf": ({"unet.lora_alpha": float("inf")}, NonFiniteError),

@@ -381,6 +381,7 @@ def test_a_folder_keeps_what_else_it_holds(pipe, tmp_path):
         save_lora(pipe, tmp_path / "a.safetensors", format="peft")
 
 
+SLOW = "(?:|.|.?)" * 60 + "(?:!|x!)"  # even for names of three letters
 BAD_CONFIGS = {
     "no table": ([], CheckpointError, "table"),
     "another type": ({"peft_type": "LOHA"}, CheckpointError, "LOHA"),
@@ -389,8 +390,8 @@ BAD_CONFIGS = {
     "another rank by pattern": ({"rank_pattern": {"one": 7}}, CheckpointError, "rank is 7"),
     "DoRA": ({"use_dora": True}, CheckpointError, "use_dora"),
     "a target without tensors": ({"target_modules": ["one", "three"]}, CheckpointError, "three"),
-    "a slow target": ({"target_modules": "(a+)+$"}, UnsafeFileError, "long"),
-    "a slow pattern": ({"alpha_pattern": {"(a+)+$": 3}}, UnsafeFileError, "long"),
+    "a slow target": ({"target_modules": SLOW}, UnsafeFileError, "long"),
+    "a slow pattern": ({"alpha_pattern": {SLOW: 3}}, UnsafeFileError, "long"),
     "no pattern": ({"alpha_pattern": {"[": 3}}, CheckpointError, "cannot be read"),
     "code": ({"megatron_core": "os"}, UnsafeFileError, "import"),
     "no depth": ("[" * 100_000, CheckpointError, "cannot be read"),
