@@ -119,6 +119,21 @@ def read(
     return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families, tuple(tensors))
 
 
+def unknown_family(found: Fit, where: object, wanted: str = "") -> WrongBaseError:
+    """The error about a file whose layers no table has, with some of its keys; `wanted` is the family that it was to be."""
+    alike = (
+        f"its layers are those of {' or '.join(found.looks_like[:3])}"
+        if found.looks_like
+        else "no table has its layers"
+    )
+    keys = [key for key, part in found.parts.items() if part.role != "alpha"]
+    return WrongBaseError(
+        f"this adapter is for {f'another model than {wanted}' if wanted else 'an unknown family'}: {alike}",
+        where=f"{where}: {listed(keys[:3])}{' ...' if len(keys) > 3 else ''}",
+        remedy="Without a table it can only be loaded: load_lora on a pipeline of its own model takes the names from there.",
+    )
+
+
 def components_in(source: Source) -> list[Path]:
     """The files or PEFT folders in a folder that has one for each of several components."""
     if isinstance(source, Mapping) or not Path(source).is_dir() or (Path(source) / WEIGHTS).is_file():
@@ -147,11 +162,7 @@ def _families(found: Fit, fmt: Format, family: str | None, names: Names | None, 
         if names is None:
             refuse_ambiguous(found, where)
         if not found.families and not fmt.folder and not names:
-            raise WrongBaseError(
-                "this adapter is for an unknown family: no table has its layers",
-                where=where,
-                remedy=f"Supported: {', '.join(TABLES)}.",
-            )
+            raise unknown_family(found, where)
         return found.families
     if names is None and found.known.get(family, 0) < max(found.known.values(), default=0):
         raise WrongBaseError(
