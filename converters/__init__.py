@@ -3,7 +3,7 @@
 from converters.bundled import embeddings, write_embeddings
 from converters.conversion import ConvertReport, convert
 from converters.detection import Detection
-from converters.engine import components_in, detect, fitting, read
+from converters.engine import components_in, detect, fitting, read, unknown_family
 from converters.families import TABLES
 from converters.formats import FORMATS
 from converters.inspection import Inspection, inspect
@@ -23,6 +23,7 @@ __all__ = [
     "inspect",
     "read",
     "refusal",
+    "unknown_family",
     "write",
     "write_embeddings",
 ]

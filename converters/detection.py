@@ -17,6 +17,7 @@ from typing import Any
 from converters.families import TABLES, Table
 from converters.families.text import CLIP, T5
 from converters.formats import FORMATS, Format, Part
+from converters.formats.wrappers import unwrapped
 from converters.rows import aspect, extent
 from converters.sizes import Layers as Sized
 from converters.sizes import grouped, published
@@ -149,7 +150,8 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
     """{format: the keys that it takes apart}, of the formats that most keys are of."""
     found: dict[str, dict[str, Part]] = {}
     done: dict[Any, dict[str, Part]] = {}  # formats that share the way need it once
-    some = [*keys][:: max(len(keys) // 16, 1)]
+    bare_keys = {key: unwrapped(key) for key in keys}
+    some = [*bare_keys.values()][:: max(len(keys) // 16, 1)]
     likely = sorted(formats, key=lambda f: sum(FORMATS[f].split(key) is None for key in some))
     for name in likely:  # the rest is then done with at its first key
         fmt = FORMATS[name]
@@ -157,8 +159,8 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
         if way not in done:
             every = any(len(parts) == len(keys) for parts in done.values())  # then one key less is too few
             done[way] = {}
-            for key in keys:
-                if part := fmt.split(key):
+            for key, bare_key in bare_keys.items():
+                if part := fmt.split(bare_key):
                     done[way][key] = part
                 elif every:
                     break

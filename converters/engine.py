@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converters.detection import Detection, Fit, bare, fit, known
+from converters.detection import COMPONENT, Detection, Fit, bare, fit
 from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
-from converters.roles import OLD_OFT, ROLES, contradiction, missing, split
+from converters.roles import ADDITIVE, OLD_OFT, ROLES, contradiction, missing, split
 from converters.rows import aspect
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, canonical, dotted, named
 from diffpeft.errors import (
     AmbiguousFormatError,
     CheckpointError,
+    ConfigError,
     MissingKeysError,
     ShapeMismatchError,
     UnknownNameError,
@@ -84,25 +87,28 @@ def read(
     names: Names | None = None,
     fits: Fit | None = None,
     metadata: Mapping[str, str] | None = None,
+    alpha: float | None = None,
 ) -> Bundle:
     """A file, a PEFT folder or a dict of tensors as a Bundle. Reads the header; the tensors stay where they are.
 
-    `family` and `format` override detection. `names` {component: layer names} are a model's own, against which names are resolved
-    before the family's table is asked, and which tell the component where the file does not. `fits` is what `fitting` has said of it.
-    `metadata` are added to the file's.
+    `family` and `format` override detection. `names` {component: layer names} are a model's own, against which names are resolved beside the family's
+    table, and which tell the component where the file does not. `fits` is what `fitting` has said of it. `metadata` are added to the file's.
+    `alpha` is that of all layers for which the file tells none; without it such a layer has scale 1.
     """
+    check_alpha(alpha)
     known_name("format", format, FORMATS)
     known_name("family", family, TABLES)
     if several := components_in(source):
         family = family or _common(several)
-        return _merged([read(path, family=family, format=format, names=names) for path in several], source)
-    tensors, own, where = fits.opened if fits else opened(source)
-    metadata = {**own, **(metadata or {})}
+        bundles = [read(path, family=family, format=format, names=names, alpha=alpha) for path in several]
+        return _merged(bundles, source)
+    tensors, told, where = fits.opened if fits else opened(source)
+    metadata = {**told, **(metadata or {})}
     found = fits or fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
     table = fmt.tables.get(next(iter(families), ""), Table({}))
-    groups, carried = _grouped(tensors, found.parts, fmt, table, names or {}, metadata)
+    groups, carried = _grouped(tensors, found.parts, fmt, table, names or {}, metadata, where)
     _refuse_foreign(groups, where)
     placed: dict[tuple[str, str], str] = {}
     entries: list[Entry] = []
@@ -116,7 +122,37 @@ def read(
                     )
             entries.append(entry if rule is None else replace(entry, rule=rule))
     entries = fmt.configured(entries, metadata)
+    if alpha is not None:
+        entries = [_with_alpha(entry, alpha) for entry in entries]
+    elif fmt.folder and CONFIG not in metadata and any(e.alpha is None for e in entries):
+        _say_unconfigured(where)
     return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families, tuple(tensors))
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Raise ConfigError for what is no alpha."""
+    if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+        raise ConfigError(f"alpha is {shown(alpha)}", remedy="It is a finite number: the update is alpha / rank * B A.")
+
+
+def _say_unconfigured(where: str) -> None:
+    """Say that PEFT's tensors have no config that tells their alphas. Raises CheckpointError for a file that must have had one beside it."""
+    path = Path(where)
+    if path.name == WEIGHTS or path.is_dir():
+        raise CheckpointError(
+            f"there is no {FILE} beside {WEIGHTS}, and nothing else says the alphas",
+            where=where,
+            remedy=f"Pass the folder with both, or say alpha= (as lora_alpha in {FILE}).",
+        )
+    warnings.warn(
+        f"{where}: no {FILE} says the alphas, so each is taken to be the rank (scale 1); alpha= says otherwise", stacklevel=3
+    )
+
+
+def _with_alpha(entry: Entry, alpha: float) -> Entry:
+    """The entry with this alpha, if its method is scaled by one and the file tells none."""
+    scaled = entry.method in (*ADDITIVE, "dora") and not {"lokr_w1", "lokr_w2"} <= {*entry.tensors}
+    return replace(entry, alpha=float(alpha)) if scaled and entry.alpha is None else entry
 
 
 def unknown_family(found: Fit, where: object, wanted: str = "") -> WrongBaseError:
@@ -161,8 +197,8 @@ def _families(found: Fit, fmt: Format, family: str | None, names: Names | None, 
     if family is None:
         if names is None:
             refuse_ambiguous(found, where)
-        if not found.families and not fmt.folder and not names:
-            raise unknown_family(found, where)
+            if not found.families and not fmt.folder:
+                raise unknown_family(found, where)
         return found.families
     if names is None and found.known.get(family, 0) < max(found.known.values(), default=0):
         raise WrongBaseError(
@@ -204,7 +240,8 @@ def _grouped(
     table: Table,
     names: Names,
     metadata: Mapping[str, str],
-):
+    where: str,
+) -> tuple[dict[tuple[str, Rule | None], Found], dict[str, Handle]]:
     """{(canonical layer, rule): {role: (key, handle)}} of what the format takes apart, and the tensors it does not."""
     spelt: dict[Spelt, Found] = {}
     carried: dict[str, Handle] = {}
@@ -222,11 +259,18 @@ def _grouped(
                 _add(found, role, key, handle)
     for word, layer in {(word, layer) for word, layer, number in spelt if number is not None}:
         spelt.pop((word, layer, None), None)
-    component = _bare([layer for word, layer, _ in spelt if not word], fmt, table, names, metadata)
-    own = {c: {_flat(n): n for n in layers} for c, layers in names.items()}
+    alone = _bare([layer for word, layer, _ in spelt if not word], fmt, table, names, metadata, where)
+    components = {word: _component(word, fmt, table, names) if word else alone for word, _, _ in spelt}
+    spellings = {
+        component: _Spelling(
+            fmt, table, component, names.get(component, ()), [at[1] for at in spelt if components[at[0]] == component]
+        )
+        for component in dict.fromkeys(components.values())
+    }
     groups: dict[tuple[str, Rule | None], Found] = {}
-    for at, found in spelt.items():
-        place = _placed(at, found, component, fmt, table, own)
+    for (word, layer, number), found in spelt.items():
+        shapes = {role: h.shape for role, (_, h) in found.items()}
+        place = spellings[components[word]].placed(layer, number, aspect(shapes))
         for role, (key, handle) in found.items():
             _add(groups.setdefault(place, {}), role, key, handle)
     return {place: _today(found) for place, found in groups.items()}, carried
@@ -255,45 +299,86 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _bare(layers: Sequence[str], fmt: Format, table: Table, names: Names, metadata: Mapping[str, str]) -> str:
-    """The component that layers without one are of: the model's that has most of them, its only one, or the family's."""
+def _bare(
+    layers: Sequence[str], fmt: Format, table: Table, names: Names, metadata: Mapping[str, str], where: str
+) -> str:
+    """The component that layers without one are of: the one that the metadata name, the one that the file is called after if its names fit, the
+    model's that has most of them, its only one, or the family's.
+    """
     if not layers:
         return ""
     flat = {_flat(layer) for layer in layers}
     hits = {c: len(flat & {_flat(s) for n in own for s in (n, canonical(c, n))}) for c, own in names.items()}
     hits = {c: n or len(flat & {_flat(n.removeprefix("text_model.")) for n in names[c]}) for c, n in hits.items()}
+    if (told := metadata.get(COMPONENT)) in COMPONENTS and (told in names or len(names) > 1):
+        return str(told)
+    path = Path(where).parent if Path(where).name == WEIGHTS else Path(where)
+    if hits.get(called := path.name.removesuffix(".safetensors")):
+        return called
     best = max(hits, key=hits.__getitem__, default="")
     return best if len(hits) == 1 or hits.get(best) else bare(table, layers, fmt, metadata)
 
 
-def _placed(
-    at: Spelt, found: Found, bare: str, fmt: Format, table: Table, names: Mapping[str, Mapping[str, str]]
-) -> tuple[str, Rule | None]:
-    """The canonical layer behind a spelt one, and its rule if it is one of the original program's whose rows are not a layer of diffusers'.
+def _component(word: str, fmt: Format, table: Table, names: Names) -> str:
+    """The component that a word means. Of a denoiser that the model calls otherwise than the family the only one that it has."""
+    component = fmt.component(word, table)
+    denoisers = [c for c in names if not c.startswith("text_encoder")]
+    if component in names or component.startswith("text_encoder") or word.startswith(component) or not denoisers:
+        return component
+    return denoisers[0]
 
-    A model's own names decide, then the tables. A name that nobody knows stays as it is: whoever needs the layer will miss it and say so.
+
+class _Spelling:
+    """How a file spells one component's layers: a model's own names, where a model is known, and the family's tables, of which one program's are the
+    file's. A name that both have, for other layers, means what it means in the file's spelling.
     """
-    word, layer, number = at
-    component = fmt.component(word, table) if word else bare
-    own = names.get(component, {})
-    if fmt.flat and (exact := own.get(layer) or own.get(layer.removeprefix("text_model_"))):
-        return canonical(component, exact), None
-    if not fmt.flat and own.get(_flat(layer)) == layer:
-        return canonical(component, layer), None
-    if known(fmt, table, component, layer) == "original" and component not in table.encoders:
-        name = table.original_dotted(component, _flat(layer)) or layer
-        rule = table.to_diffusers(component, name, aspect({role: h.shape for role, (_, h) in found.items()}))
-        if rule is not None:
-            if number is not None and number < len(rule.parts):
-                return dotted(component, rule.parts[number][0]), None
-            if rule.renames:
-                return dotted(component, rule.parts[0][0]), None
-            return dotted(component, name), rule
-    if component in table.encoders:
-        layer = table.encoded(component, layer, fmt.flat) or layer
-    elif fmt.flat:
-        layer = table.dotted(component, layer) or layer
-    return canonical(component, layer), None
+
+    def __init__(self, fmt: Format, table: Table, component: str, names: Iterable[str], layers: Sequence[str]):
+        self.fmt, self.table, self.component = fmt, table, component
+        self.own = {_flat(name): name for name in names}
+        theirs = [self._own(layer) is not None for layer in layers]
+        originals = [self._is_original(layer) for layer in layers]
+        only = sum(o and not t for t, o in zip(theirs, originals, strict=True))
+        others = sum(t and not o for t, o in zip(theirs, originals, strict=True))
+        self.original = only > others or (only == others and fmt.original(table))
+
+    def placed(self, layer: str, number: int | None, aspect: int | None) -> tuple[str, Rule | None]:
+        """The canonical layer behind a spelt one, and its rule if it is one of the original program's whose rows are not a layer of diffusers'.
+
+        A name that nobody knows stays as it is: whoever needs the layer will miss it and say so.
+        """
+        own, original = self._own(layer), self._is_original(layer)
+        if own is not None and not (original and self.original):
+            return canonical(self.component, own), None
+        if original:
+            name = self.table.original_dotted(self.component, _flat(layer)) or layer
+            rule = self.table.to_diffusers(self.component, name, aspect)
+            if rule is not None:
+                if number is not None and number < len(rule.parts):
+                    return dotted(self.component, rule.parts[number][0]), None
+                return (
+                    (dotted(self.component, rule.parts[0][0]), None)
+                    if rule.renames
+                    else (dotted(self.component, name), rule)
+                )
+        if self.component in self.table.encoders:
+            layer = self.table.encoded(self.component, layer, self.fmt.flat) or layer
+        elif self.fmt.flat:
+            layer = self.table.dotted(self.component, layer) or layer
+        return canonical(self.component, layer), None
+
+    def _own(self, layer: str) -> str | None:
+        """The model's layer of this name."""
+        if self.fmt.flat:
+            return self.own.get(layer) or self.own.get(layer.removeprefix("text_model_"))
+        return layer if self.own.get(_flat(layer)) == layer else None
+
+    def _is_original(self, layer: str) -> bool:
+        """Whether the name is the original program's, whatever else it is."""
+        if self.component not in self.table.rules:
+            return False
+        found = self.table.original_dotted(self.component, _flat(layer))
+        return found is not None and (self.fmt.flat or found == layer)
 
 
 def _refuse_foreign(groups: Mapping[Any, Found], where: str) -> None:

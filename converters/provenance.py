@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from converters.formats import FORMATS
+from converters.formats.wrappers import unwrapped
 from converters.rows import Blocks
 from diffpeft import io
 from diffpeft.bundle import Bundle, Handle
@@ -41,7 +42,7 @@ def _record(bundle: Bundle, metadata: Mapping[str, str]) -> dict[str, Any]:
     rows: dict[str, list[Any]] = {}
     for entry in bundle.entries:
         for key in entry.keys:
-            part = FORMATS[bundle.format].split(key)
+            part = FORMATS[bundle.format].split(unwrapped(key))
             assert part is not None
             handle = entry.alpha if part.role == "alpha" else entry.tensors.get(part.role)
             if key in rows:

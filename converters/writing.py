@@ -88,7 +88,17 @@ def arranged(bundle: Bundle, fmt: Format) -> Arranged:
         out.inexact += [] if one.exact else [at[0]]
         if one.blocks:
             out.blocks[at[0]] = one.blocks
+    if fmt.folder:
+        out.entries = [_named(entry, table) for entry in out.entries]
     return out
+
+
+def _named(entry: Entry, table: Table) -> Entry:
+    """The entry with the name that its layer has in the family's model, if no model told it."""
+    component, layer = parted(entry.layer)
+    if entry.own is not None or component not in table.encoders:
+        return entry
+    return replace(entry, own=table.own_name(component, layer))
 
 
 def _fused(entry: Entry, table: Table) -> tuple[str, Rule, int] | None:
@@ -109,14 +119,18 @@ def _over(entry: Entry) -> str:
 def _spelt(fmt: Format, table: Table, entry: Entry, source: str) -> Part | None:
     """How a format names a layer (the role is still to say); None if it has no name for it.
 
-    A layer that no table has is spelt as it was read from a `source` of another format, if both have the same program's names, flat or dotted.
+    A layer that no table has is spelt as it was read from a `source` of another format, if both have the same program's names, flat or dotted. One
+    of a component that no table has (a model of a family that is not known) has its own name.
     """
     component, layer = parted(entry.layer)
     if fmt.folder:
         return Part("", layer, "")
     word = fmt.word(component, table)
-    if word is None or component not in table.components:
+    if word is None:
         return None
+    if component not in table.components:
+        foreign = fmt.original(table) and not component.startswith("text_encoder")
+        return None if foreign else Part(word, layer, "")
     original = fmt.original(table) and component in table.rules
     if entry.rule:
         return Part(word, layer, "")
@@ -124,7 +138,7 @@ def _spelt(fmt: Format, table: Table, entry: Entry, source: str) -> Part | None:
         found = table.to_original(component, layer, aspect(entry.shapes))
         if found:
             return Part(word, found[0].original, "")
-    elif table.knows(component, layer):
+    elif entry.own is not None or table.knows(component, layer):
         return Part(word, layer, "")
     before = source in FORMATS and FORMATS[source].original(table) and component in table.rules
     alike = fmt.flat == ("." not in layer) and before == original and not table.knows(component, layer)
@@ -293,8 +307,8 @@ def _tried(bundle: Bundle, fmt: Format) -> tuple[Arranged, tuple[str, list[str]]
     layers = [e.layer for e in bundle.entries]
     if not fmt.writable:
         return Arranged([]), ("it is only read, not written", layers)
-    if bundle.family not in fmt.tables and not fmt.folder:
-        return Arranged([]), (f"the layer names of family {shown(bundle.family)} are not known", layers)
+    if bundle.family and bundle.family not in fmt.tables and not fmt.folder:
+        return Arranged([]), (f"it is not for family {shown(bundle.family)}", layers)
     order = arranged(bundle, fmt)
     return order, _trouble(order, fmt, fmt.tables.get(bundle.family, Table({})), layers, bundle.format)
 
@@ -311,6 +325,8 @@ def _trouble(
     if fmt.single and len(components) > 1:
         return f"it holds one component, not {' and '.join(sorted(components))}", layers
     unknown = [e.layer for e in order.entries if _spelt(fmt, table, e, source) is None]
+    if unknown and not table.components:
+        return "what other programs call the layers of a model of an unknown family is not known", unknown
     if unknown:
         return "it has no name for them", unknown
     taken: dict[tuple[str, str], int] = {}

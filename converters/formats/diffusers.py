@@ -17,7 +17,7 @@ from converters.formats import config as configs
 from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
 from converters.roles import ADDITIVE
 from diffpeft import io, patterns
-from diffpeft.bundle import COMPONENTS, Entry, Handle, parted
+from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, UnsafeFileError
 
 METADATA = "lora_adapter_metadata"
@@ -63,7 +63,7 @@ class Diffusers:
     def join(self, part: Part, entry: Entry) -> str:
         """For text encoders stock diffusers hands over to transformers, which reads a magnitude only with `.weight`."""
         end = ".weight" if part.role == "lora_magnitude_vector" and part.word.startswith("text_encoder") else ""
-        return f"{part.word}.{part.layer}.{suffix(part.role)}{end}"
+        return f"{dotted(part.word, part.layer)}.{suffix(part.role)}{end}"
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         try:

@@ -24,7 +24,7 @@ from diffpeft.errors import (
     listed,
     shown,
 )
-from diffpeft.families import family_of
+from diffpeft.families import family_of, is_unnamed
 from diffpeft.layers.adapted import is_adapted
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
@@ -35,7 +35,7 @@ from diffpeft.pipeline.fused import unfused
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import Layers, kept, matched
 
-_FILES = ("diffusers", "kohya")  # formats of one file, the preferred one first
+_FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
 _BOUNDED = ("oft", "boft")  # methods whose alpha is a bound, and 0 none
 
 
@@ -64,6 +64,7 @@ def load_lora(
     family: str | None = None,
     revision: str | None = None,
     filename: str | None = None,
+    alpha: float | None = None,
 ) -> LoadReport:
     """Load an adapter onto a pipeline (or one of its models) and activate it at strength `weight`, after those already active.
 
@@ -74,6 +75,7 @@ def load_lora(
         trainable: the tensors get gradients, and are float32.
         max_rank: room for LoRAs of up to this rank, that `replace` may put in the place of this one.
         family: overrides the detected family.
+        alpha: of layers for which the file tells none (PEFT's names without a config): the update is alpha / rank * B A. Default: the rank.
 
     Raises CheckpointError and its kin, UnknownNameError, ConfigError or AdapterStateError, in which case nothing has changed.
     """
@@ -87,7 +89,7 @@ def load_lora(
         adapted = {c: {layer: m for layer, (m, _) in found.items() if is_adapted(m)} for c, found in layers.items()}
         mixes = mixes_of(parts, adapted)
         refuse_duplicate(name, mixes.values())
-        bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
+        bundle = opened(target, source, layers, family=family, revision=revision, filename=filename, alpha=alpha)
         slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
         plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
         report = report_of(name, bundle, slots, absent)
@@ -124,13 +126,27 @@ def opened(
     family: str | None,
     revision: str | None,
     filename: str | None,
+    alpha: float | None = None,
 ) -> Bundle:
     """What is to be loaded, in the model's own layers. Raises CheckpointError and its kin."""
     own = family or family_of(target)
-    where = source if isinstance(source, Bundle) else located(source, revision, filename)
-    bundle = _read(where, own, family, {component: list(found) for component, found in layers.items()})
-    _check_family(bundle.families or (bundle.family,), own, bundle.source)
+    if isinstance(source, Bundle):
+        bundle = source
+        if own is not None and bundle.family and own not in (bundle.families or (bundle.family,)):
+            raise _wrong_base(bundle.families or (bundle.family,), own, bundle.source)
+    else:
+        names = {
+            component: [n for n, (m, _) in found.items() if _has_weights(m)] for component, found in layers.items()
+        }
+        bundle = _read(located(source, revision, filename), own, family, names, alpha)
+    if own is None and is_unnamed(target):
+        bundle = replace(bundle, family="", families=())
     return unfused(bundle, layers)
+
+
+def _has_weights(module: Any) -> bool:
+    """Whether a layer has parameters: a norm without any can be named, but has nothing to adapt."""
+    return any(p is not None for p in module._parameters.values())
 
 
 def save_lora(
@@ -146,7 +162,8 @@ def save_lora(
 
     Args:
         name: may be left out if there is only one.
-        format: one of converters.FORMATS; default: for a file diffusers if it can hold the adapter, else kohya; for a folder peft.
+        format: one of converters.FORMATS; default: for a file the first of diffusers, kohya, kohya-diffusers and lycoris that can hold the adapter,
+            for a folder peft. A model without a table has those formats that use its own names: diffusers, peft, kohya-diffusers, lycoris.
         dtype: of the factors; default: as they are stored.
         metadata: added to what the adapter's own file held.
     """
@@ -158,7 +175,7 @@ def save_lora(
                 remedy=f"Say name=, one of {', '.join(sorted(known))}." if known else "Load or attach one first.",
             )
         name = known.pop()
-    bundle = bundle_of(target, name, family_of(target) or next(iter(converters.TABLES)))
+    bundle = bundle_of(target, name, family_of(target) or "")
     bundle.metadata |= {str(k): str(v) for k, v in (metadata or {}).items()}
     if format is None:
         formats = _FILES if os.fspath(path).endswith(".safetensors") else ("peft",)
@@ -173,25 +190,32 @@ def _default_name(source: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:128] or "default"
 
 
-def _read(source: Any, own: str | None, family: str | None, names: Mapping[str, Sequence[str]]) -> Bundle:
-    """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint."""
-    if isinstance(source, Bundle):
-        return source
+def _read(
+    source: Any, own: str | None, family: str | None, names: Mapping[str, Sequence[str]], alpha: float | None
+) -> Bundle:
+    """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint. Where a file is of no known
+    family, and this pipeline's has some of its layers, what is wrong with it are the others.
+    """
     found = None
     if family is None:
         found = converters.fitting(source, own)
-        where = "a dict of tensors" if isinstance(source, Mapping) else source
-        _check_family(found.families, own, where)
-        family = own if own in found.families else None
-    return converters.read(source, family=family, names=names, fits=found)
+        partly = not found.families and not found.looks_like and found.known.get(own or "")
+        if own is not None and own not in found.families and not partly:
+            where = "a dict of tensors" if isinstance(source, Mapping) else source
+            raise (
+                _wrong_base(found.families, own, where)
+                if found.families
+                else converters.unknown_family(found, where, own)
+            )
+        family = own
+    return converters.read(source, family=family, names=names, fits=found, alpha=alpha)
 
 
-def _check_family(fits: Sequence[str], own: str | None, where: object) -> None:
-    if own is not None and own not in fits:
-        them = " or ".join(filter(None, fits)) or "an unknown family"
-        raise WrongBaseError(
-            f"the adapter is for {them}, this pipeline is {own}", where=where, remedy=f"Use a pipeline of {them}."
-        )
+def _wrong_base(fits: Sequence[str], own: str, where: object) -> WrongBaseError:
+    them = " or ".join(fits)
+    return WrongBaseError(
+        f"the adapter is for {them}, this pipeline is {own}", where=where, remedy=f"Use a pipeline of {them}."
+    )
 
 
 def _entry_kept(entry: Entry) -> Entry:
