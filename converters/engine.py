@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,31 @@ def read(
     `alpha` is that of all layers for which the file tells none; without it such a layer has scale 1.
     """
     check_alpha(alpha)
+    with _naming(source):
+        return _read(source, family, format, names, fits, metadata, alpha)
+
+
+@contextlib.contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """A CheckpointError that does not name the file gets its name."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = "a dict of tensors" if isinstance(source, Mapping) else str(source)
+        if where not in error.where:
+            error.where = f"{where}: {error.where}" if error.where else where
+        raise
+
+
+def _read(
+    source: Source,
+    family: str | None,
+    format: str | None,
+    names: Names | None,
+    fits: Fit | None,
+    metadata: Mapping[str, str] | None,
+    alpha: float | None,
+) -> Bundle:
     known_name("format", format, FORMATS)
     known_name("family", family, TABLES)
     if several := components_in(source):
@@ -145,7 +171,8 @@ def _say_unconfigured(where: str) -> None:
             remedy=f"Pass the folder with both, or say alpha= (as lora_alpha in {FILE}).",
         )
     warnings.warn(
-        f"{where}: no {FILE} says the alphas, so each is taken to be the rank (scale 1); alpha= says otherwise", stacklevel=3
+        f"{where}: no {FILE} says the alphas, so each is taken to be the rank (scale 1); alpha= says otherwise",
+        stacklevel=3,
     )
 
 

@@ -43,7 +43,7 @@ def listed(names: Iterable[object]) -> str:
 
 def near(name: str, known: Iterable[str]) -> str:
     """`Did you mean 'x'?` for the closest known names, or nothing."""
-    known = list(known)
+    known = [other for other in known if other != name]
     matches = difflib.get_close_matches(name[:MAX_NAME], known, n=2, cutoff=0.6)
     return f"Did you mean {' or '.join(map(shown, matches))}?" if matches else ""
 

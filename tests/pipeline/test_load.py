@@ -694,7 +694,7 @@ def test_a_model_that_no_table_names_can_be_saved_in_its_own_names_alone(format,
         report = load_lora(model, tmp_path / "a.safetensors")
         assert (report.matched, report.family) == (("0",), "")
         return
-    with pytest.raises(CannotConvertError, match="'0'.*These formats can: diffusers, peft, lycoris"):
+    with pytest.raises(CannotConvertError, match=r"'0'.*These formats can: diffusers, peft, lycoris"):
         save_lora(model, tmp_path / "a.safetensors", format=format)
     assert list(tmp_path.iterdir()) == []
 
