@@ -33,7 +33,7 @@ from diffpeft.errors import (
 )
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
-Names = Mapping[str, Iterable[str]]
+Names = Mapping[str, Iterable[str]]  # of each component; a mapping tells the shapes of their weights too
 Spelt = tuple[str, str, int | None]  # what says the component, the layer as the format spells it, the part of it
 Found = dict[str, tuple[str, Handle]]  # one layer's tensors: {role: (key, handle)}
 _NUMBERS = ("alpha", "on_input")  # roles that are numbers
@@ -92,9 +92,9 @@ def read(
 ) -> Bundle:
     """A file, a PEFT folder or a dict of tensors as a Bundle. Reads the header; the tensors stay where they are.
 
-    `family` and `format` override detection. `names` {component: layer names} are a model's own, against which names are resolved beside the family's
-    table, and which tell the component where the file does not. `fits` is what `fitting` has said of it. `metadata` are added to the file's.
-    `alpha` is that of all layers for which the file tells none; without it such a layer has scale 1.
+    `family` and `format` override detection. `names` {component: layer names, or {name: shape of the canonical weight}} are a model's own, against
+    which names are resolved beside the family's table, and which tell the component where the file does not. `fits` is what `fitting` has said
+    of it. `metadata` are added to the file's. `alpha` is that of all layers for which the file tells none; without it such a layer has scale 1.
     """
     check_alpha(alpha)
     with _naming(source):
@@ -136,6 +136,9 @@ def _read(
     table = fmt.tables.get(next(iter(families), ""), Table({}))
     groups, carried = _grouped(tensors, found.parts, fmt, table, names or {}, metadata, where)
     _refuse_foreign(groups, where)
+    shapes = {
+        canonical(c, n): s for c, own in (names or {}).items() if isinstance(own, Mapping) for n, s in own.items()
+    }
     placed: dict[tuple[str, str], str] = {}
     entries: list[Entry] = []
     for (layer, rule), own in groups.items():
@@ -146,7 +149,7 @@ def _read(
                         f"two layers of the file are the same rows of {shown(target)}",
                         where=f"{where}: {listed([placed[target, entry.method], layer])}",
                     )
-            entries.append(entry if rule is None else replace(entry, rule=rule))
+            entries.append(replace(entry, rule=rule, shape=shapes.get(layer)))
     entries = fmt.configured(entries, metadata)
     if alpha is not None:
         entries = [_with_alpha(entry, alpha) for entry in entries]

@@ -215,6 +215,8 @@ def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole
             since = {k: v for k, v in bundle.metadata.items() if k in names or not (k in own or _ours(k))}
             before = since | before
         metadata = {k: before[k] for k in (*names, *before) if k in before and not k.startswith(_HASHES)}
+        if fmt.folder and CONFIG not in metadata:  # the file that this is from had none
+            metadata |= fmt.metadata(entries, bundle.metadata)
         if _agrees(fmt, entries, metadata):
             return Plan(tensors, metadata, tuple(order.inexact))
     other = {key for f in FORMATS.values() if not f.folder for key in f.owned}

@@ -68,7 +68,7 @@ _PIPELINES = {
 }
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
-_WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl"}, "sdxl": {1280: "sdxl_refiner"}}
+_WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
 
 
 def family_of(target: Any) -> str | None:

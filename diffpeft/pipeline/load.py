@@ -25,7 +25,8 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.families import family_of, is_unnamed
-from diffpeft.layers.adapted import is_adapted
+from diffpeft.layers.adapted import base_class, is_adapted
+from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
@@ -135,13 +136,17 @@ def opened(
         if own is not None and bundle.family and own not in (bundle.families or (bundle.family,)):
             raise _wrong_base(bundle.families or (bundle.family,), own, bundle.source)
     else:
-        names = {
-            component: [n for n, (m, _) in found.items() if _has_weights(m)] for component, found in layers.items()
-        }
+        names = {c: {n: _shape(m) for n, (m, _) in found.items() if _has_weights(m)} for c, found in layers.items()}
         bundle = _read(located(source, revision, filename), own, family, names, alpha)
     if own is None and is_unnamed(target):
         bundle = replace(bundle, family="", families=())
     return unfused(bundle, layers)
+
+
+def _shape(module: Any) -> tuple[int, ...] | None:
+    """The shape of a layer's canonical weight."""
+    site = site_of(base_class(module))
+    return site.geometry_of(module).shape if site is not None else None
 
 
 def _has_weights(module: Any) -> bool:
@@ -191,7 +196,7 @@ def _default_name(source: Any) -> str:
 
 
 def _read(
-    source: Any, own: str | None, family: str | None, names: Mapping[str, Sequence[str]], alpha: float | None
+    source: Any, own: str | None, family: str | None, names: Mapping[str, Mapping[str, Any]], alpha: float | None
 ) -> Bundle:
     """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint. Where a file is of no known
     family, and this pipeline's has some of its layers, what is wrong with it are the others.
