@@ -124,7 +124,7 @@ def fit(
         for names in alike.values()
     ]
     formats, layers, counts = max(tried, key=lambda t: max(t[2].values(), default=0))
-    fits = _by_ratio(list(counts), layers)
+    fits = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fits}
     most = max(counts.values(), default=0)
     fitting = [family for family in TABLES if most and counts.get(family) == most]
