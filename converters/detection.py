@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.families import TABLES, Table
 from converters.families.text import CLIP, T5
 from converters.formats import FORMATS, Format, Part
-from converters.formats.wrappers import unwrapped
+from converters.formats.wrappers import all_unwrapped
 from converters.rows import aspect, extent
 from converters.sizes import Layers as Sized
 from converters.sizes import grouped, published
@@ -150,7 +150,7 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
     """{format: the keys that it takes apart}, of the formats that most keys are of."""
     found: dict[str, dict[str, Part]] = {}
     done: dict[Any, dict[str, Part]] = {}  # formats that share the way need it once
-    bare_keys = {key: unwrapped(key) for key in keys}
+    bare_keys = all_unwrapped(keys)
     some = [*bare_keys.values()][:: max(len(keys) // 16, 1)]
     likely = sorted(formats, key=lambda f: sum(FORMATS[f].split(key) is None for key in some))
     for name in likely:  # the rest is then done with at its first key
@@ -247,6 +247,14 @@ class _Own:
         return self.counts[at]
 
 
+class _Verdict(NamedTuple):
+    """The families in order, whether the first is a mere guess, and the models without a table that the layers are of instead."""
+
+    families: tuple[str, ...]
+    ambiguous: bool = False
+    looks_like: tuple[str, ...] = ()
+
+
 def _decided(
     fitting: list[str],
     counts: Mapping[str, int],
@@ -254,32 +262,36 @@ def _decided(
     metadata: Mapping[str, str],
     formats: list[str],
     own: _Own,
-) -> tuple[tuple[str, ...], bool, tuple[str, ...]]:
-    """The families in order, whether the first is a mere guess, and the models without a table that the layers are of instead."""
+) -> _Verdict:
+    """Which of the families whose tables know most layers a file is of."""
     fmt = FORMATS[formats[0]]
-    tables = fmt.tables
     best = [family for family in fitting if family in _said(metadata)] or fitting
-    denoiser = _denoiser_layers(fmt, tables[best[0]] if best else Table({}), layers, metadata)
-    if fitting and not denoiser:  # text encoders have the same names everywhere
-        spelt = {f: max(own(name, f) for name in formats) for f in fitting}
-        return tuple(sorted(fitting, key=lambda f: (f not in best, -spelt[f]))), False, ()
-    if set(best) <= set(_UNETS):
-        known = best if best and counts[best[0]] >= _HALF * len(layers) else []
-        best = _by_width(known, layers) or known
-    elif metadata.get(HINT) not in best:
-        best, others = _by_size(best, counts[best[0]] / len(layers), grouped(denoiser))
-        if not best:
-            return (), False, others
+    denoiser = _denoiser_layers(fmt, fmt.tables[best[0]] if best else Table({}), layers, metadata)
     if not best:
-        return (), False, _named(grouped(denoiser))
+        return _Verdict((), looks_like=_named(grouped(denoiser)))
+    spelt = lambda family: max(own(name, family) for name in formats)  # noqa: E731
+    if not denoiser:  # text encoders have the same names everywhere
+        return _Verdict(tuple(sorted(fitting, key=lambda f: (f not in best, -spelt(f)))))
+    share = counts[best[0]] / len(layers)
     if set(best) <= set(_UNETS):
-        if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
-            best = [family for family in best if any(FORMATS[f].original(tables[family]) for f in formats)] or best
-        return tuple(best), False, ()
+        return _Verdict(_unets(best, layers, formats) if share >= _HALF else ())
+    if metadata.get(HINT) not in best:
+        best, others = _by_size(best, share, grouped(denoiser))
+        if not best:
+            return _Verdict((), looks_like=others)
     if len(best) > 1:
-        spelt = {f: max(own(name, f) for name in formats) for f in best}
-        best = [family for family in best if spelt[family] == max(spelt.values())]
-    return tuple(best), len({_reading(family, fmt, layers, metadata) for family in best}) > 1, ()
+        most = max(map(spelt, best))
+        best = [family for family in best if spelt(family) == most]
+    return _Verdict(tuple(best), len(best) > 1 and not _alike(best, fmt, layers, metadata))
+
+
+def _unets(families: list[str], layers: Layers, formats: list[str]) -> tuple[str, ...]:
+    """Of UNets those whose widths and levels these are."""
+    best = _by_width(families, layers) or families
+    if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
+        tables = FORMATS[formats[0]].tables
+        best = [family for family in best if any(FORMATS[f].original(tables[family]) for f in formats)] or best
+    return tuple(best)
 
 
 def _denoiser_layers(
@@ -333,27 +345,28 @@ def _by_depth(families: list[str], layers: Sized) -> list[str]:
     ]
 
 
-def _reading(family: str, fmt: Format, layers: Layers, metadata: Mapping[str, str]) -> str:
-    """What a file's layers are called in both programs, all that depends on the family."""
-    table = fmt.tables[family]
-    alone = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
-    components = {word: fmt.component(word, table) if word else alone for word, _ in layers}
-    return repr(
-        [
-            _place(table, components[word], layer, fmt, {role: h.shape for role, h in found.items()})
-            for (word, layer), found in layers.items()
-        ]
-    )
+def _alike(families: Collection[str], fmt: Format, layers: Layers, metadata: Mapping[str, str]) -> bool:
+    """Whether families call these layers the same in both programs: then nothing depends on which it is."""
+    kinds: dict[Any, tuple[str, str, int | None]] = {}
+    for (word, layer), found in layers.items():
+        ratio = aspect({role: h.shape for role, h in found.items()})
+        kinds.setdefault((word, re.sub(r"\d+", "#", layer), ratio), (word, layer, ratio))
+    readings = []
+    for table in (fmt.tables[family] for family in families):
+        alone = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
+        components = {word: fmt.component(word, table) if word else alone for word, _ in layers}
+        readings.append([_place(table, components[word], layer, fmt, ratio) for word, layer, ratio in kinds.values()])
+    return all(reading == readings[0] for reading in readings)
 
 
-def _place(table: Table, component: str, layer: str, fmt: Format, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """The layer in diffusers' names and its rule, however it is spelt."""
+def _place(table: Table, component: str, layer: str, fmt: Format, ratio: int | None) -> tuple[str, Any]:
+    """The component, and the layer's rule with the part of it that it is, however it is spelt; an encoder's layer."""
     if component in table.encoders:
         return component, table.encoded(component, layer, fmt.flat)
     flat = layer.replace(".", "_")
     if known(fmt, table, component, layer) == "original":
-        return component, table.to_diffusers(component, table.original_dotted(component, flat) or layer, aspect(shapes))
-    return component, table.to_original(component, table.dotted(component, flat) or layer, aspect(shapes))
+        return component, table.to_diffusers(component, table.original_dotted(component, flat) or layer, ratio)
+    return component, table.to_original(component, table.dotted(component, flat) or layer, ratio)
 
 
 def _own(fmt: Format, table: Table, layers: Collection[Spelt], metadata: Mapping[str, str]) -> int:

@@ -366,10 +366,8 @@ class _Spelling:
     def __init__(self, fmt: Format, table: Table, component: str, names: Iterable[str], layers: Sequence[str]):
         self.fmt, self.table, self.component = fmt, table, component
         self.own = {_flat(name): name for name in names}
-        theirs = [self._own(layer) is not None for layer in layers]
-        originals = [self._is_original(layer) for layer in layers]
-        only = sum(o and not t for t, o in zip(theirs, originals, strict=True))
-        others = sum(t and not o for t, o in zip(theirs, originals, strict=True))
+        told = [(self._own(layer) is not None, self._is_original(layer)) for layer in layers] if self.own else []
+        only, others = told.count((False, True)), told.count((True, False))
         self.original = only > others or (only == others and fmt.original(table))
 
     def placed(self, layer: str, number: int | None, aspect: int | None) -> tuple[str, Rule | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Published:
     name: str
     family: str  # "" if there is no table of it
     depths: tuple[Mapping[str, int], ...]
-    layers: Mapping[str, frozenset[Extent]]
+    layers: Mapping[str, Sequence[Sequence[int]]]
 
     def knows(self, layers: Layers) -> int:
         """How many of the layers have names of this model."""
@@ -52,7 +52,7 @@ class Published:
         depth = max((depths.get(kind.stack, 0) for depths in self.depths), default=0)
         if extents is None or (depth and max(kind.blocks) >= depth):
             return False
-        return not (extents and kind.stack and kind.extent) or kind.extent in extents  # inputs and outputs vary
+        return not (extents and kind.stack and kind.extent) or [*kind.extent] in extents  # inputs and outputs vary
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,4 @@ def grouped(layers: Iterable[tuple[str, Extent | None]]) -> Layers:
 def published() -> tuple[Published, ...]:
     """All models of the file."""
     rows = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-    return tuple(
-        Published(
-            name,
-            row["family"],
-            tuple(row["depths"]),
-            {flat: frozenset((rows_, columns) for rows_, columns in own) for flat, own in row["layers"].items()},
-        )
-        for name, row in rows.items()
-    )
+    return tuple(Published(name, row["family"], tuple(row["depths"]), row["layers"]) for name, row in rows.items())

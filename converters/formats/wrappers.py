@@ -4,8 +4,8 @@ around a module. They say nothing of the layer, so all formats read keys without
 
 from __future__ import annotations
 
-import functools
 import re
+from collections.abc import Collection
 
 from diffpeft.bundle import COMPONENTS
 
@@ -26,7 +26,13 @@ _FLAT_LEVEL = re.compile(rf"(?:{'|'.join(_LEVELS)})_")
 _HINT = re.compile(rf"(?:{'|'.join(_LEVELS)}|module|pipe|base_model)[._]|_\.|__")
 
 
-@functools.lru_cache(1 << 16)
+def all_unwrapped(keys: Collection[str]) -> dict[str, str]:
+    """{key: without the levels of wrappers}. Most files have none, which one search tells."""
+    if not _HINT.search("\n".join(keys)):
+        return {key: key for key in keys}
+    return {key: unwrapped(key) for key in keys}
+
+
 def unwrapped(key: str) -> str:
     """The key without the levels of wrappers. One `base_model.model.` in front stays: it is PEFT's spelling."""
     if not _HINT.search(key):
