@@ -2,7 +2,7 @@
 
 from converters.bundled import embeddings, write_embeddings
 from converters.conversion import ConvertReport, convert
-from converters.detection import Detection
+from converters.detection import Detection, Fit
 from converters.engine import components_in, detect, fitting, read, unknown_family
 from converters.families import TABLES
 from converters.formats import FORMATS
@@ -14,6 +14,7 @@ __all__ = [
     "TABLES",
     "ConvertReport",
     "Detection",
+    "Fit",
     "Inspection",
     "components_in",
     "convert",

@@ -67,7 +67,8 @@ _CROSS = re.compile(r".*transformer_blocks[._]\d+[._]attn2[._]to_[kv]")
 _XL = re.compile(
     r".*attentions?[._].*transformer_blocks[._][1-9]|.*_blocks?[._]\d.*transformer_blocks[._][1-9]|add_embedding|label_emb"
 )
-_HALF, _MOST = 0.5, 0.9  # the share of a file's layers that a UNet's, and another family's, table must know
+# the share of a file's layers that a family's table must know; of UNets, which people change, half if it is only a few that it does not know
+_MOST, _HALF, _FEW = 0.9, 0.5, 8
 _NOT_XL = re.compile(r"(down|up)_blocks[._]3|down_blocks[._]0[._]attentions")
 
 
@@ -274,7 +275,8 @@ def _decided(
         return _Verdict(tuple(sorted(fitting, key=lambda f: (f not in best, -spelt(f)))))
     share = counts[best[0]] / len(layers)
     if set(best) <= set(_UNETS):
-        return _Verdict(_unets(best, layers, formats) if share >= _HALF else ())
+        few = len(layers) - counts[best[0]] <= _FEW
+        return _Verdict(_unets(best, layers, formats) if share >= _MOST or (few and share >= _HALF) else ())
     if metadata.get(HINT) not in best:
         best, others = _by_size(best, share, grouped(denoiser))
         if not best:

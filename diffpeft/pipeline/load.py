@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import converters
+from converters.sizes import grouped
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, dotted
 from diffpeft.errors import (
@@ -205,7 +206,7 @@ def _read(
     if family is None:
         found = converters.fitting(source, own)
         partly = not found.families and not found.looks_like and found.known.get(own or "")
-        if own is not None and own not in found.families and not partly:
+        if own is not None and own not in found.families and not partly and not _fills(found, own, names):
             where = "a dict of tensors" if isinstance(source, Mapping) else source
             raise (
                 _wrong_base(found.families, own, where)
@@ -214,6 +215,16 @@ def _read(
             )
         family = own
     return converters.read(source, family=family, names=names, fits=found, alpha=alpha)
+
+
+def _fills(found: converters.Fit, own: str, names: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a file has layers in all blocks of a transformer, and in no others, and its family's names: then it is for it, whatever model is published
+    in that size.
+    """
+    blocks = grouped((layer, None) for layers in names.values() for layer in layers).blocks.values()
+    theirs = grouped((part.layer, None) for part in found.parts.values()).blocks.values()
+    knows = found.known.get(own) == found.layers and "unet" not in names
+    return bool(knows and theirs and all(numbers in blocks for numbers in theirs))
 
 
 def _wrong_base(fits: Sequence[str], own: str, where: object) -> WrongBaseError:

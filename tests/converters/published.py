@@ -95,6 +95,8 @@ MODELS: dict[str, Model] = {
     # without a table
     "ACE-Step": Model("", "AceStepTransformer1DModel", {"num_hidden_layers": 24}),
     "Allegro": Model("", "AllegroTransformer3DModel", {"num_layers": 32}),
+    "AnyFlow": Model("", "AnyFlowTransformer3DModel", {"num_layers": 40}, like="wan"),
+    "AnyFlow FAR": Model("", "AnyFlowFARTransformer3DModel", {"num_layers": 40}, like="wan"),
     "Bria": Model("", "BriaTransformer2DModel", {"num_layers": 19, "num_single_layers": 38}, like="flux"),
     "Bria 3.2": Model("", "BriaTransformer2DModel", {"num_layers": 8, "num_single_layers": 28}, {**_heads(24, 96), "axes_dims_rope": [0, 48, 48]}, like="flux"),
     "Bria FIBO": Model("", "BriaFiboTransformer2DModel", {"num_layers": 8, "num_single_layers": 38}, like="flux"),
@@ -122,6 +124,7 @@ MODELS: dict[str, Model] = {
     "JoyImage": Model("", "JoyImageEditTransformer3DModel", {"num_layers": 20}),
     "Kandinsky 5 Lite": Model("", "Kandinsky5Transformer3DModel", {"num_visual_blocks": 32}, {"model_dim": 1792, "ff_dim": 7168}),
     "Kandinsky 5 Pro": Model("", "Kandinsky5Transformer3DModel", {"num_visual_blocks": 60}, {"model_dim": 4096, "ff_dim": 16384, "time_dim": 1024}),
+    "Kandinsky Prior": Model("", "PriorTransformer", {"num_layers": 20}),
     "Krea 2": Model("", "Krea2Transformer2DModel", {"num_layers": 28}),
     "Latte": Model("", "LatteTransformer3DModel", {"num_layers": 28}, {"in_channels": 4, "out_channels": 8, "patch_size": 2, "attention_head_dim": 72, "num_attention_heads": 16, "cross_attention_dim": 1152, "caption_channels": 4096, "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "attention_bias": True}),
     "LongCat-Image": Model("", "LongCatImageTransformer2DModel", {"num_layers": 10, "num_single_layers": 20}, like="flux"),
@@ -136,6 +139,7 @@ MODELS: dict[str, Model] = {
     "PRX": Model("", "PRXTransformer2DModel", {"depth": 16}),
     "Qwen-Image 2.1": Model("", "QwenImage21Transformer2DModel", {"num_layers": 32}),
     "Sana Video": Model("", "SanaVideoTransformer3DModel", {"num_layers": 20}, like="sana"),
+    "SkyReels V2 (default)": Model("", "SkyReelsV2Transformer3DModel", {"num_layers": 32}, like="wan"),
     "Stable Audio": Model("", "StableAudioDiTModel", {"num_layers": 24}),
 }  # fmt: skip
 

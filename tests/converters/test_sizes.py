@@ -27,6 +27,8 @@ OURS = [name for name, model in MODELS.items() if model.family]
 OTHERS = [name for name, model in MODELS.items() if not model.family]
 # models that are another's twins: in names and sizes of what is usually trained there is no difference
 TWINS = {
+    "AnyFlow": "wan",
+    "AnyFlow FAR": "wan",
     "Bria": "flux",
     "ConsisID": "cogvideox",
     "DiT": "pixart",

@@ -297,6 +297,22 @@ def test_a_pipeline_is_of_the_family_of_its_denoiser(name):
     assert family_of(pipe_of(name, **{part: bare})) == TRUE[name]
 
 
+@pytest.mark.parametrize("blocks, wrong", [((10, 20), True), ((8, 38), False)], ids=["another model's", "this one's"])
+def test_a_model_of_unusual_depth_takes_files_that_fill_it_and_none_of_another_model(blocks, wrong):
+    """Files with the sizes of LongCat-Image and of Bria's FIBO, whose layers are called as Flux's."""
+    with torch.device("meta"):
+        net = diffusers.FluxTransformer2DModel(**({} if wrong else {"num_layers": 8}))
+    layers = [f"transformer_blocks.{n}.attn.to_q" for n in range(blocks[0])]
+    layers += [f"single_transformer_blocks.{n}.attn.to_q" for n in range(blocks[1])]
+    tensors = {k: t for layer in layers for k, t in lora(f"transformer.{layer}", 3072, 3072, rank=1).items()}
+    assert not converters.detect(tensors).family
+    if wrong:
+        with pytest.raises(WrongBaseError, match=r"another model than flux.*LongCat-Image.*transformer_blocks\.0"):
+            load_lora(net, tensors)
+    else:
+        assert len(load_lora(net, tensors).matched) == len(layers)
+
+
 # Models without a table
 
 OWN = ("diffusers", "peft", "kohya-diffusers", "lycoris")
