@@ -100,9 +100,16 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
         carried=tuple(carried),
         trigger_words=trigger_words(metadata),
         metadata=metadata,
-        readable_by=READERS[format][0] if methods <= {"lora", "dora"} else READERS[format][1],
+        readable_by=_readers(format, families[0], methods),
         **rows,
     )
+
+
+def _readers(format: str, family: str, methods: set[str]) -> tuple[str, ...]:
+    """The programs that read it. What they make of the layers of a model of an unknown family nobody knows, but that PEFT asks the model itself."""
+    if not family and not FORMATS[format].folder:
+        return ()
+    return READERS[format][0] if methods <= {"lora", "dora"} else READERS[format][1]
 
 
 def _grouped(
