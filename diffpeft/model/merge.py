@@ -21,6 +21,7 @@ from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import Plan, mixes_of, refuse_foreign, unfused
 from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit, unfit
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.target import adapted_layers, components
 
@@ -45,6 +46,11 @@ def merge_for_good(
     has changed.
     """
     parts = components(model)
+    with exclusive(parts):
+        return _merge(parts, names, dequantize)
+
+
+def _merge(parts: Mapping[str, nn.Module], names: str | Sequence[str] | None, dequantize: bool) -> dict[str, float]:
     adapted = {component: adapted_layers(part) for component, part in parts.items()}
     mixes = mixes_of(parts, adapted)
     known = {n for mix in mixes.values() for n in mix.adapters}
