@@ -16,9 +16,10 @@ from torch import Tensor
 
 from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.rows import Rows
-from diffpeft.layers.site import held_forwards, site_of
-from diffpeft.layers.slot import Slot
+from diffpeft.layers.site import held_forwards, is_cast, site_of
+from diffpeft.layers.slot import Slot, with_own_dtype
 from diffpeft.layers.swap import subclass
+from diffpeft.methods.linalg import traced, wide_dtype
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
 _RESERVED = set(dir(nn.ModuleDict()))
@@ -145,10 +146,24 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
                 return base.forward(self, *args, **kwargs)
             return link(x.to(dtype) if x.is_floating_point() and site.targets else x)
 
+        def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+            adapters = self._modules.get(ADAPTERS)
+            if adapters is None or not is_cast(self):
+                return base._apply(self, fn, recurse)
+            self._modules[ADAPTERS] = None  # it is the layer that is stored in another dtype, not its adapters
+            try:
+                base._apply(self, fn, recurse)
+            finally:
+                self._modules[ADAPTERS] = adapters
+            adapters._apply(with_own_dtype(fn))
+            return self
+
         def extra_repr(self: Any) -> str:
             return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
 
-        _classes[base] = subclass(base, adapted_class, "_diffpeft_base", forward=forward, extra_repr=extra_repr)
+        _classes[base] = subclass(
+            base, adapted_class, "_diffpeft_base", forward=forward, _apply=_apply, extra_repr=extra_repr
+        )
     return _classes[base]
 
 
@@ -181,7 +196,7 @@ def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 def _dtype(module: Any, x: Tensor, site: Any) -> torch.dtype:
     """What the layer computes in: autocast's choice, else the input's, or for a lookup the weight's. A norm only has its weight computed."""
     if not site.targets:
-        return torch.promote_types(module.weight.dtype, torch.float32)
+        return wide_dtype(module.weight.dtype)
     if not x.is_floating_point():
         return module.weight.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -201,7 +216,7 @@ def _link(
     """The layer with the active adapters on it; None if there is none. Kept from one call to the next while the mix is the same."""
     choice = record.mix.current()
     compiling = torch.compiler.is_compiling()
-    keep = not (compiling or rest or named)
+    keep = not (traced() or rest or named)
     lasting = choice.of or choice  # what stays from step to step
     if keep:
         kept = record.kept.get("link")

@@ -26,16 +26,17 @@ from diffpeft.layers.adapted import (
     weights_of,
 )
 from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, refusal
+from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
+from diffpeft.methods.linalg import wide_dtype
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.root import settle
-from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.target import COMPILED, adapted_layers, components, is_preset, layers_of, modules_of, select
 
 OVERSIZED = "layers are smaller than the rank"
 
@@ -77,8 +78,7 @@ class Plan:
                 place(module, own)
             for tensor, new_numbers in self.tensors:
                 tensor.data = new_numbers
-            for model, mix in self.roots:
-                settle(model, mix)
+            self._finish()
         except BaseException:
             for module, state in before:
                 enter(module, state)
@@ -88,9 +88,16 @@ class Plan:
                 tensor.data = old_numbers
             for mix, old in attributes:
                 mix.__dict__.update(old)
-            for model, mix in self.roots:
-                settle(model, mix)
+            self._finish()
             raise
+
+    def _finish(self) -> None:
+        """Let the models, and who offloads them, know what is on their layers now."""
+        changed = [module for module, _ in (*self.layers, *self.wholes)]
+        for model, mix in self.roots:
+            settle(model, mix)
+            if changed:
+                reapply_offloading(getattr(model, COMPILED, model), changed)
 
 
 def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
@@ -366,7 +373,7 @@ def _weight(op: Any, dry_run: bool) -> torch.Tensor:
     if dry_run:
         return torch.empty(op.geometry.shape)
     W = present(op.module, lambda: op.weight().detach())
-    return W.to("cpu", torch.promote_types(W.dtype, torch.float32))
+    return W.to("cpu", wide_dtype(W.dtype))
 
 
 def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:

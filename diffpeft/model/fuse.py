@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from diffpeft.errors import AdapterStateError, ConfigError, NonFiniteError, UnknownNameError, shown
 from diffpeft.layers.adapted import Record, Weights, base_class, effective, record_of, state_with, weights_of
 from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import ConvSite, LinearSite, site_of
+from diffpeft.layers.site import STORING_HOOKS, ConvSite, LinearSite, diffusers_hooks, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import copied, copies_of
+from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import Plan, mixes_of, unfused
 from diffpeft.model.lock import exclusive
@@ -175,23 +176,25 @@ def _on_cpu(t: Any) -> Any:
 def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, float]], scratch: Scratch) -> Weights:
     """Weights computed from `base` in fp32 or better and rounded once, in the present dtype."""
     weight, bias = weights_of(module)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = wide_dtype(weight.dtype)
     with torch.no_grad():
         own = base[0].to(weight.device), None if base[1] is None else base[1].to(weight.device)
         rows = _by_rows(module, steps, dtype, own[0], scratch)
         W, b = effective(module, steps, dtype, own) if rows is None else (rows, own[1])
     if b is not None and bias is None:
         raise unfit(layer, "an adapter adds a bias and the layer has none")
-    out = (
-        W.to(weight.dtype).contiguous(memory_format=torch.preserve_format),
-        None if b is None or bias is None else b.to(bias),
-    )
-    if not all(t is None or bool(torch.stack(t.aminmax()).isfinite().all()) for t in out):  # NaN is either's
+    out = laid_out(W, weight), None if b is None or bias is None else b.to(bias)
+    if not all(t is None or is_finite(t) for t in out):
         raise NonFiniteError(
             f"layer {shown(layer)} would get weights that are not finite",
             remedy="An adapter is broken, or too strong for the dtype.",
         )
     return (out[0].clone() if out[0].data_ptr() == base[0].data_ptr() else out[0]), out[1]
+
+
+def laid_out(W: Tensor, like: Tensor) -> Tensor:
+    """W in the dtype of another tensor, and lying in memory as that does."""
+    return W if W.dtype == like.dtype and W.stride() == like.stride() else torch.empty_like(like).copy_(W)
 
 
 class Scratch:
@@ -264,12 +267,9 @@ def owners_of(model: nn.Module) -> dict[int, int]:
 def refuse_hooked(model: nn.Module) -> None:
     """Raise AdapterStateError if diffusers' hooks keep a model's weights elsewhere, or in another dtype, between calls."""
     for name, module in model.named_modules():
-        found = _HOOKS & {*getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
+        found = STORING_HOOKS & {*diffusers_hooks(module)}
         if found:
-            raise unfit(name, f"diffusers' {sorted(found)[0].replace('_', ' ')} holds its weight")
-
-
-_HOOKS = frozenset({"group_offloading", "layerwise_casting", "lazy_prefetch_group_offloading"})
+            raise unfit(name, f"diffusers' {min(found).replace('_', ' ')} holds its weight")
 
 
 def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:
