@@ -17,7 +17,7 @@ from torch import Tensor
 from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.rows import Rows
 from diffpeft.layers.site import held_forwards, is_cast, site_of
-from diffpeft.layers.slot import Slot, with_own_dtype
+from diffpeft.layers.slot import Slot, stamp_of, with_own_dtype
 from diffpeft.layers.swap import subclass
 from diffpeft.methods.linalg import traced, wide_dtype
 
@@ -38,6 +38,7 @@ class Record:
     slots: Mapping[str, Slot]
     fused: frozenset[str] = frozenset()  # adapters that are in the weight
     base: Weights | None = None  # what the weight was before, if it was kept
+    sample: Weights | None = None  # of what fusing has put in its place: some numbers by which it is known again
     kept: dict[Any, Any] = field(
         default_factory=dict, init=False
     )  # what was worked out: never more than this record and its layer say
@@ -96,8 +97,10 @@ def state_with(module: nn.Module, record: Record | None, weights: Weights | None
 def enter(module: Any, state: State) -> None:
     """Put a layer into `state`. Plain assignments: given a prepared state it cannot fail."""
     held = held_forwards(module)
-    old = record_of(module)
-    if old is not None and old is not state.record:
+    old, new = record_of(module), state.record
+    if old is not None and old is not new:
+        if new is not None and new.fused == old.fused and FUSED in old.kept:
+            new.kept[FUSED] = old.kept[FUSED]
         old.kept.clear()  # it refers to the layer, which would keep adapters alive until a garbage collection
     module.__class__ = state.cls
     if state.record is None:
@@ -110,8 +113,22 @@ def enter(module: Any, state: State) -> None:
         module.weight.data = state.weights[0]
         if state.weights[1] is not None:
             module.bias.data = state.weights[1]
+        if new is not None and new.fused:
+            new.kept[FUSED] = stamps_of(module)
     for place, key in held:
         place[key] = state.cls.forward.__get__(module)
+
+
+FUSED = "fused"  # where a record keeps how to tell the weights that fusing has put there
+
+
+def stamps_of(module: Any) -> Any:
+    """What stays while a layer has the same parameters with the same numbers in them; None where torch does not count changes."""
+    parameters = module.weight, getattr(module, "bias", None)
+    try:
+        return [None if p is None else (id(p), stamp_of(p)) for p in parameters]
+    except RuntimeError:  # tensors made in inference mode
+        return None
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:

@@ -16,14 +16,12 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, li
 from diffpeft.layers.adapted import (
     Record,
     State,
-    Weights,
     enter,
     is_adapted,
     op_of,
     record_of,
     state_of,
     state_with,
-    weights_of,
 )
 from diffpeft.layers.patches import Patch, Patches
 from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
@@ -37,6 +35,7 @@ from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.root import settle
 from diffpeft.model.target import COMPILED, adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
 
@@ -481,21 +480,6 @@ def remove(
                 plan.wholes.append((module, copies))
             if names & set(copies.modules):
                 plan.wholes.append((module, copies.without(names)))
-
-
-def unfused(layer: str, module: Any, record: Record) -> tuple[Record, Weights]:
-    """A layer's record and weights without anything fused, the weights in the present dtype and on the present device."""
-    if record.base is None:
-        raise AdapterStateError(
-            f"layer {shown(layer)} was fused with keep_base='none'",
-            remedy="Load the model again to get its own weights.",
-        )
-    weights = [
-        None if old is None or now is None else old.to(device=now.device, dtype=now.dtype)
-        for old, now in zip(record.base, weights_of(module), strict=True)
-    ]
-    assert weights[0] is not None
-    return replace(record, fused=frozenset(), base=None), (weights[0], weights[1])
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -20,11 +20,12 @@ from diffpeft.layers.adapted import Record, Weights, base_class, effective, op_o
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide_dtype
-from diffpeft.model.attach import Plan, mixes_of, refuse_foreign, unfused
-from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit, unfit
+from diffpeft.model.attach import Plan, mixes_of, refuse_foreign
+from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.target import adapted_layers, components
+from diffpeft.model.weights import unfit, unfused
 
 
 def merge_for_good(
