@@ -376,8 +376,8 @@ def test_a_fused_model_may_be_cast(model, randomize):
 
 
 LARGE = {
-    "all, through data": lambda w: w.data.mul_(1.001),
-    "one number": lambda w: w[77].mul_(1.5),
+    "all, through data": lambda w: w.data.mul_(1.01),
+    "a few numbers": lambda w: w[7, 5].mul_(1.5),
     "all of another": lambda w: w.copy_(torch.randn_like(w)),
 }
 
