@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diffpeft.errors import ConfigError, shown
-from diffpeft.model.strength import is_strength
+from diffpeft.methods.config import is_fp32
 
 # the arguments in which diffusers' pipelines and models take {"scale": s}
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -76,7 +76,7 @@ def asked_scale(early: bool, arguments: Mapping[str, Any]) -> float:
     scale = _encoders_scale() if early else _scale_in(arguments)
     if scale is None:
         return 1.0
-    if not is_strength(scale):
+    if not is_fp32(scale):
         raise ConfigError(f"the scale in the attention arguments is {shown(scale)}", remedy="It is a finite number.")
     return float(scale)
 
