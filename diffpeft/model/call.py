@@ -81,6 +81,18 @@ def asked_scale(early: bool, arguments: Mapping[str, Any]) -> float:
     return float(scale)
 
 
+def for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's call without a scale, where diffusers could do nothing with it but warn: it scales peft's layers alone."""
+    if _scale_in(arguments) is None:
+        return arguments
+    from diffusers.utils import USE_PEFT_BACKEND
+
+    if USE_PEFT_BACKEND:
+        return arguments
+    scaled = {name: arguments[name] for name in ATTENTION_KWARGS if isinstance(arguments.get(name), Mapping)}
+    return {**arguments, **{name: {k: v for k, v in given.items() if k != "scale"} for name, given in scaled.items()}}
+
+
 def _encoders_scale() -> Any:
     """What `encode_prompt` was given as `lora_scale`, else what its pipeline was called with."""
     for frame in _frames():

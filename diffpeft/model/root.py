@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, listed
 from diffpeft.layers.site import site_of
 from diffpeft.layers.swap import subclass
-from diffpeft.model.call import asked_scale, rows_asked, takes_scale
+from diffpeft.model.call import asked_scale, for_diffusers, rows_asked, takes_scale
 from diffpeft.model.mix import Choice, Mix, forced, in_force, show_compiled
 from diffpeft.model.scope import Block
 from diffpeft.model.target import COMPILED
@@ -86,7 +86,7 @@ def _root_class(base: Any) -> type:
             if mix is None:
                 return base.__call__(self, *args, **kwargs)
             with in_force(lambda: _for_call(mix, args, kwargs)):
-                return base.__call__(self, *args, **kwargs)
+                return base.__call__(self, *args, **for_diffusers(kwargs))
 
         _classes[base] = subclass(
             base,
