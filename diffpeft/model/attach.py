@@ -16,25 +16,26 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, li
 from diffpeft.layers.adapted import (
     Record,
     State,
-    Weights,
     enter,
     is_adapted,
     op_of,
     record_of,
     state_of,
     state_with,
-    weights_of,
 )
 from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, refusal
+from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
+from diffpeft.methods.linalg import wide_dtype
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.root import settle
-from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.target import COMPILED, adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
 
@@ -76,8 +77,7 @@ class Plan:
                 place(module, own)
             for tensor, new_numbers in self.tensors:
                 tensor.data = new_numbers
-            for model, mix in self.roots:
-                settle(model, mix)
+            self._finish()
         except BaseException:
             for module, state in before:
                 enter(module, state)
@@ -87,9 +87,16 @@ class Plan:
                 tensor.data = old_numbers
             for mix, old in attributes:
                 mix.__dict__.update(old)
-            for model, mix in self.roots:
-                settle(model, mix)
+            self._finish()
             raise
+
+    def _finish(self) -> None:
+        """Let the models, and who offloads them, know what is on their layers now."""
+        changed = [module for module, _ in (*self.layers, *self.wholes)]
+        for model, mix in self.roots:
+            settle(model, mix)
+            if changed:
+                reapply_offloading(getattr(model, COMPILED, model), changed)
 
 
 def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
@@ -170,21 +177,31 @@ def attach(
     Tensors are float32 whatever the base's dtype. `requires_grad` of the base is not touched.
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
+    parts = components(target)
     check_name(name)
     given = {"side": side, "dora": dora, "constraint": constraint, "rescale": rescale, "tucker": tucker}
     options = {key: value for key, value in given.items() if value is not None}
-    method, parts = method_of(config, options), components(target)
+    method = method_of(config, options)
     config.validate()
     for field_ in _FACADE:
         if getattr(config, field_, None):
             raise ConfigError(
                 f"attach has no use for {field_}", remedy="It is for get_peft_model and inject_adapter_in_model."
             )
-    chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
     quiet = is_preset(targets or config.target_modules)  # who named the layers should know of small ones
-    return attach_to(
-        parts, chosen, config, name, method=method, options=options, generator=generator, dry_run=dry_run, quiet=quiet
-    )
+    with exclusive(parts):
+        chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
+        return attach_to(
+            parts,
+            chosen,
+            config,
+            name,
+            method=method,
+            options=options,
+            generator=generator,
+            dry_run=dry_run,
+            quiet=quiet,
+        )
 
 
 _FACADE = (
@@ -244,6 +261,7 @@ def attach_to(
                 install(plan, component, chosen[component], found, mixes.get(component), own, strength)
                 copy_wholes(plan, name, wholes)
                 put_patches(plan, name, patches)
+                plan.roots.append((parts[component], plan.mixes[-1][0]))
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
     tensors += dict.fromkeys(p for _, patch in patches.values() for p in patch.parameters())
@@ -354,7 +372,7 @@ def _weight(op: Any, dry_run: bool) -> torch.Tensor:
     if dry_run:
         return torch.empty(op.geometry.shape)
     W = present(op.module, lambda: op.weight().detach())
-    return W.to("cpu", torch.promote_types(W.dtype, torch.float32))
+    return W.to("cpu", wide_dtype(W.dtype))
 
 
 def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
@@ -413,14 +431,15 @@ def detach(target: Any, name: str) -> None:
 
 def take_off(parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
     """Remove adapters, or all of them. Raises UnknownNameError for a name that no component has."""
-    adapted = {component: adapted_layers(model) for component, model in parts.items()}
-    mixes = mixes_of(parts, adapted)
-    known = {n for mix in mixes.values() for n in mix.adapters}
-    for name in sorted((names or set()) - known):
-        raise UnknownNameError.of("adapter", name, known)
-    plan = Plan()
-    remove(plan, parts, mixes, adapted, known if names is None else names)
-    plan.commit()
+    with exclusive(parts):
+        adapted = {component: adapted_layers(model) for component, model in parts.items()}
+        mixes = mixes_of(parts, adapted)
+        known = {n for mix in mixes.values() for n in mix.adapters}
+        for name in sorted((names or set()) - known):
+            raise UnknownNameError.of("adapter", name, known)
+        plan = Plan()
+        remove(plan, parts, mixes, adapted, known if names is None else names)
+        plan.commit()
 
 
 def remove(
@@ -461,21 +480,6 @@ def remove(
                 plan.wholes.append((module, copies))
             if names & set(copies.modules):
                 plan.wholes.append((module, copies.without(names)))
-
-
-def unfused(layer: str, module: Any, record: Record) -> tuple[Record, Weights]:
-    """A layer's record and weights without anything fused, the weights in the present dtype and on the present device."""
-    if record.base is None:
-        raise AdapterStateError(
-            f"layer {shown(layer)} was fused with keep_base='none'",
-            remedy="Load the model again to get its own weights.",
-        )
-    weights = [
-        None if old is None or now is None else old.to(device=now.device, dtype=now.dtype)
-        for old, now in zip(record.base, weights_of(module), strict=True)
-    ]
-    assert weights[0] is not None
-    return replace(record, fused=frozenset(), base=None), (weights[0], weights[1])
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:
