@@ -53,8 +53,7 @@ def fitting(source: Source, family: str | None = None) -> Fit:
     `family` is known to be what the file is asked for, where formats of different families look alike.
     """
     if several := components_in(source):
-        family, first = _common(several), fitting(several[0])
-        return replace(first, families=(family,) if family else first.families, ambiguous=family is None)
+        return _common(several)
     tensors, metadata, where = opened(source)
     return fit(tensors, metadata, where, family=family)
 
@@ -125,7 +124,8 @@ def _read(
     known_name("format", format, FORMATS)
     known_name("family", family, TABLES)
     if several := components_in(source):
-        family = family or _common(several)
+        common = _common(several)
+        family = family or (common.families[0] if common.families and not common.ambiguous else None)
         bundles = [read(path, family=family, format=format, names=names, alpha=alpha) for path in several]
         return _merged(bundles, source)
     tensors, told, where = fits.opened if fits else opened(source)
@@ -208,12 +208,18 @@ def components_in(source: Source) -> list[Path]:
     return [path for path in names if path.is_file() or (path / WEIGHTS).is_file()]
 
 
-def _common(paths: Sequence[Path]) -> str | None:
-    """The family of files of one adapter: the first that fits all."""
-    fits = sorted((fitting(path) for path in paths), key=lambda f: len(f.families))
-    if any(f.ambiguous for f in fits) and not any(len(f.families) == 1 for f in fits):
-        return None
-    return next((family for family in fits[0].families if all(family in f.families for f in fits)), None)
+def _common(paths: Sequence[Path]) -> Fit:
+    """What the files of one adapter fit together. An unknown denoiser decides; text encoders that no table knows (language models) say nothing."""
+    fits = [fitting(path) for path in paths]
+    unknown = [
+        f for f, path in zip(fits, paths, strict=True) if not (f.families or path.name.startswith("text_encoder"))
+    ]
+    told = sorted((f for f in fits if f.families), key=lambda f: len(f.families))
+    if unknown or not told:
+        return (unknown or fits)[0]
+    common = tuple(family for family in told[0].families if all(family in f.families for f in told))
+    ambiguous = any(f.ambiguous for f in told) and not any(len(f.families) == 1 for f in told)
+    return replace(told[0], families=common, ambiguous=bool(common) and ambiguous)
 
 
 def _merged(bundles: Sequence[Bundle], source: Source) -> Bundle:
@@ -384,11 +390,9 @@ class _Spelling:
             if rule is not None:
                 if number is not None and number < len(rule.parts):
                     return dotted(self.component, rule.parts[number][0]), None
-                return (
-                    (dotted(self.component, rule.parts[0][0]), None)
-                    if rule.renames
-                    else (dotted(self.component, name), rule)
-                )
+                if rule.renames:
+                    return dotted(self.component, rule.parts[0][0]), None
+                return dotted(self.component, name), rule
         if self.component in self.table.encoders:
             layer = self.table.encoded(self.component, layer, self.fmt.flat) or layer
         elif self.fmt.flat:

@@ -71,7 +71,9 @@ def adapted(pipe, config=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts = [
-            t for t in TARGETS if any(n.endswith(t) for m in components(pipe).values() for n, _ in m.named_modules())
+            t
+            for t in TARGETS
+            if any(f".{n}".endswith(f".{t}") for m in components(pipe).values() for n, _ in m.named_modules())
         ]
         attach(pipe, config or LoraConfig(r=2), name="a", targets=parts)
     for slot in slots_of(pipe, "a").values():
@@ -125,6 +127,35 @@ def test_the_folder_s_name_tells_where_the_metadata_do_not(tmp_path):
             report = load_lora(pipe, source, name="b")
             assert {layer.partition(".")[0] for layer in report.matched} == {component}
             unload(pipe)
+
+
+@pytest.mark.parametrize("family", ["chroma", "flux"])
+def test_a_folder_whose_files_fit_several_families_is_the_pipeline_s(family, tmp_path):
+    """Attention alone is called and sized alike in both; each has its own second text encoder."""
+    name = {"chroma": "ChromaPipeline", "flux": "FluxPipeline"}[family]
+    pipe = pipe_of(name, transformer=model(family, torch.float32), text_encoder=t5() if family == "chroma" else clip())
+    wanted = adapted(pipe)
+    save_lora(pipe, tmp_path / "a", name="a", format="peft")
+    for component in ("transformer", "text_encoder"):  # as stock PEFT would write them
+        file = tmp_path / "a" / component / "adapter_model.safetensors"
+        save_file(load_file(file), file, {"format": "pt"})
+    unload(pipe)
+    assert family in converters.fitting(tmp_path / "a").families
+    load_lora(pipe, tmp_path / "a", name="b")
+    same(pipe, "b", wanted)
+
+
+def test_a_folder_of_an_unknown_model_and_its_text_encoder_is_unknown_and_loads(tmp_path):
+    pipe = pipe_of("KandinskyPipeline", transformer=model("kandinsky5", torch.float32), text_encoder=clip())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attach(pipe, LoraConfig(r=2), name="a", targets=["to_query", "q_proj"])
+    wanted = {layer: {r: t.clone() for r, t in s.tensors.items()} for layer, s in slots_of(pipe, "a").items()}
+    save_lora(pipe, tmp_path / "a", name="a", format="peft")
+    unload(pipe)
+    assert converters.fitting(tmp_path / "a").families == ()
+    assert load_lora(pipe, tmp_path / "a", name="b").family == ""
+    same(pipe, "b", wanted)
 
 
 def test_an_adapter_of_a_component_that_the_pipeline_lacks_adapts_no_other(tmp_path):
