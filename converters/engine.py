@@ -373,8 +373,7 @@ class _Spelling:
         self.fmt, self.table, self.component = fmt, table, component
         self.own = {_flat(name): name for name in names}
         told = [(self._own(layer) is not None, self._is_original(layer)) for layer in layers] if self.own else []
-        only, others = told.count((False, True)), told.count((True, False))
-        self.original = only > others or (only == others and fmt.original(table))
+        self.votes = told.count((False, True)) - told.count((True, False))  # above 0 for the original's names
 
     def placed(self, layer: str, number: int | None, aspect: int | None) -> tuple[str, Rule | None]:
         """The canonical layer behind a spelt one, and its rule if it is one of the original program's whose rows are not a layer of diffusers'.
@@ -382,7 +381,7 @@ class _Spelling:
         A name that nobody knows stays as it is: whoever needs the layer will miss it and say so.
         """
         own, original = self._own(layer), self._is_original(layer)
-        if own is not None and not (original and self.original):
+        if own is not None and not (original and self._is_meant(own)):
             return canonical(self.component, own), None
         if original:
             name = self.table.original_dotted(self.component, _flat(layer)) or layer
@@ -404,6 +403,12 @@ class _Spelling:
         if self.fmt.flat:
             return self.own.get(layer) or self.own.get(layer.removeprefix("text_model_"))
         return layer if self.own.get(_flat(layer)) == layer else None
+
+    def _is_meant(self, own: str) -> bool:
+        """Whether a name that is also the model's is the original's here: as most of the file's are, or the format's, or where the table has no other."""
+        if self.votes:
+            return self.votes > 0
+        return self.fmt.original(self.table) or not self.table.knows(self.component, own)
 
     def _is_original(self, layer: str) -> bool:
         """Whether the name is the original program's, whatever else it is."""

@@ -67,6 +67,10 @@ def test_a_file_in_the_original_s_spelling_means_what_the_table_says_whatever_el
             comfyui(original, size), family=model.family, names={"transformer": [*every, *originally(at)]}
         ).entries
         assert [*entry.targets] == [f"transformer.{part}" for part in parts], original
+        bare = {key.removeprefix("diffusion_model."): t for key, t in comfyui(original, size).items()}
+        if not original.startswith("transformer."):  # which is a component's name
+            (entry,) = converters.read(bare, family=model.family, names={"transformer": every}).entries
+            assert [*entry.targets] == [f"transformer.{part}" for part in parts], original
 
 
 @pytest.mark.parametrize("at", [at for at, _ in MODELS], ids=lambda at: test_families.named(test_families.MODELS[at]))
