@@ -89,9 +89,15 @@ def deltas(net):
 
 
 def methods_of(family, format):
-    """Three of the methods, others for each family and format."""
-    at = 3 * FAMILIES.index(family) + 4 * WRITTEN.index(format)
-    return [[*METHODS][(at + n) % len(METHODS)] for n in range(3)]
+    """Two of the methods, others for each family and format."""
+    at = 2 * WRITTEN.index(format) + 3 * FAMILIES.index(family)
+    return [[*METHODS][(at + n) % len(METHODS)] for n in range(2)]
+
+
+def test_every_pair_is_in_the_matrix():
+    cells = [(family, format, m) for family in FAMILIES for format in WRITTEN for m in methods_of(family, format)]
+    assert {(family, m) for family, _, m in cells} == {(family, m) for family in FAMILIES for m in METHODS}
+    assert {(format, m) for _, format, m in cells} == {(format, m) for format in WRITTEN for m in METHODS}
 
 
 def saved(net, path, format):
@@ -133,7 +139,7 @@ def test_what_was_saved_comes_back(family, net, tmp_path):
             same(before, deltas(net))
             unload(net)
             done += 1
-    assert done >= 6
+    assert done >= (4 if family in SAVED else 2)  # others have only the formats with their own names
     assert trace.keys() == net.state_dict().keys()
     assert all(torch.equal(t, trace[k]) for k, t in net.state_dict().items())
 
@@ -141,7 +147,7 @@ def test_what_was_saved_comes_back(family, net, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["a.safetensors", "a"])
 def test_without_a_format_everything_can_be_saved_or_the_refusal_says_where(family, net, name, tmp_path):
-    for method in METHODS:
+    for method in [*METHODS][FAMILIES.index(family) % 3 :: 3]:
         path = tmp_path / method / name
         path.parent.mkdir()
         attached(net, method)
