@@ -21,6 +21,7 @@ class Tokens(Patch):
     """
 
     names = ("weight",)
+    shows = True
 
     def __init__(self, index: Sequence[int], delta: Tensor):
         super().__init__()

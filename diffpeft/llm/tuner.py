@@ -20,10 +20,11 @@ from diffpeft.llm.patches import patches_of
 from diffpeft.llm.replication import replicated
 from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, wholes_of
 from diffpeft.llm.targets import chosen, resolved
+from diffpeft.llm.tying import loosen
 from diffpeft.llm.weighted import add_weighted
-from diffpeft.model.attach import Plan, attach_to, method_of, mixes_of, take_off
-from diffpeft.model.fuse import fuse, refuse_half_tied, unfuse
-from diffpeft.model.merge import merge_for_good
+from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
+from diffpeft.model.fuse import fuse, unfuse
+from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import check_name
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import modules_of
@@ -265,17 +266,13 @@ class Tuner(nn.Module):
         """
         names = None if adapter_names is None else list(adapter_names)
         known(names or (), self.peft_config)
-        order = names or self.active_adapters
-        wholes = [(m, copies) for m, _ in modules_of(self.model, copied).values() if (copies := copies_of(m))]
-        for mix in mixes_of({"": self.model}).values():
-            refuse_half_tied(self.model, mix, order)
-        after = Plan(wholes=[(module, None) for module, _ in wholes])
-        after.tensors = [pair for module, copies in wholes for pair in copies.merged(module, order)]
-        self.last_merge_report = merge_for_good(self.model, names, dequantize=dequantize, safe=safe_merge)
+        plan, report = plan_merged(self.model, names, dequantize=dequantize)
+        loosen(plan, self.model)
+        plan.settings.append((self, "peft_config", {}))
+        plan.commit()
+        self.last_merge_report = report
         if dequantize:
             forget_quantization(self.model)
-        after.commit()
-        self.peft_config.clear()
         return self.model
 
     def unload(self) -> nn.Module:

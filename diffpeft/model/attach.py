@@ -28,7 +28,7 @@ from diffpeft.layers.adapted import (
 from diffpeft.layers.patches import Patch, Patches
 from diffpeft.layers.site import COPIES, device_of, present, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
-from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of, place
+from diffpeft.layers.whole import Copies, Put, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
@@ -60,6 +60,18 @@ class Plan:
         default_factory=list
     )  # modules with copies of themselves, or patches
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # parameters that get other numbers
+    held: list[tuple[dict[str, Any], str, Any]] = field(
+        default_factory=list
+    )  # (a module's table of modules or parameters, a name in it, the new one)
+    settings: list[tuple[Any, str, Any]] = field(default_factory=list)  # (an object beside the model, attribute, value)
+
+    def put(self, puts: Iterable[Put]) -> None:
+        """Add writes to modules' tables: numbers for the parameter that is there, or another parameter."""
+        for table, name, new in puts:
+            if isinstance(new, nn.Parameter):
+                self.held.append((table, name, new))
+            else:
+                self.tensors.append((table[name], new))
 
     def commit(self) -> None:
         """Make the writes; if one is interrupted, undo those made."""
@@ -67,7 +79,11 @@ class Plan:
         attributes = [(mix, {name: getattr(mix, name) for name in new}) for mix, new in self.mixes]
         copies = [(module, copies_of(module)) for module, _ in self.wholes]
         numbers = [(tensor, tensor.data) for tensor, _ in self.tensors]
+        held = [(table, name, table[name]) for table, name, _ in self.held]
+        settings = [(thing, name, getattr(thing, name)) for thing, name, _ in self.settings]
         try:
+            for table, name, new_one in self.held:
+                table[name] = new_one
             for mix, new in self.mixes:
                 mix.__dict__.update(new)
             for module, state in self.layers:
@@ -76,6 +92,8 @@ class Plan:
                 place(module, own)
             for tensor, new_numbers in self.tensors:
                 tensor.data = new_numbers
+            for thing, name, value in self.settings:
+                setattr(thing, name, value)
             for model, mix in self.roots:
                 settle(model, mix)
         except BaseException:
@@ -85,6 +103,10 @@ class Plan:
                 place(module, old_copies)
             for tensor, old_numbers in reversed(numbers):
                 tensor.data = old_numbers
+            for table, name, old_one in held:
+                table[name] = old_one
+            for thing, name, value in settings:
+                setattr(thing, name, value)
             for mix, old in attributes:
                 mix.__dict__.update(old)
             for model, mix in self.roots:
@@ -456,8 +478,8 @@ def remove(
             if copies is None or copies.mix is not mix:
                 continue
             if out and copies.fused and isinstance(copies, Patches):
-                copies, numbers = copies.unfused(module)
-                plan.tensors += numbers
+                copies, puts = copies.unfused(module)
+                plan.put(puts)
                 plan.wholes.append((module, copies))
             if names & set(copies.modules):
                 plan.wholes.append((module, copies.without(names)))

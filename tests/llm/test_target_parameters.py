@@ -13,7 +13,6 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 
 import diffpeft
 from diffpeft import (
-    AdapterStateError,
     ConfigError,
     LoraConfig,
     NonFiniteError,
@@ -373,12 +372,19 @@ def test_a_merge_that_is_not_finite_is_refused():
     assert torch.equal(wrapped.get_base_model().state_dict()["model.layers.0.mlp.experts.down_proj"], before)
 
 
-def test_a_parameter_that_another_module_holds_cannot_be_merged():
+def test_a_parameter_that_another_module_holds_is_untied_while_merged():
     model = mixtral()
-    model.model.layers[1].mlp.experts.down_proj = model.model.layers[0].mlp.experts.down_proj
-    wrapped = get_peft_model(model, LoraConfig(target_modules=[], target_parameters=["layers.0.mlp.experts.down_proj"]))
-    with pytest.raises(AdapterStateError, match="tied"):
-        wrapped.merge_adapter()
+    experts = [model.model.layers[i].mlp.experts for i in (0, 1)]
+    experts[1].down_proj = experts[0].down_proj
+    fields = dict(target_modules=[], target_parameters=["layers.0.mlp.experts.down_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(model, LoraConfig(**fields))
+    shared, before = experts[0]._parameters["down_proj"], experts[0]._parameters["down_proj"].detach().clone()
+    want = wrapped(input_ids=IDS).logits
+    wrapped.merge_adapter()
+    torch.testing.assert_close(wrapped(input_ids=IDS).logits, want, **SAME)
+    assert torch.equal(experts[1]._parameters["down_proj"], before)
+    wrapped.unmerge_adapter()
+    assert all(e._parameters["down_proj"] is shared for e in experts) and torch.equal(shared, before)
 
 
 def test_weighted_adapters_refuse_it():
