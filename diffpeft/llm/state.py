@@ -41,6 +41,7 @@ from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.layers.whole import CONTAINER, bare_copy, copied, copies_of
 from diffpeft.llm import adalora
+from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -51,7 +52,6 @@ from diffpeft.model.target import layers_of, modules_of
 from diffpeft.pipeline.match import matched
 
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
-EMBEDDINGS = ("embed_tokens", "lm_head")  # what PEFT looks for in target_modules
 _DROPOUTS = {"lora_dropout": "dropout"} | {
     name: name for name in ("rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout")
 }
@@ -115,13 +115,15 @@ def spelt(
                     # PEFT keeps an adapted layer one level below
                     inner = f"{layer}.base_layer" if slot.parts else layer
                     found[f"{prefix}{inner}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
+                elif role == tables.WHOLE:
+                    found[f"{prefix}{layer}.base_layer.weight"] = handle.tensor.detach()
                 else:
                     found[f"{prefix}{layer}.{suffix(role, entry.method)}"] = handle.tensor.detach()
     if isinstance(config, AdaLoraConfig):
         found = adalora.pruned(found, config, name)
     found |= whole_tensors(model, name, prefix, given)
-    found |= {f"{prefix}{key}": tensor for key, tensor in _embeddings(model, slots, config, embeddings).items()}
-    return found
+    along = tables.saved_along(model, slots, config, embeddings)
+    return {f"{prefix}{key}": tensor for key, tensor in along.items()} | found
 
 
 def whole_tensors(
@@ -161,43 +163,13 @@ def _with(slot: Slot, given: Mapping[str, Tensor]) -> Slot:
     return other
 
 
-def _embeddings(model: Any, slots: Mapping[str, Slot], config: Any, wanted: bool | str) -> dict[str, Tensor]:
-    """The weights of the embeddings, where they are wanted or (auto) adapters are on them; if adapters are on one, not those of the other."""
-    if wanted == "auto":
-        targets = getattr(config, "target_modules", None) or ()
-        if isinstance(targets, str):
-            wanted = any(
-                patterns.fullmatch(targets, n) for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDINGS
-            )
-        else:
-            wanted = any(name in targets for name in EMBEDDINGS)
-        wanted = wanted and not getattr(config, "trainable_token_indices", None)
-        if wanted:
-            warnings.warn(
-                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=4
-            )
-    if not wanted:
-        return {}
-    layers = _embedding_layers(model)
-    own = {f"{name}.base_layer.weight": module for name, module in layers.items() if name in slots}
-    return {key: m.weight.detach() for key, m in (own or {f"{n}.weight": m for n, m in layers.items()}).items()}
-
-
-def _embedding_layers(model: Any) -> dict[str, Any]:
-    """{name: layer} of a language model's input and output embeddings."""
-    if not hasattr(model, "get_input_embeddings"):
-        return {}
-    own = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    return {name: module for name, module in model.named_modules() if any(module is layer for layer in own)}
-
-
 @dataclass(frozen=True)
 class Found:
     """An adapter's file, told apart: what goes to slots, whole modules and embeddings. `missing` and `unexpected` are keys."""
 
     slots: Mapping[str, Slot] = field(default_factory=dict)
     wholes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in it: tensor}}
-    embeddings: Mapping[str, Tensor] = field(default_factory=dict)  # {layer: weight}
+    embeddings: tables.Tensors = field(default_factory=dict)  # {layer: {name in it: tensor}}
     patches: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in its patch: tensor}}
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -220,8 +192,8 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     modules = wholes_of(model, config)
     wholes: dict[str, dict[str, Handle]] = {}
     biases: dict[str, Handle] = {}
-    embeddings: dict[str, Handle] = {}
-    tables = _embedding_layers(model)
+    embeddings: dict[str, dict[str, Handle]] = {}
+    known = tables.embedding_layers(model)
     for key in list(carried):
         own = key.removeprefix(PREFIX)
         layer, _, last = own.replace(".base_layer.", ".").rpartition(".")
@@ -230,8 +202,8 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
             wholes.setdefault(whole, {})[own.removeprefix(f"{whole}.")] = carried.pop(key)
         elif last == "bias" and layer in layers[""] and getattr(config, "bias", "none") != "none":
             biases[layer] = carried.pop(key)
-        elif last == "weight" and layer in tables:
-            embeddings[layer] = carried.pop(key)
+        elif at := tables.place(known, own):
+            embeddings.setdefault(at[0], {})[at[1]] = carried.pop(key)
     entries = _with_biases(bundle, biases, layers[""], config)
     if trainable:
         entries = [replace(e, options={**e.options, **_dropouts(e.method, config)}) for e in entries]
@@ -239,17 +211,21 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     slots: dict[str, dict[str, Slot]] = {"": {}}
     if bundle.entries or not own_patches:
         slots, _ = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)
-    read_ = {where: dict(zip(own, io.load(own.values()), strict=True)) for where, own in wholes.items()}
+    read_ = _loaded(wholes)
     for where, tensors in read_.items():
         check_whole(f"{bundle.source}: {where}", modules[where], tensors)
     return Found(
         slots[""],
         read_,
-        dict(zip(embeddings, io.load(embeddings.values()), strict=True)),
+        tables.followed(model, _loaded(embeddings), modules, bundle.source),
         own_patches,
         tuple(f"{PREFIX}{layer}" for layer in (*(n for n in chosen if n not in slots[""]), *lost)),
         tuple(carried),
     )
+
+
+def _loaded(handles: Mapping[str, Mapping[str, Handle]]) -> dict[str, dict[str, Tensor]]:
+    return {where: dict(zip(own, io.load(own.values()), strict=True)) for where, own in handles.items()}
 
 
 def _dropouts(method: str, config: Any) -> dict[str, Any]:
@@ -308,32 +284,17 @@ def put(model: nn.Module, name: str, config: Any, found: Found, *, trainable: bo
     for where, (_, patch) in patches.items():
         patch.load_state_dict(dict(found.patches.get(where, patch.state_dict())))
         patch.requires_grad_(trainable)
+    under, copied_ = tables.divided(model, found.embeddings, found.slots)
+    slots = {**found.slots, **under}
     plan = Plan()
-    adapter = Adapter(name, tuple(found.slots), {CONFIG: config.to_json()}, modules=(*modules, *patches))
-    install(plan, "", {n: layers[n][0] for n in found.slots}, found.slots, mixes.get(""), adapter, strength)
+    everywhere = (*modules, *patches, *copied_)
+    adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
+    install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
     for where, fresh in copy_wholes(plan, name, modules).items():
         fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
+    tables.fill(copy_wholes(plan, name, copied_, still=True), found.embeddings)
     put_patches(plan, name, patches)
-    _check_embeddings(model, found.embeddings)
     plan.commit()
-    for where, weight in found.embeddings.items():
-        own: Any = model.get_submodule(where).weight
-        if not torch.equal(own.detach(), weight.to(own)):
-            warnings.warn(
-                f"the embedding {shown(where)} was saved with the adapter and replaces the model's", stacklevel=3
-            )
-            with torch.no_grad():
-                own.copy_(weight)
-
-
-def _check_embeddings(model: nn.Module, embeddings: Mapping[str, Tensor]) -> None:
-    for where, weight in embeddings.items():
-        own: Any = model.get_submodule(where).weight
-        if own.shape != weight.shape:
-            raise ShapeMismatchError(
-                f"the embedding {shown(where)} is {tuple(own.shape)}, the file has {tuple(weight.shape)}",
-                remedy=f"Call model.resize_token_embeddings({weight.shape[0]}) first.",
-            )
 
 
 def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
@@ -371,10 +332,43 @@ def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Te
         modules: Any = copies[where]
         mine = modules.modules[name].state_dict(keep_vars=True)
         writes += [(mine[key], tensor) for key, tensor in own.items()]
+    plan = Plan()
+    writes += _plan_embeddings(plan, model, name, found.embeddings, slots)
+    plan.commit()
     with torch.no_grad():
         for old, new in writes:
             old.copy_(new)
     return Incompatible(list(found.missing), [*found.unexpected, *lost], [])
+
+
+def _plan_embeddings(
+    plan: Plan, model: nn.Module, name: str, found: tables.Tensors, slots: Mapping[str, Slot]
+) -> list[tuple[Tensor, Tensor]]:
+    """Plan to give an adapter embeddings that it has none of its own of; the writes into those that it has."""
+    writes: list[tuple[Tensor, Tensor]] = []
+    fresh: dict[str, Mapping[str, Tensor]] = {}
+    for where, own in found.items():
+        copies = copies_of(model.get_submodule(where))
+        held = copies.modules.get(name) if copies else None
+        if held is not None:
+            mine = held.state_dict(keep_vars=True)
+            writes += [(mine[key], tensor) for key, tensor in own.items()]
+        elif tables.WHOLE in (tensors := slots[where].tensors if where in slots else {}):
+            writes.append((tensors[tables.WHOLE], own["weight"]))
+        else:
+            fresh[where] = own
+    under, copied_ = tables.divided(model, fresh, slots)
+    if not under and not copied_:
+        return writes
+    (mix,) = mixes_of({"": model}).values()
+    old = mix.adapters[name]
+    places = {layer: model.get_submodule(layer) for layer in under}
+    everywhere = tuple(dict.fromkeys((*old.modules, *copied_)))
+    layers = tuple(dict.fromkeys((*old.layers, *under)))
+    adapter = replace(old, layers=layers, modules=everywhere)
+    install(plan, "", places, under, mix, adapter, None)
+    tables.fill(copy_wholes(plan, name, copied_, still=True), fresh)
+    return writes
 
 
 def config_of(model: nn.Module, name: str) -> Any:

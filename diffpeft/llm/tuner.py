@@ -80,10 +80,10 @@ def trainable(model: nn.Module, flags: Mapping[str, bool]) -> None:
     """Whether the tensors of these adapters get gradients, whole modules among them."""
     for module, _ in modules_of(model, lambda m: is_adapted(m) or copied(m)).values():
         record, copies = record_of(module), copies_of(module)
-        for held in (record.slots if record else {}, copies.modules if copies else {}):
-            for name, own in held.items():
-                if name in flags:
-                    own.requires_grad_(flags[name])
+        held = [*(record.slots.items() if record else ()), *(copies.modules.items() if copies else ())]
+        for name, own in held:
+            if name in flags and not (copies and name in copies.still):
+                own.requires_grad_(flags[name])
 
 
 def order_of(model: nn.Module) -> list[str]:

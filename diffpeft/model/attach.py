@@ -275,8 +275,10 @@ def attach_to(
     )
 
 
-def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Plan to give modules a trainable copy each, for the adapter whose layers are planned already; the copies.
+def copy_wholes(
+    plan: Plan, name: str, wholes: Mapping[str, nn.Module], *, still: bool = False
+) -> dict[str, nn.Module]:
+    """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
     Raises AdapterStateError for a module that has adapters.
     """
@@ -288,8 +290,10 @@ def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> dict[
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
         old, mix = copies_of(module), plan.mixes[-1][0]
-        made[where] = bare_copy(module).requires_grad_(True)
-        plan.wholes.append((module, Copies(mix, {**(old.modules if old else {}), name: made[where]})))
+        made[where] = bare_copy(module).requires_grad_(not still)
+        own = old or Copies(mix, {})
+        frozen = own.still | ({name} if still else frozenset())
+        plan.wholes.append((module, replace(own, modules={**own.modules, name: made[where]}, still=frozen)))
     return made
 
 
