@@ -17,7 +17,7 @@ from torch import Tensor
 from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.rows import Rows
 from diffpeft.layers.site import held_forwards, site_of
-from diffpeft.layers.slot import Slot
+from diffpeft.layers.slot import Slot, at_rest
 from diffpeft.layers.swap import subclass
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
@@ -253,7 +253,8 @@ def effective(
     assert site is not None
     op: Any = site(module)
     whole, bias = Whole(Base(op, None, dtype, {}, op.canonical(weights[0])), steps), weights[1]
-    W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
+    with at_rest(*(slot for slot, _ in steps)):
+        W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
     if shift is None or bias is None:
         return W, bias if shift is None else shift
     return W, bias.to(shift) + shift.reshape(bias.shape)

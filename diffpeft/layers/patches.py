@@ -33,6 +33,10 @@ class Patch(nn.Module):
         """A parameter at strength s, in the dtype of W: W + s (f(W) - W)."""
         raise NotImplementedError
 
+    def overlaps(self, other: Any) -> bool:
+        """Whether both set the same numbers, so that the later one would win."""
+        return False
+
     @classmethod
     def run(cls, module: Any, base: Any, steps: Steps, args: Any, kwargs: Any) -> Any:
         """The module's forward (of its class `base`) with these patches in order."""
@@ -52,6 +56,9 @@ class Patches(Copies):
     parted: Mapping[str, Any] = field(
         default_factory=dict
     )  # and those that it shared with a module that they do not change
+
+    def clashing(self, one: str, other: str) -> bool:
+        return self._patch(one).overlaps(self._patch(other))
 
     def acting(self, choice: Any) -> list[tuple[Patch, float]]:
         return [step for name, step in self._steps(choice) if name not in self.fused and step[1] != 0]

@@ -39,6 +39,9 @@ class Tokens(Patch):
         """Which rows of the table they are."""
         return self.index  # type: ignore[return-value]
 
+    def overlaps(self, other: Any) -> bool:
+        return bool(torch.isin(self.rows, other.rows).any())
+
     def place(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens of x are among the rows, and (anything for others) where."""
         known, order = torch.sort(self.rows)

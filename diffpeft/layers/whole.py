@@ -44,6 +44,13 @@ class Copies:
         left = {name: module for name, module in self.modules.items() if name not in names}
         return replace(self, modules=left, hidden=self.hidden - names, still=self.still - names) if left else None
 
+    def clashing(self, one: str, other: str) -> bool:
+        """Whether two adapters cannot act together: each has a copy, and not the same from its file."""
+        if not {one, other} <= self.still:
+            return True
+        a, b = (self.modules[name].state_dict() for name in (one, other))
+        return not all(torch.equal(a[key], b[key]) for key in a)
+
     def acting(self, choice: Any) -> Any:
         """What acts: the copy of the last active adapter that has one and a strength, or None."""
         return next(

@@ -122,7 +122,9 @@ def _check(layer: str, module: nn.Module, own: Mapping[str, Tensor], source: str
             raise NonFiniteError(f"{shown(f'{layer}.{name}')} has values that are not finite", where=source)
 
 
-def divided(model: nn.Module, found: Tensors, slots: Mapping[str, Slot]) -> tuple[dict[str, Slot], dict[str, nn.Module]]:
+def divided(
+    model: nn.Module, found: Tensors, slots: Mapping[str, Slot]
+) -> tuple[dict[str, Slot], dict[str, nn.Module]]:
     """Where what a file has for embeddings goes: the adapter's slots on layers that carry adapters, and modules that get a copy.
 
     A layer with a slot of this adapter whose own weight is the file's needs nothing.
@@ -132,7 +134,9 @@ def divided(model: nn.Module, found: Tensors, slots: Mapping[str, Slot]) -> tupl
     different: list[str] = []
     for layer, own in found.items():
         module: Any = model.get_submodule(layer)
-        same = all(torch.equal(module._parameters[name].detach(), t.to(module._parameters[name])) for name, t in own.items())
+        same = all(
+            torch.equal(module._parameters[name].detach(), t.to(module._parameters[name])) for name, t in own.items()
+        )
         if not same:
             different.append(layer)
         if layer in slots or is_adapted(module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from converters.formats.peft import PREFIX
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
 from diffpeft.llm import state
+from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
@@ -68,7 +69,8 @@ class PeftModel(Passing, Counted, nn.Module):
         super().__init__()
         check_name(adapter_name)
         self._adopt(model, peft_config)
-        self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True)
+        precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
+        self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True, precision=precision)
         self._checkpoint()
 
     def _adopt(self, model: nn.Module, config: Any) -> None:
@@ -146,8 +148,15 @@ class PeftModel(Passing, Counted, nn.Module):
         """The user's model, with the adapters on it."""
         return self.tuner.inner
 
-    def add_adapter(self, adapter_name: str, peft_config: Any = None, **_: Any) -> None:
-        """Add a fresh adapter, inactive. Without a config: one like the active adapter's."""
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Any = None,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **_: Any,
+    ) -> None:
+        """Add a fresh adapter, inactive. Without a config: one like the active adapter's. The other options as in `get_peft_model`."""
         peft_config = PeftConfig.of(self.active_peft_config if peft_config is None else peft_config)
         if adapter_name in self.peft_config:
             raise AdapterStateError(
@@ -158,7 +167,8 @@ class PeftModel(Passing, Counted, nn.Module):
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {peft_config.peft_type}.",
                 remedy="Prompts and adapters on layers need a PeftModel each.",
             )
-        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(peft_config)), active=False)
+        precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
+        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(peft_config)), active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -290,9 +300,14 @@ class PeftModel(Passing, Counted, nn.Module):
         is_trainable: bool = False,
         config: Any = None,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         **kwargs: Any,
     ) -> Any:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
+
+        Args:
+            autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
+            low_cpu_mem_usage: changes nothing: tensors go straight from the file to their place.
 
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
@@ -312,6 +327,7 @@ class PeftModel(Passing, Counted, nn.Module):
             state.located(model_id, **kwargs),
             trainable=is_trainable,
             active=True,
+            precision=Precision(autocast_adapter_dtype),
         )
         self._checkpoint()
         return self if is_trainable else self.eval()
@@ -323,16 +339,25 @@ class PeftModel(Passing, Counted, nn.Module):
         is_trainable: bool = False,
         torch_device: Any = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
         **kwargs: Any,
     ) -> Incompatible:
-        """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already."""
+        """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
         if adapter_name in self.peft_config:
             result = self.tuner.overwrite(adapter_name, state.tensors_in(state.located(model_id, **kwargs)))
         else:
             config = PeftConfig.from_pretrained(model_id, **kwargs)
             config.inference_mode = not is_trainable
             folder = state.located(model_id, **kwargs)
-            lost = self.tuner.load(adapter_name, self._with_heads(config), folder, trainable=is_trainable, active=False)
+            lost = self.tuner.load(
+                adapter_name,
+                self._with_heads(config),
+                folder,
+                trainable=is_trainable,
+                active=False,
+                precision=Precision(autocast_adapter_dtype),
+            )
             result = Incompatible(lost, [], [])
         if not is_trainable:
             self.eval()
@@ -394,6 +419,10 @@ def get_peft_model(
 ) -> Any:
     """A model with a fresh, trainable adapter, wrapped as its config's task type says. The base is frozen.
 
+    Args:
+        autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
+        low_cpu_mem_usage: make its tensors on the meta device, until they are loaded.
+
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
     peft_config = PeftConfig.of(peft_config)
@@ -415,7 +444,7 @@ def get_peft_model(
             stacklevel=2,
         )
     made = MODELS.get(peft_config.task_type, PeftModel) if peft_config.task_type else PeftModel
-    return made(model, peft_config, adapter_name)
+    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def inject_adapter_in_model(
@@ -425,11 +454,14 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name."""
+    """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name.
+
+    The adapter has the base's dtype. `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
+    """
     peft_config = PeftConfig.of(peft_config)
     if state_dict is not None:
         peft_config = state.targeting(peft_config, state_dict)
-    inject(model, peft_config, adapter_name, active=True)
+    inject(model, peft_config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
     return model
 
 

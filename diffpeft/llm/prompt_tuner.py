@@ -46,8 +46,8 @@ class PromptTuner(Prompts):
         names = self.active_adapters
         return names[0] if names else []
 
-    def inject(self, name: str, config: Any, *, active: bool) -> None:
-        """Add a fresh adapter. Anything wrong: nothing is added."""
+    def inject(self, name: str, config: Any, *, active: bool, precision: Any = None) -> None:
+        """Add a fresh adapter, in float32 as PEFT's. Anything wrong: nothing is added."""
         check_name(name)
         encoder = self.add(name, config)
         try:
@@ -150,7 +150,9 @@ class PromptTuner(Prompts):
                 copies.modules[name].load_state_dict(found)
         return Incompatible([], [key for key in tensors if key not in used], [])
 
-    def load(self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool) -> list[str]:
+    def load(
+        self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool, precision: Any = None
+    ) -> list[str]:
         """Add the adapter in a folder; nothing is missing then."""
         if trainable:
             raise ConfigError(

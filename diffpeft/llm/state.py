@@ -10,21 +10,19 @@ import json
 import math
 import os
 import re
-import warnings
 from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import converters
 from converters.formats import FORMATS
 from converters.formats.base import dotted_role, suffix
 from converters.formats.peft import CONFIG, PREFIX, WEIGHTS, whole_scale
-from diffpeft import io, patterns
+from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import (
     AdapterStateError,
@@ -40,9 +38,10 @@ from diffpeft.errors import (
 from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.layers.whole import CONTAINER, bare_copy, copied, copies_of
-from diffpeft.llm import adalora
+from diffpeft.llm import adalora, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
+from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import Plan, copy_wholes, install, mixes_of, put_patches, refuse_duplicate
@@ -51,6 +50,7 @@ from diffpeft.model.state import entries_of, slots_in
 from diffpeft.model.target import layers_of, modules_of
 from diffpeft.pipeline.match import matched
 
+Write = tuple[nn.Module, str, Tensor, Any]  # an adapter's module, a name in it, numbers, the weight that it is for
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
 _DROPOUTS = {"lora_dropout": "dropout"} | {
     name: name for name in ("rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout")
@@ -68,7 +68,9 @@ def wholes_of(model: nn.Module, config: Any) -> dict[str, nn.Module]:
         for name, (module, _) in modules_of(model, lambda m: m is not model).items()
         if any(name == n or name.endswith(f".{n}") for n in names)
     }
-    return {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+    outer = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+    ties = tying.ties_of(model, config, outer)
+    return outer | {name: model.get_submodule(name) for name in (*ties.values(), *ties)}
 
 
 def saved(config: Any) -> Any:
@@ -214,6 +216,7 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     read_ = _loaded(wholes)
     for where, tensors in read_.items():
         check_whole(f"{bundle.source}: {where}", modules[where], tensors)
+    tying.check_alike(tying.ties_of(model, config, modules), read_, bundle.source)
     return Found(
         slots[""],
         read_,
@@ -274,13 +277,24 @@ def check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> Non
         raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
 
 
-def put(model: nn.Module, name: str, config: Any, found: Found, *, trainable: bool, strength: float | None) -> None:
+def put(
+    model: nn.Module,
+    name: str,
+    config: Any,
+    found: Found,
+    *,
+    trainable: bool,
+    strength: float | None,
+    precision: Precision,
+) -> None:
     """Attach what was read as a new adapter: one commit."""
     check_name(name)
     mixes = mixes_of({"": model})
     refuse_duplicate(name, mixes.values())
     layers = layers_of(model)
     modules, patches = wholes_of(model, config), patching.patches_of(model, config, found.slots)
+    precision.settle({n: m for n, (m, _) in layers.items()}, found.slots)
+    precision.settle_patches(patches)
     for where, (_, patch) in patches.items():
         patch.load_state_dict(dict(found.patches.get(where, patch.state_dict())))
         patch.requires_grad_(trainable)
@@ -290,7 +304,7 @@ def put(model: nn.Module, name: str, config: Any, found: Found, *, trainable: bo
     everywhere = (*modules, *patches, *copied_)
     adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
     install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
-    for where, fresh in copy_wholes(plan, name, modules).items():
+    for where, fresh in copy_wholes(plan, name, modules, ties=tying.ties_of(model, config, modules)).items():
         fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
     tables.fill(copy_wholes(plan, name, copied_, still=True), found.embeddings)
     put_patches(plan, name, patches)
@@ -316,7 +330,7 @@ def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Te
     slots = slots_in(model, name)
     found = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
     lost = [layer for layer in found.slots if layer not in slots]
-    writes: list[tuple[Tensor, Tensor]] = []
+    writes: list[Write] = []
     for layer, slot in found.slots.items():
         for role, new in slot.tensors.items() if layer not in lost else ():
             old = slots[layer].tensors.get(role)
@@ -325,36 +339,33 @@ def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Te
                     f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if old is None else tuple(old.shape)}",
                     remedy="Load it under another name.",
                 )
-            writes.append((old, new))
-    whole = {**found.wholes, **found.patches}
-    copies = {where: copies_of(model.get_submodule(where)) for where in whole}
-    for where, own in whole.items():
-        modules: Any = copies[where]
-        mine = modules.modules[name].state_dict(keep_vars=True)
-        writes += [(mine[key], tensor) for key, tensor in own.items()]
+            writes.append((slots[layer], role, new, model.get_submodule(layer).weight))
+    for where, own in {**found.wholes, **found.patches}.items():
+        module = model.get_submodule(where)
+        held: Any = copies_of(module)
+        like = next(iter(module._parameters.values()), None)
+        writes += [(held.modules[name], key, tensor, like) for key, tensor in own.items()]
     plan = Plan()
     writes += _plan_embeddings(plan, model, name, found.embeddings, slots)
     plan.commit()
-    with torch.no_grad():
-        for old, new in writes:
-            old.copy_(new)
+    for adapter, key, new, weight in writes:
+        put_into(adapter, key, new, weight)
     return Incompatible(list(found.missing), [*found.unexpected, *lost], [])
 
 
 def _plan_embeddings(
     plan: Plan, model: nn.Module, name: str, found: tables.Tensors, slots: Mapping[str, Slot]
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[Write]:
     """Plan to give an adapter embeddings that it has none of its own of; the writes into those that it has."""
-    writes: list[tuple[Tensor, Tensor]] = []
+    writes: list[Write] = []
     fresh: dict[str, Mapping[str, Tensor]] = {}
     for where, own in found.items():
         copies = copies_of(model.get_submodule(where))
         held = copies.modules.get(name) if copies else None
         if held is not None:
-            mine = held.state_dict(keep_vars=True)
-            writes += [(mine[key], tensor) for key, tensor in own.items()]
-        elif tables.WHOLE in (tensors := slots[where].tensors if where in slots else {}):
-            writes.append((tensors[tables.WHOLE], own["weight"]))
+            writes += [(held, key, tensor, tensor) for key, tensor in own.items()]
+        elif where in slots and tables.WHOLE in slots[where].tensors:
+            writes.append((slots[where], tables.WHOLE, own["weight"], own["weight"]))
         else:
             fresh[where] = own
     under, copied_ = tables.divided(model, fresh, slots)

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from converters.formats.peft import CONFIG, PREFIX
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft import patterns
+from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.adapted import is_adapted, record_of
+from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm import adalora
+from diffpeft.llm.dtypes import AUTOCAST, PLAIN, Precision
 from diffpeft.llm.kbit import forget_quantization
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.replication import replicated
 from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, wholes_of
 from diffpeft.llm.targets import chosen, resolved
-from diffpeft.llm.tying import loosen
+from diffpeft.llm.tying import check_tying, loosen, ties_of, twin, twinned
 from diffpeft.llm.weighted import add_weighted
 from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
 from diffpeft.model.fuse import fuse, unfuse
 from diffpeft.model.merge import plan_merged
-from diffpeft.model.mix import check_name
+from diffpeft.model.mix import Choice, check_name, forced
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import modules_of
 from diffpeft.pipeline.adapters import adapters, set_adapters
 
 BASE = "__base__"  # in a mixed batch: no adapter
+OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the base too
 
 
-def inject(model: nn.Module, config: Any, name: str, *, active: bool) -> Any:
+def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision: Precision = PLAIN) -> Any:
     """Add a fresh adapter to a model; the resolved config. The base is frozen.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
@@ -41,18 +46,26 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool) -> Any:
     check_name(name)
     if config.is_prompt_learning:
         raise ConfigError(f"{type(config).__name__} adds tokens and not layers", remedy="Use get_peft_model.")
-    config = resolved(model, config)
-    config.validate()
-    others = found_configs(model) if getattr(config, "layer_replication", None) else {}
-    with replicated(model, config, others):
-        return _inject(model, config, name, active)
+    with patterns.limited(ConfigError):
+        config = resolved(model, config)
+        config.validate()
+        others = found_configs(model) if getattr(config, "layer_replication", None) else {}
+        with replicated(model, config, others):
+            return _inject(model, config, name, active, precision)
 
 
-def _inject(model: nn.Module, config: Any, name: str, active: bool) -> Any:
-    layers = chosen(model, config)
+def _inject(model: nn.Module, config: Any, name: str, active: bool, precision: Precision) -> Any:
+    layers, twins = twinned(chosen(model, config), model, config)
     method = method_of(config, {})
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
+    check_tying(model, config, (*wholes, *layers))
+    precision.settle_patches(patches)
     own = base_of(model)
+
+    def finish(modules: Mapping[str, Any], slots: dict[str, Slot]) -> dict[str, Slot]:
+        precision.settle(modules, slots)
+        return slots | {layer: twin(slots[other], modules[layer], True) for layer, other in twins.items()}
+
     attach_to(
         {"": model},
         {"": layers},
@@ -61,6 +74,8 @@ def _inject(model: nn.Module, config: Any, name: str, active: bool) -> Any:
         method=method,
         strength=1.0 if active else None,
         wholes=wholes,
+        ties=ties_of(model, config, wholes),
+        finish=finish,
         patches=patches,
         quiet=True,
         metadata={CONFIG: config.to_json()},
@@ -84,6 +99,19 @@ def trainable(model: nn.Module, flags: Mapping[str, bool]) -> None:
         for name, own in held:
             if name in flags and not (copies and name in copies.still):
                 own.requires_grad_(flags[name])
+
+
+def refuse_clashing(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise AdapterStateError if two of these adapters train the same module whole, or the same rows of an embedding."""
+    for where, (module, _) in modules_of(model, copied).items():
+        copies = copies_of(module)
+        own = [name for name in names if copies is not None and name in copies.modules]
+        for one, other in itertools.combinations(own, 2):
+            if copies is not None and copies.clashing(one, other):
+                raise AdapterStateError(
+                    f"Only one adapter can be set at a time for {shown(where)}, got {one} and {other}: each has values of its own there",
+                    remedy="Activate one of them.",
+                )
 
 
 def order_of(model: nn.Module) -> list[str]:
@@ -147,6 +175,7 @@ class Tuner(nn.Module):
         """Make these adapters active, in this order; they are trained (unless `inference_mode`), the others are not."""
         names = named(adapter_name)
         known(names, self.peft_config)
+        refuse_clashing(self.model, names)
         set_adapters(self.model, dict.fromkeys(names, 1.0))
         self._off = None
         trainable(self.model, {name: name in names and not inference_mode for name in self.peft_config})
@@ -244,6 +273,7 @@ class Tuner(nn.Module):
         if todo:
             inactive = [name for name in todo if name not in order_of(self.model)]
             if inactive:
+                refuse_clashing(self.model, [*order_of(self.model), *inactive])
                 set_adapters(self.model, {**dict.fromkeys(order_of(self.model), 1.0), **dict.fromkeys(inactive, 1.0)})
             fuse(self.model, todo)
 
@@ -266,6 +296,7 @@ class Tuner(nn.Module):
         """
         names = None if adapter_names is None else list(adapter_names)
         known(names or (), self.peft_config)
+        refuse_clashing(self.model, names or ())
         plan, report = plan_merged(self.model, names, dequantize=dequantize)
         loosen(plan, self.model)
         plan.settings.append((self, "peft_config", {}))
@@ -300,8 +331,9 @@ class Tuner(nn.Module):
         merged = fused_of(self.model)
         if merged:
             unfuse(self.model)
+        off = {mix.key: OFF for mix in mixes_of({"": self.model}).values()}
         try:
-            with adapters(self.model, {}):
+            with adapters(self.model, {}), forced(off):
                 yield
         finally:
             if merged:
@@ -320,6 +352,8 @@ class Tuner(nn.Module):
         lost = sorted(set(adapter_names) - {BASE, *self.peft_config})
         if lost:
             raise UnknownNameError.of("adapter", lost[0], self.peft_config)
+        if self._off is not None or any(mix.standing() is OFF for mix in mixes_of({"": self.model}).values()):
+            return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
 
     @property
@@ -343,23 +377,33 @@ class Tuner(nn.Module):
         """Put a file's tensors into an adapter that is there: all or nothing."""
         return overwrite(self.model, name, self.peft_config[name], tensors)
 
-    def inject(self, name: str, config: Any, *, active: bool) -> None:
+    def inject(self, name: str, config: Any, *, active: bool, precision: Precision = AUTOCAST) -> None:
         """Add a fresh adapter."""
         adalora.trained({**self.peft_config, name: config})
-        self.peft_config[name] = inject(self.model, config, name, active=active)
+        self.peft_config[name] = inject(self.model, config, name, active=active, precision=precision)
 
-    def load(self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool) -> list[str]:
+    def load(
+        self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool, precision: Precision = AUTOCAST
+    ) -> list[str]:
         """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
+        with patterns.limited(CheckpointError, folder):
+            return self._load(name, config, folder, trainable, active, precision)
+
+    def _load(
+        self, name: str, config: Any, folder: Path, trainable: bool, active: bool, precision: Precision
+    ) -> list[str]:
         config = resolved(self.model, config)
         config.validate()
         with replicated(self.model, config, self.peft_config):
             found = read(self.model, folder, config, trainable=trainable, chosen=chosen(self.model, config))
+            check_tying(self.model, config, (*found.wholes, *found.slots))
             if found.missing:
                 warnings.warn(
                     f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=4
                 )
             own = base_of(self.model)
-        put(self.model, name, config, found, trainable=trainable, strength=1.0 if active else None)
+        strength = 1.0 if active else None
+        put(self.model, name, config, found, trainable=trainable, strength=strength, precision=precision)
         for p in own:
             p.requires_grad_(False)
         self.peft_config[name] = config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -215,6 +215,7 @@ _FACADE = (
     "trainable_token_indices",
     "target_parameters",
     "layer_replication",
+    "ensure_weight_tying",
 )
 
 
@@ -231,13 +232,15 @@ def attach_to(
     quiet: bool = False,
     strength: float | None = 1.0,
     wholes: Mapping[str, nn.Module] = MappingProxyType({}),
+    ties: Mapping[str, str] = MappingProxyType({}),
+    finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None,
     patches: Mapping[str, tuple[nn.Module, Patch]] = MappingProxyType({}),
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> AttachReport:
     """`attach` for layers that have been chosen, {component: {name: layer}}. A strength of None leaves the adapter inactive.
 
-    `wholes` {name: module} are trained in copies, `patches` {name: (module, patch)} change parameters, both of one component. `metadata` are what
-    a file of the adapter is to hold.
+    `wholes` {name: module} are trained in copies (`ties` as in `copy_wholes`), `patches` {name: (module, patch)} change parameters, both of one component.
+    `finish` gets the layers of a component and their fresh slots, and gives the slots to take. `metadata` are what a file of the adapter is to hold.
     """
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
@@ -254,6 +257,8 @@ def attach_to(
             other = {n: m for n, m in _biased(model).items() if n not in chosen[component]} if some else {}
             chosen[component] = {**chosen[component], **other}
             slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
+    if finish is not None:
+        slots = {component: finish(chosen[component], found) for component, found in slots.items()}
     _warn_adjusted(name, slots)
     large = [] if quiet else [layer for component, found in slots.items() for layer in oversized(found)]
     if large:
@@ -264,7 +269,7 @@ def attach_to(
             if found or patches:
                 own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
                 install(plan, component, chosen[component], found, mixes.get(component), own, strength)
-                copy_wholes(plan, name, wholes)
+                copy_wholes(plan, name, wholes, ties=ties)
                 put_patches(plan, name, patches)
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
@@ -276,11 +281,16 @@ def attach_to(
 
 
 def copy_wholes(
-    plan: Plan, name: str, wholes: Mapping[str, nn.Module], *, still: bool = False
+    plan: Plan,
+    name: str,
+    wholes: Mapping[str, nn.Module],
+    *,
+    still: bool = False,
+    ties: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, nn.Module]:
     """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
-    Raises AdapterStateError for a module that has adapters.
+    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module that has adapters.
     """
     made: dict[str, nn.Module] = {}
     for where, module in wholes.items():
@@ -294,6 +304,8 @@ def copy_wholes(
         own = old or Copies(mix, {})
         frozen = own.still | ({name} if still else frozenset())
         plan.wholes.append((module, replace(own, modules={**own.modules, name: made[where]}, still=frozen)))
+    for where, other in ties.items():
+        made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
 
 

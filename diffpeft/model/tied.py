@@ -1,4 +1,7 @@
-"""Numbers for parameters that several modules may hold (a head and its embedding): written once where all get the same, else each gets a parameter of its own."""
+"""Numbers for parameters that several modules may hold (a head and its embedding).
+
+They are written once where all get the same; else each gets a parameter of its own.
+"""
 
 from __future__ import annotations
 

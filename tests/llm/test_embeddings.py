@@ -129,9 +129,11 @@ def test_put_into_an_adapter_that_is_there_they_are_its(case, way):
 
 def test_merged_for_good_they_stay(case, tmp_path):
     folder, want, tied = case
-    if tied and "beside" not in str(diffpeft.PeftConfig.from_pretrained(folder).target_modules) and len(
-        diffpeft.PeftConfig.from_pretrained(folder).target_modules
-    ) > 1:
+    if (
+        tied
+        and "beside" not in str(diffpeft.PeftConfig.from_pretrained(folder).target_modules)
+        and len(diffpeft.PeftConfig.from_pretrained(folder).target_modules) > 1
+    ):
         pytest.skip("a layer that shares its weight is not merged")
     plain = PeftModel.from_pretrained(llama(tied), folder).merge_and_unload()
     torch.testing.assert_close(run(plain), want, **SAME)

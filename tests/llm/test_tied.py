@@ -41,7 +41,7 @@ def run(model, kind="llama"):
 def spread(wrapped, name="default", seed=1):
     """Give all that is trained values of a seed."""
     generator = torch.Generator().manual_seed(seed)
-    for key, p in sorted(wrapped.named_parameters(), key=lambda row: row[0]):
+    for _, p in sorted(wrapped.named_parameters(), key=lambda row: row[0]):
         if p.requires_grad:
             p.data += torch.randn(p.shape, generator=generator) * 0.3
     return wrapped
@@ -72,7 +72,7 @@ def case(request):
 
 
 def test_merged_for_good_the_logits_stay_and_a_saved_model_loads(case, tmp_path):
-    wrapped, want, theirs, which, tied = case
+    wrapped, want, theirs, _, tied = case
     plain = wrapped.merge_and_unload()
     torch.testing.assert_close(run(plain), want, **SAME)
     torch.testing.assert_close(run(theirs.merge_and_unload()), want, **SAME)
