@@ -85,7 +85,7 @@ class Patches(Copies):
         first: Any = self._patch(own[0])
         if order[: len(own)] != own and not first.commutes:
             raise AdapterStateError(
-                f"on {self._where} the adapters {', '.join(order)} act in this order, and {shown(own[0])} does not commute",
+                f"on {self.where} the adapters {', '.join(order)} act in this order, and {shown(own[0])} does not commute",
                 remedy="Fuse them from the first on, or all of them.",
             )
         self.unfused(module)  # there is a base to start from
@@ -108,7 +108,7 @@ class Patches(Copies):
             return self, []
         if not self.base:
             raise AdapterStateError(
-                f"{self._where} was fused with keep_base='none'", remedy="Load the model again to get its own weights."
+                f"{self.where} was fused with keep_base='none'", remedy="Load the model again to get its own weights."
             )
         table = module._parameters
         puts = [(table, n, self.parted[n] if n in self.parted else old.to(table[n])) for n, old in self.base.items()]
@@ -125,7 +125,7 @@ class Patches(Copies):
         return self.modules[name]
 
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
         return f"module {shown(self.mix.layers[self.index])}"
 
     def _filled(self, module: Any, steps: Steps) -> list[Put]:
@@ -135,7 +135,7 @@ class Patches(Copies):
             parameter = module._parameters[name]
             if type(parameter.data) is not Tensor or parameter.is_meta or hasattr(module, "_hf_hook"):
                 raise AdapterStateError(
-                    f"{self._where} cannot be fused: its {name} is offloaded or sharded",
+                    f"{self.where} cannot be fused: its {name} is offloaded or sharded",
                     remedy="Leave the adapter unfused; it acts all the same.",
                 )
             before = self.base.get(name, parameter.data).to(parameter.device)
@@ -146,7 +146,7 @@ class Patches(Copies):
                 W = W.to(parameter.dtype)
             if not bool(W.isfinite().all()):
                 raise NonFiniteError(
-                    f"NaNs detected in the merged weights: {self._where} would get a {name} that is not finite",
+                    f"NaNs detected in the merged weights: {self.where} would get a {name} that is not finite",
                     remedy="An adapter seems to be broken, or too strong for the dtype.",
                 )
             puts.append((module._parameters, name, W.clone() if W.data_ptr() == before.data_ptr() else W))

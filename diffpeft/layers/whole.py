@@ -8,15 +8,15 @@ acting copy, as in PEFT.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, ShapeMismatchError
 from diffpeft.layers.adapted import escaped
+from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
 from diffpeft.layers.site import COPIES, held_forwards
 from diffpeft.layers.swap import subclass
 
@@ -38,6 +38,11 @@ class Copies:
     fused: frozenset[str] = frozenset()  # adapters that are in the module's own parameters: never, of copies
     hidden: frozenset[str] = frozenset()  # those whose module is another's too, where it is trained and saved
     still: frozenset[str] = frozenset()  # those whose copy is never trained: it came with the adapter's file
+
+    @property
+    def where(self) -> str:
+        """What a message calls the module; empty if it has no name."""
+        return ""
 
     def without(self, names: set[str]) -> Any:
         """These copies without those of some adapters; None if none remains."""
@@ -148,7 +153,7 @@ def _class(base: Any) -> type:
                 return base.forward(self, *args, **kwargs)
             choice = copies.mix.current()
             if choice.rows:
-                return _by_rows(self, base, copies, choice, args, kwargs)
+                return by_rows(self, base, copies, choice, args, kwargs)
             return copies.run(self, base, copies.acting(choice), args, kwargs)
 
         def attribute(self: Any, name: str) -> Any:
@@ -173,32 +178,13 @@ def _read(module: nn.Module, copies: Copies, name: str) -> Any:
         return found
     if isinstance(found, Tensor):
         return found.detach().as_subclass(Ambiguous)
-    raise _ambiguous(f"{name} of a {base_of(module).__name__}")
+    raise ambiguous(f"{name} of a {base_of(module).__name__}")
 
 
 def _of_all_rows(copies: Copies) -> list[Any]:
     """What acts: one thing, or those that differ of a batch with a mix for each row."""
     choice = copies.mix.current()
-    return _different([copies.acting(row) for row in choice.rows or (choice,)])
-
-
-class Ambiguous(Tensor):
-    """What stands for a tensor that each row of a batch has another one of: it tells its shape, dtype and device, and refuses arithmetic."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor):
-            raise _ambiguous("a tensor")
-        return found
-
-
-def _ambiguous(what: str) -> AdapterStateError:
-    return AdapterStateError(
-        f"the rows of this batch have different adapters, and the model reads {what} that adapters train whole",
-        remedy="Run a batch for each adapter.",
-    )
+    return different([copies.acting(row) for row in choice.rows or (choice,)])
 
 
 def _of_what_acts(name: str) -> Any:
@@ -208,42 +194,8 @@ def _of_what_acts(name: str) -> Any:
         copies = copies_of(self)
         acting = [] if copies is None else _of_all_rows(copies)
         if len(acting) > 1:
-            raise _ambiguous(f"the modules of a {base_of(self).__name__}")
+            raise ambiguous(f"the modules of a {base_of(self).__name__}")
         whole = acting and isinstance(acting[0], nn.Module)
         return getattr(acting[0] if whole else bare(self), name)(*args)
 
     return method
-
-
-def _by_rows(module: Any, base: Any, copies: Copies, choice: Any, args: Any, kwargs: Any) -> Any:
-    """Each row of the batch through the module as its mix says. Row i has mix (i // images) % number of mixes.
-
-    What the model has split further (tokens, one below the other) has several rows for each of the batch.
-    """
-    rows = next(len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-    each, rest = divmod(rows, choice.batch or rows)
-    if rest or not each:
-        raise ShapeMismatchError(
-            f"{rows} rows do not divide into a batch of {choice.batch}", where=f"a {base.__name__} with adapters"
-        )
-    acting = [copies.acting(row) for row in choice.rows]
-    owner = [acting[(i // (each * choice.images)) % len(acting)] for i in range(rows)]
-    out: Tensor | None = None
-    for own in _different(acting):
-        at = torch.tensor([i for i, other in enumerate(owner) if other == own])
-        if not len(at):
-            continue
-
-        def some(t: Any, at: Tensor = at) -> Any:
-            return t[at.to(t.device)] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t
-
-        given = [some(t) for t in args], {name: some(t) for name, t in kwargs.items()}
-        found = copies.run(module, base, own, *given)
-        out = found.new_empty(rows, *found.shape[1:]) if out is None else out
-        out = out.index_copy(0, at.to(found.device), found.to(out.dtype))
-    return out
-
-
-def _different(values: Sequence[Any]) -> list[Any]:
-    """Each value once."""
-    return [value for i, value in enumerate(values) if value not in values[:i]]

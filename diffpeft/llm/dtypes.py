@@ -30,16 +30,19 @@ class Precision:
     def settle(self, layers: Mapping[str, Any], adapters: Mapping[str, nn.Module]) -> None:
         """Put fresh adapters on layers, {name: layer} and {name: its adapter}, into their dtype."""
         for name, adapter in adapters.items():
-            self._settle(adapter, layers[name].weight, self.empty)
+            self._settle(adapter, layers[name].weight)
 
     def settle_patches(self, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
         """Put patches into the dtype of the first parameter that they change."""
         for module, patch in patches.values():
-            empty = self.empty_rows if isinstance(patch, Tokens) else self.empty
-            self._settle(patch, module._parameters[patch.names[0]], empty)
+            weight: Any = module._parameters[patch.names[0]]
+            if isinstance(patch, Tokens):
+                patch.to("meta" if self.empty_rows else None, self.dtype_for(weight))
+            else:
+                self._settle(patch, weight)
 
-    def _settle(self, adapter: nn.Module, weight: Any, empty: bool) -> None:
-        adapter.to("meta") if empty else adapter.to(self.dtype_for(weight))
+    def _settle(self, adapter: nn.Module, weight: Any) -> None:
+        adapter.to("meta") if self.empty else adapter.to(self.dtype_for(weight))
 
     def dtype_for(self, weight: Any) -> torch.dtype:
         """The dtype of an adapter on a weight; on quantised ones float32."""

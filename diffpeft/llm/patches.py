@@ -28,6 +28,7 @@ from diffpeft.layers.patches import Patch, Patches
 from diffpeft.layers.site import held_forwards, refusal
 from diffpeft.layers.tokens import Tokens
 from diffpeft.layers.whole import base_of, copies_of
+from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.peft_config import PeftType
 from diffpeft.model.target import modules_of
@@ -95,7 +96,21 @@ def _tokens(model: Any, config: Any, rows: Any) -> Found:
             if other is not None and _index(other[1]) != list(own):
                 raise ConfigError(f"{shown(where)} is named twice, with other indices", remedy="Name it once.")
             found[where] = module, Tokens(own, _rows(where, module, own))
+    if getattr(config, "ensure_weight_tying", False):
+        _check_rows_alike(model, found)
     return _tied(model, found)
+
+
+def _check_rows_alike(model: Any, found: Found) -> None:
+    """Raise ConfigError if tied modules would have other rows each."""
+    ties = tied_to_embedding(model)
+    rows = {where: _index(found[where][1]) for where in (*ties.values(), *ties) if where in found}
+    if any(index != next(iter(rows.values())) for index in rows.values()):
+        raise ConfigError(
+            "Cannot ensure weight tying when different token indices are specified for tied layers",
+            where=", ".join(f"{where}: {index}" for where, index in rows.items()),
+            remedy="Use the same indices for all tied layers or set ensure_weight_tying=False.",
+        )
 
 
 def _input_embeddings(model: Any) -> str:

@@ -93,7 +93,10 @@ def twinned(
 def twin(slot: Slot, module: Any, trainable: bool) -> Slot:
     """The LoRA of an embedding [dim, tokens], with the same memory, as that of a head [tokens, dim]."""
     (piece,) = pieces_of(slot)
-    tensors = {"lora_A": piece.tensors["lora_B"].data.t(), "lora_B": piece.tensors["lora_A"].data.t()}
+    tensors = {
+        "lora_A": piece.tensors["lora_embedding_B"].data.t(),
+        "lora_B": piece.tensors["lora_embedding_A"].data.t(),
+    }
     spec = Spec(op_of(module).geometry, piece.spec.alpha, piece.spec.options)
     return Slot([Piece(piece.method, tensors, piece.alpha, spec)], trainable=trainable).train(slot.training)
 

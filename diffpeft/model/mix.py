@@ -124,6 +124,11 @@ class Mix:
         self.__dict__.update(state)
         self.__post_init__()
 
+    @property
+    def whole_modules(self) -> tuple[str, ...]:
+        """The modules that adapters have copies of, or change the parameters of."""
+        return tuple(dict.fromkeys(name for adapter in self.adapters.values() for name in adapter.modules))
+
     def running(self) -> list[Choice]:
         """The choices of the `adapters(...)` blocks that are running, in all threads."""
         return [choices[self.key] for choices in list(_running.values()) if self.key in choices]

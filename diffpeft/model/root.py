@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import ShapeMismatchError
+from diffpeft.layers.mixed import watched
 from diffpeft.layers.site import site_of
 from diffpeft.layers.swap import subclass
 from diffpeft.model.mix import Choice, Mix, forced, in_force
@@ -76,7 +77,8 @@ def _root_class(base: Any) -> type:
             choice = None if mix is None else mix.standing()
             if choice is None or not choice.live or choice.of is not None:
                 return base.__call__(self, *args, **kwargs)
-            with in_force(mix.key, moment(choice, args, kwargs)):
+            now = moment(choice, args, kwargs)
+            with in_force(mix.key, now), watched(self, mix.whole_modules if choice.rows else ()):
                 return base.__call__(self, *args, **kwargs)
 
         _classes[base] = subclass(

@@ -9,11 +9,12 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import diffpeft
-from diffpeft import LoraConfig, PeftModel, get_peft_model
+from diffpeft import CheckpointError, ConfigError, LoraConfig, PeftModel, get_peft_model
 from tests.llm.models import batch, output
 from tests.llm.models import model as made
 
@@ -175,3 +176,113 @@ def test_copies_and_pickles_of_a_model_with_copies():
         one, tied = tables(other.get_base_model())
         assert one is tied
         torch.testing.assert_close(run(other.merge_and_unload()), want, **SAME)
+
+
+# ensure_weight_tying
+
+ENSURED = {
+    "embed": dict(modules_to_save=["embed_tokens"]),
+    "head": dict(modules_to_save=["lm_head"]),
+    "both": dict(modules_to_save=["embed_tokens", "lm_head"]),
+    "lora, embed": dict(target_modules=["q_proj", "embed_tokens"]),
+    "lora, head": dict(target_modules=["q_proj", "lm_head"]),
+    "lora, both": dict(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+}
+
+
+def ensured(lib, which, **more):
+    fields = {"r": 4, "target_modules": ["q_proj"], **copy.deepcopy(ENSURED[which]), **more}
+    return lib.LoraConfig(ensure_weight_tying=True, task_type="CAUSAL_LM", **fields)
+
+
+def counted(wrapped):
+    return sorted(tuple(p.shape) for p in wrapped.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*share their weight", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("which", ENSURED)
+def test_tied_copies_and_loras_are_trained_and_saved_as_in_peft(which, tmp_path):
+    models = {}
+    for lib in (peft, diffpeft):
+        wrapped = models[lib] = lib.get_peft_model(llama(True), ensured(lib, which))
+        own = lib.get_peft_model_state_dict(wrapped) if lib is diffpeft else own_of(wrapped)
+        generator = torch.Generator().manual_seed(1)
+        keys = [k for k in sorted(own) if ("embed" in k or "q_proj" in k) and "base_layer" not in k]
+        values = {k: torch.randn(own[k].shape, generator=generator) * 0.3 for k in keys}
+        for key, tensor in list(values.items()):
+            turned = {"lora_embedding_A": "lora_B", "lora_embedding_B": "lora_A"}
+            for end, other in turned.items():
+                if key.endswith(end):
+                    values[f"base_model.model.lm_head.{other}.weight"] = tensor.T.contiguous()
+        if "base_model.model.model.embed_tokens.weight" in values:
+            values["base_model.model.lm_head.weight"] = values["base_model.model.model.embed_tokens.weight"]
+        lib.set_peft_model_state_dict(wrapped, values)
+        optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            wrapped(**batch(), labels=batch()["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ours, theirs = models[diffpeft], models[peft]
+    assert counted(ours) == counted(theirs)
+    want = run(theirs)
+    torch.testing.assert_close(run(ours), want, **SAME)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "theirs"))
+    assert {*first} >= {*second} and {k.replace("base_layer.", "") for k in first} >= {*second} - {*first}
+    for folder in ("ours", "theirs"):
+        again = PeftModel.from_pretrained(llama(True), tmp_path / folder)
+        torch.testing.assert_close(run(again), want, **SAME)
+    torch.testing.assert_close(run(peft.PeftModel.from_pretrained(llama(True), tmp_path / "ours")), want, **SAME)
+    if "lora" not in which:
+        plain = ours.merge_and_unload()
+        one, other = tables(plain)
+        assert one is other and plain.config.tie_word_embeddings
+        torch.testing.assert_close(run(plain), want, **SAME)
+
+
+def own_of(wrapped):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model_state_dict(wrapped)
+
+
+def test_a_file_whose_tied_weights_differ_is_refused(tmp_path):
+    wrapped = get_peft_model(llama(True), ensured(diffpeft, "both"))
+    tensors = diffpeft.get_peft_model_state_dict(wrapped)
+    tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.lm_head.weight"] + 1
+    want = run(wrapped)
+    with pytest.raises(CheckpointError, match="ensure_weight_tying"):
+        diffpeft.set_peft_model_state_dict(wrapped, tensors)
+    assert torch.equal(run(wrapped), want)
+
+
+@pytest.mark.parametrize(
+    ("tied", "fields", "said"),
+    [
+        (False, dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True), "no tied modules were found"),
+        (True, dict(ensure_weight_tying=True), "no tied modules are added"),
+        (True, dict(modules_to_save=["embed_tokens"]), "is not set to True"),
+    ],
+)
+def test_what_is_said_of_ties_is_what_peft_says(tied, fields, said):
+    for lib in (peft, diffpeft):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lib.get_peft_model(llama(tied), lib.LoraConfig(r=4, target_modules=["q_proj"], **fields))
+        assert any(said in str(w.message) for w in caught), lib
+
+
+@pytest.mark.filterwarnings("ignore:.*share their weight")
+def test_what_cannot_be_tied_is_refused():
+    for fields in (dict(use_dora=True), dict(init_lora_weights="pissa")):
+        model = llama(True)
+        with pytest.raises(ConfigError, match="ensure_weight_tying"):
+            get_peft_model(model, ensured(diffpeft, "lora, embed", **fields))
+        assert list(model.state_dict()) == list(llama(True).state_dict())
+    rows = {"embed_tokens": [1], "lm_head": [2]}
+    for lib in (peft, diffpeft):
+        with pytest.raises(ValueError, match="different token indices"):
+            lib.get_peft_model(llama(True), ensured(lib, "embed", modules_to_save=None, trainable_token_indices=rows))
+    with pytest.raises(ConfigError, match="ensure_weight_tying"):
+        diffpeft.attach(llama(True), LoraConfig(ensure_weight_tying=True), targets=["q_proj"])
