@@ -18,7 +18,7 @@ from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.rows import Rows
 from diffpeft.layers.site import held_forwards, site_of
 from diffpeft.layers.slot import Slot, at_rest
-from diffpeft.layers.swap import subclass
+from diffpeft.layers.swap import sized, subclass
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
 _RESERVED = set(dir(nn.ModuleDict()))
@@ -148,7 +148,8 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         def extra_repr(self: Any) -> str:
             return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
 
-        _classes[base] = subclass(base, adapted_class, "_diffpeft_base", forward=forward, extra_repr=extra_repr)
+        members: dict[str, Any] = {"forward": forward, "extra_repr": extra_repr, "__setattr__": sized(base)}
+        _classes[base] = subclass(base, adapted_class, "_diffpeft_base", **members)
     return _classes[base]
 
 

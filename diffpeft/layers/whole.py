@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffpeft.layers.adapted import escaped
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
 from diffpeft.layers.site import COPIES, held_forwards
-from diffpeft.layers.swap import subclass
+from diffpeft.layers.swap import sized, subclass
 
 CONTAINER = "copies"
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -162,7 +162,7 @@ def _class(base: Any) -> type:
             return base.__getattr__(self, name) if found is _ABSENT else found
 
         items = {name: _of_what_acts(name) for name in _ITEMS if hasattr(base, name)}
-        members = {"forward": forward, "__getattr__": attribute, **items}
+        members = {"forward": forward, "__getattr__": attribute, "__setattr__": sized(base), **items}
         _classes[base] = subclass(base, _class, "_diffpeft_whole", **members)
     return _classes[base]
 

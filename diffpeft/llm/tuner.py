@@ -22,6 +22,7 @@ from diffpeft.llm.dtypes import AUTOCAST, PLAIN, Precision
 from diffpeft.llm.kbit import forget_quantization
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.replication import replicated
+from diffpeft.llm.resize import head_of, refuse_replaced, resize
 from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, wholes_of
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, loosen, ties_of, twin, twinned
@@ -133,6 +134,7 @@ class Tuner(nn.Module):
         self.peft_config = configs
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Any] | None = None  # the mix that disable_adapter_layers has put aside
+        self._head: Any = None  # where the model's head is, if adapters are on it
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -144,6 +146,7 @@ class Tuner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's; AdaLoRA adds its penalty to a loss."""
+        refuse_replaced(self.model, self._head)
         return adalora.regularised(self.model(*args, **kwargs), self.model, self.peft_config)
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -201,6 +204,7 @@ class Tuner(nn.Module):
         before = self.active_adapters
         take_off({"": self.model}, {adapter_name})
         del self.peft_config[adapter_name]
+        self._head = head_of(self.model)
         left = [name for name in before if name != adapter_name]
         if adapter_name in before and not left and self.peft_config:
             first = next(iter(self.peft_config))
@@ -299,7 +303,7 @@ class Tuner(nn.Module):
         refuse_clashing(self.model, names or ())
         plan, report = plan_merged(self.model, names, dequantize=dequantize)
         loosen(plan, self.model)
-        plan.settings.append((self, "peft_config", {}))
+        plan.settings += [(self, "peft_config", {}), (self, "_head", None)]
         plan.commit()
         self.last_merge_report = report
         if dequantize:
@@ -310,6 +314,7 @@ class Tuner(nn.Module):
         """The model without any adapter, as it was."""
         take_off({"": self.model}, None)
         self.peft_config.clear()
+        self._head = None
         return self.model
 
     def disable_adapter_layers(self) -> None:
@@ -356,6 +361,15 @@ class Tuner(nn.Module):
             return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's, with the adapters on its embeddings: new rows of whole copies are the model's, and a LoRA changes no new token.
+
+        Raises AdapterStateError while adapters are merged, and for methods that cannot get other rows.
+        """
+        model: Any = self.model
+        total = kwargs.get("new_num_tokens", args[0] if args else None)
+        return resize(model, lambda: model.resize_token_embeddings(*args, **kwargs), total)
+
     @property
     def inner(self) -> nn.Module:
         """The user's model."""
@@ -367,6 +381,7 @@ class Tuner(nn.Module):
 
     def generated(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """What the model generates."""
+        refuse_replaced(self.model, self._head)
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
@@ -381,6 +396,7 @@ class Tuner(nn.Module):
         """Add a fresh adapter."""
         adalora.trained({**self.peft_config, name: config})
         self.peft_config[name] = inject(self.model, config, name, active=active, precision=precision)
+        self._head = head_of(self.model)
 
     def load(
         self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool, precision: Precision = AUTOCAST
@@ -407,6 +423,7 @@ class Tuner(nn.Module):
         for p in own:
             p.requires_grad_(False)
         self.peft_config[name] = config
+        self._head = head_of(self.model)
         return list(found.missing)
 
 
