@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from converters.formats.peft import PREFIX
+from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
-from diffpeft.llm import state
+from diffpeft.llm import renames, state
 from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
@@ -301,6 +302,7 @@ class PeftModel(Passing, Counted, nn.Module):
         config: Any = None,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
@@ -308,6 +310,8 @@ class PeftModel(Passing, Counted, nn.Module):
         Args:
             autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
             low_cpu_mem_usage: changes nothing: tensors go straight from the file to their place.
+            key_mapping: {expression: replacement} for the file's keys beyond `base_model.model.`, the first that is found in a key; by default the
+                model's `_checkpoint_conversion_mapping`, if it has one.
 
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
@@ -328,6 +332,7 @@ class PeftModel(Passing, Counted, nn.Module):
             trainable=is_trainable,
             active=True,
             precision=Precision(autocast_adapter_dtype),
+            key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) if key_mapping is None else key_mapping,
         )
         self._checkpoint()
         return self if is_trainable else self.eval()
@@ -341,11 +346,13 @@ class PeftModel(Passing, Counted, nn.Module):
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
         if adapter_name in self.peft_config:
-            result = self.tuner.overwrite(adapter_name, state.tensors_in(state.located(model_id, **kwargs)))
+            tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
+            result = self.tuner.overwrite(adapter_name, tensors)
         else:
             config = PeftConfig.from_pretrained(model_id, **kwargs)
             config.inference_mode = not is_trainable
@@ -357,6 +364,7 @@ class PeftModel(Passing, Counted, nn.Module):
                 trainable=is_trainable,
                 active=False,
                 precision=Precision(autocast_adapter_dtype),
+                key_mapping=key_mapping,
             )
             result = Incompatible(lost, [], [])
         if not is_trainable:
@@ -497,7 +505,16 @@ def set_peft_model_state_dict(
     return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
 
 
-def load_peft_weights(model_id: str | os.PathLike[str], device: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-    """{key: tensor} of an adapter's folder or repository on the Hub, on `device`. Raises CheckpointError and its kin."""
-    tensors = state.tensors_in(state.located(model_id, **kwargs))
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: Any = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """{key: tensor} of an adapter's folder or repository on the Hub, on `device`. Raises CheckpointError and its kin.
+
+    `key_mapping` {expression: replacement} renames keys beyond their `base_model.model.`: the first that is found in a key.
+    """
+    with patterns.limited(ConfigError, "key_mapping"):
+        tensors = renames.mapped(state.tensors_in(state.located(model_id, **kwargs)), key_mapping)
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

@@ -151,9 +151,17 @@ class PromptTuner(Prompts):
         return Incompatible([], [key for key in tensors if key not in used], [])
 
     def load(
-        self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool, precision: Any = None
+        self,
+        name: str,
+        config: Any,
+        folder: Path,
+        *,
+        trainable: bool,
+        active: bool,
+        precision: Any = None,
+        key_mapping: Any = None,
     ) -> list[str]:
-        """Add the adapter in a folder; nothing is missing then."""
+        """Add the adapter in a folder; nothing is missing then. Its few keys are never renamed."""
         if trainable:
             raise ConfigError(
                 "Cannot set a prompt learning adapter to trainable when loading pretrained adapter.",

@@ -102,7 +102,7 @@ def _check(where: str, module: Any, total: int | None) -> None:
             remedy="Call resize_token_embeddings before the adapter is made.",
         )
     for name, patch in copies.modules.items() if isinstance(copies, Patches) else ():
-        last = int(patch.rows.max())  # type: ignore[operator,union-attr]
+        last = int(patch.rows.max())  # type: ignore[operator]
         if total is not None and last >= total:
             raise AdapterStateError(
                 f"adapter {shown(name)} trains row {last} of {shown(where)}, which would have {total} rows",

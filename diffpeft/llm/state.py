@@ -38,7 +38,7 @@ from diffpeft.errors import (
 from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.layers.whole import CONTAINER, bare_copy, copied, copies_of
-from diffpeft.llm import adalora, tying
+from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
 from diffpeft.llm.dtypes import Precision, put_into
@@ -142,6 +142,11 @@ def whole_tensors(
     return found
 
 
+def keys_in(source: Any) -> list[str]:
+    """The keys of an adapter's folder, or of a dict of tensors."""
+    return list(source) if isinstance(source, Mapping) else list(io.header(Path(source) / WEIGHTS)[0])
+
+
 def tensors_in(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's folder."""
     handles, _ = io.header(folder / WEIGHTS)
@@ -186,8 +191,10 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     if isinstance(source, Mapping):
         source = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in source.items()}
     patches = patching.patches_of(model, config, chosen)
-    if patches:
+    renamed = renames.known_names(model, keys_in(source))
+    if patches or renamed:
         source = dict(source) if isinstance(source, Mapping) else tensors_in(Path(source))
+        source = renames.fitted(model, source, renamed, patches)
     own_patches, lost = patching.taken(patches, source, PREFIX)
     bundle = _bundle(source, config, layers) if source else Bundle("peft", "", [])
     carried = dict(bundle.carried)

@@ -13,6 +13,7 @@ from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import refusal, site_of
+from diffpeft.llm import renames
 from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
 from diffpeft.model.target import modules_of
 
@@ -82,8 +83,10 @@ def resolved(model: nn.Module, config: PeftConfig) -> Any:
     """A copy of a config in which defaults and `all-linear` have become names."""
     config = copy.deepcopy(config)
     own: Any = config
-    if isinstance(own.target_modules, str) and own.target_modules.lower() == ALL_LINEAR:
-        own.target_modules = _linear(model, config)
+    linear = _linear(model, config) if _is_all_linear(own) else []
+    renames.stacked(model, own, linear, lambda name: matches(own, name) and not excludes(own, name))
+    if _is_all_linear(own):
+        own.target_modules = linear
     elif own.target_modules is None and not getattr(own, "target_parameters", None):
         kind = getattr(getattr(model, "config", None), "model_type", None)
         names = _DEFAULTS.get(str(own.peft_type), _LORA).get(str(kind))
@@ -96,6 +99,10 @@ def resolved(model: nn.Module, config: PeftConfig) -> Any:
         if own.peft_type == PeftType.IA3 and own.feedforward_modules is None:
             own.feedforward_modules = [name[1:] for name in names if name.startswith("*")]
     return config
+
+
+def _is_all_linear(config: Any) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
 def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:

@@ -21,9 +21,10 @@ from diffpeft.llm import adalora
 from diffpeft.llm.dtypes import AUTOCAST, PLAIN, Precision
 from diffpeft.llm.kbit import forget_quantization
 from diffpeft.llm.patches import patches_of
+from diffpeft.llm.renames import mapped
 from diffpeft.llm.replication import replicated
 from diffpeft.llm.resize import head_of, refuse_replaced, resize
-from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, wholes_of
+from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, tensors_in, wholes_of
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, loosen, ties_of, twin, twinned
 from diffpeft.llm.weighted import add_weighted
@@ -390,7 +391,8 @@ class Tuner(nn.Module):
 
     def overwrite(self, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Put a file's tensors into an adapter that is there: all or nothing."""
-        return overwrite(self.model, name, self.peft_config[name], tensors)
+        with patterns.limited(ConfigError, name):
+            return overwrite(self.model, name, self.peft_config[name], tensors)
 
     def inject(self, name: str, config: Any, *, active: bool, precision: Precision = AUTOCAST) -> None:
         """Add a fresh adapter."""
@@ -399,19 +401,28 @@ class Tuner(nn.Module):
         self._head = head_of(self.model)
 
     def load(
-        self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool, precision: Precision = AUTOCAST
+        self,
+        name: str,
+        config: Any,
+        folder: Path,
+        *,
+        trainable: bool,
+        active: bool,
+        precision: Precision = AUTOCAST,
+        key_mapping: Mapping[str, str] | None = None,
     ) -> list[str]:
         """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
         with patterns.limited(CheckpointError, folder):
-            return self._load(name, config, folder, trainable, active, precision)
+            source = mapped(tensors_in(folder), key_mapping) if key_mapping else folder
+            return self._load(name, config, source, trainable, active, precision)
 
     def _load(
-        self, name: str, config: Any, folder: Path, trainable: bool, active: bool, precision: Precision
+        self, name: str, config: Any, source: Any, trainable: bool, active: bool, precision: Precision
     ) -> list[str]:
         config = resolved(self.model, config)
         config.validate()
         with replicated(self.model, config, self.peft_config):
-            found = read(self.model, folder, config, trainable=trainable, chosen=chosen(self.model, config))
+            found = read(self.model, source, config, trainable=trainable, chosen=chosen(self.model, config))
             check_tying(self.model, config, (*found.wholes, *found.slots))
             if found.missing:
                 warnings.warn(
