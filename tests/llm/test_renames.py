@@ -261,7 +261,7 @@ def test_a_mapping_that_takes_too_long_or_is_for_other_keys_is_refused(tmp_path)
     folder = renamed_folder(tmp_path)
     began = time.perf_counter()
     with pytest.raises((ConfigError, CheckpointError), match="too long"):
-        diffpeft.load_peft_weights(folder, key_mapping={"(.|.)" * 40 + "[!]": "x"})
+        diffpeft.load_peft_weights(folder, key_mapping={r"(([a-z0-9_.])+)+[!]": "x"})
     assert time.perf_counter() - began < 5
     save_file({"other": torch.zeros(1)}, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="key_mapping"):
