@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import diffpeft
 from diffpeft import CheckpointError, ConfigError, LoraConfig, MissingKeysError, PeftModel, UnknownKeysError
 from tests.llm.test_target_parameters import mixtral, qwen
+from tests.test_patterns import SLOW
 
 SAME = dict(rtol=1e-4, atol=1e-5)
 IDS = torch.tensor([[3, 5, 9, 20, 3, 50], [1, 2, 7, 9, 60, 4]])
@@ -257,12 +259,16 @@ def test_keys_are_mapped_as_in_peft(tmp_path):
         del type(model)._checkpoint_conversion_mapping
 
 
-def test_a_mapping_that_takes_too_long_or_is_for_other_keys_is_refused(tmp_path):
-    folder = renamed_folder(tmp_path)
+@pytest.mark.parametrize("pattern", SLOW)
+def test_no_mapping_runs_for_ever(pattern, tmp_path):
     began = time.perf_counter()
-    with pytest.raises((ConfigError, CheckpointError), match="too long"):
-        diffpeft.load_peft_weights(folder, key_mapping={r"(([a-z0-9_.])+)+[!]": "x"})
-    assert time.perf_counter() - began < 5
+    with contextlib.suppress(ConfigError):
+        diffpeft.load_peft_weights(renamed_folder(tmp_path), key_mapping={f"^{pattern}": "x"})
+    assert time.perf_counter() - began < 3
+
+
+def test_a_mapping_for_other_keys_is_refused(tmp_path):
+    folder = renamed_folder(tmp_path)
     save_file({"other": torch.zeros(1)}, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="key_mapping"):
         diffpeft.load_peft_weights(folder, key_mapping=MAPPING)
