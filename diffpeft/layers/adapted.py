@@ -213,7 +213,7 @@ def _link(
     link: Whole | Rows | None = None
     if any(prompts):
         op: Any = site(module, *rest, **named)
-        plain = Base(op, lambda x: base.forward(module, x, *rest, **named), dtype, record.kept)
+        plain = Base(op, lambda x: op.forward(base, x), dtype, record.kept)
         link = Rows(plain, prompts, record) if choice.rows else Whole(plain, prompts[0])
     if keep:
         record.kept["link"] = lasting, dtype, link

@@ -6,9 +6,8 @@ other only if they are the rows of what the module around it was given; a module
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,33 +40,45 @@ def ambiguous(what: str) -> AdapterStateError:
     )
 
 
-@contextlib.contextmanager
-def watched(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside this block modules of a model, by name, know what the module around them was given."""
-    if not names or torch.compiler.is_compiling():
-        yield
-        return
-    before, given = getattr(_here, "given", None), {}
+class watched:
+    """Inside this block modules of a model know what the module around them was given; `names` gives theirs. A class, which no compiler enters."""
 
-    def note(child: nn.Module) -> Any:
-        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
-            given[id(child)] = next(tensors, None)
+    def __init__(self, model: Any, names: Callable[[], Sequence[str]]):
+        self.model, self.names = model, names
+        self.hooks: list[Any] = []
 
-        return look
+    @torch.compiler.disable
+    def __enter__(self) -> None:
+        names = self.names()
+        if not names or _compiled(self.model):
+            return
+        given: dict[int, Any] = {}
+        self.before = getattr(_here, "given", None)
+        for name in names:
+            around, _, last = name.rpartition(".")
+            parent = self.model.get_submodule(around)
+            look = _noting(given, id(parent._modules[last]))
+            self.hooks.append(parent.register_forward_pre_hook(look, with_kwargs=True))
+        _here.given = given
 
-    hooks = []
-    for name in names:
-        around, _, last = name.rpartition(".")
-        parent = model.get_submodule(around)
-        hooks.append(parent.register_forward_pre_hook(note(parent._modules[last]), with_kwargs=True))  # type: ignore[arg-type]
-    _here.given = given
-    try:
-        yield
-    finally:
-        _here.given = before
-        for hook in hooks:
+    @torch.compiler.disable
+    def __exit__(self, *error: object) -> None:
+        if self.hooks:
+            _here.given = self.before
+        for hook in self.hooks:
             hook.remove()
+
+
+def _compiled(model: Any) -> bool:
+    return "_orig_mod" in model._modules or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def _noting(given: dict[int, Any], key: int) -> Any:
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
+        given[key] = next(tensors, None)
+
+    return look
 
 
 def by_rows(module: Any, base: Any, copies: Any, choice: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:

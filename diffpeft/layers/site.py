@@ -5,6 +5,7 @@ A site lends methods the layer's operation (`methods.base.Op`) and gives its wei
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +49,10 @@ class _Site:
     @property
     def bias(self) -> Tensor | None:
         return getattr(self.module, "bias", None)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        """The layer without adapters, as its class `base` computes it."""
+        return base.forward(self.module, x, *self.rest, **self.named)
 
     def weight(self) -> Tensor:
         """The layer's weight seen as [out, in / groups, *kernel]; for quantised layers a copy."""
@@ -145,12 +150,25 @@ class QuantisedSite(LinearSite):
     kinds = (("bitsandbytes.nn.modules", "Linear8bitLt"), ("bitsandbytes.nn.modules", "Linear4bit"))
     quantised = True
 
+    @property
+    def _packed(self) -> bool:
+        """Whether 4-bit numbers lie as bitsandbytes' product for inference wants them, on CPUs that have it; it knows no gradients."""
+        return getattr(getattr(self.module.weight, "quant_state", None), "packing_format_for_cpu", False)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        if self._packed and torch.is_grad_enabled() and x.requires_grad:
+            return self.op(x, self.weight().to(x.dtype), True)
+        return super().forward(base, x)
+
     def weight(self) -> Tensor:
         import bitsandbytes.functional as bnb
 
         weight = self.module.weight
         if getattr(weight, "quant_state", None) is not None:
-            return bnb.dequantize_4bit(weight.data, weight.quant_state)
+            data, state = weight.data, weight.quant_state
+            if self._packed:
+                data, state = bnb._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+            return bnb.dequantize_4bit(data, state)
         # before the first forward the parameter holds the scales, afterwards the matrix-product state does
         scales = weight.SCB if weight.SCB is not None else self.module.state.SCB
         data = weight.data if weight.CB is None else weight.CB

@@ -16,7 +16,7 @@ from diffpeft.llm.prompts import Prompts
 from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
 from diffpeft.llm.tuner import known, named, trainable
 from diffpeft.model.attach import Plan, copy_wholes
-from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, forced
+from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
 from diffpeft.model.target import modules_of
 
 PREFIX = "base_model."  # of whole modules in PEFT's files of prompts
@@ -105,7 +105,7 @@ class PromptTuner(Prompts):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone, for this thread inside this block."""
-        with forced({self.mix.key: Choice()}):
+        with forced(claim({self.mix.key: Choice()})):
             yield
 
     def call(self, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from diffpeft.llm.embeddings import WHOLE, embedding_layers
 from diffpeft.methods import Spec
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import Plan, mixes_of
-from diffpeft.model.mix import Choice, forced
+from diffpeft.model.mix import Choice, claim, forced
 from diffpeft.model.target import modules_of
 
 # {role: the axis that counts tokens} on a table, and on a head
@@ -43,7 +43,7 @@ def resize(model: Any, resized: Callable[[], Any], total: int | None = None) -> 
     for where, module in layers.items():
         _check(where, module, total)
     flags = {id(p): p.requires_grad for p in model.parameters()}
-    with forced({mix.key: Choice() for mix in mixes.values()}), resizing():
+    with forced(claim({mix.key: Choice() for mix in mixes.values()})), resizing():
         found = resized()
         for where, module in layers.items():
             _put_back(model, where, module)

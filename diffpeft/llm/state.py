@@ -45,6 +45,7 @@ from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import Plan, copy_wholes, install, mixes_of, put_patches, refuse_duplicate
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.state import entries_of, slots_in
 from diffpeft.model.target import layers_of, modules_of
@@ -315,6 +316,7 @@ def put(
         fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
     tables.fill(copy_wholes(plan, name, copied_, still=True), found.embeddings)
     put_patches(plan, name, patches)
+    plan.roots.append((model, plan.mixes[-1][0]))
     plan.commit()
 
 
@@ -332,6 +334,11 @@ def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
 
 def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
     """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
+    with exclusive({"": model}):
+        return _overwrite(model, name, config, tensors)
+
+
+def _overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
     if isinstance(config, AdaLoraConfig):
         adalora.resize(model, name, config)
     slots = slots_in(model, name)

@@ -30,8 +30,9 @@ from diffpeft.llm.tying import check_tying, loosen, ties_of, twin, twinned
 from diffpeft.llm.weighted import add_weighted
 from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
 from diffpeft.model.fuse import fuse, unfuse
+from diffpeft.model.lock import exclusive
 from diffpeft.model.merge import plan_merged
-from diffpeft.model.mix import Choice, check_name, forced
+from diffpeft.model.mix import Choice, check_name, claim, forced
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import modules_of
 from diffpeft.pipeline.adapters import adapters, set_adapters
@@ -48,7 +49,7 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision:
     check_name(name)
     if config.is_prompt_learning:
         raise ConfigError(f"{type(config).__name__} adds tokens and not layers", remedy="Use get_peft_model.")
-    with patterns.limited(ConfigError):
+    with patterns.limited(ConfigError), exclusive({"": model}):
         config = resolved(model, config)
         config.validate()
         others = found_configs(model) if getattr(config, "layer_replication", None) else {}
@@ -302,11 +303,11 @@ class Tuner(nn.Module):
         names = None if adapter_names is None else list(adapter_names)
         known(names or (), self.peft_config)
         refuse_clashing(self.model, names or ())
-        plan, report = plan_merged(self.model, names, dequantize=dequantize)
-        loosen(plan, self.model)
-        plan.settings += [(self, "peft_config", {}), (self, "_head", None)]
-        plan.commit()
-        self.last_merge_report = report
+        with exclusive({"": self.model}):
+            plan, report = plan_merged({"": self.model}, names, dequantize=dequantize)
+            loosen(plan, self.model)
+            plan.settings += [(self, "peft_config", {}), (self, "_head", None), (self, "last_merge_report", report)]
+            plan.commit()
         if dequantize:
             forget_quantization(self.model)
         return self.model
@@ -337,7 +338,7 @@ class Tuner(nn.Module):
         merged = fused_of(self.model)
         if merged:
             unfuse(self.model)
-        off = {mix.key: OFF for mix in mixes_of({"": self.model}).values()}
+        off = claim({mix.key: OFF for mix in mixes_of({"": self.model}).values()})
         try:
             with adapters(self.model, {}), forced(off):
                 yield
@@ -412,7 +413,7 @@ class Tuner(nn.Module):
         key_mapping: Mapping[str, str] | None = None,
     ) -> list[str]:
         """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
-        with patterns.limited(CheckpointError, folder):
+        with patterns.limited(CheckpointError, folder), exclusive({"": self.model}):
             source = mapped(tensors_in(folder), key_mapping) if key_mapping else folder
             return self._load(name, config, source, trainable, active, precision)
 

@@ -32,6 +32,7 @@ from diffpeft.layers.whole import Copies, Put, bare_copy, copied, copies_of, pla
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.root import settle
 from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
@@ -192,21 +193,31 @@ def attach(
     Tensors are float32 whatever the base's dtype. `requires_grad` of the base is not touched.
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
+    parts = components(target)
     check_name(name)
     given = {"side": side, "dora": dora, "constraint": constraint, "rescale": rescale, "tucker": tucker}
     options = {key: value for key, value in given.items() if value is not None}
-    method, parts = method_of(config, options), components(target)
+    method = method_of(config, options)
     config.validate()
     for field_ in _FACADE:
         if getattr(config, field_, None):
             raise ConfigError(
                 f"attach has no use for {field_}", remedy="It is for get_peft_model and inject_adapter_in_model."
             )
-    chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
     quiet = is_preset(targets or config.target_modules)  # who named the layers should know of small ones
-    return attach_to(
-        parts, chosen, config, name, method=method, options=options, generator=generator, dry_run=dry_run, quiet=quiet
-    )
+    with exclusive(parts):
+        chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
+        return attach_to(
+            parts,
+            chosen,
+            config,
+            name,
+            method=method,
+            options=options,
+            generator=generator,
+            dry_run=dry_run,
+            quiet=quiet,
+        )
 
 
 _FACADE = (
@@ -271,6 +282,7 @@ def attach_to(
                 install(plan, component, chosen[component], found, mixes.get(component), own, strength)
                 copy_wholes(plan, name, wholes, ties=ties)
                 put_patches(plan, name, patches)
+                plan.roots.append((parts[component], plan.mixes[-1][0]))
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
     tensors += dict.fromkeys(p for _, patch in patches.values() for p in patch.parameters())
@@ -451,14 +463,15 @@ def detach(target: Any, name: str) -> None:
 
 def take_off(parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
     """Remove adapters, or all of them. Raises UnknownNameError for a name that no component has."""
-    adapted = {component: adapted_layers(model) for component, model in parts.items()}
-    mixes = mixes_of(parts, adapted)
-    known = {n for mix in mixes.values() for n in mix.adapters}
-    for name in sorted((names or set()) - known):
-        raise UnknownNameError.of("adapter", name, known)
-    plan = Plan()
-    remove(plan, parts, mixes, adapted, known if names is None else names)
-    plan.commit()
+    with exclusive(parts):
+        adapted = {component: adapted_layers(model) for component, model in parts.items()}
+        mixes = mixes_of(parts, adapted)
+        known = {n for mix in mixes.values() for n in mix.adapters}
+        for name in sorted((names or set()) - known):
+            raise UnknownNameError.of("adapter", name, known)
+        plan = Plan()
+        remove(plan, parts, mixes, adapted, known if names is None else names)
+        plan.commit()
 
 
 def remove(

@@ -6,7 +6,7 @@ Both work on effective deltas: what an adapter adds to the layer's own weight at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from diffpeft.methods import Lora, Spec
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
 from diffpeft.model.target import adapted_layers, components
 
@@ -58,7 +59,15 @@ def to_lora(
         check_rank("rank", rank)
     if energy is not None and (rank is not None or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise ConfigError(f"energy is {energy!r}", remedy="It is a share above 0 and at most 1, given instead of rank.")
-    parts, mixes = components(target), mixes_of(components(target))
+    parts = components(target)
+    with exclusive(parts):
+        return _to_lora(parts, adapter, name, rank, energy)
+
+
+def _to_lora(
+    parts: Mapping[str, nn.Module], adapter: str, name: str | None, rank: int | None, energy: float | None
+) -> dict[str, float]:
+    mixes = mixes_of(parts)
     _known([adapter], mixes)
     if name is not None:
         _check_new(name, mixes)
@@ -117,7 +126,18 @@ def combine(
             )
     if not weights:
         raise ConfigError("weights is empty", remedy="Give {adapter: weight}.")
-    parts, mixes = components(target), mixes_of(components(target))
+    parts = components(target)
+    with exclusive(parts):
+        return _combine(parts, weights, name, lambda found: _combined(how, found, rank, density, majority_sign))
+
+
+def _combine(
+    parts: Mapping[str, nn.Module],
+    weights: Mapping[str, float],
+    name: str,
+    combined: Callable[[list[tuple[float, Update]]], tuple[Factors, Tensor]],
+) -> dict[str, float]:
+    mixes = mixes_of(parts)
     _known(weights, mixes)
     _check_new(name, mixes)
     plan, lost = Plan(), {}
@@ -130,7 +150,7 @@ def combine(
                 modules[layer] = module
         slots = {}
         for layer, found in updates.items():
-            factors, whole = _combined(how, found, rank, density, majority_sign)
+            factors, whole = combined(found)
             shifts = [w * u.shift for w, u in found if u.shift is not None]
             lost[dotted(component, layer)] = _residual(whole, factors)
             slots[layer] = _lora(modules[layer], factors, sum(shifts) if shifts else None, False)  # type: ignore[arg-type]

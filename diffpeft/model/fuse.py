@@ -21,6 +21,7 @@ from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put, copied, copies_of
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import Plan, mixes_of, unfused
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted_layers, components, modules_of
@@ -43,18 +44,19 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
     if keep_base not in ("cpu", "none"):
         raise ConfigError(f"keep_base is {shown(keep_base)}", remedy="It is 'cpu' or 'none'.")
     parts = components(target)
-    mixes = mixes_of(parts)
-    chosen = _chosen(names, mixes)
-    plan = Plan()
-    for component, mix in mixes.items():
-        refuse_changing(mix, chosen)
-        given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
-        if given:
-            _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
-            plan.mixes.append((mix, {"fused": {**mix.fused, **given}}))
-    if not plan.layers and not plan.wholes:
-        warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=2)
-    plan.commit()
+    with exclusive(parts):
+        mixes = mixes_of(parts)
+        chosen = _chosen(names, mixes)
+        plan = Plan()
+        for component, mix in mixes.items():
+            refuse_changing(mix, chosen)
+            given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
+            if given:
+                _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
+                plan.mixes.append((mix, {"fused": {**mix.fused, **given}}))
+        if not plan.layers and not plan.wholes:
+            warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=2)
+        plan.commit()
 
 
 def unfuse(target: Any) -> None:
@@ -63,10 +65,11 @@ def unfuse(target: Any) -> None:
     Raises AdapterStateError if the base was not kept.
     """
     parts = components(target)
-    plan = Plan()
-    for component, mix in mixes_of(parts).items():
-        plan_unfused(plan, parts[component], mix)
-    plan.commit()
+    with exclusive(parts):
+        plan = Plan()
+        for component, mix in mixes_of(parts).items():
+            plan_unfused(plan, parts[component], mix)
+        plan.commit()
 
 
 def plan_unfused(plan: Plan, model: nn.Module, mix: Mix) -> None:

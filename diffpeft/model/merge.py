@@ -7,7 +7,7 @@ has too few levels to take an adapter in; its layer is replaced by a plain one w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put, copied, copies_of
 from diffpeft.model.attach import Plan, mixes_of, refuse_foreign, unfused
 from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit, unfit
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.target import adapted_layers, components, modules_of
 from diffpeft.model.tied import spread
@@ -46,16 +47,17 @@ def merge_for_good(
     computed in fp32 from the weight that the merge starts from. Raises UnknownNameError, AdapterStateError or NonFiniteError, in which case nothing
     has changed.
     """
-    plan, errors = plan_merged(model, names, dequantize=dequantize)
-    plan.commit()
+    parts = components(model)
+    with exclusive(parts):
+        plan, errors = plan_merged(parts, names, dequantize=dequantize)
+        plan.commit()
     return errors
 
 
 def plan_merged(
-    model: Any, names: str | Sequence[str] | None = None, *, dequantize: bool = False
+    parts: Mapping[str, nn.Module], names: str | Sequence[str] | None = None, *, dequantize: bool = False
 ) -> tuple[Plan, dict[str, float]]:
-    """`merge_for_good` up to its commit: the plan, and the relative error of each layer."""
-    parts = components(model)
+    """`merge_for_good` of these components up to its commit: the plan, and the relative error of each layer."""
     adapted = {component: adapted_layers(part) for component, part in parts.items()}
     mixes = mixes_of(parts, adapted)
     known = {n for mix in mixes.values() for n in mix.adapters}

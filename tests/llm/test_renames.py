@@ -172,9 +172,11 @@ def test_a_part_of_the_experts_is_what_it_was(case, parts, router, rslora, tmp_p
     folder = written(tmp_path / "old", tensors, target_modules=names, use_rslora=rslora)
     want, scale = base(make), 6 / (2 if rslora else 4)
     for i, layer in enumerate(want.model.layers):
-        get = lambda name: (
-            tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
-        )  # noqa: E731
+
+        def get(name):
+            A, B = (tensors[f"base_model.model.{name}.lora_{n}.weight"] for n in "AB")
+            return B @ A
+
         where, (_, _, fused, down) = EXPERTS[case][1].format(i), EXPERTS[case]
         layer.self_attn.q_proj.weight.data += scale * get(f"model.layers.{i}.self_attn.q_proj")
         if router:
