@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.engine import Source, read
+from converters.engine import read
 from converters.formats.fields import on_inputs
+from converters.opening import Source
 from converters.roles import ADDITIVE
 from converters.writing import plans, problem, store
 from diffpeft import io

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from converters.detection import Detection, Fit, bare, fit, known
 from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
-from converters.formats.peft import CONFIG, FILE, WEIGHTS
+from converters.opening import Opened, Source, opened, parts_of
 from converters.roles import OLD_OFT, ROLES, contradiction, missing, split
 from converters.rows import aspect
 from diffpeft import io
-from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, canonical, dotted, named
+from diffpeft.bundle import Bundle, Entry, Handle, Rule, canonical, dotted, named
 from diffpeft.errors import (
     AmbiguousFormatError,
     CheckpointError,
     MissingKeysError,
     ShapeMismatchError,
     UnknownNameError,
-    UnreadableFileError,
     WrongBaseError,
     listed,
     shown,
 )
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
 Names = Mapping[str, Iterable[str]]
 Spelt = tuple[str, str, int | None]  # what says the component, the layer as the format spells it, the part of it
 Found = dict[str, tuple[str, Handle]]  # one layer's tensors: {role: (key, handle)}
@@ -48,7 +44,7 @@ def fitting(source: Source, family: str | None = None) -> Fit:
 
     `family` is known to be what the file is asked for, where formats of different families look alike.
     """
-    if several := components_in(source):
+    if several := parts_of(source):
         family, first = _common(several), fitting(several[0])
         return replace(first, families=(family,) if family else first.families, ambiguous=family is None)
     tensors, metadata, where = opened(source)
@@ -93,9 +89,9 @@ def read(
     """
     known_name("format", format, FORMATS)
     known_name("family", family, TABLES)
-    if several := components_in(source):
+    if several := parts_of(source):
         family = family or _common(several)
-        return _merged([read(path, family=family, format=format, names=names) for path in several], source)
+        return _merged([read(part, family=family, format=format, names=names) for part in several], source)
     tensors, own, where = fits.opened if fits else opened(source)
     metadata = {**own, **(metadata or {})}
     found = fits or fit(tensors, metadata, where, format, family)
@@ -119,17 +115,9 @@ def read(
     return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families, tuple(tensors))
 
 
-def components_in(source: Source) -> list[Path]:
-    """The files or PEFT folders in a folder that has one for each of several components."""
-    if isinstance(source, Mapping) or not Path(source).is_dir() or (Path(source) / WEIGHTS).is_file():
-        return []
-    names = [Path(source) / f"{component}{end}" for component in COMPONENTS for end in ("", ".safetensors")]
-    return [path for path in names if path.is_file() or (path / WEIGHTS).is_file()]
-
-
-def _common(paths: Sequence[Path]) -> str | None:
+def _common(parts: Sequence[Opened]) -> str | None:
     """The family of files of one adapter: the first that fits all."""
-    fits = sorted((fitting(path) for path in paths), key=lambda f: len(f.families))
+    fits = sorted((fitting(part) for part in parts), key=lambda f: len(f.families))
     if any(f.ambiguous for f in fits) and not any(len(f.families) == 1 for f in fits):
         return None
     return next((family for family in fits[0].families if all(family in f.families for f in fits)), None)
@@ -158,25 +146,6 @@ def _families(found: Fit, fmt: Format, family: str | None, names: Names | None, 
             f"this adapter is for {' or '.join(found.families)}, not {family}", where=where, remedy="Leave out family=."
         )
     return (family,)
-
-
-def opened(source: Source) -> tuple[dict[str, Handle], dict[str, str], str]:
-    """The tensors, the metadata and where they are. The config beside PEFT's weights counts as metadata."""
-    if isinstance(source, Mapping):
-        if not source or not all(
-            isinstance(k, str) and hasattr(t, "dtype") and hasattr(t, "shape") for k, t in source.items()
-        ):
-            raise CheckpointError("a dict of tensors maps names to tensors, and holds at least one")
-        return {key: io.handle(tensor) for key, tensor in source.items()}, {}, "a dict of tensors"
-    path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    handles, metadata = io.header(path)
-    config = path.with_name(FILE)
-    if path.name == WEIGHTS and config.is_file():
-        try:
-            metadata = {**metadata, CONFIG: config.read_text(encoding="utf-8").rstrip("\n")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise UnreadableFileError(f"cannot read {FILE} ({error})", where=config) from error
-    return handles, metadata, str(source)
 
 
 def known_name(kind: str, name: str | None, among: Mapping[str, Any]) -> str | None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.detection import Fit, bare, fit
-from converters.engine import Source, opened
 from converters.families import Table
 from converters.formats import FORMATS
+from converters.opening import Source, opened
 from converters.roles import rank, split
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, named, trigger_words

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from converters.formats.peft import CONFIG, PREFIX
+from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.adapted import is_adapted, record_of
 from diffpeft.layers.whole import copied, copies_of
@@ -351,7 +351,7 @@ class Tuner(nn.Module):
         adalora.trained({**self.peft_config, name: config})
         self.peft_config[name] = inject(self.model, config, name, active=active)
 
-    def load(self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool) -> list[str]:
+    def load(self, name: str, config: Any, folder: Opened, *, trainable: bool, active: bool) -> list[str]:
         """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
         config = resolved(self.model, config)
         config.validate()

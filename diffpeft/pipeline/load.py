@@ -170,7 +170,7 @@ def _default_name(source: Any) -> str:
     if not isinstance(source, (str, os.PathLike)):
         return "default"
     stem = Path(source).name.removesuffix(".safetensors")
-    return re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:128] or "default"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", "" if stem == ".." else stem)[:128] or "default"
 
 
 def _read(source: Any, own: str | None, family: str | None, names: Mapping[str, Sequence[str]]) -> Bundle:
