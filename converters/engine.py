@@ -21,6 +21,7 @@ from diffpeft.errors import (
     ShapeMismatchError,
     UnknownNameError,
     WrongBaseError,
+    inside,
     listed,
     shown,
 )
@@ -34,9 +35,10 @@ _NUMBERS = ("alpha", "on_input")  # roles that are numbers
 def detect(source: Source) -> Detection:
     """What a file or dict of tensors is, from the header alone. Raises AmbiguousFormatError if its names fit families that spell others apart."""
     tensors, metadata, where = opened(source)
-    found = fit(tensors, metadata, where)
-    refuse_ambiguous(found, where)
-    return detected(found, tensors)
+    with inside(where):
+        found = fit(tensors, metadata, where)
+        refuse_ambiguous(found, where)
+        return detected(found, tensors)
 
 
 def fitting(source: Source, family: str | None = None) -> Fit:
@@ -48,7 +50,8 @@ def fitting(source: Source, family: str | None = None) -> Fit:
         family, first = _common(several), fitting(several[0])
         return replace(first, families=(family,) if family else first.families, ambiguous=family is None)
     tensors, metadata, where = opened(source)
-    return fit(tensors, metadata, where, family=family)
+    with inside(where):
+        return fit(tensors, metadata, where, family=family)
 
 
 def detected(found: Fit, tensors: Mapping[str, Handle]) -> Detection:
@@ -93,7 +96,12 @@ def read(
         family = family or _common(several)
         return _merged([read(part, family=family, format=format, names=names) for part in several], source)
     tensors, own, where = fits.opened if fits else opened(source)
-    metadata = {**own, **(metadata or {})}
+    with inside(where):
+        return _read(Opened(tensors, {**own, **(metadata or {})}, where), family, format, names, fits)
+
+
+def _read(source: Opened, family: str | None, format: str | None, names: Names | None, fits: Fit | None) -> Bundle:
+    tensors, metadata, where = source
     found = fits or fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
@@ -278,9 +286,10 @@ def _entries(layer: str, found: Found, where: str) -> list[Entry]:
     shapes = {role: handle.shape for role, (_, handle) in found.items() if role != "alpha"}
     methods = split(shapes)
     if not methods:
+        key = next(iter(found.values()))[0]
+        what = "an alpha" if "alpha" in found else listed(found)
         raise MissingKeysError(
-            f"layer {shown(layer)} has an alpha but no {listed(ROLES['lora'][:2])}",
-            where=f"{where}: {found['alpha'][0]}",
+            f"layer {shown(layer)} has {what} but no {listed(ROLES['lora'][:2])}", where=f"{where}: {key}"
         )
     alpha = found["alpha"][1] if "alpha" in found else None
     io.number(alpha)

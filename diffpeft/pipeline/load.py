@@ -21,6 +21,7 @@ from diffpeft.bundle import Bundle, Entry, Handle, dotted
 from diffpeft.errors import (
     ConfigError,
     WrongBaseError,
+    inside,
     listed,
     shown,
 )
@@ -88,8 +89,9 @@ def load_lora(
         mixes = mixes_of(parts, adapted)
         refuse_duplicate(name, mixes.values())
         bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
-        slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
-        plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
+        with inside(bundle.source):
+            slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
+            plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
         report = report_of(name, bundle, slots, absent)
         _warn(report, bundle, slots)  # before the commit: a warning may be an error
         plan.commit()
