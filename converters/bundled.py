@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from converters.engine import Source, opened
+from converters.opening import Source, opened
 from diffpeft import io
 from diffpeft.bundle import Handle
 

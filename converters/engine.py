@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from converters.detection import Detection, Fit, bare, fit, known
 from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
-from converters.formats.peft import CONFIG, FILE, WEIGHTS
+from converters.opening import Opened, Source, opened, parts_of
 from converters.roles import OLD_OFT, ROLES, contradiction, missing, split
 from converters.rows import aspect
 from diffpeft import io
-from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, canonical, dotted, named
+from diffpeft.bundle import Bundle, Entry, Handle, Rule, canonical, dotted, named
 from diffpeft.errors import (
     AmbiguousFormatError,
     CheckpointError,
     MissingKeysError,
     ShapeMismatchError,
     UnknownNameError,
-    UnreadableFileError,
     WrongBaseError,
+    inside,
     listed,
     shown,
 )
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
 Names = Mapping[str, Iterable[str]]
 Spelt = tuple[str, str, int | None]  # what says the component, the layer as the format spells it, the part of it
 Found = dict[str, tuple[str, Handle]]  # one layer's tensors: {role: (key, handle)}
@@ -38,9 +35,10 @@ _NUMBERS = ("alpha", "on_input")  # roles that are numbers
 def detect(source: Source) -> Detection:
     """What a file or dict of tensors is, from the header alone. Raises AmbiguousFormatError if its names fit families that spell others apart."""
     tensors, metadata, where = opened(source)
-    found = fit(tensors, metadata, where)
-    refuse_ambiguous(found, where)
-    return detected(found, tensors)
+    with inside(where):
+        found = fit(tensors, metadata, where)
+        refuse_ambiguous(found, where)
+        return detected(found, tensors)
 
 
 def fitting(source: Source, family: str | None = None) -> Fit:
@@ -48,11 +46,12 @@ def fitting(source: Source, family: str | None = None) -> Fit:
 
     `family` is known to be what the file is asked for, where formats of different families look alike.
     """
-    if several := components_in(source):
+    if several := parts_of(source):
         family, first = _common(several), fitting(several[0])
         return replace(first, families=(family,) if family else first.families, ambiguous=family is None)
     tensors, metadata, where = opened(source)
-    return fit(tensors, metadata, where, family=family)
+    with inside(where):
+        return fit(tensors, metadata, where, family=family)
 
 
 def detected(found: Fit, tensors: Mapping[str, Handle]) -> Detection:
@@ -93,11 +92,16 @@ def read(
     """
     known_name("format", format, FORMATS)
     known_name("family", family, TABLES)
-    if several := components_in(source):
+    if several := parts_of(source):
         family = family or _common(several)
-        return _merged([read(path, family=family, format=format, names=names) for path in several], source)
+        return _merged([read(part, family=family, format=format, names=names) for part in several], source)
     tensors, own, where = fits.opened if fits else opened(source)
-    metadata = {**own, **(metadata or {})}
+    with inside(where):
+        return _read(Opened(tensors, {**own, **(metadata or {})}, where), family, format, names, fits)
+
+
+def _read(source: Opened, family: str | None, format: str | None, names: Names | None, fits: Fit | None) -> Bundle:
+    tensors, metadata, where = source
     found = fits or fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
@@ -119,17 +123,9 @@ def read(
     return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families, tuple(tensors))
 
 
-def components_in(source: Source) -> list[Path]:
-    """The files or PEFT folders in a folder that has one for each of several components."""
-    if isinstance(source, Mapping) or not Path(source).is_dir() or (Path(source) / WEIGHTS).is_file():
-        return []
-    names = [Path(source) / f"{component}{end}" for component in COMPONENTS for end in ("", ".safetensors")]
-    return [path for path in names if path.is_file() or (path / WEIGHTS).is_file()]
-
-
-def _common(paths: Sequence[Path]) -> str | None:
+def _common(parts: Sequence[Opened]) -> str | None:
     """The family of files of one adapter: the first that fits all."""
-    fits = sorted((fitting(path) for path in paths), key=lambda f: len(f.families))
+    fits = sorted((fitting(part) for part in parts), key=lambda f: len(f.families))
     if any(f.ambiguous for f in fits) and not any(len(f.families) == 1 for f in fits):
         return None
     return next((family for family in fits[0].families if all(family in f.families for f in fits)), None)
@@ -158,25 +154,6 @@ def _families(found: Fit, fmt: Format, family: str | None, names: Names | None, 
             f"this adapter is for {' or '.join(found.families)}, not {family}", where=where, remedy="Leave out family=."
         )
     return (family,)
-
-
-def opened(source: Source) -> tuple[dict[str, Handle], dict[str, str], str]:
-    """The tensors, the metadata and where they are. The config beside PEFT's weights counts as metadata."""
-    if isinstance(source, Mapping):
-        if not source or not all(
-            isinstance(k, str) and hasattr(t, "dtype") and hasattr(t, "shape") for k, t in source.items()
-        ):
-            raise CheckpointError("a dict of tensors maps names to tensors, and holds at least one")
-        return {key: io.handle(tensor) for key, tensor in source.items()}, {}, "a dict of tensors"
-    path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    handles, metadata = io.header(path)
-    config = path.with_name(FILE)
-    if path.name == WEIGHTS and config.is_file():
-        try:
-            metadata = {**metadata, CONFIG: config.read_text(encoding="utf-8").rstrip("\n")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise UnreadableFileError(f"cannot read {FILE} ({error})", where=config) from error
-    return handles, metadata, str(source)
 
 
 def known_name(kind: str, name: str | None, among: Mapping[str, Any]) -> str | None:
@@ -309,9 +286,10 @@ def _entries(layer: str, found: Found, where: str) -> list[Entry]:
     shapes = {role: handle.shape for role, (_, handle) in found.items() if role != "alpha"}
     methods = split(shapes)
     if not methods:
+        key = next(iter(found.values()))[0]
+        what = "an alpha" if "alpha" in found else listed(found)
         raise MissingKeysError(
-            f"layer {shown(layer)} has an alpha but no {listed(ROLES['lora'][:2])}",
-            where=f"{where}: {found['alpha'][0]}",
+            f"layer {shown(layer)} has {what} but no {listed(ROLES['lora'][:2])}", where=f"{where}: {key}"
         )
     alpha = found["alpha"][1] if "alpha" in found else None
     io.number(alpha)

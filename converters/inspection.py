@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.detection import Fit, bare, fit
-from converters.engine import Source, opened
 from converters.families import Table
 from converters.formats import FORMATS
+from converters.opening import Opened, Source, opened
 from converters.roles import rank, split
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, named, trigger_words
+from diffpeft.errors import inside
 
 # which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
 READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -69,7 +70,13 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
     `norms` {layer: sqrt of the sum of squares of all its tensors}; `dead` layers have an alpha of 0 or a factor that is all zeros, so that they
     change nothing; `nonfinite` ones hold NaN or Inf. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
     """
-    tensors, metadata, where = opened(source)
+    own = opened(source)
+    with inside(own.where):
+        return _inspected(own, norms)
+
+
+def _inspected(source: Opened, norms: bool) -> Inspection:
+    tensors, metadata, where = source
     found = fit(tensors, metadata, where)
     format, families = found.format, found.families or ("",)
     groups, carried = _grouped(tensors, found, FORMATS[format].tables.get(families[0], Table({})), metadata)

@@ -16,6 +16,7 @@ from converters.formats import FORMATS
 from converters.rows import Blocks
 from diffpeft import io
 from diffpeft.bundle import Bundle, Handle
+from diffpeft.files import parsed
 
 KEY = "diffpeft.provenance"
 Place = tuple[str, str]  # canonical layer, role
@@ -69,10 +70,10 @@ def _row(handle: Handle) -> list[Any]:
 def _parsed(text: str) -> dict[str, Any]:
     """The record; empty if it is somebody else's, or cut: the file is right without it."""
     try:
-        kept = json.loads(text)
+        kept = parsed(text, items=io.MAX_ITEMS)
         assert isinstance(kept["format"], str) and isinstance(kept.get("keys", {}), dict)
         return kept
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+    except (ValueError, KeyError, AssertionError):
         return {}
 
 

@@ -65,6 +65,18 @@ FOREIGN = {
 }
 
 
+# How many axes the tensors have whose number of axes says what they are.
+AXES = {
+    **dict.fromkeys((*ROLES["loha"][:4], "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"), range(2, 3)),
+    **dict.fromkeys(("lora_embedding_A", "lora_embedding_B", "lora_E", "oft_R", "oft_embedding_R"), range(2, 3)),
+    **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2", "lora_mid"), range(2, 6)),
+    "boft_R": range(4, 5),
+    "boft_s": range(1, 3),
+    "oft_blocks": range(3, 5),
+}
+_ANY = range(17)
+
+
 def rows_of(role: str, shape: Shape) -> bool:
     """Whether a tensor has rows that belong to a fused layer's parts; a magnitude has if it is for outputs, (IA)^3's if it is no row."""
     if role == "dora_scale":
@@ -128,7 +140,7 @@ def _missing(roles: tuple[str, ...]) -> tuple[str, ...] | None:
 def rank(shapes: Mapping[str, Shape]) -> int:
     """The rank that the shapes of an additive method show; 0 if they show none (a LoKr of two whole halves, a rotation)."""
     roles = ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "glora_a2")
-    return next((shapes[role][0] for role in roles if role in shapes), 0)
+    return next((shapes[role][0] for role in roles if shapes.get(role)), 0)
 
 
 def contradiction(shapes: Mapping[str, Shape]) -> str:
@@ -139,6 +151,9 @@ def contradiction(shapes: Mapping[str, Shape]) -> str:
 @functools.lru_cache(4096)  # a file has few shapes
 def _contradiction(items: tuple[tuple[str, Shape], ...]) -> str:
     shapes = dict(items)
+    wrong = [f"{role} {shape}" for role, shape in shapes.items() if len(shape) not in AXES.get(role, _ANY)]
+    if wrong:
+        return f"{', '.join(wrong)} has another number of axes than this tensor has"
     thin = [f"{role} {shape}" for role, shape in shapes.items() if role not in {*BESIDE, *_THIN} and len(shape) < 2]
     if thin or any(not shapes[role] for role in shapes if role not in ("alpha", "on_input")):
         return f"{', '.join(thin) or 'a number'} is no factor"

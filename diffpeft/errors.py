@@ -23,7 +23,8 @@ Every error says what is wrong, where, and what to do about it; `str()` is these
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_MESSAGE, MAX_NAME, MAX_LISTED = 5000, 200, 20
 
@@ -63,6 +64,18 @@ class DiffpeftError(Exception):
         return " ".join(
             part if part[-1] in ".?!" else part + "." for part in (self.what, self.where, self.remedy) if part
         )
+
+
+@contextmanager
+def inside(where: object) -> Iterator[None]:
+    """Errors about a file that are raised in this block name it, in front of what in it they name."""
+    try:
+        yield
+    except CheckpointError as error:
+        place = _printable(where)
+        if place not in error.where:
+            error.where = f"{place}: {error.where}" if error.where else place
+        raise
 
 
 class CheckpointError(DiffpeftError, ValueError):

@@ -131,7 +131,7 @@ def first(patterns: Mapping[str, Value] | None, names: Iterable[str], default: V
     keys, names = tuple(patterns), tuple(names)
     whole, ending, others = _index(keys)
     found = [whole[name] for name in names if name in whole]
-    found += [place for name in names for end in _ends(name) if (place := ending.get(end)) is not None]
+    found += [place for name in names for end in name_ends(name) if (place := ending.get(end)) is not None]
     best = min(found, default=len(keys))
     best = next((place for place in others if place < best and any(ends(keys[place], name) for name in names)), best)
     return patterns[keys[best]] if best < len(keys) else default
@@ -158,7 +158,7 @@ def _plain(pattern: str) -> tuple[str | None, bool]:
     return (name if _LITERAL.fullmatch(name) else None), pattern.startswith("^")
 
 
-def _ends(name: str) -> Iterator[str]:
+def name_ends(name: str) -> Iterator[str]:
     """A name, and what follows each of its dots."""
     yield name
     at = name.find(".")

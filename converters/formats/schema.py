@@ -5,12 +5,13 @@ Fields that are not listed pass: files of other versions have more. That a value
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffpeft.errors import CheckpointError
+from diffpeft.errors import CheckpointError, NonFiniteError
 
 MAX_RANK, MAX_SIZE, MAX_NAMES, MAX_TEXT = 1 << 16, 1 << 20, 1 << 16, 20_000
 MAX_TERMS = 100  # of a rotation's series, which is work for every step
@@ -201,7 +202,8 @@ def check_fields(config: Mapping[str, Any], where: object) -> None:
     kinds = {**FIELDS, **OF_METHOD.get(method if isinstance(method, str) else "", {})}
     wrong = [name for name, kind in kinds.items() if name in config and not kind.holds(config[name])]
     if wrong:
-        raise CheckpointError(
+        endless = all(isinstance(config[name], float) and not math.isfinite(config[name]) for name in wrong)
+        raise (NonFiniteError if endless else CheckpointError)(
             ", ".join(f"{name} is {told(config[name])}" for name in wrong[:5]),
             where=where,
             remedy=f"{_allowed(wrong[:5], kinds)}.",

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from converters.formats.peft import PREFIX
-from diffpeft import patterns
+from converters.formats.peft import FILE, PREFIX, WEIGHTS
+from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
 from diffpeft.llm import renames, state
 from diffpeft.llm.dtypes import Precision
@@ -34,6 +34,7 @@ _HEADS = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+_README = "README.md"
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -248,26 +249,29 @@ class PeftModel(Passing, Counted, nn.Module):
         for name in names:
             if name not in self.peft_config:
                 raise UnknownNameError.of("adapter", name, self.peft_config)
+            if name in (WEIGHTS, FILE, _README) or name.startswith(".diffpeft-"):
+                raise ConfigError(f"adapter {name!r} has a file's name", remedy="Save it under another name.")
         files = {
             name: get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             for name in names
         }
         if not is_main_process:
             return
-        for name, tensors in files.items():
-            own = folder if name == "default" else folder / name
-            state.write(own, tensors, self._config_to_save(name))
-        card = folder / "README.md"
-        if not card.exists():
-            config = self.active_peft_config
-            card.write_text(
-                _CARD.format(
-                    base=config.base_model_name_or_path or self._name() or "a model",
-                    method=str(config.peft_type).lower(),
-                    version=config.peft_version,
-                ),
-                encoding="utf-8",
-            )
+        with io.folder(folder) as staged:
+            for name, tensors in files.items():
+                state.write(staged if name == "default" else staged / name, tensors, self._config_to_save(name))
+            if not os.path.lexists(folder / _README):
+                with io.replacing(staged / _README) as f:
+                    f.write(self._card().encode())
+
+    def _card(self) -> str:
+        """The text of README.md."""
+        config = self.active_peft_config
+        return _CARD.format(
+            base=config.base_model_name_or_path or self._name() or "a model",
+            method=str(config.peft_type).lower(),
+            version=config.peft_version,
+        )
 
     def _config_to_save(self, name: str) -> Any:
         config = state.saved(self.peft_config[name])
@@ -316,7 +320,9 @@ class PeftModel(Passing, Counted, nn.Module):
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
         check_name(adapter_name)
-        config = config if config is not None else PeftConfig.from_pretrained(model_id, **kwargs)
+        config, folder = (
+            state.adapter_at(model_id, **kwargs) if config is None else (config, state.located(model_id, **kwargs))
+        )
         made = MODELS.get(config.task_type, cls) if config.task_type else cls
         made = cls if issubclass(cls, made) else made
         config.inference_mode = not is_trainable
@@ -328,7 +334,7 @@ class PeftModel(Passing, Counted, nn.Module):
         self.tuner.load(
             adapter_name,
             made._with_heads(config),
-            state.located(model_id, **kwargs),
+            folder,
             trainable=is_trainable,
             active=True,
             precision=Precision(autocast_adapter_dtype),
@@ -354,9 +360,8 @@ class PeftModel(Passing, Counted, nn.Module):
             tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
             result = self.tuner.overwrite(adapter_name, tensors)
         else:
-            config = PeftConfig.from_pretrained(model_id, **kwargs)
+            config, folder = state.adapter_at(model_id, **kwargs)
             config.inference_mode = not is_trainable
-            folder = state.located(model_id, **kwargs)
             lost = self.tuner.load(
                 adapter_name,
                 self._with_heads(config),

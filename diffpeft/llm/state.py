@@ -21,7 +21,10 @@ from torch import Tensor, nn
 import converters
 from converters.formats import FORMATS
 from converters.formats.base import dotted_role, suffix
-from converters.formats.peft import CONFIG, PREFIX, WEIGHTS, whole_scale
+from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS, whole_scale
+from converters.formats.schema import check_fields
+from converters.opening import Opened, opened
+from converters.writing import write_config
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import (
@@ -35,6 +38,7 @@ from diffpeft.errors import (
     listed,
     shown,
 )
+from diffpeft.files import config_in
 from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.layers.whole import CONTAINER, bare_copy, copied, copies_of
@@ -143,15 +147,9 @@ def whole_tensors(
     return found
 
 
-def keys_in(source: Any) -> list[str]:
-    """The keys of an adapter's folder, or of a dict of tensors."""
-    return list(source) if isinstance(source, Mapping) else list(io.header(Path(source) / WEIGHTS)[0])
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
+def tensors_in(folder: Opened) -> dict[str, Tensor]:
     """The tensors of an adapter's folder."""
-    handles, _ = io.header(folder / WEIGHTS)
-    return dict(zip(handles, io.load(handles.values()), strict=True))
+    return dict(zip(folder.tensors, io.load(folder.tensors.values()), strict=True))
 
 
 def _inside(layer: str, name: str, role: str) -> str:
@@ -192,9 +190,9 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     if isinstance(source, Mapping):
         source = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in source.items()}
     patches = patching.patches_of(model, config, chosen)
-    renamed = renames.known_names(model, keys_in(source))
+    renamed = renames.known_names(model, source if isinstance(source, Mapping) else source.tensors)
     if patches or renamed:
-        source = dict(source) if isinstance(source, Mapping) else tensors_in(Path(source))
+        source = dict(source) if isinstance(source, Mapping) else tensors_in(source)
         source = renames.fitted(model, source, renamed, patches)
     own_patches, lost = patching.taken(patches, source, PREFIX)
     bundle = _bundle(source, config, layers) if source else Bundle("peft", "", [])
@@ -410,29 +408,42 @@ def config_of(model: nn.Module, name: str) -> Any:
     return PeftConfig.from_peft_type(**json.loads(text))
 
 
-def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Any) -> None:
-    """`adapter_model.safetensors` and `adapter_config.json`, the weights first."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+def write(folder: Path, tensors: Mapping[str, Tensor], config: Any) -> None:
+    """`adapter_model.safetensors` and `adapter_config.json`, in a folder that is committed as a whole."""
     # shared tensors (a tied head) are written twice
-    io.save(path / WEIGHTS, {key: io.handle(t.contiguous()) for key, t in sorted(tensors.items())}, {"format": "pt"})
-    config.save_pretrained(path)
+    io.save(folder / WEIGHTS, {key: io.handle(t.contiguous()) for key, t in sorted(tensors.items())}, {"format": "pt"})
+    write_config(folder / FILE, config.to_json())
 
 
-def located(model_id: str | os.PathLike[str], **options: Any) -> Path:
-    """The folder with an adapter's two files: this one, or a download. Raises CheckpointError."""
+def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[Any, Opened]:
+    """An adapter's config and its tensors, both of one save: in a folder, or in a repository on the Hub. Raises CheckpointError."""
+    folder = located(model_id, **options)
+    if CONFIG not in folder.metadata:
+        raise CheckpointError(f"Can't find {FILE!r} at {os.fspath(model_id)!r}", remedy="Check the path.")
+    fields = config_in(folder.metadata[CONFIG], FILE, folder.where)
+    check_fields(fields, f"{folder.where}: {FILE}")
+    return PeftConfig.from_fields(fields, **options), folder
+
+
+def located(model_id: str | os.PathLike[str], **options: Any) -> Opened:
+    """An adapter's folder, opened: this one, or a download. Raises CheckpointError."""
+    return opened(_located(model_id, **options))
+
+
+def _located(model_id: str | os.PathLike[str], **options: Any) -> Path:
     path = Path(model_id, options.get("subfolder") or "")
-    if (path / WEIGHTS).is_file():
+    if io.present(path / WEIGHTS):
         return path
     pickled = path / "adapter_model.bin"
     if pickled.is_file():
         io.refuse_pickle(pickled)
     if path.exists() or PeftConfig.fetch is None:
         raise CheckpointError(f"there is no {WEIGHTS}", where=path, remedy="Save the adapter with save_pretrained.")
-    try:
-        PeftConfig.fetch(os.fspath(model_id), "adapter_config.json", **options)
-        return Path(PeftConfig.fetch(os.fspath(model_id), WEIGHTS, **options)).parent
-    except Exception as error:
-        raise CheckpointError(
-            f"Can't find {WEIGHTS!r} at {shown(os.fspath(model_id))}", remedy="Check the id and the network."
-        ) from error
+    for name in (FILE, WEIGHTS):
+        try:
+            path = Path(PeftConfig.fetch(os.fspath(model_id), name, **options))
+        except Exception as error:
+            raise CheckpointError(
+                f"Can't find {name!r} at {os.fspath(model_id)!r}", remedy="Check the path, or the id and the network."
+            ) from error
+    return path.parent

@@ -6,14 +6,14 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from converters.formats.peft import CONFIG, PREFIX
+from converters.opening import Opened
 from diffpeft import patterns
-from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.layers.adapted import is_adapted, record_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import copied, copies_of
@@ -405,7 +405,7 @@ class Tuner(nn.Module):
         self,
         name: str,
         config: Any,
-        folder: Path,
+        folder: Opened,
         *,
         trainable: bool,
         active: bool,
@@ -413,7 +413,7 @@ class Tuner(nn.Module):
         key_mapping: Mapping[str, str] | None = None,
     ) -> list[str]:
         """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
-        with patterns.limited(CheckpointError, folder), exclusive({"": self.model}):
+        with patterns.limited(CheckpointError, folder.where), exclusive({"": self.model}), inside(folder.where):
             source = mapped(tensors_in(folder), key_mapping) if key_mapping else folder
             return self._load(name, config, source, trainable, active, precision)
 

@@ -204,9 +204,10 @@ class Mix:
 
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` may name an adapter."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name in (".", ".."):
         raise ConfigError(
-            f"adapter name {shown(name)}", remedy="A name is 1 to 128 letters, digits, dots, underscores and hyphens."
+            f"adapter name {shown(name)}",
+            remedy="A name is 1 to 128 letters, digits, dots, underscores and hyphens, and not . or .. alone.",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import converters
 from diffpeft.errors import CheckpointError, UnreadableFileError, listed, near, shown
+from diffpeft.files import present
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE = "pytorch_lora_weights.safetensors"
@@ -37,11 +38,11 @@ def located(source: Any, revision: str | None = None, filename: str | None = Non
 
 
 def _in_folder(folder: Path, filename: str | None) -> Path:
-    peft = all((folder / name).is_file() for name in _PEFT)
+    peft = all(present(folder / name) for name in _PEFT)
     if not filename and (peft or converters.components_in(folder)):
         return folder
     files = sorted(folder.glob("*.safetensors"))
-    if filename or (folder / _FILE).is_file():
+    if filename or present(folder / _FILE):
         return folder / (filename or _FILE)
     if len(files) != 1:
         raise CheckpointError(
