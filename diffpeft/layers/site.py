@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -175,6 +176,18 @@ class QuantisedSite(LinearSite):
         return bnb.int8_vectorwise_dequant(data, scales)
 
 
+class GGUFSite(LinearSite):
+    """diffusers' GGUFLinear, whose weight is a GGUF file's blocks of numbers: W is dequantised where a method needs it, and cannot be written back."""
+
+    kinds = (("diffusers.quantizers.gguf.utils", "GGUFLinear"),)
+    quantised = True
+
+    def weight(self) -> Tensor:
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+        return dequantize_gguf_tensor(self.module.weight).to(self.module.compute_dtype)
+
+
 class TransposedLinearSite(LinearSite):
     """GPT-2's Conv1D, a linear layer whose weight is stored [in, out]."""
 
@@ -261,18 +274,18 @@ class ConvSite(_Site):
     def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
         lead = x.shape[: self._axis(x)]
         y = self._convolve(x.reshape(-1, self.geometry.in_ // n, *x.shape[len(lead) + 1 :]), weight, None)
-        return y.reshape(*lead, -1, *y.shape[2:])
+        return y.reshape(*lead, y.shape[1] * n, *y.shape[2:])
 
     def blocks(self, t: Tensor, matrices: Tensor) -> Tensor:
         n, b, c = matrices.shape
         lead, space = t.shape[: self._axis(t)], t.shape[self._axis(t) + 1 :]
-        return (matrices.mT @ t.reshape(*lead, n, b, -1)).reshape(*lead, n * c, *space)
+        return (matrices.mT @ t.reshape(*lead, n, b, math.prod(space))).reshape(*lead, n * c, *space)
 
     def mix(self, t: Tensor, matrix: Tensor) -> Tensor:
         m, n = matrix.shape
         lead, space = t.shape[: self._axis(t)], t.shape[self._axis(t) + 1 :]
         f = t.shape[self._axis(t)] // n
-        return (matrix @ t.reshape(*lead, n, -1)).reshape(*lead, m * f, *space)
+        return (matrix @ t.reshape(*lead, n, f * math.prod(space))).reshape(*lead, m * f, *space)
 
     def butterfly(self, t: Tensor, sizes: tuple[int, ...], stages: Sequence[tuple[int, Tensor]]) -> Tensor:
         flat = t.reshape(-1, t.shape[self._axis(t)], math.prod(t.shape[self._axis(t) + 1 :]))
@@ -382,7 +395,16 @@ class NormSite(_Site):
         return y + by.to(y.dtype).view((-1, *(1 for _ in y.shape[2:])) if second else self.module.weight.shape)
 
 
-SITES = (QuantisedSite, LinearSite, TransposedLinearSite, EmbeddingSite, ConvSite, TransposedConvSite, NormSite)
+SITES = (
+    QuantisedSite,
+    GGUFSite,
+    LinearSite,
+    TransposedLinearSite,
+    EmbeddingSite,
+    ConvSite,
+    TransposedConvSite,
+    NormSite,
+)
 
 
 def site_of(cls: type[nn.Module]) -> type[_Site] | None:
@@ -418,15 +440,62 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
         return "an adapter trains a copy of it as a whole (modules_to_save)"
     if "parametrizations" in module._modules:
         return "it is parametrised"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "it is lazy and has no shape yet (run the model once first)"
     if not isinstance(weight, Tensor) or not (weight.is_floating_point() or (site and site.quantised)):
         return "its weight is quantised in a way that is not known here"
     if vars(module).get("max_norm") is not None:
         return "it renormalises its weight in every forward (max_norm)"
-    if getattr(vars(module).get("_diffusers_hook"), "hooks", None):
-        return "diffusers' hooks are on it (load adapters before group offloading or layerwise casting is enabled)"
+    if unknown := {*diffusers_hooks(module)} - _KNOWN_HOOKS:
+        return f"diffusers' hook {min(unknown)} is on it (load adapters before it is enabled)"
     if "forward" in vars(module) and not held_forwards(module):
         return "another library has replaced its forward"
     return ""
+
+
+# they hold a layer's weights elsewhere, or in another dtype, between calls
+CASTING = "layerwise_casting"
+_OFFLOADING = frozenset({"group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"})
+STORING_HOOKS = _OFFLOADING | {CASTING}
+_KNOWN_HOOKS = STORING_HOOKS | {"peft_input_autocast_disable"}
+
+
+def diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
+    """The hooks of diffusers that are on a module, by name."""
+    return getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+
+
+def is_cast(module: nn.Module) -> bool:
+    """Whether diffusers stores a layer in another dtype than it computes in, or is about to."""
+    if CASTING in diffusers_hooks(module):
+        return True
+    frame = sys._getframe(1)  # the hook is put on the layer after it has cast it for the first time
+    for _ in range(4):
+        if (
+            frame.f_code.co_name == "initialize_hook"
+            and type(frame.f_locals.get("self")).__name__ == "LayerwiseCastingHook"
+        ):
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def computing_dtype(module: Any) -> torch.dtype:
+    """The dtype that a layer computes in, as far as its weight and diffusers' casting tell."""
+    if hook := diffusers_hooks(module).get(CASTING):
+        return hook.compute_dtype
+    dtype = module.weight.dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float16
+
+
+def reapply_offloading(model: nn.Module, changed: Iterable[nn.Module]) -> None:
+    """Let diffusers' group offloading, if it is on a model, know the tensors that some of its layers have now."""
+    if any(_OFFLOADING & {*diffusers_hooks(module)} for module in (model, *changed)):
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+        _maybe_remove_and_reapply_group_offloading(model)
 
 
 def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:

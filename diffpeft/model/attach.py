@@ -16,26 +16,26 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, li
 from diffpeft.layers.adapted import (
     Record,
     State,
-    Weights,
     enter,
     is_adapted,
     op_of,
     record_of,
     state_of,
     state_with,
-    weights_of,
 )
 from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, refusal
+from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.layers.whole import Copies, Put, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
+from diffpeft.methods.linalg import wide_dtype
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.root import settle
-from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.target import COMPILED, adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
 
@@ -95,8 +95,7 @@ class Plan:
                 tensor.data = new_numbers
             for thing, name, value in self.settings:
                 setattr(thing, name, value)
-            for model, mix in self.roots:
-                settle(model, mix)
+            self._finish()
         except BaseException:
             for module, state in before:
                 enter(module, state)
@@ -110,9 +109,16 @@ class Plan:
                 setattr(thing, name, value)
             for mix, old in attributes:
                 mix.__dict__.update(old)
-            for model, mix in self.roots:
-                settle(model, mix)
+            self._finish()
             raise
+
+    def _finish(self) -> None:
+        """Let the models, and who offloads them, know what is on their layers now."""
+        changed = [module for module, _ in (*self.layers, *self.wholes)]
+        for model, mix in self.roots:
+            settle(model, mix)
+            if changed:
+                reapply_offloading(getattr(model, COMPILED, model), changed)
 
 
 def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
@@ -404,7 +410,7 @@ def _weight(op: Any, dry_run: bool) -> torch.Tensor:
     if dry_run:
         return torch.empty(op.geometry.shape)
     W = present(op.module, lambda: op.weight().detach())
-    return W.to("cpu", torch.promote_types(W.dtype, torch.float32))
+    return W.to("cpu", wide_dtype(W.dtype))
 
 
 def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
@@ -512,21 +518,6 @@ def remove(
                 plan.wholes.append((module, copies))
             if names & set(copies.modules):
                 plan.wholes.append((module, copies.without(names)))
-
-
-def unfused(layer: str, module: Any, record: Record) -> tuple[Record, Weights]:
-    """A layer's record and weights without anything fused, the weights in the present dtype and on the present device."""
-    if record.base is None:
-        raise AdapterStateError(
-            f"layer {shown(layer)} was fused with keep_base='none'",
-            remedy="Load the model again to get its own weights.",
-        )
-    weights = [
-        None if old is None or now is None else old.to(device=now.device, dtype=now.dtype)
-        for old, now in zip(record.base, weights_of(module), strict=True)
-    ]
-    assert weights[0] is not None
-    return replace(record, fused=frozenset(), base=None), (weights[0], weights[1])
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from diffpeft.layers.site import device_of, present, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
 from diffpeft.methods import Lora, Spec
 from diffpeft.methods.config import check_choice, check_rank
+from diffpeft.methods.linalg import wide_dtype
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
 from diffpeft.model.lock import exclusive
@@ -204,7 +205,7 @@ def _update(module: Any, slot: Slot) -> Update:
     assert record is not None
     dtype = torch.float32
     for t in slot.parameters():
-        dtype = torch.promote_types(dtype, t.dtype)
+        dtype = torch.promote_types(dtype, wide_dtype(t.dtype))
 
     def read() -> Update:
         factors = _factors(slot, dtype, op)
@@ -299,8 +300,10 @@ def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Map
         record = record_of(module)
         assert record is not None
         plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]}))))
+    plan.roots.append((model, mix))
 
 
 def _plan_added(plan: Plan, model: nn.Module, component: str, mix: Mix, name: str, slots: Mapping[str, Slot]) -> None:
     """Plan a new adapter that is not active."""
     install(plan, component, adapted_layers(model), slots, mix, Adapter(name, tuple(slots)), None)
+    plan.roots.append((model, mix))

@@ -10,24 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, ConfigError, NonFiniteError, UnknownNameError, shown
-from diffpeft.layers.adapted import Record, Weights, base_class, effective, record_of, state_with, weights_of
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft.layers.adapted import Record, record_of, state_with, weights_of
 from diffpeft.layers.patches import Patches
-from diffpeft.layers.site import ConvSite, LinearSite, site_of
+from diffpeft.layers.site import STORING_HOOKS, diffusers_hooks, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put, copied, copies_of
-from diffpeft.methods.lora import Lora
-from diffpeft.model.attach import Plan, mixes_of, unfused
+from diffpeft.model.attach import Plan, mixes_of
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted_layers, components, modules_of
 from diffpeft.model.tied import spread
-
-SOME = 1 << 19  # numbers that are cheap to find memory for
+from diffpeft.model.weights import Scratch, fused_weights, refuse_changed, sampled, unfit, unfused
 
 
 def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
@@ -136,11 +133,12 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
         steps: list[tuple[Slot, float]] = [
             (record.slots[n], s) for n in own if (s := mix.choice.strengths[n][record.index])
         ]
-        now = weights_of(module)
-        base = record.base or now
-        weights = _fused(layer, module, base, steps, scratch)
+        refuse_changed(layer, module, record)
+        base = record.base or weights_of(module)
+        weights = fused_weights(layer, module, base, steps, scratch)
         kept = (_on_cpu(base[0]), _on_cpu(base[1])) if keep_base == "cpu" else None
-        plan.layers.append((module, state_with(module, replace(record, fused=frozenset(own), base=kept), weights)))
+        now = replace(record, fused=frozenset(own), base=kept, sample=sampled(weights))
+        plan.layers.append((module, state_with(module, now, weights)))
     fused: list[tuple[nn.Module, Patches]] = []
     puts: list[Put] = []
     for module, patches in _patched(model, mix):
@@ -161,70 +159,6 @@ def _patched(model: nn.Module, mix: Mix) -> list[tuple[nn.Module, Patches]]:
 
 def _on_cpu(t: Any) -> Any:
     return None if t is None else t.to("cpu")
-
-
-def _fused(layer: str, module: Any, base: Weights, steps: Sequence[tuple[Slot, float]], scratch: Scratch) -> Weights:
-    """Weights computed from `base` in fp32 or better and rounded once, in the present dtype."""
-    weight, bias = weights_of(module)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad():
-        own = base[0].to(weight.device), None if base[1] is None else base[1].to(weight.device)
-        rows = _by_rows(module, steps, dtype, own[0], scratch)
-        W, b = effective(module, steps, dtype, own) if rows is None else (rows, own[1])
-    if b is not None and bias is None:
-        raise unfit(layer, "an adapter adds a bias and the layer has none")
-    out = (
-        W.to(weight.dtype).contiguous(memory_format=torch.preserve_format),
-        None if b is None or bias is None else b.to(bias),
-    )
-    if not all(t is None or bool(torch.stack(t.aminmax()).isfinite().all()) for t in out):  # NaN is either's
-        raise NonFiniteError(
-            f"layer {shown(layer)} would get weights that are not finite",
-            remedy="An adapter is broken, or too strong for the dtype.",
-        )
-    return (out[0].clone() if out[0].data_ptr() == base[0].data_ptr() else out[0]), out[1]
-
-
-class Scratch:
-    """Memory for a block of rows, twice, used for all layers: new memory costs more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self.held = torch.empty(0)
-
-    def pair(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[2, rows, columns], with anything in it."""
-        n = 2 * rows * columns
-        if self.held.numel() < n or (self.held.dtype, self.held.device) != (dtype, device):
-            self.held = torch.empty(n, dtype=dtype, device=device)
-        return self.held[:n].view(2, rows, columns)
-
-
-def _by_rows(
-    module: Any, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weight: Tensor, scratch: Scratch
-) -> Tensor | None:
-    """The weight of a large layer with plain LoRAs in it, some rows at a time. None for other layers."""
-    plain = all(
-        slot.parts and slot.parts[0].method is Lora and {*slot.tensors} == {"lora_A", "lora_B"} for slot, _ in steps
-    )
-    if weight.numel() < SOME or not plain or site_of(base_class(module)) not in (LinearSite, ConvSite):
-        return None
-    factors = [slot(_factors, dtype, s) for slot, s in steps]
-    A, B = torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], 1)
-    out, some = torch.empty_like(weight), max(1, SOME * len(weight) // weight.numel())
-    now, then = scratch.pair(some, weight[0].numel(), dtype, weight.device)
-    for a in range(0, len(weight), some):
-        rows = weight[a : a + some].flatten(1)
-        W = torch.addmm(now[: len(rows)].copy_(rows), B[a : a + some], A, out=then[: len(rows)])
-        out[a : a + some] = W.reshape(out[a : a + some].shape)
-    return out
-
-
-def _factors(slot: Slot, dtype: torch.dtype, strength: float) -> tuple[Tensor, Tensor]:
-    """A [r, in * k] and B [out, r] of a LoRA, whose product is what it adds at a strength."""
-    part = slot.parts[0]
-    p, method = slot.prepared(part, dtype), part.method
-    A, B = method.factors(p, part.spec)
-    return A.flatten(1), B.flatten(1) * (method.scale(p, part.spec) * strength)
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:
@@ -255,12 +189,9 @@ def owners_of(model: nn.Module) -> dict[int, int]:
 def refuse_hooked(model: nn.Module) -> None:
     """Raise AdapterStateError if diffusers' hooks keep a model's weights elsewhere, or in another dtype, between calls."""
     for name, module in model.named_modules():
-        found = _HOOKS & {*getattr(vars(module).get("_diffusers_hook"), "hooks", ())}
+        found = STORING_HOOKS & {*diffusers_hooks(module)}
         if found:
-            raise unfit(name, f"diffusers' {sorted(found)[0].replace('_', ' ')} holds its weight")
-
-
-_HOOKS = frozenset({"group_offloading", "layerwise_casting", "lazy_prefetch_group_offloading"})
+            raise unfit(name, f"diffusers' {min(found).replace('_', ' ')} holds its weight")
 
 
 def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:
@@ -278,10 +209,3 @@ def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:
         why = "its weight is sharded or of a kind that is not known here"
     if why:
         raise unfit(layer, why)
-
-
-def unfit(layer: str, why: str) -> AdapterStateError:
-    """The error for a layer that cannot be fused."""
-    return AdapterStateError(
-        f"layer {shown(layer)} cannot be fused: {why}", remedy="Leave the adapter unfused; it acts all the same."
-    )

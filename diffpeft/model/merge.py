@@ -20,12 +20,14 @@ from diffpeft.layers.adapted import Record, Weights, base_class, effective, op_o
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put, copied, copies_of
-from diffpeft.model.attach import Plan, mixes_of, refuse_foreign, unfused
-from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit, unfit
+from diffpeft.methods.linalg import is_finite, wide_dtype
+from diffpeft.model.attach import Plan, mixes_of, refuse_foreign
+from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.target import adapted_layers, components, modules_of
 from diffpeft.model.tied import spread
+from diffpeft.model.weights import unfit, unfused
 
 
 def merge_for_good(
@@ -189,11 +191,11 @@ def _merged(
     """Weights computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`; and the relative error of that."""
     with torch.no_grad():
         own = base[0].to(like[0].device), base[1]
-        W, b = effective(module, steps, torch.promote_types(base[0].dtype, torch.float32), own)
+        W, b = effective(module, steps, wide_dtype(base[0].dtype), own)
         if b is not None and like[1] is None:
             raise unfit(layer, "an adapter adds a bias and the layer has none")
         stored = torch.empty_like(like[0]).copy_(W), None if b is None or like[1] is None else b.to(like[1])
-        if not all(t is None or bool(t.isfinite().all()) for t in stored):
+        if not all(t is None or is_finite(t) for t in stored):
             raise NonFiniteError(
                 "NaNs detected in the merged weights",
                 where=f"Layer {shown(layer)} would get values that are not finite",

@@ -24,7 +24,7 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.layers.adapted import base_class
-from diffpeft.layers.site import device_of, refusal, site_of
+from diffpeft.layers.site import computing_dtype, device_of, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.lora import Lora
@@ -162,8 +162,8 @@ def _piece(
     bundle: Bundle, entry: Entry, module: Any, spec: Spec, tensors: dict[str, Tensor], trainable: bool
 ) -> tuple[Piece, Mapping[str, Tensor]]:
     """One method for one layer, checked for what is not finite, and what else its entry holds."""
-    dtype = module.weight.dtype
-    limit = torch.finfo(dtype if dtype.is_floating_point else torch.float16).max
+    dtype = computing_dtype(module)
+    limit = torch.finfo(dtype).max
     numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
     if not all(
         -low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)
