@@ -110,9 +110,23 @@ class Patches(Copies):
             raise AdapterStateError(
                 f"{self.where} was fused with keep_base='none'", remedy="Load the model again to get its own weights."
             )
+        self._refuse_changed(module)
         table = module._parameters
         puts = [(table, n, self.parted[n] if n in self.parted else old.to(table[n])) for n, old in self.base.items()]
         return replace(self, fused=frozenset(), base={}, parted={}), puts
+
+    def _refuse_changed(self, module: Any) -> None:
+        """Raise AdapterStateError if a parameter is no longer what fusing made of it, as far as that can be told: where it is, in the dtype that it had."""
+        steps = [step for name, step in self._steps(self.mix.choice) if name in self.fused]
+        held = {n: module._parameters[n] for n in self.base}
+        if hasattr(module, "_hf_hook") or any(p.is_meta or p.dtype != self.base[n].dtype for n, p in held.items()):
+            return
+        for table, name, new in self._filled(module, steps):
+            if not torch.equal(table[name].data, new):
+                raise AdapterStateError(
+                    f"the {name} of {self.where} was changed while adapters were fused into it",
+                    remedy="Undo that change, or load the model again: unfusing would put back what was there before.",
+                )
 
     def _steps(self, choice: Any) -> list[tuple[str, tuple[Patch, float]]]:
         return [

@@ -150,6 +150,25 @@ def test_merging_gives_the_same_and_unmerging_the_exact_bytes(tied, dtype):
     assert all(torch.equal(t, base[k]) for k, t in gone.state_dict().items())
 
 
+@pytest.mark.parametrize("change", ["step", "load_state_dict", "parameter"])
+def test_a_table_that_was_changed_while_merged_is_not_overwritten(change):
+    wrapped, _ = filled(diffpeft, llama())
+    plain = wrapped.get_base_model()
+    wrapped.merge_adapter()
+    table = plain.model.embed_tokens
+    if change == "step":
+        table.weight.data[20, 3] += 1e-3
+    elif change == "load_state_dict":
+        plain.load_state_dict({"model.embed_tokens.weight": torch.ones(96, 32)}, strict=False)
+    else:
+        table.weight = nn.Parameter(table.weight.detach() * 1.5)
+    now = logits(wrapped)
+    for undo in (wrapped.unmerge_adapter, wrapped.unload):
+        with pytest.raises(AdapterStateError, match="changed while"):
+            undo()
+    assert torch.equal(logits(wrapped), now)
+
+
 def test_merge_and_unload_gives_the_same_and_leaves_no_trace():
     wrapped, _ = filled(diffpeft, llama())
     want, like = logits(wrapped), llama()
