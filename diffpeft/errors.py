@@ -67,11 +67,13 @@ class DiffpeftError(Exception):
 
 
 @contextmanager
-def inside(where: object) -> Iterator[None]:
-    """Errors about a file that are raised in this block name it, in front of what in it they name."""
+def inside(where: object, config: bool = False) -> Iterator[None]:
+    """Errors about a file (`config`: about settings and names in it too) that are raised in this block name it, in front of what in it they name."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError, UnknownNameError) as error:
+        if not config and not isinstance(error, CheckpointError):
+            raise
         place = _printable(where)
         if place not in error.where:
             error.where = f"{place}: {error.where}" if error.where else place

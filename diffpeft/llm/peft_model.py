@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.llm import renames, state
 from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
@@ -323,6 +323,7 @@ class PeftModel(Passing, Counted, nn.Module):
         config, folder = (
             state.adapter_at(model_id, **kwargs) if config is None else (config, state.located(model_id, **kwargs))
         )
+        _warn_foreign(config, model, folder.where)
         made = MODELS.get(config.task_type, cls) if config.task_type else cls
         made = cls if issubclass(cls, made) else made
         config.inference_mode = not is_trainable
@@ -361,6 +362,7 @@ class PeftModel(Passing, Counted, nn.Module):
             result = self.tuner.overwrite(adapter_name, tensors)
         else:
             config, folder = state.adapter_at(model_id, **kwargs)
+            _warn_foreign(config, self.get_base_model(), folder.where)
             config.inference_mode = not is_trainable
             lost = self.tuner.load(
                 adapter_name,
@@ -411,6 +413,29 @@ class PeftModelForFeatureExtraction(PeftModel):
     """A PeftModel that gives hidden states."""
 
     task = TaskType.FEATURE_EXTRACTION
+
+
+_LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
+
+
+def mapping_of(config: Any) -> tuple[str, str]:
+    """The library and the class that a config's `auto_mapping` names; empty where it names none."""
+    mapping = config.auto_mapping or {}
+    return str(mapping.get("parent_library") or ""), str(mapping.get("base_model_class") or "")
+
+
+def foreign(library: str) -> bool:
+    """Whether a library that a config names is not to be imported."""
+    return library.partition(".")[0] not in _LIBRARIES
+
+
+def _warn_foreign(config: Any, model: nn.Module, where: str) -> None:
+    """Say which library a config names that is neither known nor the model's own. It is not imported."""
+    library, _ = mapping_of(config)
+    if library and foreign(library) and library != _plain_class(model).__module__:
+        warnings.warn(
+            f"{where}: auto_mapping names {shown(library)}, which is unknown here and is not imported", stacklevel=4
+        )
 
 
 MODELS: dict[Any, type[PeftModel]] = {cls.task: cls for cls in PeftModel.__subclasses__()}

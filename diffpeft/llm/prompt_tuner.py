@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.opening import Opened
-from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError
+from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
 from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompts import PROMPTS, Prompts
@@ -177,6 +177,10 @@ class PromptTuner(Prompts):
         key_mapping: Any = None,
     ) -> list[str]:
         """Add the adapter in a folder; nothing is missing then. Its few keys are never renamed."""
+        with inside(folder.where, config=True):
+            return self._load(name, config, folder, trainable, active)
+
+    def _load(self, name: str, config: Any, folder: Opened, trainable: bool, active: bool) -> list[str]:
         if trainable:
             raise ConfigError(
                 "Cannot set a prompt learning adapter to trainable when loading pretrained adapter.",

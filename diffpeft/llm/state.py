@@ -35,13 +35,14 @@ from diffpeft.errors import (
     ShapeMismatchError,
     UnknownKeysError,
     UnknownNameError,
+    inside,
     listed,
     shown,
 )
 from diffpeft.files import config_in
 from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
-from diffpeft.layers.whole import CONTAINER, bare_copy, copied, copies_of
+from diffpeft.layers.whole import CONTAINER, bare, copied, copies_of
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
@@ -274,11 +275,23 @@ def _with_biases(bundle: Bundle, biases: Mapping[str, Handle], layers: Mapping[s
 
 def check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> None:
     """Raise unless these are all of a module's tensors, in its shapes and finite."""
-    base = getattr(type(module), "_diffpeft_whole", None)
-    mine = (bare_copy(module) if base else module).state_dict()
-    wrong = [key for key in mine.keys() ^ own.keys()] or [key for key in mine if mine[key].shape != own[key].shape]
+    mine = bare(module).state_dict()
+    if other := sorted(mine.keys() ^ own.keys()):
+        raise ShapeMismatchError(f"the module's tensors are others: {listed(other[:5])}", where=where)
+    wrong = [key for key in mine if mine[key].shape != own[key].shape]
     if wrong:
-        raise ShapeMismatchError(f"the module's tensors are others: {listed(sorted(wrong)[:5])}", where=where)
+        shapes = (
+            f"{shown(key)} is {tuple(mine[key].shape)} in the model, not {tuple(own[key].shape)}" for key in wrong
+        )
+        table = isinstance(module, (nn.Embedding, nn.Linear)) and mine[wrong[0]].shape[1:] == own[wrong[0]].shape[1:]
+        rows = len(own[wrong[0]]) if table else 0
+        raise ShapeMismatchError(
+            "; ".join([*shapes][:5]),
+            where=where,
+            remedy=f"If the vocabulary was resized, call model.resize_token_embeddings({rows}) first."
+            if table
+            else "It is for another model.",
+        )
     if not all(bool(t.isfinite().all()) for t in own.values() if t.is_floating_point()):
         raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
 
@@ -422,7 +435,8 @@ def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[Any, O
         raise CheckpointError(f"Can't find {FILE!r} at {os.fspath(model_id)!r}", remedy="Check the path.")
     fields = config_in(folder.metadata[CONFIG], FILE, folder.where)
     check_fields(fields, f"{folder.where}: {FILE}")
-    return PeftConfig.from_fields(fields, **options), folder
+    with inside(f"{folder.where}: {FILE}", config=True):
+        return PeftConfig.from_fields(fields, **options), folder
 
 
 def located(model_id: str | os.PathLike[str], **options: Any) -> Opened:

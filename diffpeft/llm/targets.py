@@ -110,6 +110,7 @@ def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 
     Raises UnknownNameError if no name fits, ConfigError or AdapterStateError for a module that cannot carry the method.
     """
+    _check_patterns(config)
     fitting: dict[str, tuple[nn.Module, nn.Module | None]] = {}
     excluded: list[str] = []
     names: list[str] = []
@@ -135,6 +136,17 @@ def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
         if why := refusal(module, parent, name):
             raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
     return {name: module for name, (module, _) in fitting.items()}
+
+
+def _check_patterns(config: Any) -> None:
+    """Raise ConfigError for names that become parts of an expression, and are none themselves."""
+    for field in ("layers_pattern", "modules_to_save"):
+        value = getattr(config, field, None) or ()
+        for pattern in (value,) if isinstance(value, str) else value:
+            try:
+                patterns.check(pattern)
+            except ConfigError as error:
+                raise ConfigError(f"{field} has {shown(pattern)}", remedy=f"{error.what}.") from error
 
 
 def matches(config: Any, name: str) -> bool:
@@ -212,9 +224,30 @@ def _raise_none(config: Any, names: list[str], excluded: list[str]) -> None:
     entries = [targets] if isinstance(targets, str) else sorted(targets or ())
     if not entries:
         return
+    _raise_left_out(config, names)
     raise UnknownNameError(
         f"Target modules {shown(targets if isinstance(targets, str) else set(entries))} not found in the base model",
         remedy=near(entries[0], _ends(names)) or "Check target_modules, layers_to_transform and the model.",
+    )
+
+
+def _raise_left_out(config: Any, names: list[str]) -> None:
+    """Raise if it is `layers_to_transform` that leaves out all that the names mean."""
+    layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    anywhere = copy.copy(config)
+    anywhere.layers_to_transform = None
+    left_out = [] if layers is None else [name for name in names if matches(anywhere, name)]
+    if not left_out:
+        return
+    before = next((n.split(".") for n in left_out if any(s.isdigit() for s in n.split("."))), [])
+    block = next((before[i - 1] for i, segment in enumerate(before) if segment.isdigit() and i), "")
+    hint = f"Give layers_pattern={block!r}, the list's name." if block and not pattern else ""
+    raise UnknownNameError(
+        f"Target modules {shown(set(config.target_modules))} not found in the base model: layers_to_transform={layers!r} leaves out {listed(left_out[:3])}",
+        where=f"layers_pattern={pattern!r}"
+        if pattern
+        else "without layers_pattern the list of blocks has to be inside another module",
+        remedy=hint or "Check the numbers.",
     )
 
 

@@ -413,7 +413,8 @@ class Tuner(nn.Module):
         key_mapping: Mapping[str, str] | None = None,
     ) -> list[str]:
         """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
-        with patterns.limited(CheckpointError, folder.where), exclusive({"": self.model}), inside(folder.where):
+        where = folder.where
+        with patterns.limited(CheckpointError, where), exclusive({"": self.model}), inside(where, config=True):
             source = mapped(tensors_in(folder), key_mapping) if key_mapping else folder
             return self._load(name, config, source, trainable, active, precision)
 
