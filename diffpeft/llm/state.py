@@ -317,8 +317,9 @@ def put(
     for where, (_, patch) in patches.items():
         patch.load_state_dict(dict(found.patches.get(where, patch.state_dict())))
         patch.requires_grad_(trainable)
-    under, copied_ = tables.divided(model, found.embeddings, found.slots)
-    slots = {**found.slots, **under}
+    slots = {**found.slots, **tying.twins(model, config, found.slots, trainable)}
+    under, copied_ = tables.divided(model, found.embeddings, slots)
+    slots |= under
     plan = Plan()
     everywhere = (*modules, *patches, *copied_)
     adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
@@ -337,9 +338,12 @@ def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"target_parameters is {shown(config.target_parameters)}", remedy="Inject the adapter without state_dict=."
         )
-    layers = {found[0] for key in tensors if (found := dotted_role(key.removeprefix(PREFIX)))}
+    roles = {key: found for key in tensors if (found := dotted_role(key.removeprefix(PREFIX)))}
     config = copy.deepcopy(config)
-    config.target_modules = sorted(layers)
+    config.target_modules = sorted({layer for layer, _ in roles.values()})
+    if config.peft_type == PeftType.IA3 and config.feedforward_modules is None:
+        rows = (layer for key, (layer, _) in roles.items() if len(tensors[key]) == 1 < tensors[key].shape[-1])
+        config.feedforward_modules = sorted(rows)  # a row scales inputs, a column outputs
     return config
 
 

@@ -19,6 +19,7 @@ from diffpeft.methods import Spec
 from diffpeft.methods.peft_config import PeftType
 from diffpeft.model.attach import Plan
 from diffpeft.model.target import modules_of
+from diffpeft.model.tied import same_product
 
 FIELD = "tie_word_embeddings"
 Holder = tuple[dict[str, Any], str]  # a module's table of parameters, and a name in it
@@ -99,6 +100,15 @@ def twin(slot: Slot, module: Any, trainable: bool) -> Slot:
     }
     spec = Spec(op_of(module).geometry, piece.spec.alpha, piece.spec.options)
     return Slot([Piece(piece.method, tensors, piece.alpha, spec)], trainable=trainable).train(slot.training)
+
+
+def twins(model: nn.Module, config: Any, slots: Mapping[str, Slot], trainable: bool) -> dict[str, Slot]:
+    """{layer: slot} of the loaded LoRAs that `ensure_weight_tying` ties to another: in its memory, if they are the same."""
+    return {
+        layer: twin(slots[other], model.get_submodule(layer), trainable)
+        for layer, other in ties_of(model, config, slots).items()
+        if layer in slots and other in slots and same_product(slots[layer], slots[other])
+    }
 
 
 def check_alike(ties: Mapping[str, str], found: Mapping[str, Mapping[str, Any]], source: str) -> None:

@@ -23,7 +23,7 @@ from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted_layers, components, modules_of
-from diffpeft.model.tied import spread
+from diffpeft.model.tied import count_twins_once, spread
 from diffpeft.model.weights import Scratch, fused_weights, refuse_changed, sampled, unfit, unfused
 
 
@@ -116,8 +116,10 @@ def refuse_changing(mix: Mix, names: set[str]) -> None:
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
     refuse_hooked(model)
-    owners, scratch = owners_of(model), Scratch()
-    for layer, module in adapted_layers(model).items():
+    owners, scratch, adapted = owners_of(model), Scratch(), adapted_layers(model)
+    count_twins_once(adapted, owners)
+    shared: dict[int, Tensor] = {}
+    for layer, module in adapted.items():
         record = record_of(module)
         assert record is not None
         own = [n for n in names if n in record.slots]
@@ -135,7 +137,8 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
         ]
         refuse_changed(layer, module, record)
         base = record.base or weights_of(module)
-        weights = fused_weights(layer, module, base, steps, scratch)
+        W, bias = fused_weights(layer, module, base, steps, scratch)
+        weights = shared.setdefault(id(module.weight), W), bias
         kept = (_on_cpu(base[0]), _on_cpu(base[1])) if keep_base == "cpu" else None
         now = replace(record, fused=frozenset(own), base=kept, sample=sampled(weights))
         plan.layers.append((module, state_with(module, now, weights)))

@@ -26,7 +26,7 @@ from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.target import adapted_layers, components, modules_of
-from diffpeft.model.tied import spread
+from diffpeft.model.tied import count_twins_once, spread
 from diffpeft.model.weights import unfit, unfused
 
 
@@ -71,6 +71,7 @@ def plan_merged(
     for component, mix in mixes.items():
         merger = _merger(parts[component], mix, wanted, dequantize)
         merger.plan_wholes(plan, mix)
+        count_twins_once(adapted[component], merger.owners)
         for layer, module in adapted[component].items():
             found = merger.plan(plan, layer, module)
             if found is not None:
@@ -88,6 +89,7 @@ class _Merger:
     choice: Choice  # with the chosen adapters alone
     dequantize: bool
     owners: dict[int, int]
+    shared: dict[int, torch.Tensor]  # the new numbers of weights, by the parameter's id: layers may share one
     dtype: torch.dtype | None  # of plain layers in place of quantised ones
 
     def plan_wholes(self, plan: Plan, mix: Mix) -> None:
@@ -121,7 +123,8 @@ class _Merger:
                 )
             return self._replace(plan, layer, module, steps)
         refuse_unfit(layer, module, self.owners)
-        weights, error = _merged(layer, module, base, weights_of(module), steps)
+        (W, bias), error = _merged(layer, module, base, weights_of(module), steps)
+        weights = self.shared.setdefault(id(module.weight), W), bias
         plan.layers.append((module, state_with(module, None, weights)))
         return error
 
@@ -178,7 +181,7 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
     given |= {n: 1.0 for n in names or () if n in mix.adapters and n not in given}
     choice = choose(mix.component, mix.layers, mix.adapters, given)
     refuse_hooked(model)
-    return _Merger(model, choice, dequantize, owners_of(model), _activations(model))
+    return _Merger(model, choice, dequantize, owners_of(model), {}, _activations(model))
 
 
 def _strong(steps: Any) -> list[tuple[Slot, float]]:

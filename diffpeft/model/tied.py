@@ -5,13 +5,16 @@ They are written once where all get the same; else each gets a parameter of its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from diffpeft.layers.adapted import record_of
+from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put
+from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import Plan
 
 
@@ -41,6 +44,43 @@ def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tupl
             parted |= {(id(table), name): table[name] for table, name, _ in group}
             owners[key] = owners.get(key, 0) - len(group)
     return parted
+
+
+def count_twins_once(adapted: Mapping[str, nn.Module], owners: dict[int, int]) -> None:
+    """Let layers that share a weight count as one where all of them have the same adapters, those of an embedding turned: their weights come out equal."""
+    sharing: dict[int, list[nn.Module]] = {}
+    for module in adapted.values():
+        weight = module._parameters.get("weight")
+        if weight is not None and owners.get(id(weight), 0) > 1:
+            sharing.setdefault(id(weight), []).append(module)
+    for key, (first, *others) in sharing.items():
+        if 1 + len(others) == owners[key] and all(_are_twins(first, other) for other in others):
+            owners[key] = 1
+
+
+def _are_twins(one: nn.Module, other: nn.Module) -> bool:
+    first, second = record_of(one), record_of(other)
+    if first is None or second is None or list(first.slots) != list(second.slots):
+        return False
+    return all(same_product(first.slots[name], second.slots[name]) for name in first.slots)
+
+
+def same_product(one: Slot, other: Slot) -> bool:
+    """Whether two plain LoRAs, one of them perhaps of an embedding, add the same to a weight [rows, features]."""
+    a, b = _product(one), _product(other)
+    if a is None or b is None or a[2] != b[2]:
+        return False
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a[:2], b[:2], strict=True))
+
+
+def _product(slot: Slot) -> tuple[Tensor, Tensor, float] | None:
+    """A plain LoRA as (A, B, scale) of what it adds to a weight [rows, features]."""
+    if len(slot.parts) != 1 or slot.parts[0].method is not Lora:
+        return None
+    p, scale = slot.tensors, slot.scale
+    if {*p} == {"lora_A", "lora_B"}:
+        return p["lora_A"], p["lora_B"], scale
+    return (p["lora_embedding_B"].t(), p["lora_embedding_A"].t(), scale) if "lora_embedding_A" in p else None
 
 
 def _own(put: Put) -> Any:

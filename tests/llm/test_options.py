@@ -227,3 +227,20 @@ def test_merging_in_training_knows_no_dropout(method, way):
     else:
         got = wrapped.merge_and_unload()(x)
     torch.testing.assert_close(got, want, **SAME)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])
+def test_vectors_of_a_state_dict_are_on_the_side_that_they_say(kind):
+    """(IA)^3 scales the inputs of feed-forward layers."""
+    first = peft.inject_adapter_in_model(peft.IA3Config(), made(kind))
+    values = {k: torch.rand_like(t) + 0.5 for k, t in peft.get_peft_model_state_dict(first).items()}
+    models = [lib.inject_adapter_in_model(lib.IA3Config(), made(kind), state_dict=values) for lib in (peft, diffpeft)]
+    peft.set_peft_model_state_dict(models[0], values)
+    assert not any(diffpeft.set_peft_model_state_dict(models[1], values)[:2])
+    a, b = (run_of(kind, m) for m in models)
+    torch.testing.assert_close(b, a, **SAME)
+
+
+def run_of(kind, model):
+    with torch.no_grad():
+        return output(model(**batch(kind)))

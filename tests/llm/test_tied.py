@@ -234,11 +234,28 @@ def test_tied_copies_and_loras_are_trained_and_saved_as_in_peft(which, tmp_path)
         again = PeftModel.from_pretrained(llama(True), tmp_path / folder)
         torch.testing.assert_close(run(again), want, **SAME)
     torch.testing.assert_close(run(peft.PeftModel.from_pretrained(llama(True), tmp_path / "ours")), want, **SAME)
-    if "lora" not in which:
-        plain = ours.merge_and_unload()
-        one, other = tables(plain)
-        assert one is other and plain.config.tie_word_embeddings
-        torch.testing.assert_close(run(plain), want, **SAME)
+    assert_trained_on_as_in_peft(tmp_path / "theirs")
+    shared, base = tables(ours.get_base_model())[0], llama(True).state_dict()
+    for _ in range(2):  # PEFT adds a tied LoRA twice
+        ours.merge_adapter()
+        torch.testing.assert_close(run(ours), want, **SAME)
+        ours.unmerge_adapter()
+        assert all(table is shared for table in tables(ours.get_base_model()))
+        assert torch.equal(shared, base["lm_head.weight"])
+    plain = ours.merge_and_unload()
+    one, other = tables(plain)
+    assert one is other and plain.config.tie_word_embeddings
+    torch.testing.assert_close(run(plain), want, **SAME)
+
+
+def assert_trained_on_as_in_peft(folder):
+    found = []
+    for lib in (peft, diffpeft):
+        wrapped = lib.PeftModel.from_pretrained(llama(True), folder, is_trainable=True)
+        wrapped.eval()(**batch(), labels=batch()["input_ids"]).loss.backward()
+        torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1).step()
+        found.append(run(wrapped))
+    torch.testing.assert_close(found[1], found[0], **SAME)
 
 
 def own_of(wrapped):
