@@ -247,20 +247,21 @@ class Tuner(nn.Module):
                         f"add_weighted_adapter does not support {field}, and adapter {shown(name)} has {shown(value)}",
                         remedy="Merge the adapters one after the other.",
                     )
-        self.peft_config[adapter_name] = add_weighted(
-            self.model,
-            self.peft_config,
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            svd_full_matrices=svd_full_matrices,
-            svd_driver=svd_driver,
-            density=density,
-            majority_sign_method=majority_sign_method,
-        )
+        with patterns.limited(ConfigError), exclusive({"": self.model}):
+            self.peft_config[adapter_name] = add_weighted(
+                self.model,
+                self.peft_config,
+                adapters,
+                weights,
+                adapter_name,
+                combination_type,
+                svd_rank=svd_rank,
+                svd_clamp=svd_clamp,
+                svd_full_matrices=svd_full_matrices,
+                svd_driver=svd_driver,
+                density=density,
+                majority_sign_method=majority_sign_method,
+            )
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put active adapters into the weights. What would not be finite is refused, with or without `safe_merge`."""

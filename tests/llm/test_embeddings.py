@@ -186,3 +186,32 @@ def test_a_model_s_own_are_not_copied(tmp_path):
     torch.testing.assert_close(run(again), want, **SAME)
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in wrapped.parameters())
     assert {*get_peft_model_state_dict(again)} == {*load_file(tmp_path / "adapter_model.safetensors")}
+
+
+def test_adapters_of_one_base_act_together_and_those_of_two_do_not(tmp_path):
+    """Adapters that were trained on the same resized model bring the same embeddings."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(ord(name))
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(llama(True, seed), config).save_pretrained(tmp_path / name, save_embedding_layers=True)
+    base = llama(True)
+    before = run(base)
+    model = PeftModel.from_pretrained(base, tmp_path / "a", adapter_name="a")
+    for name in "bc":
+        model.load_adapter(tmp_path / name, name)
+    model.base_model.set_adapter(["a", "b"])
+    want = run(model)
+    plain = llama(True, 1)
+    for name in "ab":
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        for i, layer in enumerate(plain.model.layers):
+            A, B = (tensors[f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{n}.weight"] for n in "AB")
+            layer.self_attn.q_proj.weight.data += 4 * B @ A
+    torch.testing.assert_close(want, run(plain), **SAME)
+    with pytest.raises(ValueError, match="Only one adapter can be set"):
+        model.base_model.set_adapter(["a", "c"])
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(run(model), want, **SAME)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "embed" in n or "lm_head" in n)
+    assert torch.equal(run(model.unload()), before)
