@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diffpeft.errors import ConfigError, shown
-from diffpeft.model.strength import is_strength
+from diffpeft.methods.config import is_fp32
 
 # the arguments in which diffusers' pipelines and models take {"scale": s}
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -76,9 +76,21 @@ def asked_scale(early: bool, arguments: Mapping[str, Any]) -> float:
     scale = _encoders_scale() if early else _scale_in(arguments)
     if scale is None:
         return 1.0
-    if not is_strength(scale):
+    if not is_fp32(scale):
         raise ConfigError(f"the scale in the attention arguments is {shown(scale)}", remedy="It is a finite number.")
     return float(scale)
+
+
+def for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's call without a scale, where diffusers could do nothing with it but warn: it scales peft's layers alone."""
+    if _scale_in(arguments) is None:
+        return arguments
+    from diffusers.utils import USE_PEFT_BACKEND
+
+    if USE_PEFT_BACKEND:
+        return arguments
+    scaled = {name: arguments[name] for name in ATTENTION_KWARGS if isinstance(arguments.get(name), Mapping)}
+    return {**arguments, **{name: {k: v for k, v in given.items() if k != "scale"} for name, given in scaled.items()}}
 
 
 def _encoders_scale() -> Any:

@@ -5,7 +5,6 @@ Both work on effective deltas: what an adapter adds to the layer's own weight at
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.site import device_of, present, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
 from diffpeft.methods import Lora, Spec
-from diffpeft.methods.config import check_choice, check_rank
+from diffpeft.methods.config import check_choice, check_rank, is_fp32
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
@@ -121,7 +120,7 @@ def combine(
     if not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ConfigError(f"density is {density!r}", remedy="It is a share above 0 and at most 1.")
     for adapter, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_fp32(weight):
             raise ConfigError(
                 f"the weight of {shown(adapter)} is {shown(weight)}", remedy="A weight is a finite number."
             )

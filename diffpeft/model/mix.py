@@ -21,9 +21,9 @@ from torch import Tensor
 
 from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
+from diffpeft.methods.config import is_fp32
 from diffpeft.model.schedule import Clock, Scaled, Schedule
 from diffpeft.model.scope import Block, Scope
-from diffpeft.model.strength import is_strength
 from diffpeft.model.target import spellings
 
 Level = float | Schedule
@@ -353,7 +353,7 @@ def check_strength(name: str, strength: Any, schedules: bool = False) -> None:
     for where, value in strength.items() if isinstance(strength, Mapping) else [("", strength)]:
         if isinstance(where, str) and schedules and isinstance(value, Schedule):
             continue
-        if not isinstance(where, str) or not is_strength(value):
+        if not isinstance(where, str) or not is_fp32(value):
             raise ConfigError(
                 f"the strength of {shown(name)}{f' at {shown(where)}' if where else ''} is {shown(value)}",
                 remedy="A strength is a finite number that fp32 can hold, or a dict of such numbers by component or block."

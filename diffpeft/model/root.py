@@ -17,7 +17,7 @@ from diffpeft.errors import AdapterStateError, ShapeMismatchError, listed
 from diffpeft.layers.mixed import watched
 from diffpeft.layers.site import site_of
 from diffpeft.layers.swap import subclass
-from diffpeft.model.call import asked_scale, rows_asked, takes_scale
+from diffpeft.model.call import asked_scale, for_diffusers, rows_asked, takes_scale
 from diffpeft.model.mix import Choice, Mix, forced, in_force, show_compiled
 from diffpeft.model.scope import Block
 from diffpeft.model.target import COMPILED
@@ -87,7 +87,7 @@ def _root_class(base: Any) -> type:
             if mix is None:
                 return base.__call__(self, *args, **kwargs)
             with in_force(lambda: _for_call(mix, args, kwargs)), watched(self, mix.divided):
-                return base.__call__(self, *args, **kwargs)
+                return base.__call__(self, *args, **for_diffusers(kwargs))
 
         _classes[base] = subclass(
             base,

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from diffpeft.errors import AdapterStateError, ConfigError, shown
+from diffpeft.methods.config import is_fp32
 from diffpeft.model.call import running_pipeline
 from diffpeft.model.scope import Block, Scope
-from diffpeft.model.strength import is_strength
 
 _told: Scope[float] = Scope("diffpeft_step")  # the fractions of `step(...)` blocks
 
@@ -122,7 +122,7 @@ def steps(strengths: Mapping[float, float]) -> Schedule:
 
 
 def _number(name: str, value: Any) -> float:
-    if not is_strength(value):
+    if not is_fp32(value):
         raise ConfigError(f"{name} of a schedule is {shown(value)}", remedy="It is a finite number.")
     return float(value)
 

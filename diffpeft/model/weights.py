@@ -17,7 +17,10 @@ from diffpeft.methods.linalg import is_finite, wide, wide_dtype
 from diffpeft.methods.lora import Lora
 
 SOME = 1 << 19  # numbers that are cheap to find memory for
-SAMPLE = 4096  # numbers by which a weight is known again
+WHOLE, SAMPLE = (
+    4096,
+    512,
+)  # up to how many numbers a weight is known again by all of them, and by how many if it has more
 
 
 def fused_weights(
@@ -129,13 +132,13 @@ def refuse_changed(layer: str, module: Any, record: Record) -> None:
 
 
 def sampled(weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """Numbers of a weight and a bias, a few thousand of large ones, by which they are known again."""
+    """Numbers of a weight and a bias, some hundred of large ones, by which they are known again."""
     weight, bias = weights
     return _some(weight).clone(), None if bias is None else _some(bias).clone()
 
 
 def _some(t: Tensor) -> Tensor:
-    if t.numel() <= SAMPLE:
+    if t.numel() <= WHOLE:
         return t.flatten()
     return (
         t.as_strided((SAMPLE,), (t.numel() // SAMPLE,))

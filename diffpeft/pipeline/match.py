@@ -27,6 +27,7 @@ from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import computing_dtype, device_of, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
+from diffpeft.methods.config import FP32_MAX
 from diffpeft.methods.lora import Lora
 from diffpeft.model.target import spellings
 
@@ -182,7 +183,7 @@ def _piece(
     beside = {role: tensors.pop(role) for role in (BIAS,) if role in tensors}
     p = METHODS[entry.method].adopt(tensors, spec)
     alpha = kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
-    if spec.alpha is not None and not abs(spec.alpha) < float("inf"):
+    if spec.alpha is not None and not abs(spec.alpha) <= FP32_MAX:
         raise NonFiniteError(
             f"layer {shown(entry.layer)} has an alpha that is not finite",
             where=bundle.source,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import diffusers
 import pytest
 import torch
 
@@ -145,6 +146,16 @@ def test_a_compiled_denoiser_is_scaled_without_a_new_graph(two, compiled):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
     assert n and len(graphs) == n
     torch._dynamo.reset()
+
+
+def test_diffusers_does_not_say_that_it_has_no_effect(two, monkeypatch, caplog):
+    want = latents(two, cross_attention_kwargs={"scale": 0.5})
+    monkeypatch.setattr("diffusers.utils.USE_PEFT_BACKEND", False)
+    with caplog.at_level("WARNING"):
+        diffusers.utils.logging.enable_propagation()
+        got = latents(two, cross_attention_kwargs={"scale": 0.5})
+        diffusers.utils.logging.disable_propagation()
+    assert torch.equal(got, want) and "ineffective" not in caplog.text
 
 
 def test_no_trace_is_left(two, fresh, trace):
