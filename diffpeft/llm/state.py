@@ -297,7 +297,7 @@ def check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> Non
     wrong = [key for key in mine.keys() ^ own.keys()] or [key for key in mine if mine[key].shape != own[key].shape]
     if wrong:
         raise ShapeMismatchError(f"the module's tensors are others: {listed(sorted(wrong)[:5])}", where=where)
-    if not all(bool(t.isfinite().all()) for t in own.values() if t.is_floating_point()):
+    if not all(map(io.finite, own.values())):
         raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
 
 
@@ -408,6 +408,12 @@ def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[Any, O
         raise CheckpointError(f"Can't find {FILE!r} at {os.fspath(model_id)!r}", remedy="Check the path.")
     fields = config_in(folder.metadata[CONFIG], FILE, folder.where)
     check_fields(fields, f"{folder.where}: {FILE}")
+    if not fields.get("peft_type"):
+        raise CheckpointError(
+            "the config says no peft_type",
+            where=f"{folder.where}: {FILE}",
+            remedy=f"It is one of {', '.join(PeftConfig.types)}.",
+        )
     return PeftConfig.from_fields(fields, **options), folder
 
 

@@ -79,6 +79,7 @@ REFUSED = {
     "decompose_factor": [0, -2],
     "modules_to_save": [5, "classifier", [5]],
     "peft_type": [[], {}],
+    "base_model_name_or_path": ["\ud800", 5],
     "peft_version": ["9" * 5000],
 }
 
