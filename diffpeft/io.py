@@ -50,6 +50,7 @@ __all__ = [
     "cast",
     "chunks",
     "columns",
+    "count",
     "diagonal",
     "dtype_of",
     "finite",

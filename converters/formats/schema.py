@@ -16,7 +16,7 @@ from diffpeft.errors import CheckpointError, NonFiniteError
 
 MAX_RANK, MAX_SIZE, MAX_NAMES, MAX_TEXT = 1 << 16, 1 << 20, 1 << 16, 20_000
 MAX_TERMS = 100  # of a rotation's series, which is work for every step
-MAX_RANGES, MAX_LAYERS = 256, 1024  # of layer_replication, and of the model that it makes
+MAX_RANGES, MAX_LAYERS = 256, 512  # of layer_replication, and of the model that it makes
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _GREATEST = 3.4028234663852886e38  # of float32, in which alphas act
 

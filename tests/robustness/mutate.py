@@ -78,7 +78,7 @@ def state(model: torch.nn.Module) -> list[Any]:
 
 def tried(name: str, operation: Callable[[], Any], account: Account, *, must: bool = False) -> Any:
     """What an operation gives; None if it raised one of our errors, unless it `must` not. Anything else is a fault."""
-    before, start = peak(), time.perf_counter()
+    before, start = peak(), time.process_time()
     outcome, result = "", None
     try:
         with _limited():
@@ -95,7 +95,7 @@ def tried(name: str, operation: Callable[[], Any], account: Account, *, must: bo
         account.faults.append(
             f"{name}: {type(error).__name__}: {str(error)[:150]} @ {Path(at.filename).name}:{at.lineno}"
         )
-    used, seconds = peak() - before, time.perf_counter() - start
+    used, seconds = peak() - before, time.process_time() - start
     if seconds > SECONDS:
         account.faults.append(f"{name}: {seconds:.1f} s")
     if used > MEMORY:
