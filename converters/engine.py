@@ -316,5 +316,9 @@ def _check(layer: str, method: str, tensors: Mapping[str, Handle], where: str) -
         )
     if why := contradiction({role: handle.shape for role, handle in tensors.items()}):
         raise ShapeMismatchError(f"layer {shown(layer)}: {why}", where=where)
-    if any(handle.dtype not in ("F64", "F32", "F16", "BF16") for r, handle in tensors.items() if r != "on_input"):
+    floats, either = (
+        ("F64", "F32", "F16", "BF16"),
+        ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"),
+    )
+    if any(h.dtype not in (either if role in _NUMBERS else floats) for role, h in tensors.items()):
         raise CheckpointError(f"layer {shown(layer)} has tensors that are no floating point numbers", where=where)

@@ -174,6 +174,11 @@ def _contradiction(items: tuple[tuple[str, Shape], ...]) -> str:
         blocks, rows = shapes["oft_blocks"], shapes["rescale"][0]
         if blocks[-3] * blocks[-1] != rows:
             return f"rescale {shapes['rescale']} is for {rows} features, oft_blocks {blocks} for others"
+    if "lora_mid" in shapes and any(n != 1 for role in ("lora_A", "lora_B") for n in shapes.get(role, ())[2:]):
+        return f"lora_mid {shapes['lora_mid']} has the kernel, and lora_A {shapes.get('lora_A')} or lora_B {shapes.get('lora_B')} too"
+    kernels = {role: shapes[role][2:] for role in ("hada_t1", "hada_t2") if role in shapes}
+    if len({*kernels.values()}) > 1:
+        return f"{', '.join(f'{role} {shapes[role]}' for role in kernels)} have different kernels"
     empty = [f"{role} {shape}" for role, shape in shapes.items() if 0 in shape and "lora_E" not in shapes]
     return f"{', '.join(empty)} is empty" if empty else ""
 
@@ -207,6 +212,8 @@ def _same_axes(shapes: Mapping[str, Shape]) -> list[list[tuple[str, int]]]:
     cores = [core in shapes for core in ("hada_t1", "hada_t2")]
     ups = [(f"hada_w{n}_a", int(core)) for n, core in zip((1, 2), cores, strict=True)]
     outs = [("lora_B", 0), *ups, ("diff_b", 0), ("lora_B_bias", 0), ("diff", 0), ("set_weight", 0), ("glora_b1", 0)]
+    if magnitude := shapes.get("lora_magnitude_vector"):
+        outs.append(("lora_magnitude_vector", int(magnitude[0] == 1 and len(magnitude) > 1)))
     if "dora_scale" in shapes and len(shapes["dora_scale"]) > 1:
         turned = shapes["dora_scale"][0] == 1
         if any(role in shapes for role, _ in outs):

@@ -338,7 +338,10 @@ def _tried(bundle: Bundle, fmt: Format) -> tuple[Arranged, tuple[str, list[str]]
     if bundle.family not in fmt.tables and not fmt.folder:
         return Arranged([]), (f"the layer names of family {shown(bundle.family)} are not known", layers)
     order = arranged(bundle, fmt)
-    return order, _trouble(order, fmt, fmt.tables.get(bundle.family, Table({})), layers, bundle.format)
+    trouble = _trouble(order, fmt, fmt.tables.get(bundle.family, Table({})), layers, bundle.format)
+    if taken := [key for key in bundle.carried if not trouble and bundle.format != fmt.name and fmt.split(key)]:
+        trouble = "there are keys that are no adapter's, and would be one's in this format", taken
+    return order, trouble
 
 
 def _trouble(

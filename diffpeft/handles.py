@@ -171,6 +171,11 @@ def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
     return out
 
 
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite, in any dtype that a file may have; torch itself cannot tell for those of 8 bits."""
+    return not tensor.is_floating_point() or bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all())
+
+
 def files_of(handle_: Handle) -> set[Snapshot]:
     """The files that a handle's bytes are in."""
     if handle_.path is not None:

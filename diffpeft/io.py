@@ -28,6 +28,7 @@ from diffpeft.handles import (
     dtype_of,
     file_of,
     files_of,
+    finite,
     handle,
     held,
     load,
@@ -49,8 +50,10 @@ __all__ = [
     "cast",
     "chunks",
     "columns",
+    "count",
     "diagonal",
     "dtype_of",
+    "finite",
     "folder",
     "handle",
     "header",
@@ -183,6 +186,11 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: 
             if h.path is None or not _copied(h, f):
                 for chunk in chunks(h):
                     f.write(chunk)
+        f.flush()
+        if (
+            os.fstat(f.fileno()).st_size != 8 + len(text) + end
+        ):  # never: whoever puts tensors together sees to it that they fit
+            raise CannotConvertError("tensors have other sizes than their shapes say", where=path)
         for file in files:
             file.check()
 

@@ -62,7 +62,20 @@ def check(pattern: str) -> None:
         )
     if len(pattern) > MAX_LENGTH:
         raise ConfigError(f"a pattern has {len(pattern)} characters", remedy=f"At most {MAX_LENGTH} are read.")
-    _compiled(pattern)
+    with _spent() as budget:
+        if budget.left <= 0:
+            raise budget.refusal(pattern)
+        _compiled(pattern)
+
+
+@contextlib.contextmanager
+def _spent() -> Iterator[_Budget]:
+    """The budget in force, or one for this alone. What the block takes is off it: a pattern takes longer to be understood than to be matched."""
+    budget, start = getattr(_here, "budget", None) or _Budget(ConfigError, ""), time.perf_counter()
+    try:
+        yield budget
+    finally:
+        budget.left -= time.perf_counter() - start
 
 
 @functools.lru_cache(1024)
@@ -85,16 +98,13 @@ def _timed(pattern: str, use: Callable[[Any, float], Any]) -> Any:
     """`use(the compiled pattern, the seconds that are left)`."""
     if len(pattern) > MAX_LENGTH:
         check(pattern)
-    compiled, budget = _compiled(pattern), getattr(_here, "budget", None) or _Budget(ConfigError, "")
-    start = time.perf_counter()
-    try:
-        if budget.left <= 0:
-            raise TimeoutError
-        return use(compiled, budget.left)
-    except TimeoutError:
-        raise budget.refusal(pattern) from None
-    finally:
-        budget.left -= time.perf_counter() - start
+    with _spent() as budget:
+        try:
+            if budget.left <= 0:
+                raise TimeoutError
+            return use(_compiled(pattern), budget.left)
+        except TimeoutError:
+            raise budget.refusal(pattern) from None
 
 
 def replaced(replacements: Mapping[str, str], name: str) -> str:

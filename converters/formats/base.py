@@ -142,5 +142,5 @@ def magnitude_axis(entry: Entry) -> int | None:
 
 
 def denoiser(table: Table) -> str:
-    """The component that a file of one denoiser is for."""
-    return next(name for name in table.components if name not in table.encoders)
+    """The component that a file of one denoiser is for; of a family that is not known a transformer."""
+    return next((name for name in table.components if name not in table.encoders), "transformer")

@@ -6,6 +6,7 @@ Fields that are not listed pass: files of other versions have more. That a value
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from diffpeft.errors import CheckpointError, NonFiniteError
 
 MAX_RANK, MAX_SIZE, MAX_NAMES, MAX_TEXT = 1 << 16, 1 << 20, 1 << 16, 20_000
 MAX_TERMS = 100  # of a rotation's series, which is work for every step
-MAX_RANGES, MAX_LAYERS = 256, 1024  # of layer_replication, and of the model that it makes
+MAX_RANGES, MAX_LAYERS = 256, 512  # of layer_replication, and of the model that it makes
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _GREATEST = 3.4028234663852886e38  # of float32, in which alphas act
 
 
@@ -42,6 +44,14 @@ def number(least: float = -_GREATEST, most: float = _GREATEST) -> Kind:
     return Kind(what, lambda v: type(v) in (int, float) and least <= v <= most)
 
 
+def text(most: int) -> Kind:
+    """Characters that can be written: half of a pair of surrogates cannot."""
+    return Kind(
+        f"a text of at most {most} characters",
+        lambda v: isinstance(v, str) and len(v) <= most and (v.isascii() or not _SURROGATE.search(v)),
+    )
+
+
 def several(kind: Kind, most: int = MAX_NAMES) -> Kind:
     """A list of what is of a kind."""
     is_list = lambda v: isinstance(v, (list, tuple, set, frozenset)) and len(v) <= most  # noqa: E731
@@ -66,8 +76,8 @@ def _is_replication(value: Any) -> bool:
 
 NOTHING = Kind("null", lambda v: v is None)
 FLAG = Kind("true or false", lambda v: v is None or type(v) is bool)
-TEXT = Kind(f"a text of at most {MAX_TEXT} characters", lambda v: isinstance(v, str) and len(v) <= MAX_TEXT)
-WORD = Kind("a text of at most 200 characters", lambda v: isinstance(v, str) and len(v) <= 200)
+TEXT = text(MAX_TEXT)
+WORD = text(200)
 TABLE = Kind("a table", lambda v: isinstance(v, Mapping))
 RANK, SIZE, COUNT = whole(1, MAX_RANK), whole(1, MAX_SIZE), whole(0, MAX_SIZE)
 SHARE, ALPHA = number(0, 1), number()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft import patterns
+from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, NonFiniteError, ShapeMismatchError, listed, shown
 from diffpeft.layers.adapted import is_adapted, op_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, pieces_of
@@ -118,7 +118,7 @@ def _check(layer: str, module: nn.Module, own: Mapping[str, Tensor], source: str
                 where=source,
                 remedy=f"Call model.resize_token_embeddings({len(tensor)}) first.",
             )
-        if not bool(tensor.isfinite().all()):
+        if not io.finite(tensor):
             raise NonFiniteError(f"{shown(f'{layer}.{name}')} has values that are not finite", where=source)
 
 

@@ -22,6 +22,7 @@ from diffpeft.errors import (
     near,
     shown,
 )
+from diffpeft.io import finite
 from diffpeft.layers.adapted import is_adapted
 from diffpeft.layers.parameters import Factors, Stack
 from diffpeft.layers.patches import Patch, Patches
@@ -272,5 +273,5 @@ def _check(where: str, patch: nn.Module, own: Mapping[str, Tensor]) -> None:
                 where=where,
                 remedy="It is for another model or config.",
             )
-        if not bool(own[name].isfinite().all()):
+        if not finite(own[name]):
             raise NonFiniteError(f"{name} has values that are not finite", where=where, remedy="The file is damaged.")

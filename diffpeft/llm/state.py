@@ -280,19 +280,14 @@ def check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> Non
         raise ShapeMismatchError(f"the module's tensors are others: {listed(other[:5])}", where=where)
     wrong = [key for key in mine if mine[key].shape != own[key].shape]
     if wrong:
-        shapes = (
-            f"{shown(key)} is {tuple(mine[key].shape)} in the model, not {tuple(own[key].shape)}" for key in wrong
-        )
-        table = isinstance(module, (nn.Embedding, nn.Linear)) and mine[wrong[0]].shape[1:] == own[wrong[0]].shape[1:]
-        rows = len(own[wrong[0]]) if table else 0
+        shapes = [f"{shown(k)} is {tuple(mine[k].shape)} in the model, not {tuple(own[k].shape)}" for k in wrong[:5]]
+        rows = len(own[wrong[0]]) if mine[wrong[0]].shape[1:] == own[wrong[0]].shape[1:] else 0
+        resized = f"If the vocabulary was resized, call model.resize_token_embeddings({rows}) first."
+        is_table = rows and isinstance(module, (nn.Embedding, nn.Linear))
         raise ShapeMismatchError(
-            "; ".join([*shapes][:5]),
-            where=where,
-            remedy=f"If the vocabulary was resized, call model.resize_token_embeddings({rows}) first."
-            if table
-            else "It is for another model.",
+            "; ".join(shapes), where=where, remedy=resized if is_table else "It is for another model."
         )
-    if not all(bool(t.isfinite().all()) for t in own.values() if t.is_floating_point()):
+    if not all(map(io.finite, own.values())):
         raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
 
 
@@ -439,6 +434,12 @@ def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[Any, O
         raise CheckpointError(f"Can't find {FILE!r} at {os.fspath(model_id)!r}", remedy="Check the path.")
     fields = config_in(folder.metadata[CONFIG], FILE, folder.where)
     check_fields(fields, f"{folder.where}: {FILE}")
+    if not fields.get("peft_type"):
+        raise CheckpointError(
+            "the config says no peft_type",
+            where=f"{folder.where}: {FILE}",
+            remedy=f"It is one of {', '.join(PeftConfig.types)}.",
+        )
     with inside(f"{folder.where}: {FILE}", config=True):
         return PeftConfig.from_fields(fields, **options), folder
 

@@ -194,10 +194,11 @@ class PeftConfig(Passing):
 
     @classmethod
     def from_fields(cls, found: Mapping[str, Any], **kwargs: Any) -> Any:
-        """A config from the fields of a file, as its method's class; `kwargs` are fields for what the file does not say."""
+        """A config from the fields of a file, as its method's class; `kwargs` are fields for what the file does not say. Null is a field's default."""
         own = {f.name for f in fields(cls)}
         given = {key: value for key, value in kwargs.items() if key in own}
-        return cls.from_peft_type(**{**given, **_without_run(found)})
+        told = {key: value for key, value in _without_run(found).items() if value is not None}
+        return cls.from_peft_type(**{**given, **told})
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:

@@ -74,11 +74,12 @@ ALLOWED = {
 REFUSED = {
     "r": [0, 1 << 17, 8.0, "8", None],
     "lora_alpha": [None, "16", math.nan, 10**400],
-    "layer_replication": [[[0, 4, 5]], [[0]], [[0, 2]] * 257, [[0, 1025]], "a"],
+    "layer_replication": [[[0, 4, 5]], [[0]], [[0, 2]] * 257, [[0, 513]], "a"],
     "num_cayley_neumann_terms": [math.inf, 101, -1],
     "decompose_factor": [0, -2],
     "modules_to_save": [5, "classifier", [5]],
     "peft_type": [[], {}],
+    "base_model_name_or_path": ["\ud800", 5],
     "peft_version": ["9" * 5000],
 }
 
