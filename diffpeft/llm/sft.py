@@ -23,7 +23,7 @@ from diffpeft.llm.peft_model import get_peft_model
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.llm.texts import IGNORED, Example
 from diffpeft.methods.peft_config import TaskType
-from diffpeft.pipeline.open import DTYPES, check_exists, default_device, default_dtype, not_loaded
+from diffpeft.pipeline.open import check_exists, default_device, default_dtype, dtype_of, not_loaded, whole_model
 from diffpeft.train import draw, report
 from diffpeft.train.loop import Schedule, fit
 from diffpeft.train.method import CONFIGS
@@ -119,13 +119,13 @@ def open_model(config: SftConfig, device: str) -> tuple[Any, Any]:
     source = Path(str(config.model))
     gguf = {"gguf_file": source.name} if source.suffix == GGUF else {}
     where = str(source.parent if gguf else source) if source.exists() else str(config.model)
-    dtype = DTYPES[str(config.dtype)]
+    dtype = dtype_of(str(config.dtype))
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, **gguf, **_quantised(config, dtype, device)
+        model = whole_model(
+            AutoModelForCausalLM, where, "the model", dtype=dtype, **gguf, **_quantised(config, dtype, device)
         )
-    except (MemoryError, NotImplementedError):
+    except (MemoryError, NotImplementedError, CheckpointError):
         raise
     except Exception as error:  # transformers and its libraries raise all kinds for a model that cannot be read
         raise not_loaded(error, config.model) from error
