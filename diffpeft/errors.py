@@ -15,7 +15,8 @@ DiffpeftError
 |-- AdapterStateError (ValueError)  duplicate name, not attached, busy
 |-- ConfigError (ValueError)        a field, its value, what is allowed
 |-- DataError                       a data set
-`-- DivergedError                   training produced a loss that is not finite
+|-- DivergedError                   training produced a loss that is not finite
+`-- NothingLearntError              training changed nothing
 
 Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
 """
@@ -144,3 +145,7 @@ class DataError(DiffpeftError):
 
 class DivergedError(DiffpeftError):
     """The training loss is not finite."""
+
+
+class NothingLearntError(DiffpeftError):
+    """After training the adapter changes nothing."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -19,6 +21,7 @@ from diffpeft.errors import (
     DataError,
     DiffpeftError,
     DivergedError,
+    NothingLearntError,
     UnknownNameError,
 )
 
@@ -30,6 +33,7 @@ EXIT_CODES: dict[type[DiffpeftError], int] = {
     CannotConvertError: 4,
     AdapterStateError: 4,
     DivergedError: 5,
+    NothingLearntError: 5,
 }
 INTERRUPTED = 130
 
@@ -55,6 +59,8 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         click.echo(f"Error: {error.strerror or error}\n  in: {error.filename or 'this machine'}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            click.echo(f"  but: {note}", err=True)
         return 1
     except DiffpeftError as error:
         if debug:
@@ -62,6 +68,16 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         for line in _lines(error):
             click.echo(line, err=True)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """What is written in this block is `path`: a full disk does not say so."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _lines(error: DiffpeftError) -> list[str]:
