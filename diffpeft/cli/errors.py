@@ -49,6 +49,11 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         _quieten()
     try:
         return command.main(args, prog_name="diffpeft", standalone_mode=False) or 0
+    except click.NoSuchOption as error:
+        from diffpeft.cli.options import unknown_option
+
+        show(unknown_option(error))
+        return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -65,9 +70,8 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
     except DiffpeftError as error:
         if debug:
             traceback.print_exc()
-        for line in _lines(error):
-            click.echo(line, err=True)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        show(error)
+        return code_of(error)
 
 
 @contextlib.contextmanager
@@ -80,16 +84,16 @@ def naming(path: object) -> Iterator[None]:
         raise
 
 
-def _lines(error: DiffpeftError) -> list[str]:
-    return [
-        line
-        for line in (
-            f"Error: {error.what}",
-            error.where and f"  in: {error.where}",
-            error.remedy and f"  try: {error.remedy}",
-        )
-        if line
-    ]
+def code_of(error: DiffpeftError) -> int:
+    """The exit code of an error's kind."""
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def show(error: DiffpeftError) -> None:
+    """An error on stderr: what, where, remedy, a line each."""
+    for label, text in (("Error:", error.what), ("  in:", error.where), ("  try:", error.remedy)):
+        if text:
+            click.echo(f"{label} {text}", err=True)
 
 
 def _quieten() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffpeft.errors import CheckpointError, ConfigError, listed, near
 from diffpeft.io import refuse_pickle
-from diffpeft.pipeline.locate import HUB_ID
+from diffpeft.pipeline.locate import HUB_ID, on_hub
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,9 @@ def check_exists(model: str, remedy: str) -> None:
     )
     if not path.exists() and local:
         siblings = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError("no such model", where=path, remedy=near(model, siblings) or remedy)
+        place = on_hub(model)
+        link = f"Pass its Hub id: {place.repo}." if place and place.filename is None else ""
+        raise CheckpointError("no such model", where=path, remedy=link or near(model, siblings) or remedy)
 
 
 @dataclass(frozen=True)

@@ -269,10 +269,11 @@ OTHER_NAMES: dict[str, str] = {
 }
 
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """What an option that another program has is called here; empty if it is not known, or not one of `known`."""
+def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """What an option that another program has is called here; empty if it is not known, or not one of `known`. `--` makes it a flag."""
     ours, comma, remark = OTHER_NAMES.get(name.strip("-").replace("-", "_").lower(), "").partition(",")
-    return f"Here that is {ours}{comma}{remark}." if ours in set(known) else ""
+    spelt = prefix + _flag(ours) if prefix else ours
+    return f"Here that is {spelt}{comma}{remark}." if ours in set(known) else ""
 
 
 def from_toml(path: str | Path, overrides: Mapping[str, Any], kind: type[Run] = TrainConfig) -> Run:  # type: ignore[assignment]

@@ -37,7 +37,7 @@ def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
         targets="full",
         lr=7e-4,
         lr_scheduler="cosine",
-        warmup=20,
+        warmup=min(20, steps // 2),
         batch_size=8,
         flip=True,
         caption_dropout=0.1,

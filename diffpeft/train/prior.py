@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from diffpeft.families import Family
 
 IMAGES, WEIGHT = 100, 1.0  # how many, and how much they count, where nothing is said
-STEPS, GUIDANCE, CHUNK = 25, 4.0, 8
+STEPS, GUIDANCE = 25, 4.0
+CHUNK = {
+    "cpu": 1
+}  # images drawn at a time; alone each has the same bytes whatever else is missing, and a CPU is hardly slower
 RECORD = "class.json"
 _NAME = re.compile(r"class-(\d+)\.png")
 _FREE = ("seed", "sampler", "first")  # what the folder's own record says, whatever a run would choose
@@ -37,8 +40,8 @@ class Provenance:
     prompt: str
     model: str
     negative: str | None = None
-    steps: int = STEPS
-    guidance: float = GUIDANCE
+    steps: int = field(default_factory=lambda: STEPS)
+    guidance: float = field(default_factory=lambda: GUIDANCE)
     seed: int | None = None
     sampler: str | None = None
     first: int = 0
@@ -164,8 +167,9 @@ def draw_missing(plan: ClassImages, family: Family, seed: int, tick: Callable[[]
         return plan
     with replacing(plan.folder / RECORD) as f:  # first: images without it are taken for the user's
         f.write(json.dumps(asdict(provenance), indent=1, ensure_ascii=False).encode())
-    for at in range(0, len(plan.missing), CHUNK):
-        numbers = plan.missing[at : at + CHUNK]
+    chunk = CHUNK.get(family.pipe.device.type, 8)
+    for at in range(0, len(plan.missing), chunk):
+        numbers = plan.missing[at : at + chunk]
         images: np.ndarray[Any, Any] = pictures(
             family.pipe,
             [provenance.prompt] * len(numbers),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,19 @@ class Look:
     error: str = ""
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture through a file of ours: by its path Pillow maps an uncompressed TIFF into memory, and gets those wrong that are turned."""
+    with open(path, "rb") as raw, Image.open(raw) as image:
+        yield image
+
+
 def looked_at(path: Path) -> Look:
     """Read the whole file without keeping its pixels; a JPEG at an eighth of its size, which is quicker and finds as much."""
     try:
-        with Image.open(path) as file:
+        with _opened(path) as file:
             width, height = file.size
-            turned = file.getexif().get(_ORIENTATION) in _TURNED
+            turned = file.format != "TIFF" and file.getexif().get(_ORIENTATION) in _TURNED  # Pillow turns those itself
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's JPEG with a depth map
             file.seek(0)
             file.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
@@ -54,7 +62,7 @@ def pixels(path: Path, size: int) -> Tensor:
     import torch
 
     try:
-        with Image.open(path) as file:
+        with _opened(path) as file:
             image = _on_white(ImageOps.exif_transpose(eight_bit(file)))
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     except MemoryError:
@@ -79,6 +87,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
     """
     if not image.mode.startswith(_DEEP):
         return image
+    image.load()
     white = white_of(image)
     values = np.asarray(image).astype(np.float64)
     grey = np.rint(values * (255 / white)).astype(np.uint8)
