@@ -1,6 +1,7 @@
 """A model opens with every weight from its files, or not at all."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from diffpeft import CheckpointError, ConfigError
 from diffpeft.llm import sft
 from diffpeft.llm.sft_config import SftConfig
-from diffpeft.pipeline.open import EMBEDDED, Facts, check_model, facts, open_pipeline
+from diffpeft.pipeline.open import EMBEDDED, Facts, check_model, facts, not_loaded, open_pipeline
 from tests.llm import chat
 from tests.single_file import original
 
@@ -109,3 +110,20 @@ def test_the_configs_tell_what_a_pipeline_is_without_loading_it(folder):
 def test_a_base_that_nothing_would_read_is_refused():
     with pytest.raises(ConfigError, match="base"):
         check_model(str(EMBEDDED), str(EMBEDDED))
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (
+            ImportError("Please install torch and gguf>=0.10.0 to load a GGUF checkpoint"),
+            r"pip install diffpeft\[llm\]",
+        ),
+        (ModuleNotFoundError("No module named 'gguf'", name="gguf"), r"pip install diffpeft\[llm\]"),
+        (ModuleNotFoundError("No module named 'sentencepiece'", name="sentencepiece"), "pip install sentencepiece"),
+        (ImportError("requires the protobuf library"), "package that it names"),
+        (OSError("no such repository"), "the network"),
+    ],
+)
+def test_a_package_that_is_missing_has_a_remedy_of_its_own(error, remedy):
+    assert re.search(remedy, not_loaded(error, "m").remedy)
