@@ -9,6 +9,12 @@ from diffpeft.cli import cli
 from diffpeft.cli.errors import naming, run
 
 
+@pytest.fixture(autouse=True)
+def loud(monkeypatch):
+    """Other tests of this process keep their warnings."""
+    monkeypatch.setattr("diffpeft.cli.errors._quieten", lambda: None)
+
+
 def command(raises, path="out/a.safetensors"):
     @click.command()
     def job():

@@ -1,12 +1,15 @@
 """diffpeft inspect: several files, folders and links; one that cannot be read does not hide the others."""
 
+import functools
 import json
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.cli import process
+from diffpeft.cli import cli
+from diffpeft.cli.errors import run
 
 LAYERS = ("down_blocks_0_attentions_0_proj_in", "mid_block_attentions_0_proj_in")
 
@@ -29,11 +32,22 @@ def peft(folder):
 
 
 @pytest.fixture
-def inspect(tmp_path, tmp_path_factory):
-    def run(*args):
-        return process.quick("inspect", *args, cwd=tmp_path, out=tmp_path_factory.mktemp("printed"))
+def diffpeft(tmp_path, monkeypatch, capsys):
+    """Runs a command in this process, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffpeft.cli.errors._quieten", lambda: None)
 
-    return run
+    def do(*args):
+        code = run(cli, list(args))
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, printed.out, printed.err)
+
+    return do
+
+
+@pytest.fixture
+def inspect(diffpeft):
+    return functools.partial(diffpeft, "inspect")
 
 
 def test_one_bad_file_does_not_hide_the_good_ones(inspect, tmp_path):
@@ -93,14 +107,11 @@ def test_a_link_to_the_hub_is_taken_for_one(inspect):
     assert done.returncode == 4 and "x.safetensors of 'owner/name'" in done.stderr and "filename=" in done.stderr
 
 
-def test_convert_takes_the_same_sources_and_says_what_it_replaces(tmp_path, tmp_path_factory):
+def test_convert_takes_the_same_sources_and_says_what_it_replaces(diffpeft, tmp_path):
     adapter(tmp_path / "a.safetensors")
-    out = tmp_path_factory.mktemp("printed")
-    args = ("convert", "a.safetensors", "b.safetensors", "--to", "diffusers")
-    first, again = (process.quick(*args, cwd=tmp_path, out=out) for _ in range(2))
+    convert = functools.partial(diffpeft, "convert", "--to", "diffusers")
+    first, again = (convert("a.safetensors", "b.safetensors") for _ in range(2))
     assert first.returncode == again.returncode == 0 and "replaced" not in first.stderr
     assert "b.safetensors" in again.stderr and "replaced" in again.stderr
-    lost = process.quick(
-        "convert", "owner/name/x.safetensors", "c.safetensors", "--to", "diffusers", cwd=tmp_path, out=out
-    )
+    lost = convert("owner/name/x.safetensors", "c.safetensors")
     assert lost.returncode == 4 and "from the Hub" in lost.stderr
