@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from diffpeft.errors import CheckpointError, DiffpeftError
+from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError
 
 BAR = 30  # characters
 
@@ -63,6 +63,8 @@ def _each(files: Iterable[str], norms: bool) -> Iterator[Any]:
                 yield converters.inspect(path, norms=norms)
             except DiffpeftError as error:
                 yield error
+            except OSError as error:
+                yield UnreadableFileError(f"cannot read it: {error.strerror or error}", where=path)
 
 
 def _paths(file: str) -> list[Any]:

@@ -29,7 +29,7 @@ from diffpeft.train import draw, report
 from diffpeft.train.config import target_names
 from diffpeft.train.loop import Schedule, fit
 from diffpeft.train.method import CONFIGS
-from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt
+from diffpeft.train.outcome import check_rank, check_room, kept, refuse_unlearnt
 from diffpeft.train.watch import Quiet, Watch
 
 ANSWER = 48  # tokens of an answer that is shown in the report
@@ -236,8 +236,15 @@ class Measure:
 
 
 def save(run: Run) -> list[Path]:
-    """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths."""
+    """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths.
+
+    If that cannot be written, the files go into a temporary folder, which the OSError names.
+    """
     out = Path(run.config.out or "")
+    return kept(lambda folder: _written(run, folder), out, out.resolve().name)
+
+
+def _written(run: Run, out: Path) -> list[Path]:
     run.model.save_pretrained(out)
     files = [out / name for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json", "report.html")]
     table = {
@@ -253,7 +260,7 @@ def save(run: Run) -> list[Path]:
         f.write(json.dumps(table, indent=1).encode())
     report.write(
         out / "report.html",
-        title=f"diffpeft: {out.resolve().name}",
+        title=f"diffpeft: {Path(run.config.out or '').resolve().name}",
         losses=run.losses,
         options=run.config.resolved(),
         files=files,

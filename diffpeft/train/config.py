@@ -152,7 +152,7 @@ def _flag(name: str) -> str:
 
 def _check_type(name: str, value: Any, declared: str) -> None:
     if isinstance(value, (list, tuple)) and "Sequence[str]" in declared:
-        for entry in value or [None]:
+        for entry in value:
             _check_type(name, entry, "str")
         return
     kinds, words = _KINDS[declared.partition(" ")[0]]
@@ -166,7 +166,7 @@ def _check_type(name: str, value: Any, declared: str) -> None:
 
 
 def _check_value(name: str, value: Any, meta: Mapping[str, Any]) -> None:
-    for text in value if isinstance(value, (list, tuple)) else [value]:
+    for text in (value or [""]) if isinstance(value, (list, tuple)) else [value]:
         if isinstance(text, str) and not text.strip():
             raise ConfigError(f"{name} is empty", remedy=f"Give it a value, or leave --{_flag(name)} out.")
     if meta["choices"] and value not in meta["choices"]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +28,7 @@ from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.loop import Schedule, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, denoising, with_prior
-from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt
+from diffpeft.train.outcome import check_rank, check_room, kept, refuse_unlearnt
 from diffpeft.train.watch import Quiet, Watch
 
 FORMATS = ("diffusers", "kohya")
@@ -65,7 +63,7 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
     family.pipe.set_progress_bar_config(disable=True)
     config = resolved(config, checked.name, dtype, family)
-    if checked.account.resolution is None:
+    if checked.account.resolution != config.resolution:  # the configs did not tell
         checked = resized(checked, resolution(config, family))
         if checked.account.small:
             watch.note(checked.account.notes()[0])
@@ -204,16 +202,7 @@ def save(run: Run) -> list[Path]:
 
     If that cannot be written, the files go into a temporary folder, which the OSError names.
     """
-    out = Path(run.config.out or "")
-    try:
-        return _written(run, out)
-    except OSError as error:
-        error.filename = error.filename or str(out)
-        with contextlib.suppress(OSError):
-            rescue = Path(tempfile.mkdtemp(prefix=f"{run.name}-"))
-            _written(run, rescue)
-            error.add_note(f"The adapter is not lost: it was saved in {rescue}.")
-        raise
+    return kept(lambda folder: _written(run, folder), Path(run.config.out or ""), run.name)
 
 
 def _bundle(run: Run) -> Bundle:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -60,3 +62,16 @@ def _changes(module: nn.Module, slot: Slot) -> bool:
     if bias is not None and (base_bias is None or not torch.equal(bias, base_bias.to(bias))):
         return True
     return not torch.equal(weight, base)
+
+
+def kept(write: Callable[[Path], list[Path]], out: Path, name: str) -> list[Path]:
+    """What `write` writes into `out`. If that cannot be, it is written into a temporary folder, which the OSError names in a note."""
+    try:
+        return write(out)
+    except OSError as error:
+        error.filename = error.filename or str(out)
+        with contextlib.suppress(OSError):
+            rescue = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+            write(rescue)
+            error.add_note(f"The adapter is not lost: it was saved in {rescue}.")
+        raise
