@@ -9,12 +9,11 @@ from typing import Any
 import click
 
 from diffpeft.errors import UnknownNameError, near
-from diffpeft.train.config import Run, from_toml, hint
+from diffpeft.train.config import PATHS, Run, from_toml, hint
 from diffpeft.train.method import CONFIGS
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
-_PATHS = ("model", "base", "data", "out", "heldout", "class_data")
 Command = Callable[..., None]
 
 
@@ -45,7 +44,7 @@ def options_of(kind: type) -> Callable[[Command], Command]:
             boolean = type_name == "bool"
             names = [n for n in (_SHORT.get(f.name), f"{flag}/--no-{flag[2:]}" if boolean else flag) if n]
             shown = "" if f.default is None or boolean else f" [default: {f.default}]"
-            choice = click.Choice(meta["choices"]) if meta["choices"] else click.Path() if f.name in _PATHS else None
+            choice = click.Choice(meta["choices"]) if meta["choices"] else click.Path() if f.name in PATHS else None
             type_ = None if boolean else choice or _TYPES[type_name]
             complete = completed(CONFIGS) if f.name == "method" else None
             command = click.option(

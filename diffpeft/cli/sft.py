@@ -32,13 +32,12 @@ def sft(config: str | None, **typed: Any) -> None:
         progress.phase("looking at the data")
         checked = check(options)
 
-        from diffpeft.cli.errors import naming, quiet_bars
+        from diffpeft.cli.errors import quiet_bars
         from diffpeft.llm import sft as job
 
         quiet_bars()
         run = job.train(options, progress, checked)
         progress.phase("writing")
-        with naming(options.out):
-            files = job.save(run)
+        files = job.save(run)
     for file in files:
         click.echo(file)

@@ -152,7 +152,8 @@ def adapt(config: SftConfig, model: Any) -> Any:
 
 def targets(given: str | Sequence[str]) -> str | Sequence[str] | None:
     """What PEFT's target_modules says: `default` is None, names with commas are a list, all else is as it is."""
-    return None if given == "default" else target_names(given, ("all-linear", "default"))
+    chosen = target_names(given, ("all-linear", "default"))
+    return None if chosen == "default" else chosen
 
 
 class Loss:

@@ -207,6 +207,7 @@ def target_names(targets: str | Iterable[str], presets: Iterable[str]) -> str | 
     return names
 
 
+PATHS = {"model", "base", "data", "out", "class_data", "heldout"}  # the options that are paths
 # {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
 OTHER_NAMES: dict[str, str] = {
     "learning_rate": "lr",
@@ -286,13 +287,12 @@ def from_toml(path: str | Path, overrides: Mapping[str, Any], kind: type[Run] = 
             error = UnknownNameError.of("option", name, known, where=path)
             raise UnknownNameError(error.what, where=path, remedy=f"{hint(name, known)} {error.remedy}".strip())
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    for name in _PATHS & values.keys():
+    for name in PATHS & values.keys():
         if re.search(r"[\a\b\f\n\r\t\v]", str(values[name])):  # "C:\temp" in double quotes: its \t is a tab
             raise ConfigError(f"{name} is {shown(values[name])}", where=path, remedy=_BACKSLASHES)
     return kind(**values | dict(overrides))
 
 
-_PATHS = {"model", "base", "data", "out", "class_data", "heldout"}
 _BACKSLASHES = "Between double quotes a backslash is doubled; or use single quotes: 'C:\\photos'."
 
 

@@ -260,6 +260,8 @@ def test_the_folder_holds_the_adapter_the_numbers_and_a_report(config, tmp_path)
     [
         ("all-linear", "all-linear"),
         ("default", None),
+        (["default"], None),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         ("q_proj", ["q_proj"]),
         ("q_proj, mlp.up_proj", ["q_proj", "mlp.up_proj"]),
         (r"layers\.[01]\..*_proj", r"layers\.[01]\..*_proj"),
