@@ -150,9 +150,9 @@ def adapt(config: SftConfig, model: Any) -> Any:
     return get_peft_model(model, settings)
 
 
-def targets(given: str | Sequence[str]) -> str | Sequence[str] | None:
+def targets(names: str | Sequence[str]) -> str | Sequence[str] | None:
     """What PEFT's target_modules says: `default` is None, names with commas are a list, all else is as it is."""
-    chosen = target_names(given, ("all-linear", "default"))
+    chosen = target_names(names, ("all-linear", "default"))
     return None if chosen == "default" else chosen
 
 

@@ -80,8 +80,8 @@ def _row(line: str, where: str) -> Row:
     if len(complete) > 1:
         raise DataError(f"a row that is both of {' and of '.join(complete)}", where=where, remedy="A row is " + _ROWS)
     if not isinstance(row, dict) or not form_of(row):
-        found = listed(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"a row with {found or 'nothing'}", where=where, remedy="A row is " + _ROWS)
+        fields = listed(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"a row with {fields or 'nothing'}", where=where, remedy="A row is " + _ROWS)
     form = form_of(row)
     if fault := _message_fault(row) if form == "messages" else _text_fault(row, *FORMS[form]):
         raise DataError(f"a row of {form} {fault}", where=where, remedy="A row is " + _ROWS)

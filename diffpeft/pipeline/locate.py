@@ -45,8 +45,7 @@ def on_hub(source: str) -> Place | None:
         return Place(link["repo"], unquote(link["revision"]) if link["revision"] else None, file or None)
     if HUB_ID.fullmatch(source) and Path(source).suffix != ".safetensors":
         return Place(source)
-    owner, _, rest = source.partition("/")
-    name, _, file = rest.partition("/")
+    owner, name, file = (*source.split("/", 2), "", "")[:3]
     if HUB_ID.fullmatch(f"{owner}/{name}") and file.endswith(".safetensors") and not Path(owner).exists():
         return Place(f"{owner}/{name}", None, file)
     return None

@@ -221,9 +221,9 @@ def _written(run: Run, folder: Path) -> list[Path]:
 def readers(run: Run, files: Sequence[Path]) -> dict[str, str]:
     """{file: which programs read it}, and {format: why there is no such file}."""
     bundle = _bundle(run)
-    found = {path.name: f"read by {', '.join(converters.inspect(path).readable_by)}" for path in files}
+    read_by = {path.name: f"read by {', '.join(converters.inspect(path).readable_by)}" for path in files}
     refused = {format: refusal for format in FORMATS if (refusal := converters.refusal(bundle, format))}
-    return found | {f"no {format} file": refusal.what for format, refusal in refused.items()}
+    return read_by | {f"no {format} file": refusal.what for format, refusal in refused.items()}
 
 
 def _metadata(run: Run) -> dict[str, Any]:

@@ -58,22 +58,22 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The class images of a run: those that are there, `own` of the user's and `drawn` of ours by number, and those that are missing."""
+    """The class images of a run: those that are there, `by_user` the user's own and `drawn` ours by number, and those that are missing."""
 
     folder: Path
     provenance: Provenance
-    own: tuple[Path, ...] = ()
+    by_user: tuple[Path, ...] = ()
     drawn: dict[int, Path] = field(default_factory=dict)
     missing: tuple[int, ...] = ()
     damaged: tuple[Path, ...] = ()
 
     def paths(self) -> list[Path]:
         """All of them, once those missing have been drawn."""
-        return [*self.own, *(self.path(i) for i in sorted({*self.drawn, *self.missing}))]
+        return [*self.by_user, *(self.path(i) for i in sorted({*self.drawn, *self.missing}))]
 
     def path(self, number: int) -> Path:
         """Where image `number` is."""
-        return self.folder / f"class-{number:04d}.png"
+        return self.folder / _name(number)
 
 
 def planned(config: TrainConfig) -> ClassImages | None:
@@ -120,7 +120,7 @@ def _others(folder: Path, wanted: Provenance) -> bool:
     record = _record(folder)
     if record:
         return bool(record.differences(wanted))
-    return folder.exists() and (not folder.is_dir() or any(_NAME.fullmatch(path.name) for path in folder.iterdir()))
+    return folder.exists() and (not folder.is_dir() or any(_number(path) is not None for path in folder.iterdir()))
 
 
 def _record(folder: Path) -> Provenance | None:
@@ -138,18 +138,28 @@ def _record(folder: Path) -> Provenance | None:
         ) from error
 
 
+def _name(number: int) -> str:
+    return f"class-{number:04d}.png"
+
+
+def _number(path: Path) -> int | None:
+    """The number of an image that is named as ours are."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match and path.name == _name(int(match[1])) else None
+
+
 def _in_folder(folder: Path, wanted: Provenance, total: int) -> ClassImages:
     record, images = _record(folder), data.images_in(folder) if folder.is_dir() else []
-    numbers = {path: int(m[1]) for path in images if (m := _NAME.fullmatch(path.name))}
+    numbers = {path: number for path in images if (number := _number(path)) is not None}
     first = record.first if record else max(numbers.values(), default=-1) + 1
     ours = {number: path for path, number in numbers.items() if record and number >= first}
-    own = tuple(path for path in images if path not in ours.values())[:total]
-    data.captioned(own, wanted.prompt)
-    use = range(first, first + total - len(own))
+    by_user = tuple(path for path in images if path not in ours.values())[:total]
+    data.captioned(by_user, wanted.prompt)
+    use = range(first, first + total - len(by_user))
     damaged = tuple(ours[i] for i in use if i in ours and looked_at(ours[i]).error)
     drawn = {i: ours[i] for i in use if i in ours and ours[i] not in damaged}
     return ClassImages(
-        folder, record or replace(wanted, first=first), own, drawn, tuple(i for i in use if i not in drawn), damaged
+        folder, record or replace(wanted, first=first), by_user, drawn, tuple(i for i in use if i not in drawn), damaged
     )
 
 

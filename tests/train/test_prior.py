@@ -127,7 +127,7 @@ def test_images_of_the_users_come_first_and_are_never_written_over(config, drawn
     assert all(
         (folder / name).read_bytes() == PHOTO.read_bytes() for name in ("me.png", "class-0000.png", "class-0003.png")
     )
-    assert not planned(given).missing and len(planned(given).own) == 3
+    assert not planned(given).missing and len(planned(given).by_user) == 3
     assert len(planned(replace(given, num_class_images=2)).paths()) == 2
 
 

@@ -195,11 +195,11 @@ def _duplicates(paths: Sequence[Path]) -> tuple[tuple[str, ...], ...]:
 
 def _unread(folder: Path, used: Collection[Path]) -> dict[str, list[str]]:
     """{ending: names} of the files that are not used."""
-    found = defaultdict(list)
+    by_ending = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path not in used and not _is_junk(path):
-            found[path.suffix.lower() or "without an ending"].append(path.name)
-    return dict(found)
+            by_ending[path.suffix.lower() or "without an ending"].append(path.name)
+    return dict(by_ending)
 
 
 def _folders_in(folder: Path) -> dict[str, int]:
