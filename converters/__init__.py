@@ -3,10 +3,11 @@
 from converters.bundled import embeddings, write_embeddings
 from converters.conversion import ConvertReport, convert
 from converters.detection import Detection, Fit
-from converters.engine import components_in, detect, fitting, read, unknown_family
+from converters.engine import detect, fitting, read, unknown_family
 from converters.families import TABLES
 from converters.formats import FORMATS
 from converters.inspection import Inspection, inspect
+from converters.opening import components_in
 from converters.writing import refusal, write
 
 __all__ = [

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from converters.engine import Source, opened
+from converters.opening import Source, opened
 from diffpeft import io
 from diffpeft.bundle import Handle
+from diffpeft.errors import CheckpointError
 
+_MAX_NAME = 200  # bytes
 _KEY = re.compile(
     r"bundle_emb\.(?P<token>.+)\.(?P<name>clip_l|clip_g|t5|llama|gemma|qwen|string_to_param\.[^.]+)(?P<out>_out)?"
 )
@@ -25,16 +28,28 @@ def embeddings(source: Source) -> dict[str, dict[str, Handle]]:
 
 
 def write_embeddings(source: Source, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write each bundled embedding to `folder/<token>.safetensors`, and return the paths. Characters that file names lack become underscores."""
+    """Write each bundled embedding to `folder/<token>.safetensors`, and return the paths. Characters that file names lack become underscores.
+
+    The adapter chose these names, so nothing is overwritten: where another file has one, a number is added.
+    """
     paths: list[Path] = []
     for token, tensors in embeddings(source).items():
-        stem = re.sub(r"[^\w.-]", "_", token)[:100]
-        path = Path(folder) / f"{stem}.safetensors"
-        if path in paths:
-            path = Path(folder) / f"{stem}-{len(paths)}.safetensors"
-        io.save(path, tensors, {"format": "pt"})
+        stem = re.sub(r"[^\w.-]", "_", token).encode()[:_MAX_NAME].decode(errors="ignore")
+        names = (f"{stem}{f'-{n}' if n else ''}.safetensors" for n in itertools.count())
+        path = next(p for name in names if _is_free(p := Path(folder) / name, tensors) and p not in paths)
+        if not os.path.lexists(path):
+            io.save(path, tensors, {"format": "pt"})
         paths.append(path)
     return paths
+
+
+def _is_free(path: Path, tensors: Mapping[str, Handle]) -> bool:
+    """Whether a place has nothing, or these tensors already."""
+    try:
+        there = io.header(path)[0] if os.path.lexists(path) else tensors
+    except CheckpointError:
+        return False
+    return there.keys() == tensors.keys() and all(io.same(there[key], tensors[key]) for key in tensors)
 
 
 def _found(tensors: Mapping[str, Handle]) -> dict[str, dict[str, Handle]]:

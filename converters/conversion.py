@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.engine import Source, read
+from converters.engine import read
 from converters.formats.base import magnitude_axis
 from converters.formats.fields import on_inputs
+from converters.opening import Source
 from converters.roles import ADDITIVE, rank
 from converters.writing import plans, problem, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, definition_of
-from diffpeft.errors import CannotConvertError, ConfigError, listed, near, shown
+from diffpeft.errors import CannotConvertError, ConfigError, inside, listed, near, shown
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +63,13 @@ def convert(
         raise ConfigError(f"allow is {shown(allow)}", remedy="It is 'approximate', or left out.")
     cast = _dtype(dtype)
     bundle = read(source, family=family, format=format)
-    if isinstance(source, (str, os.PathLike)) and Path(source).resolve() == Path(path).resolve():
+    if isinstance(source, (str, os.PathLike)) and os.path.realpath(source) == os.path.realpath(path):
         raise ConfigError("the output is the input", where=path, remedy="Give another name.")
+    with inside(bundle.source):
+        return _converted(bundle, path, to, cast)
+
+
+def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torch.dtype | None) -> ConvertReport:
     said: list[str] = []
     out = bundle
     try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from converters.detection import COMPONENT, Detection, Fit, bare, fit
 from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
+from converters.opening import Opened, Source, opened, parts_of
 from converters.roles import ADDITIVE, OLD_OFT, ROLES, contradiction, missing, split
 from converters.rows import aspect
 from diffpeft import io
@@ -26,13 +25,12 @@ from diffpeft.errors import (
     MissingKeysError,
     ShapeMismatchError,
     UnknownNameError,
-    UnreadableFileError,
     WrongBaseError,
+    inside,
     listed,
     shown,
 )
 
-Source = str | os.PathLike[str] | Mapping[str, Any]
 Names = Mapping[str, Iterable[str]]  # of each component; a mapping tells the shapes of their weights too
 Spelt = tuple[str, str, int | None]  # what says the component, the layer as the format spells it, the part of it
 Found = dict[str, tuple[str, Handle]]  # one layer's tensors: {role: (key, handle)}
@@ -42,9 +40,10 @@ _NUMBERS = ("alpha", "on_input")  # roles that are numbers
 def detect(source: Source) -> Detection:
     """What a file or dict of tensors is, from the header alone. Raises AmbiguousFormatError if its names fit families that spell others apart."""
     tensors, metadata, where = opened(source)
-    found = fit(tensors, metadata, where)
-    refuse_ambiguous(found, where)
-    return detected(found, tensors)
+    with inside(where):
+        found = fit(tensors, metadata, where)
+        refuse_ambiguous(found, where)
+        return detected(found, tensors)
 
 
 def fitting(source: Source, family: str | None = None) -> Fit:
@@ -52,10 +51,11 @@ def fitting(source: Source, family: str | None = None) -> Fit:
 
     `family` is known to be what the file is asked for, where formats of different families look alike.
     """
-    if several := components_in(source):
+    if several := parts_of(source):
         return _common(several)
     tensors, metadata, where = opened(source)
-    return fit(tensors, metadata, where, family=family)
+    with inside(where):
+        return fit(tensors, metadata, where, family=family)
 
 
 def detected(found: Fit, tensors: Mapping[str, Handle]) -> Detection:
@@ -96,40 +96,27 @@ def read(
     of it. `metadata` are added to the file's. `alpha` is that of all layers for which the file tells none; without it such a layer has scale 1.
     """
     check_alpha(alpha)
-    with _naming(source):
-        return _read(source, family, format, names, fits, metadata, alpha)
-
-
-@contextlib.contextmanager
-def _naming(source: Source) -> Iterator[None]:
-    """A CheckpointError that does not name the file gets its name."""
-    try:
-        yield
-    except CheckpointError as error:
-        where = "a dict of tensors" if isinstance(source, Mapping) else str(source)
-        if where not in error.where:
-            error.where = f"{where}: {error.where}" if error.where else where
-        raise
+    known_name("format", format, FORMATS)
+    known_name("family", family, TABLES)
+    if several := parts_of(source):
+        common = _common(several)
+        family = family or (common.families[0] if common.families and not common.ambiguous else None)
+        bundles = [read(part, family=family, format=format, names=names, alpha=alpha) for part in several]
+        return _merged(bundles, source)
+    tensors, told, where = fits.opened if fits else opened(source)
+    with inside(where):
+        return _read(Opened(tensors, {**told, **(metadata or {})}, where), family, format, names, fits, alpha)
 
 
 def _read(
-    source: Source,
+    source: Opened,
     family: str | None,
     format: str | None,
     names: Names | None,
     fits: Fit | None,
-    metadata: Mapping[str, str] | None,
     alpha: float | None,
 ) -> Bundle:
-    known_name("format", format, FORMATS)
-    known_name("family", family, TABLES)
-    if several := components_in(source):
-        common = _common(several)
-        family = family or (common.families[0] if common.families and not common.ambiguous else None)
-        bundles = [read(path, family=family, format=format, names=names, alpha=alpha) for path in several]
-        return _merged(bundles, source)
-    tensors, told, where = fits.opened if fits else opened(source)
-    metadata = {**told, **(metadata or {})}
+    tensors, metadata, where = source
     found = fits or fit(tensors, metadata, where, format, family)
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
@@ -200,20 +187,11 @@ def unknown_family(found: Fit, where: object, wanted: str = "") -> WrongBaseErro
     )
 
 
-def components_in(source: Source) -> list[Path]:
-    """The files or PEFT folders in a folder that has one for each of several components."""
-    if isinstance(source, Mapping) or not Path(source).is_dir() or (Path(source) / WEIGHTS).is_file():
-        return []
-    names = [Path(source) / f"{component}{end}" for component in COMPONENTS for end in ("", ".safetensors")]
-    return [path for path in names if path.is_file() or (path / WEIGHTS).is_file()]
-
-
-def _common(paths: Sequence[Path]) -> Fit:
+def _common(parts: Sequence[Opened]) -> Fit:
     """What the files of one adapter fit together. An unknown denoiser decides; text encoders that no table knows (language models) say nothing."""
-    fits = [fitting(path) for path in paths]
-    unknown = [
-        f for f, path in zip(fits, paths, strict=True) if not (f.families or path.name.startswith("text_encoder"))
-    ]
+    fits = [fitting(part) for part in parts]
+    encoders = [Path(part.where).name.startswith("text_encoder") for part in parts]
+    unknown = [f for f, encoder in zip(fits, encoders, strict=True) if not (f.families or encoder)]
     told = sorted((f for f in fits if f.families), key=lambda f: len(f.families))
     if unknown or not told:
         return (unknown or fits)[0]
@@ -241,25 +219,6 @@ def _families(found: Fit, fmt: Format, family: str | None, names: Names | None, 
             f"this adapter is for {' or '.join(found.families)}, not {family}", where=where, remedy="Leave out family=."
         )
     return (family,)
-
-
-def opened(source: Source) -> tuple[dict[str, Handle], dict[str, str], str]:
-    """The tensors, the metadata and where they are. The config beside PEFT's weights counts as metadata."""
-    if isinstance(source, Mapping):
-        if not source or not all(
-            isinstance(k, str) and hasattr(t, "dtype") and hasattr(t, "shape") for k, t in source.items()
-        ):
-            raise CheckpointError("a dict of tensors maps names to tensors, and holds at least one")
-        return {key: io.handle(tensor) for key, tensor in source.items()}, {}, "a dict of tensors"
-    path = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    handles, metadata = io.header(path)
-    config = path.with_name(FILE)
-    if path.name == WEIGHTS and config.is_file():
-        try:
-            metadata = {**metadata, CONFIG: config.read_text(encoding="utf-8").rstrip("\n")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise UnreadableFileError(f"cannot read {FILE} ({error})", where=config) from error
-    return handles, metadata, str(source)
 
 
 def known_name(kind: str, name: str | None, among: Mapping[str, Any]) -> str | None:
@@ -442,9 +401,10 @@ def _entries(layer: str, found: Found, where: str) -> list[Entry]:
     shapes = {role: handle.shape for role, (_, handle) in found.items() if role != "alpha"}
     methods = split(shapes)
     if not methods:
+        key = next(iter(found.values()))[0]
+        what = "an alpha" if "alpha" in found else listed(found)
         raise MissingKeysError(
-            f"layer {shown(layer)} has an alpha but no {listed(ROLES['lora'][:2])}",
-            where=f"{where}: {found['alpha'][0]}",
+            f"layer {shown(layer)} has {what} but no {listed(ROLES['lora'][:2])}", where=f"{where}: {key}"
         )
     alpha = found["alpha"][1] if "alpha" in found else None
     io.number(alpha)
@@ -471,5 +431,9 @@ def _check(layer: str, method: str, tensors: Mapping[str, Handle], where: str) -
         )
     if why := contradiction({role: handle.shape for role, handle in tensors.items()}):
         raise ShapeMismatchError(f"layer {shown(layer)}: {why}", where=where)
-    if any(handle.dtype not in ("F64", "F32", "F16", "BF16") for r, handle in tensors.items() if r != "on_input"):
+    floats, either = (
+        ("F64", "F32", "F16", "BF16"),
+        ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"),
+    )
+    if any(h.dtype not in (either if role in _NUMBERS else floats) for role, h in tensors.items()):
         raise CheckpointError(f"layer {shown(layer)} has tensors that are no floating point numbers", where=where)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from converters.detection import Fit, bare, fit
-from converters.engine import Source, opened
 from converters.families import Table
 from converters.formats import FORMATS
+from converters.opening import Opened, Source, opened
 from converters.roles import rank, split
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, named, trigger_words
+from diffpeft.errors import inside
 
 # which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
 READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -69,7 +70,13 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
     `norms` {layer: sqrt of the sum of squares of all its tensors}; `dead` layers have an alpha of 0 or a factor that is all zeros, so that they
     change nothing; `nonfinite` ones hold NaN or Inf. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
     """
-    tensors, metadata, where = opened(source)
+    own = opened(source)
+    with inside(own.where):
+        return _inspected(own, norms)
+
+
+def _inspected(source: Opened, norms: bool) -> Inspection:
+    tensors, metadata, where = source
     found = fit(tensors, metadata, where)
     format, families = found.format, found.families or ("",)
     groups, carried = _grouped(tensors, found, FORMATS[format].tables.get(families[0], Table({})), metadata)
@@ -100,16 +107,21 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
         carried=tuple(carried),
         trigger_words=trigger_words(metadata),
         metadata=metadata,
-        readable_by=_readers(format, families[0], methods),
+        readable_by=readers(format, methods, families[0]),
         **rows,
     )
 
 
-def _readers(format: str, family: str, methods: set[str]) -> tuple[str, ...]:
-    """The programs that read it. What they make of the layers of a model of an unknown family nobody knows, but that PEFT asks the model itself."""
+def readers(format: str, methods: Collection[str], family: str = "any") -> tuple[str, ...]:
+    """The programs that read these methods in a format. diffusers drops the magnitudes of a DoRA that is not in its own. What they make of a model of
+    an unknown family nobody knows, but that PEFT asks the model itself.
+    """
+    low_rank, others = READERS[format]
     if not family and not FORMATS[format].folder:
         return ()
-    return READERS[format][0] if methods <= {"lora", "dora"} else READERS[format][1]
+    if not {*methods} <= {"lora", "dora"}:
+        return others
+    return tuple(name for name in low_rank if name != "diffusers" or format == name or "dora" not in methods)
 
 
 def _grouped(

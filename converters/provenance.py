@@ -13,12 +13,15 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from converters.formats import FORMATS
+from converters.formats.schema import ALPHA, MAX_SIZE, whole
 from converters.formats.wrappers import unwrapped
 from converters.rows import Blocks
 from diffpeft import io
 from diffpeft.bundle import Bundle, Handle
+from diffpeft.files import parsed
 
 KEY = "diffpeft.provenance"
+_RANK = whole(0, MAX_SIZE)
 Place = tuple[str, str]  # canonical layer, role
 
 
@@ -70,10 +73,10 @@ def _row(handle: Handle) -> list[Any]:
 def _parsed(text: str) -> dict[str, Any]:
     """The record; empty if it is somebody else's, or cut: the file is right without it."""
     try:
-        kept = json.loads(text)
+        kept = parsed(text, items=io.MAX_ITEMS)
         assert isinstance(kept["format"], str) and isinstance(kept.get("keys", {}), dict)
         return kept
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+    except (ValueError, KeyError, AssertionError):
         return {}
 
 
@@ -94,12 +97,16 @@ def blocks_in(text: str) -> dict[str, Blocks]:
     """{fused layer: the ranks of its parts}."""
     try:
         blocks = _parsed(text).get("blocks", {})
-        return {
-            layer: {int(part): (int(a), int(b), float(q)) for part, (a, b, q) in own.items()}
-            for layer, own in blocks.items()
-        }
+        return {layer: {int(part): _block(*block) for part, block in own.items()} for layer, own in blocks.items()}
     except (ValueError, TypeError, AttributeError):
         return {}
+
+
+def _block(first: Any, end: Any, ratio: Any) -> tuple[int, int, float]:
+    """The ranks [first, end) of a part and its ratio. Raises ValueError for what can be none."""
+    if not (_RANK.holds(first) and _RANK.holds(end) and first < end and ALPHA.holds(ratio)):
+        raise ValueError(f"no block of ranks: {first}, {end}, {ratio}")
+    return first, end, float(ratio)
 
 
 def restored(
@@ -139,7 +146,7 @@ def restored(
             if not {*places} <= {*tensors}:
                 return None
             handle = tensors[places[0]]
-            if math.prod(shape) != math.prod(handle.shape):
+            if io.count(shape) != io.count(handle.shape):
                 return None
             if value and role == "alpha":
                 alpha = io.of_bytes(value[0], tuple(shape), bytes.fromhex(value[1]))

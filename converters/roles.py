@@ -65,6 +65,18 @@ FOREIGN = {
 }
 
 
+# How many axes the tensors have whose number of axes says what they are.
+AXES = {
+    **dict.fromkeys((*ROLES["loha"][:4], "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"), range(2, 3)),
+    **dict.fromkeys(("lora_embedding_A", "lora_embedding_B", "lora_E", "oft_R", "oft_embedding_R"), range(2, 3)),
+    **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2", "lora_mid"), range(2, 6)),
+    "boft_R": range(4, 5),
+    "boft_s": range(1, 3),
+    "oft_blocks": range(3, 5),
+}
+_ANY = range(17)
+
+
 def rows_of(role: str, shape: Shape) -> bool:
     """Whether a tensor has rows that belong to a fused layer's parts; a magnitude has if it is for outputs, (IA)^3's if it is no row."""
     if role == "dora_scale":
@@ -128,7 +140,7 @@ def _missing(roles: tuple[str, ...]) -> tuple[str, ...] | None:
 def rank(shapes: Mapping[str, Shape]) -> int:
     """The rank that the shapes of an additive method show; 0 if they show none (a LoKr of two whole halves, a rotation)."""
     roles = ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "glora_a2")
-    return next((shapes[role][0] for role in roles if role in shapes), 0)
+    return next((shapes[role][0] for role in roles if shapes.get(role)), 0)
 
 
 def contradiction(shapes: Mapping[str, Shape]) -> str:
@@ -139,6 +151,9 @@ def contradiction(shapes: Mapping[str, Shape]) -> str:
 @functools.lru_cache(4096)  # a file has few shapes
 def _contradiction(items: tuple[tuple[str, Shape], ...]) -> str:
     shapes = dict(items)
+    wrong = [f"{role} {shape}" for role, shape in shapes.items() if len(shape) not in AXES.get(role, _ANY)]
+    if wrong:
+        return f"{', '.join(wrong)} has another number of axes than this tensor has"
     thin = [f"{role} {shape}" for role, shape in shapes.items() if role not in {*BESIDE, *_THIN} and len(shape) < 2]
     if thin or any(not shapes[role] for role in shapes if role not in ("alpha", "on_input")):
         return f"{', '.join(thin) or 'a number'} is no factor"
@@ -159,6 +174,11 @@ def _contradiction(items: tuple[tuple[str, Shape], ...]) -> str:
         blocks, rows = shapes["oft_blocks"], shapes["rescale"][0]
         if blocks[-3] * blocks[-1] != rows:
             return f"rescale {shapes['rescale']} is for {rows} features, oft_blocks {blocks} for others"
+    if "lora_mid" in shapes and any(n != 1 for role in ("lora_A", "lora_B") for n in shapes.get(role, ())[2:]):
+        return f"lora_mid {shapes['lora_mid']} has the kernel, and lora_A {shapes.get('lora_A')} or lora_B {shapes.get('lora_B')} too"
+    kernels = {role: shapes[role][2:] for role in ("hada_t1", "hada_t2") if role in shapes}
+    if len({*kernels.values()}) > 1:
+        return f"{', '.join(f'{role} {shapes[role]}' for role in kernels)} have different kernels"
     empty = [f"{role} {shape}" for role, shape in shapes.items() if 0 in shape and "lora_E" not in shapes]
     return f"{', '.join(empty)} is empty" if empty else ""
 
@@ -192,6 +212,8 @@ def _same_axes(shapes: Mapping[str, Shape]) -> list[list[tuple[str, int]]]:
     cores = [core in shapes for core in ("hada_t1", "hada_t2")]
     ups = [(f"hada_w{n}_a", int(core)) for n, core in zip((1, 2), cores, strict=True)]
     outs = [("lora_B", 0), *ups, ("diff_b", 0), ("lora_B_bias", 0), ("diff", 0), ("set_weight", 0), ("glora_b1", 0)]
+    if magnitude := shapes.get("lora_magnitude_vector"):
+        outs.append(("lora_magnitude_vector", int(magnitude[0] == 1 and len(magnitude) > 1)))
     if "dora_scale" in shapes and len(shapes["dora_scale"]) > 1:
         turned = shapes["dora_scale"][0] == 1
         if any(role in shapes for role, _ in outs):

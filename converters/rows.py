@@ -7,7 +7,7 @@ the scales of LoRAs with unequal ones, which can only be one in a fused layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from converters.roles import FILLED, rank, rows_of
@@ -109,6 +109,8 @@ def _diagonal(
     So that nothing gets smaller than the dtype can say; a power of two is exact, and undone on the way back.
     """
     _check_missing(rule, entries, ["lora_A"])
+    _check_alike("lora_A", {e.tensors["lora_A"].shape[1:] for e in entries.values()})
+    _check_alike("lora_B", {e.tensors["lora_B"].shape[2:] for e in entries.values()})
     numbers = [io.number(e.alpha) for e in entries.values()]
     scales = [1.0 if a is None else a / r for a, r in zip(numbers, ranks, strict=True)]
     scale = min((s for s in scales if s), key=abs, default=0.0)
@@ -135,6 +137,12 @@ def _diagonal(
     return Joined(replace(fused, tensors={"lora_A": A, "lora_B": B, **rest}, alpha=alpha), blocks, exact)
 
 
+def _check_alike(role: str, axes: Collection[tuple[int, ...]]) -> None:
+    """Raise Unfit if the parts' tensors have different axes beside the rows."""
+    if len(axes) > 1:
+        raise Unfit(f"its parts have {role} of different sizes: {' and '.join(map(str, sorted(axes)))}")
+
+
 def _check_missing(rule: Rule, entries: Mapping[int, Entry], shared: Sequence[str]) -> None:
     """Raise if parts are missing and the tensors cannot leave their rows as they are."""
     first = next(iter(entries.values()))
@@ -150,8 +158,9 @@ def _check_missing(rule: Rule, entries: Mapping[int, Entry], shared: Sequence[st
 def _stack(
     role: str, rule: Rule, entries: Mapping[int, Entry], sizes: Sequence[int], ratio: Mapping[int, float] | None = None
 ) -> Handle:
-    """The parts' rows in the original's order, zeros for missing parts."""
+    """The parts' rows in the original's order, zeros for missing parts. Raises Unfit if the rows are of different lengths."""
     first = next(iter(entries.values()))
+    _check_alike(role, {_rowed(e.tensors[role]).shape[1:] for e in entries.values()})
     unit, pieces = _unit(first, role), []
     model = _rowed(first.tensors[role])
     for part, size in enumerate(sizes):
@@ -182,16 +191,17 @@ def _rowed(handle: Handle) -> Handle:
 
 
 def extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-    """(rows, columns) of a layer's weight where its tensors show both, kernels aside."""
+    """(rows, columns) of a layer's weight where its tensors show both, kernels aside. What has too few axes or is empty shows nothing."""
+    shapes = {role: shape for role, shape in shapes.items() if len(shape) > 1 and 0 not in shape}
     pairs = (("lora_B", "lora_A"), ("hada_w1_a", "hada_w1_b"), ("glora_b1", "glora_b2"))
     for up, down in pairs:
-        if up in shapes and down in shapes and len(shapes[down]) > 1:
+        if up in shapes and down in shapes:
             return shapes[up][0], shapes[down][1]
-    if "diff" in shapes and len(shapes["diff"]) > 1:
+    if "diff" in shapes:
         return shapes["diff"][0], shapes["diff"][1]
     first = (shapes.get("lokr_w1_a", shapes.get("lokr_w1")), shapes.get("lokr_w1_b", shapes.get("lokr_w1")))
     second = (shapes.get("lokr_w2_a", shapes.get("lokr_w2")), shapes.get("lokr_w2_b", shapes.get("lokr_w2")))
-    if None in (*first, *second) or any(len(s) < 2 for s in (*first, *second) if s):
+    if None in (*first, *second):
         return None
     turned = "lokr_t2" in shapes
     return first[0][0] * second[0][int(turned)], first[1][1] * second[1][1]  # type: ignore[index]

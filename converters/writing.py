@@ -19,8 +19,9 @@ from converters.provenance import KEY, Place, blocks_in, own_record, places_in, 
 from converters.rows import Blocks, Unfit, aspect, joined
 from converters.rows import split as taken_apart
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, Handle, Rule, dotted, parted
+from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, dotted, parted
 from diffpeft.errors import CannotConvertError, listed, shown
+from diffpeft.files import config_in
 
 if TYPE_CHECKING:
     import torch
@@ -170,20 +171,50 @@ def plans(
     Raises CannotConvertError.
     """
     known_name("format", format, FORMATS)
-    fmt, file = FORMATS[format], Path(path).suffix == ".safetensors" or Path(path).is_file()
-    if fmt.folder and file:
-        raise CannotConvertError(
-            f"{format} is a folder, and this is a file", where=path, remedy="Give a folder's name."
-        )
+    fmt, file = FORMATS[format], os.fspath(path).endswith(".safetensors") or os.path.isfile(path)
     components = list(dict.fromkeys(parted(e.layer)[0] for e in bundle.entries))
-    if not fmt.single or file or len(components) < 2:
+    several = fmt.single and not file and len(components) > 1
+    _check_place(Path(path), format, folder=fmt.folder or several)
+    if not several:
         return {"": planned(bundle, format, dtype)}
+    _refuse_strangers(Path(path), components)
     found = {}
     for n, component in enumerate(components):
         own = [e for e in bundle.entries if parted(e.layer)[0] == component]
         part = replace(bundle, entries=own, carried={} if n else bundle.carried)
         found[component] = planned(part, format, dtype, bundle)
     return found
+
+
+def _check_place(path: Path, format: str, *, folder: bool) -> None:
+    """Raise CannotConvertError for a place where this cannot be written because of what is there."""
+    if folder and (path.suffix == ".safetensors" or path.is_file()):
+        raise CannotConvertError(
+            f"{format} is a folder, and this is a file", where=path, remedy="Give a folder's name."
+        )
+    if not folder and path.is_dir():
+        raise CannotConvertError(
+            f"{format} is a file, and this is a folder", where=path, remedy="Give a name that ends in .safetensors."
+        )
+    above = next((place for place in path.parents if os.path.lexists(place)), None)
+    if above is not None and not above.is_dir():
+        raise CannotConvertError(
+            "nothing can be written below a file", where=f"{path}: {above}", remedy="Give another place."
+        )
+
+
+def _refuse_strangers(path: Path, components: Sequence[str]) -> None:
+    """Raise CannotConvertError if a folder holds files of another adapter that would be read along with these, or instead of them."""
+    names = [component for component in COMPONENTS if component not in components]
+    ends = (f"/{WEIGHTS}", ".safetensors")
+    strangers = [f"{name}{end}" for name in names for end in ends if io.present(path / f"{name}{end}")]
+    strangers += [WEIGHTS] if io.present(path / WEIGHTS) else []
+    if strangers:
+        raise CannotConvertError(
+            "the folder holds parts of another adapter, with which this one would be read",
+            where=f"{path}: {listed(strangers)}",
+            remedy="Remove them, or give another folder.",
+        )
 
 
 def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole: Bundle | None = None) -> Plan:
@@ -270,7 +301,18 @@ def _store(plan: Plan, path: Path, format: str) -> None:
         metadata = dict(plan.metadata)
         config = metadata.pop(CONFIG)
         io.save(folder / WEIGHTS, plan.tensors, metadata)
-        (folder / FILE).write_text(config + "\n", encoding="utf-8")
+        write_config(folder / FILE, config + "\n")
+
+
+def write_config(path: Path, text: str) -> None:
+    """Write a config, unless it would not be read again: then CannotConvertError."""
+    try:
+        config_in(text, FILE)
+        encoded = text.encode()
+    except ValueError as error:
+        raise CannotConvertError(f"a config like this would not be read again ({error})", where=path) from error
+    with io.replacing(path) as f:
+        f.write(encoded)
 
 
 def _unscaled(entries: Iterable[Entry]) -> set[str]:
@@ -312,7 +354,10 @@ def _tried(bundle: Bundle, fmt: Format) -> tuple[Arranged, tuple[str, list[str]]
     if bundle.family and bundle.family not in fmt.tables and not fmt.folder:
         return Arranged([]), (f"it is not for family {shown(bundle.family)}", layers)
     order = arranged(bundle, fmt)
-    return order, _trouble(order, fmt, fmt.tables.get(bundle.family, Table({})), layers, bundle.format)
+    trouble = _trouble(order, fmt, fmt.tables.get(bundle.family, Table({})), layers, bundle.format)
+    if taken := [key for key in bundle.carried if not trouble and bundle.format != fmt.name and fmt.split(key)]:
+        trouble = "there are keys that are no adapter's, and would be one's in this format", taken
+    return order, trouble
 
 
 def _trouble(

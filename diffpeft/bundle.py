@@ -67,6 +67,9 @@ class Handle:
     data: bytes | None = None
     parts: tuple[Handle, ...] = ()
     how: tuple[Any, ...] = ()
+    file: Any = (
+        None  # the open file at `path`, of which the bytes are; without it the path is opened when they are read
+    )
 
 
 @dataclass(frozen=True)

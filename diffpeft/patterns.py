@@ -11,7 +11,7 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from diffpeft.errors import ConfigError, DiffpeftError, shown
@@ -62,7 +62,20 @@ def check(pattern: str) -> None:
         )
     if len(pattern) > MAX_LENGTH:
         raise ConfigError(f"a pattern has {len(pattern)} characters", remedy=f"At most {MAX_LENGTH} are read.")
-    _compiled(pattern)
+    with _spent() as budget:
+        if budget.left <= 0:
+            raise budget.refusal(pattern)
+        _compiled(pattern)
+
+
+@contextlib.contextmanager
+def _spent() -> Iterator[_Budget]:
+    """The budget in force, or one for this alone. What the block takes is off it: a pattern takes longer to be understood than to be matched."""
+    budget, start = getattr(_here, "budget", None) or _Budget(ConfigError, ""), time.perf_counter()
+    try:
+        yield budget
+    finally:
+        budget.left -= time.perf_counter() - start
 
 
 @functools.lru_cache(1024)
@@ -78,18 +91,33 @@ def _compiled(pattern: str) -> Any:
 
 def match(pattern: str, name: str, *, whole: bool = False) -> Any:
     """`re.match` (`whole`: `re.fullmatch`), in bounded time. Raises ConfigError, or what `limited` says, for a pattern that takes longer or is none."""
+    return _timed(pattern, lambda compiled, left: (compiled.fullmatch if whole else compiled.match)(name, timeout=left))
+
+
+def _timed(pattern: str, use: Callable[[Any, float], Any]) -> Any:
+    """`use(the compiled pattern, the seconds that are left)`."""
     if len(pattern) > MAX_LENGTH:
         check(pattern)
-    compiled, budget = _compiled(pattern), getattr(_here, "budget", None) or _Budget(ConfigError, "")
-    start = time.perf_counter()
-    try:
-        if budget.left <= 0:
-            raise TimeoutError
-        return (compiled.fullmatch if whole else compiled.match)(name, timeout=budget.left)
-    except TimeoutError:
-        raise budget.refusal(pattern) from None
-    finally:
-        budget.left -= time.perf_counter() - start
+    with _spent() as budget:
+        try:
+            if budget.left <= 0:
+                raise TimeoutError
+            return use(_compiled(pattern), budget.left)
+        except TimeoutError:
+            raise budget.refusal(pattern) from None
+
+
+def replaced(replacements: Mapping[str, str], name: str) -> str:
+    """A name in which the first pattern that is found in it is replaced, everywhere, as `re.sub` does. Raises as `match`."""
+    for pattern, new in replacements.items():
+
+        def replace(compiled: Any, left: float, new: str = new) -> Any:
+            return compiled.subn(new, name, timeout=left)
+
+        found, number = _timed(pattern, replace)
+        if number:
+            return found
+    return name
 
 
 def fullmatch(pattern: str, name: str) -> bool:
@@ -113,7 +141,7 @@ def first(patterns: Mapping[str, Value] | None, names: Iterable[str], default: V
     keys, names = tuple(patterns), tuple(names)
     whole, ending, others = _index(keys)
     found = [whole[name] for name in names if name in whole]
-    found += [place for name in names for end in _ends(name) if (place := ending.get(end)) is not None]
+    found += [place for name in names for end in name_ends(name) if (place := ending.get(end)) is not None]
     best = min(found, default=len(keys))
     best = next((place for place in others if place < best and any(ends(keys[place], name) for name in names)), best)
     return patterns[keys[best]] if best < len(keys) else default
@@ -140,7 +168,7 @@ def _plain(pattern: str) -> tuple[str | None, bool]:
     return (name if _LITERAL.fullmatch(name) else None), pattern.startswith("^")
 
 
-def _ends(name: str) -> Iterator[str]:
+def name_ends(name: str) -> Iterator[str]:
     """A name, and what follows each of its dots."""
     yield name
     at = name.find(".")

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from converters.formats.schema import ALPHA as FINITE
+from converters.formats.schema import MAX_RANK, NOTHING, whole
 from converters.roles import rank
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry
-from diffpeft.errors import CheckpointError
 
-MAX_TERMS = 100  # a file must not make a rotation endless work
+_ALPHAS, _RANKS = FINITE | NOTHING, whole(0, MAX_RANK)  # what a config can say
 ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by peft_type
 
 
@@ -27,9 +28,7 @@ def alpha(config: Mapping[str, Any], names: Iterable[str], r: int) -> float | No
 
 def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of an input-side OFT. The series ended in another term before PEFT 0.18, which is also when configs began to say a version."""
-    terms = int(config.get("num_cayley_neumann_terms", 5)) if config.get("use_cayley_neumann", True) else 0
-    if not 0 <= terms <= MAX_TERMS:
-        raise CheckpointError(f"num_cayley_neumann_terms is {terms}", remedy=f"At most {MAX_TERMS} are computed.")
+    terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else 0
     options = {"neumann": terms, "coft": float(config.get("eps", 6e-5)) if config.get("coft") else None}
     version = re.match(r"(\d+)\.(\d+)", config.get("peft_version") or "0.17")
     old = version is not None and (int(version[1]), int(version[2])) < (0, 18)
@@ -63,6 +62,13 @@ def _commonest(values: Iterable[Any]) -> Any:
     """The value that most have, the least of several: files must not depend on the order of layers."""
     counts = Counter(values)
     return min(counts, key=lambda value: (-counts[value], value))
+
+
+def unsayable(entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+    """Why no config can say the alphas and ranks of entries, and the layers that are to blame; None if one can."""
+    ranks = ranks_of(entries)
+    wrong = [e.layer for e in entries if not (_ALPHAS.holds(io.number(e.alpha)) and _RANKS.holds(ranks[e.layer]))]
+    return ("in a config an alpha is a finite number, and a rank not endless", wrong) if wrong else None
 
 
 def ranks_of(entries: Iterable[Entry]) -> dict[str, int]:

@@ -15,10 +15,12 @@ from typing import Any
 from converters.families import TABLES, Table
 from converters.formats import config as configs
 from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
+from converters.formats.schema import check_fields
 from converters.roles import ADDITIVE
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
-from diffpeft.errors import CheckpointError, UnsafeFileError
+from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
+from diffpeft.files import config_in
 
 METADATA = "lora_adapter_metadata"
 # what other formats' keys begin with
@@ -66,14 +68,15 @@ class Diffusers:
         return f"{dotted(part.word, part.layer)}.{suffix(part.role)}{end}"
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
+        config = config_in(metadata.get(METADATA, "{}"), f"the metadata {METADATA!r}")
+        own = {component: _of_component(config, component) for component in {parted(e.layer)[0] for e in entries}}
+        for component, fields in own.items():
+            check_fields(fields, f"{METADATA}: {component}")
         try:
-            config = json.loads(metadata.get(METADATA, "{}"))
             with patterns.limited(UnsafeFileError, METADATA):
-                return [_configured(entry, _of_component(config, entry.layer)) for entry in entries]
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"the metadata {METADATA!r} cannot be read ({error})") from error
+                return [_configured(entry, own[parted(entry.layer)[0]]) for entry in entries]
+        except ConfigError as error:  # a pattern that is none
+            raise CheckpointError(f"cannot read the metadata {METADATA!r} ({error.what})") from error
 
     def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
         foreign = [e.layer for e in entries if {*self.stored(e)} - {"lora_A", "lora_B", "lora_magnitude_vector"}]
@@ -83,6 +86,8 @@ class Diffusers:
         inputs = [e.layer for e in entries if magnitude_axis(e) == 1]
         if inputs:
             return "stock diffusers reads no DoRA with a magnitude for each input", inputs
+        if lost := configs.unsayable(entries):
+            return lost
         doras = {(parted(e.layer)[0], e.method) for e in entries}
         mixed = [e.layer for e in entries if {(parted(e.layer)[0], m) for m in ("lora", "dora")} <= doras]
         return ("stock diffusers reads LoRA and DoRA in one component as one of them", mixed) if mixed else None
@@ -125,9 +130,9 @@ def _config(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _of_component(config: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    """The fields for the layer's component; a file of one component has them without its name in front."""
-    prefix = parted(layer)[0] + "."
+def _of_component(config: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """The fields for a component; a file of one component has them without its name in front."""
+    prefix = component + "."
     own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     return own or {k: v for k, v in config.items() if k.partition(".")[0] not in COMPONENTS}
 

@@ -62,11 +62,9 @@ class Lycoris:
 
     def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
         """Roles without a name, and methods on one layer with several alphas."""
-        roles = {e.layer: sorted({*self.stored(e)} - {*self.suffixes}) for e in entries}
-        lost = {layer: names for layer, names in roles.items() if names}
-        if lost:
-            names = sorted({name for found in lost.values() for name in found})
-            return f"it has no name for {' and '.join(names)}", list(lost)
+        unnamed = [(e.layer, {*self.stored(e)} - {*self.suffixes}) for e in entries]
+        if names := sorted({name for _, roles in unnamed for name in roles}):
+            return f"it has no name for {' and '.join(names)}", [layer for layer, roles in unnamed if roles]
         alphas: dict[str, set[float | None]] = {}
         for e in entries:
             alphas.setdefault(e.layer, set()).add(io.number(e.alpha))

@@ -9,7 +9,6 @@ Its rotations are PEFT's with five terms. Those marked `oft_R.scaled_oft` are di
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -21,10 +20,12 @@ from converters.formats.base import Part, denoiser, dotted_role
 from converters.formats.config import ranks_of
 from converters.formats.fields import blocks_of
 from converters.formats.kohya import TRANSFORMER, UNET, Kohya
+from converters.formats.schema import number
 from converters.roles import ADDITIVE, ROLES
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
 from diffpeft.errors import CheckpointError, listed
+from diffpeft.files import parsed
 
 TERMS = 5
 # the families with flat names that have no UNet
@@ -174,7 +175,8 @@ def _as_peft(entry: Entry, coft: float | None, convolution: bool) -> Entry:
 def _coft(metadata: Mapping[str, str]) -> float | None:
     """The bound of the rotations, which stands only in the training's options."""
     try:
-        config = json.loads(metadata.get("ot_config", "{}"))
-        return float(config["coft_eps"]) if config.get("oft_coft") else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        config = parsed(metadata.get("ot_config", "{}"))
+    except ValueError:
         return None
+    eps = config.get("coft_eps")
+    return float(eps) if config.get("oft_coft") and eps is not None and number(0, 1).holds(eps) else None

@@ -17,12 +17,14 @@ from converters.formats import config as configs
 from converters.formats.base import OneModel, Part, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
 from converters.formats.fields import TYPES, Unfit, blocks_of, fields, layers_of, own_name
+from converters.formats.schema import check_fields
 from converters.formats.wrappers import PEFT as PREFIX
 from converters.formats.wrappers import unwrapped
 from converters.roles import ADDITIVE, ROLES
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, Handle, parted
-from diffpeft.errors import CheckpointError, UnsafeFileError, listed, shown
+from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError, listed, shown
+from diffpeft.files import config_in
 
 WEIGHTS, FILE = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "diffpeft.adapter_config"  # where a Bundle's metadata has the config
@@ -52,15 +54,16 @@ class Peft(OneModel):
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         if CONFIG not in metadata:
             return _unconfigured(entries)
+        config = config_in(metadata[CONFIG], FILE)
+        check_fields(config, FILE)
         try:
-            config = json.loads(metadata[CONFIG])
             with patterns.limited(UnsafeFileError, FILE):
                 _check(config, entries)
                 return [_configured(entry, config) for entry in entries]
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{FILE} cannot be read ({error})") from error
+        except KeyError as error:
+            raise CheckpointError(f"{FILE} lacks the field {error}") from error
+        except ConfigError as error:  # a pattern that is none
+            raise CheckpointError(f"cannot read {FILE} ({error.what})") from error
 
     def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
         try:
@@ -127,6 +130,8 @@ class Peft(OneModel):
         if len(methods) > 1:
             few = min(methods, key=lambda m: sum(e.method == m for e in entries))
             raise Unfit(f"a folder holds one method, not {' and '.join(methods)}", layers_of(entries, few))
+        if trouble := configs.unsayable(entries):
+            raise Unfit(*trouble)
         return fields(entries)
 
 
@@ -142,8 +147,6 @@ def _names(entry: Entry) -> tuple[str, ...]:
 
 def _check(config: Any, entries: Sequence[Entry]) -> None:
     """Raise for a config that says something else than the tensors, or that names code."""
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{FILE} is no table")
     if config.get("megatron_core") not in (None, "megatron.core"):
         raise UnsafeFileError(
             f"{FILE} names code to import, {shown(config['megatron_core'])}", remedy="Remove the field if you trust it."
@@ -211,11 +214,11 @@ def _check_targets(targets: Any, entries: Sequence[Entry]) -> None:
     if isinstance(targets, str) and targets != "all-linear":
         outside = [layer for layer, own in names.items() if not any(patterns.fullmatch(targets, n) for n in own)]
     elif isinstance(targets, list):
-        hit = lambda t, own: any(n == t or n.endswith(f".{t}") for n in own)  # noqa: E731
-        lost = [t for t in targets if not any(hit(t, own) for own in names.values())]
+        ends = {layer: {end for name in own for end in patterns.name_ends(name)} for layer, own in names.items()}
+        lost = sorted({*targets} - set().union(*ends.values()))
         if lost:
             raise CheckpointError(f"{FILE} names target_modules without tensors: {listed(lost[:5])}")
-        outside = [layer for layer, own in names.items() if not any(hit(t, own) for t in targets)]
+        outside = [layer for layer, own in ends.items() if own.isdisjoint(targets)]
     else:
         outside = []
     if outside:

@@ -28,6 +28,7 @@ _BLOCKS = (
     "mid_block.attentions.0",
 )
 _CLIP = tuple(f"text_model.encoder.layers.{n}.self_attn.{p}_proj" for n in range(32) for p in ("k", "v", "q", "out"))
+_MAX_CLASSES = 1000  # characters
 _CLASSES = {"unet": {"CrossAttention", "Attention", "GEGLU"}, "text_encoder": {"CLIPAttention"}}
 
 
@@ -84,8 +85,10 @@ class SafeLoras(Diffusers):
 def _classes(component: str, metadata: Mapping[str, str]) -> set[str]:
     """The classes of the modules that were adapted."""
     try:
-        classes = set(json.loads(metadata[component])) if component in metadata else _CLASSES[component]
-    except (ValueError, TypeError) as error:
+        if len(text := metadata.get(component, "[]")) > _MAX_CLASSES:
+            raise ValueError(f"it has {len(text)} characters")
+        classes = set(json.loads(text)) if component in metadata else _CLASSES[component]
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the metadata {component!r} is no list of classes ({error})") from error
     if other := classes - _CLASSES[component]:
         raise CheckpointError(

@@ -17,8 +17,8 @@ from torch import Tensor
 from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.rows import Rows
 from diffpeft.layers.site import held_forwards, is_cast, site_of
-from diffpeft.layers.slot import Slot, stamp_of, with_own_dtype
-from diffpeft.layers.swap import subclass
+from diffpeft.layers.slot import Slot, at_rest, stamp_of, with_own_dtype
+from diffpeft.layers.swap import sized, subclass
 from diffpeft.methods.linalg import traced, wide_dtype
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
@@ -178,9 +178,8 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         def extra_repr(self: Any) -> str:
             return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
 
-        _classes[base] = subclass(
-            base, adapted_class, "_diffpeft_base", forward=forward, _apply=_apply, extra_repr=extra_repr
-        )
+        members: dict[str, Any] = {"forward": forward, "_apply": _apply, "extra_repr": extra_repr}
+        _classes[base] = subclass(base, adapted_class, "_diffpeft_base", **members, __setattr__=sized(base))
     return _classes[base]
 
 
@@ -285,7 +284,8 @@ def effective(
     assert site is not None
     op: Any = site(module)
     whole, bias = Whole(Base(op, None, dtype, {}, op.canonical(weights[0])), steps), weights[1]
-    W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
+    with at_rest(*(slot for slot, _ in steps)):
+        W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
     if shift is None or bias is None:
         return W, bias if shift is None else shift
     return W, bias.to(shift) + shift.reshape(bias.shape)

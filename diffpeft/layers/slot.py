@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -171,6 +172,19 @@ class Slot(nn.Module):
             if part.additive:
                 words += [f"scale={part.method.scale(p, part.spec):g}"]
         return ", ".join(words)
+
+
+@contextlib.contextmanager
+def at_rest(*slots: Slot) -> Iterator[None]:
+    """These adapters as they are in evaluation: no dropout decides what they do."""
+    training = [slot.training for slot in slots]
+    for slot in slots:
+        slot.training = False
+    try:
+        yield
+    finally:
+        for slot, was in zip(slots, training, strict=True):
+            slot.training = was
 
 
 _FLOAT8 = frozenset(

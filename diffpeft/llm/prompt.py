@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError, MissingKeysError, NonFiniteError, ShapeMismatchError, listed, near, shown
+from diffpeft.io import finite
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 EMBEDDINGS = "prompt_embeddings"  # PEFT's name in files for the vectors of the tokens
@@ -90,7 +91,7 @@ class Encoder(nn.Module):
                     f"{name} is {tuple(tensors[name].shape)}, expected {tuple(place.shape)}",
                     remedy="Files hold the vectors and not what makes them: load with inference_mode=True, for the same model and tokens.",
                 )
-            if not torch.isfinite(tensors[name]).all():
+            if not finite(tensors[name]):
                 raise NonFiniteError(f"{name} has NaN or infinite values", remedy="The training diverged.")
         with torch.no_grad():
             for name, place in places.items():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, ConfigError
+from converters.opening import Opened
+from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
 from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm.prompt import EMBEDDINGS
-from diffpeft.llm.prompts import Prompts
+from diffpeft.llm.prompts import PROMPTS, Prompts
 from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
 from diffpeft.llm.tuner import known, named, trainable
 from diffpeft.model.attach import Plan, copy_wholes
@@ -46,8 +48,8 @@ class PromptTuner(Prompts):
         names = self.active_adapters
         return names[0] if names else []
 
-    def inject(self, name: str, config: Any, *, active: bool) -> None:
-        """Add a fresh adapter. Anything wrong: nothing is added."""
+    def inject(self, name: str, config: Any, *, active: bool, precision: Any = None) -> None:
+        """Add a fresh adapter, in float32 as PEFT's. Anything wrong: nothing is added."""
         check_name(name)
         encoder = self.add(name, config)
         try:
@@ -150,16 +152,44 @@ class PromptTuner(Prompts):
                 copies.modules[name].load_state_dict(found)
         return Incompatible([], [key for key in tensors if key not in used], [])
 
-    def load(self, name: str, config: Any, folder: Path, *, trainable: bool, active: bool) -> list[str]:
-        """Add the adapter in a folder; nothing is missing then."""
+    def _check_shapes(self, config: Any, folder: Opened) -> None:
+        """Raise ShapeMismatchError unless a file's vectors are those of a config: before any are made or read."""
+        config = self.completed(copy.deepcopy(config))
+        with torch.device("meta"):
+            places = PROMPTS[config.peft_type](config, self.word_embeddings).places()
+        for name, place in places.items():
+            if name in folder.tensors and folder.tensors[name].shape != tuple(place.shape):
+                raise ShapeMismatchError(
+                    f"{name} is {folder.tensors[name].shape}, expected {tuple(place.shape)}",
+                    where=folder.where,
+                    remedy="Load it for the same model, with the config that it was saved with.",
+                )
+
+    def load(
+        self,
+        name: str,
+        config: Any,
+        folder: Opened,
+        *,
+        trainable: bool,
+        active: bool,
+        precision: Any = None,
+        key_mapping: Any = None,
+    ) -> list[str]:
+        """Add the adapter in a folder; nothing is missing then. Its few keys are never renamed."""
+        with inside(folder.where, config=True):
+            return self._load(name, config, folder, trainable, active)
+
+    def _load(self, name: str, config: Any, folder: Opened, trainable: bool, active: bool) -> list[str]:
         if trainable:
             raise ConfigError(
                 "Cannot set a prompt learning adapter to trainable when loading pretrained adapter.",
                 remedy="Files hold the finished vectors, not what made them.",
             )
+        if EMBEDDINGS not in folder.tensors:
+            raise ConfigError(f"there is no {EMBEDDINGS}", where=folder.where, remedy="It is no prompt adapter.")
+        self._check_shapes(config, folder)
         tensors = tensors_in(folder)
-        if EMBEDDINGS not in tensors:
-            raise ConfigError(f"there is no {EMBEDDINGS}", where=str(folder), remedy="It is no prompt adapter.")
         self.inject(name, config, active=active)
         try:
             self.overwrite(name, tensors)

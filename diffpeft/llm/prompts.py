@@ -95,15 +95,20 @@ class Prompts(nn.Module):
                 remedy="Call gradient_checkpointing_disable() on the model first.",
             )
         config.validate()
-        complete(config, self.base_model.config)
-        if config.num_transformer_submodules is None:
-            config.num_transformer_submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
+        self.completed(config)
         encoder = made(config, self.word_embeddings).to(self.base_model.device)
         if not self.prompt_encoder:  # before PeftModel makes the copies of modules_to_save, which are trained
             self.base_model.requires_grad_(False)
         self.prompt_encoder[name] = encoder
         self.prompt_tokens[name] = torch.arange(config.num_virtual_tokens * config.num_transformer_submodules)
         return encoder
+
+    def completed(self, config: Any) -> Any:
+        """`config`, with what it leaves to the model and the task filled in."""
+        complete(config, self.base_model.config)
+        if config.num_transformer_submodules is None:
+            config.num_transformer_submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
+        return config
 
     def delete(self, name: str) -> None:
         """Take an adapter away."""

@@ -13,7 +13,8 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from diffpeft.errors import CheckpointError, ConfigError, near, shown
+from diffpeft import files
+from diffpeft.errors import CheckpointError, ConfigError, inside, near, shown
 
 FILE = "adapter_config.json"
 DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
@@ -65,6 +66,10 @@ class Passing:
         return _rebuild, (type(self),), self.__getstate__()
 
 
+class NoConfigError(ConfigError, TypeError):
+    """A table of fields that is no config: PEFT raises a TypeError."""
+
+
 def _rebuild(cls: Any) -> Any:
     return cls.__new__(cls)
 
@@ -96,6 +101,7 @@ class PeftConfig(Passing):
     fetch: ClassVar[Callable[..., str] | None] = (
         None  # (repository, file name, ...) -> path; where there is no network, none
     )
+    check: ClassVar[Callable[[Mapping[str, Any], object], None] | None] = None  # of a file's fields, and of which file
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -159,10 +165,10 @@ class PeftConfig(Passing):
         folder = Path(save_directory)
         if folder.is_file():
             raise AssertionError(f"Provided path ({folder}) should be a directory, not a file")
-        folder.mkdir(parents=True, exist_ok=True)
         own = copy.copy(self)
         own.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
-        (folder / FILE).write_text(own.to_json(), encoding="utf-8")
+        with files.replacing(folder / FILE) as f:
+            f.write(own.to_json().encode())
 
     @classmethod
     def from_pretrained(
@@ -171,7 +177,7 @@ class PeftConfig(Passing):
         """The config in a folder or a repository on the Hub, as its method's class. Hub options go to hf_hub_download."""
         where = os.fspath(pretrained_model_name_or_path)
         path = Path(where, subfolder or "", FILE)
-        if not path.is_file():
+        if not files.present(path):
             try:
                 if PeftConfig.fetch is None or Path(where).exists():
                     raise FileNotFoundError(path)
@@ -180,28 +186,27 @@ class PeftConfig(Passing):
                 raise CheckpointError(
                     f"Can't find {FILE!r} at {where!r}", remedy="Check the path, or the id and the network."
                 ) from error
+        found = cls.from_json_file(path)
+        if PeftConfig.check is not None:
+            PeftConfig.check(found, path)
+        with inside(path, config=True):
+            return cls.from_fields(found, **kwargs)
+
+    @classmethod
+    def from_fields(cls, found: Mapping[str, Any], **kwargs: Any) -> Any:
+        """A config from the fields of a file, as its method's class; `kwargs` are fields for what the file does not say. Null is a field's default."""
         own = {f.name for f in fields(cls)}
         given = {key: value for key, value in kwargs.items() if key in own}
-        return cls.from_peft_type(**{**given, **cls.from_json_file(path)})
+        told = {key: value for key, value in _without_run(found).items() if value is not None}
+        return cls.from_peft_type(**{**given, **told})
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
         """The fields in a file."""
-        try:
-            found = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("it is no table")
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"cannot read {FILE} ({error})", where=path_json_file) from error
-        if "runtime_config" in found:
-            warnings.warn(
-                f"{FILE} has a runtime_config, which is ignored: it is for the run and not for the file", stacklevel=2
-            )
-            del found["runtime_config"]
-        return found
+        return _without_run(files.config_in(files.config_text(files.Snapshot.of(path_json_file)), FILE, path_json_file))
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> Any:
+    def from_peft_type(cls, /, **kwargs: Any) -> Any:
         """A config from fields, of the class that `peft_type` names. Unknown fields are dropped with a warning."""
         kind = kwargs.get("peft_type")
         kind = kind.value if isinstance(kind, Enum) else kind
@@ -213,6 +218,12 @@ class PeftConfig(Passing):
             )
         known = {field.name for field in fields(made)}
         unknown = sorted(set(kwargs) - known)
+        if unknown and kind is None:
+            raise NoConfigError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}",
+                where=f"It has {', '.join(map(shown, unknown[:5]))}",
+                remedy=f"peft_type is one of {', '.join(PeftConfig.types)}.",
+            )
         if unknown:
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {made.__name__}, these are ignored. The file may be of a newer version.",
@@ -234,6 +245,15 @@ class PeftConfig(Passing):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """The fields as they are."""
         return kwargs
+
+
+def _without_run(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file without those of a run, which is warned of."""
+    if "runtime_config" in found:
+        warnings.warn(
+            f"{FILE} has a runtime_config, which is ignored: it is for the run and not for the file", stacklevel=3
+        )
+    return {name: value for name, value in found.items() if name != "runtime_config"}
 
 
 def _plain(value: Any) -> Any:

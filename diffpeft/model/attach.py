@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,7 @@ from diffpeft.layers.adapted import (
 from diffpeft.layers.patches import Patch, Patches
 from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
-from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of, place
+from diffpeft.layers.whole import Copies, Put, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
@@ -61,6 +61,18 @@ class Plan:
         default_factory=list
     )  # modules with copies of themselves, or patches
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # parameters that get other numbers
+    held: list[tuple[dict[str, Any], str, Any]] = field(
+        default_factory=list
+    )  # (a module's table of modules or parameters, a name in it, the new one)
+    settings: list[tuple[Any, str, Any]] = field(default_factory=list)  # (an object beside the model, attribute, value)
+
+    def put(self, puts: Iterable[Put]) -> None:
+        """Add writes to modules' tables: numbers for the parameter that is there, or another parameter."""
+        for table, name, new in puts:
+            if isinstance(new, nn.Parameter):
+                self.held.append((table, name, new))
+            else:
+                self.tensors.append((table[name], new))
 
     def commit(self) -> None:
         """Make the writes; if one is interrupted, undo those made."""
@@ -68,7 +80,11 @@ class Plan:
         attributes = [(mix, {name: getattr(mix, name) for name in new}) for mix, new in self.mixes]
         copies = [(module, copies_of(module)) for module, _ in self.wholes]
         numbers = [(tensor, tensor.data) for tensor, _ in self.tensors]
+        held = [(table, name, table[name]) for table, name, _ in self.held]
+        settings = [(thing, name, getattr(thing, name)) for thing, name, _ in self.settings]
         try:
+            for table, name, new_one in self.held:
+                table[name] = new_one
             for mix, new in self.mixes:
                 mix.__dict__.update(new)
             for module, state in self.layers:
@@ -77,6 +93,8 @@ class Plan:
                 place(module, own)
             for tensor, new_numbers in self.tensors:
                 tensor.data = new_numbers
+            for thing, name, value in self.settings:
+                setattr(thing, name, value)
             self._finish()
         except BaseException:
             for module, state in before:
@@ -85,6 +103,10 @@ class Plan:
                 place(module, old_copies)
             for tensor, old_numbers in reversed(numbers):
                 tensor.data = old_numbers
+            for table, name, old_one in held:
+                table[name] = old_one
+            for thing, name, value in settings:
+                setattr(thing, name, value)
             for mix, old in attributes:
                 mix.__dict__.update(old)
             self._finish()
@@ -210,6 +232,7 @@ _FACADE = (
     "trainable_token_indices",
     "target_parameters",
     "layer_replication",
+    "ensure_weight_tying",
 )
 
 
@@ -226,13 +249,15 @@ def attach_to(
     quiet: bool = False,
     strength: float | None = 1.0,
     wholes: Mapping[str, nn.Module] = MappingProxyType({}),
+    ties: Mapping[str, str] = MappingProxyType({}),
+    finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None,
     patches: Mapping[str, tuple[nn.Module, Patch]] = MappingProxyType({}),
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> AttachReport:
     """`attach` for layers that have been chosen, {component: {name: layer}}. A strength of None leaves the adapter inactive.
 
-    `wholes` {name: module} are trained in copies, `patches` {name: (module, patch)} change parameters, both of one component. `metadata` are what
-    a file of the adapter is to hold.
+    `wholes` {name: module} are trained in copies (`ties` as in `copy_wholes`), `patches` {name: (module, patch)} change parameters, both of one component.
+    `finish` gets the layers of a component and their fresh slots, and gives the slots to take. `metadata` are what a file of the adapter is to hold.
     """
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
@@ -249,6 +274,8 @@ def attach_to(
             other = {n: m for n, m in _biased(model).items() if n not in chosen[component]} if some else {}
             chosen[component] = {**chosen[component], **other}
             slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
+    if finish is not None:
+        slots = {component: finish(chosen[component], found) for component, found in slots.items()}
     _warn_adjusted(name, slots)
     large = [] if quiet else [layer for component, found in slots.items() for layer in oversized(found)]
     if large:
@@ -259,7 +286,7 @@ def attach_to(
             if found or patches:
                 own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
                 install(plan, component, chosen[component], found, mixes.get(component), own, strength)
-                copy_wholes(plan, name, wholes)
+                copy_wholes(plan, name, wholes, ties=ties)
                 put_patches(plan, name, patches)
                 plan.roots.append((parts[component], plan.mixes[-1][0]))
         plan.commit()
@@ -271,10 +298,17 @@ def attach_to(
     )
 
 
-def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Plan to give modules a trainable copy each, for the adapter whose layers are planned already; the copies.
+def copy_wholes(
+    plan: Plan,
+    name: str,
+    wholes: Mapping[str, nn.Module],
+    *,
+    still: bool = False,
+    ties: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, nn.Module]:
+    """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
-    Raises AdapterStateError for a module that has adapters.
+    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module that has adapters.
     """
     made: dict[str, nn.Module] = {}
     for where, module in wholes.items():
@@ -284,8 +318,12 @@ def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> dict[
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
         old, mix = copies_of(module), plan.mixes[-1][0]
-        made[where] = bare_copy(module).requires_grad_(True)
-        plan.wholes.append((module, Copies(mix, {**(old.modules if old else {}), name: made[where]})))
+        made[where] = bare_copy(module).requires_grad_(not still)
+        own = old or Copies(mix, {})
+        frozen = own.still | ({name} if still else frozenset())
+        plan.wholes.append((module, replace(own, modules={**own.modules, name: made[where]}, still=frozen)))
+    for where, other in ties.items():
+        made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
 
 
@@ -475,8 +513,8 @@ def remove(
             if copies is None or copies.mix is not mix:
                 continue
             if out and copies.fused and isinstance(copies, Patches):
-                copies, numbers = copies.unfused(module)
-                plan.tensors += numbers
+                copies, puts = copies.unfused(module)
+                plan.put(puts)
                 plan.wholes.append((module, copies))
             if names & set(copies.modules):
                 plan.wholes.append((module, copies.without(names)))

@@ -17,7 +17,7 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, sh
 from diffpeft.layers.adapted import base_class, op_of, record_of, state_with, weights_of
 from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.site import device_of, present, site_of
-from diffpeft.layers.slot import BIAS, Piece, Slot
+from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
 from diffpeft.methods import Lora, Spec
 from diffpeft.methods.config import check_choice, check_rank, is_fp32
 from diffpeft.methods.linalg import wide_dtype
@@ -221,12 +221,8 @@ def _update(module: Any, slot: Slot) -> Update:
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
         return Update(delta, factors, slot.rank, whole.shift(dtype, bias))
 
-    was = slot.training
-    slot.eval()
-    try:
+    with at_rest(slot):
         return present(module, lambda: slot(lambda _: read()))
-    finally:
-        slot.train(was)
 
 
 def _factors(slot: Slot, dtype: torch.dtype, op: Any) -> Factors | None:

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.adapted import Record, record_of, state_with, weights_of
-from diffpeft.layers.patches import Patch, Patches
+from diffpeft.layers.patches import Patches
 from diffpeft.layers.site import STORING_HOOKS, diffusers_hooks, site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.layers.whole import copied, copies_of
+from diffpeft.layers.whole import Put, copied, copies_of
 from diffpeft.model.attach import Plan, mixes_of
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted_layers, components, modules_of
+from diffpeft.model.tied import count_twins_once, spread
 from diffpeft.model.weights import Scratch, fused_weights, refuse_changed, sampled, unfit, unfused
 
 
@@ -78,7 +79,7 @@ def plan_unfused(plan: Plan, model: nn.Module, mix: Mix) -> None:
             plan.layers.append((module, state_with(module, *unfused(layer, module, record))))
     for module, own in _patched(model, mix):
         plan.wholes.append((module, (bare := own.unfused(module))[0]))
-        plan.tensors += bare[1]
+        plan.put(bare[1])
     plan.mixes.append((mix, {"fused": {}}))
 
 
@@ -115,8 +116,10 @@ def refuse_changing(mix: Mix, names: set[str]) -> None:
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
     refuse_hooked(model)
-    owners, scratch = owners_of(model), Scratch()
-    for layer, module in adapted_layers(model).items():
+    owners, scratch, adapted = owners_of(model), Scratch(), adapted_layers(model)
+    count_twins_once(adapted, owners)
+    shared: dict[int, Tensor] = {}
+    for layer, module in adapted.items():
         record = record_of(module)
         assert record is not None
         own = [n for n in names if n in record.slots]
@@ -134,36 +137,27 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
         ]
         refuse_changed(layer, module, record)
         base = record.base or weights_of(module)
-        weights = fused_weights(layer, module, base, steps, scratch)
+        W, bias = fused_weights(layer, module, base, steps, scratch)
+        weights = shared.setdefault(id(module.weight), W), bias
         kept = (_on_cpu(base[0]), _on_cpu(base[1])) if keep_base == "cpu" else None
         now = replace(record, fused=frozenset(own), base=kept, sample=sampled(weights))
         plan.layers.append((module, state_with(module, now, weights)))
-    refuse_half_tied(model, mix, names)
+    fused: list[tuple[nn.Module, Patches]] = []
+    puts: list[Put] = []
     for module, patches in _patched(model, mix):
         own = [n for n in names if n in patches.modules]
         if set(own) - patches.fused:
-            fused, numbers = patches.with_fused(module, own, keep_base == "cpu")
-            plan.wholes.append((module, fused))
-            plan.tensors += numbers
+            now_fused, new = patches.with_fused(module, own, keep_base == "cpu")
+            fused.append((module, now_fused))
+            puts += new
+    parted = spread(plan, puts, owners)
+    plan.wholes += [(module, patches.apart(module, parted)) for module, patches in fused]
 
 
 def _patched(model: nn.Module, mix: Mix) -> list[tuple[nn.Module, Patches]]:
     """The modules whose parameters adapters change."""
     found = ((module, copies_of(module)) for module, _ in modules_of(model, copied).values())
     return [(module, own) for module, own in found if isinstance(own, Patches) and own.mix is mix]
-
-
-def refuse_half_tied(model: nn.Module, mix: Mix, names: Sequence[str]) -> None:
-    """Raise AdapterStateError if one of these adapters changes a parameter that another module holds too, and not in the same way."""
-    patched = [(m, own, [own.modules.get(name) for name in names]) for m, own in _patched(model, mix)]
-    owners = owners_of(model) if patched else {}
-    for module, own, patches in patched:
-        for name in {n for patch in patches if isinstance(patch, Patch) for n in patch.names}:
-            same = sum(
-                m._parameters.get(name) is module._parameters[name] for m, _, others in patched if others == patches
-            )
-            if owners[id(module._parameters[name])] > same:
-                raise unfit(mix.layers[own.index], f"its {name} is tied to another layer's")
 
 
 def _on_cpu(t: Any) -> Any:

@@ -148,6 +148,12 @@ class Mix:
         self.__dict__.update(state)
         self.__post_init__()
 
+    def divided(self) -> tuple[str, ...]:
+        """The modules that adapters have copies of, or change the parameters of, while rows of a batch have a mix each."""
+        if not any(adapter.modules for adapter in self.adapters.values()) or not self.standing().rows:
+            return ()
+        return tuple(dict.fromkeys(name for adapter in self.adapters.values() for name in adapter.modules))
+
     def blocks(self) -> list[Block[Mapping[str, Choice]]]:
         """The `adapters(...)` blocks that are running, in all threads and tasks."""
         found = (
@@ -198,9 +204,10 @@ class Mix:
 
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` may name an adapter."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name in (".", ".."):
         raise ConfigError(
-            f"adapter name {shown(name)}", remedy="A name is 1 to 128 letters, digits, dots, underscores and hyphens."
+            f"adapter name {shown(name)}",
+            remedy="A name is 1 to 128 letters, digits, dots, underscores and hyphens, and not . or .. alone.",
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, listed
+from diffpeft.layers.mixed import watched
 from diffpeft.layers.site import site_of
 from diffpeft.layers.swap import subclass
 from diffpeft.model.call import asked_scale, for_diffusers, rows_asked, takes_scale
@@ -85,7 +86,7 @@ def _root_class(base: Any) -> type:
             mix = self.__dict__.get(ROOT)
             if mix is None:
                 return base.__call__(self, *args, **kwargs)
-            with in_force(lambda: _for_call(mix, args, kwargs)):
+            with in_force(lambda: _for_call(mix, args, kwargs)), watched(self, mix.divided):
                 return base.__call__(self, *args, **for_diffusers(kwargs))
 
         _classes[base] = subclass(

@@ -22,6 +22,7 @@ from diffpeft.bundle import Bundle, Entry, Handle, dotted
 from diffpeft.errors import (
     ConfigError,
     WrongBaseError,
+    inside,
     listed,
     shown,
 )
@@ -93,8 +94,9 @@ def load_lora(
         mixes = mixes_of(parts, adapted)
         refuse_duplicate(name, mixes.values())
         bundle = opened(target, source, layers, family=family, revision=revision, filename=filename, alpha=alpha)
-        slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
-        plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
+        with inside(bundle.source):
+            slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
+            plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
         plan.roots = [(parts[mix.component], mix) for mix, _ in plan.mixes]
         report = report_of(name, bundle, slots, absent)
         _warn(report, bundle, slots)  # before the commit: a warning may be an error
@@ -195,7 +197,7 @@ def _default_name(source: Any) -> str:
     if not isinstance(source, (str, os.PathLike)):
         return "default"
     stem = Path(source).name.removesuffix(".safetensors")
-    return re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:128] or "default"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", "" if stem == ".." else stem)[:128] or "default"
 
 
 def _read(

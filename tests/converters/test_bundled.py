@@ -45,3 +45,21 @@ def test_the_command_writes_them_too(tmp_path):
     assert done.exit_code == 0, done.output
     assert torch.equal(load_file(tmp_path / "words/cat.safetensors")["emb_params"], torch.ones(1, 768))
     assert "bundle_emb.cat.clip_l" in load_file(tmp_path / "y.safetensors")
+
+
+def test_no_file_is_overwritten_whatever_the_adapter_calls_its_words(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"a model")
+    (out / "link.safetensors").symlink_to(out / "nowhere")
+    words = ("model", "link", "../x", "é" * 300, "a b", "a.b", "a/b")
+    vectors = {f"bundle_emb.{word}.clip_l": torch.randn(1, 8) for word in words}
+    save_file({**LORA, **vectors}, tmp_path / "x.safetensors")
+    paths = converters.write_embeddings(tmp_path / "x.safetensors", out)
+    assert (out / "model.safetensors").read_bytes() == b"a model" and not (out / "nowhere").exists()
+    assert len({*paths}) == len(words) and {p.parent for p in paths} == {out}
+    assert {p.stem for p in paths} >= {"model-1", "link-1", ".._x", "a_b", "a_b-1", "a.b"}
+    written = sorted(load_file(p)["emb_params"].tolist() for p in paths)
+    assert written == sorted(t.tolist() for t in vectors.values())
+    assert converters.write_embeddings(tmp_path / "x.safetensors", out) == paths  # the same again: nothing new
+    assert len([*out.iterdir()]) == len(words) + 2

@@ -11,9 +11,10 @@ import torch
 import converters
 from converters import FORMATS, TABLES
 from converters.formats.wrappers import unwrapped
+from diffpeft.bundle import Handle
 from diffpeft.errors import CheckpointError, ConfigError, WrongBaseError
 from tests.converters import test_families
-from tests.converters.test_sizes import header
+from tests.converters.test_sizes import header, source
 
 MODELS = [(at, model) for at, model in enumerate(test_families.MODELS) if model.component == "transformer"]
 
@@ -46,7 +47,7 @@ def originally(at):
 def comfyui(original, size):
     name = f"diffusion_model.{original}"
     if size is None:
-        return {f"{name}.{role}": torch.empty(8, device="meta") for role in ("diff", "diff_b")}
+        return {f"{name}.{role}": Handle("F32", (8,)) for role in ("diff", "diff_b")}
     return header({original: size}, lambda n: f"diffusion_model.{n}")
 
 
@@ -58,18 +59,18 @@ def test_a_file_in_the_original_s_spelling_means_what_the_table_says_whatever_el
         net = getattr(__import__("diffusers"), model.name)(**model.config)
     every = [name for name, _ in net.named_modules() if name]
     whole = {key: h for original, (size, _) in originally(at).items() for key, h in comfyui(original, size).items()}
-    told = layers(whole, family=model.family)
+    told = layers(source(whole), family=model.family)
     for names in (every, [*every, *originally(at)]):
-        assert layers(whole, family=model.family, names={"transformer": names}) == told
+        assert layers(source(whole), family=model.family, names={"transformer": names}) == told
     kinds = {re.sub(r"\d+", "#", original): (original, *found) for original, found in originally(at).items()}
     for original, size, parts in kinds.values():
         (entry,) = converters.read(
-            comfyui(original, size), family=model.family, names={"transformer": [*every, *originally(at)]}
+            source(comfyui(original, size)), family=model.family, names={"transformer": [*every, *originally(at)]}
         ).entries
         assert [*entry.targets] == [f"transformer.{part}" for part in parts], original
         bare = {key.removeprefix("diffusion_model."): t for key, t in comfyui(original, size).items()}
         if not original.startswith("transformer."):  # which is a component's name
-            (entry,) = converters.read(bare, family=model.family, names={"transformer": every}).entries
+            (entry,) = converters.read(source(bare), family=model.family, names={"transformer": every}).entries
             assert [*entry.targets] == [f"transformer.{part}" for part in parts], original
 
 
@@ -78,7 +79,7 @@ def test_a_file_in_diffusers_spelling_means_the_model_s_own_layers(at):
     model = test_families.MODELS[at]
     sizes = {n: tuple(m.weight.shape[:2]) for n, m in test_families.layers(model).items()}
     names = {"transformer": [*sizes, *originally(at)]}
-    assert layers(header(sizes), family=model.family, names=names) == [f"transformer.{n}" for n in sizes]
+    assert layers(source(header(sizes)), family=model.family, names=names) == [f"transformer.{n}" for n in sizes]
 
 
 # Wrappers

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 import converters
 from converters import TABLES
+from converters.opening import Opened
 from converters.sizes import published
+from diffpeft.bundle import Handle
 from diffpeft.errors import WrongBaseError
 from tests.converters.published import MODELS, PATH, extents, originals, text
 
@@ -50,13 +51,18 @@ def header(
     """The tensors of a LoRA on these layers, without bytes."""
     found = {}
     for layer, (rows, columns) in layers.items():
-        found[f"{spelt(layer)}.{roles[0]}"] = torch.empty(RANK, columns, device="meta")
-        found[f"{spelt(layer)}.{roles[1]}"] = torch.empty(rows, RANK, device="meta")
+        found[f"{spelt(layer)}.{roles[0]}"] = Handle("BF16", (RANK, columns))
+        found[f"{spelt(layer)}.{roles[1]}"] = Handle("BF16", (rows, RANK))
     return found
 
 
-def fitted(tensors):
-    return converters.fitting(tensors)
+def source(handles) -> Opened:
+    """As a file that was opened."""
+    return Opened(handles, {}, "a header")
+
+
+def fitted(handles):
+    return converters.fitting(source(handles))
 
 
 def test_the_file_of_sizes_is_what_diffusers_classes_say():
@@ -146,7 +152,7 @@ def test_unusual_sizes_are_still_their_family_where_names_decide():
 
 def test_a_file_of_a_model_without_a_table_is_refused_by_name_and_not_converted(tmp_path):
     layers = {n: size for n, size in named("OmniGen 2", "attention").items()}
-    empty = header(layers, *SPELT["comfyui"])
+    empty = source(header(layers, *SPELT["comfyui"]))
     assert converters.detect(empty).family == "" == converters.inspect(empty).family
     for ask in (converters.read, lambda source: converters.convert(source, tmp_path / "x.safetensors", to="kohya")):
         with pytest.raises(WrongBaseError, match=r"OmniGen 2.*diffusion_model\.noise_refiner"):

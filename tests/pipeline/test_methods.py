@@ -392,10 +392,10 @@ BAD_CONFIGS = {
     "a target without tensors": ({"target_modules": ["one", "three"]}, CheckpointError, "three"),
     "a slow target": ({"target_modules": SLOW}, UnsafeFileError, "long"),
     "a slow pattern": ({"alpha_pattern": {SLOW: 3}}, UnsafeFileError, "long"),
-    "no pattern": ({"alpha_pattern": {"[": 3}}, CheckpointError, "cannot be read"),
+    "no pattern": ({"alpha_pattern": {"[": 3}}, CheckpointError, "cannot read"),
     "code": ({"megatron_core": "os"}, UnsafeFileError, "import"),
-    "no depth": ("[" * 100_000, CheckpointError, "cannot be read"),
-    "no number": ({"lora_alpha": "many"}, CheckpointError, "cannot be read"),
+    "no depth": ("[" * 100_000, CheckpointError, "cannot read"),
+    "no number": ({"lora_alpha": "many"}, CheckpointError, "lora_alpha is 'many'"),
 }
 
 

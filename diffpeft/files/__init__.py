@@ -1,0 +1,19 @@
+"""Files: what is read comes from one snapshot, what is written together is committed together, and sizes are judged before anything is made of them."""
+
+from diffpeft.files.commits import folder, replacing
+from diffpeft.files.snapshots import Snapshot, config_text, present, together
+from diffpeft.files.tables import MAX_CONFIG, MAX_ITEMS, config_in, parsed, unreadable
+
+__all__ = [
+    "MAX_CONFIG",
+    "MAX_ITEMS",
+    "Snapshot",
+    "config_in",
+    "config_text",
+    "folder",
+    "parsed",
+    "present",
+    "replacing",
+    "together",
+    "unreadable",
+]

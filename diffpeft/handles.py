@@ -1,0 +1,337 @@
+"""What the tensors of handles are made of, and their bytes: read, cut, put together, cast. Only bytes are read here, and as late as may be."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from diffpeft.bundle import Handle
+from diffpeft.errors import CannotConvertError, CheckpointError
+from diffpeft.files import Snapshot
+
+if TYPE_CHECKING:
+    import torch
+
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+# how struct reads one number
+_UNPACK = {
+    "F64": "<d",
+    "F32": "<f",
+    "BF16": "<f",
+    "F16": "<e",
+    "I64": "<q",
+    "I32": "<i",
+    "I16": "<h",
+    "I8": "<b",
+    "U8": "<B",
+}
+_NAMES = {name: code for code, name in _TORCH.items()}
+CHUNK = 1 << 20
+MAX_AXES, MAX_NUMBERS = 16, 1 << 48  # of a tensor
+
+
+def count(shape: Sequence[int]) -> int:
+    """How many numbers a tensor of a shape has. Raises ValueError for a shape that no tensor can have, before anything is multiplied."""
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"a shape of {len(shape)} axes, and at most {MAX_AXES} are read")
+    if not all(type(n) is int and 0 <= n <= MAX_NUMBERS for n in shape) or math.prod(filter(None, shape)) > MAX_NUMBERS:
+        raise ValueError(f"a shape of {tuple(shape)}")
+    return math.prod(shape)
+
+
+def chunks(handle_: Handle) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor, a few at a time."""
+    if handle_.path is not None:
+        yield from _read(file_of(handle_), handle_)
+    elif handle_.tensor is not None:
+        yield _bytes(handle_.tensor)
+    elif handle_.data is not None:
+        yield handle_.data
+    elif handle_.how[:1] in (("cast",), ("scaled",)):
+        for chunk in chunks(handle_.parts[0]):
+            yield _computed(handle_, chunk)
+    elif handle_.how:
+        yield _assembled(handle_)
+    elif handle_.parts:
+        for part in handle_.parts:
+            yield from chunks(part)
+    else:
+        for at in range(0, nbytes(handle_), CHUNK):
+            yield bytes(min(CHUNK, nbytes(handle_) - at))
+
+
+def file_of(handle_: Handle) -> Snapshot:
+    """The open file that a handle's bytes are in."""
+    assert handle_.path is not None
+    return handle_.file or Snapshot.of(handle_.path)
+
+
+def _read(file: Snapshot, handle_: Handle) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(CHUNK, handle_.end - handle_.start)))
+    for at in range(handle_.start, handle_.end, CHUNK):
+        view = buffer[: min(CHUNK, handle_.end - at)]
+        file.fill(at, [view])
+        yield view
+
+
+def _assembled(handle_: Handle) -> bytes:
+    """Matrices put together, or cut, by columns; all numbers are whole bytes, so what they are does not matter."""
+    import numpy as np
+
+    def matrix(h: Handle) -> Any:
+        return np.frombuffer(raw(h), np.uint8).reshape(h.shape[0], -1)
+
+    size = SIZES[handle_.dtype]
+    if handle_.how[0] == "diagonal":
+        out = np.zeros((handle_.shape[0], math.prod(handle_.shape[1:]) * size), np.uint8)
+        row = column = 0
+        for part in handle_.parts:
+            block = matrix(part)
+            out[row : row + block.shape[0], column : column + block.shape[1]] = block
+            row, column = row + block.shape[0], column + block.shape[1]
+        return out.tobytes()
+    _, first, end = handle_.how
+    return np.ascontiguousarray(matrix(handle_.parts[0])[:, first * size : end * size]).tobytes()
+
+
+def dtype_of(handle_: Handle) -> torch.dtype:
+    """The dtype a tensor is stored in, as torch has it."""
+    import torch
+
+    return getattr(torch, _TORCH[handle_.dtype])
+
+
+def nbytes(handle_: Handle) -> int:
+    """How many bytes a tensor has."""
+    return count(handle_.shape) * SIZES[handle_.dtype]
+
+
+def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
+    """The tensors themselves, on CPU, in the dtype they are stored in. A file is read from its start to its end.
+
+    Raises UnreadableFileError if a file was changed meanwhile, or is not whole.
+    """
+    import torch
+
+    out: list[torch.Tensor] = []
+    places: dict[Snapshot, list[tuple[int, memoryview]]] = {}  # what is read straight into its place
+    for handle in handles:
+        if handle.tensor is not None:
+            out.append(handle.tensor)
+            continue
+        for file in files_of(handle):
+            if file not in places:
+                file.check_written()
+                places[file] = []
+        dtype = getattr(torch, _TORCH[handle.dtype])
+        if handle.path is not None and handle.end > handle.start:
+            tensor = torch.empty(handle.shape, dtype=dtype)
+            flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+            places[file_of(handle)].append((handle.start, memoryview(flat)))
+            out.append(tensor)
+            continue
+        data, at = bytearray(nbytes(handle)), 0
+        for chunk in chunks(handle):
+            data[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        out.append((torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(handle.shape))
+    for file, pieces in places.items():
+        _fill(file, pieces)
+        file.check()
+    return out
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite, in any dtype that a file may have; torch itself cannot tell for those of 8 bits."""
+    return not tensor.is_floating_point() or bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all())
+
+
+def files_of(handle_: Handle) -> set[Snapshot]:
+    """The files that a handle's bytes are in."""
+    if handle_.path is not None:
+        return {file_of(handle_)}
+    return set().union(*map(files_of, handle_.parts))
+
+
+def _fill(file: Snapshot, places: list[tuple[int, memoryview]]) -> None:
+    """Bytes of a file into memory, each piece from where it starts; neighbours with one call."""
+    places.sort(key=lambda place: place[0])
+    todo: list[memoryview] = []
+    start = end = 0
+    for at, view in places:
+        if todo and at != end:
+            file.fill(start, todo)
+            todo = []
+        start, end = (start if todo else at), at + len(view)
+        todo.append(view)
+    file.fill(start, todo)
+
+
+def handle(tensor: torch.Tensor) -> Handle:
+    """A handle on a tensor in memory."""
+    code = _NAMES.get(str(tensor.dtype).removeprefix("torch."))
+    if code is None:
+        raise CheckpointError(f"dtype {tensor.dtype} cannot be stored in a safetensors file")
+    return Handle(code, tuple(tensor.shape), tensor=tensor)
+
+
+def raw(handle_: Handle) -> bytes:
+    """The bytes of a tensor."""
+    return b"".join(bytes(chunk) for chunk in chunks(handle_))
+
+
+def held(handles: Iterable[Handle]) -> list[Handle]:
+    """Single numbers with their bytes in memory; what is no single number stays where it is."""
+    return [Handle(h.dtype, h.shape, data=raw(h)) if h.path is not None and count(h.shape) == 1 else h for h in handles]
+
+
+def same(a: Handle, b: Handle) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    if a == b if a.tensor is None and b.tensor is None else a.tensor is b.tensor:
+        return True
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and raw(a) == raw(b)
+
+
+def scalar(value: float) -> Handle:
+    """A single number, in float32."""
+    return Handle("F32", (), data=struct.pack("<f", value))
+
+
+def of_bytes(dtype: str, shape: tuple[int, ...], data: bytes) -> Handle:
+    """A tensor made of bytes. Raises ValueError if they are not as many as it has."""
+    if dtype not in SIZES or len(data) != SIZES[dtype] * count(shape):
+        raise ValueError(f"{len(data)} bytes are no {dtype} {shape}")
+    return Handle(dtype, shape, data=data)
+
+
+def reshaped(handle_: Handle, shape: tuple[int, ...]) -> Handle:
+    """The same numbers in another shape."""
+    tensor = handle_.tensor
+    if handle_.how:
+        return Handle(handle_.dtype, shape, parts=(handle_,))
+    return replace(handle_, shape=shape, tensor=None if tensor is None else tensor.reshape(shape))
+
+
+def rows(handle_: Handle, ranges: Iterable[tuple[int, int]]) -> Handle:
+    """Ranges (first, end) of a tensor's first axis, one after the other."""
+    ranges = list(ranges)
+    if ranges == [(0, handle_.shape[0])]:
+        return handle_
+    row = nbytes(handle_) // handle_.shape[0]
+    shape = (sum(b - a for a, b in ranges), *handle_.shape[1:])
+    cuts = tuple(_cut(handle_, a * row, b * row) for a, b in ranges)
+    return replace(cuts[0], shape=shape) if len(cuts) == 1 else Handle(handle_.dtype, shape, parts=cuts)
+
+
+def _cut(handle_: Handle, start: int, end: int) -> Handle:
+    """Bytes [start, end) of a tensor, as a tensor of one axis."""
+    shape = ((end - start) // SIZES[handle_.dtype],)
+    if handle_.path is not None:
+        return replace(handle_, shape=shape, start=handle_.start + start, end=handle_.start + end)
+    if handle_.tensor is not None or handle_.data is not None or handle_.how:
+        return Handle(handle_.dtype, shape, data=raw(handle_)[start:end])
+    found, at = [], 0
+    for part in handle_.parts:
+        a, b = max(start - at, 0), min(end - at, nbytes(part))
+        found += [_cut(part, a, b)] if a < b else []
+        at += nbytes(part)
+    return Handle(handle_.dtype, shape, parts=tuple(found))
+
+
+def columns(handle_: Handle, first: int, end: int) -> Handle:
+    """Columns [first, end) of a matrix."""
+    return Handle(handle_.dtype, (handle_.shape[0], end - first), parts=(handle_,), how=("columns", first, end))
+
+
+def stacked(parts: Iterable[Handle]) -> Handle:
+    """Tensors one under the other. They have one dtype, and the same axes after the first."""
+    parts = tuple(parts)
+    shape = (sum(h.shape[0] for h in parts), *parts[0].shape[1:])
+    return parts[0] if len(parts) == 1 else Handle(parts[0].dtype, shape, parts=parts)
+
+
+def diagonal(parts: Iterable[Handle]) -> Handle:
+    """Matrices along the diagonal of one that is zero elsewhere; trailing axes of 1 are kept."""
+    parts = tuple(parts)
+    shape = (sum(h.shape[0] for h in parts), sum(h.shape[1] for h in parts), *parts[0].shape[2:])
+    return Handle(parts[0].dtype, shape, parts=parts, how=("diagonal",))
+
+
+def number(alpha: Handle | float | None) -> float | None:
+    """A stored or configured alpha as a number; None stays None. For a file of the usual dtypes torch is not needed."""
+    if not isinstance(alpha, Handle):
+        return alpha
+    if count(alpha.shape) != 1:
+        raise CheckpointError(f"an alpha of shape {alpha.shape} is no single number", where=alpha.path or "")
+    if alpha.dtype not in _UNPACK:
+        return float(load([alpha])[0].item())
+    data = raw(alpha)
+    if alpha.dtype == "BF16":  # the upper half of an F32
+        data = b"\0\0" + data
+    return float(struct.unpack(_UNPACK[alpha.dtype], data)[0])
+
+
+def cast(handle_: Handle, dtype: torch.dtype | None, where: str = "") -> Handle:
+    """The same tensor in another dtype, if it is a floating point tensor of more than one number (an alpha keeps its dtype).
+
+    It is cast when it is read, which raises CannotConvertError naming `where` if that dtype cannot hold its values.
+    """
+    if dtype is None or not handle_.shape or handle_.dtype[0] not in "FB" or handle_.dtype == "BOOL":
+        return handle_
+    return Handle(_NAMES[str(dtype).removeprefix("torch.")], handle_.shape, parts=(handle_,), how=("cast", where))
+
+
+def scaled(handle_: Handle, factor: float) -> Handle:
+    """The tensor times a number, computed in float64 and rounded once, when it is read."""
+    return handle_ if factor == 1 else Handle(handle_.dtype, handle_.shape, parts=(handle_,), how=("scaled", factor))
+
+
+def _computed(handle_: Handle, chunk: bytes | memoryview) -> bytes:
+    """Some bytes of a tensor that is cast or scaled, from those of its part."""
+    import torch
+
+    what, value = handle_.how
+    tensor = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, _TORCH[handle_.parts[0].dtype]))
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()  # half to half directly is slow
+    out = (tensor.double() * value if what == "scaled" else wide).to(getattr(torch, _TORCH[handle_.dtype]))
+    if what == "cast" and not torch.stack(out.aminmax()).isfinite().all():
+        raise CannotConvertError(
+            f"there are values that are not finite in {out.dtype}", where=value, remedy="Save in a wider dtype."
+        )
+    return _bytes(out)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
