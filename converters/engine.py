@@ -13,6 +13,7 @@ from converters.detection import COMPONENT, Detection, Fit, bare, fit
 from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
+from converters.formats.wrappers import all_unwrapped
 from converters.opening import Opened, Source, opened, parts_of
 from converters.roles import ADDITIVE, OLD_OFT, ROLES, contradiction, missing, split
 from converters.rows import aspect
@@ -121,7 +122,8 @@ def _read(
     fmt = FORMATS[found.format]
     families = _families(found, fmt, family, names, where)
     table = fmt.tables.get(next(iter(families), ""), Table({}))
-    groups, carried = _grouped(tensors, found.parts, fmt, table, names or {}, metadata, where)
+    parts = {**found.parts, **_literal(tensors, fmt, names or {})}
+    groups, carried = _grouped(tensors, parts, fmt, table, names or {}, metadata, where)
     _refuse_foreign(groups, where)
     shapes = {
         canonical(c, n): s for c, own in (names or {}).items() if isinstance(own, Mapping) for n, s in own.items()
@@ -143,6 +145,13 @@ def _read(
     elif fmt.folder and CONFIG not in metadata and any(e.alpha is None for e in entries):
         _say_unconfigured(where)
     return Bundle(fmt.name, next(iter(families), ""), entries, carried, dict(metadata), where, families, tuple(tensors))
+
+
+def _literal(keys: Iterable[str], fmt: Format, names: Names) -> dict[str, Part]:
+    """Keys that would be taken for wrapped, taken apart as they stand, where the model has a layer of that name."""
+    wrapped = [key for key, bare_key in all_unwrapped([*keys]).items() if bare_key != key] if names else []
+    own = {flat for layers in names.values() if wrapped for name in layers for flat in (name, _flat(name))}
+    return {key: part for key in wrapped if (part := fmt.split(key)) and part.layer in own}
 
 
 def check_alpha(alpha: float | None) -> None:

@@ -20,7 +20,7 @@ from diffpeft.bundle import Entry, Handle, parted
 
 KOHYA_OFT = "oft_unet_"
 UNET, TRANSFORMER, WRAPPER = "lora_unet_", "lora_transformer_", "lycoris_"
-# diffusers' own kohya writer says lora_te1_ where sd-scripts says lora_te_; VideoX-Fun has two underscores
+# diffusers' own kohya writer says lora_te1_ where sd-scripts says lora_te_
 _ENCODERS = tuple(dict.fromkeys(p for table in TABLES.values() for e in table.encoders.values() for p in e.kohya))
 _NUMBERS = {
     "lora_te_": "text_encoder",

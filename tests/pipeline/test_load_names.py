@@ -507,5 +507,25 @@ def test_the_alpha_of_a_single_file_in_peft_s_names():
     assert (a.parts[0].alpha, b.parts[0].alpha) == (None, 1.0)
 
 
+@pytest.mark.parametrize("format", OWN)
+def test_layers_whose_names_end_or_begin_like_wrappers_come_back(format, tmp_path):
+    net = nn.ModuleDict(
+        {n: nn.ModuleDict({"fc_": nn.Linear(4, 4), "module": nn.Linear(4, 4)}) for n in ("module", "pipe")}
+    )
+    net.transformer = nn.Linear(4, 4)
+    pipe = pipe_of("MyPipeline", transformer=net)
+    attach(pipe, LoraConfig(r=2), name="a", targets="full")
+    for slot in slots_of(pipe, "a").values():
+        for p in slot.parameters():
+            nn.init.normal_(p)
+    wanted = {layer: {r: t.clone() for r, t in s.tensors.items()} for layer, s in slots_of(pipe, "a").items()}
+    path = tmp_path / ("a" if format == "peft" else "a.safetensors")
+    save_lora(pipe, path, name="a", format=format)
+    unload(pipe)
+    load_lora(pipe, path, name="b")
+    assert len(wanted) == 5
+    same(pipe, "b", wanted)
+
+
 def test_every_family_has_a_denoiser_in_these_tests():
     assert {*SAVED} == {*TABLES}
