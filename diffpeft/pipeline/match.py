@@ -124,6 +124,7 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
     """What each entry's method must know beside its tensors. Raises if one does not fit its layer."""
     specs: list[Spec] = []
     wrong: list[str] = []
+    control: list[str] = []
     refused: list[str] = []
     taken: set[tuple[tuple[str, str], str]] = set()
     for entry, place in found:
@@ -133,6 +134,7 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
         own = {role: h for role, h in entry.tensors.items() if role != BIAS}
         if why := METHODS[entry.method].check(own, spec):
             wrong.append(f"{entry.layer}: {why}")
+            control += filter(None, [_control(entry, spec)])
         if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
             wrong.append(
                 f"{entry.layer}: {BIAS} {entry.tensors[BIAS].shape}, the layer has {spec.geometry.out} outputs"
@@ -142,7 +144,7 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
         if any((place, role) in taken for role in entry.tensors):
             raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {shown(entry.layer)}")
         taken.update((place, role) for role in entry.tensors)
-    if control := [told for (entry, _), spec in zip(found, specs, strict=True) if (told := _control(entry, spec))]:
+    if control:
         raise ShapeMismatchError(
             f"this is a control LoRA: {control[0]}",
             where=bundle.source,
