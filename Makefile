@@ -1,10 +1,10 @@
-# make demo | test | check | bench     each sets up what it needs on a fresh machine: Python 3.11+, pip and make
+# make demo | test | check | bench | test-lowest     each sets up what it needs on a fresh machine: Python 3.11+, pip and make
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench clean test-lowest
 
 demo: $(VENV)/.core
 	$(BIN)/diffpeft demo -o demo-out
@@ -19,6 +19,17 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks
+
+# the oldest versions that pyproject.toml allows, in an environment of their own; what other tests cover needs no library
+LOWEST := $(VENV)-lowest
+test-lowest: $(LOWEST)/.test
+	$(LOWEST)/bin/python -m pytest tests/cli tests/contracts tests/llm tests/model tests/pipeline tests/train tests/test_examples.py
+
+$(LOWEST)/.test: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-lowest.txt -e '.[test]'
+	touch $@
 
 # torch comes first and alone: named as a loose requirement it would bring gigabytes of CUDA along
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -38,4 +49,4 @@ $(VENV)/.dev: $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info demo-out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,9 +107,17 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
         carried=tuple(carried),
         trigger_words=trigger_words(metadata),
         metadata=metadata,
-        readable_by=READERS[format][0] if methods <= {"lora", "dora"} else READERS[format][1],
+        readable_by=readers(format, methods),
         **rows,
     )
+
+
+def readers(format: str, methods: Collection[str]) -> tuple[str, ...]:
+    """The programs that read these methods in a format. diffusers drops the magnitudes of a DoRA that is not in its own."""
+    low_rank, others = READERS[format]
+    if not {*methods} <= {"lora", "dora"}:
+        return others
+    return tuple(name for name in low_rank if name != "diffusers" or format == name or "dora" not in methods)
 
 
 def _grouped(

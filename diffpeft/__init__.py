@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "diffpeft.errors": (
         "DiffpeftError CheckpointError UnreadableFileError UnsafeFileError UnknownKeysError MissingKeysError ShapeMismatchError "
-        "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError"
+        "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError "
+        "NothingLearntError"
     ),
     "diffpeft.bundle": "Bundle Entry",
     "diffpeft.llm.auto": (

@@ -15,7 +15,8 @@ DiffpeftError
 |-- AdapterStateError (ValueError)  duplicate name, not attached, busy
 |-- ConfigError (ValueError)        a field, its value, what is allowed
 |-- DataError                       a data set
-`-- DivergedError                   training produced a loss that is not finite
+|-- DivergedError                   training produced a loss that is not finite
+`-- NothingLearntError              training changed nothing
 
 Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
 """
@@ -26,7 +27,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-MAX_MESSAGE, MAX_NAME, MAX_LISTED = 5000, 200, 20
+MAX_NAME, MAX_LISTED = 200, 20
+MAX_LINE, MAX_KNOWN = 1650, 1000  # characters of a line of a message, and of the names that are known in it
 
 
 def shown(name: object) -> str:
@@ -35,22 +37,35 @@ def shown(name: object) -> str:
     return text if len(text) <= MAX_NAME else text[:MAX_NAME] + "...'"
 
 
-def listed(names: Iterable[object]) -> str:
-    """At most 20 names, quoted, and how many more there are."""
+def listed(names: Iterable[object], most: int = MAX_LISTED) -> str:
+    """At most `most` names, quoted, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(map(shown, names[:MAX_LISTED])) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """`Did you mean 'x'?` for the closest known names, or nothing."""
-    known = list(known)
+    """`Did you mean 'x'?` for the closest known names, or nothing. Never the name itself: it did not do."""
+    known = [k for k in known if k != name]
     matches = difflib.get_close_matches(name[:MAX_NAME], known, n=2, cutoff=0.6)
     return f"Did you mean {' or '.join(map(shown, matches))}?" if matches else ""
 
 
+def known_names(known: Iterable[str]) -> str:
+    """All that is known, in order, as far as a message has room for it, and how many more there are."""
+    names, shown_names, room = sorted(known), list[str](), MAX_KNOWN
+    for name in names:
+        room -= len(name) + 2
+        if room < 0 and shown_names:
+            break
+        shown_names.append(name)
+    more = len(names) - len(shown_names)
+    return (", ".join(shown_names) or "none") + (f" and {more} more" if more else "")
+
+
 def _printable(text: object) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))[: MAX_MESSAGE // 3]
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return line if len(line) <= MAX_LINE else line[:MAX_LINE] + "..."
 
 
 class DiffpeftError(Exception):
@@ -67,11 +82,13 @@ class DiffpeftError(Exception):
 
 
 @contextmanager
-def inside(where: object) -> Iterator[None]:
-    """Errors about a file that are raised in this block name it, in front of what in it they name."""
+def inside(where: object, config: bool = False) -> Iterator[None]:
+    """Errors about a file (`config`: about settings and names in it too) that are raised in this block name it, in front of what in it they name."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError, UnknownNameError) as error:
+        if not config and not isinstance(error, CheckpointError):
+            raise
         place = _printable(where)
         if place not in error.where:
             error.where = f"{place}: {error.where}" if error.where else place
@@ -125,7 +142,7 @@ class UnknownNameError(DiffpeftError, ValueError):
     def of(cls, kind: str, name: object, known: Iterable[str], where: object = "") -> UnknownNameError:
         """The usual wording: no `kind` `name`, the near matches, all that is known."""
         known = sorted(known)
-        remedy = f"{near(str(name), known)} Known: {', '.join(known[:MAX_LISTED]) or 'none'}."
+        remedy = f"{near(str(name), known)} Known: {known_names(known)}."
         return cls(f"no {kind} {shown(name)}", where=where, remedy=remedy.strip())
 
 
@@ -143,3 +160,7 @@ class DataError(DiffpeftError):
 
 class DivergedError(DiffpeftError):
     """The training loss is not finite."""
+
+
+class NothingLearntError(DiffpeftError):
+    """After training the adapter changes nothing."""

@@ -11,7 +11,7 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from diffpeft.errors import ConfigError, DiffpeftError, shown
@@ -91,16 +91,33 @@ def _compiled(pattern: str) -> Any:
 
 def match(pattern: str, name: str, *, whole: bool = False) -> Any:
     """`re.match` (`whole`: `re.fullmatch`), in bounded time. Raises ConfigError, or what `limited` says, for a pattern that takes longer or is none."""
+    return _timed(pattern, lambda compiled, left: (compiled.fullmatch if whole else compiled.match)(name, timeout=left))
+
+
+def _timed(pattern: str, use: Callable[[Any, float], Any]) -> Any:
+    """`use(the compiled pattern, the seconds that are left)`."""
     if len(pattern) > MAX_LENGTH:
         check(pattern)
     with _spent() as budget:
         try:
             if budget.left <= 0:
                 raise TimeoutError
-            compiled = _compiled(pattern)
-            return (compiled.fullmatch if whole else compiled.match)(name, timeout=budget.left)
+            return use(_compiled(pattern), budget.left)
         except TimeoutError:
             raise budget.refusal(pattern) from None
+
+
+def replaced(replacements: Mapping[str, str], name: str) -> str:
+    """A name in which the first pattern that is found in it is replaced, everywhere, as `re.sub` does. Raises as `match`."""
+    for pattern, new in replacements.items():
+
+        def replace(compiled: Any, left: float, new: str = new) -> Any:
+            return compiled.subn(new, name, timeout=left)
+
+        found, number = _timed(pattern, replace)
+        if number:
+            return found
+    return name
 
 
 def fullmatch(pattern: str, name: str) -> bool:

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         row = []
         for b in STRENGTHS:
             with diffpeft.adapters(pipe, {"a": a, "b": b}):
-                row.append(pictures(pipe, [args.prompt], seed=0, steps=args.steps, guidance=4.0)[0])
+                row.append(pictures(pipe, [args.prompt], [0], steps=args.steps, guidance=4.0)[0])
         rows.append(np.concatenate(row, axis=1))
     Image.fromarray(np.concatenate(rows)).save(args.out)
 

@@ -38,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -319,6 +320,9 @@ def save(vae: AutoencoderKL, model: nn.ModuleDict, out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out)
+    file = out / "text_encoder" / "model.safetensors"  # in the names that every version of transformers reads
+    tensors = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def draw(folder: Path) -> Image.Image:

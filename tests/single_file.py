@@ -18,7 +18,10 @@ _RESNET = {
 
 def original(pipe: Any) -> dict[str, Tensor]:
     """All weights of a StableDiffusionPipeline under their original names."""
-    text = {f"cond_stage_model.transformer.text_model.{k}": v for k, v in pipe.text_encoder.state_dict().items()}
+    text = {
+        f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v  # older transformers has that level
+        for k, v in pipe.text_encoder.state_dict().items()
+    }
     unet = {f"model.diffusion_model.{_unet_name(k, pipe.unet.config)}": v for k, v in pipe.unet.state_dict().items()}
     vae = {
         f"first_stage_model.{_vae_name(k, len(pipe.vae.config.block_out_channels))}": v

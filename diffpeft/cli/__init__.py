@@ -24,6 +24,7 @@ from diffpeft.cli.train import train
     }
 )
 @click.version_option(version=__version__, prog_name="diffpeft")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks and what libraries print.")
 def cli() -> None:
     """Adapters for diffusion models: train them, draw with them.
 
@@ -36,7 +37,7 @@ def cli() -> None:
     diffpeft inspect FILE                      say what an adapter file is
     diffpeft convert IN OUT --to FORMAT        write it in another format
 
-    Every command takes --debug, which shows tracebacks and what libraries print.
+    Every command takes --debug.
     """
 
 

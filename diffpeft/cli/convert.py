@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
+
+from diffpeft.cli.options import completed
 
 WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris", "xlabs", "onetrainer")
 
 
 @click.command()
-@click.argument("source", metavar="IN")
-@click.argument("out", metavar="OUT")
+@click.argument("source", metavar="IN", type=click.Path())
+@click.argument("out", metavar="OUT", type=click.Path())
 @click.option(
     "--to",
     required=True,
+    shell_complete=completed(WRITTEN),
     help=f"The format: {', '.join(WRITTEN)} (peft is a folder; lycoris holds one component, or in a folder a file for each).",
 )
 @click.option("--family", help="What the adapter is for, if that is not what the file looks like.")
@@ -35,13 +40,19 @@ def convert(
     Example: diffpeft convert style.safetensors style-comfyui.safetensors --to comfyui
     """
     import converters
+    from diffpeft.cli.errors import naming
+    from diffpeft.pipeline.locate import located
 
-    report = converters.convert(source, out, to=to, family=family, format=format_, dtype=dtype, allow=allow)
+    path = source if Path(source).is_dir() else located(source)
+    if Path(out).is_file():
+        click.echo(f"warning: {out} was there, and is replaced", err=True)
+    with naming(out):
+        report = converters.convert(path, out, to=to, family=family, format=format_, dtype=dtype, allow=allow)
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(
         f"{report.format} to {to}, {report.family}: {len(report.mapped)} keys mapped, {len(report.carried)} carried, {report.level}"
     )
     click.echo(out)
-    for path in converters.write_embeddings(source, embeddings) if embeddings else ():
-        click.echo(path)
+    for file in converters.write_embeddings(path, embeddings) if embeddings else ():
+        click.echo(file)

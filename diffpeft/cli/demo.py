@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import click
 
+from diffpeft.cli.options import completed
+from diffpeft.train.method import ADAPTERS
+
 
 @click.command()
-@click.option("--method", default="lora", show_default=True, help="The adapter method.")
+@click.option(
+    "--method", default="lora", show_default=True, shell_complete=completed(ADAPTERS), help="The adapter method."
+)
 @click.option("--steps", type=click.IntRange(min=1), default=700, show_default=True, help="Training steps.")
 @click.option(
     "-o",
@@ -23,11 +28,11 @@ def demo(method: str, steps: int, out: str) -> None:
 
     Example: diffpeft demo -o my-demo
     """
-    from diffpeft.cli.errors import quiet_bars
+    from diffpeft.cli.errors import naming, quiet_bars
     from diffpeft.cli.progress import Progress
     from diffpeft.train import demo as job
 
-    with Progress() as progress:
+    with naming(out), Progress() as progress:
         quiet_bars()
         files = job.demo(out, method, steps, progress)
     for file in files:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -19,6 +21,7 @@ from diffpeft.errors import (
     DataError,
     DiffpeftError,
     DivergedError,
+    NothingLearntError,
     UnknownNameError,
 )
 
@@ -30,6 +33,7 @@ EXIT_CODES: dict[type[DiffpeftError], int] = {
     CannotConvertError: 4,
     AdapterStateError: 4,
     DivergedError: 5,
+    NothingLearntError: 5,
 }
 INTERRUPTED = 130
 
@@ -45,6 +49,11 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         _quieten()
     try:
         return command.main(args, prog_name="diffpeft", standalone_mode=False) or 0
+    except click.NoSuchOption as error:
+        from diffpeft.cli.options import unknown_option
+
+        show(unknown_option(error))
+        return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -55,25 +64,36 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         click.echo(f"Error: {error.strerror or error}\n  in: {error.filename or 'this machine'}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            click.echo(f"  but: {note}", err=True)
         return 1
     except DiffpeftError as error:
         if debug:
             traceback.print_exc()
-        for line in _lines(error):
-            click.echo(line, err=True)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        show(error)
+        return code_of(error)
 
 
-def _lines(error: DiffpeftError) -> list[str]:
-    return [
-        line
-        for line in (
-            f"Error: {error.what}",
-            error.where and f"  in: {error.where}",
-            error.remedy and f"  try: {error.remedy}",
-        )
-        if line
-    ]
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """What is written in this block is `path`: a full disk does not say so."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def code_of(error: DiffpeftError) -> int:
+    """The exit code of an error's kind."""
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def show(error: DiffpeftError) -> None:
+    """An error on stderr: what, where, remedy, a line each."""
+    for label, text in (("Error:", error.what), ("  in:", error.where), ("  try:", error.remedy)):
+        if text:
+            click.echo(f"{label} {text}", err=True)
 
 
 def _quieten() -> None:

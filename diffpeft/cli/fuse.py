@@ -10,13 +10,14 @@ from diffpeft.cli.generate import weighted
 
 
 @click.command()
-@click.option("-m", "--model", help="A diffusers folder. Default: the embedded base.")
+@click.option("-m", "--model", type=click.Path(), help="A diffusers folder. Default: the embedded base.")
 @click.option(
     "--lora",
     "loras",
     multiple=True,
     required=True,
     metavar="FILE[:WEIGHT]",
+    type=click.Path(),
     help="An adapter and its strength; may be repeated, and they act in this order.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(), help="The folder to write, which is new or empty.")
@@ -28,12 +29,12 @@ def fuse(model: str | None, loras: tuple[str, ...], out: str, variant: str | Non
 
     Weights keep their dtype and their files, and memory holds one layer at a time, however large the model.
     """
-    from diffpeft.cli.errors import quiet_bars
+    from diffpeft.cli.errors import naming, quiet_bars
     from diffpeft.pipeline.bake import bake
     from diffpeft.pipeline.open import EMBEDDED
 
     quiet_bars()
-    with click.progressbar(length=1, label="fusing") as bar:
+    with naming(out), click.progressbar(length=1, label="fusing") as bar:
 
         def told(done: int, total: int) -> None:
             bar.length = total

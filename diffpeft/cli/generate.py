@@ -23,13 +23,19 @@ def weighted(text: str) -> tuple[str, float]:
 @click.option(
     "-m",
     "--model",
+    type=click.Path(),
     help="A diffusers folder, a single .safetensors file (with --base), or a Hub id. Default: the embedded base.",
 )
 @click.option("--base", help="The folder or Hub id with the configs and the tokenizer of a single-file model.")
 @click.option("-p", "--prompt", required=True, help="What to draw; may name adapters: <lora:style:0.8>.")
 @click.option("--negative", help="What not to draw.")
 @click.option(
-    "--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="An adapter and its strength; may be repeated."
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    type=click.Path(),
+    help="An adapter and its strength; may be repeated.",
 )
 @click.option(
     "--lora-dir",
@@ -75,10 +81,8 @@ def generate(
     """
     if Path(out).suffix.lower() != ".png":
         raise ConfigError(f"the output is {out!r}", remedy="It is a PNG: its name ends in .png.")
-    import torch
-
     import converters
-    from diffpeft.cli.errors import quiet_bars
+    from diffpeft.cli.errors import naming, quiet_bars
     from diffpeft.io import replacing
     from diffpeft.pipeline.locate import located
     from diffpeft.pipeline.open import check_model, default_device, default_dtype, open_pipeline
@@ -93,6 +97,9 @@ def generate(
         _,
     ) in files:  # headers only: a bad file is told before the model loads, which tells the family where names do not
         converters.read(file, names={})
+
+    import torch
+
     quiet_bars()
     device = default_device()
     pipe = open_pipeline(model, base, dtype=dtype or default_dtype(device), device=device)
@@ -106,7 +113,7 @@ def generate(
         generator=torch.Generator("cpu").manual_seed(seed),
         **{k: v for k, v in chosen.items() if v is not None},
     ).images[0]
-    with replacing(out) as f:
+    with naming(out), replacing(out) as f:
         image.save(f, "PNG")
     click.echo(out)
 

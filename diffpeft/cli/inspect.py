@@ -3,36 +3,88 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
+
+from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError
 
 BAR = 30  # characters
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path())
 @click.option(
     "--json", "as_json", is_flag=True, help="Print every field as JSON: one object, or a list for several files."
 )
 @click.option(
     "--norms", is_flag=True, help="Read the tensors too: norms by block, dead layers, values that are not finite."
 )
-def inspect(files: tuple[str, ...], as_json: bool, norms: bool) -> None:
+@click.pass_context
+def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bool) -> None:
     """Say what adapter files are: format, family, methods, ranks, trigger words, and which programs read them.
+
+    A FILE may be a folder, whose files are shown, a PEFT folder, or a link to the Hub. One that cannot be read does not hide the others.
 
     Example: diffpeft inspect style.safetensors --norms
     """
+    from diffpeft.cli.errors import code_of, show
+
+    shown, codes = [], []
+    for one in _each(files, norms):
+        if isinstance(one, DiffpeftError):
+            show(one)
+            codes.append(code_of(one))
+        elif as_json:
+            shown.append(_plain(asdict(one)))
+        else:
+            _show(one)
+    if as_json and (shown or not codes):
+        click.echo(json.dumps(shown[0] if len(shown) == 1 and not codes else shown, indent=2))
+    if codes:
+        ctx.exit(codes[0])
+
+
+def _each(files: Iterable[str], norms: bool) -> Iterator[Any]:
+    """What each file is, or the error that it gives; those of folders one by one."""
     import converters
 
-    found = [converters.inspect(file, norms=norms) for file in files]
-    if as_json:
-        rows = [_plain(asdict(one)) for one in found]
-        click.echo(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
-        return
-    for one in found:
-        _show(one)
+    for file in files:
+        try:
+            paths = _paths(file)
+        except DiffpeftError as error:
+            yield error
+            continue
+        for path in paths:
+            try:
+                yield converters.inspect(path, norms=norms)
+            except DiffpeftError as error:
+                yield error
+            except OSError as error:
+                yield UnreadableFileError(f"cannot read it: {error.strerror or error}", where=path)
+
+
+def _paths(file: str) -> list[Any]:
+    """The adapters that an argument stands for: a file, a PEFT folder, or the files and PEFT folders in a folder."""
+    import converters
+    from diffpeft.pipeline.locate import PEFT, located
+
+    folder = Path(file)
+    if not folder.is_dir() or (folder / PEFT[1]).is_file():
+        return [folder if folder.is_dir() else located(file)]
+    inside = converters.components_in(folder) or sorted(
+        path for path in folder.iterdir() if path.suffix == ".safetensors" or (path / PEFT[1]).is_file()
+    )
+    if not inside:
+        raise CheckpointError(
+            "the folder holds no .safetensors file",
+            where=folder,
+            remedy="Pass an adapter's file, or a folder with one.",
+        )
+    return list(inside)
 
 
 def _plain(value: Any) -> Any:

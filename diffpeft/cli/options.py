@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
 import click
 
-from diffpeft.train.config import Run, from_toml
+from diffpeft.errors import UnknownNameError, near
+from diffpeft.train.config import PATHS, Run, from_toml, hint
+from diffpeft.train.method import CONFIGS
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
 Command = Callable[..., None]
+
+
+def completed(words: Collection[str]) -> Callable[..., list[str]]:
+    """What a shell completes to one of these words."""
+    return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
+
+
+def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
+    """An option that a command does not have: what it is called here, or the near matches."""
+    command = error.ctx.command if error.ctx else None
+    flags = [o for p in getattr(command, "params", ()) for o in (*p.opts, *p.secondary_opts)]
+    names = {flag[2:]: flag for flag in flags if flag.startswith("--")}
+    called = hint(error.option_name, {name.replace("-", "_") for name in names}, "--")
+    close = near(error.option_name.strip("-"), names)
+    for name, flag in names.items():
+        close = close.replace(f"'{name}'", flag)
+    help_ = f"diffpeft {command.name if command else ''} --help lists them."
+    return UnknownNameError(f"no option {error.option_name}", remedy=called or close or help_)
 
 
 def options_of(kind: type) -> Callable[[Command], Command]:
@@ -24,8 +44,12 @@ def options_of(kind: type) -> Callable[[Command], Command]:
             boolean = type_name == "bool"
             names = [n for n in (_SHORT.get(f.name), f"{flag}/--no-{flag[2:]}" if boolean else flag) if n]
             shown = "" if f.default is None or boolean else f" [default: {f.default}]"
-            type_ = None if boolean else click.Choice(meta["choices"]) if meta["choices"] else _TYPES[type_name]
-            command = click.option(*names, f.name, type=type_, default=None, help=meta["help"] + shown)(command)
+            choice = click.Choice(meta["choices"]) if meta["choices"] else click.Path() if f.name in PATHS else None
+            type_ = None if boolean else choice or _TYPES[type_name]
+            complete = completed(CONFIGS) if f.name == "method" else None
+            command = click.option(
+                *names, f.name, type=type_, default=None, help=meta["help"] + shown, shell_complete=complete
+            )(command)
         return command
 
     return add

@@ -57,6 +57,13 @@ class Progress:
             self.training = time.monotonic()
         self._show()
 
+    def note(self, text: str) -> None:
+        """A line that stays: above the bar on a terminal."""
+        if self.bar:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(f"[{_clock(time.monotonic() - self.start)}] {text}", flush=True)
+
     def step(self, done: int, total: int, loss: float) -> None:
         smooth = loss if done == 1 else 0.95 * self.loss + 0.05 * loss
         self.done, self.total, self.loss = done, total, smooth

@@ -26,13 +26,17 @@ def sft(config: str | None, **typed: Any) -> None:
     options = options_from(SftConfig, config, typed)
 
     from diffpeft.cli.progress import Progress
+    from diffpeft.llm.sft_check import check
 
     with Progress() as progress:
+        progress.phase("looking at the data")
+        checked = check(options)
+
         from diffpeft.cli.errors import quiet_bars
         from diffpeft.llm import sft as job
 
         quiet_bars()
-        run = job.train(options, progress)
+        run = job.train(options, progress, checked)
         progress.phase("writing")
         files = job.save(run)
     for file in files:

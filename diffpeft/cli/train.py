@@ -24,24 +24,36 @@ def train(config: str | None, **typed: Any) -> None:
     options = options_from(TrainConfig, config, typed)
 
     from diffpeft.cli.progress import Progress
+    from diffpeft.train.check import check
 
     with Progress() as progress:
-        from diffpeft.cli.errors import quiet_bars
+        progress.phase("looking at the data")
+        checked = check(options)
+        for line in checked.account.lines():
+            progress.note(line)
+
+        from diffpeft.cli.errors import naming, quiet_bars
         from diffpeft.train import dreambooth, report
 
         quiet_bars()
-        run = dreambooth.train(options, progress)
+        run = dreambooth.train(options, progress, checked)
         progress.phase("writing")
         files = dreambooth.save(run)
-        out = Path(options.out or "")
-        files.append(
-            report.write(
-                out / "report.html",
-                title=f"diffpeft: {run.name}",
-                losses=run.losses,
-                options=run.config.resolved(),
-                files=[*files, out / "report.html"],
+        readers = dreambooth.readers(run, files)
+        page = Path(options.out or "") / "report.html"
+        with naming(page):
+            files.append(
+                report.write(
+                    page,
+                    title=f"diffpeft: {run.name}",
+                    losses=run.losses,
+                    options=run.config.resolved(),
+                    files=[*files, page],
+                    data=run.account.lines(),
+                    readers=readers,
+                )
             )
-        )
+        for name, text in readers.items():
+            progress.note(f"{name}: {text}")
     for file in files:
         click.echo(file)

@@ -55,14 +55,37 @@ def family_of(target: Any) -> str | None:
     return _WIDTHS.get(family or "", {}).get(width, family) if isinstance(width, int) else family
 
 
+def check_trainable(pipeline: str, input_channels: int | None, image_channels: int | None, where: object = "") -> None:
+    """Raise WrongBaseError for a class of pipelines that cannot be trained yet, or a denoiser that reads more than the latents of one image.
+
+    Channels that are not known are None.
+    """
+    classes = dict.fromkeys(name for family in FAMILIES.values() for name in family.pipelines)
+    if pipeline not in classes:
+        raise WrongBaseError(
+            f"a {pipeline} cannot be trained",
+            where=where,
+            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(classes)}.",
+        )
+    if input_channels and image_channels and input_channels != image_channels:
+        raise WrongBaseError(
+            f"its denoiser reads {input_channels} channels and not the {image_channels} of an image: it cannot be trained",
+            where=where,
+            remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
+        )
+
+
 def open_family(pipe: Any) -> Family:
     """The training side of a pipeline. Raises WrongBaseError for one that cannot be trained yet."""
+    denoiser, vae = (getattr(getattr(pipe, part, None), "config", None) for part in ("unet", "vae"))
+    check_trainable(type(pipe).__name__, getattr(denoiser, "in_channels", None), getattr(vae, "latent_channels", None))
     family = family_of(pipe)
     if family not in FAMILIES:
         raise WrongBaseError(
-            f"a {type(pipe).__name__} cannot be trained", remedy=f"The families that can are {', '.join(FAMILIES)}."
+            f"a {type(pipe).__name__} with the text width of {family} cannot be trained",
+            remedy=f"The families that can are {', '.join(FAMILIES)}.",
         )
     return FAMILIES[family](pipe)  # type: ignore[call-arg]
 
 
-__all__ = ["FAMILIES", "Family", "Noised", "family_of", "open_family"]
+__all__ = ["FAMILIES", "Family", "Noised", "check_trainable", "family_of", "open_family"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Noised(NamedTuple):
@@ -20,6 +21,7 @@ class Noised(NamedTuple):
 class Family(Protocol):
     """A pipeline seen from the training side. `denoiser` and `text_encoders` name its components."""
 
+    pipelines: tuple[str, ...]  # the classes that are trained as they are
     denoiser: str
     text_encoders: tuple[str, ...]
     pipe: Any

@@ -5,17 +5,18 @@ x_t = sqrt(a_t) z + sqrt(1 - a_t) n; the target is n, or v = sqrt(a_t) n - sqrt(
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from diffpeft.families.base import Noised
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class StableDiffusion:
     """The training side of a StableDiffusionPipeline."""
 
+    pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
 
@@ -27,11 +28,13 @@ class StableDiffusion:
         self.resolution: int = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.multiple: int = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.down_block_types) - 1)
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the scaled latents, [b, c, h / f, w / f], fp32."""
+        import torch
+
         vae = self.pipe.vae
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        with torch.no_grad():
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return tuple(t.float() * vae.config.scaling_factor for t in (posterior.mean, posterior.std))
 
     def embed(self, prompts: list[str]) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.rows import Rows
-from diffpeft.layers.site import held_forwards, site_of
-from diffpeft.layers.slot import Slot
-from diffpeft.layers.swap import subclass
+from diffpeft.layers.site import held_forwards, is_cast, site_of
+from diffpeft.layers.slot import Slot, at_rest, stamp_of, with_own_dtype
+from diffpeft.layers.swap import sized, subclass
+from diffpeft.methods.linalg import traced, wide_dtype
 
 ADAPTERS, RECORD = "adapters", "_diffpeft"
 _RESERVED = set(dir(nn.ModuleDict()))
@@ -37,6 +38,7 @@ class Record:
     slots: Mapping[str, Slot]
     fused: frozenset[str] = frozenset()  # adapters that are in the weight
     base: Weights | None = None  # what the weight was before, if it was kept
+    sample: Weights | None = None  # of what fusing has put in its place: some numbers by which it is known again
     kept: dict[Any, Any] = field(
         default_factory=dict, init=False
     )  # what was worked out: never more than this record and its layer say
@@ -95,8 +97,10 @@ def state_with(module: nn.Module, record: Record | None, weights: Weights | None
 def enter(module: Any, state: State) -> None:
     """Put a layer into `state`. Plain assignments: given a prepared state it cannot fail."""
     held = held_forwards(module)
-    old = record_of(module)
-    if old is not None and old is not state.record:
+    old, new = record_of(module), state.record
+    if old is not None and old is not new:
+        if new is not None and new.fused == old.fused and FUSED in old.kept:
+            new.kept[FUSED] = old.kept[FUSED]
         old.kept.clear()  # it refers to the layer, which would keep adapters alive until a garbage collection
     module.__class__ = state.cls
     if state.record is None:
@@ -109,8 +113,22 @@ def enter(module: Any, state: State) -> None:
         module.weight.data = state.weights[0]
         if state.weights[1] is not None:
             module.bias.data = state.weights[1]
+        if new is not None and new.fused:
+            new.kept[FUSED] = stamps_of(module)
     for place, key in held:
         place[key] = state.cls.forward.__get__(module)
+
+
+FUSED = "fused"  # where a record keeps how to tell the weights that fusing has put there
+
+
+def stamps_of(module: Any) -> Any:
+    """What stays while a layer has the same parameters with the same numbers in them; None where torch does not count changes."""
+    parameters = module.weight, getattr(module, "bias", None)
+    try:
+        return [None if p is None else (id(p), stamp_of(p)) for p in parameters]
+    except RuntimeError:  # tensors made in inference mode
+        return None
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -145,10 +163,23 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
                 return base.forward(self, *args, **kwargs)
             return link(x.to(dtype) if x.is_floating_point() and site.targets else x)
 
+        def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+            adapters = self._modules.get(ADAPTERS)
+            if adapters is None or not is_cast(self):
+                return base._apply(self, fn, recurse)
+            self._modules[ADAPTERS] = None  # it is the layer that is stored in another dtype, not its adapters
+            try:
+                base._apply(self, fn, recurse)
+            finally:
+                self._modules[ADAPTERS] = adapters
+            adapters._apply(with_own_dtype(fn))
+            return self
+
         def extra_repr(self: Any) -> str:
             return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
 
-        _classes[base] = subclass(base, adapted_class, "_diffpeft_base", forward=forward, extra_repr=extra_repr)
+        members: dict[str, Any] = {"forward": forward, "_apply": _apply, "extra_repr": extra_repr}
+        _classes[base] = subclass(base, adapted_class, "_diffpeft_base", **members, __setattr__=sized(base))
     return _classes[base]
 
 
@@ -181,7 +212,7 @@ def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 def _dtype(module: Any, x: Tensor, site: Any) -> torch.dtype:
     """What the layer computes in: autocast's choice, else the input's, or for a lookup the weight's. A norm only has its weight computed."""
     if not site.targets:
-        return torch.promote_types(module.weight.dtype, torch.float32)
+        return wide_dtype(module.weight.dtype)
     if not x.is_floating_point():
         return module.weight.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -201,7 +232,7 @@ def _link(
     """The layer with the active adapters on it; None if there is none. Kept from one call to the next while the mix is the same."""
     choice = record.mix.current()
     compiling = torch.compiler.is_compiling()
-    keep = not (compiling or rest or named)
+    keep = not (traced() or rest or named)
     lasting = choice.of or choice  # what stays from step to step
     if keep:
         kept = record.kept.get("link")
@@ -212,7 +243,7 @@ def _link(
     link: Whole | Rows | None = None
     if any(prompts):
         op: Any = site(module, *rest, **named)
-        plain = Base(op, lambda x: base.forward(module, x, *rest, **named), dtype, record.kept)
+        plain = Base(op, lambda x: op.forward(base, x), dtype, record.kept)
         link = Rows(plain, prompts, record) if choice.rows else Whole(plain, prompts[0])
     if keep:
         record.kept["link"] = lasting, dtype, link
@@ -253,7 +284,8 @@ def effective(
     assert site is not None
     op: Any = site(module)
     whole, bias = Whole(Base(op, None, dtype, {}, op.canonical(weights[0])), steps), weights[1]
-    W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
+    with at_rest(*(slot for slot, _ in steps)):
+        W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
     if shift is None or bias is None:
         return W, bias if shift is None else shift
     return W, bias.to(shift) + shift.reshape(bias.shape)

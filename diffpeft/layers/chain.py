@@ -15,7 +15,7 @@ from torch import Tensor
 from diffpeft.layers import kernels
 from diffpeft.layers.slot import BIAS, Part, Slot, stamp_of
 from diffpeft.methods import Link, Strength
-from diffpeft.methods.linalg import squares
+from diffpeft.methods.linalg import squares, traced
 
 # One element of a weight that is copied takes as long as so many multiply-adds.
 _PASS = 40
@@ -67,7 +67,7 @@ class Base:
     @property
     def plain(self) -> bool:
         """Whether this is F.linear with a weight that is simply here, so that one node may do it and an adapter."""
-        return self.op.plain and not torch.compiler.is_compiling()
+        return self.op.plain and not traced()
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gate: Any, bias: bool, by: Tensor | None = None) -> Tensor:
         if not self.plain:
@@ -81,7 +81,7 @@ class Base:
     def squares(self, axis: int) -> Tensor:
         """Kept while the weight is frozen and the same."""
         W = self.op.module.weight
-        if self.own is not None or W.requires_grad or self.op.quantised or torch.compiler.is_compiling():
+        if self.own is not None or W.requires_grad or self.op.quantised or traced():
             return squares(self.weight(), axis)
         stamp = stamp_of(W)
         kept = self.kept.get(axis)

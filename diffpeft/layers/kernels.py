@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffpeft.methods.linalg import traced
+
 _CACHE = 2**15  # numbers that stay in the cache
 
 
 def eager(*tensors: Tensor) -> bool:
-    """Whether a node may be made of these: nothing is compiled, and they are of one dtype."""
-    return not torch.compiler.is_compiling() and len({t.dtype for t in tensors}) == 1
+    """Whether a node may be made of these: nothing is traced, and they are of one dtype."""
+    return not traced() and len({t.dtype for t in tensors}) == 1
 
 
 def _added(y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool, into: bool) -> Tensor:
@@ -57,7 +59,7 @@ class _Add(torch.autograd.Function):
 
 def add(y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool, into: bool) -> Tensor:
     """y + gate * B h (see `_added`). `into`: y is a fresh, contiguous result that nothing has saved, and may be written into."""
-    if into and not torch.compiler.is_compiling():
+    if into and not traced():
         return _Add.apply(y, h, B, gate, last)
     return _added(y, h, B, gate, last, into=False)
 
@@ -176,10 +178,12 @@ class _KronLinear(torch.autograd.Function):
     def mixed(x: Tensor, first: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
         """x in slices, through `down` -> [c, n r], and mixed -> [a, n, r]."""
         a, c = first.shape
-        h = x.reshape(-1, x.shape[-1] // c)
+        n = math.prod(x.shape[:-1])
+        h = x.reshape(n * c, x.shape[-1] // c)
         h = h if down is None else h @ down.t()
-        h = h.view(-1, c, h.shape[1]).transpose(0, 1).reshape(c, -1)
-        return h, (first @ h).view(a, -1, h.shape[1] // (x.numel() // x.shape[-1]))
+        r = h.shape[1]
+        h = h.view(n, c, r).transpose(0, 1).reshape(c, n * r)
+        return h, (first @ h).view(a, n, r)
 
     @staticmethod
     def forward(
@@ -209,7 +213,7 @@ class _KronLinear(torch.autograd.Function):
         flat, blocks = g.reshape(-1, g.shape[-1]), _apart(g, a)
         gx = gfirst = gdown = None
         if needs[0] or needs[3] or needs[4]:
-            gmixed = torch.bmm(blocks, (up * ctx.gate).expand(a, f, r)).view(a, -1)
+            gmixed = torch.bmm(blocks, (up * ctx.gate).expand(a, f, r)).flatten(1)
             gfirst = gmixed @ h.t() if needs[3] else None
             gh = (first.t() @ gmixed).view(c, -1, r)
             if needs[4]:

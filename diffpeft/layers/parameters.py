@@ -65,6 +65,14 @@ class Factors(Patch):
             self.base_layer = Factors(tuple(inner), tensors, scales)
         self.lora_A, self.lora_B = map(_Matrix, tensors[self.stack.name])
 
+    def stack_of(self, name: str) -> Stack:
+        """How a parameter is seen."""
+        return self.stack if name == self.stack.name else self.base_layer.stack_of(name)
+
+    def place_of(self, name: str) -> str:
+        """What is before the names of a parameter's factors: a level for each parameter that lies outside."""
+        return "" if name == self.stack.name else f"base_layer.{self.base_layer.place_of(name)}"
+
     def changed(self, name: str, W: Tensor, s: float) -> Tensor:
         if name != self.stack.name:
             return self.base_layer.changed(name, W, s)

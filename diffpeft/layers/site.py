@@ -5,8 +5,10 @@ A site lends methods the layer's operation (`methods.base.Op`) and gives its wei
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +50,10 @@ class _Site:
     @property
     def bias(self) -> Tensor | None:
         return getattr(self.module, "bias", None)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        """The layer without adapters, as its class `base` computes it."""
+        return base.forward(self.module, x, *self.rest, **self.named)
 
     def weight(self) -> Tensor:
         """The layer's weight seen as [out, in / groups, *kernel]; for quantised layers a copy."""
@@ -145,16 +151,41 @@ class QuantisedSite(LinearSite):
     kinds = (("bitsandbytes.nn.modules", "Linear8bitLt"), ("bitsandbytes.nn.modules", "Linear4bit"))
     quantised = True
 
+    @property
+    def _packed(self) -> bool:
+        """Whether 4-bit numbers lie as bitsandbytes' product for inference wants them, on CPUs that have it; it knows no gradients."""
+        return getattr(getattr(self.module.weight, "quant_state", None), "packing_format_for_cpu", False)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        if self._packed and torch.is_grad_enabled() and x.requires_grad:
+            return self.op(x, self.weight().to(x.dtype), True)
+        return super().forward(base, x)
+
     def weight(self) -> Tensor:
         import bitsandbytes.functional as bnb
 
         weight = self.module.weight
         if getattr(weight, "quant_state", None) is not None:
-            return bnb.dequantize_4bit(weight.data, weight.quant_state)
+            data, state = weight.data, weight.quant_state
+            if self._packed:
+                data, state = bnb._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+            return bnb.dequantize_4bit(data, state)
         # before the first forward the parameter holds the scales, afterwards the matrix-product state does
         scales = weight.SCB if weight.SCB is not None else self.module.state.SCB
         data = weight.data if weight.CB is None else weight.CB
         return bnb.int8_vectorwise_dequant(data, scales)
+
+
+class GGUFSite(LinearSite):
+    """diffusers' GGUFLinear, whose weight is a GGUF file's blocks of numbers: W is dequantised where a method needs it, and cannot be written back."""
+
+    kinds = (("diffusers.quantizers.gguf.utils", "GGUFLinear"),)
+    quantised = True
+
+    def weight(self) -> Tensor:
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+        return dequantize_gguf_tensor(self.module.weight).to(self.module.compute_dtype)
 
 
 class TransposedLinearSite(LinearSite):
@@ -243,18 +274,18 @@ class ConvSite(_Site):
     def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
         lead = x.shape[: self._axis(x)]
         y = self._convolve(x.reshape(-1, self.geometry.in_ // n, *x.shape[len(lead) + 1 :]), weight, None)
-        return y.reshape(*lead, -1, *y.shape[2:])
+        return y.reshape(*lead, y.shape[1] * n, *y.shape[2:])
 
     def blocks(self, t: Tensor, matrices: Tensor) -> Tensor:
         n, b, c = matrices.shape
         lead, space = t.shape[: self._axis(t)], t.shape[self._axis(t) + 1 :]
-        return (matrices.mT @ t.reshape(*lead, n, b, -1)).reshape(*lead, n * c, *space)
+        return (matrices.mT @ t.reshape(*lead, n, b, math.prod(space))).reshape(*lead, n * c, *space)
 
     def mix(self, t: Tensor, matrix: Tensor) -> Tensor:
         m, n = matrix.shape
         lead, space = t.shape[: self._axis(t)], t.shape[self._axis(t) + 1 :]
         f = t.shape[self._axis(t)] // n
-        return (matrix @ t.reshape(*lead, n, -1)).reshape(*lead, m * f, *space)
+        return (matrix @ t.reshape(*lead, n, f * math.prod(space))).reshape(*lead, m * f, *space)
 
     def butterfly(self, t: Tensor, sizes: tuple[int, ...], stages: Sequence[tuple[int, Tensor]]) -> Tensor:
         flat = t.reshape(-1, t.shape[self._axis(t)], math.prod(t.shape[self._axis(t) + 1 :]))
@@ -364,7 +395,16 @@ class NormSite(_Site):
         return y + by.to(y.dtype).view((-1, *(1 for _ in y.shape[2:])) if second else self.module.weight.shape)
 
 
-SITES = (QuantisedSite, LinearSite, TransposedLinearSite, EmbeddingSite, ConvSite, TransposedConvSite, NormSite)
+SITES = (
+    QuantisedSite,
+    GGUFSite,
+    LinearSite,
+    TransposedLinearSite,
+    EmbeddingSite,
+    ConvSite,
+    TransposedConvSite,
+    NormSite,
+)
 
 
 def site_of(cls: type[nn.Module]) -> type[_Site] | None:
@@ -400,15 +440,62 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
         return "an adapter trains a copy of it as a whole (modules_to_save)"
     if "parametrizations" in module._modules:
         return "it is parametrised"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "it is lazy and has no shape yet (run the model once first)"
     if not isinstance(weight, Tensor) or not (weight.is_floating_point() or (site and site.quantised)):
         return "its weight is quantised in a way that is not known here"
     if vars(module).get("max_norm") is not None:
         return "it renormalises its weight in every forward (max_norm)"
-    if getattr(vars(module).get("_diffusers_hook"), "hooks", None):
-        return "diffusers' hooks are on it (load adapters before group offloading or layerwise casting is enabled)"
+    if unknown := {*diffusers_hooks(module)} - _KNOWN_HOOKS:
+        return f"diffusers' hook {min(unknown)} is on it (load adapters before it is enabled)"
     if "forward" in vars(module) and not held_forwards(module):
         return "another library has replaced its forward"
     return ""
+
+
+# they hold a layer's weights elsewhere, or in another dtype, between calls
+CASTING = "layerwise_casting"
+_OFFLOADING = frozenset({"group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"})
+STORING_HOOKS = _OFFLOADING | {CASTING}
+_KNOWN_HOOKS = STORING_HOOKS | {"peft_input_autocast_disable"}
+
+
+def diffusers_hooks(module: nn.Module) -> Mapping[str, Any]:
+    """The hooks of diffusers that are on a module, by name."""
+    return getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+
+
+def is_cast(module: nn.Module) -> bool:
+    """Whether diffusers stores a layer in another dtype than it computes in, or is about to."""
+    if CASTING in diffusers_hooks(module):
+        return True
+    frame = sys._getframe(1)  # the hook is put on the layer after it has cast it for the first time
+    for _ in range(4):
+        if (
+            frame.f_code.co_name == "initialize_hook"
+            and type(frame.f_locals.get("self")).__name__ == "LayerwiseCastingHook"
+        ):
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def computing_dtype(module: Any) -> torch.dtype:
+    """The dtype that a layer computes in, as far as its weight and diffusers' casting tell."""
+    if hook := diffusers_hooks(module).get(CASTING):
+        return hook.compute_dtype
+    dtype = module.weight.dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float16
+
+
+def reapply_offloading(model: nn.Module, changed: Iterable[nn.Module]) -> None:
+    """Let diffusers' group offloading, if it is on a model, know the tensors that some of its layers have now."""
+    if any(_OFFLOADING & {*diffusers_hooks(module)} for module in (model, *changed)):
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+        _maybe_remove_and_reapply_group_offloading(model)
 
 
 def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:

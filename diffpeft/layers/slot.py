@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffpeft.bundle import Handle
 from diffpeft.methods import METHODS, Spec
+from diffpeft.methods.linalg import traced
 
 Result = TypeVar("Result")
 BIAS = "diff_b"  # a trainable change of the layer's bias, whatever the method
@@ -124,7 +126,7 @@ class Slot(nn.Module):
     def prepared(self, part: Part, dtype: torch.dtype) -> dict[str, Tensor]:
         """The part's tensors, prepared and in the dtype of the computation. Kept for frozen adapters where no gradient is asked for."""
         p = self.tensors_of(part)
-        keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or self._hooked)
+        keep = not (torch.is_grad_enabled() or self.training or traced() or self._hooked)
         key = (part.roles, dtype)
         if keep:
             stamp = [stamp_of(t) for t in p.values()]
@@ -151,8 +153,12 @@ class Slot(nn.Module):
         return not (self._hooked or self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
+        """Follows where its layer goes, and what dtype it is given, but for float8: that is for storing a base, and would round an adapter away."""
         self._kept.clear()
-        return super()._apply(fn, recurse)
+        return super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)
+
+    def _holds(self, fn: Any) -> bool:
+        return fn(self.weight.new_empty(0)).dtype not in _FLOAT8
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}
@@ -166,6 +172,29 @@ class Slot(nn.Module):
             if part.additive:
                 words += [f"scale={part.method.scale(p, part.spec):g}"]
         return ", ".join(words)
+
+
+@contextlib.contextmanager
+def at_rest(*slots: Slot) -> Iterator[None]:
+    """These adapters as they are in evaluation: no dropout decides what they do."""
+    training = [slot.training for slot in slots]
+    for slot in slots:
+        slot.training = False
+    try:
+        yield
+    finally:
+        for slot, was in zip(slots, training, strict=True):
+            slot.training = was
+
+
+_FLOAT8 = frozenset(
+    dtype for name in dir(torch) if name.startswith("float8") and isinstance(dtype := getattr(torch, name), torch.dtype)
+)
+
+
+def with_own_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module.to` applies to each tensor, without a change of dtype: only where tensors go."""
+    return lambda t: t.to(fn(t.new_empty(0)).device)
 
 
 def pieces_of(slot: Slot) -> tuple[Piece, ...]:

@@ -2,8 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from diffpeft.errors import AdapterStateError
+
+SIZES = ("num_embeddings", "out_features")  # attributes of a table or a head that count its rows
+_here = threading.local()  # `resizing`, in this thread's blocks
+
+
+@contextlib.contextmanager
+def resizing() -> Iterator[None]:
+    """Inside this block (of this thread) tables with adapters may be given another number of rows: whoever opens it sees to the adapters."""
+    before, _here.resizing = getattr(_here, "resizing", False), True
+    try:
+        yield
+    finally:
+        _here.resizing = before
+
+
+def sized(base: Any) -> Callable[[Any, str, Any], None]:
+    """`__setattr__` of a class on top of `base` that notices transformers giving a module other rows, which its adapters do not have.
+
+    At that moment the weight has them already; what was added to it is taken off again.
+    """
+
+    def set_(self: Any, name: str, value: Any) -> None:
+        old = self.__dict__.get(name) if name in SIZES else None
+        if old is not None and old != value and not getattr(_here, "resizing", False):
+            for holder in (self, getattr(self, "__dict__", {}).get("_parameters")):
+                weight = holder.weight if holder is self else (holder or {}).get("weight")
+                if weight is not None and len(weight) > old:
+                    weight.data = weight.data[:old].clone()
+            raise AdapterStateError(
+                f"a {base.__name__} that carries adapters would get {value} rows instead of {old}",
+                remedy="Call resize_token_embeddings of the PeftModel, or before adapters are on the embeddings.",
+            )
+        base.__setattr__(self, name, value)
+
+    return set_
 
 
 def subclass(base: Any, made: Callable[[Any], type], mark: str, pickles: bool = True, **members: Any) -> type:

@@ -21,6 +21,7 @@ class Tokens(Patch):
     """
 
     names = ("weight",)
+    shows = True
 
     def __init__(self, index: Sequence[int], delta: Tensor):
         super().__init__()
@@ -37,6 +38,9 @@ class Tokens(Patch):
     def rows(self) -> Tensor:
         """Which rows of the table they are."""
         return self.index  # type: ignore[return-value]
+
+    def overlaps(self, other: Any) -> bool:
+        return bool(torch.isin(self.rows, other.rows).any())
 
     def place(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens of x are among the rows, and (anything for others) where."""

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffpeft.errors import ConfigError, UnsafeFileError, shown
-from diffpeft.llm.peft_model import MODELS, PeftModel
+from diffpeft.llm.peft_model import MODELS, PeftModel, foreign, mapping_of
 from diffpeft.methods.peft_config import PeftConfig, TaskType
-
-_LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
 
 
 class AutoPeftModel:
@@ -44,15 +42,17 @@ class AutoPeftModel:
                 where=os.fspath(pretrained_model_name_or_path),
                 remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
             )
-        if cls.task is not None and config.task_type != cls.task:
+        if cls.task is not None and config.task_type not in (None, cls.task):
             raise ConfigError(
                 f"Expected target PEFT class: {MODELS[cls.task].__name__}, but the adapter's task type is {shown(config.task_type)}",
                 remedy=f"Use {_auto_of(config.task_type)}.",
             )
+        own = {name: kwargs.pop(name) for name in ("autocast_adapter_dtype",) if name in kwargs}
         made = cls._base_class(config)
         base = made.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
         _fit_vocabulary(base, pretrained_model_name_or_path)
-        return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config)
+        wrapper = MODELS.get(cls.task, PeftModel)
+        return wrapper.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
 
     @classmethod
     def _base_class(cls, config: Any) -> Any:
@@ -61,14 +61,15 @@ class AutoPeftModel:
         auto = _AUTOS.get(config.task_type)
         if auto is not None:
             return getattr(transformers, auto.base)
-        mapping = config.auto_mapping or {}
-        library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
+        library, name = mapping_of(config)
+        if cls.base and (not name or foreign(library)):
+            return getattr(transformers, cls.base)
         if not name:
             raise ConfigError(
                 "the adapter's config has neither a task_type nor an auto_mapping",
                 remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
             )
-        if library.partition(".")[0] not in _LIBRARIES:
+        if foreign(library):
             raise UnsafeFileError(
                 f"the config wants code of {shown(library)} to be imported",
                 remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",

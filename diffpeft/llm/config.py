@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from converters.formats.schema import check_fields
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from diffpeft.llm.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from diffpeft.llm.prefix_tuning import PrefixTuningConfig
@@ -46,3 +47,4 @@ def fetch(repository: str, name: str, subfolder: str | None = None, **options: A
 
 
 PeftConfig.fetch = staticmethod(fetch)
+PeftConfig.check = staticmethod(check_fields)

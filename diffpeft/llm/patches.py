@@ -29,6 +29,7 @@ from diffpeft.layers.patches import Patch, Patches
 from diffpeft.layers.site import held_forwards, refusal
 from diffpeft.layers.tokens import Tokens
 from diffpeft.layers.whole import base_of, copies_of
+from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.peft_config import PeftType
 from diffpeft.model.target import modules_of
@@ -96,7 +97,21 @@ def _tokens(model: Any, config: Any, rows: Any) -> Found:
             if other is not None and _index(other[1]) != list(own):
                 raise ConfigError(f"{shown(where)} is named twice, with other indices", remedy="Name it once.")
             found[where] = module, Tokens(own, _rows(where, module, own))
+    if getattr(config, "ensure_weight_tying", False):
+        _check_rows_alike(model, found)
     return _tied(model, found)
+
+
+def _check_rows_alike(model: Any, found: Found) -> None:
+    """Raise ConfigError if tied modules would have other rows each."""
+    ties = tied_to_embedding(model)
+    rows = {where: _index(found[where][1]) for where in (*ties.values(), *ties) if where in found}
+    if any(index != next(iter(rows.values())) for index in rows.values()):
+        raise ConfigError(
+            "Cannot ensure weight tying when different token indices are specified for tied layers",
+            where=", ".join(f"{where}: {index}" for where, index in rows.items()),
+            remedy="Use the same indices for all tied layers or set ensure_weight_tying=False.",
+        )
 
 
 def _input_embeddings(model: Any) -> str:
@@ -115,7 +130,7 @@ def _named(model: nn.Module, name: str) -> dict[str, Any]:
             f"trainable_token_indices names {shown(name)}, which no module is called", remedy=near(name, ends)
         )
     for where, module in found.items():
-        if not isinstance(module, (nn.Embedding, nn.Linear)) or not module.weight.is_floating_point():
+        if not isinstance(module, (nn.Embedding, nn.Linear)) or not _weight(module).is_floating_point():
             raise ConfigError(
                 f"trainable_token_indices names {shown(where)}, a {base_of(module).__name__}",
                 remedy="Rows of embeddings are trained, and of heads that share their weight.",
@@ -125,7 +140,8 @@ def _named(model: nn.Module, name: str) -> dict[str, Any]:
 
 def _rows(where: str, module: Any, index: Any) -> Tensor:
     """The rows as they are, in fp32."""
-    total = module.weight.shape[0]
+    weight = _weight(module)
+    total = len(weight)
     index = index if isinstance(index, (list, tuple)) else [index]
     wrong = [i for i in index if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < total]
     if wrong or len(set(index)) < len(index) or not index:
@@ -133,7 +149,12 @@ def _rows(where: str, module: Any, index: Any) -> Tensor:
             f"trainable_token_indices of {shown(where)}: {shown(wrong or list(index))}",
             remedy=f"They are different whole numbers from 0 to {total - 1}, at least one.",
         )
-    return module.weight.detach()[torch.tensor(list(index), device=module.weight.device)].float()
+    return weight.detach()[torch.tensor(list(index), device=weight.device)].float()
+
+
+def _weight(module: Any) -> Tensor:
+    """A module's own weight, whatever other adapters make of it."""
+    return module._parameters["weight"]
 
 
 def _tied(model: Any, found: Found) -> Found:
@@ -143,7 +164,7 @@ def _tied(model: Any, found: Found) -> Found:
     if source is None:
         return found
     where, patch = source
-    same = modules_of(model, lambda m: isinstance(m, (nn.Embedding, nn.Linear)) and m.weight is table.weight)
+    same = modules_of(model, lambda m: isinstance(m, (nn.Embedding, nn.Linear)) and _weight(m) is _weight(table))
     tied = {n: (m, patch) for n, (m, _) in same.items() if n not in found or _index(found[n][1]) == _index(patch)}
     return {where: (table, patch), **{n: own for n, own in found.items() if n not in tied}, **tied}
 

@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from converters.formats.peft import FILE, PREFIX, WEIGHTS
-from diffpeft import io
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
-from diffpeft.llm import state
+from diffpeft import io, patterns
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft.llm import renames, state
+from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
@@ -70,7 +71,8 @@ class PeftModel(Passing, Counted, nn.Module):
         super().__init__()
         check_name(adapter_name)
         self._adopt(model, peft_config)
-        self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True)
+        precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
+        self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True, precision=precision)
         self._checkpoint()
 
     def _adopt(self, model: nn.Module, config: Any) -> None:
@@ -148,8 +150,15 @@ class PeftModel(Passing, Counted, nn.Module):
         """The user's model, with the adapters on it."""
         return self.tuner.inner
 
-    def add_adapter(self, adapter_name: str, peft_config: Any = None, **_: Any) -> None:
-        """Add a fresh adapter, inactive. Without a config: one like the active adapter's."""
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Any = None,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **_: Any,
+    ) -> None:
+        """Add a fresh adapter, inactive. Without a config: one like the active adapter's. The other options as in `get_peft_model`."""
         peft_config = PeftConfig.of(self.active_peft_config if peft_config is None else peft_config)
         if adapter_name in self.peft_config:
             raise AdapterStateError(
@@ -160,7 +169,8 @@ class PeftModel(Passing, Counted, nn.Module):
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {peft_config.peft_type}.",
                 remedy="Prompts and adapters on layers need a PeftModel each.",
             )
-        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(peft_config)), active=False)
+        precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
+        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(peft_config)), active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -295,9 +305,17 @@ class PeftModel(Passing, Counted, nn.Module):
         is_trainable: bool = False,
         config: Any = None,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
+
+        Args:
+            autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
+            low_cpu_mem_usage: changes nothing: tensors go straight from the file to their place.
+            key_mapping: {expression: replacement} for the file's keys beyond `base_model.model.`, the first that is found in a key; by default the
+                model's `_checkpoint_conversion_mapping`, if it has one.
 
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
@@ -305,6 +323,7 @@ class PeftModel(Passing, Counted, nn.Module):
         config, folder = (
             state.adapter_at(model_id, **kwargs) if config is None else (config, state.located(model_id, **kwargs))
         )
+        _warn_foreign(config, model, folder.where)
         made = MODELS.get(config.task_type, cls) if config.task_type else cls
         made = cls if issubclass(cls, made) else made
         config.inference_mode = not is_trainable
@@ -319,6 +338,8 @@ class PeftModel(Passing, Counted, nn.Module):
             folder,
             trainable=is_trainable,
             active=True,
+            precision=Precision(autocast_adapter_dtype),
+            key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) if key_mapping is None else key_mapping,
         )
         self._checkpoint()
         return self if is_trainable else self.eval()
@@ -330,15 +351,28 @@ class PeftModel(Passing, Counted, nn.Module):
         is_trainable: bool = False,
         torch_device: Any = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Incompatible:
-        """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already."""
+        """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
         if adapter_name in self.peft_config:
-            result = self.tuner.overwrite(adapter_name, state.tensors_in(state.located(model_id, **kwargs)))
+            tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
+            result = self.tuner.overwrite(adapter_name, tensors)
         else:
             config, folder = state.adapter_at(model_id, **kwargs)
+            _warn_foreign(config, self.get_base_model(), folder.where)
             config.inference_mode = not is_trainable
-            lost = self.tuner.load(adapter_name, self._with_heads(config), folder, trainable=is_trainable, active=False)
+            lost = self.tuner.load(
+                adapter_name,
+                self._with_heads(config),
+                folder,
+                trainable=is_trainable,
+                active=False,
+                precision=Precision(autocast_adapter_dtype),
+                key_mapping=key_mapping,
+            )
             result = Incompatible(lost, [], [])
         if not is_trainable:
             self.eval()
@@ -381,6 +415,29 @@ class PeftModelForFeatureExtraction(PeftModel):
     task = TaskType.FEATURE_EXTRACTION
 
 
+_LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
+
+
+def mapping_of(config: Any) -> tuple[str, str]:
+    """The library and the class that a config's `auto_mapping` names; empty where it names none."""
+    mapping = config.auto_mapping or {}
+    return str(mapping.get("parent_library") or ""), str(mapping.get("base_model_class") or "")
+
+
+def foreign(library: str) -> bool:
+    """Whether a library that a config names is not to be imported."""
+    return library.partition(".")[0] not in _LIBRARIES
+
+
+def _warn_foreign(config: Any, model: nn.Module, where: str) -> None:
+    """Say which library a config names that is neither known nor the model's own. It is not imported."""
+    library, _ = mapping_of(config)
+    if library and foreign(library) and library != _plain_class(model).__module__:
+        warnings.warn(
+            f"{where}: auto_mapping names {shown(library)}, which is unknown here and is not imported", stacklevel=4
+        )
+
+
 MODELS: dict[Any, type[PeftModel]] = {cls.task: cls for cls in PeftModel.__subclasses__()}
 
 
@@ -399,6 +456,10 @@ def get_peft_model(
     low_cpu_mem_usage: bool = False,
 ) -> Any:
     """A model with a fresh, trainable adapter, wrapped as its config's task type says. The base is frozen.
+
+    Args:
+        autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
+        low_cpu_mem_usage: make its tensors on the meta device, until they are loaded.
 
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
@@ -421,7 +482,7 @@ def get_peft_model(
             stacklevel=2,
         )
     made = MODELS.get(peft_config.task_type, PeftModel) if peft_config.task_type else PeftModel
-    return made(model, peft_config, adapter_name)
+    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def inject_adapter_in_model(
@@ -431,11 +492,14 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name."""
+    """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name.
+
+    The adapter has the base's dtype. `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
+    """
     peft_config = PeftConfig.of(peft_config)
     if state_dict is not None:
         peft_config = state.targeting(peft_config, state_dict)
-    inject(model, peft_config, adapter_name, active=True)
+    inject(model, peft_config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
     return model
 
 
@@ -471,7 +535,16 @@ def set_peft_model_state_dict(
     return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
 
 
-def load_peft_weights(model_id: str | os.PathLike[str], device: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-    """{key: tensor} of an adapter's folder or repository on the Hub, on `device`. Raises CheckpointError and its kin."""
-    tensors = state.tensors_in(state.located(model_id, **kwargs))
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: Any = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """{key: tensor} of an adapter's folder or repository on the Hub, on `device`. Raises CheckpointError and its kin.
+
+    `key_mapping` {expression: replacement} renames keys beyond their `base_model.model.`: the first that is found in a key.
+    """
+    with patterns.limited(ConfigError, "key_mapping"):
+        tensors = renames.mapped(state.tensors_in(state.located(model_id, **kwargs)), key_mapping)
     return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from converters.opening import Opened
-from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError
+from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
 from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompts import PROMPTS, Prompts
 from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
 from diffpeft.llm.tuner import known, named, trainable
 from diffpeft.model.attach import Plan, copy_wholes
-from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, forced
+from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
 from diffpeft.model.target import modules_of
 
 PREFIX = "base_model."  # of whole modules in PEFT's files of prompts
@@ -48,8 +48,8 @@ class PromptTuner(Prompts):
         names = self.active_adapters
         return names[0] if names else []
 
-    def inject(self, name: str, config: Any, *, active: bool) -> None:
-        """Add a fresh adapter. Anything wrong: nothing is added."""
+    def inject(self, name: str, config: Any, *, active: bool, precision: Any = None) -> None:
+        """Add a fresh adapter, in float32 as PEFT's. Anything wrong: nothing is added."""
         check_name(name)
         encoder = self.add(name, config)
         try:
@@ -107,7 +107,7 @@ class PromptTuner(Prompts):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone, for this thread inside this block."""
-        with forced({self.mix.key: Choice()}):
+        with forced(claim({self.mix.key: Choice()})):
             yield
 
     def call(self, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -165,8 +165,22 @@ class PromptTuner(Prompts):
                     remedy="Load it for the same model, with the config that it was saved with.",
                 )
 
-    def load(self, name: str, config: Any, folder: Opened, *, trainable: bool, active: bool) -> list[str]:
-        """Add the adapter in a folder; nothing is missing then."""
+    def load(
+        self,
+        name: str,
+        config: Any,
+        folder: Opened,
+        *,
+        trainable: bool,
+        active: bool,
+        precision: Any = None,
+        key_mapping: Any = None,
+    ) -> list[str]:
+        """Add the adapter in a folder; nothing is missing then. Its few keys are never renamed."""
+        with inside(folder.where, config=True):
+            return self._load(name, config, folder, trainable, active)
+
+    def _load(self, name: str, config: Any, folder: Opened, trainable: bool, active: bool) -> list[str]:
         if trainable:
             raise ConfigError(
                 "Cannot set a prompt learning adapter to trainable when loading pretrained adapter.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,21 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffpeft.errors import CheckpointError, ConfigError, UnknownNameError
+from diffpeft.errors import CheckpointError
 from diffpeft.io import replacing
 from diffpeft.llm import texts
 from diffpeft.llm.kbit import prepare_model_for_kbit_training
 from diffpeft.llm.peft_model import get_peft_model
+from diffpeft.llm.sft_check import GGUF, Rows, check
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.llm.texts import IGNORED, Example
 from diffpeft.methods.peft_config import TaskType
-from diffpeft.pipeline.open import DTYPES, check_exists, default_device, default_dtype, not_loaded
+from diffpeft.model.target import targets_of
+from diffpeft.pipeline.open import default_device, default_dtype, dtype_of, not_loaded, whole_model
 from diffpeft.train import draw, report
+from diffpeft.train.config import target_names
 from diffpeft.train.loop import Schedule, fit
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.outcome import check_rank, check_room, kept, refuse_unlearnt
 from diffpeft.train.watch import Quiet, Watch
 
-GGUF = ".gguf"
 ANSWER = 48  # tokens of an answer that is shown in the report
 Sequences = Sequence[Sequence[Example]]
 
@@ -48,13 +50,13 @@ class Run:
     seconds: float
 
 
-def train(config: SftConfig, watch: Watch | None = None) -> Run:
-    """Train an adapter. Writes nothing; `save` does.
+def train(config: SftConfig, watch: Watch | None = None, checked: Rows | None = None) -> Run:
+    """Train an adapter. Writes nothing; `save` does. `checked` are the rows, where `check` has been asked for them already.
 
-    Raises ConfigError, DataError, CheckpointError, UnknownNameError or DivergedError.
+    Raises ConfigError, DataError, CheckpointError, UnknownNameError, DivergedError or NothingLearntError.
     """
     watch, start = watch or Quiet(), time.perf_counter()
-    rows, held_rows = check(config)
+    rows, held_rows = checked or check(config)
     device = default_device()
     config = replace(
         config, dtype=config.dtype or default_dtype(device), alpha=config.rank if config.alpha is None else config.alpha
@@ -74,14 +76,17 @@ def train(config: SftConfig, watch: Watch | None = None) -> Run:
         loss_before, before = measure()
         watch.phase("training")
         model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        check_room(config.output(), trained, 1)
         losses = fit(
-            [p for p in model.parameters() if p.requires_grad],
+            trained,
             lambda step: loss.parts(drawn(config, sequences, step), config.batch_size),
             Schedule(config.lr, config.steps, config.warmup, config.lr_scheduler),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             on_step=lambda done, loss: watch.step(done, config.steps, loss),
         )
+        refuse_unlearnt([model.get_base_model()], model.active_adapter)
         loss_after, after = measure()
     return Run(
         config,
@@ -95,23 +100,6 @@ def train(config: SftConfig, watch: Watch | None = None) -> Run:
     )
 
 
-def check(config: SftConfig) -> tuple[list[texts.Row], list[texts.Row]]:
-    """All checks that need no model; the rows to train on and those to measure on."""
-    config.validate()
-    if config.method not in CONFIGS:
-        raise UnknownNameError.of("method", config.method, CONFIGS)
-    config.output()
-    model = str(config.model)
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise CheckpointError("this folder holds no language model (no config.json)", where=model)
-    check_exists(model, "Pass a folder with a language model, a .gguf file or a Hub id (owner/name).")
-    if Path(model).suffix == GGUF and config.quantize:
-        raise ConfigError(
-            "quantize with a .gguf file", remedy="Save the model as a folder first, or leave --quantize out."
-        )
-    return texts.read(str(config.data)), texts.read(config.heldout) if config.heldout else []
-
-
 def open_model(config: SftConfig, device: str) -> tuple[Any, Any]:
     """The tokenizer and the model. Raises CheckpointError if they cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,13 +107,13 @@ def open_model(config: SftConfig, device: str) -> tuple[Any, Any]:
     source = Path(str(config.model))
     gguf = {"gguf_file": source.name} if source.suffix == GGUF else {}
     where = str(source.parent if gguf else source) if source.exists() else str(config.model)
-    dtype = DTYPES[str(config.dtype)]
+    dtype = dtype_of(str(config.dtype))
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, **gguf, **_quantised(config, dtype, device)
+        model = whole_model(
+            AutoModelForCausalLM, where, "the model", dtype=dtype, **gguf, **_quantised(config, dtype, device)
         )
-    except (MemoryError, NotImplementedError):
+    except (MemoryError, NotImplementedError, CheckpointError):
         raise
     except Exception as error:  # transformers and its libraries raise all kinds for a model that cannot be read
         raise not_loaded(error, config.model) from error
@@ -156,17 +144,16 @@ def adapt(config: SftConfig, model: Any) -> Any:
         prepare_model_for_kbit_training(model, config.gradient_checkpointing, checkpointing)
     elif config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    check_rank(config, [layer for layer, _ in targets_of(model).values()])
     settings = CONFIGS[config.method](config)
     settings.task_type, settings.target_modules = TaskType.CAUSAL_LM, targets(config.targets)
     return get_peft_model(model, settings)
 
 
-def targets(text: str) -> str | list[str] | None:
+def targets(names: str | Sequence[str]) -> str | Sequence[str] | None:
     """What PEFT's target_modules says: `default` is None, names with commas are a list, all else is as it is."""
-    names = [name.strip() for name in text.split(",")]
-    if text == "default":
-        return None
-    return names if text != "all-linear" and all(re.fullmatch(r"\w[\w.]*", name) for name in names) else text
+    chosen = target_names(names, ("all-linear", "default"))
+    return None if chosen == "default" else chosen
 
 
 class Loss:
@@ -250,8 +237,15 @@ class Measure:
 
 
 def save(run: Run) -> list[Path]:
-    """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths."""
+    """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths.
+
+    If that cannot be written, the files go into a temporary folder, which the OSError names.
+    """
     out = Path(run.config.out or "")
+    return kept(lambda folder: _written(run, folder), out, out.resolve().name)
+
+
+def _written(run: Run, out: Path) -> list[Path]:
     run.model.save_pretrained(out)
     files = [out / name for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json", "report.html")]
     table = {
@@ -267,7 +261,7 @@ def save(run: Run) -> list[Path]:
         f.write(json.dumps(table, indent=1).encode())
     report.write(
         out / "report.html",
-        title=f"diffpeft: {out.resolve().name}",
+        title=f"diffpeft: {Path(run.config.out or '').resolve().name}",
         losses=run.losses,
         options=run.config.resolved(),
         files=files,

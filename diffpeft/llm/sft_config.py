@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffpeft.train.config import Options, option
@@ -16,11 +17,11 @@ class SftConfig(Options):
         None, "A .jsonl file of rows {messages}, {prompt, completion} or {text}, or a plain text.", required=True
     )
     heldout: str | None = option(None, "Such a file that is not trained on: its loss is measured before and after.")
-    targets: str = option(
+    targets: str | Sequence[str] = option(
         "all-linear",
         "Which layers: all-linear, default (PEFT's for the model), names with commas, or a regular expression for whole names.",
     )
-    lr: float = option(2e-4, "Learning rate.", at_least=0)
+    lr: float = option(2e-4, "Learning rate.", above=0)
     batch_size: int = option(4, "Sequences a pass.", at_least=1)
     accumulate: int = option(1, "Passes a step, whose gradients are added up.", at_least=1)
     max_length: int = option(512, "Tokens of a sequence; what is longer is cut.", at_least=2)

@@ -10,14 +10,12 @@ import json
 import math
 import os
 import re
-import warnings
 from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import converters
@@ -27,7 +25,7 @@ from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS, whole_scale
 from converters.formats.schema import check_fields
 from converters.opening import Opened, opened
 from converters.writing import write_config
-from diffpeft import io, patterns
+from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import (
     AdapterStateError,
@@ -37,25 +35,29 @@ from diffpeft.errors import (
     ShapeMismatchError,
     UnknownKeysError,
     UnknownNameError,
+    inside,
     listed,
     shown,
 )
 from diffpeft.files import config_in
 from diffpeft.layers.adapted import ADAPTERS, escaped
 from diffpeft.layers.slot import BIAS, Slot
-from diffpeft.layers.whole import CONTAINER, bare_copy, copied, copies_of
-from diffpeft.llm import adalora
+from diffpeft.layers.whole import CONTAINER, bare, copied, copies_of
+from diffpeft.llm import adalora, renames, tying
+from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
+from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import Plan, copy_wholes, install, mixes_of, put_patches, refuse_duplicate
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.state import entries_of, slots_in
 from diffpeft.model.target import layers_of, modules_of
 from diffpeft.pipeline.match import matched
 
+Write = tuple[nn.Module, str, Tensor, Any]  # an adapter's module, a name in it, numbers, the weight that it is for
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
-EMBEDDINGS = ("embed_tokens", "lm_head")  # what PEFT looks for in target_modules
 _DROPOUTS = {"lora_dropout": "dropout"} | {
     name: name for name in ("rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout")
 }
@@ -72,7 +74,9 @@ def wholes_of(model: nn.Module, config: Any) -> dict[str, nn.Module]:
         for name, (module, _) in modules_of(model, lambda m: m is not model).items()
         if any(name == n or name.endswith(f".{n}") for n in names)
     }
-    return {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+    outer = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+    ties = tying.ties_of(model, config, outer)
+    return outer | {name: model.get_submodule(name) for name in (*ties.values(), *ties)}
 
 
 def saved(config: Any) -> Any:
@@ -119,13 +123,15 @@ def spelt(
                     # PEFT keeps an adapted layer one level below
                     inner = f"{layer}.base_layer" if slot.parts else layer
                     found[f"{prefix}{inner}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
+                elif role == tables.WHOLE:
+                    found[f"{prefix}{layer}.base_layer.weight"] = handle.tensor.detach()
                 else:
                     found[f"{prefix}{layer}.{suffix(role, entry.method)}"] = handle.tensor.detach()
     if isinstance(config, AdaLoraConfig):
         found = adalora.pruned(found, config, name)
     found |= whole_tensors(model, name, prefix, given)
-    found |= {f"{prefix}{key}": tensor for key, tensor in _embeddings(model, slots, config, embeddings).items()}
-    return found
+    along = tables.saved_along(model, slots, config, embeddings)
+    return {f"{prefix}{key}": tensor for key, tensor in along.items()} | found
 
 
 def whole_tensors(
@@ -164,43 +170,13 @@ def _with(slot: Slot, given: Mapping[str, Tensor]) -> Slot:
     return other
 
 
-def _embeddings(model: Any, slots: Mapping[str, Slot], config: Any, wanted: bool | str) -> dict[str, Tensor]:
-    """The weights of the embeddings, where they are wanted or (auto) adapters are on them; if adapters are on one, not those of the other."""
-    if wanted == "auto":
-        targets = getattr(config, "target_modules", None) or ()
-        if isinstance(targets, str):
-            wanted = any(
-                patterns.fullmatch(targets, n) for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDINGS
-            )
-        else:
-            wanted = any(name in targets for name in EMBEDDINGS)
-        wanted = wanted and not getattr(config, "trainable_token_indices", None)
-        if wanted:
-            warnings.warn(
-                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=4
-            )
-    if not wanted:
-        return {}
-    layers = _embedding_layers(model)
-    own = {f"{name}.base_layer.weight": module for name, module in layers.items() if name in slots}
-    return {key: m.weight.detach() for key, m in (own or {f"{n}.weight": m for n, m in layers.items()}).items()}
-
-
-def _embedding_layers(model: Any) -> dict[str, Any]:
-    """{name: layer} of a language model's input and output embeddings."""
-    if not hasattr(model, "get_input_embeddings"):
-        return {}
-    own = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    return {name: module for name, module in model.named_modules() if any(module is layer for layer in own)}
-
-
 @dataclass(frozen=True)
 class Found:
     """An adapter's file, told apart: what goes to slots, whole modules and embeddings. `missing` and `unexpected` are keys."""
 
     slots: Mapping[str, Slot] = field(default_factory=dict)
     wholes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in it: tensor}}
-    embeddings: Mapping[str, Tensor] = field(default_factory=dict)  # {layer: weight}
+    embeddings: tables.Tensors = field(default_factory=dict)  # {layer: {name in it: tensor}}
     patches: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in its patch: tensor}}
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -215,16 +191,18 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     if isinstance(source, Mapping):
         source = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in source.items()}
     patches = patching.patches_of(model, config, chosen)
-    if patches:
+    renamed = renames.known_names(model, source if isinstance(source, Mapping) else source.tensors)
+    if patches or renamed:
         source = dict(source) if isinstance(source, Mapping) else tensors_in(source)
+        source = renames.fitted(model, source, renamed, patches)
     own_patches, lost = patching.taken(patches, source, PREFIX)
     bundle = _bundle(source, config, layers) if source else Bundle("peft", "", [])
     carried = dict(bundle.carried)
     modules = wholes_of(model, config)
     wholes: dict[str, dict[str, Handle]] = {}
     biases: dict[str, Handle] = {}
-    embeddings: dict[str, Handle] = {}
-    tables = _embedding_layers(model)
+    embeddings: dict[str, dict[str, Handle]] = {}
+    known = tables.embedding_layers(model)
     for key in list(carried):
         own = key.removeprefix(PREFIX)
         layer, _, last = own.replace(".base_layer.", ".").rpartition(".")
@@ -233,8 +211,8 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
             wholes.setdefault(whole, {})[own.removeprefix(f"{whole}.")] = carried.pop(key)
         elif last == "bias" and layer in layers[""] and getattr(config, "bias", "none") != "none":
             biases[layer] = carried.pop(key)
-        elif last == "weight" and layer in tables:
-            embeddings[layer] = carried.pop(key)
+        elif at := tables.place(known, own):
+            embeddings.setdefault(at[0], {})[at[1]] = carried.pop(key)
     entries = _with_biases(bundle, biases, layers[""], config)
     if trainable:
         entries = [replace(e, options={**e.options, **_dropouts(e.method, config)}) for e in entries]
@@ -242,17 +220,22 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     slots: dict[str, dict[str, Slot]] = {"": {}}
     if bundle.entries or not own_patches:
         slots, _ = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)
-    read_ = {where: dict(zip(own, io.load(own.values()), strict=True)) for where, own in wholes.items()}
+    read_ = _loaded(wholes)
     for where, tensors in read_.items():
         check_whole(f"{bundle.source}: {where}", modules[where], tensors)
+    tying.check_alike(tying.ties_of(model, config, modules), read_, bundle.source)
     return Found(
         slots[""],
         read_,
-        dict(zip(embeddings, io.load(embeddings.values()), strict=True)),
+        tables.followed(model, _loaded(embeddings), modules, bundle.source),
         own_patches,
         tuple(f"{PREFIX}{layer}" for layer in (*(n for n in chosen if n not in slots[""]), *lost)),
         tuple(carried),
     )
+
+
+def _loaded(handles: Mapping[str, Mapping[str, Handle]]) -> dict[str, dict[str, Tensor]]:
+    return {where: dict(zip(own, io.load(own.values()), strict=True)) for where, own in handles.items()}
 
 
 def _dropouts(method: str, config: Any) -> dict[str, Any]:
@@ -292,51 +275,56 @@ def _with_biases(bundle: Bundle, biases: Mapping[str, Handle], layers: Mapping[s
 
 def check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> None:
     """Raise unless these are all of a module's tensors, in its shapes and finite."""
-    base = getattr(type(module), "_diffpeft_whole", None)
-    mine = (bare_copy(module) if base else module).state_dict()
-    wrong = [key for key in mine.keys() ^ own.keys()] or [key for key in mine if mine[key].shape != own[key].shape]
+    mine = bare(module).state_dict()
+    if other := sorted(mine.keys() ^ own.keys()):
+        raise ShapeMismatchError(f"the module's tensors are others: {listed(other[:5])}", where=where)
+    wrong = [key for key in mine if mine[key].shape != own[key].shape]
     if wrong:
-        raise ShapeMismatchError(f"the module's tensors are others: {listed(sorted(wrong)[:5])}", where=where)
+        shapes = [f"{shown(k)} is {tuple(mine[k].shape)} in the model, not {tuple(own[k].shape)}" for k in wrong[:5]]
+        rows = len(own[wrong[0]]) if mine[wrong[0]].shape[1:] == own[wrong[0]].shape[1:] else 0
+        resized = f"If the vocabulary was resized, call model.resize_token_embeddings({rows}) first."
+        is_table = rows and isinstance(module, (nn.Embedding, nn.Linear))
+        raise ShapeMismatchError(
+            "; ".join(shapes), where=where, remedy=resized if is_table else "It is for another model."
+        )
     if not all(map(io.finite, own.values())):
         raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
 
 
-def put(model: nn.Module, name: str, config: Any, found: Found, *, trainable: bool, strength: float | None) -> None:
+def put(
+    model: nn.Module,
+    name: str,
+    config: Any,
+    found: Found,
+    *,
+    trainable: bool,
+    strength: float | None,
+    precision: Precision,
+) -> None:
     """Attach what was read as a new adapter: one commit."""
     check_name(name)
     mixes = mixes_of({"": model})
     refuse_duplicate(name, mixes.values())
     layers = layers_of(model)
     modules, patches = wholes_of(model, config), patching.patches_of(model, config, found.slots)
+    precision.settle({n: m for n, (m, _) in layers.items()}, found.slots)
+    precision.settle_patches(patches)
     for where, (_, patch) in patches.items():
         patch.load_state_dict(dict(found.patches.get(where, patch.state_dict())))
         patch.requires_grad_(trainable)
+    slots = {**found.slots, **tying.twins(model, config, found.slots, trainable)}
+    under, copied_ = tables.divided(model, found.embeddings, slots)
+    slots |= under
     plan = Plan()
-    adapter = Adapter(name, tuple(found.slots), {CONFIG: config.to_json()}, modules=(*modules, *patches))
-    install(plan, "", {n: layers[n][0] for n in found.slots}, found.slots, mixes.get(""), adapter, strength)
-    for where, fresh in copy_wholes(plan, name, modules).items():
+    everywhere = (*modules, *patches, *copied_)
+    adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
+    install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
+    for where, fresh in copy_wholes(plan, name, modules, ties=tying.ties_of(model, config, modules)).items():
         fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
+    tables.fill(copy_wholes(plan, name, copied_, still=True), found.embeddings)
     put_patches(plan, name, patches)
-    _check_embeddings(model, found.embeddings)
+    plan.roots.append((model, plan.mixes[-1][0]))
     plan.commit()
-    for where, weight in found.embeddings.items():
-        own: Any = model.get_submodule(where).weight
-        if not torch.equal(own.detach(), weight.to(own)):
-            warnings.warn(
-                f"the embedding {shown(where)} was saved with the adapter and replaces the model's", stacklevel=3
-            )
-            with torch.no_grad():
-                own.copy_(weight)
-
-
-def _check_embeddings(model: nn.Module, embeddings: Mapping[str, Tensor]) -> None:
-    for where, weight in embeddings.items():
-        own: Any = model.get_submodule(where).weight
-        if own.shape != weight.shape:
-            raise ShapeMismatchError(
-                f"the embedding {shown(where)} is {tuple(own.shape)}, the file has {tuple(weight.shape)}",
-                remedy=f"Call model.resize_token_embeddings({weight.shape[0]}) first.",
-            )
 
 
 def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
@@ -345,20 +333,28 @@ def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"target_parameters is {shown(config.target_parameters)}", remedy="Inject the adapter without state_dict=."
         )
-    layers = {found[0] for key in tensors if (found := dotted_role(key.removeprefix(PREFIX)))}
+    roles = {key: found for key in tensors if (found := dotted_role(key.removeprefix(PREFIX)))}
     config = copy.deepcopy(config)
-    config.target_modules = sorted(layers)
+    config.target_modules = sorted({layer for layer, _ in roles.values()})
+    if config.peft_type == PeftType.IA3 and config.feedforward_modules is None:
+        rows = (layer for key, (layer, _) in roles.items() if len(tensors[key]) == 1 < tensors[key].shape[-1])
+        config.feedforward_modules = sorted(rows)  # a row scales inputs, a column outputs
     return config
 
 
 def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
     """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
+    with exclusive({"": model}):
+        return _overwrite(model, name, config, tensors)
+
+
+def _overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
     if isinstance(config, AdaLoraConfig):
         adalora.resize(model, name, config)
     slots = slots_in(model, name)
     found = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
     lost = [layer for layer in found.slots if layer not in slots]
-    writes: list[tuple[Tensor, Tensor]] = []
+    writes: list[Write] = []
     for layer, slot in found.slots.items():
         for role, new in slot.tensors.items() if layer not in lost else ():
             old = slots[layer].tensors.get(role)
@@ -367,17 +363,47 @@ def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Te
                     f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if old is None else tuple(old.shape)}",
                     remedy="Load it under another name.",
                 )
-            writes.append((old, new))
-    whole = {**found.wholes, **found.patches}
-    copies = {where: copies_of(model.get_submodule(where)) for where in whole}
-    for where, own in whole.items():
-        modules: Any = copies[where]
-        mine = modules.modules[name].state_dict(keep_vars=True)
-        writes += [(mine[key], tensor) for key, tensor in own.items()]
-    with torch.no_grad():
-        for old, new in writes:
-            old.copy_(new)
+            writes.append((slots[layer], role, new, model.get_submodule(layer).weight))
+    for where, own in {**found.wholes, **found.patches}.items():
+        module = model.get_submodule(where)
+        held: Any = copies_of(module)
+        like = next(iter(module._parameters.values()), None)
+        writes += [(held.modules[name], key, tensor, like) for key, tensor in own.items()]
+    plan = Plan()
+    writes += _plan_embeddings(plan, model, name, found.embeddings, slots)
+    plan.commit()
+    for adapter, key, new, weight in writes:
+        put_into(adapter, key, new, weight)
     return Incompatible(list(found.missing), [*found.unexpected, *lost], [])
+
+
+def _plan_embeddings(
+    plan: Plan, model: nn.Module, name: str, found: tables.Tensors, slots: Mapping[str, Slot]
+) -> list[Write]:
+    """Plan to give an adapter embeddings that it has none of its own of; the writes into those that it has."""
+    writes: list[Write] = []
+    fresh: dict[str, Mapping[str, Tensor]] = {}
+    for where, own in found.items():
+        copies = copies_of(model.get_submodule(where))
+        held = copies.modules.get(name) if copies else None
+        if held is not None:
+            writes += [(held, key, tensor, tensor) for key, tensor in own.items()]
+        elif where in slots and tables.WHOLE in slots[where].tensors:
+            writes.append((slots[where], tables.WHOLE, own["weight"], own["weight"]))
+        else:
+            fresh[where] = own
+    under, copied_ = tables.divided(model, fresh, slots)
+    if not under and not copied_:
+        return writes
+    (mix,) = mixes_of({"": model}).values()
+    old = mix.adapters[name]
+    places = {layer: model.get_submodule(layer) for layer in under}
+    everywhere = tuple(dict.fromkeys((*old.modules, *copied_)))
+    layers = tuple(dict.fromkeys((*old.layers, *under)))
+    adapter = replace(old, layers=layers, modules=everywhere)
+    install(plan, "", places, under, mix, adapter, None)
+    tables.fill(copy_wholes(plan, name, copied_, still=True), fresh)
+    return writes
 
 
 def config_of(model: nn.Module, name: str) -> Any:
@@ -414,7 +440,8 @@ def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[Any, O
             where=f"{folder.where}: {FILE}",
             remedy=f"It is one of {', '.join(PeftConfig.types)}.",
         )
-    return PeftConfig.from_fields(fields, **options), folder
+    with inside(f"{folder.where}: {FILE}", config=True):
+        return PeftConfig.from_fields(fields, **options), folder
 
 
 def located(model_id: str | os.PathLike[str], **options: Any) -> Opened:

@@ -13,6 +13,7 @@ from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import refusal, site_of
+from diffpeft.llm import renames
 from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
 from diffpeft.model.target import modules_of
 
@@ -82,8 +83,10 @@ def resolved(model: nn.Module, config: PeftConfig) -> Any:
     """A copy of a config in which defaults and `all-linear` have become names."""
     config = copy.deepcopy(config)
     own: Any = config
-    if isinstance(own.target_modules, str) and own.target_modules.lower() == ALL_LINEAR:
-        own.target_modules = _linear(model, config)
+    linear = _linear(model, config) if _is_all_linear(own) else []
+    renames.stacked(model, own, linear, lambda name: matches(own, name) and not excludes(own, name))
+    if _is_all_linear(own):
+        own.target_modules = linear
     elif own.target_modules is None and not getattr(own, "target_parameters", None):
         kind = getattr(getattr(model, "config", None), "model_type", None)
         names = _DEFAULTS.get(str(own.peft_type), _LORA).get(str(kind))
@@ -98,11 +101,16 @@ def resolved(model: nn.Module, config: PeftConfig) -> Any:
     return config
 
 
+def _is_all_linear(config: Any) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
 def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """{name: layer} that a resolved config chooses, in the order of the model.
 
     Raises UnknownNameError if no name fits, ConfigError or AdapterStateError for a module that cannot carry the method.
     """
+    _check_patterns(config)
     fitting: dict[str, tuple[nn.Module, nn.Module | None]] = {}
     excluded: list[str] = []
     names: list[str] = []
@@ -128,6 +136,17 @@ def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
         if why := refusal(module, parent, name):
             raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
     return {name: module for name, (module, _) in fitting.items()}
+
+
+def _check_patterns(config: Any) -> None:
+    """Raise ConfigError for names that become parts of an expression, and are none themselves."""
+    for field in ("layers_pattern", "modules_to_save"):
+        value = getattr(config, field, None) or ()
+        for pattern in (value,) if isinstance(value, str) else value:
+            try:
+                patterns.check(pattern)
+            except ConfigError as error:
+                raise ConfigError(f"{field} has {shown(pattern)}", remedy=f"{error.what}.") from error
 
 
 def matches(config: Any, name: str) -> bool:
@@ -205,9 +224,30 @@ def _raise_none(config: Any, names: list[str], excluded: list[str]) -> None:
     entries = [targets] if isinstance(targets, str) else sorted(targets or ())
     if not entries:
         return
+    _raise_left_out(config, names)
     raise UnknownNameError(
         f"Target modules {shown(targets if isinstance(targets, str) else set(entries))} not found in the base model",
         remedy=near(entries[0], _ends(names)) or "Check target_modules, layers_to_transform and the model.",
+    )
+
+
+def _raise_left_out(config: Any, names: list[str]) -> None:
+    """Raise if it is `layers_to_transform` that leaves out all that the names mean."""
+    layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    anywhere = copy.copy(config)
+    anywhere.layers_to_transform = None
+    left_out = [] if layers is None else [name for name in names if matches(anywhere, name)]
+    if not left_out:
+        return
+    before = next((n.split(".") for n in left_out if any(s.isdigit() for s in n.split("."))), [])
+    block = next((before[i - 1] for i, segment in enumerate(before) if segment.isdigit() and i), "")
+    hint = f"Give layers_pattern={block!r}, the list's name." if block and not pattern else ""
+    raise UnknownNameError(
+        f"Target modules {shown(set(config.target_modules))} not found in the base model: layers_to_transform={layers!r} leaves out {listed(left_out[:3])}",
+        where=f"layers_pattern={pattern!r}"
+        if pattern
+        else "without layers_pattern the list of blocks has to be inside another module",
+        remedy=hint or "Check the numbers.",
     )
 
 

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from diffpeft.errors import DataError, listed, near, shown
 
-from diffpeft.errors import DataError, near, shown
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = -100  # the label of a token that is not learnt
 Segment = tuple[str, bool]  # a piece of a text, and whether it is learnt
@@ -45,7 +45,7 @@ def read(path: str | Path) -> list[Row]:
     """The rows of a JSONL file; of a plain text one row. Raises DataError, which names the line."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
@@ -57,9 +57,17 @@ def read(path: str | Path) -> list[Row]:
     if path.suffix.lower() in _PLAIN:
         rows: list[Row] = [{"text": text}] if text.strip() else []
     else:
-        rows = [_row(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [_row(line, f"{path}, line {n}, row {row}") for row, (n, line) in enumerate(lines, 1)]
     if not rows:
         raise DataError("the file is empty", where=path, remedy="Each line is a row: " + _ROWS)
+    for n, row in enumerate(rows, 1):
+        if form_of(row) != form_of(rows[0]):
+            raise DataError(
+                f"a row of {form_of(row)} among rows of {form_of(rows[0])}",
+                where=f"{path}, row {n}",
+                remedy="A file has rows of one kind: put the others into a file of their own.",
+            )
     return rows
 
 
@@ -68,10 +76,51 @@ def _row(line: str, where: str) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"this is no JSON ({error})", where=where, remedy="Each line is a row: " + _ROWS) from error
-    if not isinstance(row, dict) or not any(key in row for key in SEGMENTS):
-        found = ", ".join(map(shown, row)) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"a row with {found or 'nothing'}", where=where, remedy="A row is " + _ROWS)
+    complete = [form for form, keys in FORMS.items() if isinstance(row, dict) and all(key in row for key in keys)]
+    if len(complete) > 1:
+        raise DataError(f"a row that is both of {' and of '.join(complete)}", where=where, remedy="A row is " + _ROWS)
+    if not isinstance(row, dict) or not form_of(row):
+        fields = listed(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"a row with {fields or 'nothing'}", where=where, remedy="A row is " + _ROWS)
+    form = form_of(row)
+    if fault := _message_fault(row) if form == "messages" else _text_fault(row, *FORMS[form]):
+        raise DataError(f"a row of {form} {fault}", where=where, remedy="A row is " + _ROWS)
     return row
+
+
+# {a form of row: what it has}
+FORMS: dict[str, tuple[str, ...]] = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
+
+
+def form_of(row: Row) -> str:
+    """Which form a row has: one that is complete, else one that is begun; empty if it has none. Other fields do not count."""
+    complete = (form for form, keys in FORMS.items() if all(key in row for key in keys))
+    return next(complete, next((form for form in FORMS if form in row), ""))
+
+
+def _message_fault(row: Row) -> str:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        return "without a list of messages"
+    for n, message in enumerate(messages, 1):
+        parts = isinstance(message, dict) and isinstance(
+            message.get("content"), list
+        )  # of text and more: the template's
+        keys = ("role",) if parts else ("role", "content")
+        fault = _text_fault(message, *keys) if isinstance(message, dict) else "that is no object"
+        if fault:
+            return f"whose message {n} is one {fault}"
+    return "" if any(message["role"] == "assistant" for message in messages) else "without an answer of the assistant"
+
+
+def _text_fault(row: Row, *keys: str) -> str:
+    """What is wrong with a row whose `keys` are to be texts; empty if nothing is."""
+    for key in keys:
+        if key not in row:
+            return f"without {shown(key)}"
+        if not isinstance(row[key], str):
+            return f"with {shown(key)} that is {'null' if row[key] is None else 'a ' + type(row[key]).__name__} and no text"
+    return ""
 
 
 def _messages(row: Row, tokenizer: Any) -> list[Segment]:
@@ -89,7 +138,7 @@ def _messages(row: Row, tokenizer: Any) -> list[Segment]:
     return segments
 
 
-# {what a row of this form has: its segments}
+# {a form of row: its segments}
 SEGMENTS: dict[str, Callable[[Row, Any], list[Segment]]] = {
     "messages": _messages,
     "prompt": lambda row, _: [(row["prompt"], False), (row["completion"], True)],
@@ -108,7 +157,7 @@ def examples(rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss: str,
     """
     found, cut = [], 0
     for n, row in enumerate(rows, 1):
-        form = next(key for key in SEGMENTS if key in row)
+        form = form_of(row)
         try:
             whole = tokenised(SEGMENTS[form](row, tokenizer), tokenizer, chat=form == "messages", loss=loss)
         except Exception as error:  # templates raise what they like
@@ -172,6 +221,8 @@ def collated(sequences: Sequence[Sequence[Example]], pad: int) -> dict[str, Tens
 
     Where examples share a sequence, positions start again with each, by which transformers keeps them apart.
     """
+    import torch
+
     width = max(sum(len(e.ids) for e in sequence) for sequence in sequences)
     shared = any(len(sequence) > 1 for sequence in sequences)
     columns: dict[str, list[list[int]]] = {

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from converters.formats.peft import CONFIG, PREFIX
 from converters.opening import Opened
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft import patterns
+from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.layers.adapted import is_adapted, record_of
+from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm import adalora
+from diffpeft.llm.dtypes import AUTOCAST, PLAIN, Precision
 from diffpeft.llm.kbit import forget_quantization
 from diffpeft.llm.patches import patches_of
+from diffpeft.llm.renames import mapped
 from diffpeft.llm.replication import replicated
-from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, wholes_of
+from diffpeft.llm.resize import head_of, refuse_replaced, resize
+from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, tensors_in, wholes_of
 from diffpeft.llm.targets import chosen, resolved
+from diffpeft.llm.tying import check_tying, loosen, ties_of, twin, twinned
 from diffpeft.llm.weighted import add_weighted
-from diffpeft.model.attach import Plan, attach_to, method_of, mixes_of, take_off
-from diffpeft.model.fuse import fuse, refuse_half_tied, unfuse
-from diffpeft.model.merge import merge_for_good
-from diffpeft.model.mix import check_name
+from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
+from diffpeft.model.fuse import fuse, unfuse
+from diffpeft.model.lock import exclusive
+from diffpeft.model.merge import plan_merged
+from diffpeft.model.mix import Choice, check_name, claim, forced
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import modules_of
 from diffpeft.pipeline.adapters import adapters, set_adapters
 
 BASE = "__base__"  # in a mixed batch: no adapter
+OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the base too
 
 
-def inject(model: nn.Module, config: Any, name: str, *, active: bool) -> Any:
+def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision: Precision = PLAIN) -> Any:
     """Add a fresh adapter to a model; the resolved config. The base is frozen.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
@@ -40,18 +49,26 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool) -> Any:
     check_name(name)
     if config.is_prompt_learning:
         raise ConfigError(f"{type(config).__name__} adds tokens and not layers", remedy="Use get_peft_model.")
-    config = resolved(model, config)
-    config.validate()
-    others = found_configs(model) if getattr(config, "layer_replication", None) else {}
-    with replicated(model, config, others):
-        return _inject(model, config, name, active)
+    with patterns.limited(ConfigError), exclusive({"": model}):
+        config = resolved(model, config)
+        config.validate()
+        others = found_configs(model) if getattr(config, "layer_replication", None) else {}
+        with replicated(model, config, others):
+            return _inject(model, config, name, active, precision)
 
 
-def _inject(model: nn.Module, config: Any, name: str, active: bool) -> Any:
-    layers = chosen(model, config)
+def _inject(model: nn.Module, config: Any, name: str, active: bool, precision: Precision) -> Any:
+    layers, twins = twinned(chosen(model, config), model, config)
     method = method_of(config, {})
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
+    check_tying(model, config, (*wholes, *layers))
+    precision.settle_patches(patches)
     own = base_of(model)
+
+    def finish(modules: Mapping[str, Any], slots: dict[str, Slot]) -> dict[str, Slot]:
+        precision.settle(modules, slots)
+        return slots | {layer: twin(slots[other], modules[layer], True) for layer, other in twins.items()}
+
     attach_to(
         {"": model},
         {"": layers},
@@ -60,6 +77,8 @@ def _inject(model: nn.Module, config: Any, name: str, active: bool) -> Any:
         method=method,
         strength=1.0 if active else None,
         wholes=wholes,
+        ties=ties_of(model, config, wholes),
+        finish=finish,
         patches=patches,
         quiet=True,
         metadata={CONFIG: config.to_json()},
@@ -79,10 +98,23 @@ def trainable(model: nn.Module, flags: Mapping[str, bool]) -> None:
     """Whether the tensors of these adapters get gradients, whole modules among them."""
     for module, _ in modules_of(model, lambda m: is_adapted(m) or copied(m)).values():
         record, copies = record_of(module), copies_of(module)
-        for held in (record.slots if record else {}, copies.modules if copies else {}):
-            for name, own in held.items():
-                if name in flags:
-                    own.requires_grad_(flags[name])
+        held = [*(record.slots.items() if record else ()), *(copies.modules.items() if copies else ())]
+        for name, own in held:
+            if name in flags and not (copies and name in copies.still):
+                own.requires_grad_(flags[name])
+
+
+def refuse_clashing(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise AdapterStateError if two of these adapters train the same module whole, or the same rows of an embedding."""
+    for where, (module, _) in modules_of(model, copied).items():
+        copies = copies_of(module)
+        own = [name for name in names if copies is not None and name in copies.modules]
+        for one, other in itertools.combinations(own, 2):
+            if copies is not None and copies.clashing(one, other):
+                raise AdapterStateError(
+                    f"Only one adapter can be set at a time for {shown(where)}, got {one} and {other}: each has values of its own there",
+                    remedy="Activate one of them.",
+                )
 
 
 def order_of(model: nn.Module) -> list[str]:
@@ -104,6 +136,7 @@ class Tuner(nn.Module):
         self.peft_config = configs
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Any] | None = None  # the mix that disable_adapter_layers has put aside
+        self._head: Any = None  # where the model's head is, if adapters are on it
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -115,6 +148,7 @@ class Tuner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's; AdaLoRA adds its penalty to a loss."""
+        refuse_replaced(self.model, self._head)
         return adalora.regularised(self.model(*args, **kwargs), self.model, self.peft_config)
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -146,6 +180,7 @@ class Tuner(nn.Module):
         """Make these adapters active, in this order; they are trained (unless `inference_mode`), the others are not."""
         names = named(adapter_name)
         known(names, self.peft_config)
+        refuse_clashing(self.model, names)
         set_adapters(self.model, dict.fromkeys(names, 1.0))
         self._off = None
         trainable(self.model, {name: name in names and not inference_mode for name in self.peft_config})
@@ -171,6 +206,7 @@ class Tuner(nn.Module):
         before = self.active_adapters
         take_off({"": self.model}, {adapter_name})
         del self.peft_config[adapter_name]
+        self._head = head_of(self.model)
         left = [name for name in before if name != adapter_name]
         if adapter_name in before and not left and self.peft_config:
             first = next(iter(self.peft_config))
@@ -211,20 +247,21 @@ class Tuner(nn.Module):
                         f"add_weighted_adapter does not support {field}, and adapter {shown(name)} has {shown(value)}",
                         remedy="Merge the adapters one after the other.",
                     )
-        self.peft_config[adapter_name] = add_weighted(
-            self.model,
-            self.peft_config,
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            svd_full_matrices=svd_full_matrices,
-            svd_driver=svd_driver,
-            density=density,
-            majority_sign_method=majority_sign_method,
-        )
+        with patterns.limited(ConfigError), exclusive({"": self.model}):
+            self.peft_config[adapter_name] = add_weighted(
+                self.model,
+                self.peft_config,
+                adapters,
+                weights,
+                adapter_name,
+                combination_type,
+                svd_rank=svd_rank,
+                svd_clamp=svd_clamp,
+                svd_full_matrices=svd_full_matrices,
+                svd_driver=svd_driver,
+                density=density,
+                majority_sign_method=majority_sign_method,
+            )
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put active adapters into the weights. What would not be finite is refused, with or without `safe_merge`."""
@@ -243,6 +280,7 @@ class Tuner(nn.Module):
         if todo:
             inactive = [name for name in todo if name not in order_of(self.model)]
             if inactive:
+                refuse_clashing(self.model, [*order_of(self.model), *inactive])
                 set_adapters(self.model, {**dict.fromkeys(order_of(self.model), 1.0), **dict.fromkeys(inactive, 1.0)})
             fuse(self.model, todo)
 
@@ -265,23 +303,21 @@ class Tuner(nn.Module):
         """
         names = None if adapter_names is None else list(adapter_names)
         known(names or (), self.peft_config)
-        order = names or self.active_adapters
-        wholes = [(m, copies) for m, _ in modules_of(self.model, copied).values() if (copies := copies_of(m))]
-        for mix in mixes_of({"": self.model}).values():
-            refuse_half_tied(self.model, mix, order)
-        after = Plan(wholes=[(module, None) for module, _ in wholes])
-        after.tensors = [pair for module, copies in wholes for pair in copies.merged(module, order)]
-        self.last_merge_report = merge_for_good(self.model, names, dequantize=dequantize, safe=safe_merge)
+        refuse_clashing(self.model, names or ())
+        with exclusive({"": self.model}):
+            plan, report = plan_merged({"": self.model}, names, dequantize=dequantize)
+            loosen(plan, self.model)
+            plan.settings += [(self, "peft_config", {}), (self, "_head", None), (self, "last_merge_report", report)]
+            plan.commit()
         if dequantize:
             forget_quantization(self.model)
-        after.commit()
-        self.peft_config.clear()
         return self.model
 
     def unload(self) -> nn.Module:
         """The model without any adapter, as it was."""
         take_off({"": self.model}, None)
         self.peft_config.clear()
+        self._head = None
         return self.model
 
     def disable_adapter_layers(self) -> None:
@@ -303,8 +339,9 @@ class Tuner(nn.Module):
         merged = fused_of(self.model)
         if merged:
             unfuse(self.model)
+        off = claim({mix.key: OFF for mix in mixes_of({"": self.model}).values()})
         try:
-            with adapters(self.model, {}):
+            with adapters(self.model, {}), forced(off):
                 yield
         finally:
             if merged:
@@ -323,7 +360,18 @@ class Tuner(nn.Module):
         lost = sorted(set(adapter_names) - {BASE, *self.peft_config})
         if lost:
             raise UnknownNameError.of("adapter", lost[0], self.peft_config)
+        if self._off is not None or any(mix.standing() is OFF for mix in mixes_of({"": self.model}).values()):
+            return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's, with the adapters on its embeddings: new rows of whole copies are the model's, and a LoRA changes no new token.
+
+        Raises AdapterStateError while adapters are merged, and for methods that cannot get other rows.
+        """
+        model: Any = self.model
+        total = kwargs.get("new_num_tokens", args[0] if args else None)
+        return resize(model, lambda: model.resize_token_embeddings(*args, **kwargs), total)
 
     @property
     def inner(self) -> nn.Module:
@@ -336,6 +384,7 @@ class Tuner(nn.Module):
 
     def generated(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """What the model generates."""
+        refuse_replaced(self.model, self._head)
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
@@ -344,28 +393,51 @@ class Tuner(nn.Module):
 
     def overwrite(self, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Put a file's tensors into an adapter that is there: all or nothing."""
-        return overwrite(self.model, name, self.peft_config[name], tensors)
+        with patterns.limited(ConfigError, name):
+            return overwrite(self.model, name, self.peft_config[name], tensors)
 
-    def inject(self, name: str, config: Any, *, active: bool) -> None:
+    def inject(self, name: str, config: Any, *, active: bool, precision: Precision = AUTOCAST) -> None:
         """Add a fresh adapter."""
         adalora.trained({**self.peft_config, name: config})
-        self.peft_config[name] = inject(self.model, config, name, active=active)
+        self.peft_config[name] = inject(self.model, config, name, active=active, precision=precision)
+        self._head = head_of(self.model)
 
-    def load(self, name: str, config: Any, folder: Opened, *, trainable: bool, active: bool) -> list[str]:
+    def load(
+        self,
+        name: str,
+        config: Any,
+        folder: Opened,
+        *,
+        trainable: bool,
+        active: bool,
+        precision: Precision = AUTOCAST,
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> list[str]:
         """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
+        where = folder.where
+        with patterns.limited(CheckpointError, where), exclusive({"": self.model}), inside(where, config=True):
+            source = mapped(tensors_in(folder), key_mapping) if key_mapping else folder
+            return self._load(name, config, source, trainable, active, precision)
+
+    def _load(
+        self, name: str, config: Any, source: Any, trainable: bool, active: bool, precision: Precision
+    ) -> list[str]:
         config = resolved(self.model, config)
         config.validate()
         with replicated(self.model, config, self.peft_config):
-            found = read(self.model, folder, config, trainable=trainable, chosen=chosen(self.model, config))
+            found = read(self.model, source, config, trainable=trainable, chosen=chosen(self.model, config))
+            check_tying(self.model, config, (*found.wholes, *found.slots))
             if found.missing:
                 warnings.warn(
                     f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=4
                 )
             own = base_of(self.model)
-        put(self.model, name, config, found, trainable=trainable, strength=1.0 if active else None)
+        strength = 1.0 if active else None
+        put(self.model, name, config, found, trainable=trainable, strength=strength, precision=precision)
         for p in own:
             p.requires_grad_(False)
         self.peft_config[name] = config
+        self._head = head_of(self.model)
         return list(found.missing)
 
 

@@ -8,6 +8,7 @@ sum to a rank; `linear` adds sqrt(w_i s_i) A_i and sqrt(w_i s_i) B_i, which is n
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 import statistics
@@ -24,7 +25,7 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, li
 from diffpeft.layers.adapted import op_of, record_of, state_with
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
-from diffpeft.layers.whole import Copies, bare_copy, copies_of
+from diffpeft.layers.whole import Copies, bare, bare_copy, copies_of
 from diffpeft.llm.state import saved
 from diffpeft.llm.targets import excludes, matches
 from diffpeft.methods import IA3Config, LoraConfig
@@ -145,7 +146,7 @@ def _checked(
     shared = [
         where
         for where, (module, _) in modules_of(model, lambda m: copies_of(m) is not None).items()
-        if (copies := copies_of(module)) and len({*adapters} & {*copies.modules}) > 1
+        if (copies := copies_of(module)) and _clash(copies, [name for name in adapters if name in copies.modules])
     ]
     if shared:
         raise ConfigError(
@@ -154,6 +155,10 @@ def _checked(
             where=listed(shared),
         )
     return numbers
+
+
+def _clash(copies: Copies, names: Sequence[str]) -> bool:
+    return any(copies.clashing(one, other) for one, other in itertools.combinations(dict.fromkeys(names), 2))
 
 
 def _recipe(own: Sequence[Any], kind: str, svd_rank: int | None, density: float | None, majority_sign: str) -> Recipe:
@@ -379,7 +384,8 @@ def _described(model: nn.Module, own: Sequence[Any], weights: Mapping[str, float
         plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]}))))
     for module, merged_ in wholes.values():
         old: Any = copies_of(module)
-        plan.wholes.append((module, Copies(mix, {**old.modules, name: merged_})))
+        still = old.still | ({name} if old.still & weights.keys() else frozenset())
+        plan.wholes.append((module, replace(old, modules={**old.modules, name: merged_}, still=still)))
     return config, plan
 
 
@@ -406,14 +412,14 @@ def _with_bias(slot: Slot) -> Slot:
 
 
 def _wholes(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """{name: (module, W + w (W_i - W))} of the modules of which one of the adapters has a copy W_i."""
+    """{name: (module, W + w (W_i - W))} of the modules of which one of the adapters has a copy W_i; W_i itself where that came with its file."""
     found = {}
     for where, (module, _) in modules_of(model, lambda m: copies_of(m) is not None).items():
         own: Any = copies_of(module)
         for adapter in weights.keys() & own.modules.keys():
             merged_ = bare_copy(own.modules[adapter]).requires_grad_(False)
-            for p, base in zip(merged_.parameters(), bare_copy(module).parameters(), strict=True):
-                p.data = base.detach().to(p).lerp(p, weights[adapter])
+            for p, base in zip(merged_.parameters(), bare(module).parameters(), strict=True):
+                p.data = p if adapter in own.still else base.detach().to(p).lerp(p, weights[adapter])
             found[where] = module, merged_
     return found
 

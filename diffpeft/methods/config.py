@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from diffpeft.errors import ConfigError
 from diffpeft.patterns import check as compiled
+
+FP32_MAX = float.fromhex("0x1.fffffep+127")
+
+
+def is_fp32(value: Any) -> bool:
+    """Whether a value is a number that fp32 can hold: no truth value, not NaN, not infinite, not beyond. Strengths and scales gate in fp32."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= FP32_MAX
 
 
 def check_rank(name: str, r: Any) -> None:
@@ -18,7 +24,7 @@ def check_rank(name: str, r: Any) -> None:
 
 def check_alpha(name: str, alpha: Any) -> None:
     """An alpha is a finite number."""
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if not is_fp32(alpha):
         raise ConfigError(f"{name} is {alpha!r}", remedy="An alpha is a finite number.")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffpeft.methods.base import Additive, Fresh, Link, Method, Site, Spec, Strength, Tensors
-from diffpeft.methods.linalg import squares
+from diffpeft.methods.linalg import squares, wide
 from diffpeft.methods.loha import LoHa
 from diffpeft.methods.lokr import LoKr
 from diffpeft.methods.lora import Lora, LoraConfig
@@ -99,9 +99,7 @@ class Dora(Method):
 
     @classmethod
     def prepare(cls, p: Tensors, spec: Spec, training: bool) -> dict[str, Tensor]:
-        magnitudes = {
-            role: t.to(torch.promote_types(t.dtype, torch.float32)) for role, t in p.items() if role in (PEFT, LYCORIS)
-        }
+        magnitudes = {role: wide(t) for role, t in p.items() if role in (PEFT, LYCORIS)}
         return {**inner(p).prepare(_rest(p), spec, training), **magnitudes}
 
     @classmethod
@@ -146,17 +144,14 @@ def _ratio(p: Tensors, norm: Tensor) -> Tensor:
 def _rows(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """|W + scale B A|^2 - |W|^2 of each row.  W [o, i, *k], A [r, i, *k], B [o, r, *1] -> [o]."""
     W, A, B = W.flatten(1), A.flatten(1), B.flatten(1)
-    wide = torch.promote_types(W.dtype, torch.float32)
-    cross = (W @ A.t()).to(wide)
-    A, B = A.to(wide), B.to(wide)
+    cross, A, B = wide(W @ A.t()), wide(A), wide(B)
     return ((2 * scale * cross + scale**2 * (B @ (A @ A.t()))) * B).sum(1)
 
 
 def _columns(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """|W + scale B A|^2 - |W|^2 of each input's column.  W [o, i, *k], A [r, i, *k], B [o, r, *1] -> [i]."""
-    wide = torch.promote_types(W.dtype, torch.float32)
     B = B.flatten(1)
-    cross = (B.t() @ W.flatten(1)).to(wide).view(A.shape)
-    A, B = A.to(wide), B.to(wide)
+    cross = wide(B.t() @ W.flatten(1)).view(A.shape)
+    A, B = wide(A), wide(B)
     quad = ((B.t() @ B) @ A.flatten(1)).view(A.shape)
     return ((2 * scale * cross + scale**2 * quad) * A).sum([0, *range(2, A.dim())])

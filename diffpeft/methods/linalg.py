@@ -21,11 +21,21 @@ def skew(upper: Tensor, b: int) -> Tensor:
     return full - full.mT
 
 
+def traced() -> bool:
+    """Whether the operations that run are recorded (compiled code, torch.jit.trace) or transformed (torch.func): they are to be plain ones then."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recorded or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _cayley(Q: Tensor) -> Tensor:
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return 2 * torch.linalg.inv(eye + Q) - eye
+
+
 class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx, Q: Tensor) -> Tensor:
-        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        R = 2 * torch.linalg.inv(eye + Q) - eye
+        R = _cayley(Q)
         ctx.save_for_backward(R)
         return R
 
@@ -38,7 +48,7 @@ class _Cayley(torch.autograd.Function):
 
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q)(I + Q)^-1: orthogonal for antisymmetric Q.  [n, b, b] -> [n, b, b], in fp32 or better; exactly I for Q = 0."""
-    return _Cayley.apply(Q)
+    return _cayley(Q) if traced() else _Cayley.apply(Q)
 
 
 def cayley_neumann(Q: Tensor, terms: int, last: float = 1) -> Tensor:
@@ -84,9 +94,21 @@ def added(y: Tensor, h: Tensor, gate: float | Tensor) -> Tensor:
     return y + gate * h if isinstance(gate, Tensor) else torch.add(y, h, alpha=gate)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or what is better: the dtype that formulas run in for tensors of a dtype, float8 among them."""
+    return dtype if dtype.is_floating_point and dtype.itemsize >= 4 else torch.float32
+
+
 def wide(t: Tensor) -> Tensor:
     """`t` in fp32 or better: what rotations are computed in."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(wide_dtype(t.dtype))
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite, in any dtype of floating point."""
+    return t.numel() == 0 or bool(
+        torch.stack((t if t.dtype.itemsize > 1 else t.float()).aminmax()).isfinite().all()
+    )  # NaN is either's
 
 
 def columns_times(W: Tensor, M: Tensor) -> Tensor:
@@ -122,5 +144,5 @@ def butterfly(
 def squares(W: Tensor, axis: int) -> Tensor:
     """Sums of squares over all axes but `axis`, in fp32 or better, without gradient."""
     W = W.detach()
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    W = wide(W)
     return W.square().sum([i for i in range(W.dim()) if i != axis])

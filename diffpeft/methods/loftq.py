@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffpeft.errors import ConfigError
 from diffpeft.methods.config import check_choice, check_whole
+from diffpeft.methods.linalg import wide
 
 BLOCK = 64  # numbers that share a scale: of QLoRA, and the default of bitsandbytes
 
@@ -65,7 +66,7 @@ def loftq(
     if W.dim() != 2:
         raise ConfigError(f"LoftQ takes a matrix, not a weight of shape {tuple(W.shape)}", remedy="Use another init.")
     quantised = _quantiser(method or NATURAL[bits], bits)
-    W = W.detach().to(torch.promote_types(W.dtype, torch.float32))
+    W = wide(W.detach())
     best, least, low = None, float("inf"), torch.zeros_like(W)
     for _ in range(iterations):
         Q = quantised(W - low)

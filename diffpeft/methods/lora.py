@@ -112,7 +112,6 @@ class LoraConfig(PeftConfig):
             "use_bdlora",
             "arrow_config",
             "kasa_config",
-            "ensure_weight_tying",
         )
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from diffpeft import files
-from diffpeft.errors import CheckpointError, ConfigError, near, shown
+from diffpeft.errors import CheckpointError, ConfigError, inside, near, shown
 
 FILE = "adapter_config.json"
 DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
@@ -66,6 +66,10 @@ class Passing:
         return _rebuild, (type(self),), self.__getstate__()
 
 
+class NoConfigError(ConfigError, TypeError):
+    """A table of fields that is no config: PEFT raises a TypeError."""
+
+
 def _rebuild(cls: Any) -> Any:
     return cls.__new__(cls)
 
@@ -97,6 +101,7 @@ class PeftConfig(Passing):
     fetch: ClassVar[Callable[..., str] | None] = (
         None  # (repository, file name, ...) -> path; where there is no network, none
     )
+    check: ClassVar[Callable[[Mapping[str, Any], object], None] | None] = None  # of a file's fields, and of which file
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -181,7 +186,11 @@ class PeftConfig(Passing):
                 raise CheckpointError(
                     f"Can't find {FILE!r} at {where!r}", remedy="Check the path, or the id and the network."
                 ) from error
-        return cls.from_fields(cls.from_json_file(path), **kwargs)
+        found = cls.from_json_file(path)
+        if PeftConfig.check is not None:
+            PeftConfig.check(found, path)
+        with inside(path, config=True):
+            return cls.from_fields(found, **kwargs)
 
     @classmethod
     def from_fields(cls, found: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -209,6 +218,12 @@ class PeftConfig(Passing):
             )
         known = {field.name for field in fields(made)}
         unknown = sorted(set(kwargs) - known)
+        if unknown and kind is None:
+            raise NoConfigError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}",
+                where=f"It has {', '.join(map(shown, unknown[:5]))}",
+                remedy=f"peft_type is one of {', '.join(PeftConfig.types)}.",
+            )
         if unknown:
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {made.__name__}, these are ignored. The file may be of a newer version.",

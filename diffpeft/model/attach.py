@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,25 +16,26 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, li
 from diffpeft.layers.adapted import (
     Record,
     State,
-    Weights,
     enter,
     is_adapted,
     op_of,
     record_of,
     state_of,
     state_with,
-    weights_of,
 )
 from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, refusal
+from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
-from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of, place
+from diffpeft.layers.whole import Copies, Put, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
+from diffpeft.methods.linalg import wide_dtype
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.root import settle
-from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.target import COMPILED, adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
 
@@ -60,6 +61,18 @@ class Plan:
         default_factory=list
     )  # modules with copies of themselves, or patches
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # parameters that get other numbers
+    held: list[tuple[dict[str, Any], str, Any]] = field(
+        default_factory=list
+    )  # (a module's table of modules or parameters, a name in it, the new one)
+    settings: list[tuple[Any, str, Any]] = field(default_factory=list)  # (an object beside the model, attribute, value)
+
+    def put(self, puts: Iterable[Put]) -> None:
+        """Add writes to modules' tables: numbers for the parameter that is there, or another parameter."""
+        for table, name, new in puts:
+            if isinstance(new, nn.Parameter):
+                self.held.append((table, name, new))
+            else:
+                self.tensors.append((table[name], new))
 
     def commit(self) -> None:
         """Make the writes; if one is interrupted, undo those made."""
@@ -67,7 +80,11 @@ class Plan:
         attributes = [(mix, {name: getattr(mix, name) for name in new}) for mix, new in self.mixes]
         copies = [(module, copies_of(module)) for module, _ in self.wholes]
         numbers = [(tensor, tensor.data) for tensor, _ in self.tensors]
+        held = [(table, name, table[name]) for table, name, _ in self.held]
+        settings = [(thing, name, getattr(thing, name)) for thing, name, _ in self.settings]
         try:
+            for table, name, new_one in self.held:
+                table[name] = new_one
             for mix, new in self.mixes:
                 mix.__dict__.update(new)
             for module, state in self.layers:
@@ -76,8 +93,9 @@ class Plan:
                 place(module, own)
             for tensor, new_numbers in self.tensors:
                 tensor.data = new_numbers
-            for model, mix in self.roots:
-                settle(model, mix)
+            for thing, name, value in self.settings:
+                setattr(thing, name, value)
+            self._finish()
         except BaseException:
             for module, state in before:
                 enter(module, state)
@@ -85,11 +103,22 @@ class Plan:
                 place(module, old_copies)
             for tensor, old_numbers in reversed(numbers):
                 tensor.data = old_numbers
+            for table, name, old_one in held:
+                table[name] = old_one
+            for thing, name, value in settings:
+                setattr(thing, name, value)
             for mix, old in attributes:
                 mix.__dict__.update(old)
-            for model, mix in self.roots:
-                settle(model, mix)
+            self._finish()
             raise
+
+    def _finish(self) -> None:
+        """Let the models, and who offloads them, know what is on their layers now."""
+        changed = [module for module, _ in (*self.layers, *self.wholes)]
+        for model, mix in self.roots:
+            settle(model, mix)
+            if changed:
+                reapply_offloading(getattr(model, COMPILED, model), changed)
 
 
 def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
@@ -170,21 +199,31 @@ def attach(
     Tensors are float32 whatever the base's dtype. `requires_grad` of the base is not touched.
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
+    parts = components(target)
     check_name(name)
     given = {"side": side, "dora": dora, "constraint": constraint, "rescale": rescale, "tucker": tucker}
     options = {key: value for key, value in given.items() if value is not None}
-    method, parts = method_of(config, options), components(target)
+    method = method_of(config, options)
     config.validate()
     for field_ in _FACADE:
         if getattr(config, field_, None):
             raise ConfigError(
                 f"attach has no use for {field_}", remedy="It is for get_peft_model and inject_adapter_in_model."
             )
-    chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
     quiet = is_preset(targets or config.target_modules)  # who named the layers should know of small ones
-    return attach_to(
-        parts, chosen, config, name, method=method, options=options, generator=generator, dry_run=dry_run, quiet=quiet
-    )
+    with exclusive(parts):
+        chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
+        return attach_to(
+            parts,
+            chosen,
+            config,
+            name,
+            method=method,
+            options=options,
+            generator=generator,
+            dry_run=dry_run,
+            quiet=quiet,
+        )
 
 
 _FACADE = (
@@ -193,6 +232,7 @@ _FACADE = (
     "trainable_token_indices",
     "target_parameters",
     "layer_replication",
+    "ensure_weight_tying",
 )
 
 
@@ -209,13 +249,15 @@ def attach_to(
     quiet: bool = False,
     strength: float | None = 1.0,
     wholes: Mapping[str, nn.Module] = MappingProxyType({}),
+    ties: Mapping[str, str] = MappingProxyType({}),
+    finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None,
     patches: Mapping[str, tuple[nn.Module, Patch]] = MappingProxyType({}),
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> AttachReport:
     """`attach` for layers that have been chosen, {component: {name: layer}}. A strength of None leaves the adapter inactive.
 
-    `wholes` {name: module} are trained in copies, `patches` {name: (module, patch)} change parameters, both of one component. `metadata` are what
-    a file of the adapter is to hold.
+    `wholes` {name: module} are trained in copies (`ties` as in `copy_wholes`), `patches` {name: (module, patch)} change parameters, both of one component.
+    `finish` gets the layers of a component and their fresh slots, and gives the slots to take. `metadata` are what a file of the adapter is to hold.
     """
     mixes = mixes_of(parts)
     refuse_duplicate(name, mixes.values())
@@ -232,6 +274,8 @@ def attach_to(
             other = {n: m for n, m in _biased(model).items() if n not in chosen[component]} if some else {}
             chosen[component] = {**chosen[component], **other}
             slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
+    if finish is not None:
+        slots = {component: finish(chosen[component], found) for component, found in slots.items()}
     _warn_adjusted(name, slots)
     large = [] if quiet else [layer for component, found in slots.items() for layer in oversized(found)]
     if large:
@@ -242,8 +286,9 @@ def attach_to(
             if found or patches:
                 own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
                 install(plan, component, chosen[component], found, mixes.get(component), own, strength)
-                copy_wholes(plan, name, wholes)
+                copy_wholes(plan, name, wholes, ties=ties)
                 put_patches(plan, name, patches)
+                plan.roots.append((parts[component], plan.mixes[-1][0]))
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
     tensors += dict.fromkeys(p for _, patch in patches.values() for p in patch.parameters())
@@ -253,10 +298,17 @@ def attach_to(
     )
 
 
-def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Plan to give modules a trainable copy each, for the adapter whose layers are planned already; the copies.
+def copy_wholes(
+    plan: Plan,
+    name: str,
+    wholes: Mapping[str, nn.Module],
+    *,
+    still: bool = False,
+    ties: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, nn.Module]:
+    """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
-    Raises AdapterStateError for a module that has adapters.
+    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module that has adapters.
     """
     made: dict[str, nn.Module] = {}
     for where, module in wholes.items():
@@ -266,8 +318,12 @@ def copy_wholes(plan: Plan, name: str, wholes: Mapping[str, nn.Module]) -> dict[
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
         old, mix = copies_of(module), plan.mixes[-1][0]
-        made[where] = bare_copy(module).requires_grad_(True)
-        plan.wholes.append((module, Copies(mix, {**(old.modules if old else {}), name: made[where]})))
+        made[where] = bare_copy(module).requires_grad_(not still)
+        own = old or Copies(mix, {})
+        frozen = own.still | ({name} if still else frozenset())
+        plan.wholes.append((module, replace(own, modules={**own.modules, name: made[where]}, still=frozen)))
+    for where, other in ties.items():
+        made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
 
 
@@ -354,7 +410,7 @@ def _weight(op: Any, dry_run: bool) -> torch.Tensor:
     if dry_run:
         return torch.empty(op.geometry.shape)
     W = present(op.module, lambda: op.weight().detach())
-    return W.to("cpu", torch.promote_types(W.dtype, torch.float32))
+    return W.to("cpu", wide_dtype(W.dtype))
 
 
 def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
@@ -413,14 +469,15 @@ def detach(target: Any, name: str) -> None:
 
 def take_off(parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
     """Remove adapters, or all of them. Raises UnknownNameError for a name that no component has."""
-    adapted = {component: adapted_layers(model) for component, model in parts.items()}
-    mixes = mixes_of(parts, adapted)
-    known = {n for mix in mixes.values() for n in mix.adapters}
-    for name in sorted((names or set()) - known):
-        raise UnknownNameError.of("adapter", name, known)
-    plan = Plan()
-    remove(plan, parts, mixes, adapted, known if names is None else names)
-    plan.commit()
+    with exclusive(parts):
+        adapted = {component: adapted_layers(model) for component, model in parts.items()}
+        mixes = mixes_of(parts, adapted)
+        known = {n for mix in mixes.values() for n in mix.adapters}
+        for name in sorted((names or set()) - known):
+            raise UnknownNameError.of("adapter", name, known)
+        plan = Plan()
+        remove(plan, parts, mixes, adapted, known if names is None else names)
+        plan.commit()
 
 
 def remove(
@@ -456,26 +513,11 @@ def remove(
             if copies is None or copies.mix is not mix:
                 continue
             if out and copies.fused and isinstance(copies, Patches):
-                copies, numbers = copies.unfused(module)
-                plan.tensors += numbers
+                copies, puts = copies.unfused(module)
+                plan.put(puts)
                 plan.wholes.append((module, copies))
             if names & set(copies.modules):
                 plan.wholes.append((module, copies.without(names)))
-
-
-def unfused(layer: str, module: Any, record: Record) -> tuple[Record, Weights]:
-    """A layer's record and weights without anything fused, the weights in the present dtype and on the present device."""
-    if record.base is None:
-        raise AdapterStateError(
-            f"layer {shown(layer)} was fused with keep_base='none'",
-            remedy="Load the model again to get its own weights.",
-        )
-    weights = [
-        None if old is None or now is None else old.to(device=now.device, dtype=now.dtype)
-        for old, now in zip(record.base, weights_of(module), strict=True)
-    ]
-    assert weights[0] is not None
-    return replace(record, fused=frozenset(), base=None), (weights[0], weights[1])
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -5,8 +5,7 @@ Both work on effective deltas: what an adapter adds to the layer's own weight at
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +17,13 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, sh
 from diffpeft.layers.adapted import base_class, op_of, record_of, state_with, weights_of
 from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.site import device_of, present, site_of
-from diffpeft.layers.slot import BIAS, Piece, Slot
+from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
 from diffpeft.methods import Lora, Spec
-from diffpeft.methods.config import check_choice, check_rank
+from diffpeft.methods.config import check_choice, check_rank, is_fp32
+from diffpeft.methods.linalg import wide_dtype
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
 from diffpeft.model.target import adapted_layers, components
 
@@ -58,7 +59,15 @@ def to_lora(
         check_rank("rank", rank)
     if energy is not None and (rank is not None or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise ConfigError(f"energy is {energy!r}", remedy="It is a share above 0 and at most 1, given instead of rank.")
-    parts, mixes = components(target), mixes_of(components(target))
+    parts = components(target)
+    with exclusive(parts):
+        return _to_lora(parts, adapter, name, rank, energy)
+
+
+def _to_lora(
+    parts: Mapping[str, nn.Module], adapter: str, name: str | None, rank: int | None, energy: float | None
+) -> dict[str, float]:
+    mixes = mixes_of(parts)
     _known([adapter], mixes)
     if name is not None:
         _check_new(name, mixes)
@@ -111,13 +120,24 @@ def combine(
     if not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ConfigError(f"density is {density!r}", remedy="It is a share above 0 and at most 1.")
     for adapter, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_fp32(weight):
             raise ConfigError(
                 f"the weight of {shown(adapter)} is {shown(weight)}", remedy="A weight is a finite number."
             )
     if not weights:
         raise ConfigError("weights is empty", remedy="Give {adapter: weight}.")
-    parts, mixes = components(target), mixes_of(components(target))
+    parts = components(target)
+    with exclusive(parts):
+        return _combine(parts, weights, name, lambda found: _combined(how, found, rank, density, majority_sign))
+
+
+def _combine(
+    parts: Mapping[str, nn.Module],
+    weights: Mapping[str, float],
+    name: str,
+    combined: Callable[[list[tuple[float, Update]]], tuple[Factors, Tensor]],
+) -> dict[str, float]:
+    mixes = mixes_of(parts)
     _known(weights, mixes)
     _check_new(name, mixes)
     plan, lost = Plan(), {}
@@ -130,7 +150,7 @@ def combine(
                 modules[layer] = module
         slots = {}
         for layer, found in updates.items():
-            factors, whole = _combined(how, found, rank, density, majority_sign)
+            factors, whole = combined(found)
             shifts = [w * u.shift for w, u in found if u.shift is not None]
             lost[dotted(component, layer)] = _residual(whole, factors)
             slots[layer] = _lora(modules[layer], factors, sum(shifts) if shifts else None, False)  # type: ignore[arg-type]
@@ -184,7 +204,7 @@ def _update(module: Any, slot: Slot) -> Update:
     assert record is not None
     dtype = torch.float32
     for t in slot.parameters():
-        dtype = torch.promote_types(dtype, t.dtype)
+        dtype = torch.promote_types(dtype, wide_dtype(t.dtype))
 
     def read() -> Update:
         factors = _factors(slot, dtype, op)
@@ -201,12 +221,8 @@ def _update(module: Any, slot: Slot) -> Update:
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
         return Update(delta, factors, slot.rank, whole.shift(dtype, bias))
 
-    was = slot.training
-    slot.eval()
-    try:
+    with at_rest(slot):
         return present(module, lambda: slot(lambda _: read()))
-    finally:
-        slot.train(was)
 
 
 def _factors(slot: Slot, dtype: torch.dtype, op: Any) -> Factors | None:
@@ -283,8 +299,10 @@ def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Map
         record = record_of(module)
         assert record is not None
         plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]}))))
+    plan.roots.append((model, mix))
 
 
 def _plan_added(plan: Plan, model: nn.Module, component: str, mix: Mix, name: str, slots: Mapping[str, Slot]) -> None:
     """Plan a new adapter that is not active."""
     install(plan, component, adapted_layers(model), slots, mix, Adapter(name, tuple(slots)), None)
+    plan.roots.append((model, mix))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +19,15 @@ from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError,
 from diffpeft.layers.adapted import Record, Weights, base_class, effective, op_of, record_of, state_with, weights_of
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.model.attach import Plan, mixes_of, refuse_foreign, unfused
-from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit, unfit
+from diffpeft.layers.whole import Put, copied, copies_of
+from diffpeft.methods.linalg import is_finite, wide_dtype
+from diffpeft.model.attach import Plan, mixes_of, refuse_foreign
+from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
-from diffpeft.model.target import adapted_layers, components
+from diffpeft.model.target import adapted_layers, components, modules_of
+from diffpeft.model.tied import count_twins_once, spread
+from diffpeft.model.weights import unfit, unfused
 
 
 def merge_for_good(
@@ -45,6 +50,16 @@ def merge_for_good(
     has changed.
     """
     parts = components(model)
+    with exclusive(parts):
+        plan, errors = plan_merged(parts, names, dequantize=dequantize)
+        plan.commit()
+    return errors
+
+
+def plan_merged(
+    parts: Mapping[str, nn.Module], names: str | Sequence[str] | None = None, *, dequantize: bool = False
+) -> tuple[Plan, dict[str, float]]:
+    """`merge_for_good` of these components up to its commit: the plan, and the relative error of each layer."""
     adapted = {component: adapted_layers(part) for component, part in parts.items()}
     mixes = mixes_of(parts, adapted)
     known = {n for mix in mixes.values() for n in mix.adapters}
@@ -52,36 +67,18 @@ def merge_for_good(
     for name in wanted or ():
         if name not in known:
             raise UnknownNameError.of("adapter", name, known)
-    plan, swaps, errors = Plan(), Swaps(), {}
+    plan, errors = Plan(), {}
     for component, mix in mixes.items():
-        merger = _merger(parts[component], mix, wanted, dequantize, swaps)
+        merger = _merger(parts[component], mix, wanted, dequantize)
+        merger.plan_wholes(plan, mix)
+        count_twins_once(adapted[component], merger.owners)
         for layer, module in adapted[component].items():
             found = merger.plan(plan, layer, module)
             if found is not None:
                 errors[dotted(component, layer)] = found
         plan.mixes.append((mix, {"adapters": {}, "choice": Choice(), "fused": {}}))
         plan.roots.append((parts[component], mix))
-    swaps.commit(plan)
-    return errors
-
-
-@dataclass
-class Swaps:
-    """Modules to be replaced: (the table that holds one, its key, the new one)."""
-
-    rows: list[tuple[dict[str, Any], str, nn.Module]] = field(default_factory=list)
-
-    def commit(self, plan: Plan) -> None:
-        """Replace them and commit the plan; if that is interrupted, put them back."""
-        before = [(table, key, table[key]) for table, key, _ in self.rows]
-        try:
-            for table, key, new in self.rows:
-                table[key] = new
-            plan.commit()
-        except BaseException:
-            for table, key, old in before:
-                table[key] = old
-            raise
+    return plan, errors
 
 
 @dataclass
@@ -91,9 +88,19 @@ class _Merger:
     model: nn.Module
     choice: Choice  # with the chosen adapters alone
     dequantize: bool
-    swaps: Swaps
-    owners: Mapping[int, int]
+    owners: dict[int, int]
+    shared: dict[int, torch.Tensor]  # the new numbers of weights, by the parameter's id: layers may share one
     dtype: torch.dtype | None  # of plain layers in place of quantised ones
+
+    def plan_wholes(self, plan: Plan, mix: Mix) -> None:
+        """Plan to give modules the numbers of their acting copies and patches, and to take these off."""
+        puts: list[Put] = []
+        for module, _ in modules_of(self.model, copied).values():
+            copies = copies_of(module)
+            if copies is not None and copies.mix is mix:
+                plan.wholes.append((module, None))
+                puts += copies.merged(module, self.choice)
+        spread(plan, puts, self.owners)
 
     def plan(self, plan: Plan, layer: str, module: Any) -> float | None:
         """Plan to make a layer plain. The relative error, or None if no adapter goes into it."""
@@ -116,7 +123,8 @@ class _Merger:
                 )
             return self._replace(plan, layer, module, steps)
         refuse_unfit(layer, module, self.owners)
-        weights, error = _merged(layer, module, base, weights_of(module), steps)
+        (W, bias), error = _merged(layer, module, base, weights_of(module), steps)
+        weights = self.shared.setdefault(id(module.weight), W), bias
         plan.layers.append((module, state_with(module, None, weights)))
         return error
 
@@ -158,11 +166,11 @@ class _Merger:
         if weights[1] is not None:
             plain.bias = nn.Parameter(weights[1], requires_grad=module.bias.requires_grad)
         plan.layers.append((module, state_with(module, None)))
-        self.swaps.rows += [(table, key, plain) for table, key in places]
+        plan.held += [(table, key, plain) for table, key in places]
         return error
 
 
-def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize: bool, swaps: Swaps) -> _Merger:
+def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize: bool) -> _Merger:
     check_idle(mix, mix.adapters)
     active = mix.choice.order
     chosen = {*active} if names is None else {*names}
@@ -173,7 +181,7 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
     given |= {n: 1.0 for n in names or () if n in mix.adapters and n not in given}
     choice = choose(mix.component, mix.layers, mix.adapters, given)
     refuse_hooked(model)
-    return _Merger(model, choice, dequantize, swaps, owners_of(model), _activations(model))
+    return _Merger(model, choice, dequantize, owners_of(model), {}, _activations(model))
 
 
 def _strong(steps: Any) -> list[tuple[Slot, float]]:
@@ -186,11 +194,11 @@ def _merged(
     """Weights computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`; and the relative error of that."""
     with torch.no_grad():
         own = base[0].to(like[0].device), base[1]
-        W, b = effective(module, steps, torch.promote_types(base[0].dtype, torch.float32), own)
+        W, b = effective(module, steps, wide_dtype(base[0].dtype), own)
         if b is not None and like[1] is None:
             raise unfit(layer, "an adapter adds a bias and the layer has none")
         stored = torch.empty_like(like[0]).copy_(W), None if b is None or like[1] is None else b.to(like[1])
-        if not all(t is None or bool(t.isfinite().all()) for t in stored):
+        if not all(t is None or is_finite(t) for t in stored):
             raise NonFiniteError(
                 "NaNs detected in the merged weights",
                 where=f"Layer {shown(layer)} would get values that are not finite",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
-from diffpeft.model.schedule import Clock, Schedule
+from diffpeft.methods.config import is_fp32
+from diffpeft.model.schedule import Clock, Scaled, Schedule
+from diffpeft.model.scope import Block, Scope
 from diffpeft.model.target import spellings
 
 Level = float | Schedule
@@ -29,10 +31,12 @@ Strength = Level | Mapping[str, Level]
 Given = Mapping[str, Strength]
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-_here = threading.local()  # `choices`: {mix key: Choice} inside this thread's `adapters(...)` blocks, else absent
-_running: dict[
-    object, Mapping[str, Choice]
-] = {}  # the choices of each `adapters(...)` block that is running, of all threads
+_scope: Scope[Mapping[str, Choice]] = Scope("diffpeft_mix")  # {mix key: choice} of the `adapters(...)` blocks
+_here = (
+    threading.local()
+)  # `choices`: all of these as one, or absent: for compiled code, which cannot read what a context holds
+# the blocks of all threads that claim their adapters, by id
+_running: weakref.WeakValueDictionary[int, Block[Mapping[str, Choice]]] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
@@ -65,13 +69,33 @@ class Choice:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "moments": {}}
 
+    def scaled(self, by: float) -> Choice:
+        """This choice with all strengths times a number."""
+        if by == 1:
+            return self
+        return self._kept(("scaled", by), lambda: self._scaled(by))
+
+    def _scaled(self, by: float) -> Choice:
+        return replace(
+            self,
+            levels={name: [_times(level, by) for level in levels] for name, levels in self.levels.items()},
+            strengths={name: [s * by for s in strengths] for name, strengths in self.strengths.items()},
+            table=self.table * by,
+            rows=tuple(row.scaled(by) for row in self.rows),
+            moments={},
+        )
+
     def moment(self, fraction: float | None, batch: int = 0) -> Choice:
         """This choice at a step and for a batch."""
-        found = self.moments.get((fraction, batch))
+        return self._kept((fraction, batch), lambda: self._moment(fraction, batch))
+
+    def _kept(self, key: Any, make: Callable[[], Choice]) -> Choice:
+        """What was made of this choice before under a key, else what `make` makes now."""
+        found = self.moments.get(key)
         if found is None:
             if len(self.moments) >= _KEPT:
                 self.moments.clear()
-            found = self.moments[fraction, batch] = self._moment(fraction, batch)
+            found = self.moments[key] = make()
         return found
 
     def _moment(self, fraction: float | None, batch: int) -> Choice:
@@ -124,14 +148,30 @@ class Mix:
         self.__dict__.update(state)
         self.__post_init__()
 
+    def divided(self) -> tuple[str, ...]:
+        """The modules that adapters have copies of, or change the parameters of, while rows of a batch have a mix each."""
+        if not any(adapter.modules for adapter in self.adapters.values()) or not self.standing().rows:
+            return ()
+        return tuple(dict.fromkeys(name for adapter in self.adapters.values() for name in adapter.modules))
+
+    def blocks(self) -> list[Block[Mapping[str, Choice]]]:
+        """The `adapters(...)` blocks that are running, in all threads and tasks."""
+        found = (
+            reference() for reference in _running.valuerefs()
+        )  # a list made at once: other threads enter blocks meanwhile
+        return [block for block in found if block is not None and block.open and self.key in block.value]
+
     def running(self) -> list[Choice]:
-        """The choices of the `adapters(...)` blocks that are running, in all threads."""
-        return [choices[self.key] for choices in list(_running.values()) if self.key in choices]
+        """The choices of these blocks."""
+        return [block.value[self.key] for block in self.blocks()]
 
     def standing(self) -> Choice:
-        """The choice that holds here and now: this thread's, or the one that was set."""
-        if hasattr(_here, "choices"):
-            return _here.choices.get(self.key, self.choice)
+        """The choice that holds here and now: that of this thread's or task's last block, or the one that was set."""
+        if torch.compiler.is_compiling():
+            return _here.choices.get(self.key, self.choice) if hasattr(_here, "choices") else self.choice
+        for block in reversed(_scope.blocks):
+            if self.key in block.value:
+                return block.value[self.key]
         return self.choice
 
     def current(self) -> Choice:
@@ -234,6 +274,10 @@ def _level(strength: Level) -> Level:
     return strength if isinstance(strength, Schedule) else float(strength)
 
 
+def _times(level: Level, by: float) -> Level:
+    return Scaled(level, by) if isinstance(level, Schedule) else level * by
+
+
 def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Level:
     """The value of the pattern with most literal segments that matches, then the longer, then the later; 1 if none does."""
     best, value = (-1, -1), _level(1.0)
@@ -249,7 +293,8 @@ def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Leve
 
 def _matches(pattern: str, component: str, layer: str) -> bool:
     """Whether `pattern` matches a leading run of whole segments of the layer's dotted name. CLIP's `text_model.` may be there or not."""
-    names = {name for spelt in spellings(layer) for name in (spelt, dotted(component, spelt))}
+    spelt = spellings(layer) if component.startswith("text_encoder") else (layer,)
+    names = {name for own in spelt for name in (own, dotted(component, own))}
     return any(_leads(pattern.split("."), name.split(".")) for name in names)
 
 
@@ -261,8 +306,11 @@ def _glob(segment: str) -> re.Pattern[str]:
     return re.compile("".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in segment))
 
 
-def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
-    """Raise unless `given` is {known adapter: strength or {pattern that matches: strength}}."""
+def check_mix(given: Any, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+    """Raise unless `given` is {known adapter: strength or {pattern that matches: strength}}.
+
+    `components` are those of the pipeline: a pattern may name one of them that an adapter has no layers in.
+    """
     mixes = list(mixes)
     if not isinstance(given, Mapping):
         raise ConfigError(
@@ -276,21 +324,28 @@ def check_mix(given: Any, mixes: Iterable[Mix]) -> None:
         if isinstance(strength, Mapping):
             used = set().union(*(mix.used({name: strength}) for mix in mixes))
             for pattern in strength:
-                if pattern not in used:
+                if pattern not in used and not _is_absent(pattern, name, mixes, components):
                     raise _no_layer(name, pattern, mixes)
 
 
-def check_rows(given: Any, images: Any, mixes: Iterable[Mix]) -> None:
+def _is_absent(pattern: str, name: str, mixes: Iterable[Mix], components: Collection[str]) -> bool:
+    """Whether a pattern is for a component of the pipeline in which the adapter has no layers."""
+    absent = {*components} - {mix.component for mix in mixes if name in mix.adapters}
+    component, _, block = pattern.partition(".")
+    return component in absent or (not block and any(_glob(component).fullmatch(other) for other in absent))
+
+
+def check_rows(given: Any, images: Any, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
     """Raise unless `given` is a mix, or a list of mixes for so many images a prompt."""
     mixes = list(mixes)
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
         raise ConfigError(f"images_per_prompt is {shown(images)}", remedy="It is a number of images, at least 1.")
     if not isinstance(given, (list, tuple)):
-        return check_mix(given, mixes)
+        return check_mix(given, mixes, components)
     if not given:
         raise ConfigError("the list of mixes is empty", remedy="Give one dict of strengths for each prompt.")
     for mix in given:
-        check_mix(mix, mixes)
+        check_mix(mix, mixes, components)
 
 
 def check_strength(name: str, strength: Any, schedules: bool = False) -> None:
@@ -298,15 +353,10 @@ def check_strength(name: str, strength: Any, schedules: bool = False) -> None:
     for where, value in strength.items() if isinstance(strength, Mapping) else [("", strength)]:
         if isinstance(where, str) and schedules and isinstance(value, Schedule):
             continue
-        if (
-            not isinstance(where, str)
-            or isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-        ):
+        if not isinstance(where, str) or not is_fp32(value):
             raise ConfigError(
                 f"the strength of {shown(name)}{f' at {shown(where)}' if where else ''} is {shown(value)}",
-                remedy="A strength is a finite number, or a dict of such numbers by component or block."
+                remedy="A strength is a finite number that fp32 can hold, or a dict of such numbers by component or block."
                 + (" In set_adapters it may be a diffpeft.schedule." if isinstance(value, Schedule) else ""),
             )
 
@@ -322,43 +372,72 @@ def _no_layer(name: str, pattern: str, mixes: list[Mix]) -> UnknownNameError:
     )
 
 
+def claim(choices: Mapping[str, Choice]) -> Block[Mapping[str, Choice]]:
+    """A block with these choices, by mix key: while it is open, its adapters cannot be unloaded. It is not in force yet."""
+    block = Block(choices)
+    _running[id(block)] = block
+    return block
+
+
 @contextlib.contextmanager
-def forced(choices: Mapping[str, Choice]) -> Iterator[None]:
-    """These choices, by mix key, in this thread inside this block. No statement calls anything before all is done: no interrupt comes between."""
-    block, before = object(), getattr(_here, "choices", None)
-    within = {**(before or {}), **choices}
-    _running[block] = choices
-    _here.choices = within
+def forced(block: Block[Mapping[str, Choice]]) -> Iterator[None]:
+    """The choices of `block` hold in this thread or task inside this one, after which they never hold again."""
     try:
+        _scope.enter(block)
+        show_compiled()
         yield
     finally:
-        if before is not None:
-            _here.choices = before
-        else:
-            del _here.choices  # absent, not None: a third state would be a third compiled graph
-        del _running[block]
+        block.open = False  # it is out of force from here on, whatever happens to the rest
+        try:
+            _settle_ended(block)
+        except BaseException:  # an interrupt
+            _settle_ended(block)
+            raise
 
 
-def in_force(key: str, choice: Choice) -> _in_force:
-    """This choice of one mix, in this thread inside this block, without a claim on its adapters."""
-    return _in_force({key: choice})
+def _settle_ended(block: Block[Mapping[str, Choice]]) -> None:
+    _running.pop(id(block), None)
+    _scope.forget_ended()
+    show_compiled()
 
 
-class _in_force:
-    """Choices by mix key for this thread. A class: a step is to cost nothing."""
+def show_compiled() -> None:
+    """Let compiled code see, in this thread, what holds here: it reads no context."""
+    within = {key: choice for block in _scope.blocks for key, choice in block.value.items()}
+    if within:
+        _here.choices = within
+    elif hasattr(_here, "choices"):
+        del _here.choices  # absent, not None: a third state would be a third compiled graph
 
-    def __init__(self, choices: Mapping[str, Choice]) -> None:
-        self.choices = choices
 
+class in_force:
+    """The choices that `made` gives hold in this thread inside this block, without a claim on their adapters.
+
+    A class, whose methods compiled code passes by: a step is to cost nothing.
+    """
+
+    def __init__(self, made: Callable[[], Mapping[str, Choice]]) -> None:
+        self.made = made
+
+    @torch.compiler.disable
     def __enter__(self) -> None:
-        self.before: dict[str, Choice] | None = getattr(_here, "choices", None)
-        _here.choices = {**(self.before or {}), **self.choices}
+        choices = self.made()
+        self.block = Block(choices) if choices else None
+        if self.block is None:
+            return
+        try:
+            _scope.enter(self.block)
+            show_compiled()
+        except BaseException:  # an interrupt
+            self.__exit__()
+            raise
 
+    @torch.compiler.disable
     def __exit__(self, *error: object) -> None:
-        if self.before is None:
-            del _here.choices  # absent, not None: a third state would be a third compiled graph
-        else:
-            _here.choices = self.before
+        if self.block is not None:
+            self.block.open = False
+            _scope.forget_ended()
+            show_compiled()
 
 
 def check_idle(mix: Mix, names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Root: the module that a pipeline calls. While strengths depend on the step or the row, it tells its layers which step it is and how many rows there are.
+"""Root: the module that a pipeline calls. It tells its layers what they cannot know: the step, the number of rows, the scale that the call asks for.
 
 Like an adapted layer (docs/decisions/001) it gets a subclass of its class; here that overrides `__call__`, which runs before anything compiled.
 """
@@ -13,24 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import ShapeMismatchError
+from diffpeft.errors import AdapterStateError, ShapeMismatchError, listed
+from diffpeft.layers.mixed import watched
 from diffpeft.layers.site import site_of
 from diffpeft.layers.swap import subclass
-from diffpeft.model.mix import Choice, Mix, forced, in_force
+from diffpeft.model.call import asked_scale, for_diffusers, rows_asked, takes_scale
+from diffpeft.model.mix import Choice, Mix, forced, in_force, show_compiled
+from diffpeft.model.scope import Block
 from diffpeft.model.target import COMPILED
 
 ROOT = "_diffpeft_root"
 _REASON = (
-    "the strengths of adapters depend on the step; compile the model that set_adapters is given and not what calls it"
+    "the strengths of adapters depend on the call; compile the model that set_adapters is given and not what calls it"
 )
 _lock = threading.RLock()
 _classes: dict[type, type] = {}
 
 
 def settle(model: nn.Module, mix: Mix) -> None:
-    """Make `model` a root if strengths of `mix` depend on the call, and what it was if not. Plain assignments: it cannot fail."""
+    """Make `model` a root if strengths of `mix` may depend on the call, and what it was if not. Plain assignments: it cannot fail."""
     with _lock:
-        want = mix.choice.live or any(choice.live for choice in mix.running())
+        want = _depends_on_the_call(model, mix)
         inner = model._modules.get(COMPILED)  # may have become a root before it was compiled
         for module in (model,) if want or inner is None else (model, inner):
             found = {
@@ -48,36 +51,43 @@ def settle(model: nn.Module, mix: Mix) -> None:
                 module.__dict__.pop(ROOT, None)
 
 
+def _depends_on_the_call(model: nn.Module, mix: Mix) -> bool:
+    """Whether strengths change with the step or the row, with a scale among the arguments, or with the asyncio task that calls."""
+    if mix.adapters and takes_scale(getattr(model, COMPILED, model), mix.component):
+        return True
+    return mix.choice.live or any(block.in_task or block.value[mix.key].live for block in mix.blocks())
+
+
 @contextlib.contextmanager
-def rooted(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choices: Mapping[str, Choice]) -> Iterator[None]:
-    """These choices, by mix key, in this thread inside this block, with the roots that they need."""
-    live = [(parts[component], mix) for component, mix in mixes.items() if choices[mix.key].live]
+def rooted(
+    parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], block: Block[Mapping[str, Choice]]
+) -> Iterator[None]:
+    """The choices of `block` hold inside this one, with the roots that they need."""
+    models = [(parts[component], mix) for component, mix in mixes.items()]
     try:
-        with forced(choices):
-            for model, mix in live:
+        with forced(block):
+            for model, mix in models:
                 settle(model, mix)
             yield
     finally:
         try:
-            for model, mix in live:
+            for model, mix in models:
                 settle(model, mix)
         except BaseException:  # an interrupt
-            for model, mix in live:
+            for model, mix in models:
                 settle(model, mix)
             raise
 
 
 def _root_class(base: Any) -> type:
     if base not in _classes:
-        moment = torch.compiler.disable(_moment)
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             mix = self.__dict__.get(ROOT)
-            choice = None if mix is None else mix.standing()
-            if choice is None or not choice.live or choice.of is not None:
+            if mix is None:
                 return base.__call__(self, *args, **kwargs)
-            with in_force(mix.key, moment(choice, args, kwargs)):
-                return base.__call__(self, *args, **kwargs)
+            with in_force(lambda: _for_call(mix, args, kwargs)), watched(self, mix.divided):
+                return base.__call__(self, *args, **for_diffusers(kwargs))
 
         _classes[base] = subclass(
             base,
@@ -90,19 +100,41 @@ def _root_class(base: Any) -> type:
     return _classes[base]
 
 
-def _moment(choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
-    """The choice for one call."""
-    fraction = None
+def _for_call(mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Choice]:
+    """{mix key: choice} of what holds in one call alone; empty if nothing depends on it. Raises AdapterStateError for a scale on what is fused."""
+    show_compiled()
+    choice, early = mix.standing(), mix.component.startswith("text_encoder")
+    if choice.of is not None:  # the model inside a compiled one: it is done
+        return {}
+    scale = asked_scale(early, kwargs)
+    if scale == 1 and not choice.live:
+        return {}
+    if scale != 1 and mix.fused:
+        raise AdapterStateError(
+            f"a scale of {scale:g} was asked for, and {listed(mix.fused)} are fused into {mix.component or 'the model'}",
+            remedy="Call unfuse first, or leave out the scale.",
+        )
+    choice, fraction = choice.scaled(scale), None
     if choice.clock is not None:
         names = [name for name in ("timestep", "timesteps", "t") if name in kwargs]
         fraction = choice.clock.fraction(kwargs[names[0]] if names else args[1] if len(args) > 1 else None)
-    return choice.moment(fraction, _rows(choice, (*args, *kwargs.values())) if choice.rows else 0)
+    rows = _rows(choice, early, (*args, *kwargs.values())) if choice.rows else 0
+    return {mix.key: choice.moment(fraction, rows)}
 
 
-def _rows(choice: Choice, given: tuple[Any, ...]) -> int:
-    """How many rows the batch has. Raises ShapeMismatchError if that is no multiple of what the mixes are for."""
+def _rows(choice: Choice, early: bool, given: tuple[Any, ...]) -> int:
+    """How many rows the batch has. Raises ShapeMismatchError unless the prompts of the pipeline's call are those that the mixes are for.
+
+    Guidance repeats the batch, or calls the model again; outside of a pipeline any number of repetitions may be meant.
+    """
     sizes = [len(v) for v in given if (isinstance(v, Tensor) and v.dim()) or _is_batch(v)]
-    n, m = len(choice.rows), choice.images
+    n, m, asked = len(choice.rows), choice.images, rows_asked(early)
+    what = "prompts" if early else "images"
+    if asked is not None and asked != n * m:
+        raise ShapeMismatchError(
+            f"the pipeline draws {asked} {what}, and {n} mixes with {m} images a prompt are for {n * m}",
+            remedy="Give one prompt a mix, and set_adapters(..., images_per_prompt=) the pipeline's num_images_per_prompt.",
+        )
     if not sizes or sizes[0] % (n * m):
         raise ShapeMismatchError(
             f"the batch has {sizes[0] if sizes else 'no'} rows, and {n} mixes with {m} images a prompt take {n * m} or a multiple",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,11 @@ from typing import Any
 import torch
 
 from diffpeft.errors import AdapterStateError, ConfigError, shown
+from diffpeft.methods.config import is_fp32
+from diffpeft.model.call import running_pipeline
+from diffpeft.model.scope import Block, Scope
 
-_here = threading.local()  # `fraction` inside this thread's `step(...)` blocks
+_told: Scope[float] = Scope("diffpeft_step")  # the fractions of `step(...)` blocks
 
 _CURVES = {"linear": lambda u: u, "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2}
 
@@ -81,6 +83,20 @@ class Steps(Schedule):
         return f"steps({{{', '.join(f'{f:g}: {s:g}' for f, s in self.points)}}})"
 
 
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    """Another schedule times a number."""
+
+    schedule: Schedule
+    factor: float
+
+    def at(self, fraction: float) -> float:
+        return self.schedule.at(fraction) * self.factor
+
+    def __repr__(self) -> str:
+        return f"{self.factor:g} * {self.schedule!r}"
+
+
 def linear(first: float, last: float, *, start: float = 0.0, end: float = 1.0) -> Schedule:
     """From `first` to `last` in a straight line between the fractions `start` and `end`, which holds its end values outside."""
     return Ramp(first, last, start, end)
@@ -106,21 +122,21 @@ def steps(strengths: Mapping[float, float]) -> Schedule:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_fp32(value):
         raise ConfigError(f"{name} of a schedule is {shown(value)}", remedy="It is a finite number.")
     return float(value)
 
 
 @contextlib.contextmanager
 def step(fraction: float) -> Iterator[None]:
-    """Denoising is at this fraction, in this thread inside this block, whatever a scheduler says: for loops of one's own."""
-    fraction = _number("the fraction", fraction)
-    before = getattr(_here, "fraction", None)
-    _here.fraction = fraction
+    """Denoising is at this fraction, in this thread or task inside this block, whatever a scheduler says: for loops of one's own."""
+    block = Block(_number("the fraction", fraction))
     try:
+        _told.enter(block)
         yield
     finally:
-        _here.fraction = before
+        block.open = False
+        _told.forget_ended()
 
 
 # ---- how far denoising is
@@ -140,10 +156,9 @@ class Clock:
 
     def fraction(self, timestep: Any = None) -> float:
         """The fraction of the step in which a denoiser is called with `timestep`."""
-        told = getattr(_here, "fraction", None)
-        if told is not None:
-            return told
-        running = _running()
+        if told := _told.blocks:
+            return told[-1].value
+        running = running_pipeline()
         pipeline: Any = running or (self.pipeline() if self.pipeline else None)
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None or timestep is None:
@@ -174,17 +189,6 @@ class Clock:
         if hasattr(scheduler, "counter"):
             return scheduler.counter
         return 0 if index is None else index - run.begin
-
-
-def _running() -> Any:
-    """The pipeline whose call this thread is in. Several may share a denoiser, each with a scheduler."""
-    frame = sys._getframe(1)
-    while frame := frame.f_back:  # type: ignore[assignment]
-        if frame.f_code.co_name == "__call__":
-            own = frame.f_locals.get("self")
-            if not isinstance(own, torch.nn.Module) and hasattr(own, "scheduler") and hasattr(own, "components"):
-                return own
-    return None
 
 
 _COUNTERS = ("step_index", "counter")  # most schedulers; PNDM

@@ -168,10 +168,10 @@ def _check_entries(entries: str | Sequence[str], names: Sequence[str]) -> None:
     ]
     if lost:
         known = {".".join(n.split(".")[-k:]) for n in names for k in (1, 2, 3)} | set(names) | set(PRESETS)
-        raise UnknownNameError(
-            f"no layer matches {shown(lost[0])}",
-            remedy=near(lost[0], known) or f"The presets are {', '.join(PRESETS)}.",
-        )
+        remedy = near(lost[0], known) or f"The presets are {', '.join(PRESETS)}."
+        if isinstance(entries, str) and any(_match([entries], n) for n in names):
+            remedy = f"A text is a regular expression for whole names: pass [{shown(entries)}] for names that end so."
+        raise UnknownNameError(f"no layer matches {shown(lost[0])}", remedy=remedy)
 
 
 def _usable(name: str, module: nn.Module, parent: nn.Module | None, quiet: bool) -> bool:

@@ -15,7 +15,8 @@ from diffpeft.errors import AdapterStateError, shown
 from diffpeft.layers.adapted import record_of
 from diffpeft.model.attach import Plan, mixes_of, take_off
 from diffpeft.model.fuse import check_order
-from diffpeft.model.mix import Choice, Mix, Strength, check_rows
+from diffpeft.model.lock import exclusive
+from diffpeft.model.mix import Choice, Mix, Strength, check_rows, claim
 from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
@@ -51,26 +52,32 @@ def set_adapters(
     one row a prompt. Raises UnknownNameError or ConfigError, in which case nothing has changed.
     """
     parts = components(target)
-    own = mixes_of(parts)
-    choices = _choices(target, parts, own, mix, images_per_prompt)
-    plan = Plan(mixes=[(m, {"choice": choices[m.key]}) for m in own.values()])
-    plan.roots = [(parts[component], m) for component, m in own.items()]
-    plan.commit()
+    with exclusive(parts):
+        own = mixes_of(parts)
+        choices = _choices(target, parts, own, mix, images_per_prompt)
+        plan = Plan(mixes=[(m, {"choice": choices[m.key]}) for m in own.values()])
+        plan.roots = [(parts[component], m) for component, m in own.items()]
+        plan.commit()
 
 
 @contextlib.contextmanager
 def adapters(
     target: Any, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
 ) -> Iterator[None]:
-    """`set_adapters` for this thread and this block only. Blocks nest; the inner one replaces the whole mix.
+    """`set_adapters` for this thread, or asyncio task, and this block only. Blocks nest; the inner one replaces the whole mix.
 
-    Raises AdapterStateError where gradient checkpointing would run layers again outside the block.
+    A task hands the mix on with its context: `await asyncio.to_thread(pipe, ...)` inside the block draws with it, a thread started otherwise does
+    not. Of blocks that end in another order than they were entered each ends by itself, and the last that is open holds.
+
+    Raises what `set_adapters` raises, and AdapterStateError where gradient checkpointing would run layers again outside the block.
     """
     parts = components(target)
-    own = mixes_of(parts)
-    choices = _choices(target, parts, own, mix, images_per_prompt)
-    _check_checkpointing(target)
-    with rooted(parts, own, choices):
+    with exclusive(parts):
+        own = mixes_of(parts)
+        choices = _choices(target, parts, own, mix, images_per_prompt)
+        _check_checkpointing(target)
+        block = claim(choices)
+    with rooted(parts, own, block):
         yield
 
 
@@ -78,7 +85,7 @@ def _choices(
     target: Any, parts: Mapping[str, nn.Module], own: Mapping[str, Mix], given: Any, images: int
 ) -> dict[str, Choice]:
     """{mix key: choice}, all checked."""
-    check_rows(given, images, own.values())
+    check_rows(given, images, own.values(), parts)
     clock = Clock(None if isinstance(target, nn.Module) else target)
     choices = {mix.key: mix.chosen(given, clock, images) for mix in own.values()}
     _check_fused(parts, own, choices)
@@ -117,9 +124,11 @@ def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choic
 
 def get_adapters(target: Any) -> dict[str, AdapterStatus]:
     """{name: status} of every adapter, in the order in which they came."""
-    mixes = mixes_of(components(target))
-    names = dict.fromkeys(name for mix in mixes.values() for name in mix.adapters)
-    return {name: _status(target, name, mixes) for name in names}
+    parts = components(target)
+    with exclusive(parts):
+        mixes = mixes_of(parts)
+        names = dict.fromkeys(name for mix in mixes.values() for name in mix.adapters)
+        return {name: _status(target, name, mixes) for name in names}
 
 
 def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:

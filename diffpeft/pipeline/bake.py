@@ -35,6 +35,7 @@ from diffpeft.errors import (
 )
 from diffpeft.families import family_of
 from diffpeft.layers.adapted import Record, effective, record_of
+from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.model.target import adapted_layers, layers_of, spellings
 from diffpeft.pipeline.load import load_lora
 from diffpeft.pipeline.locate import located
@@ -311,7 +312,7 @@ def _steps(record: Record) -> list[tuple[Any, float]]:
 def _computed(change: _Change) -> list[tuple[Handle, Tensor]]:
     """The tensors of a layer with the adapters in them, computed in fp32 or better and rounded once: `fuse` on what is stored."""
     weight, bias = io.load([change.weight])[0], io.load([change.bias])[0] if change.bias else None
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = wide_dtype(weight.dtype)
     with torch.no_grad():
         W, b = effective(change.module, _steps(change.record), dtype, (weight, bias))
     if b is not None and bias is None:
@@ -319,7 +320,7 @@ def _computed(change: _Change) -> list[tuple[Handle, Tensor]]:
     out = [(change.weight, W.to(weight.dtype))]
     if change.bias and b is not None and bias is not None and b is not bias:
         out.append((change.bias, b.to(bias.dtype)))
-    if not all(bool(t.isfinite().all()) for _, t in out):
+    if not all(is_finite(t) for _, t in out):
         raise NonFiniteError(
             f"layer {shown(change.name)} would get weights that are not finite",
             remedy="An adapter is broken, or too strong for the dtype.",

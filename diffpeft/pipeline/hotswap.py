@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.bundle import Bundle, dotted
@@ -16,6 +16,7 @@ from diffpeft.layers.adapted import record_of
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import mixes_of
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix
 from diffpeft.model.target import adapted_layers, components, layers_of
 from diffpeft.pipeline.load import LoadReport, beside_of, opened, report_of
@@ -55,6 +56,20 @@ def replace(
     Raises ShapeMismatchError if it does not fit, AdapterStateError while the old one is fused, trained or in use, in which case nothing has changed.
     """
     parts = components(target)
+    with exclusive(parts):
+        return _replace(target, parts, name, source, strict, family, revision, filename)
+
+
+def _replace(
+    target: Any,
+    parts: Mapping[str, nn.Module],
+    name: str,
+    source: Any,
+    strict: bool,
+    family: str | None,
+    revision: str | None,
+    filename: str | None,
+) -> LoadReport:
     mixes = mixes_of(parts)
     known = {n for mix in mixes.values() for n in mix.adapters}
     if name not in known:

@@ -29,6 +29,7 @@ from diffpeft.families import family_of
 from diffpeft.layers.adapted import is_adapted
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
 from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, layers_of
@@ -83,7 +84,7 @@ def load_lora(
     check_strength(name, weight)
     check_max_rank(max_rank, trainable)
     parts = components(target)
-    with _uncollected():
+    with exclusive(parts), _uncollected():
         layers = {component: layers_of(model) for component, model in parts.items()}
         adapted = {c: {layer: m for layer, (m, _) in found.items() if is_adapted(m)} for c, found in layers.items()}
         mixes = mixes_of(parts, adapted)
@@ -92,6 +93,7 @@ def load_lora(
         with inside(bundle.source):
             slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
             plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
+        plan.roots = [(parts[mix.component], mix) for mix, _ in plan.mixes]
         report = report_of(name, bundle, slots, absent)
         _warn(report, bundle, slots)  # before the commit: a warning may be an error
         plan.commit()
@@ -222,7 +224,7 @@ def _planned(
             adapter = Adapter(name, tuple(found), **beside)
             install(plan, component, modules, found, mixes.get(component), adapter, weight)
             beside = {}
-    check_mix({name: weight}, [replace(mix, **new) for mix, new in plan.mixes])
+    check_mix({name: weight}, [replace(mix, **new) for mix, new in plan.mixes], layers)
     return plan
 
 

@@ -1,4 +1,4 @@
-"""Where an adapter lies: a file, a folder with one, a PEFT folder, or a repository on the Hub."""
+"""Where an adapter lies: a file, a folder with one, a PEFT folder, or a repository on the Hub, also by a link to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import converters
 from diffpeft.errors import CheckpointError, UnreadableFileError, listed, near, shown
@@ -14,11 +15,45 @@ from diffpeft.files import present
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE = "pytorch_lora_weights.safetensors"
-_PEFT = ("adapter_config.json", "adapter_model.safetensors")
+PEFT = ("adapter_config.json", "adapter_model.safetensors")
+
+
+_LINK = re.compile(
+    r"(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#]+/[^/?#]+)"
+    r"(?:/(?:blob|resolve|raw|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]*))?)?/?(?:[?#].*)?"
+)
+_NO_MODELS = ("datasets/", "spaces/", "api/", "collections/", "papers/")
+
+
+class Place(NamedTuple):
+    """A repository on the Hub, or a file in one."""
+
+    repo: str
+    revision: str | None = None
+    filename: str | None = None
+
+
+def on_hub(source: str) -> Place | None:
+    """The place on the Hub that a text names: an id, a link to a repository or a file, or owner/name/file.safetensors. None for other texts.
+
+    A path collapses the slashes of a link, and is one all the same.
+    """
+    link = _LINK.fullmatch(source)
+    if link and not link["repo"].startswith(_NO_MODELS):
+        file = unquote(link["file"] or "").strip("/")
+        if file and Path(file).suffix != ".safetensors":  # a folder
+            file = f"{file}/{_FILE}"
+        return Place(link["repo"], unquote(link["revision"]) if link["revision"] else None, file or None)
+    if HUB_ID.fullmatch(source) and Path(source).suffix != ".safetensors":
+        return Place(source)
+    owner, name, file = (*source.split("/", 2), "", "")[:3]
+    if HUB_ID.fullmatch(f"{owner}/{name}") and file.endswith(".safetensors") and not Path(owner).exists():
+        return Place(f"{owner}/{name}", None, file)
+    return None
 
 
 def located(source: Any, revision: str | None = None, filename: str | None = None) -> Any:
-    """The file behind a path, a folder or a Hub id; a dict of tensors as it is."""
+    """The file behind a path, a folder, a Hub id or a link to the Hub; a dict of tensors as it is."""
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, (str, os.PathLike)):
@@ -26,19 +61,27 @@ def located(source: Any, revision: str | None = None, filename: str | None = Non
             f"cannot load an adapter from a {type(source).__name__}",
             remedy="Pass a path, a dict of tensors, a Bundle or a Hub id.",
         )
-    path = Path(source)
+    path, place = Path(source), on_hub(str(source))
     if path.is_dir():
         return _in_folder(path, filename)
-    if path.exists() or not HUB_ID.fullmatch(str(source)) or path.suffix == ".safetensors":
-        if not path.exists():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UnreadableFileError("no such file", where=path, remedy=near(path.name, siblings) or "Check the path.")
+    if path.exists():
         return path
-    return _downloaded(str(source), revision, filename)
+    if place:
+        return _downloaded(place.repo, revision or place.revision, filename or place.filename)
+    raise UnreadableFileError("no such file", where=path, remedy=_remedy(path))
+
+
+def _remedy(path: Path) -> str:
+    if re.match(r"https?:/", str(path)):
+        return (
+            "A link is followed to huggingface.co only: save the file, and pass its path; or a Hub id with filename=."
+        )
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return near(path.name, siblings) or "Check the path."
 
 
 def _in_folder(folder: Path, filename: str | None) -> Path:
-    peft = all(present(folder / name) for name in _PEFT)
+    peft = all(present(folder / name) for name in PEFT)
     if not filename and (peft or converters.components_in(folder)):
         return folder
     files = sorted(folder.glob("*.safetensors"))
@@ -54,22 +97,34 @@ def _in_folder(folder: Path, filename: str | None) -> Path:
 
 
 def _downloaded(repo: str, revision: str | None, filename: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    """A file of a repository: the one that is named, else diffusers' or PEFT's, else the only one that there is."""
+    from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    def get(name: str) -> Path:
-        return Path(hf_hub_download(repo, name, revision=revision))
+    def get(*names: str) -> Path | None:
+        """The last of these files; None if the repository lacks one."""
+        try:
+            return [Path(hf_hub_download(repo, name, revision=revision)) for name in names][-1]
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
 
     try:
-        try:
-            return get(filename or _FILE)
-        except EntryNotFoundError as error:
-            if filename or isinstance(error, LocalEntryNotFoundError):
-                raise
-            return [get(name) for name in _PEFT][-1]
+        path = get(filename) if filename else get(_FILE) or get(*PEFT)
+        if path:
+            return path
+        files = [name for name in list_repo_files(repo, revision=revision) if name.endswith(".safetensors")]
+        if not filename and len(files) == 1 and (path := get(files[0])):
+            return path
     except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UnreadableFileError(
             f"cannot get {filename or _FILE} of {shown(repo)} from the Hub",
             where=str(error).splitlines()[0],
             remedy="If you mean a file, check its path; else check the id, filename= and the network.",
         ) from error
+    raise UnreadableFileError(
+        f"the repository holds {len(files)} .safetensors files, and no {shown(filename or _FILE)}",
+        where=repo,
+        remedy=f"Say filename=, one of {listed(files)}." if files else "Pass another id.",
+    )

@@ -24,9 +24,10 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.layers.adapted import base_class
-from diffpeft.layers.site import device_of, refusal, site_of
+from diffpeft.layers.site import computing_dtype, device_of, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
+from diffpeft.methods.config import FP32_MAX
 from diffpeft.methods.lora import Lora
 from diffpeft.model.target import spellings
 
@@ -162,8 +163,8 @@ def _piece(
     bundle: Bundle, entry: Entry, module: Any, spec: Spec, tensors: dict[str, Tensor], trainable: bool
 ) -> tuple[Piece, Mapping[str, Tensor]]:
     """One method for one layer, checked for what is not finite, and what else its entry holds."""
-    dtype = module.weight.dtype
-    limit = torch.finfo(dtype if dtype.is_floating_point else torch.float16).max
+    dtype = computing_dtype(module)
+    limit = torch.finfo(dtype).max
     numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
     if not all(
         -low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)
@@ -182,7 +183,7 @@ def _piece(
     beside = {role: tensors.pop(role) for role in (BIAS,) if role in tensors}
     p = METHODS[entry.method].adopt(tensors, spec)
     alpha = kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
-    if spec.alpha is not None and not abs(spec.alpha) < float("inf"):
+    if spec.alpha is not None and not abs(spec.alpha) <= FP32_MAX:
         raise NonFiniteError(
             f"layer {shown(entry.layer)} has an alpha that is not finite",
             where=bundle.source,

@@ -1,22 +1,42 @@
-"""A pipeline from what a user types: a diffusers folder, a single file with the folder of its configs, a Hub id, or nothing for the embedded base."""
+"""A pipeline from what a user types: a diffusers folder, a single file with the folder of its configs, a Hub id, or nothing for the embedded base.
+
+Nothing heavy is imported before something is loaded, so that what can be seen of a model by its configs is seen at once.
+"""
 
 from __future__ import annotations
 
+import importlib
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from diffpeft.errors import CheckpointError, near
+from diffpeft.errors import CheckpointError, ConfigError, listed, near
 from diffpeft.io import refuse_pickle
-from diffpeft.pipeline.locate import HUB_ID
+from diffpeft.pipeline.locate import HUB_ID, on_hub
+
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INDEX = "model_index.json"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SAVED_BY = {"transformers_version": "transformers", "_diffusers_version": "diffusers"}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """fp32, bf16 or fp16 as torch's dtype."""
+    import torch
+
+    return getattr(torch, DTYPES[name])
 
 
 def default_device() -> str:
     """cuda if there is one, else cpu."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -26,9 +46,9 @@ def default_dtype(device: str) -> str:
 
 
 def check_model(model: str | None, base: str | None) -> None:
-    """Raise CheckpointError if `model` can be seen to be no model without loading anything."""
+    """Raise CheckpointError if `model` can be seen to be no model without loading anything, ConfigError for a `base` that nothing would read."""
     path = Path(model) if model else EMBEDDED
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if path.is_dir() and not (path / INDEX).is_file():
         raise CheckpointError("this folder holds no diffusers pipeline (no model_index.json)", where=path)
     refuse_pickle(path)
     if path.is_file() and not base:
@@ -38,6 +58,12 @@ def check_model(model: str | None, base: str | None) -> None:
             remedy="Say with --base whose: a diffusers folder or a Hub id.",
         )
     check_exists(str(path), "Pass a diffusers folder, a .safetensors file or a Hub id (owner/name).")
+    if base and not path.is_file():
+        raise ConfigError(
+            "base is for a model that is a single file, and this one has its own configs",
+            where=path,
+            remedy="Leave --base out.",
+        )
 
 
 def check_exists(model: str, remedy: str) -> None:
@@ -50,7 +76,50 @@ def check_exists(model: str, remedy: str) -> None:
     )
     if not path.exists() and local:
         siblings = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError("no such model", where=path, remedy=near(model, siblings) or remedy)
+        place = on_hub(model)
+        link = f"Pass its Hub id: {place.repo}." if place and place.filename is None else ""
+        raise CheckpointError("no such model", where=path, remedy=link or near(model, siblings) or remedy)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a pipeline's configs say of it without loading anything. None, where they do not tell."""
+
+    pipeline: str | None = None  # the name of its class
+    image_channels: int | None = None  # of the latents that its VAE makes
+    input_channels: int | None = None  # that its UNet or transformer reads
+    resolution: int | None = None  # pixels, the side of the square that it was made for
+
+
+def facts(model: str | None) -> Facts:
+    """The facts of a diffusers folder or a Hub id. Of a Hub id three small files are fetched, or nothing is known."""
+    index, denoiser, vae = (_config(model, name) for name in (INDEX, "unet/config.json", "vae/config.json"))
+    levels = len(vae.get("block_out_channels") or ())
+    size = denoiser.get("sample_size")
+    return Facts(
+        pipeline=_typed(index.get("_class_name"), str),
+        image_channels=_typed(vae.get("latent_channels"), int),
+        input_channels=_typed(denoiser.get("in_channels"), int),
+        resolution=size * 2 ** (levels - 1) if isinstance(size, int) and levels else None,
+    )
+
+
+def _typed(value: Any, kind: type) -> Any:
+    return value if isinstance(value, kind) else None
+
+
+def _config(model: str | None, name: str) -> Mapping[str, Any]:
+    """One of a pipeline's JSON files; empty if there is none, or if it cannot be read."""
+    path = (Path(model) if model else EMBEDDED) / name
+    try:
+        if model and not Path(model).exists() and HUB_ID.fullmatch(model):
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(model, name))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except Exception:  # loading will say what is wrong
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def open_pipeline(
@@ -58,31 +127,131 @@ def open_pipeline(
 ) -> Any:
     """The pipeline behind `model`, on `device`; the embedded base without one. `base` names the configs and the tokenizer of a single file.
 
-    Raises CheckpointError if it cannot be loaded.
+    Raises CheckpointError if it cannot be loaded, and if it could be only with weights that no file holds, which the libraries make up.
     """
     check_model(model, base)
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     source = Path(model) if model else EMBEDDED
+    kind = dtype_of(dtype)
     try:
         if source.is_file():
-            pipe = StableDiffusionPipeline.from_single_file(
-                str(source), config=str(base), dtype=DTYPES[dtype], safety_checker=None
+            pipe: Any = StableDiffusionPipeline.from_single_file(
+                str(source), config=str(base), dtype=kind, safety_checker=None
             )
         else:
-            pipe = DiffusionPipeline.from_pretrained(source if source.exists() else str(model), dtype=DTYPES[dtype])
-    except (MemoryError, NotImplementedError):
+            folder = source if source.exists() else Path(DiffusionPipeline.download(str(model)))
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=kind, **_components(folder, kind))
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # diffusers and its libraries raise all kinds for a model that cannot be read
+        for model_ in _models_in(error):
+            _refuse_placeholders(type(model_).__name__, model_, source)
         raise not_loaded(error, source) from error
+    for component, model_ in pipe.components.items():
+        _refuse_placeholders(component, model_, source)
     return pipe.to(device)
+
+
+def _components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The models of a pipeline's folder, each loaded by itself and whole. Those of other libraries are left to diffusers."""
+    import torch
+
+    models = {}
+    for name, entry in _config(str(folder), INDEX).items():
+        cls = _class(*entry) if isinstance(entry, list) and len(entry) == 2 else None
+        if cls is not None and issubclass(cls, torch.nn.Module) and (folder / name).is_dir():
+            models[name] = whole_model(cls, folder / name, name, dtype=dtype)
+    return models
+
+
+def _class(library: Any, name: Any) -> Any:
+    """A class of transformers, of diffusers, or of one of its pipelines, by the two names that model_index.json gives it."""
+    if library not in ("transformers", "diffusers"):
+        import diffusers.pipelines
+
+        return getattr(getattr(diffusers.pipelines, str(library), None), str(name), None)
+    return getattr(importlib.import_module(library), str(name), None)
+
+
+def whole_model(cls: Any, source: str | Path, component: str, **options: Any) -> Any:
+    """A model of diffusers or transformers by its class's `from_pretrained`, with every weight from its files.
+
+    Both libraries go on with random numbers where a weight is missing, and say so in a log. Raises CheckpointError, which names the component
+    and some of the weights.
+    """
+    theirs = cls.__module__.startswith(
+        "transformers"
+    )  # its error for another shape names no weight, so it is asked to go on
+    model, info = cls.from_pretrained(
+        source, output_loading_info=True, **options, **({"ignore_mismatched_sizes": True} if theirs else {})
+    )
+    refuse_made_up(model, info, component, source)
+    return model
+
+
+def refuse_made_up(model: Any, info: Mapping[str, Any], component: str, source: object) -> None:
+    """Raise CheckpointError if a library's report of loading a model names weights that are missing or of another shape."""
+    shapes = [
+        f"{name} is {list(stored)} and not {list(wanted)}" for name, stored, wanted in sorted(info["mismatched_keys"])
+    ]
+    missing = sorted(info["missing_keys"])
+    for names, what in ((missing, "lacks {} of its weights"), (shapes, "has {} of its weights in another shape")):
+        if names:
+            raise CheckpointError(
+                f"{component} ({type(model).__name__}) {what.format(len(names))}: {listed(names, 3)}",
+                where=source,
+                remedy=_version_remedy(_config(str(source), "config.json")),
+            )
+
+
+def _version_remedy(config: Mapping[str, Any]) -> str:
+    """What to do about weights that a library does not find: take a version of it that is not older than the one that saved them."""
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    for key, library in _SAVED_BY.items():
+        saved, installed = config.get(key), version(library)
+        try:
+            if saved and Version(str(saved)) > Version(installed):
+                return f"It was saved by {library} {saved}, and {installed} is installed: install the newer one."
+        except ValueError:
+            continue
+    return "The files are incomplete, or another model's: get them again."
+
+
+def _refuse_placeholders(component: str, model: Any, source: Path) -> None:
+    """Raise CheckpointError for weights without numbers: diffusers leaves those so that a single file does not hold."""
+    if hasattr(model, "state_dict"):
+        empty = sorted(name for name, t in model.state_dict().items() if t.is_meta)
+        refuse_made_up(model, {"missing_keys": empty, "mismatched_keys": ()}, component, source)
+
+
+def _models_in(error: BaseException) -> list[Any]:
+    """The models that a library was at work on when it raised, the outermost first: its error for placeholders names neither model nor weight."""
+    import torch
+
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [value for frame in frames for value in frame.f_locals.values() if isinstance(value, torch.nn.Module)]
 
 
 def not_loaded(error: Exception, source: object) -> CheckpointError:
     """What a library said of a model that it could not load, as an error of ours."""
     first_line = next(iter(str(error).strip().splitlines()), "")[:300]
     return CheckpointError(
-        f"cannot load the model ({type(error).__name__}: {first_line})",
-        where=source,
-        remedy="Check the path or the id, and the network if it is an id.",
+        f"cannot load the model ({type(error).__name__}: {first_line})", where=source, remedy=_remedy(error)
     )
+
+
+def _remedy(error: BaseException) -> str:
+    """What to do about an error of a library: install the package that it misses, else look at the path."""
+    if isinstance(error, ImportError):
+        text = f"{error} {error.name}".lower()
+        extra = next((f"diffpeft[{name}]" for package, name in _EXTRAS.items() if package in text), None)
+        package = extra or (error.name or "").partition(".")[0]
+        return f"pip install {package}" if package else "Install the package that it names."
+    return "Check the path or the id, and the network if it is an id."
+
+
+_EXTRAS = {"gguf": "llm"}  # {a package that is not always there: our extra that installs it}

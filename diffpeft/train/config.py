@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +20,17 @@ def option(
     *,
     choices: tuple[str, ...] = (),
     at_least: float | None = None,
+    above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
+    needs: str = "",
     required: bool = False,
 ) -> Any:
-    """A field with what the command line says of it and the values that are allowed."""
+    """A field with what the command line says of it, the values that are allowed, and the option without which it would do nothing."""
+    limits = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     return field(
         default=default,
-        metadata={"help": help, "choices": choices, "at_least": at_least, "below": below, "required": required},
+        metadata={"help": help, "choices": choices, "limits": limits, "needs": needs, "required": required},
     )
 
 
@@ -43,12 +48,12 @@ class Options:
     )
     method: str = option("lora", "The adapter method.")
     rank: int = option(16, "Rank of the adapter.", at_least=1)
-    alpha: float | None = option(None, "The adapter's scale is alpha / rank; default: the rank.")
-    targets: str = option("full", "Which layers.")
+    alpha: float | None = option(None, "The adapter's scale is alpha / rank; default: the rank.", above=0)
+    targets: str | Sequence[str] = option("full", "Which layers.")
     dropout: float = option(
         0.0, "Probability with which an input feature of the adapter is dropped.", at_least=0, below=1
     )
-    lr: float = option(1e-4, "Learning rate.", at_least=0)
+    lr: float = option(1e-4, "Learning rate.", above=0)
     lr_scheduler: str = option(
         "constant", "How it goes on after the warm-up.", choices=("constant", "linear", "cosine")
     )
@@ -56,11 +61,11 @@ class Options:
     steps: int = option(500, "Optimiser steps.", at_least=1)
     batch_size: int = option(1, "Examples a step.", at_least=1)
     weight_decay: float = option(0.01, "AdamW's weight decay.", at_least=0)
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", at_least=0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
     seed: int = option(0, "Everything random follows from it.", at_least=0)
 
     def validate(self) -> None:
-        """Raise ConfigError for the first option with a value that is not allowed."""
+        """Raise ConfigError for the first option with a value that is not allowed, or that would change nothing."""
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
             if value is None:
@@ -68,17 +73,17 @@ class Options:
                     raise ConfigError(f"--{f.name} is missing", remedy=f"Pass --{f.name}. {meta['help']}")
                 continue
             _check_type(f.name, value, str(f.type))
-            if meta["choices"] and value not in meta["choices"]:
+            _check_value(f.name, value, meta)
+            if meta["needs"] and getattr(self, meta["needs"]) is None:
                 raise ConfigError(
-                    f"{f.name} is {shown(value)}",
-                    remedy=f"{near(str(value), meta['choices'])} Allowed: {', '.join(meta['choices'])}.".strip(),
+                    f"{f.name} without {meta['needs']}, and so it would do nothing",
+                    remedy=f"Pass --{_flag(meta['needs'])} too, or leave --{_flag(f.name)} out.",
                 )
-            low, high = meta["at_least"], meta["below"]
-            if (low is not None and value < low) or (high is not None and value >= high):
-                raise ConfigError(
-                    f"{f.name} is {value}",
-                    remedy=f"It is at least {low:g}" + (f" and below {high:g}." if high is not None else "."),
-                )
+        if self.warmup > self.steps:
+            raise ConfigError(
+                f"warmup is {self.warmup} and steps is {self.steps}: the learning rate would never be reached",
+                remedy="Warm up in a part of the steps.",
+            )
 
     def resolved(self) -> dict[str, Any]:
         """Every option by its name."""
@@ -101,65 +106,214 @@ class TrainConfig(Options):
         None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.", required=True
     )
     base: str | None = option(None, "The folder or Hub id with the configs and the tokenizer of a single-file model.")
-    data: str | None = option(None, "A folder of images; NAME.txt beside NAME.png is its caption.", required=True)
-    instance_prompt: str | None = option(None, "The caption of images without a .txt.")
+    data: str | None = option(
+        None, "A folder of images; NAME.txt or NAME.caption beside NAME.png is its caption.", required=True
+    )
+    instance_prompt: str | None = option(None, "The caption of images without a caption file.")
     class_prompt: str | None = option(
         None, "Switches prior preservation on: what the class is called, without the new word."
     )
     class_data: str | None = option(
-        None, "A folder of class images; missing ones are generated into it. Default: OUT/class."
+        None, "A folder of class images; missing ones are generated into it. Default: OUT/class.", needs="class_prompt"
     )
-    num_class_images: int = option(100, "How many class images there shall be.", at_least=1)
+    num_class_images: int | None = option(
+        None, "How many class images there shall be; default: 100.", at_least=1, needs="class_prompt"
+    )
     resolution: int | None = option(
         None, "Side of the training images in pixels; default: what the model was made for.", at_least=8
     )
     flip: bool = option(False, "Mirror images at random.")
     caption_dropout: float = option(
-        0.0, "Probability of an empty caption, which guidance needs.", at_least=0, below=1.0001
+        0.0, "Probability of an empty caption, which guidance needs.", at_least=0, at_most=1
     )
-    targets: str = option("attn", "Which layers: attn, attn-mlp, full, or a regular expression for whole names.")
+    targets: str | Sequence[str] = option(
+        "attn",
+        "Which layers: attn, attn-mlp, full, names with commas (to_q,to_v), or a regular expression for whole names.",
+    )
     train_text_encoder: bool = option(False, "Adapt the text encoder too.")
     batch_size: int = option(1, "Images a step (as many class images come on top).", at_least=1)
-    snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", at_least=0)
-    prior_weight: float = option(1.0, "Weight of the class images.", at_least=0)
+    snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", above=0)
+    prior_weight: float | None = option(None, "Weight of the class images; default: 1.", above=0, needs="class_prompt")
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
-
-    def validate(self) -> None:
-        """Raise ConfigError for the first option with a value that is not allowed."""
-        super().validate()
-        if self.class_data and not self.class_prompt:
-            raise ConfigError(
-                "class_data without class_prompt", remedy="Say with --class-prompt what the class images show."
-            )
 
 
 Run = TypeVar("Run", bound=Options)
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # {declared type: what is accepted, in words}
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a finite number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text in quotes"),
+}
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _check_type(name: str, value: Any, declared: str) -> None:
-    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[declared.partition(" ")[0]]
+    if isinstance(value, (list, tuple)) and "Sequence[str]" in declared:
+        for entry in value:
+            _check_type(name, entry, "str")
+        return
+    kinds, words = _KINDS[declared.partition(" ")[0]]
     if (
         not isinstance(value, kinds)
         or (isinstance(value, bool) and bool not in kinds)
         or (isinstance(value, float) and not math.isfinite(value))
     ):
+        said = shown(value) if isinstance(value, str) else str(value)  # '2' is a text, 2.0 a number
+        raise ConfigError(f"{name} is {said}", remedy=f"It is {words}.")
+
+
+def _check_value(name: str, value: Any, meta: Mapping[str, Any]) -> None:
+    for text in (value or [""]) if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str) and not text.strip():
+            raise ConfigError(f"{name} is empty", remedy=f"Give it a value, or leave --{_flag(name)} out.")
+    if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(
             f"{name} is {shown(value)}",
-            remedy=f"It is a {'finite ' if float in kinds else ''}{declared.partition(' ')[0]}.",
+            remedy=f"{near(str(value), meta['choices'])} Allowed: {', '.join(meta['choices'])}.".strip(),
         )
+    limits = {words: limit for words, limit in meta["limits"].items() if limit is not None}
+    if any(not _WITHIN[words](value, limit) for words, limit in limits.items()):
+        bounds = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
+        raise ConfigError(f"{name} is {value}", remedy=f"It is {bounds}.")
+
+
+_WITHIN = {
+    "at least": lambda value, limit: value >= limit,
+    "above": lambda value, limit: value > limit,
+    "below": lambda value, limit: value < limit,
+    "at most": lambda value, limit: value <= limit,
+}
+
+
+def target_names(targets: str | Iterable[str], presets: Iterable[str]) -> str | list[str]:
+    """What `targets` stand for: a preset as it is, names as a list (whole names and last parts), a regular expression as it is.
+
+    Names stand in a list, or in one text with commas. Raises ConfigError for a preset among names.
+    """
+    presets = tuple(presets)
+    names = [name.strip() for name in (targets.split(",") if isinstance(targets, str) else targets)]
+    if isinstance(targets, str) and (targets in presets or not all(re.fullmatch(r"\w[\w.]*", name) for name in names)):
+        return targets
+    if mixed := [name for name in names if name in presets]:
+        if len(names) == 1:
+            return mixed[0]
+        raise ConfigError(
+            f"targets names {shown(mixed[0])} among layers",
+            remedy="A preset stands alone: leave it out, or the others.",
+        )
+    return names
+
+
+PATHS = {"model", "base", "data", "out", "class_data", "heldout"}  # the options that are paths
+# {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
+OTHER_NAMES: dict[str, str] = {
+    "learning_rate": "lr",
+    "unet_lr": "lr",
+    "network_dim": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "r": "rank",
+    "dim": "rank",
+    "network_alpha": "alpha",
+    "lora_alpha": "alpha",
+    "network_dropout": "dropout",
+    "lora_dropout": "dropout",
+    "network_module": "method",
+    "lora_layers": "targets",
+    "target_modules": "targets",
+    "max_train_steps": "steps",
+    "max_steps": "steps",
+    "num_train_steps": "steps",
+    "max_train_epochs": "steps, which are not epochs",
+    "num_train_epochs": "steps, which are not epochs",
+    "epochs": "steps, which are not epochs",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "lr_warmup_steps": "warmup",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup, in steps",
+    "lr_scheduler_type": "lr_scheduler",
+    "adam_weight_decay": "weight_decay",
+    "max_norm": "max_grad_norm",
+    "min_snr_gamma": "snr_gamma",
+    "pretrained_model_name_or_path": "model",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "instance_data_dir": "data",
+    "train_data_dir": "data",
+    "image_dir": "data",
+    "dataset": "data",
+    "dataset_name": "data",
+    "train_file": "data",
+    "validation_file": "heldout",
+    "eval_file": "heldout",
+    "class_data_dir": "class_data",
+    "reg_data_dir": "class_data",
+    "prior_loss_weight": "prior_weight",
+    "with_prior_preservation": "class_prompt, which switches it on",
+    "caption_dropout_rate": "caption_dropout",
+    "random_flip": "flip",
+    "flip_aug": "flip",
+    "output_dir": "out",
+    "output_name": "name",
+    "mixed_precision": "dtype, which is fp32 or bf16",
+    "bf16": "dtype, which is fp32 or bf16",
+    "max_seq_length": "max_length",
+    "max_token_length": "max_length",
+    "load_in_4bit": "quantize, which is nf4 or int8",
+    "load_in_8bit": "quantize, which is nf4 or int8",
+    "qlora": "quantize, which is nf4 or int8",
+}
+
+
+def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """What an option that another program has is called here; empty if it is not known, or not one of `known`. `--` makes it a flag."""
+    ours, comma, remark = OTHER_NAMES.get(name.strip("-").replace("-", "_").lower(), "").partition(",")
+    spelt = prefix + _flag(ours) if prefix else ours
+    return f"Here that is {spelt}{comma}{remark}." if ours in set(known) else ""
 
 
 def from_toml(path: str | Path, overrides: Mapping[str, Any], kind: type[Run] = TrainConfig) -> Run:  # type: ignore[assignment]
     """The options in a TOML file, replaced by `overrides`. Raises ConfigError or UnknownNameError."""
     path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file: {error.strerror}", where=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the config file is no TOML ({error})", where=path) from error
+    values = _read_toml(path)
     known = {f.name for f in fields(kind)}
     for name in values:
         if name.replace("-", "_") not in known:
-            raise UnknownNameError.of("option", name, known, where=path)
-    return kind(**{name.replace("-", "_"): value for name, value in values.items()} | dict(overrides))
+            error = UnknownNameError.of("option", name, known, where=path)
+            raise UnknownNameError(error.what, where=path, remedy=f"{hint(name, known)} {error.remedy}".strip())
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    for name in PATHS & values.keys():
+        if re.search(r"[\a\b\f\n\r\t\v]", str(values[name])):  # "C:\temp" in double quotes: its \t is a tab
+            raise ConfigError(f"{name} is {shown(values[name])}", where=path, remedy=_BACKSLASHES)
+    return kind(**values | dict(overrides))
+
+
+_BACKSLASHES = "Between double quotes a backslash is doubled; or use single quotes: 'C:\\photos'."
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file: {error.strerror}", where=path) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the config file is no UTF-8 text ({error})", where=path, remedy="Save it as UTF-8."
+        ) from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the config file is no TOML ({error})", where=path, remedy=_toml_remedy(text)) from error
+
+
+def _toml_remedy(text: str) -> str:
+    """What to do about a text with backslashes in double quotes, where TOML takes them for escapes: Windows paths."""
+    lines = [n for n, line in enumerate(text.splitlines(), 1) if re.search(r'"[^"]*\\[^"]*"', line)]
+    if not lines:
+        return 'A line is: name = value, and texts stand in quotes: out = "folder".'
+    return f"Line {lines[0]}: {_BACKSLASHES[0].lower()}{_BACKSLASHES[1:]}"

@@ -37,7 +37,7 @@ def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
         targets="full",
         lr=7e-4,
         lr_scheduler="cosine",
-        warmup=20,
+        warmup=min(20, steps // 2),
         batch_size=8,
         flip=True,
         caption_dropout=0.1,
@@ -70,7 +70,6 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
     start = time.perf_counter()
     run = dreambooth.train(config(out, method, steps), watch)
     pipe = run.family.pipe
-    pipe.set_progress_bar_config(disable=True)
     truth = heldout()
     watch.phase("drawing held-out prompts")
     drawn = {
@@ -91,7 +90,8 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
 
 def _drawn(run: dreambooth.Run, truth: Heldout, strength: float, seed: int, watch: dreambooth.Watch) -> np.ndarray:
     with torch.no_grad(), diffpeft.adapters(run.family.pipe, {run.name: strength}):
-        return pictures(run.family.pipe, truth.prompts, seed, steps=STEPS, guidance=GUIDANCE, tick=watch.tick)
+        seeds = range(seed, seed + len(truth.prompts))
+        return pictures(run.family.pipe, truth.prompts, seeds, steps=STEPS, guidance=GUIDANCE, tick=watch.tick)
 
 
 def _distances(vae: Any, drawn: dict[float, list[np.ndarray]], truth: Heldout) -> dict[str, dict[str, float]]:
@@ -130,6 +130,7 @@ def _write(run: dreambooth.Run, picture: Any, metrics: dict[str, dict[str, float
         "seconds": round(seconds, 1),
         "steps": len(run.losses),
         "method": run.config.method,
+        "data": run.account.table(),
         "grid": {"strengths": list(STRENGTHS), "boxes": picture.boxes},
     }
     with replacing(out / "metrics.json") as f:
@@ -142,5 +143,6 @@ def _write(run: dreambooth.Run, picture: Any, metrics: dict[str, dict[str, float
         files=files,
         pictures=picture.image,
         metrics=metrics,
+        data=run.account.lines(),
     )
     return files

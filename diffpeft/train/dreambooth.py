@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import converters
 import diffpeft
-from diffpeft.errors import ConfigError, DataError, UnknownNameError
+from diffpeft.bundle import Bundle
+from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of, open_family
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
-from diffpeft.model.target import PRESETS
+from diffpeft.model.target import PRESETS, components, select
 from diffpeft.pipeline.load import save_lora
-from diffpeft.pipeline.open import check_model, default_device, default_dtype, open_pipeline
-from diffpeft.train import data, draw
+from diffpeft.pipeline.open import default_device, default_dtype, open_pipeline
+from diffpeft.train import data, draw, prior
 from diffpeft.train.cache import Latents, Texts
-from diffpeft.train.config import TrainConfig
+from diffpeft.train.check import Checked, check, resized
+from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.loop import Schedule, fit
-from diffpeft.train.method import CONFIGS
+from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, denoising, with_prior
-from diffpeft.train.sample import pictures
+from diffpeft.train.outcome import check_rank, check_room, kept, refuse_unlearnt
 from diffpeft.train.watch import Quiet, Watch
 
 FORMATS = ("diffusers", "kohya")
@@ -36,34 +36,45 @@ FORMATS = ("diffusers", "kohya")
 
 @dataclass
 class Run:
-    """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took."""
+    """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
+
+    `account` says what the data held.
+    """
 
     config: TrainConfig
     family: Family
     name: str
     losses: list[float]
     seconds: float
+    account: data.Account
 
 
-def train(config: TrainConfig, watch: Watch | None = None) -> Run:
+def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | None = None) -> Run:
     """Train an adapter. Writes nothing but missing class images; `save` writes the adapter.
 
-    Raises ConfigError, DataError, CheckpointError, UnknownNameError or DivergedError.
+    `checked` is what `check` said of the config, where that has been asked already.
+    Raises ConfigError, DataError, CheckpointError, UnknownNameError, DivergedError or NothingLearntError.
     """
     watch = watch or Quiet()
     start = time.perf_counter()
-    (name, examples), device = check(config), default_device()
+    checked, device = checked or check(config), default_device()
     dtype = config.dtype or default_dtype(device)
     watch.phase("loading the model")
     family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
-    size, alpha = resolution(config, family), config.rank if config.alpha is None else config.alpha
-    config = replace(config, name=name, dtype=dtype, resolution=size, alpha=alpha)
+    family.pipe.set_progress_bar_config(disable=True)
+    config = resolved(config, checked.name, dtype, family)
+    if checked.account.resolution != config.resolution:  # the configs did not tell
+        checked = resized(checked, resolution(config, family))
+        if checked.account.small:
+            watch.note(checked.account.notes()[0])
+    examples, name = checked.account.examples, checked.name
     watch.phase("encoding the images")
-    latents = Latents(family, examples, size, config.flip, watch.tick)
+    latents = Latents(family, examples, resolution(config, family), config.flip, watch.tick)
     adapt(config, family, name)
+    check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS))
     with diffpeft.adapters(family.pipe, {name: 0.0}):
-        classes = class_examples(config, family, watch)
-    class_latents = Latents(family, classes, size, config.flip, watch.tick)
+        classes = class_examples(config, family, checked.prior, watch)
+    class_latents = Latents(family, classes, resolution(config, family), config.flip, watch.tick)
     loss_at = _loss(config, family, (examples, latents), (classes, class_latents))
     watch.phase("training")
     losses = fit(
@@ -76,22 +87,25 @@ def train(config: TrainConfig, watch: Watch | None = None) -> Run:
     )
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
-    return Run(config, family, name, losses, time.perf_counter() - start)
+    refuse_unlearnt(components(family.pipe).values(), name)
+    return Run(config, family, name, losses, time.perf_counter() - start, checked.account)
 
 
-def check(config: TrainConfig) -> tuple[str, list[data.Example]]:
-    """All checks that need no model; the adapter's name and the images. Raises ConfigError and its kin."""
-    config.validate()
-    if config.method not in ADAPTERS:
-        raise UnknownNameError.of("method", config.method, ADAPTERS)
-    out = config.output()
-    if config.class_data and Path(config.class_data).is_file():
-        raise DataError(
-            "the folder of class images is a file", where=config.class_data, remedy="Pass a folder, which may be empty."
+def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
+    """The options with what their defaults come to."""
+    if config.class_prompt is not None:
+        config = replace(
+            config,
+            num_class_images=config.num_class_images or prior.IMAGES,
+            prior_weight=config.prior_weight or prior.WEIGHT,
         )
-    examples = data.find(config.data, config.instance_prompt)  # type: ignore[arg-type]
-    check_model(config.model, config.base)
-    return config.name or re.sub(r"[^A-Za-z0-9._-]", "_", out.name) or "adapter", examples
+    return replace(
+        config,
+        name=name,
+        dtype=dtype,
+        resolution=resolution(config, family),
+        alpha=config.rank if config.alpha is None else config.alpha,
+    )
 
 
 def resolution(config: TrainConfig, family: Family) -> int:
@@ -102,33 +116,24 @@ def resolution(config: TrainConfig, family: Family) -> int:
     return size
 
 
-# The methods that can be trained, with keywords of attach: rotations turn the output, as in the files that image programs read.
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "dora": {},
-    "loha": {},
-    "lokr": {},
-    "oft": {"side": "output"},
-    "boft": {"side": "output"},
-}
-
-
 def adapt(config: TrainConfig, family: Family, name: str) -> None:
     """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
     for module in family.pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
     settings = CONFIGS[config.method](config)
-    components = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
-    for component in components:
-        targets = (
-            config.targets if component == family.denoiser or config.targets in PRESETS else "attn"
-        )  # an expression is for the denoiser
+    parts = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
+    targets = target_names(config.targets, PRESETS)
+    preset = isinstance(targets, str) and targets in PRESETS
+    chosen = {part: targets if part == family.denoiser or preset else "attn" for part in parts}  # names are its own
+    layers = {part: select({part: getattr(family.pipe, part)}, chosen[part])[part] for part in parts}
+    check_rank(config, [layer for found in layers.values() for layer in found.values()])
+    for component in parts:
         attach(
             getattr(family.pipe, component),
             settings,
             name,
-            targets=targets,
+            targets=chosen[component],
             generator=draw.generator(config.seed, "init", component),
             **ADAPTERS[config.method],
         )
@@ -136,32 +141,26 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
         slot.train()
 
 
-def class_examples(config: TrainConfig, family: Family, watch: Watch) -> list[data.Example]:
+def class_examples(
+    config: TrainConfig, family: Family, plan: prior.ClassImages | None, watch: Watch
+) -> list[data.Example]:
     """The class images; missing ones are generated by the base model and kept for the next run."""
-    if not config.class_prompt:
+    if plan is None:
         return []
-    folder = Path(config.class_data) if config.class_data else Path(config.out or "") / "class"
-    folder.mkdir(parents=True, exist_ok=True)
-    there = sorted(p for p in folder.iterdir() if p.suffix.lower() in data.ENDINGS)
-    missing = config.num_class_images - len(there)
-    if missing > 0:
-        watch.phase(f"generating {missing} class images")
-        guidance, seed = 4.0, draw.generator(config.seed, "class").initial_seed() % 2**31
-        for first in range(0, missing, 8):
-            count = min(8, missing - first)
-            images = pictures(
-                family.pipe, [config.class_prompt] * count, seed + first, steps=25, guidance=guidance, tick=watch.tick
-            )
-            for i, image in enumerate(images):
-                Image.fromarray(image).save(folder / f"class-{len(there) + first + i:04d}.png")
-    return data.find(folder, config.class_prompt)[: config.num_class_images]
+    if plan.damaged:
+        watch.note(f"damaged, and drawn again: {listed(path.name for path in plan.damaged)}")
+    if plan.missing:
+        watch.phase(f"generating {len(plan.missing)} class images")
+    seed = draw.generator(config.seed, "class").initial_seed() % 2**31
+    plan = prior.draw_missing(plan, family, seed, watch.tick)
+    return data.captioned(plan.paths(), plan.provenance.prompt)
 
 
 def _loss(
     config: TrainConfig,
     family: Family,
-    instances: tuple[list[data.Example], Latents],
-    classes: tuple[list[data.Example], Latents],
+    instances: tuple[Sequence[data.Example], Latents],
+    classes: tuple[Sequence[data.Example], Latents],
 ) -> Callable[[int], Tensor]:
     """The loss by step. Every draw is a function of seed, step and place in the batch."""
     texts = Texts(family, live=config.train_text_encoder)
@@ -171,7 +170,7 @@ def _loss(
         batch = _batch(config, step, instances, classes)
         batch = Batch(batch.latents.to(device), batch.noise.to(device), batch.u, batch.prompts, batch.is_class)
         losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
-        return with_prior(losses, batch.is_class.to(losses.device), config.prior_weight)
+        return with_prior(losses, batch.is_class.to(losses.device), config.prior_weight or prior.WEIGHT)
 
     return loss_at
 
@@ -179,8 +178,8 @@ def _loss(
 def _batch(
     config: TrainConfig,
     step: int,
-    instances: tuple[list[data.Example], Latents],
-    classes: tuple[list[data.Example], Latents],
+    instances: tuple[Sequence[data.Example], Latents],
+    classes: tuple[Sequence[data.Example], Latents],
 ) -> Batch:
     latents, noise, u, prompts, is_class = [], [], [], [], []
     for kind, (examples, cached) in (("instance", instances), ("class", classes)):
@@ -199,13 +198,32 @@ def _batch(
 
 
 def save(run: Run) -> list[Path]:
-    """Write the adapter, one file for each format that can hold it, into the output folder."""
-    bundle = bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
+    """Write the adapter, one file for each format that can hold it, into the output folder.
+
+    If that cannot be written, the files go into a temporary folder, which the OSError names.
+    """
+    return kept(lambda folder: _written(run, folder), Path(run.config.out or ""), run.name)
+
+
+def _bundle(run: Run) -> Bundle:
+    return bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
+
+
+def _written(run: Run, folder: Path) -> list[Path]:
+    bundle = _bundle(run)
     formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
-    paths = [Path(run.config.out or "") / f"{run.name}.{format}.safetensors" for format in formats]
+    paths = [folder / f"{run.name}.{format}.safetensors" for format in formats]
     for format, path in zip(formats, paths, strict=True):
         save_lora(run.family.pipe, path, name=run.name, format=format, metadata=_metadata(run))
     return paths
+
+
+def readers(run: Run, files: Sequence[Path]) -> dict[str, str]:
+    """{file: which programs read it}, and {format: why there is no such file}."""
+    bundle = _bundle(run)
+    read_by = {path.name: f"read by {', '.join(converters.inspect(path).readable_by)}" for path in files}
+    refused = {format: refusal for format in FORMATS if (refusal := converters.refusal(bundle, format))}
+    return read_by | {f"no {format} file": refusal.what for format, refusal in refused.items()}
 
 
 def _metadata(run: Run) -> dict[str, Any]:

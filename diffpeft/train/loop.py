@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import DivergedError
+from diffpeft.errors import DivergedError, NothingLearntError
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ def fit(
 
     A loss may come in parts whose sum it is: gradients are accumulated, and a generator holds one part's graph at a time.
 
-    Raises DivergedError for a loss that is not finite, before it reaches the parameters.
+    Raises DivergedError for a loss that is not finite, before it reaches the parameters, and for a last gradient that is not finite;
+    NothingLearntError if no gradient was ever other than zero.
     """
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=weight_decay, fused=True)
     losses: list[float] = []
+    largest = torch.zeros((), device=parameters[0].device)  # of the gradients' norms; read once, at the end
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step)
@@ -59,7 +61,19 @@ def fit(
                 raise DivergedError(f"the loss is {loss} at step {step + 1}", remedy="Lower --lr, or use --dtype fp32.")
             part.backward()
         losses.append(loss)
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        largest = torch.maximum(largest, norm.to(largest))
         optimizer.step()
         on_step(step + 1, losses[-1])
+    _check_gradients(largest.item())
     return losses
+
+
+def _check_gradients(largest: float) -> None:
+    if not math.isfinite(largest):
+        raise DivergedError("the gradient is not finite", remedy="Lower --lr, or use --dtype fp32.")
+    if not largest:
+        raise NothingLearntError(
+            "nothing was learnt: no gradient reached the adapter",
+            remedy="The loss does not depend on its layers: choose others with --targets.",
+        )

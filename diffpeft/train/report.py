@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,17 @@ def write(
     pictures: Image.Image | None = None,
     metrics: Mapping[str, Any] | None = None,
     answers: Sequence[Mapping[str, str]] = (),
+    data: Sequence[str] = (),
+    readers: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write the report. `metrics` are {name: {"before": number, "after": number}}, `answers` rows of prompt, expected, before and after."""
+    """Write the report.
+
+    Args:
+        metrics: {name: {"before": number, "after": number}}.
+        answers: rows of prompt, expected, before and after.
+        data: the lines of the account of what was trained on.
+        readers: {file: which programs read it}; a file that was not written, with why.
+    """
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -69,7 +79,9 @@ def write(
     page = template.render(
         title=title,
         options=options,
-        files=[f.name for f in files],
+        files={f.name: readers.get(f.name, "") for f in files},
+        missing={name: why for name, why in readers.items() if name not in {f.name for f in files}},
+        data=data,
         metrics=metrics or {},
         answers=answers,
         steps=len(losses),

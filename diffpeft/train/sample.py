@@ -17,14 +17,14 @@ _CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
 def pictures(
     pipe: Any,
     prompts: Sequence[str],
-    seed: int,
+    seeds: Sequence[int],
     *,
     steps: int,
     guidance: float,
     batch: int = 16,
     tick: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """One image a prompt, [n, h, w, 3] uint8. Image i starts from seed + i whatever the batch size."""
+    """One image a prompt, [n, h, w, 3] uint8. Each starts from the noise of its seed, whatever the batch size."""
 
     def told(*_: Any) -> dict[str, Any]:
         tick()
@@ -33,7 +33,7 @@ def pictures(
     out = []
     for first in range(0, len(prompts), batch):
         chunk = list(prompts[first : first + batch])
-        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(chunk))]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch]]
         images = pipe(
             chunk,
             num_inference_steps=steps,

@@ -11,6 +11,9 @@ class Watch(Protocol):
     def phase(self, text: str) -> None:
         """What is being done now."""
 
+    def note(self, text: str) -> None:
+        """What people should know of the run, a line each: what the data holds, what was passed over, which programs read a file."""
+
     def step(self, done: int, total: int, loss: float) -> None:
         """A training step is done."""
 
@@ -22,6 +25,8 @@ class Quiet:
     """A Watch that says nothing."""
 
     def phase(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def step(self, done: int, total: int, loss: float) -> None: ...
 

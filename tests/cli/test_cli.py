@@ -44,6 +44,7 @@ MISTAKES = {
     "a bad value": ((*TRAIN, "--rank", 0), 2, "rank"),
     "a missing config file": (("train", "no.toml"), 2, "no.toml"),
     "targets that match nothing": ((*TRAIN, "--targets", "to_qq"), 2, "to_q"),
+    "a rank above every layer's": ((*TRAIN, "--rank", 100000), 2, "rank"),
     "a missing folder": ((*TRAIN, "-d", "photo"), 3, "photos"),
     "a folder without images": ((*TRAIN, "-d", "."), 3, "photos"),
     "an unreadable image": ((*TRAIN, "-d", "broken"), 3, "b.png"),
@@ -185,6 +186,39 @@ def test_generate_draws_what_the_stock_pipeline_draws(demo, tmp_path):
     torch.set_num_threads(threads)
     # both add the same product in another order of fp32 operations: at most one grey level apart after rounding
     assert np.abs(np.asarray(Image.open(tmp_path / "a.png")).astype(int) - np.asarray(want)).max() <= 1
+
+
+def test_train_says_what_it_found_and_who_reads_its_files_on_one_display(photos, tmp_path):
+    (photos / "a.caption").write_text("an emoji of sks")
+    (photos / "b.heic").write_bytes(b"x")
+    (photos / "10_sks").mkdir()
+    options = (
+        "--class-prompt",
+        "an emoji",
+        "--num-class-images",
+        2,
+        "--method",
+        "loha",
+        "--rank",
+        2,
+        "--targets",
+        "to_q,to_v",
+    )
+    done = diffpeft(*TRAIN, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    said = [line.partition("] ")[2] for line in lines]
+    assert said[0] == "1 image of 64x64 in photos; captions: 1 from .caption"
+    assert said[1] == "not used: 1 .heic ('b.heic')" and said[2] == "folders are not entered: '10_sks'"
+    assert any(line.startswith("out.kohya.safetensors: read by A1111") for line in said)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(text in page for text in ("1 image of 64x64 in photos", "b.heic", "10_sks", "read by A1111"))
+    assert "%|" not in done.stdout + done.stderr  # no bar of another library
+    assert {p.name for p in (tmp_path / "out" / "class").iterdir()} == {
+        "class-0000.png",
+        "class-0001.png",
+        "class.json",
+    }
 
 
 def test_train_on_a_single_file_with_its_base_and_a_toml(photos, tmp_path):

@@ -437,10 +437,11 @@ def test_diffusers_group_offloading_may_come_after_the_adapter(options, pipe, ra
     assert torch.equal(pipe.unet(*x).sample, plain)
 
 
-def test_diffusers_hooks_on_a_layer_are_refused_by_name(pipe):
-    """Layerwise casting would round the adapter to 8 bits with its layer."""
-    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    with pytest.raises(AdapterStateError, match="group offloading"):
+def test_a_hook_of_diffusers_that_is_not_known_is_refused_by_name(pipe):
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    HookRegistry.check_if_exists_or_initialize(pipe.unet.conv_in).register_hook(ModelHook(), "a_new_one")
+    with pytest.raises(AdapterStateError, match="hook a_new_one is on it"):
         attach(pipe.unet, config("lora"), targets=["conv_in"])
 
 

@@ -114,3 +114,26 @@ def test_a_4_bit_model_can_be_copied(randomize):
     give(model, "lora")
     randomize(model, dtype=torch.float32)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="a CPU without AVX512-BF16")
+@pytest.mark.parametrize("bias", (True, False))
+def test_a_layer_packed_for_inference_keeps_its_weight_and_its_gradients(bias):
+    plain = nn.Linear(64, 32, bias=bias)
+    layer = bnb.nn.Linear4bit(64, 32, bias=bias, quant_type="nf4", compute_dtype=torch.float32)
+    layer.load_state_dict(plain.state_dict())
+    layer.support_avx512bf16_for_cpu = True
+    model, x = nn.Sequential(layer).to("cpu").requires_grad_(False).eval(), torch.randn(5, 64)
+    before = site_of(type(layer))(layer).weight()
+    with torch.no_grad():
+        model(x)
+    assert layer.weight.quant_state.packing_format_for_cpu
+    after = site_of(type(layer))(layer).weight()
+    # the scales of blocks are bfloat16 now: 8 bits
+    assert ((after - before).abs() <= 2**-8 * before.abs() + 1e-8).all() and not torch.equal(after, before)
+    diffpeft.attach(model, diffpeft.LoraConfig(r=2), targets=["0"])
+    x.requires_grad_()
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, after.sum(0).expand(5, -1))
+    # bitsandbytes' product for inference computes in bfloat16
+    torch.testing.assert_close(model(x).detach(), model(x.detach()).detach(), rtol=0, atol=0.05)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import converters
-from converters.inspection import block_of, by_block
+from converters.inspection import block_of, by_block, readers
 from diffpeft import CheckpointError
 from diffpeft.cli import cli
 
@@ -103,3 +103,8 @@ def test_without_norms_no_torch_is_imported(file):
     code = f"import sys, converters; converters.inspect({str(file)!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_diffusers_reads_the_magnitudes_of_a_dora_in_its_own_format_only():
+    assert "diffusers" in readers("kohya", {"lora"}) and "diffusers" in readers("diffusers", {"lora", "dora"})
+    assert "diffusers" not in readers("kohya", {"dora"}) and "ComfyUI" in readers("kohya", {"lora", "dora"})

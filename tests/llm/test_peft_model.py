@@ -406,7 +406,7 @@ def test_a_resized_vocabulary_comes_back(tmp_path):
     other.resize_token_embeddings(100)
     with torch.no_grad():
         other.get_input_embeddings().weight[96:] += 1
-    with pytest.warns(UserWarning, match="replaces the model's"):
+    with pytest.warns(UserWarning, match="embeddings of its own"):
         PeftModel.from_pretrained(other, tmp_path)
     assert torch.equal(other.get_input_embeddings().weight, base.get_input_embeddings().weight)
 

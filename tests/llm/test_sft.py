@@ -260,6 +260,8 @@ def test_the_folder_holds_the_adapter_the_numbers_and_a_report(config, tmp_path)
     [
         ("all-linear", "all-linear"),
         ("default", None),
+        (["default"], None),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         ("q_proj", ["q_proj"]),
         ("q_proj, mlp.up_proj", ["q_proj", "mlp.up_proj"]),
         (r"layers\.[01]\..*_proj", r"layers\.[01]\..*_proj"),
@@ -302,6 +304,70 @@ def test_a_mistake_is_named_and_nothing_is_written(mistake, config, tmp_path, mo
     with pytest.raises(error, match=says):
         sft.train(replace(config, **options))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'
+FAULTS = {  # {rows: (what is said, and where)}
+    ROW + "\n" + ROW.replace('"ho"', "null"): ("message 2.*null", "row 2"),
+    "\n\n" + ROW.replace('"hi"', "null"): ("message 1.*null", "line 3, row 1"),
+    ROW + "\n" + ROW.replace('"ho"', "3"): ("message 2.*int", "row 2"),
+    ROW.replace(', "content": "ho"', ""): ("message 2.*content", "row 1"),
+    ROW.replace('"assistant"', "null"): ("message 2.*role", "row 1"),
+    '{"messages": null}': ("list of messages", "row 1"),
+    '{"messages": []}': ("list of messages", "row 1"),
+    '{"messages": ["hi"]}': ("message 1.*object", "row 1"),
+    '{"text": null}': ("text.*null", "row 1"),
+    '{"prompt": "a", "completion": null}': ("completion.*null", "row 1"),
+    '{"text": "a"}\n{"prompt": "a", "completion": "b"}': ("prompt.*text", "row 2"),
+    ROW + '\n{"text": "a"}': ("text.*messages", "row 2"),
+    '{"text": "a", "prompt": "a", "completion": "b"}': ("both of prompt and of text", "row 1"),
+}
+
+
+@pytest.mark.parametrize("rows", FAULTS)
+def test_a_row_that_is_not_as_it_should_be_is_named_before_a_model_is_loaded(rows, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(rows)
+    says, where = FAULTS[rows]
+    with pytest.raises(DataError, match=says) as caught:
+        texts.read(tmp_path / "rows.jsonl")
+    assert caught.value.where.endswith(where) and caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt"])
+def test_a_byte_order_mark_is_no_part_of_the_texts(name, tmp_path):
+    text = '{"text": "a\u2028b"}\r\n{"text": "c"}\r\n' if name.endswith("l") else "a\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    wanted = [{"text": "a\u2028b"}, {"text": "c"}] if name.endswith("l") else [{"text": "a\n"}]
+    assert texts.read(tmp_path / name) == wanted
+
+
+def test_other_fields_of_a_row_do_not_count(tmp_path):
+    row = {"prompt": "hi", "prompt_id": 3, **json.loads(ROW)}  # as in published chat data
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert [texts.form_of(r) for r in texts.read(tmp_path / "rows.jsonl")] == ["messages"]
+
+
+def test_a_gguf_without_its_reader_says_what_to_install(config, tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("diffpeft.llm.sft_check.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"pip install diffpeft\[llm\]"):
+        sft.train(replace(config, model=str(tmp_path / "m.gguf")))
+
+
+def test_a_rank_above_every_layers_is_refused_before_tensors_are_made(config):
+    with pytest.raises(ConfigError, match="rank is 100000"):
+        sft.train(replace(config, rank=100000))
+
+
+def test_what_learns_nothing_is_an_error(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sft, "drawn", lambda config, sequences, step: [[texts.Example([1, 2, 3], [False, False, True])]]
+    )
+    real = sft.Loss.total
+    monkeypatch.setattr(sft.Loss, "total", lambda self, sequences: real(self, sequences) * 0)
+    with pytest.raises(diffpeft.NothingLearntError):
+        sft.train(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bytes_that_are_no_text_are_named(config, tmp_path):

@@ -373,12 +373,19 @@ def test_a_merge_that_is_not_finite_is_refused():
     assert torch.equal(wrapped.get_base_model().state_dict()["model.layers.0.mlp.experts.down_proj"], before)
 
 
-def test_a_parameter_that_another_module_holds_cannot_be_merged():
+def test_a_parameter_that_another_module_holds_is_untied_while_merged():
     model = mixtral()
-    model.model.layers[1].mlp.experts.down_proj = model.model.layers[0].mlp.experts.down_proj
-    wrapped = get_peft_model(model, LoraConfig(target_modules=[], target_parameters=["layers.0.mlp.experts.down_proj"]))
-    with pytest.raises(AdapterStateError, match="tied"):
-        wrapped.merge_adapter()
+    experts = [model.model.layers[i].mlp.experts for i in (0, 1)]
+    experts[1].down_proj = experts[0].down_proj
+    fields = dict(target_modules=[], target_parameters=["layers.0.mlp.experts.down_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(model, LoraConfig(**fields))
+    shared, before = experts[0]._parameters["down_proj"], experts[0]._parameters["down_proj"].detach().clone()
+    want = wrapped(input_ids=IDS).logits
+    wrapped.merge_adapter()
+    torch.testing.assert_close(wrapped(input_ids=IDS).logits, want, **SAME)
+    assert torch.equal(experts[1]._parameters["down_proj"], before)
+    wrapped.unmerge_adapter()
+    assert all(e._parameters["down_proj"] is shared for e in experts) and torch.equal(shared, before)
 
 
 def test_weighted_adapters_refuse_it():
@@ -392,3 +399,102 @@ def test_nothing_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         filled(diffpeft, "mixtral")
+
+
+# Batches with an adapter a row
+
+
+def qwen():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    own = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, head_dim=8, intermediate_size=48)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **own)).eval()
+
+
+def llama4():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(0)
+    own = dict(
+        intermediate_size=48, intermediate_size_mlp=48, num_local_experts=2, head_dim=8, interleave_moe_layer_step=1
+    )
+    return Llama4ForCausalLM(Llama4TextConfig(**_SIZES, **own)).eval()
+
+
+class Sorted(nn.Module):
+    """A mixture whose only expert sees as many tokens as there are, in an order of their own, or as `order` says."""
+
+    def __init__(self, order="sorted"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.block = nn.Embedding(96, 8), _Block(order)
+
+    def forward(self, input_ids):
+        return self.block(self.table(input_ids))
+
+
+class _Block(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.experts = order, _Expert()
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        at = {"sorted": flat.sum(-1).argsort(), "rows": torch.arange(len(flat))}[self.order]
+        out, total = self.experts(flat[at])
+        assert total is None
+        return out[at.argsort()].view(x.shape)
+
+
+class _Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return x @ self.weight.T, None
+
+
+MIXED = {
+    "mixtral": (mixtral, EXPERTS),
+    "mixtral, router": (mixtral, ["mlp.gate.weight", *EXPERTS]),
+    "qwen": (qwen, EXPERTS),
+    "gpt-oss": (gpt_oss, EXPERTS),
+    "one below the other": (lambda: Sorted("rows"), ["experts.weight"]),
+    "llama4": (llama4, ["experts.gate_up_proj", "experts.down_proj"]),
+    "sorted": (Sorted, ["experts.weight"]),
+}
+OWN_ORDER = ("llama4", "sorted")  # whose experts see the tokens in another order than the batch has them
+
+
+@pytest.mark.parametrize("length", [6, 1])
+@pytest.mark.parametrize("case", MIXED)
+def test_each_row_has_its_adapter_or_the_batch_is_refused(case, length):
+    make, targets = MIXED[case]
+    fields = dict(target_modules=[], target_parameters=targets)
+    wrapped = get_peft_model(make(), config(diffpeft, fields), adapter_name="a").eval()
+    wrapped.add_adapter("b", config(diffpeft, fields))
+    ids, names = torch.cat([IDS, IDS.flip(0)])[:, :length], ["a", "__base__", "b", "a"]
+
+    def run(**more):
+        with torch.no_grad():
+            found = wrapped(input_ids=more.pop("ids", ids), **more)
+        return getattr(found, "logits", found)
+
+    if case in OWN_ORDER:
+        with pytest.raises(AdapterStateError, match=r"experts.*batch for each adapter"):
+            run(adapter_names=names)
+        with (
+            pytest.raises(AdapterStateError, match="batch for each adapter"),
+            diffpeft.adapters(wrapped.get_base_model(), [{"a": 1.0}, {"b": 1.0}]),
+        ):
+            run(ids=ids[:2])
+    else:
+        mixed = run(adapter_names=names)
+        for row, name in enumerate(names):
+            want = run(ids=ids[row : row + 1], adapter_names=[name])
+            torch.testing.assert_close(mixed[row : row + 1], want, **SAME)
+    wrapped.set_adapter("a")
+    torch.testing.assert_close(run(adapter_names=["a"] * 4), run(), **SAME)  # nothing to divide
+    assert not [m for m in wrapped.modules() if m._forward_pre_hooks]

@@ -150,6 +150,25 @@ def test_merging_gives_the_same_and_unmerging_the_exact_bytes(tied, dtype):
     assert all(torch.equal(t, base[k]) for k, t in gone.state_dict().items())
 
 
+@pytest.mark.parametrize("change", ["step", "load_state_dict", "parameter"])
+def test_a_table_that_was_changed_while_merged_is_not_overwritten(change):
+    wrapped, _ = filled(diffpeft, llama())
+    plain = wrapped.get_base_model()
+    wrapped.merge_adapter()
+    table = plain.model.embed_tokens
+    if change == "step":
+        table.weight.data[20, 3] += 1e-3
+    elif change == "load_state_dict":
+        plain.load_state_dict({"model.embed_tokens.weight": torch.ones(96, 32)}, strict=False)
+    else:
+        table.weight = nn.Parameter(table.weight.detach() * 1.5)
+    now = logits(wrapped)
+    for undo in (wrapped.unmerge_adapter, wrapped.unload):
+        with pytest.raises(AdapterStateError, match="changed while"):
+            undo()
+    assert torch.equal(logits(wrapped), now)
+
+
 def test_merge_and_unload_gives_the_same_and_leaves_no_trace():
     wrapped, _ = filled(diffpeft, llama())
     want, like = logits(wrapped), llama()
@@ -211,7 +230,10 @@ def test_a_strength_is_a_step_towards_the_new_rows():
     torch.testing.assert_close(base.model.embed_tokens.weight.detach()[ROWS], old - 0.5 * (own[KEY] - old), **SAME)
     torch.testing.assert_close(logits(base), before, **SAME)
     unfuse(base)
-    assert torch.equal(base.model.embed_tokens.weight[ROWS], old)
+    assert torch.equal(base.state_dict()["model.embed_tokens.weight"][ROWS], old)
+    torch.testing.assert_close(
+        base.model.embed_tokens.weight[ROWS], old - 0.5 * (own[KEY] - old), **SAME
+    )  # who reads it
 
 
 def test_rows_of_a_batch_have_adapters_of_their_own():
@@ -262,16 +284,29 @@ def test_a_layer_that_scales_its_output_is_followed():
     assert (delta.grad.abs().sum(1) > 0).all()  # that of padding too: it was asked for
 
 
-def test_tied_tables_with_other_rows_each_cannot_be_merged():
+@pytest.mark.parametrize("again", [False, True])
+def test_tied_tables_with_other_rows_each_are_untied_while_merged(again):
+    """PEFT writes both into the one weight."""
     rows = {"embed_tokens": [3, 5], "lm_head": [7]}
     theirs, own = filled(peft, llama(), rows=rows)
     ours, _ = filled(diffpeft, llama(), rows=rows)
     assert sum("token_adapter" in key for key in own) == 2
-    torch.testing.assert_close(logits(ours), logits(theirs), **SAME)
-    for merge in (ours.merge_adapter, ours.merge_and_unload):
-        with pytest.raises(AdapterStateError, match="tied"):
-            merge()
-    torch.testing.assert_close(logits(ours), logits(theirs), **SAME)
+    want = logits(theirs)
+    torch.testing.assert_close(logits(ours), want, **SAME)
+    plain, base = ours.get_base_model(), llama().state_dict()
+    tied = plain.lm_head._parameters["weight"]
+    for _ in range(2):
+        ours.merge_adapter()
+        torch.testing.assert_close(logits(ours), want, **SAME)
+        ours.unmerge_adapter()
+        assert plain.lm_head._parameters["weight"] is plain.model.embed_tokens._parameters["weight"] is tied
+        assert all(torch.equal(t, base[k]) for k, t in ours.unload().state_dict().items()) if again else True
+        if again:
+            return
+    with pytest.warns(UserWarning, match="no longer tied"):
+        gone = ours.merge_and_unload()
+    torch.testing.assert_close(logits(gone), want, **SAME)
+    assert not gone.config.tie_word_embeddings
 
 
 def test_hooks_of_accelerate_keep_running():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from diffpeft import (
     unfuse,
     unload,
 )
+from diffpeft.model.merge import merge_for_good
 
 EXACT = dict(rtol=1e-12, atol=1e-12)  # float64, sums of a few products
 CONFIGS = {"lora": LoraConfig(r=2), "loha": LoHaConfig(r=2), "oft": OFTConfig(oft_block_size=2)}
@@ -267,7 +269,7 @@ def test_large_layers_are_fused_some_rows_at_a_time_to_the_same_weights(layer, d
     set_adapters(net, {"a": -0.7, "b": 1.3})
     found = []
     for some in (1 << 14, 1 << 40):
-        monkeypatch.setattr("diffpeft.model.fuse.SOME", some)
+        monkeypatch.setattr("diffpeft.model.weights.SOME", some)
         fuse(net)
         found.append(net[0].weight.clone())
         unfuse(net)
@@ -275,3 +277,129 @@ def test_large_layers_are_fused_some_rows_at_a_time_to_the_same_weights(layer, d
     close = dict(rtol=torch.finfo(dtype).eps, atol=1e-7)
     torch.testing.assert_close(*found, **close)
     assert not torch.allclose(found[0], net[0].weight, **close)
+
+
+# ---- what is done to the base while adapters are in it
+
+
+def _step(net, other):
+    net[0].weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([net[0].weight], lr=1e-3)
+    net(x.to(net[0].weight.dtype)).square().sum().backward()
+    optimizer.step()
+    net[0].weight.requires_grad_(False)
+
+
+def _bias(net, other):
+    net[1].bias.data[0] += 0.5
+
+
+CHANGES = {
+    "load_state_dict": lambda net, other: net.load_state_dict(other, strict=False),
+    "load_state_dict, assigned": lambda net, other: net.load_state_dict(other, strict=False, assign=True),
+    "a new parameter": lambda net, other: setattr(net[0], "weight", nn.Parameter(other["0.weight"], False)),
+    "a step": _step,
+    "one number": lambda net, other: net[0].weight.data[1].mul_(1.5),
+    "through data": lambda net, other: setattr(net[0].weight, "data", other["0.weight"]),
+    "a bias": _bias,
+}
+OPERATIONS = {
+    "unfuse": unfuse,
+    "unload": unload,
+    "unload one": lambda net: unload(net, "lora"),
+    "fuse more": lambda net: fuse(net),
+    "merge for good": merge_for_good,
+}
+
+
+def fused_in_part(model, dtype, randomize):
+    """The model in a dtype, with a bias that an adapter changes and all but the last adapter in the weights."""
+    attach(model, LoraConfig(r=2, bias="all"), "biased", targets=["0"])
+    randomize(model, "biased")
+    model.to(dtype)
+    set_adapters(model, {"lora": 0.5, "biased": 0.1, "loha": -0.7, "oft": 0.8})
+    before = weights(model)
+    fuse(model, ["lora", "biased", "loha"])
+    return before
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_change_of_the_base_while_it_is_fused_is_noticed(change, operation, dtype, model, randomize):
+    fused_in_part(model, dtype, randomize)
+    torch.manual_seed(3)
+    other = {n: torch.randn_like(p) for n, p in model.named_parameters() if "adapters" not in n}
+    CHANGES[change](model, other)
+    changed, status = weights(model), get_adapters(model)
+    with pytest.raises(AdapterStateError, match="was changed while adapters were fused into it"):
+        OPERATIONS[operation](model)
+    assert equal(weights(model), changed) and get_adapters(model) == status
+
+
+HARMLESS = {
+    "nothing": lambda net: net,
+    "the same numbers": lambda net: (net.load_state_dict(copy.deepcopy(net.state_dict())), net)[1],
+    "the same numbers, assigned": lambda net: (net.load_state_dict(copy.deepcopy(net.state_dict()), assign=True), net)[
+        1
+    ],
+    "a copy": copy.deepcopy,
+    "a pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "another dtype and back": lambda net: net.to(torch.float64).to(net[0].weight.dtype),
+    "a strength of another": lambda net: (
+        set_adapters(net, {"lora": 0.5, "biased": 0.1, "loha": -0.7, "oft": 0.1}),
+        net,
+    )[1],
+    "another adapter": lambda net: (attach(net, LoraConfig(r=1), "late", targets=["0"]), net)[1],
+    "threads": lambda net: (torch.set_num_threads(2), net)[1],
+}
+
+
+@pytest.mark.parametrize("harmless", HARMLESS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_changes_no_number_does_not_matter(harmless, dtype, model, randomize):
+    before = fused_in_part(model, dtype, randomize)
+    threads = torch.get_num_threads()
+    try:
+        net = HARMLESS[harmless](model)
+        unfuse(net)
+    finally:
+        torch.set_num_threads(threads)
+    assert equal(weights(net), before)
+
+
+def test_a_fused_model_may_be_cast(model, randomize):
+    before = fused_in_part(model, torch.float32, randomize)
+    model.to(torch.bfloat16)
+    unfuse(model)
+    assert equal(weights(model), [p.to(torch.bfloat16) for p in before])
+
+
+LARGE = {
+    "all, through data": lambda w: w.data.mul_(1.01),
+    "a few numbers": lambda w: w[7, 5].mul_(1.5),
+    "all of another": lambda w: w.copy_(torch.randn_like(w)),
+}
+
+
+@pytest.mark.parametrize("change", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Linear(96, 128), lambda: nn.Conv2d(32, 32, 3).to(memory_format=torch.channels_last)]
+)
+def test_a_change_of_a_large_weight_is_noticed(layer, dtype, change, randomize):
+    net = nn.Sequential(layer()).to(dtype).requires_grad_(False)
+    attach(net, LoraConfig(r=2), targets=["0"])
+    randomize(net, dtype=torch.float32)
+    before = net[0].weight.clone()
+    fuse(net)
+    after = net[0].weight.clone()
+    unfuse(net)
+    assert torch.equal(net[0].weight, before)
+    fuse(net)
+    LARGE[change](net[0].weight)
+    with pytest.raises(AdapterStateError, match="was changed"):
+        unfuse(net)
+    net[0].weight.copy_(after)
+    unfuse(net)
+    assert torch.equal(net[0].weight, before)

@@ -46,6 +46,8 @@ def strengths(patterns, component="unet", layers=LAYERS):
         ({"unet.up_blocks": 0.5}, (1, 1, 1, 0.5, 0.5)),
         ({"unet.up_blocks.*": 0.5}, (1, 1, 1, 0.5, 0.5)),
         ({"unet.*_blocks": 0.5}, (0.5, 0.5, 1, 0.5, 0.5)),
+        ({"unet.*.*.attentions": 0.5}, (1, 0.5, 1, 0.5, 1)),  # the mid block has one level less
+        ({"unet.text_model": 0.5, "unet.text_model.mid_block": 0.5}, (1,) * 5),  # a level of text encoders
         ({"unet.????_blocks.1": 0.5}, (1, 0.5, 1, 1, 1)),
         ({"unet.*.1": 0.5}, (1, 0.5, 1, 1, 0.5)),
         ({"unet.up_blocks.1.resnets.1": 0.5}, (1, 1, 1, 1, 1)),  # a whole segment: resnets.10 is another
@@ -107,11 +109,15 @@ def adapted(pipe):
         ({"c": 1.0}, UnknownNameError, "Known: a, b"),
         ({"a": {"unet.mid_blok": 1.0}}, UnknownNameError, "unet.mid_block"),
         ({"a": {"unet.conv_out": 1.0}}, UnknownNameError, "matches no layer of adapter 'a'"),
-        ({"b": {"text_encoder": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
+        ({"b": {"text_encoder_2": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
+        ({"b": {"text_*.layers": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
         ({"a": {"": 1.0}}, UnknownNameError, "matches no layer"),
         ({"a": math.nan}, ConfigError, "nan"),
         ({"a": math.inf}, ConfigError, "inf"),
         ({"a": {"unet": 1.0, "text_encoder": -math.inf}}, ConfigError, "text_encoder"),
+        ({"a": 1e39}, ConfigError, "fp32"),
+        ({"a": {"unet": -1e308}}, ConfigError, "fp32"),
+        ({"a": 10**400}, ConfigError, "fp32"),
         ({"a": "1.0"}, ConfigError, "finite number"),
         ({"a": None}, ConfigError, "finite number"),
         ({"a": True}, ConfigError, "finite number"),

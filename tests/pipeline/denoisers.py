@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import diffusers
@@ -115,16 +116,17 @@ def model(family: str, dtype: torch.dtype = torch.float64) -> Any:
 
 
 @torch.no_grad()
-def output(net: Any, family: str) -> Tensor:
-    """What a denoiser makes of a fixed input."""
+def output(net: Any, family: str, **kwargs: Any) -> Tensor:
+    """What a denoiser makes of a fixed input; `kwargs` are further arguments of its call."""
+    run = functools.partial(net, **kwargs)
     g, dtype = torch.Generator().manual_seed(1), next(net.parameters()).dtype
     new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
     t = torch.tensor([300.0], dtype=dtype)
     if family == "sdxl":
         added = {"text_embeds": new(1, 32), "time_ids": torch.arange(6.0)[None].to(dtype)}
-        return net(new(1, 4, 8, 8), t, new(1, 5, 2048), added_cond_kwargs=added).sample
+        return run(new(1, 4, 8, 8), t, new(1, 5, 2048), added_cond_kwargs=added).sample
     if family == "sd3":
-        return net(new(1, 4, 8, 8), new(1, 5, 32), new(1, 64), t).sample
+        return run(new(1, 4, 8, 8), new(1, 5, 32), new(1, 64), t).sample
     if family == "flux":
         ids = torch.stack(
             [
@@ -133,7 +135,7 @@ def output(net: Any, family: str) -> Tensor:
             ],
             -1,
         )
-        return net(
+        return run(
             new(1, 16, 4),
             new(1, 5, 32),
             new(1, 32),
@@ -143,12 +145,12 @@ def output(net: Any, family: str) -> Tensor:
             guidance=t / 100,
         ).sample
     if family == "wan":
-        return net(new(1, 4, 2, 8, 8), t, new(1, 5, 32)).sample
+        return run(new(1, 4, 2, 8, 8), t, new(1, 5, 32)).sample
     if family == "qwen_image":
         mask = torch.ones(1, 5, dtype=torch.bool)
-        return net(new(1, 16, 16), new(1, 5, 32), mask, t / 1000, [[(1, 4, 4)]]).sample
+        return run(new(1, 16, 16), new(1, 5, 32), mask, t / 1000, [[(1, 4, 4)]]).sample
     if family == "z_image":
-        return net([new(4, 1, 8, 8)], t / 1000, [new(5, 32)]).sample[0]
+        return run([new(4, 1, 8, 8)], t / 1000, [new(5, 32)]).sample[0]
     if family == "lumina2":
-        return net(new(1, 4, 8, 8), t / 1000, new(1, 5, 32), torch.ones(1, 5, dtype=torch.bool)).sample
+        return run(new(1, 4, 8, 8), t / 1000, new(1, 5, 32), torch.ones(1, 5, dtype=torch.bool)).sample
     raise KeyError(family)

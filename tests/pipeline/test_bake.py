@@ -358,7 +358,8 @@ def test_adapters_that_do_not_fit(saved, adapter, tmp_path):
     bad = {k: torch.full_like(t, float("nan")) if "up" in k else t for k, t in load_file(good).items()}
     save_file(bad, tmp_path / "nan.safetensors")
     refuses(NonFiniteError, "finite", tmp_path, model, [(good, 1.0), (tmp_path / "nan.safetensors", 1.0)], out)
-    refuses(NonFiniteError, "finite", tmp_path, model, [(good, 1e300)], out)
+    refuses(NonFiniteError, "finite", tmp_path, model, [(good, 3e38)], out)
+    refuses(ConfigError, "strength", tmp_path, model, [(good, 1e300)], out)
     refuses(ConfigError, "strength", tmp_path, model, [(good, float("nan"))], out)
 
 

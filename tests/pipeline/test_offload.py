@@ -7,9 +7,12 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from torch import nn
 
 from diffpeft import (
     AdapterStateError,
+    LoraConfig,
+    attach,
     combine,
     fuse,
     get_adapters,
@@ -23,6 +26,8 @@ from diffpeft import (
 )
 from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import site_of
+from diffpeft.model.merge import merge_for_good
+from tests.contracts.kinds import METHOD_FORMS, give
 from tests.pipeline.states import LINEAR, adapted, lasting, lora
 
 CPU = torch.device("cpu")
@@ -59,11 +64,18 @@ ACCELERATE = {
     "a hook on each layer": on_each_layer,
 }
 ELSEWHERE = ("cpu_offload", "cpu_offload, buffers too")  # what a layer has is here only while it is called
-LEAF = {"onload_device": CPU, "offload_type": "leaf_level"}
+GROUPS = {"onload_device": CPU, "offload_device": CPU}
 STORED = {"storage_dtype": torch.float32, "compute_dtype": torch.float64}  # what was made in float32 loses nothing
 DIFFUSERS = {
-    "group offloading": lambda pipe: [apply_group_offloading(m, **LEAF) for m in models(pipe)],
-    "layerwise casting": lambda pipe: [apply_layerwise_casting(m, **STORED) for m in models(pipe)],
+    "group offloading": lambda m: apply_group_offloading(m, offload_type="leaf_level", **GROUPS),
+    "group offloading by blocks": lambda m: apply_group_offloading(
+        m, offload_type="block_level", num_blocks_per_group=1, **GROUPS
+    ),
+    "layerwise casting": lambda m: apply_layerwise_casting(m, **STORED),
+    "both": lambda m: (
+        apply_layerwise_casting(m, **STORED),
+        apply_group_offloading(m, offload_type="leaf_level", **GROUPS),
+    ),
 }
 
 
@@ -121,30 +133,136 @@ def test_fusing_is_exact_or_refused_with_a_remedy(hooks, fresh, trace):
     assert lasting(trace(*models(pipe))) == before and torch.equal(output(pipe), want)
 
 
+def of_float32(pipe):
+    """The same pipeline with weights that float32 holds too."""
+    for model in models(pipe):
+        model.to(torch.float32).to(torch.float64)
+    return pipe
+
+
 @pytest.mark.parametrize("hooks", DIFFUSERS)
-def test_diffusers_hooks_may_come_after_the_file(hooks, fresh):
-    pipe, twin = adapted(fresh()), adapted(fresh())
-    plain = output(fresh())
-    DIFFUSERS[hooks](pipe)
-    assert torch.equal(output(pipe), output(twin))
-    for p in (pipe, twin):
-        set_adapters(p, {"a": 0.3})
-    assert torch.equal(output(pipe), output(twin))
-    with pytest.raises(AdapterStateError, match=rf"diffusers' {hooks} holds its weight"):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_diffusers_hooks_may_come_before_the_file_and_after(hooks, when, fresh, trace):
+    pipe, twin = of_float32(fresh()), adapted(of_float32(fresh()))
+    plain = output(pipe)
+    hook = lambda: [DIFFUSERS[hooks](model) for model in models(pipe)]  # noqa: E731
+    if when == "before":
+        hook()
+        before = trace(*models(pipe))
+        adapted(pipe)
+    else:
+        adapted(pipe)
+        hook()
+    assert torch.equal(output(pipe), output(twin)) and not torch.equal(output(pipe), plain)
+    for change in (
+        lambda p: set_adapters(p, {"b.c": 0.3, "a": {"unet": -0.2}}),
+        lambda p: load_lora(p, lora(1, 9), name="late", weight=0.4),
+        lambda p: replace(p, "late", lora(1, 5)),
+        lambda p: to_lora(p, "b.c", name="flat"),
+        lambda p: unload(p, "b.c"),
+        lambda p: set_adapters(p, {"a": 1.0, "late": 0.5, "flat": 0.2}),
+    ):
+        change(pipe), change(twin)
+        torch.testing.assert_close(output(pipe), output(twin), **ROUNDED)
+    want, listed = output(pipe), get_adapters(pipe)
+    with pytest.raises(AdapterStateError, match=r"diffusers' .* holds its weight.*Leave the adapter unfused"):
         fuse(pipe)
-    assert torch.equal(output(pipe), output(twin))
+    assert torch.equal(output(pipe), want) and get_adapters(pipe) == listed
     unload(pipe)
     assert torch.equal(output(pipe), plain)
+    if when == "before":
+        assert [row[:2] + row[5:] for row in trace(*models(pipe))] == [row[:2] + row[5:] for row in before]
 
 
-@pytest.mark.parametrize("hooks", DIFFUSERS)
-def test_a_file_that_comes_after_diffusers_hooks_is_refused_with_a_remedy(hooks, fresh, trace):
-    pipe = fresh()
-    DIFFUSERS[hooks](pipe)
-    before, want = trace(*models(pipe)), output(pipe)
-    with pytest.raises(AdapterStateError, match="load adapters before"):
-        load_lora(pipe, lora(2, 1))
-    assert trace(*models(pipe)) == before and torch.equal(output(pipe), want)
+def test_group_offloading_moves_the_tensors_of_an_adapter_that_came_later(pipe):
+    """What diffusers copies ahead of time (with streams, or to a disk) it has listed before: it is to list anew."""
+    apply_group_offloading(pipe.unet, offload_type="leaf_level", **GROUPS)
+    attach(pipe.unet, LoraConfig(r=2), targets=["conv_in"])
+    groups = [module._diffusers_hook.hooks["group_offloading"].group for module in [pipe.unet.conv_in]]
+    moved = {id(p) for group in groups for module in group.modules for p in module.parameters()}
+    assert {id(p) for p in pipe.unet.conv_in.parameters()} == moved and len(moved) == 4
+    before = groups[0]
+    unload(pipe)
+    assert pipe.unet.conv_in._diffusers_hook.hooks["group_offloading"].group is not before
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("form", METHOD_FORMS.values())
+def test_an_adapter_keeps_its_dtype_whatever_is_cast_around_it(form, when, storage, randomize, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Conv1d(4, 4, 1), nn.Linear(8, 8)).requires_grad_(False)
+
+    cast = lambda m: apply_layerwise_casting(m, storage_dtype=storage, compute_dtype=torch.float32)  # noqa: E731
+    model, twin, x = made(), made(), torch.randn(2, 4, 8)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(storage).float()
+    if when == "before":
+        cast(model)
+    for net in (model, twin):
+        torch.manual_seed(1)
+        give(net, form, targets=["0", "2", "3"])
+        torch.manual_seed(2)
+        randomize(net, dtype=torch.float32)
+    if when == "after":
+        if (
+            form in ("dora", "full, in place") or "oft" in form
+        ):  # their starts are made from the weights, which differ before the cast
+            pass
+        cast(model)
+    tensors = lambda net: {n: p.clone() for n, p in net.named_parameters() if "adapters" in n}  # noqa: E731
+    before = tensors(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-5)  # float32
+    assert model[0].weight.dtype == storage
+    for name, tensor in tensors(model).items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name]), name
+
+
+def test_a_base_that_is_cast_to_float8_by_hand_leaves_its_adapters(pipe, adapter):
+    load_lora(pipe, adapter())
+    before = {n: p.clone() for n, p in pipe.unet.named_parameters() if "adapters" in n}
+    pipe.unet.to(torch.float8_e4m3fn)
+    assert pipe.unet.conv_in.weight.dtype == torch.float8_e4m3fn
+    after = {n: p for n, p in pipe.unet.named_parameters() if "adapters" in n}
+    assert all(torch.equal(p, before[n]) and p.dtype == before[n].dtype for n, p in after.items()) and after
+    pipe.unet.to(torch.float16)  # a dtype to compute in is the adapter's too
+    assert {p.dtype for n, p in pipe.unet.named_parameters() if "adapters" in n} == {torch.float16}
+
+
+# ---- GGUF
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_file_acts_beside_gguf_weights(kind, fresh, trace):
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    pipe, x = fresh(torch.float32), torch.randn(5, 32)
+    parent = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    code = getattr(gguf.GGMLQuantizationType, kind)
+    packed = gguf.quants.quantize(parent.to_q.weight.detach().numpy(), code)
+    parent.to_q = GGUFLinear(32, 32, compute_dtype=torch.float32)
+    parent.to_q.weight = GGUFParameter(torch.from_numpy(packed.copy()), quant_type=code)
+    layer = parent.to_q
+    W, plain, before = site_of(GGUFLinear)(layer).weight(), layer(x), trace(pipe.unet)
+    # the scales of blocks are fp16; diffusers multiplies in that
+    torch.testing.assert_close(W, torch.from_numpy(gguf.quants.dequantize(packed, code)), rtol=2**-10, atol=1e-6)
+    torch.testing.assert_close(plain, x @ W.T, rtol=0, atol=1e-5)
+    tensors = lora(3, 1)
+    delta = tensors[f"{LINEAR}.lora_B.weight"] @ tensors[f"{LINEAR}.lora_A.weight"]
+    load_lora(pipe, tensors, name="a", weight=0.5)
+    torch.testing.assert_close(layer(x), plain + 0.5 * x @ delta.T, rtol=0, atol=1e-5)
+    with pytest.raises(AdapterStateError, match=r"to_q.*quantised.*Leave the adapter unfused"):
+        fuse(pipe)
+    want = layer(x)
+    merge_for_good(pipe, ["a"], dequantize=True)
+    merged = parent.to_q
+    assert type(merged) is nn.Linear
+    torch.testing.assert_close(merged.weight, W + 0.5 * delta, rtol=0, atol=1e-6)
+    torch.testing.assert_close(merged(x), want, rtol=0, atol=1e-5)
+    assert len(trace(pipe.unet)) == len(before)
 
 
 # ---- bitsandbytes

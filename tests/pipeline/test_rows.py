@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 
+import diffusers
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ from diffpeft import (
 from diffpeft.model.attach import mix_of
 from diffpeft.model.root import ROOT
 from tests.contracts.kinds import FORMS, METHOD_FORMS, blocks, fits, give, layer
+from tests.pipeline.denoisers import model
 
 EXACT = dict(rtol=0, atol=1e-10)  # float64, 16 digits; sums of up to 64 products in another order
 MIXES = [{"a": 0.8, "b": -0.5}, {}, {"b": 1.3, "a": 0.4}]
@@ -278,4 +281,76 @@ def test_an_image_is_the_one_that_its_mix_gives_alone(m, guidance, adapted_pipe)
     with pytest.raises(ShapeMismatchError, match="3 mixes"):
         images(pipe, prompts[:2], seeds[: 2 * m], m, guidance_scale=guidance)
     set_adapters(pipe, mixes[0])
-    assert mix_of(pipe.unet).choice.rows == () and ROOT not in vars(pipe.unet) and ROOT not in vars(pipe.text_encoder)
+    assert mix_of(pipe.unet).choice.rows == ()
+    unload(pipe)
+    assert ROOT not in vars(pipe.unet) and ROOT not in vars(pipe.text_encoder)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("encoder", [True, False])
+def test_only_as_many_images_as_the_mixes_are_for_are_drawn(guidance, encoder, adapted_pipe):
+    """2 mixes of the denoiser (and of the text encoder) and any number of prompts and images a prompt."""
+    pipe = adapted_pipe
+    mixes = [{"a": 0.8}, {"b": -0.5}]
+    if not encoder:
+        mixes = [{name: {"unet": s, "text_encoder": 0.0} for name, s in mix.items()} for mix in mixes]
+    for images_per_prompt in (1, 2):
+        set_adapters(pipe, mixes, images_per_prompt=images_per_prompt)
+        for prompts in (1, 2, 3, 4):
+            for m in (1, 2, 4):
+                draw = functools.partial(
+                    images, pipe, ["cat"] * prompts, range(prompts * m), m, guidance_scale=guidance
+                )
+                rows = prompts * m == len(mixes) * images_per_prompt
+                if rows and (prompts == len(mixes)):
+                    assert len(draw()) == prompts * m
+                else:
+                    with pytest.raises(ShapeMismatchError, match="2 mixes"):
+                        draw()
+
+
+def wan(**config):
+    """A video pipeline that calls its denoiser twice for guidance, and takes prompts that are encoded already."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    made = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=model("wan"), scheduler=scheduler
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_pipelines_that_call_twice_count_prompts_too(guidance, randomize):
+    pipe = wan()
+    for name in ("a", "b"):
+        attach(pipe, LoraConfig(r=2), name, targets=["to_q", "ffn.net.2"])
+        randomize(pipe, name)
+    new = lambda n, seed: torch.randn(n, 5, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)  # noqa: E731
+
+    def draw(prompts, m=1):
+        embeds = torch.cat([new(1, i) for i in range(prompts)])
+        kwargs = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)} | {
+            "height": 16,
+            "width": 16,
+            "num_frames": 1,
+            "num_inference_steps": 2,
+            "output_type": "latent",
+        }
+        generators = [torch.Generator().manual_seed(i) for i in range(prompts * m)]
+        return pipe(generator=generators, guidance_scale=guidance, num_videos_per_prompt=m, **kwargs).frames
+
+    mixes, wants = [{"a": 0.8}, {"b": -0.5}], []
+    for mix in mixes:
+        set_adapters(pipe, mix)
+        wants.append(draw(2)[len(wants)])
+    set_adapters(pipe, mixes)
+    torch.testing.assert_close(draw(2), torch.stack(wants), rtol=0, atol=1e-9)  # two steps of a net of two blocks
+    for prompts, m in ((1, 1), (3, 1), (4, 1), (2, 2)):
+        with pytest.raises(ShapeMismatchError, match=f"draws {prompts * m} images, and 2 mixes"):
+            draw(prompts, m)
+    with pytest.raises(ShapeMismatchError, match="draws 1 images"):
+        draw(1)

@@ -177,6 +177,7 @@ def test_the_image_is_that_of_strengths_set_by_hand(name, adapted):
     assert torch.equal(got, want)
     with adapters(adapted, {"a": {"unet": made, "text_encoder": 0.5}}):
         assert torch.equal(run(adapted, guidance_scale=3.0), want)
+    unload(adapted)
     assert adapted.unet.__class__ is diffusers.UNet2DConditionModel
 
 

@@ -18,8 +18,9 @@ ROWS = [[{"a": 1.0}, {"b": 0.5}], [{"b": 0.9}, {"a": schedule.linear(0.0, 1.0)}]
 
 
 def twin(pipe):
-    """A pipeline on the same models, with a scheduler of its own."""
-    other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, requires_safety_checker=False)
+    """A pipeline on the same models, with a scheduler and a tokenizer of its own: both have state that each call changes."""
+    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("scheduler", "tokenizer")}
+    other = type(pipe)(**{**pipe.components, **own}, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
 

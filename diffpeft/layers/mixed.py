@@ -1,0 +1,153 @@
+"""A module whose copies or patches differ from row to row of a batch: row i has mix (i // images) % number of mixes.
+
+Each mix runs on its own rows. What the model has split further (tokens, one below the other) has several rows for each of the batch, which follow each
+other only if they are the rows of what the module around it was given; a module that sees tokens in another order (expert by expert) is refused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.errors import AdapterStateError, ShapeMismatchError, shown
+
+_here = (
+    threading.local()
+)  # `given`: {id of a module: what the module around it was given}, in this thread's `watched` blocks
+
+
+class Ambiguous(Tensor):
+    """What stands for a tensor that each row of a batch has another one of: it tells its shape, dtype and device, and refuses arithmetic."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            raise ambiguous("a tensor")
+        return found
+
+
+def ambiguous(what: str) -> AdapterStateError:
+    """The error for what the model reads and rows differ in."""
+    return AdapterStateError(
+        f"the rows of this batch have different adapters, and the model reads {what} that adapters train whole",
+        remedy="Run a batch for each adapter.",
+    )
+
+
+class watched:
+    """Inside this block modules of a model know what the module around them was given; `names` gives theirs. A class, which no compiler enters."""
+
+    def __init__(self, model: Any, names: Callable[[], Sequence[str]]):
+        self.model, self.names = model, names
+        self.hooks: list[Any] = []
+
+    @torch.compiler.disable
+    def __enter__(self) -> None:
+        names = self.names()
+        if not names or _compiled(self.model):
+            return
+        given: dict[int, Any] = {}
+        self.before = getattr(_here, "given", None)
+        for name in names:
+            around, _, last = name.rpartition(".")
+            parent = self.model.get_submodule(around)
+            look = _noting(given, id(parent._modules[last]))
+            self.hooks.append(parent.register_forward_pre_hook(look, with_kwargs=True))
+        _here.given = given
+
+    @torch.compiler.disable
+    def __exit__(self, *error: object) -> None:
+        if self.hooks:
+            _here.given = self.before
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _compiled(model: Any) -> bool:
+    return "_orig_mod" in model._modules or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def _noting(given: dict[int, Any], key: int) -> Any:
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
+        given[key] = next(tensors, None)
+
+    return look
+
+
+def by_rows(module: Any, base: Any, copies: Any, choice: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Each row of the batch through a module (of the class `base`) as its mix says. Raises ShapeMismatchError or AdapterStateError."""
+    x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    rows, batch = len(x), choice.batch or len(x)
+    if rows % batch or not rows:
+        raise ShapeMismatchError(
+            f"{rows} rows do not divide into a batch of {batch}", where=f"a {base.__name__} with adapters"
+        )
+    acting = [copies.acting(row) for row in choice.rows]
+    owner = [acting[(i // (rows // batch * choice.images)) % len(acting)] for i in range(rows)]
+    groups = different(owner)
+    if len(groups) == 1:
+        return copies.run(module, base, groups[0], args, kwargs)
+    if not _in_order(module, x, batch):
+        raise AdapterStateError(
+            f"{copies.where or f'a {base.__name__}'} sees the tokens of a batch of {batch} as {rows} rows in an order of its own, "
+            "and cannot tell which of its adapters each is for",
+            remedy="Run a batch for each adapter.",
+        )
+    parts = []
+    for own in groups:
+        at = torch.tensor([i for i, other in enumerate(owner) if other == own])
+
+        def some(t: Any, at: Tensor = at) -> Any:
+            return t[at.to(t.device)] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t
+
+        given = [some(t) for t in args], {name: some(t) for name, t in kwargs.items()}
+        parts.append((at, copies.run(module, base, own, *given)))
+    return _together(parts, rows, base)
+
+
+def _in_order(module: nn.Module, x: Tensor, batch: int) -> bool:
+    """Whether rows are those of the batch, several for each one below the other. In compiled code nobody knows, and it is taken for granted.
+
+    As many rows as the batch has are its rows, unless they are seen to be turned round. More have to be what the module around was given.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    given = (getattr(_here, "given", None) or {}).get(id(module))
+    if given is None or len(given) != batch or given.numel() != x.numel():
+        return len(x) == batch
+    given = given.reshape(x.shape).to(x)
+    if torch.equal(given, x):
+        return True
+    return len(x) == batch and not torch.equal(
+        given.reshape(len(x), -1).unique(dim=0), x.reshape(len(x), -1).unique(dim=0)
+    )
+
+
+def _together(parts: Sequence[tuple[Tensor, Any]], rows: int, base: Any) -> Any:
+    """What a module gave for parts of its rows, as for all of them: a tensor, or several."""
+    first = parts[0][1]
+    if isinstance(first, Tensor) and all(t.dim() and len(t) == len(at) for at, t in parts):
+        out = first.new_empty(rows, *first.shape[1:])
+        for at, t in parts:
+            out = out.index_copy(0, at.to(out.device), t.to(out.dtype))
+        return out
+    if first is None:
+        return None
+    if type(first) in (tuple, list):
+        return type(first)(_together([(at, f[i]) for at, f in parts], rows, base) for i in range(len(first)))
+    raise AdapterStateError(
+        f"a {base.__name__} that adapters change gives {shown(type(first).__name__)}, which has no rows",
+        remedy="Run a batch for each adapter.",
+    )
+
+
+def different(values: Sequence[Any]) -> list[Any]:
+    """Each value once."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]

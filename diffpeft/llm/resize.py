@@ -1,0 +1,177 @@
+"""`resize_token_embeddings` of a model whose embeddings carry adapters: rows of adapters follow those of the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.errors import AdapterStateError, shown
+from diffpeft.layers.adapted import op_of, record_of, state_with
+from diffpeft.layers.patches import Patches
+from diffpeft.layers.slot import BIAS, Part, Slot
+from diffpeft.layers.swap import SIZES, resizing
+from diffpeft.layers.tokens import Tokens
+from diffpeft.layers.whole import Copies, copies_of
+from diffpeft.llm.embeddings import WHOLE, embedding_layers
+from diffpeft.methods import Spec
+from diffpeft.methods.lora import Lora
+from diffpeft.model.attach import Plan, mixes_of
+from diffpeft.model.mix import Choice, claim, forced
+from diffpeft.model.target import modules_of
+
+# {role: the axis that counts tokens} on a table, and on a head
+_AXES = {True: {"lora_embedding_A": 1, WHOLE: 0}, False: {"lora_B": 0, "lora_B_bias": 0, BIAS: 0, WHOLE: 0}}
+_FIXED = {"lora_embedding_B", "lora_A"}
+_STARTS = (WHOLE,)  # roles whose new rows are the model's own; those of others are zero
+Shared = dict[int, tuple[Tensor, Tensor]]  # {address: (memory as it was, with other rows)}: what shared it still shall
+
+
+def resize(model: Any, resized: Callable[[], Any], total: int | None = None) -> Any:
+    """What `resized`, a call of the model's own `resize_token_embeddings`, gives, with the adapters on the model's embeddings resized too.
+
+    New rows of whole copies are the model's; a LoRA changes no new token. `total` is the number of rows, if it is known. Raises AdapterStateError, in
+    which case nothing has changed.
+    """
+    mixes = mixes_of({"": model})
+    if any(mix.fused for mix in mixes.values()):
+        raise AdapterStateError("adapters are in the weights", remedy="Call unmerge_adapter first.")
+    layers = _layers(model)
+    for where, module in layers.items():
+        _check(where, module, total)
+    flags = {id(p): p.requires_grad for p in model.parameters()}
+    with forced(claim({mix.key: Choice() for mix in mixes.values()})), resizing():
+        found = resized()
+        for where, module in layers.items():
+            _put_back(model, where, module)
+    for p in model.parameters():
+        p.requires_grad_(flags.get(id(p), p.requires_grad))
+    plan = Plan()
+    shared: Shared = {}
+    for module in layers.values():
+        for copy in _copies(module):
+            _fit_copy(copy, module, shared)
+        if (record := record_of(module)) is not None:
+            slots = {name: _fitted(slot, module, shared) for name, slot in record.slots.items()}
+            plan.layers.append((module, state_with(module, replace(record, slots=slots))))
+    plan.commit()
+    return found
+
+
+def _put_back(model: nn.Module, where: str, module: Any) -> None:
+    """The module that carries the adapters, with the numbers of the one that transformers has put in its place."""
+    around, _, last = where.rpartition(".")
+    table = model.get_submodule(around)._modules
+    new: Any = table[last]
+    if new is module:
+        return
+    for name, p in module._parameters.items():
+        if p is not None:
+            p.data = new._parameters[name].data
+    for name in SIZES:
+        if name in vars(new):
+            module.__dict__[name] = vars(new)[name]
+    table[last] = module
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The embeddings, and what shares a weight with them."""
+    tables = embedding_layers(model)
+    shared = {id(module._parameters.get("weight")) for module in tables.values()}
+    tied = {n: m for n, (m, _) in modules_of(model, lambda m: id(m._parameters.get("weight")) in shared).items()}
+    return {**tables, **tied} if tables else {}
+
+
+def _check(where: str, module: Any, total: int | None) -> None:
+    """Raise AdapterStateError for an adapter that cannot get other rows."""
+    record, copies = record_of(module), copies_of(module)
+    axes = _axes(module)
+    for name, slot in record.slots.items() if record else ():
+        fits = all(p.method is Lora or set(p.roles) == {WHOLE} for p in slot.parts) and slot.source is None
+        if not fits or set(slot.tensors) - {*axes, *_FIXED}:
+            raise AdapterStateError(
+                f"adapter {shown(name)} is a {'+'.join(slot.methods)} on {shown(where)}, which cannot get other rows",
+                remedy="Call resize_token_embeddings before the adapter is made.",
+            )
+    if isinstance(copies, Patches) and not all(isinstance(patch, Tokens) for patch in copies.modules.values()):
+        raise AdapterStateError(
+            f"an adapter changes the parameters of {shown(where)}",
+            remedy="Call resize_token_embeddings before the adapter is made.",
+        )
+    for name, patch in copies.modules.items() if isinstance(copies, Patches) else ():
+        last = int(patch.rows.max())  # type: ignore[operator]
+        if total is not None and last >= total:
+            raise AdapterStateError(
+                f"adapter {shown(name)} trains row {last} of {shown(where)}, which would have {total} rows",
+                remedy="Delete the adapter first.",
+            )
+
+
+def _axes(module: Any) -> dict[str, int]:
+    return _AXES[isinstance(module, nn.Embedding)]
+
+
+def _copies(module: nn.Module) -> Iterator[Any]:
+    copies = copies_of(module)
+    if type(copies) is Copies:
+        yield from copies.modules.values()
+
+
+def _fit_copy(copy: Any, module: Any, shared: Shared) -> None:
+    """Give a copy as many rows as its module has now."""
+    for name, p in copy._parameters.items():
+        own = module._parameters[name]
+        if own is not None and len(p) != len(own):
+            p.data = _rows(p.data, 0, own.detach(), shared)
+    for name in (*SIZES, "padding_idx"):
+        if name in vars(module):
+            copy.__dict__[name] = vars(module)[name]
+
+
+def _fitted(slot: Slot, module: Any, shared: Shared) -> Slot:
+    """A slot with as many rows as its layer has now; parameters stay the same objects."""
+    axes, weight = _axes(module), module._parameters["weight"].detach()
+    for held in (slot._parameters, slot._buffers):
+        for role, tensor in held.items():
+            if role in axes and tensor is not None and tensor.shape[axes[role]] != len(weight):
+                start = weight if role in _STARTS else None
+                tensor.data = _rows(tensor.data, axes[role], start, shared, len(weight))
+    geometry = op_of(module).geometry
+    parts = (Part(p.method, p.roles, p.alpha, Spec(geometry, p.spec.alpha, p.spec.options)) for p in slot.parts)
+    slot.__dict__["parts"] = tuple(parts)
+    slot._kept.clear()
+    return slot
+
+
+def _rows(old: Tensor, axis: int, like: Tensor | None, shared: Shared, total: int = 0) -> Tensor:
+    """A tensor with as many rows along an axis as `like` has, whose rows the new ones are; or `total`, with zeros."""
+    key = old.untyped_storage().data_ptr()
+    if key not in shared:
+        rows = old.movedim(axis, 0)
+        total = total if like is None else len(like)
+        more = torch.zeros(max(total - len(rows), 0), *rows.shape[1:]) if like is None else like[len(rows) :]
+        shared[key] = old, torch.cat([rows[:total], more.to(rows)])
+    return shared[key][1].movedim(0, axis)
+
+
+def refuse_replaced(model: Any, head: Any) -> None:
+    """Raise AdapterStateError if the head that adapters are on is no longer in the model: transformers' own method makes another one."""
+    if head is None:
+        return
+    table, name, module = head
+    if table.get(name) is not module and not any(m is module for m in getattr(table.get(name), "modules", list)()):
+        raise AdapterStateError(
+            f"the {name} that carries adapters is no longer in the model: it was given another one",
+            remedy="Call resize_token_embeddings of the PeftModel, or before adapters are on the embeddings.",
+        )
+
+
+def head_of(model: Any) -> Any:
+    """Where a model has its head, if adapters are on that."""
+    own = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if own is None or (record_of(own) is None and copies_of(own) is None):
+        return None
+    return next(((m._modules, n, own) for m in model.modules() for n, c in m._modules.items() if c is own), None)

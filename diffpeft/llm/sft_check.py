@@ -1,0 +1,36 @@
+"""Everything that can be said of a fine-tuning run before a large library is loaded: its options, its texts, and what its model looks like."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from diffpeft.errors import CheckpointError, ConfigError, UnknownNameError
+from diffpeft.llm import texts
+from diffpeft.llm.sft_config import SftConfig
+from diffpeft.pipeline.open import check_exists
+from diffpeft.train.method import CONFIGS
+
+GGUF = ".gguf"
+Rows = tuple[list[texts.Row], list[texts.Row]]
+
+
+def check(config: SftConfig) -> Rows:
+    """All checks that need no model; the rows to train on and those to measure on."""
+    config.validate()
+    if config.method not in CONFIGS:
+        raise UnknownNameError.of("method", config.method, CONFIGS)
+    config.output()
+    model = str(config.model)
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise CheckpointError("this folder holds no language model (no config.json)", where=model)
+    check_exists(model, "Pass a folder with a language model, a .gguf file or a Hub id (owner/name).")
+    if Path(model).suffix == GGUF and not find_spec("gguf"):
+        raise CheckpointError(
+            "a .gguf file is read with the gguf package", where=model, remedy="pip install diffpeft[llm]"
+        )
+    if Path(model).suffix == GGUF and config.quantize:
+        raise ConfigError(
+            "quantize with a .gguf file", remedy="Save the model as a folder first, or leave --quantize out."
+        )
+    return texts.read(str(config.data)), texts.read(config.heldout) if config.heldout else []

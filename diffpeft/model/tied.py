@@ -1,0 +1,105 @@
+"""Numbers for parameters that several modules may hold (a head and its embedding).
+
+They are written once where all get the same; else each gets a parameter of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.layers.adapted import record_of
+from diffpeft.layers.slot import Slot
+from diffpeft.layers.whole import Put
+from diffpeft.methods.lora import Lora
+from diffpeft.model.attach import Plan
+
+
+def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tuple[int, str], Any]:
+    """Plan to give modules' parameters and buffers new numbers, untying only what gets others than the rest.
+
+    Args:
+        puts: a later one for the same place replaces an earlier one.
+        owners: how many modules hold each parameter, by its id; taken down by those that will have one of their own.
+
+    Returns {(id of the module's table, name): the parameter that was there} of what is untied.
+    """
+    places = {(id(table), name): (table, name, new) for table, name, new in puts}
+    shared: dict[int, list[Put]] = {}
+    for table, name, new in places.values():
+        shared.setdefault(id(table[name]), []).append((table, name, new))
+    parted: dict[tuple[int, str], Any] = {}
+    for key, holders in shared.items():
+        groups = _alike(holders)
+        others = owners.get(key, len(holders)) > len(holders)  # somebody keeps the numbers
+        if not others:
+            table, name, new = groups.pop(0)[0]
+            plan.tensors.append((table[name], new))
+        for group in groups:
+            own = _own(group[0])
+            plan.held += [(table, name, own) for table, name, _ in group]
+            parted |= {(id(table), name): table[name] for table, name, _ in group}
+            owners[key] = owners.get(key, 0) - len(group)
+    return parted
+
+
+def count_twins_once(adapted: Mapping[str, nn.Module], owners: dict[int, int]) -> None:
+    """Let layers that share a weight count as one where all of them have the same adapters, those of an embedding turned: their weights come out equal."""
+    sharing: dict[int, list[nn.Module]] = {}
+    for module in adapted.values():
+        weight = module._parameters.get("weight")
+        if weight is not None and owners.get(id(weight), 0) > 1:
+            sharing.setdefault(id(weight), []).append(module)
+    for key, (first, *others) in sharing.items():
+        if 1 + len(others) == owners[key] and all(_are_twins(first, other) for other in others):
+            owners[key] = 1
+
+
+def _are_twins(one: nn.Module, other: nn.Module) -> bool:
+    first, second = record_of(one), record_of(other)
+    if first is None or second is None or list(first.slots) != list(second.slots):
+        return False
+    return all(same_product(first.slots[name], second.slots[name]) for name in first.slots)
+
+
+def same_product(one: Slot, other: Slot) -> bool:
+    """Whether two plain LoRAs, one of them perhaps of an embedding, add the same to a weight [rows, features]."""
+    a, b = _product(one), _product(other)
+    if a is None or b is None or a[2] != b[2]:
+        return False
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a[:2], b[:2], strict=True))
+
+
+def _product(slot: Slot) -> tuple[Tensor, Tensor, float] | None:
+    """A plain LoRA as (A, B, scale) of what it adds to a weight [rows, features]."""
+    if len(slot.parts) != 1 or slot.parts[0].method is not Lora:
+        return None
+    p, scale = slot.tensors, slot.scale
+    if {*p} == {"lora_A", "lora_B"}:
+        return p["lora_A"], p["lora_B"], scale
+    return (p["lora_embedding_B"].t(), p["lora_embedding_A"].t(), scale) if "lora_embedding_A" in p else None
+
+
+def _own(put: Put) -> Any:
+    table, name, new = put
+    old = table[name]
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _alike(holders: Sequence[Put]) -> list[list[Put]]:
+    """The holders of a parameter, those together that get the same numbers."""
+    groups: list[list[Put]] = []
+    for put in holders:
+        group = next((group for group in groups if _same(group[0][2], put[2])), None)
+        if group is None:
+            groups.append([put])
+        else:
+            group.append(put)
+    return groups
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or ((a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b))
