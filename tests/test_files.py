@@ -416,6 +416,11 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     for place, to in places.items():
         with pytest.raises(CannotConvertError, match=place.split("/")[0]):
             converters.convert(source, tmp_path / place, to=to, family="sdxl")
+    for place in (None, 5, "a\0b"):
+        with pytest.raises(ConfigError, match="the output is"):
+            converters.convert(source, place, to="kohya", family="sdxl")
+        with pytest.raises(ConfigError, match="the output is"):
+            converters.convert(saved(tmp_path / "folder/x", 1.0), place, to="kohya")
     assert (tmp_path / "file").read_bytes() == b"x" and sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
