@@ -12,7 +12,7 @@ from converters.formats.base import magnitude_axis
 from converters.formats.fields import on_inputs
 from converters.opening import Source
 from converters.roles import ADDITIVE, rank
-from converters.writing import plans, problem, store
+from converters.writing import check_path, plans, problem, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, definition_of
 from diffpeft.errors import CannotConvertError, ConfigError, inside, listed, near, shown
@@ -62,6 +62,7 @@ def convert(
     if allow not in (None, "approximate"):
         raise ConfigError(f"allow is {shown(allow)}", remedy="It is 'approximate', or left out.")
     cast = _dtype(dtype)
+    check_path(path)
     bundle = read(source, family=family, format=format)
     if isinstance(source, (str, os.PathLike)) and os.path.realpath(source) == os.path.realpath(path):
         raise ConfigError("the output is the input", where=path, remedy="Give another name.")

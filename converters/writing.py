@@ -20,7 +20,7 @@ from converters.rows import Blocks, Unfit, aspect, joined
 from converters.rows import split as taken_apart
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, dotted, parted
-from diffpeft.errors import CannotConvertError, listed, shown
+from diffpeft.errors import CannotConvertError, ConfigError, listed, shown
 from diffpeft.files import config_in
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def plans(
     Raises CannotConvertError.
     """
     known_name("format", format, FORMATS)
+    check_path(path)
     fmt, file = FORMATS[format], os.fspath(path).endswith(".safetensors") or os.path.isfile(path)
     components = list(dict.fromkeys(parted(e.layer)[0] for e in bundle.entries))
     several = fmt.single and not file and len(components) > 1
@@ -184,6 +185,12 @@ def plans(
         part = replace(bundle, entries=own, carried={} if n else bundle.carried)
         found[component] = planned(part, format, dtype, bundle)
     return found
+
+
+def check_path(path: object) -> None:
+    """Raise ConfigError for what is no path."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        raise ConfigError(f"the output is {shown(path)}", remedy="It is a path.")
 
 
 def _check_place(path: Path, format: str, *, folder: bool) -> None:

@@ -206,17 +206,22 @@ def test_names_may_be_as_long_as_the_system_allows(tmp_path):
 
 
 def test_what_dead_writers_left_is_removed_and_what_living_ones_use_is_not(tmp_path):
-    (tmp_path / ".diffpeft-0123456789abcdef.tmp").write_bytes(b"dead")
-    (tmp_path / ".diffpeft-fedcba9876543210.tmp").mkdir()
-    (tmp_path / ".diffpeft-fedcba9876543210.tmp/x").write_bytes(b"dead")
+    (tmp_path / commits._name()).write_bytes(b"dead")
+    stale = tmp_path / commits._name()
+    stale.mkdir()
+    (stale / "x").write_bytes(b"dead")
     (tmp_path / ".diffpeft-other").write_bytes(b"not ours")
+    for age, name in ((0, "0"), (10**6, "1")):  # of another machine, whose locks do not show here
+        elsewhere = tmp_path / f".diffpeft-0000000{name}-0123456789abcdef.tmp"
+        elsewhere.write_bytes(b"?")
+        os.utime(elsewhere, (time.time() - age,) * 2)
     with io.replacing(tmp_path / "long") as f:
         f.write(b"living")
         with io.folder(tmp_path / "folder") as folder:
-            assert len(temporaries(tmp_path)) == 3
+            assert len(temporaries(tmp_path)) == 4
             saved(tmp_path / "x", 1.0)
-            assert len(temporaries(tmp_path)) == 3 and folder.is_dir()
-    assert temporaries(tmp_path) == [".diffpeft-other"]
+            assert len(temporaries(tmp_path)) == 4 and folder.is_dir()
+    assert sorted(temporaries(tmp_path)) == [".diffpeft-00000000-0123456789abcdef.tmp", ".diffpeft-other"]
     assert (tmp_path / "long").read_bytes() == b"living" and (tmp_path / "folder").is_dir()
 
 
@@ -296,6 +301,29 @@ def test_what_another_program_wrote_after_a_writer_was_killed_counts(tmp_path):
     assert config_text(together(path, "a")["a"]) == "3"
     saved(path / "e", 1.0)
     assert (path / "a").read_bytes() == b"3" and (path / "c").read_bytes() == b"2"
+
+
+def test_a_journal_is_found_wherever_the_current_folder_is(tmp_path, monkeypatch):
+    journalled(tmp_path / "x", {"a": b"1"}, {"a": b"2"})
+    monkeypatch.chdir(tmp_path / "x")
+    found = Snapshot.of("a")
+    again = pickle.loads(pickle.dumps(found))
+    monkeypatch.chdir("/")
+    assert found.read(0, 1) == again.read(0, 1) == b"2"
+    monkeypatch.chdir(tmp_path)
+    inner = tmp_path / "y"
+    with io.folder(inner) as folder:
+        (folder / "unet").mkdir()
+        (folder / "unet/a").write_bytes(b"1")
+    os.rename(inner / "unet", tmp_path / "unet")
+    (inner / snapshots.JOURNAL / "unet").mkdir(parents=True)
+    (inner / snapshots.JOURNAL / "unet/a").write_bytes(b"2")
+    os.rename(tmp_path / "unet", inner / "unet")
+    monkeypatch.chdir(inner / "unet")
+    assert config_text(together(".", "a")["a"]) == "2"
+    with io.replacing("b") as f:
+        f.write(b"3")
+    assert Path("a").read_bytes() == b"2" and not temporaries(tmp_path / "y")
 
 
 def test_a_file_from_the_future_is_replaced_like_any_other(tmp_path):
@@ -416,6 +444,11 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     for place, to in places.items():
         with pytest.raises(CannotConvertError, match=place.split("/")[0]):
             converters.convert(source, tmp_path / place, to=to, family="sdxl")
+    for place in (None, 5, "a\0b"):
+        with pytest.raises(ConfigError, match="the output is"):
+            converters.convert(source, place, to="kohya", family="sdxl")
+        with pytest.raises(ConfigError, match="the output is"):
+            converters.convert(saved(tmp_path / "folder/x", 1.0), place, to="kohya")
     assert (tmp_path / "file").read_bytes() == b"x" and sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 

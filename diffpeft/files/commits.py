@@ -12,19 +12,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import re
 import secrets
 import shutil
 import stat
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffpeft.files.snapshots import JOURNAL
 
-_TEMPORARY = re.compile(r"\.diffpeft-[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\.diffpeft-(?P<system>[0-9a-f]{8})-[0-9a-f]{16}\.tmp")
+_LONG = 24 * 3600  # seconds after which what another machine left is taken for left
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC  # a link is no new file, so none is followed
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
@@ -95,7 +98,7 @@ def _is_temporary(name: Any) -> bool:
 def _prepare(home: Path) -> None:
     """Make a folder if it is not there, put what a killed writer has saved into its place, and remove what others have left."""
     home.mkdir(parents=True, exist_ok=True)
-    for place in (home, home.parent):
+    for place in (home.absolute(), home.absolute().parent):
         if os.path.lexists(place / JOURNAL):
             with _alone(place):
                 finish(place)
@@ -108,7 +111,7 @@ def _prepare(home: Path) -> None:
 def _new_file(home: Path) -> tuple[Path, int]:
     """A new file of a short name that this process has locked. Its mode is that of any new file."""
     while True:
-        path = home / f".diffpeft-{secrets.token_hex(8)}.tmp"
+        path = home / _name()
         fd = os.open(path, _NEW, 0o666)
         if _locked(fd) and os.fstat(fd).st_nlink:
             return path, fd
@@ -118,7 +121,7 @@ def _new_file(home: Path) -> tuple[Path, int]:
 def _new_folder(home: Path) -> tuple[Path, int]:
     """A new folder that this process has locked."""
     while True:
-        path = home / f".diffpeft-{secrets.token_hex(8)}.tmp"
+        path = home / _name()
         os.mkdir(path)
         try:
             fd = os.open(path, _FOLDER)
@@ -138,10 +141,31 @@ def _locked(fd: int) -> bool:
     return True
 
 
+@functools.cache
+def _system() -> str:
+    """What tells the systems apart in which locks hold: this one, since it was started. Containers share it, machines that share a disk do not."""
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        started = os.uname().nodename
+    return f"{zlib.crc32(started.encode()):08x}"
+
+
+def _name() -> str:
+    return f".diffpeft-{_system()}-{secrets.token_hex(8)}.tmp"
+
+
+def _may_go(found: re.Match[str], entry: os.DirEntry[str]) -> bool:
+    """Whether a temporary entry is of this system, where a lock tells whether its writer lives, or a day old."""
+    with contextlib.suppress(OSError):
+        return found["system"] == _system() or entry.stat(follow_symlinks=False).st_mtime < time.time() - _LONG
+    return False
+
+
 def sweep(home: Path) -> None:
     """Remove temporary entries of writers that live no more."""
     with os.scandir(home) as entries:
-        stale = [entry for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+        stale = [entry for entry in entries if (found := _TEMPORARY.fullmatch(entry.name)) and _may_go(found, entry)]
     for entry in stale:
         with contextlib.suppress(OSError):  # gone in the meantime, or another user's
             fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -50,10 +50,13 @@ class Snapshot:
     pickle, are opened again by their path, and are refused if it is another file by then.
     """
 
-    __slots__ = ("__weakref__", "_fd", "_readers", "identity", "path")
+    __slots__ = ("__weakref__", "_fd", "_place", "_readers", "identity", "path")
 
-    def __init__(self, path: Path, identity: Identity, fd: int | None = None):
+    def __init__(self, path: Path, identity: Identity, fd: int | None = None, place: Path | None = None):
         self.path, self.identity, self._fd, self._readers = path, identity, fd, 0
+        self._place = (
+            path.absolute() if place is None else place
+        )  # which a change of the current folder leaves as it is
         if fd is not None:
             with _lock:
                 _keep(self)
@@ -89,7 +92,7 @@ class Snapshot:
                 self._readers -= 1
 
     def _reopened(self) -> int:
-        found = _descriptor(self.path)
+        found = _looked(self._place, _descriptor)
         if found is None or _identity(os.fstat(found)) != self.identity:
             if found is not None:
                 os.close(found)
@@ -156,7 +159,7 @@ class Snapshot:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Snapshot, (self.path, self.identity)
+        return Snapshot, (self.path, self.identity, None, self._place)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         if self._fd is not None:
@@ -231,8 +234,9 @@ def holes_in(fd: int, size: int) -> int:
 
 def resolved(path: Path) -> Path:
     """Where the bytes of a file of a folder are: in the folder, or in the journal of one that is being saved."""
-    for folder, inner in ((path.parent, path.name), (path.parent.parent, f"{path.parent.name}/{path.name}")):
-        journal = folder / JOURNAL
+    path = path.absolute()
+    for inner in (Path(path.name), Path(path.parent.name, path.name)):
+        journal = path.parents[len(inner.parts) - 1] / JOURNAL
         try:
             since = os.lstat(journal).st_mtime_ns
             os.lstat(journal / inner)

@@ -35,11 +35,12 @@ class AutoPeftModel:
 
         Raises CheckpointError and its kin or ConfigError.
         """
-        config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
+        given, where = config, pretrained_model_name_or_path
+        config = given or PeftConfig.from_pretrained(where, revision=revision)
         if config.base_model_name_or_path is None:
             raise ConfigError(
                 "the adapter's config names no base model",
-                where=os.fspath(pretrained_model_name_or_path),
+                where=os.fspath(where),
                 remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
             )
         if cls.task is not None and config.task_type not in (None, cls.task):
@@ -50,9 +51,10 @@ class AutoPeftModel:
         own = {name: kwargs.pop(name) for name in ("autocast_adapter_dtype",) if name in kwargs}
         made = cls._base_class(config)
         base = made.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
-        _fit_vocabulary(base, pretrained_model_name_or_path)
+        _fit_vocabulary(base, where)
         wrapper = MODELS.get(cls.task, PeftModel)
-        return wrapper.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
+        # the config is read again with the weights: somebody may have saved in between
+        return wrapper.from_pretrained(base, where, adapter_name, is_trainable, given, revision=revision, **own)
 
     @classmethod
     def _base_class(cls, config: Any) -> Any:
@@ -74,7 +76,13 @@ class AutoPeftModel:
                 f"the config wants code of {shown(library)} to be imported",
                 remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
             )
-        return getattr(importlib.import_module(library), name)
+        try:
+            return getattr(importlib.import_module(library), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"auto_mapping names {shown(name)} of {shown(library)}, which is not there ({error})",
+                remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
+            ) from error
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -22,7 +22,7 @@ from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, 
 from diffpeft.layers.adapted import record_of, state_of, state_with
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.llm.peft_model import PeftModel
-from diffpeft.llm.state import config_of, located, tensors_in
+from diffpeft.llm.state import adapter_at, config_of, tensors_in
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -46,10 +46,9 @@ def hotswap_adapter(
     is not compiled. `torch_device` changes nothing: the tensors stay where they are.
     Raises ConfigError, UnknownNameError, AdapterStateError, or CheckpointError and its kin, in which case nothing has changed.
     """
-    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    config, folder = adapter_at(model_name_or_path, **kwargs)
     check_hotswap_configs_compatible(_parts(model, adapter_name)[1], config)
-    tensors = tensors_in(located(model_name_or_path, **kwargs))
-    hotswap_adapter_from_state_dict(model, tensors, adapter_name, config)
+    hotswap_adapter_from_state_dict(model, tensors_in(folder), adapter_name, config)
 
 
 def hotswap_adapter_from_state_dict(

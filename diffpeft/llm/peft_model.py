@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.llm import renames, state
 from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
@@ -332,15 +332,18 @@ class PeftModel(Passing, Counted, nn.Module):
         self = made.__new__(made)
         nn.Module.__init__(self)
         self._adopt(model, config)
-        self.tuner.load(
-            adapter_name,
-            made._with_heads(config),
-            folder,
-            trainable=is_trainable,
-            active=True,
-            precision=Precision(autocast_adapter_dtype),
-            key_mapping=getattr(model, "_checkpoint_conversion_mapping", None) if key_mapping is None else key_mapping,
-        )
+        with inside(folder.where):
+            self.tuner.load(
+                adapter_name,
+                made._with_heads(config),
+                folder,
+                trainable=is_trainable,
+                active=True,
+                precision=Precision(autocast_adapter_dtype),
+                key_mapping=getattr(model, "_checkpoint_conversion_mapping", None)
+                if key_mapping is None
+                else key_mapping,
+            )
         self._checkpoint()
         return self if is_trainable else self.eval()
 
@@ -364,15 +367,16 @@ class PeftModel(Passing, Counted, nn.Module):
             config, folder = state.adapter_at(model_id, **kwargs)
             _warn_foreign(config, self.get_base_model(), folder.where)
             config.inference_mode = not is_trainable
-            lost = self.tuner.load(
-                adapter_name,
-                self._with_heads(config),
-                folder,
-                trainable=is_trainable,
-                active=False,
-                precision=Precision(autocast_adapter_dtype),
-                key_mapping=key_mapping,
-            )
+            with inside(folder.where):
+                lost = self.tuner.load(
+                    adapter_name,
+                    self._with_heads(config),
+                    folder,
+                    trainable=is_trainable,
+                    active=False,
+                    precision=Precision(autocast_adapter_dtype),
+                    key_mapping=key_mapping,
+                )
             result = Incompatible(lost, [], [])
         if not is_trainable:
             self.eval()
