@@ -215,7 +215,7 @@ def test_a_layer_keeps_its_identity(kind):
 
 @pytest.mark.parametrize(
     "name",
-    ["a", "style.v1-2_x", "keys", "training", "_modules", "forward", ".", "-", "9", "lora_A", "lora_", "adapters"],
+    ["a", "style.v1-2_x", "keys", "training", "_modules", "forward", "...", "-", "9", "lora_A", "lora_", "adapters"],
 )
 def test_any_allowed_name_is_a_module_name(name, trace):
     model = blocks(1)
