@@ -2,8 +2,8 @@
 
 from converters.bundled import embeddings, write_embeddings
 from converters.conversion import ConvertReport, convert
-from converters.detection import Detection
-from converters.engine import detect, fitting, read
+from converters.detection import Detection, Fit
+from converters.engine import detect, fitting, read, unknown_family
 from converters.families import TABLES
 from converters.formats import FORMATS
 from converters.inspection import Inspection, inspect
@@ -15,6 +15,7 @@ __all__ = [
     "TABLES",
     "ConvertReport",
     "Detection",
+    "Fit",
     "Inspection",
     "components_in",
     "convert",
@@ -24,6 +25,7 @@ __all__ = [
     "inspect",
     "read",
     "refusal",
+    "unknown_family",
     "write",
     "write_embeddings",
 ]

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converters.engine import read
+from converters.formats.base import magnitude_axis
 from converters.formats.fields import on_inputs
 from converters.opening import Source
-from converters.roles import ADDITIVE
+from converters.roles import ADDITIVE, rank
 from converters.writing import check_path, plans, problem, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, definition_of
@@ -96,12 +97,29 @@ def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torc
         said.append(
             f"{len(bundle.carried)} keys are no adapter's and were kept as they are: {listed(list(bundle.carried)[:5])}"
         )
+    said += _caveats(out, to)
     computed = any(h.how[:1] == ("scaled",) for e in bundle.entries for h in e.tensors.values())
     exact = out is bundle and cast is None and not inexact and not computed
     mapped = tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys))
     return ConvertReport(
         "L0" if exact else "L1", mapped, tuple(bundle.carried), tuple(said), bundle.format, bundle.family
     )
+
+
+def _caveats(bundle: Bundle, to: str) -> list[str]:
+    """Where ComfyUI is known to do something else with a file of this format than other programs, in words."""
+    doras = [e.layer for e in bundle.entries if magnitude_axis(e) == 0]
+    rescaled = [e.layer for e in bundle.entries if "rescale" in e.tensors]
+    loras = [e for e in bundle.entries if e.method in ("lora", "dora")]
+    scaled = [e.layer for e in loras if (alpha := io.number(e.alpha)) is not None and alpha != rank(e.shapes)]
+    told = {
+        "comfyui": {
+            "ComfyUI divides a DoRA by the norm of the base's weight alone": doras,
+            "ComfyUI does not apply the rescale of a rotation": rescaled,
+        },
+        "diffusers": {"alphas stand in the metadata, which ComfyUI does not read (there the scale is 1)": scaled},
+    }
+    return [f"{what}: {len(layers)} layers" for what, layers in told.get(to, {}).items() if layers]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

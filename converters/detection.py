@@ -1,7 +1,8 @@
 """Which format and which families a file's names and shapes fit. Reads the header only.
 
 Every format's way to take keys apart is tried, and every family's tables: the family that knows the most layers is the file's. Where several know
-as many, the metadata decide, then widths and ratios of shapes, then whose own spelling it is.
+as many, the metadata decide, then the sizes of published models, then ratios of shapes, then whose own spelling it is. What is the size of another
+published model, or has names that no table knows, is of a family that is not known.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.families import TABLES, Table
 from converters.families.text import CLIP, T5
 from converters.formats import FORMATS, Format, Part
-from converters.rows import extent
+from converters.formats.wrappers import all_unwrapped
+from converters.rows import aspect, extent
+from converters.sizes import Layers as Sized
+from converters.sizes import grouped, published
 from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
 
@@ -43,6 +47,7 @@ _SAID = {
     "pixart": r"pixart",
     "sana": r"sana",
     "auraflow": r"aura|pony[-_ ]?v?7",
+    "ltx2": r"ltx[-_. ]?v?2(?!b)",
     "ltx": r"ltx",
     "mochi": r"mochi",
     "cogvideox": r"cogvideo",
@@ -55,21 +60,6 @@ _RATIOS: dict[str, dict[str, Fraction | int]] = {
     r"double_blocks[._]\d+[._](img|txt)_mlp[._]0": {"flux": 4, "chroma": 4, "flux2": 6},
     r"(layers|refiner)[._]\d+[._]attention[._]qkv": {"lumina2": Fraction(5, 3), "z_image": 3},
 }
-# blocks that the published models have, where the names do not tell one from the other
-_DEPTHS = {
-    r"double_blocks[._](\d+)|(?<!single_)transformer_blocks[._](\d+)": {
-        "flux": 19,
-        "chroma": 19,
-        "hunyuan_video": 20,
-        "flux2": 8,
-    },
-    r"single_blocks[._](\d+)|single_transformer_blocks[._](\d+)": {
-        "flux": 38,
-        "chroma": 38,
-        "hunyuan_video": 40,
-        "flux2": 48,
-    },
-}
 _UNETS = ("sd15", "sd2", "sdxl", "sdxl_refiner")
 _WIDTHS = {768: ("sd15",), 1024: ("sd2",), 2048: ("sdxl",), 1280: ("sdxl_refiner",)}
 _INPUTS = ("lora_A", "hada_w1_b", "diff")  # roles whose second axis is the layer's inputs
@@ -77,6 +67,8 @@ _CROSS = re.compile(r".*transformer_blocks[._]\d+[._]attn2[._]to_[kv]")
 _XL = re.compile(
     r".*attentions?[._].*transformer_blocks[._][1-9]|.*_blocks?[._]\d.*transformer_blocks[._][1-9]|add_embedding|label_emb"
 )
+# the share of a file's layers that a family's table must know; of UNets, which people change, half if it is only a few that it does not know
+_MOST, _HALF, _FEW = 0.9, 0.5, 8
 _NOT_XL = re.compile(r"(down|up)_blocks[._]3|down_blocks[._]0[._]attentions")
 
 
@@ -95,12 +87,14 @@ class Detection:
 class Fit:
     """What a file fits. `families`, the likeliest first; `ambiguous` if the first of them was only the first: the names say nothing.
 
-    `known` {family: how many layers it knows}, of `layers`; `parts` are the keys that are an adapter's, taken apart. `opened` is the file itself.
+    No family: it is not known here, and `looks_like` may name the models without a table whose layers these are. `known` {family: how many layers it
+    knows}, of `layers`; `parts` are the keys that are an adapter's, taken apart. `opened` is the file itself.
     """
 
     format: str
     families: tuple[str, ...]
     ambiguous: bool
+    looks_like: tuple[str, ...]
     known: Mapping[str, int]
     layers: int
     parts: Mapping[str, Part]
@@ -131,16 +125,16 @@ def fit(
         for names in alike.values()
     ]
     formats, layers, counts = max(tried, key=lambda t: max(t[2].values(), default=0))
-    fits = _by_ratio(list(counts), layers)
+    fits = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fits}
     most = max(counts.values(), default=0)
     fitting = [family for family in TABLES if most and counts.get(family) == most]
     own = _Own(layers, metadata, FORMATS[formats[0]].tables)
-    families, ambiguous = _decided(fitting, layers, metadata, formats, own)
+    families, ambiguous, looks_like = _decided(fitting, counts, layers, metadata, formats, own)
     best = family or (families[0] if families else "")
     able = [f for f in formats if {*([family] if family else families)} <= {*FORMATS[f].tables}] or formats
     chosen = able[0] if len(able) == 1 or not best else max(able, key=lambda f: own(f, best))
-    return Fit(chosen, families, ambiguous, counts, len(layers), parts[chosen], (tensors, metadata, source))
+    return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], (tensors, metadata, source))
 
 
 def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
@@ -157,7 +151,8 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
     """{format: the keys that it takes apart}, of the formats that most keys are of."""
     found: dict[str, dict[str, Part]] = {}
     done: dict[Any, dict[str, Part]] = {}  # formats that share the way need it once
-    some = [*keys][:: max(len(keys) // 16, 1)]
+    bare_keys = all_unwrapped(keys)
+    some = [*bare_keys.values()][:: max(len(keys) // 16, 1)]
     likely = sorted(formats, key=lambda f: sum(FORMATS[f].split(key) is None for key in some))
     for name in likely:  # the rest is then done with at its first key
         fmt = FORMATS[name]
@@ -165,8 +160,8 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
         if way not in done:
             every = any(len(parts) == len(keys) for parts in done.values())  # then one key less is too few
             done[way] = {}
-            for key in keys:
-                if part := fmt.split(key):
+            for key, bare_key in bare_keys.items():
+                if part := fmt.split(bare_key):
                     done[way][key] = part
                 elif every:
                     break
@@ -253,32 +248,127 @@ class _Own:
         return self.counts[at]
 
 
+class _Verdict(NamedTuple):
+    """The families in order, whether the first is a mere guess, and the models without a table that the layers are of instead."""
+
+    families: tuple[str, ...]
+    ambiguous: bool = False
+    looks_like: tuple[str, ...] = ()
+
+
 def _decided(
     fitting: list[str],
-    layers: Mapping[Spelt, Mapping[str, Handle]],
+    counts: Mapping[str, int],
+    layers: Layers,
     metadata: Mapping[str, str],
     formats: list[str],
     own: _Own,
-) -> tuple[tuple[str, ...], bool]:
-    """The families in order, and whether the first is a mere guess."""
-    tables = FORMATS[formats[0]].tables
-    best = [family for family in fitting if family in _said(metadata)] or fitting
+) -> _Verdict:
+    """Which of the families whose tables know most layers a file is of."""
     fmt = FORMATS[formats[0]]
-    denoised = any(_component(fmt, tables[f], s, metadata) in tables[f].rules for f in best for s in layers)
-    if not denoised:  # text encoders have the same names everywhere
-        spelt = {f: max(own(name, f) for name in formats) for f in fitting}
-        return tuple(sorted(fitting, key=lambda f: (f not in best, -spelt[f]))), False
-    best = _by_width(best, layers) or best
-    best = _by_depth(best, layers) or best
+    best = [family for family in fitting if family in _said(metadata)] or fitting
+    denoiser = _denoiser_layers(fmt, fmt.tables[best[0]] if best else Table({}), layers, metadata)
+    if not best:
+        return _Verdict((), looks_like=_named(grouped(denoiser)))
+    spelt = lambda family: max(own(name, family) for name in formats)  # noqa: E731
+    if not denoiser:  # text encoders have the same names everywhere
+        return _Verdict(tuple(sorted(fitting, key=lambda f: (f not in best, -spelt(f)))))
+    share = counts[best[0]] / len(layers)
     if set(best) <= set(_UNETS):
-        if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
-            best = [family for family in best if any(FORMATS[f].original(tables[family]) for f in formats)] or best
-        return tuple(best), False
+        few = len(layers) - counts[best[0]] <= _FEW
+        return _Verdict(_unets(best, layers, formats) if share >= _MOST or (few and share >= _HALF) else ())
+    if metadata.get(HINT) not in best:
+        best, others = _by_size(best, share, grouped(denoiser))
+        if not best:
+            return _Verdict((), looks_like=others)
     if len(best) > 1:
-        spelt = {f: max(own(name, f) for name in formats) for f in best}
-        best = [family for family in best if spelt[family] == max(spelt.values())]
-    maps = {id(tables[family].rules[next(iter(tables[family].rules))]) for family in best}
-    return tuple(best), len(maps) > 1
+        most = max(map(spelt, best))
+        best = [family for family in best if spelt(family) == most]
+    return _Verdict(tuple(best), len(best) > 1 and not _alike(best, fmt, layers, metadata))
+
+
+def _unets(families: list[str], layers: Layers, formats: list[str]) -> tuple[str, ...]:
+    """Of UNets those whose widths and levels these are."""
+    best = _by_width(families, layers) or families
+    if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
+        tables = FORMATS[formats[0]].tables
+        best = [family for family in best if any(FORMATS[f].original(tables[family]) for f in formats)] or best
+    return tuple(best)
+
+
+def _denoiser_layers(
+    fmt: Format, table: Table, layers: Layers, metadata: Mapping[str, str]
+) -> list[tuple[str, tuple[int, int] | None]]:
+    """The layers that are of no text encoder, with their rows and columns."""
+    alone = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
+    components = {word: fmt.component(word, table) if word else alone for word, _ in layers}
+    return [
+        (layer, _extent(tensors))
+        for (word, layer), tensors in layers.items()
+        if not components[word].startswith("text_encoder")
+    ]
+
+
+def _by_size(families: list[str], share: float, layers: Sized) -> tuple[list[str], tuple[str, ...]]:
+    """Of families whose tables know a `share` of the layers, those of whose published models they can be, and the models without a table whose they
+    are instead. Layers of no published size are of the families that have their names.
+    """
+    exact = [model for model in published() if model.has(layers)]
+    ours = [model for model in exact if model.family in families]
+    full = [model for model in ours if model.is_full(layers)]
+    others = [model for model in exact if not model.family]
+    if ours and (full or not any(model.is_whole(layers) for model in others)):
+        told = {model.family for model in full or ours}
+        return [family for family in families if family in told], ()
+    if others:
+        return [], tuple(model.name for model in others if model.is_whole(layers)) or tuple(m.name for m in others)
+    lost = (1 - share) * len(layers)
+    nearer = tuple(m.name for m in published() if not m.family and len(layers) - m.knows(layers) < lost - 0.5)
+    if nearer or share < _MOST:
+        return [], nearer
+    return _by_depth(families, layers) or families, ()
+
+
+def _named(layers: Sized) -> tuple[str, ...]:
+    """The models without a table that have all these names."""
+    return tuple(m.name for m in published() if len(layers) and not m.family and m.knows(layers) == len(layers))
+
+
+def _by_depth(families: list[str], layers: Sized) -> list[str]:
+    """Without those whose published models all have fewer blocks."""
+    deepest: dict[tuple[str, str], int] = {}
+    for model in published():
+        for stack, n in ((stack, n) for depths in model.depths for stack, n in depths.items()):
+            deepest[model.family, stack] = max(deepest.get((model.family, stack), 0), n)
+    return [
+        family
+        for family in families
+        if all(max(numbers) < deepest.get((family, stack), 1 << 30) for stack, numbers in layers.blocks.items())
+    ]
+
+
+def _alike(families: Collection[str], fmt: Format, layers: Layers, metadata: Mapping[str, str]) -> bool:
+    """Whether families call these layers the same in both programs: then nothing depends on which it is."""
+    kinds: dict[Any, tuple[str, str, int | None]] = {}
+    for (word, layer), found in layers.items():
+        ratio = aspect({role: h.shape for role, h in found.items()})
+        kinds.setdefault((word, re.sub(r"\d+", "#", layer), ratio), (word, layer, ratio))
+    readings = []
+    for table in (fmt.tables[family] for family in families):
+        alone = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
+        components = {word: fmt.component(word, table) if word else alone for word, _ in layers}
+        readings.append([_place(table, components[word], layer, fmt, ratio) for word, layer, ratio in kinds.values()])
+    return all(reading == readings[0] for reading in readings)
+
+
+def _place(table: Table, component: str, layer: str, fmt: Format, ratio: int | None) -> tuple[str, Any]:
+    """The component, and the layer's rule with the part of it that it is, however it is spelt; an encoder's layer."""
+    if component in table.encoders:
+        return component, table.encoded(component, layer, fmt.flat)
+    flat = layer.replace(".", "_")
+    if known(fmt, table, component, layer) == "original":
+        return component, table.to_diffusers(component, table.original_dotted(component, flat) or layer, ratio)
+    return component, table.to_original(component, table.dotted(component, flat) or layer, ratio)
 
 
 def _own(fmt: Format, table: Table, layers: Collection[Spelt], metadata: Mapping[str, str]) -> int:
@@ -290,10 +380,6 @@ def _own(fmt: Format, table: Table, layers: Collection[Spelt], metadata: Mapping
         names = "original" if fmt.original(table) and own in table.rules else "diffusers"
         n += fmt.word(own, table) == word and own in table.components and known(fmt, table, own, layer) == names
     return n
-
-
-def _component(fmt: Format, table: Table, spelt: Spelt, metadata: Mapping[str, str]) -> str:
-    return fmt.component(spelt[0], table) if spelt[0] else bare(table, [spelt[1]], fmt, metadata)
 
 
 def _said(metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -332,14 +418,6 @@ def _by_ratio(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]])
         for pattern, ratios in _RATIOS.items():
             if re.search(pattern + "$", layer) and (e := _extent(found)):
                 wrong |= {family for family, ratio in ratios.items() if Fraction(e[0], e[1]) != ratio}
-    return [family for family in families if family not in wrong]
-
-
-def _by_depth(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]]) -> list[str]:
-    wrong = set()
-    for pattern, depths in _DEPTHS.items():
-        numbers = [int(next(filter(None, m.groups()))) for _, layer in layers if (m := re.search(pattern, layer))]
-        wrong |= {family for family, depth in depths.items() if max(numbers, default=0) >= depth}
     return [family for family in families if family not in wrong]
 
 

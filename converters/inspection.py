@@ -107,14 +107,18 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
         carried=tuple(carried),
         trigger_words=trigger_words(metadata),
         metadata=metadata,
-        readable_by=readers(format, methods),
+        readable_by=readers(format, methods, families[0]),
         **rows,
     )
 
 
-def readers(format: str, methods: Collection[str]) -> tuple[str, ...]:
-    """The programs that read these methods in a format. diffusers drops the magnitudes of a DoRA that is not in its own."""
+def readers(format: str, methods: Collection[str], family: str = "any") -> tuple[str, ...]:
+    """The programs that read these methods in a format. diffusers drops the magnitudes of a DoRA that is not in its own. What they make of a model of
+    an unknown family nobody knows, but that PEFT asks the model itself.
+    """
     low_rank, others = READERS[format]
+    if not family and not FORMATS[format].folder:
+        return ()
     if not {*methods} <= {"lora", "dora"}:
         return others
     return tuple(name for name in low_rank if name != "diffusers" or format == name or "dora" not in methods)

@@ -14,6 +14,7 @@ from typing import Any
 
 from converters.formats import FORMATS
 from converters.formats.schema import ALPHA, MAX_SIZE, whole
+from converters.formats.wrappers import unwrapped
 from converters.rows import Blocks
 from diffpeft import io
 from diffpeft.bundle import Bundle, Handle
@@ -44,7 +45,7 @@ def _record(bundle: Bundle, metadata: Mapping[str, str]) -> dict[str, Any]:
     rows: dict[str, list[Any]] = {}
     for entry in bundle.entries:
         for key in entry.keys:
-            part = FORMATS[bundle.format].split(key)
+            part = FORMATS[bundle.format].split(unwrapped(key)) or FORMATS[bundle.format].split(key)
             assert part is not None
             handle = entry.alpha if part.role == "alpha" else entry.tensors.get(part.role)
             if key in rows:

@@ -17,7 +17,6 @@ from diffpeft.bundle import Entry, Handle, Rule, dotted
 Blocks = Mapping[
     int, tuple[int, int, float]
 ]  # {part: its first rank, the end of them, what its second factor was multiplied by}
-_LORAS = ("lora", "dora")
 
 
 class Unfit(Exception):
@@ -45,7 +44,7 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
     own = _rowed_roles(entry)
     total = _rows(entry) or math.lcm(sum(share for _, share in rule.parts), len(rule.chunks))
     cuts = [_ranges(rule, part, total) for part in range(len(rule.parts))]
-    if entry.method in _LORAS and len(cuts) > 1:
+    if "lora_B" in entry.tensors and len(cuts) > 1:
         blocks = _blocks(entry, cuts, blocks)
     out = []
     for part, name in enumerate(entry.targets):
@@ -63,7 +62,7 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
                 tensors["lora_B_bias"] = io.scaled(tensors["lora_B_bias"], 1 / ratio)
             number = io.number(alpha)
             alpha = None if number is None else number * ratio * (end - first) / r
-        out.append(replace(entry, layer=name, rule=None, tensors=tensors, alpha=alpha, shape=None))
+        out.append(replace(entry, layer=name, rule=None, tensors=tensors, alpha=alpha, shape=None, own=None))
     return out
 
 
@@ -81,7 +80,9 @@ def joined(component: str, rule: Rule, found: Mapping[int, Entry], wanted: int |
         raise Unfit("its parts have different dtypes")
     _check_mixing(first, rule)
     sizes = _sizes(rule, entries)
-    fused = replace(first, layer=layer, rule=rule, shape=None, keys=tuple(k for e in entries.values() for k in e.keys))
+    fused = replace(
+        first, layer=layer, rule=rule, shape=None, own=None, keys=tuple(k for e in entries.values() for k in e.keys)
+    )
     ranks = [rank(e.shapes) for e in entries.values()]
     shared = [role for role in first.tensors if role not in _rowed_roles(first)]
     alphas = {io.number(e.alpha) for e in entries.values()}
@@ -92,10 +93,10 @@ def joined(component: str, rule: Rule, found: Mapping[int, Entry], wanted: int |
             role: h if role in shared else _stack(role, rule, entries, sizes) for role, h in first.tensors.items()
         }
         _check_missing(rule, entries, shared)
-        partial = len(entries) < len(rule.parts) and first.method in _LORAS
+        partial = len(entries) < len(rule.parts) and "lora_B" in first.tensors
         blocks = {part: (0, ranks[0], 1.0) for part in entries}
         return Joined(replace(fused, tensors=tensors), blocks if partial else None)
-    if first.method not in _LORAS or "lora_mid" in first.tensors:
+    if "lora_B" not in first.tensors or "lora_mid" in first.tensors:  # a DoRA may be over something else
         raise Unfit("its parts have no common factor, and this method has no blocks")
     return _diagonal(rule, fused, entries, ranks, sizes)
 

@@ -89,7 +89,17 @@ def arranged(bundle: Bundle, fmt: Format) -> Arranged:
         out.inexact += [] if one.exact else [at[0]]
         if one.blocks:
             out.blocks[at[0]] = one.blocks
+    if fmt.folder:
+        out.entries = [_named(entry, table) for entry in out.entries]
     return out
+
+
+def _named(entry: Entry, table: Table) -> Entry:
+    """The entry with the name that its layer has in the family's model, if no model told it."""
+    component, layer = parted(entry.layer)
+    if entry.own is not None or component not in table.encoders:
+        return entry
+    return replace(entry, own=table.own_name(component, layer))
 
 
 def _fused(entry: Entry, table: Table) -> tuple[str, Rule, int] | None:
@@ -110,14 +120,18 @@ def _over(entry: Entry) -> str:
 def _spelt(fmt: Format, table: Table, entry: Entry, source: str) -> Part | None:
     """How a format names a layer (the role is still to say); None if it has no name for it.
 
-    A layer that no table has is spelt as it was read from a `source` of another format, if both have the same program's names, flat or dotted.
+    A layer that no table has is spelt as it was read from a `source` of another format, if both have the same program's names, flat or dotted. One
+    of a component that no table has (a model of a family that is not known) has its own name.
     """
     component, layer = parted(entry.layer)
     if fmt.folder:
         return Part("", layer, "")
     word = fmt.word(component, table)
-    if word is None or component not in table.components:
+    if word is None:
         return None
+    if component not in table.components:
+        foreign = fmt.original(table) and not component.startswith("text_encoder")
+        return None if foreign else Part(word, layer, "")
     original = fmt.original(table) and component in table.rules
     if entry.rule:
         return Part(word, layer, "")
@@ -125,7 +139,7 @@ def _spelt(fmt: Format, table: Table, entry: Entry, source: str) -> Part | None:
         found = table.to_original(component, layer, aspect(entry.shapes))
         if found:
             return Part(word, found[0].original, "")
-    elif table.knows(component, layer):
+    elif entry.own is not None or table.knows(component, layer):
         return Part(word, layer, "")
     before = source in FORMATS and FORMATS[source].original(table) and component in table.rules
     alike = fmt.flat == ("." not in layer) and before == original and not table.knows(component, layer)
@@ -239,6 +253,8 @@ def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole
             since = {k: v for k, v in bundle.metadata.items() if k in names or not (k in own or _ours(k))}
             before = since | before
         metadata = {k: before[k] for k in (*names, *before) if k in before and not k.startswith(_HASHES)}
+        if fmt.folder and CONFIG not in metadata:  # the file that this is from had none
+            metadata |= fmt.metadata(entries, bundle.metadata)
         if _agrees(fmt, entries, metadata):
             return Plan(tensors, metadata, tuple(order.inexact))
     other = {key for f in FORMATS.values() if not f.folder for key in f.owned}
@@ -342,8 +358,8 @@ def _tried(bundle: Bundle, fmt: Format) -> tuple[Arranged, tuple[str, list[str]]
     layers = [e.layer for e in bundle.entries]
     if not fmt.writable:
         return Arranged([]), ("it is only read, not written", layers)
-    if bundle.family not in fmt.tables and not fmt.folder:
-        return Arranged([]), (f"the layer names of family {shown(bundle.family)} are not known", layers)
+    if bundle.family and bundle.family not in fmt.tables and not fmt.folder:
+        return Arranged([]), (f"it is not for family {shown(bundle.family)}", layers)
     order = arranged(bundle, fmt)
     trouble = _trouble(order, fmt, fmt.tables.get(bundle.family, Table({})), layers, bundle.format)
     if taken := [key for key in bundle.carried if not trouble and bundle.format != fmt.name and fmt.split(key)]:
@@ -363,6 +379,8 @@ def _trouble(
     if fmt.single and len(components) > 1:
         return f"it holds one component, not {' and '.join(sorted(components))}", layers
     unknown = [e.layer for e in order.entries if _spelt(fmt, table, e, source) is None]
+    if unknown and not table.components:
+        return "what other programs call the layers of a model of an unknown family is not known", unknown
     if unknown:
         return "it has no name for them", unknown
     taken: dict[tuple[str, str], int] = {}

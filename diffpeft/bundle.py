@@ -21,6 +21,9 @@ COMPONENTS = (
     "unet",
     "transformer",
     "transformer_2",
+    "transformer_ref",
+    "connectors",
+    "text_conditioner",
     "text_encoder",
     "text_encoder_2",
     "text_encoder_3",
@@ -135,6 +138,7 @@ class Entry:
     rule: Rule | None = (
         None  # of a layer of the original program whose rows are not one of diffusers' layers' as they are
     )
+    own: str | None = None  # the layer as its model calls it, within its component; None if no model told it
 
     @property
     def targets(self) -> tuple[str, ...]:

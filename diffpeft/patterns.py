@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from diffpeft.errors import ConfigError, DiffpeftError, shown
 
 Value = TypeVar("Value")
-SECONDS = 1.0  # for all matches of one operation: the patterns that people write take microseconds
+SECONDS = 1.0  # of computing, for all matches of one operation: the patterns that people write take microseconds
 MAX_LENGTH = 20_000  # characters of a pattern; PEFT writes one of some thousand for models with many kinds of blocks
 _LITERAL = re.compile(r"[\w.\-/]+")
 _here = threading.local()  # `budget` inside this thread's `limited()` blocks
@@ -75,7 +75,7 @@ def _spent() -> Iterator[_Budget]:
     try:
         yield budget
     finally:
-        budget.left -= time.perf_counter() - start
+        budget.left -= time.thread_time() - start
 
 
 @functools.lru_cache(1024)

@@ -63,7 +63,7 @@ def test_the_first_pattern_that_fits_is_pefts(pattern):
 @pytest.mark.parametrize("pattern", SLOW)
 @pytest.mark.parametrize("rule", (patterns.fullmatch, patterns.ends, lambda p, n: patterns.first({p: 1}, (n,), 0)))
 def test_no_pattern_takes_longer_than_its_second(pattern, rule):
-    start = time.perf_counter()
+    start = time.process_time()
     with patterns.limited(UnsafeFileError, "a.json"):
         for number in range(100):
             try:
@@ -71,7 +71,7 @@ def test_no_pattern_takes_longer_than_its_second(pattern, rule):
             except UnsafeFileError as error:
                 assert "too long" in error.what and error.where == "a.json"
                 break
-    assert time.perf_counter() - start < 3 * patterns.SECONDS
+    assert time.process_time() - start < 3 * patterns.SECONDS
 
 
 def test_outside_of_an_operation_each_match_has_its_own_second():

@@ -6,7 +6,7 @@ from converters.families.cogvideox import COGVIDEOX
 from converters.families.flux import CHROMA, FLUX, FLUX2
 from converters.families.hidream import HIDREAM
 from converters.families.hunyuan_video import HUNYUAN_VIDEO
-from converters.families.ltx import LTX
+from converters.families.ltx import LTX, LTX2
 from converters.families.lumina import LUMINA2, Z_IMAGE
 from converters.families.mochi import MOCHI
 from converters.families.pixart import PIXART, SANA
@@ -33,6 +33,7 @@ TABLES: dict[str, Table] = {
     "sana": SANA,
     "auraflow": AURAFLOW,
     "ltx": LTX,
+    "ltx2": LTX2,
     "mochi": MOCHI,
     "cogvideox": COGVIDEOX,
     "hidream": HIDREAM,

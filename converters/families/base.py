@@ -43,11 +43,15 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder: its layers in transformers' names, what flat names start with (the first is written), what ComfyUI's start with."""
+    """A text encoder: its layers in transformers' names, what flat names start with (the first is written), what ComfyUI's start with.
+
+    `level`: of a CLIP, whether its class has the level `text_model.` that files have (CLIPTextModelWithProjection) or not (CLIPTextModel).
+    """
 
     layers: Sequence[str]
     kohya: tuple[str, ...] = ()
     comfyui: str = ""
+    level: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,11 @@ class Table:
             if found := self.dotted(component, name.replace(".", "_")):
                 return found if flat or found == name else None
         return None
+
+    def own_name(self, component: str, layer: str) -> str:
+        """A layer as its model calls it."""
+        encoder = self.encoders.get(component)
+        return layer if encoder and encoder.level else layer.removeprefix("text_model.")
 
     @_remembered
     def original_dotted(self, component: str, flat: str) -> str | None:

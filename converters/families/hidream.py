@@ -19,8 +19,8 @@ HIDREAM = table(
         *(f"single_stream_blocks.{{}}.block.{layer}" for layer in _SINGLE),
     ),
     {
-        "text_encoder": text.clip("lora_te1_", "clip_l"),
-        "text_encoder_2": text.clip("lora_te2_", "clip_g"),
+        "text_encoder": text.clip("lora_te1_", "clip_l", projection=True),
+        "text_encoder_2": text.clip("lora_te2_", "clip_g", projection=True),
         "text_encoder_3": text.t5("lora_te3_"),
         "text_encoder_4": Encoder(text.inside("model", text.LLAMA), ("lora_te4_",), "text_encoders.llama.transformer."),
     },

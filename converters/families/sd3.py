@@ -48,8 +48,8 @@ _RULES = (
 SD3 = table(
     _RULES,
     {
-        "text_encoder": text.clip("lora_te1_", "clip_l"),
-        "text_encoder_2": text.clip("lora_te2_", "clip_g"),
+        "text_encoder": text.clip("lora_te1_", "clip_l", projection=True),
+        "text_encoder_2": text.clip("lora_te2_", "clip_g", projection=True),
         "text_encoder_3": text.t5("lora_te3_"),
     },
 )

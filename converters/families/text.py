@@ -35,9 +35,9 @@ GEMMA2 = (*LLAMA, *(f"layers.{{}}.{layer}_feedforward_layernorm" for layer in ("
 GEMMA3 = (*GEMMA2, *_QK_NORM)
 
 
-def clip(kohya: str, name: str) -> Encoder:
-    """A CLIP: what its flat names start with, and ComfyUI's name for it."""
-    return Encoder(CLIP, (kohya,), f"text_encoders.{name}.transformer.")
+def clip(kohya: str, name: str, *, projection: bool = False) -> Encoder:
+    """A CLIP: what its flat names start with, and ComfyUI's name for it; `projection`: it is a CLIPTextModelWithProjection."""
+    return Encoder(CLIP, (kohya,), f"text_encoders.{name}.transformer.", projection)
 
 
 def t5(*kohya: str, name: str = "t5xxl") -> Encoder:

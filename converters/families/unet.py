@@ -78,7 +78,10 @@ def _layer(original: str, diffusers: str, n: int, attends: bool) -> Iterator[Rul
 _SD = (*renamed(_TOP), *numbered((True, True, True, False)))
 _SDXL = (*renamed(_TOP | _ADDED), *numbered((False, True, True)))
 _REFINER = (*renamed(_TOP | _ADDED), *numbered((False, True, True, False)))
-_CLIPS = {"text_encoder": text.clip("lora_te1_", "clip_l"), "text_encoder_2": text.clip("lora_te2_", "clip_g")}
+_CLIPS = {
+    "text_encoder": text.clip("lora_te1_", "clip_l"),
+    "text_encoder_2": text.clip("lora_te2_", "clip_g", projection=True),
+}
 
 SD15, SD2 = (
     table(
@@ -87,4 +90,6 @@ SD15, SD2 = (
     for name in ("clip_l", "clip_h")
 )
 SDXL = table(_SDXL, _CLIPS, denoisers=("unet",), layers=LAYERS)
-SDXL_REFINER = table(_REFINER, {"text_encoder_2": text.clip("lora_te_", "clip_g")}, denoisers=("unet",), layers=LAYERS)
+SDXL_REFINER = table(
+    _REFINER, {"text_encoder_2": text.clip("lora_te_", "clip_g", projection=True)}, denoisers=("unet",), layers=LAYERS
+)

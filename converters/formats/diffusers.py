@@ -18,7 +18,7 @@ from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
 from converters.formats.schema import check_fields
 from converters.roles import ADDITIVE
 from diffpeft import io, patterns
-from diffpeft.bundle import COMPONENTS, Entry, Handle, parted
+from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
 from diffpeft.files import config_in
 
@@ -65,7 +65,7 @@ class Diffusers:
     def join(self, part: Part, entry: Entry) -> str:
         """For text encoders stock diffusers hands over to transformers, which reads a magnitude only with `.weight`."""
         end = ".weight" if part.role == "lora_magnitude_vector" and part.word.startswith("text_encoder") else ""
-        return f"{part.word}.{part.layer}.{suffix(part.role)}{end}"
+        return f"{dotted(part.word, part.layer)}.{suffix(part.role)}{end}"
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         config = config_in(metadata.get(METADATA, "{}"), f"the metadata {METADATA!r}")

@@ -40,9 +40,13 @@ def fields(entries: Sequence[Entry]) -> dict[str, Any]:
     return {"peft_type": kind, "peft_version": VERSION, **_MAKERS[kind](entries)}
 
 
-def own_name(layer: str) -> str:
-    """A layer as the model itself names it: transformers 5 has no `text_model.` in a CLIPTextModel."""
-    component, name = parted(layer)
+def own_name(entry: Entry) -> str:
+    """An entry's layer as the model itself names it. Where no model and no family told it, a first text encoder is taken for a CLIPTextModel, which
+    has no `text_model.` in transformers 5.
+    """
+    component, name = parted(entry.layer)
+    if entry.own is not None:
+        return entry.own
     return name.removeprefix("text_model.") if component == "text_encoder" else name
 
 
@@ -71,7 +75,8 @@ def _adalora(entries: Sequence[Entry]) -> dict[str, Any]:
     ((alpha, first),) = told
     if alpha is None or max(ranks.values()) > first:
         raise Unfit("PEFT has no AdaLoRA without an alpha, or above its rank at the start", [*ranks])
-    masks = {f"{own_name(layer)}.lora_E": [n < r for n in range(first)] for layer, r in ranks.items()}
+    names = {e.layer: own_name(e) for e in entries}
+    masks = {f"{names[layer]}.lora_E": [n < r for n in range(first)] for layer, r in ranks.items()}
     return {"lora_alpha": alpha, "init_r": first, "total_step": 1, "rank_pattern": masks}
 
 
@@ -128,7 +133,7 @@ def _halves(entry: Entry) -> tuple[tuple[int, int], int, list[int]]:
 
 
 def _scales(entries: Sequence[Entry], ranks: Mapping[str, int]) -> dict[str, Any]:
-    names = {e.layer: own_name(e.layer).replace(".", "\\.") for e in entries}
+    names = {e.layer: own_name(e).replace(".", "\\.") for e in entries}
     return configs.scales(entries, names, configs.ALPHA[TYPES[entries[0].method]], ranks)
 
 
@@ -202,7 +207,7 @@ def _boft(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _ia3(entries: Sequence[Entry]) -> dict[str, Any]:
-    return {"feedforward_modules": sorted(own_name(e.layer) for e in entries if on_inputs(e))}
+    return {"feedforward_modules": sorted(own_name(e) for e in entries if on_inputs(e))}
 
 
 def on_inputs(entry: Entry) -> bool:

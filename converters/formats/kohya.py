@@ -20,13 +20,19 @@ from diffpeft.bundle import Entry, Handle, parted
 
 KOHYA_OFT = "oft_unet_"
 UNET, TRANSFORMER, WRAPPER = "lora_unet_", "lora_transformer_", "lycoris_"
-# diffusers' own kohya writer says lora_te1_ where sd-scripts says lora_te_; VideoX-Fun has two underscores
+# diffusers' own kohya writer says lora_te1_ where sd-scripts says lora_te_
 _ENCODERS = tuple(dict.fromkeys(p for table in TABLES.values() for e in table.encoders.values() for p in e.kohya))
 _NUMBERS = {
     "lora_te_": "text_encoder",
     **{f"lora_te{n + 1}_": f"text_encoder{f'_{n + 1}' * (n > 0)}" for n in range(4)},
 }
-_WORD = re.compile(rf"(?:lora_unet__|{'|'.join((UNET, TRANSFORMER, KOHYA_OFT, *_NUMBERS, *_ENCODERS))})")
+# what stands for the components of a family that is not known
+_UNNAMED = {
+    "unet": UNET,
+    "transformer": TRANSFORMER,
+    **{component: word for word, component in reversed(_NUMBERS.items())},
+}
+_WORD = re.compile(rf"(?:{'|'.join((UNET, TRANSFORMER, KOHYA_OFT, *_NUMBERS, *_ENCODERS))})")
 _PLAIN = (
     *ROLES["full"],
     *ROLES["norm"],
@@ -94,15 +100,14 @@ class Kohya(Lycoris):
         self.name, self.originals = name, originals
 
     def split(self, key: str) -> Part | None:
-        """Everything before the first dot is the layer."""
+        """Everything before the first dot is the layer, with few exceptions."""
         body, _, end = key.partition(".")
         word = _WORD.match(body)
         if word is None:
             return None
         if body.startswith(KOHYA_OFT) and re.fullmatch(r"oft_blocks\.\d+", end):
             return Part(word[0], body[word.end() :], "oft_blocks", int(end.partition(".")[2]))
-        role = flat_role(end)
-        return Part(word[0], body[word.end() :], role) if role else None
+        return flat_part(word[0], body[word.end() :], end)
 
     def component(self, word: str, table: Table) -> str:
         """By the family's own prefixes, else by the number."""
@@ -114,6 +119,8 @@ class Kohya(Lycoris):
         """The first prefix of an encoder; a file holds one denoiser."""
         if component in table.encoders:
             return next(iter(table.encoders[component].kohya), None)
+        if not table.components:
+            return _UNNAMED.get(component)
         if component != denoiser(table):
             return None
         return UNET if self.originals or component == "unet" else TRANSFORMER
@@ -151,8 +158,7 @@ class Wrapper(OneModel, Lycoris):
     def split(self, key: str) -> Part | None:
         """Everything before the first dot is the layer."""
         body, _, end = key.partition(".")
-        role = flat_role(end) if body.startswith(WRAPPER) else None
-        return Part("", body.removeprefix(WRAPPER), role) if role else None
+        return flat_part("", body.removeprefix(WRAPPER), end) if body.startswith(WRAPPER) else None
 
     def join(self, part: Part, entry: Entry) -> str:
         """The layer's name as the model has it."""
@@ -164,12 +170,14 @@ class Wrapper(OneModel, Lycoris):
         return ("sd-scripts' OFT has another bound than LyCORIS's", clamped) if clamped else super().problem(entries)
 
 
-def flat_role(end: str) -> str | None:
-    """The role that what stands behind a flat name says."""
+def flat_part(word: str, layer: str, end: str) -> Part | None:
+    """A key of which a flat name and what stands behind its first dot are known: the role, or first the rest of a name that is flat only in part."""
     if end in SUFFIXES:
-        return SUFFIXES[end]
-    found = dotted_role(f"-.{end}") if end else None
-    return found[1] if found and found[0] == "-" and found[1] != "oft_R" else None  # that is OneTrainer's
+        return Part(word, layer, SUFFIXES[end])
+    found = dotted_role(f"{layer}.{end}") if end else None
+    if found is None or not found[0].startswith(layer) or found[1] == "oft_R":  # that is OneTrainer's
+        return None
+    return Part(word, found[0].replace(".", "_").lstrip("_"), found[1])
 
 
 def of_sd_scripts(entry: Entry) -> bool:

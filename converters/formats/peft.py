@@ -18,7 +18,9 @@ from converters.formats.base import OneModel, Part, dotted_role, magnitude_axis,
 from converters.formats.diffusers import peft_magnitude
 from converters.formats.fields import TYPES, Unfit, blocks_of, fields, layers_of, own_name
 from converters.formats.schema import check_fields
-from converters.roles import ROLES
+from converters.formats.wrappers import PEFT as PREFIX
+from converters.formats.wrappers import unwrapped
+from converters.roles import ADDITIVE, ROLES
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError, listed, shown
@@ -26,7 +28,6 @@ from diffpeft.files import config_in
 
 WEIGHTS, FILE = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "diffpeft.adapter_config"  # where a Bundle's metadata has the config
-PREFIX = "base_model.model."
 _HELD = {r for m in ("lora", "adalora", "loha", "lokr", "oft", "boft") for r in ROLES[m]} - {
     "lora_mid",
     "oft_blocks",
@@ -48,14 +49,11 @@ class Peft(OneModel):
 
     def join(self, part: Part, entry: Entry) -> str:
         """The layer's name as the model has it."""
-        return f"{PREFIX}{own_name(entry.layer)}.{suffix(part.role, entry.method)}"
+        return f"{PREFIX}{own_name(entry)}.{suffix(part.role, entry.method)}"
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         if CONFIG not in metadata:
-            raise CheckpointError(
-                f"these are PEFT's names, and there is no {FILE} that says the alphas",
-                remedy=f"Pass the folder with {WEIGHTS} and {FILE}.",
-            )
+            return _unconfigured(entries)
         config = config_in(metadata[CONFIG], FILE)
         check_fields({"peft_type": config.get("peft_type")}, FILE)
         _check_type(config, entries)
@@ -92,7 +90,7 @@ class Peft(OneModel):
         if CONFIG in kept and self._says(kept[CONFIG], entries):
             return {CONFIG: kept[CONFIG]}
         config = {"base_model_name_or_path": None, "task_type": None, **self._fields(entries)}
-        config |= {"target_modules": sorted({own_name(e.layer) for e in entries})}
+        config |= {"target_modules": sorted({own_name(e) for e in entries})}
         return {CONFIG: json.dumps(config, indent=2, sort_keys=True)}
 
     def _says(self, config: str, entries: Sequence[Entry]) -> bool:
@@ -142,7 +140,7 @@ class Peft(OneModel):
 def _names(entry: Entry) -> tuple[str, ...]:
     """What a config may call a layer: its canonical name, that without CLIP's level, and the name in the keys, which may be the original program's."""
     own = parted(entry.layer)[1]
-    spelt = (found[0] for key in entry.keys[:1] if (found := dotted_role(key.removeprefix(PREFIX))))
+    spelt = (found[0] for key in entry.keys[:1] if (found := dotted_role(unwrapped(key).removeprefix(PREFIX))))
     return tuple({own, own.removeprefix("text_model."), *spelt})
 
 
@@ -251,6 +249,18 @@ def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
     r = configs.ranks_of([entry])[entry.layer]
     field = configs.ALPHA[TYPES[entry.method]]
     return replace(entry, alpha=configs.alpha({field: 8, **config}, _names(entry), r))
+
+
+def _unconfigured(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of a file that has no config beside it. Without an alpha a scale is 1; a rotation or AdaLoRA cannot be told from its tensors."""
+    others = [e for e in entries if e.method not in (*ADDITIVE, "dora")]
+    if others:
+        raise CheckpointError(
+            f"these are PEFT's names, and there is no {FILE} that says how {' and '.join(sorted({e.method for e in others}))} is meant",
+            where=listed([e.layer for e in others][:3]),
+            remedy=f"Pass the folder with {WEIGHTS} and {FILE}.",
+        )
+    return list(entries)
 
 
 def _matched(regex: str | None, entry: Entry) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffpeft.errors import WrongBaseError
@@ -13,13 +14,34 @@ FAMILIES: dict[str, type[Family]] = {
     "sd2": StableDiffusion,
 }
 
-# {what the names of pipelines' and models' classes begin with: the family}; of several that fit, the longest counts. None: a model of its own.
-_CLASSES = {
-    "StableDiffusion": "sd15",
+# {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
+_MODELS = {
     "UNet2DConditionModel": "sd15",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
+    "ChromaTransformer2DModel": "chroma",
+    "WanTransformer3DModel": "wan",
+    "WanVACETransformer3DModel": "wan",
+    "WanAnimateTransformer3DModel": "wan",
+    "QwenImageTransformer2DModel": "qwen_image",
+    "ZImageTransformer2DModel": "z_image",
+    "Lumina2Transformer2DModel": "lumina2",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "PixArtTransformer2DModel": "pixart",
+    "SanaTransformer2DModel": "sana",
+    "AuraFlowTransformer2DModel": "auraflow",
+    "LTXVideoTransformer3DModel": "ltx",
+    "LTX2VideoTransformer3DModel": "ltx2",
+    "MochiTransformer3DModel": "mochi",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "HiDreamImageTransformer2DModel": "hidream",
+}
+# {what the names of pipelines begin with: the family}, where the denoiser is a UNet or none is there; of several that fit, the longest counts
+_PIPELINES = {
+    "StableDiffusion": "sd15",
     "StableDiffusionXL": "sdxl",
     "StableDiffusion3": "sd3",
-    "SD3": "sd3",
     "Flux": "flux",
     "Flux2": "flux2",
     "Flux3": None,
@@ -31,28 +53,64 @@ _CLASSES = {
     "Lumina2": "lumina2",
     "HunyuanVideo": "hunyuan_video",
     "HunyuanVideo15": None,
+    "HunyuanVideoFramepack": None,
     "PixArt": "pixart",
     "Sana": "sana",
     "SanaVideo": None,
+    "SanaImageToVideo": None,
     "SanaWM": None,
     "AuraFlow": "auraflow",
     "LTX": "ltx",
+    "LTX2": "ltx2",
     "Mochi": "mochi",
     "CogVideoX": "cogvideox",
     "HiDream": "hidream",
 }
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
-_WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl"}, "sdxl": {1280: "sdxl_refiner"}}
+_UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
+_WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
 
 
 def family_of(target: Any) -> str | None:
-    """The family id of a pipeline or model, by its class; None if the class does not tell. SD2.x is SD1.x with a cross-attention width of 1024."""
-    name = type(getattr(target, "_orig_mod", target)).__name__  # within torch.compile's module
-    starts = [start for start in _CLASSES if name.startswith(start)]
-    family = _CLASSES[max(starts, key=len)] if starts else None
-    config = getattr(getattr(target, "unet", target), "config", None)
-    width = getattr(config, "cross_attention_dim", None)
+    """The family id of a pipeline or model, by the class of its denoiser; None if that tells none. UNets have one class: of these the pipeline's name
+    tells, and the cross-attention width (SD2.x is SD1.x with one of 1024).
+    """
+    denoiser = _denoiser(target)
+    family = _by_class(denoiser)
+    width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
+    if denoiser is None or (family == "sd15" and isinstance(getattr(target, "components", None), Mapping)):
+        family = _by_name(target) if denoiser is None or width not in _UNETS else _by_name(target) or _UNETS[width]
     return _WIDTHS.get(family or "", {}).get(width, family) if isinstance(width, int) else family
+
+
+def is_unnamed(target: Any) -> bool:
+    """Whether a pipeline or model has one of diffusers' denoisers, and no family here has its layer names."""
+    denoiser = _denoiser(target)
+    return family_of(target) is None and any(
+        base.__module__.startswith("diffusers.") for base in type(denoiser).__mro__
+    )
+
+
+def _denoiser(target: Any) -> Any:
+    """A pipeline's transformer or UNet, or the model that was given; without the module of torch.compile around it."""
+    parts = getattr(target, "components", None)
+    if isinstance(parts, Mapping):
+        found = (parts.get(name) for name in ("transformer", "unet", "transformer_2"))
+        target = next((model for model in found if model is not None), None)
+    return getattr(target, "_orig_mod", target)
+
+
+def _by_name(pipe: Any) -> str | None:
+    """The family of a pipeline's class by its name, or of one that it is derived from."""
+    for base in type(pipe).__mro__:
+        if starts := [start for start in _PIPELINES if base.__name__.startswith(start)]:
+            return _PIPELINES[max(starts, key=len)]
+    return None
+
+
+def _by_class(model: Any) -> str | None:
+    """The family of a model's class, or of one that it is derived from."""
+    return next((_MODELS[base.__name__] for base in type(model).__mro__ if base.__name__ in _MODELS), None)
 
 
 def check_trainable(pipeline: str, input_channels: int | None, image_channels: int | None, where: object = "") -> None:

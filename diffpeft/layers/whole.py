@@ -22,11 +22,11 @@ from diffpeft.layers.swap import sized, subclass
 
 CONTAINER = "copies"
 _TABLES = ("_parameters", "_buffers", "_modules")
-_ITEMS = ("__iter__", "__len__", "__getitem__", "__contains__")  # of containers, which read `_modules` themselves
+# methods of containers, which read `_modules` themselves
+_ITEMS = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
 
-Put = tuple[
-    dict[str, Any], str, Any
-]  # a module's table of parameters or buffers, a name in it, and new numbers or another parameter
+# a module's table of parameters or buffers, a name in it, and new numbers or another parameter
+Put = tuple[dict[str, Any], str, Any]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,13 @@ class AutoPeftModel:
                 f"the config wants code of {shown(library)} to be imported",
                 remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
             )
-        return getattr(importlib.import_module(library), name)
+        try:
+            return getattr(importlib.import_module(library), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"auto_mapping names {shown(name)} of {shown(library)}, which is not there ({error})",
+                remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
+            ) from error
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

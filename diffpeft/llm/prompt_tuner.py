@@ -48,8 +48,8 @@ class PromptTuner(Prompts):
         names = self.active_adapters
         return names[0] if names else []
 
-    def inject(self, name: str, config: Any, *, active: bool, precision: Any = None) -> None:
-        """Add a fresh adapter, in float32 as PEFT's. Anything wrong: nothing is added."""
+    def inject(self, name: str, config: Any, *, active: bool, **_: Any) -> None:
+        """Add a fresh adapter, in float32 as PEFT's. Anything wrong: nothing is added. What else `Tuner.inject` takes is for layers."""
         check_name(name)
         encoder = self.add(name, config)
         try:
@@ -165,18 +165,8 @@ class PromptTuner(Prompts):
                     remedy="Load it for the same model, with the config that it was saved with.",
                 )
 
-    def load(
-        self,
-        name: str,
-        config: Any,
-        folder: Opened,
-        *,
-        trainable: bool,
-        active: bool,
-        precision: Any = None,
-        key_mapping: Any = None,
-    ) -> list[str]:
-        """Add the adapter in a folder; nothing is missing then. Its few keys are never renamed."""
+    def load(self, name: str, config: Any, folder: Opened, *, trainable: bool, active: bool, **_: Any) -> list[str]:
+        """Add the adapter in a folder; nothing is missing then. What else `Tuner.load` takes is for layers."""
         with inside(folder.where, config=True):
             return self._load(name, config, folder, trainable, active)
 

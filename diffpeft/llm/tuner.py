@@ -371,7 +371,8 @@ class Tuner(nn.Module):
         """
         model: Any = self.model
         total = kwargs.get("new_num_tokens", args[0] if args else None)
-        return resize(model, lambda: model.resize_token_embeddings(*args, **kwargs), total)
+        with exclusive({"": model}):
+            return resize(model, lambda: model.resize_token_embeddings(*args, **kwargs), total)
 
     @property
     def inner(self) -> nn.Module:

@@ -35,8 +35,8 @@ def tied_to_embedding(model: Any) -> dict[str, str]:
     if shared is None:
         return {}
     same = modules_of(model, lambda m: m._parameters.get("weight") is shared)
-    (source,) = (name for name, (module, _) in same.items() if module is table)
-    return {name: source for name in same if name != source}
+    source = next((name for name, (module, _) in same.items() if module is table), None)
+    return {} if source is None else {name: source for name in same if name != source}
 
 
 def ties_of(model: nn.Module, config: Any, names: Iterable[str]) -> dict[str, str]:
@@ -48,10 +48,7 @@ def ties_of(model: nn.Module, config: Any, names: Iterable[str]) -> dict[str, st
 
 
 def check_tying(model: nn.Module, config: Any, names: Iterable[str]) -> None:
-    """Warn, as PEFT does, where `ensure_weight_tying` has nothing to do, or is not set where it might be. `names` are trained whole or adapted.
-
-    Raises ConfigError for a tied LoRA that is more than one.
-    """
+    """Warn, as PEFT does, where `ensure_weight_tying` has nothing to do, or is not set where it might be. `names` are trained whole or adapted."""
     ties = tied_to_embedding(model)
     some = bool({*names} & ({*ties} | {*ties.values()}))
     if not getattr(config, "ensure_weight_tying", False):
@@ -92,12 +89,11 @@ def twinned(
 
 
 def twin(slot: Slot, module: Any, trainable: bool) -> Slot:
-    """The LoRA of an embedding [dim, tokens], with the same memory, as that of a head [tokens, dim]."""
+    """The LoRA of an embedding [dim, tokens], in the same memory, as that of another embedding, or of a head [tokens, dim]."""
     (piece,) = pieces_of(slot)
-    tensors = {
-        "lora_A": piece.tensors["lora_embedding_B"].data.t(),
-        "lora_B": piece.tensors["lora_embedding_A"].data.t(),
-    }
+    tensors = {role: t.data for role, t in piece.tensors.items()}
+    if not isinstance(module, nn.Embedding):
+        tensors = {"lora_A": tensors["lora_embedding_B"].t(), "lora_B": tensors["lora_embedding_A"].t()}
     spec = Spec(op_of(module).geometry, piece.spec.alpha, piece.spec.options)
     return Slot([Piece(piece.method, tensors, piece.alpha, spec)], trainable=trainable).train(slot.training)
 

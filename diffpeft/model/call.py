@@ -81,6 +81,7 @@ def asked_scale(early: bool, arguments: Mapping[str, Any]) -> float:
     return float(scale)
 
 
+@torch.compiler.disable
 def for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model's call without a scale, where diffusers could do nothing with it but warn: it scales peft's layers alone."""
     if _scale_in(arguments) is None:
@@ -103,8 +104,11 @@ def _encoders_scale() -> Any:
 
 
 def _scale_in(arguments: Mapping[str, Any]) -> Any:
-    found = (arguments.get(name) for name in ATTENTION_KWARGS)
-    return next((given["scale"] for given in found if isinstance(given, Mapping) and "scale" in given), None)
+    for name in ATTENTION_KWARGS:  # no generator: a compiled model is called from here, and dynamo does not trace them
+        given = arguments.get(name)
+        if isinstance(given, Mapping) and "scale" in given:
+            return given["scale"]
+    return None
 
 
 def takes_scale(model: nn.Module, component: str) -> bool:

@@ -64,7 +64,12 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
             where=listed(whole[:5]),
             remedy="Only a PEFT folder has a place for that: use PeftModel.save_pretrained.",
         )
-    entries = [entry for layer, slot in slots_of(target, name).items() for entry in entries_of(layer, slot)]
+    entries = [
+        replace(entry, own=layer)
+        for component, model in components(target).items()
+        for layer, slot in slots_in(model, name).items()
+        for entry in entries_of(canonical(component, layer), slot)
+    ]
     bundle = Bundle("memory", family, entries, source=name)
     for adapter in adapters:
         bundle.entries += adapter.absent

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from diffpeft import patterns
 from diffpeft.bundle import COMPONENTS
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.layers.adapted import ADAPTERS, base_class, is_adapted
 from diffpeft.layers.site import refusal, site_of
 from diffpeft.layers.whole import CONTAINER, copies_of
@@ -29,11 +29,13 @@ def components(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         return {_component_name(target): target}
     parts = getattr(target, "components", None)
-    found = (
-        {name: parts[name] for name in COMPONENTS if isinstance(parts.get(name), nn.Module)}
-        if isinstance(parts, Mapping)
-        else {}
-    )
+    modules = {n: m for n, m in parts.items() if isinstance(m, nn.Module)} if isinstance(parts, Mapping) else {}
+    found = {name: modules[name] for name in COMPONENTS if name in modules}
+    if not found.keys() & _DENOISERS and (others := [n for n, m in modules.items() if _is_denoiser(m)]):
+        raise ConfigError(
+            f"a {type(target).__name__} denoises with {listed(others)}, which adapters for pipelines have no name for",
+            remedy=f"Pass the model itself, for example pipe.{others[0]}.",
+        )
     if not found:
         raise ConfigError(
             f"cannot adapt a {type(target).__name__}", remedy="Pass a diffusers pipeline or a torch.nn.Module."
@@ -41,16 +43,43 @@ def components(target: Any) -> dict[str, nn.Module]:
     return found
 
 
+_DENOISERS = frozenset({"unet", "transformer", "transformer_2"})
+_UNNAMED = ("StableCascadeUNet", "Prior", "DiffNeXt")  # in the names of denoisers that pipelines call otherwise
+# {library: {what is in the name of a class: the component that it is in pipelines}}; the first that fits counts
+_COMPONENT_OF = {
+    "diffusers": {
+        **dict.fromkeys(("ControlNet", "Autoencoder", "Vae", *_UNNAMED), ""),
+        "UNet": "unet",
+        "Transformer": "transformer",
+        "DiT": "transformer",
+        "UVit": "transformer",
+        "TextConnectors": "connectors",
+        "TextConditioner": "text_conditioner",
+    },
+    "transformers": {"CLIPText": "text_encoder", "T5Encoder": "text_encoder"},
+}
+
+
 def _component_name(module: nn.Module) -> str:
-    name = type(getattr(module, COMPILED, module)).__name__
-    table = {
-        "UNet2DCondition": "unet",
-        "CLIPText": "text_encoder",
-        "T5Encoder": "text_encoder",
-        "Transformer2D": "transformer",
-        "Transformer3D": "transformer",
-    }
-    return next((component for part, component in table.items() if part in name), "")
+    """The component that a model is in pipelines, by its class or one that it is derived from; empty for any other module."""
+    for library, name in _library_classes(module):
+        for part, component in _COMPONENT_OF[library].items():
+            if part in name:
+                return component
+    return ""
+
+
+def _is_denoiser(module: nn.Module) -> bool:
+    """Whether this is one of diffusers' denoisers, under whatever name a pipeline has it."""
+    names = [name for library, name in _library_classes(module) if library == "diffusers"]
+    unnamed = any(part in name for name in names for part in _UNNAMED)
+    return "ModelMixin" in names and (unnamed or _component_name(module) in _DENOISERS)
+
+
+def _library_classes(module: nn.Module) -> list[tuple[str, str]]:
+    """The library and the name of each class of diffusers or transformers that a module is of."""
+    kinds = type(getattr(module, COMPILED, module)).__mro__
+    return [(library, k.__name__) for k in kinds if (library := k.__module__.partition(".")[0]) in _COMPONENT_OF]
 
 
 def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
@@ -90,9 +119,16 @@ def targets_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]
     return {name: (m, p) for name, (m, p) in layers_of(model).items() if (s := site_of(base_class(m))) and s.targets}
 
 
-def spellings(name: str) -> tuple[str, ...]:
-    """A layer's name with and without CLIP's `text_model.` level, which transformers 5 dropped."""
-    return (name, name.replace("text_model.", "")) if "text_model." in name else (name, f"text_model.{name}")
+def spellings(name: str, component: str = "text_encoder") -> tuple[str, ...]:
+    """The names that a layer goes by: of a CLIP text encoder's with and without the level `text_model.`, which transformers 5 dropped."""
+    if not component.startswith("text_encoder"):
+        return (name,)
+    if name.startswith("text_model."):
+        return name, name.removeprefix("text_model.")
+    return (name, f"text_model.{name}") if name.startswith(_IN_CLIP) else (name,)
+
+
+_IN_CLIP = ("encoder.layers.", "embeddings.", "final_layer_norm")  # what a CLIP's names begin with, below that level
 
 
 def select(
@@ -108,7 +144,7 @@ def select(
             remedy=f"Give targets: a preset ({', '.join(PRESETS)}), a regular expression or a list of names.",
         )
     layers = {component: targets_of(model) for component, model in parts.items()}
-    names = [name for found in layers.values() for name in found]
+    names = [(component, name) for component, found in layers.items() for name in found]
     preset = is_preset(targets)
     entries, excluded = _entries(targets), _entries(exclude or ())
     if not preset:
@@ -118,7 +154,9 @@ def select(
         chosen[component] = {
             n: m
             for n, (m, parent) in found.items()
-            if _match(_for(m, entries), n) and not _match(excluded, n) and _usable(n, m, parent, quiet=preset)
+            if _match(_for(m, entries), component, n)
+            and not _match(excluded, component, n)
+            and _usable(n, m, parent, quiet=preset)
         }
     if not any(chosen.values()):
         raise UnknownNameError(
@@ -153,23 +191,24 @@ def _entries(given: str | Sequence[str]) -> str | Sequence[str]:
     return given
 
 
-def _match(entries: str | Sequence[str], name: str) -> bool:
+def _match(entries: str | Sequence[str], component: str, name: str) -> bool:
     """A string is a regular expression for the whole name; a list holds whole names and suffixes, and `*` for all."""
+    names = spellings(name, component)
     if isinstance(entries, str):
-        return any(patterns.fullmatch(entries, n) for n in spellings(name))
-    return any(entry == "*" or n == entry or n.endswith("." + entry) for entry in entries for n in spellings(name))
+        return any(patterns.fullmatch(entries, n) for n in names)
+    return any(entry == "*" or n == entry or n.endswith("." + entry) for entry in entries for n in names)
 
 
-def _check_entries(entries: str | Sequence[str], names: Sequence[str]) -> None:
+def _check_entries(entries: str | Sequence[str], names: Sequence[tuple[str, str]]) -> None:
     lost = [
         e
         for e in ([entries] if isinstance(entries, str) else entries)
-        if not any(_match(entries if isinstance(entries, str) else [e], n) for n in names)
+        if not any(_match(entries if isinstance(entries, str) else [e], c, n) for c, n in names)
     ]
     if lost:
-        known = {".".join(n.split(".")[-k:]) for n in names for k in (1, 2, 3)} | set(names) | set(PRESETS)
+        known = {".".join(n.split(".")[-k:]) for _, n in names for k in (1, 2, 3)} | {n for _, n in names} | {*PRESETS}
         remedy = near(lost[0], known) or f"The presets are {', '.join(PRESETS)}."
-        if isinstance(entries, str) and any(_match([entries], n) for n in names):
+        if isinstance(entries, str) and any(_match([entries], c, n) for c, n in names):
             remedy = f"A text is a regular expression for whole names: pass [{shown(entries)}] for names that end so."
         raise UnknownNameError(f"no layer matches {shown(lost[0])}", remedy=remedy)
 

@@ -6,7 +6,7 @@ Most come apart by their rows alone (converters/rows.py). What mixes the rows of
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,11 @@ from converters.conversion import as_lora
 from converters.rows import Unfit, split
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, canonical
-from diffpeft.errors import listed
-from diffpeft.layers.adapted import op_of
+from diffpeft.errors import ShapeMismatchError, listed, shown
+from diffpeft.layers.adapted import base_class, op_of
+from diffpeft.layers.site import site_of
+from diffpeft.layers.slot import BIAS
+from diffpeft.methods import METHODS, Spec
 
 
 def unfused(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> Bundle:
@@ -38,6 +41,7 @@ def unfused(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[Any, Any]]])
             if not set(entry.targets) <= modules.keys():
                 entries += [replace(entry, layer=target, rule=None) for target in entry.targets]
                 continue
+        _check(entry, [modules[target] for target in entry.targets], bundle.source)
         base = {target: _weight(modules[target]) for target in entry.targets}
         found = _by_input(entry, base) or _as_lora(entry)
         if found is None:
@@ -61,6 +65,20 @@ def unfused(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[Any, Any]]])
             f"{len(dense)} layers got whole differences from their present weights: {listed(dense[:5])}", stacklevel=4
         )
     return replace(bundle, entries=entries)
+
+
+def _check(entry: Entry, modules: Sequence[Any], source: str) -> None:
+    """Raise ShapeMismatchError for tensors that do not fit the layers that are one in the original program."""
+    parts = [site.geometry_of(m) for m in modules if (site := site_of(base_class(m))) is not None]
+    joint = replace(parts[0], out=sum(part.out for part in parts))
+    tensors = {role: h for role, h in entry.tensors.items() if role != BIAS}
+    if why := METHODS[entry.method].check(tensors, Spec(joint, io.number(entry.alpha), entry.options)):
+        shapes = ", ".join(f"{role} {shape}" for role, shape in entry.shapes.items())
+        raise ShapeMismatchError(
+            f"layer {shown(entry.layer)}, which is {listed(entry.targets)} here, has other shapes: {why}",
+            where=f"{source}: {shapes}",
+            remedy="It is for another model.",
+        )
 
 
 def _weight(module: Any) -> Tensor:

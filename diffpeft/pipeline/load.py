@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import converters
+from converters.sizes import grouped
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, dotted
 from diffpeft.errors import (
@@ -25,8 +26,9 @@ from diffpeft.errors import (
     listed,
     shown,
 )
-from diffpeft.families import family_of
-from diffpeft.layers.adapted import is_adapted
+from diffpeft.families import family_of, is_unnamed
+from diffpeft.layers.adapted import base_class, is_adapted
+from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.lock import exclusive
@@ -37,7 +39,7 @@ from diffpeft.pipeline.fused import unfused
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import Layers, kept, matched
 
-_FILES = ("diffusers", "kohya")  # formats of one file, the preferred one first
+_FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
 _BOUNDED = ("oft", "boft")  # methods whose alpha is a bound, and 0 none
 
 
@@ -66,6 +68,7 @@ def load_lora(
     family: str | None = None,
     revision: str | None = None,
     filename: str | None = None,
+    alpha: float | None = None,
 ) -> LoadReport:
     """Load an adapter onto a pipeline (or one of its models) and activate it at strength `weight`, after those already active.
 
@@ -76,6 +79,7 @@ def load_lora(
         trainable: the tensors get gradients, and are float32.
         max_rank: room for LoRAs of up to this rank, that `replace` may put in the place of this one.
         family: overrides the detected family.
+        alpha: of layers for which the file tells none (PEFT's names without a config): the update is alpha / rank * B A. Default: the rank.
 
     Raises CheckpointError and its kin, UnknownNameError, ConfigError or AdapterStateError, in which case nothing has changed.
     """
@@ -89,7 +93,7 @@ def load_lora(
         adapted = {c: {layer: m for layer, (m, _) in found.items() if is_adapted(m)} for c, found in layers.items()}
         mixes = mixes_of(parts, adapted)
         refuse_duplicate(name, mixes.values())
-        bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
+        bundle = opened(target, source, layers, family=family, revision=revision, filename=filename, alpha=alpha)
         with inside(bundle.source):
             slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
             plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
@@ -128,13 +132,31 @@ def opened(
     family: str | None,
     revision: str | None,
     filename: str | None,
+    alpha: float | None = None,
 ) -> Bundle:
     """What is to be loaded, in the model's own layers. Raises CheckpointError and its kin."""
     own = family or family_of(target)
-    where = source if isinstance(source, Bundle) else located(source, revision, filename)
-    bundle = _read(where, own, family, {component: list(found) for component, found in layers.items()})
-    _check_family(bundle.families or (bundle.family,), own, bundle.source)
+    if isinstance(source, Bundle):
+        bundle = source
+        if own is not None and bundle.family and own not in (bundle.families or (bundle.family,)):
+            raise _wrong_base(bundle.families or (bundle.family,), own, bundle.source)
+    else:
+        names = {c: {n: _shape(m) for n, (m, _) in found.items() if _has_weights(m)} for c, found in layers.items()}
+        bundle = _read(located(source, revision, filename), own, family, names, alpha)
+    if own is None and is_unnamed(target):
+        bundle = replace(bundle, family="", families=())
     return unfused(bundle, layers)
+
+
+def _shape(module: Any) -> tuple[int, ...] | None:
+    """The shape of a layer's canonical weight."""
+    site = site_of(base_class(module))
+    return site.geometry_of(module).shape if site is not None else None
+
+
+def _has_weights(module: Any) -> bool:
+    """Whether a layer has parameters: a norm without any can be named, but has nothing to adapt."""
+    return any(p is not None for p in module._parameters.values())
 
 
 def save_lora(
@@ -150,7 +172,8 @@ def save_lora(
 
     Args:
         name: may be left out if there is only one.
-        format: one of converters.FORMATS; default: for a file diffusers if it can hold the adapter, else kohya; for a folder peft.
+        format: one of converters.FORMATS; default: for a file the first of diffusers, kohya, kohya-diffusers and lycoris that can hold the adapter,
+            for a folder peft. A model without a table has those formats that use its own names: diffusers, peft, kohya-diffusers, lycoris.
         dtype: of the factors; default: as they are stored.
         metadata: added to what the adapter's own file held.
     """
@@ -162,7 +185,7 @@ def save_lora(
                 remedy=f"Say name=, one of {', '.join(sorted(known))}." if known else "Load or attach one first.",
             )
         name = known.pop()
-    bundle = bundle_of(target, name, family_of(target) or next(iter(converters.TABLES)))
+    bundle = bundle_of(target, name, family_of(target) or "")
     bundle.metadata |= {str(k): str(v) for k, v in (metadata or {}).items()}
     if format is None:
         formats = _FILES if os.fspath(path).endswith(".safetensors") else ("peft",)
@@ -177,25 +200,42 @@ def _default_name(source: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", "" if stem == ".." else stem)[:128] or "default"
 
 
-def _read(source: Any, own: str | None, family: str | None, names: Mapping[str, Sequence[str]]) -> Bundle:
-    """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint."""
-    if isinstance(source, Bundle):
-        return source
+def _read(
+    source: Any, own: str | None, family: str | None, names: Mapping[str, Mapping[str, Any]], alpha: float | None
+) -> Bundle:
+    """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint. Where a file is of no known
+    family, and this pipeline's has some of its layers, what is wrong with it are the others.
+    """
     found = None
     if family is None:
         found = converters.fitting(source, own)
-        where = "a dict of tensors" if isinstance(source, Mapping) else source
-        _check_family(found.families, own, where)
-        family = own if own in found.families else None
-    return converters.read(source, family=family, names=names, fits=found)
+        partly = not found.families and not found.looks_like and found.known.get(own or "")
+        if own is not None and own not in found.families and not partly and not _fills(found, own, names):
+            where = "a dict of tensors" if isinstance(source, Mapping) else source
+            raise (
+                _wrong_base(found.families, own, where)
+                if found.families
+                else converters.unknown_family(found, where, own)
+            )
+        family = own
+    return converters.read(source, family=family, names=names, fits=found, alpha=alpha)
 
 
-def _check_family(fits: Sequence[str], own: str | None, where: object) -> None:
-    if own is not None and own not in fits:
-        them = " or ".join(filter(None, fits)) or "an unknown family"
-        raise WrongBaseError(
-            f"the adapter is for {them}, this pipeline is {own}", where=where, remedy=f"Use a pipeline of {them}."
-        )
+def _fills(found: converters.Fit, own: str, names: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a file has layers in all blocks of a transformer, and in no others, and its family's names: then it is for it, whatever model is published
+    in that size.
+    """
+    blocks = grouped((layer, None) for layers in names.values() for layer in layers).blocks.values()
+    theirs = grouped((part.layer, None) for part in found.parts.values()).blocks.values()
+    knows = found.known.get(own) == found.layers and "unet" not in names
+    return bool(knows and theirs and all(numbers in blocks for numbers in theirs))
+
+
+def _wrong_base(fits: Sequence[str], own: str, where: object) -> WrongBaseError:
+    them = " or ".join(fits)
+    return WrongBaseError(
+        f"the adapter is for {them}, this pipeline is {own}", where=where, remedy=f"Use a pipeline of {them}."
+    )
 
 
 def _entry_kept(entry: Entry) -> Entry:

@@ -54,7 +54,7 @@ def matched(
         name: (component, layer)
         for component, found in layers.items()
         for layer in found
-        for spelt in spellings(layer)
+        for spelt in spellings(layer, component)
         for name in (canonical(component, layer), dotted(component, spelt))
     }
     places = [(entry, owners.get(entry.layer)) for entry in bundle.entries]
@@ -106,7 +106,7 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
         name
         for component, model in (parts if bundle.carried else {}).items()
         for key in model.state_dict(keep_vars=True)
-        for spelt in spellings(key)
+        for spelt in spellings(key, component)
         for name in (spelt, dotted(component, spelt), f"{WRAPPED}{spelt}")
     }
     bad = [key for key in bundle.carried if key in own or ".base_layer." in key] + [
@@ -142,6 +142,12 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
         if any((place, role) in taken for role in entry.tensors):
             raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {shown(entry.layer)}")
         taken.update((place, role) for role in entry.tensors)
+    if control := [told for (entry, _), spec in zip(found, specs, strict=True) if (told := _control(entry, spec))]:
+        raise ShapeMismatchError(
+            f"this is a control LoRA: {control[0]}",
+            where=bundle.source,
+            remedy="It is for a model that was widened for it (in_channels of its transformer), as diffusers does for FluxControlPipeline.",
+        )
     if wrong:
         raise ShapeMismatchError(
             f"{len(wrong)} of {len(found)} layers have other shapes",
@@ -151,6 +157,28 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
     if refused:
         raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])
     return specs
+
+
+def _control(entry: Entry, spec: Spec) -> str:
+    """Where an adapter of a model's first layer is for several times its channels (the picture's and a control's), in words; else nothing."""
+    own = spec.geometry.in_
+    channels = entry.tensors["lora_A"].shape[1] if "lora_A" in entry.tensors else own
+    if parted(entry.layer)[1] not in _INPUTS or channels == own or channels % own:
+        return ""
+    return f"{shown(entry.layer)} takes {channels} channels, the model's {own}"
+
+
+# the layers that take a model's channels
+_INPUTS = (
+    "x_embedder",
+    "x_embedder.proj",
+    "img_in",
+    "proj_in",
+    "pos_embed.proj",
+    "patch_embed.proj",
+    "patch_embedding",
+    "conv_in",
+)
 
 
 def _spec(entry: Entry, module: nn.Module) -> Spec:

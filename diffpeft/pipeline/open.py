@@ -93,7 +93,10 @@ class Facts:
 
 def facts(model: str | None) -> Facts:
     """The facts of a diffusers folder or a Hub id. Of a Hub id three small files are fetched, or nothing is known."""
-    index, denoiser, vae = (_config(model, name) for name in (INDEX, "unet/config.json", "vae/config.json"))
+    index = _config(model, INDEX)
+    if not index:  # or there is no network, which is asked once
+        return Facts()
+    denoiser, vae = (_config(model, name) for name in ("unet/config.json", "vae/config.json"))
     levels = len(vae.get("block_out_channels") or ())
     size = denoiser.get("sample_size")
     return Facts(
@@ -113,9 +116,10 @@ def _config(model: str | None, name: str) -> Mapping[str, Any]:
     path = (Path(model) if model else EMBEDDED) / name
     try:
         if model and not Path(model).exists() and HUB_ID.fullmatch(model):
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-            path = Path(hf_hub_download(model, name))
+            cached = try_to_load_from_cache(model, name)
+            path = Path(cached if isinstance(cached, str) else hf_hub_download(model, name))
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except Exception:  # loading will say what is wrong
         return {}

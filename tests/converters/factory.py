@@ -120,6 +120,11 @@ SITES: dict[str, dict[str, tuple[int, ...]]] = {
         "adaln_single.linear": (72, 12),
         "patchify_proj": (12, 16),
     },
+    "ltx2": {
+        "transformer_blocks.0.audio_to_video_attn.to_q": (12, 12),
+        "av_ca_a2v_gate_adaln_single.linear": (12, 12),
+        "audio_patchify_proj": (12, 16),
+    },
     "mochi": {
         "blocks.0.attn.qkv_x": (36, 12),
         "blocks.0.attn.proj_y": (12, 12),

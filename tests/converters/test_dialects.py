@@ -287,11 +287,14 @@ def test_original_names_that_are_flux_s_alone_are_a_control_lora_s():
     assert converters.detect(bfl()[0]).format == "bfl"
 
 
-def test_original_names_of_several_families_stay_ambiguous():
-    tensors = {f"double_blocks.0.img_attn.proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+def test_original_names_of_several_families_are_ambiguous_where_these_read_them_apart():
+    layer, alike = "transformer.transformer_blocks.0.attn.to_out.0", "double_blocks.0.img_attn.proj"
+    tensors = {f"{alike}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    for family in (None, "flux", "chroma", "flux2"):
+        assert [e.layer for e in converters.read(tensors, family=family).entries] == [layer]
+    flat = {f"lora_unet_{alike.replace('.', '_')}.lora_{x}.weight": torch.ones(4, 4) for x in ("down", "up")}
     with pytest.raises(AmbiguousFormatError):
-        converters.read(tensors)
-    assert converters.read(tensors, family="chroma").entries[0].layer.endswith("transformer_blocks.0.attn.to_out.0")
+        converters.read(flat)
 
 
 # safeloras

@@ -137,7 +137,7 @@ MODELS = (
         "ltx", "LTXVideoTransformer3DModel", {"num_layers": 2, "cross_attention_dim": 32, **SMALL}, "ltx_transformer"
     ),
     Model(
-        "ltx",
+        "ltx2",
         "LTX2VideoTransformer3DModel",
         {"num_layers": 2, "cross_attention_dim": 32, **SMALL, **SOUND, **GATES},
         convert=_ltx2,

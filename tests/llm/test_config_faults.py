@@ -223,6 +223,10 @@ def test_a_library_that_a_config_names_is_not_imported_and_named(written, tmp_pa
         diffpeft.AutoPeftModel.from_pretrained(folder)
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(output(model(**batch())), want)
+    for library in ("transformers.models.nowhere", "transformers"):
+        absent = {**fields, "auto_mapping": {**mapping, "parent_library": library}}
+        with pytest.raises(ConfigError, match=r"auto_mapping.*'Model'"):
+            diffpeft.AutoPeftModel.from_pretrained(written(**absent, task_type=None))
     folder = written(**{**fields, "auto_mapping": None}, task_type=None)
     model = AutoPeftModelForCausalLM.from_pretrained(folder)  # its name says what PEFT asks the config for
     assert type(model) is diffpeft.PeftModelForCausalLM

@@ -303,3 +303,19 @@ def test_what_cannot_be_tied_is_refused():
             lib.get_peft_model(llama(True), ensured(lib, "embed", modules_to_save=None, trainable_token_indices=rows))
     with pytest.raises(ConfigError, match="ensure_weight_tying"):
         diffpeft.attach(llama(True), LoraConfig(ensure_weight_tying=True), targets=["q_proj"])
+
+
+@pytest.mark.filterwarnings("ignore:.*share their weight")
+@pytest.mark.parametrize("fields", [dict(target_modules=["q", "shared"]), dict(modules_to_save=["lm_head"])])
+def test_all_that_is_tied_gets_the_same(fields):
+    """A T5 has one weight in four places."""
+    config = LoraConfig(r=4, ensure_weight_tying=True, **{"target_modules": ["q"], **fields})
+    wrapped = spread(get_peft_model(made("t5"), config)).eval()
+    want = run(wrapped, "t5")
+    wrapped.merge_adapter()
+    torch.testing.assert_close(run(wrapped, "t5"), want, **SAME)
+    wrapped.unmerge_adapter()
+    plain = wrapped.merge_and_unload()
+    torch.testing.assert_close(run(plain, "t5"), want, **SAME)
+    shared = plain.shared.weight
+    assert shared is plain.lm_head.weight is plain.encoder.embed_tokens.weight is plain.decoder.embed_tokens.weight

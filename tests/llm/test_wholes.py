@@ -28,6 +28,7 @@ class Reader(nn.Module):
             "weight": lambda: nn.Linear(6, 4),
             "buffer": lambda: nn.BatchNorm1d(6),
             "inside": lambda: nn.ModuleDict({"dense": nn.Linear(6, 4)}),
+            "values": lambda: nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 4)}),
             "items": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)),
             "list": lambda: nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 4)]),
             "attribute": lambda: nn.Sequential(),
@@ -41,6 +42,10 @@ class Reader(nn.Module):
             return F.linear(x, self.head.weight, self.head.bias)
         if self.way == "buffer":
             return x * self.head.running_var + self.head.weight
+        if self.way == "values":
+            for part in self.head.values():
+                x = part(x)
+            return x
         if self.way == "inside":
             return self.head["dense"](x)
         if self.way == "attribute":
@@ -50,7 +55,7 @@ class Reader(nn.Module):
         return x
 
 
-WAYS = ["weight", "buffer", "inside", "items", "list", "attribute"]
+WAYS = ["weight", "buffer", "inside", "values", "items", "list", "attribute"]
 x = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
 
 

@@ -336,7 +336,7 @@ def test_what_was_attached_here_loads_in_peft(base, pefts, tmp_path):
     [
         ({"rank_pattern": {**PATTERN, "0.lora_E": [True] * 4}}, "the rank is 4, not 2"),
         ({"rank_pattern": None}, "the rank is 4, not"),
-        ({"peft_type": "LORA"}, "the tensors adalora"),
+        ({"peft_type": "LORA", "rank_pattern": {}}, "the tensors adalora"),
     ],
 )
 def test_a_config_that_says_something_else_is_refused(base, pefts, tmp_path, fields, said):

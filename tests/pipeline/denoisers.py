@@ -103,9 +103,184 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_SD = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16, 16, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 768,
+}
+_REFINER = {
+    **{k: v for k, v in MODELS["sdxl"][1].items() if not k.endswith("types")},
+    "block_out_channels": (8, 16, 16, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 4,
+    "transformer_layers_per_block": 1,
+    "cross_attention_dim": 1280,
+}
+_FLUX = {"in_channels": 4, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 32, **HEADS}
+_LTX = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_layers": 2,
+    "cross_attention_dim": 32,
+    "caption_channels": 32,
+    **HEADS,
+}
+_COGVIEW = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "text_embed_dim": 32,
+    "time_embed_dim": 8,
+    "condition_dim": 4,
+}
+# families that no call is needed of
+SAVED: dict[str, tuple[str, dict[str, Any]]] = {
+    **MODELS,
+    "sd15": ("UNet2DConditionModel", _SD),
+    "sd2": ("UNet2DConditionModel", {**_SD, "cross_attention_dim": 1024, "use_linear_projection": True}),
+    "sdxl_refiner": ("UNet2DConditionModel", _REFINER),
+    "chroma": (
+        "ChromaTransformer2DModel",
+        {
+            **_FLUX,
+            "axes_dims_rope": (4, 4, 8),
+            "approximator_num_channels": 16,
+            "approximator_hidden_dim": 32,
+            "approximator_layers": 1,
+        },
+    ),
+    "flux2": ("Flux2Transformer2DModel", {**_FLUX, "axes_dims_rope": (4, 4, 4, 4)}),
+    "hunyuan_video": (
+        "HunyuanVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 32,
+            "pooled_projection_dim": 16,
+            "rope_axes_dim": (4, 6, 6),
+            **HEADS,
+        },
+    ),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {"sample_size": 8, "num_layers": 2, "caption_channels": 32, "cross_attention_dim": 32, **HEADS},
+    ),
+    "sana": (
+        "SanaTransformer2DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "caption_channels": 32,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "sample_size": 8,
+            **HEADS,
+        },
+    ),
+    "auraflow": (
+        "AuraFlowTransformer2DModel",
+        {
+            "sample_size": 8,
+            "num_mmdit_layers": 2,
+            "num_single_dit_layers": 2,
+            "joint_attention_dim": 32,
+            "caption_projection_dim": 32,
+            "pos_embed_max_size": 64,
+            **HEADS,
+        },
+    ),
+    "ltx": ("LTXVideoTransformer3DModel", _LTX),
+    "ltx2": (
+        "LTX2VideoTransformer3DModel",
+        {
+            **_LTX,
+            "audio_in_channels": 8,
+            "audio_out_channels": 8,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 16,
+            "audio_cross_attention_dim": 32,
+        },
+    ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        {"num_layers": 2, "pooled_projection_dim": 32, "in_channels": 4, "text_embed_dim": 32, **HEADS},
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "time_embed_dim": 8,
+            "text_embed_dim": 32,
+            "sample_width": 8,
+            "sample_height": 8,
+            "sample_frames": 5,
+            **HEADS,
+        },
+    ),
+    "hidream": (
+        "HiDreamImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "caption_channels": [32, 32],
+            "text_emb_dim": 32,
+            "num_routed_experts": 2,
+            "axes_dims_rope": (8, 8),
+            "llama_layers": [0, 1],
+            **HEADS,
+        },
+    ),
+}
+# models of no family that is known
+UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cogview4": ("CogView4Transformer2DModel", {**_COGVIEW, **HEADS}),
+    "cosmos": (
+        "CosmosTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "text_embed_dim": 32,
+            "adaln_lora_dim": 4,
+            "max_size": (4, 8, 8),
+            **HEADS,
+        },
+    ),
+    "bria": ("BriaTransformer2DModel", {**_FLUX, "axes_dims_rope": [4, 4, 8]}),
+    "kandinsky5": (
+        "Kandinsky5Transformer3DModel",
+        {
+            "in_text_dim": 32,
+            "in_text_dim2": 16,
+            "time_dim": 16,
+            "model_dim": 32,
+            "ff_dim": 64,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 6, 6),
+        },
+    ),
+}
+
+
 def model(family: str, dtype: torch.dtype = torch.float64) -> Any:
     """With weights that are the same each time, none of them zero."""
-    name, config = MODELS[family]
+    name, config = {**SAVED, **UNNAMED}[family]
     torch.manual_seed(0)
     made = getattr(diffusers, name)(**config)
     with torch.no_grad():

@@ -141,7 +141,7 @@ SEQUENCES = {
     "load at strength NaN": (lambda p: refused(ConfigError, load_lora, p, NEW, name="c", weight=float("nan")), "a b.c"),
     "a name with dots": (lambda p: load_lora(p, NEW, name="v1.5.0"), "a b.c v1.5.0"),
     "a name of nothing but dots": (lambda p: (load_lora(p, NEW, name="..."), unload(p, "...")), "a b.c"),
-    "the name of the folder above": (lambda p: refused(ConfigError, load_lora, p, NEW, name=".."), "a b.c"),
+    "a name that is a folder above": (lambda p: refused(ConfigError, load_lora, p, NEW, name=".."), "a b.c"),
     "a name that is a path": (lambda p: refused(ConfigError, load_lora, p, NEW, name="../x"), "a b.c"),
     "a second load fails": (lambda p: refused(NonFiniteError, load_lora, p, BROKEN, name="c"), "a b.c"),
     "a second load fails while fused": (lambda p: (fuse(p), refused(NonFiniteError, load_lora, p, BROKEN)), "a b.c"),

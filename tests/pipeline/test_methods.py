@@ -475,9 +475,14 @@ def test_peft_s_weights_without_their_config_are_refused(net, tmp_path):
     theirs(net, "LoRA").save_pretrained(tmp_path / "a")
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     (tmp_path / "a/adapter_config.json").unlink()
-    for source in (tmp_path / "a", tensors):
-        with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
-            load_lora(net, source)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json.*alpha="):
+        load_lora(net, tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"adapter_config\.json.*alpha="):
+        load_lora(net, tensors, name="rank")
+    load_lora(net, tensors, name="half", alpha=1)
+    load_lora(net, tmp_path / "a", name="folder", alpha=1)
+    for name, alpha in (("rank", None), ("half", 1.0), ("folder", 1.0)):
+        assert {slot.parts[0].alpha for slot in slots_of(net, name).values()} == {alpha}
 
 
 def test_a_layer_that_a_bare_module_lacks_is_refused_with_the_near_match(net, tmp_path):

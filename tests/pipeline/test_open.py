@@ -107,6 +107,22 @@ def test_the_configs_tell_what_a_pipeline_is_without_loading_it(folder):
     assert facts(str(folder)).pipeline is None and facts("/nowhere") == Facts()
 
 
+def test_of_a_model_on_the_hub_the_configs_are_fetched_once_and_then_known(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo, name):
+        asked.append(name)
+        return str(EMBEDDED / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert facts("owner/name") == facts(None) and asked == ["model_index.json", "unet/config.json", "vae/config.json"]
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(EMBEDDED / name))
+    assert facts("owner/name") == facts(None) and len(asked) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: asked.append(name) or 1 / 0)
+    assert facts("owner/name") == Facts() and asked[3:] == ["model_index.json"]
+
+
 def test_a_base_that_nothing_would_read_is_refused():
     with pytest.raises(ConfigError, match="base"):
         check_model(str(EMBEDDED), str(EMBEDDED))

@@ -1,0 +1,165 @@
+"""Which model a file is for, where names alone do not tell: headers of files for every published model, made from diffusers' own classes.
+
+A layout is the usual targets of some training program on all blocks. No tensor has a byte that is ever read.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import converters
+from converters import TABLES
+from converters.opening import Opened
+from converters.sizes import published
+from diffpeft.bundle import Handle
+from diffpeft.errors import WrongBaseError
+from tests.converters.published import MODELS, PATH, extents, originals, text
+
+RANK = 16
+TARGETS = {
+    "attention": r".*\.(to_q|to_k|to_v|to_out\.0|to_out|qkv|out_layer)",
+    "queries and values": r".*\.(to_q|to_v)",
+    "attention and feed-forward": r".*\.(to_q|to_k|to_v|to_out\.0|to_out|add_._proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|w1|w2|w3)",
+    "all linear layers": r".*",
+}
+OURS = [name for name, model in MODELS.items() if model.family]
+OTHERS = [name for name, model in MODELS.items() if not model.family]
+# models that are another's twins: in names and sizes of what is usually trained there is no difference
+TWINS = {
+    "AnyFlow": "wan",
+    "AnyFlow FAR": "wan",
+    "Bria": "flux",
+    "ConsisID": "cogvideox",
+    "DiT": "pixart",
+    "EasyAnimate": "mochi",
+    "FramePack": "hunyuan_video",
+    "Helios": "wan",
+    "Motif Video": "hunyuan_video",
+    "Sana Video": "sana",
+}
+
+
+def named(name: str, targets: str, spelling=extents) -> dict[str, tuple[int, int]]:
+    return {n: size for n, size in spelling(name).items() if size and re.fullmatch(TARGETS[targets], n)}
+
+
+def header(
+    layers: dict[str, tuple[int, int]], spelt=lambda n: f"transformer.{n}", roles=("lora_A.weight", "lora_B.weight")
+):
+    """The tensors of a LoRA on these layers, without bytes."""
+    found = {}
+    for layer, (rows, columns) in layers.items():
+        found[f"{spelt(layer)}.{roles[0]}"] = Handle("BF16", (RANK, columns))
+        found[f"{spelt(layer)}.{roles[1]}"] = Handle("BF16", (rows, RANK))
+    return found
+
+
+def source(handles) -> Opened:
+    """As a file that was opened."""
+    return Opened(handles, {}, "a header")
+
+
+def fitted(handles):
+    return converters.fitting(source(handles))
+
+
+def test_the_file_of_sizes_is_what_diffusers_classes_say():
+    """`python -m tests.converters.published` writes it."""
+    assert PATH.read_text(encoding="utf-8") == text()
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", OURS)
+def test_a_published_model_s_own_layers_tell_its_family(name, targets):
+    layers = named(name, targets)
+    if not layers:
+        pytest.skip("it has none of these")
+    found = fitted(header(layers))
+    assert MODELS[name].family in found.families and not found.looks_like
+    assert not found.ambiguous  # whoever else is named reads them alike
+
+
+@pytest.mark.parametrize("targets", ["attention", "all linear layers"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_without_a_table_is_taken_for_no_other(name, targets):
+    layers = named(name, targets)
+    if not layers:
+        pytest.skip("it has none of these")
+    found = fitted(header(layers))
+    if found.families:
+        assert found.families[0] == TWINS.get(name)
+    else:
+        assert name in found.looks_like
+
+
+DOWN_UP = ("lora_down.weight", "lora_up.weight")
+SPELT = {  # format: how it spells a layer, and a LoRA's factors
+    "kohya": (lambda n: f"lora_unet_{n.replace('.', '_')}", DOWN_UP),
+    "kohya-diffusers": (lambda n: f"lora_transformer_{n.replace('.', '_')}", DOWN_UP),
+    "comfyui": (lambda n: f"diffusion_model.{n}", ("lora_A.weight", "lora_B.weight")),
+    "lycoris": (lambda n: f"lycoris_{n.replace('.', '_')}", DOWN_UP),
+    "peft": (lambda n: f"base_model.model.{n}", ("lora_A.weight", "lora_B.weight")),
+    "bare": (lambda n: n, DOWN_UP),
+}
+# joint layers that trainers usually take, in the original programs' names
+JOINT = (
+    r".*\d\..*(qkv(_\w)?|proj(_\w)?|mlp\.\d|mlp\.fc\d|linear1|linear2|self_attn\.\w|cross_attn\.\w|ffn\.\d|w[12][qkvo]"
+    r"|query_key_value|dense.*|to_\w(\.0)?|attention\.out|feed_forward\.w\d)"
+)
+
+
+def originally(name):
+    return {n: size for n, size in originals(name).items() if size and re.fullmatch(JOINT, n)}
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "comfyui", "bare"])
+@pytest.mark.parametrize("name", OURS)
+def test_the_original_s_names_tell_the_family_too(name, spelling):
+    if spelling == "bare" and MODELS[name].family == "cogvideox":
+        pytest.skip("its names begin with `transformer.`, which is a component's")
+    spelt, roles = SPELT[spelling]
+    found = fitted(header(originally(name), spelt, roles))
+    assert MODELS[name].family in found.families and not found.ambiguous and not found.looks_like
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "comfyui", "bare"])
+@pytest.mark.parametrize("name", [name for name in OTHERS if MODELS[name].like])
+def test_a_model_without_a_table_is_taken_for_no_other_in_the_original_s_names(name, spelling):
+    spelt, roles = SPELT[spelling]
+    found = fitted(header(originally(name), spelt, roles))
+    assert found.families[0] == TWINS.get(name) if found.families else name in found.looks_like
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_spelling_changes_nothing(name):
+    """Where a family's table is not asked: the same layers in diffusers' names are of the same family in every format."""
+    layers = named(name, "attention") or named(name, "all linear layers")
+    spelt, roles = SPELT[[s for s in SPELT if s != "kohya"][[*MODELS].index(name) % 5]]
+    found, plain = fitted(header(layers, spelt, roles)), fitted(header(layers))
+    assert not plain.ambiguous
+    assert (found.families[:1], found.looks_like) == (plain.families[:1], plain.looks_like)
+
+
+def test_unusual_sizes_are_still_their_family_where_names_decide():
+    for name in OURS:
+        layers = {n: (7 * o, 7 * i) for n, (o, i) in named(name, "all linear layers").items()}
+        found = fitted(header(layers))
+        family = MODELS[name].family
+        assert (family in found.families or found.ambiguous) and not found.looks_like, name
+
+
+def test_a_file_of_a_model_without_a_table_is_refused_by_name_and_not_converted(tmp_path):
+    layers = {n: size for n, size in named("OmniGen 2", "attention").items()}
+    empty = source(header(layers, *SPELT["comfyui"]))
+    assert converters.detect(empty).family == "" == converters.inspect(empty).family
+    for ask in (converters.read, lambda source: converters.convert(source, tmp_path / "x.safetensors", to="kohya")):
+        with pytest.raises(WrongBaseError, match=r"OmniGen 2.*diffusion_model\.noise_refiner"):
+            ask(empty)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_known_of_sizes_covers_every_family_of_transformers():
+    unets = {"sd15", "sd2", "sdxl", "sdxl_refiner"}
+    assert {model.family for model in published()} == {*TABLES, ""} - unets
