@@ -55,6 +55,8 @@ class Peft(OneModel):
         if CONFIG not in metadata:
             return _unconfigured(entries)
         config = config_in(metadata[CONFIG], FILE)
+        check_fields({"peft_type": config.get("peft_type")}, FILE)
+        _check_type(config, entries)
         check_fields(config, FILE)
         try:
             with patterns.limited(UnsafeFileError, FILE):
@@ -145,12 +147,8 @@ def _names(entry: Entry) -> tuple[str, ...]:
 # Reading
 
 
-def _check(config: Any, entries: Sequence[Entry]) -> None:
-    """Raise for a config that says something else than the tensors, or that names code."""
-    if config.get("megatron_core") not in (None, "megatron.core"):
-        raise UnsafeFileError(
-            f"{FILE} names code to import, {shown(config['megatron_core'])}", remedy="Remove the field if you trust it."
-        )
+def _check_type(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+    """Raise for a config of another method than the tensors'."""
     kind = config.get("peft_type")
     old = [e for e in entries if _is_old_oft(e)] if kind == "OFT" else []
     if old and config.get("block_share"):
@@ -165,6 +163,14 @@ def _check(config: Any, entries: Sequence[Entry]) -> None:
             f"{FILE} says {shown(kind)}, the tensors {' and '.join(found) or 'something else'}",
             where=listed(layers_of(others)[:3]),
             remedy=f"Supported: {', '.join(dict.fromkeys(TYPES.values()))}.",
+        )
+
+
+def _check(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+    """Raise for a config that says something else than the tensors, or that names code."""
+    if config.get("megatron_core") not in (None, "megatron.core"):
+        raise UnsafeFileError(
+            f"{FILE} names code to import, {shown(config['megatron_core'])}", remedy="Remove the field if you trust it."
         )
     wrong = {e.layer: why for e in entries if (why := _disagreement(config, e))}
     if wrong:

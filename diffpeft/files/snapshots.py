@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,17 @@ class Snapshot:
     pickle, are opened again by their path, and are refused if it is another file by then.
     """
 
-    __slots__ = ("__weakref__", "_fd", "_place", "_readers", "identity", "path")
+    __slots__ = ("__weakref__", "_closing", "_fd", "_place", "_readers", "identity", "path")
 
     def __init__(self, path: Path, identity: Identity, fd: int | None = None, place: Path | None = None):
-        self.path, self.identity, self._fd, self._readers = path, identity, fd, 0
+        self.path, self.identity, self._readers = path, identity, 0
+        self._fd: int | None = None
         self._place = (
             path.absolute() if place is None else place
         )  # which a change of the current folder leaves as it is
         if fd is not None:
             with _lock:
-                _keep(self)
+                self._keep(fd)
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Snapshot:
@@ -80,16 +81,25 @@ class Snapshot:
         """The descriptor, open while the block runs."""
         with _lock:
             if self._fd is None:
-                self._fd = self._reopened()
-                _keep(self)
+                self._keep(self._reopened())
             elif id(self) in _open:
                 _open.move_to_end(id(self))
             self._readers += 1
         try:
-            yield self._fd
+            yield self._fd  # type: ignore[misc]
         finally:
             with _lock:
                 self._readers -= 1
+
+    def _keep(self, fd: int) -> None:
+        """Have this descriptor, until nobody needs the snapshot any more or too many others are open."""
+        self._fd, self._closing = fd, weakref.finalize(self, os.close, fd)
+        self._closing.atexit = False  # the system does it then
+        _open[id(self)] = weakref.ref(self)
+        if len(_open) > MAX_OPEN:
+            for key in [key for key, ref in _open.items() if ref() is None]:
+                del _open[key]
+            _close(len(_open) - MAX_OPEN)
 
     def _reopened(self) -> int:
         found = _looked(self._place, _descriptor)
@@ -161,28 +171,14 @@ class Snapshot:
     def __reduce__(self) -> tuple[Any, ...]:
         return Snapshot, (self.path, self.identity, None, self._place)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
-        if self._fd is not None:
-            close(self._fd)
-
-
-def _keep(snapshot: Snapshot) -> None:
-    """Remember that a snapshot is open, forget those that are no more, and close the ones that were not used for the longest time if they are too many."""
-    _open[id(snapshot)] = weakref.ref(snapshot)
-    if len(_open) > MAX_OPEN:
-        for key in [key for key, ref in _open.items() if ref() is None]:
-            del _open[key]
-        _close(len(_open) - MAX_OPEN)
-
 
 def _close(number: int) -> int:
     """Close so many open snapshots that nobody reads at this moment. -> how many were."""
     idle = [s for s in (ref() for ref in _open.values()) if s is not None and not s._readers][:number]
     for snapshot in idle:
         del _open[id(snapshot)]
-        fd, snapshot._fd = snapshot._fd, None
-        assert fd is not None
-        os.close(fd)
+        snapshot._fd = None
+        snapshot._closing()
     return len(idle)
 
 
