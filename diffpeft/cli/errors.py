@@ -33,7 +33,7 @@ EXIT_CODES: dict[type[DiffpeftError], int] = {
     CannotConvertError: 4,
     AdapterStateError: 4,
     DivergedError: 5,
-    NothingLearntError: 5,
+    NothingLearntError: 6,
 }
 INTERRUPTED = 130
 
