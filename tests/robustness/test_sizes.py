@@ -114,7 +114,6 @@ HARMLESS = {  # small work: they need not be refused
     "a table in the metadata": ("detect", "inspect", "read", "convert", "load"),
     "a record with a shape": ("detect", "inspect", "read", "convert", "load"),
     "blocks in a record": ("detect", "inspect", "read", "convert", "load"),
-    "many patterns": ("detect", "inspect", "read", "convert", "load"),
     "a pattern that tries all ways": ("detect", "inspect", "read", "convert", "load"),
     "layers by the thousand": ("detect", "inspect", "read", "convert", "load"),
 }
