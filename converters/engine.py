@@ -416,7 +416,8 @@ def _entries(layer: str, found: Found, where: str) -> list[Entry]:
             f"layer {shown(layer)} has {what} but no {listed(ROLES['lora'][:2])}", where=f"{where}: {key}"
         )
     alpha = found["alpha"][1] if "alpha" in found else None
-    io.number(alpha)
+    with inside(found["alpha"][0] if alpha else layer):
+        io.number(alpha)
     entries: list[Entry] = []
     for method, roles in methods.items():
         _check(layer, method, {role: found[role][1] for role in roles}, f"{where}: {found[roles[0]][0]}")

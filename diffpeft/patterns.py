@@ -71,7 +71,7 @@ def check(pattern: str) -> None:
 @contextlib.contextmanager
 def _spent() -> Iterator[_Budget]:
     """The budget in force, or one for this alone. What the block takes is off it: a pattern takes longer to be understood than to be matched."""
-    budget, start = getattr(_here, "budget", None) or _Budget(ConfigError, ""), time.perf_counter()
+    budget, start = getattr(_here, "budget", None) or _Budget(ConfigError, ""), time.thread_time()
     try:
         yield budget
     finally:

@@ -93,3 +93,12 @@ def test_many_patterns_that_are_names_are_looked_up():
 def test_what_is_no_pattern_is_refused(bad):
     with pytest.raises(ConfigError, match=r"pattern|regular expression"):
         patterns.check(bad)
+
+
+def test_many_patterns_share_one_second_too():
+    """Each is matched at once; what takes long is to understand them."""
+    many = {f"x{n}.*y(a|b)": n for n in range(60_000)}
+    start = time.thread_time()
+    with pytest.raises(UnsafeFileError, match="too long"), patterns.limited(UnsafeFileError, "here"):
+        patterns.first(many, ["some.layer"], None)
+    assert time.thread_time() - start < 2.0
