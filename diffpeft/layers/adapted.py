@@ -15,8 +15,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from diffpeft.layers.chain import Base, Dial, Whole
+from diffpeft.layers.hooks import held_forwards, is_cast
 from diffpeft.layers.rows import Rows
-from diffpeft.layers.site import held_forwards, is_cast, site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot, at_rest, stamp_of, with_own_dtype
 from diffpeft.layers.swap import sized, subclass
 from diffpeft.methods.linalg import traced, wide_dtype

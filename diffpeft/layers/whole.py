@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.adapted import escaped
+from diffpeft.layers.hooks import COPIES, held_forwards
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
-from diffpeft.layers.site import COPIES, held_forwards
 from diffpeft.layers.swap import sized, subclass
 
 CONTAINER = "copies"

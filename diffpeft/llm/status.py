@@ -10,7 +10,7 @@ from torch import nn
 
 from diffpeft.errors import ConfigError
 from diffpeft.layers.adapted import record_of
-from diffpeft.layers.site import site_of
+from diffpeft.layers.backends import backend_of, numbers
 from diffpeft.layers.whole import copies_of
 from diffpeft.model.target import modules_of
 
@@ -78,9 +78,7 @@ def counts(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters of a module."""
     trainable = total = 0
     for p in model.parameters():
-        n = p.numel() or getattr(p, "ds_numel", 0)
-        if type(p).__name__ == "Params4bit":
-            n *= 2 * p.element_size()
+        n = numbers(p) or getattr(p, "ds_numel", 0)
         total += n
         trainable += n if p.requires_grad else 0
     return trainable, total
@@ -103,7 +101,7 @@ def _status(name: str, module: Any, off: Any) -> TunerLayerStatus:
     record, copies = record_of(module), copies_of(module)
     held: Any = record.slots if record is not None else copies.modules  # type: ignore[union-attr]
     mix = (record or copies).mix  # type: ignore[union-attr]
-    site = site_of(type(module)) if record is not None else None
+    backend = backend_of(module) if record is not None else None
     order = off if off is not None else mix.choice.order
     # a module that is trained whole is not merged before the others are for good
     inside = record.fused if record is not None else copies.fused or held  # type: ignore[union-attr]
@@ -116,12 +114,8 @@ def _status(name: str, module: Any, off: Any) -> TunerLayerStatus:
         requires_grad={n: _common(p.requires_grad for p in own.parameters()) for n, own in held.items()},
         available_adapters=sorted(held),
         devices={n: sorted({p.device.type for p in own.parameters()}) for n, own in held.items()},
-        quantization_backend=_backend(module) if site is not None and site.quantised else None,
+        quantization_backend=None if backend is None else backend.name,
     )
-
-
-def _backend(module: Any) -> str:
-    return "bnb 4bit" if type(module.weight).__name__ == "Params4bit" else "bnb 8bit"
 
 
 def _common(values: Iterable[Any]) -> Any:

@@ -23,8 +23,8 @@ from diffpeft.layers.adapted import (
     state_of,
     state_with,
 )
+from diffpeft.layers.hooks import COPIES, device_of, present, reapply_offloading, refusal
 from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.layers.whole import Copies, Put, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec

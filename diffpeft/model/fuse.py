@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.adapted import Record, record_of, state_with, weights_of
+from diffpeft.layers.backends import backend_of
+from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
 from diffpeft.layers.patches import Patches
-from diffpeft.layers.site import STORING_HOOKS, diffusers_hooks, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put, copied, copies_of
 from diffpeft.model.attach import Plan, mixes_of
@@ -199,10 +200,8 @@ def refuse_hooked(model: nn.Module) -> None:
 
 def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:
     """Raise AdapterStateError for a layer whose weight cannot take anything in. `owners` as `owners_of` gives them."""
-    site = site_of(type(module))
-    assert site is not None
     why = ""
-    if site.quantised:
+    if backend_of(module) is not None:
         why = "its weight is quantised, and rounding it again would lose more than the adapter adds"
     elif hasattr(module, "_hf_hook") or module.weight.is_meta:
         why = "its weight is offloaded"

@@ -11,7 +11,7 @@ from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.layers.adapted import record_of
-from diffpeft.layers.site import present
+from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import mixes_of

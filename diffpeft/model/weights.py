@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffpeft.errors import AdapterStateError, NonFiniteError, shown
 from diffpeft.layers.adapted import FUSED, Record, Weights, base_class, effective, stamps_of, weights_of
-from diffpeft.layers.site import ConvSite, LinearSite, site_of
+from diffpeft.layers.sites import ConvSite, LinearSite, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide, wide_dtype
 from diffpeft.methods.lora import Lora

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diffpeft.layers.adapted import base_class
-from diffpeft.layers.site import SITES, site_of
+from diffpeft.layers.sites import SITES, site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import AttachReport, Plan, attach, install, mix_of
