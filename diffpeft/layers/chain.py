@@ -97,7 +97,7 @@ def _plus(link: Link, x: Tensor, form: Form, gate: Strength, bias: bool, by: Ten
     return link.op.plus(y if by is None else link.op.rescaled(y, by, bias), x, form, gate)
 
 
-class _Later:
+class Later:
     """A link after another one."""
 
     plus = _plus
@@ -117,10 +117,10 @@ class _Later:
         return squares(self.weight(), axis)
 
 
-Chained = Base | _Later  # a link whose layer is known
+Chained = Base | Later  # a link whose layer is known
 
 
-class Added(_Later):
+class Added(Later):
     """Additive adapters side by side: they commute, so each takes its cheapest form, and those of low rank go as one."""
 
     def __init__(self, before: Chained, terms: Sequence[tuple[Slot, Part, Given]]):
@@ -260,7 +260,7 @@ def _with_delta(slot: Slot, part: Part, W: Tensor, s: Strength, dtype: torch.dty
     return change.mul_(s).add_(W)  # large weights take longer to find memory for than to compute
 
 
-class Changed(_Later):
+class Changed(Later):
     """An adapter that depends on the weight before it: all its methods in order, as one at strength s."""
 
     def __init__(self, before: Chained, slot: Slot, s: Given):
@@ -329,16 +329,16 @@ class Whole:
 
 
 def _linked(base: Base, steps: Sequence[tuple[Slot, Given]]) -> Chained:
-    """The links, runs of additive adapters as one."""
+    """The links, runs of additive adapters as one. What is no slot (a patch of the weight) makes its own."""
     link: Chained = base
     waiting: list[tuple[Slot, Part, Given]] = []
     for slot, s in steps:
-        if all(part.additive for part in slot.parts):
+        if isinstance(slot, Slot) and all(part.additive for part in slot.parts):
             waiting += [(slot, part, s) for part in slot.parts]
             continue
         if waiting:
             link, waiting = Added(link, waiting), []
-        link = Changed(link, slot, s)
+        link = Changed(link, slot, s) if isinstance(slot, Slot) else slot.link(link, s)
     return Added(link, waiting) if waiting else link
 
 
