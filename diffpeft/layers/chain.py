@@ -129,8 +129,7 @@ class Added(Later):
 
     def _now(self) -> list[tuple[Slot, Part, Strength]]:
         """The terms whose strength is not 0."""
-        terms = [(slot, part, now(s)) for slot, part, s in self.terms]
-        return [term for term in terms if not is_zero(term[2])]
+        return [(slot, part, s) for slot, part, given in self.terms if not is_zero(s := now(given))]
 
     def weight(self) -> Tensor:
         W = self.before.weight()
@@ -144,7 +143,8 @@ class Added(Later):
             return op.op(x, self.weight(), bias)
         W, forms, apart, positions = None, [], [], op.positions(x)
         for slot, part, s in self._now():
-            s = _dropped(slot, part, s)
+            if slot.training:
+                s = _dropped(slot, part, s)
             if not slot.bare or drops_inputs(slot, part):
                 apart.append((slot, part, s))
                 continue
@@ -183,10 +183,10 @@ class Added(Later):
     def _is_cheaper_in_weight(self, form: Factors, positions: int) -> bool:
         """Whether a product of low rank is better added to the weight, where there is no backward pass."""
         op, g, r = self.op, self.op.geometry, form.A.shape[0]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or g.lookup or not op.faithful:
-            return False
-        if not isinstance(self.before, Base) or (g.groups == 1 and 2 * positions <= min(g.out, g.columns)):
+        if torch.is_grad_enabled() or (g.groups == 1 and 2 * positions <= g.out and 2 * positions <= g.columns):
             return False  # with so few positions it cannot be
+        if not isinstance(self.before, Base) or not op.faithful or g.lookup or torch.compiler.is_compiling():
+            return False
         ways = {
             "activations": Work(r * positions * (g.groups * g.columns + g.out)),
             "weight": Work(r * g.out * g.columns, elements=g.out * g.columns),
@@ -245,8 +245,8 @@ def _masked(slot: Slot, part: Part, p: Tensors) -> Tensor:
 
 
 def _dropped(slot: Slot, part: Part, s: Strength) -> Strength:
-    """The strength; in training with module dropout sometimes nothing."""
-    rate = part.spec.options.get("module_dropout") if slot.training and part.additive else 0
+    """The strength in training; with module dropout sometimes nothing."""
+    rate = part.spec.options.get("module_dropout")
     return s * (torch.rand(()) > rate).float() if rate else s
 
 
@@ -311,6 +311,8 @@ class Whole:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.link(x)
+        if not self.shifts:
+            return y
         shift = self.shift(y.dtype, self.op.bias)
         return y if shift is None else self.op.shifted(y, shift)
 
