@@ -214,6 +214,28 @@ def form_of(slot: Slot, part: Part, p: Tensors, positions: int) -> Form | None:
     return form
 
 
+def factors_of(slot: Slot, dtype: torch.dtype) -> Factors | None:
+    """Exact factors of all that a slot adds, side by side, with their scale in B: A [R, columns], B [out, R].
+
+    None if a part has none, or none of less than full rank that would be cheaper than the update itself.
+    """
+    pairs = []
+    for part in slot.parts:
+        method, g = part.method, part.spec.geometry
+        if not part.additive:
+            return None
+        p = slot.prepared(part, dtype)
+        pair: Factors | None = method.factors(p, part.spec)
+        if pair is None or (len(pair.A) >= min(g.out, g.columns) and not method.thin):
+            return None
+        pairs.append((pair.A.flatten(1), pair.B.flatten(1) * method.scale(p, part.spec)))
+    if len(pairs) == 1:
+        return Factors(*pairs[0])
+    if not pairs:
+        return None
+    return Factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1))
+
+
 def drops_inputs(slot: Slot, part: Part) -> bool:
     """Whether a part sees an input of its own: in training some features are dropped."""
     return slot.training and bool(part.spec.options.get("dropout"))

@@ -209,6 +209,8 @@ class Method:
 class Additive(Method):
     """A method with W' = W + scale * delta(p), whatever W is."""
 
+    thin: ClassVar[bool] = False  # whether its tensors are `factors`, so that those are the cheapest way to delta too
+
     @classmethod
     def additive(cls, roles: Collection[str]) -> bool:
         return True
