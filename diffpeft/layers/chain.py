@@ -129,7 +129,8 @@ class Added(Later):
 
     def _now(self) -> list[tuple[Slot, Part, Strength]]:
         """The terms whose strength is not 0."""
-        return [(slot, part, s) for slot, part, given in self.terms if not is_zero(s := now(given))]
+        terms = [(slot, part, now(s)) for slot, part, s in self.terms]
+        return [term for term in terms if not is_zero(term[2])]
 
     def weight(self) -> Tensor:
         W = self.before.weight()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -29,15 +28,15 @@ class Part:
     roles: tuple[str, ...]
     alpha: Handle | float | None
     spec: Spec
+    bare: bool = field(init=False)  # whether the tensors are computed with as they are
 
     @property
     def additive(self) -> bool:
         return self.method.additive(self.roles)
 
-    @cached_property
-    def bare(self) -> bool:
-        """Whether the tensors are computed with as they are."""
-        return self.method.prepare.__func__ is Method.prepare.__func__  # type: ignore[attr-defined]
+    def __post_init__(self) -> None:
+        prepare: Any = self.method.prepare
+        object.__setattr__(self, "bare", prepare.__func__ is Method.prepare.__func__)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,10 @@ class Slot(nn.Module):
 
     def tensors_of(self, part: Part) -> dict[str, Tensor]:
         """The tensors of one part by role."""
-        parameters = self._parameters  # looked up here: a forward does it thousands of times, and torch's way is slow
-        return {role: t if (t := parameters.get(role)) is not None else getattr(self, role) for role in part.roles}
+        parameters: Mapping[str, Any] = (
+            self._parameters
+        )  # looked up here: a forward does it thousands of times, and torch's way is slow
+        return {role: parameters[role] if role in parameters else getattr(self, role) for role in part.roles}
 
     @property
     def methods(self) -> tuple[str, ...]:
