@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpeft.layers.backends import KNOWN, backend_of_class
 from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.hooks import held_forwards, is_cast
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
@@ -328,7 +329,8 @@ def _members(base: Any) -> dict[str, Any]:
     def extra_repr(self: Any) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
 
-    return {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": sized(base)}
+    members = {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": sized(base)}
+    return {**members, KNOWN: backend_of_class(base)}
 
 
 def _shown(record: Record) -> list[str]:
