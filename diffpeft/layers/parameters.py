@@ -85,7 +85,7 @@ class Factors(Patch):
         y, op = before(x, bias), cast(Any, before.op)
         left, right = self._factors(before.dtype)
         change = op.canonical(self.scale * (left @ right)[0])
-        return y + s * op.op(x, change, False)
+        return cast(Tensor, y + s * op.op(x, change, False))
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Two matrices for each expert whose product is the change: [experts, out, r] and [experts, r, in], or turned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ class Part:
 
     @property
     def additive(self) -> bool:
-        return self.method.additive(self.roles)
+        return bool(self.method.additive(self.roles))
 
     def __post_init__(self) -> None:
         prepare: Any = self.method.prepare
@@ -141,7 +141,7 @@ class Slot(nn.Module):
         stamp, key = [stamp_of(t) for t in p.values()], (part.roles, dtype)
         kept = self._kept.get(key)
         if kept is not None and kept[0] == stamp:
-            return kept[1]
+            return cast(dict[str, Tensor], kept[1])
         p = self._prepared(part, p, dtype)
         if not any(t.requires_grad for t in self.parameters()):
             self._kept[key] = stamp, p
@@ -168,7 +168,8 @@ class Slot(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
         """Follows where its layer goes, and what dtype it is given, but for float8: that is for storing a base, and would round an adapter away."""
         self._kept.clear()
-        return super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)
+        super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _holds(self, fn: Any) -> bool:
         return fn(self.weight.new_empty(0)).dtype not in _FLOAT8

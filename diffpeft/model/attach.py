@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -340,7 +340,7 @@ def _weight(op: Any, dry_run: bool) -> torch.Tensor:
     if dry_run:
         return torch.empty(op.geometry.shape)
     W = present(op.module, lambda: op.weight().detach())
-    return W.to("cpu", wide_dtype(W.dtype))
+    return cast(torch.Tensor, W.to("cpu", wide_dtype(W.dtype)))
 
 
 def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
