@@ -14,8 +14,10 @@ from converters.opening import Source
 from converters.roles import ADDITIVE, rank
 from converters.writing import check_path, plans, problem, store
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, definition_of
+from diffpeft.bundle import Bundle, Entry
+from diffpeft.definition import definition_of
 from diffpeft.errors import CannotConvertError, ConfigError, inside, listed, near, shown
+from diffpeft.handles import Scaled
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +100,7 @@ def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torc
             f"{len(bundle.carried)} keys are no adapter's and were kept as they are: {listed(list(bundle.carried)[:5])}"
         )
     said += _caveats(out, to)
-    computed = any(h.how[:1] == ("scaled",) for e in bundle.entries for h in e.tensors.values())
+    computed = any(isinstance(h.how, Scaled) for e in bundle.entries for h in e.tensors.values())
     exact = out is bundle and cast is None and not inexact and not computed
     mapped = tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys))
     return ConvertReport(
@@ -159,7 +161,9 @@ def as_lora(entry: Entry) -> Entry | None:
     hidden = re.search(r"conv[^.]*$|patch_embed|(pos_embed|x_embedder)\.proj$", entry.layer) and not kernel
     if plain or entry.method not in ADDITIVE or hidden:
         return None
-    method, p, spec = definition_of(entry)
+    definition = definition_of(entry)
+    method, (_, p, spec) = definition.additive, definition
+    assert method is not None
     factors = method.factors(p, spec)
     if factors is None or (entry.method != "lora" and len(factors[0]) >= min(spec.geometry.out, spec.geometry.columns)):
         return None

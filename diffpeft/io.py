@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffpeft.bundle import Handle
 from diffpeft.errors import CannotConvertError, UnsafeFileError, shown
 from diffpeft.files import Snapshot, folder, parsed, present, replacing, together, unreadable
 from diffpeft.handles import (
     CHUNK,
     SIZES,
+    Handle,
     cast,
     chunks,
     columns,

@@ -26,6 +26,7 @@ from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
 from diffpeft.errors import CheckpointError, listed
 from diffpeft.files import parsed
+from diffpeft.handles import Cast
 
 TERMS = 5
 # the families with flat names that have no UNet
@@ -166,7 +167,7 @@ def _as_peft(entry: Entry, coft: float | None, convolution: bool) -> Entry:
     if entry.alpha is not None:
         b = blocks_of(entry)[1]
         divisor = 2 * math.sqrt(b - 1)
-        h = Handle("F32", h.shape, parts=(h,), how=("cast", entry.layer)) if h.dtype in ("F16", "BF16") else h
+        h = Handle("F32", h.shape, parts=(h,), how=Cast(entry.layer)) if h.dtype in ("F16", "BF16") else h
         scale, coft = scale / divisor, None if coft is None else coft / divisor
     options = {"side": "input", "neumann": TERMS, "coft": coft}
     return replace(entry, tensors={**entry.tensors, "oft_R": io.scaled(h, scale)}, alpha=None, options=options)
