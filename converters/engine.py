@@ -97,8 +97,8 @@ def read(
     of it. `metadata` are added to the file's. `alpha` is that of all layers for which the file tells none; without it such a layer has scale 1.
     """
     check_alpha(alpha)
-    known_name("format", format, FORMATS)
-    known_name("family", family, TABLES)
+    UnknownNameError.check("format", format, FORMATS)
+    UnknownNameError.check("family", family, TABLES)
     if several := parts_of(source):
         common = _common(several)
         family = family or (common.families[0] if common.families and not common.ambiguous else None)
@@ -228,13 +228,6 @@ def _families(found: Fit, fmt: Format, family: str | None, names: Names | None, 
             f"this adapter is for {' or '.join(found.families)}, not {family}", where=where, remedy="Leave out family=."
         )
     return (family,)
-
-
-def known_name(kind: str, name: str | None, among: Mapping[str, Any]) -> str | None:
-    """The name. Raises UnknownNameError, with near matches, if it is none of the known."""
-    if name is not None and name not in among:
-        raise UnknownNameError.of(kind, name, among)
-    return name
 
 
 def _grouped(
