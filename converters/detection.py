@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -18,10 +18,11 @@ from converters.families import TABLES, Table
 from converters.families.text import CLIP, T5
 from converters.formats import FORMATS, Format, Part
 from converters.formats.wrappers import all_unwrapped
+from converters.roles import split
 from converters.rows import aspect, extent
 from converters.sizes import Layers as Sized
 from converters.sizes import grouped, published
-from diffpeft.bundle import Handle
+from diffpeft.bundle import Handle, named
 from diffpeft.errors import UnknownKeysError, listed
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
@@ -81,6 +82,12 @@ class Detection:
     methods: frozenset[str]
     confidence: float
     alternatives: tuple[str, ...] = ()
+
+
+def methods_of(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> frozenset[str]:
+    """The methods of layers of which the shapes are given by role."""
+    split_ = {(method, tuple(roles)) for shapes in layers for method, roles in split(shapes).items()}
+    return frozenset(name for method, roles in split_ for name in named(method, roles))
 
 
 @dataclass(frozen=True)

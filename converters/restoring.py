@@ -16,7 +16,9 @@ from diffpeft.bundle import Bundle, Entry, Handle
 
 
 def restored(file: Plan, held: Held) -> Plan:
-    """The file with the keys, alphas and metadata of the earlier one; as it is if there is no record of one, or it was another adapter's."""
+    """The file with the keys and alphas of the earlier one, and its metadata if these still say the same; as it is if there is no record of one, or it
+    was another adapter's.
+    """
     bundle, fmt, entries = held.bundle, FORMATS[held.format], held.arranged.entries
     record = (
         own_record(bundle) if bundle.format == held.format else record_in(bundle.metadata.get(KEY, ""), held.format)
@@ -25,7 +27,7 @@ def restored(file: Plan, held: Held) -> Plan:
     if record is None or tensors is None:
         return file
     metadata = _metadata(record, bundle, file, fmt)
-    return replace(file, tensors=tensors, metadata=metadata) if _agrees(fmt, entries, metadata) else file
+    return replace(file, tensors=tensors, metadata=metadata if _agrees(fmt, entries, metadata) else file.metadata)
 
 
 def _tensors(

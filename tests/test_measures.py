@@ -24,10 +24,6 @@ BRANCHING = frozenset(
         "converters/detection.py _counts",
         "converters/detection.py _decided",
         "converters/detection.py fit",
-        "converters/engine.py _bare",
-        "converters/engine.py _common",
-        "converters/engine.py _grouped",
-        "converters/engine.py _read",
         "converters/formats/fields.py _lokr",
         "converters/formats/fields.py _oft",
         "converters/formats/peft.py _disagreement",
@@ -75,7 +71,6 @@ BRANCHING = frozenset(
 )
 LONG = frozenset(
     {
-        "converters/engine.py _grouped",
         "diffpeft/cli/generate.py generate",
         "diffpeft/llm/hotswap.py hotswap_adapter_from_state_dict",
         "diffpeft/llm/sft.py train",
