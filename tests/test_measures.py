@@ -19,16 +19,10 @@ MOST_ANY = {"converters": 61, "diffpeft": 978}
 # functions that were above this before it was forbidden: none may be added
 BRANCHING = frozenset(
     {
-        "converters/detection.py _by_size",
-        "converters/detection.py _by_width",
-        "converters/detection.py _counts",
-        "converters/detection.py _decided",
-        "converters/detection.py fit",
         "converters/formats/fields.py _lokr",
         "converters/formats/fields.py _oft",
         "converters/formats/peft.py _disagreement",
         "converters/formats/peft.py _fields",
-        "converters/inspection.py _inspected",
         "converters/roles.py _contradiction",
         "converters/roles.py _same_axes",
         "converters/roles.py _split",
