@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
@@ -20,7 +19,7 @@ from converters.roles import ADDITIVE
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
-from diffpeft.files import config_in
+from diffpeft.files import Json, config_in
 
 METADATA = "lora_adapter_metadata"
 _READ = {"lora_A", "lora_B", "lora_magnitude_vector"}  # by diffusers 0.42
@@ -97,7 +96,7 @@ class Diffusers:
         return {}
 
     def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
-        config: dict[str, Any] = {}
+        config: Json = {}
         for component in dict.fromkeys(parted(e.layer)[0] for e in entries):
             own = [e for e in entries if parted(e.layer)[0] == component]
             config |= {f"{component}.{field}": value for field, value in _config(own).items()}
@@ -122,7 +121,7 @@ def peft_magnitude(entry: Entry) -> dict[str, Handle]:
     return tensors
 
 
-def _config(entries: Sequence[Entry]) -> dict[str, Any]:
+def _config(entries: Sequence[Entry]) -> Json:
     """PEFT's fields for one component. Names start below `text_model.`: stock diffusers strips that level from keys, not from the config."""
     names = {e.layer: parted(e.layer)[1].removeprefix("text_model.") for e in entries}
     scales = configs.scales(entries, names, "lora_alpha", configs.ranks_of(entries))
@@ -136,14 +135,14 @@ def _config(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _of_component(config: Mapping[str, Any], component: str) -> dict[str, Any]:
+def _of_component(config: Json, component: str) -> Json:
     """The fields for a component; a file of one component has them without its name in front."""
     prefix = component + "."
     own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     return own or {k: v for k, v in config.items() if k.partition(".")[0] not in COMPONENTS}
 
 
-def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
+def _configured(entry: Entry, config: Json) -> Entry:
     entry = configs.turned(entry, {"peft_version": "0.18", **config})
     if entry.alpha is not None or entry.method not in ("dora", *ADDITIVE):
         return entry
