@@ -22,7 +22,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from diffpeft.files.snapshots import JOURNAL
 
@@ -34,7 +34,7 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well, and leaves nothing behind when it does not. A link is replaced, not followed.
 
     Raises OSError, which names `path`, if it cannot be written.
@@ -90,7 +90,7 @@ def _named(path: Path) -> Iterator[None]:
         raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
-def _is_temporary(name: Any) -> bool:
+def _is_temporary(name: object) -> bool:
     parts = Path(os.fsdecode(name)).parts if isinstance(name, (str, bytes)) else ()
     return any(_TEMPORARY.fullmatch(part) or part == JOURNAL for part in parts)
 

@@ -111,6 +111,7 @@ def spelt(
         for entry in entries_of(layer, own):
             by = whole_scale(entry, fields)
             for role, handle in fmt.stored(entry).items():
+                assert handle.tensor is not None  # of a model in memory
                 if role == "lokr_w1" and by != 1:
                     found[f"{prefix}{layer}.{role}"] = handle.tensor.detach() / by if by else handle.tensor.detach()
                 elif role == BIAS:
