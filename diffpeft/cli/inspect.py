@@ -31,13 +31,13 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
 
     Example: diffpeft inspect style.safetensors --norms
     """
-    from diffpeft.cli.errors import code_of, show
+    from diffpeft.cli.errors import show
 
     shown, codes = [], []
     for one in _each(files, norms):
         if isinstance(one, DiffpeftError):
             show(one)
-            codes.append(code_of(one))
+            codes.append(one.exit_code)
         elif as_json:
             shown.append(_plain(asdict(one)))
         else:

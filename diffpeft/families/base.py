@@ -15,7 +15,7 @@ class Noised(NamedTuple):
     t: Tensor
     target: Tensor
     snr: Tensor
-    kind: str  # epsilon, v_prediction or sample
+    kind: str  # epsilon, v_prediction, sample, or what else a family's models predict
 
 
 class Family(Protocol):
@@ -25,6 +25,7 @@ class Family(Protocol):
     denoiser: str
     text_encoders: tuple[str, ...]
     pipe: Any
+    kind: str  # what the denoiser predicts, as in Noised
     resolution: int  # pixels, the side of the square that the model was made for
     multiple: int  # pixels, what a side must be a multiple of
 

@@ -27,7 +27,7 @@ from diffpeft.train.check import Checked, check, resized
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.loop import Schedule, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, denoising, with_prior
+from diffpeft.train.objective import Batch, check_weighted, denoising, with_prior
 from diffpeft.train.outcome import check_rank, check_room, kept, refuse_unlearnt
 from diffpeft.train.watch import Quiet, Watch
 
@@ -61,6 +61,8 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     dtype = config.dtype or default_dtype(device)
     watch.phase("loading the model")
     family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
+    if config.snr_gamma is not None:
+        check_weighted(family.kind)
     family.pipe.set_progress_bar_config(disable=True)
     config = resolved(config, checked.name, dtype, family)
     if checked.account.resolution != config.resolution:  # the configs did not tell
