@@ -34,12 +34,12 @@ from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.peft_config import PeftType
 from diffpeft.model.target import modules_of
 
-Found = dict[str, tuple[nn.Module, Patch]]
+Patched = dict[str, tuple[nn.Module, Patch]]
 _PLAIN = {"lora_dropout": 0.0, "lora_bias": False, "use_dora": False, "fan_in_fan_out": False}  # with target_parameters
 _INITS = (True, False, "gaussian")
 
 
-def patches_of(model: nn.Module, config: Any, layers: Iterable[str] = ()) -> Found:
+def patches_of(model: nn.Module, config: Any, layers: Iterable[str] = ()) -> Patched:
     """{name: (module, fresh patch)} of what a resolved config asks for beside its `layers`.
 
     Raises ConfigError, UnknownNameError or AdapterStateError.
@@ -81,11 +81,11 @@ def _refusal(module: nn.Module, where: str) -> str:
 # Rows of embeddings
 
 
-def _tokens(model: Any, config: Any, rows: Any) -> Found:
+def _tokens(model: Any, config: Any, rows: Any) -> Patched:
     """The tables whose rows are trained, and the heads that share their weight with one."""
     tables = rows if isinstance(rows, Mapping) else {_input_embeddings(model): rows}
     whole = getattr(config, "modules_to_save", None) or ()
-    found: Found = {}
+    found: Patched = {}
     for name, own in tables.items():
         if name in whole:
             raise ConfigError(
@@ -102,7 +102,7 @@ def _tokens(model: Any, config: Any, rows: Any) -> Found:
     return _tied(model, found)
 
 
-def _check_rows_alike(model: Any, found: Found) -> None:
+def _check_rows_alike(model: Any, found: Patched) -> None:
     """Raise ConfigError if tied modules would have other rows each."""
     ties = tied_to_embedding(model)
     rows = {where: _index(found[where][1]) for where in (*ties.values(), *ties) if where in found}
@@ -157,7 +157,7 @@ def _weight(module: Any) -> Tensor:
     return module._parameters["weight"]
 
 
-def _tied(model: Any, found: Found) -> Found:
+def _tied(model: Any, found: Patched) -> Patched:
     """With the modules that share the input embeddings' weight: they get the same patch, unless they were named with other indices."""
     table: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     source = next(((where, patch) for where, (module, patch) in found.items() if module is table), None)
@@ -176,7 +176,7 @@ def _index(patch: Any) -> list[int]:
 # Parameters themselves
 
 
-def _factors(model: nn.Module, config: Any, targets: Sequence[str], others: bool) -> Found:
+def _factors(model: nn.Module, config: Any, targets: Sequence[str], others: bool) -> Patched:
     """The modules with a parameter that a target names by a whole name or its end."""
     if isinstance(targets, str):
         raise ConfigError(f"target_parameters is {shown(targets)}", remedy="It is a list of names.")
@@ -190,7 +190,7 @@ def _factors(model: nn.Module, config: Any, targets: Sequence[str], others: bool
             f"init_lora_weights is {shown(config.init_lora_weights)}",
             remedy=f"With target_parameters it is {' or '.join(map(repr, _INITS))}.",
         )
-    found: Found = {}
+    found: Patched = {}
     names: set[str] = set()
     for where, (module, _) in modules_of(model, lambda m: bool(m._parameters)).items():
         full = {name: f"{where}.{name}" for name, p in module._parameters.items() if p is not None}
@@ -244,7 +244,7 @@ def _initial(init: Any, stack: Stack, r: int) -> tuple[Tensor, Tensor]:
 # Files
 
 
-def taken(patches: Found, tensors: Any, prefix: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+def taken(patches: Patched, tensors: Any, prefix: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """{module: {name in its patch: tensor}} out of a file's tensors, which lose them; and the modules without any.
 
     Raises MissingKeysError for a part of a patch, ShapeMismatchError or NonFiniteError.

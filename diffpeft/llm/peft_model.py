@@ -521,7 +521,7 @@ def get_peft_model_state_dict(
         known([adapter_name], model.peft_config)
         return model.tuner.tensors(adapter_name, given, save_embedding_layers)
     config = state.config_of(model, adapter_name)
-    return state.spelt(model, adapter_name, config, given=given, embeddings=save_embedding_layers)
+    return state.spelt(model, adapter_name, config, gathered=given, embeddings=save_embedding_layers)
 
 
 def set_peft_model_state_dict(

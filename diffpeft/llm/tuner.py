@@ -390,7 +390,7 @@ class Tuner(nn.Module):
 
     def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
-        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, given=given, embeddings=embeddings)
+        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=given, embeddings=embeddings)
 
     def overwrite(self, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Put a file's tensors into an adapter that is there: all or nothing."""

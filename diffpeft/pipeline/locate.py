@@ -6,12 +6,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
 from urllib.parse import unquote
 
 import converters
 from diffpeft.errors import CheckpointError, UnreadableFileError, listed, near, shown
 from diffpeft.files import present
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Tensors = TypeVar("Tensors", bound=Mapping[str, Tensor])
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE = "pytorch_lora_weights.safetensors"
@@ -52,7 +57,11 @@ def on_hub(source: str) -> Place | None:
     return None
 
 
-def located(source: Any, revision: str | None = None, filename: str | None = None) -> Any:
+@overload
+def located(source: Tensors, revision: str | None = None, filename: str | None = None) -> Tensors: ...
+@overload
+def located(source: str | os.PathLike[str], revision: str | None = None, filename: str | None = None) -> Path: ...
+def located(source: object, revision: str | None = None, filename: str | None = None) -> object:
     """The file behind a path, a folder, a Hub id or a link to the Hub; a dict of tensors as it is."""
     if isinstance(source, Mapping):
         return source
