@@ -430,7 +430,7 @@ class Tuner(nn.Module):
             check_tying(self.model, config, (*found.wholes, *found.slots))
             if found.missing:
                 warnings.warn(
-                    f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=4
+                    f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=5
                 )
             own = base_of(self.model)
         strength = 1.0 if active else None
