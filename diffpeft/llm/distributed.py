@@ -18,7 +18,7 @@ from torch import nn
 from diffpeft.errors import UnknownNameError
 from diffpeft.layers.adapted import ADAPTERS, RECORD, escaped, record_of
 from diffpeft.layers.slot import Slot
-from diffpeft.llm.prompt import Encoder
+from diffpeft.llm.prompt import VirtualTokens
 
 ASKED = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 
@@ -31,7 +31,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    blocks: set[type[nn.Module]] = {Encoder, *_blocks(model)}
+    blocks: set[type[nn.Module]] = {VirtualTokens, *_blocks(model)}
     for layer in list(model.modules()):
         if record_of(layer) is not None:
             _follow(layer)

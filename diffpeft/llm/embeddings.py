@@ -23,7 +23,7 @@ from diffpeft.model.target import modules_of
 
 NAMES = ("embed_tokens", "lm_head")  # what PEFT looks for in target_modules
 WHOLE = "set_weight"  # the role of such a weight in a slot, below the adapter's own tensors
-Tensors = Mapping[str, Mapping[str, Tensor]]  # {layer: {name in it: tensor}}
+TensorsByLayer = Mapping[str, Mapping[str, Tensor]]  # {layer: {name in it: tensor}}
 
 
 def embedding_layers(model: Any) -> dict[str, nn.Module]:
@@ -91,7 +91,7 @@ def place(layers: Mapping[str, nn.Module], key: str) -> tuple[str, str] | None:
     return (layer, name) if layer in layers and layers[layer]._parameters.get(name) is not None else None
 
 
-def followed(model: nn.Module, file: Tensors, taken: Iterable[str], source: str) -> dict[str, dict[str, Tensor]]:
+def followed(model: nn.Module, file: TensorsByLayer, taken: Iterable[str], source: str) -> dict[str, dict[str, Tensor]]:
     """What a file has for embeddings, and the same for the modules that share a weight with one of these. `taken` are trained whole.
 
     Raises ShapeMismatchError or NonFiniteError.
@@ -132,7 +132,9 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     return parameter.detach()
 
 
-def divided(model: nn.Module, file: Tensors, slots: Mapping[str, Slot]) -> tuple[dict[str, Slot], dict[str, nn.Module]]:
+def divided(
+    model: nn.Module, file: TensorsByLayer, slots: Mapping[str, Slot]
+) -> tuple[dict[str, Slot], dict[str, nn.Module]]:
     """Where what a file has for embeddings goes: the adapter's slots on layers that carry adapters, and modules that get a copy.
 
     A layer with a slot of this adapter whose own weight is the file's needs nothing.
@@ -178,7 +180,7 @@ def above(module: nn.Module, tensors: Mapping[str, Tensor], slot: Slot | None) -
     return made
 
 
-def fill(copies: Mapping[str, nn.Module], file: Tensors) -> None:
+def fill(copies: Mapping[str, nn.Module], file: TensorsByLayer) -> None:
     """Put what a file has into fresh copies; those that get the same tensor share it, as the model's own modules do."""
     shared: dict[int, nn.Parameter | None] = {}
     for layer, fresh in copies.items():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from diffpeft.llm.prompt import Encoder, PromptLearningConfig, check_name
+from diffpeft.llm.prompt import PromptLearningConfig, VirtualTokens, check_name
 from diffpeft.methods.peft_config import PeftType
 
 MLP_LAYERS = 2
@@ -46,7 +46,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         check_name("encoder_reparameterization_type", self.encoder_reparameterization_type, kinds)
 
 
-class PromptEncoder(Encoder):
+class PromptEncoder(VirtualTokens):
     """`embedding` [tokens, dim], then `lstm_head` (both directions) if there is one, then `mlp_head`; in inference mode the embedding alone."""
 
     lstm_head: nn.LSTM | None

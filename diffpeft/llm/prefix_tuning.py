@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError
-from diffpeft.llm.prompt import Encoder, PromptLearningConfig, check_name
+from diffpeft.llm.prompt import PromptLearningConfig, VirtualTokens, check_name
 from diffpeft.llm.tasks import heads_of
 from diffpeft.methods.peft_config import PeftType, TaskType
 
@@ -49,7 +49,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             check_name("init_weights", self.init_weights, ("zero",))
 
 
-class PrefixEncoder(Encoder):
+class PrefixEncoder(VirtualTokens):
     """`embedding` [n, 2 layers dim], the keys and values; or [n, dim] and `transform`, an MLP to that."""
 
     transform: nn.Sequential | None

@@ -58,7 +58,7 @@ class PromptLearningConfig(PeftConfig):
 PromptConfig = TypeVar("PromptConfig", bound=PromptLearningConfig)
 
 
-class Encoder(nn.Module):
+class VirtualTokens(nn.Module):
     """Makes the vectors of the virtual tokens from `embedding` [tokens, dim] and what stands on it.
 
     A subclass takes (config, word_embeddings) and maps indices [b, t] to vectors [b, t, dim].

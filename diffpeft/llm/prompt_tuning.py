@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError
-from diffpeft.llm.prompt import Encoder, PromptLearningConfig, check_name
+from diffpeft.llm.prompt import PromptLearningConfig, VirtualTokens, check_name
 from diffpeft.methods.peft_config import PeftType
 
 
@@ -61,7 +61,7 @@ class PromptTuningConfig(PromptLearningConfig):
         check_name("prompt_tuning_init", self.prompt_tuning_init, self.INITS)
 
 
-class PromptEmbedding(Encoder):
+class PromptEmbedding(VirtualTokens):
     """The vectors themselves: `embedding.weight` [tokens, dim], tokens counted once for each transformer."""
 
     def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module) -> None:

@@ -13,14 +13,14 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptEmbedding
 from diffpeft.llm.p_tuning import PromptEncoder
 from diffpeft.llm.prefix_tuning import PrefixEncoder, PrefixTuningConfig, cache, call
-from diffpeft.llm.prompt import Encoder, PromptConfig, PromptLearningConfig, complete
+from diffpeft.llm.prompt import PromptConfig, PromptLearningConfig, VirtualTokens, complete
 from diffpeft.llm.prompt_tuning import PromptEmbedding
 from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache
 
-PROMPTS: dict[PeftType, type[Encoder]] = {
+PROMPTS: dict[PeftType, type[VirtualTokens]] = {
     PeftType.PROMPT_TUNING: PromptEmbedding,
     PeftType.P_TUNING: PromptEncoder,
     PeftType.PREFIX_TUNING: PrefixEncoder,
@@ -84,7 +84,7 @@ class Prompts(nn.Module):
         self.prompt_tokens: dict[str, Tensor] = {}
         self.word_embeddings = base_model.get_input_embeddings()
 
-    def add(self, name: str, config: PromptLearningConfig) -> Encoder:
+    def add(self, name: str, config: PromptLearningConfig) -> VirtualTokens:
         """Complete `config` from the model and make its encoder, on the model's device and in fp32. Anything wrong: nothing is added."""
         if name in self.prompt_encoder:
             raise ConfigError(f"Adapter with name '{name}' already exists.", remedy="Choose another name.")
@@ -116,7 +116,7 @@ class Prompts(nn.Module):
         self.encoder(name)
         del self.prompt_encoder[name], self.prompt_tokens[name]
 
-    def encoder(self, name: str) -> Encoder:
+    def encoder(self, name: str) -> VirtualTokens:
         """An adapter's encoder. Raises UnknownNameError."""
         if name not in self.prompt_encoder:
             raise UnknownNameError.of("adapter", name, self.prompt_encoder)
@@ -279,7 +279,7 @@ class Prompts(nn.Module):
         return prepared
 
 
-def _encoder_of(config: PeftConfig) -> type[Encoder]:
+def _encoder_of(config: PeftConfig) -> type[VirtualTokens]:
     """What makes the vectors of a config's method. Raises UnknownNameError for methods without any."""
     kind = PROMPTS.get(config.peft_type)  # type: ignore[call-overload]
     if kind is None:

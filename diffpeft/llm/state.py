@@ -194,7 +194,7 @@ class AdapterFile:
 
     slots: Mapping[str, Slot] = field(default_factory=dict)
     wholes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in it: tensor}}
-    embeddings: tables.Tensors = field(default_factory=dict)  # {layer: {name in it: tensor}}
+    embeddings: tables.TensorsByLayer = field(default_factory=dict)  # {layer: {name in it: tensor}}
     patches: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in its patch: tensor}}
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -442,7 +442,7 @@ def _slot_writes(layer: str, old: Slot, new: Slot, module: nn.Module) -> list[Wr
 
 
 def _plan_embeddings(
-    plan: Plan, model: nn.Module, name: str, file: tables.Tensors, slots: Mapping[str, Slot]
+    plan: Plan, model: nn.Module, name: str, file: tables.TensorsByLayer, slots: Mapping[str, Slot]
 ) -> list[Write]:
     """Plan to give an adapter embeddings that it has none of; the writes into those that it has."""
     writes: list[Write] = []

@@ -25,7 +25,7 @@ _PLAIN = (".txt", ".text", ".md")
 
 
 @dataclass(frozen=True)
-class Example:
+class TokenExample:
     """Token ids, and for each whether it is learnt; both [t]."""
 
     ids: list[int]
@@ -41,10 +41,10 @@ class Example:
         """What is learnt at each token [t]: itself, or nothing. The first one has nothing before it."""
         return [i if n and learnt else IGNORED for n, (i, learnt) in enumerate(zip(self.ids, self.learnt, strict=True))]
 
-    def pieces(self, length: int, *, all_: bool) -> list[Example]:
+    def pieces(self, length: int, *, all_: bool) -> list[TokenExample]:
         """All pieces of `length` tokens, or the first one only."""
         starts = range(0, len(self.ids), length) if all_ else (0,)
-        return [Example(self.ids[i : i + length], self.learnt[i : i + length]) for i in starts]
+        return [TokenExample(self.ids[i : i + length], self.learnt[i : i + length]) for i in starts]
 
     @property
     def prompt(self) -> list[int]:
@@ -173,7 +173,7 @@ _ROWS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...
 
 def examples(
     rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, loss: str, where: object = ""
-) -> list[Example]:
+) -> list[TokenExample]:
     """Rows as tokens. Texts are cut into pieces of `max_length`, other rows are cut off there.
 
     Args:
@@ -181,7 +181,7 @@ def examples(
 
     Raises DataError for a row that is not as it should be, or of which nothing that is learnt remains.
     """
-    made: list[Example] = []
+    made: list[TokenExample] = []
     cut = 0
     for n, row in enumerate(rows, 1):
         example = _example(row, tokenizer, loss, f"{where}, row {n}")
@@ -200,7 +200,7 @@ def examples(
     return made
 
 
-def _example(row: Row, tokenizer: Tokenizer, loss: str, where: str) -> Example:
+def _example(row: Row, tokenizer: Tokenizer, loss: str, where: str) -> TokenExample:
     form = form_of(row)
     try:
         return tokenised(SEGMENTS[form](row, tokenizer), tokenizer, chat=form == "messages", loss=loss)
@@ -212,7 +212,7 @@ def _example(row: Row, tokenizer: Tokenizer, loss: str, where: str) -> Example:
         ) from error
 
 
-def tokenised(segments: Sequence[Segment], tokenizer: Tokenizer, *, chat: bool, loss: str) -> Example:
+def tokenised(segments: Sequence[Segment], tokenizer: Tokenizer, *, chat: bool, loss: str) -> TokenExample:
     """Segments as one text's tokens, so that they are those of generation; a token is learnt if it reaches into a segment that is.
 
     A chat template writes the special tokens itself; elsewhere the tokenizer's beginning goes before, and the end is learnt.
@@ -229,12 +229,12 @@ def tokenised(segments: Sequence[Segment], tokenizer: Tokenizer, *, chat: bool, 
         if ids[-1:] != [end]:
             ids, learnt = [*ids, end], [*learnt, True]
         learnt[-1] = True
-    return Example(ids, learnt)
+    return TokenExample(ids, learnt)
 
 
-def packed(examples: Sequence[Example], length: int) -> list[list[Example]]:
+def packed(examples: Sequence[TokenExample], length: int) -> list[list[TokenExample]]:
     """Examples put together into sequences of at most `length` tokens: the longest first, each where there is room first."""
-    sequences: list[list[Example]] = []
+    sequences: list[list[TokenExample]] = []
     free: list[int] = []
     for example in sorted(examples, key=lambda e: -len(e.ids)):
         place = next((i for i, room in enumerate(free) if room >= len(example.ids)), len(free))
@@ -246,7 +246,7 @@ def packed(examples: Sequence[Example], length: int) -> list[list[Example]]:
     return sequences
 
 
-def collated(sequences: Sequence[Sequence[Example]], pad: int) -> dict[str, Tensor]:
+def collated(sequences: Sequence[Sequence[TokenExample]], pad: int) -> dict[str, Tensor]:
     """Sequences of examples as a batch, padded on the right: input_ids and labels [b, t], attention_mask or position_ids [b, t].
 
     Where examples share a sequence, positions start again with each, by which transformers keeps them apart.
@@ -260,7 +260,7 @@ def collated(sequences: Sequence[Sequence[Example]], pad: int) -> dict[str, Tens
     return {name: torch.tensor([row[name] for row in rows]) for name in names}
 
 
-def _columns(sequence: Sequence[Example], width: int, pad: int) -> dict[str, list[int]]:
+def _columns(sequence: Sequence[TokenExample], width: int, pad: int) -> dict[str, list[int]]:
     """One sequence's ids, labels, positions and mask, each [width]."""
     ids = [i for e in sequence for i in e.ids]
     labels = [label for e in sequence for label in e.labels]
@@ -274,6 +274,6 @@ def _columns(sequence: Sequence[Example], width: int, pad: int) -> dict[str, lis
     }
 
 
-def tokens(sequences: Iterable[Sequence[Example]]) -> int:
+def tokens(sequences: Iterable[Sequence[TokenExample]]) -> int:
     """How many tokens are learnt."""
     return sum(e.tokens for sequence in sequences for e in sequence)

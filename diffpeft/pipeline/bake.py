@@ -54,7 +54,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Stored:
+class ComponentFiles:
     """One component's folder: the files that stand in the copy, and the tensors in those with weights."""
 
     files: Sequence[Path]
@@ -108,7 +108,7 @@ def bake(
 
 
 def _planned(
-    model: Path, index: Mapping[str, Any], stored: Mapping[str, Stored], adapters: Sequence[tuple[Any, float]]
+    model: Path, index: Mapping[str, Any], stored: Mapping[str, ComponentFiles], adapters: Sequence[tuple[Any, float]]
 ) -> dict[str, list[_Change]]:
     """{component: the layers that the adapters change}."""
     parts = {n: _weightless(model, n, index[n], stored[n]) for n in COMPONENTS if n in stored and stored[n].tensors}
@@ -121,7 +121,7 @@ def _planned(
     return {name: _changes(name, part, stored[name]) for name, part in parts.items()}
 
 
-def _copied(model: Path, stored: Iterable[Stored]) -> Iterator[Path]:
+def _copied(model: Path, stored: Iterable[ComponentFiles]) -> Iterator[Path]:
     """The files that stand in the copy: those beside the components, and those of each component."""
     for file in sorted(model.iterdir()):
         if file.is_file() and file.name[0] != "." and not _is_foreign(file):
@@ -194,7 +194,7 @@ def _is_foreign(file: Path) -> bool:
     return bool(_OTHERS.fullmatch(file.name))
 
 
-def _stored(folder: Path, variant: str | None) -> Stored:
+def _stored(folder: Path, variant: str | None) -> ComponentFiles:
     """What of a component's folder goes into the copy: all but weights of other variants and in other containers."""
     every = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     variants = _by_variant(file for file in every if file.parent == folder)
@@ -207,7 +207,7 @@ def _stored(folder: Path, variant: str | None) -> Stored:
         for file in every:
             io.refuse_pickle(file)
     files = [file for file in every if not _is_foreign(file)] + (chosen or [])
-    return Stored(files, _tensors(chosen or [], folder))
+    return ComponentFiles(files, _tensors(chosen or [], folder))
 
 
 def _by_variant(files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -236,7 +236,7 @@ def _tensors(files: Iterable[Path], folder: Path) -> dict[str, Handle]:
     return tensors
 
 
-def _weightless(model: Path, name: str, kind: Sequence[str], stored: Stored) -> nn.Module:
+def _weightless(model: Path, name: str, kind: Sequence[str], stored: ComponentFiles) -> nn.Module:
     """A component built from its config. Its parameters have the stored dtypes and their shapes, and all their numbers are one zero."""
     library, class_name = kind
     cls: Any = class_of(library, class_name) if library in ("diffusers", "transformers") else None
@@ -260,7 +260,7 @@ def _weightless(model: Path, name: str, kind: Sequence[str], stored: Stored) -> 
     return module.eval()
 
 
-def _replace_parameters(model: nn.Module, stored: Stored) -> None:
+def _replace_parameters(model: nn.Module, stored: ComponentFiles) -> None:
     """One zero of the stored dtype, spread out, in the place of each parameter. Tied parameters stay so."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
@@ -273,7 +273,10 @@ def _replace_parameters(model: nn.Module, stored: Stored) -> None:
 
 
 def _show_weights(
-    source: Path | Mapping[str, Tensor], target: object, parts: Mapping[str, nn.Module], stored: Mapping[str, Stored]
+    source: Path | Mapping[str, Tensor],
+    target: object,
+    parts: Mapping[str, nn.Module],
+    stored: Mapping[str, ComponentFiles],
 ) -> None:
     """Give the weights to those layers of which load_lora works out what an adapter of their joint layer does."""
     family = family_of(target)
@@ -291,7 +294,7 @@ def _show_weights(
                     weight.data = io.load([handle])[0]
 
 
-def _changes(component: str, model: nn.Module, stored: Stored) -> list[_Change]:
+def _changes(component: str, model: nn.Module, stored: ComponentFiles) -> list[_Change]:
     """The layers that adapters change. Raises for those whose weights are not in the files as the layer has them."""
     owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
     changes = []

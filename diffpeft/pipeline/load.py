@@ -195,7 +195,7 @@ def save_lora(
     name: str | None = None,
     format: str | None = None,
     dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> None:
     """Write an adapter to `path`, whole or not at all: a .safetensors file, or under any other name a PEFT folder.
 

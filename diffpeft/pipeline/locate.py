@@ -30,7 +30,7 @@ _LINK = re.compile(
 _NO_MODELS = ("datasets/", "spaces/", "api/", "collections/", "papers/")
 
 
-class Place(NamedTuple):
+class HubPlace(NamedTuple):
     """A repository on the Hub, or a file in one."""
 
     repo: str
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     filename: str | None = None
 
 
-def on_hub(source: str) -> Place | None:
+def on_hub(source: str) -> HubPlace | None:
     """The place on the Hub that a text names: an id, a link to a repository or a file, or owner/name/file.safetensors. None for other texts.
 
     A path collapses the slashes of a link, and is one all the same.
@@ -48,12 +48,12 @@ def on_hub(source: str) -> Place | None:
         file = unquote(link["file"] or "").strip("/")
         if file and Path(file).suffix != ".safetensors":  # a folder
             file = f"{file}/{_FILE}"
-        return Place(link["repo"], unquote(link["revision"]) if link["revision"] else None, file or None)
+        return HubPlace(link["repo"], unquote(link["revision"]) if link["revision"] else None, file or None)
     if HUB_ID.fullmatch(source) and Path(source).suffix != ".safetensors":
-        return Place(source)
+        return HubPlace(source)
     owner, name, file = (*source.split("/", 2), "", "")[:3]
     if HUB_ID.fullmatch(f"{owner}/{name}") and file.endswith(".safetensors") and not Path(owner).exists():
-        return Place(f"{owner}/{name}", None, file)
+        return HubPlace(f"{owner}/{name}", None, file)
     return None
 
 

@@ -33,9 +33,9 @@ from diffpeft.model.target import spellings
 
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
 LORAS = ("lora", "dora")
-Stored = TypeVar("Stored", Handle, Handle | float | None)  # a tensor, an alpha
+HandleOrNumber = TypeVar("HandleOrNumber", Handle, Handle | float | None)  # a tensor, an alpha
 Layers = Mapping[str, Mapping[str, tuple[nn.Module, nn.Module | None]]]  # {component: {layer: (module, its parent)}}
-Place = tuple[str, str]  # a component and the name of a layer in it
+LayerPlace = tuple[str, str]  # a component and the name of a layer in it
 Slots = dict[str, dict[str, Slot]]  # {component: {layer: its slot}}
 Made = list[
     tuple[Piece, Mapping[str, Tensor]]
@@ -67,7 +67,7 @@ def matched(
 
 def _placed(
     bundle: Bundle, parts: Mapping[str, nn.Module], layers: Layers, strict: bool
-) -> tuple[list[tuple[Entry, Place]], list[Entry]]:
+) -> tuple[list[tuple[Entry, LayerPlace]], list[Entry]]:
     """Each entry with the layer that it is for, and the entries whose component or layer is not there.
 
     Raises UnknownKeysError if a component that is there lacks a layer (strict), or if no entry has a place.
@@ -100,11 +100,11 @@ def _placed(
 
 
 def _pieces(
-    bundle: Bundle, placed: Sequence[tuple[Entry, Place]], specs: Sequence[Spec], layers: Layers, trainable: bool
-) -> dict[Place, Made]:
+    bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], specs: Sequence[Spec], layers: Layers, trainable: bool
+) -> dict[LayerPlace, Made]:
     """What each layer gets, read from the file in one go."""
     tensors = iter(io.load(handle for entry, _ in placed for handle in entry.tensors.values()))
-    pieces: dict[Place, Made] = {}
+    pieces: dict[LayerPlace, Made] = {}
     for (entry, (component, layer)), spec in zip(placed, specs, strict=True):
         by_role = {role: next(tensors) for role in entry.tensors}
         module = layers[component][layer][0]
@@ -145,7 +145,7 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, Place]], layers: Layers) -> list[Spec]:
+def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], layers: Layers) -> list[Spec]:
     """What each entry's method must know beside its tensors. Raises if one does not fit its layer."""
     _refuse_two(bundle, placed)
     modules = [layers[component][layer] for _, (component, layer) in placed]
@@ -169,9 +169,9 @@ def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, Place]], layers: Laye
     return specs
 
 
-def _refuse_two(bundle: Bundle, placed: Sequence[tuple[Entry, Place]]) -> None:
+def _refuse_two(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]]) -> None:
     """Raise CheckpointError for tensors of the same role for the same layer."""
-    taken: set[tuple[Place, str]] = set()
+    taken: set[tuple[LayerPlace, str]] = set()
     for entry, place in placed:
         roles = {(place, role) for role in entry.tensors}
         if taken & roles:
@@ -284,6 +284,6 @@ def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, wh
     return {**tensors, "lora_A": A, "lora_B": B}
 
 
-def in_memory(number: Stored) -> Stored:
+def in_memory(number: HandleOrNumber) -> HandleOrNumber:
     """A handle whose tensor is in memory, because its file may go away; a plain number as it is."""
     return io.handle(io.load([number])[0]) if isinstance(number, Handle) else number

@@ -34,8 +34,8 @@ def check_rank(config: Options, layers: Iterable[nn.Module]) -> None:
 def check_room(out: Path, parameters: Sequence[nn.Parameter], files: int) -> None:
     """Raise OSError if the disk of `out` has no room for so many files of these parameters."""
     needed = files * sum(p.numel() * p.element_size() for p in parameters)
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(folder for folder in (out, *out.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         what = f"{needed / 2**20:.1f} MiB are needed for the adapter, and {free / 2**20:.1f} MiB are free"
         raise OSError(errno.ENOSPC, what, str(out))
@@ -56,6 +56,7 @@ def refuse_unlearnt(models: Iterable[nn.Module], name: str) -> None:
 
 @torch.no_grad()
 def _changes(module: nn.Module, slot: Slot) -> bool:
+    """Whether an adapter changes a layer's weight or bias, in float64."""
     op = op_of(module)
     base, base_bias = op.stored(op.weight()).double(), op.bias  # a quantised weight as numbers
     weight, bias = effective(module, [(slot, 1.0)], torch.float64, (base, base_bias))
@@ -64,7 +65,7 @@ def _changes(module: nn.Module, slot: Slot) -> bool:
     return not torch.equal(weight, base)
 
 
-def kept(write: Callable[[Path], list[Path]], out: Path, name: str) -> list[Path]:
+def rescued(write: Callable[[Path], list[Path]], out: Path, name: str) -> list[Path]:
     """What `write` writes into `out`. If that cannot be, it is written into a temporary folder, which the OSError names in a note."""
     try:
         return write(out)
