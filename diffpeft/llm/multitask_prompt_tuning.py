@@ -89,16 +89,16 @@ def _source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
         )
     wanted = [EMBEDDINGS] if init == MultitaskPromptTuningInit.ONLY_SOURCE_SHARED else [EMBEDDINGS, COLS, ROWS]
     tensors = _read(path)
-    if lost := [name for name in wanted if name not in tensors]:
-        raise MissingKeysError(f"no {listed(lost)}", where=path, remedy="Is it a file of multitask prompt tuning?")
-    found = {name: tensors[name] for name in wanted}
+    if missing := [name for name in wanted if name not in tensors]:
+        raise MissingKeysError(f"no {listed(missing)}", where=path, remedy="Is it a file of multitask prompt tuning?")
+    source = {name: tensors[name] for name in wanted}
     task = config.prompt_tuning_init_task or 0
     for name in wanted[1:]:
-        t = found[name]
+        t = source[name]
         if init == MultitaskPromptTuningInit.EXACT_SOURCE_TASK and not -len(t) <= task < len(t):
             raise ConfigError(f"prompt_tuning_init_task is {task}", where=path, remedy=f"The file has {len(t)} tasks.")
-        found[name] = t.mean(0, True) if init == MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS else t[task][None]
-    return found
+        source[name] = t.mean(0, True) if init == MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS else t[task][None]
+    return source
 
 
 def _read(path: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,28 +190,34 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
     assert isinstance(config, LoraConfig)
     _check_factors(config, targets)
     patches: Patched = {}
-    names: set[str] = set()
+    keys: set[str] = set()
     for where, (module, _) in modules_of(model, lambda m: bool(m._parameters)).items():
-        keys = {name: f"{where}.{name}" for name, p in module._parameters.items() if p is not None}
-        names |= {*keys.values()} | {*keys} | {f"{where.rpartition('.')[2]}.{name}" for name in keys}
-        targeted = [name for name, key in keys.items() if any(_names(target, key) for target in targets)]
+        by_name = {name: f"{where}.{name}" for name, p in module._parameters.items() if p is not None}
+        keys |= set(by_name.values())
+        targeted = [name for name, key in by_name.items() if any(_names(target, key) for target in targets)]
         if targeted and not where:
             raise ConfigError(
                 f"target_parameters names {shown(targeted[0])} of the model itself", remedy="Put it into a module."
             )
         if targeted:
             patches[where] = module, _factors_of(module, where, targeted, config)
-    adapted = [f"{where}.{name}" for where, (_, patch) in patches.items() for name in patch.names]
-    for target in targets:
-        if any(_names(target, key) for key in adapted):
-            continue
-        hint = near(target, names)
-        if not patches and not others:
-            raise UnknownNameError(f"target_parameters {listed(targets)} not found in the base model", remedy=hint)
-        warnings.warn(
-            f"target_parameters has {shown(target)}, which no parameter is called. {hint}".strip(), stacklevel=5
-        )
+    _check_named(targets, keys, needed=not others)
     return patches
+
+
+def _check_named(targets: Sequence[str], keys: Collection[str], needed: bool) -> None:
+    """Warn of targets that no parameter is called. Raises UnknownNameError if none is, and one is `needed`."""
+    unknown = [target for target in targets if not any(_names(target, key) for key in keys)]
+    ends = {".".join(key.split(".")[-n:]) for key in keys for n in (1, 2)} | {*keys} if unknown else ()
+    if needed and len(unknown) == len(targets):
+        raise UnknownNameError(
+            f"target_parameters {listed(targets)} not found in the base model", remedy=near(unknown[0], ends)
+        )
+    for target in unknown:
+        hint = near(target, ends)
+        warnings.warn(
+            f"target_parameters has {shown(target)}, which no parameter is called. {hint}".strip(), stacklevel=6
+        )
 
 
 def _names(target: str, key: str) -> bool:

@@ -251,14 +251,13 @@ class Prompts(nn.Module):
             task_ids: Tensor | None = None,
             **kwargs: Any,
         ) -> dict[str, Any]:
-            fresh = (
-                _is_empty(past_key_values) or kwargs.get("use_cache") is False
-            )  # a model may hand a prefix on even so
+            batch, keeps = len(input_ids), kwargs.get("use_cache") is not False  # a model may hand a prefix on even so
+            fresh = not keeps or _is_empty(past_key_values)
             if fresh and isinstance(config, PrefixTuningConfig):
-                past_key_values = self._prefix(active, config, len(input_ids))
+                past_key_values = self._prefix(active, config, batch)
             elif fresh:
                 embeds = inputs_embeds if is_first_iteration else None
-                inputs_embeds = self._joined(self.prompt(active, config, len(input_ids), task_ids), input_ids, embeds)
+                inputs_embeds = self._joined(self.prompt(active, config, batch, task_ids), input_ids, embeds)
                 is_first_iteration, next_sequence_length = True, None
                 past_key_values = _longer(past_key_values, n, self.base_model.config)
             elif is_first_iteration and next_sequence_length is not None:

@@ -61,16 +61,18 @@ def stacked(model: nn.Module, config: PeftConfig, linear: Iterable[str], chosen:
     Raises ConfigError for one part of what is joint without the others.
     """
     parts = parts_of(model)
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA or not parts:
+    if not parts or not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         return
     targets = _targets(model, config, parts, linear, chosen)
     part_of = {target: part for target in targets if (part := _part(target, parts))}
     if not targets or not (part_of or isinstance(config.target_modules, str)):
         return
-    for parameter in {parts[part] for part in part_of.values()}:
-        _multiply(config, parameter, [part for part in parts if parts[part] == parameter], set(part_of.values()))
-    parameters = {*(config.target_parameters or ()), *(parts[part] for part in part_of.values())}
-    config.target_parameters = sorted(parameters) or None
+    by_parameter: dict[str, set[str]] = {}
+    for part in part_of.values():
+        by_parameter.setdefault(parts[part], set()).add(part)
+    for parameter, present in by_parameter.items():
+        _multiply(config, parameter, [part for part in parts if parts[part] == parameter], present)
+    config.target_parameters = sorted({*(config.target_parameters or ()), *by_parameter}) or None
     config.target_modules = sorted(target for target in targets if target not in part_of)
 
 

@@ -242,17 +242,24 @@ def _raise_left_out(config: PeftConfig, names: list[str]) -> None:
     left_out = [] if layers is None else [name for name in names if matches(anywhere, name)]
     if not left_out:
         return
-    before = next((n.split(".") for n in left_out if any(s.isdigit() for s in n.split("."))), [])
-    block = next((before[i - 1] for i, segment in enumerate(before) if segment.isdigit() and i), "")
-    hint = f"Give layers_pattern={block!r}, the list's name." if block and not pattern else ""
+    block = "" if pattern else _list_in(left_out)
     raise UnknownNameError(
         f"Target modules {shown(set(config.target_modules or ()))} not found in the base model: "
         f"layers_to_transform={layers!r} leaves out {listed(left_out[:3])}",
         where=f"layers_pattern={pattern!r}"
         if pattern
         else "without layers_pattern the list of blocks has to be inside another module",
-        remedy=hint or "Check the numbers.",
+        remedy=f"Give layers_pattern={block!r}, the list's name." if block else "Check the numbers.",
     )
+
+
+def _list_in(names: Iterable[str]) -> str:
+    """What the list of blocks is called in the first name with a number; empty if there is none."""
+    for name in names:
+        segments = name.split(".")
+        if numbers := [i for i, segment in enumerate(segments) if segment.isdigit()]:
+            return next((segments[i - 1] for i in numbers if i), "")
+    return ""
 
 
 def _warn_unmatched(config: PeftConfig, names: list[str], excluded: list[str]) -> None:

@@ -60,10 +60,7 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     checked, device = checked or check(config), default_device()
     dtype = config.dtype or default_dtype(device)
     watch.phase("loading the model")
-    family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
-    if config.snr_gamma is not None:
-        check_weighted(family.kind)
-    family.pipe.set_progress_bar_config(disable=True)
+    family = _opened(config, dtype, device)
     config = resolved(config, checked.name, dtype, family)
     if checked.account.resolution != config.resolution:  # the configs did not tell
         checked = resized(checked, resolution(config, family))
@@ -91,6 +88,15 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
         slot.eval()
     refuse_unlearnt(components(family.pipe).values(), name)
     return TrainRun(config, family, name, losses, time.perf_counter() - start, checked.account)
+
+
+def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
+    """The model to train, without progress bars. Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have."""
+    family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
+    if config.snr_gamma is not None:
+        check_weighted(family.kind)
+    family.pipe.set_progress_bar_config(disable=True)
+    return family
 
 
 def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -157,11 +157,16 @@ def _in_folder(folder: Path, wanted: Provenance, total: int) -> ClassImages:
     by_user = tuple(path for path in images if path not in ours.values())[:total]
     data.captioned(by_user, wanted.prompt)
     used = range(provenance.first, provenance.first + total - len(by_user))
-    drawn = {number: ours[number] for number in used if number in ours}
-    damaged = {number: path for number, path in drawn.items() if looked_at(path).error}
-    drawn = {number: path for number, path in drawn.items() if number not in damaged}
+    drawn, damaged = _drawn(ours, used)
     missing = tuple(number for number in used if number not in drawn)
-    return ClassImages(folder, provenance, by_user, drawn, missing, tuple(damaged.values()))
+    return ClassImages(folder, provenance, by_user, drawn, missing, damaged)
+
+
+def _drawn(images: Mapping[int, Path], used: Iterable[int]) -> tuple[dict[int, Path], tuple[Path, ...]]:
+    """Those of the images with these numbers that can be read, by number, and those that cannot."""
+    drawn = {number: images[number] for number in used if number in images}
+    damaged = {number: path for number, path in drawn.items() if looked_at(path).error}
+    return {number: path for number, path in drawn.items() if number not in damaged}, tuple(damaged.values())
 
 
 def draw_missing(plan: ClassImages, family: Family, seed: int, tick: Callable[[], None]) -> ClassImages:
