@@ -100,6 +100,7 @@ def _one_line(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
+    """A warning on stderr, in place of `warnings.showwarning`."""
     click.echo(f"warning: {message}", err=True)
 
 

@@ -39,4 +39,4 @@ class Family(Protocol):
         """Latents z with noise n at noise levels u [b] in [0, 1), 0 the cleanest."""
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The denoiser's prediction, fp32."""
+        """The denoiser's prediction [b, c, h, w] in fp32, of noised latents x [b, c, h, w] at times t [b], with what it reads of the prompts."""

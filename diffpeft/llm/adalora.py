@@ -215,6 +215,6 @@ def _masks(config: AdaLoraConfig, name: str) -> dict[str, list[bool]]:
 
 
 def _skewness(slot: Slot) -> list[Tensor]:
-    """|A A^T - 1| and |B^T B - 1|."""
+    """|A A^T - 1| and |B^T B - 1| of A [r, i] and B [o, r], Frobenius norms: two scalars."""
     a, b = slot.get_parameter(A), slot.get_parameter(B)
     return [(gram - torch.eye(len(gram)).to(gram)).norm() for gram in (a @ a.t(), b.t() @ b)]

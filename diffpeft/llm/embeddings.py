@@ -127,6 +127,7 @@ def _check(layer: str, module: nn.Module, tensors: Mapping[str, Tensor], source:
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
+    """A module's parameter of any shape, without its gradient."""
     parameter = module._parameters[name]
     assert parameter is not None
     return parameter.detach()

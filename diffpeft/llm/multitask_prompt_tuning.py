@@ -71,6 +71,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         return self.embedding(indices) * (self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids])
 
     def prompt(self, batch: int, collapsed: bool = False, task_ids: Tensor | None = None) -> Tensor:
+        """The vectors of each row's task, [batch, tokens, dim]; `task_ids` [batch]."""
         return self(self.tokens.expand(batch, -1), task_ids)
 
     def state(self, collapsed: bool = False) -> dict[str, Tensor]:

@@ -78,6 +78,7 @@ class PromptEncoder(VirtualTokens):
         self.mlp_head = nn.Sequential(*layers[:-1])
 
     def forward(self, indices: Tensor) -> Tensor:
+        """Indices [b, t] -> vectors [b, t, dim]."""
         vectors = self.embedding(indices)
         if self.lstm_head is not None:
             vectors = self.lstm_head(vectors)[0]

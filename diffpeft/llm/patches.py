@@ -96,7 +96,7 @@ def _tokens(model: nn.Module, config: PeftConfig, rows: list[int] | Mapping[str,
         for where, module in _named(model, name).items():
             if where in patches and _index(patches[where][1]) != list(index):
                 raise ConfigError(f"{shown(where)} is named twice, with other indices", remedy="Name it once.")
-            patches[where] = module, Tokens(index, _rows(where, module, index))
+            patches[where] = module, Tokens(index, _table_rows(where, module, index))
     if config.ensure_weight_tying:
         _check_rows_alike(model, patches)
     return _tied(model, patches)
@@ -143,7 +143,7 @@ def _named(model: nn.Module, name: str) -> dict[str, nn.Module]:
     return named
 
 
-def _rows(where: str, module: nn.Module, index: object) -> Tensor:
+def _table_rows(where: str, module: nn.Module, index: object) -> Tensor:
     """The rows [n, dim] of a table [tokens, dim] as they are, in fp32. Raises ConfigError for what are no rows of it."""
     weight = _weight(module)
     total = len(weight)

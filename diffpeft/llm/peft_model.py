@@ -200,7 +200,7 @@ class PeftModel(Passing, Counted, nn.Module):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's. `adapter_names` has an adapter's name, or `__base__`, for each row of the batch."""
         kwargs.pop("alora_offsets", None)
-        with nullcontext() if adapter_names is None else self._rows(adapter_names, args, kwargs):
+        with nullcontext() if adapter_names is None else self._mixed_batch(adapter_names, args, kwargs):
             return self.tuner.call(args, kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -213,10 +213,10 @@ class PeftModel(Passing, Counted, nn.Module):
         beams, several = (
             kwargs.get(k) or getattr(options, k, None) or 1 for k in ("num_beams", "num_return_sequences")
         )
-        with self._rows(adapter_names, args, kwargs, max(beams, several)):
+        with self._mixed_batch(adapter_names, args, kwargs, max(beams, several)):
             return self.tuner.generated(args, kwargs)
 
-    def _rows(
+    def _mixed_batch(
         self, names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object], copies: int = 1
     ) -> AbstractContextManager[None]:
         """A block in which row i of the batch has the adapter `names[i // copies]`. Raises ConfigError for a batch of another size."""
@@ -271,7 +271,7 @@ class PeftModel(Passing, Counted, nn.Module):
                     f.write(self._card().encode())
 
     def _card(self) -> str:
-        """The text of README.md."""
+        """The text of the README.md that is written beside an adapter."""
         config = self.active_peft_config
         return _CARD.format(
             base=config.base_model_name_or_path or self._name() or "a model",
@@ -280,6 +280,7 @@ class PeftModel(Passing, Counted, nn.Module):
         )
 
     def _config_to_save(self, name: str) -> PeftConfig:
+        """An adapter's config as its file has it: for inference, with the names of the base model and of its class."""
         config = state.saved(self.peft_config[name])
         config.base_model_name_or_path = config.base_model_name_or_path or self._name()
         config.inference_mode = True

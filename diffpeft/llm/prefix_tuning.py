@@ -71,6 +71,7 @@ class PrefixEncoder(VirtualTokens):
                 nn.init.zeros_(p)
 
     def forward(self, indices: Tensor) -> Tensor:
+        """Indices [b, t] -> keys and values [b, t, 2 layers dim]."""
         vectors = self.embedding(indices)
         return vectors if self.transform is None else self.transform(vectors)
 

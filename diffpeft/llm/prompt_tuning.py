@@ -75,6 +75,7 @@ class PromptEmbedding(VirtualTokens):
             self.embedding.weight = nn.Parameter(words.float().clone())
 
     def forward(self, indices: Tensor) -> Tensor:
+        """Indices [b, t] -> vectors [b, t, dim]."""
         return self.embedding(indices)
 
 

@@ -251,6 +251,7 @@ class Prompts(nn.Module):
             task_ids: Tensor | None = None,
             **kwargs: Any,
         ) -> dict[str, Any]:
+            """The arguments of a step. `input_ids` [b, t] or `inputs_embeds` [b, t, dim], `attention_mask` [b, t]."""
             batch, keeps = len(input_ids), kwargs.get("use_cache") is not False  # a model may hand a prefix on even so
             fresh = not keeps or _is_empty(past_key_values)
             if fresh and isinstance(config, PrefixTuningConfig):

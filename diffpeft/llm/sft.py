@@ -24,7 +24,7 @@ from diffpeft.llm.sft_config import SftConfig
 from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
 from diffpeft.model.target import targets_of
-from diffpeft.pipeline.open import default_device, default_dtype, dtype_of, not_loaded, whole_model
+from diffpeft.pipeline.open import complete_model, default_device, default_dtype, dtype_of, not_loaded
 from diffpeft.train import draw, report
 from diffpeft.train.config import target_names
 from diffpeft.train.loop import LearningRate, fit
@@ -118,7 +118,7 @@ def open_model(config: SftConfig, device: str) -> tuple[texts.Tokenizer, Any]:
     dtype = dtype_of(str(config.dtype))
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model = whole_model(
+        model = complete_model(
             AutoModelForCausalLM, where, "the model", dtype=dtype, **gguf, **_quantised(config, dtype, device)
         )
     except (MemoryError, NotImplementedError, CheckpointError):
@@ -129,6 +129,7 @@ def open_model(config: SftConfig, device: str) -> tuple[texts.Tokenizer, Any]:
 
 
 def _quantised(config: SftConfig, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The keywords with which transformers loads a base in 4 or 8 bits; none for one that stays as it is."""
     if not config.quantize:
         return {}
     from transformers import BitsAndBytesConfig
@@ -187,7 +188,7 @@ class Loss:
         )
 
     def parts(self, sequences: Sequences, size: int) -> Iterator[Tensor]:
-        """The mean over the tokens of all sequences, as a sum of parts with `size` sequences each: accumulating changes nothing."""
+        """The mean [] over the tokens of all sequences, as a sum of parts with `size` sequences each: accumulating changes nothing."""
         tokens = texts.tokens(sequences)
         for start in range(0, len(sequences), size):
             yield self.total(sequences[start : start + size]) / tokens
@@ -222,6 +223,7 @@ class Measure:
         return total, [self._answer(e) for e in self.questions]
 
     def _answer(self, example: TokenExample) -> str:
+        """What the model says to an example's prompt."""
         prompt = torch.tensor([example.prompt], device=self.loss.model.device)
         got = self.loss.model.generate(
             input_ids=prompt,
@@ -254,6 +256,7 @@ def save(run: SftRun) -> list[Path]:
 
 
 def _written(run: SftRun, out: Path) -> list[Path]:
+    """Write the adapter, the measurements and the report into a folder; the paths."""
     run.model.save_pretrained(out)
     files = [out / name for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json", "report.html")]
     table = {

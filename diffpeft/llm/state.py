@@ -139,7 +139,7 @@ def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module
             tensors[f".{role}"] = tensor / by if by not in (0, 1) else tensor
         elif role == BIAS:
             # PEFT keeps an adapted layer one level below
-            tensors[".base_layer.bias" if adapted else ".bias"] = _whole_bias(entry.layer, name, module, tensor)
+            tensors[".base_layer.bias" if adapted else ".bias"] = _full_bias(entry.layer, name, module, tensor)
         elif role == tables.WHOLE:
             tensors[".base_layer.weight"] = tensor
         else:
@@ -147,7 +147,7 @@ def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module
     return tensors
 
 
-def _whole_bias(layer: str, name: str, module: nn.Module, change: Tensor) -> Tensor:
+def _full_bias(layer: str, name: str, module: nn.Module, change: Tensor) -> Tensor:
     """A layer's bias [o] with an adapter's change of it. Raises AdapterStateError where the layer has none."""
     bias = module._parameters.get("bias")
     if bias is None:
@@ -239,7 +239,7 @@ def read(
         slots = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)[0][""]
     wholes = _loaded(beside.wholes)
     for where, tensors in wholes.items():
-        check_whole(f"{bundle.source}: {where}", modules[where], tensors)
+        check_module(f"{bundle.source}: {where}", modules[where], tensors)
     tying.check_alike(tying.ties_of(model, config, modules), wholes, bundle.source)
     return AdapterFile(
         slots,
@@ -295,6 +295,7 @@ def _dropouts(method: str, config: PeftConfig) -> dict[str, Any]:
 
 
 def _bundle(source: dict[str, Tensor] | Opened, config: PeftConfig, layers: Layers) -> Bundle:
+    """The Bundle of a source with PEFT's names. Raises UnknownKeysError if it holds no adapter."""
     names = {component: list(by_layer) for component, by_layer in layers.items()}
     try:
         return converters.read(source, format="peft", names=names, metadata={CONFIG: config.to_json()})
@@ -323,7 +324,7 @@ def _with_biases(
     return entries + [Entry("full", layer, {BIAS: shift}) for layer, shift in shifts.items()]
 
 
-def check_whole(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise unless these are all of a module's tensors, in its shapes and finite."""
     present = bare(module).state_dict()
     if other := sorted(present.keys() ^ tensors.keys()):
@@ -515,6 +516,7 @@ def located(model_id: str | os.PathLike[str], **options: Any) -> Opened:
 
 
 def _located(model_id: str | os.PathLike[str], **options: Any) -> Path:
+    """The folder of an adapter, downloaded if it is on the Hub. Raises CheckpointError."""
     path = Path(model_id, options.get("subfolder") or "")
     if io.present(path / WEIGHTS):
         return path

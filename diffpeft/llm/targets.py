@@ -217,6 +217,7 @@ def shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def _raise_none(config: PeftConfig, names: list[str], excluded: list[str]) -> None:
+    """Raise for targets that choose nothing: because all are excluded, because of the numbers of layers, or because no module is called so."""
     if excluded:
         raise ConfigError(
             "All modules were excluded: none of the targets is left",

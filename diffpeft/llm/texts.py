@@ -75,6 +75,7 @@ def read(path: str | Path) -> list[Row]:
 
 
 def _text(path: Path) -> str:
+    """The text of a file in UTF-8. Raises DataError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -123,6 +124,7 @@ def form_of(row: Row) -> str:
 
 
 def _message_fault(row: Row) -> str:
+    """What is wrong with a row of messages; empty if nothing is."""
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         return "without a list of messages"
@@ -201,6 +203,7 @@ def examples(
 
 
 def _example(row: Row, tokenizer: Tokenizer, loss: str, where: str) -> TokenExample:
+    """A row's tokens. Raises DataError for a row that the tokenizer or its template cannot take."""
     form = form_of(row)
     try:
         return tokenised(SEGMENTS[form](row, tokenizer), tokenizer, chat=form == "messages", loss=loss)

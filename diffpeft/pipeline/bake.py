@@ -156,6 +156,7 @@ def _is_component(name: str, kind: object) -> bool:
 
 
 def _check_places(model: Path, out: Path) -> None:
+    """Raise CheckpointError for what is no folder of a pipeline, ConfigError for an output that would overwrite something."""
     if model.is_file() and model.suffix == ".safetensors":
         raise CheckpointError(
             "this is a single file, and only a diffusers folder can be fused into",
@@ -174,6 +175,7 @@ def _check_places(model: Path, out: Path) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """The table in a JSON file. Raises UnreadableFileError."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -220,6 +222,7 @@ def _by_variant(files: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def _tensors(files: Iterable[Path], folder: Path) -> dict[str, Handle]:
+    """The tensors of files of weights, those named by an index among them. Raises CheckpointError for tensors that two files hold."""
     tensors: dict[str, Handle] = {}
     wanted: set[str] = set()
     files = list(files)

@@ -316,7 +316,7 @@ def beside_of(bundle: Bundle, absent: Sequence[Entry]) -> dict[str, Any]:
 def report_of(
     name: str, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], absent: Sequence[Entry]
 ) -> LoadReport:
-    """What a load did."""
+    """What a load did: the layers with slots, and the keys that were kept without effect."""
     names = [dotted(component, layer) for component, by_layer in slots.items() for layer in by_layer]
     carried = (*bundle.carried, *(key for e in absent for key in e.keys or (e.layer,)))
     methods = frozenset(bundle.methods)

@@ -81,6 +81,7 @@ def located(source: object, revision: str | None = None, filename: str | None = 
 
 
 def _remedy(path: Path) -> str:
+    """What to do about a path that does not exist."""
     if re.match(r"https?:/", str(path)):
         return (
             "A link is followed to huggingface.co only: save the file, and pass its path; or a Hub id with filename=."
@@ -90,6 +91,7 @@ def _remedy(path: Path) -> str:
 
 
 def _in_folder(folder: Path, filename: str | None) -> Path:
+    """The adapter's file in a folder, or the folder itself if it is a PEFT folder. Raises CheckpointError if several may be meant."""
     peft = all(present(folder / name) for name in PEFT)
     if not filename and (peft or converters.components_in(folder)):
         return folder

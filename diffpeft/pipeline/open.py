@@ -177,7 +177,7 @@ def _components(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
     for name, entry in _config(str(folder), INDEX).items():
         cls = class_of(*map(str, entry)) if isinstance(entry, list) and len(entry) == 2 else None
         if cls is not None and issubclass(cls, torch.nn.Module) and (folder / name).is_dir():
-            models[name] = whole_model(cls, folder / name, name, dtype=dtype)
+            models[name] = complete_model(cls, folder / name, name, dtype=dtype)
     return models
 
 
@@ -190,7 +190,7 @@ def class_of(library: str, name: str) -> Any:
     return getattr(importlib.import_module(library), name, None)
 
 
-def whole_model(cls: Any, source: str | Path, component: str, **options: Any) -> Any:
+def complete_model(cls: Any, source: str | Path, component: str, **options: Any) -> Any:
     """A model of diffusers or transformers by its class's `from_pretrained`, with every weight from its files.
 
     Both libraries go on with random numbers where a weight is missing, and say so in a log. Raises CheckpointError, which names the component

@@ -19,7 +19,7 @@ from converters.families.base import Table
 from diffpeft.bundle import COMPONENTS
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 
-Strength = TypeVar("Strength")
+Value = TypeVar("Value")
 _TAG = re.compile(r"\s*<(?:lora|lyco):([^>]*)>")
 _NAMED = ("te", "unet", "lbw", "w")
 _END = ".safetensors"
@@ -80,14 +80,14 @@ def parsed(prompt: str) -> tuple[str, list[Tag]]:
 
 
 def resolved(
-    files: Sequence[tuple[str, Strength]], tags: Iterable[Tag], folder: Path
-) -> list[tuple[str | Path, Strength | Tag]]:
+    files: Sequence[tuple[str, Value]], tags: Iterable[Tag], folder: Path
+) -> list[tuple[str | Path, Value | Tag]]:
     """What to load and how strong each is: the given `files`, then those that only tags name, `name.safetensors` in `folder`.
 
     A tag's strength takes the place of that of the given file with its name. Raises UnknownNameError if there is none.
     """
     in_folder = {path.name.removesuffix(_END): path for path in sorted(folder.glob(f"*{_END}"))}
-    resolved_files: list[tuple[str | Path, Strength | Tag]] = list(files)
+    resolved_files: list[tuple[str | Path, Value | Tag]] = list(files)
     names = [Path(file).name.removesuffix(_END) for file, _ in files]
     seen: set[str] = set()
     for tag in tags:

@@ -299,6 +299,7 @@ _BACKSLASHES = "Between double quotes a backslash is doubled; or use single quot
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises ConfigError, which says what to do about backslashes."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -56,7 +56,7 @@ class Heldout:
 
 
 def heldout() -> Heldout:
-    """The 16 held-out names."""
+    """The 16 names that are not trained on, with their pictures in both styles."""
     examples = data.find(IMAGES / "heldout" / "target", None)
     target, original = (
         np.stack([np.asarray(Image.open(IMAGES / "heldout" / style / e.path.name).convert("RGB")) for e in examples])
@@ -121,6 +121,7 @@ def _paired(run: dreambooth.TrainRun, truth: Heldout, watch: dreambooth.Watch) -
 
 
 def _write(run: dreambooth.TrainRun, picture: Grid, metrics: dict[str, dict[str, float]], seconds: float) -> list[Path]:
+    """Write the adapter, the grid of pictures, the measurements and the report; the paths."""
     out = Path(run.config.out or "")
     files = [*dreambooth.save(run), out / "before_after.png", out / "metrics.json", out / "report.html"]
     with replacing(out / "before_after.png") as f:

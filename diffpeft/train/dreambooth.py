@@ -172,7 +172,7 @@ def _loss(
     instances: Images,
     classes: Images,
 ) -> Callable[[int], Tensor]:
-    """The loss by step. Every draw is a function of seed, step and place in the batch."""
+    """The loss [] by step. Every draw is a function of seed, step and place in the batch."""
     texts = Texts(family, live=config.train_text_encoder)
     device = getattr(family.pipe, family.denoiser).device
 
@@ -216,6 +216,7 @@ def _bundle(run: TrainRun) -> Bundle:
 
 
 def _written(run: TrainRun, folder: Path) -> list[Path]:
+    """Write the adapter in every format that can hold it; the paths."""
     bundle = _bundle(run)
     formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
     paths = [folder / f"{run.name}.{format}.safetensors" for format in formats]

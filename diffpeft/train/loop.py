@@ -70,6 +70,7 @@ def fit(
 
 
 def _check_gradients(largest: float) -> None:
+    """Raise if the largest norm of a run's gradients says that it diverged, or that nothing was learnt."""
     if not math.isfinite(largest):
         raise DivergedError("the gradient is not finite", remedy="Lower --lr, or use --dtype fp32.")
     if not largest:

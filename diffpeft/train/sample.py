@@ -84,6 +84,7 @@ def grid(
 
 
 def _wrapped(text: str, width: int = 17) -> str:
+    """A label in at most five lines."""
     lines = [""]
     for word in text.split():
         lines = (

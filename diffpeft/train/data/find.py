@@ -100,6 +100,7 @@ def _is_junk(path: Path) -> bool:
 
 
 def _folder(folder: str | Path) -> Path:
+    """The folder as a path. Raises DataError with a near name if it is none."""
     folder = Path(folder)
     if folder.is_dir():
         return folder
@@ -112,6 +113,7 @@ def _folder(folder: str | Path) -> Path:
 
 
 def _no_images(folder: Path) -> DataError:
+    """The error for a folder without images: what is there instead, and which folder inside has some."""
     unread, folders = _unread(folder, ()), _folders_in(folder)
     with_images = [str(folder / name) for name, n in folders.items() if n]
     other = f"{sum(map(len, unread.values()))} other files"
@@ -174,6 +176,7 @@ def _looks(paths: Sequence[Path]) -> dict[Path, Look]:
 
 
 def _refuse_unreadable(folder: Path, broken: Mapping[Path, str], total: int) -> None:
+    """Raise DataError if there are files that cannot be read, {file: why}."""
     if not broken:
         return
     texts = any(path.suffix.lower() in CAPTIONS for path in broken)
