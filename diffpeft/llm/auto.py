@@ -32,10 +32,10 @@ class AutoPeftModel:
         pretrained_model_name_or_path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: Any = None,
+        config: PeftConfig | None = None,
         revision: str | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> PeftModel:
         """Load both. `kwargs` are the base model's (`dtype`, `device_map`, `quantization_config`, ...).
 
         Raises CheckpointError and its kin or ConfigError.

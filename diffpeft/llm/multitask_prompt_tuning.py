@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,10 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 class MultitaskPromptEmbedding(PromptEmbedding):
     """`embedding.weight` [tokens, dim], `prefix_task_cols` [tasks, tokens, rank], `prefix_task_rows` [tasks, rank, dim]."""
 
-    def __init__(self, config: Any, word_embeddings: nn.Module) -> None:
+    def __init__(self, config: MultitaskPromptTuningConfig, word_embeddings: nn.Module) -> None:
         super().__init__(config, word_embeddings)
         tasks, rank = config.num_tasks, config.num_ranks
+        assert tasks is not None and rank is not None
         tokens, dim = self.embedding.weight.shape
         self.prefix_task_cols = nn.Parameter(torch.normal(0.0, 0.02, (tasks, tokens, rank)))
         self.prefix_task_rows = nn.Parameter(torch.normal(0.0, 0.02, (tasks, rank, dim)))

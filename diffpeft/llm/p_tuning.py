@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -51,10 +51,11 @@ class PromptEncoder(VirtualTokens):
 
     lstm_head: nn.LSTM | None
 
-    def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
+    def __init__(self, config: PromptEncoderConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
-        dim, hidden = config.token_dim, config.encoder_hidden_size
-        self.embedding = nn.Embedding(config.num_virtual_tokens * config.num_transformer_submodules, dim)
+        dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
+        assert dim and hidden  # they have been completed from the model
+        self.embedding = nn.Embedding(config.vectors, dim)
         self.lstm_head = None
         if config.inference_mode:
             return

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from converters.formats.peft import FILE, PREFIX, WEIGHTS
@@ -66,7 +67,7 @@ class PeftModel(Passing, Counted, nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        peft_config: Any,
+        peft_config: PeftConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
@@ -154,24 +155,24 @@ class PeftModel(Passing, Counted, nn.Module):
     def add_adapter(
         self,
         adapter_name: str,
-        peft_config: Any = None,
+        peft_config: object = None,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
-        **_: Any,
+        **_: object,
     ) -> None:
         """Add a fresh adapter, inactive. Without a config: one like the active adapter's. The other options as in `get_peft_model`."""
-        peft_config = PeftConfig.of(self.active_peft_config if peft_config is None else peft_config)
+        config = PeftConfig.of(self.active_peft_config if peft_config is None else peft_config)
         if adapter_name in self.peft_config:
             raise AdapterStateError(
                 f"Adapter with name {adapter_name!r} already exists.", remedy="Choose another name."
             )
-        if peft_config.is_prompt_learning != (self.__dict__["_prompts"] is not None):
+        if config.is_prompt_learning != (self.__dict__["_prompts"] is not None):
             raise ConfigError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {peft_config.peft_type}.",
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}.",
                 remedy="Prompts and adapters on layers need a PeftModel each.",
             )
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
-        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(peft_config)), active=False, precision=precision)
+        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(config)), active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -310,12 +311,12 @@ class PeftModel(Passing, Counted, nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: Any = None,
+        config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> PeftModel:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
 
         Args:
@@ -380,7 +381,7 @@ class PeftModel(Passing, Counted, nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
-        torch_device: Any = None,
+        torch_device: str | torch.device | None = None,
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
@@ -461,13 +462,13 @@ def _plain_class(model: nn.Module) -> type:
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: Any,
+    peft_config: object,
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> Any:
+) -> PeftModel:
     """A model with a fresh, trainable adapter, wrapped as its config's task type says. The base is frozen.
 
     Args:
@@ -476,16 +477,16 @@ def get_peft_model(
 
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
-    peft_config = PeftConfig.of(peft_config)
-    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    config = PeftConfig.of(peft_config)
+    old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
             stacklevel=2,
         )
-    peft_config.base_model_name_or_path = new
-    peft_config.revision = revision or peft_config.revision
+    config.base_model_name_or_path = new
+    config.revision = revision or config.revision
     if isinstance(model, PeftModel):
         raise AdapterStateError("the model is a PeftModel already", remedy="Call its add_adapter, or unload() first.")
     if mixes_of({"": model}):
@@ -494,12 +495,13 @@ def get_peft_model(
             "make sure to call `.unload()` before.",
             stacklevel=2,
         )
-    made = MODELS.get(peft_config.task_type, PeftModel) if peft_config.task_type else PeftModel
-    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    return MODELS.get(config.task_type, PeftModel)(
+        model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+    )
 
 
 def inject_adapter_in_model(
-    peft_config: Any,
+    peft_config: object,
     model: nn.Module,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
@@ -509,10 +511,10 @@ def inject_adapter_in_model(
 
     The adapter has the base's dtype. `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
     """
-    peft_config = PeftConfig.of(peft_config)
+    config = PeftConfig.of(peft_config)
     if state_dict is not None:
-        peft_config = state.targeting(peft_config, state_dict)
-    inject(model, peft_config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
+        config = state.targeting(config, state_dict)
+    inject(model, config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
     return model
 
 
@@ -550,7 +552,7 @@ def set_peft_model_state_dict(
 
 def load_peft_weights(
     model_id: str | os.PathLike[str],
-    device: Any = None,
+    device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:

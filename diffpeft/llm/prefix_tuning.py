@@ -150,7 +150,9 @@ def _devices(model: nn.Module, layers: int) -> list[int | str | torch.device | N
     return [by_layer.get(i, runs.get("")) for i in range(layers)]
 
 
-def call(model: nn.Module, task: TaskType, config: PrefixTuningConfig, past: object, arguments: dict[str, Any]) -> Any:
+def call(
+    model: nn.Module, task: TaskType, config: PrefixTuningConfig, past: object, arguments: dict[str, Any]
+) -> ModelOutput | tuple[Tensor, ...]:
     """The model's output with a prefix. A model that takes none itself is run as its backbone and its head."""
     if task == TaskType.CAUSAL_LM or _takes_past(model):
         return model(past_key_values=past, **arguments)

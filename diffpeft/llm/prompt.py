@@ -54,6 +54,11 @@ class PromptLearningConfig(PeftConfig):
         assert self.num_virtual_tokens is not None
         return self.num_virtual_tokens
 
+    @property
+    def vectors(self) -> int:
+        """How many vectors are trained: the tokens, counted once for each transformer."""
+        return self.length * (self.num_transformer_submodules or 1)
+
 
 PromptConfig = TypeVar("PromptConfig", bound=PromptLearningConfig)
 

@@ -66,9 +66,9 @@ class PromptEmbedding(VirtualTokens):
 
     def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module) -> None:
         super().__init__()
-        total = config.num_virtual_tokens * config.num_transformer_submodules  # type: ignore[operator]
-        self.embedding = nn.Embedding(total, config.token_dim)  # type: ignore[arg-type]
-        ids = None if config.inference_mode else _start(config, total, word_embeddings)
+        assert config.token_dim  # it has been completed from the model
+        self.embedding = nn.Embedding(config.vectors, config.token_dim)
+        ids = None if config.inference_mode else _start(config, config.vectors, word_embeddings)
         if ids is not None:
             with torch.no_grad():
                 words = word_embeddings(ids.to(next(word_embeddings.parameters()).device))

@@ -19,6 +19,7 @@ from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache
+    from transformers.utils import ModelOutput
 
 PROMPTS: dict[PeftType, type[VirtualTokens]] = {
     PeftType.PROMPT_TUNING: PromptEmbedding,
@@ -27,6 +28,7 @@ PROMPTS: dict[PeftType, type[VirtualTokens]] = {
     PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptEmbedding,
 }
 
+Arguments = dict[str, Any]  # of a model's call, by name
 _START, _END = ("input_ids", "attention_mask"), ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 _LABELLED = (*_START, "inputs_embeds", "labels", *_END)
 POSITIONAL: dict[TaskType, tuple[str, ...]] = {  # the order of a call's arguments
@@ -101,7 +103,7 @@ class Prompts(nn.Module):
         if not self.prompt_encoder:  # before PeftModel makes the copies of modules_to_save, which are trained
             self.base_model.requires_grad_(False)
         self.prompt_encoder[name] = encoder
-        self.prompt_tokens[name] = torch.arange(config.length * (config.num_transformer_submodules or 1))
+        self.prompt_tokens[name] = torch.arange(config.vectors)
         return encoder
 
     def completed(self, config: PromptConfig) -> PromptConfig:
@@ -150,11 +152,11 @@ class Prompts(nn.Module):
         self,
         active: str,
         config: PromptLearningConfig,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> ModelOutput | tuple[Tensor, ...]:
         """The model's output for its own arguments, with a prompt before what it reads."""
-        arguments = {**dict(zip(POSITIONAL[self.task_type], args, strict=False)), **(kwargs or {})}
+        arguments: Arguments = {**dict(zip(POSITIONAL[self.task_type], args, strict=False)), **(kwargs or {})}
         task_ids, n = arguments.pop("task_ids", None), config.length
         ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
         if ids is None and embeds is None:
@@ -172,7 +174,9 @@ class Prompts(nn.Module):
             _extend(arguments, "labels", n, -100)
         return self.base_model(inputs_embeds=self._joined(prompt, ids, embeds), **arguments)
 
-    def _prefixed(self, active: str, config: PrefixTuningConfig, batch: int, arguments: dict[str, Any]) -> Any:
+    def _prefixed(
+        self, active: str, config: PrefixTuningConfig, batch: int, arguments: Arguments
+    ) -> ModelOutput | tuple[Tensor, ...]:
         """The output with a prefix, which goes before the layers of the decoder, or of the only transformer."""
         past = self._prefix(active, config, batch)
         if self.task_type == TaskType.SEQ_2_SEQ_LM:
@@ -192,8 +196,8 @@ class Prompts(nn.Module):
         prompt: Tensor,
         ids: Tensor | None,
         embeds: Tensor | None,
-        arguments: dict[str, Any],
-    ) -> Any:
+        arguments: Arguments,
+    ) -> ModelOutput | tuple[Tensor, ...]:
         """The output of an encoder and a decoder: a prompt [b, tokens, dim] goes before the encoder's input, that of several tasks before the decoder's too."""
         n = config.length
         arguments["inputs_embeds"] = self._joined(prompt[:, :n], ids, embeds)
@@ -210,12 +214,13 @@ class Prompts(nn.Module):
         self,
         active: str,
         config: PromptLearningConfig,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor | ModelOutput:
         """The model's `generate` with a prompt. It runs on a passing view of the model, so that the model itself is never changed
         and threads may generate with different adapters."""
-        arguments, model = dict(kwargs or {}), _view(self.base_model)
+        arguments: Arguments = dict(kwargs or {})
+        model = _view(self.base_model)
         if self.task_type == TaskType.CAUSAL_LM:
             model.prepare_inputs_for_generation = self._steps(active, config, model.prepare_inputs_for_generation)
             return model.generate(*args, **arguments)
@@ -236,8 +241,8 @@ class Prompts(nn.Module):
         return model.generate(inputs_embeds=self._joined(prompt[:, :n], ids, None), **arguments)
 
     def _steps(
-        self, active: str, config: PromptLearningConfig, prepare: Callable[..., dict[str, Any]]
-    ) -> Callable[..., dict[str, Any]]:
+        self, active: str, config: PromptLearningConfig, prepare: Callable[..., Arguments]
+    ) -> Callable[..., Arguments]:
         """`prepare_inputs_for_generation` that puts the prompt before the first step, and before all where nothing is kept between steps."""
         n, decodes = config.length, self.task_type == TaskType.SEQ_2_SEQ_LM
 
@@ -250,7 +255,7 @@ class Prompts(nn.Module):
             is_first_iteration: bool | None = False,
             task_ids: Tensor | None = None,
             **kwargs: Any,
-        ) -> dict[str, Any]:
+        ) -> Arguments:
             """The arguments of a step. `input_ids` [b, t] or `inputs_embeds` [b, t, dim], `attention_mask` [b, t]."""
             batch, keeps = len(input_ids), kwargs.get("use_cache") is not False  # a model may hand a prefix on even so
             fresh = not keeps or _is_empty(past_key_values)
@@ -292,7 +297,7 @@ def _is_empty(past: Cache | EncoderDecoderCache | None) -> bool:
     return past is None or not past.get_seq_length()
 
 
-def _move(arguments: dict[str, Any], config: PromptLearningConfig) -> None:
+def _move(arguments: Arguments, config: PromptLearningConfig) -> None:
     """Positions of a step move behind a prefix; a prompt has the model count them anew. Token types there are none."""
     arguments.pop("token_type_ids", None)
     places = arguments.pop("position_ids", None)
@@ -318,13 +323,13 @@ def _longer(past: Cache | EncoderDecoderCache | None, n: int, config: Any) -> Ca
     return StaticCache(config=config, max_cache_len=size, offloading=past.offloading)
 
 
-def _extend(arguments: dict[str, Any], name: str, n: int, value: int) -> None:
+def _extend(arguments: Arguments, name: str, n: int, value: int) -> None:
     """Put n times `value` before each row of an argument [b, t], if it is there."""
     if (t := arguments.get(name)) is not None:
         arguments[name] = torch.cat((t.new_full((len(t), n), value), t), dim=1)
 
 
-def _drop(arguments: dict[str, Any], config: PromptLearningConfig, typed: bool = False) -> None:
+def _drop(arguments: Arguments, config: PromptLearningConfig, typed: bool = False) -> None:
     """Positions move behind a prefix; before a prompt there is no place for those of the user, nor for token types in most tasks."""
     if config.peft_type == PeftType.PREFIX_TUNING and arguments.get("position_ids") is not None:
         arguments["position_ids"] = arguments["position_ids"] + config.length

@@ -431,7 +431,7 @@ def _overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping
 def _slot_writes(layer: str, old: Slot, new: Slot, module: nn.Module) -> list[Write]:
     """The writes of one slot's tensors into another. Raises ShapeMismatchError if one has no place."""
     writes: list[Write] = []
-    weight: Any = module.weight
+    weight = module._parameters["weight"]
     for role, tensor in new.tensors.items():
         place = old.tensors.get(role)
         if place is None or place.shape != tensor.shape:

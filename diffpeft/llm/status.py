@@ -139,7 +139,7 @@ def _carried(module: nn.Module) -> tuple[Mapping[str, nn.Module], Collection[str
     return copies.modules, copies.fused or copies.modules, copies.mix
 
 
-def _backend(module: Any) -> str:
+def _backend(module: nn.Module) -> str:
     return "bnb 4bit" if type(module.weight).__name__ == "Params4bit" else "bnb 8bit"
 
 

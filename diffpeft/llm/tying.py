@@ -22,7 +22,8 @@ from diffpeft.model.target import modules_of
 from diffpeft.model.tied import same_product
 
 FIELD = "tie_word_embeddings"
-Holder = tuple[dict[str, Any], str]  # a module's table of parameters, and a name in it
+Holder = tuple[dict[str, nn.Parameter | None], str]  # a module's table of parameters, and a name in it
+Later = Mapping[tuple[int, str], object]  # {(id of a table, name in it): what a plan will put there}
 _INITS = (True, False, "gaussian")  # those that a tied LoRA may have
 
 # ensure_weight_tying: what an adapter has on tied modules is tied as well
@@ -170,15 +171,15 @@ def _declared(module: Any) -> Iterator[tuple[str, Holder, Holder]]:
 def _holder(model: nn.Module, name: str) -> Holder | None:
     """Where a parameter is held, if it is there."""
     *path, last = name.split(".")
-    module: Any = model
+    module: nn.Module | None = model
     for segment in path:
-        module = module._modules.get(segment)
-        if module is None:
-            return None
+        module = module._modules.get(segment) if module is not None else None
+    if module is None:
+        return None
     return (module._parameters, last) if module._parameters.get(last) is not None else None
 
 
-def _then(later: Any, holder: Holder) -> Any:
+def _then(later: Later, holder: Holder) -> object:
     """The parameter that will be there."""
     table, name = holder
     return later.get((id(table), name), table[name])
@@ -194,16 +195,16 @@ def _may_be_untied(config: Any) -> bool:
     return again.get(FIELD) is False
 
 
-def _forget(plan: Plan, model: nn.Module, later: Any) -> None:
+def _forget(plan: Plan, model: nn.Module, later: Later) -> None:
     """transformers' own list of what is tied, without what no longer is."""
     for module in model.modules():
-        known: Any = module.__dict__.get("all_tied_weights_keys")
+        known = module.__dict__.get("all_tied_weights_keys")
         if isinstance(known, dict):
             tied = {t: s for t, s in known.items() if _still(module, t, s, later)}
             if len(tied) < len(known):
                 plan.set(module, all_tied_weights_keys=tied)
 
 
-def _still(module: nn.Module, target: str, source: str, later: Any) -> bool:
+def _still(module: nn.Module, target: str, source: str, later: Later) -> bool:
     one, other = _holder(module, target), _holder(module, source)
     return one is None or other is None or _then(later, one) is _then(later, other)

@@ -243,14 +243,14 @@ class PeftConfig(Passing):
         return made(**{key: value for key, value in kwargs.items() if key in known})
 
     @classmethod
-    def of(cls, config: Any) -> Any:
+    def of(cls, config: object) -> PeftConfig:
         """A config of these, from one of peft's or the fields of one. Raises ConfigError for anything else."""
-        if issubclass(type(config), PeftConfig):
+        if isinstance(config, PeftConfig):
             return config
-        found = config.to_dict() if hasattr(config, "to_dict") else config
-        if not isinstance(found, Mapping) or not found.get("peft_type"):
+        table = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(table, Mapping) or not table.get("peft_type"):
             raise ConfigError(f"a {type(config).__name__} is no config", remedy="Pass for example a LoraConfig.")
-        return cls.from_peft_type(**found)
+        return cls.from_peft_type(**table)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from diffpeft.pipeline.load import load_lora
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.open import check_model, class_of
 
+Adapters = Sequence[tuple[str | os.PathLike[str] | Mapping[str, Tensor], float]]  # what is fused, and how strong
 INDEX = "model_index.json"
 # weights, or the index of weights in several files: what stands behind the second dot is the variant
 _WEIGHTS = re.compile(
@@ -78,7 +79,7 @@ class _Change:
 
 def bake(
     model: str | os.PathLike[str],
-    adapters: Sequence[tuple[Any, float]],
+    adapters: Adapters,
     out: str | os.PathLike[str],
     *,
     variant: str | None = None,
@@ -108,7 +109,10 @@ def bake(
 
 
 def _planned(
-    model: Path, index: Mapping[str, Any], stored: Mapping[str, ComponentFiles], adapters: Sequence[tuple[Any, float]]
+    model: Path,
+    index: Mapping[str, Any],
+    stored: Mapping[str, ComponentFiles],
+    adapters: Adapters,
 ) -> dict[str, list[_Change]]:
     """{component: the layers that the adapters change}."""
     parts = {n: _weightless(model, n, index[n], stored[n]) for n in COMPONENTS if n in stored and stored[n].tensors}
@@ -293,7 +297,8 @@ def _show_weights(
             for component, layer in map(parted, entry.targets):
                 handle = stored[component].tensor(f"{layer}.weight") if component in parts else None
                 if handle and layer in names[component]:
-                    weight: Any = parts[component].get_submodule(layer).weight
+                    weight = parts[component].get_submodule(layer)._parameters["weight"]
+                    assert weight is not None
                     weight.data = io.load([handle])[0]
 
 
