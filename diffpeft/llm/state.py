@@ -56,7 +56,7 @@ from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan
 from diffpeft.model.state import entries_of, slots_in
 from diffpeft.model.target import layers_of, modules_of
-from diffpeft.pipeline.match import Layers, matched
+from diffpeft.pipeline.match import LayersByComponent, matched
 
 Write = tuple[
     nn.Module, str, Tensor, Tensor | None
@@ -149,7 +149,7 @@ def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module
 
 def _full_bias(layer: str, name: str, module: nn.Module, change: Tensor) -> Tensor:
     """A layer's bias [o] with an adapter's change of it. Raises AdapterStateError where the layer has none."""
-    bias = module._parameters.get("bias")
+    bias: Any = module.bias
     if bias is None:
         raise AdapterStateError(
             f"adapter {shown(name)} adds a bias on layer {shown(layer)}, which has none",
@@ -294,7 +294,7 @@ def _dropouts(method: str, config: PeftConfig) -> dict[str, Any]:
     return {**options, "rank_dropout_scale": True} if method == "loha" and "rank_dropout" in options else options
 
 
-def _bundle(source: dict[str, Tensor] | Opened, config: PeftConfig, layers: Layers) -> Bundle:
+def _bundle(source: dict[str, Tensor] | Opened, config: PeftConfig, layers: LayersByComponent) -> Bundle:
     """The Bundle of a source with PEFT's names. Raises UnknownKeysError if it holds no adapter."""
     names = {component: list(by_layer) for component, by_layer in layers.items()}
     try:
@@ -312,7 +312,7 @@ def _with_biases(
     shifts = {}
     for layer, handle in biases.items():
         (bias,) = io.load([handle])
-        present = layers[layer][0]._parameters.get("bias")
+        present: Any = layers[layer][0].bias
         if present is None or present.shape != bias.shape:
             raise ShapeMismatchError(
                 f"layer {shown(layer)} has no bias of shape {tuple(bias.shape)}", where=bundle.source
@@ -431,7 +431,7 @@ def _overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping
 def _slot_writes(layer: str, old: Slot, new: Slot, module: nn.Module) -> list[Write]:
     """The writes of one slot's tensors into another. Raises ShapeMismatchError if one has no place."""
     writes: list[Write] = []
-    weight = module._parameters["weight"]
+    weight: Any = module.weight
     for role, tensor in new.tensors.items():
         place = old.tensors.get(role)
         if place is None or place.shape != tensor.shape:

@@ -38,7 +38,7 @@ from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, layers_of
 from diffpeft.pipeline.joint import separated
 from diffpeft.pipeline.locate import located
-from diffpeft.pipeline.match import Layers, in_memory, matched
+from diffpeft.pipeline.match import LayersByComponent, in_memory, matched
 
 _FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
 _BOUNDED = ("oft", "boft")  # methods whose alpha is a bound, and 0 none
@@ -101,13 +101,16 @@ def load_lora(
     check_name(name)
     check_strength(name, weight)
     check_max_rank(max_rank, trainable)
-    hints = Hints(family, revision, filename, alpha)
-    with exclusive(components(target)), _uncollected():
-        return _loaded(target, source, hints, name, weight, strict=strict, trainable=trainable, max_rank=max_rank)
+    parts, hints = components(target), Hints(family, revision, filename, alpha)
+    with exclusive(parts), _uncollected():
+        return _loaded(
+            target, parts, source, hints, name, weight, strict=strict, trainable=trainable, max_rank=max_rank
+        )
 
 
 def _loaded(
     target: object,
+    parts: Mapping[str, nn.Module],
     source: Source,
     hints: Hints,
     name: str,
@@ -118,7 +121,6 @@ def _loaded(
     max_rank: int | None,
 ) -> LoadReport:
     """A load, under the locks of its components: open, match, plan, report, commit."""
-    parts = components(target)
     layers = {component: layers_of(model) for component, model in parts.items()}
     adapted = {c: {layer: m for layer, (m, _) in by_layer.items() if is_adapted(m)} for c, by_layer in layers.items()}
     mixes = mixes_of(parts, adapted)
@@ -156,7 +158,7 @@ def check_max_rank(max_rank: int | None, trainable: bool) -> None:
 def opened(
     target: object,
     source: Source,
-    layers: Layers,
+    layers: LayersByComponent,
     *,
     family: str | None,
     revision: str | None,
@@ -286,7 +288,7 @@ def _planned(
     slots: Mapping[str, Mapping[str, Slot]],
     absent: Sequence[Entry],
     parts: Mapping[str, nn.Module],
-    layers: Layers,
+    layers: LayersByComponent,
     mixes: Mapping[str, Mix],
 ) -> Plan:
     """The writes. What the file holds beside the slots goes to the first component that gets some."""

@@ -34,7 +34,9 @@ from diffpeft.model.target import spellings
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
 LORAS = ("lora", "dora")
 HandleOrNumber = TypeVar("HandleOrNumber", Handle, Handle | float | None)  # a tensor, an alpha
-Layers = Mapping[str, Mapping[str, tuple[nn.Module, nn.Module | None]]]  # {component: {layer: (module, its parent)}}
+LayersByComponent = Mapping[
+    str, Mapping[str, tuple[nn.Module, nn.Module | None]]
+]  # {component: {layer: (module, its parent)}}
 LayerPlace = tuple[str, str]  # a component and the name of a layer in it
 Slots = dict[str, dict[str, Slot]]  # {component: {layer: its slot}}
 Made = list[
@@ -45,7 +47,7 @@ Made = list[
 def matched(
     bundle: Bundle,
     parts: Mapping[str, nn.Module],
-    layers: Layers,
+    layers: LayersByComponent,
     *,
     strict: bool,
     trainable: bool,
@@ -66,7 +68,7 @@ def matched(
 
 
 def _placed(
-    bundle: Bundle, parts: Mapping[str, nn.Module], layers: Layers, strict: bool
+    bundle: Bundle, parts: Mapping[str, nn.Module], layers: LayersByComponent, strict: bool
 ) -> tuple[list[tuple[Entry, LayerPlace]], list[Entry]]:
     """Each entry with the layer that it is for, and the entries whose component or layer is not there.
 
@@ -100,7 +102,11 @@ def _placed(
 
 
 def _pieces(
-    bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], specs: Sequence[Spec], layers: Layers, trainable: bool
+    bundle: Bundle,
+    placed: Sequence[tuple[Entry, LayerPlace]],
+    specs: Sequence[Spec],
+    layers: LayersByComponent,
+    trainable: bool,
 ) -> dict[LayerPlace, Made]:
     """What each layer gets, read from the file in one go."""
     tensors = iter(io.load(handle for entry, _ in placed for handle in entry.tensors.values()))
@@ -145,7 +151,7 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], layers: Layers) -> list[Spec]:
+def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], layers: LayersByComponent) -> list[Spec]:
     """What each entry's method must know beside its tensors. Raises if one does not fit its layer."""
     _refuse_two(bundle, placed)
     modules = [layers[component][layer] for _, (component, layer) in placed]
