@@ -272,14 +272,8 @@ class Prompts(nn.Module):
             if not decodes:
                 _move(arguments, config)
             _extend(arguments, "decoder_attention_mask" if decodes else "attention_mask", n, 1)
-            return prepare(
-                input_ids,
-                next_sequence_length=next_sequence_length,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                is_first_iteration=is_first_iteration,
-                **arguments,
-            )
+            arguments |= {"next_sequence_length": next_sequence_length, "past_key_values": past_key_values}
+            return prepare(input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **arguments)
 
         return prepared
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -61,19 +61,22 @@ def stacked(model: nn.Module, config: PeftConfig, linear: Iterable[str], chosen:
     Raises ConfigError for one part of what is joint without the others.
     """
     parts = parts_of(model)
-    if not parts or not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+    if not parts or not _is_lora(config):
         return
     targets = _targets(model, config, parts, linear, chosen)
     part_of = {target: part for target in targets if (part := _part(target, parts))}
     if not targets or not (part_of or isinstance(config.target_modules, str)):
         return
-    by_parameter: dict[str, set[str]] = {}
-    for part in part_of.values():
-        by_parameter.setdefault(parts[part], set()).add(part)
-    for parameter, present in by_parameter.items():
-        _multiply(config, parameter, [part for part in parts if parts[part] == parameter], present)
-    config.target_parameters = sorted({*(config.target_parameters or ()), *by_parameter}) or None
+    parameters = {parts[part] for part in part_of.values()}
+    for parameter in parameters:
+        _multiply(config, parameter, parts, set(part_of.values()))
+    config.target_parameters = sorted({*(config.target_parameters or ()), *parameters}) or None
     config.target_modules = sorted(target for target in targets if target not in part_of)
+
+
+def _is_lora(config: PeftConfig) -> TypeGuard[LoraConfig]:
+    """Whether a config is of LoRA, and not of AdaLoRA."""
+    return isinstance(config, LoraConfig) and config.peft_type == PeftType.LORA
 
 
 def _targets(
@@ -94,8 +97,9 @@ def _part(target: str, parts: Iterable[str]) -> str | None:
     return next((part for part in parts if target == part or target.endswith(f".{part}")), None)
 
 
-def _multiply(config: LoraConfig, parameter: str, joint: Sequence[str], present: Collection[str]) -> None:
-    """Give a parameter of which several former layers are parts (`joint`) the rank and alpha of all. Raises ConfigError if some are not `present`."""
+def _multiply(config: LoraConfig, parameter: str, parts: Mapping[str, str], present: Collection[str]) -> None:
+    """Give a parameter of which several former layers are `parts` the rank and alpha of all. Raises ConfigError if some are not `present`."""
+    joint = [part for part, whose in parts.items() if whose == parameter]
     absent = [part for part in joint if part not in present]
     if absent:
         raise ConfigError(

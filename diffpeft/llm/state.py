@@ -60,7 +60,7 @@ from diffpeft.pipeline.match import LayersByComponent, matched
 
 Write = tuple[
     nn.Module, str, Tensor, Tensor | None
-]  # an adapter's module, a name in it, numbers, the weight that it is for
+]  # a module of an adapter, a name in it, numbers, the weight changed
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
 _DROPOUTS = {"lora_dropout": "dropout"} | {
     name: name for name in ("rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout")

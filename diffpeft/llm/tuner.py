@@ -52,7 +52,7 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision:
     with patterns.limited(ConfigError), exclusive({"": model}):
         config = resolved(model, config)
         config.validate()
-        others = found_configs(model) if getattr(config, "layer_replication", None) else {}
+        others = found_configs(model) if config.layer_replication else {}
         with replicated(model, config, others):
             return _inject(model, config, name, active, precision)
 
