@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import nn
 
 from diffpeft.errors import UnknownNameError
-from diffpeft.layers.adapted import ADAPTERS, RECORD, escaped, record_of
+from diffpeft.layers.carried import ADAPTERS, RECORD, escaped, record_of
 from diffpeft.layers.slot import Slot
 from diffpeft.llm.prompt import VirtualTokens
 
@@ -32,7 +32,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
     blocks: set[type[nn.Module]] = {VirtualTokens, *_blocks(model)}
     for layer in list(model.modules()):
-        if record_of(layer) is not None:
+        if ADAPTERS in layer._modules and record_of(layer) is not None:
             _follow(layer)
     trained = functools.partial(lambda_auto_wrap_policy, lambda_fn=_trained_leaf)
     by_class = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)

@@ -24,12 +24,11 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.io import finite
-from diffpeft.layers.adapted import is_adapted
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.parameters import Factors, Stack
-from diffpeft.layers.patches import Patch, Patches
+from diffpeft.layers.patches import Patch
 from diffpeft.layers.site import held_forwards, refusal
 from diffpeft.layers.tokens import Tokens
-from diffpeft.layers.whole import base_of, copies_of
 from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.linalg import kaiming
@@ -59,10 +58,10 @@ def patches_of(model: nn.Module, config: PeftConfig, layers: Iterable[str] = ())
         )
     patches = {**tokens, **factors}
     for where, (module, _) in patches.items():
-        if where in layers or is_adapted(module):
+        if where in layers and where in factors:
             raise ConfigError(
-                f"module {shown(where)} is a target module too, or another adapter's layer",
-                remedy="Leave it out of target_modules, or of trainable_token_indices and target_parameters.",
+                f"module {shown(where)} is in target_modules and in target_parameters, which have the same keys in a file",
+                remedy="Leave it out of one of them.",
             )
         if why := _refusal(module, where):
             raise AdapterStateError(f"module {shown(where)} cannot be adapted: {why}", remedy="Leave it out.")
@@ -71,8 +70,6 @@ def patches_of(model: nn.Module, config: PeftConfig, layers: Iterable[str] = ())
 
 def _refusal(module: nn.Module, where: str) -> str:
     """Why a module's parameters cannot be changed; empty if they can."""
-    if isinstance(copies_of(module), Patches):
-        return ""
     if isinstance(module, (nn.Embedding, nn.Linear)):
         return refusal(module, None, where)
     if "forward" in vars(module) and not held_forwards(module):
@@ -137,7 +134,7 @@ def _named(model: nn.Module, name: str) -> dict[str, nn.Module]:
     for where, module in named.items():
         if not isinstance(module, (nn.Embedding, nn.Linear)) or not _weight(module).is_floating_point():
             raise ConfigError(
-                f"trainable_token_indices names {shown(where)}, a {base_of(module).__name__}",
+                f"trainable_token_indices names {shown(where)}, a {base_class(module).__name__}",
                 remedy="Rows of embeddings are trained, and of heads that share their weight.",
             )
     return named

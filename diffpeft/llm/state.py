@@ -40,9 +40,8 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.files import config_in
-from diffpeft.layers.adapted import ADAPTERS, escaped
+from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped, record_of
 from diffpeft.layers.slot import BIAS, Slot
-from diffpeft.layers.whole import CONTAINER, bare, copied, copies_of
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
@@ -55,7 +54,7 @@ from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan
 from diffpeft.model.state import entries_of, slots_in
-from diffpeft.model.target import layers_of, modules_of
+from diffpeft.model.target import adapted, layers_of, modules_of
 from diffpeft.pipeline.match import LayersByComponent, matched
 
 Write = tuple[
@@ -163,11 +162,10 @@ def whole_tensors(
 ) -> dict[str, Tensor]:
     """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
     tensors: dict[str, Tensor] = {}
-    for where, (module, _) in modules_of(model, copied).items():
-        copies = copies_of(module)
-        if copies is not None and name in copies.modules and name not in copies.hidden:
-            at = f"{where}.{CONTAINER}.{escaped(name)}."
-            for key, tensor in copies.modules[name].state_dict().items():
+    for where, _, record in adapted(model):
+        for module in record.modules(name, hidden=False):
+            at = f"{where}.{COPIES}.{escaped(name)}."
+            for key, tensor in {} if isinstance(module, Slot) else module.state_dict().items():
                 tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
     return tensors
 
@@ -416,10 +414,10 @@ def _overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping
             writes += _slot_writes(layer, slots[layer], new, model.get_submodule(layer))
     for where, by_name in {**file.wholes, **file.patches}.items():
         module = model.get_submodule(where)
-        copies = copies_of(module)
-        assert copies is not None
+        copy_or_patch = _beside(module, name)
+        assert copy_or_patch is not None
         like = next(iter(module._parameters.values()), None)
-        writes += [(copies.modules[name], key, tensor, like) for key, tensor in by_name.items()]
+        writes += [(copy_or_patch, key, tensor, like) for key, tensor in by_name.items()]
     plan = Plan()
     writes += _plan_embeddings(plan, model, name, file.embeddings, slots)
     plan.commit()
@@ -450,8 +448,7 @@ def _plan_embeddings(
     writes: list[Write] = []
     fresh: dict[str, Mapping[str, Tensor]] = {}
     for where, tensors in file.items():
-        copies = copies_of(model.get_submodule(where))
-        trained = copies.modules.get(name) if copies else None
+        trained = _beside(model.get_submodule(where), name)
         if trained is not None:
             writes += [(trained, key, tensor, tensor) for key, tensor in tensors.items()]
         elif where in slots and tables.WHOLE in slots[where].tensors:
@@ -470,6 +467,12 @@ def _plan_embeddings(
     install(plan, "", places, under, mix, adapter, None)
     tables.fill(copy_wholes(plan, mix, name, copied_tables, still=True), fresh)
     return writes
+
+
+def _beside(module: nn.Module, name: str) -> nn.Module | None:
+    """The copy or the patch that an adapter has of a module, None if there is none."""
+    record = record_of(module)
+    return next((m for m in record.modules(name) if not isinstance(m, Slot)), None) if record else None
 
 
 def config_of(model: nn.Module, name: str) -> PeftConfig:

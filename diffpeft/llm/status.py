@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
 from diffpeft.errors import ConfigError
-from diffpeft.layers.adapted import record_of
+from diffpeft.layers.carried import Record
 from diffpeft.layers.site import site_of
-from diffpeft.layers.whole import copies_of
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.mix import Mix
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import adapted
 
 Value = TypeVar("Value")
 IRREGULAR = "irregular"
@@ -101,42 +99,32 @@ def counts(model: nn.Module) -> tuple[int, int]:
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The state of each adapted layer of a model, wrapped or not. Raises ConfigError if there is none."""
     tuner = getattr(model, "base_model", None) if isinstance(model, Counted) else None
-    adapted = modules_of(
-        model if tuner is None else tuner, lambda m: record_of(m) is not None or copies_of(m) is not None
-    )
-    if not adapted:
+    carrying = adapted(model if tuner is None else tuner)
+    if not carrying:
         raise ConfigError(
             "No adapter layers found in the model", remedy="Use get_peft_model or inject_adapter_in_model."
         )
     off = getattr(tuner, "_off", None)
-    return [_status(name, module, off) for name, (module, _) in adapted.items()]
+    return [_status(name, module, record, off) for name, module, record in carrying]
 
 
-def _status(name: str, module: nn.Module, off: Iterable[str] | None) -> TunerLayerStatus:
+def _status(name: str, module: nn.Module, record: Record, off: Iterable[str] | None) -> TunerLayerStatus:
     """The state of one module. `off`: the adapters that were active before all were switched off."""
-    carried, merged, mix = _carried(module)
-    site = site_of(type(module)) if record_of(module) is not None else None
+    parameters = {n: [p for m in record.modules(n) for p in m.parameters()] for n in record.names}
+    mix, site = record.mix, site_of(type(module)) if record.slots else None
+    # a module that is trained whole is not merged before the others are for good
+    merged = record.fused | record.copies.keys()
     return TunerLayerStatus(
         name=name,
         module_type=type(module).__name__,
         enabled=off is None,
-        active_adapters=[n for n in (mix.choice.order if off is None else off) if n in carried],
+        active_adapters=[n for n in (mix.choice.order if off is None else off) if n in parameters],
         merged_adapters=[n for n in mix.fused if n in merged],
-        requires_grad={n: _common(p.requires_grad for p in adapter.parameters()) for n, adapter in carried.items()},
-        available_adapters=sorted(carried),
-        devices={n: sorted({p.device.type for p in adapter.parameters()}) for n, adapter in carried.items()},
+        requires_grad={n: _common(p.requires_grad for p in of_adapter) for n, of_adapter in parameters.items()},
+        available_adapters=sorted(parameters),
+        devices={n: sorted({p.device.type for p in of_adapter}) for n, of_adapter in parameters.items()},
         quantization_backend=_backend(module) if site is not None and site.quantised else None,
     )
-
-
-def _carried(module: nn.Module) -> tuple[Mapping[str, nn.Module], Collection[str], Mix]:
-    """The adapters on a module by name, those that may be in its weights, and the mix that says which are."""
-    if (record := record_of(module)) is not None:
-        return record.slots, record.fused, record.mix
-    copies = copies_of(module)
-    assert copies is not None
-    # a module that is trained whole is not merged before the others are for good
-    return copies.modules, copies.fused or copies.modules, copies.mix
 
 
 def _backend(module: nn.Module) -> str:

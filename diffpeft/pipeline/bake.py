@@ -35,10 +35,10 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.families import family_of
-from diffpeft.layers.adapted import Record, effective, record_of
+from diffpeft.layers.carried import Record, effective
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide_dtype
-from diffpeft.model.target import adapted_layers, layers_of, spellings
+from diffpeft.model.target import adapted, layers_of, spellings
 from diffpeft.pipeline.load import load_lora
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.open import check_model, class_of
@@ -306,9 +306,7 @@ def _changes(component: str, model: nn.Module, stored: ComponentFiles) -> list[_
     """The layers that adapters change. Raises for those whose weights are not in the files as the layer has them."""
     owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
     changes = []
-    for layer, module in adapted_layers(model).items():
-        record = record_of(module)
-        assert record is not None
+    for layer, module, record in adapted(model):
         if not _steps(record):
             continue
         name, handles = dotted(component, layer), dict[str, Handle]()
@@ -351,8 +349,10 @@ def _computed(change: _Change) -> list[tuple[Handle, Tensor]]:
     """The tensors of a layer with the adapters in them, computed in fp32 or better and rounded once: `fuse` on what is stored."""
     weight, bias = io.load([change.weight])[0], io.load([change.bias])[0] if change.bias else None
     dtype = wide_dtype(weight.dtype)
+    stored = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     with torch.no_grad():
-        W, b = effective(change.module, _steps(change.record), dtype, (weight, bias))
+        computed = effective(change.module, _steps(change.record), dtype, stored)
+    W, b = computed["weight"], computed.get("bias")
     if b is not None and bias is None:
         raise AdapterStateError(f"layer {shown(change.name)} cannot be fused: an adapter adds a bias, and it has none")
     tensors = [(change.weight, W.to(weight.dtype))]
