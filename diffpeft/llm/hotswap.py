@@ -30,7 +30,7 @@ from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.plan import Plan
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import COMPILED, adapted_layers, components, layers_of
+from diffpeft.model.target import COMPILED, adapted, adapted_layers, components, layers_of
 from diffpeft.pipeline.hotswap import replace as put_in_place
 from diffpeft.pipeline.match import LORAS, matched, padded
 
@@ -133,12 +133,14 @@ def prepare_model_for_compiled_hotswap(
     _refuse_compiled(model, check_compiled)
     wrapper = getattr(model, COMPILED, model)
     base = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
-    names = {name for module in adapted_layers(base).values() for name in getattr(record_of(module), "slots", {})}
-    slots = {name: slots_in(base, name) for name in names}
-    _refuse_none(slot for by_layer in slots.values() for slot in by_layer.values())
+    slots = [(name, layer, slot) for layer, _, record in adapted(base) for name, slot in record.slots.items()]
+    _refuse_none(slot for _, _, slot in slots)
     if target_rank is None:
         return
-    _pad(base, {name: dict.fromkeys(by_layer, target_rank) for name, by_layer in slots.items()})
+    ranks: dict[str, dict[str, int]] = {}
+    for name, layer, _ in slots:
+        ranks.setdefault(name, {})[layer] = target_rank
+    _pad(base, ranks)
     live = wrapper.peft_config if isinstance(wrapper, PeftModel) else {}
     for other in config.values() if isinstance(config, Mapping) else [config]:
         if other is not None and not any(other is c for c in live.values()):

@@ -122,9 +122,14 @@ def _status(name: str, module: nn.Module, record: Record, off: Iterable[str] | N
         merged_adapters=[n for n in mix.fused if n in merged],
         requires_grad={n: _common(p.requires_grad for p in of_adapter) for n, of_adapter in parameters.items()},
         available_adapters=sorted(parameters),
-        devices={n: sorted({p.device.type for p in of_adapter}) for n, of_adapter in parameters.items()},
+        devices={n: _devices(of_adapter) for n, of_adapter in parameters.items()},
         quantization_backend=_backend(module) if site is not None and site.quantised else None,
     )
+
+
+def _devices(parameters: Iterable[nn.Parameter]) -> list[str]:
+    """The kinds of devices that parameters are on."""
+    return sorted({p.device.type for p in parameters})
 
 
 def _backend(module: nn.Module) -> str:
