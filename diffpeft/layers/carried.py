@@ -117,9 +117,9 @@ class Record:
             found += [(held[name], s) for held in (self.slots, self.patches) if name in held]
         return found
 
-    def acting(self, choice: Any) -> list[Step]:
+    def acting(self, moment: Any) -> list[Step]:
         """`steps` of what is not in the parameters already."""
-        return self.steps(choice, [name for name in choice.order if name not in self.fused])
+        return self.steps(moment, [name for name in moment.order if name not in self.fused])
 
     def clashing(self, one: str, other: str) -> bool:
         """Whether two adapters cannot act together: each has the module, or the same rows of it, for itself."""
@@ -294,10 +294,10 @@ def carrying_class(base: Any) -> type:
             record = record_of(self)
             if record is None:
                 return base.forward(self, *args, **kwargs)
-            choice = record.mix.current()
-            if choice.rows:
-                return by_rows(self, base, record, _run, choice, args, kwargs)
-            return _run(self, base, record.acting(choice), args, kwargs)
+            moment = record.mix.current()
+            if moment.rows:
+                return by_rows(self, base, record, _run, moment, args, kwargs)
+            return _run(self, base, record.acting(moment), args, kwargs)
 
         def attribute(self: Any, name: str) -> Any:
             record = record_of(self)
@@ -381,27 +381,27 @@ def _link(
     dtype: torch.dtype,
 ) -> Whole | Rows | None:
     """The layer with the active slots on it; None if there is none. Kept from one call to the next while the mix is the same."""
-    choice = record.mix.current()
+    moment = record.mix.current()
     compiling = torch.compiler.is_compiling()
     keep = not (traced() or rest or named)
-    lasting = choice.of or choice  # what stays from step to step
+    lasting = moment.of  # what stays from step to step
     if keep:
         kept = record.kept.get("link")
         if kept is not None and kept[0] is lasting and kept[1] == dtype:
             return kept[2]
-    mixes = choice.rows or (choice,)
-    prompts = [_dialled(record, mix, compiling, row if choice.rows else None) for row, mix in enumerate(mixes)]
+    mixes = moment.rows or (moment,)
+    prompts = [_dialled(record, mix, compiling, row if moment.rows else None) for row, mix in enumerate(mixes)]
     link: Whole | Rows | None = None
     if any(prompts):
         op: Any = site(module, *rest, **named)
         plain = Base(op, lambda x: op.forward(base, x), dtype, record.kept)
-        link = Rows(plain, prompts, record) if choice.rows else Whole(plain, prompts[0])
+        link = Rows(plain, prompts, record) if moment.rows else Whole(plain, prompts[0])
     if keep:
         record.kept["link"] = lasting, dtype, link
     return link
 
 
-def _dialled(record: Record, choice: Any, compiling: bool, row: int | None) -> list[tuple[Slot, float | Dial | Tensor]]:
+def _dialled(record: Record, moment: Any, compiling: bool, row: int | None) -> list[tuple[Slot, float | Dial | Tensor]]:
     """The active slots of a layer in activation order with their strengths. `row`: the prompt, where each has its mix.
 
     In eager code an adapter at strength 0 is left out, so that it costs nothing and changes nothing, and one that changes from step to step is a
@@ -409,14 +409,14 @@ def _dialled(record: Record, choice: Any, compiling: bool, row: int | None) -> l
     """
     found = [
         (row, name, record.slots[name])
-        for row, name in enumerate(choice.order)
+        for row, name in enumerate(moment.order)
         if name in record.slots and name not in record.fused
     ]
     if compiling:
         return [
-            (slot, choice.table[row].index_select(0, record.column).to(slot.weight.device)[0]) for row, _, slot in found
+            (slot, moment.table[row].index_select(0, record.column).to(slot.weight.device)[0]) for row, _, slot in found
         ]
-    levels = [(name, slot, choice.levels[name][record.index]) for _, name, slot in found]
+    levels = [(name, slot, moment.of.levels[name][record.index]) for _, name, slot in found]
     return [
         (slot, s if isinstance(s, float) else Dial(record.mix, row, name, record.index, s))
         for name, slot, s in levels
@@ -449,8 +449,8 @@ def _run(module: nn.Module, base: Any, steps: Sequence[Step], args: Any, kwargs:
 
 def _all_that_act(record: Record) -> list[list[Step]]:
     """What acts: once, or each that differs of a batch with a mix for each row."""
-    choice = record.mix.current()
-    return different([record.acting(row) for row in choice.rows or (choice,)])
+    moment = record.mix.current()
+    return different([record.acting(row) for row in moment.rows or (moment,)])
 
 
 def _read(module: nn.Module, record: Record, name: str) -> Any:

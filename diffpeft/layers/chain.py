@@ -28,8 +28,8 @@ class Dial:
         self.mix, self.row, self.name, self.index, self.level = mix, row, name, index, level
 
     def now(self) -> float:
-        choice = self.mix.current()
-        strengths = (choice if self.row is None else choice.rows[self.row]).strengths
+        moment = self.mix.current()
+        strengths = (moment if self.row is None else moment.rows[self.row]).strengths
         return float(strengths[self.name][self.index])
 
 
