@@ -85,12 +85,14 @@ class Record:
         """The adapters that have something here."""
         return list(dict.fromkeys((*self.slots, *self.copies, *self.patches)))
 
-    def modules(self, name: str, hidden: bool = True) -> list[nn.Module]:
-        """What an adapter has here, as modules; without `hidden` no patch that is another module's too."""
-        found = [held[name] for held in (self.slots, self.patches) if name in held]
-        if not hidden and name in self.hidden:
-            found = [module for module in found if isinstance(module, Slot)]
-        return [*found, *([self.copies[name].module] if name in self.copies else ())]
+    def modules(self, name: str) -> list[nn.Module]:
+        """What an adapter has here, as modules."""
+        return [*([self.slots[name]] if name in self.slots else ()), *self.beside(name)]
+
+    def beside(self, name: str, hidden: bool = True) -> list[nn.Module]:
+        """An adapter's patch and copy, as modules; without `hidden` no patch that is another module's too."""
+        patches = [self.patches[name]] if name in self.patches and (hidden or name not in self.hidden) else []
+        return [*patches, *([self.copies[name].module] if name in self.copies else ())]
 
     def without(self, names: set[str]) -> Record | None:
         """The record without some adapters; None if nothing remains."""
@@ -107,15 +109,15 @@ class Record:
 
     def steps(self, choice: Any, names: Sequence[str] | None = None) -> list[Step]:
         """What acts in order under a choice (of `names` only), strengths as numbers; what is at 0 does not act. A copy begins anew."""
-        found: list[Step] = []
+        steps: list[Step] = []
         for name in choice.order if names is None else names:
             s = choice.strengths[name][self.index] if name in choice.strengths else 0
             if not s:
                 continue
             if name in self.copies:
-                found = [(self.copies[name], s)]
-            found += [(held[name], s) for held in (self.slots, self.patches) if name in held]
-        return found
+                steps = [(self.copies[name], s)]
+            steps += [(held[name], s) for held in (self.slots, self.patches) if name in held]
+        return steps
 
     def acting(self, moment: Any) -> list[Step]:
         """`steps` of what is not in the parameters already."""
@@ -158,8 +160,8 @@ def record_of(module: nn.Module) -> Record | None:
 
 def state_of(module: nn.Module) -> State:
     """The state a module is in now."""
-    own: Any = module._modules if is_adapted(module) else {}
-    return State(type(module), record_of(module), own.get(ADAPTERS), own.get(COPIES), weights_of(module))
+    inside: Any = module._modules if is_adapted(module) else {}
+    return State(type(module), record_of(module), inside.get(ADAPTERS), inside.get(COPIES), weights_of(module))
 
 
 def weights_of(module: nn.Module) -> Parameters:
@@ -301,8 +303,8 @@ def carrying_class(base: Any) -> type:
 
         def attribute(self: Any, name: str) -> Any:
             record = record_of(self)
-            found = _ABSENT if record is None or name in (ADAPTERS, COPIES) else _read(self, record, name)
-            return base.__getattr__(self, name) if found is _ABSENT else found
+            value = _ABSENT if record is None or name in (ADAPTERS, COPIES) else _read(self, record, name)
+            return base.__getattr__(self, name) if value is _ABSENT else value
 
         items = {name: _of_what_acts(name) for name in _ITEMS if hasattr(base, name)}
         members = {"forward": forward, "__getattr__": attribute, **_members(base), **items}
@@ -407,16 +409,17 @@ def _dialled(record: Record, moment: Any, compiling: bool, row: int | None) -> l
     In eager code an adapter at strength 0 is left out, so that it costs nothing and changes nothing, and one that changes from step to step is a
     dial. In compiled code strengths are gathered from a table in the graph, so that changing one does not compile anew.
     """
-    found = [
+    active = [
         (row, name, record.slots[name])
         for row, name in enumerate(moment.order)
         if name in record.slots and name not in record.fused
     ]
     if compiling:
         return [
-            (slot, moment.table[row].index_select(0, record.column).to(slot.weight.device)[0]) for row, _, slot in found
+            (slot, moment.table[row].index_select(0, record.column).to(slot.weight.device)[0])
+            for row, _, slot in active
         ]
-    levels = [(name, slot, moment.of.levels[name][record.index]) for _, name, slot in found]
+    levels = [(name, slot, moment.of.levels[name][record.index]) for _, name, slot in active]
     return [
         (slot, s if isinstance(s, float) else Dial(record.mix, row, name, record.index, s))
         for name, slot, s in levels
@@ -459,20 +462,20 @@ def _read(module: nn.Module, record: Record, name: str) -> Any:
     Raises AdapterStateError for a module inside that rows differ in.
     """
     acting = _all_that_act(record)
-    found = _attribute(module, acting[0], name)
-    if len(acting) == 1 or found is _ABSENT:
-        return found
-    if isinstance(found, Tensor):
-        return found.detach().as_subclass(Ambiguous)
+    value = _attribute(module, acting[0], name)
+    if len(acting) == 1 or value is _ABSENT:
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().as_subclass(Ambiguous)
     raise ambiguous(f"{name} of a {base_class(module).__name__}")
 
 
 def _attribute(module: nn.Module, steps: Sequence[Step], name: str) -> Any:
     """A parameter, a buffer or a module inside, as it is with what acts; `_ABSENT` if there is none of that name."""
     ground: Any = steps[0][0].module if steps and isinstance(steps[0][0], Copy) else module
-    found = next((table[name] for kind in _TABLES if name in (table := ground.__dict__[kind])), _ABSENT)
+    value = next((table[name] for kind in _TABLES if name in (table := ground.__dict__[kind])), _ABSENT)
     shows = [(own, s) for own, s in steps if isinstance(own, Patch) and own.shows and name in own.names]
-    return patched(found, name, shows) if shows and isinstance(found, Tensor) and not found.is_meta else found
+    return patched(value, name, shows) if shows and isinstance(value, Tensor) and not value.is_meta else value
 
 
 def _of_what_acts(name: str) -> Callable[..., Any]:
@@ -511,12 +514,12 @@ def _runs(steps: Sequence[tuple[Any, float]]) -> Iterator[tuple[bool, list[tuple
     """Slots that follow each other together, and patches."""
     group: list[tuple[Any, float]] = []
     for step in steps:
-        if group and isinstance(group[-1][0], Slot) != isinstance(step[0], Slot):
-            yield isinstance(group[-1][0], Slot), group
+        if group and isinstance(group[-1][0], Patch) != isinstance(step[0], Patch):
+            yield not isinstance(group[-1][0], Patch), group
             group = []
         group.append(step)
     if group:
-        yield isinstance(group[-1][0], Slot), group
+        yield not isinstance(group[-1][0], Patch), group
 
 
 def _with_slots(

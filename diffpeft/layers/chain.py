@@ -6,7 +6,7 @@ Each link is the layer with one more adapter on it. A link can be applied to an 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,13 +120,12 @@ class Later:
 Chained = Base | Later  # a link whose layer is known
 
 
-class Other(Protocol):
-    """What acts on a layer and is no slot: a patch of its weight."""
-
-    shifts: ClassVar[bool]
+class Other:
+    """What acts on a layer and is no slot (a slot may be in a wrapper of FSDP's): a patch of its weight."""
 
     def link(self, before: Chained, s: Given) -> Later:
         """The layer with this as the last of a chain."""
+        raise NotImplementedError
 
 
 class Added(Later):
@@ -316,7 +315,7 @@ class Whole:
 
     def __init__(self, base: Base, steps: Sequence[tuple[Slot | Other, Given]]):
         self.op, self.link = base.op, _linked(base, steps)
-        self.shifts = [(slot, s) for slot, s in steps if isinstance(slot, Slot) and slot.shifts]
+        self.shifts = [(slot, s) for slot, s in steps if not isinstance(slot, Other) and slot.shifts]
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.link(x)
@@ -342,12 +341,12 @@ def _linked(base: Base, steps: Sequence[tuple[Slot | Other, Given]]) -> Chained:
     link: Chained = base
     waiting: list[tuple[Slot, Part, Given]] = []
     for slot, s in steps:
-        if isinstance(slot, Slot) and all(part.additive for part in slot.parts):
+        if not isinstance(slot, Other) and all(part.additive for part in slot.parts):
             waiting += [(slot, part, s) for part in slot.parts]
             continue
         if waiting:
             link, waiting = Added(link, waiting), []
-        link = Changed(link, slot, s) if isinstance(slot, Slot) else slot.link(link, s)
+        link = slot.link(link, s) if isinstance(slot, Other) else Changed(link, slot, s)
     return Added(link, waiting) if waiting else link
 
 

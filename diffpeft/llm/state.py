@@ -164,9 +164,9 @@ def whole_tensors(
     """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
     tensors: dict[str, Tensor] = {}
     for where, _, record in adapted(model):
-        for module in record.modules(name, hidden=False):
+        for module in record.beside(name, hidden=False):
             at = f"{where}.{COPIES}.{escaped(name)}."
-            for key, tensor in {} if isinstance(module, Slot) else module.state_dict().items():
+            for key, tensor in module.state_dict().items():
                 tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
     return tensors
 
@@ -473,7 +473,7 @@ def _plan_embeddings(
 def _beside(module: nn.Module, name: str) -> nn.Module | None:
     """The copy or the patch that an adapter has of a module, None if there is none."""
     record = record_of(module)
-    return next((m for m in record.modules(name) if not isinstance(m, Slot)), None) if record else None
+    return next(iter(record.beside(name)), None) if record else None
 
 
 def config_of(model: nn.Module, name: str) -> PeftConfig:
