@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpeft.layers.backends import KNOWN, backend_of_class
 from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.hooks import held_forwards, is_cast
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
@@ -273,7 +274,7 @@ def adapted_class(base: Any) -> type:
         site: Any = site_of(base)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            record = getattr(self, RECORD, None)
+            record = self.__dict__.get(RECORD)
             if record is None:  # another thread has just taken the last adapter off
                 return base.forward(self, *args, **kwargs)
             x, rest, named = _taken(args, kwargs)
@@ -281,7 +282,7 @@ def adapted_class(base: Any) -> type:
             link = _link(self, record, base, site, rest, named, dtype)
             if link is None:
                 return base.forward(self, *args, **kwargs)
-            return link(x.to(dtype) if x.is_floating_point() and site.targets else x)
+            return link(x.to(dtype) if x.dtype != dtype and x.is_floating_point() and site.targets else x)
 
         _adapted[base] = subclass(base, adapted_class, "_diffpeft_base", forward=forward, **_members(base))
     return _adapted[base]
@@ -330,7 +331,8 @@ def _members(base: Any) -> dict[str, Any]:
     def extra_repr(self: Any) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
 
-    return {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": sized(base)}
+    members = {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": sized(base)}
+    return {**members, KNOWN: backend_of_class(base)}
 
 
 def _shown(record: Record) -> list[str]:
@@ -384,13 +386,13 @@ def _link(
 ) -> Whole | Rows | None:
     """The layer with the active slots on it; None if there is none. Kept from one call to the next while the mix is the same."""
     moment = record.mix.current()
-    compiling = torch.compiler.is_compiling()
-    keep = not (traced() or rest or named)
+    keep = not (rest or named or traced())
     lasting = moment.of  # what stays from step to step
     if keep:
         kept = record.kept.get("link")
         if kept is not None and kept[0] is lasting and kept[1] == dtype:
             return kept[2]
+    compiling = torch.compiler.is_compiling()
     mixes = moment.rows or (moment,)
     prompts = [_dialled(record, mix, compiling, row if moment.rows else None) for row, mix in enumerate(mixes)]
     link: Whole | Rows | None = None

@@ -152,7 +152,8 @@ class Added(Later):
             return op.op(x, self.weight(), bias)
         W, forms, apart, positions = None, [], [], op.positions(x)
         for slot, part, s in self._now():
-            s = _dropped(slot, part, s)
+            if slot.training:
+                s = _dropped(slot, part, s)
             if not slot.bare or drops_inputs(slot, part):
                 apart.append((slot, part, s))
                 continue
@@ -191,10 +192,10 @@ class Added(Later):
     def _is_cheaper_in_weight(self, form: Factors, positions: int) -> bool:
         """Whether a product of low rank is better added to the weight, where there is no backward pass."""
         op, g, r = self.op, self.op.geometry, form.A.shape[0]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or g.lookup or not op.faithful:
-            return False
-        if not isinstance(self.before, Base) or (g.groups == 1 and 2 * positions <= min(g.out, g.columns)):
+        if torch.is_grad_enabled() or (g.groups == 1 and 2 * positions <= g.out and 2 * positions <= g.columns):
             return False  # with so few positions it cannot be
+        if not isinstance(self.before, Base) or not op.faithful or g.lookup or torch.compiler.is_compiling():
+            return False
         ways = {
             "activations": Work(r * positions * (g.groups * g.columns + g.out)),
             "weight": Work(r * g.out * g.columns, elements=g.out * g.columns),
@@ -220,6 +221,28 @@ def form_of(slot: Slot, part: Part, p: Tensors, positions: int) -> Form | None:
         return None
     form: Form | None = part.method.form(p, part.spec, positions)
     return form
+
+
+def factors_of(slot: Slot, dtype: torch.dtype) -> Factors | None:
+    """Exact factors of all that a slot adds, side by side, with their scale in B: A [R, columns], B [out, R].
+
+    None if a part has none, or none of less than full rank that would be cheaper than the update itself.
+    """
+    pairs = []
+    for part in slot.parts:
+        method, g = part.method, part.spec.geometry
+        if not part.additive:
+            return None
+        p = slot.prepared(part, dtype)
+        pair: Factors | None = method.factors(p, part.spec)
+        if pair is None or (len(pair.A) >= min(g.out, g.columns) and not method.thin):
+            return None
+        pairs.append((pair.A.flatten(1), pair.B.flatten(1) * method.scale(p, part.spec)))
+    if len(pairs) == 1:
+        return Factors(*pairs[0])
+    if not pairs:
+        return None
+    return Factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1))
 
 
 def drops_inputs(slot: Slot, part: Part) -> bool:
@@ -253,8 +276,8 @@ def _masked(slot: Slot, part: Part, p: Tensors) -> Tensor:
 
 
 def _dropped(slot: Slot, part: Part, s: Strength) -> Strength:
-    """The strength; in training with module dropout sometimes nothing."""
-    rate = part.spec.options.get("module_dropout") if slot.training and part.additive else 0
+    """The strength in training; with module dropout sometimes nothing."""
+    rate = part.spec.options.get("module_dropout")
     return s * (torch.rand(()) > rate).float() if rate else s
 
 
@@ -319,6 +342,8 @@ class Whole:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.link(x)
+        if not self.shifts:
+            return y
         shift = self.shift(y.dtype, self.op.bias)
         return y if shift is None else self.op.shifted(y, shift)
 

@@ -20,9 +20,11 @@ from oracles import (
     site,
 )
 from peft import LoKrConfig as PeftConfig
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
+import diffpeft
 from diffpeft.layers.sites import LinearSite
-from diffpeft.methods import Geometry, LoKr, LoKrConfig, Site, Spec
+from diffpeft.methods import Geometry, LoHaConfig, LoKr, LoKrConfig, Site, Spec
 from diffpeft.methods.lokr import factorization, halves
 
 R = 2
@@ -356,3 +358,16 @@ ROUTES = [  # measured, forward and backward on one core: see knowledge/performa
 def test_the_faster_form_is_chosen(geometry, r, dtype, tokens, route):
     p = {role: t.to(dtype) for role, t in fresh(LoKr, LoKrConfig(r=r), geometry).tensors.items()}
     assert (LoKr.form(p, Spec(geometry), tokens) is not None) == (route == "halves")
+
+
+@pytest.mark.parametrize(
+    "made", [LoKrConfig(r=2, init_weights=False), LoHaConfig(r=2, init_weights=False)], ids=lambda c: type(c).__name__
+)
+def test_rows_of_a_table_that_scales_them_are_scaled_too(made):
+    """As in Gemma and BART: the layer with the adapter in its table is the same layer."""
+    net = torch.nn.Sequential(BartScaledWordEmbedding(40, 12, 0, embed_scale=3.5)).double()
+    diffpeft.attach(net, made, targets=["0"])
+    x = torch.randint(40, (2, 7))
+    acting = net(x)
+    diffpeft.fuse(net)
+    close(net(x), acting)
