@@ -26,7 +26,8 @@ from diffpeft import (
 )
 from diffpeft.model.attach import Plan, detach, mix_of
 from diffpeft.model.root import ROOT
-from tests.contracts.kinds import FORMS, LINEAR, METHOD_FORMS, blocks, config, every_form, give, layer
+from tests.contracts.kinds import FORMS, LINEAR, METHOD_FORMS, blocks, config, give, layer
+from tests.contracts.pairs import every_form
 
 EXACT = dict(rtol=0, atol=1e-10)  # float64: the same sums in the same order, or in another one on sizes of 16
 
