@@ -81,12 +81,16 @@ def may_be_fused_and_unfused(cell: Cell) -> None:
 
 
 def has_the_gradients_of_its_definition(cell: Cell) -> None:
-    """By every route that the cost models know for such layers."""
-    cell.at(0.7)
+    """By every route that the cost models know for such layers; some are open at strength 1 only."""
+    for s in (1.0, 0.7):
+        has_the_gradients_at(cell.at(s), s)
+
+
+def has_the_gradients_at(cell: Cell, s: float) -> None:
     x = cell.x.detach().clone().requires_grad_(cell.x.is_floating_point())
     inputs = ([x] if x.requires_grad else []) + list(cell.slot.parameters())
     direction = torch.randn_like(cell.base)
-    wants = torch.autograd.grad((cell.defined(0.7, x) * direction).sum(), inputs, allow_unused=True)
+    wants = torch.autograd.grad((cell.defined(s, x) * direction).sum(), inputs, allow_unused=True)
     for route in routes(cell):
         with forced(cell, route):
             grads = torch.autograd.grad((cell.model(x) * direction).sum(), inputs, allow_unused=True)
