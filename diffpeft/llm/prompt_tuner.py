@@ -17,8 +17,9 @@ from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompts import PROMPTS, Prompts
 from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
 from diffpeft.llm.tuner import known, named, trainable
-from diffpeft.model.attach import Plan, copy_wholes
+from diffpeft.model.attach import copy_wholes
 from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import modules_of
 
 PREFIX = "base_model."  # of whole modules in PEFT's files of prompts
@@ -56,8 +57,9 @@ class PromptTuner(Prompts):
             wholes = wholes_of(self.base_model, config)
             adapters = {**self.mix.adapters, name: Adapter(name, (), modules=tuple(wholes))}
             given = {name: 1.0} if active else dict(self.mix.choice.given)
-            plan = Plan(mixes=[(self.mix, {"adapters": adapters, "choice": choose("", (), adapters, given)})])
-            copy_wholes(plan, name, wholes)
+            plan = Plan()
+            plan.set(self.mix, adapters=adapters, choice=choose("", (), adapters, given))
+            copy_wholes(plan, self.mix, name, wholes)
             plan.commit()
         except BaseException:
             self.delete(name)
@@ -89,11 +91,11 @@ class PromptTuner(Prompts):
         plan = Plan()
         for module, _ in modules_of(self.base_model, copied).values():
             if copies := copies_of(module):
-                plan.wholes.append((module, copies.without({adapter_name})))
+                plan.carry(module, copies.without({adapter_name}))
         left = {n: a for n, a in self.mix.adapters.items() if n != adapter_name}
         order = [n for n in self.mix.choice.order if n != adapter_name] or list(left)[:1]
         choice = choose("", (), left, dict.fromkeys(order, 1.0))
-        plan.mixes.append((self.mix, {"adapters": left, "choice": choice}))
+        plan.set(self.mix, adapters=left, choice=choice)
         plan.commit()
         self.delete(adapter_name)
         del self.peft_config[adapter_name]

@@ -19,8 +19,9 @@ from diffpeft.layers.whole import Copies, copies_of
 from diffpeft.llm.embeddings import WHOLE, embedding_layers
 from diffpeft.methods import Spec
 from diffpeft.methods.lora import Lora
-from diffpeft.model.attach import Plan, mixes_of
+from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, claim, forced
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import modules_of
 
 # {role: the axis that counts tokens} on a table, and on a head
@@ -56,7 +57,7 @@ def resize(model: Any, resized: Callable[[], Any], total: int | None = None) -> 
             _fit_copy(copy, module, shared)
         if (record := record_of(module)) is not None:
             slots = {name: _fitted(slot, module, shared) for name, slot in record.slots.items()}
-            plan.layers.append((module, state_with(module, replace(record, slots=slots))))
+            plan.layer(module, state_with(module, replace(record, slots=slots)))
     plan.commit()
     return found
 

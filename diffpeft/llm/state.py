@@ -49,9 +49,10 @@ from diffpeft.llm import patches as patching
 from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-from diffpeft.model.attach import Plan, copy_wholes, install, mixes_of, put_patches, refuse_duplicate
+from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
+from diffpeft.model.plan import Plan
 from diffpeft.model.state import entries_of, slots_in
 from diffpeft.model.target import layers_of, modules_of
 from diffpeft.pipeline.match import matched
@@ -318,12 +319,12 @@ def put(
     plan = Plan()
     everywhere = (*modules, *patches, *copied_)
     adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
-    install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
-    for where, fresh in copy_wholes(plan, name, modules, ties=tying.ties_of(model, config, modules)).items():
+    mix = install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
+    for where, fresh in copy_wholes(plan, mix, name, modules, ties=tying.ties_of(model, config, modules)).items():
         fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
-    tables.fill(copy_wholes(plan, name, copied_, still=True), found.embeddings)
-    put_patches(plan, name, patches)
-    plan.roots.append((model, plan.mixes[-1][0]))
+    tables.fill(copy_wholes(plan, mix, name, copied_, still=True), found.embeddings)
+    put_patches(plan, mix, name, patches)
+    plan.root(model, mix)
     plan.commit()
 
 
@@ -402,7 +403,7 @@ def _plan_embeddings(
     layers = tuple(dict.fromkeys((*old.layers, *under)))
     adapter = replace(old, layers=layers, modules=everywhere)
     install(plan, "", places, under, mix, adapter, None)
-    tables.fill(copy_wholes(plan, name, copied_, still=True), fresh)
+    tables.fill(copy_wholes(plan, mix, name, copied_, still=True), fresh)
     return writes
 
 

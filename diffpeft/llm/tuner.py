@@ -307,7 +307,7 @@ class Tuner(nn.Module):
         with exclusive({"": self.model}):
             plan, report = plan_merged({"": self.model}, names, dequantize=dequantize)
             loosen(plan, self.model)
-            plan.settings += [(self, "peft_config", {}), (self, "_head", None), (self, "last_merge_report", report)]
+            plan.set(self, peft_config={}, _head=None, last_merge_report=report)
             plan.commit()
         if dequantize:
             forget_quantization(self.model)

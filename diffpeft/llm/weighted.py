@@ -35,9 +35,10 @@ from diffpeft.methods.ia3 import FACTORS
 from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.merging import HOW, merged
-from diffpeft.model.attach import Plan, attach_to, method_of, mixes_of, take_off
+from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
 from diffpeft.model.combine import combine
 from diffpeft.model.mix import check_name
+from diffpeft.model.plan import Plan
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import adapted_layers, modules_of
 
@@ -378,14 +379,14 @@ def _described(model: nn.Module, own: Sequence[Any], weights: Mapping[str, float
     config = _changed(config, **_targets(model, config, own, ranks))
     plan, (mix,) = Plan(), mixes_of({"": model}).values()
     adapter = replace(mix.adapters[name], metadata={CONFIG: config.to_json()}, modules=tuple(wholes))
-    plan.mixes.append((mix, {"adapters": {**mix.adapters, name: adapter}}))
+    plan.set(mix, adapters={**mix.adapters, name: adapter})
     for layer, module in _layers(model, [name]).items():
         record: Any = record_of(module)
-        plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]}))))
+        plan.layer(module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]})))
     for module, merged_ in wholes.values():
         old: Any = copies_of(module)
         still = old.still | ({name} if old.still & weights.keys() else frozenset())
-        plan.wholes.append((module, replace(old, modules={**old.modules, name: merged_}, still=still)))
+        plan.carry(module, replace(old, modules={**old.modules, name: merged_}, still=still))
     return config, plan
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,26 +15,23 @@ from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
 from diffpeft.layers.adapted import (
     Record,
-    State,
-    enter,
     is_adapted,
     op_of,
     record_of,
-    state_of,
     state_with,
 )
 from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
+from diffpeft.layers.site import COPIES, device_of, present, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
-from diffpeft.layers.whole import Copies, Put, bare_copy, copied, copies_of, place
+from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
-from diffpeft.model.root import settle
-from diffpeft.model.target import COMPILED, adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.plan import Plan
+from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
 from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
@@ -48,77 +45,6 @@ class AttachReport:
     layers: tuple[str, ...]
     parameters: int
     bytes: int
-
-
-@dataclass
-class Plan:
-    """Prepared writes. Everything that can fail has happened before `commit`."""
-
-    layers: list[tuple[nn.Module, State]] = field(default_factory=list)
-    mixes: list[tuple[Mix, dict[str, Any]]] = field(default_factory=list)
-    roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
-    wholes: list[tuple[nn.Module, Copies | None]] = field(
-        default_factory=list
-    )  # modules with copies of themselves, or patches
-    tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # parameters that get other numbers
-    held: list[tuple[dict[str, Any], str, Any]] = field(
-        default_factory=list
-    )  # (a module's table of modules or parameters, a name in it, the new one)
-    settings: list[tuple[Any, str, Any]] = field(default_factory=list)  # (an object beside the model, attribute, value)
-
-    def put(self, puts: Iterable[Put]) -> None:
-        """Add writes to modules' tables: numbers for the parameter that is there, or another parameter."""
-        for table, name, new in puts:
-            if isinstance(new, nn.Parameter):
-                self.held.append((table, name, new))
-            else:
-                self.tensors.append((table[name], new))
-
-    def commit(self) -> None:
-        """Make the writes; if one is interrupted, undo those made."""
-        before = [(module, state_of(module)) for module, _ in self.layers]
-        attributes = [(mix, {name: getattr(mix, name) for name in new}) for mix, new in self.mixes]
-        copies = [(module, copies_of(module)) for module, _ in self.wholes]
-        numbers = [(tensor, tensor.data) for tensor, _ in self.tensors]
-        held = [(table, name, table[name]) for table, name, _ in self.held]
-        settings = [(thing, name, getattr(thing, name)) for thing, name, _ in self.settings]
-        try:
-            for table, name, new_one in self.held:
-                table[name] = new_one
-            for mix, new in self.mixes:
-                mix.__dict__.update(new)
-            for module, state in self.layers:
-                enter(module, state)
-            for module, own in self.wholes:
-                place(module, own)
-            for tensor, new_numbers in self.tensors:
-                tensor.data = new_numbers
-            for thing, name, value in self.settings:
-                setattr(thing, name, value)
-            self._finish()
-        except BaseException:
-            for module, state in before:
-                enter(module, state)
-            for module, old_copies in copies:
-                place(module, old_copies)
-            for tensor, old_numbers in reversed(numbers):
-                tensor.data = old_numbers
-            for table, name, old_one in held:
-                table[name] = old_one
-            for thing, name, value in settings:
-                setattr(thing, name, value)
-            for mix, old in attributes:
-                mix.__dict__.update(old)
-            self._finish()
-            raise
-
-    def _finish(self) -> None:
-        """Let the models, and who offloads them, know what is on their layers now."""
-        changed = [module for module, _ in (*self.layers, *self.wholes)]
-        for model, mix in self.roots:
-            settle(model, mix)
-            if changed:
-                reapply_offloading(getattr(model, COMPILED, model), changed)
 
 
 def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
@@ -285,10 +211,10 @@ def attach_to(
         for component, found in slots.items():
             if found or patches:
                 own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
-                install(plan, component, chosen[component], found, mixes.get(component), own, strength)
-                copy_wholes(plan, name, wholes, ties=ties)
-                put_patches(plan, name, patches)
-                plan.roots.append((parts[component], plan.mixes[-1][0]))
+                mix = install(plan, component, chosen[component], found, mixes.get(component), own, strength)
+                copy_wholes(plan, mix, name, wholes, ties=ties)
+                put_patches(plan, mix, name, patches)
+                plan.root(parts[component], mix)
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
     tensors += dict.fromkeys(p for _, patch in patches.values() for p in patch.parameters())
@@ -300,6 +226,7 @@ def attach_to(
 
 def copy_wholes(
     plan: Plan,
+    mix: Mix,
     name: str,
     wholes: Mapping[str, nn.Module],
     *,
@@ -317,23 +244,22 @@ def copy_wholes(
                 f"module {shown(where)} has adapters, and cannot be trained whole beside them",
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
-        old, mix = copies_of(module), plan.mixes[-1][0]
+        old = copies_of(module)
         made[where] = bare_copy(module).requires_grad_(not still)
         own = old or Copies(mix, {})
         frozen = own.still | ({name} if still else frozenset())
-        plan.wholes.append((module, replace(own, modules={**own.modules, name: made[where]}, still=frozen)))
+        plan.carry(module, replace(own, modules={**own.modules, name: made[where]}, still=frozen))
     for where, other in ties.items():
         made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
 
 
-def put_patches(plan: Plan, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
+def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
     """Plan to give modules a patch each, for the adapter that is installed already. Two that hold one parameter may have the same patch (tied weights).
 
     Raises AdapterStateError for a module that something else of ours is on.
     """
-    mix, new = plan.mixes[-1]
-    taken = [module for module, *_ in (*plan.layers, *plan.wholes)]
+    taken, layers = plan.changed, plan.view(mix).layers
     seen: set[int] = set()
     for where, (module, patch) in patches.items():
         old = copies_of(module)
@@ -344,9 +270,9 @@ def put_patches(plan: Plan, name: str, patches: Mapping[str, tuple[nn.Module, Pa
                 f"module {shown(where)} has adapters, and its parameters cannot be changed beside them",
                 remedy="Leave it out of target_modules and modules_to_save, or unload the other adapters.",
             )
-        own = old or Patches(mix, {}, index=new["layers"].index(where))
+        own = old or Patches(mix, {}, index=layers.index(where))
         hidden = own.hidden | ({name} if id(patch) in seen else frozenset())
-        plan.wholes.append((module, replace(own, modules={**own.modules, name: patch}, hidden=hidden)))
+        plan.carry(module, replace(own, modules={**own.modules, name: patch}, hidden=hidden))
         seen.add(id(patch))
 
 
@@ -439,15 +365,16 @@ def install(
     mix: Mix | None,
     adapter: Adapter,
     strength: Strength | None,
-) -> None:
-    """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active, or inactive if it is None."""
+) -> Mix:
+    """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active, or inactive if it is None; the component's mix."""
     mix = mix or Mix(component)
-    layers = tuple(dict.fromkeys((*mix.layers, *slots, *adapter.modules)))
+    before = plan.view(mix)
+    layers = tuple(dict.fromkeys((*before.layers, *slots, *adapter.modules)))
     column = {layer: i for i, layer in enumerate(layers)}
-    adapters = {**mix.adapters, adapter.name: adapter}
+    adapters = {**before.adapters, adapter.name: adapter}
     added: Given = {} if strength is None else {adapter.name: strength}
-    choice = mix.changed(layers, adapters, lambda given: {**given, **added})
-    plan.mixes.append((mix, {"layers": layers, "adapters": adapters, "choice": choice}))
+    choice = before.changed(layers, adapters, lambda given: {**given, **added})
+    plan.set(mix, layers=layers, adapters=adapters, choice=choice)
     columns = torch.arange(len(layers), device="cpu").split(1)
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
@@ -459,7 +386,8 @@ def install(
         old = record_of(module)
         slots_ = {**(old.slots if old else {}), adapter.name: slot}
         record = replace(old, slots=slots_) if old else Record(mix, columns[index].clone(), index, slots_)
-        plan.layers.append((module, state_with(module, record)))
+        plan.layer(module, state_with(module, record))
+    return mix
 
 
 def detach(target: Any, name: str) -> None:
@@ -496,8 +424,8 @@ def remove(
         choice = mix.changed(mix.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
         choice = choice if adapters else Choice()
         out = bool(names & set(mix.fused))
-        plan.mixes.append((mix, {"adapters": adapters, "choice": choice, "fused": {} if out else mix.fused}))
-        plan.roots.append((parts[component], mix))
+        plan.set(mix, adapters=adapters, choice=choice, fused={} if out else mix.fused)
+        plan.root(parts[component], mix)
         for layer, module in adapted[component].items():
             record = record_of(module)
             assert record is not None
@@ -507,7 +435,7 @@ def remove(
             if weights is not None or names & set(record.slots):
                 refuse_foreign(layer, module)
                 left = {n: s for n, s in record.slots.items() if n not in names}
-                plan.layers.append((module, state_with(module, replace(record, slots=left), weights)))
+                plan.layer(module, state_with(module, replace(record, slots=left), weights))
         for module, _ in modules_of(parts[component], copied).values():
             copies = copies_of(module)
             if copies is None or copies.mix is not mix:
@@ -515,9 +443,9 @@ def remove(
             if out and copies.fused and isinstance(copies, Patches):
                 copies, puts = copies.unfused(module)
                 plan.put(puts)
-                plan.wholes.append((module, copies))
+                plan.carry(module, copies)
             if names & set(copies.modules):
-                plan.wholes.append((module, copies.without(names)))
+                plan.carry(module, copies.without(names))
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -22,9 +22,10 @@ from diffpeft.methods import Lora, Spec
 from diffpeft.methods.config import check_choice, check_rank, is_fp32
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.methods.merging import HOW, merged
-from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
+from diffpeft.model.attach import install, mixes_of, refuse_duplicate
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted_layers, components
 
 Factors = tuple[Tensor, Tensor]  # A [r, columns], B [out, r]: an update B A
@@ -298,11 +299,11 @@ def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Map
     for layer, module, _ in _slots(model, name):
         record = record_of(module)
         assert record is not None
-        plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]}))))
-    plan.roots.append((model, mix))
+        plan.layer(module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]})))
+    plan.root(model, mix)
 
 
 def _plan_added(plan: Plan, model: nn.Module, component: str, mix: Mix, name: str, slots: Mapping[str, Slot]) -> None:
     """Plan a new adapter that is not active."""
     install(plan, component, adapted_layers(model), slots, mix, Adapter(name, tuple(slots)), None)
-    plan.roots.append((model, mix))
+    plan.root(model, mix)

@@ -18,9 +18,10 @@ from diffpeft.layers.patches import Patches
 from diffpeft.layers.site import STORING_HOOKS, diffusers_hooks, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put, copied, copies_of
-from diffpeft.model.attach import Plan, mixes_of
+from diffpeft.model.attach import mixes_of
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
+from diffpeft.model.plan import Plan
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted_layers, components, modules_of
 from diffpeft.model.tied import count_twins_once, spread
@@ -50,8 +51,8 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
             given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
             if given:
                 _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
-                plan.mixes.append((mix, {"fused": {**mix.fused, **given}}))
-        if not plan.layers and not plan.wholes:
+                plan.set(mix, fused={**mix.fused, **given})
+        if not plan.changed:
             warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=2)
         plan.commit()
 
@@ -76,11 +77,11 @@ def plan_unfused(plan: Plan, model: nn.Module, mix: Mix) -> None:
     for layer, module in adapted_layers(model).items():
         record = record_of(module)
         if record is not None and record.fused:
-            plan.layers.append((module, state_with(module, *unfused(layer, module, record))))
+            plan.layer(module, state_with(module, *unfused(layer, module, record)))
     for module, own in _patched(model, mix):
-        plan.wholes.append((module, (bare := own.unfused(module))[0]))
+        plan.carry(module, (bare := own.unfused(module))[0])
         plan.put(bare[1])
-    plan.mixes.append((mix, {"fused": {}}))
+    plan.set(mix, fused={})
 
 
 def _chosen(names: str | Sequence[str] | None, mixes: Mapping[str, Mix]) -> set[str]:
@@ -141,7 +142,7 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
         weights = shared.setdefault(id(module.weight), W), bias
         kept = (_on_cpu(base[0]), _on_cpu(base[1])) if keep_base == "cpu" else None
         now = replace(record, fused=frozenset(own), base=kept, sample=sampled(weights))
-        plan.layers.append((module, state_with(module, now, weights)))
+        plan.layer(module, state_with(module, now, weights))
     fused: list[tuple[nn.Module, Patches]] = []
     puts: list[Put] = []
     for module, patches in _patched(model, mix):
@@ -151,7 +152,8 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
             fused.append((module, now_fused))
             puts += new
     parted = spread(plan, puts, owners)
-    plan.wholes += [(module, patches.apart(module, parted)) for module, patches in fused]
+    for module, patches in fused:
+        plan.carry(module, patches.apart(module, parted))
 
 
 def _patched(model: nn.Module, mix: Mix) -> list[tuple[nn.Module, Patches]]:

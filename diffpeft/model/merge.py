@@ -21,10 +21,11 @@ from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put, copied, copies_of
 from diffpeft.methods.linalg import is_finite, wide_dtype
-from diffpeft.model.attach import Plan, mixes_of, refuse_foreign
+from diffpeft.model.attach import mixes_of, refuse_foreign
 from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted_layers, components, modules_of
 from diffpeft.model.tied import count_twins_once, spread
 from diffpeft.model.weights import unfit, unfused
@@ -76,8 +77,8 @@ def plan_merged(
             found = merger.plan(plan, layer, module)
             if found is not None:
                 errors[dotted(component, layer)] = found
-        plan.mixes.append((mix, {"adapters": {}, "choice": Choice(), "fused": {}}))
-        plan.roots.append((parts[component], mix))
+        plan.set(mix, adapters={}, choice=Choice(), fused={})
+        plan.root(parts[component], mix)
     return plan, errors
 
 
@@ -98,7 +99,7 @@ class _Merger:
         for module, _ in modules_of(self.model, copied).values():
             copies = copies_of(module)
             if copies is not None and copies.mix is mix:
-                plan.wholes.append((module, None))
+                plan.carry(module, None)
                 puts += copies.merged(module, self.choice)
         spread(plan, puts, self.owners)
 
@@ -110,7 +111,7 @@ class _Merger:
         own = [n for n in self.choice.order if n in record.slots]
         if not own:
             weights = unfused(layer, module, record)[1] if record.fused else None
-            plan.layers.append((module, state_with(module, None, weights)))
+            plan.layer(module, state_with(module, None, weights))
             return None
         base, steps = self._start(layer, module, record, own)
         site = site_of(base_class(module))
@@ -125,7 +126,7 @@ class _Merger:
         refuse_unfit(layer, module, self.owners)
         (W, bias), error = _merged(layer, module, base, weights_of(module), steps)
         weights = self.shared.setdefault(id(module.weight), W), bias
-        plan.layers.append((module, state_with(module, None, weights)))
+        plan.layer(module, state_with(module, None, weights))
         return error
 
     def _start(
@@ -165,8 +166,9 @@ class _Merger:
         plain.weight = nn.Parameter(own(plain).stored(weights[0]).contiguous(), requires_grad=False)
         if weights[1] is not None:
             plain.bias = nn.Parameter(weights[1], requires_grad=module.bias.requires_grad)
-        plan.layers.append((module, state_with(module, None)))
-        plan.held += [(table, key, plain) for table, key in places]
+        plan.layer(module, state_with(module, None))
+        for table, key in places:
+            plan.entry(table, key, plain)
         return error
 
 

@@ -15,7 +15,7 @@ from diffpeft.layers.adapted import record_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put
 from diffpeft.methods.lora import Lora
-from diffpeft.model.attach import Plan
+from diffpeft.model.plan import Plan
 
 
 def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tuple[int, str], Any]:
@@ -37,10 +37,11 @@ def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tupl
         others = owners.get(key, len(holders)) > len(holders)  # somebody keeps the numbers
         if not others:
             table, name, new = groups.pop(0)[0]
-            plan.tensors.append((table[name], new))
+            plan.numbers(table[name], new)
         for group in groups:
             own = _own(group[0])
-            plan.held += [(table, name, own) for table, name, _ in group]
+            for table, name, _ in group:
+                plan.entry(table, name, own)
             parted |= {(id(table), name): table[name] for table, name, _ in group}
             owners[key] = owners.get(key, 0) - len(group)
     return parted

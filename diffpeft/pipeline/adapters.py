@@ -13,10 +13,11 @@ from torch import nn
 
 from diffpeft.errors import AdapterStateError, shown
 from diffpeft.layers.adapted import record_of
-from diffpeft.model.attach import Plan, mixes_of, take_off
+from diffpeft.model.attach import mixes_of, take_off
 from diffpeft.model.fuse import check_order
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, Strength, check_rows, claim
+from diffpeft.model.plan import Plan
 from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
@@ -53,11 +54,18 @@ def set_adapters(
     """
     parts = components(target)
     with exclusive(parts):
-        own = mixes_of(parts)
-        choices = _choices(target, parts, own, mix, images_per_prompt)
-        plan = Plan(mixes=[(m, {"choice": choices[m.key]}) for m in own.values()])
-        plan.roots = [(parts[component], m) for component, m in own.items()]
+        plan = Plan()
+        plan_mix(plan, target, parts, mix, images_per_prompt)
         plan.commit()
+
+
+def plan_mix(plan: Plan, target: Any, parts: Mapping[str, nn.Module], given: Any, images_per_prompt: int = 1) -> None:
+    """Plan what `set_adapters` does. Raises what it raises."""
+    mixes = mixes_of(parts)
+    choices = _choices(target, parts, mixes, given, images_per_prompt)
+    for component, mix in mixes.items():
+        plan.set(mix, choice=choices[mix.key])
+        plan.root(parts[component], mix)
 
 
 @contextlib.contextmanager

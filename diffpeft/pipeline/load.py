@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import converters
 from converters.sizes import grouped
@@ -30,9 +30,10 @@ from diffpeft.families import family_of, is_unnamed
 from diffpeft.layers.adapted import base_class, is_adapted
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
+from diffpeft.model.attach import OVERSIZED, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
+from diffpeft.model.plan import Plan
 from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, layers_of
 from diffpeft.pipeline.fused import unfused
@@ -96,8 +97,7 @@ def load_lora(
         bundle = opened(target, source, layers, family=family, revision=revision, filename=filename, alpha=alpha)
         with inside(bundle.source):
             slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
-            plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
-        plan.roots = [(parts[mix.component], mix) for mix, _ in plan.mixes]
+            plan = _planned(name, weight, bundle, slots, absent, parts, layers, mixes)
         report = report_of(name, bundle, slots, absent)
         _warn(report, bundle, slots)  # before the commit: a warning may be an error
         plan.commit()
@@ -252,19 +252,22 @@ def _planned(
     bundle: Bundle,
     slots: Mapping[str, Mapping[str, Slot]],
     absent: Sequence[Entry],
+    parts: Mapping[str, nn.Module],
     layers: Layers,
     mixes: Mapping[str, Mix],
 ) -> Plan:
     """The writes. What the file holds beside the slots goes to the first component that gets some."""
-    plan = Plan()
+    plan, changed = Plan(), []
     beside = beside_of(bundle, absent)
     for component, found in slots.items():
         if found:
             modules = {layer: layers[component][layer][0] for layer in found}
             adapter = Adapter(name, tuple(found), **beside)
-            install(plan, component, modules, found, mixes.get(component), adapter, weight)
+            mix = install(plan, component, modules, found, mixes.get(component), adapter, weight)
+            plan.root(parts[component], mix)
+            changed.append(plan.view(mix))
             beside = {}
-    check_mix({name: weight}, [replace(mix, **new) for mix, new in plan.mixes], layers)
+    check_mix({name: weight}, changed, layers)
     return plan
 
 

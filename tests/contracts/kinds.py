@@ -15,8 +15,9 @@ from diffpeft.layers.adapted import base_class
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Spec
-from diffpeft.model.attach import AttachReport, Plan, attach, install, mix_of
+from diffpeft.model.attach import AttachReport, attach, install, mix_of
 from diffpeft.model.mix import Adapter
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import components
 
 # name: how to make the layer, and the shape of an input
