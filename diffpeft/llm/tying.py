@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from diffpeft.errors import CheckpointError, ConfigError, listed, shown
-from diffpeft.layers.adapted import op_of
+from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.methods import Spec
 from diffpeft.methods.peft_config import PeftType

@@ -13,17 +13,10 @@ import torch.nn as nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import (
-    Record,
-    is_adapted,
-    op_of,
-    record_of,
-    state_with,
-)
-from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, refusal
+from diffpeft.layers.carried import ADAPTERS, COPIES, Copy, Record, bare_copy, base_class, is_adapted, op_of
+from diffpeft.layers.patches import Patch
+from diffpeft.layers.site import device_of, present, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
-from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
@@ -31,7 +24,7 @@ from diffpeft.methods.linalg import wide_dtype
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.target import adapted, components, is_preset, layers_of, select
 from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
@@ -47,32 +40,30 @@ class AttachReport:
     bytes: int
 
 
-def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
+Walk = Sequence[tuple[str, nn.Module, Record]]  # as `target.adapted` gives it
+
+
+def mix_of(model: nn.Module, walk: Walk | None = None) -> Mix | None:
     """The Mix that the layers of a component share, if it has adapters. Raises AdapterStateError if `model` is not what was adapted, but a part or more.
 
-    `adapted` are its adapted layers, where the caller has looked already.
+    `walk` is what carries something in it, where the caller has looked already.
     """
     mix = None
-    for layer, module in (adapted_layers(model) if adapted is None else adapted).items():
-        record = record_of(module)
-        assert record is not None
+    for name, _, record in adapted(model) if walk is None else walk:
+        if record.mix.apart:
+            continue
         mix = record.mix
-        if mix.layers[record.index] != layer:
+        if record.where != name:
             raise AdapterStateError(
-                f"layer {shown(layer)} was adapted as {shown(mix.layers[record.index])}, as part of another module",
+                f"layer {shown(name)} was adapted as {shown(record.where)}, as part of another module",
                 remedy="Pass the module that was adapted.",
             )
-    if mix is not None:
-        return mix
-    found = [own for module, _ in modules_of(model, copied).values() if isinstance(own := copies_of(module), Patches)]
-    return found[0].mix if found else None
+    return mix
 
 
-def mixes_of(
-    parts: Mapping[str, nn.Module], adapted: Mapping[str, Mapping[str, nn.Module]] | None = None
-) -> dict[str, Mix]:
-    """{component: Mix} of the components that have adapters; `adapted` as in `mix_of`."""
-    found = {component: mix_of(model, (adapted or {}).get(component)) for component, model in parts.items()}
+def mixes_of(parts: Mapping[str, nn.Module], walks: Mapping[str, Walk] | None = None) -> dict[str, Mix]:
+    """{component: Mix} of the components that have adapters; `walks` as in `mix_of`."""
+    found = {component: mix_of(model, (walks or {}).get(component)) for component, model in parts.items()}
     return {component: mix for component, mix in found.items() if mix}
 
 
@@ -209,7 +200,7 @@ def attach_to(
     if not dry_run:
         plan = Plan()
         for component, found in slots.items():
-            if found or patches:
+            if found or wholes or patches:
                 own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
                 mix = install(plan, component, chosen[component], found, mixes.get(component), own, strength)
                 copy_wholes(plan, mix, name, wholes, ties=ties)
@@ -235,44 +226,56 @@ def copy_wholes(
 ) -> dict[str, nn.Module]:
     """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
-    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module that has adapters.
+    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module with layers inside that have adapters.
     """
     made: dict[str, nn.Module] = {}
     for where, module in wholes.items():
-        if any(is_adapted(m) or isinstance(copies_of(m), Patches) for m in module.modules()):
+        ours = _within(module)
+        if any(plan.record_of(m) for m in module.modules() if m is not module and m not in ours):
             raise AdapterStateError(
-                f"module {shown(where)} has adapters, and cannot be trained whole beside them",
+                f"module {shown(where)} holds layers with adapters, and cannot be trained whole beside them",
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
-        old = copies_of(module)
         made[where] = bare_copy(module).requires_grad_(not still)
-        own = old or Copies(mix, {})
-        frozen = own.still | ({name} if still else frozenset())
-        plan.carry(module, replace(own, modules={**own.modules, name: made[where]}, still=frozen))
+        record = _record(plan, mix, where, module)
+        plan.carry(module, replace(record, copies={**record.copies, name: Copy(made[where], still)}))
     for where, other in ties.items():
         made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
 
 
+def _within(module: nn.Module) -> set[nn.Module]:
+    """What lies in the slots, copies and patches of a module."""
+    held = (module._modules.get(name) for name in (ADAPTERS, COPIES)) if is_adapted(module) else ()
+    return {inner for container in held if container is not None for inner in container.modules()}
+
+
+def _record(plan: Plan, mix: Mix, where: str, module: nn.Module) -> Record:
+    """What a module will carry, of `mix`; an empty record if nothing yet."""
+    record = plan.record_of(module)
+    if record is not None:
+        return record
+    index = plan.view(mix).layers.index(where)
+    return Record(mix, torch.tensor([index], device="cpu"), index)
+
+
 def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
     """Plan to give modules a patch each, for the adapter that is installed already. Two that hold one parameter may have the same patch (tied weights).
 
-    Raises AdapterStateError for a module that something else of ours is on.
+    Raises AdapterStateError for a module that has something else of an adapter, and is no layer.
     """
-    taken, layers = plan.changed, plan.view(mix).layers
     seen: set[int] = set()
     for where, (module, patch) in patches.items():
-        old = copies_of(module)
-        other = old is not None and {*map(type, old.modules.values())} != {type(patch)}
-        inside = [m for m in module.modules() if m is not module]
-        if other or is_adapted(module) or any(map(copied, inside)) or any(m is module for m in taken):
+        record = _record(plan, mix, where, module)
+        beside = {type(own) for own in (*record.slots.values(), *record.patches.values())} - {type(patch)}
+        inside = [r for m in module.modules() if m is not module and (r := plan.record_of(m))]
+        if (beside and site_of(base_class(module)) is None) or any(r.copies or r.patches for r in inside):
             raise AdapterStateError(
                 f"module {shown(where)} has adapters, and its parameters cannot be changed beside them",
                 remedy="Leave it out of target_modules and modules_to_save, or unload the other adapters.",
             )
-        own = old or Patches(mix, {}, index=layers.index(where))
-        hidden = own.hidden | ({name} if id(patch) in seen else frozenset())
-        plan.carry(module, replace(own, modules={**own.modules, name: patch}, hidden=hidden))
+        hidden = record.hidden | ({name} if id(patch) in seen else frozenset())
+        plan.carry(module, replace(record, patches={**record.patches, name: patch}, hidden=hidden))
         seen.add(id(patch))
 
 
@@ -378,15 +381,9 @@ def install(
     columns = torch.arange(len(layers), device="cpu").split(1)
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
-        if COPIES in module.__dict__:
-            raise AdapterStateError(
-                f"layer {shown(layer)}: an adapter changes its parameters, or trains it whole",
-                remedy="Leave it out, or unload that adapter.",
-            )
-        old = record_of(module)
-        slots_ = {**(old.slots if old else {}), adapter.name: slot}
-        record = replace(old, slots=slots_) if old else Record(mix, columns[index].clone(), index, slots_)
-        plan.layer(module, state_with(module, record))
+        old = plan.record_of(module)
+        held = {**(old.slots if old else {}), adapter.name: slot}
+        plan.carry(module, replace(old, slots=held) if old else Record(mix, columns[index].clone(), index, held))
     return mix
 
 
@@ -398,54 +395,42 @@ def detach(target: Any, name: str) -> None:
 def take_off(parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
     """Remove adapters, or all of them. Raises UnknownNameError for a name that no component has."""
     with exclusive(parts):
-        adapted = {component: adapted_layers(model) for component, model in parts.items()}
-        mixes = mixes_of(parts, adapted)
-        known = {n for mix in mixes.values() for n in mix.adapters}
-        for name in sorted((names or set()) - known):
-            raise UnknownNameError.of("adapter", name, known)
         plan = Plan()
-        remove(plan, parts, mixes, adapted, known if names is None else names)
+        plan_taken_off(plan, parts, names)
         plan.commit()
 
 
-def remove(
-    plan: Plan,
-    parts: Mapping[str, nn.Module],
-    mixes: Mapping[str, Mix],
-    adapted: Mapping[str, Mapping[str, nn.Module]],
-    names: set[str],
-) -> None:
-    """Plan to take `names` off every component that has them."""
+def plan_taken_off(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
+    """Plan what `take_off` does."""
+    walks = {component: adapted(model) for component, model in parts.items()}
+    mixes = mixes_of(parts, walks)
+    known = {n for mix in mixes.values() for n in mix.adapters}
+    for name in sorted((names or set()) - known):
+        raise UnknownNameError.of("adapter", name, known)
     for component, mix in mixes.items():
-        if not names & set(mix.adapters):
+        gone = {*mix.adapters} & (known if names is None else names)
+        if gone:
+            _remove(plan, parts[component], mix, walks[component], gone)
+
+
+def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str]) -> None:
+    """Plan to take adapters off a component. If one of them is fused, all are taken out of the weights."""
+    check_idle(mix, names)
+    adapters = {n: a for n, a in mix.adapters.items() if n not in names}
+    choice = mix.changed(mix.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
+    out = bool(names & set(mix.fused))
+    plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else mix.fused)
+    plan.root(model, mix)
+    for layer, module, record in walk:
+        if record.mix is not mix:
             continue
-        check_idle(mix, names)
-        adapters = {n: a for n, a in mix.adapters.items() if n not in names}
-        choice = mix.changed(mix.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
-        choice = choice if adapters else Choice()
-        out = bool(names & set(mix.fused))
-        plan.set(mix, adapters=adapters, choice=choice, fused={} if out else mix.fused)
-        plan.root(parts[component], mix)
-        for layer, module in adapted[component].items():
-            record = record_of(module)
-            assert record is not None
-            weights = None
-            if out and record.fused:
-                record, weights = unfused(layer, module, record)
-            if weights is not None or names & set(record.slots):
-                refuse_foreign(layer, module)
-                left = {n: s for n, s in record.slots.items() if n not in names}
-                plan.layer(module, state_with(module, replace(record, slots=left), weights))
-        for module, _ in modules_of(parts[component], copied).values():
-            copies = copies_of(module)
-            if copies is None or copies.mix is not mix:
-                continue
-            if out and copies.fused and isinstance(copies, Patches):
-                copies, puts = copies.unfused(module)
-                plan.put(puts)
-                plan.carry(module, copies)
-            if names & set(copies.modules):
-                plan.carry(module, copies.without(names))
+        weights = None
+        if out and record.fused:
+            record, weights = unfused(layer, module, record)
+        left = record.without(names)
+        if weights is not None or left is not record:
+            refuse_foreign(layer, module)
+            plan.carry(module, left, weights)
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

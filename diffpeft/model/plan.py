@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from diffpeft.layers.adapted import State, enter, state_of
+from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of, state_with
 from diffpeft.layers.site import reapply_offloading
-from diffpeft.layers.whole import Copies, Put, copies_of, place
 from diffpeft.model.mix import Mix
 from diffpeft.model.root import settle
 from diffpeft.model.target import COMPILED
+
+# a module's table of parameters or buffers, a name in it, and new numbers or another parameter
+Put = tuple[dict[str, Any], str, Any]
 
 ABSENT: Any = object()  # what an attribute or an entry is that is not there
 
@@ -41,7 +43,7 @@ class Write(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapted layer carries, and its weights."""
+    """What a module carries, and its weights."""
 
     module: nn.Module
     value: State
@@ -51,20 +53,6 @@ class Layer:
 
     def put(self, value: State) -> None:
         enter(self.module, value)
-
-
-@dataclass(frozen=True)
-class Carried:
-    """The copies or patches that a module carries."""
-
-    module: nn.Module
-    value: Copies | None
-
-    def present(self) -> Copies | None:
-        return copies_of(self.module)
-
-    def put(self, value: Copies | None) -> None:
-        place(self.module, value)
 
 
 @dataclass(frozen=True)
@@ -141,32 +129,31 @@ class Plan:
 
     writes: list[Write] = field(default_factory=list)
     roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
+    _records: dict[int, Record | None] = field(default_factory=dict)
     _before: list[tuple[Write, Any]] | None = None  # while it is made and afterwards: the way back
 
     @property
     def changed(self) -> list[nn.Module]:
         """The modules that will carry something else."""
-        return [write.module for write in self.writes if isinstance(write, (Layer, Carried))]
+        return [write.module for write in self.writes if isinstance(write, Layer)]
 
     @property
     def entries(self) -> dict[tuple[int, str], Any]:
         """{(id of a table, name): what will be there}."""
         return {(id(write.table), write.name): write.value for write in self.writes if isinstance(write, Entry)}
 
-    def state_of(self, module: nn.Module) -> State:
-        """The state that a layer will be in: for planning on."""
-        planned = (
-            write.value for write in reversed(self.writes) if isinstance(write, Layer) and write.module is module
-        )
-        return next(planned, None) or state_of(module)
+    def record_of(self, module: nn.Module) -> Record | None:
+        """What a module will carry: for planning on."""
+        return self._records[id(module)] if id(module) in self._records else record_of(module)
 
-    def layer(self, module: nn.Module, state: State) -> None:
-        """A layer is to be in another state."""
-        self.writes.append(Layer(module, state))
-
-    def carry(self, module: nn.Module, copies: Copies | None) -> None:
-        """A module is to carry other copies or patches."""
-        self.writes.append(Carried(module, copies))
+    def carry(self, module: nn.Module, record: Record | None, weights: Mapping[str, Tensor] | None = None) -> None:
+        """A module is to carry something else, or nothing, and have other parameters (a Parameter), or other numbers in those that it has."""
+        others = {name: own for name, own in (weights or {}).items() if isinstance(own, nn.Parameter)}
+        for name, parameter in others.items():
+            self.entry(module._parameters, name, parameter)
+        numbers: Parameters | None = None if weights is None else {n: w for n, w in weights.items() if n not in others}
+        self.writes.append(Layer(module, state_with(module, record, numbers)))
+        self._records[id(module)] = record
 
     def numbers(self, tensor: Tensor, value: Tensor) -> None:
         """A parameter or buffer is to have other numbers."""

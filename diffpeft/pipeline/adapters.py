@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from diffpeft.errors import AdapterStateError, shown
-from diffpeft.layers.adapted import record_of
 from diffpeft.model.attach import mixes_of, take_off
 from diffpeft.model.fuse import check_order
 from diffpeft.model.lock import exclusive
@@ -21,7 +20,7 @@ from diffpeft.model.plan import Plan
 from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
-from diffpeft.model.target import adapted_layers, components
+from diffpeft.model.target import adapted, components
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,8 @@ def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choic
                     f"adapter {shown(name)} is fused into {component or 'the model'} at another strength",
                     remedy="Call unfuse first; fused strengths must stay as they are.",
                 )
-        for layer, module in adapted_layers(parts[component]).items():
-            record = record_of(module)
-            if record is not None and record.fused:
+        for layer, _, record in adapted(parts[component]):
+            if record.fused:
                 for row in rows:
                     check_order(layer, record, [n for n in mix.fused if n in record.fused], row)
 
