@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -114,3 +115,21 @@ def test_methods_import_torch_and_errors_only():
 
 def test_every_package_has_a_floor():
     assert {floor_of(name_of(p)) for p in FILES} - {"", "__main__"} <= set(FLOORS)
+
+
+def test_the_page_on_the_architecture_names_what_exists():
+    """Each noun is a class in the file that its row names, and all other files and registries are there."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    nouns = re.findall(r"^\| \*\*(\w+)\*\* \| `([^`]+)` \|", page, re.M)
+    assert len(nouns) == 10
+    for noun, file in nouns:
+        defined = {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.ClassDef)}
+        assert {noun, f"_{noun}"} & defined, (noun, file)
+    named = set(re.findall(r"`((?:diffpeft|converters|tests|docs)/[^`]+)`", page))
+    assert len(named) > 30 and not [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+
+
+def test_every_floor_is_on_the_page():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = set(re.findall(r"\w+", page.split("```")[1]))
+    assert drawn == set(FLOORS), drawn ^ set(FLOORS)
