@@ -194,6 +194,8 @@ def enter(module: Any, state: State) -> None:
         if new is not None and new.fused == old.fused and FUSED in old.kept:
             new.kept[FUSED] = old.kept[FUSED]
         old.kept.clear()  # it refers to the layer, which would keep adapters alive until a garbage collection
+    if new is not None:
+        module.__dict__[RECORD] = new  # first: whoever undoes this sees that it was begun
     module.__class__ = state.cls
     for name, container in ((ADAPTERS, state.adapters), (COPIES, state.copies)):
         if container is not None:
@@ -202,8 +204,6 @@ def enter(module: Any, state: State) -> None:
             module._modules.pop(name, None)
     if new is None:
         module.__dict__.pop(RECORD, None)
-    else:
-        module.__dict__[RECORD] = new
     if state.weights is not None:
         for name, numbers in state.weights.items():
             module._parameters[name].data = numbers

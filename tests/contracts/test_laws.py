@@ -25,7 +25,7 @@ from diffpeft.model import plan as planning
 from diffpeft.model.state import parameters_of, slots_of
 from diffpeft.model.target import layers_of
 from tests.contracts.definition import defined, effective
-from tests.contracts.kinds import EXACT, FORMS, LINEAR, METHOD_FORMS, Block, blocks, config, fits, give, layer
+from tests.contracts.kinds import EXACT, FORMS, LINEAR, METHOD_FORMS, Block, blocks, config, fits, give, layer, put
 from tests.contracts.pairs import WAYS, every_form, every_kind, every_method, every_way
 
 
@@ -55,6 +55,17 @@ def test_the_fast_path_passes_gradcheck(form, randomize):
     randomize(model)
     slot = slots_of(model, "default")["0"]
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (x.requires_grad_(), *slot.parameters()))
+
+
+@pytest.mark.parametrize("second", [{"lokr_w2": (2, 2)}, {"lokr_w2_a": (2, 1), "lokr_w2_b": (1, 2)}])
+def test_a_first_half_that_is_large_is_linear_in_its_strength(second):
+    """Larger than on the layers above: there its two factors are used one after the other."""
+    model, x = nn.Sequential(nn.Linear(64, 64)).double().requires_grad_(False), torch.randn(3, 64).double()
+    shapes = {"lokr_w1_a": (32, 1), "lokr_w1_b": (1, 32), **second}
+    put(model, "lokr", {"0": {role: torch.randn(shape).double() for role, shape in shapes.items()}}, alpha=None)
+    for s in (1.0, 0.3):
+        set_adapters(model, {"default": s})
+        torch.testing.assert_close(model(x), defined(model, x, [("default", s)]), **EXACT)
 
 
 @every_kind
