@@ -66,12 +66,17 @@ def rows(marks) -> list[dict]:
             values = covering(["gain"])
         elif "form" in names:
             at = names.index("form")
-            others = dict.fromkeys(tuple(v[:at] + v[at + 1 :]) for v in values if isinstance(v, tuple))
-            values = [(*other[:at], "gain", *other[at:]) for other in others] or ["gain"]
+            values = ["gain"] if isinstance(key, str) else [_with_gain(next(iter(values)), at)]
         calls = [
             {**row, **dict(zip(names, v if len(names) > 1 else [v], strict=True))} for row in calls for v in values
         ]
     return calls
+
+
+def _with_gain(row, at) -> tuple:
+    """The first row of several parameters with the new method in it."""
+    row = getattr(row, "values", row)
+    return (*row[:at], "gain", *row[at + 1 :])
 
 
 @pytest.mark.parametrize("name", contracts())
