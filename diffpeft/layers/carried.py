@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.chain import Base, Dial, Whole
+from diffpeft.layers.hooks import held_forwards, is_cast
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
 from diffpeft.layers.patches import Patch, patched
 from diffpeft.layers.rows import Rows
-from diffpeft.layers.site import held_forwards, is_cast, site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot, at_rest, stamp_of, with_own_dtype
 from diffpeft.layers.swap import sized, subclass
 from diffpeft.methods.linalg import traced, wide_dtype
@@ -270,7 +271,7 @@ def adapted_class(base: Any) -> type:
         site: Any = site_of(base)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            record = getattr(self, RECORD, None)
+            record = self.__dict__.get(RECORD)
             if record is None:  # another thread has just taken the last adapter off
                 return base.forward(self, *args, **kwargs)
             x, rest, named = _taken(args, kwargs)
@@ -278,7 +279,7 @@ def adapted_class(base: Any) -> type:
             link = _link(self, record, base, site, rest, named, dtype)
             if link is None:
                 return base.forward(self, *args, **kwargs)
-            return link(x.to(dtype) if x.is_floating_point() and site.targets else x)
+            return link(x.to(dtype) if x.dtype != dtype and x.is_floating_point() and site.targets else x)
 
         _adapted[base] = subclass(base, adapted_class, "_diffpeft_base", forward=forward, **_members(base))
     return _adapted[base]
@@ -354,7 +355,7 @@ def _level(choice: Any, name: str, index: int) -> str:
 def _taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The input, and the other arguments of a forward."""
     if args:
-        return args[0], args[1:], dict(kwargs)
+        return args[0], args[1:], dict(kwargs) if kwargs else {}
     name = next(iter(kwargs))
     return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
 
@@ -381,13 +382,13 @@ def _link(
 ) -> Whole | Rows | None:
     """The layer with the active slots on it; None if there is none. Kept from one call to the next while the mix is the same."""
     choice = record.mix.current()
-    compiling = torch.compiler.is_compiling()
-    keep = not (traced() or rest or named)
+    keep = not (rest or named or traced())
     lasting = choice.of or choice  # what stays from step to step
     if keep:
         kept = record.kept.get("link")
         if kept is not None and kept[0] is lasting and kept[1] == dtype:
             return kept[2]
+    compiling = torch.compiler.is_compiling()
     mixes = choice.rows or (choice,)
     prompts = [_dialled(record, mix, compiling, row if choice.rows else None) for row, mix in enumerate(mixes)]
     link: Whole | Rows | None = None

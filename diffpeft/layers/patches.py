@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from diffpeft.layers.chain import Later, is_zero, now
+from diffpeft.layers.chain import Chained, Later, is_zero, now
 from diffpeft.methods import Link
 
 Steps = Sequence[tuple["Patch", float]]
@@ -45,7 +45,7 @@ class Patch(nn.Module):
         names = dict.fromkeys(name for patch, _ in steps for name in patch.names)
         return base.forward(stand_in(module, base, {n: patched(module._parameters[n], n, steps) for n in names}), *args, **kwargs)  # fmt: skip
 
-    def link(self, before: Link, s: Any) -> Patched:
+    def link(self, before: Chained, s: Any) -> Patched:
         """The layer with this patch as the last of a chain."""
         return Patched(before, self, s)
 
@@ -53,7 +53,7 @@ class Patch(nn.Module):
 class Patched(Later):
     """A layer with a patch of its weight."""
 
-    def __init__(self, before: Link, patch: Patch, s: Any):
+    def __init__(self, before: Chained, patch: Patch, s: Any):
         super().__init__(before)
         self.patch, self.s = patch, s
 

@@ -56,7 +56,7 @@ class Tokens(Patch):
     def after(self, before: Link, x: Tensor, s: Any, bias: bool) -> Tensor:
         y, op = before(x, bias), cast(Any, before.op)
         if op.geometry.lookup:
-            return _looked_up(op.module, type(op.module), self, s, y, x, op.rest, op.named)
+            return _looked_up(op.module, type(op.module), self, s, y, x, op.arguments, op.keywords)
         W = op.stored(op.weight() if isinstance(before, Base) else before.weight())
         change = self.delta.to(y.dtype) - W[self.rows].to(y.dtype)
         by = op.op(x, op.canonical(change), False)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Handle
 from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError, listed, near
+from diffpeft.layers.backends import FOUR_BITS, backend_of, backend_of_weight
 from diffpeft.layers.carried import base_class, op_of
-from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
@@ -54,7 +54,8 @@ def prepare_model_for_kbit_training(
     model.requires_grad_(False)
     if method not in KEEP_HALVES:
         for p in model.parameters():
-            if p.dtype in HALVES and type(p).__name__ != "Params4bit":  # whose dtype is that of its storage
+            backend = backend_of_weight(p)
+            if p.dtype in HALVES and not (backend and backend.packed):
                 p.data = p.data.float()
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -115,7 +116,7 @@ def _loras_on_4_bits(model: nn.Module, adapter: str) -> dict[str, tuple[Any, Slo
     known: set[str] = set()
     found = {}
     for name, module, record in adapted(model):
-        if base_class(module).__name__ != "Linear4bit":
+        if backend_of(module) is not FOUR_BITS:
             continue
         known |= {*record.slots}
         slot = record.slots.get(adapter)
@@ -202,13 +203,13 @@ def forget_quantization(model: Any) -> None:
     With no quantised layer left it is an ordinary model. Else its quantisation config gets the plain layers' names, which loading then leaves alone.
     """
     config = getattr(model, "config", None)
-    quantised = any((s := site_of(base_class(m))) is not None and s.quantised for m in model.modules())
-    if quantised:
-        plain = [name for name, m in model.named_modules() if base_class(m) is nn.Linear]
+    backend = next(filter(None, map(backend_of, model.modules())), None)
+    if backend is not None:
+        plain = [name for name, m in model.named_modules() if base_class(m) is nn.Linear and backend_of(m) is None]
         written = getattr(config, "quantization_config", None)
         if written is not None and not isinstance(written, dict):
-            skipped = written.llm_int8_skip_modules or []
-            written.llm_int8_skip_modules = list(dict.fromkeys([*skipped, *plain]))
+            skipped = getattr(written, backend.skipped, None) or []
+            setattr(written, backend.skipped, list(dict.fromkeys([*skipped, *plain])))
         return
     for owner, names in ((model, MARKS), (config, ("quantization_config", "_pre_quantization_dtype"))):
         for name in names:

@@ -24,9 +24,9 @@ from diffpeft.errors import (
 )
 from diffpeft.io import finite
 from diffpeft.layers.carried import base_class
+from diffpeft.layers.hooks import held_forwards, refusal
 from diffpeft.layers.parameters import Factors, Stack
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.site import held_forwards, refusal
 from diffpeft.layers.tokens import Tokens
 from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods.linalg import kaiming

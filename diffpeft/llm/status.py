@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from diffpeft.errors import ConfigError
+from diffpeft.layers.backends import backend_of, numbers
 from diffpeft.layers.carried import Record
-from diffpeft.layers.site import site_of
 from diffpeft.model.target import adapted
 
 IRREGULAR = "irregular"
@@ -77,9 +77,7 @@ def counts(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters of a module."""
     trainable = total = 0
     for p in model.parameters():
-        n = p.numel() or getattr(p, "ds_numel", 0)
-        if type(p).__name__ == "Params4bit":
-            n *= 2 * p.element_size()
+        n = numbers(p) or getattr(p, "ds_numel", 0)
         total += n
         trainable += n if p.requires_grad else 0
     return trainable, total
@@ -100,7 +98,7 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
 
 def _status(name: str, module: Any, record: Record, off: Any) -> TunerLayerStatus:
     held = {n: [p for own in record.modules(n) for p in own.parameters()] for n in record.names}
-    mix, site = record.mix, site_of(type(module)) if record.slots else None
+    mix, backend = record.mix, backend_of(module) if record.slots else None
     order = off if off is not None else mix.choice.order
     # a module that is trained whole is not merged before the others are for good
     inside = record.fused | record.copies.keys()
@@ -113,12 +111,8 @@ def _status(name: str, module: Any, record: Record, off: Any) -> TunerLayerStatu
         requires_grad={n: _common(p.requires_grad for p in own) for n, own in held.items()},
         available_adapters=sorted(held),
         devices={n: sorted({p.device.type for p in own}) for n, own in held.items()},
-        quantization_backend=_backend(module) if site is not None and site.quantised else None,
+        quantization_backend=None if backend is None else backend.name,
     )
-
-
-def _backend(module: Any) -> str:
-    return "bnb 4bit" if type(module.weight).__name__ == "Params4bit" else "bnb 8bit"
 
 
 def _common(values: Iterable[Any]) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.layers.carried import Copy, Record, bare, bare_copy, op_of, record_of
-from diffpeft.layers.site import present
+from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
 from diffpeft.llm.state import saved
 from diffpeft.llm.targets import excludes, matches

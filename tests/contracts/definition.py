@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 import diffpeft
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.model.state import slots_of
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import AttachReport, attach, install, mix_of

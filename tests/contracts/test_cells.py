@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import diffpeft
 from diffpeft import detach, set_adapters, to_lora
-from diffpeft.methods import boft
+from diffpeft.methods import costs
 from diffpeft.model.state import slots_of
 from tests.contracts.definition import defined
 from tests.contracts.kinds import EXACT, FORMS, Form, give, layer
@@ -92,7 +92,7 @@ def has_the_gradients_at(cell: Cell, s: float) -> None:
     direction = torch.randn_like(cell.base)
     wants = torch.autograd.grad((cell.defined(s, x) * direction).sum(), inputs, allow_unused=True)
     for route in routes(cell):
-        with forced(cell, route):
+        with forced(route):
             grads = torch.autograd.grad((cell.model(x) * direction).sum(), inputs, allow_unused=True)
         for grad, want in zip(grads, wants, strict=True):
             assert (grad is None) == (want is None), route
@@ -100,28 +100,20 @@ def has_the_gradients_at(cell: Cell, s: float) -> None:
                 torch.testing.assert_close(grad, want, **EXACT, msg=lambda text, route=route: f"{route}: {text}")
 
 
-def routes(cell: Cell) -> list:
-    """The routes that layers like this one may take, if they are larger or their inputs longer."""
-    (part,) = cell.slot.parts
-    p, g = cell.slot.prepared(part, torch.float64), part.spec.geometry
-    if part.method is boft.Boft:
-        return [True, False]
-    if not part.additive:
-        return [None]
-    sizes = [replace(g, out=g.out * n, in_=g.in_ * n) for n in (1, 64)]
-    tokens = (1, 100, 10**5)
-    return sorted({part.method.route(p, replace(part.spec, geometry=size), n) for size in sizes for n in tokens})
+def routes(cell: Cell) -> range:
+    """The ways that cost models weigh for this layer, by number; one where nothing is weighed."""
+    weighed = [1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "cheapest", lambda what, dtype, ways: weighed.append(len(ways)) or next(iter(ways)))
+        cell.model(cell.x)
+    return range(max(weighed))
 
 
 @contextmanager
-def forced(cell: Cell, route) -> Iterator[None]:
-    """The cost models say this."""
-    (part,) = cell.slot.parts
+def forced(route: int) -> Iterator[None]:
+    """The cost models find this way the cheapest."""
     with pytest.MonkeyPatch.context() as patch:
-        if isinstance(route, bool):
-            patch.setattr(boft, "cheaper_on_activations", lambda *_: route)
-        elif route is not None:
-            patch.setattr(part.method, "route", staticmethod(lambda *_: route))
+        patch.setattr(costs, "cheapest", lambda what, dtype, ways: list(ways)[route])
         yield
 
 

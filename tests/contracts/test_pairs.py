@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffpeft.layers.site import SITES
+from diffpeft.layers.sites import SITES
 from diffpeft.methods import METHODS
 from tests.contracts import pairs
 from tests.contracts.kinds import CLASSES, FORMS, KINDS, METHOD_FORMS, ON_NORMS, example, fits, give, layer
