@@ -195,9 +195,9 @@ def enter(module: Any, state: State) -> None:
     held = held_forwards(module)
     old, new = record_of(module), state.record
     if old is not None and old is not new:
-        if new is not None and new.fused == old.fused and FUSED in old.kept:
-            new.kept[FUSED] = old.kept[FUSED]
-        old.kept.clear()  # it refers to the layer, which would keep adapters alive until a garbage collection
+        _forget(old, new)
+    if new is not None:
+        module.__dict__[RECORD] = new  # first: whoever undoes this sees that it was begun
     module.__class__ = state.cls
     for name, container in ((ADAPTERS, state.adapters), (COPIES, state.copies)):
         if container is not None:
@@ -206,15 +206,19 @@ def enter(module: Any, state: State) -> None:
             module._modules.pop(name, None)
     if new is None:
         module.__dict__.pop(RECORD, None)
-    else:
-        module.__dict__[RECORD] = new
-    if state.weights is not None:
-        for name, numbers in state.weights.items():
-            module._parameters[name].data = numbers
-        if new is not None and new.fused:
-            new.kept[FUSED] = stamps_of(module)
+    for name, numbers in (state.weights or {}).items():
+        module._parameters[name].data = numbers
+    if state.weights is not None and new is not None and new.fused:
+        new.kept[FUSED] = stamps_of(module)
     for place, key in held:
         place[key] = state.cls.forward.__get__(module)
+
+
+def _forget(old: Record, new: Record | None) -> None:
+    """Let go of what was worked out: it refers to the layer, which would keep adapters alive until a garbage collection."""
+    if new is not None and new.fused == old.fused and FUSED in old.kept:
+        new.kept[FUSED] = old.kept[FUSED]
+    old.kept.clear()
 
 
 FUSED = "fused"  # where a record keeps how to tell the weights that fusing has put there
