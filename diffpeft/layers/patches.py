@@ -78,9 +78,12 @@ class Patches(Copies):
         steps = [step for _, step in self._steps(choice) if step[1] != 0]
         return self.unfused(module)[1] + self._filled(module, steps)
 
-    def with_fused(self, module: Any, names: Sequence[str], keep: bool) -> tuple[Patches, list[Put]]:
-        """These patches with exactly `names` of them in the parameters, and the new numbers. Raises AdapterStateError or NonFiniteError."""
-        order = [name for name, _ in self._steps(self.mix.choice)]
+    def with_fused(self, module: Any, names: Sequence[str], keep: bool, choice: Any) -> tuple[Patches, list[Put]]:
+        """These patches with exactly `names` of them in the parameters, as strong as in a choice, and the new numbers.
+
+        Raises AdapterStateError or NonFiniteError.
+        """
+        order = [name for name, _ in self._steps(choice)]
         own = [name for name in names if name in self.modules]
         first: Any = self._patch(own[0])
         if order[: len(own)] != own and not first.commutes:
@@ -89,7 +92,7 @@ class Patches(Copies):
                 remedy="Fuse them from the first on, or all of them.",
             )
         self.unfused(module)  # there is a base to start from
-        steps = [step for name, step in self._steps(self.mix.choice) if name in own]
+        steps = [step for name, step in self._steps(choice) if name in own]
         puts = self._filled(module, steps)
         touched = dict.fromkeys(n for name in self.modules for n in self._patch(name).names)
         held = {n: self.base.get(n, module._parameters[n].data) for n in touched}

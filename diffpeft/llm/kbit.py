@@ -24,6 +24,7 @@ from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted_layers
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -198,24 +199,24 @@ def _found(handles: Mapping[str, Handle], layers: Mapping[str, Any], prefix: str
     return {layer: handles[key] for layer, key in keys.items() if key is not None}
 
 
-def forget_quantization(model: Any) -> None:
-    """After quantised layers were replaced by plain ones: let a model of transformers say so, so that `save_pretrained` writes what can be loaded.
+def forget_quantization(model: Any, plan: Plan) -> None:
+    """Where a plan replaces quantised layers by plain ones: let a model of transformers say so, so that `save_pretrained` writes what can be loaded.
 
     With no quantised layer left it is an ordinary model. Else its quantisation config gets the plain layers' names, which loading then leaves alone.
     """
     config = getattr(model, "config", None)
-    quantised = any((s := site_of(base_class(m))) is not None and s.quantised for m in model.modules())
-    if quantised:
-        plain = [name for name, m in model.named_modules() if base_class(m) is nn.Linear]
+    after = [(name, plan.standing(module)) for name, module in model.named_modules()]
+    if any((s := site_of(base_class(m))) is not None and s.quantised for _, m in after):
+        plain = [name for name, m in after if base_class(m) is nn.Linear]
         written = getattr(config, "quantization_config", None)
         if written is not None and not isinstance(written, dict):
             skipped = written.llm_int8_skip_modules or []
-            written.llm_int8_skip_modules = list(dict.fromkeys([*skipped, *plain]))
+            plan.set(written, llm_int8_skip_modules=list(dict.fromkeys([*skipped, *plain])))
         return
     for owner, names in ((model, MARKS), (config, ("quantization_config", "_pre_quantization_dtype"))):
         for name in names:
             if name in getattr(owner, "__dict__", {}):
-                delattr(owner, name)
+                plan.entry(owner.__dict__, name)
 
 
 MARKS = (

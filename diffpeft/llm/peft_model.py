@@ -24,10 +24,11 @@ from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
-from diffpeft.llm.tuner import Tuner, inject, known
+from diffpeft.llm.tuner import Loading, Tuner, inject, known
 from diffpeft.methods.peft_config import Passing, PeftConfig, TaskType
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import check_name
+from diffpeft.model.plan import Plan, planned
 
 _HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -72,8 +73,10 @@ class PeftModel(Passing, Counted, nn.Module):
         check_name(adapter_name)
         self._adopt(model, peft_config)
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
-        self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True, precision=precision)
-        self._checkpoint()
+        with planned(self.tuner.parts) as plan:
+            config = self._with_heads(peft_config)
+            self.tuner.plan_injected(plan, adapter_name, config, active=True, precision=precision)
+            self._plan_checkpoint(plan)
 
     def _adopt(self, model: nn.Module, config: Any) -> None:
         """Stand around a model: with a Tuner between for adapters on layers, beside it for prompts, as in PEFT."""
@@ -86,11 +89,12 @@ class PeftModel(Passing, Counted, nn.Module):
             self.base_model = model
             self.prompt_encoder, self.word_embeddings = prompts.prompt_encoder, prompts.word_embeddings
 
-    def _checkpoint(self) -> None:
-        """Where activations are computed again, a frozen embedding's output has to ask for gradients."""
+    def _plan_checkpoint(self, plan: Plan) -> None:
+        """Where activations are computed again, plan to let a frozen embedding's output ask for gradients."""
         base: Any = self.get_base_model()
         if getattr(base, "is_activation_checkpointing", False) and hasattr(base, "enable_input_require_grads"):
-            base.enable_input_require_grads()
+            with plan.recorded(base):
+                base.enable_input_require_grads()
 
     @property
     def tuner(self) -> Any:
@@ -170,7 +174,9 @@ class PeftModel(Passing, Counted, nn.Module):
                 remedy="Prompts and adapters on layers need a PeftModel each.",
             )
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
-        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(peft_config)), active=False, precision=precision)
+        peft_config = self._with_heads(copy.deepcopy(peft_config))
+        with planned(self.tuner.parts) as plan:
+            self.tuner.plan_injected(plan, adapter_name, peft_config, active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -332,20 +338,15 @@ class PeftModel(Passing, Counted, nn.Module):
         self = made.__new__(made)
         nn.Module.__init__(self)
         self._adopt(model, config)
-        with inside(folder.where):
-            self.tuner.load(
-                adapter_name,
-                made._with_heads(config),
-                folder,
-                trainable=is_trainable,
-                active=True,
-                precision=Precision(autocast_adapter_dtype),
-                key_mapping=getattr(model, "_checkpoint_conversion_mapping", None)
-                if key_mapping is None
-                else key_mapping,
-            )
-        self._checkpoint()
-        return self if is_trainable else self.eval()
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        how = Loading(is_trainable, active=True, precision=Precision(autocast_adapter_dtype), key_mapping=key_mapping)
+        with inside(folder.where), planned(self.tuner.parts) as plan:
+            self.tuner.plan_loaded(plan, adapter_name, made._with_heads(config), folder, how)
+            self._plan_checkpoint(plan)
+            if not is_trainable:
+                plan.evaluate(self)
+        return self
 
     def load_adapter(
         self,
@@ -360,27 +361,23 @@ class PeftModel(Passing, Counted, nn.Module):
         **kwargs: Any,
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
+        precision = Precision(autocast_adapter_dtype)
+        how = Loading(is_trainable, active=False, precision=precision, key_mapping=key_mapping)
         if adapter_name in self.peft_config:
             tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
-            result = self.tuner.overwrite(adapter_name, tensors)
-        else:
-            config, folder = state.adapter_at(model_id, **kwargs)
-            _warn_foreign(config, self.get_base_model(), folder.where)
-            config.inference_mode = not is_trainable
-            with inside(folder.where):
-                lost = self.tuner.load(
-                    adapter_name,
-                    self._with_heads(config),
-                    folder,
-                    trainable=is_trainable,
-                    active=False,
-                    precision=Precision(autocast_adapter_dtype),
-                    key_mapping=key_mapping,
-                )
-            result = Incompatible(lost, [], [])
-        if not is_trainable:
-            self.eval()
-        return result
+            with planned(self.tuner.parts) as plan:
+                result = self.tuner.plan_overwritten(plan, adapter_name, tensors)
+                if not is_trainable:
+                    plan.evaluate(self)
+            return result
+        config, folder = state.adapter_at(model_id, **kwargs)
+        _warn_foreign(config, self.get_base_model(), folder.where)
+        config.inference_mode = not is_trainable
+        with inside(folder.where), planned(self.tuner.parts) as plan:
+            missing = self.tuner.plan_loaded(plan, adapter_name, self._with_heads(config), folder, how)
+            if not is_trainable:
+                plan.evaluate(self)
+        return Incompatible(missing, [], [])
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -535,7 +532,8 @@ def set_peft_model_state_dict(
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PeftModel):
         known([adapter_name], model.peft_config)
-        return model.tuner.overwrite(adapter_name, peft_model_state_dict)
+        with planned(model.tuner.parts) as plan:
+            return model.tuner.plan_overwritten(plan, adapter_name, peft_model_state_dict)
     return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
 
 

@@ -46,18 +46,18 @@ from diffpeft.layers.whole import CONTAINER, bare, copied, copies_of
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
-from diffpeft.llm.dtypes import Precision, put_into
+from diffpeft.llm.dtypes import Precision, plan_into
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
+from diffpeft.model import embeddings as embedded
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
-from diffpeft.model.plan import Plan
-from diffpeft.model.state import entries_of, slots_in
+from diffpeft.model.plan import Plan, planned
+from diffpeft.model.state import copy_of, entries_of, slots_in
 from diffpeft.model.target import layers_of, modules_of
+from diffpeft.model.ties import twins
 from diffpeft.pipeline.match import matched
 
-Write = tuple[nn.Module, str, Tensor, Any]  # an adapter's module, a name in it, numbers, the weight that it is for
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
 _DROPOUTS = {"lora_dropout": "dropout"} | {
     name: name for name in ("rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout")
@@ -124,7 +124,7 @@ def spelt(
                     # PEFT keeps an adapted layer one level below
                     inner = f"{layer}.base_layer" if slot.parts else layer
                     found[f"{prefix}{inner}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
-                elif role == tables.WHOLE:
+                elif role == embedded.WHOLE:
                     found[f"{prefix}{layer}.base_layer.weight"] = handle.tensor.detach()
                 else:
                     found[f"{prefix}{layer}.{suffix(role, entry.method)}"] = handle.tensor.detach()
@@ -177,7 +177,7 @@ class Found:
 
     slots: Mapping[str, Slot] = field(default_factory=dict)
     wholes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in it: tensor}}
-    embeddings: tables.Tensors = field(default_factory=dict)  # {layer: {name in it: tensor}}
+    embeddings: embedded.Tensors = field(default_factory=dict)  # {layer: {name in it: tensor}}
     patches: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in its patch: tensor}}
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -203,7 +203,7 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     wholes: dict[str, dict[str, Handle]] = {}
     biases: dict[str, Handle] = {}
     embeddings: dict[str, dict[str, Handle]] = {}
-    known = tables.embedding_layers(model)
+    known = embedded.embedding_layers(model)
     for key in list(carried):
         own = key.removeprefix(PREFIX)
         layer, _, last = own.replace(".base_layer.", ".").rpartition(".")
@@ -292,7 +292,8 @@ def check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> Non
         raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
 
 
-def put(
+def plan_read(
+    plan: Plan,
     model: nn.Module,
     name: str,
     config: Any,
@@ -302,7 +303,7 @@ def put(
     strength: float | None,
     precision: Precision,
 ) -> None:
-    """Attach what was read as a new adapter: one commit."""
+    """Plan to attach what was read as a new adapter."""
     check_name(name)
     mixes = mixes_of({"": model})
     refuse_duplicate(name, mixes.values())
@@ -313,19 +314,17 @@ def put(
     for where, (_, patch) in patches.items():
         patch.load_state_dict(dict(found.patches.get(where, patch.state_dict())))
         patch.requires_grad_(trainable)
-    slots = {**found.slots, **tying.twins(model, config, found.slots, trainable)}
-    under, copied_ = tables.divided(model, found.embeddings, slots)
+    slots = {**found.slots, **twins(model, tying.ties_of(model, config, found.slots), found.slots, trainable)}
+    under, copied_ = embedded.divided(model, found.embeddings, slots)
     slots |= under
-    plan = Plan()
     everywhere = (*modules, *patches, *copied_)
     adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
     mix = install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
     for where, fresh in copy_wholes(plan, mix, name, modules, ties=tying.ties_of(model, config, modules)).items():
         fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
-    tables.fill(copy_wholes(plan, mix, name, copied_, still=True), found.embeddings)
+    embedded.fill(copy_wholes(plan, mix, name, copied_, still=True), found.embeddings)
     put_patches(plan, mix, name, patches)
     plan.root(model, mix)
-    plan.commit()
 
 
 def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
@@ -345,66 +344,79 @@ def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
 
 def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
     """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
-    with exclusive({"": model}):
-        return _overwrite(model, name, config, tensors)
+    with planned({"": model}) as plan:
+        return plan_overwritten(plan, model, name, config, tensors)
 
 
-def _overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
-    if isinstance(config, AdaLoraConfig):
-        adalora.resize(model, name, config)
+def plan_overwritten(
+    plan: Plan, model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]
+) -> Incompatible:
+    """Plan what `overwrite` does. Raises ShapeMismatchError, or what `read` raises."""
     slots = slots_in(model, name)
+    resized = adalora.plan_resized(plan, model, name, config) if isinstance(config, AdaLoraConfig) else {}
     found = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
-    lost = [layer for layer in found.slots if layer not in slots]
-    writes: list[Write] = []
+    others = [layer for layer in found.slots if layer not in slots]
     for layer, slot in found.slots.items():
-        for role, new in slot.tensors.items() if layer not in lost else ():
-            old = slots[layer].tensors.get(role)
-            if old is None or old.shape != new.shape:
-                raise ShapeMismatchError(
-                    f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if old is None else tuple(old.shape)}",
-                    remedy="Load it under another name.",
-                )
-            writes.append((slots[layer], role, new, model.get_submodule(layer).weight))
-    for where, own in {**found.wholes, **found.patches}.items():
-        module = model.get_submodule(where)
-        held: Any = copies_of(module)
-        like = next(iter(module._parameters.values()), None)
-        writes += [(held.modules[name], key, tensor, like) for key, tensor in own.items()]
-    plan = Plan()
-    writes += _plan_embeddings(plan, model, name, found.embeddings, slots)
-    plan.commit()
-    for adapter, key, new, weight in writes:
-        put_into(adapter, key, new, weight)
-    return Incompatible(list(found.missing), [*found.unexpected, *lost], [])
+        if layer in slots:
+            weight = model.get_submodule(layer).weight
+            _plan_slot(plan, layer, slots[layer], slot.tensors, resized.get(layer, {}), weight)
+    for where, of_module in {**found.wholes, **found.patches}.items():
+        first = next(iter(model.get_submodule(where)._parameters.values()), None)
+        copy = copy_of(plan, model, where, name)
+        assert copy is not None
+        for key, tensor in of_module.items():
+            plan_into(plan, copy, key, tensor, first)
+    _plan_embeddings(plan, model, name, found.embeddings, slots)
+    return Incompatible(list(found.missing), [*found.unexpected, *others], [])
+
+
+def _plan_slot(
+    plan: Plan,
+    layer: str,
+    slot: Slot,
+    tensors: Mapping[str, Tensor],
+    resized: Mapping[str, Tensor],
+    weight: Any,
+) -> None:
+    """Plan to put tensors into a slot for a weight; `resized` are those that it will have in the place of others. Raises ShapeMismatchError."""
+    present = {**slot.tensors, **resized}
+    for role, new in tensors.items():
+        before = present.get(role)
+        if before is None or before.shape != new.shape:
+            raise ShapeMismatchError(
+                f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if before is None else tuple(before.shape)}",
+                remedy="Load it under another name.",
+            )
+        if role in resized:
+            plan.fill(before, new)
+        else:
+            plan_into(plan, slot, role, new, weight)
 
 
 def _plan_embeddings(
-    plan: Plan, model: nn.Module, name: str, found: tables.Tensors, slots: Mapping[str, Slot]
-) -> list[Write]:
-    """Plan to give an adapter embeddings that it has none of its own of; the writes into those that it has."""
-    writes: list[Write] = []
+    plan: Plan, model: nn.Module, name: str, found: embedded.Tensors, slots: Mapping[str, Slot]
+) -> None:
+    """Plan to put embeddings into an adapter: into those of its own that it has, and as new ones."""
     fresh: dict[str, Mapping[str, Tensor]] = {}
-    for where, own in found.items():
-        copies = copies_of(model.get_submodule(where))
-        held = copies.modules.get(name) if copies else None
-        if held is not None:
-            writes += [(held, key, tensor, tensor) for key, tensor in own.items()]
-        elif where in slots and tables.WHOLE in slots[where].tensors:
-            writes.append((slots[where], tables.WHOLE, own["weight"], own["weight"]))
+    for where, of_module in found.items():
+        copy = copy_of(plan, model, where, name)
+        if copy is not None:
+            for key, tensor in of_module.items():
+                plan_into(plan, copy, key, tensor, tensor)
+        elif where in slots and embedded.WHOLE in slots[where].tensors:
+            plan_into(plan, slots[where], embedded.WHOLE, of_module["weight"], of_module["weight"])
         else:
-            fresh[where] = own
-    under, copied_ = tables.divided(model, fresh, slots)
+            fresh[where] = of_module
+    under, copied_ = embedded.divided(model, fresh, slots)
     if not under and not copied_:
-        return writes
+        return
     (mix,) = mixes_of({"": model}).values()
-    old = mix.adapters[name]
+    old = plan.view(mix).adapters[name]
     places = {layer: model.get_submodule(layer) for layer in under}
     everywhere = tuple(dict.fromkeys((*old.modules, *copied_)))
     layers = tuple(dict.fromkeys((*old.layers, *under)))
-    adapter = replace(old, layers=layers, modules=everywhere)
-    install(plan, "", places, under, mix, adapter, None)
-    tables.fill(copy_wholes(plan, mix, name, copied_, still=True), fresh)
-    return writes
+    install(plan, "", places, under, mix, replace(old, layers=layers, modules=everywhere), None)
+    embedded.fill(copy_wholes(plan, mix, name, copied_, still=True), fresh)
 
 
 def config_of(model: nn.Module, name: str) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +12,7 @@ import torch.nn as nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import (
-    Record,
-    is_adapted,
-    op_of,
-    record_of,
-    state_with,
-)
+from diffpeft.layers.adapted import Record, is_adapted, op_of, record_of
 from diffpeft.layers.patches import Patch, Patches
 from diffpeft.layers.site import COPIES, device_of, present, refusal
 from diffpeft.layers.slot import BIAS, Piece, Slot
@@ -28,9 +21,8 @@ from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
 from diffpeft.model.weights import unfused
 
@@ -64,16 +56,16 @@ def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> 
             )
     if mix is not None:
         return mix
-    found = [own for module, _ in modules_of(model, copied).values() if isinstance(own := copies_of(module), Patches)]
-    return found[0].mix if found else None
+    patched = (copies_of(module) for module, _ in modules_of(model, copied).values())
+    return next((copies.mix for copies in patched if isinstance(copies, Patches)), None)
 
 
 def mixes_of(
     parts: Mapping[str, nn.Module], adapted: Mapping[str, Mapping[str, nn.Module]] | None = None
 ) -> dict[str, Mix]:
     """{component: Mix} of the components that have adapters; `adapted` as in `mix_of`."""
-    found = {component: mix_of(model, (adapted or {}).get(component)) for component, model in parts.items()}
-    return {component: mix for component, mix in found.items() if mix}
+    mixes = {component: mix_of(model, (adapted or {}).get(component)) for component, model in parts.items()}
+    return {component: mix for component, mix in mixes.items() if mix}
 
 
 def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
@@ -137,19 +129,10 @@ def attach(
                 f"attach has no use for {field_}", remedy="It is for get_peft_model and inject_adapter_in_model."
             )
     quiet = is_preset(targets or config.target_modules)  # who named the layers should know of small ones
-    with exclusive(parts):
+    addition = Addition(name, config, method, options, generator, quiet=quiet)
+    with planned(parts) as plan:
         chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
-        return attach_to(
-            parts,
-            chosen,
-            config,
-            name,
-            method=method,
-            options=options,
-            generator=generator,
-            dry_run=dry_run,
-            quiet=quiet,
-        )
+        return dry_run_of(parts, chosen, addition) if dry_run else plan_attached(plan, parts, chosen, addition)
 
 
 _FACADE = (
@@ -160,68 +143,103 @@ _FACADE = (
     "layer_replication",
     "ensure_weight_tying",
 )
+Slots = dict[str, dict[str, Slot]]  # {component: {layer: slot}}
 
 
-def attach_to(
+@dataclass(frozen=True)
+class Addition:
+    """An adapter that is to be made afresh.
+
+    Args:
+        strength: None leaves it inactive.
+        quiet: say nothing of layers that are smaller than the rank.
+        trainable: whether its tensors get gradients.
+        wholes: {name: module} of those trained in copies, all of one component; `ties` as in `copy_wholes`.
+        patches: {name: (module, patch)} of modules whose parameters it changes, all of one component.
+        finish: gets a component's layers and their fresh slots, and gives the slots to take.
+        metadata: what a file of the adapter is to hold.
+    """
+
+    name: str
+    config: Any
+    method: type[Method]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    generator: torch.Generator | None = None
+    strength: float | None = 1.0
+    quiet: bool = False
+    trainable: bool = True
+    wholes: Mapping[str, nn.Module] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+    patches: Mapping[str, tuple[nn.Module, Patch]] = field(default_factory=dict)
+    finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def biases(self) -> str:
+        """Which biases are trained: "none", "all", or those of the layers."""
+        return getattr(self.config, "bias", "none")
+
+
+def plan_attached(
+    plan: Plan, parts: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, nn.Module]], new: Addition
+) -> AttachReport:
+    """Plan `attach` for layers that have been chosen, {component: {name: layer}}."""
+    layers, slots = _fresh_slots(parts, chosen, new, dry_run=False)
+    mixes = mixes_of(parts)
+    for component, of_component in slots.items():
+        if not of_component and not new.patches:
+            continue
+        modules = (*new.wholes, *new.patches)
+        adapter = Adapter(new.name, tuple(of_component), dict(new.metadata), modules=modules)
+        mix = install(plan, component, layers[component], of_component, mixes.get(component), adapter, new.strength)
+        copies = copy_wholes(plan, mix, new.name, new.wholes, ties=new.ties)
+        put_patches(plan, mix, new.name, new.patches)
+        for module in (*of_component.values(), *copies.values(), *(patch for _, patch in new.patches.values())):
+            module.requires_grad_(new.trainable)
+        plan.root(parts[component], mix)
+    return _report(new, slots)
+
+
+def dry_run_of(
+    parts: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, nn.Module]], new: Addition
+) -> AttachReport:
+    """What `plan_attached` would report."""
+    return _report(new, _fresh_slots(parts, chosen, new, dry_run=True)[1])
+
+
+def _fresh_slots(
     parts: Mapping[str, nn.Module],
     chosen: Mapping[str, Mapping[str, nn.Module]],
-    config: Any,
-    name: str,
-    *,
-    method: type[Method],
-    options: Mapping[str, Any] = MappingProxyType({}),
-    generator: torch.Generator | None = None,
-    dry_run: bool = False,
-    quiet: bool = False,
-    strength: float | None = 1.0,
-    wholes: Mapping[str, nn.Module] = MappingProxyType({}),
-    ties: Mapping[str, str] = MappingProxyType({}),
-    finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None,
-    patches: Mapping[str, tuple[nn.Module, Patch]] = MappingProxyType({}),
-    metadata: Mapping[str, str] = MappingProxyType({}),
-) -> AttachReport:
-    """`attach` for layers that have been chosen, {component: {name: layer}}. A strength of None leaves the adapter inactive.
-
-    `wholes` {name: module} are trained in copies (`ties` as in `copy_wholes`), `patches` {name: (module, patch)} change parameters, both of one component.
-    `finish` gets the layers of a component and their fresh slots, and gives the slots to take. `metadata` are what a file of the adapter is to hold.
-    """
-    mixes = mixes_of(parts)
-    refuse_duplicate(name, mixes.values())
-    chosen = {component: dict(found) for component, found in chosen.items()}
+    new: Addition,
+    dry_run: bool,
+) -> tuple[dict[str, dict[str, nn.Module]], Slots]:
+    """The chosen layers, and those whose bias alone is trained; and a fresh slot for each. In a dry run on the meta device."""
+    refuse_duplicate(new.name, mixes_of(parts).values())
+    layers = {component: dict(of_component) for component, of_component in chosen.items()}
     slots = {
-        component: {
-            layer: _fresh(method, config, layer, module, options, generator, dry_run) for layer, module in found.items()
-        }
-        for component, found in chosen.items()
+        component: {layer: _fresh(new, layer, module, dry_run) for layer, module in of_component.items()}
+        for component, of_component in layers.items()
     }
-    if getattr(config, "bias", "none") == "all":
-        for component, model in parts.items():
-            some = chosen[component] or patches
-            other = {n: m for n, m in _biased(model).items() if n not in chosen[component]} if some else {}
-            chosen[component] = {**chosen[component], **other}
-            slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
-    if finish is not None:
-        slots = {component: finish(chosen[component], found) for component, found in slots.items()}
-    _warn_adjusted(name, slots)
-    large = [] if quiet else [layer for component, found in slots.items() for layer in oversized(found)]
+    for component, model in parts.items() if new.biases == "all" else ():
+        if layers[component] or new.patches:
+            others = {name: m for name, m in _biased(model).items() if name not in layers[component]}
+            layers[component] |= others
+            slots[component] |= {name: _bias_alone(m, dry_run) for name, m in others.items()}
+    if new.finish is not None:
+        slots = {component: new.finish(layers[component], of_component) for component, of_component in slots.items()}
+    _warn_adjusted(new.name, slots)
+    large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
-        warnings.warn(f"adapter {name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=3)
-    if not dry_run:
-        plan = Plan()
-        for component, found in slots.items():
-            if found or patches:
-                own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
-                mix = install(plan, component, chosen[component], found, mixes.get(component), own, strength)
-                copy_wholes(plan, mix, name, wholes, ties=ties)
-                put_patches(plan, mix, name, patches)
-                plan.root(parts[component], mix)
-        plan.commit()
-    tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
-    tensors += dict.fromkeys(p for _, patch in patches.values() for p in patch.parameters())
-    names = tuple(dotted(component, layer) for component, found in slots.items() for layer in found)
-    return AttachReport(
-        name, names, sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)
-    )
+        warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=4)
+    return layers, slots
+
+
+def _report(new: Addition, slots: Slots) -> AttachReport:
+    tensors = [p for of_component in slots.values() for slot in of_component.values() for p in slot.parameters()]
+    tensors += dict.fromkeys(p for _, patch in new.patches.values() for p in patch.parameters())
+    names = tuple(dotted(component, layer) for component, of_component in slots.items() for layer in of_component)
+    total = sum(p.numel() for p in tensors)
+    return AttachReport(new.name, names, total, sum(p.numel() * p.element_size() for p in tensors))
 
 
 def copy_wholes(
@@ -231,7 +249,7 @@ def copy_wholes(
     wholes: Mapping[str, nn.Module],
     *,
     still: bool = False,
-    ties: Mapping[str, str] = MappingProxyType({}),
+    ties: Mapping[str, str] | None = None,
 ) -> dict[str, nn.Module]:
     """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
@@ -244,14 +262,18 @@ def copy_wholes(
                 f"module {shown(where)} has adapters, and cannot be trained whole beside them",
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
-        old = copies_of(module)
         made[where] = bare_copy(module).requires_grad_(not still)
-        own = old or Copies(mix, {})
-        frozen = own.still | ({name} if still else frozenset())
-        plan.carry(module, replace(own, modules={**own.modules, name: made[where]}, still=frozen))
-    for where, other in ties.items():
+        carry_copy(plan, mix, name, module, made[where], still=still)
+    for where, other in (ties or {}).items():
         made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
+
+
+def carry_copy(plan: Plan, mix: Mix, name: str, module: nn.Module, copy: nn.Module, *, still: bool = False) -> None:
+    """Plan to give a module this copy for an adapter (`still`: one that is never trained)."""
+    copies = plan.copies_of(module) or Copies(mix, {})
+    frozen = copies.still | ({name} if still else frozenset())
+    plan.carry(module, replace(copies, modules={**copies.modules, name: copy}, still=frozen))
 
 
 def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
@@ -259,20 +281,20 @@ def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.
 
     Raises AdapterStateError for a module that something else of ours is on.
     """
-    taken, layers = plan.changed, plan.view(mix).layers
+    taken, layers = {*map(id, plan.changed)}, plan.view(mix).layers
     seen: set[int] = set()
     for where, (module, patch) in patches.items():
         old = copies_of(module)
         other = old is not None and {*map(type, old.modules.values())} != {type(patch)}
         inside = [m for m in module.modules() if m is not module]
-        if other or is_adapted(module) or any(map(copied, inside)) or any(m is module for m in taken):
+        if other or is_adapted(module) or any(map(copied, inside)) or id(module) in taken:
             raise AdapterStateError(
                 f"module {shown(where)} has adapters, and its parameters cannot be changed beside them",
                 remedy="Leave it out of target_modules and modules_to_save, or unload the other adapters.",
             )
-        own = old or Patches(mix, {}, index=layers.index(where))
-        hidden = own.hidden | ({name} if id(patch) in seen else frozenset())
-        plan.carry(module, replace(own, modules={**own.modules, name: patch}, hidden=hidden))
+        patched = old or Patches(mix, {}, index=layers.index(where))
+        hidden = patched.hidden | ({name} if id(patch) in seen else frozenset())
+        plan.carry(module, replace(patched, modules={**patched.modules, name: patch}, hidden=hidden))
         seen.add(id(patch))
 
 
@@ -295,24 +317,16 @@ def refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
         )
 
 
-def _fresh(
-    method: type[Method],
-    config: Any,
-    layer: str,
-    module: nn.Module,
-    options: Mapping[str, Any],
-    generator: torch.Generator | None,
-    dry_run: bool,
-) -> Slot:
+def _fresh(new: Addition, layer: str, module: nn.Module, dry_run: bool) -> Slot:
+    """A fresh adapter for one layer."""
     op = op_of(module)
-    site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else generator)
+    site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else new.generator)
     with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
-        fresh = method.init(config, site, **options)
-    tensors = dict(fresh.tensors)
-    if getattr(config, "bias", "none") != "none" and op.bias is not None:
-        tensors[BIAS] = torch.zeros(op.geometry.out, device="meta" if dry_run else "cpu")
-    piece = Piece(method.name, fresh.tensors, fresh.alpha, Spec(op.geometry, fresh.alpha, fresh.options), fresh.frozen)
-    slot = Slot([piece], {k: t for k, t in tensors.items() if k == BIAS}, trainable=True).train(module.training)
+        fresh = new.method.init(new.config, site, **new.options)
+        shift = {BIAS: torch.zeros(op.geometry.out)} if new.biases != "none" and op.bias is not None else {}
+    spec = Spec(op.geometry, fresh.alpha, fresh.options)
+    piece = Piece(new.method.name, fresh.tensors, fresh.alpha, spec, fresh.frozen)
+    slot = Slot([piece], shift, trainable=True).train(module.training)
     return slot if dry_run else slot.to(device_of(module))
 
 
@@ -343,8 +357,8 @@ def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
     """One warning for all layers whose blocks had to be of another size than the config says."""
     adjusted = {
         dotted(component, layer): part.spec.options["adjusted"]
-        for component, found in slots.items()
-        for layer, slot in found.items()
+        for component, of_component in slots.items()
+        for layer, slot in of_component.items()
         for part in slot.parts
         if "adjusted" in part.spec.options
     }
@@ -353,7 +367,7 @@ def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
         warnings.warn(
             f"adapter {name!r}: {asked} does not divide {len(adjusted)} layers, so the nearest number that does was taken "
             f"({used} for the first): {listed(list(adjusted)[:5])}",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
@@ -383,69 +397,63 @@ def install(
                 f"layer {shown(layer)}: an adapter changes its parameters, or trains it whole",
                 remedy="Leave it out, or unload that adapter.",
             )
-        old = record_of(module)
-        slots_ = {**(old.slots if old else {}), adapter.name: slot}
-        record = replace(old, slots=slots_) if old else Record(mix, columns[index].clone(), index, slots_)
-        plan.layer(module, state_with(module, record))
+        record = plan.record_of(module) or Record(mix, columns[index].clone(), index, {})
+        plan.adapt(module, replace(record, slots={**record.slots, adapter.name: slot}))
     return mix
 
 
 def detach(target: Any, name: str) -> None:
     """Remove an adapter. With the last one every layer is what it was: class, keys and bytes."""
-    take_off(components(target), {name})
+    parts = components(target)
+    with planned(parts) as plan:
+        plan_removed(plan, parts, {name})
 
 
-def take_off(parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
-    """Remove adapters, or all of them. Raises UnknownNameError for a name that no component has."""
-    with exclusive(parts):
-        adapted = {component: adapted_layers(model) for component, model in parts.items()}
-        mixes = mixes_of(parts, adapted)
-        known = {n for mix in mixes.values() for n in mix.adapters}
-        for name in sorted((names or set()) - known):
-            raise UnknownNameError.of("adapter", name, known)
-        plan = Plan()
-        remove(plan, parts, mixes, adapted, known if names is None else names)
-        plan.commit()
-
-
-def remove(
-    plan: Plan,
-    parts: Mapping[str, nn.Module],
-    mixes: Mapping[str, Mix],
-    adapted: Mapping[str, Mapping[str, nn.Module]],
-    names: set[str],
-) -> None:
-    """Plan to take `names` off every component that has them."""
+def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
+    """Plan to take adapters, or all of them, off every component that has them. Raises UnknownNameError for a name that no component has."""
+    adapted = {component: adapted_layers(model) for component, model in parts.items()}
+    mixes = mixes_of(parts, adapted)
+    known = {name for mix in mixes.values() for name in mix.adapters}
+    for name in sorted((names or set()) - known):
+        raise UnknownNameError.of("adapter", name, known)
+    going = known if names is None else names
     for component, mix in mixes.items():
-        if not names & set(mix.adapters):
-            continue
-        check_idle(mix, names)
-        adapters = {n: a for n, a in mix.adapters.items() if n not in names}
-        choice = mix.changed(mix.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
-        choice = choice if adapters else Choice()
-        out = bool(names & set(mix.fused))
-        plan.set(mix, adapters=adapters, choice=choice, fused={} if out else mix.fused)
-        plan.root(parts[component], mix)
-        for layer, module in adapted[component].items():
-            record = record_of(module)
-            assert record is not None
-            weights = None
-            if out and record.fused:
-                record, weights = unfused(layer, module, record)
-            if weights is not None or names & set(record.slots):
-                refuse_foreign(layer, module)
-                left = {n: s for n, s in record.slots.items() if n not in names}
-                plan.layer(module, state_with(module, replace(record, slots=left), weights))
-        for module, _ in modules_of(parts[component], copied).values():
-            copies = copies_of(module)
-            if copies is None or copies.mix is not mix:
-                continue
-            if out and copies.fused and isinstance(copies, Patches):
-                copies, puts = copies.unfused(module)
-                plan.put(puts)
-                plan.carry(module, copies)
-            if names & set(copies.modules):
-                plan.carry(module, copies.without(names))
+        if going & set(mix.adapters):
+            _remove(plan, parts[component], mix, adapted[component], going)
+
+
+def _remove(plan: Plan, model: nn.Module, mix: Mix, adapted: Mapping[str, nn.Module], names: set[str]) -> None:
+    """Plan to take adapters off one component. If one of them is in the weights, the weights become what they were."""
+    check_idle(mix, names)
+    before = plan.view(mix)
+    out = bool(names & set(before.fused))
+    adapters = {name: adapter for name, adapter in before.adapters.items() if name not in names}
+    choice = before.changed(before.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
+    plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else before.fused)
+    plan.root(model, mix)
+    for layer, module in adapted.items():
+        record, weights = plan.record_of(module), None
+        assert record is not None
+        if out and record.fused:
+            record, weights = unfused(layer, module, record)
+        if weights is not None or names & set(record.slots):
+            refuse_foreign(layer, module)
+            slots = {name: slot for name, slot in record.slots.items() if name not in names}
+            plan.adapt(module, replace(record, slots=slots), weights)
+    for module, _ in modules_of(model, copied).values():
+        copies = plan.copies_of(module)
+        if copies is not None and copies.mix is mix:
+            remove_copies(plan, module, copies, names, out)
+
+
+def remove_copies(plan: Plan, module: nn.Module, copies: Copies, names: set[str], out: bool = False) -> None:
+    """Plan to take the copies or patches of adapters off a module; `out`: the patches that are in its parameters come out of these."""
+    if out and copies.fused and isinstance(copies, Patches):
+        copies, puts = copies.unfused(module)
+        plan.put(puts)
+        plan.carry(module, copies)
+    if names & set(copies.modules):
+        plan.carry(module, copies.without(names))
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.adapted import base_class, op_of, record_of, state_with, weights_of
+from diffpeft.layers.adapted import base_class, op_of, record_of, weights_of
 from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.site import device_of, present, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
@@ -23,9 +23,8 @@ from diffpeft.methods.config import check_choice, check_rank, is_fp32
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.model.attach import install, mixes_of, refuse_duplicate
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted_layers, components
 
 Factors = tuple[Tensor, Tensor]  # A [r, columns], B [out, r]: an update B A
@@ -61,18 +60,23 @@ def to_lora(
     if energy is not None and (rank is not None or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise ConfigError(f"energy is {energy!r}", remedy="It is a share above 0 and at most 1, given instead of rank.")
     parts = components(target)
-    with exclusive(parts):
-        return _to_lora(parts, adapter, name, rank, energy)
+    with planned(parts) as plan:
+        return _plan_lora(plan, parts, adapter, name, rank, energy)
 
 
-def _to_lora(
-    parts: Mapping[str, nn.Module], adapter: str, name: str | None, rank: int | None, energy: float | None
+def _plan_lora(
+    plan: Plan,
+    parts: Mapping[str, nn.Module],
+    adapter: str,
+    name: str | None,
+    rank: int | None,
+    energy: float | None,
 ) -> dict[str, float]:
     mixes = mixes_of(parts)
     _known([adapter], mixes)
     if name is not None:
         _check_new(name, mixes)
-    plan, lost = Plan(), {}
+    residuals: dict[str, float] = {}
     for component, mix in mixes.items():
         if adapter not in mix.adapters:
             continue
@@ -82,14 +86,13 @@ def _to_lora(
             factors = update.factors if update.factors is not None else _whole(update.delta)
             if len(factors[0]) and (rank is not None or energy is not None):
                 factors = _shortened(factors, rank, energy)
-            lost[dotted(component, layer)] = _residual(update.delta, factors)
+            residuals[dotted(component, layer)] = _residual(update.delta, factors)
             slots[layer] = _lora(module, factors, update.shift, old.weight.requires_grad)
         if name is None:
             _plan_replaced(plan, parts[component], mix, adapter, slots)
         else:
             _plan_added(plan, parts[component], component, mix, name, slots)
-    plan.commit()
-    return lost
+    return residuals
 
 
 def combine(
@@ -120,6 +123,35 @@ def combine(
         check_rank("rank", rank)
     if not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ConfigError(f"density is {density!r}", remedy="It is a share above 0 and at most 1.")
+    parts = components(target)
+    with planned(parts) as plan:
+        slots, residuals = combined(
+            parts, weights, name, lambda updates: _combined(how, updates, rank, density, majority_sign)
+        )
+        for component, mix in mixes_of(parts).items():
+            if slots[component]:
+                _plan_added(plan, parts[component], component, mix, name, slots[component])
+    return residuals
+
+
+Updates = list[tuple[float, Update]]  # of one layer, with their weights
+
+
+def exact_sum(updates: Updates) -> tuple[Factors, Tensor]:
+    """The factors of a sum, side by side."""
+    return _combined("cat", updates, None, 1, "total")
+
+
+def combined(
+    parts: Mapping[str, nn.Module],
+    weights: Mapping[str, float],
+    name: str,
+    put_together: Callable[[Updates], tuple[Factors, Tensor]],
+) -> tuple[dict[str, dict[str, Slot]], dict[str, float]]:
+    """Frozen slots of a new LoRA, by component and layer, that is made of others, and {layer: norm of what is lost / of the sum}.
+
+    Raises UnknownNameError, AdapterStateError or ConfigError.
+    """
     for adapter, weight in weights.items():
         if not is_fp32(weight):
             raise ConfigError(
@@ -127,38 +159,28 @@ def combine(
             )
     if not weights:
         raise ConfigError("weights is empty", remedy="Give {adapter: weight}.")
-    parts = components(target)
-    with exclusive(parts):
-        return _combine(parts, weights, name, lambda found: _combined(how, found, rank, density, majority_sign))
-
-
-def _combine(
-    parts: Mapping[str, nn.Module],
-    weights: Mapping[str, float],
-    name: str,
-    combined: Callable[[list[tuple[float, Update]]], tuple[Factors, Tensor]],
-) -> dict[str, float]:
     mixes = mixes_of(parts)
     _known(weights, mixes)
     _check_new(name, mixes)
-    plan, lost = Plan(), {}
-    for component, mix in mixes.items():
-        updates: dict[str, list[tuple[float, Update]]] = {}
-        modules = {}
-        for adapter, weight in weights.items():
-            for layer, module, slot in _slots(parts[component], adapter):
-                updates.setdefault(layer, []).append((weight, _update(module, slot)))
-                modules[layer] = module
-        slots = {}
-        for layer, found in updates.items():
-            factors, whole = combined(found)
-            shifts = [w * u.shift for w, u in found if u.shift is not None]
-            lost[dotted(component, layer)] = _residual(whole, factors)
-            slots[layer] = _lora(modules[layer], factors, sum(shifts) if shifts else None, False)  # type: ignore[arg-type]
-        if slots:
-            _plan_added(plan, parts[component], component, mix, name, slots)
-    plan.commit()
-    return lost
+    slots: dict[str, dict[str, Slot]] = {component: {} for component in mixes}
+    residuals: dict[str, float] = {}
+    for component in mixes:
+        for layer, (module, updates) in _updates(parts[component], weights).items():
+            factors, total = put_together(updates)
+            shifts = [w * u.shift for w, u in updates if u.shift is not None]
+            shift = sum(shifts[1:], shifts[0]) if shifts else None
+            residuals[dotted(component, layer)] = _residual(total, factors)
+            slots[component][layer] = _lora(module, factors, shift, False)
+    return slots, residuals
+
+
+def _updates(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[nn.Module, Updates]]:
+    """{layer: (its module, what adapters do to it, with their weights)}."""
+    found: dict[str, tuple[nn.Module, Updates]] = {}
+    for adapter, weight in weights.items():
+        for layer, module, slot in _slots(model, adapter):
+            found.setdefault(layer, (module, []))[1].append((weight, _update(module, slot)))
+    return found
 
 
 def _combined(
@@ -297,9 +319,9 @@ def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Map
             f"adapter {shown(name)} is fused", remedy="Call unfuse first, or give the LoRA a name=."
         )
     for layer, module, _ in _slots(model, name):
-        record = record_of(module)
+        record = plan.record_of(module)
         assert record is not None
-        plan.layer(module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]})))
+        plan.adapt(module, replace(record, slots={**record.slots, name: slots[layer]}))
     plan.root(model, mix)
 
 

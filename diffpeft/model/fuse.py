@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.adapted import Record, record_of, state_with, weights_of
+from diffpeft.layers.adapted import Record, weights_of
 from diffpeft.layers.patches import Patches
 from diffpeft.layers.site import STORING_HOOKS, diffusers_hooks, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.whole import Put, copied, copies_of
 from diffpeft.model.attach import mixes_of
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted_layers, components, modules_of
 from diffpeft.model.tied import count_twins_once, spread
@@ -42,19 +41,28 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
     if keep_base not in ("cpu", "none"):
         raise ConfigError(f"keep_base is {shown(keep_base)}", remedy="It is 'cpu' or 'none'.")
     parts = components(target)
-    with exclusive(parts):
-        mixes = mixes_of(parts)
-        chosen = _chosen(names, mixes)
-        plan = Plan()
-        for component, mix in mixes.items():
-            refuse_changing(mix, chosen)
-            given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
-            if given:
-                _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
-                plan.set(mix, fused={**mix.fused, **given})
-        if not plan.changed:
-            warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=2)
-        plan.commit()
+    with planned(parts) as plan:
+        plan_fused(plan, parts, names, keep_base)
+
+
+def plan_fused(
+    plan: Plan, parts: Mapping[str, nn.Module], names: str | Sequence[str] | None = None, keep_base: str = "cpu"
+) -> None:
+    """Plan what `fuse` does. Raises what it raises."""
+    mixes = mixes_of(parts)
+    before = {component: plan.view(mix) for component, mix in mixes.items()}
+    chosen = _chosen(names, before)
+    idle = True
+    for component, mix in mixes.items():
+        now = before[component]
+        refuse_changing(now, chosen)
+        given = {n: now.choice.given[n] for n in now.choice.order if n in chosen and n not in now.fused}
+        if given:
+            _plan_component(plan, parts[component], mix, [*now.fused, *given], keep_base)
+            plan.set(mix, fused={**now.fused, **given})
+            idle = False
+    if idle:
+        warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=3)
 
 
 def unfuse(target: Any) -> None:
@@ -63,25 +71,24 @@ def unfuse(target: Any) -> None:
     Raises AdapterStateError if the base was not kept.
     """
     parts = components(target)
-    with exclusive(parts):
-        plan = Plan()
-        for component, mix in mixes_of(parts).items():
-            plan_unfused(plan, parts[component], mix)
-        plan.commit()
+    with planned(parts) as plan:
+        plan_unfused(plan, parts)
 
 
-def plan_unfused(plan: Plan, model: nn.Module, mix: Mix) -> None:
-    """Plan to restore the weights of a component."""
-    if not mix.fused:
-        return
-    for layer, module in adapted_layers(model).items():
-        record = record_of(module)
-        if record is not None and record.fused:
-            plan.layer(module, state_with(module, *unfused(layer, module, record)))
-    for module, own in _patched(model, mix):
-        plan.carry(module, (bare := own.unfused(module))[0])
-        plan.put(bare[1])
-    plan.set(mix, fused={})
+def plan_unfused(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
+    """Plan to restore the weights of these components."""
+    for component, mix in mixes_of(parts).items():
+        if not mix.fused:
+            continue
+        for layer, module in adapted_layers(parts[component]).items():
+            record = plan.record_of(module)
+            if record is not None and record.fused:
+                plan.adapt(module, *unfused(layer, module, record))
+        for module, patches in _patched(parts[component], mix):
+            bare, puts = patches.unfused(module)
+            plan.carry(module, bare)
+            plan.put(puts)
+        plan.set(mix, fused={})
 
 
 def _chosen(names: str | Sequence[str] | None, mixes: Mapping[str, Mix]) -> set[str]:
@@ -118,15 +125,16 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
     """Plan the weights of one component with exactly `names` in them."""
     refuse_hooked(model)
     owners, scratch, adapted = owners_of(model), Scratch(), adapted_layers(model)
+    choice = plan.view(mix).choice
     count_twins_once(adapted, owners)
     shared: dict[int, Tensor] = {}
     for layer, module in adapted.items():
-        record = record_of(module)
+        record = plan.record_of(module)
         assert record is not None
-        own = [n for n in names if n in record.slots]
-        if not set(own) - record.fused:
+        fused = [n for n in names if n in record.slots]
+        if not set(fused) - record.fused:
             continue
-        check_order(layer, record, own, mix.choice)
+        check_order(layer, record, fused, choice)
         refuse_unfit(layer, module, owners)
         if record.fused and record.base is None:
             raise AdapterStateError(
@@ -134,36 +142,43 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
                 remedy="Fuse all adapters at once, or keep the base.",
             )
         steps: list[tuple[Slot, float]] = [
-            (record.slots[n], s) for n in own if (s := mix.choice.strengths[n][record.index])
+            (record.slots[n], s) for n in fused if (s := choice.strengths[n][record.index])
         ]
         refuse_changed(layer, module, record)
         base = record.base or weights_of(module)
         W, bias = fused_weights(layer, module, base, steps, scratch)
         weights = shared.setdefault(id(module.weight), W), bias
-        kept = (_on_cpu(base[0]), _on_cpu(base[1])) if keep_base == "cpu" else None
-        now = replace(record, fused=frozenset(own), base=kept, sample=sampled(weights))
-        plan.layer(module, state_with(module, now, weights))
-    fused: list[tuple[nn.Module, Patches]] = []
+        kept_base = (base[0].to("cpu"), None if base[1] is None else base[1].to("cpu")) if keep_base == "cpu" else None
+        plan.adapt(module, replace(record, fused=frozenset(fused), base=kept_base, sample=sampled(weights)), weights)
+    _plan_patches(plan, _patched(model, mix), names, choice, keep_base == "cpu", owners)
+
+
+def _plan_patches(
+    plan: Plan,
+    patched: Sequence[tuple[nn.Module, Patches]],
+    names: Sequence[str],
+    choice: Choice,
+    keep: bool,
+    owners: dict[int, int],
+) -> None:
+    """Plan the parameters of modules with exactly `names` of their patches in them."""
+    changed: list[tuple[nn.Module, Patches]] = []
     puts: list[Put] = []
-    for module, patches in _patched(model, mix):
-        own = [n for n in names if n in patches.modules]
-        if set(own) - patches.fused:
-            now_fused, new = patches.with_fused(module, own, keep_base == "cpu")
-            fused.append((module, now_fused))
+    for module, patches in patched:
+        fused = [n for n in names if n in patches.modules]
+        if set(fused) - patches.fused:
+            with_them, new = patches.with_fused(module, fused, keep, choice)
+            changed.append((module, with_them))
             puts += new
     parted = spread(plan, puts, owners)
-    for module, patches in fused:
+    for module, patches in changed:
         plan.carry(module, patches.apart(module, parted))
 
 
 def _patched(model: nn.Module, mix: Mix) -> list[tuple[nn.Module, Patches]]:
     """The modules whose parameters adapters change."""
-    found = ((module, copies_of(module)) for module, _ in modules_of(model, copied).values())
-    return [(module, own) for module, own in found if isinstance(own, Patches) and own.mix is mix]
-
-
-def _on_cpu(t: Any) -> Any:
-    return None if t is None else t.to("cpu")
+    carried = ((module, copies_of(module)) for module, _ in modules_of(model, copied).values())
+    return [(module, copies) for module, copies in carried if isinstance(copies, Patches) and copies.mix is mix]
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:
@@ -194,9 +209,9 @@ def owners_of(model: nn.Module) -> dict[int, int]:
 def refuse_hooked(model: nn.Module) -> None:
     """Raise AdapterStateError if diffusers' hooks keep a model's weights elsewhere, or in another dtype, between calls."""
     for name, module in model.named_modules():
-        found = STORING_HOOKS & {*diffusers_hooks(module)}
-        if found:
-            raise unfit(name, f"diffusers' {min(found).replace('_', ' ')} holds its weight")
+        hooks = STORING_HOOKS & {*diffusers_hooks(module)}
+        if hooks:
+            raise unfit(name, f"diffusers' {min(hooks).replace('_', ' ')} holds its weight")
 
 
 def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:

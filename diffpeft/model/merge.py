@@ -16,16 +16,15 @@ from torch import nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
-from diffpeft.layers.adapted import Record, Weights, base_class, effective, op_of, record_of, state_with, weights_of
+from diffpeft.layers.adapted import Record, Weights, base_class, effective, op_of, weights_of
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.layers.whole import Put, copied, copies_of
+from diffpeft.layers.whole import Put, copied
 from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.model.attach import mixes_of, refuse_foreign
 from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted_layers, components, modules_of
 from diffpeft.model.tied import count_twins_once, spread
 from diffpeft.model.weights import unfit, unfused
@@ -51,16 +50,18 @@ def merge_for_good(
     has changed.
     """
     parts = components(model)
-    with exclusive(parts):
-        plan, errors = plan_merged(parts, names, dequantize=dequantize)
-        plan.commit()
-    return errors
+    with planned(parts) as plan:
+        return plan_merged(plan, parts, names, dequantize=dequantize)
 
 
 def plan_merged(
-    parts: Mapping[str, nn.Module], names: str | Sequence[str] | None = None, *, dequantize: bool = False
-) -> tuple[Plan, dict[str, float]]:
-    """`merge_for_good` of these components up to its commit: the plan, and the relative error of each layer."""
+    plan: Plan,
+    parts: Mapping[str, nn.Module],
+    names: str | Sequence[str] | None = None,
+    *,
+    dequantize: bool = False,
+) -> dict[str, float]:
+    """Plan `merge_for_good` of these components. -> the relative error of each layer."""
     adapted = {component: adapted_layers(part) for component, part in parts.items()}
     mixes = mixes_of(parts, adapted)
     known = {n for mix in mixes.values() for n in mix.adapters}
@@ -68,18 +69,18 @@ def plan_merged(
     for name in wanted or ():
         if name not in known:
             raise UnknownNameError.of("adapter", name, known)
-    plan, errors = Plan(), {}
+    errors: dict[str, float] = {}
     for component, mix in mixes.items():
-        merger = _merger(parts[component], mix, wanted, dequantize)
+        merger = _merger(parts[component], plan.view(mix), wanted, dequantize)
         merger.plan_wholes(plan, mix)
         count_twins_once(adapted[component], merger.owners)
         for layer, module in adapted[component].items():
-            found = merger.plan(plan, layer, module)
-            if found is not None:
-                errors[dotted(component, layer)] = found
+            error = merger.plan(plan, layer, module)
+            if error is not None:
+                errors[dotted(component, layer)] = error
         plan.set(mix, adapters={}, choice=Choice(), fused={})
         plan.root(parts[component], mix)
-    return plan, errors
+    return errors
 
 
 @dataclass
@@ -97,7 +98,7 @@ class _Merger:
         """Plan to give modules the numbers of their acting copies and patches, and to take these off."""
         puts: list[Put] = []
         for module, _ in modules_of(self.model, copied).values():
-            copies = copies_of(module)
+            copies = plan.copies_of(module)
             if copies is not None and copies.mix is mix:
                 plan.carry(module, None)
                 puts += copies.merged(module, self.choice)
@@ -105,13 +106,13 @@ class _Merger:
 
     def plan(self, plan: Plan, layer: str, module: Any) -> float | None:
         """Plan to make a layer plain. The relative error, or None if no adapter goes into it."""
-        record = record_of(module)
+        record = plan.record_of(module)
         assert record is not None
         refuse_foreign(layer, module)
         own = [n for n in self.choice.order if n in record.slots]
         if not own:
             weights = unfused(layer, module, record)[1] if record.fused else None
-            plan.layer(module, state_with(module, None, weights))
+            plan.adapt(module, None, weights)
             return None
         base, steps = self._start(layer, module, record, own)
         site = site_of(base_class(module))
@@ -126,7 +127,7 @@ class _Merger:
         refuse_unfit(layer, module, self.owners)
         (W, bias), error = _merged(layer, module, base, weights_of(module), steps)
         weights = self.shared.setdefault(id(module.weight), W), bias
-        plan.layer(module, state_with(module, None, weights))
+        plan.adapt(module, None, weights)
         return error
 
     def _start(
@@ -166,7 +167,7 @@ class _Merger:
         plain.weight = nn.Parameter(own(plain).stored(weights[0]).contiguous(), requires_grad=False)
         if weights[1] is not None:
             plain.bias = nn.Parameter(weights[1], requires_grad=module.bias.requires_grad)
-        plan.layer(module, state_with(module, None))
+        plan.adapt(module, None)
         for table, key in places:
             plan.entry(table, key, plain)
         return error

@@ -15,6 +15,7 @@ from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import mixes_of
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted_layers, components
 
 TRAINING = frozenset(
@@ -31,13 +32,16 @@ def slots_of(target: Any, name: str) -> dict[str, Slot]:
     }
 
 
-def slots_in(model: nn.Module, name: str) -> dict[str, Slot]:
-    """{layer: slot} of one adapter on one module."""
-    return {
-        layer: record.slots[name]
-        for layer, module in adapted_layers(model).items()
-        if (record := record_of(module)) and name in record.slots
-    }
+def slots_in(model: nn.Module, name: str, plan: Plan | None = None) -> dict[str, Slot]:
+    """{layer: slot} of one adapter on one module, as it is or as a plan will have it."""
+    records = ((layer, plan.record_of(m) if plan else record_of(m)) for layer, m in adapted_layers(model).items())
+    return {layer: record.slots[name] for layer, record in records if record is not None and name in record.slots}
+
+
+def copy_of(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Module | None:
+    """The copy or patch that an adapter has, or will have, of the module of this name."""
+    copies = plan.copies_of(model.get_submodule(where))
+    return None if copies is None else copies.modules.get(name)
 
 
 def parameters_of(target: Any, name: str) -> list[nn.Parameter]:
