@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
-from diffpeft.layers.whole import copied
 from diffpeft.llm.prompt import EMBEDDINGS, Encoder
 from diffpeft.llm.prompts import PROMPTS, Prompts
 from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
 from diffpeft.llm.tuner import Loading, known, named
 from diffpeft.model.activation import plan_trained
-from diffpeft.model.attach import copy_wholes, remove_copies
+from diffpeft.model.attach import copy_wholes
 from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.state import copy_of
-from diffpeft.model.target import modules_of
+from diffpeft.model.state import beside_slots
+from diffpeft.model.target import adapted
 
 PREFIX = "base_model."  # of whole modules in PEFT's files of prompts
 
@@ -33,7 +32,7 @@ class PromptTuner(Prompts):
     def __init__(self, model: nn.Module, task_type: Any):
         super().__init__(model, task_type)
         self.peft_config: dict[str, Any] = {}
-        self.mix = Mix("")
+        self.mix = Mix("", apart=True)
 
     @property
     def inner(self) -> nn.Module:
@@ -63,8 +62,9 @@ class PromptTuner(Prompts):
         wholes = wholes_of(self.base_model, config)
         before = plan.view(self.mix)
         adapters = {**before.adapters, name: Adapter(name, (), modules=tuple(wholes))}
+        layers = tuple(dict.fromkeys((*before.layers, *wholes)))
         given = {name: 1.0} if active else dict(before.choice.given)
-        plan.set(self.mix, adapters=adapters, choice=choose("", (), adapters, given))
+        plan.set(self.mix, layers=layers, adapters=adapters, choice=choose("", layers, adapters, given))
         for copy in copy_wholes(plan, self.mix, name, wholes).values():
             copy.requires_grad_(active and not config.inference_mode)
         encoder.requires_grad_(not config.inference_mode)
@@ -106,12 +106,12 @@ class PromptTuner(Prompts):
 
     def _plan_removed(self, plan: Plan, names: set[str]) -> None:
         """Plan to remove adapters. If the active one is among them, the first that is left becomes active."""
-        for module, _ in modules_of(self.base_model, copied).values():
-            if copies := plan.copies_of(module):
-                remove_copies(plan, module, copies, names)
+        for _, module, record in adapted(self.base_model):
+            if record.mix is self.mix and names & {*record.names}:
+                plan.carry(module, record.without(names))
         remaining = {name: adapter for name, adapter in self.mix.adapters.items() if name not in names}
         order = [name for name in self.mix.choice.order if name not in names] or list(remaining)[:1]
-        plan.set(self.mix, adapters=remaining, choice=choose("", (), remaining, dict.fromkeys(order, 1.0)))
+        plan.set(self.mix, adapters=remaining, choice=choose("", self.mix.layers, remaining, dict.fromkeys(order, 1.0)))
         for name in names:
             self.plan_deleted(plan, name)
             plan.entry(self.peft_config, name)
@@ -165,7 +165,7 @@ class PromptTuner(Prompts):
             check_whole(where, modules[where], of_module)
         used |= set(self.plan_state(plan, name, encoder, config, tensors))
         for where, of_module in wholes.items():
-            copy = copy_of(plan, self.base_model, where, name)
+            copy = beside_slots(plan, self.base_model, where, name)
             if copy is not None:
                 for key, place in copy.state_dict(keep_vars=True).items():
                     plan.fill(place, of_module[key])

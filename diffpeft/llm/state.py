@@ -40,9 +40,8 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.files import config_in
-from diffpeft.layers.adapted import ADAPTERS, escaped
+from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped
 from diffpeft.layers.slot import BIAS, Slot
-from diffpeft.layers.whole import CONTAINER, bare, copied, copies_of
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
@@ -53,8 +52,8 @@ from diffpeft.model import embeddings as embedded
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.state import copy_of, entries_of, slots_in
-from diffpeft.model.target import layers_of, modules_of
+from diffpeft.model.state import beside_slots, entries_of, slots_in
+from diffpeft.model.target import adapted, layers_of, modules_of
 from diffpeft.model.ties import twins
 from diffpeft.pipeline.match import matched
 
@@ -140,11 +139,10 @@ def whole_tensors(
 ) -> dict[str, Tensor]:
     """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
     found: dict[str, Tensor] = {}
-    for where, (module, _) in modules_of(model, copied).items():
-        copies = copies_of(module)
-        if copies is not None and name in copies.modules and name not in copies.hidden:
-            at = f"{where}.{CONTAINER}.{escaped(name)}."
-            for key, tensor in copies.modules[name].state_dict().items():
+    for where, _, record in adapted(model):
+        for own in record.modules(name, hidden=False):
+            at = f"{where}.{COPIES}.{escaped(name)}."
+            for key, tensor in {} if isinstance(own, Slot) else own.state_dict().items():
                 found[f"{prefix}{where}.{key}"] = (given or {}).get(at + key, tensor).detach()
     return found
 
@@ -362,7 +360,7 @@ def plan_overwritten(
             _plan_slot(plan, layer, slots[layer], slot.tensors, resized.get(layer, {}), weight)
     for where, of_module in {**found.wholes, **found.patches}.items():
         first = next(iter(model.get_submodule(where)._parameters.values()), None)
-        copy = copy_of(plan, model, where, name)
+        copy = beside_slots(plan, model, where, name)
         assert copy is not None
         for key, tensor in of_module.items():
             plan_into(plan, copy, key, tensor, first)
@@ -399,7 +397,7 @@ def _plan_embeddings(
     """Plan to put embeddings into an adapter: into those of its own that it has, and as new ones."""
     fresh: dict[str, Mapping[str, Tensor]] = {}
     for where, of_module in found.items():
-        copy = copy_of(plan, model, where, name)
+        copy = beside_slots(plan, model, where, name)
         if copy is not None:
             for key, tensor in of_module.items():
                 plan_into(plan, copy, key, tensor, tensor)

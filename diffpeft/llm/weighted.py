@@ -278,7 +278,7 @@ def _sum(plan: Plan, request: Request) -> Any:
     (mix,) = mixes_of({"": model}).values()
     adapter_ = Adapter(name, tuple(named), {CONFIG: config.to_json()}, modules=tuple(modules))
     install(plan, "", layers_with(model, weights), named, mix, adapter_, None)
-    plan_summed_copies(plan, model, mix, name, weights)
+    plan_summed_copies(plan, model, name, weights)
     plan.root(model, mix)
     return config
 

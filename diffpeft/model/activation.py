@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from diffpeft.errors import AdapterStateError, shown
-from diffpeft.layers.adapted import is_adapted
-from diffpeft.layers.whole import copied, copies_of
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import adapted
 
 
 def order_of(model: nn.Module, plan: Plan | None = None) -> list[str]:
@@ -27,19 +25,14 @@ def fused_of(model: nn.Module) -> list[str]:
 
 def plan_trained(plan: Plan, model: nn.Module, flags: Mapping[str, bool]) -> None:
     """Plan whether the tensors of these adapters get gradients, copies of modules among them; what came with a file to stay as it is does not."""
-    for name, module in _trainable(plan, model):
-        if name in flags:
-            plan.require_grad(module.parameters(), flags[name])
-
-
-def _trainable(plan: Plan, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(adapter, slot, copy or patch) of all that can be trained."""
-    for module, _ in modules_of(model, lambda m: is_adapted(m) or copied(m)).values():
-        record, copies = plan.record_of(module), plan.copies_of(module)
-        if record is not None:
-            yield from record.slots.items()
-        if copies is not None:
-            yield from ((name, copy) for name, copy in copies.modules.items() if name not in copies.still)
+    for _, module, _ in adapted(model):
+        record = plan.record_of(module)
+        if record is None:
+            continue
+        for name in record.names:
+            if name in flags and not (name in record.copies and record.copies[name].still):
+                for held in record.modules(name):
+                    plan.require_grad(held.parameters(), flags[name])
 
 
 def plan_frozen(plan: Plan, model: nn.Module) -> None:
@@ -59,9 +52,8 @@ def refuse_clashing(model: nn.Module, names: Sequence[str]) -> None:
 
 def clashes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """(module, one adapter, another) of those that cannot act together there."""
-    for where, (module, _) in modules_of(model, copied).items():
-        copies = copies_of(module)
-        having = [name for name in dict.fromkeys(names) if copies is not None and name in copies.modules]
+    for where, _, record in adapted(model):
+        having = [name for name in dict.fromkeys(names) if name in record.names]
         for one, other in itertools.combinations(having, 2):
-            if copies is not None and copies.clashing(one, other):
+            if record.clashing(one, other):
                 yield where, one, other

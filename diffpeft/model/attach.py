@@ -12,18 +12,17 @@ import torch.nn as nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import Record, is_adapted, op_of, record_of
-from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, refusal
+from diffpeft.layers.carried import ADAPTERS, COPIES, Copy, Record, bare_copy, base_class, is_adapted, op_of
+from diffpeft.layers.patches import Patch
+from diffpeft.layers.site import device_of, present, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
-from diffpeft.layers.whole import Copies, bare_copy, copied, copies_of
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.target import adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.target import adapted, components, is_preset, layers_of, select
 from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
@@ -39,33 +38,31 @@ class AttachReport:
     bytes: int
 
 
-def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
+Walk = Sequence[tuple[str, nn.Module, Record]]  # as `target.adapted` gives it
+
+
+def mix_of(model: nn.Module, walk: Walk | None = None) -> Mix | None:
     """The Mix that the layers of a component share, if it has adapters. Raises AdapterStateError if `model` is not what was adapted, but a part or more.
 
-    `adapted` are its adapted layers, where the caller has looked already.
+    `walk` is what carries something in it, where the caller has looked already.
     """
     mix = None
-    for layer, module in (adapted_layers(model) if adapted is None else adapted).items():
-        record = record_of(module)
-        assert record is not None
+    for name, _, record in adapted(model) if walk is None else walk:
+        if record.mix.apart:
+            continue
         mix = record.mix
-        if mix.layers[record.index] != layer:
+        if record.where != name:
             raise AdapterStateError(
-                f"layer {shown(layer)} was adapted as {shown(mix.layers[record.index])}, as part of another module",
+                f"layer {shown(name)} was adapted as {shown(record.where)}, as part of another module",
                 remedy="Pass the module that was adapted.",
             )
-    if mix is not None:
-        return mix
-    patched = (copies_of(module) for module, _ in modules_of(model, copied).values())
-    return next((copies.mix for copies in patched if isinstance(copies, Patches)), None)
+    return mix
 
 
-def mixes_of(
-    parts: Mapping[str, nn.Module], adapted: Mapping[str, Mapping[str, nn.Module]] | None = None
-) -> dict[str, Mix]:
-    """{component: Mix} of the components that have adapters; `adapted` as in `mix_of`."""
-    mixes = {component: mix_of(model, (adapted or {}).get(component)) for component, model in parts.items()}
-    return {component: mix for component, mix in mixes.items() if mix}
+def mixes_of(parts: Mapping[str, nn.Module], walks: Mapping[str, Walk] | None = None) -> dict[str, Mix]:
+    """{component: Mix} of the components that have adapters; `walks` as in `mix_of`."""
+    found = {component: mix_of(model, (walks or {}).get(component)) for component, model in parts.items()}
+    return {component: mix for component, mix in found.items() if mix}
 
 
 def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
@@ -187,7 +184,7 @@ def plan_attached(
     layers, slots = _fresh_slots(parts, chosen, new, dry_run=False)
     mixes = mixes_of(parts)
     for component, of_component in slots.items():
-        if not of_component and not new.patches:
+        if not of_component and not new.wholes and not new.patches:
             continue
         modules = (*new.wholes, *new.patches)
         adapter = Adapter(new.name, tuple(of_component), dict(new.metadata), modules=modules)
@@ -253,48 +250,56 @@ def copy_wholes(
 ) -> dict[str, nn.Module]:
     """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
-    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module that has adapters.
+    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module with layers inside that have adapters.
     """
     made: dict[str, nn.Module] = {}
     for where, module in wholes.items():
-        if any(is_adapted(m) or isinstance(copies_of(m), Patches) for m in module.modules()):
+        ours = _within(module)
+        if any(plan.record_of(m) for m in module.modules() if m is not module and m not in ours):
             raise AdapterStateError(
-                f"module {shown(where)} has adapters, and cannot be trained whole beside them",
+                f"module {shown(where)} holds layers with adapters, and cannot be trained whole beside them",
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
         made[where] = bare_copy(module).requires_grad_(not still)
-        carry_copy(plan, mix, name, module, made[where], still=still)
+        record = _record(plan, mix, where, module)
+        plan.carry(module, replace(record, copies={**record.copies, name: Copy(made[where], still)}))
     for where, other in (ties or {}).items():
         made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
 
 
-def carry_copy(plan: Plan, mix: Mix, name: str, module: nn.Module, copy: nn.Module, *, still: bool = False) -> None:
-    """Plan to give a module this copy for an adapter (`still`: one that is never trained)."""
-    copies = plan.copies_of(module) or Copies(mix, {})
-    frozen = copies.still | ({name} if still else frozenset())
-    plan.carry(module, replace(copies, modules={**copies.modules, name: copy}, still=frozen))
+def _within(module: nn.Module) -> set[nn.Module]:
+    """What lies in the slots, copies and patches of a module."""
+    held = (module._modules.get(name) for name in (ADAPTERS, COPIES)) if is_adapted(module) else ()
+    return {inner for container in held if container is not None for inner in container.modules()}
+
+
+def _record(plan: Plan, mix: Mix, where: str, module: nn.Module) -> Record:
+    """What a module will carry, of `mix`; an empty record if nothing yet."""
+    record = plan.record_of(module)
+    if record is not None:
+        return record
+    index = plan.view(mix).layers.index(where)
+    return Record(mix, torch.tensor([index], device="cpu"), index)
 
 
 def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
     """Plan to give modules a patch each, for the adapter that is installed already. Two that hold one parameter may have the same patch (tied weights).
 
-    Raises AdapterStateError for a module that something else of ours is on.
+    Raises AdapterStateError for a module that has something else of an adapter, and is no layer.
     """
-    taken, layers = {*map(id, plan.changed)}, plan.view(mix).layers
     seen: set[int] = set()
     for where, (module, patch) in patches.items():
-        old = copies_of(module)
-        other = old is not None and {*map(type, old.modules.values())} != {type(patch)}
-        inside = [m for m in module.modules() if m is not module]
-        if other or is_adapted(module) or any(map(copied, inside)) or id(module) in taken:
+        record = _record(plan, mix, where, module)
+        beside = {type(own) for own in (*record.slots.values(), *record.patches.values())} - {type(patch)}
+        inside = [r for m in module.modules() if m is not module and (r := plan.record_of(m))]
+        if (beside and site_of(base_class(module)) is None) or any(r.copies or r.patches for r in inside):
             raise AdapterStateError(
                 f"module {shown(where)} has adapters, and its parameters cannot be changed beside them",
                 remedy="Leave it out of target_modules and modules_to_save, or unload the other adapters.",
             )
-        patched = old or Patches(mix, {}, index=layers.index(where))
-        hidden = patched.hidden | ({name} if id(patch) in seen else frozenset())
-        plan.carry(module, replace(patched, modules={**patched.modules, name: patch}, hidden=hidden))
+        hidden = record.hidden | ({name} if id(patch) in seen else frozenset())
+        plan.carry(module, replace(record, patches={**record.patches, name: patch}, hidden=hidden))
         seen.add(id(patch))
 
 
@@ -392,13 +397,9 @@ def install(
     columns = torch.arange(len(layers), device="cpu").split(1)
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
-        if COPIES in module.__dict__:
-            raise AdapterStateError(
-                f"layer {shown(layer)}: an adapter changes its parameters, or trains it whole",
-                remedy="Leave it out, or unload that adapter.",
-            )
-        record = plan.record_of(module) or Record(mix, columns[index].clone(), index, {})
-        plan.adapt(module, replace(record, slots={**record.slots, adapter.name: slot}))
+        old = plan.record_of(module)
+        held = {**(old.slots if old else {}), adapter.name: slot}
+        plan.carry(module, replace(old, slots=held) if old else Record(mix, columns[index].clone(), index, held))
     return mix
 
 
@@ -411,49 +412,37 @@ def detach(target: Any, name: str) -> None:
 
 def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
     """Plan to take adapters, or all of them, off every component that has them. Raises UnknownNameError for a name that no component has."""
-    adapted = {component: adapted_layers(model) for component, model in parts.items()}
-    mixes = mixes_of(parts, adapted)
+    walks = {component: adapted(model) for component, model in parts.items()}
+    mixes = mixes_of(parts, walks)
     known = {name for mix in mixes.values() for name in mix.adapters}
     for name in sorted((names or set()) - known):
         raise UnknownNameError.of("adapter", name, known)
     going = known if names is None else names
     for component, mix in mixes.items():
-        if going & set(mix.adapters):
-            _remove(plan, parts[component], mix, adapted[component], going)
+        if going & {*mix.adapters}:
+            _remove(plan, parts[component], mix, walks[component], going)
 
 
-def _remove(plan: Plan, model: nn.Module, mix: Mix, adapted: Mapping[str, nn.Module], names: set[str]) -> None:
-    """Plan to take adapters off one component. If one of them is in the weights, the weights become what they were."""
+def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str]) -> None:
+    """Plan to take adapters off a component. If one of them is in the weights, the weights become what they were."""
     check_idle(mix, names)
     before = plan.view(mix)
-    out = bool(names & set(before.fused))
+    out = bool(names & {*before.fused})
     adapters = {name: adapter for name, adapter in before.adapters.items() if name not in names}
     choice = before.changed(before.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
     plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else before.fused)
     plan.root(model, mix)
-    for layer, module in adapted.items():
-        record, weights = plan.record_of(module), None
-        assert record is not None
+    for layer, module, _ in walk:
+        record = plan.record_of(module)
+        if record is None or record.mix is not mix:
+            continue
+        weights = None
         if out and record.fused:
             record, weights = unfused(layer, module, record)
-        if weights is not None or names & set(record.slots):
+        remaining = record.without(names)
+        if weights is not None or remaining is not record:
             refuse_foreign(layer, module)
-            slots = {name: slot for name, slot in record.slots.items() if name not in names}
-            plan.adapt(module, replace(record, slots=slots), weights)
-    for module, _ in modules_of(model, copied).values():
-        copies = plan.copies_of(module)
-        if copies is not None and copies.mix is mix:
-            remove_copies(plan, module, copies, names, out)
-
-
-def remove_copies(plan: Plan, module: nn.Module, copies: Copies, names: set[str], out: bool = False) -> None:
-    """Plan to take the copies or patches of adapters off a module; `out`: the patches that are in its parameters come out of these."""
-    if out and copies.fused and isinstance(copies, Patches):
-        copies, puts = copies.unfused(module)
-        plan.put(puts)
-        plan.carry(module, copies)
-    if names & set(copies.modules):
-        plan.carry(module, copies.without(names))
+            plan.carry(module, remaining, weights)
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -13,18 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.adapted import Record, weights_of
-from diffpeft.layers.patches import Patches
+from diffpeft.layers.carried import Record, base_class
+from diffpeft.layers.patches import Patch
 from diffpeft.layers.site import STORING_HOOKS, diffusers_hooks, site_of
-from diffpeft.layers.slot import Slot
-from diffpeft.layers.whole import Put, copied, copies_of
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, Mix
-from diffpeft.model.plan import Plan, planned
+from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.schedule import Schedule
-from diffpeft.model.target import adapted_layers, components, modules_of
+from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import Scratch, fused_weights, refuse_changed, sampled, unfit, unfused
+from diffpeft.model.weights import Scratch, based, fused_weights, refuse_changed, sampled, touched, unfit, unfused
 
 
 def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
@@ -78,16 +76,12 @@ def unfuse(target: Any) -> None:
 def plan_unfused(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
     """Plan to restore the weights of these components."""
     for component, mix in mixes_of(parts).items():
-        if not mix.fused:
+        if not plan.view(mix).fused:
             continue
-        for layer, module in adapted_layers(parts[component]).items():
+        for layer, module, _ in adapted(parts[component]):
             record = plan.record_of(module)
-            if record is not None and record.fused:
-                plan.adapt(module, *unfused(layer, module, record))
-        for module, patches in _patched(parts[component], mix):
-            bare, puts = patches.unfused(module)
-            plan.carry(module, bare)
-            plan.put(puts)
+            if record is not None and record.mix is mix and record.fused:
+                plan.carry(module, *unfused(layer, module, record))
         plan.set(mix, fused={})
 
 
@@ -124,76 +118,61 @@ def refuse_changing(mix: Mix, names: set[str]) -> None:
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
     refuse_hooked(model)
-    owners, scratch, adapted = owners_of(model), Scratch(), adapted_layers(model)
+    owners, scratch, walk = owners_of(model), Scratch(), adapted(model)
     choice = plan.view(mix).choice
-    count_twins_once(adapted, owners)
+    count_twins_once(walk, owners)
     shared: dict[int, Tensor] = {}
-    for layer, module in adapted.items():
+    patched: list[tuple[nn.Module, Record]] = []
+    puts: list[Put] = []
+    for layer, module, _ in walk:
         record = plan.record_of(module)
         assert record is not None
-        fused = [n for n in names if n in record.slots]
-        if not set(fused) - record.fused:
+        inside = [n for n in names if n in record.slots or n in record.patches]
+        if record.mix is not mix or not set(inside) - record.fused:
             continue
-        check_order(layer, record, fused, choice)
-        refuse_unfit(layer, module, owners)
+        check_order(layer, record, inside, choice)
+        refuse_unfit(layer, module, record, owners)
         if record.fused and record.base is None:
             raise AdapterStateError(
                 f"layer {shown(layer)} was fused with keep_base='none'",
                 remedy="Fuse all adapters at once, or keep the base.",
             )
-        steps: list[tuple[Slot, float]] = [
-            (record.slots[n], s) for n in fused if (s := choice.strengths[n][record.index])
-        ]
         refuse_changed(layer, module, record)
-        base = record.base or weights_of(module)
-        W, bias = fused_weights(layer, module, base, steps, scratch)
-        weights = shared.setdefault(id(module.weight), W), bias
-        kept_base = (base[0].to("cpu"), None if base[1] is None else base[1].to("cpu")) if keep_base == "cpu" else None
-        plan.adapt(module, replace(record, fused=frozenset(fused), base=kept_base, sample=sampled(weights)), weights)
-    _plan_patches(plan, _patched(model, mix), names, choice, keep_base == "cpu", owners)
-
-
-def _plan_patches(
-    plan: Plan,
-    patched: Sequence[tuple[nn.Module, Patches]],
-    names: Sequence[str],
-    choice: Choice,
-    keep: bool,
-    owners: dict[int, int],
-) -> None:
-    """Plan the parameters of modules with exactly `names` of their patches in them."""
-    changed: list[tuple[nn.Module, Patches]] = []
-    puts: list[Put] = []
-    for module, patches in patched:
-        fused = [n for n in names if n in patches.modules]
-        if set(fused) - patches.fused:
-            with_them, new = patches.with_fused(module, fused, keep, choice)
-            changed.append((module, with_them))
-            puts += new
+        base = based(module, record)
+        weights = fused_weights(layer, module, base, record.steps(choice, inside), scratch)
+        kept_base = {name: t.to("cpu") for name, t in base.items()} if keep_base == "cpu" else None
+        fused = replace(record, fused=frozenset(inside), base=kept_base, sample=sampled(weights))
+        if record.patches:
+            patched.append((module, fused))
+            puts += [(module._parameters, name, t) for name, t in weights.items()]
+        else:
+            weights["weight"] = shared.setdefault(id(module._parameters["weight"]), weights["weight"])
+            plan.carry(module, fused, weights)
     parted = spread(plan, puts, owners)
-    for module, patches in changed:
-        plan.carry(module, patches.apart(module, parted))
-
-
-def _patched(model: nn.Module, mix: Mix) -> list[tuple[nn.Module, Patches]]:
-    """The modules whose parameters adapters change."""
-    carried = ((module, copies_of(module)) for module, _ in modules_of(model, copied).values())
-    return [(module, copies) for module, copies in carried if isinstance(copies, Patches) and copies.mix is mix]
+    for module, fused in patched:
+        table = module._parameters
+        new = {name: parted[id(table), name] for name in table if (id(table), name) in parted}
+        plan.carry(module, replace(fused, parted={**new, **fused.parted}))
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:
     """Raise AdapterStateError unless fusing `fused` gives what the order of `choice` says."""
-    order = [n for n in choice.order if n in record.slots]
-    if order[: len(fused)] == list(fused):
+    order = [n for n in choice.order if n in record.names]
+    if order[: len(fused)] == list(fused) and not any(n in record.copies for n in fused):
         return
     last = max((order.index(n) for n in fused if n in order), default=-1)
-    movable = [n for n in {*order[: last + 1], *fused}]
-    stuck = [n for n in movable if not all(part.additive for part in record.slots[n].parts)]
+    movable = list(dict.fromkeys((*order[: last + 1], *fused)))
+    stuck = [n for n in movable if n in record.copies or not all(map(_commutes, record.modules(n)))]
     if stuck:
         raise AdapterStateError(
             f"on layer {shown(layer)} the adapters {', '.join(order)} act in this order, and {shown(stuck[0])} does not commute",
             remedy="Fuse them from the first on, or all of them.",
         )
+
+
+def _commutes(own: Any) -> bool:
+    """Whether a slot or a patch does the same before and after others of its kind."""
+    return own.commutes if isinstance(own, Patch) else all(part.additive for part in own.parts)
 
 
 def owners_of(model: nn.Module) -> dict[int, int]:
@@ -209,23 +188,24 @@ def owners_of(model: nn.Module) -> dict[int, int]:
 def refuse_hooked(model: nn.Module) -> None:
     """Raise AdapterStateError if diffusers' hooks keep a model's weights elsewhere, or in another dtype, between calls."""
     for name, module in model.named_modules():
-        hooks = STORING_HOOKS & {*diffusers_hooks(module)}
-        if hooks:
-            raise unfit(name, f"diffusers' {min(hooks).replace('_', ' ')} holds its weight")
+        found = STORING_HOOKS & {*diffusers_hooks(module)}
+        if found:
+            raise unfit(name, f"diffusers' {min(found).replace('_', ' ')} holds its weight")
 
 
-def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:
-    """Raise AdapterStateError for a layer whose weight cannot take anything in. `owners` as `owners_of` gives them."""
-    site = site_of(type(module))
-    assert site is not None
-    why = ""
-    if site.quantised:
-        why = "its weight is quantised, and rounding it again would lose more than the adapter adds"
-    elif hasattr(module, "_hf_hook") or module.weight.is_meta:
-        why = "its weight is offloaded"
-    elif owners.get(id(module.weight), 0) > 1:
-        why = "its weight is tied to another layer's"
-    elif not isinstance(module.weight, nn.Parameter) or type(module.weight.data) is not Tensor:
-        why = "its weight is sharded or of a kind that is not known here"
-    if why:
-        raise unfit(layer, why)
+def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[int, int]) -> None:
+    """Raise AdapterStateError for a module whose parameters cannot take anything in. `owners` as `owners_of` gives them.
+
+    What only slots change has to be its layer's alone; patches untie it.
+    """
+    site = site_of(base_class(module))
+    if site is not None and site.quantised:
+        raise unfit(layer, "its weight is quantised, and rounding it again would lose more than the adapter adds")
+    for name in touched(module, record):
+        parameter = module._parameters.get(name)
+        if hasattr(module, "_hf_hook") or (parameter is not None and parameter.is_meta):
+            raise unfit(layer, f"its {name} is offloaded")
+        if owners.get(id(parameter), 0) > 1 and not record.patches:
+            raise unfit(layer, f"its {name} is tied to another layer's")
+        if not isinstance(parameter, nn.Parameter) or type(parameter.data) is not Tensor:
+            raise unfit(layer, f"its {name} is sharded or of a kind that is not known here")

@@ -2,7 +2,7 @@
 
 Everything that can fail happens while a plan is made. What is written is of few kinds, each with its way back; a commit that is interrupted goes
 that way for all that it has written. An operation is `with planned(parts) as plan:` around one or several functions that add to the plan; what they
-plan on is what the plan has already (`view`, `record_of`, `copies_of`). Why: docs/decisions/014-operations-are-plans.md.
+plan on is what the plan has already (`view`, `record_of`). Why: docs/decisions/014-operations-are-plans.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffpeft.layers.adapted import Record, State, Weights, enter, record_of, state_of, state_with
+from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of, state_with
 from diffpeft.layers.site import reapply_offloading
-from diffpeft.layers.whole import Copies, Put, copies_of, place
 from diffpeft.model.journal import ABSENT, Journal, put_back
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Mix
 from diffpeft.model.root import settle
 from diffpeft.model.target import COMPILED
+
+# a module's table of parameters or buffers, a name in it, and new numbers or another parameter
+Put = tuple[dict[str, Any], str, Any]
 
 
 class Write(Protocol):
@@ -42,7 +44,7 @@ class Write(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapted layer carries, and its weights."""
+    """What a module carries, and its weights."""
 
     module: nn.Module
     value: State
@@ -52,20 +54,6 @@ class Layer:
 
     def put(self, value: State) -> None:
         enter(self.module, value)
-
-
-@dataclass(frozen=True)
-class Carried:
-    """The copies or patches that a module carries."""
-
-    module: nn.Module
-    value: Copies | None
-
-    def present(self) -> Copies | None:
-        return copies_of(self.module)
-
-    def put(self, value: Copies | None) -> None:
-        place(self.module, value)
 
 
 @dataclass(frozen=True)
@@ -131,8 +119,7 @@ class Plan:
 
     writes: list[Write] = field(default_factory=list)
     roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
-    _states: dict[int, State] = field(default_factory=dict)  # what layers will be in, by id
-    _copies: dict[int, Copies | None] = field(default_factory=dict)  # what modules will carry, by id
+    _records: dict[int, Record | None] = field(default_factory=dict)  # what modules will carry, by id
     _replaced: dict[int, nn.Module] = field(
         default_factory=dict
     )  # the modules in the place of others, by the others' id
@@ -141,7 +128,7 @@ class Plan:
     @property
     def changed(self) -> list[nn.Module]:
         """The modules that will carry something else."""
-        return [write.module for write in self.writes if isinstance(write, (Layer, Carried))]
+        return [write.module for write in self.writes if isinstance(write, Layer)]
 
     @property
     def entries(self) -> dict[tuple[int, str], Any]:
@@ -152,32 +139,18 @@ class Plan:
         """The module that will be in a module's place."""
         return self._replaced.get(id(module), module)
 
-    def state_of(self, module: nn.Module) -> State:
-        """The state that a layer will be in: for planning on."""
-        return self._states.get(id(module)) or state_of(module)
-
     def record_of(self, module: nn.Module) -> Record | None:
-        """The record that a layer will have: for planning on."""
-        state = self._states.get(id(module))
-        return record_of(module) if state is None else state.record
+        """What a module will carry: for planning on."""
+        return self._records[id(module)] if id(module) in self._records else record_of(module)
 
-    def copies_of(self, module: nn.Module) -> Copies | None:
-        """The copies or patches that a module will carry: for planning on."""
-        return self._copies[id(module)] if id(module) in self._copies else copies_of(module)
-
-    def layer(self, module: nn.Module, state: State) -> None:
-        """A layer is to be in another state."""
-        self.writes.append(Layer(module, state))
-        self._states[id(module)] = state
-
-    def adapt(self, module: nn.Module, record: Record | None, weights: Weights | None = None) -> None:
-        """A layer is to carry this record, or nothing, and to have these weights, or those that it has."""
-        self.layer(module, state_with(module, record, weights))
-
-    def carry(self, module: nn.Module, copies: Copies | None) -> None:
-        """A module is to carry other copies or patches."""
-        self.writes.append(Carried(module, copies))
-        self._copies[id(module)] = copies
+    def carry(self, module: nn.Module, record: Record | None, weights: Mapping[str, Tensor] | None = None) -> None:
+        """A module is to carry something else, or nothing, and have other parameters (a Parameter), or other numbers in those that it has."""
+        others = {name: own for name, own in (weights or {}).items() if isinstance(own, nn.Parameter)}
+        for name, parameter in others.items():
+            self.entry(module._parameters, name, parameter)
+        numbers: Parameters | None = None if weights is None else {n: w for n, w in weights.items() if n not in others}
+        self.writes.append(Layer(module, state_with(module, record, numbers)))
+        self._records[id(module)] = record
 
     def numbers(self, tensor: Tensor, value: Tensor) -> None:
         """A parameter or buffer is to have other numbers, in memory of their own."""
@@ -221,10 +194,8 @@ class Plan:
     def _fresh(self) -> Iterator[nn.Module]:
         """The modules that are planned to be somewhere in the model."""
         for write in list(self.writes):
-            if isinstance(write, Layer) and write.value.adapters is not None:
-                yield write.value.adapters
-            elif isinstance(write, Carried) and write.value is not None:
-                yield from write.value.modules.values()
+            if isinstance(write, Layer):
+                yield from filter(None, (write.value.adapters, write.value.copies))
             elif isinstance(write, Entry) and isinstance(write.value, nn.Module):
                 yield write.value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, shown
-from diffpeft.layers.adapted import op_of, record_of
-from diffpeft.layers.patches import Patches
+from diffpeft.layers.carried import op_of, record_of
 from diffpeft.layers.slot import BIAS, Part, Slot
 from diffpeft.layers.swap import SIZES, resizing
 from diffpeft.layers.tokens import Tokens
-from diffpeft.layers.whole import Copies, copies_of
 from diffpeft.methods import Spec
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import mixes_of
@@ -55,7 +53,7 @@ def plan_resized(plan: Plan, model: Any, resized: Callable[[], Result], total: i
         _fit(layers.values())
     for module in layers.values():
         if (record := record_of(module)) is not None:
-            plan.adapt(module, replace(record))  # one that has kept nothing of the former rows
+            plan.carry(module, replace(record))  # one that has kept nothing of the former rows
     return given
 
 
@@ -63,11 +61,11 @@ def _fit(layers: Iterable[nn.Module]) -> None:
     """Give what adapters have on embeddings as many rows as these have now."""
     shared: Shared = {}
     for module in layers:
-        for copy in _copies(module):
-            _fit_copy(copy, module, shared)
-        record = record_of(module)
-        for slot in record.slots.values() if record else ():
-            _fit_slot(slot, module, shared)
+        if (record := record_of(module)) is not None:
+            for copy in record.copies.values():
+                _fit_copy(copy.module, module, shared)
+            for slot in record.slots.values():
+                _fit_slot(slot, module, shared)
 
 
 def _put_back(model: nn.Module, where: str, module: Any) -> None:
@@ -96,21 +94,22 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 def _check(where: str, module: Any, total: int | None) -> None:
     """Raise AdapterStateError for an adapter that cannot get other rows."""
-    record, copies = record_of(module), copies_of(module)
-    axes = _axes(module)
-    for name, slot in record.slots.items() if record else ():
+    record, axes = record_of(module), _axes(module)
+    if record is None:
+        return
+    for name, slot in record.slots.items():
         fits = all(p.method is Lora or set(p.roles) == {WHOLE} for p in slot.parts) and slot.source is None
         if not fits or set(slot.tensors) - {*axes, *_FIXED}:
             raise AdapterStateError(
                 f"adapter {shown(name)} is a {'+'.join(slot.methods)} on {shown(where)}, which cannot get other rows",
                 remedy="Call resize_token_embeddings before the adapter is made.",
             )
-    if isinstance(copies, Patches) and not all(isinstance(patch, Tokens) for patch in copies.modules.values()):
+    if not all(isinstance(patch, Tokens) for patch in record.patches.values()):
         raise AdapterStateError(
             f"an adapter changes the parameters of {shown(where)}",
             remedy="Call resize_token_embeddings before the adapter is made.",
         )
-    for name, patch in copies.modules.items() if isinstance(copies, Patches) else ():
+    for name, patch in record.patches.items():
         last = int(patch.rows.max())  # type: ignore[operator]
         if total is not None and last >= total:
             raise AdapterStateError(
@@ -121,12 +120,6 @@ def _check(where: str, module: Any, total: int | None) -> None:
 
 def _axes(module: Any) -> dict[str, int]:
     return _AXES[isinstance(module, nn.Embedding)]
-
-
-def _copies(module: nn.Module) -> Iterator[Any]:
-    copies = copies_of(module)
-    if type(copies) is Copies:
-        yield from copies.modules.values()
 
 
 def _fit_copy(copy: Any, module: Any, shared: Shared) -> None:
@@ -183,6 +176,6 @@ def refuse_replaced(place: Place | None) -> None:
 def head_of(model: Any, plan: Plan) -> Place | None:
     """Where a model has its head, if adapters are, or will be, on that."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or (plan.record_of(head) is None and plan.copies_of(head) is None):
+    if head is None or plan.record_of(head) is None:
         return None
     return next(((m._modules, n, head) for m in model.modules() for n, c in m._modules.items() if c is head), None)

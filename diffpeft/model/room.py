@@ -12,7 +12,7 @@ from diffpeft.errors import ConfigError, ShapeMismatchError
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import adapted_layers
+from diffpeft.model.target import adapted
 
 LORAS = ("lora", "dora")
 
@@ -23,7 +23,7 @@ def plan_room(plan: Plan, model: nn.Module, ranks: Mapping[str, Mapping[str, int
     Raises ConfigError for a rank below the one that is there.
     """
     frozen: set[str] = set()
-    for layer, module in adapted_layers(model).items():
+    for layer, module, _ in adapted(model):
         record = plan.record_of(module)
         assert record is not None
         roomy: dict[str, Slot] = {}
@@ -40,7 +40,7 @@ def plan_room(plan: Plan, model: nn.Module, ranks: Mapping[str, Mapping[str, int
             roomy[name] = _roomy(slot, rank, layer)
             frozen |= {name} if slot.weight.requires_grad else set()
         if roomy:
-            plan.adapt(module, replace(record, slots={**record.slots, **roomy}))
+            plan.carry(module, replace(record, slots={**record.slots, **roomy}))
     return frozen
 
 
@@ -67,7 +67,7 @@ def plan_slots(plan: Plan, model: nn.Module, name: str, slots: Mapping[str, Slot
         module = model.get_submodule(layer)
         record = plan.record_of(module)
         assert record is not None
-        plan.adapt(module, replace(record, slots={**record.slots, name: slot}))
+        plan.carry(module, replace(record, slots={**record.slots, name: slot}))
 
 
 def _roomy(slot: Slot, rank: int, where: str) -> Slot:

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import record_of
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import adapted_layers, components
+from diffpeft.model.target import adapted, components
 
 TRAINING = frozenset(
     {"dropout", "module_dropout", "rank_dropout", "rank_dropout_scale", "adjusted"}
@@ -34,14 +33,15 @@ def slots_of(target: Any, name: str) -> dict[str, Slot]:
 
 def slots_in(model: nn.Module, name: str, plan: Plan | None = None) -> dict[str, Slot]:
     """{layer: slot} of one adapter on one module, as it is or as a plan will have it."""
-    records = ((layer, plan.record_of(m) if plan else record_of(m)) for layer, m in adapted_layers(model).items())
+    records = ((layer, plan.record_of(m) if plan else record) for layer, m, record in adapted(model))
     return {layer: record.slots[name] for layer, record in records if record is not None and name in record.slots}
 
 
-def copy_of(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Module | None:
-    """The copy or patch that an adapter has, or will have, of the module of this name."""
-    copies = plan.copies_of(model.get_submodule(where))
-    return None if copies is None else copies.modules.get(name)
+def beside_slots(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Module | None:
+    """The copy or the patch that an adapter has, or will have, of the module of this name; None if there is none."""
+    record = plan.record_of(model.get_submodule(where))
+    held = () if record is None else record.modules(name)
+    return next((module for module in held if not isinstance(module, Slot)), None)
 
 
 def parameters_of(target: Any, name: str) -> list[nn.Parameter]:

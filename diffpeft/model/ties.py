@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from diffpeft.errors import listed
-from diffpeft.layers.adapted import op_of
+from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.methods import Spec
 from diffpeft.model.plan import Plan

@@ -16,20 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError, shown
-from diffpeft.layers.adapted import op_of, record_of
+from diffpeft.layers.carried import Copy, bare, bare_copy, op_of, record_of
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
-from diffpeft.layers.whole import bare, bare_copy, copied, copies_of
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.base import Geometry
 from diffpeft.methods.ia3 import FACTORS
 from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.merging import merged
-from diffpeft.model.attach import carry_copy
-from diffpeft.model.mix import Mix
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import adapted_layers, modules_of
+from diffpeft.model.target import adapted
 
 Weighted = Sequence[tuple[str, float]]  # adapters and their weights
 Factors = tuple[Tensor, Tensor]  # A [r, i, *k], B [o, r, *1], or both as matrices
@@ -63,7 +60,7 @@ class Source:
 def layers_with(model: nn.Module, adapters: Iterable[str]) -> dict[str, nn.Module]:
     """{name: layer} of those that carry one of the adapters, in the order of the model."""
     names = {*adapters}
-    return {layer: m for layer, m in adapted_layers(model).items() if names & slots_on(m).keys()}
+    return {layer: module for layer, module, record in adapted(model) if names & record.slots.keys()}
 
 
 def slots_on(module: nn.Module) -> Mapping[str, Slot]:
@@ -242,20 +239,19 @@ def _with_bias(slot: Slot) -> Slot:
     return other.train(slot.training)
 
 
-def plan_summed_copies(plan: Plan, model: nn.Module, mix: Mix, name: str, weights: Mapping[str, float]) -> None:
+def plan_summed_copies(plan: Plan, model: nn.Module, name: str, weights: Mapping[str, float]) -> None:
     """Plan to give a new adapter W + w (W_i - W) of each module that one of the adapters has a copy W_i of; W_i itself where that came with its file."""
-    for module, _ in modules_of(model, copied).values():
-        copies = copies_of(module)
-        assert copies is not None
-        for adapter in weights.keys() & copies.modules.keys():
-            total = bare_copy(copies.modules[adapter]).requires_grad_(False)
+    for _, module, before in adapted(model):
+        still = any(before.copies[adapter].still for adapter in weights.keys() & before.copies.keys())
+        for adapter in weights.keys() & before.copies.keys():
+            total = bare_copy(before.copies[adapter].module).requires_grad_(False)
             for p, base in zip(total.parameters(), bare(module).parameters(), strict=True):
-                p.data = p if adapter in copies.still else base.detach().to(p).lerp(p, weights[adapter])
-            carry_copy(plan, mix, name, module, total, still=bool(copies.still & weights.keys()))
+                p.data = p if before.copies[adapter].still else base.detach().to(p).lerp(p, weights[adapter])
+            record = plan.record_of(module) or before
+            plan.carry(module, replace(record, copies={**record.copies, name: Copy(total, still)}))
 
 
 def copied_by(model: nn.Module, adapters: Iterable[str]) -> list[str]:
     """The modules that one of the adapters has a copy of."""
     names = {*adapters}
-    copies = {where: copies_of(module) for where, (module, _) in modules_of(model, copied).items()}
-    return [where for where, of_module in copies.items() if of_module and names & of_module.modules.keys()]
+    return [where for where, _, record in adapted(model) if names & record.copies.keys()]

@@ -20,7 +20,7 @@ from diffpeft.model.plan import Plan, planned
 from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
-from diffpeft.model.target import adapted_layers, components
+from diffpeft.model.target import adapted, components
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _check_fused(
                     f"adapter {shown(name)} is fused into {component or 'the model'} at another strength",
                     remedy="Call unfuse first; fused strengths must stay as they are.",
                 )
-        for layer, module in adapted_layers(parts[component]).items():
+        for layer, module, _ in adapted(parts[component]):
             record = plan.record_of(module)
             if record is not None and record.fused:
                 for row in rows:

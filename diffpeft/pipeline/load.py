@@ -27,7 +27,7 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.families import family_of, is_unnamed
-from diffpeft.layers.adapted import base_class, is_adapted
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, install, mixes_of, oversized, refuse_duplicate
@@ -35,7 +35,7 @@ from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
 from diffpeft.model.plan import Plan
 from diffpeft.model.state import bundle_of
-from diffpeft.model.target import components, layers_of
+from diffpeft.model.target import components, walked
 from diffpeft.pipeline.fused import unfused
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import Layers, kept, matched
@@ -90,9 +90,9 @@ def load_lora(
     check_max_rank(max_rank, trainable)
     parts = components(target)
     with exclusive(parts), _uncollected():
-        layers = {component: layers_of(model) for component, model in parts.items()}
-        adapted = {c: {layer: m for layer, (m, _) in found.items() if is_adapted(m)} for c, found in layers.items()}
-        mixes = mixes_of(parts, adapted)
+        walks = {component: walked(model) for component, model in parts.items()}
+        layers = {component: found for component, (found, _) in walks.items()}
+        mixes = mixes_of(parts, {component: adapted for component, (_, adapted) in walks.items()})
         refuse_duplicate(name, mixes.values())
         bundle = opened(target, source, layers, family=family, revision=revision, filename=filename, alpha=alpha)
         with inside(bundle.source):

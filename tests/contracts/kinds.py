@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from diffpeft.layers.adapted import base_class
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import SITES, site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Spec

@@ -38,7 +38,7 @@ from torch.func import functional_call
 
 import diffpeft
 from diffpeft import AdapterStateError, adapters, attach, detach, set_adapters, unload
-from diffpeft.layers.adapted import base_class
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import site_of
 from diffpeft.model import plan as planning
 from diffpeft.model.state import parameters_of, slots_of
