@@ -114,9 +114,9 @@ def replaced(replacements: Mapping[str, str], name: str) -> str:
         def replace(compiled: Any, left: float, new: str = new) -> Any:
             return compiled.subn(new, name, timeout=left)
 
-        found, number = _timed(pattern, replace)
+        text, number = _timed(pattern, replace)
         if number:
-            return found
+            return text
     return name
 
 
@@ -140,9 +140,9 @@ def first(patterns: Mapping[str, Value] | None, names: Iterable[str], default: V
         return default
     keys, names = tuple(patterns), tuple(names)
     whole, ending, others = _index(keys)
-    found = [whole[name] for name in names if name in whole]
-    found += [place for name in names for end in name_ends(name) if (place := ending.get(end)) is not None]
-    best = min(found, default=len(keys))
+    places = [whole[name] for name in names if name in whole]
+    places += [place for name in names for end in name_ends(name) if (place := ending.get(end)) is not None]
+    best = min(places, default=len(keys))
     best = next((place for place in others if place < best and any(ends(keys[place], name) for name in names)), best)
     return patterns[keys[best]] if best < len(keys) else default
 

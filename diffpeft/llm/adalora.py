@@ -63,11 +63,11 @@ def update_and_allocate(model: nn.Module, adapter_name: str, config: AdaLoraConf
 
 def budget(config: AdaLoraConfig, layers: int, step: int) -> int:
     """How many triplets all layers together may have: from init_r to target_r a layer along a cubic curve."""
-    first, target = config.init_r * layers, config.target_r * layers
+    start, target = config.init_r * layers, config.target_r * layers
     if step <= config.tinit:
-        return first
+        return start
     left = 1 - (step - config.tinit) / (config.last_step - config.tinit)
-    return int((first - target) * max(left, 0) ** 3 + target)
+    return int((start - target) * max(left, 0) ** 3 + target)
 
 
 def orthogonal_loss(model: nn.Module, adapter_name: str) -> Tensor:
@@ -94,12 +94,12 @@ def pruned(state: Mapping[str, Tensor], config: AdaLoraConfig, adapter_name: str
         return dict(state)
     masks = _masks(config, adapter_name)
     config.rank_pattern = {f"{layer}.{E}": mask for layer, mask in masks.items()}
-    kept = dict(state)
+    smaller = dict(state)
     for key, t in state.items():
         layer, _, role = key.removesuffix(f".{adapter_name}").removeprefix(PREFIX).rpartition(".")
         if role in RANK_AXIS and layer in masks:
-            kept[key] = _kept(t, masks[layer], role, layer)
-    return kept
+            smaller[key] = _kept(t, masks[layer], role, layer)
+    return smaller
 
 
 def resize(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> None:
@@ -135,12 +135,12 @@ def plan_resized(plan: Plan, model: nn.Module, name: str, config: AdaLoraConfig)
 
 def _slots(model: nn.Module, name: str) -> dict[str, Slot]:
     """{layer: slot} of an adapter, without those that only change a bias."""
-    found = {layer: slot for layer, slot in slots_in(model, name).items() if E in slot._parameters}
-    if not found:
+    slots = {layer: slot for layer, slot in slots_in(model, name).items() if E in slot._parameters}
+    if not slots:
         raise AdapterStateError(
             f"{shown(name)} is no AdaLoRA of this model", remedy="Give the name of an adapter made with AdaLoraConfig."
         )
-    return found
+    return slots
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def _unfolded(mask: list[bool], before: list[bool]) -> list[bool]:
     if len(mask) == len(before):
         return mask
     inner = iter(mask)
-    return [kept and next(inner) for kept in before]
+    return [keep and next(inner) for keep in before]
 
 
 def _kept(t: Tensor, mask: list[bool], role: str, layer: str) -> Tensor:

@@ -173,16 +173,20 @@ def _canonical(base: nn.Module, layers: Iterable[str]) -> set[str]:
 def _bundle(base: Any, tensors: Mapping[str, Tensor], name: str, config: Any, prefix: str) -> Bundle:
     """The new adapter. Weights of the base that are the model's own (embeddings are saved with adapters on them) are left out."""
     infix = re.compile(rf"(\.{prefix}[^.]+)\.{re.escape(name)}(?=\.|$)")
-    given = {infix.sub(r"\1", key).removeprefix(PREFIX): t for key, t in tensors.items()}
+    plain = {infix.sub(r"\1", key).removeprefix(PREFIX): t for key, t in tensors.items()}
     layers = layers_of(base)
-    for key in list(given):
+    for key in list(plain):
         layer, _, last = key.replace(".base_layer.", ".").rpartition(".")
-        own: Any = layers[layer][0].weight if layer in layers and last == "weight" else None
-        if own is not None and own.shape == given[key].shape and torch.equal(own.detach(), given[key].to(own)):
-            del given[key]
+        weight: Any = layers[layer][0].weight if layer in layers and last == "weight" else None
+        if (
+            weight is not None
+            and weight.shape == plain[key].shape
+            and torch.equal(weight.detach(), plain[key].to(weight))
+        ):
+            del plain[key]
     names = {component: list(layers) for component in components(base)}
-    given = {f"{PREFIX}{key}": t for key, t in given.items()}
-    return converters.read(given, format="peft", names=names, metadata={CONFIG: config.to_json()})
+    spelt = {f"{PREFIX}{key}": t for key, t in plain.items()}
+    return converters.read(spelt, format="peft", names=names, metadata={CONFIG: config.to_json()})
 
 
 def _plan_room(plan: Plan, model: nn.Module, base: nn.Module, name: str, bundle: Bundle) -> None:

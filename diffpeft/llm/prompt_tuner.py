@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
-from diffpeft.llm.prompt import EMBEDDINGS, Encoder
+from diffpeft.llm.prompt import EMBEDDINGS, VirtualTokens
 from diffpeft.llm.prompts import PROMPTS, Prompts
-from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
-from diffpeft.llm.tuner import Loading, known, named
+from diffpeft.llm.state import Incompatible, check_module, tensors_in, whole_tensors, wholes_of
+from diffpeft.llm.tuner import LoadOptions, known, named
 from diffpeft.model.activation import plan_trained
 from diffpeft.model.attach import copy_wholes
 from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
@@ -55,7 +55,7 @@ class PromptTuner(Prompts):
         """What operations lock and change."""
         return {"": self.base_model}
 
-    def plan_injected(self, plan: Plan, name: str, config: Any, *, active: bool, **_: Any) -> Encoder:
+    def plan_injected(self, plan: Plan, name: str, config: Any, *, active: bool, **_: Any) -> VirtualTokens:
         """Plan to add a fresh adapter, in float32 as PEFT's; its encoder. What else `Tuner.plan_injected` takes is for layers."""
         check_name(name)
         encoder = self.plan_added(plan, name, config)
@@ -63,8 +63,8 @@ class PromptTuner(Prompts):
         before = plan.view(self.mix)
         adapters = {**before.adapters, name: Adapter(name, (), modules=tuple(wholes))}
         layers = tuple(dict.fromkeys((*before.layers, *wholes)))
-        given = {name: 1.0} if active else dict(before.choice.given)
-        plan.set(self.mix, layers=layers, adapters=adapters, choice=choose("", layers, adapters, given))
+        strengths = {name: 1.0} if active else dict(before.choice.given)
+        plan.set(self.mix, layers=layers, adapters=adapters, choice=choose("", layers, adapters, strengths))
         for copy in copy_wholes(plan, self.mix, name, wholes).values():
             copy.requires_grad_(active and not config.inference_mode)
         encoder.requires_grad_(not config.inference_mode)
@@ -138,11 +138,11 @@ class PromptTuner(Prompts):
         """Prompts of several adapters do not fit in one batch."""
         raise AdapterStateError("a batch has one prompt", remedy="Leave out adapter_names, and call set_adapter.")
 
-    def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
+    def tensors(self, name: str, gathered: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
         return {
             **self.state(name, self.peft_config[name]),
-            **whole_tensors(self.base_model, name, PREFIX, given),
+            **whole_tensors(self.base_model, name, PREFIX, gathered),
         }
 
     def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
@@ -150,7 +150,7 @@ class PromptTuner(Prompts):
         return self._plan_tensors(plan, name, self.encoder(name), self.peft_config[name], tensors)
 
     def _plan_tensors(
-        self, plan: Plan, name: str, encoder: Encoder, config: Any, tensors: Mapping[str, Tensor]
+        self, plan: Plan, name: str, encoder: VirtualTokens, config: Any, tensors: Mapping[str, Tensor]
     ) -> Incompatible:
         """Plan to put a file's tensors into an encoder, and into the copies that its adapter has, or will have, of modules."""
         wholes: dict[str, dict[str, Tensor]] = {}
@@ -162,7 +162,7 @@ class PromptTuner(Prompts):
                 wholes.setdefault(where, {})[inside_model.removeprefix(f"{where}.")] = tensor
                 used.add(key)
         for where, of_module in wholes.items():
-            check_whole(where, modules[where], of_module)
+            check_module(where, modules[where], of_module)
         used |= set(self.plan_state(plan, name, encoder, config, tensors))
         for where, of_module in wholes.items():
             copy = beside_slots(plan, self.base_model, where, name)
@@ -184,7 +184,7 @@ class PromptTuner(Prompts):
                     remedy="Load it for the same model, with the config that it was saved with.",
                 )
 
-    def plan_loaded(self, plan: Plan, name: str, config: Any, folder: Opened, how: Loading) -> list[str]:
+    def plan_loaded(self, plan: Plan, name: str, config: Any, folder: Opened, how: LoadOptions) -> list[str]:
         """Plan to add the adapter in a folder; nothing is missing then. Dtypes and keys are for layers."""
         with inside(folder.where, config=True):
             if how.trainable:

@@ -23,7 +23,7 @@ from diffpeft.llm.renames import mapped
 from diffpeft.llm.state import Incompatible, config_of, plan_overwritten, plan_read, read, spelt, tensors_in, wholes_of
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
-from diffpeft.llm.weighted import Options, plan_weighted
+from diffpeft.llm.weighted import SumOptions, plan_weighted
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
 from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
 from diffpeft.model.fuse import fuse, plan_fused, unfuse
@@ -41,7 +41,7 @@ OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadOptions:
     """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, and with its keys renamed."""
 
     trainable: bool
@@ -256,7 +256,7 @@ class Tuner(nn.Module):
                 weights,
                 adapter_name,
                 combination_type,
-                Options(svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method),
+                SumOptions(svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method),
             )
             plan.entry(self.peft_config, adapter_name, config)
 
@@ -369,9 +369,9 @@ class Tuner(nn.Module):
             raise AdapterStateError(
                 "Cannot pass `adapter_names` when there are merged adapters", remedy="Call `unmerge_adapter` first."
             )
-        lost = sorted(set(adapter_names) - {BASE, *self.peft_config})
-        if lost:
-            raise UnknownNameError.of("adapter", lost[0], self.peft_config)
+        unknown = sorted(set(adapter_names) - {BASE, *self.peft_config})
+        if unknown:
+            raise UnknownNameError.of("adapter", unknown[0], self.peft_config)
         if self._off is not None or any(mix.standing() is OFF for mix in mixes_of({"": self.model}).values()):
             return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
@@ -400,9 +400,9 @@ class Tuner(nn.Module):
         refuse_replaced(self._head)
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
+    def tensors(self, name: str, gathered: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
-        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, given=given, embeddings=embeddings)
+        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=gathered, embeddings=embeddings)
 
     def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Plan to put a file's tensors into an adapter that is there."""
@@ -422,7 +422,7 @@ class Tuner(nn.Module):
         plan.entry(self.peft_config, name, config)
         plan.set(self, _head=head_of(self.model, plan))
 
-    def plan_loaded(self, plan: Plan, name: str, config: Any, folder: Opened, how: Loading) -> list[str]:
+    def plan_loaded(self, plan: Plan, name: str, config: Any, folder: Opened, how: LoadOptions) -> list[str]:
         """Plan to add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
         where = folder.where
         with patterns.limited(CheckpointError, where), inside(where, config=True):
@@ -430,16 +430,16 @@ class Tuner(nn.Module):
             return self._plan_loaded(plan, name, config, source, how)
 
     def _plan_loaded(
-        self, plan: Plan, name: str, config: Any, source: Opened | dict[str, Tensor], how: Loading
+        self, plan: Plan, name: str, config: Any, source: Opened | dict[str, Tensor], how: LoadOptions
     ) -> list[str]:
         config = resolved(self.model, config)
         config.validate()
         with _replicated(plan, self.model, config, lambda: self.peft_config):
-            found = read(self.model, source, config, trainable=how.trainable, chosen=chosen(self.model, config))
-            check_tying(self.model, config, (*found.wholes, *found.slots))
-            if found.missing:
+            file = read(self.model, source, config, trainable=how.trainable, chosen=chosen(self.model, config))
+            check_tying(self.model, config, (*file.wholes, *file.slots))
+            if file.missing:
                 warnings.warn(
-                    f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=5
+                    f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.", stacklevel=5
                 )
             strength = 1.0 if how.active else None
             plan_read(
@@ -447,14 +447,14 @@ class Tuner(nn.Module):
                 self.model,
                 name,
                 config,
-                found,
+                file,
                 trainable=how.trainable,
                 strength=strength,
                 precision=how.precision,
             )
         plan_frozen(plan, self.model)
         self._plan_known(plan, name, config)
-        return list(found.missing)
+        return list(file.missing)
 
 
 def named(names: str | Sequence[str]) -> list[str]:

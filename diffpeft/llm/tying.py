@@ -27,9 +27,9 @@ def ties_of(model: nn.Module, config: Any, names: Iterable[str]) -> dict[str, st
 def check_tying(model: nn.Module, config: Any, names: Iterable[str]) -> None:
     """Warn, as PEFT does, where `ensure_weight_tying` has nothing to do, or is not set where it might be. `names` are trained whole or adapted."""
     ties = tied_to_embedding(model)
-    some = bool({*names} & ({*ties} | {*ties.values()}))
+    tied = bool({*names} & ({*ties} | {*ties.values()}))
     if not getattr(config, "ensure_weight_tying", False):
-        if some and getattr(config, "modules_to_save", None):
+        if tied and getattr(config, "modules_to_save", None):
             warnings.warn(
                 f"Model has `{FIELD}=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True: "
                 "its copy is trained apart, and merging unties it.",
@@ -39,7 +39,7 @@ def check_tying(model: nn.Module, config: Any, names: Iterable[str]) -> None:
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=5
         )
-    elif not some and not getattr(config, "trainable_token_indices", None):
+    elif not tied and not getattr(config, "trainable_token_indices", None):
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or `target_modules`",
             stacklevel=5,
@@ -65,10 +65,10 @@ def twinned(
     return {**layers, **tied}, ties
 
 
-def check_alike(ties: Mapping[str, str], found: Mapping[str, Mapping[str, Any]], source: str) -> None:
+def check_alike(ties: Mapping[str, str], tensors: Mapping[str, Mapping[str, Any]], source: str) -> None:
     """Raise CheckpointError if a file has different weights for modules that it says are tied."""
     for one, other in ties.items():
-        a, b = (found.get(name, {}).get("weight") for name in (one, other))
+        a, b = (tensors.get(name, {}).get("weight") for name in (one, other))
         if a is not None and b is not None and not torch.equal(a, b):
             raise CheckpointError(
                 f"ensure_weight_tying is set, and the weights of {shown(one)} and {shown(other)} differ",

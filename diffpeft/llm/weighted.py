@@ -77,7 +77,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Options:
+class SumOptions:
     """How PEFT's types go about it: see `Tuner.add_weighted_adapter`."""
 
     svd_rank: int | None = None
@@ -96,7 +96,7 @@ def plan_weighted(
     weights: Sequence[float],
     name: str,
     combination_type: str | None,
-    options: Options,
+    options: SumOptions,
 ) -> Any:
     """Plan to put a new adapter, inactive and frozen, on a model; its config. The arguments are those of `Tuner.add_weighted_adapter`.
 
@@ -153,7 +153,7 @@ def _checked(
     return numbers
 
 
-def _recipe(configs: Sequence[LoraConfig], kind: str, options: Options) -> Recipe:
+def _recipe(configs: Sequence[LoraConfig], kind: str, options: SumOptions) -> Recipe:
     """PEFT's rules for a type; one adapter is always `linear`."""
     what, how = TYPES["linear" if len(configs) == 1 else kind]
     ranks = [max(c.r, *c.rank_pattern.values()) if c.rank_pattern else c.r for c in map(saved, configs)]
@@ -198,10 +198,10 @@ def _check_density(density: float | None, kind: str, how: str) -> None:
 
 def _lora(plan: Plan, request: Request, recipe: Recipe) -> Any:
     """Plan a LoRA by one of PEFT's types; its config."""
-    model, first = request.model, request.configs[0]
+    model, leading = request.model, request.configs[0]
     layers = layers_with(model, request.adapters)
     config = _changed(
-        saved(first),
+        saved(leading),
         r=recipe.rank,
         lora_alpha=recipe.rank,
         rank_pattern={},
@@ -220,7 +220,7 @@ def _lora(plan: Plan, request: Request, recipe: Recipe) -> Any:
             f"what adapters train beside the weights of their layers (lora_bias, modules_to_save) is left out: {listed(left_out)}",
             stacklevel=6,
         )
-    draw_on(model, request.adapters, first, recipe.rank)
+    draw_on(model, request.adapters, leading, recipe.rank)
     return _plan_fresh(plan, request, config, layers, merged_loras(model, request.weighted, recipe))
 
 
@@ -296,11 +296,11 @@ def _config_of_sum(
     request: Request, ranks: Mapping[str, int], biases: Mapping[str, Any], modules: Sequence[str]
 ) -> Any:
     """The config with which PEFT makes a LoRA of these ranks on these layers."""
-    first = request.configs[0]
+    leading = request.configs[0]
     r = statistics.mode(ranks.values()) if ranks else LoraConfig.r
     pattern = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != r}
     ranked = {"r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
-    common = {field: getattr(first, field) for field in _COMMON if hasattr(first, field)}
+    common = {field: getattr(leading, field) for field in _COMMON if hasattr(leading, field)}
     config = _changed(LoraConfig(), **common, **biases, **ranked, modules_to_save=sorted(modules) or None)
     return _changed(config, **_targets(request.model, config, request.configs, ranks))
 

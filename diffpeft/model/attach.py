@@ -61,8 +61,8 @@ def mix_of(model: nn.Module, walk: Walk | None = None) -> Mix | None:
 
 def mixes_of(parts: Mapping[str, nn.Module], walks: Mapping[str, Walk] | None = None) -> dict[str, Mix]:
     """{component: Mix} of the components that have adapters; `walks` as in `mix_of`."""
-    found = {component: mix_of(model, (walks or {}).get(component)) for component, model in parts.items()}
-    return {component: mix for component, mix in found.items() if mix}
+    mixes = {component: mix_of(model, (walks or {}).get(component)) for component, model in parts.items()}
+    return {component: mix for component, mix in mixes.items() if mix}
 
 
 def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
@@ -116,8 +116,8 @@ def attach(
     """
     parts = components(target)
     check_name(name)
-    given = {"side": side, "dora": dora, "constraint": constraint, "rescale": rescale, "tucker": tucker}
-    options = {key: value for key, value in given.items() if value is not None}
+    keywords = {"side": side, "dora": dora, "constraint": constraint, "rescale": rescale, "tucker": tucker}
+    options = {key: value for key, value in keywords.items() if value is not None}
     method = method_of(config, options)
     config.validate()
     for field_ in _FACADE:
@@ -291,7 +291,7 @@ def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.
     seen: set[int] = set()
     for where, (module, patch) in patches.items():
         record = _record(plan, mix, where, module)
-        beside = {type(own) for own in (*record.slots.values(), *record.patches.values())} - {type(patch)}
+        beside = {type(held) for held in (*record.slots.values(), *record.patches.values())} - {type(patch)}
         inside = [r for m in module.modules() if m is not module and (r := plan.record_of(m))]
         if (beside and site_of(base_class(module)) is None) or any(r.copies or r.patches for r in inside):
             raise AdapterStateError(
@@ -392,7 +392,7 @@ def install(
     column = {layer: i for i, layer in enumerate(layers)}
     adapters = {**before.adapters, adapter.name: adapter}
     added: Given = {} if strength is None else {adapter.name: strength}
-    choice = before.changed(layers, adapters, lambda given: {**given, **added})
+    choice = before.changed(layers, adapters, lambda strengths: {**strengths, **added})
     plan.set(mix, layers=layers, adapters=adapters, choice=choice)
     columns = torch.arange(len(layers), device="cpu").split(1)
     for layer, slot in slots.items():
@@ -429,7 +429,9 @@ def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str])
     before = plan.view(mix)
     out = bool(names & {*before.fused})
     adapters = {name: adapter for name, adapter in before.adapters.items() if name not in names}
-    choice = before.changed(before.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
+    choice = before.changed(
+        before.layers, adapters, lambda strengths: {n: s for n, s in strengths.items() if n not in names}
+    )
     plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else before.fused)
     plan.root(model, mix)
     for layer, module, _ in walk:

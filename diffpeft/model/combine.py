@@ -83,7 +83,7 @@ def _plan_lora(
         slots = {}
         for layer, module, old in _slots(parts[component], adapter):
             update = _update(module, old)
-            factors = update.factors if update.factors is not None else _whole(update.delta)
+            factors = update.factors if update.factors is not None else _full_rank(update.delta)
             if len(factors[0]) and (rank is not None or energy is not None):
                 factors = _shortened(factors, rank, energy)
             residuals[dotted(component, layer)] = _residual(update.delta, factors)
@@ -176,28 +176,28 @@ def combined(
 
 def _updates(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[nn.Module, Updates]]:
     """{layer: (its module, what adapters do to it, with their weights)}."""
-    found: dict[str, tuple[nn.Module, Updates]] = {}
+    by_layer: dict[str, tuple[nn.Module, Updates]] = {}
     for adapter, weight in weights.items():
         for layer, module, slot in _slots(model, adapter):
-            found.setdefault(layer, (module, []))[1].append((weight, _update(module, slot)))
-    return found
+            by_layer.setdefault(layer, (module, []))[1].append((weight, _update(module, slot)))
+    return by_layer
 
 
 def _combined(
-    how: str, found: list[tuple[float, Update]], rank: int | None, density: float, majority_sign: str
+    how: str, updates: Updates, rank: int | None, density: float, majority_sign: str
 ) -> tuple[Factors, Tensor]:
     """The factors for one layer, and the sum that they stand for."""
-    weights, deltas = [w for w, _ in found], [u.delta for _, u in found]
+    weights, deltas = [w for w, _ in updates], [u.delta for _, u in updates]
     if how == "cat":
-        whole = merged("linear", deltas, weights, 1, majority_sign)
-        pairs = [(w, u.factors or _whole(u.delta)) for w, u in found]
+        total = merged("linear", deltas, weights, 1, majority_sign)
+        pairs = [(w, u.factors or _full_rank(u.delta)) for w, u in updates]
         factors = torch.cat([A for _, (A, _) in pairs]), torch.cat([w * B for w, (_, B) in pairs], 1)
-        cut = factors if len(factors[0]) <= min(whole.shape) else _whole(whole)
-        return (cut if rank is None else _shortened(cut, rank, None)), whole
-    whole = merged(how, deltas, weights, density, majority_sign)
+        cut = factors if len(factors[0]) <= min(total.shape) else _full_rank(total)
+        return (cut if rank is None else _shortened(cut, rank, None)), total
+    total = merged(how, deltas, weights, density, majority_sign)
     if how == "linear" and rank is None:
-        return _whole(whole), whole
-    return _shortened(_whole(whole), rank or max(u.rank for _, u in found), None), whole
+        return _full_rank(total), total
+    return _shortened(_full_rank(total), rank or max(u.rank for _, u in updates), None), total
 
 
 def _known(names: Iterable[str], mixes: Mapping[str, Mix]) -> None:
@@ -234,9 +234,9 @@ def _update(module: Any, slot: Slot) -> Update:
                 where=dotted(record.mix.component, record.mix.layers[record.index]),
                 remedy="Load the model again to get its own weights.",
             )
-        own = record.base if record.base is not None else weights_of(module)
-        W = (op.weight() if op.quantised else op.canonical(own["weight"])).to(slot.weight.device, dtype)
-        bias = own["bias"].to(W) if "bias" in own else None
+        base = record.base if record.base is not None else weights_of(module)
+        W = (op.weight() if op.quantised else op.canonical(base["weight"])).to(slot.weight.device, dtype)
+        bias = base["bias"].to(W) if "bias" in base else None
         whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
         return Update(delta, factors, slot.rank, whole.shift(dtype, bias))
@@ -253,15 +253,15 @@ def _factors(slot: Slot, dtype: torch.dtype, op: Any) -> Factors | None:
         if not part.additive:
             return None
         p = slot.prepared(part, dtype)
-        found = part.method.factors(p, part.spec)
+        factors = part.method.factors(p, part.spec)
         g = part.spec.geometry
-        if found is None or (found[0].shape[0] >= min(g.out, g.columns) and part.method is not Lora):
+        if factors is None or (factors[0].shape[0] >= min(g.out, g.columns) and part.method is not Lora):
             return None
-        pairs.append((found[0].flatten(1), part.method.scale(p, part.spec) * found[1].flatten(1)))
+        pairs.append((factors[0].flatten(1), part.method.scale(p, part.spec) * factors[1].flatten(1)))
     return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)
 
 
-def _whole(delta: Tensor) -> Factors:
+def _full_rank(delta: Tensor) -> Factors:
     """A matrix as a product with an identity: exact, at the full rank."""
     o, columns = delta.shape
     eye = torch.eye(min(o, columns), dtype=delta.dtype, device=delta.device)
@@ -280,8 +280,8 @@ def _shortened(factors: Factors, rank: int | None, energy: float | None) -> Fact
     U, S, Vh = torch.linalg.svd(Rb @ Ra.t(), full_matrices=False)
     if rank is None:
         assert energy is not None
-        kept = S.double().square().cumsum(0)
-        rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1
+        share = S.double().square().cumsum(0)
+        rank = int((share < energy * share[-1] * (1 - 1e-12)).sum()) + 1
     root = S[:rank].sqrt()
     return root[:, None] * (Vh[:rank] @ Qa.t()), Qb @ U[:, :rank] * root
 

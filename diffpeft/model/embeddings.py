@@ -15,19 +15,26 @@ from diffpeft.layers.slot import BIAS, Piece, Slot, pieces_of
 from diffpeft.methods import Spec
 
 WHOLE = "set_weight"  # the role of such a weight in a slot, below the adapter's own tensors
-Tensors = Mapping[str, Mapping[str, Tensor]]  # {layer: {name in it: tensor}}
+TensorsByLayer = Mapping[str, Mapping[str, Tensor]]  # {layer: {name in it: tensor}}
 
 
-def embedding_layers(model: Any) -> dict[str, Any]:
+def embedding_layers(model: Any) -> dict[str, nn.Module]:
     """{name: layer} of a language model's input and output embeddings."""
     if not hasattr(model, "get_input_embeddings"):
         return {}
-    own = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    return {name: module for name, module in model.named_modules() if any(module is layer for layer in own)}
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """A module's parameter of any shape, without its gradient."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter.detach()
 
 
 def divided(
-    model: nn.Module, found: Tensors, slots: Mapping[str, Slot]
+    model: nn.Module, file: TensorsByLayer, slots: Mapping[str, Slot]
 ) -> tuple[dict[str, Slot], dict[str, nn.Module]]:
     """Where what a file has for embeddings goes: the adapter's slots on layers that carry adapters, and modules that get a copy.
 
@@ -36,16 +43,14 @@ def divided(
     under: dict[str, Slot] = {}
     copied: dict[str, nn.Module] = {}
     different: list[str] = []
-    for layer, own in found.items():
-        module: Any = model.get_submodule(layer)
-        same = all(
-            torch.equal(module._parameters[name].detach(), t.to(module._parameters[name])) for name, t in own.items()
-        )
+    for layer, tensors in file.items():
+        module = model.get_submodule(layer)
+        same = all(torch.equal(p := parameter_of(module, name), t.to(p)) for name, t in tensors.items())
         if not same:
             different.append(layer)
         record = record_of(module)
         if layer in slots or (record is not None and record.slots):
-            under |= {} if same else {layer: above(module, own, slots.get(layer))}
+            under |= {} if same else {layer: above(module, tensors, slots.get(layer))}
         else:
             copied[layer] = module
     if different:
@@ -55,17 +60,19 @@ def divided(
     return under, copied
 
 
-def above(module: Any, own: Mapping[str, Tensor], slot: Slot | None) -> Slot:
+def above(module: nn.Module, tensors: Mapping[str, Tensor], slot: Slot | None) -> Slot:
     """A slot (with the tensors of one that is there) that starts from a weight of its own, which is not trained.
 
     Raises AdapterStateError for a bias of its own.
     """
-    if "bias" in own and not torch.equal(module.bias.detach(), own["bias"].to(module.bias)):
-        raise AdapterStateError(
-            "the file has a bias for an embedding that carries adapters", remedy="Unload the other adapters first."
-        )
+    if "bias" in tensors:
+        bias = parameter_of(module, "bias")
+        if not torch.equal(bias, tensors["bias"].to(bias)):
+            raise AdapterStateError(
+                "the file has a bias for an embedding that carries adapters", remedy="Unload the other adapters first."
+            )
     pieces = [p for p in (pieces_of(slot) if slot else ()) if WHOLE not in {**p.frozen, **p.tensors}]
-    weight = own["weight"].to(module._parameters["weight"].device)
+    weight = tensors["weight"].to(parameter_of(module, "weight").device)
     below = Piece("full", {}, None, Spec(op_of(module).geometry, None, {}), {WHOLE: weight})
     beside = {BIAS: slot.tensors[BIAS]} if slot and BIAS in slot.tensors else {}
     made = Slot((below, *pieces), beside, trainable=False)
@@ -75,11 +82,11 @@ def above(module: Any, own: Mapping[str, Tensor], slot: Slot | None) -> Slot:
     return made
 
 
-def fill(copies: Mapping[str, nn.Module], found: Tensors) -> None:
+def fill(copies: Mapping[str, nn.Module], file: TensorsByLayer) -> None:
     """Put what a file has into fresh copies; those that get the same tensor share it, as the model's own modules do."""
-    shared: dict[int, Any] = {}
+    shared: dict[int, nn.Parameter | None] = {}
     for layer, fresh in copies.items():
-        own = found[layer]
-        fresh.load_state_dict({**fresh.state_dict(), **own})
-        if "weight" in own:
-            fresh._parameters["weight"] = shared.setdefault(id(own["weight"]), fresh._parameters["weight"])
+        tensors = file[layer]
+        fresh.load_state_dict({**fresh.state_dict(), **tensors})
+        if "weight" in tensors:
+            fresh._parameters["weight"] = shared.setdefault(id(tensors["weight"]), fresh._parameters["weight"])

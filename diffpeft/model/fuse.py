@@ -54,10 +54,10 @@ def plan_fused(
     for component, mix in mixes.items():
         now = before[component]
         refuse_changing(now, chosen)
-        given = {n: now.choice.given[n] for n in now.choice.order if n in chosen and n not in now.fused}
-        if given:
-            _plan_component(plan, parts[component], mix, [*now.fused, *given], keep_base)
-            plan.set(mix, fused={**now.fused, **given})
+        fresh = {n: now.choice.given[n] for n in now.choice.order if n in chosen and n not in now.fused}
+        if fresh:
+            _plan_component(plan, parts[component], mix, [*now.fused, *fresh], keep_base)
+            plan.set(mix, fused={**now.fused, **fresh})
             idle = False
     if idle:
         warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=3)
@@ -170,9 +170,9 @@ def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice
         )
 
 
-def _commutes(own: Any) -> bool:
+def _commutes(module: Any) -> bool:
     """Whether a slot or a patch does the same before and after others of its kind."""
-    return own.commutes if isinstance(own, Patch) else all(part.additive for part in own.parts)
+    return module.commutes if isinstance(module, Patch) else all(part.additive for part in module.parts)
 
 
 def owners_of(model: nn.Module) -> dict[int, int]:
@@ -188,9 +188,9 @@ def owners_of(model: nn.Module) -> dict[int, int]:
 def refuse_hooked(model: nn.Module) -> None:
     """Raise AdapterStateError if diffusers' hooks keep a model's weights elsewhere, or in another dtype, between calls."""
     for name, module in model.named_modules():
-        found = STORING_HOOKS & {*diffusers_hooks(module)}
-        if found:
-            raise unfit(name, f"diffusers' {min(found).replace('_', ' ')} holds its weight")
+        hooks = STORING_HOOKS & {*diffusers_hooks(module)}
+        if hooks:
+            raise unfit(name, f"diffusers' {min(hooks).replace('_', ' ')} holds its weight")
 
 
 def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[int, int]) -> None:

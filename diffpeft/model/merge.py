@@ -141,14 +141,14 @@ class _Merger:
         plan.carry(module, None)
         self.puts += [
             (table, name, theirs[name].data)
-            for own, other in zip(bare(module).modules(), copy.module.modules(), strict=True)
-            for table, theirs in ((own._parameters, other._parameters), (own._buffers, other._buffers))
+            for inner, other in zip(bare(module).modules(), copy.module.modules(), strict=True)
+            for table, theirs in ((inner._parameters, other._parameters), (inner._buffers, other._buffers))
             for name, tensor in table.items()
             if tensor is not None
         ]
         if len(steps) == 1:
             return None
-        names = dict.fromkeys(n for own, _ in steps[1:] for n in (own.names if isinstance(own, Patch) else _LAYERS))
+        names = dict.fromkeys(n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else _LAYERS))
         base = {n: p.data for n in names if (p := copy.module._parameters.get(n)) is not None}
         weights, error = _merged(layer, module, base, base, steps[1:])
         self.puts += [(module._parameters, name, t) for name, t in weights.items()]
@@ -183,10 +183,10 @@ class _Merger:
         with torch.no_grad():
             base = {"weight": op_of(module).weight(), **({} if module.bias is None else {"bias": module.bias.data})}
         plain = _plain(module, self.dtype or _computed_in(module), base["weight"].device)
-        own: Any = site_of(type(plain))
-        like = {"weight": own(plain).canonical(plain.weight), **({} if plain.bias is None else {"bias": plain.bias})}
+        site: Any = site_of(type(plain))
+        like = {"weight": site(plain).canonical(plain.weight), **({} if plain.bias is None else {"bias": plain.bias})}
         weights, error = _merged(layer, module, base, like, steps)
-        plain.weight = nn.Parameter(own(plain).stored(weights["weight"]).contiguous(), requires_grad=False)
+        plain.weight = nn.Parameter(site(plain).stored(weights["weight"]).contiguous(), requires_grad=False)
         if "bias" in weights:
             plain.bias = nn.Parameter(weights["bias"], requires_grad=module.bias.requires_grad)
         plan.carry(module, None)
@@ -200,11 +200,11 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
     active = mix.choice.order
     chosen = {*active} if names is None else {*names}
     refuse_changing(mix, chosen)
-    given: dict[str, Any] = {}
+    strengths: dict[str, Any] = {}
     if not mix.choice.rows:
-        given = {n: mix.choice.given[n] for n in active if n in chosen}
-    given |= {n: 1.0 for n in names or () if n in mix.adapters and n not in given}
-    choice = choose(mix.component, mix.layers, mix.adapters, given)
+        strengths = {n: mix.choice.given[n] for n in active if n in chosen}
+    strengths |= {n: 1.0 for n in names or () if n in mix.adapters and n not in strengths}
+    choice = choose(mix.component, mix.layers, mix.adapters, strengths)
     refuse_hooked(model)
     return _Merger(model, choice, dequantize, owners_of(model), {}, _activations(model))
 

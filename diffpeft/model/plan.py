@@ -145,7 +145,7 @@ class Plan:
 
     def carry(self, module: nn.Module, record: Record | None, weights: Mapping[str, Tensor] | None = None) -> None:
         """A module is to carry something else, or nothing, and have other parameters (a Parameter), or other numbers in those that it has."""
-        others = {name: own for name, own in (weights or {}).items() if isinstance(own, nn.Parameter)}
+        others = {name: w for name, w in (weights or {}).items() if isinstance(w, nn.Parameter)}
         for name, parameter in others.items():
             self.entry(module._parameters, name, parameter)
         numbers: Parameters | None = None if weights is None else {n: w for n, w in weights.items() if n not in others}

@@ -45,7 +45,7 @@ def plan_resized(plan: Plan, model: Any, resized: Callable[[], Result], total: i
     off = claim({mix.key: Choice() for mix in mixes.values()})
     with plan.recorded(model):
         with forced(off), resizing():
-            given = resized()
+            result = resized()
             for where, module in layers.items():
                 _put_back(model, where, module)
         for p in model.parameters():
@@ -54,7 +54,7 @@ def plan_resized(plan: Plan, model: Any, resized: Callable[[], Result], total: i
     for module in layers.values():
         if (record := record_of(module)) is not None:
             plan.carry(module, replace(record))  # one that has kept nothing of the former rows
-    return given
+    return result
 
 
 def _fit(layers: Iterable[nn.Module]) -> None:
@@ -125,9 +125,9 @@ def _axes(module: Any) -> dict[str, int]:
 def _fit_copy(copy: Any, module: Any, shared: Shared) -> None:
     """Give a copy as many rows as its module has now."""
     for name, p in copy._parameters.items():
-        own = module._parameters[name]
-        if own is not None and len(p) != len(own):
-            p.data = _rows(p.data, 0, own.detach(), shared)
+        theirs = module._parameters[name]
+        if theirs is not None and len(p) != len(theirs):
+            p.data = _rows(p.data, 0, theirs.detach(), shared)
     for name in (*SIZES, "padding_idx"):
         if name in vars(module):
             copy.__dict__[name] = vars(module)[name]

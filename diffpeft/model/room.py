@@ -92,7 +92,7 @@ def padded(piece: Piece, rank: int, where: str) -> Piece:
 
 
 def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, where: str) -> dict[str, Tensor]:
-    """A LoRA's tensors with zeros up to a rank, its scale turned into another one. Raises ShapeMismatchError if that cannot be."""
+    """A LoRA's tensors (A [r, i, *k], B [o, r, *1]) with zeros up to a rank, its scale turned into another one. Raises ShapeMismatchError if that cannot be."""
     A, B = tensors["lora_A"], tensors["lora_B"]
     room = rank - A.shape[0]
     if room < 0:

@@ -84,19 +84,19 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
 
 def entries_of(layer: str, slot: Slot) -> list[Entry]:
     """What a slot holds, part by part; a change of the bias goes with the first, or is an entry of its own."""
-    found, tensors = [], _tensors(slot)
+    entries, tensors = [], _tensors(slot)
     for part in slot.parts:
-        own = {role: tensors.pop(role) for role in part.roles}
+        of_part = {role: tensors.pop(role) for role in part.roles}
         if slot.source is None:
-            found.append(_entry(layer, part.method, own, part.alpha, part.spec))
+            entries.append(_entry(layer, part.method, of_part, part.alpha, part.spec))
     for piece in slot.source or ():
-        found.append(_entry(layer, METHODS[piece.method], dict(piece.tensors), piece.alpha, piece.spec))
+        entries.append(_entry(layer, METHODS[piece.method], dict(piece.tensors), piece.alpha, piece.spec))
     if slot.source == ():
         return []
     beside = {role: io.handle(t) for role, t in tensors.items()}
     if beside:
-        found[:1] = [replace(e, tensors={**e.tensors, **beside}) for e in found[:1] or [Entry("full", layer, {})]]
-    return found
+        entries[:1] = [replace(e, tensors={**e.tensors, **beside}) for e in entries[:1] or [Entry("full", layer, {})]]
+    return entries
 
 
 def _entry(layer: str, method: Any, tensors: dict[str, Tensor], alpha: Any, spec: Spec) -> Entry:

@@ -56,11 +56,13 @@ def set_adapters(
         plan_mix(plan, target, parts, mix, images_per_prompt)
 
 
-def plan_mix(plan: Plan, target: Any, parts: Mapping[str, nn.Module], given: Any, images_per_prompt: int = 1) -> None:
+def plan_mix(
+    plan: Plan, target: Any, parts: Mapping[str, nn.Module], strengths: Any, images_per_prompt: int = 1
+) -> None:
     """Plan what `set_adapters` does. Raises what it raises."""
     mixes = mixes_of(parts)
     before = {component: plan.view(mix) for component, mix in mixes.items()}
-    choices = _choices(target, parts, before, given, images_per_prompt, plan)
+    choices = _choices(target, parts, before, strengths, images_per_prompt, plan)
     for component, mix in mixes.items():
         plan.set(mix, choice=choices[mix.key])
         plan.root(parts[component], mix)
@@ -88,12 +90,12 @@ def adapters(
 
 
 def _choices(
-    target: Any, parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], given: Any, images: int, plan: Plan
+    target: Any, parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], strengths: Any, images: int, plan: Plan
 ) -> dict[str, Choice]:
     """{mix key: choice}, all checked against what is there and planned."""
-    check_rows(given, images, mixes.values(), parts)
+    check_rows(strengths, images, mixes.values(), parts)
     clock = Clock(None if isinstance(target, nn.Module) else target)
-    choices = {mix.key: mix.chosen(given, clock, images) for mix in mixes.values()}
+    choices = {mix.key: mix.chosen(strengths, clock, images) for mix in mixes.values()}
     _check_fused(parts, mixes, choices, plan)
     return choices
 
