@@ -317,12 +317,13 @@ def _linked(base: Base, steps: Sequence[tuple[Slot, Given]]) -> Link:
     link: Link = base
     waiting: list[tuple[Slot, Part, Given]] = []
     for slot, s in steps:
-        if isinstance(slot, Slot) and all(part.additive for part in slot.parts):
+        is_patch = hasattr(slot, "link")  # a slot may be in a unit of FSDP, which stands for it
+        if not is_patch and all(part.additive for part in slot.parts):
             waiting += [(slot, part, s) for part in slot.parts]
             continue
         if waiting:
             link, waiting = Added(link, waiting), []
-        link = Changed(link, slot, s) if isinstance(slot, Slot) else slot.link(link, s)
+        link = slot.link(link, s) if is_patch else Changed(link, slot, s)  # type: ignore[operator]
     return Added(link, waiting) if waiting else link
 
 

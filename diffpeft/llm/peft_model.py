@@ -21,7 +21,6 @@ from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.llm import renames, state
-from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
@@ -31,6 +30,7 @@ from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import check_name
 from diffpeft.model.plan import Plan, planned
+from diffpeft.model.precision import Precision
 
 _README = "README.md"
 _CARD = """---

@@ -14,13 +14,13 @@ from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
 from diffpeft.llm.prompt import EMBEDDINGS, VirtualTokens
 from diffpeft.llm.prompts import PROMPTS, Prompts
-from diffpeft.llm.state import Incompatible, check_module, tensors_in, whole_tensors, wholes_of
+from diffpeft.llm.state import Incompatible, check_module, tensors_in, wholes_of
 from diffpeft.llm.tuner import LoadOptions, known, named
 from diffpeft.model.activation import plan_trained
 from diffpeft.model.attach import copy_wholes
 from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.state import beside_slots
+from diffpeft.model.state import beside_slots, whole_tensors
 from diffpeft.model.target import adapted
 
 PREFIX = "base_model."  # of whole modules in PEFT's files of prompts

@@ -40,12 +40,10 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.files import config_in
-from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped
 from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
-from diffpeft.llm.dtypes import Precision, plan_into
 from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType
@@ -53,8 +51,9 @@ from diffpeft.model import embeddings as embedded
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.state import beside_slots, entries_of, slots_in
-from diffpeft.model.target import adapted, layers_of, modules_of
+from diffpeft.model.precision import Precision, plan_into
+from diffpeft.model.state import beside_slots, entries_of, gathered_slot, slots_in, tensors_of, whole_tensors
+from diffpeft.model.target import layers_of, modules_of
 from diffpeft.model.ties import twins
 from diffpeft.pipeline.match import LayersByComponent, matched
 
@@ -110,7 +109,7 @@ def spelt(
     tensors: dict[str, Tensor] = {}
     fields = config.to_dict()
     for layer, slot in slots.items():
-        for entry in entries_of(layer, _with(slot, _gathered(layer, name, slot, gathered or {}))):
+        for entry in entries_of(layer, gathered_slot(layer, name, slot, gathered or {})):
             for key, tensor in _spelt(entry, fields, name, model.get_submodule(layer), bool(slot.parts)).items():
                 tensors[f"{prefix}{layer}{key}"] = tensor
     if isinstance(config, AdaLoraConfig):
@@ -118,12 +117,6 @@ def spelt(
     tensors |= whole_tensors(model, name, prefix, gathered)
     along = tables.saved_along(model, slots, config, embeddings)
     return {f"{prefix}{key}": tensor for key, tensor in along.items()} | tensors
-
-
-def _gathered(layer: str, name: str, slot: Slot, gathered: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{role: tensor} of those of a slot's tensors that were gathered from shards."""
-    names = {role: f"{layer}.{ADAPTERS}.{escaped(name)}.{role}" for role in slot.tensors}
-    return {role: gathered[key] for role, key in names.items() if key in gathered}
 
 
 def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module, adapted: bool) -> dict[str, Tensor]:
@@ -155,34 +148,9 @@ def _full_bias(layer: str, name: str, module: nn.Module, change: Tensor) -> Tens
     return bias.detach() + change.to(bias.dtype)
 
 
-def whole_tensors(
-    model: nn.Module, name: str, prefix: str, gathered: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
-    tensors: dict[str, Tensor] = {}
-    for where, _, record in adapted(model):
-        for module in record.modules(name, hidden=False):
-            at = f"{where}.{COPIES}.{escaped(name)}."
-            for key, tensor in {} if isinstance(module, Slot) else module.state_dict().items():
-                tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
-    return tensors
-
-
 def tensors_in(folder: Opened) -> dict[str, Tensor]:
     """The tensors of an adapter's folder."""
     return dict(zip(folder.tensors, io.load(folder.tensors.values()), strict=True))
-
-
-def _with(slot: Slot, tensors: Mapping[str, Tensor]) -> Slot:
-    """A slot with other tensors, by role."""
-    if not tensors:
-        return slot
-    other = copy.copy(slot)
-    other.__dict__["_parameters"] = {
-        role: nn.Parameter(tensors[role], requires_grad=False) if role in tensors else p
-        for role, p in slot._parameters.items()
-    }
-    return other
 
 
 @dataclass(frozen=True)
@@ -322,7 +290,7 @@ def _with_biases(
 
 def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise unless these are all of a module's tensors, in its shapes and finite."""
-    present = bare(module).state_dict()
+    present = tensors_of(module)
     if other := sorted(present.keys() ^ tensors.keys()):
         raise ShapeMismatchError(f"the module's tensors are others: {listed(other[:5])}", where=where)
     wrong = [key for key in present if present[key].shape != tensors[key].shape]

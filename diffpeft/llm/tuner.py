@@ -16,7 +16,6 @@ from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import adalora
-from diffpeft.llm.dtypes import AUTOCAST, PLAIN, Precision
 from diffpeft.llm.kbit import forget_quantization
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.renames import mapped
@@ -30,6 +29,7 @@ from diffpeft.model.fuse import fuse, plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import Choice, Strength, check_name, claim, forced
 from diffpeft.model.plan import Plan, planned
+from diffpeft.model.precision import AUTOCAST, PLAIN, Precision
 from diffpeft.model.replication import plan_replicated, same_spans
 from diffpeft.model.resize import Place, head_of, plan_resized, refuse_replaced
 from diffpeft.model.state import slots_in

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
+from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
@@ -42,6 +45,47 @@ def beside_slots(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Modu
     record = plan.record_of(model.get_submodule(where))
     held = () if record is None else record.modules(name)
     return next((module for module in held if not isinstance(module, Slot)), None)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """{name: tensor} of a module without what it carries."""
+    return bare(module).state_dict()
+
+
+def whole_tensors(
+    model: nn.Module, name: str, prefix: str, gathered: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
+    tensors: dict[str, Tensor] = {}
+    for where, _, record in adapted(model):
+        for module in record.modules(name, hidden=False):
+            at = f"{where}.{COPIES}.{escaped(name)}."
+            for key, tensor in {} if isinstance(module, Slot) else module.state_dict().items():
+                tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
+    return tensors
+
+
+def gathered_slot(layer: str, name: str, slot: Slot, gathered: Mapping[str, Tensor]) -> Slot:
+    """A slot with those of its tensors, by their names in the model, that were gathered from shards."""
+    return _with(slot, _gathered(layer, name, slot, gathered))
+
+
+def _gathered(layer: str, name: str, slot: Slot, gathered: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{role: tensor} of those of a slot's tensors that were gathered from shards."""
+    names = {role: f"{layer}.{ADAPTERS}.{escaped(name)}.{role}" for role in slot.tensors}
+    return {role: gathered[key] for role, key in names.items() if key in gathered}
+
+
+def _with(slot: Slot, tensors: Mapping[str, Tensor]) -> Slot:
+    """A slot with other tensors, by role."""
+    if not tensors:
+        return slot
+    other = copy.copy(slot)
+    other.__dict__["_parameters"] = {
+        role: nn.Parameter(tensors[role], requires_grad=False) if role in tensors else p
+        for role, p in slot._parameters.items()
+    }
+    return other
 
 
 def parameters_of(target: Any, name: str) -> list[nn.Parameter]:
