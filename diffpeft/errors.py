@@ -154,6 +154,12 @@ class UnknownNameError(DiffpeftError, ValueError):
         remedy = f"{near(str(name), known)} Known: {known_names(known)}."
         return cls(f"no {kind} {shown(name)}", where=where, remedy=remedy.strip())
 
+    @classmethod
+    def check(cls, kind: str, name: str | None, known: Iterable[str]) -> None:
+        """Raise for a name that is none of the known; None says nothing and is well."""
+        if name is not None and name not in known:
+            raise cls.of(kind, name, known)
+
 
 class AdapterStateError(DiffpeftError, ValueError):
     """The adapter or layer is in a state that does not allow this."""

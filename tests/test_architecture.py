@@ -13,15 +13,17 @@ import diffpeft
 ROOT = Path(diffpeft.__file__).parent.parent
 assert Path(converters.__file__).parent.parent == ROOT
 
-LOW = ("errors", "patterns", "files", "bundle", "handles", "io", "methods")
+LOW = ("errors", "patterns", "files", "methods", "handles", "entries", "definition", "bundle", "io")
 FLOORS = {  # each package of ours: what it may import besides itself
     "errors": (),
     "patterns": ("errors",),
     "files": ("errors",),
     "methods": ("errors", "patterns", "files"),
-    "bundle": ("errors", "methods", "io"),  # io and methods inside Bundle.deltas: the definition in use
-    "handles": ("errors", "files", "bundle"),
-    "io": ("errors", "files", "bundle", "handles"),
+    "handles": ("errors", "files"),
+    "entries": ("errors", "methods", "handles"),
+    "definition": ("errors", "methods", "handles", "entries"),  # methods inside functions: they bring torch along
+    "bundle": ("errors", "handles", "entries", "definition"),
+    "io": ("errors", "files", "handles"),
     "converters": LOW,
     "layers": LOW,
     "model": (*LOW, "layers", "converters"),
@@ -93,7 +95,11 @@ def test_low_floors_import_no_heavy_library_at_their_top(path):
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in FILES if floor_of(name_of(p)) in ("errors", "files", "bundle", "handles", "io", "converters")],
+    [
+        p
+        for p in FILES
+        if floor_of(name_of(p)) in ("errors", "files", "handles", "entries", "definition", "bundle", "io", "converters")
+    ],
     ids=name_of,
 )
 def test_the_header_side_imports_no_torch_at_its_top(path):
@@ -114,6 +120,39 @@ def test_methods_import_torch_and_errors_only(path):
         "torch",
         "diffpeft",
     }
+
+
+def module_imports() -> dict[str, set[str]]:
+    """{module of ours: the modules of ours that it imports, wherever in the file}; `from a import b` names a.b if that is a module, else a."""
+    trees = {name_of(path): ast.parse(path.read_text()) for path in FILES}
+    imported: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+            whole = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {whole[name] if whole[name] in trees else node.module for name in whole}
+        imported[module] = names & {*trees} - {module}
+    return imported
+
+
+def circles_in(imported: dict[str, set[str]]) -> list[str]:
+    """The modules that import each other, and what lies between such; empty if all can be put in an order."""
+    left = dict(imported)
+    while True:
+        wanted = set().union(*left.values())
+        inner = {module: others & left.keys() for module, others in left.items() if module in wanted}
+        inner = {module: others for module, others in inner.items() if others}
+        if len(inner) == len(left):
+            return sorted(left)
+        left = inner
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    imported = module_imports()
+    assert "diffpeft.handles" in imported["diffpeft.io"]
+    assert circles_in({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c"]
+    del imported["diffpeft"]  # the lazy table of public names: what type checkers are told of it is no import
+    assert circles_in(imported) == []
 
 
 def test_every_package_has_a_floor():

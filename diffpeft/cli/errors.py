@@ -84,9 +84,8 @@ def _quieten() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on some CPUs it asks for a package that nothing here needs
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they miss extensions that nothing here needs
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=UserWarning, module=r"diffpeft|converters")
     warnings.showwarning = _one_line

@@ -21,13 +21,14 @@ from typing import TypeVar
 from diffpeft.errors import UnreadableFileError
 from diffpeft.files.tables import MAX_CONFIG, unreadable
 
+Seen = TypeVar("Seen")
+
 JOURNAL = ".diffpeft-saved"  # in a folder: the files that were saved and have not been put into their places yet
 MAX_OPEN = 64  # descriptors that are kept: others are opened again when they are needed
 MAX_HOLES = 64 << 20  # bytes of a file that nobody has written
 _TRIES = 200
 _VECTORS = 512  # pieces of memory for one read: systems take 1024
 _MISSING = (errno.ENOENT, errno.ENOTDIR)
-Seen = TypeVar("Seen")
 Identity = tuple[int, int, int, int]  # device, inode, size, time of the last change
 
 _open: OrderedDict[int, weakref.ref[Snapshot]] = (

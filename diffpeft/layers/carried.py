@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.chain import Base, Dial, Whole
+from diffpeft.layers.hooks import held_forwards, is_cast
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
 from diffpeft.layers.patches import Patch, patched
 from diffpeft.layers.rows import Rows
-from diffpeft.layers.site import held_forwards, is_cast, site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot, at_rest, stamp_of, with_own_dtype
 from diffpeft.layers.swap import sized, subclass
 from diffpeft.methods.linalg import traced, wide_dtype
@@ -351,10 +352,10 @@ def _level(choice: Any, name: str, index: int) -> str:
 # Slots alone: kept from one call to the next
 
 
-def _taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The input, and the other arguments of a forward."""
     if args:
-        return args[0], args[1:], dict(kwargs)
+        return args[0], args[1:], kwargs
     name = next(iter(kwargs))
     return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
 

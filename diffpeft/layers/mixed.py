@@ -47,7 +47,7 @@ class watched:
         self.model, self.names = model, names
         self.hooks: list[Any] = []
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
         names = self.names()
         if not names or _compiled(self.model):
@@ -61,7 +61,7 @@ class watched:
             self.hooks.append(parent.register_forward_pre_hook(look, with_kwargs=True))
         _here.given = given
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(self, *error: object) -> None:
         if self.hooks:
             _here.given = self.before

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Handle
 from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError, listed, near
+from diffpeft.layers.backends import FOUR_BITS, backend_of, backend_of_weight
 from diffpeft.layers.carried import base_class, op_of
-from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,7 +55,8 @@ def prepare_model_for_kbit_training(
     model.requires_grad_(False)
     if method not in KEEP_HALVES:
         for p in model.parameters():
-            if p.dtype in HALVES and type(p).__name__ != "Params4bit":  # whose dtype is that of its storage
+            backend = backend_of_weight(p)
+            if p.dtype in HALVES and not (backend and backend.packed):
                 p.data = p.data.float()
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -117,7 +118,7 @@ def _loras_on_4_bits(model: nn.Module, adapter: str) -> dict[str, tuple[nn.Modul
     known: set[str] = set()
     layers = {}
     for name, module, record in adapted(model):
-        if base_class(module).__name__ != "Linear4bit":
+        if backend_of(module) is not FOUR_BITS:
             continue
         known |= {*record.slots}
         slot = record.slots.get(adapter)
@@ -198,19 +199,26 @@ def _weights_of(handles: Mapping[str, Handle], layers: Iterable[str], prefix: st
     return {layer: handles[key] for layer, key in keys.items() if key is not None}
 
 
-def forget_quantization(model: nn.Module, plan: Plan) -> None:
+def forget_quantization(model: nn.Module) -> None:
+    """`plan_forgotten` of a model whose quantised layers have been replaced."""
+    with planned({"": model}) as plan:
+        plan_forgotten(plan, model)
+
+
+def plan_forgotten(plan: Plan, model: nn.Module) -> None:
     """Where a plan replaces quantised layers by plain ones: let a model of transformers say so, so that `save_pretrained` writes what can be loaded.
 
     With no quantised layer left it is an ordinary model. Else its quantisation config gets the plain layers' names, which loading then leaves alone.
     """
     config = getattr(model, "config", None)
     after = [(name, plan.standing(module)) for name, module in model.named_modules()]
-    if any((site := site_of(base_class(m))) is not None and site.quantised for _, m in after):
-        plain = [name for name, m in after if base_class(m) is nn.Linear]
+    backend = next((backend for _, module in after if (backend := backend_of(module)) is not None), None)
+    if backend is not None:
+        plain = [name for name, module in after if base_class(module) is nn.Linear and backend_of(module) is None]
         written = getattr(config, "quantization_config", None)
         if written is not None and not isinstance(written, dict):
-            skipped = written.llm_int8_skip_modules or []
-            plan.set(written, llm_int8_skip_modules=list(dict.fromkeys([*skipped, *plain])))
+            skipped = getattr(written, backend.skipped, None) or []
+            plan.set(written, **{backend.skipped: list(dict.fromkeys([*skipped, *plain]))})
         return
     for owner, names in ((model, MARKS), (config, ("quantization_config", "_pre_quantization_dtype"))):
         for name in names:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from diffpeft.errors import CheckpointError
 from diffpeft.io import replacing
+from diffpeft.layers.backends import BACKENDS
 from diffpeft.llm import texts
 from diffpeft.llm.kbit import prepare_model_for_kbit_training
 from diffpeft.llm.peft_model import PeftModel, get_peft_model
@@ -132,18 +133,8 @@ def _quantised(config: SftConfig, dtype: torch.dtype, device: str) -> dict[str, 
     """The keywords with which transformers loads a base in 4 or 8 bits; none for one that stays as it is."""
     if not config.quantize:
         return {}
-    from transformers import BitsAndBytesConfig
-
-    kinds: dict[str, dict[str, Any]] = {
-        "nf4": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-        },
-        "int8": {"load_in_8bit": True},
-    }
-    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantize]), "device_map": {"": device}}
+    loaded = {option: made for backend in BACKENDS for option, made in backend.loaded.items()}
+    return {"quantization_config": loaded[config.quantize](dtype), "device_map": {"": device}}
 
 
 def adapt(config: SftConfig, model: Any) -> PeftModel:

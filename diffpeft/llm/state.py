@@ -124,6 +124,7 @@ def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module
     by = whole_scale(entry, fields)
     tensors: dict[str, Tensor] = {}
     for role, handle in FORMATS["peft"].stored(entry).items():
+        assert handle.tensor is not None  # of a model in memory
         tensor = handle.tensor.detach()
         if role == "lokr_w1":
             tensors[f".{role}"] = tensor / by if by not in (0, 1) else tensor

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from diffpeft.errors import ConfigError
+from diffpeft.layers.backends import backend_of, numbers
 from diffpeft.layers.carried import Record
-from diffpeft.layers.site import site_of
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.target import adapted
 
@@ -88,9 +88,7 @@ def counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a module."""
     trainable = total = 0
     for p in model.parameters():
-        n = p.numel() or getattr(p, "ds_numel", 0)
-        if type(p).__name__ == "Params4bit":
-            n *= 2 * p.element_size()
+        n = numbers(p) or getattr(p, "ds_numel", 0)
         total += n
         trainable += n if p.requires_grad else 0
     return trainable, total
@@ -111,7 +109,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 def _status(name: str, module: nn.Module, record: Record, off: Iterable[str] | None) -> TunerLayerStatus:
     """The state of one module. `off`: the adapters that were active before all were switched off."""
     parameters = {n: [p for m in record.modules(n) for p in m.parameters()] for n in record.names}
-    mix, site = record.mix, site_of(type(module)) if record.slots else None
+    mix, backend = record.mix, backend_of(module) if record.slots else None
     # a module that is trained whole is not merged before the others are for good
     merged = record.fused | record.copies.keys()
     return TunerLayerStatus(
@@ -123,17 +121,13 @@ def _status(name: str, module: nn.Module, record: Record, off: Iterable[str] | N
         requires_grad={n: _common(p.requires_grad for p in of_adapter) for n, of_adapter in parameters.items()},
         available_adapters=sorted(parameters),
         devices={n: _devices(of_adapter) for n, of_adapter in parameters.items()},
-        quantization_backend=_backend(module) if site is not None and site.quantised else None,
+        quantization_backend=None if backend is None else backend.name,
     )
 
 
 def _devices(parameters: Iterable[nn.Parameter]) -> list[str]:
     """The kinds of devices that parameters are on."""
     return sorted({p.device.type for p in parameters})
-
-
-def _backend(module: nn.Module) -> str:
-    return "bnb 4bit" if type(module.weight).__name__ == "Params4bit" else "bnb 8bit"
 
 
 def _common(values: Iterable[Value]) -> Any:

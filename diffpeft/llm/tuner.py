@@ -16,7 +16,7 @@ from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import adalora
-from diffpeft.llm.kbit import forget_quantization
+from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.renames import mapped
 from diffpeft.llm.state import Incompatible, config_of, plan_overwritten, plan_read, read, spelt, tensors_in, wholes_of
@@ -308,7 +308,7 @@ class Tuner(nn.Module):
             loosen(plan, self.model)
             plan.set(self, peft_config={}, _head=None, last_merge_report=report)
             if dequantize:
-                forget_quantization(self.model, plan)
+                plan_forgotten(plan, self.model)
         return self.model
 
     def unload(self) -> nn.Module:

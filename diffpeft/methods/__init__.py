@@ -1,7 +1,7 @@
 """The adapter methods: mathematics only. One file a method, one line here."""
 
 from diffpeft.methods.adalora import AdaLora, AdaLoraConfig
-from diffpeft.methods.base import Additive, Fresh, Geometry, Link, Method, Op, Site, Spec, Strength
+from diffpeft.methods.base import Additive, Fresh, Geometry, Link, Method, Operation, Site, Spec, Strength
 from diffpeft.methods.boft import Boft, BOFTConfig
 from diffpeft.methods.dora import Dora
 from diffpeft.methods.full import Full
@@ -52,7 +52,7 @@ __all__ = [
     "Norm",
     "OFTConfig",
     "Oft",
-    "Op",
+    "Operation",
     "Site",
     "Spec",
     "Strength",

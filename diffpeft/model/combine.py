@@ -16,7 +16,8 @@ from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.carried import base_class, op_of, record_of, weights_of
 from diffpeft.layers.chain import Base, Whole
-from diffpeft.layers.site import device_of, present, site_of
+from diffpeft.layers.hooks import device_of, present
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
 from diffpeft.methods import Lora, Spec
 from diffpeft.methods.config import check_choice, check_rank, is_fp32
@@ -235,7 +236,7 @@ def _update(module: Any, slot: Slot) -> Update:
                 remedy="Load the model again to get its own weights.",
             )
         base = record.base if record.base is not None else weights_of(module)
-        W = (op.weight() if op.quantised else op.canonical(base["weight"])).to(slot.weight.device, dtype)
+        W = (op.weight() if op.backend else op.canonical(base["weight"])).to(slot.weight.device, dtype)
         bias = base["bias"].to(W) if "bias" in base else None
         whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, shown
+from diffpeft.layers.hooks import held_forwards, refusal
 from diffpeft.layers.parameters import Factors, Stack
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.site import held_forwards, refusal
 from diffpeft.layers.tokens import Tokens
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.linalg import kaiming

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of, state_with
-from diffpeft.layers.site import reapply_offloading
+from diffpeft.layers.hooks import reapply_offloading
 from diffpeft.model.journal import ABSENT, Journal, put_back
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Mix

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, listed
 from diffpeft.layers.mixed import watched
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.swap import subclass
 from diffpeft.model.call import asked_scale, for_diffusers, rows_asked, takes_scale
 from diffpeft.model.mix import Choice, Mix, forced, in_force, show_compiled

@@ -13,7 +13,7 @@ from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped
-from diffpeft.layers.site import present
+from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import mixes_of

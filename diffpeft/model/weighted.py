@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError, shown
 from diffpeft.layers.carried import Copy, bare, bare_copy, op_of, record_of
-from diffpeft.layers.site import present
+from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.base import Geometry

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, NonFiniteError, shown
 from diffpeft.layers.carried import FUSED, Parameters, Record, Step, base_class, effective, stamps_of
-from diffpeft.layers.site import ConvSite, LinearSite, site_of
+from diffpeft.layers.sites import ConvSite, LinearSite, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide, wide_dtype
 from diffpeft.methods.lora import Lora

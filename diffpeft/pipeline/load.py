@@ -28,7 +28,7 @@ from diffpeft.errors import (
 )
 from diffpeft.families import family_of, is_unnamed
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.model.attach import OVERSIZED, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength

@@ -22,7 +22,8 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import computing_dtype, device_of, refusal, site_of
+from diffpeft.layers.hooks import computing_dtype, device_of, refusal
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.config import FP32_MAX

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import SITES, site_of
+from diffpeft.layers.sites import SITES, site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import AttachReport, attach, install, mix_of

@@ -39,7 +39,7 @@ from torch.func import functional_call
 import diffpeft
 from diffpeft import AdapterStateError, adapters, attach, detach, set_adapters, unload
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.model import plan as planning
 from diffpeft.model.state import parameters_of, slots_of
 from diffpeft.model.target import layers_of

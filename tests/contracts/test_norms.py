@@ -16,7 +16,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import diffpeft
 from diffpeft import AdapterStateError, LoraConfig, attach, combine, detach, set_adapters, to_lora
-from diffpeft.layers.site import SITES, site_of
+from diffpeft.layers.sites import SITES, site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Geometry, Spec
 from diffpeft.model.state import entries_of, parameters_of, slots_of

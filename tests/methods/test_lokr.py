@@ -8,7 +8,6 @@ import torch
 from oracles import (
     INPUTS,
     LAYERS,
-    FakeOp,
     close,
     fresh,
     geometry_of,
@@ -18,11 +17,13 @@ from oracles import (
     peft_tensors,
     product,
     random,
+    site,
 )
 from peft import LoKrConfig as PeftConfig
 
+from diffpeft.layers.sites import LinearSite
 from diffpeft.methods import Geometry, LoKr, LoKrConfig, Site, Spec
-from diffpeft.methods.lokr import factorization
+from diffpeft.methods.lokr import factorization, halves
 
 R = 2
 FIRST = {"whole": False, "product": True}
@@ -112,19 +113,19 @@ def test_factors_multiply_to_the_update(first, second, split, kernel):
 def test_the_fast_form_on_a_linear_layer(first, second, split, gate):
     p, g = stored(first, second, split, "linear")
     x, y = torch.randn(2, 5, g.in_, dtype=torch.float64), torch.randn(2, 5, g.out, dtype=torch.float64)
-    close(LoKr.add(FakeOp(g), y.clone(), x, p, Spec(g), gate), y + 0.5 * x @ by_index(p, g).T)
+    close(site(g).plus(y.clone(), x, halves(p, g), gate), y + 0.5 * x @ by_index(p, g).T)
 
 
 @pytest.mark.parametrize("first, second, split", [case[:3] for case in CASES if case[3] == "conv2d"])
 def test_the_fast_form_on_a_convolution(first, second, split):
-    from diffpeft.layers.site import ConvSite
+    from diffpeft.layers.sites import ConvSite
 
     p, g = stored(first, second, split, "conv2d")
     p = LoKr.adopt(p, Spec(g))
     layer = torch.nn.Conv2d(g.in_, g.out, g.kernel, stride=(2, 1), padding=1, padding_mode="reflect").double()
     x = torch.randn(2, g.in_, 6, 5, dtype=torch.float64)
     y = layer(x)
-    close(LoKr.add(ConvSite(layer), y.clone(), x, p, Spec(g), 0.5), y + 0.5 * op_on(layer, x, LoKr.delta(p, Spec(g))))
+    close(ConvSite(layer).plus(y.clone(), x, halves(p, g), 0.5), y + 0.5 * op_on(layer, x, LoKr.delta(p, Spec(g))))
 
 
 @pytest.mark.parametrize("first, second", itertools.product(FIRST, ("whole", "product")))
@@ -132,8 +133,9 @@ def test_rows_are_looked_up_without_the_update(first, second):
     p, g = stored(first, second, "balanced", "linear")
     g = Geometry(g.out, g.in_, lookup=True)
     x, y = torch.randint(g.in_, (2, 7)), torch.randn(2, 7, g.out, dtype=torch.float64)
-    assert LoKr.route(p, Spec(g), 14) == "own"
-    close(LoKr.add(FakeOp(g), y.clone(), x, p, Spec(g), 0.5), y + 0.5 * LoKr.delta(p, Spec(g)).T[x])
+    form = LoKr.form(p, Spec(g), 14)
+    assert form is not None
+    close(site(g).plus(y.clone(), x, form, 0.5), y + 0.5 * LoKr.delta(p, Spec(g)).T[x])
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -142,12 +144,13 @@ def test_a_large_first_half_is_mixed_by_its_two_factors(rank):
     p = random({"lokr_w1_a": (32, rank), "lokr_w1_b": (rank, 32), "lokr_w2": (2, 2)})
     x, calls = torch.randn(3, 64, dtype=torch.float64), []
 
-    class Counting(FakeOp):
+    class Counting(LinearSite):
         def mix(self, t, matrix):
             calls.append(matrix.shape)
             return super().mix(t, matrix)
 
-    close(LoKr.add(Counting(g), torch.zeros(3, 64).double(), x, p, Spec(g), 1.0), x @ LoKr.delta(p, Spec(g)).T)
+    y = site(g, Counting).plus(torch.zeros(3, 64).double(), x, halves(p, g), 1.0)
+    close(y, x @ LoKr.delta(p, Spec(g)).T)
     assert len(calls) == 2
 
 
@@ -157,7 +160,7 @@ def test_gradients_of_the_fast_form_are_those_of_the_definition():
         x, grads = torch.randn(5, g.in_, dtype=torch.float64, requires_grad=True), []
         for form in (
             lambda p, x, g=g: x @ LoKr.delta(p, Spec(g)).T,
-            lambda p, x, g=g: LoKr.add(FakeOp(g), torch.zeros(5, g.out).double(), x, p, Spec(g), 1.0),
+            lambda p, x, g=g: site(g).plus(torch.zeros(5, g.out).double(), x, halves(p, g), 1.0),
         ):
             q = {role: t.clone().requires_grad_() for role, t in p.items()}
             grads.append(torch.autograd.grad(form(q, x).square().sum(), [x, *q.values()]))
@@ -333,18 +336,18 @@ def test_a_kernel_the_other_way_round_is_refused():
 
 ROUTES = [  # measured, forward and backward on one core: see knowledge/performance
     (Geometry(320, 320), 16, torch.float32, 4096, "weight"),
-    (Geometry(640, 640), 16, torch.float32, 4096, "own"),
-    (Geometry(640, 640), 10**4, torch.float32, 4096, "own"),
-    (Geometry(1280, 1280), 16, torch.float32, 1024, "own"),
-    (Geometry(1280, 1280), 10**4, torch.float32, 1024, "own"),
-    (Geometry(2048, 2048), 16, torch.float32, 1024, "own"),
-    (Geometry(320, 320, (3, 3)), 8, torch.float32, 1024, "own"),
-    (Geometry(1280, 1280), 16, torch.bfloat16, 1024, "own"),
+    (Geometry(640, 640), 16, torch.float32, 4096, "halves"),
+    (Geometry(640, 640), 10**4, torch.float32, 4096, "halves"),
+    (Geometry(1280, 1280), 16, torch.float32, 1024, "halves"),
+    (Geometry(1280, 1280), 10**4, torch.float32, 1024, "halves"),
+    (Geometry(2048, 2048), 16, torch.float32, 1024, "halves"),
+    (Geometry(320, 320, (3, 3)), 8, torch.float32, 1024, "halves"),
+    (Geometry(1280, 1280), 16, torch.bfloat16, 1024, "halves"),
     (Geometry(1280, 1280), 10**4, torch.bfloat16, 1024, "weight"),
-    (Geometry(2048, 2048), 10**4, torch.bfloat16, 1024, "own"),
-    (Geometry(10240, 1280), 16, torch.bfloat16, 1024, "own"),
-    (Geometry(10240, 1280), 10**4, torch.bfloat16, 1024, "own"),
-    (Geometry(1280, 1280, (3, 3)), 16, torch.bfloat16, 256, "own"),
+    (Geometry(2048, 2048), 10**4, torch.bfloat16, 1024, "halves"),
+    (Geometry(10240, 1280), 16, torch.bfloat16, 1024, "halves"),
+    (Geometry(10240, 1280), 10**4, torch.bfloat16, 1024, "halves"),
+    (Geometry(1280, 1280, (3, 3)), 16, torch.bfloat16, 256, "halves"),
     (Geometry(1280, 1280, (3, 3), 2), 16, torch.bfloat16, 256, "weight"),
 ]
 
@@ -352,4 +355,4 @@ ROUTES = [  # measured, forward and backward on one core: see knowledge/performa
 @pytest.mark.parametrize("geometry, r, dtype, tokens, route", ROUTES)
 def test_the_faster_form_is_chosen(geometry, r, dtype, tokens, route):
     p = {role: t.to(dtype) for role, t in fresh(LoKr, LoKrConfig(r=r), geometry).tensors.items()}
-    assert LoKr.route(p, Spec(geometry), tokens) == route
+    assert (LoKr.form(p, Spec(geometry), tokens) is not None) == (route == "halves")
