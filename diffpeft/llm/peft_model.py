@@ -341,9 +341,7 @@ class PeftModel(Passing, Counted, nn.Module):
         config.base_model_name_or_path = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        how = LoadOptions(
-            is_trainable, active=True, precision=Precision(autocast_adapter_dtype), key_mapping=key_mapping
-        )
+        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping)
         wrapper = cls._around(model, config)
         with inside(folder.where), planned(wrapper.tuner.parts) as plan:
             wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(config), folder, how)
@@ -375,8 +373,7 @@ class PeftModel(Passing, Counted, nn.Module):
         **kwargs: Any,
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
-        precision = Precision(autocast_adapter_dtype)
-        how = LoadOptions(is_trainable, active=False, precision=precision, key_mapping=key_mapping)
+        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping)
         if adapter_name in self.peft_config:
             tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
             with planned(self.tuner.parts) as plan:

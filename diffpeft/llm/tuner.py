@@ -240,13 +240,6 @@ class Tuner(nn.Module):
             density: the share of entries that ties, dare and magnitude_prune keep.
             majority_sign_method: how TIES elects a sign: by the "total" of the values or the "frequency" of the signs.
         """
-        for name in adapters:
-            for field in ("trainable_token_indices", "target_parameters"):
-                if value := getattr(self.peft_config.get(name), field, None):
-                    raise ConfigError(
-                        f"add_weighted_adapter does not support {field}, and adapter {shown(name)} has {shown(value)}",
-                        remedy="Merge the adapters one after the other.",
-                    )
         with patterns.limited(ConfigError), planned(self.parts) as plan:
             config = plan_weighted(
                 plan,

@@ -136,6 +136,12 @@ def _checked(
             raise UnknownNameError(
                 f"Adapter {adapter} does not exist", remedy=near(adapter, configs) or f"There are {', '.join(configs)}."
             )
+        for field in ("trainable_token_indices", "target_parameters"):
+            if value := getattr(configs[adapter], field, None):
+                raise ConfigError(
+                    f"add_weighted_adapter does not support {field}, and adapter {shown(adapter)} has {shown(value)}",
+                    remedy="Merge the adapters one after the other.",
+                )
     if not adapters:
         raise ConfigError(f"Found no adapter matching the names in {list(adapters)}", remedy="Name one at least.")
     if len(weights) != len(adapters):

@@ -218,11 +218,8 @@ def _fresh_slots(
         component: {layer: _fresh(new, layer, module, dry_run) for layer, module in of_component.items()}
         for component, of_component in layers.items()
     }
-    for component, model in parts.items() if new.biases == "all" else ():
-        if layers[component] or new.patches:
-            others = {name: m for name, m in _biased(model).items() if name not in layers[component]}
-            layers[component] |= others
-            slots[component] |= {name: _bias_alone(m, dry_run) for name, m in others.items()}
+    if new.biases == "all":
+        _add_biases(parts, new, layers, slots, dry_run)
     if new.finish is not None:
         slots = {component: new.finish(layers[component], of_component) for component, of_component in slots.items()}
     _warn_adjusted(new.name, slots)
@@ -230,6 +227,21 @@ def _fresh_slots(
     if large:
         warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=4)
     return layers, slots
+
+
+def _add_biases(
+    parts: Mapping[str, nn.Module],
+    new: Addition,
+    layers: Mapping[str, dict[str, nn.Module]],
+    slots: Slots,
+    dry_run: bool,
+) -> None:
+    """Put the other layers that have a bias into `layers`, with a slot for it, where the adapter is on a component."""
+    for component, model in parts.items():
+        if layers[component] or new.patches:
+            others = {name: m for name, m in _biased(model).items() if name not in layers[component]}
+            layers[component].update(others)
+            slots[component].update({name: _bias_alone(m, dry_run) for name, m in others.items()})
 
 
 def _report(new: Addition, slots: Slots) -> AttachReport:

@@ -133,11 +133,7 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
             continue
         check_order(layer, record, inside, choice)
         refuse_unfit(layer, module, record, owners)
-        if record.fused and record.base is None:
-            raise AdapterStateError(
-                f"layer {shown(layer)} was fused with keep_base='none'",
-                remedy="Fuse all adapters at once, or keep the base.",
-            )
+        _refuse_baseless(layer, record)
         refuse_changed(layer, module, record)
         base = based(module, record)
         weights = fused_weights(layer, module, base, record.steps(choice, inside), scratch)
@@ -154,6 +150,15 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
         table = module._parameters
         new = {name: parted[id(table), name] for name in table if (id(table), name) in parted}
         plan.carry(module, replace(fused, parted={**new, **fused.parted}))
+
+
+def _refuse_baseless(layer: str, record: Record) -> None:
+    """Raise AdapterStateError for a module whose parameters have something in them, and that does not know what they were."""
+    if record.fused and record.base is None:
+        raise AdapterStateError(
+            f"layer {shown(layer)} was fused with keep_base='none'",
+            remedy="Fuse all adapters at once, or keep the base.",
+        )
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:
