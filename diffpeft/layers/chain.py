@@ -28,8 +28,8 @@ class Dial:
         self.mix, self.row, self.name, self.index, self.level = mix, row, name, index, level
 
     def now(self) -> float:
-        choice = self.mix.current()
-        strengths = (choice if self.row is None else choice.rows[self.row]).strengths
+        moment = self.mix.current()
+        strengths = (moment if self.row is None else moment.rows[self.row]).strengths
         return float(strengths[self.name][self.index])
 
 
@@ -118,6 +118,14 @@ class Later:
 
 
 Chained = Base | Later  # a link whose layer is known
+
+
+class Other:
+    """What acts on a layer and is no slot (a slot may be in a wrapper of FSDP's): a patch of its weight."""
+
+    def link(self, before: Chained, s: Given) -> Later:
+        """The layer with this as the last of a chain."""
+        raise NotImplementedError
 
 
 class Added(Later):
@@ -328,9 +336,9 @@ def _applied(slot: Slot, before: Link, x: Tensor, s: Strength, bias: bool) -> Te
 class Whole:
     """The layer with all its adapters on it, in order, biases included."""
 
-    def __init__(self, base: Base, steps: Sequence[tuple[Slot, Given]]):
+    def __init__(self, base: Base, steps: Sequence[tuple[Slot | Other, Given]]):
         self.op, self.link = base.op, _linked(base, steps)
-        self.shifts = [(slot, s) for slot, s in steps if slot.shifts]
+        self.shifts = [(slot, s) for slot, s in steps if not isinstance(slot, Other) and slot.shifts]
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.link(x)
@@ -353,17 +361,17 @@ class Whole:
         return total
 
 
-def _linked(base: Base, steps: Sequence[tuple[Slot, Given]]) -> Chained:
-    """The links, runs of additive adapters as one. What is no slot (a patch of the weight) makes its own."""
+def _linked(base: Base, steps: Sequence[tuple[Slot | Other, Given]]) -> Chained:
+    """The links, runs of additive adapters as one. What is no slot makes its own."""
     link: Chained = base
     waiting: list[tuple[Slot, Part, Given]] = []
     for slot, s in steps:
-        if isinstance(slot, Slot) and all(part.additive for part in slot.parts):
+        if not isinstance(slot, Other) and all(part.additive for part in slot.parts):
             waiting += [(slot, part, s) for part in slot.parts]
             continue
         if waiting:
             link, waiting = Added(link, waiting), []
-        link = Changed(link, slot, s) if isinstance(slot, Slot) else slot.link(link, s)
+        link = slot.link(link, s) if isinstance(slot, Other) else Changed(link, slot, s)
     return Added(link, waiting) if waiting else link
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffpeft.layers.patches import Patch
 from diffpeft.layers.tokens import Tokens
+from diffpeft.model.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,15 @@ class Precision:
 AUTOCAST, PLAIN = Precision(), Precision(autocast=False)  # in PeftModels, and on bare modules
 
 
-def put_into(adapter: nn.Module, name: str, new: torch.Tensor, weight: Any) -> None:
-    """Put numbers into a tensor of an adapter for a weight; one that is on the meta device is replaced."""
+def plan_into(plan: Plan, adapter: nn.Module, name: str, new: torch.Tensor, weight: Any) -> None:
+    """Plan to put numbers into a tensor of an adapter for a weight; one that is on the meta device is replaced."""
     path, _, last = name.rpartition(".")
     owner = adapter.get_submodule(path)
     table: Any = owner._parameters if last in owner._parameters else owner._buffers
-    old = table[last]
-    if not old.is_meta:
-        with torch.no_grad():
-            old.copy_(new)
+    before = table[last]
+    if not before.is_meta:
+        plan.fill(before, new)
         return
     fresh = new.detach().to(weight.device, PLAIN.dtype_for(weight) if new.is_floating_point() else None, copy=True)
-    table[last] = nn.Parameter(fresh, requires_grad=old.requires_grad) if table is owner._parameters else fresh
+    is_parameter = table is owner._parameters
+    plan.entry(table, last, nn.Parameter(fresh, requires_grad=before.requires_grad) if is_parameter else fresh)

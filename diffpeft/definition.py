@@ -1,0 +1,121 @@
+"""What entries do to weights, by the methods' definitions in float64: the standard that every faster way is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffpeft.entries import Entry, Rule
+from diffpeft.errors import ConfigError, shown
+from diffpeft.handles import load, number
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffpeft.methods import Additive, Method, Spec
+
+_BIASES = frozenset({"diff_b", "b_norm"})
+_WHOLE = ("diff", "w_norm", "b_norm")  # a change as it is, not as factors
+
+
+class Definition(NamedTuple):
+    """What a method's functions take: the method, an entry's prepared tensors in float64 by role, and its spec."""
+
+    method: type[Method]
+    tensors: dict[str, torch.Tensor]
+    spec: Spec
+
+    @property
+    def additive(self) -> type[Additive] | None:
+        """The method, if with these tensors it adds the same whatever the weight is."""
+        from diffpeft.methods import Additive
+
+        method = self.method
+        return method if issubclass(method, Additive) and method.additive(self.tensors) else None
+
+
+def deltas(entries: Iterable[Entry], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{canonical layer: f(W) - W in float64} of entries one after the other; `base` {layer: W}, for methods that need W.
+
+    Entries that change nothing but a bias are left out. Raises ConfigError if W is needed and not there.
+    """
+    changes: dict[str, torch.Tensor] = {}
+    for entry in entries:
+        if not {*entry.tensors} - _BIASES:
+            continue
+        weights = [_weight(base.get(layer), changes.get(layer)) for layer in entry.targets]
+        for layer, delta in zip(entry.targets, _changes(entry, weights), strict=True):
+            changes[layer] = changes[layer] + delta if layer in changes else delta
+    return changes
+
+
+def _weight(W: torch.Tensor | None, change: torch.Tensor | None) -> torch.Tensor | None:
+    """A layer's weight after what changed it before."""
+    return W if W is None or change is None else W.double() + change
+
+
+def _changes(entry: Entry, weights: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The changes of an entry's targets. A joint layer's weight is put together and its change taken apart."""
+    if (rule := entry.rule) is None:
+        return [_delta(entry, weights[0])]
+    parts = [W for W in weights if W is not None]
+    delta = _delta(entry, _joint(rule, parts) if len(parts) == len(weights) else None)
+    return [delta[list(rule.rows(part, len(delta)))] for part in range(len(weights))]
+
+
+def _joint(rule: Rule, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weights of the rule's parts [o_n, ...] as the weight of the original layer [sum of o_n, ...]."""
+    import torch
+
+    stacked = torch.cat(list(weights))
+    joint = torch.empty_like(stacked)
+    joint[[row for part in range(len(weights)) for row in rule.rows(part, len(stacked))]] = stacked
+    return joint
+
+
+def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:
+    """f(W) - W in float64, in the shape of W; where f is additive W is not needed."""
+    definition = definition_of(entry, W)
+    method, p, spec = definition
+    if additive := definition.additive:
+        delta = additive.scale(p, spec) * additive.delta(p, spec)
+        column = any(len(entry.tensors[role].shape) == 1 for role in _WHOLE[:2] if role in p)
+        return delta.reshape(W.shape) if W is not None else delta.flatten() if column else delta
+    assert W is not None
+    before = W.double().reshape(spec.geometry.shape)
+    return (method.weight(before, p, spec) - before).reshape(W.shape)
+
+
+def definition_of(entry: Entry, W: torch.Tensor | None = None) -> Definition:
+    """An entry's method, its prepared tensors in float64, and its spec: what the method's functions take.
+
+    Without W the layer's shape is what the tensors show. Raises ConfigError if the method needs W.
+    """
+    from diffpeft.methods import METHODS, Geometry, Spec
+
+    method = METHODS[entry.method]
+    roles = [role for role in entry.tensors if role in method.roles]
+    p = {role: t.double() for role, t in zip(roles, load(entry.tensors[role] for role in roles), strict=True)}
+    if W is None and not method.additive(p):
+        raise ConfigError(
+            f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
+        )
+    o, *columns = (entry.shape or _shown_shape(p)) if W is None else W.shape
+    i, *kernel = columns or [1]  # a norm's factors are a column
+    geometry = Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles))
+    spec = Spec(geometry, number(entry.alpha), entry.options)
+    return Definition(method, method.prepare(method.adopt(p, spec), spec, False), spec)
+
+
+def _shown_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """The shape of the weight that an additive method's tensors are for, as far as they show it: a kernel may be hidden in the columns."""
+    change = next((p[role] for role in _WHOLE if role in p), None)
+    if change is not None:
+        return tuple(change.shape)
+    first = [p[role].shape for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if role in p]
+    down = next(p[role] for role in ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w2") if role in p)
+    up = next(p[role] for role in ("lora_B", "lora_embedding_B", "hada_w1_a", "lokr_w2_a", "lokr_w2") if role in p)
+    core = next((p[role] for role in ("lora_mid", "hada_t1", "lokr_t2") if role in p), None)
+    turned = core is not None and "lora_mid" not in p  # LyCORIS's Tucker factors are [r, out] and [r, in]
+    o1, i1 = (first[0][0], first[-1][1]) if first else (1, 1)
+    return (o1 * up.shape[int(turned)], i1 * down.shape[1], *(down if core is None else core).shape[2:])
