@@ -21,7 +21,7 @@ class Backend:
     """What the house knows of one backend."""
 
     name: str  # as reports say it: PEFT's names
-    layer: Kind  # the class of its layers
+    layer: Kind | None  # the class of its layers; None: any linear layer whose weight is of the kind
     weight: Kind  # the class of their weights
     dequantised: Callable[[Any], Tensor]  # a layer's weight as plain numbers [out, in]: a copy
     dtype: Callable[[Any], torch.dtype]  # what a layer computes in, from its weight, where the layer does not say it
@@ -148,7 +148,7 @@ BACKENDS = (
     ),
     Backend(
         "torchao",
-        ("torch.nn.modules.linear", "Linear"),
+        None,
         ("torchao.utils", "TorchAOBaseTensor"),
         _dequantised_torchao,
         dtype=lambda weight: weight.dtype,
@@ -157,22 +157,39 @@ BACKENDS = (
 )
 
 
+KNOWN = "_diffpeft_backend"  # where a class of ours keeps `backend_of_class`: compiled code would see a table grow
+
+
 def backend_of(module: nn.Module) -> Backend | None:
     """The backend that holds a layer's weight; None for a layer that is not quantised."""
-    weight = vars(module).get("_parameters", {}).get("weight")
+    cls = type(module)
+    backend: Backend | None = getattr(cls, KNOWN) if hasattr(cls, KNOWN) else backend_of_class(cls)
+    if backend is not None or not isinstance(module, nn.Linear):
+        return backend
+    weight = module._parameters.get("weight")
     backend = None if weight is None else backend_of_weight(weight)
-    return backend if backend is not None and backend.layer in _names(type(module)) else None
+    return backend if backend is not None and backend.layer is None else None
+
+
+def backend_of_class(cls: type) -> Backend | None:
+    """The backend whose layers are of a class."""
+    if cls not in _layers:
+        _layers[cls] = next((b for b in BACKENDS if b.layer in _names(cls)), None)
+    return _layers[cls]
 
 
 def backend_of_weight(weight: Tensor) -> Backend | None:
     """The backend whose kind a parameter is."""
     cls = type(weight)
-    if cls not in _known:
-        _known[cls] = next((b for b in BACKENDS if b.weight in _names(cls)), None)
-    return _known[cls]
+    if cls is nn.Parameter or cls is Tensor:
+        return None
+    if cls not in _weights:
+        _weights[cls] = next((b for b in BACKENDS if b.weight in _names(cls)), None)
+    return _weights[cls]
 
 
-_known: dict[type, Backend | None] = {nn.Parameter: None, Tensor: None}
+_layers: dict[type, Backend | None] = {}
+_weights: dict[type, Backend | None] = {}
 
 
 def _names(cls: type) -> set[Kind]:

@@ -6,7 +6,7 @@ Each link is the layer with one more adapter on it. A link can be applied to an 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,8 @@ class Dial:
         self.mix, self.row, self.name, self.index, self.level = mix, row, name, index, level
 
     def now(self) -> float:
-        choice = self.mix.current()
-        strengths = (choice if self.row is None else choice.rows[self.row]).strengths
+        moment = self.mix.current()
+        strengths = (moment if self.row is None else moment.rows[self.row]).strengths
         return float(strengths[self.name][self.index])
 
 
@@ -120,13 +120,12 @@ class Later:
 Chained = Base | Later  # a link whose layer is known
 
 
-class Other(Protocol):
-    """What acts on a layer and is no slot: a patch of its weight."""
-
-    shifts: ClassVar[bool]
+class Other:
+    """What acts on a layer and is no slot (a slot may be in a wrapper of FSDP's): a patch of its weight."""
 
     def link(self, before: Chained, s: Given) -> Later:
         """The layer with this as the last of a chain."""
+        raise NotImplementedError
 
 
 class Added(Later):
@@ -153,7 +152,8 @@ class Added(Later):
             return op.op(x, self.weight(), bias)
         W, forms, apart, positions = None, [], [], op.positions(x)
         for slot, part, s in self._now():
-            s = _dropped(slot, part, s)
+            if slot.training:
+                s = _dropped(slot, part, s)
             if not slot.bare or drops_inputs(slot, part):
                 apart.append((slot, part, s))
                 continue
@@ -192,10 +192,10 @@ class Added(Later):
     def _is_cheaper_in_weight(self, form: Factors, positions: int) -> bool:
         """Whether a product of low rank is better added to the weight, where there is no backward pass."""
         op, g, r = self.op, self.op.geometry, form.A.shape[0]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or g.lookup or not op.faithful:
-            return False
-        if not isinstance(self.before, Base) or (g.groups == 1 and 2 * positions <= min(g.out, g.columns)):
+        if torch.is_grad_enabled() or (g.groups == 1 and 2 * positions <= g.out and 2 * positions <= g.columns):
             return False  # with so few positions it cannot be
+        if not isinstance(self.before, Base) or not op.faithful or g.lookup or torch.compiler.is_compiling():
+            return False
         ways = {
             "activations": Work(r * positions * (g.groups * g.columns + g.out)),
             "weight": Work(r * g.out * g.columns, elements=g.out * g.columns),
@@ -221,6 +221,28 @@ def form_of(slot: Slot, part: Part, p: Tensors, positions: int) -> Form | None:
         return None
     form: Form | None = part.method.form(p, part.spec, positions)
     return form
+
+
+def factors_of(slot: Slot, dtype: torch.dtype) -> Factors | None:
+    """Exact factors of all that a slot adds, side by side, with their scale in B: A [R, columns], B [out, R].
+
+    None if a part has none, or none of less than full rank that would be cheaper than the update itself.
+    """
+    pairs = []
+    for part in slot.parts:
+        method, g = part.method, part.spec.geometry
+        if not part.additive:
+            return None
+        p = slot.prepared(part, dtype)
+        pair: Factors | None = method.factors(p, part.spec)
+        if pair is None or (len(pair.A) >= min(g.out, g.columns) and not method.thin):
+            return None
+        pairs.append((pair.A.flatten(1), pair.B.flatten(1) * method.scale(p, part.spec)))
+    if len(pairs) == 1:
+        return Factors(*pairs[0])
+    if not pairs:
+        return None
+    return Factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1))
 
 
 def drops_inputs(slot: Slot, part: Part) -> bool:
@@ -254,8 +276,8 @@ def _masked(slot: Slot, part: Part, p: Tensors) -> Tensor:
 
 
 def _dropped(slot: Slot, part: Part, s: Strength) -> Strength:
-    """The strength; in training with module dropout sometimes nothing."""
-    rate = part.spec.options.get("module_dropout") if slot.training and part.additive else 0
+    """The strength in training; with module dropout sometimes nothing."""
+    rate = part.spec.options.get("module_dropout")
     return s * (torch.rand(()) > rate).float() if rate else s
 
 
@@ -316,10 +338,12 @@ class Whole:
 
     def __init__(self, base: Base, steps: Sequence[tuple[Slot | Other, Given]]):
         self.op, self.link = base.op, _linked(base, steps)
-        self.shifts = [(slot, s) for slot, s in steps if isinstance(slot, Slot) and slot.shifts]
+        self.shifts = [(slot, s) for slot, s in steps if not isinstance(slot, Other) and slot.shifts]
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.link(x)
+        if not self.shifts:
+            return y
         shift = self.shift(y.dtype, self.op.bias)
         return y if shift is None else self.op.shifted(y, shift)
 
@@ -341,15 +365,13 @@ def _linked(base: Base, steps: Sequence[tuple[Slot | Other, Given]]) -> Chained:
     """The links, runs of additive adapters as one. What is no slot makes its own."""
     link: Chained = base
     waiting: list[tuple[Slot, Part, Given]] = []
-    for held, s in steps:
-        slot: Any = None if hasattr(held, "link") else held  # perhaps in a unit of FSDP, which stands for it
-        if slot is not None and all(part.additive for part in slot.parts):
+    for slot, s in steps:
+        if not isinstance(slot, Other) and all(part.additive for part in slot.parts):
             waiting += [(slot, part, s) for part in slot.parts]
             continue
         if waiting:
             link, waiting = Added(link, waiting), []
-        other: Any = held
-        link = other.link(link, s) if slot is None else Changed(link, slot, s)
+        link = slot.link(link, s) if isinstance(slot, Other) else Changed(link, slot, s)
     return Added(link, waiting) if waiting else link
 
 

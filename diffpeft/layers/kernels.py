@@ -19,6 +19,11 @@ from diffpeft.methods.linalg import traced
 _CACHE = 2**15  # numbers that stay in the cache
 
 
+def is_small(t: Tensor) -> bool:
+    """Whether a pass over an activation costs less than a node in Python. Compiled code, which has none, need not be told sizes apart."""
+    return not torch.compiler.is_compiling() and t.numel() < _CACHE
+
+
 def eager(*tensors: Tensor) -> bool:
     """Whether a node may be made of these: nothing is traced, and they are of one dtype."""
     return not traced() and len({t.dtype for t in tensors}) == 1
@@ -66,9 +71,9 @@ class _Add(torch.autograd.Function):
 
 def add(y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool, into: bool) -> Tensor:
     """y + gate * B h (see `_added`). `into`: y is a fresh, contiguous result that nothing has saved, and may be written into."""
-    if into and not traced():
-        return _node(_Add, y, h, B, gate, last)
-    return _added(y, h, B, gate, last, into=False)
+    if not into or traced() or (torch.is_grad_enabled() and is_small(y)):
+        return _added(y, h, B, gate, last, into=False)
+    return _node(_Add, y, h, B, gate, last) if torch.is_grad_enabled() else _added(y, h, B, gate, last, into=True)
 
 
 def _rescaled(y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
@@ -174,9 +179,21 @@ def lora_linear(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor, by: Tensor | None = None
 ) -> Tensor:
     """by * x W^T + b + gate * (x A^T) B^T.  x [*n, i], W [o, i], A [r, i], B [o, r], gate a number or [r], by [o]."""
-    if torch.is_grad_enabled():
-        return _node(_LoraLinear, x, W, b, A, B, gate, by)
-    return _LoraLinear.parts(x, W, b, A, B, gate, by)[0]  # a node has its price
+    if not torch.is_grad_enabled():
+        return _LoraLinear.parts(x, W, b, A, B, gate, by)[0]  # a node has its price
+    if by is None and is_small(x) and x.is_contiguous():
+        return _small_lora_linear(x, W, b, A, B, gate)
+    return _node(_LoraLinear, x, W, b, A, B, gate, by)
+
+
+def _small_lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor) -> Tensor:
+    """`lora_linear` by torch's own nodes: of so few positions passes cost nothing, and a node in Python does."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    h = F.linear(flat, A)
+    if isinstance(gate, Tensor):
+        h, gate = h * gate, 1.0
+    y = torch.addmm(F.linear(flat, W, b), h, B.t(), alpha=gate)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _KronLinear(torch.autograd.Function):

@@ -11,19 +11,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from diffpeft.layers.chain import Chained, Given, Later
+from diffpeft.layers.chain import Chained, Given, Later, Other
 
 Steps = Sequence[tuple["Patch", float]]
 
 
-class Patch(nn.Module):
+class Patch(nn.Module, Other):
     """One adapter on one module; it owns its tensors, and its state dict has PEFT's keys."""
 
     commutes: ClassVar[bool] = False  # whether it gives the same before and after whatever is added to a weight
     shows: ClassVar[bool] = (
         False  # whether who reads a parameter of the module gets it changed (in PEFT only rows of tables do)
     )
-    shifts: ClassVar[bool] = False  # as of slots: no patch changes a bias beside the weight
     names: tuple[str, ...]  # of the parameters that it changes
 
     def changed(self, name: str, W: Tensor, s: float) -> Tensor:

@@ -77,8 +77,8 @@ class Rows:
 
         What all rows share (positions) has one row; what the model split further (frames) has several, those of a row together.
         """
-        choice = self.record.mix.current()
-        batch, images = choice.batch, choice.images
+        moment = self.record.mix.current()
+        batch, images = moment.batch, moment.images
         period = self.n * images
         if self.op.has_batch(x) and len(x) == 1:
             x = x.expand(batch or period, *x.shape[1:])

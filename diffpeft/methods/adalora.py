@@ -106,6 +106,7 @@ class AdaLora(Additive):
     name = "adalora"
     config = AdaLoraConfig
     roles = ("lora_A", "lora_B", "lora_E")
+    thin = True
 
     @classmethod
     def init(cls, config: AdaLoraConfig, site: Site, **_: Any) -> Fresh:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,7 +35,7 @@ class Geometry:
         """The shape of the canonical weight."""
         return (self.out, self.in_ // self.groups, *self.kernel)
 
-    @cached_property
+    @property
     def columns(self) -> int:
         """in / groups * prod(kernel): the width of W seen as a matrix."""
         return math.prod(self.shape[1:])
@@ -208,6 +207,8 @@ class Method:
 
 class Additive(Method):
     """A method with W' = W + scale * delta(p), whatever W is."""
+
+    thin: ClassVar[bool] = False  # whether its tensors are `factors`, so that those are the cheapest way to delta too
 
     @classmethod
     def additive(cls, roles: Collection[str]) -> bool:

@@ -151,6 +151,7 @@ class Lora(Additive):
         "initial_B",
     )
     options = frozenset({"tucker"})
+    thin = True
     shifts = frozenset({"lora_B_bias"})
 
     @classmethod

@@ -43,8 +43,7 @@ def slots_in(model: nn.Module, name: str, plan: Plan | None = None) -> dict[str,
 def beside_slots(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Module | None:
     """The copy or the patch that an adapter has, or will have, of the module of this name; None if there is none."""
     record = plan.record_of(model.get_submodule(where))
-    held = () if record is None else record.modules(name)
-    return next((module for module in held if not isinstance(module, Slot)), None)
+    return None if record is None else next(iter(record.beside(name)), None)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -58,9 +57,9 @@ def whole_tensors(
     """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
     tensors: dict[str, Tensor] = {}
     for where, _, record in adapted(model):
-        for module in record.modules(name, hidden=False):
+        for module in record.beside(name, hidden=False):
             at = f"{where}.{COPIES}.{escaped(name)}."
-            for key, tensor in {} if isinstance(module, Slot) else module.state_dict().items():
+            for key, tensor in module.state_dict().items():
                 tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
     return tensors
 

@@ -20,9 +20,11 @@ from oracles import (
     site,
 )
 from peft import LoKrConfig as PeftConfig
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
+import diffpeft
 from diffpeft.layers.sites import LinearSite
-from diffpeft.methods import Geometry, LoKr, LoKrConfig, Site, Spec
+from diffpeft.methods import Geometry, LoHaConfig, LoKr, LoKrConfig, Site, Spec
 from diffpeft.methods.lokr import factorization, halves
 
 R = 2
@@ -87,17 +89,29 @@ def test_the_factorization_is_pefts():
         assert factorization(n, factor) == theirs(n, factor), (n, factor)
 
 
-@pytest.mark.parametrize("first, second, split, kernel", CASES)
-def test_every_stored_shape_is_read_by_the_index_law(first, second, split, kernel):
-    p, g = stored(first, second, split, kernel)
+every_shape = pytest.mark.parametrize("first, second, split", dict.fromkeys(case[:3] for case in CASES))
+
+
+def kernels(first, second, split):
+    """The kernels that such halves may have."""
+    return [case[3] for case in CASES if case[:3] == (first, second, split)]
+
+
+@every_shape
+def test_every_stored_shape_is_read_by_the_index_law_and_factors_multiply_to_it(first, second, split):
+    for kernel in kernels(first, second, split):
+        is_read_by_the_index_law(*stored(first, second, split, kernel))
+        has_factors_that_multiply_to_the_update(first, second, split, kernel)
+
+
+def is_read_by_the_index_law(p, g):
     assert LoKr.check(p, Spec(g)) == ""
     adopted = LoKr.adopt({**p, "another": torch.zeros(1)}, Spec(g))
     assert adopted.pop("another").shape == (1,)
     close(LoKr.delta(adopted, Spec(g)), by_index(p, g))
 
 
-@pytest.mark.parametrize("first, second, split, kernel", CASES)
-def test_factors_multiply_to_the_update(first, second, split, kernel):
+def has_factors_that_multiply_to_the_update(first, second, split, kernel):
     p, g = stored(first, second, split, kernel)
     p = LoKr.adopt(p, Spec(g))
     A, B = LoKr.factors(p, Spec(g))
@@ -108,12 +122,12 @@ def test_factors_multiply_to_the_update(first, second, split, kernel):
     close(product(A, B, g), LoKr.delta(p, Spec(g)))
 
 
-@pytest.mark.parametrize("gate", [0.5, torch.tensor([0.5], dtype=torch.float64)], ids=["number", "tensor"])
 @pytest.mark.parametrize("first, second, split", [case[:3] for case in CASES if case[3] == "linear"])
-def test_the_fast_form_on_a_linear_layer(first, second, split, gate):
+def test_the_fast_form_on_a_linear_layer(first, second, split):
     p, g = stored(first, second, split, "linear")
     x, y = torch.randn(2, 5, g.in_, dtype=torch.float64), torch.randn(2, 5, g.out, dtype=torch.float64)
-    close(site(g).plus(y.clone(), x, halves(p, g), gate), y + 0.5 * x @ by_index(p, g).T)
+    for gate in (0.5, torch.tensor([0.5], dtype=torch.float64)):
+        close(site(g).plus(y.clone(), x, halves(p, g), gate), y + 0.5 * x @ by_index(p, g).T)
 
 
 @pytest.mark.parametrize("first, second, split", [case[:3] for case in CASES if case[3] == "conv2d"])
@@ -180,10 +194,14 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("init", [True, False, "lycoris"])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_fresh_lokr_has_pefts_tensors(kind, config, init):
+def test_a_fresh_lokr_has_pefts_tensors(kind, config):
+    for init in (True, False, "lycoris"):
+        a_fresh_lokr_has_pefts_tensors(kind, config, init)
+
+
+def a_fresh_lokr_has_pefts_tensors(kind, config, init):
     """The same names, shapes and, from the same seed, values."""
     layer, chosen = LAYERS[kind](), {**CONFIGS[config], "alpha": 3, "init_weights": init}
     geometry = geometry_of(layer)
@@ -317,9 +335,13 @@ def test_the_rank_is_that_of_the_first_product():
     assert LoKr.rank({"lokr_w1": torch.zeros(8, 8), "lokr_w2": torch.zeros(6, 8)}) == 6
 
 
-@pytest.mark.parametrize("first, second, kernel", [(a, b, k) for a, b, s, k in CASES if s == "balanced"])
-def test_every_shape_that_does_not_fit_is_refused(first, second, kernel):
-    p, g = stored(first, second, "balanced", kernel)
+@pytest.mark.parametrize("first, second", itertools.product(FIRST, SECOND))
+def test_every_shape_that_does_not_fit_is_refused(first, second):
+    for kernel in kernels(first, second, "balanced"):
+        refuses_what_does_not_fit(*stored(first, second, "balanced", kernel))
+
+
+def refuses_what_does_not_fit(p, g):
     for role, axis in itertools.product(p, (0, 1)):
         larger = p[role].repeat(*(5 if i == axis else 1 for i in range(p[role].dim())))
         for wrong in (larger, torch.zeros(()), torch.zeros(3), torch.zeros(0, 5)):
@@ -356,3 +378,16 @@ ROUTES = [  # measured, forward and backward on one core: see knowledge/performa
 def test_the_faster_form_is_chosen(geometry, r, dtype, tokens, route):
     p = {role: t.to(dtype) for role, t in fresh(LoKr, LoKrConfig(r=r), geometry).tensors.items()}
     assert (LoKr.form(p, Spec(geometry), tokens) is not None) == (route == "halves")
+
+
+@pytest.mark.parametrize(
+    "made", [LoKrConfig(r=2, init_weights=False), LoHaConfig(r=2, init_weights=False)], ids=lambda c: type(c).__name__
+)
+def test_rows_of_a_table_that_scales_them_are_scaled_too(made):
+    """As in Gemma and BART: the layer with the adapter in its table is the same layer."""
+    net = torch.nn.Sequential(BartScaledWordEmbedding(40, 12, 0, embed_scale=3.5)).double()
+    diffpeft.attach(net, made, targets=["0"])
+    x = torch.randint(40, (2, 7))
+    acting = net(x)
+    diffpeft.fuse(net)
+    close(net(x), acting)

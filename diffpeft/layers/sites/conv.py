@@ -54,9 +54,9 @@ class ConvSite(Site):
                 self.scaled(h, gate.repeat(groups) if gate.numel() > 1 else gate.expand(h.shape[self._axis(h)])),
                 1.0,
             )
-        if groups == 1 and self._batched(y) and y.is_contiguous():
+        if groups == 1 and self._batched(y) and y.is_contiguous() and not kernels.is_small(y):
             return kernels.add(y, h, weight.flatten(1), gate, last=False, into=self.faithful)
-        return y + gate * _CONVOLUTIONS[weight.dim() - 3](h, weight, groups=groups)
+        return torch.add(y, _CONVOLUTIONS[weight.dim() - 3](h, weight, groups=groups), alpha=gate)
 
     def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
         lead = x.shape[: self._axis(x)]

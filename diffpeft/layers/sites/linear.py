@@ -24,8 +24,8 @@ class LinearSite(FeaturesLast):
     def __init__(self, module: Any, *arguments: Any, **keywords: Any):
         super().__init__(module, *arguments, **keywords)
         base: Any = getattr(type(module), "_diffpeft_base", None)
-        # F.linear with a weight that is simply here, and no more: one node may do it together with an adapter
-        self.plain = self.backend is None and base is not None and base.forward is nn.Linear.forward
+        # F.linear with a weight that is simply here, and no more: one kernel may do it together with an adapter, where nothing is traced
+        self.plain = self.backend is None and base is not None and base.forward is nn.Linear.forward and not traced()
 
     @staticmethod
     def geometry_of(module: Any) -> Geometry:
@@ -35,9 +35,15 @@ class LinearSite(FeaturesLast):
         return F.linear(x, weight, self._bias(x) if bias else None)
 
     def fused(self, x: Tensor, form: Form, gate: Strength, bias: bool, by: Tensor | None = None) -> Tensor | None:
-        if not self.plain or traced():
+        if not self.plain:
             return None
-        W, b = self.module.weight, self.module.bias if bias else None
+        parameters = (
+            self.module._parameters
+        )  # torch's own way to a parameter is slow, and only for those that are elsewhere
+        W, b = parameters.get("weight"), parameters.get("bias")
+        if W is None:
+            W, b = self.module.weight, self.module.bias
+        b = b if bias else None
         if isinstance(form, Factors):
             return kernels.lora_linear(x, W, b, form.A, form.B, gate, by)
         if by is None and isinstance(form, Kronecker) and not isinstance(gate, Tensor) and _fits(form):
