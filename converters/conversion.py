@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converters.engine import read
+from converters.formats import FORMATS
 from converters.formats.base import magnitude_axis
 from converters.formats.fields import on_inputs
 from converters.opening import Source
-from converters.roles import ADDITIVE, rank
 from converters.writing import check_path, plans, problem, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, definition_of
 from diffpeft.errors import CannotConvertError, ConfigError, inside, listed, near, shown
+from diffpeft.methods.layout import INNER, LAYOUTS
+from diffpeft.methods.shapes import rank
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +92,7 @@ def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torc
         said.append(
             f"{len(inexact)} fused layers have parts of unequal scales, which went into the factors: {listed(inexact[:5])}"
         )
-    zero = [e.layer for e in bundle.entries if e.method not in ("oft", "boft") and io.number(e.alpha) == 0]
+    zero = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
     if zero:
         said.append(f"{len(zero)} layers have alpha 0 and no effect: {listed(zero[:5])}")
     if bundle.carried:
@@ -98,8 +100,10 @@ def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torc
             f"{len(bundle.carried)} keys are no adapter's and were kept as they are: {listed(list(bundle.carried)[:5])}"
         )
     said += _caveats(out, to)
-    computed = any(h.how[:1] == ("scaled",) for e in bundle.entries for h in e.tensors.values())
-    exact = out is bundle and cast is None and not inexact and not computed
+    computed = [e.layer for e in bundle.entries if any(h.how[:1] == ("scaled",) for h in e.tensors.values())]
+    if folded := [e.layer for e in out.entries if "scale" in e.options and not FORMATS[to].folder]:
+        said.append(f"{len(folded)} layers had alpha / r multiplied into lokr_w1: {listed(folded[:5])}")
+    exact = out is bundle and cast is None and not (inexact or computed or folded)
     mapped = tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys))
     return ConvertReport(
         "L0" if exact else "L1", mapped, tuple(bundle.carried), tuple(said), bundle.format, bundle.family
@@ -157,7 +161,7 @@ def as_lora(entry: Entry) -> Entry | None:
     kernel = any(len(h.shape) > 2 for h in entry.tensors.values())
     plain = entry.method == "lora" and "lora_mid" not in entry.tensors
     hidden = re.search(r"conv[^.]*$|patch_embed|(pos_embed|x_embedder)\.proj$", entry.layer) and not kernel
-    if plain or entry.method not in ADDITIVE or hidden:
+    if plain or entry.method not in INNER or hidden:
         return None
     method, p, spec = definition_of(entry)
     factors = method.factors(p, spec)

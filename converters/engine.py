@@ -15,10 +15,10 @@ from converters.formats import FORMATS, Format, Part
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.formats.wrappers import all_unwrapped
 from converters.opening import Opened, Source, opened, parts_of
-from converters.roles import ADDITIVE, OLD_OFT, ROLES, contradiction, missing, split
+from converters.roles import OLD_OFT, missing, split
 from converters.rows import aspect
 from diffpeft import io
-from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, canonical, dotted, named
+from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, canonical, dotted
 from diffpeft.errors import (
     AmbiguousFormatError,
     CheckpointError,
@@ -31,6 +31,8 @@ from diffpeft.errors import (
     listed,
     shown,
 )
+from diffpeft.methods.layout import LAYOUTS, PRODUCTS, is_scaled, named
+from diffpeft.methods.shapes import contradiction
 
 Names = Mapping[str, Iterable[str]]  # of each component; a mapping tells the shapes of their weights too
 Spelt = tuple[str, str, int | None]  # what says the component, the layer as the format spells it, the part of it
@@ -177,8 +179,8 @@ def _say_unconfigured(where: str) -> None:
 
 def _with_alpha(entry: Entry, alpha: float) -> Entry:
     """The entry with this alpha, if its method is scaled by one and the file tells none."""
-    scaled = entry.method in (*ADDITIVE, "dora") and not {"lokr_w1", "lokr_w2"} <= {*entry.tensors}
-    return replace(entry, alpha=float(alpha)) if scaled and entry.alpha is None else entry
+    takes = entry.alpha is None and entry.method in PRODUCTS and is_scaled(entry.method, entry.tensors)
+    return replace(entry, alpha=float(alpha)) if takes else entry
 
 
 def unknown_family(found: Fit, where: object, wanted: str = "") -> WrongBaseError:
@@ -387,21 +389,20 @@ class _Spelling:
 
 
 def _refuse_foreign(groups: Mapping[Any, Found], where: str) -> None:
-    every = {"dora", *ROLES}
     foreign = {
         found[role][0]: method
         for found in groups.values()
         for method, roles in split(
             {role: handle.shape for role, (_, handle) in found.items() if role != "alpha"}
         ).items()
-        if method not in every
+        if method not in LAYOUTS
         for role in roles
     }
     if foreign:
         raise CheckpointError(
             f"method {' and '.join(sorted(set(foreign.values())))} is not supported",
             where=f"{where}: {listed(list(foreign)[:3])}",
-            remedy=f"Supported: {', '.join(every)}.",
+            remedy=f"Supported: {', '.join(LAYOUTS)}.",
         )
 
 
@@ -413,7 +414,8 @@ def _entries(layer: str, found: Found, where: str) -> list[Entry]:
         key = next(iter(found.values()))[0]
         what = "an alpha" if "alpha" in found else listed(found)
         raise MissingKeysError(
-            f"layer {shown(layer)} has {what} but no {listed(ROLES['lora'][:2])}", where=f"{where}: {key}"
+            f"layer {shown(layer)} has {what} but no {listed(sorted(LAYOUTS['lora'].forms[0].needed))}",
+            where=f"{where}: {key}",
         )
     alpha = found["alpha"][1] if "alpha" in found else None
     with inside(found["alpha"][0] if alpha else layer):

@@ -13,10 +13,12 @@ from converters.detection import Fit, bare, fit
 from converters.families import Table
 from converters.formats import FORMATS
 from converters.opening import Opened, Source, opened
-from converters.roles import rank, split
+from converters.roles import split
 from diffpeft import io
-from diffpeft.bundle import Handle, dotted, named, trigger_words
+from diffpeft.bundle import Handle, dotted, trigger_words
 from diffpeft.errors import inside
+from diffpeft.methods.layout import named
+from diffpeft.methods.shapes import rank
 
 # which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
 READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

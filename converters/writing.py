@@ -14,6 +14,7 @@ from converters.engine import known_name
 from converters.families import Table
 from converters.formats import FORMATS, Format, Part
 from converters.formats.config import ranks_of
+from converters.formats.fields import without_scale
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.provenance import KEY, Place, blocks_in, own_record, places_in, recorded, restored
 from converters.rows import Blocks, Unfit, aspect, joined
@@ -22,6 +23,7 @@ from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Bundle, Entry, Handle, Rule, dotted, parted
 from diffpeft.errors import CannotConvertError, ConfigError, listed, shown
 from diffpeft.files import config_in
+from diffpeft.methods.layout import LAYOUTS, is_scaled
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +54,7 @@ def arranged(bundle: Bundle, fmt: Format) -> Arranged:
     groups: dict[tuple[str, str, str], dict[int, Entry]] = {}
     rules: dict[tuple[str, str, str], Rule] = {}
     entries: list[Entry] = []
-    for entry in bundle.entries:
+    for entry in bundle.entries if fmt.folder else map(without_scale, bundle.entries):
         if not entry.rule or entry.layer in before or (original and table.is_original(*parted(entry.layer))):
             entries.append(entry)
             continue
@@ -284,6 +286,8 @@ def _agrees(fmt: Format, entries: Sequence[Entry], metadata: Mapping[str, str]) 
         a, b = io.number(old.alpha), io.number(new.alpha)
         if (a is None) != (b is None):
             return False
+        if old.options.get("scale", 1) != new.options.get("scale", 1):
+            return False
         if a is not None and not math.isclose(a, b or 0.0, rel_tol=1e-6) and not (a != a and b != b):
             return False
     return True
@@ -324,9 +328,7 @@ def write_config(path: Path, text: str) -> None:
 
 def _unscaled(entries: Iterable[Entry]) -> set[str]:
     """Layers of which no entry has a scale: whole differences, norms, (IA)^3, a LoKr of two whole halves."""
-    scaled = {
-        e.layer for e in entries if not ({"lokr_w1", "lokr_w2"} <= {*e.tensors} or e.method in ("full", "norm", "ia3"))
-    }
+    scaled = {e.layer for e in entries if LAYOUTS[e.method].alpha == "bound" or is_scaled(e.method, e.tensors)}
     return {e.layer for e in entries} - scaled
 
 

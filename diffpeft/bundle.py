@@ -7,12 +7,14 @@ program has fused (or with other rows first) is an entry under the original's na
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpeft.errors import ConfigError, shown
+from diffpeft.methods.layout import BIAS, named
+from diffpeft.methods.shapes import weight_shape
 
 if TYPE_CHECKING:
     import torch
@@ -157,12 +159,6 @@ class Entry:
         return named(self.method, self.tensors)
 
 
-def named(method: str, roles: Collection[str]) -> frozenset[str]:
-    """A method's name, and the name of what a DoRA is over unless that is LoRA."""
-    over = {"loha": "hada_", "lokr": "lokr_"} if method == "dora" else {}
-    return frozenset({method, *(m for m, start in over.items() if any(role.startswith(start) for role in roles))})
-
-
 @dataclass
 class Bundle:
     """A whole adapter: entries in file order, tensors that are no adapter's under their original keys, and the file's metadata."""
@@ -193,7 +189,7 @@ class Bundle:
         """
         out: dict[str, torch.Tensor] = {}
         for entry in self.entries:
-            if not {*entry.tensors} - {"diff_b", "b_norm"}:
+            if not {*entry.tensors} - {BIAS, "b_norm"}:
                 continue
             Ws = [(base or {}).get(layer) for layer in entry.targets]
             now = [
@@ -255,22 +251,8 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> tuple[Any, dic
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
         )
-    o, *rest = (entry.shape or _shown_shape(p)) if W is None else W.shape
+    o, *rest = (entry.shape or weight_shape(entry.method, entry.shapes)) if W is None else W.shape
     i, *kernel = rest or [1]  # a norm's factors are a column
     geometry = Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles))
     spec = Spec(geometry, io.number(entry.alpha), entry.options)
     return method, method.prepare(method.adopt(p, spec), spec, False), spec
-
-
-def _shown_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """The shape of the weight that an additive method's tensors are for, as far as they show it: a kernel may be hidden in the columns."""
-    whole = next((p[role] for role in ("diff", "w_norm", "b_norm") if role in p), None)
-    if whole is not None:
-        return tuple(whole.shape)
-    first = [p[role].shape for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if role in p]
-    down = next(p[role] for role in ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w2") if role in p)
-    up = next(p[role] for role in ("lora_B", "lora_embedding_B", "hada_w1_a", "lokr_w2_a", "lokr_w2") if role in p)
-    core = next((p[role] for role in ("lora_mid", "hada_t1", "lokr_t2") if role in p), None)
-    turned = core is not None and "lora_mid" not in p  # LyCORIS's Tucker factors are [r, out] and [r, in]
-    o1, i1 = (first[0][0], first[-1][1]) if first else (1, 1)
-    return (o1 * up.shape[int(turned)], i1 * down.shape[1], *(down if core is None else core).shape[2:])

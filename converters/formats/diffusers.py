@@ -16,11 +16,11 @@ from converters.families import TABLES, Table
 from converters.formats import config as configs
 from converters.formats.base import Part, dotted_role, magnitude_axis, suffix
 from converters.formats.schema import check_fields
-from converters.roles import ADDITIVE
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
 from diffpeft.files import config_in
+from diffpeft.methods.layout import PRODUCTS
 
 METADATA = "lora_adapter_metadata"
 # what other formats' keys begin with
@@ -139,7 +139,7 @@ def _of_component(config: Mapping[str, Any], component: str) -> dict[str, Any]:
 
 def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
     entry = configs.turned(entry, {"peft_version": "0.18", **config})
-    if entry.alpha is not None or entry.method not in ("dora", *ADDITIVE):
+    if entry.alpha is not None or entry.method not in PRODUCTS:
         return entry
     name = parted(entry.layer)[1]
     r = configs.ranks_of([entry])[entry.layer]

@@ -21,11 +21,11 @@ from converters.formats.config import ranks_of
 from converters.formats.fields import blocks_of
 from converters.formats.kohya import TRANSFORMER, UNET, Kohya
 from converters.formats.schema import number
-from converters.roles import ADDITIVE, ROLES
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
 from diffpeft.errors import CheckpointError, listed
 from diffpeft.files import parsed
+from diffpeft.methods.layout import PRODUCTS, ROLES
 
 TERMS = 5
 # the families with flat names that have no UNet
@@ -137,7 +137,7 @@ class OneTrainer(Kohya):
 
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         """It writes one for each layer; without one the scale is 1."""
-        added = {e.layer: e for e in entries if e.method in ("dora", *ADDITIVE)}
+        added = {e.layer: e for e in entries if e.method in PRODUCTS}
         ranks = ranks_of(added.values())
         return {
             layer: float(ranks[layer]) if e.alpha is None else e.alpha
