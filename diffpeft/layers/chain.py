@@ -96,7 +96,7 @@ def _low_rank(link: Link, x: Tensor, A: Tensor, B: Tensor, gate: Any, bias: bool
     return link.op.add(y if by is None else link.op.rescaled(y, by, bias), link.op.down(x, A), B, gate)
 
 
-class _Later:
+class Later:
     """A link after another one."""
 
     low_rank = _low_rank
@@ -112,7 +112,7 @@ class _Later:
         return squares(self.weight(), axis)
 
 
-class Added(_Later):
+class Added(Later):
     """Additive adapters side by side: they commute, so each takes its cheapest way, and those of low rank go as one."""
 
     def __init__(self, before: Link, terms: Sequence[tuple[Slot, Part, Given]]):
@@ -248,7 +248,7 @@ def _with_delta(slot: Slot, part: Part, W: Tensor, s: Strength, dtype: torch.dty
     return change.mul_(s).add_(W)  # large weights take longer to find memory for than to compute
 
 
-class Changed(_Later):
+class Changed(Later):
     """An adapter that depends on the weight before it: all its methods in order, as one at strength s."""
 
     def __init__(self, before: Link, slot: Slot, s: Given):
@@ -313,16 +313,16 @@ class Whole:
 
 
 def _linked(base: Base, steps: Sequence[tuple[Slot, Given]]) -> Link:
-    """The links, runs of additive adapters as one."""
+    """The links, runs of additive adapters as one. What is no slot (a patch of the weight) makes its own."""
     link: Link = base
     waiting: list[tuple[Slot, Part, Given]] = []
     for slot, s in steps:
-        if all(part.additive for part in slot.parts):
+        if isinstance(slot, Slot) and all(part.additive for part in slot.parts):
             waiting += [(slot, part, s) for part in slot.parts]
             continue
         if waiting:
             link, waiting = Added(link, waiting), []
-        link = Changed(link, slot, s)
+        link = Changed(link, slot, s) if isinstance(slot, Slot) else slot.link(link, s)
     return Added(link, waiting) if waiting else link
 
 

@@ -81,22 +81,27 @@ def _noting(given: dict[int, Any], key: int) -> Any:
     return look
 
 
-def by_rows(module: Any, base: Any, copies: Any, choice: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Each row of the batch through a module (of the class `base`) as its mix says. Raises ShapeMismatchError or AdapterStateError."""
+def by_rows(
+    module: Any, base: Any, record: Any, run: Callable[..., Any], choice: Any, args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+    """Each row of the batch through a module (of the class `base`) as its mix says. `run(module, base, what acts, args, kwargs)` runs some.
+
+    Raises ShapeMismatchError or AdapterStateError.
+    """
     x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
     rows, batch = len(x), choice.batch or len(x)
     if rows % batch or not rows:
         raise ShapeMismatchError(
             f"{rows} rows do not divide into a batch of {batch}", where=f"a {base.__name__} with adapters"
         )
-    acting = [copies.acting(row) for row in choice.rows]
+    acting = [record.acting(row) for row in choice.rows]
     owner = [acting[(i // (rows // batch * choice.images)) % len(acting)] for i in range(rows)]
     groups = different(owner)
     if len(groups) == 1:
-        return copies.run(module, base, groups[0], args, kwargs)
+        return run(module, base, groups[0], args, kwargs)
     if not _in_order(module, x, batch):
         raise AdapterStateError(
-            f"{copies.where or f'a {base.__name__}'} sees the tokens of a batch of {batch} as {rows} rows in an order of its own, "
+            f"module {shown(record.where)} sees the tokens of a batch of {batch} as {rows} rows in an order of its own, "
             "and cannot tell which of its adapters each is for",
             remedy="Run a batch for each adapter.",
         )
@@ -108,7 +113,7 @@ def by_rows(module: Any, base: Any, copies: Any, choice: Any, args: Any, kwargs:
             return t[at.to(t.device)] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t
 
         given = [some(t) for t in args], {name: some(t) for name, t in kwargs.items()}
-        parts.append((at, copies.run(module, base, own, *given)))
+        parts.append((at, run(module, base, own, *given)))
     return _together(parts, rows, base)
 
 

@@ -7,12 +7,13 @@ A [experts * r, in] goes expert by expert, B [out, r * experts] rank by rank. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.patches import Patch
+from diffpeft.methods import Link
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,19 @@ class Factors(Patch):
     def changed(self, name: str, W: Tensor, s: float) -> Tensor:
         if name != self.stack.name:
             return self.base_layer.changed(name, W, s)
-        A, B = (t.weight.to(W.dtype) for t in (self.lora_A, self.lora_B))
-        A = A.unflatten(0, (self.stack.experts, -1))  # [experts, r, in]
-        B = B.unflatten(1, (-1, self.stack.experts)).permute(2, 0, 1)  # [experts, out, r]
-        left, right = (A.mT, B.mT) if self.stack.turned else (B, A)
+        left, right = self._factors(W.dtype)
         with torch.autocast(W.device.type, enabled=False):  # a parameter keeps its dtype
             return torch.baddbmm(W if W.dim() == 3 else W[None], left, right, alpha=s * self.scale).view(W.shape)
+
+    def after(self, before: Link, x: Tensor, s: Any, bias: bool) -> Tensor:
+        y, op = before(x, bias), cast(Any, before.op)
+        left, right = self._factors(before.dtype)
+        change = op.canonical(self.scale * (left @ right)[0])
+        return y + s * op.op(x, change, False)
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Two matrices for each expert whose product is the change: [experts, out, r] and [experts, r, in], or turned."""
+        A, B = (t.weight.to(dtype) for t in (self.lora_A, self.lora_B))
+        A = A.unflatten(0, (self.stack.experts, -1))
+        B = B.unflatten(1, (-1, self.stack.experts)).permute(2, 0, 1)
+        return (A.mT, B.mT) if self.stack.turned else (B, A)

@@ -426,9 +426,6 @@ def _site(cls: type[nn.Module]) -> type[_Site] | None:
     return next((s for s in SITES if any(map(fits, s.kinds)) or cls.__name__.endswith(s.endings)), None)
 
 
-COPIES = "_diffpeft_copies"  # where a module that is trained whole keeps them (whole.py)
-
-
 def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
     """Why this layer cannot be adapted although its kind can; empty if it can."""
     weight, site = getattr(module, "weight", None), site_of(type(module))
@@ -436,8 +433,6 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
         return f"{type(parent).__name__} reads its weight directly and would not see the adapter"
     if getattr(parent, "__dict__", {}).get("fused_projections") and name.rpartition(".")[2] in {"to_q", "to_k", "to_v"}:
         return "its projections are fused (call unfuse_qkv_projections first)"
-    if COPIES in vars(module):
-        return "an adapter trains a copy of it as a whole (modules_to_save)"
     if "parametrizations" in module._modules:
         return "it is parametrised"
     if isinstance(weight, nn.parameter.UninitializedParameter):

@@ -6,12 +6,14 @@ A head that shares its weight with the table has a row for each token too, and f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from diffpeft.layers.chain import Base
 from diffpeft.layers.patches import Patch, Steps, stand_in
+from diffpeft.methods import Link
 
 
 class Tokens(Patch):
@@ -50,6 +52,15 @@ class Tokens(Patch):
 
     def changed(self, name: str, W: Tensor, s: float) -> Tensor:
         return W.index_copy(0, self.rows, _between(W[self.rows], self.delta.to(W.dtype), s))
+
+    def after(self, before: Link, x: Tensor, s: Any, bias: bool) -> Tensor:
+        y, op = before(x, bias), cast(Any, before.op)
+        if op.geometry.lookup:
+            return _looked_up(op.module, type(op.module), self, s, y, x, op.rest, op.named)
+        W = op.stored(op.weight() if isinstance(before, Base) else before.weight())
+        change = self.delta.to(y.dtype) - W[self.rows].to(y.dtype)
+        by = op.op(x, op.canonical(change), False)
+        return y.index_add(-1, self.rows, by.to(y.dtype) * s)
 
     @classmethod
     def run(cls, module: Any, base: Any, steps: Steps, args: Any, kwargs: Any) -> Any:

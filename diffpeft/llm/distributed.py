@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from diffpeft.errors import UnknownNameError
-from diffpeft.layers.adapted import ADAPTERS, RECORD, escaped, record_of
+from diffpeft.layers.carried import ADAPTERS, RECORD, escaped, record_of
 from diffpeft.layers.slot import Slot
 from diffpeft.llm.prompt import Encoder
 
@@ -33,7 +33,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
     blocks: set[type[nn.Module]] = {Encoder, *_blocks(model)}
     for layer in list(model.modules()):
-        if record_of(layer) is not None:
+        if ADAPTERS in layer._modules and record_of(layer) is not None:
             _follow(layer)
     trained = functools.partial(lambda_auto_wrap_policy, lambda_fn=_trained_leaf)
     whole = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, NonFiniteError, ShapeMismatchError, listed, shown
-from diffpeft.layers.adapted import is_adapted, op_of
+from diffpeft.layers.carried import op_of, record_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, pieces_of
 from diffpeft.methods import Spec
 from diffpeft.model.target import modules_of
@@ -139,7 +139,8 @@ def divided(
         )
         if not same:
             different.append(layer)
-        if layer in slots or is_adapted(module):
+        record = record_of(module)
+        if layer in slots or (record is not None and record.slots):
             under |= {} if same else {layer: above(module, own, slots.get(layer))}
         else:
             copied[layer] = module

@@ -19,14 +19,15 @@ from converters.formats.peft import CONFIG, PREFIX
 from diffpeft import io
 from diffpeft.bundle import Bundle, canonical
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import record_of, state_of, state_with
+from diffpeft.layers.carried import record_of, weights_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.llm.peft_model import PeftModel
 from diffpeft.llm.state import adapter_at, config_of, tensors_in
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-from diffpeft.model.attach import Plan, mixes_of
+from diffpeft.model.attach import mixes_of
+from diffpeft.model.plan import Plan
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import COMPILED, adapted_layers, components, layers_of
 from diffpeft.pipeline.hotswap import replace as put_in_place
@@ -76,7 +77,9 @@ def hotswap_adapter_from_state_dict(
             remedy="The new adapter may be on fewer layers than the one in place, not on others.",
         )
     lasting = all(getattr(config, name) == getattr(old, name) for name in _RANKED)
-    before = Plan([(module, state_of(module)) for module in adapted_layers(base).values()])
+    before = Plan()
+    for module in adapted_layers(base).values():
+        before.carry(module, record_of(module), weights_of(module))
     trained = [slot for slot in slots.values() if any(p.requires_grad for p in slot.parameters())]
     try:
         _make_room(model, base, adapter_name, bundle)
@@ -217,7 +220,7 @@ def _make_room(model: Any, base: nn.Module, name: str, bundle: Bundle) -> None:
             module = base.get_submodule(layer)
             record: Any = record_of(module)
             slots = {**record.slots, name: fresh[component][layer]}
-            plan.layers.append((module, state_with(module, replace(record, slots=slots))))
+            plan.carry(module, replace(record, slots=slots))
         plan.commit()
 
 
@@ -246,7 +249,7 @@ def _pad(base: nn.Module, ranks: Mapping[str, Mapping[str, int]]) -> None:
             roomy[name] = _roomy(slot, rank, layer)
             frozen |= {name} if slot.weight.requires_grad else set()
         if roomy:
-            plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, **roomy}))))
+            plan.carry(module, replace(record, slots={**record.slots, **roomy}))
     plan.commit()
     for name in sorted(frozen):
         warnings.warn(_FROZEN.format(shown(name)), stacklevel=3)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Handle
 from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError, listed, near
-from diffpeft.layers.adapted import base_class, op_of, record_of
+from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
-from diffpeft.model.target import adapted_layers
+from diffpeft.model.target import adapted
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HALVES = (torch.float16, torch.bfloat16)
@@ -114,9 +114,7 @@ def _loras_on_4_bits(model: nn.Module, adapter: str) -> dict[str, tuple[Any, Slo
     """{layer: (4-bit layer, the LoRA on it)}."""
     known: set[str] = set()
     found = {}
-    for name, module in adapted_layers(model).items():
-        record = record_of(module)
-        assert record is not None
+    for name, module, record in adapted(model):
         if base_class(module).__name__ != "Linear4bit":
             continue
         known |= {*record.slots}

@@ -23,12 +23,11 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.io import finite
-from diffpeft.layers.adapted import is_adapted
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.parameters import Factors, Stack
-from diffpeft.layers.patches import Patch, Patches
+from diffpeft.layers.patches import Patch
 from diffpeft.layers.site import held_forwards, refusal
 from diffpeft.layers.tokens import Tokens
-from diffpeft.layers.whole import base_of, copies_of
 from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.peft_config import PeftType
@@ -50,17 +49,18 @@ def patches_of(model: nn.Module, config: Any, layers: Iterable[str] = ()) -> Fou
         if value and config.peft_type != PeftType.LORA:
             raise ConfigError(f"{name} is {shown(value)}", remedy=f"It is for LoRA, not for {config.peft_type}.")
     found = {**(_tokens(model, config, rows) if rows else {})}
-    for where, own in (_factors(model, config, parameters, bool(layers)) if parameters else {}).items():
+    parameters_of = _factors(model, config, parameters, bool(layers)) if parameters else {}
+    for where, own in parameters_of.items():
         if where in found:
             raise ConfigError(
                 f"module {shown(where)} is in trainable_token_indices and target_parameters", remedy="Give it once."
             )
         found[where] = own
     for where, (module, _) in found.items():
-        if where in layers or is_adapted(module):
+        if where in layers and where in parameters_of:
             raise ConfigError(
-                f"module {shown(where)} is a target module too, or another adapter's layer",
-                remedy="Leave it out of target_modules, or of trainable_token_indices and target_parameters.",
+                f"module {shown(where)} is in target_modules and in target_parameters, which have the same keys in a file",
+                remedy="Leave it out of one of them.",
             )
         if why := _refusal(module, where):
             raise AdapterStateError(f"module {shown(where)} cannot be adapted: {why}", remedy="Leave it out.")
@@ -69,8 +69,6 @@ def patches_of(model: nn.Module, config: Any, layers: Iterable[str] = ()) -> Fou
 
 def _refusal(module: nn.Module, where: str) -> str:
     """Why a module's parameters cannot be changed; empty if they can."""
-    if isinstance(copies_of(module), Patches):
-        return ""
     if isinstance(module, (nn.Embedding, nn.Linear)):
         return refusal(module, None, where)
     if "forward" in vars(module) and not held_forwards(module):
@@ -132,7 +130,7 @@ def _named(model: nn.Module, name: str) -> dict[str, Any]:
     for where, module in found.items():
         if not isinstance(module, (nn.Embedding, nn.Linear)) or not _weight(module).is_floating_point():
             raise ConfigError(
-                f"trainable_token_indices names {shown(where)}, a {base_of(module).__name__}",
+                f"trainable_token_indices names {shown(where)}, a {base_class(module).__name__}",
                 remedy="Rows of embeddings are trained, and of heads that share their weight.",
             )
     return found

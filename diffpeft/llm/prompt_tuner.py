@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
-from diffpeft.layers.whole import copied, copies_of
+from diffpeft.layers.carried import record_of
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompts import PROMPTS, Prompts
 from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
 from diffpeft.llm.tuner import known, named, trainable
-from diffpeft.model.attach import Plan, copy_wholes
+from diffpeft.model.attach import copy_wholes
 from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
-from diffpeft.model.target import modules_of
+from diffpeft.model.plan import Plan
+from diffpeft.model.target import adapted
 
 PREFIX = "base_model."  # of whole modules in PEFT's files of prompts
 
@@ -30,7 +31,7 @@ class PromptTuner(Prompts):
     def __init__(self, model: nn.Module, task_type: Any):
         super().__init__(model, task_type)
         self.peft_config: dict[str, Any] = {}
-        self.mix = Mix("")
+        self.mix = Mix("", apart=True)
 
     @property
     def inner(self) -> nn.Module:
@@ -55,9 +56,11 @@ class PromptTuner(Prompts):
         try:
             wholes = wholes_of(self.base_model, config)
             adapters = {**self.mix.adapters, name: Adapter(name, (), modules=tuple(wholes))}
+            layers = tuple(dict.fromkeys((*self.mix.layers, *wholes)))
             given = {name: 1.0} if active else dict(self.mix.choice.given)
-            plan = Plan(mixes=[(self.mix, {"adapters": adapters, "choice": choose("", (), adapters, given)})])
-            copy_wholes(plan, name, wholes)
+            plan = Plan()
+            plan.set(self.mix, layers=layers, adapters=adapters, choice=choose("", layers, adapters, given))
+            copy_wholes(plan, self.mix, name, wholes)
             plan.commit()
         except BaseException:
             self.delete(name)
@@ -87,13 +90,13 @@ class PromptTuner(Prompts):
         """Remove an adapter. If it was active, the first that is left becomes so."""
         known([adapter_name], self.peft_config)
         plan = Plan()
-        for module, _ in modules_of(self.base_model, copied).values():
-            if copies := copies_of(module):
-                plan.wholes.append((module, copies.without({adapter_name})))
+        for _, module, record in adapted(self.base_model):
+            if record.mix is self.mix and adapter_name in record.names:
+                plan.carry(module, record.without({adapter_name}))
         left = {n: a for n, a in self.mix.adapters.items() if n != adapter_name}
         order = [n for n in self.mix.choice.order if n != adapter_name] or list(left)[:1]
-        choice = choose("", (), left, dict.fromkeys(order, 1.0))
-        plan.mixes.append((self.mix, {"adapters": left, "choice": choice}))
+        choice = choose("", self.mix.layers, left, dict.fromkeys(order, 1.0))
+        plan.set(self.mix, adapters=left, choice=choice)
         plan.commit()
         self.delete(adapter_name)
         del self.peft_config[adapter_name]
@@ -147,9 +150,9 @@ class PromptTuner(Prompts):
             check_whole(where, modules[where], found)
         used |= set(self.load_state(name, self.peft_config[name], tensors))
         for where, found in wholes.items():
-            copies = copies_of(modules[where])
-            if copies is not None:
-                copies.modules[name].load_state_dict(found)
+            record = record_of(modules[where])
+            if record is not None:
+                record.copies[name].module.load_state_dict(found)
         return Incompatible([], [key for key in tensors if key not in used], [])
 
     def _check_shapes(self, config: Any, folder: Opened) -> None:

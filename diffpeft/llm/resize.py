@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, shown
-from diffpeft.layers.adapted import op_of, record_of, state_with
-from diffpeft.layers.patches import Patches
+from diffpeft.layers.carried import op_of, record_of
 from diffpeft.layers.slot import BIAS, Part, Slot
 from diffpeft.layers.swap import SIZES, resizing
 from diffpeft.layers.tokens import Tokens
-from diffpeft.layers.whole import Copies, copies_of
 from diffpeft.llm.embeddings import WHOLE, embedding_layers
 from diffpeft.methods import Spec
 from diffpeft.methods.lora import Lora
-from diffpeft.model.attach import Plan, mixes_of
+from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, claim, forced
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import modules_of
 
 # {role: the axis that counts tokens} on a table, and on a head
@@ -52,11 +51,11 @@ def resize(model: Any, resized: Callable[[], Any], total: int | None = None) -> 
     plan = Plan()
     shared: Shared = {}
     for module in layers.values():
-        for copy in _copies(module):
-            _fit_copy(copy, module, shared)
         if (record := record_of(module)) is not None:
+            for copy in record.copies.values():
+                _fit_copy(copy.module, module, shared)
             slots = {name: _fitted(slot, module, shared) for name, slot in record.slots.items()}
-            plan.layers.append((module, state_with(module, replace(record, slots=slots))))
+            plan.carry(module, replace(record, slots=slots))
     plan.commit()
     return found
 
@@ -87,21 +86,22 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 def _check(where: str, module: Any, total: int | None) -> None:
     """Raise AdapterStateError for an adapter that cannot get other rows."""
-    record, copies = record_of(module), copies_of(module)
-    axes = _axes(module)
-    for name, slot in record.slots.items() if record else ():
+    record, axes = record_of(module), _axes(module)
+    if record is None:
+        return
+    for name, slot in record.slots.items():
         fits = all(p.method is Lora or set(p.roles) == {WHOLE} for p in slot.parts) and slot.source is None
         if not fits or set(slot.tensors) - {*axes, *_FIXED}:
             raise AdapterStateError(
                 f"adapter {shown(name)} is a {'+'.join(slot.methods)} on {shown(where)}, which cannot get other rows",
                 remedy="Call resize_token_embeddings before the adapter is made.",
             )
-    if isinstance(copies, Patches) and not all(isinstance(patch, Tokens) for patch in copies.modules.values()):
+    if not all(isinstance(patch, Tokens) for patch in record.patches.values()):
         raise AdapterStateError(
             f"an adapter changes the parameters of {shown(where)}",
             remedy="Call resize_token_embeddings before the adapter is made.",
         )
-    for name, patch in copies.modules.items() if isinstance(copies, Patches) else ():
+    for name, patch in record.patches.items():
         last = int(patch.rows.max())  # type: ignore[operator]
         if total is not None and last >= total:
             raise AdapterStateError(
@@ -112,12 +112,6 @@ def _check(where: str, module: Any, total: int | None) -> None:
 
 def _axes(module: Any) -> dict[str, int]:
     return _AXES[isinstance(module, nn.Embedding)]
-
-
-def _copies(module: nn.Module) -> Iterator[Any]:
-    copies = copies_of(module)
-    if type(copies) is Copies:
-        yield from copies.modules.values()
 
 
 def _fit_copy(copy: Any, module: Any, shared: Shared) -> None:
@@ -172,6 +166,6 @@ def refuse_replaced(model: Any, head: Any) -> None:
 def head_of(model: Any) -> Any:
     """Where a model has its head, if adapters are on that."""
     own = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if own is None or (record_of(own) is None and copies_of(own) is None):
+    if own is None or record_of(own) is None:
         return None
     return next(((m._modules, n, own) for m in model.modules() for n, c in m._modules.items() if c is own), None)

@@ -41,20 +41,20 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.files import config_in
-from diffpeft.layers.adapted import ADAPTERS, escaped
+from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped, record_of
 from diffpeft.layers.slot import BIAS, Slot
-from diffpeft.layers.whole import CONTAINER, bare, copied, copies_of
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
 from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-from diffpeft.model.attach import Plan, copy_wholes, install, mixes_of, put_patches, refuse_duplicate
+from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
+from diffpeft.model.plan import Plan
 from diffpeft.model.state import entries_of, slots_in
-from diffpeft.model.target import layers_of, modules_of
+from diffpeft.model.target import adapted, layers_of, modules_of
 from diffpeft.pipeline.match import matched
 
 Write = tuple[nn.Module, str, Tensor, Any]  # an adapter's module, a name in it, numbers, the weight that it is for
@@ -140,11 +140,10 @@ def whole_tensors(
 ) -> dict[str, Tensor]:
     """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
     found: dict[str, Tensor] = {}
-    for where, (module, _) in modules_of(model, copied).items():
-        copies = copies_of(module)
-        if copies is not None and name in copies.modules and name not in copies.hidden:
-            at = f"{where}.{CONTAINER}.{escaped(name)}."
-            for key, tensor in copies.modules[name].state_dict().items():
+    for where, _, record in adapted(model):
+        for own in record.modules(name, hidden=False):
+            at = f"{where}.{COPIES}.{escaped(name)}."
+            for key, tensor in {} if isinstance(own, Slot) else own.state_dict().items():
                 found[f"{prefix}{where}.{key}"] = (given or {}).get(at + key, tensor).detach()
     return found
 
@@ -319,12 +318,12 @@ def put(
     plan = Plan()
     everywhere = (*modules, *patches, *copied_)
     adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
-    install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
-    for where, fresh in copy_wholes(plan, name, modules, ties=tying.ties_of(model, config, modules)).items():
+    mix = install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
+    for where, fresh in copy_wholes(plan, mix, name, modules, ties=tying.ties_of(model, config, modules)).items():
         fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
-    tables.fill(copy_wholes(plan, name, copied_, still=True), found.embeddings)
-    put_patches(plan, name, patches)
-    plan.roots.append((model, plan.mixes[-1][0]))
+    tables.fill(copy_wholes(plan, mix, name, copied_, still=True), found.embeddings)
+    put_patches(plan, mix, name, patches)
+    plan.root(model, mix)
     plan.commit()
 
 
@@ -367,9 +366,9 @@ def _overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, T
             writes.append((slots[layer], role, new, model.get_submodule(layer).weight))
     for where, own in {**found.wholes, **found.patches}.items():
         module = model.get_submodule(where)
-        held: Any = copies_of(module)
+        held = _beside(module, name)
         like = next(iter(module._parameters.values()), None)
-        writes += [(held.modules[name], key, tensor, like) for key, tensor in own.items()]
+        writes += [(held, key, tensor, like) for key, tensor in own.items()]
     plan = Plan()
     writes += _plan_embeddings(plan, model, name, found.embeddings, slots)
     plan.commit()
@@ -385,8 +384,7 @@ def _plan_embeddings(
     writes: list[Write] = []
     fresh: dict[str, Mapping[str, Tensor]] = {}
     for where, own in found.items():
-        copies = copies_of(model.get_submodule(where))
-        held = copies.modules.get(name) if copies else None
+        held = _beside(model.get_submodule(where), name)
         if held is not None:
             writes += [(held, key, tensor, tensor) for key, tensor in own.items()]
         elif where in slots and tables.WHOLE in slots[where].tensors:
@@ -403,8 +401,14 @@ def _plan_embeddings(
     layers = tuple(dict.fromkeys((*old.layers, *under)))
     adapter = replace(old, layers=layers, modules=everywhere)
     install(plan, "", places, under, mix, adapter, None)
-    tables.fill(copy_wholes(plan, name, copied_, still=True), fresh)
+    tables.fill(copy_wholes(plan, mix, name, copied_, still=True), fresh)
     return writes
+
+
+def _beside(module: nn.Module, name: str) -> Any:
+    """The copy or the patch that an adapter has of a module, None if there is none."""
+    record = record_of(module)
+    return next((own for own in record.modules(name) if not isinstance(own, Slot)), None) if record else None
 
 
 def config_of(model: nn.Module, name: str) -> Any:

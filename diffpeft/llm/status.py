@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from diffpeft.errors import ConfigError
-from diffpeft.layers.adapted import record_of
+from diffpeft.layers.carried import Record
 from diffpeft.layers.site import site_of
-from diffpeft.layers.whole import copies_of
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import adapted
 
 IRREGULAR = "irregular"
 
@@ -91,31 +90,29 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
     tuner = getattr(model, "base_model", None) if isinstance(model, Counted) else None
     root: nn.Module = model if tuner is None else tuner
     off = getattr(tuner, "_off", None)
-    found = modules_of(root, lambda m: record_of(m) is not None or copies_of(m) is not None)
+    found = adapted(root)
     if not found:
         raise ConfigError(
             "No adapter layers found in the model", remedy="Use get_peft_model or inject_adapter_in_model."
         )
-    return [_status(name, module, off) for name, (module, _) in found.items()]
+    return [_status(name, module, record, off) for name, module, record in found]
 
 
-def _status(name: str, module: Any, off: Any) -> TunerLayerStatus:
-    record, copies = record_of(module), copies_of(module)
-    held: Any = record.slots if record is not None else copies.modules  # type: ignore[union-attr]
-    mix = (record or copies).mix  # type: ignore[union-attr]
-    site = site_of(type(module)) if record is not None else None
+def _status(name: str, module: Any, record: Record, off: Any) -> TunerLayerStatus:
+    held = {n: [p for own in record.modules(n) for p in own.parameters()] for n in record.names}
+    mix, site = record.mix, site_of(type(module)) if record.slots else None
     order = off if off is not None else mix.choice.order
     # a module that is trained whole is not merged before the others are for good
-    inside = record.fused if record is not None else copies.fused or held  # type: ignore[union-attr]
+    inside = record.fused | record.copies.keys()
     return TunerLayerStatus(
         name=name,
         module_type=type(module).__name__,
         enabled=off is None,
         active_adapters=[n for n in order if n in held],
         merged_adapters=[n for n in mix.fused if n in inside],
-        requires_grad={n: _common(p.requires_grad for p in own.parameters()) for n, own in held.items()},
+        requires_grad={n: _common(p.requires_grad for p in own) for n, own in held.items()},
         available_adapters=sorted(held),
-        devices={n: sorted({p.device.type for p in own.parameters()}) for n, own in held.items()},
+        devices={n: sorted({p.device.type for p in own}) for n, own in held.items()},
         quantization_backend=_backend(module) if site is not None and site.quantised else None,
     )
 

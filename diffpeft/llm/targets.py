@@ -11,7 +11,7 @@ from torch import nn
 
 from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
-from diffpeft.layers.adapted import base_class
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import refusal, site_of
 from diffpeft.llm import renames
 from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType

@@ -14,9 +14,7 @@ from converters.formats.peft import CONFIG, PREFIX
 from converters.opening import Opened
 from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
-from diffpeft.layers.adapted import is_adapted, record_of
 from diffpeft.layers.slot import Slot
-from diffpeft.layers.whole import copied, copies_of
 from diffpeft.llm import adalora
 from diffpeft.llm.dtypes import AUTOCAST, PLAIN, Precision
 from diffpeft.llm.kbit import forget_quantization
@@ -34,7 +32,7 @@ from diffpeft.model.lock import exclusive
 from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import Choice, check_name, claim, forced
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import adapted
 from diffpeft.pipeline.adapters import adapters, set_adapters
 
 BASE = "__base__"  # in a mixed batch: no adapter
@@ -96,21 +94,18 @@ def base_of(model: nn.Module) -> list[nn.Parameter]:
 
 def trainable(model: nn.Module, flags: Mapping[str, bool]) -> None:
     """Whether the tensors of these adapters get gradients, whole modules among them."""
-    for module, _ in modules_of(model, lambda m: is_adapted(m) or copied(m)).values():
-        record, copies = record_of(module), copies_of(module)
-        held = [*(record.slots.items() if record else ()), *(copies.modules.items() if copies else ())]
-        for name, own in held:
-            if name in flags and not (copies and name in copies.still):
-                own.requires_grad_(flags[name])
+    for _, _, record in adapted(model):
+        for name in record.names:
+            if name in flags and not (name in record.copies and record.copies[name].still):
+                for own in record.modules(name):
+                    own.requires_grad_(flags[name])
 
 
 def refuse_clashing(model: nn.Module, names: Sequence[str]) -> None:
     """Raise AdapterStateError if two of these adapters train the same module whole, or the same rows of an embedding."""
-    for where, (module, _) in modules_of(model, copied).items():
-        copies = copies_of(module)
-        own = [name for name in names if copies is not None and name in copies.modules]
-        for one, other in itertools.combinations(own, 2):
-            if copies is not None and copies.clashing(one, other):
+    for where, _, record in adapted(model):
+        for one, other in itertools.combinations([name for name in names if name in record.names], 2):
+            if record.clashing(one, other):
                 raise AdapterStateError(
                     f"Only one adapter can be set at a time for {shown(where)}, got {one} and {other}: each has values of its own there",
                     remedy="Activate one of them.",
@@ -307,7 +302,7 @@ class Tuner(nn.Module):
         with exclusive({"": self.model}):
             plan, report = plan_merged({"": self.model}, names, dequantize=dequantize)
             loosen(plan, self.model)
-            plan.settings += [(self, "peft_config", {}), (self, "_head", None), (self, "last_merge_report", report)]
+            plan.set(self, peft_config={}, _head=None, last_merge_report=report)
             plan.commit()
         if dequantize:
             forget_quantization(self.model)

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from diffpeft.errors import CheckpointError, ConfigError, listed, shown
-from diffpeft.layers.adapted import op_of
+from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.methods import Spec
 from diffpeft.methods.peft_config import PeftType
-from diffpeft.model.attach import Plan
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import modules_of
 from diffpeft.model.tied import same_product
 
@@ -128,7 +128,7 @@ def loosen(plan: Plan, model: nn.Module) -> None:
     Where some declared ties remain, or the config's class does not let the field be False (T5), it stays True: transformers leaves weights alone that
     a file holds apart.
     """
-    later = {(id(table), name): new for table, name, new in plan.held}
+    later = plan.entries
     for prefix, module in model.named_modules():
         ties = list(_declared(module))
         broken = [
@@ -146,7 +146,7 @@ def loosen(plan: Plan, model: nn.Module) -> None:
             stacklevel=4,
         )
         if whole:
-            plan.settings.append((config, FIELD, False))
+            plan.set(config, **{FIELD: False})
     _forget(plan, model, later)
 
 
@@ -199,7 +199,7 @@ def _forget(plan: Plan, model: nn.Module, later: Any) -> None:
         if isinstance(known, dict):
             tied = {t: s for t, s in known.items() if _still(module, t, s, later)}
             if len(tied) < len(known):
-                plan.settings.append((module, "all_tied_weights_keys", tied))
+                plan.set(module, all_tied_weights_keys=tied)
 
 
 def _still(module: nn.Module, target: str, source: str, later: Any) -> bool:

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
-from diffpeft.layers.adapted import op_of, record_of, state_with
+from diffpeft.layers.carried import Copy, Record, bare, bare_copy, op_of, record_of
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
-from diffpeft.layers.whole import Copies, bare, bare_copy, copies_of
 from diffpeft.llm.state import saved
 from diffpeft.llm.targets import excludes, matches
 from diffpeft.methods import IA3Config, LoraConfig
@@ -35,11 +34,12 @@ from diffpeft.methods.ia3 import FACTORS
 from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.merging import HOW, merged
-from diffpeft.model.attach import Plan, attach_to, method_of, mixes_of, take_off
+from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
 from diffpeft.model.combine import combine
 from diffpeft.model.mix import check_name
+from diffpeft.model.plan import Plan
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import adapted_layers, modules_of
+from diffpeft.model.target import adapted, adapted_layers, modules_of
 
 # PEFT's types: (what is put together, how)
 TYPES: dict[str, tuple[str, str]] = {
@@ -145,8 +145,8 @@ def _checked(
         raise ConfigError(f"weights is {shown(numbers)}", remedy="A weight is a finite number.")
     shared = [
         where
-        for where, (module, _) in modules_of(model, lambda m: copies_of(m) is not None).items()
-        if (copies := copies_of(module)) and _clash(copies, [name for name in adapters if name in copies.modules])
+        for where, _, record in adapted(model)
+        if _clash(record, [name for name in adapters if name in record.names])
     ]
     if shared:
         raise ConfigError(
@@ -157,8 +157,8 @@ def _checked(
     return numbers
 
 
-def _clash(copies: Copies, names: Sequence[str]) -> bool:
-    return any(copies.clashing(one, other) for one, other in itertools.combinations(dict.fromkeys(names), 2))
+def _clash(record: Record, names: Sequence[str]) -> bool:
+    return any(record.clashing(one, other) for one, other in itertools.combinations(dict.fromkeys(names), 2))
 
 
 def _recipe(own: Sequence[Any], kind: str, svd_rank: int | None, density: float | None, majority_sign: str) -> Recipe:
@@ -378,14 +378,14 @@ def _described(model: nn.Module, own: Sequence[Any], weights: Mapping[str, float
     config = _changed(config, **_targets(model, config, own, ranks))
     plan, (mix,) = Plan(), mixes_of({"": model}).values()
     adapter = replace(mix.adapters[name], metadata={CONFIG: config.to_json()}, modules=tuple(wholes))
-    plan.mixes.append((mix, {"adapters": {**mix.adapters, name: adapter}}))
+    plan.set(mix, adapters={**mix.adapters, name: adapter})
     for layer, module in _layers(model, [name]).items():
         record: Any = record_of(module)
-        plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]}))))
+        plan.carry(module, replace(record, slots={**record.slots, name: slots[layer]}))
     for module, merged_ in wholes.values():
-        old: Any = copies_of(module)
-        still = old.still | ({name} if old.still & weights.keys() else frozenset())
-        plan.wholes.append((module, replace(old, modules={**old.modules, name: merged_}, still=still)))
+        old: Any = plan.record_of(module)
+        still = any(old.copies[adapter].still for adapter in weights.keys() & old.copies.keys())
+        plan.carry(module, replace(old, copies={**old.copies, name: Copy(merged_, still)}))
     return config, plan
 
 
@@ -414,12 +414,11 @@ def _with_bias(slot: Slot) -> Slot:
 def _wholes(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[nn.Module, nn.Module]]:
     """{name: (module, W + w (W_i - W))} of the modules of which one of the adapters has a copy W_i; W_i itself where that came with its file."""
     found = {}
-    for where, (module, _) in modules_of(model, lambda m: copies_of(m) is not None).items():
-        own: Any = copies_of(module)
-        for adapter in weights.keys() & own.modules.keys():
-            merged_ = bare_copy(own.modules[adapter]).requires_grad_(False)
+    for where, module, record in adapted(model):
+        for adapter in weights.keys() & record.copies.keys():
+            merged_ = bare_copy(record.copies[adapter].module).requires_grad_(False)
             for p, base in zip(merged_.parameters(), bare(module).parameters(), strict=True):
-                p.data = p if adapter in own.still else base.detach().to(p).lerp(p, weights[adapter])
+                p.data = p if record.copies[adapter].still else base.detach().to(p).lerp(p, weights[adapter])
             found[where] = module, merged_
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,28 +13,18 @@ import torch.nn as nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import (
-    Record,
-    State,
-    enter,
-    is_adapted,
-    op_of,
-    record_of,
-    state_of,
-    state_with,
-)
-from diffpeft.layers.patches import Patch, Patches
-from diffpeft.layers.site import COPIES, device_of, present, reapply_offloading, refusal
+from diffpeft.layers.carried import ADAPTERS, COPIES, Copy, Record, bare_copy, base_class, is_adapted, op_of
+from diffpeft.layers.patches import Patch
+from diffpeft.layers.site import device_of, present, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
-from diffpeft.layers.whole import Copies, Put, bare_copy, copied, copies_of, place
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
-from diffpeft.model.root import settle
-from diffpeft.model.target import COMPILED, adapted_layers, components, is_preset, layers_of, modules_of, select
+from diffpeft.model.plan import Plan
+from diffpeft.model.target import adapted, components, is_preset, layers_of, select
 from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
@@ -50,103 +40,30 @@ class AttachReport:
     bytes: int
 
 
-@dataclass
-class Plan:
-    """Prepared writes. Everything that can fail has happened before `commit`."""
-
-    layers: list[tuple[nn.Module, State]] = field(default_factory=list)
-    mixes: list[tuple[Mix, dict[str, Any]]] = field(default_factory=list)
-    roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
-    wholes: list[tuple[nn.Module, Copies | None]] = field(
-        default_factory=list
-    )  # modules with copies of themselves, or patches
-    tensors: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # parameters that get other numbers
-    held: list[tuple[dict[str, Any], str, Any]] = field(
-        default_factory=list
-    )  # (a module's table of modules or parameters, a name in it, the new one)
-    settings: list[tuple[Any, str, Any]] = field(default_factory=list)  # (an object beside the model, attribute, value)
-
-    def put(self, puts: Iterable[Put]) -> None:
-        """Add writes to modules' tables: numbers for the parameter that is there, or another parameter."""
-        for table, name, new in puts:
-            if isinstance(new, nn.Parameter):
-                self.held.append((table, name, new))
-            else:
-                self.tensors.append((table[name], new))
-
-    def commit(self) -> None:
-        """Make the writes; if one is interrupted, undo those made."""
-        before = [(module, state_of(module)) for module, _ in self.layers]
-        attributes = [(mix, {name: getattr(mix, name) for name in new}) for mix, new in self.mixes]
-        copies = [(module, copies_of(module)) for module, _ in self.wholes]
-        numbers = [(tensor, tensor.data) for tensor, _ in self.tensors]
-        held = [(table, name, table[name]) for table, name, _ in self.held]
-        settings = [(thing, name, getattr(thing, name)) for thing, name, _ in self.settings]
-        try:
-            for table, name, new_one in self.held:
-                table[name] = new_one
-            for mix, new in self.mixes:
-                mix.__dict__.update(new)
-            for module, state in self.layers:
-                enter(module, state)
-            for module, own in self.wholes:
-                place(module, own)
-            for tensor, new_numbers in self.tensors:
-                tensor.data = new_numbers
-            for thing, name, value in self.settings:
-                setattr(thing, name, value)
-            self._finish()
-        except BaseException:
-            for module, state in before:
-                enter(module, state)
-            for module, old_copies in copies:
-                place(module, old_copies)
-            for tensor, old_numbers in reversed(numbers):
-                tensor.data = old_numbers
-            for table, name, old_one in held:
-                table[name] = old_one
-            for thing, name, value in settings:
-                setattr(thing, name, value)
-            for mix, old in attributes:
-                mix.__dict__.update(old)
-            self._finish()
-            raise
-
-    def _finish(self) -> None:
-        """Let the models, and who offloads them, know what is on their layers now."""
-        changed = [module for module, _ in (*self.layers, *self.wholes)]
-        for model, mix in self.roots:
-            settle(model, mix)
-            if changed:
-                reapply_offloading(getattr(model, COMPILED, model), changed)
+Walk = Sequence[tuple[str, nn.Module, Record]]  # as `target.adapted` gives it
 
 
-def mix_of(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Mix | None:
+def mix_of(model: nn.Module, walk: Walk | None = None) -> Mix | None:
     """The Mix that the layers of a component share, if it has adapters. Raises AdapterStateError if `model` is not what was adapted, but a part or more.
 
-    `adapted` are its adapted layers, where the caller has looked already.
+    `walk` is what carries something in it, where the caller has looked already.
     """
     mix = None
-    for layer, module in (adapted_layers(model) if adapted is None else adapted).items():
-        record = record_of(module)
-        assert record is not None
+    for name, _, record in adapted(model) if walk is None else walk:
+        if record.mix.apart:
+            continue
         mix = record.mix
-        if mix.layers[record.index] != layer:
+        if record.where != name:
             raise AdapterStateError(
-                f"layer {shown(layer)} was adapted as {shown(mix.layers[record.index])}, as part of another module",
+                f"layer {shown(name)} was adapted as {shown(record.where)}, as part of another module",
                 remedy="Pass the module that was adapted.",
             )
-    if mix is not None:
-        return mix
-    found = [own for module, _ in modules_of(model, copied).values() if isinstance(own := copies_of(module), Patches)]
-    return found[0].mix if found else None
+    return mix
 
 
-def mixes_of(
-    parts: Mapping[str, nn.Module], adapted: Mapping[str, Mapping[str, nn.Module]] | None = None
-) -> dict[str, Mix]:
-    """{component: Mix} of the components that have adapters; `adapted` as in `mix_of`."""
-    found = {component: mix_of(model, (adapted or {}).get(component)) for component, model in parts.items()}
+def mixes_of(parts: Mapping[str, nn.Module], walks: Mapping[str, Walk] | None = None) -> dict[str, Mix]:
+    """{component: Mix} of the components that have adapters; `walks` as in `mix_of`."""
+    found = {component: mix_of(model, (walks or {}).get(component)) for component, model in parts.items()}
     return {component: mix for component, mix in found.items() if mix}
 
 
@@ -283,12 +200,12 @@ def attach_to(
     if not dry_run:
         plan = Plan()
         for component, found in slots.items():
-            if found or patches:
+            if found or wholes or patches:
                 own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
-                install(plan, component, chosen[component], found, mixes.get(component), own, strength)
-                copy_wholes(plan, name, wholes, ties=ties)
-                put_patches(plan, name, patches)
-                plan.roots.append((parts[component], plan.mixes[-1][0]))
+                mix = install(plan, component, chosen[component], found, mixes.get(component), own, strength)
+                copy_wholes(plan, mix, name, wholes, ties=ties)
+                put_patches(plan, mix, name, patches)
+                plan.root(parts[component], mix)
         plan.commit()
     tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
     tensors += dict.fromkeys(p for _, patch in patches.values() for p in patch.parameters())
@@ -300,6 +217,7 @@ def attach_to(
 
 def copy_wholes(
     plan: Plan,
+    mix: Mix,
     name: str,
     wholes: Mapping[str, nn.Module],
     *,
@@ -308,45 +226,56 @@ def copy_wholes(
 ) -> dict[str, nn.Module]:
     """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
-    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module that has adapters.
+    `ties` {module: another} are those whose copies share a weight. Raises AdapterStateError for a module with layers inside that have adapters.
     """
     made: dict[str, nn.Module] = {}
     for where, module in wholes.items():
-        if any(is_adapted(m) or isinstance(copies_of(m), Patches) for m in module.modules()):
+        ours = _within(module)
+        if any(plan.record_of(m) for m in module.modules() if m is not module and m not in ours):
             raise AdapterStateError(
-                f"module {shown(where)} has adapters, and cannot be trained whole beside them",
+                f"module {shown(where)} holds layers with adapters, and cannot be trained whole beside them",
                 remedy="Leave it out of modules_to_save, or unload the other adapters.",
             )
-        old, mix = copies_of(module), plan.mixes[-1][0]
         made[where] = bare_copy(module).requires_grad_(not still)
-        own = old or Copies(mix, {})
-        frozen = own.still | ({name} if still else frozenset())
-        plan.wholes.append((module, replace(own, modules={**own.modules, name: made[where]}, still=frozen)))
+        record = _record(plan, mix, where, module)
+        plan.carry(module, replace(record, copies={**record.copies, name: Copy(made[where], still)}))
     for where, other in ties.items():
         made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
 
 
-def put_patches(plan: Plan, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
+def _within(module: nn.Module) -> set[nn.Module]:
+    """What lies in the slots, copies and patches of a module."""
+    held = (module._modules.get(name) for name in (ADAPTERS, COPIES)) if is_adapted(module) else ()
+    return {inner for container in held if container is not None for inner in container.modules()}
+
+
+def _record(plan: Plan, mix: Mix, where: str, module: nn.Module) -> Record:
+    """What a module will carry, of `mix`; an empty record if nothing yet."""
+    record = plan.record_of(module)
+    if record is not None:
+        return record
+    index = plan.view(mix).layers.index(where)
+    return Record(mix, torch.tensor([index], device="cpu"), index)
+
+
+def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
     """Plan to give modules a patch each, for the adapter that is installed already. Two that hold one parameter may have the same patch (tied weights).
 
-    Raises AdapterStateError for a module that something else of ours is on.
+    Raises AdapterStateError for a module that has something else of an adapter, and is no layer.
     """
-    mix, new = plan.mixes[-1]
-    taken = [module for module, *_ in (*plan.layers, *plan.wholes)]
     seen: set[int] = set()
     for where, (module, patch) in patches.items():
-        old = copies_of(module)
-        other = old is not None and {*map(type, old.modules.values())} != {type(patch)}
-        inside = [m for m in module.modules() if m is not module]
-        if other or is_adapted(module) or any(map(copied, inside)) or any(m is module for m in taken):
+        record = _record(plan, mix, where, module)
+        beside = {type(own) for own in (*record.slots.values(), *record.patches.values())} - {type(patch)}
+        inside = [r for m in module.modules() if m is not module and (r := plan.record_of(m))]
+        if (beside and site_of(base_class(module)) is None) or any(r.copies or r.patches for r in inside):
             raise AdapterStateError(
                 f"module {shown(where)} has adapters, and its parameters cannot be changed beside them",
                 remedy="Leave it out of target_modules and modules_to_save, or unload the other adapters.",
             )
-        own = old or Patches(mix, {}, index=new["layers"].index(where))
-        hidden = own.hidden | ({name} if id(patch) in seen else frozenset())
-        plan.wholes.append((module, replace(own, modules={**own.modules, name: patch}, hidden=hidden)))
+        hidden = record.hidden | ({name} if id(patch) in seen else frozenset())
+        plan.carry(module, replace(record, patches={**record.patches, name: patch}, hidden=hidden))
         seen.add(id(patch))
 
 
@@ -439,27 +368,23 @@ def install(
     mix: Mix | None,
     adapter: Adapter,
     strength: Strength | None,
-) -> None:
-    """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active, or inactive if it is None."""
+) -> Mix:
+    """Plan to give `modules` these slots as `adapter`, active at `strength` after those already active, or inactive if it is None; the component's mix."""
     mix = mix or Mix(component)
-    layers = tuple(dict.fromkeys((*mix.layers, *slots, *adapter.modules)))
+    before = plan.view(mix)
+    layers = tuple(dict.fromkeys((*before.layers, *slots, *adapter.modules)))
     column = {layer: i for i, layer in enumerate(layers)}
-    adapters = {**mix.adapters, adapter.name: adapter}
+    adapters = {**before.adapters, adapter.name: adapter}
     added: Given = {} if strength is None else {adapter.name: strength}
-    choice = mix.changed(layers, adapters, lambda given: {**given, **added})
-    plan.mixes.append((mix, {"layers": layers, "adapters": adapters, "choice": choice}))
+    choice = before.changed(layers, adapters, lambda given: {**given, **added})
+    plan.set(mix, layers=layers, adapters=adapters, choice=choice)
     columns = torch.arange(len(layers), device="cpu").split(1)
     for layer, slot in slots.items():
         module, index = modules[layer], column[layer]
-        if COPIES in module.__dict__:
-            raise AdapterStateError(
-                f"layer {shown(layer)}: an adapter changes its parameters, or trains it whole",
-                remedy="Leave it out, or unload that adapter.",
-            )
-        old = record_of(module)
-        slots_ = {**(old.slots if old else {}), adapter.name: slot}
-        record = replace(old, slots=slots_) if old else Record(mix, columns[index].clone(), index, slots_)
-        plan.layers.append((module, state_with(module, record)))
+        old = plan.record_of(module)
+        held = {**(old.slots if old else {}), adapter.name: slot}
+        plan.carry(module, replace(old, slots=held) if old else Record(mix, columns[index].clone(), index, held))
+    return mix
 
 
 def detach(target: Any, name: str) -> None:
@@ -470,54 +395,42 @@ def detach(target: Any, name: str) -> None:
 def take_off(parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
     """Remove adapters, or all of them. Raises UnknownNameError for a name that no component has."""
     with exclusive(parts):
-        adapted = {component: adapted_layers(model) for component, model in parts.items()}
-        mixes = mixes_of(parts, adapted)
-        known = {n for mix in mixes.values() for n in mix.adapters}
-        for name in sorted((names or set()) - known):
-            raise UnknownNameError.of("adapter", name, known)
         plan = Plan()
-        remove(plan, parts, mixes, adapted, known if names is None else names)
+        plan_taken_off(plan, parts, names)
         plan.commit()
 
 
-def remove(
-    plan: Plan,
-    parts: Mapping[str, nn.Module],
-    mixes: Mapping[str, Mix],
-    adapted: Mapping[str, Mapping[str, nn.Module]],
-    names: set[str],
-) -> None:
-    """Plan to take `names` off every component that has them."""
+def plan_taken_off(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
+    """Plan what `take_off` does."""
+    walks = {component: adapted(model) for component, model in parts.items()}
+    mixes = mixes_of(parts, walks)
+    known = {n for mix in mixes.values() for n in mix.adapters}
+    for name in sorted((names or set()) - known):
+        raise UnknownNameError.of("adapter", name, known)
     for component, mix in mixes.items():
-        if not names & set(mix.adapters):
+        gone = {*mix.adapters} & (known if names is None else names)
+        if gone:
+            _remove(plan, parts[component], mix, walks[component], gone)
+
+
+def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str]) -> None:
+    """Plan to take adapters off a component. If one of them is fused, all are taken out of the weights."""
+    check_idle(mix, names)
+    adapters = {n: a for n, a in mix.adapters.items() if n not in names}
+    choice = mix.changed(mix.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
+    out = bool(names & set(mix.fused))
+    plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else mix.fused)
+    plan.root(model, mix)
+    for layer, module, record in walk:
+        if record.mix is not mix:
             continue
-        check_idle(mix, names)
-        adapters = {n: a for n, a in mix.adapters.items() if n not in names}
-        choice = mix.changed(mix.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
-        choice = choice if adapters else Choice()
-        out = bool(names & set(mix.fused))
-        plan.mixes.append((mix, {"adapters": adapters, "choice": choice, "fused": {} if out else mix.fused}))
-        plan.roots.append((parts[component], mix))
-        for layer, module in adapted[component].items():
-            record = record_of(module)
-            assert record is not None
-            weights = None
-            if out and record.fused:
-                record, weights = unfused(layer, module, record)
-            if weights is not None or names & set(record.slots):
-                refuse_foreign(layer, module)
-                left = {n: s for n, s in record.slots.items() if n not in names}
-                plan.layers.append((module, state_with(module, replace(record, slots=left), weights)))
-        for module, _ in modules_of(parts[component], copied).values():
-            copies = copies_of(module)
-            if copies is None or copies.mix is not mix:
-                continue
-            if out and copies.fused and isinstance(copies, Patches):
-                copies, puts = copies.unfused(module)
-                plan.put(puts)
-                plan.wholes.append((module, copies))
-            if names & set(copies.modules):
-                plan.wholes.append((module, copies.without(names)))
+        weights = None
+        if out and record.fused:
+            record, weights = unfused(layer, module, record)
+        left = record.without(names)
+        if weights is not None or left is not record:
+            refuse_foreign(layer, module)
+            plan.carry(module, left, weights)
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.adapted import base_class, op_of, record_of, state_with, weights_of
+from diffpeft.layers.carried import base_class, op_of, record_of, weights_of
 from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.site import device_of, present, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
@@ -22,10 +22,11 @@ from diffpeft.methods import Lora, Spec
 from diffpeft.methods.config import check_choice, check_rank, is_fp32
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.methods.merging import HOW, merged
-from diffpeft.model.attach import Plan, install, mixes_of, refuse_duplicate
+from diffpeft.model.attach import install, mixes_of, refuse_duplicate
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
-from diffpeft.model.target import adapted_layers, components
+from diffpeft.model.plan import Plan
+from diffpeft.model.target import adapted, adapted_layers, components
 
 Factors = tuple[Tensor, Tensor]  # A [r, columns], B [out, r]: an update B A
 
@@ -191,10 +192,7 @@ def _check_new(name: str, mixes: Mapping[str, Mix]) -> None:
 
 def _slots(model: nn.Module, name: str) -> Iterable[tuple[str, nn.Module, Slot]]:
     """(layer, module, slot) of one adapter of a component."""
-    for layer, module in adapted_layers(model).items():
-        record = record_of(module)
-        if record is not None and name in record.slots:
-            yield layer, module, record.slots[name]
+    return [(layer, module, record.slots[name]) for layer, module, record in adapted(model) if name in record.slots]
 
 
 @torch.no_grad()
@@ -214,9 +212,9 @@ def _update(module: Any, slot: Slot) -> Update:
                 where=dotted(record.mix.component, record.mix.layers[record.index]),
                 remedy="Load the model again to get its own weights.",
             )
-        own, bias = record.base if record.base is not None else weights_of(module)
-        W = (op.weight() if op.quantised else op.canonical(own)).to(slot.weight.device, dtype)
-        bias = None if bias is None else bias.to(W)
+        own = record.base if record.base is not None else weights_of(module)
+        W = (op.weight() if op.quantised else op.canonical(own["weight"])).to(slot.weight.device, dtype)
+        bias = own["bias"].to(W) if "bias" in own else None
         whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
         return Update(delta, factors, slot.rank, whole.shift(dtype, bias))
@@ -298,11 +296,11 @@ def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Map
     for layer, module, _ in _slots(model, name):
         record = record_of(module)
         assert record is not None
-        plan.layers.append((module, state_with(module, replace(record, slots={**record.slots, name: slots[layer]}))))
-    plan.roots.append((model, mix))
+        plan.carry(module, replace(record, slots={**record.slots, name: slots[layer]}))
+    plan.root(model, mix)
 
 
 def _plan_added(plan: Plan, model: nn.Module, component: str, mix: Mix, name: str, slots: Mapping[str, Slot]) -> None:
     """Plan a new adapter that is not active."""
     install(plan, component, adapted_layers(model), slots, mix, Adapter(name, tuple(slots)), None)
-    plan.roots.append((model, mix))
+    plan.root(model, mix)

@@ -13,18 +13,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.adapted import Record, record_of, state_with, weights_of
-from diffpeft.layers.patches import Patches
+from diffpeft.layers.carried import Record, base_class
+from diffpeft.layers.patches import Patch
 from diffpeft.layers.site import STORING_HOOKS, diffusers_hooks, site_of
-from diffpeft.layers.slot import Slot
-from diffpeft.layers.whole import Put, copied, copies_of
-from diffpeft.model.attach import Plan, mixes_of
+from diffpeft.model.attach import mixes_of
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
+from diffpeft.model.plan import Plan, Put
 from diffpeft.model.schedule import Schedule
-from diffpeft.model.target import adapted_layers, components, modules_of
+from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import Scratch, fused_weights, refuse_changed, sampled, unfit, unfused
+from diffpeft.model.weights import Scratch, based, fused_weights, refuse_changed, sampled, touched, unfit, unfused
 
 
 def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
@@ -50,8 +49,8 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
             given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
             if given:
                 _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
-                plan.mixes.append((mix, {"fused": {**mix.fused, **given}}))
-        if not plan.layers and not plan.wholes:
+                plan.set(mix, fused={**mix.fused, **given})
+        if not plan.changed:
             warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=2)
         plan.commit()
 
@@ -73,14 +72,10 @@ def plan_unfused(plan: Plan, model: nn.Module, mix: Mix) -> None:
     """Plan to restore the weights of a component."""
     if not mix.fused:
         return
-    for layer, module in adapted_layers(model).items():
-        record = record_of(module)
-        if record is not None and record.fused:
-            plan.layers.append((module, state_with(module, *unfused(layer, module, record))))
-    for module, own in _patched(model, mix):
-        plan.wholes.append((module, (bare := own.unfused(module))[0]))
-        plan.put(bare[1])
-    plan.mixes.append((mix, {"fused": {}}))
+    for layer, module, record in adapted(model):
+        if record.mix is mix and record.fused:
+            plan.carry(module, *unfused(layer, module, record))
+    plan.set(mix, fused={})
 
 
 def _chosen(names: str | Sequence[str] | None, mixes: Mapping[str, Mix]) -> set[str]:
@@ -116,67 +111,58 @@ def refuse_changing(mix: Mix, names: set[str]) -> None:
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
     refuse_hooked(model)
-    owners, scratch, adapted = owners_of(model), Scratch(), adapted_layers(model)
-    count_twins_once(adapted, owners)
+    owners, scratch, walk = owners_of(model), Scratch(), adapted(model)
+    count_twins_once(walk, owners)
     shared: dict[int, Tensor] = {}
-    for layer, module in adapted.items():
-        record = record_of(module)
-        assert record is not None
-        own = [n for n in names if n in record.slots]
-        if not set(own) - record.fused:
+    patched: list[tuple[nn.Module, Record]] = []
+    puts: list[Put] = []
+    for layer, module, record in walk:
+        inside = [n for n in names if n in record.slots or n in record.patches]
+        if record.mix is not mix or not set(inside) - record.fused:
             continue
-        check_order(layer, record, own, mix.choice)
-        refuse_unfit(layer, module, owners)
+        check_order(layer, record, inside, mix.choice)
+        refuse_unfit(layer, module, record, owners)
         if record.fused and record.base is None:
             raise AdapterStateError(
                 f"layer {shown(layer)} was fused with keep_base='none'",
                 remedy="Fuse all adapters at once, or keep the base.",
             )
-        steps: list[tuple[Slot, float]] = [
-            (record.slots[n], s) for n in own if (s := mix.choice.strengths[n][record.index])
-        ]
         refuse_changed(layer, module, record)
-        base = record.base or weights_of(module)
-        W, bias = fused_weights(layer, module, base, steps, scratch)
-        weights = shared.setdefault(id(module.weight), W), bias
-        kept = (_on_cpu(base[0]), _on_cpu(base[1])) if keep_base == "cpu" else None
-        now = replace(record, fused=frozenset(own), base=kept, sample=sampled(weights))
-        plan.layers.append((module, state_with(module, now, weights)))
-    fused: list[tuple[nn.Module, Patches]] = []
-    puts: list[Put] = []
-    for module, patches in _patched(model, mix):
-        own = [n for n in names if n in patches.modules]
-        if set(own) - patches.fused:
-            now_fused, new = patches.with_fused(module, own, keep_base == "cpu")
-            fused.append((module, now_fused))
-            puts += new
+        base = based(module, record)
+        weights = fused_weights(layer, module, base, record.steps(mix.choice, inside), scratch)
+        kept = {name: t.to("cpu") for name, t in base.items()} if keep_base == "cpu" else None
+        fused = replace(record, fused=frozenset(inside), base=kept, sample=sampled(weights))
+        if record.patches:
+            patched.append((module, fused))
+            puts += [(module._parameters, name, t) for name, t in weights.items()]
+        else:
+            weights["weight"] = shared.setdefault(id(module._parameters["weight"]), weights["weight"])
+            plan.carry(module, fused, weights)
     parted = spread(plan, puts, owners)
-    plan.wholes += [(module, patches.apart(module, parted)) for module, patches in fused]
-
-
-def _patched(model: nn.Module, mix: Mix) -> list[tuple[nn.Module, Patches]]:
-    """The modules whose parameters adapters change."""
-    found = ((module, copies_of(module)) for module, _ in modules_of(model, copied).values())
-    return [(module, own) for module, own in found if isinstance(own, Patches) and own.mix is mix]
-
-
-def _on_cpu(t: Any) -> Any:
-    return None if t is None else t.to("cpu")
+    for module, fused in patched:
+        table = module._parameters
+        new = {name: parted[id(table), name] for name in table if (id(table), name) in parted}
+        plan.carry(module, replace(fused, parted={**new, **fused.parted}))
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:
     """Raise AdapterStateError unless fusing `fused` gives what the order of `choice` says."""
-    order = [n for n in choice.order if n in record.slots]
-    if order[: len(fused)] == list(fused):
+    order = [n for n in choice.order if n in record.names]
+    if order[: len(fused)] == list(fused) and not any(n in record.copies for n in fused):
         return
     last = max((order.index(n) for n in fused if n in order), default=-1)
-    movable = [n for n in {*order[: last + 1], *fused}]
-    stuck = [n for n in movable if not all(part.additive for part in record.slots[n].parts)]
+    movable = list(dict.fromkeys((*order[: last + 1], *fused)))
+    stuck = [n for n in movable if n in record.copies or not all(map(_commutes, record.modules(n)))]
     if stuck:
         raise AdapterStateError(
             f"on layer {shown(layer)} the adapters {', '.join(order)} act in this order, and {shown(stuck[0])} does not commute",
             remedy="Fuse them from the first on, or all of them.",
         )
+
+
+def _commutes(own: Any) -> bool:
+    """Whether a slot or a patch does the same before and after others of its kind."""
+    return own.commutes if isinstance(own, Patch) else all(part.additive for part in own.parts)
 
 
 def owners_of(model: nn.Module) -> dict[int, int]:
@@ -197,18 +183,19 @@ def refuse_hooked(model: nn.Module) -> None:
             raise unfit(name, f"diffusers' {min(found).replace('_', ' ')} holds its weight")
 
 
-def refuse_unfit(layer: str, module: Any, owners: Mapping[int, int]) -> None:
-    """Raise AdapterStateError for a layer whose weight cannot take anything in. `owners` as `owners_of` gives them."""
-    site = site_of(type(module))
-    assert site is not None
-    why = ""
-    if site.quantised:
-        why = "its weight is quantised, and rounding it again would lose more than the adapter adds"
-    elif hasattr(module, "_hf_hook") or module.weight.is_meta:
-        why = "its weight is offloaded"
-    elif owners.get(id(module.weight), 0) > 1:
-        why = "its weight is tied to another layer's"
-    elif not isinstance(module.weight, nn.Parameter) or type(module.weight.data) is not Tensor:
-        why = "its weight is sharded or of a kind that is not known here"
-    if why:
-        raise unfit(layer, why)
+def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[int, int]) -> None:
+    """Raise AdapterStateError for a module whose parameters cannot take anything in. `owners` as `owners_of` gives them.
+
+    What only slots change has to be its layer's alone; patches untie it.
+    """
+    site = site_of(base_class(module))
+    if site is not None and site.quantised:
+        raise unfit(layer, "its weight is quantised, and rounding it again would lose more than the adapter adds")
+    for name in touched(module, record):
+        parameter = module._parameters.get(name)
+        if hasattr(module, "_hf_hook") or (parameter is not None and parameter.is_meta):
+            raise unfit(layer, f"its {name} is offloaded")
+        if owners.get(id(parameter), 0) > 1 and not record.patches:
+            raise unfit(layer, f"its {name} is tied to another layer's")
+        if not isinstance(parameter, nn.Parameter) or type(parameter.data) is not Tensor:
+            raise unfit(layer, f"its {name} is sharded or of a kind that is not known here")

@@ -6,9 +6,10 @@ has too few levels to take an adapter in; its layer is replaced by a plain one w
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,18 +17,19 @@ from torch import nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
-from diffpeft.layers.adapted import Record, Weights, base_class, effective, op_of, record_of, state_with, weights_of
+from diffpeft.layers.carried import Copy, Parameters, Record, Step, bare, base_class, effective, op_of
+from diffpeft.layers.patches import Patch
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.layers.whole import Put, copied, copies_of
 from diffpeft.methods.linalg import is_finite, wide_dtype
-from diffpeft.model.attach import Plan, mixes_of, refuse_foreign
+from diffpeft.model.attach import mixes_of, refuse_foreign
 from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
-from diffpeft.model.target import adapted_layers, components, modules_of
+from diffpeft.model.plan import Plan, Put
+from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import unfit, unfused
+from diffpeft.model.weights import based, refuse_changed, unfit, unfused
 
 
 def merge_for_good(
@@ -60,8 +62,8 @@ def plan_merged(
     parts: Mapping[str, nn.Module], names: str | Sequence[str] | None = None, *, dequantize: bool = False
 ) -> tuple[Plan, dict[str, float]]:
     """`merge_for_good` of these components up to its commit: the plan, and the relative error of each layer."""
-    adapted = {component: adapted_layers(part) for component, part in parts.items()}
-    mixes = mixes_of(parts, adapted)
+    walks = {component: adapted(part) for component, part in parts.items()}
+    mixes = mixes_of(parts, walks)
     known = {n for mix in mixes.values() for n in mix.adapters}
     wanted = None if names is None else [names] if isinstance(names, str) else list(names)
     for name in wanted or ():
@@ -70,15 +72,23 @@ def plan_merged(
     plan, errors = Plan(), {}
     for component, mix in mixes.items():
         merger = _merger(parts[component], mix, wanted, dequantize)
-        merger.plan_wholes(plan, mix)
-        count_twins_once(adapted[component], merger.owners)
-        for layer, module in adapted[component].items():
-            found = merger.plan(plan, layer, module)
-            if found is not None:
-                errors[dotted(component, layer)] = found
-        plan.mixes.append((mix, {"adapters": {}, "choice": Choice(), "fused": {}}))
-        plan.roots.append((parts[component], mix))
+        count_twins_once(walks[component], merger.owners)
+        own = [carried for carried in walks[component] if carried[2].mix is mix]
+        for only_slots in (False, True):  # what may be parted from others first: then layers' weights are their own
+            for layer, module, record in own:
+                if only_slots == bool(record.copies or record.patches):
+                    continue
+                error = merger.plan(plan, layer, module, record)
+                if error is not None:
+                    errors[dotted(component, layer)] = error
+            spread(plan, merger.puts, merger.owners)
+            merger.puts.clear()
+        plan.set(mix, adapters={}, choice=Choice(), fused={})
+        plan.root(parts[component], mix)
     return plan, errors
+
+
+_LAYERS = ("weight", "bias")  # the parameters that a slot may change
 
 
 @dataclass
@@ -91,63 +101,76 @@ class _Merger:
     owners: dict[int, int]
     shared: dict[int, torch.Tensor]  # the new numbers of weights, by the parameter's id: layers may share one
     dtype: torch.dtype | None  # of plain layers in place of quantised ones
+    puts: list[Put] = field(default_factory=list)  # of what may be shared, and be parted
 
-    def plan_wholes(self, plan: Plan, mix: Mix) -> None:
-        """Plan to give modules the numbers of their acting copies and patches, and to take these off."""
-        puts: list[Put] = []
-        for module, _ in modules_of(self.model, copied).values():
-            copies = copies_of(module)
-            if copies is not None and copies.mix is mix:
-                plan.wholes.append((module, None))
-                puts += copies.merged(module, self.choice)
-        spread(plan, puts, self.owners)
-
-    def plan(self, plan: Plan, layer: str, module: Any) -> float | None:
-        """Plan to make a layer plain. The relative error, or None if no adapter goes into it."""
-        record = record_of(module)
-        assert record is not None
+    def plan(self, plan: Plan, layer: str, module: nn.Module, record: Record) -> float | None:
+        """Plan to make a module plain. The relative error of a layer's weight, or None if no slot goes into it."""
         refuse_foreign(layer, module)
-        own = [n for n in self.choice.order if n in record.slots]
-        if not own:
-            weights = unfused(layer, module, record)[1] if record.fused else None
-            plan.layers.append((module, state_with(module, None, weights)))
+        inside = [n for n in self.choice.order if n in record.names]
+        steps = record.steps(self.choice)
+        if steps and isinstance(steps[0][0], Copy):
+            return self._taken(plan, layer, module, steps)
+        slots = record.slots.keys() & {*inside}
+        if not slots and not record.patches.keys() & {*inside}:
+            plan.carry(module, None, unfused(layer, module, record)[1] if record.fused else None)
             return None
-        base, steps = self._start(layer, module, record, own)
+        base, steps = self._start(layer, module, record, inside)
         site = site_of(base_class(module))
-        assert site is not None
-        if site.quantised:
+        if slots and site is not None and site.quantised:
             if not self.dequantize:
                 raise AdapterStateError(
                     f"layer {shown(layer)} cannot be merged: its weight is quantised, and rounding it again would lose more than the adapter adds",
                     remedy="Pass dequantize=True to get a plain layer, or leave the adapter unmerged; it acts all the same.",
                 )
             return self._replace(plan, layer, module, steps)
-        refuse_unfit(layer, module, self.owners)
-        (W, bias), error = _merged(layer, module, base, weights_of(module), steps)
-        weights = self.shared.setdefault(id(module.weight), W), bias
-        plan.layers.append((module, state_with(module, None, weights)))
+        refuse_unfit(layer, module, record, self.owners)
+        like = {name: module._parameters[name].data for name in base}  # type: ignore[union-attr]
+        weights, error = _merged(layer, module, base, like, steps)
+        if record.patches:
+            plan.carry(module, None)
+            self.puts += [(module._parameters, name, t) for name, t in weights.items()]
+        else:
+            weights["weight"] = self.shared.setdefault(id(module._parameters["weight"]), weights["weight"])
+            plan.carry(module, None, weights)
+        return error if slots else None
+
+    def _taken(self, plan: Plan, layer: str, module: nn.Module, steps: Sequence[Step]) -> float | None:
+        """Plan to give a module the numbers of its acting copy, with what acts after that in them."""
+        copy: Any = steps[0][0]
+        plan.carry(module, None)
+        self.puts += [
+            (table, name, theirs[name].data)
+            for own, other in zip(bare(module).modules(), copy.module.modules(), strict=True)
+            for table, theirs in ((own._parameters, other._parameters), (own._buffers, other._buffers))
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        if len(steps) == 1:
+            return None
+        names = dict.fromkeys(n for own, _ in steps[1:] for n in (own.names if isinstance(own, Patch) else _LAYERS))
+        base = {n: p.data for n in names if (p := copy.module._parameters.get(n)) is not None}
+        weights, error = _merged(layer, module, base, base, steps[1:])
+        self.puts += [(module._parameters, name, t) for name, t in weights.items()]
         return error
 
     def _start(
-        self, layer: str, module: Any, record: Record, own: Sequence[str]
-    ) -> tuple[Weights, list[tuple[Slot, float]]]:
-        """The weights to start from, and the adapters that are not in them, with their strengths."""
-        steps = {n: (record.slots[n], self.choice.strengths[n][record.index]) for n in own}
-        if not record.fused:
-            return weights_of(module), _strong(steps.values())
-        if record.base is not None:
-            return unfused(layer, module, record)[1], _strong(steps.values())
-        out = sorted(record.fused - {*own})
+        self, layer: str, module: nn.Module, record: Record, inside: Sequence[str]
+    ) -> tuple[Parameters, list[Step]]:
+        """The parameters to start from, and what is not in them, with its strengths."""
+        if not record.fused or record.base is not None:
+            if record.fused:
+                refuse_changed(layer, module, record)
+            return based(module, record), record.steps(self.choice, inside)
+        out = sorted(record.fused - {*inside})
         if out:
             raise AdapterStateError(
                 f"on layer {shown(layer)} the adapter {shown(out[0])} is in the weight for good (keep_base='none')",
                 remedy="Merge it too.",
             )
-        inside = [n for n in own if n in record.fused]
-        check_order(layer, record, inside, self.choice)
-        return weights_of(module), _strong(step for n, step in steps.items() if n not in record.fused)
+        check_order(layer, record, [n for n in inside if n in record.fused], self.choice)
+        return based(module, record), record.steps(self.choice, [n for n in inside if n not in record.fused])
 
-    def _replace(self, plan: Plan, layer: str, module: Any, steps: Sequence[tuple[Slot, float]]) -> float:
+    def _replace(self, plan: Plan, layer: str, module: Any, steps: Sequence[Step]) -> float:
         """Plan to put a plain layer in place of a quantised one, wherever the model holds it."""
         if "_hf_hook" in vars(module):
             raise unfit(layer, "its weight is offloaded")
@@ -157,16 +180,17 @@ class _Merger:
         if not places:
             raise unfit(layer, "it is the whole model, and has to be replaced in the module that holds it")
         with torch.no_grad():
-            base = op_of(module).weight(), None if module.bias is None else module.bias.data
-        plain = _plain(module, self.dtype or _computed_in(module), base[0].device)
+            base = {"weight": op_of(module).weight(), **({} if module.bias is None else {"bias": module.bias.data})}
+        plain = _plain(module, self.dtype or _computed_in(module), base["weight"].device)
         own: Any = site_of(type(plain))
-        like = own(plain).canonical(plain.weight), plain.bias
+        like = {"weight": own(plain).canonical(plain.weight), **({} if plain.bias is None else {"bias": plain.bias})}
         weights, error = _merged(layer, module, base, like, steps)
-        plain.weight = nn.Parameter(own(plain).stored(weights[0]).contiguous(), requires_grad=False)
-        if weights[1] is not None:
-            plain.bias = nn.Parameter(weights[1], requires_grad=module.bias.requires_grad)
-        plan.layers.append((module, state_with(module, None)))
-        plan.held += [(table, key, plain) for table, key in places]
+        plain.weight = nn.Parameter(own(plain).stored(weights["weight"]).contiguous(), requires_grad=False)
+        if "bias" in weights:
+            plain.bias = nn.Parameter(weights["bias"], requires_grad=module.bias.requires_grad)
+        plan.carry(module, None)
+        for table, key in places:
+            plan.entry(table, key, plain)
         return error
 
 
@@ -184,27 +208,26 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
     return _Merger(model, choice, dequantize, owners_of(model), {}, _activations(model))
 
 
-def _strong(steps: Any) -> list[tuple[Slot, float]]:
-    return [(slot, s) for slot, s in steps if s]
-
-
 def _merged(
-    layer: str, module: Any, base: Weights, like: Weights, steps: Sequence[tuple[Slot, float]]
-) -> tuple[Weights, float]:
-    """Weights computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`; and the relative error of that."""
+    layer: str, module: nn.Module, base: Parameters, like: Parameters, steps: Sequence[Step]
+) -> tuple[Parameters, float]:
+    """Parameters computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`; and the relative error of the first."""
     with torch.no_grad():
-        own = base[0].to(like[0].device), base[1]
-        W, b = effective(module, steps, wide_dtype(base[0].dtype), own)
-        if b is not None and like[1] is None:
+        start = {name: t.to(like[name].device) for name, t in base.items()}
+        dtype = functools.reduce(torch.promote_types, (wide_dtype(t.dtype) for t in base.values()))
+        exact = effective(module, steps, dtype, start)
+        if exact.keys() - like.keys():
             raise unfit(layer, "an adapter adds a bias and the layer has none")
-        stored = torch.empty_like(like[0]).copy_(W), None if b is None or like[1] is None else b.to(like[1])
-        if not all(t is None or is_finite(t) for t in stored):
+        stored = {name: torch.empty_like(t).copy_(exact[name]) for name, t in like.items()}
+        if not all(map(is_finite, stored.values())):
             raise NonFiniteError(
                 "NaNs detected in the merged weights",
                 where=f"Layer {shown(layer)} would get values that are not finite",
-                remedy=f"An adapter seems to be broken, or too strong for {like[0].dtype}.",
+                remedy=f"An adapter seems to be broken, or too strong for {next(iter(like.values())).dtype}.",
             )
-        error = torch.linalg.vector_norm(stored[0].to(W) - W) / torch.linalg.vector_norm(W).clamp_min(1e-30)
+        name, W = next(iter(exact.items()))
+        W = W.to(dtype)
+        error = torch.linalg.vector_norm(stored[name].to(W) - W) / torch.linalg.vector_norm(W).clamp_min(1e-30)
     return stored, float(error)
 
 

@@ -140,6 +140,7 @@ class Mix:
         default_factory=dict
     )  # adapters that are in the weights, in order, and how strong
     key: str = ""
+    apart: bool = False  # of adapters that are no layers' (prompts): not the one that a component's layers share
 
     def __post_init__(self) -> None:
         self.key = f"mix{next(_keys)}"  # a copy is another mix: a thread's choice for the one is not for the other

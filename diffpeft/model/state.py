@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import record_of
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import mixes_of
-from diffpeft.model.target import adapted_layers, components
+from diffpeft.model.target import adapted, components
 
 TRAINING = frozenset(
     {"dropout", "module_dropout", "rank_dropout", "rank_dropout_scale", "adjusted"}
@@ -33,11 +32,7 @@ def slots_of(target: Any, name: str) -> dict[str, Slot]:
 
 def slots_in(model: nn.Module, name: str) -> dict[str, Slot]:
     """{layer: slot} of one adapter on one module."""
-    return {
-        layer: record.slots[name]
-        for layer, module in adapted_layers(model).items()
-        if (record := record_of(module)) and name in record.slots
-    }
+    return {layer: record.slots[name] for layer, _, record in adapted(model) if name in record.slots}
 
 
 def parameters_of(target: Any, name: str) -> list[nn.Parameter]:

@@ -10,9 +10,8 @@ import torch.nn as nn
 from diffpeft import patterns
 from diffpeft.bundle import COMPONENTS
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
-from diffpeft.layers.adapted import ADAPTERS, base_class, is_adapted
+from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class, is_adapted
 from diffpeft.layers.site import refusal, site_of
-from diffpeft.layers.whole import CONTAINER, copies_of
 
 COMPILED = "_orig_mod"  # the level that torch.compile puts around a module; names go without it
 
@@ -87,9 +86,23 @@ def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]
     return modules_of(model, lambda module: site_of(base_class(module)) is not None)
 
 
+def walked(
+    model: nn.Module,
+) -> tuple[dict[str, tuple[nn.Module, nn.Module | None]], list[tuple[str, nn.Module, Record]]]:
+    """`layers_of` and `adapted` of a model by one walk."""
+    found = modules_of(model, lambda module: is_adapted(module) or site_of(base_class(module)) is not None)
+    layers = {name: held for name, held in found.items() if site_of(base_class(held[0])) is not None}
+    return layers, [(name, m, m.__dict__[RECORD]) for name, (m, _) in found.items() if is_adapted(m)]
+
+
+def adapted(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:
+    """(dotted name, module, record) of everything that carries something of an adapter, each module once."""
+    return [(name, module, module.__dict__[RECORD]) for name, (module, _) in modules_of(model, is_adapted).items()]
+
+
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{dotted name: layer} of the layers that carry adapters of ours."""
-    return {name: module for name, (module, _) in modules_of(model, is_adapted).items()}
+    """{dotted name: layer} of the layers that have slots."""
+    return {name: module for name, module, record in adapted(model) if record.slots}
 
 
 def modules_of(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, tuple[nn.Module, nn.Module | None]]:
@@ -106,9 +119,9 @@ def modules_of(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[st
             found[name] = module, parent
         if not module._modules:
             continue
-        own = ADAPTERS if is_adapted(module) else CONTAINER if copies_of(module) else ""
+        own = (ADAPTERS, COPIES) if RECORD in module.__dict__ else ()
         for child_name, child in reversed(module._modules.items()):
-            if child is not None and child_name != own:
+            if child is not None and child_name not in own:
                 inner = name if child_name == COMPILED else f"{name}.{child_name}" if name else child_name
                 todo.append((child, inner, module))
     return found

@@ -5,17 +5,16 @@ They are written once where all get the same; else each gets a parameter of its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffpeft.layers.adapted import record_of
+from diffpeft.layers.carried import Record
 from diffpeft.layers.slot import Slot
-from diffpeft.layers.whole import Put
 from diffpeft.methods.lora import Lora
-from diffpeft.model.attach import Plan
+from diffpeft.model.plan import Plan, Put
 
 
 def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tuple[int, str], Any]:
@@ -37,30 +36,30 @@ def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tupl
         others = owners.get(key, len(holders)) > len(holders)  # somebody keeps the numbers
         if not others:
             table, name, new = groups.pop(0)[0]
-            plan.tensors.append((table[name], new))
+            plan.numbers(table[name], new)
         for group in groups:
             own = _own(group[0])
-            plan.held += [(table, name, own) for table, name, _ in group]
+            for table, name, _ in group:
+                plan.entry(table, name, own)
             parted |= {(id(table), name): table[name] for table, name, _ in group}
             owners[key] = owners.get(key, 0) - len(group)
     return parted
 
 
-def count_twins_once(adapted: Mapping[str, nn.Module], owners: dict[int, int]) -> None:
+def count_twins_once(walk: Iterable[tuple[str, nn.Module, Record]], owners: dict[int, int]) -> None:
     """Let layers that share a weight count as one where all of them have the same adapters, those of an embedding turned: their weights come out equal."""
-    sharing: dict[int, list[nn.Module]] = {}
-    for module in adapted.values():
+    sharing: dict[int, list[Record]] = {}
+    for _, module, record in walk:
         weight = module._parameters.get("weight")
-        if weight is not None and owners.get(id(weight), 0) > 1:
-            sharing.setdefault(id(weight), []).append(module)
+        if record.slots and weight is not None and owners.get(id(weight), 0) > 1:
+            sharing.setdefault(id(weight), []).append(record)
     for key, (first, *others) in sharing.items():
         if 1 + len(others) == owners[key] and all(_are_twins(first, other) for other in others):
             owners[key] = 1
 
 
-def _are_twins(one: nn.Module, other: nn.Module) -> bool:
-    first, second = record_of(one), record_of(other)
-    if first is None or second is None or list(first.slots) != list(second.slots):
+def _are_twins(first: Record, second: Record) -> bool:
+    if list(first.slots) != list(second.slots):
         return False
     return all(same_product(first.slots[name], second.slots[name]) for name in first.slots)
 

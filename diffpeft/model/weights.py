@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, NonFiniteError, shown
-from diffpeft.layers.adapted import FUSED, Record, Weights, base_class, effective, stamps_of, weights_of
+from diffpeft.layers.carried import FUSED, Parameters, Record, Step, base_class, effective, stamps_of
 from diffpeft.layers.site import ConvSite, LinearSite, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide, wide_dtype
@@ -23,30 +24,46 @@ WHOLE, SAMPLE = (
 )  # up to how many numbers a weight is known again by all of them, and by how many if it has more
 
 
+def touched(module: nn.Module, record: Record) -> list[str]:
+    """The parameters of a module that its adapters may change. A layer has a weight, and may have a bias."""
+    own = module._parameters
+    names = [name for name in ("weight", "bias") if record.slots and own.get(name) is not None]
+    return list(dict.fromkeys((*names, *(name for patch in record.patches.values() for name in patch.names))))
+
+
+def based(module: nn.Module, record: Record) -> Parameters:
+    """The numbers of these parameters without anything fused: those kept, else those that are there."""
+    base = record.base or {}
+    return {name: base[name] if name in base else module._parameters[name].data for name in touched(module, record)}  # type: ignore[union-attr]
+
+
 def fused_weights(
     layer: str,
     module: Any,
-    base: Weights,
-    steps: Sequence[tuple[Slot, float]],
+    base: Parameters,
+    steps: Sequence[Any],
     scratch: Scratch,
-    like: Weights | None = None,
-) -> Weights:
-    """Weights computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`, or of the present ones."""
-    weight, bias = like or weights_of(module)
-    dtype = wide_dtype(weight.dtype)
+    like: Parameters | None = None,
+) -> Parameters:
+    """Parameters computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`, or of the present ones."""
+    present = like or {name: module._parameters[name].data for name in base}
+    dtype = functools.reduce(torch.promote_types, (wide_dtype(t.dtype) for t in present.values()))
     with torch.no_grad():
-        own = base[0].to(weight.device), None if base[1] is None else base[1].to(weight.device)
-        rows = _by_rows(module, steps, dtype, own[0], scratch)
-        W, b = effective(module, steps, dtype, own) if rows is None else (rows, own[1])
-    if b is not None and bias is None:
+        own = {name: t.to(present[name].device) for name, t in base.items()}
+        rows = _by_rows(module, steps, dtype, own, scratch)
+        full = effective(module, steps, dtype, own) if rows is None else {**own, "weight": rows}
+    if "bias" in full and "bias" not in present:
         raise unfit(layer, "an adapter adds a bias and the layer has none")
-    out = laid_out(W, weight), None if b is None or bias is None else b.to(bias)
-    if not all(t is None or is_finite(t) for t in out):
-        raise NonFiniteError(
-            f"layer {shown(layer)} would get weights that are not finite",
-            remedy="An adapter is broken, or too strong for the dtype.",
-        )
-    return (out[0].clone() if out[0].data_ptr() == base[0].data_ptr() else out[0]), out[1]
+    out = {name: laid_out(full[name], t) for name, t in present.items()}
+    for name, t in out.items():
+        if not is_finite(t):
+            raise NonFiniteError(
+                f"layer {shown(layer)} would get a {name} that is not finite",
+                remedy="An adapter is broken, or too strong for the dtype.",
+            )
+    return {
+        name: t.clone() if t.data_ptr() == base[name].data_ptr() and name != "bias" else t for name, t in out.items()
+    }
 
 
 def laid_out(W: Tensor, like: Tensor) -> Tensor:
@@ -69,15 +86,20 @@ class Scratch:
 
 
 def _by_rows(
-    module: Any, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weight: Tensor, scratch: Scratch
+    module: Any, steps: Sequence[Step], dtype: torch.dtype, base: Parameters, scratch: Scratch
 ) -> Tensor | None:
     """The weight of a large layer with plain LoRAs in it, some rows at a time. None for other layers."""
     plain = all(
-        slot.parts and slot.parts[0].method is Lora and {*slot.tensors} == {"lora_A", "lora_B"} for slot, _ in steps
+        isinstance(slot, Slot)
+        and slot.parts
+        and slot.parts[0].method is Lora
+        and {*slot.tensors} == {"lora_A", "lora_B"}
+        for slot, _ in steps
     )
-    if weight.numel() < SOME or not plain or site_of(base_class(module)) not in (LinearSite, ConvSite):
+    if not plain or base["weight"].numel() < SOME or site_of(base_class(module)) not in (LinearSite, ConvSite):
         return None
-    factors = [slot(_factors, dtype, s) for slot, s in steps]
+    weight = base["weight"]
+    factors = [slot(_factors, dtype, s) for slot, s in steps]  # type: ignore[operator]
     A, B = torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], 1)
     out, some = torch.empty_like(weight), max(1, SOME * len(weight) // weight.numel())
     now, then = scratch.pair(some, weight[0].numel(), dtype, weight.device)
@@ -96,45 +118,45 @@ def _factors(slot: Slot, dtype: torch.dtype, strength: float) -> tuple[Tensor, T
     return A.flatten(1), B.flatten(1) * (method.scale(p, part.spec) * strength)
 
 
-def unfused(layer: str, module: Any, record: Record) -> tuple[Record, Weights]:
-    """A layer's record and weights without anything fused, the weights in the present dtype and on the present device."""
+def unfused(layer: str, module: nn.Module, record: Record) -> tuple[Record, dict[str, Tensor]]:
+    """A record and parameters without anything fused, in the present dtype and on the present device; those that were shared as they were."""
     if record.base is None:
         raise AdapterStateError(
             f"layer {shown(layer)} was fused with keep_base='none'",
             remedy="Load the model again to get its own weights.",
         )
     refuse_changed(layer, module, record)
-    weights = [
-        None if old is None or now is None else old.to(device=now.device, dtype=now.dtype)
-        for old, now in zip(record.base, weights_of(module), strict=True)
-    ]
-    assert weights[0] is not None
-    return replace(record, fused=frozenset(), base=None, sample=None), (weights[0], weights[1])
+    weights: dict[str, Tensor] = {
+        name: record.parted[name] if name in record.parted else old.to(module._parameters[name].data)  # type: ignore[union-attr]
+        for name, old in record.base.items()
+    }
+    return replace(record, fused=frozenset(), base=None, sample=None, parted={}), weights
 
 
-def refuse_changed(layer: str, module: Any, record: Record) -> None:
-    """Raise AdapterStateError if the weights of a fused layer are no longer what fusing made of them: putting the kept ones back would undo that.
+def refuse_changed(layer: str, module: nn.Module, record: Record) -> None:
+    """Raise AdapterStateError if the parameters of a fused module are no longer what fusing made of them: putting the kept ones back would undo that.
 
     Some numbers of each tensor tell a change of many of them. Where torch has counted a change, or a tensor is another one, all are compared with
     what fusing gives again, as long as they are in the dtype that they were fused in.
     """
     if record.base is None or record.sample is None:
         return
-    present = weights_of(module)
-    same = all(map(_agree, present, record.sample))
-    if same and record.kept.get(FUSED) != stamps_of(module) and record.base[0].dtype == present[0].dtype:
-        same = all(map(_same, present, _again(layer, module, record)))
-    if not same:
+    present = {name: module._parameters[name].data for name in record.base}  # type: ignore[union-attr]
+    wrong = next((name for name, t in present.items() if not _agree(t, record.sample[name])), None)
+    comparable = all(t.dtype == record.base[name].dtype for name, t in present.items())
+    if wrong is None and comparable and record.kept.get(FUSED) != stamps_of(module):
+        again = _again(layer, module, record)
+        wrong = next((name for name, t in present.items() if not _same(t, again[name])), None)
+    if wrong is not None:
         raise AdapterStateError(
-            f"the weight of layer {shown(layer)} was changed while adapters were fused into it",
+            f"the {wrong} of layer {shown(layer)} was changed while adapters were fused into it",
             remedy="Undo that change, or load the model again: unfusing would put back what was there before.",
         )
 
 
-def sampled(weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """Numbers of a weight and a bias, some hundred of large ones, by which they are known again."""
-    weight, bias = weights
-    return _some(weight).clone(), None if bias is None else _some(bias).clone()
+def sampled(weights: Parameters) -> Parameters:
+    """Numbers of each parameter, some hundred of large ones, by which it is known again."""
+    return {name: _some(t).clone() for name, t in weights.items()}
 
 
 def _some(t: Tensor) -> Tensor:
@@ -147,31 +169,24 @@ def _some(t: Tensor) -> Tensor:
     )
 
 
-def _agree(t: Tensor | None, sample: Tensor | None) -> bool:
+def _agree(t: Tensor, sample: Tensor) -> bool:
     """Whether a tensor, which may have been cast and moved, has the numbers of a sample."""
-    if t is None or sample is None:
-        return t is sample
     return torch.equal(wide(_some(t)), wide(sample.to(t.device, t.dtype)))
 
 
-def _again(layer: str, module: Any, record: Record) -> Weights:
-    """The weights that fusing gives once more, where the layer is now."""
+def _again(layer: str, module: nn.Module, record: Record) -> Parameters:
+    """The parameters that fusing gives once more, where the module is now."""
     assert record.base is not None
-    mix, device = record.mix, module.weight.device
-    base = record.base[0].to(device), None if record.base[1] is None else record.base[1].to(device)
-    steps = [
-        (record.slots[n], s) for n in mix.fused if n in record.fused and (s := mix.choice.strengths[n][record.index])
-    ]
-    return fused_weights(layer, module, base, steps, Scratch(), like=base)
+    base = {name: old.to(module._parameters[name].device) for name, old in record.base.items()}  # type: ignore[union-attr]
+    inside = [n for n in record.mix.fused if n in record.fused]
+    return fused_weights(layer, module, base, record.steps(record.mix.choice, inside), Scratch(), like=base)
 
 
-def _same(t: Tensor | None, expected: Tensor | None) -> bool:
+def _same(t: Tensor, expected: Tensor) -> bool:
     """Whether a tensor is another one, but for sums in another order.
 
     A change moves single numbers by much or many by an ulp. Where numbers are rounded to few bits a sum in another order moves few by an ulp.
     """
-    if t is None or expected is None:
-        return t is expected
     if t.shape != expected.shape or not t.numel():
         return t.shape == expected.shape
     eps, few_bits = torch.finfo(t.dtype).eps, t.dtype.itemsize < 4

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from diffpeft.errors import AdapterStateError, shown
-from diffpeft.layers.adapted import record_of
-from diffpeft.model.attach import Plan, mixes_of, take_off
+from diffpeft.model.attach import mixes_of, take_off
 from diffpeft.model.fuse import check_order
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, Strength, check_rows, claim
+from diffpeft.model.plan import Plan
 from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
-from diffpeft.model.target import adapted_layers, components
+from diffpeft.model.target import adapted, components
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,18 @@ def set_adapters(
     """
     parts = components(target)
     with exclusive(parts):
-        own = mixes_of(parts)
-        choices = _choices(target, parts, own, mix, images_per_prompt)
-        plan = Plan(mixes=[(m, {"choice": choices[m.key]}) for m in own.values()])
-        plan.roots = [(parts[component], m) for component, m in own.items()]
+        plan = Plan()
+        plan_mix(plan, target, parts, mix, images_per_prompt)
         plan.commit()
+
+
+def plan_mix(plan: Plan, target: Any, parts: Mapping[str, nn.Module], given: Any, images_per_prompt: int = 1) -> None:
+    """Plan what `set_adapters` does. Raises what it raises."""
+    mixes = mixes_of(parts)
+    choices = _choices(target, parts, mixes, given, images_per_prompt)
+    for component, mix in mixes.items():
+        plan.set(mix, choice=choices[mix.key])
+        plan.root(parts[component], mix)
 
 
 @contextlib.contextmanager
@@ -115,9 +122,8 @@ def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choic
                     f"adapter {shown(name)} is fused into {component or 'the model'} at another strength",
                     remedy="Call unfuse first; fused strengths must stay as they are.",
                 )
-        for layer, module in adapted_layers(parts[component]).items():
-            record = record_of(module)
-            if record is not None and record.fused:
+        for layer, _, record in adapted(parts[component]):
+            if record.fused:
                 for row in rows:
                     check_order(layer, record, [n for n in mix.fused if n in record.fused], row)
 

@@ -34,9 +34,9 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.families import family_of
-from diffpeft.layers.adapted import Record, effective, record_of
+from diffpeft.layers.carried import Record, effective
 from diffpeft.methods.linalg import is_finite, wide_dtype
-from diffpeft.model.target import adapted_layers, layers_of, spellings
+from diffpeft.model.target import adapted, layers_of, spellings
 from diffpeft.pipeline.load import load_lora
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.open import check_model
@@ -269,9 +269,8 @@ def _changes(component: str, model: nn.Module, stored: Stored) -> list[_Change]:
             if p is not None:
                 owners[p] = owners.get(p, 0) + 1
     out = []
-    for layer, module in adapted_layers(model).items():
-        record, any_module = record_of(module), module
-        assert record is not None
+    for layer, module, record in adapted(model):
+        any_module: Any = module
         name, own = dotted(component, layer), {}
         if not _steps(record):
             continue
@@ -313,8 +312,10 @@ def _computed(change: _Change) -> list[tuple[Handle, Tensor]]:
     """The tensors of a layer with the adapters in them, computed in fp32 or better and rounded once: `fuse` on what is stored."""
     weight, bias = io.load([change.weight])[0], io.load([change.bias])[0] if change.bias else None
     dtype = wide_dtype(weight.dtype)
+    stored = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     with torch.no_grad():
-        W, b = effective(change.module, _steps(change.record), dtype, (weight, bias))
+        whole = effective(change.module, _steps(change.record), dtype, stored)
+    W, b = whole["weight"], whole.get("bias")
     if b is not None and bias is None:
         raise AdapterStateError(f"layer {shown(change.name)} cannot be fused: an adapter adds a bias, and it has none")
     out = [(change.weight, W.to(weight.dtype))]

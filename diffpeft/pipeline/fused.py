@@ -18,7 +18,7 @@ from converters.rows import Unfit, split
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, canonical
 from diffpeft.errors import ShapeMismatchError, listed, shown
-from diffpeft.layers.adapted import base_class, op_of
+from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import BIAS
 from diffpeft.methods import METHODS, Spec

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Bundle, dotted
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, UnknownNameError, listed, shown
-from diffpeft.layers.adapted import record_of
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix
-from diffpeft.model.target import adapted_layers, components, layers_of
+from diffpeft.model.target import adapted, components, layers_of
 from diffpeft.pipeline.load import LoadReport, beside_of, opened, report_of
 from diffpeft.pipeline.match import LORAS, fitted, matched
 
@@ -76,11 +75,7 @@ def _replace(
         raise UnknownNameError.of("adapter", name, known)
     own = {component: mix for component, mix in mixes.items() if name in mix.adapters}
     old = {
-        component: {
-            layer: record.slots[name]
-            for layer, m in adapted_layers(parts[component]).items()
-            if (record := record_of(m)) and name in record.slots
-        }
+        component: {layer: record.slots[name] for layer, _, record in adapted(parts[component]) if name in record.slots}
         for component in own
     }
     _check_idle(name, own, old)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import converters
 from converters.sizes import grouped
@@ -27,14 +27,15 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.families import family_of, is_unnamed
-from diffpeft.layers.adapted import base_class, is_adapted
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.model.attach import OVERSIZED, Plan, install, mixes_of, oversized, refuse_duplicate
+from diffpeft.model.attach import OVERSIZED, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
+from diffpeft.model.plan import Plan
 from diffpeft.model.state import bundle_of
-from diffpeft.model.target import components, layers_of
+from diffpeft.model.target import components, walked
 from diffpeft.pipeline.fused import unfused
 from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import Layers, kept, matched
@@ -89,15 +90,14 @@ def load_lora(
     check_max_rank(max_rank, trainable)
     parts = components(target)
     with exclusive(parts), _uncollected():
-        layers = {component: layers_of(model) for component, model in parts.items()}
-        adapted = {c: {layer: m for layer, (m, _) in found.items() if is_adapted(m)} for c, found in layers.items()}
-        mixes = mixes_of(parts, adapted)
+        walks = {component: walked(model) for component, model in parts.items()}
+        layers = {component: found for component, (found, _) in walks.items()}
+        mixes = mixes_of(parts, {component: adapted for component, (_, adapted) in walks.items()})
         refuse_duplicate(name, mixes.values())
         bundle = opened(target, source, layers, family=family, revision=revision, filename=filename, alpha=alpha)
         with inside(bundle.source):
             slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
-            plan = _planned(name, weight, bundle, slots, absent, layers, mixes)
-        plan.roots = [(parts[mix.component], mix) for mix, _ in plan.mixes]
+            plan = _planned(name, weight, bundle, slots, absent, parts, layers, mixes)
         report = report_of(name, bundle, slots, absent)
         _warn(report, bundle, slots)  # before the commit: a warning may be an error
         plan.commit()
@@ -252,19 +252,22 @@ def _planned(
     bundle: Bundle,
     slots: Mapping[str, Mapping[str, Slot]],
     absent: Sequence[Entry],
+    parts: Mapping[str, nn.Module],
     layers: Layers,
     mixes: Mapping[str, Mix],
 ) -> Plan:
     """The writes. What the file holds beside the slots goes to the first component that gets some."""
-    plan = Plan()
+    plan, changed = Plan(), []
     beside = beside_of(bundle, absent)
     for component, found in slots.items():
         if found:
             modules = {layer: layers[component][layer][0] for layer in found}
             adapter = Adapter(name, tuple(found), **beside)
-            install(plan, component, modules, found, mixes.get(component), adapter, weight)
+            mix = install(plan, component, modules, found, mixes.get(component), adapter, weight)
+            plan.root(parts[component], mix)
+            changed.append(plan.view(mix))
             beside = {}
-    check_mix({name: weight}, [replace(mix, **new) for mix, new in plan.mixes], layers)
+    check_mix({name: weight}, changed, layers)
     return plan
 
 

@@ -23,7 +23,7 @@ from diffpeft.errors import (
     near,
     shown,
 )
-from diffpeft.layers.adapted import base_class
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import computing_dtype, device_of, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from diffpeft.errors import ConfigError, NothingLearntError
-from diffpeft.layers.adapted import effective, op_of, record_of
+from diffpeft.layers.carried import effective, op_of
 from diffpeft.layers.slot import Slot
-from diffpeft.model.target import adapted_layers
+from diffpeft.model.target import adapted
 from diffpeft.train.config import Options
 from diffpeft.train.method import RANKED
 
@@ -44,10 +44,8 @@ def check_room(out: Path, parameters: Sequence[nn.Parameter], files: int) -> Non
 def refuse_unlearnt(models: Iterable[nn.Module], name: str) -> None:
     """Raise NothingLearntError if the adapter changes no weight of any layer, in float64."""
     for model in models:
-        for module in adapted_layers(model).values():
-            record = record_of(module)
-            if record and name in record.slots and _changes(module, record.slots[name]):
-                return
+        if any(name in record.slots and _changes(module, record.slots[name]) for _, module, record in adapted(model)):
+            return
     raise NothingLearntError(
         "the adapter changes nothing: every layer's change is exactly zero",
         remedy="Train for more steps, or with a higher --lr.",
@@ -57,11 +55,10 @@ def refuse_unlearnt(models: Iterable[nn.Module], name: str) -> None:
 @torch.no_grad()
 def _changes(module: nn.Module, slot: Slot) -> bool:
     op = op_of(module)
-    base, base_bias = op.stored(op.weight()).double(), op.bias  # a quantised weight as numbers
-    weight, bias = effective(module, [(slot, 1.0)], torch.float64, (base, base_bias))
-    if bias is not None and (base_bias is None or not torch.equal(bias, base_bias.to(bias))):
-        return True
-    return not torch.equal(weight, base)
+    base = {"weight": op.stored(op.weight()).double()}  # a quantised weight as numbers
+    base |= {} if op.bias is None else {"bias": op.bias.double()}
+    after = effective(module, [(slot, 1.0)], torch.float64, base)
+    return any(name not in base or not torch.equal(t, base[name]) for name, t in after.items())
 
 
 def kept(write: Callable[[Path], list[Path]], out: Path, name: str) -> list[Path]:

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from diffpeft.layers.adapted import base_class
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import SITES, site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Spec
-from diffpeft.model.attach import AttachReport, Plan, attach, install, mix_of
+from diffpeft.model.attach import AttachReport, attach, install, mix_of
 from diffpeft.model.mix import Adapter
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import components
 
 # name: how to make the layer, and the shape of an input

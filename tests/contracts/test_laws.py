@@ -38,9 +38,9 @@ from torch.func import functional_call
 
 import diffpeft
 from diffpeft import AdapterStateError, adapters, attach, detach, set_adapters, unload
-from diffpeft.layers.adapted import base_class
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import site_of
-from diffpeft.model import attach as attaching
+from diffpeft.model import plan as planning
 from diffpeft.model.state import parameters_of, slots_of
 from diffpeft.model.target import layers_of
 
@@ -276,7 +276,7 @@ RAISED = (RuntimeError, KeyboardInterrupt, MemoryError)
 @pytest.mark.parametrize("error", RAISED)
 def test_an_operation_that_fails_at_any_layer_has_changed_nothing(operation, error, adapted, trace, monkeypatch):
     pipe, file = adapted
-    before, mixes, enter = trace(pipe.unet, pipe.text_encoder), diffpeft.get_adapters(pipe), attaching.enter
+    before, mixes, enter = trace(pipe.unet, pipe.text_encoder), diffpeft.get_adapters(pipe), planning.enter
     for n in range(1000):
         calls = iter(range(1000))
 
@@ -285,7 +285,7 @@ def test_an_operation_that_fails_at_any_layer_has_changed_nothing(operation, err
                 raise error("injected")
             enter(module, state)
 
-        monkeypatch.setattr(attaching, "enter", failing)
+        monkeypatch.setattr(planning, "enter", failing)
         try:
             operations(pipe, file)[operation]()
             break
@@ -298,7 +298,7 @@ def test_an_operation_that_fails_at_any_layer_has_changed_nothing(operation, err
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_interrupt_at_any_line_of_a_commit_leaves_the_old_or_the_new_state(operation, adapted, trace):
     pipe, file = adapted
-    codes = {attaching.Plan.commit.__code__, attaching.enter.__code__}
+    codes = {planning.Plan.commit.__code__, planning.enter.__code__}
     old = trace(pipe.unet, pipe.text_encoder), diffpeft.get_adapters(pipe)
     for n in range(0, 5000, 5):  # every fifth line: tests/pipeline/test_faults.py goes through the calls
         lines = itertools.count()

@@ -12,7 +12,7 @@ from torch import nn
 
 import diffpeft
 from diffpeft import AdapterStateError, detach, set_adapters, to_lora
-from diffpeft.layers.adapted import base_class
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import site_of
 from diffpeft.model.state import parameters_of, slots_of
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffpeft import LoHaConfig, LoraConfig, PeftModel, attach, get_peft_model
 from diffpeft.errors import UnknownNameError
-from diffpeft.layers.adapted import record_of
+from diffpeft.layers.carried import record_of
 from diffpeft.layers.slot import Slot
 from diffpeft.llm.distributed import fsdp_auto_wrap_policy
 

@@ -128,7 +128,7 @@ def test_an_interrupt_of_the_merge_changes_nothing(case, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffpeft.model.attach.settle", broken)
+        patch.setattr("diffpeft.model.plan.settle", broken)
         with pytest.raises(KeyboardInterrupt):
             wrapped.merge_and_unload()
     one, other = tables(plain)

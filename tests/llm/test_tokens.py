@@ -331,11 +331,6 @@ REFUSED = {
         ConfigError,
         "modules_to_save",
     ),
-    "a target too": (
-        dict(trainable_token_indices=[4], target_modules=["q_proj", "embed_tokens"]),
-        ConfigError,
-        "target_modules",
-    ),
 }
 
 
@@ -359,17 +354,42 @@ def test_other_methods_and_attach_refuse_the_field():
 
 
 @pytest.mark.filterwarnings("ignore:.*share their weight")
-def test_what_else_is_on_the_table_is_refused():
-    wrapped, _ = filled(diffpeft, llama())
-    for fields in (
-        dict(target_modules=["embed_tokens"]),
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_modules=["embed_tokens"], init_lora_weights=False),
         dict(target_modules=["k_proj"], modules_to_save=["embed_tokens"]),
-        dict(target_modules=["k_proj"], target_parameters=["embed_tokens.weight"]),
-    ):
-        with pytest.raises(AdapterStateError):
-            wrapped.add_adapter("other", LoraConfig(**fields))
+        dict(target_modules=["k_proj"], target_parameters=["embed_tokens.weight"], init_lora_weights=False),
+    ],
+    ids=["a LoRA", "a copy", "the parameter"],
+)
+def test_another_adapter_may_have_the_table_too(fields):
+    """Each alone is what it is where the other is not."""
+    wrapped, _ = filled(diffpeft, llama())
     before = logits(wrapped)
-    assert list(wrapped.peft_config) == ["default"] and torch.equal(logits(wrapped), before)
+    torch.manual_seed(1)
+    wrapped.add_adapter("other", LoraConfig(r=2, **fields))
+    wrapped.set_adapter("other")
+    torch.manual_seed(1)
+    assert torch.equal(logits(wrapped), logits(get_peft_model(llama(), LoraConfig(r=2, **fields))))
+    wrapped.set_adapter("default")
+    assert torch.equal(logits(wrapped), before)
+    wrapped.delete_adapter("other")
+    assert torch.equal(logits(wrapped), before)
+
+
+def test_one_adapter_may_have_rows_and_a_lora_of_the_table(tmp_path):
+    fields = dict(r=2, trainable_token_indices=[4, 7], target_modules=["embed_tokens"], init_lora_weights=False)
+    wrapped = get_peft_model(llama(), LoraConfig(**fields))
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "tokens_delta" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    before = logits(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(again), before, rtol=0, atol=0)
+    torch.testing.assert_close(logits(again.merge_and_unload()), before)
 
 
 def test_broken_files_are_named():

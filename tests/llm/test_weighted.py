@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
-from diffpeft.layers.adapted import effective, weights_of
+from diffpeft.layers.carried import effective, weights_of
 from diffpeft.llm.peft_model import PeftModel, get_peft_model, get_peft_model_state_dict
 from diffpeft.llm.weighted import TYPES
 from diffpeft.methods import IA3Config, LoHaConfig, LoraConfig, OFTConfig
@@ -84,7 +84,7 @@ def ours_merged(mine, name, layers):
     slots, modules = slots_in(base, name), {layer: base.get_submodule(layer) for layer in layers}
     assert slots.keys() == layers.keys()
     with torch.no_grad():
-        return {n: effective(m, [(slots[n], 1.0)], torch.float32, weights_of(m))[0] for n, m in modules.items()}
+        return {n: effective(m, [(slots[n], 1.0)], torch.float32, weights_of(m))["weight"] for n, m in modules.items()}
 
 
 def compare(mine, other, name, tolerance=1e-5):
@@ -247,7 +247,7 @@ def deltas(it, name):
     with torch.no_grad():
         for layer, slot in slots_in(base, name).items():
             module = base.get_submodule(layer)
-            whole, _ = effective(module, [(slot, 1.0)], torch.float32, weights_of(module))
+            whole = effective(module, [(slot, 1.0)], torch.float32, weights_of(module))["weight"]
             found[layer] = whole - module.weight
     return found
 

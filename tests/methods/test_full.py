@@ -12,8 +12,9 @@ from torch import nn
 import diffpeft
 from diffpeft.layers.slot import Part, Piece, Slot
 from diffpeft.methods import Full, Geometry, Norm, Spec
-from diffpeft.model.attach import Plan, install
+from diffpeft.model.attach import install
 from diffpeft.model.mix import Adapter
+from diffpeft.model.plan import Plan
 from diffpeft.model.state import entries_of
 
 EMBEDDING = Geometry(6, 10, lookup=True)

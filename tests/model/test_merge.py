@@ -226,13 +226,13 @@ def test_an_adapter_in_use_is_not_taken_away(model):
 def test_an_interrupted_merge_changes_nothing(model, monkeypatch, trace):
     before, calls = trace(model), []
 
-    def enter(module, state, real=diffpeft.model.attach.enter):
+    def enter(module, state, real=diffpeft.model.plan.enter):
         calls.append(module)
         if len(calls) == 2:
             raise KeyboardInterrupt
         real(module, state)
 
-    monkeypatch.setattr("diffpeft.model.attach.enter", enter)
+    monkeypatch.setattr("diffpeft.model.plan.enter", enter)
     with pytest.raises(KeyboardInterrupt):
         merge_for_good(model)
     assert trace(model) == before
@@ -340,7 +340,7 @@ def test_an_interrupted_replacement_changes_nothing(randomize, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffpeft.model.attach.settle", broken)
+        patch.setattr("diffpeft.model.plan.settle", broken)
         with pytest.raises(KeyboardInterrupt):
             merge_for_good(net, dequantize=True)
     assert net.again is layer and net.inner["q"] is layer and torch.equal(net(given), want)

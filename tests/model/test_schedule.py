@@ -24,7 +24,8 @@ from diffpeft import (
     set_adapters,
     unload,
 )
-from diffpeft.model.attach import Plan, detach, mix_of
+from diffpeft.model.attach import detach, mix_of
+from diffpeft.model.plan import Plan
 from diffpeft.model.root import ROOT
 from tests.contracts.kinds import FORMS, LINEAR, METHOD_FORMS, blocks, config, every_form, give, layer
 

@@ -24,7 +24,7 @@ from diffpeft import (
     unfuse,
     unload,
 )
-from diffpeft.layers.adapted import base_class
+from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import site_of
 from diffpeft.model.merge import merge_for_good
 from tests.contracts.kinds import METHOD_FORMS, give

@@ -7,7 +7,7 @@ import torch
 
 from converters import TABLES
 from diffpeft import ConfigError, UnknownNameError, get_adapters, load_lora, set_adapters
-from diffpeft.layers.adapted import record_of
+from diffpeft.layers.carried import record_of
 from diffpeft.model.target import adapted_layers
 from diffpeft.pipeline.prompt import PRESETS, VECTORS, Tag, parsed, places, resolved, strengths
 

@@ -1,0 +1,268 @@
+"""Plan: the writes of an operation, prepared before any is made. Plans compose, and a commit makes all of their writes or none.
+
+Everything that can fail happens while a plan is made. What is written is of few kinds, each with its way back; a commit that is interrupted goes
+that way for all that it has written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of, state_with
+from diffpeft.layers.site import reapply_offloading
+from diffpeft.model.mix import Mix
+from diffpeft.model.root import settle
+from diffpeft.model.target import COMPILED
+
+# a module's table of parameters or buffers, a name in it, and new numbers or another parameter
+Put = tuple[dict[str, Any], str, Any]
+
+ABSENT: Any = object()  # what an attribute or an entry is that is not there
+
+
+class Write(Protocol):
+    """One thing that gets another value."""
+
+    def present(self) -> Any:
+        """What is there now: `put` with it is the way back."""
+
+    def put(self, value: Any) -> None:
+        """Put a value there. Plain assignments: given a value that is prepared, or was there, it cannot fail."""
+
+    @property
+    def value(self) -> Any:
+        """What is to be there."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a module carries, and its weights."""
+
+    module: nn.Module
+    value: State
+
+    def present(self) -> State:
+        return state_of(self.module)
+
+    def put(self, value: State) -> None:
+        enter(self.module, value)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Other numbers for a parameter or buffer, in memory of their own."""
+
+    tensor: Tensor
+    value: Tensor
+
+    def present(self) -> Tensor:
+        return self.tensor.data
+
+    def put(self, value: Tensor) -> None:
+        self.tensor.data = value
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Other numbers in the memory that a tensor has: compiled code may hold its address."""
+
+    tensor: Tensor
+    value: Tensor
+
+    def present(self) -> Tensor:
+        return self.tensor.detach().clone()
+
+    def put(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.tensor.copy_(value)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute of an object, ABSENT if there is to be none."""
+
+    owner: Any
+    name: str
+    value: Any
+
+    def present(self) -> Any:
+        return getattr(self.owner, self.name, ABSENT)
+
+    def put(self, value: Any) -> None:
+        if value is not ABSENT:
+            setattr(self.owner, self.name, value)
+        elif hasattr(self.owner, self.name):
+            delattr(self.owner, self.name)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of a table (a module's parameters or modules, the configs of a model), ABSENT if there is to be none."""
+
+    table: dict[str, Any]
+    name: str
+    value: Any
+
+    def present(self) -> list[tuple[str, Any]]:
+        return list(self.table.items())  # all of them: they come back in the order that they had
+
+    def put(self, value: Any) -> None:
+        if isinstance(value, list):
+            self.table.clear()
+            self.table.update(value)
+        elif value is ABSENT:
+            self.table.pop(self.name, None)
+        else:
+            self.table[self.name] = value
+
+
+@dataclass
+class Plan:
+    """Prepared writes in the order in which they are made."""
+
+    writes: list[Write] = field(default_factory=list)
+    roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
+    _records: dict[int, Record | None] = field(default_factory=dict)
+    _before: list[tuple[Write, Any]] | None = None  # while it is made and afterwards: the way back
+
+    @property
+    def changed(self) -> list[nn.Module]:
+        """The modules that will carry something else."""
+        return [write.module for write in self.writes if isinstance(write, Layer)]
+
+    @property
+    def entries(self) -> dict[tuple[int, str], Any]:
+        """{(id of a table, name): what will be there}."""
+        return {(id(write.table), write.name): write.value for write in self.writes if isinstance(write, Entry)}
+
+    def record_of(self, module: nn.Module) -> Record | None:
+        """What a module will carry: for planning on."""
+        return self._records[id(module)] if id(module) in self._records else record_of(module)
+
+    def carry(self, module: nn.Module, record: Record | None, weights: Mapping[str, Tensor] | None = None) -> None:
+        """A module is to carry something else, or nothing, and have other parameters (a Parameter), or other numbers in those that it has."""
+        others = {name: own for name, own in (weights or {}).items() if isinstance(own, nn.Parameter)}
+        for name, parameter in others.items():
+            self.entry(module._parameters, name, parameter)
+        numbers: Parameters | None = None if weights is None else {n: w for n, w in weights.items() if n not in others}
+        self.writes.append(Layer(module, state_with(module, record, numbers)))
+        self._records[id(module)] = record
+
+    def numbers(self, tensor: Tensor, value: Tensor) -> None:
+        """A parameter or buffer is to have other numbers."""
+        self.writes.append(Numbers(tensor, value))
+
+    def fill(self, tensor: Tensor, value: Tensor) -> None:
+        """A tensor is to have other numbers in the memory that it has."""
+        self.writes.append(Filled(tensor, value))
+
+    def set(self, owner: Any, **values: Any) -> None:
+        """Attributes are to have other values."""
+        self.writes += [Attribute(owner, name, value) for name, value in values.items()]
+
+    def entry(self, table: dict[str, Any], name: str, value: Any = ABSENT) -> None:
+        """An entry of a table is to be another, or to be gone."""
+        self.writes.append(Entry(table, name, value))
+
+    def put(self, puts: Iterable[Put]) -> None:
+        """Modules' tables are to hold other parameters, or those that they hold to have other numbers."""
+        for table, name, new in puts:
+            if isinstance(new, nn.Parameter):
+                self.entry(table, name, new)
+            else:
+                self.numbers(table[name], new)
+
+    def require_grad(self, module: nn.Module, flag: bool) -> None:
+        """The parameters of a module are to be trained, or not."""
+        for parameter in module.parameters():
+            if parameter.requires_grad != flag:
+                self.set(parameter, requires_grad=flag)
+
+    def root(self, model: nn.Module, mix: Mix) -> None:
+        """A model whose layers change, or whose mix: it may need to be told of calls, and whoever offloads it of its tensors."""
+        self.roots.append((model, mix))
+
+    def view(self, mix: Mix) -> Mix:
+        """A mix as it will be: for planning on."""
+        values = {w.name: w.value for w in self.writes if isinstance(w, Attribute) and w.owner is mix}
+        if not values:
+            return mix
+        planned = replace(mix, **values)
+        planned.key = mix.key
+        return planned
+
+    def commit(self) -> None:
+        """Make the writes, all or none: if one fails or is interrupted, those made are undone. Ctrl-C waits until they are made."""
+        try:
+            with _uninterrupted():
+                self._before = [(write, write.present()) for write in self.writes]
+                for write in self.writes:
+                    write.put(write.value)
+                self._finish()
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Put back what the commit has replaced; nothing if there was none."""
+        with _uninterrupted():
+            for write, value in reversed(self._before or ()):
+                write.put(value)
+            if self._before is not None:
+                self._finish()
+            self._before = None
+
+    @contextlib.contextmanager
+    def tentative(self) -> Iterator[None]:
+        """The writes are made for what is planned in this block, and undone if it raises."""
+        try:
+            self.commit()
+            yield
+        except BaseException:
+            self.undo()
+            raise
+
+    def _finish(self) -> None:
+        """Let the models, and who offloads them, know what is on their layers now."""
+        changed = self.changed
+        for model, mix in self.roots:
+            settle(model, mix)
+            if changed:
+                reapply_offloading(getattr(model, COMPILED, model), changed)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C inside this block comes after it, if this is the thread that it comes to."""
+    waiting: list[tuple[int, Any]] = []
+    inside = True
+    try:
+        before = signal.getsignal(signal.SIGINT)
+        if not callable(before):
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            if inside:
+                waiting.append((number, frame))
+            else:
+                before(number, frame)
+
+        signal.signal(signal.SIGINT, note)
+    except ValueError:  # another thread than the main one, which gets no signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        inside = False
+        signal.signal(signal.SIGINT, before)
+    for number, frame in waiting:
+        before(number, frame)
