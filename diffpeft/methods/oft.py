@@ -22,6 +22,7 @@ from diffpeft.errors import ConfigError
 from diffpeft.methods import config as configs
 from diffpeft.methods.axes import triangle
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Site, Spec, Strength, Tensors
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import cayley, cayley_neumann, columns_times, rows_times, skew, wide
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
@@ -62,7 +63,7 @@ class OFTConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.OFT
+    TYPE = PeftType(LAYOUTS["oft"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
