@@ -101,13 +101,16 @@ def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torc
         )
     said += _caveats(out, to)
     computed = [e.layer for e in bundle.entries if any(h.how[:1] == ("scaled",) for h in e.tensors.values())]
-    if folded := [e.layer for e in out.entries if "scale" in e.options and not FORMATS[to].folder]:
-        said.append(f"{len(folded)} layers had alpha / r multiplied into lokr_w1: {listed(folded[:5])}")
-    exact = out is bundle and cast is None and not (inexact or computed or folded)
+    exact = out is bundle and cast is None and not (inexact or computed or _folded(out, to))
     mapped = tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys))
     return ConvertReport(
         "L0" if exact else "L1", mapped, tuple(bundle.carried), tuple(said), bundle.format, bundle.family
     )
+
+
+def _folded(bundle: Bundle, to: str) -> list[str]:
+    """The layers whose scale a format has no place for, so that it goes into their tensors."""
+    return [] if FORMATS[to].folder else [e.layer for e in bundle.entries if "scale" in e.options]
 
 
 def _caveats(bundle: Bundle, to: str) -> list[str]:
@@ -123,7 +126,8 @@ def _caveats(bundle: Bundle, to: str) -> list[str]:
         },
         "diffusers": {"alphas stand in the metadata, which ComfyUI does not read (there the scale is 1)": scaled},
     }
-    return [f"{what}: {len(layers)} layers" for what, layers in told.get(to, {}).items() if layers]
+    every = {**told.get(to, {}), "alpha / r was multiplied into lokr_w1": _folded(bundle, to)}
+    return [f"{what}: {len(layers)} layers" for what, layers in every.items() if layers]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
