@@ -127,6 +127,7 @@ def _read(
     parts = {**found.parts, **_literal(tensors, fmt, names or {})}
     groups, carried = _grouped(tensors, parts, fmt, table, names or {}, metadata, where)
     _refuse_foreign(groups, where)
+    shared = {role: carried.pop(key) for role, key in fmt.shared_keys.items() if key in carried}
     shapes = {
         canonical(c, n): s for c, own in (names or {}).items() if isinstance(own, Mapping) for n, s in own.items()
     }
@@ -142,6 +143,7 @@ def _read(
                     )
             entries.append(replace(entry, rule=rule, shape=shapes.get(layer)))
     entries = fmt.configured(entries, metadata)
+    entries = [replace(e, shared=shared) if LAYOUTS[e.method].shared else e for e in entries]
     if alpha is not None:
         entries = [_with_alpha(entry, alpha) for entry in entries]
     elif fmt.folder and CONFIG not in metadata and any(e.alpha is None for e in entries):

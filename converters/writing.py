@@ -246,7 +246,7 @@ def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole
         assert spelt is not None
         places |= {(entry.layer, role): handle for role, handle in found.items()}
         keys |= {(entry.layer, role): fmt.join(replace(spelt, role=role), entry) for role in found}
-    tensors = {keys[place]: handle for place, handle in places.items()} | bundle.carried
+    tensors = {keys[place]: handle for place, handle in places.items()} | _shared(bundle, fmt, dtype) | bundle.carried
     text = own_record(bundle) if bundle.format == format else bundle.metadata.get(KEY, "")
     if back := restored(text, format, places, ranks_of(entries), bundle.carried, _unscaled(entries)):
         tensors, before, names = back
@@ -270,6 +270,12 @@ def planned(bundle: Bundle, format: str, dtype: torch.dtype | None = None, whole
     if record := recorded(whole or bundle, format, metadata, order.blocks):
         metadata[KEY] = record
     return Plan(tensors, metadata, tuple(order.inexact))
+
+
+def _shared(bundle: Bundle, fmt: Format, dtype: torch.dtype | None) -> dict[str, Handle]:
+    """The tensors of the whole adapter by their keys, unless all its layers say that they are not saved."""
+    saved = [e.shared for e in bundle.entries if e.options.get("save_projection", True)]
+    return {fmt.shared_keys[role]: io.cast(h, dtype, role) for shared in saved for role, h in shared.items()}
 
 
 def _ours(key: str) -> bool:

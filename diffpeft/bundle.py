@@ -140,6 +140,7 @@ class Entry:
     rule: Rule | None = (
         None  # of a layer of the original program whose rows are not one of diffusers' layers' as they are
     )
+    shared: Mapping[str, Handle] = field(default_factory=dict)  # the tensors of the whole adapter, of `Bundle.shared`
     own: str | None = None  # the layer as its model calls it, within its component; None if no model told it
 
     @property
@@ -171,6 +172,11 @@ class Bundle:
     source: str = "a dict of tensors"
     families: tuple[str, ...] = ()  # every family the names fit, the likeliest first
     order: tuple[str, ...] = ()  # the file's keys
+
+    @property
+    def shared(self) -> dict[str, Mapping[str, Handle]]:
+        """{component: the tensors by role that all its entries share}, where a method has such."""
+        return {parted(entry.layer)[0]: entry.shared for entry in self.entries if entry.shared}
 
     @property
     def methods(self) -> set[str]:
@@ -246,7 +252,15 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> tuple[Any, dic
 
     method: Any = METHODS[entry.method]
     roles = [role for role in entry.tensors if role in method.roles]
-    p = {role: t.double() for role, t in zip(roles, io.load(entry.tensors[role] for role in roles), strict=True)}
+    if missing := {*method.shared} - {*entry.shared}:
+        raise ConfigError(
+            f"{entry.method} on {shown(entry.layer)} needs {' and '.join(sorted(missing))}, which its file leaves out",
+            remedy="Load it onto its model.",
+        )
+    if method.shared and W is None and entry.shape is None:
+        raise ConfigError(f"nothing tells the columns of {shown(entry.layer)}", remedy="Pass base={layer: W}.")
+    handles = {**{role: entry.tensors[role] for role in roles}, **{role: entry.shared[role] for role in method.shared}}
+    p = {role: t.double() for role, t in zip(handles, io.load(handles.values()), strict=True)}
     if W is None and not method.additive(p):
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."

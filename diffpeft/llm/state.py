@@ -50,6 +50,7 @@ from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
+from diffpeft.model.banks import shared_by
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan
@@ -128,6 +129,9 @@ def spelt(
                     found[f"{prefix}{layer}.base_layer.weight"] = handle.tensor.detach()
                 else:
                     found[f"{prefix}{layer}.{suffix(role, entry.method)}"] = handle.tensor.detach()
+    if getattr(config, "save_projection", True):
+        keys = FORMATS["peft"].shared_keys if prefix else {}
+        found |= {keys.get(role, role): tensor for role, tensor in shared_by(slots).items()}
     if isinstance(config, AdaLoraConfig):
         found = adalora.pruned(found, config, name)
     found |= whole_tensors(model, name, prefix, given)

@@ -28,7 +28,9 @@ from diffpeft.layers.site import computing_dtype, device_of, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.config import FP32_MAX
+from diffpeft.methods.fit import too_small
 from diffpeft.methods.lora import Lora
+from diffpeft.model.banks import share
 from diffpeft.model.target import spellings
 
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
@@ -97,6 +99,9 @@ def matched(
         ):
             slot.to(device)
         slot.training = module.training
+    for component, made_slots in slots.items():
+        shared = next((e.shared for e, place in found if place[0] == component and e.shared), {})
+        share(made_slots, dict(zip(shared, io.load(shared.values()), strict=True)))
     return slots, absent + lost
 
 
@@ -132,7 +137,12 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
         spec = _spec(entry, module)
         specs.append(spec)
         own = {role: h for role, h in entry.tensors.items() if role != BIAS}
-        if why := METHODS[entry.method].check(own, spec):
+        why = METHODS[entry.method].check(own, spec)
+        if not why and entry.shared:
+            why = too_small(
+                entry.method, {r: h.shape for r, h in entry.shared.items()}, entry.shapes, spec.geometry.layer
+            )
+        if why:
             wrong.append(f"{entry.layer}: {why}")
             control += filter(None, [_control(entry, spec)])
         if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
