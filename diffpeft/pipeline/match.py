@@ -101,7 +101,9 @@ def matched(
         slot.training = module.training
     for component, made_slots in slots.items():
         shared = next((e.shared for e, place in found if place[0] == component and e.shared), {})
-        share(made_slots, dict(zip(shared, io.load(shared.values()), strict=True)))
+        common = dict(zip(shared, io.load(shared.values()), strict=True))
+        _refuse_nonfinite("what the layers share", common, torch.float32, bundle.source)
+        share(made_slots, common)
     return slots, absent + lost
 
 
@@ -203,17 +205,7 @@ def _piece(
     bundle: Bundle, entry: Entry, module: Any, spec: Spec, tensors: dict[str, Tensor], trainable: bool
 ) -> tuple[Piece, Mapping[str, Tensor]]:
     """One method for one layer, checked for what is not finite, and what else its entry holds."""
-    dtype = computing_dtype(module)
-    limit = torch.finfo(dtype).max
-    numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
-    if not all(
-        -low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)
-    ):  # NaN compares false
-        raise NonFiniteError(
-            f"layer {shown(entry.layer)} has values that are not finite in {dtype}",
-            where=bundle.source,
-            remedy="The file is damaged.",
-        )
+    _refuse_nonfinite(f"layer {shown(entry.layer)}", tensors, computing_dtype(module), bundle.source)
     if trainable:
         # a copy: training must not reach what was passed in
         tensors = {
@@ -230,6 +222,18 @@ def _piece(
             remedy="The file is damaged.",
         )
     return Piece(entry.method, p, alpha, spec), beside
+
+
+def _refuse_nonfinite(what: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> None:
+    """Raise NonFiniteError for numbers that a dtype cannot hold."""
+    limit = torch.finfo(dtype).max
+    numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
+    if not all(
+        -low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)
+    ):  # NaN compares false
+        raise NonFiniteError(
+            f"{what} has values that are not finite in {dtype}", where=source, remedy="The file is damaged."
+        )
 
 
 def padded(piece: Piece, rank: int, where: str) -> Piece:
