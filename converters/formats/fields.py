@@ -80,7 +80,7 @@ class Dialect:
 
     def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
         """The entry with the alpha and the options that a config gives it."""
-        options = {row.option: config.get(row.name, row.default) for row in self.layout.fields}
+        options = {row.option: config.get(row.name, row.default) for row in self.layout.options}
         entry = replace(entry, options=options or entry.options)
         if not self.layout.alpha_field:
             return entry
@@ -108,7 +108,7 @@ class Dialect:
         """The fields that are options, of which a config has one for all layers."""
         return {
             row.name: _common(entries, row.name, lambda e, row=row: e.options.get(row.option, row.default))
-            for row in self.layout.fields
+            for row in self.layout.options
         }
 
 

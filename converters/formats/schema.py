@@ -111,13 +111,10 @@ _LAYERS = {
     "r": RANK,
     "rank_pattern": by_name(RANK) | NOTHING,
     "alpha_pattern": by_name(ALPHA) | NOTHING,
-    "rank_dropout": SHARE,
-    "module_dropout": SHARE,
     "init_weights": FLAG | WORD,
 }
 _LORA = {
     "lora_alpha": ALPHA,
-    "lora_dropout": SHARE,
     "lora_bias": FLAG,
     "use_rslora": FLAG,
     "use_dora": FLAG,
@@ -161,10 +158,12 @@ _ROTATIONS = {
     "boft_block_size": whole(0, MAX_RANK),
     "boft_block_num": COUNT,
     "boft_n_butterfly_factor": whole(0, 64),
-    "boft_dropout": SHARE,
 }
 _IA3 = {"feedforward_modules": PATTERN, "init_ia3_weights": FLAG}
-_METHODS = {row.name: _WORDS[row.kind] for layout in LAYOUTS.values() for row in layout.fields}
+_METHODS = {
+    **{name: SHARE for layout in LAYOUTS.values() for name in layout.dropouts if name.endswith("_dropout")},
+    **{row.name: _WORDS[row.kind] for layout in LAYOUTS.values() for row in layout.fields},
+}
 _PROMPTS = {
     "num_virtual_tokens": SIZE | NOTHING,
     "token_dim": SIZE | NOTHING,

@@ -19,11 +19,11 @@ MAGNITUDES = {"lora_magnitude_vector": "o *1 / 1 o *1", "dora_scale": "o 1? *1 |
 
 @dataclass(frozen=True)
 class Field:
-    """A field of PEFT's config that is an option of the adapter.
+    """A field of PEFT's config that other methods do not have.
 
     Args:
         name: the field's.
-        option: the option's.
+        option: of the adapter's options; empty for a field that only a fresh adapter looks at.
         kind: what it holds, a word of `converters.formats.schema.WORDS`.
         default: of the field, where a file leaves it out.
     """
@@ -68,7 +68,7 @@ class Layout:
         rank_field: the config's field for the rank.
         rank_default: what it is where a config leaves it out.
         patterns: whether rank and alpha can differ by layer in a config.
-        fields: fields of the config that are options of the adapter.
+        fields: fields of the config that are options of the adapter, or its own otherwise.
         dropouts: {field of the config: option} of what is dropped while training.
         ranks: the letters that are ranks, the first that is there counts.
         block: the letter that stands for a rank where there is none: the size of a rotation's blocks.
@@ -104,6 +104,11 @@ class Layout:
     pruned: bool = False
     stage: int = 2
     training: Training | None = None
+
+    @property
+    def options(self) -> tuple[Field, ...]:
+        """The fields of the config that are options of the adapter."""
+        return tuple(row for row in self.fields if row.option)
 
     @functools.cached_property
     def axes(self) -> dict[str, str]:
@@ -330,6 +335,7 @@ LAYOUTS: dict[str, Layout] = {
         fields=(
             Field("projection_prng_key", "projection_prng_key", "count", 0),
             Field("save_projection", "save_projection", "flag", True),
+            Field("d_initial", "", "number", 0.1),
         ),
         off=_words("vera_lambda_b"),
         training=Training({"rank": "r", "dropout": "vera_dropout"}, images=False),
