@@ -6,9 +6,10 @@ from converters.detection import Detection, Fit
 from converters.engine import detect, fitting, read, unknown_family
 from converters.families import TABLES
 from converters.formats import FORMATS
+from converters.holding import refusal
 from converters.inspection import Inspection, inspect
 from converters.opening import components_in
-from converters.writing import refusal, write
+from converters.writing import write
 
 __all__ = [
     "FORMATS",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,14 @@ from converters.engine import read
 from converters.formats import FORMATS
 from converters.formats.base import magnitude_axis
 from converters.formats.fields import on_inputs
+from converters.holding import Held, held, refused
 from converters.opening import Source
-from converters.writing import check_path, plans, problem, store
+from converters.writing import check_path, files, planned, store
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, definition_of
-from diffpeft.errors import CannotConvertError, ConfigError, inside, listed, near, shown
+from diffpeft.bundle import Bundle, Entry
+from diffpeft.definition import definition_of
+from diffpeft.errors import ConfigError, UnknownNameError, inside, listed, near, shown
+from diffpeft.handles import Scaled
 from diffpeft.methods.layout import INNER, LAYOUTS
 from diffpeft.methods.shapes import rank
 
@@ -69,55 +73,71 @@ def convert(
     if isinstance(source, (str, os.PathLike)) and os.path.realpath(source) == os.path.realpath(path):
         raise ConfigError("the output is the input", where=path, remedy="Give another name.")
     with inside(bundle.source):
+        UnknownNameError.check("format", to, FORMATS)
         return _converted(bundle, path, to, cast)
 
 
 def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torch.dtype | None) -> ConvertReport:
-    said: list[str] = []
-    out = bundle
-    try:
-        found = plans(bundle, to, path, cast)
-    except CannotConvertError as error:
-        out, expanded = _expanded(bundle, to)
-        try:
-            found = plans(out, to, path, cast)
-        except CannotConvertError as still:
-            left = {e.layer for e, now in zip(bundle.entries, out.entries, strict=True) if e is now}
-            blamed = {*(problem(out, to) or ("", []))[1]}
-            raise (still if expanded and blamed <= left else error) from None
-        said.append(f"{len(expanded)} layers were computed anew to do the same: {listed(expanded[:5])}")
-    store(found, path, to)
-    inexact = [layer for plan in found.values() for layer in plan.inexact]
-    if inexact:
-        said.append(
-            f"{len(inexact)} fused layers have parts of unequal scales, which went into the factors: {listed(inexact[:5])}"
-        )
-    zero = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
-    if zero:
-        said.append(f"{len(zero)} layers have alpha 0 and no effect: {listed(zero[:5])}")
-    if bundle.carried:
-        said.append(
-            f"{len(bundle.carried)} keys are no adapter's and were kept as they are: {listed(list(bundle.carried)[:5])}"
-        )
-    said += _caveats(out, to)
-    computed = [e.layer for e in bundle.entries if any(h.how[:1] == ("scaled",) for h in e.tensors.values())]
-    exact = out is bundle and cast is None and not (inexact or computed or _folded(out, to))
-    mapped = tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys))
+    asked = files(bundle, to, path)
+    parts = {component: _fitted(part) for component, part in asked.items()}
+    plans = {component: planned(part, cast) for component, part in parts.items()}
+    store(plans, path, to)
+    replaced = [entry for component, part in parts.items() for entry in _changed(asked[component], part)]
+    inexact = [layer for plan in plans.values() for layer in plan.inexact]
+    folded = [] if FORMATS[to].folder else [entry.layer for entry in bundle.entries if "scale" in entry.options]
+    exact = not (replaced or inexact or folded or cast or any(map(_is_computed, bundle.entries)))
     return ConvertReport(
-        "L0" if exact else "L1", mapped, tuple(bundle.carried), tuple(said), bundle.format, bundle.family
+        level="L0" if exact else "L1",
+        mapped=tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys)),
+        carried=tuple(bundle.carried),
+        warnings=(*_told(bundle, replaced, inexact, folded), *_caveats(parts.values(), to)),
+        format=bundle.format,
+        family=bundle.family,
     )
 
 
-def _folded(bundle: Bundle, to: str) -> list[str]:
-    """The layers whose scale a format has no place for, so that it goes into their tensors."""
-    return [] if FORMATS[to].folder else [e.layer for e in bundle.entries if "scale" in e.options]
+def _is_computed(entry: Entry) -> bool:
+    """Whether reading changed an entry's numbers."""
+    return any(isinstance(handle.how, Scaled) for handle in entry.tensors.values())
 
 
-def _caveats(bundle: Bundle, to: str) -> list[str]:
+def _fitted(part: Held) -> Held:
+    """A bundle that the format holds: with LoRAs that do the same, where it cannot hold something else. Raises CannotConvertError."""
+    if part.answer:
+        return part
+    expanded = _expanded(part)
+    if expanded.answer:
+        return expanded
+    changed = _changed(part, expanded)
+    left = {entry.layer for entry in part.bundle.entries if entry not in changed}
+    raise refused(expanded if changed and left.issuperset(expanded.answer.layers) else part)
+
+
+def _changed(before: Held, after: Held) -> list[Entry]:
+    """The entries that were replaced."""
+    entries = zip(before.bundle.entries, after.bundle.entries, strict=True)
+    return [old for old, new in entries if old is not new]
+
+
+def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str], folded: Sequence[str]) -> list[str]:
+    """What a user should know about a conversion, in words."""
+    zero = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
+    told: dict[str, Sequence[str]] = {
+        "layers were computed anew to do the same": [layer for entry in replaced for layer in entry.targets],
+        "fused layers have parts of unequal scales, which went into the factors": inexact,
+        "layers had alpha / r multiplied into lokr_w1": folded,
+        "layers have alpha 0 and no effect": zero,
+        "keys are no adapter's and were kept as they are": list(bundle.carried),
+    }
+    return [f"{len(names)} {what}: {listed(names[:5])}" for what, names in told.items() if names]
+
+
+def _caveats(parts: Iterable[Held], to: str) -> list[str]:
     """Where ComfyUI is known to do something else with a file of this format than other programs, in words."""
-    doras = [e.layer for e in bundle.entries if magnitude_axis(e) == 0]
-    rescaled = [e.layer for e in bundle.entries if "rescale" in e.tensors]
-    loras = [e for e in bundle.entries if e.method in ("lora", "dora")]
+    entries = [entry for part in parts for entry in part.bundle.entries]
+    doras = [e.layer for e in entries if magnitude_axis(e) == 0]
+    rescaled = [e.layer for e in entries if "rescale" in e.tensors]
+    loras = [e for e in entries if e.method in ("lora", "dora")]
     scaled = [e.layer for e in loras if (alpha := io.number(e.alpha)) is not None and alpha != rank(e.shapes)]
     told = {
         "comfyui": {
@@ -126,8 +146,7 @@ def _caveats(bundle: Bundle, to: str) -> list[str]:
         },
         "diffusers": {"alphas stand in the metadata, which ComfyUI does not read (there the scale is 1)": scaled},
     }
-    every = {**told.get(to, {}), "alpha / r was multiplied into lokr_w1": _folded(bundle, to)}
-    return [f"{what}: {len(layers)} layers" for what, layers in every.items() if layers]
+    return [f"{what}: {len(layers)} layers" for what, layers in told.get(to, {}).items() if layers]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -142,19 +161,24 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return getattr(torch, DTYPES[dtype])
 
 
-def _expanded(bundle: Bundle, to: str) -> tuple[Bundle, list[str]]:
-    """The bundle with LoRAs in place of what the format cannot hold and a LoRA can say exactly, and the layers that this was done to."""
-    out, done = bundle, list[str]()
-    while trouble := problem(out, to):
-        blamed = {*trouble[1]}
-        loras = [(as_lora(e) or _as_ia3(e, to)) if {e.layer, *e.targets} & blamed else None for e in out.entries]
-        if not any(loras):  # what is to blame is a LoRA already, beside others
-            loras = [as_lora(e) for e in out.entries]
-        if not any(loras):
+def _expanded(part: Held) -> Held:
+    """The bundle with LoRAs in place of what the format cannot hold and a LoRA can say exactly, as far as there are such."""
+    while not part.answer:
+        entries = part.bundle.entries
+        blamed = [bool({entry.layer, *entry.targets} & {*part.answer.layers}) for entry in entries]
+        others = [_other_form(entry, part.format) if b else None for entry, b in zip(entries, blamed, strict=True)]
+        if not any(others):  # what is to blame is a LoRA already, beside others
+            others = [as_lora(entry) for entry in entries]
+        if not any(others):
             break
-        done += [name for e, lora in zip(out.entries, loras, strict=True) if lora for name in e.targets]
-        out = replace(out, entries=[lora or e for e, lora in zip(out.entries, loras, strict=True)])
-    return out, done
+        entries = [other or entry for entry, other in zip(entries, others, strict=True)]
+        part = held(replace(part.bundle, entries=entries), part.format, part.adapter)
+    return part
+
+
+def _other_form(entry: Entry, to: str) -> Entry | None:
+    """An entry that does the same, in a form that more formats hold."""
+    return as_lora(entry) or _as_ia3(entry, to)
 
 
 def as_lora(entry: Entry) -> Entry | None:
@@ -167,7 +191,9 @@ def as_lora(entry: Entry) -> Entry | None:
     hidden = re.search(r"conv[^.]*$|patch_embed|(pos_embed|x_embedder)\.proj$", entry.layer) and not kernel
     if plain or entry.method not in INNER or hidden:
         return None
-    method, p, spec = definition_of(entry)
+    definition = definition_of(entry)
+    method, (_, p, spec) = definition.additive, definition
+    assert method is not None
     factors = method.factors(p, spec)
     if factors is None or (entry.method != "lora" and len(factors[0]) >= min(spec.geometry.out, spec.geometry.columns)):
         return None

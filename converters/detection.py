@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from converters.families import TABLES, Table
 from converters.families.text import CLIP, T5
 from converters.formats import FORMATS, Format, Part
 from converters.formats.wrappers import all_unwrapped
+from converters.roles import split
 from converters.rows import aspect
 from converters.sizes import Layers as Sized
-from converters.sizes import grouped, published
+from converters.sizes import Published, grouped, published
 from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
+from diffpeft.methods.layout import named
 from diffpeft.methods.shapes import extent
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
@@ -55,12 +57,17 @@ _SAID = {
     "hidream": r"hidream",
 }
 # rows a column of layers whose names several families have
-_RATIOS: dict[str, dict[str, Fraction | int]] = {
-    r"single_blocks[._]\d+[._]linear1": {"flux": 7, "chroma": 7, "hunyuan_video": 7, "flux2": 9},
-    r"single_blocks[._]\d+[._]linear2": {"flux": Fraction(1, 5), "chroma": Fraction(1, 5), "flux2": Fraction(1, 4)},
-    r"double_blocks[._]\d+[._](img|txt)_mlp[._]0": {"flux": 4, "chroma": 4, "flux2": 6},
-    r"(layers|refiner)[._]\d+[._]attention[._]qkv": {"lumina2": Fraction(5, 3), "z_image": 3},
+_RATIOS: dict[re.Pattern[str], dict[str, Fraction | int]] = {
+    re.compile(r"single_blocks[._]\d+[._]linear1$"): {"flux": 7, "chroma": 7, "hunyuan_video": 7, "flux2": 9},
+    re.compile(r"single_blocks[._]\d+[._]linear2$"): {
+        "flux": Fraction(1, 5),
+        "chroma": Fraction(1, 5),
+        "flux2": Fraction(1, 4),
+    },
+    re.compile(r"double_blocks[._]\d+[._](img|txt)_mlp[._]0$"): {"flux": 4, "chroma": 4, "flux2": 6},
+    re.compile(r"(layers|refiner)[._]\d+[._]attention[._]qkv$"): {"lumina2": Fraction(5, 3), "z_image": 3},
 }
+_NUMBER = re.compile(r"\d+")
 _UNETS = ("sd15", "sd2", "sdxl", "sdxl_refiner")
 _WIDTHS = {768: ("sd15",), 1024: ("sd2",), 2048: ("sdxl",), 1280: ("sdxl_refiner",)}
 _INPUTS = ("lora_A", "hada_w1_b", "diff")  # roles whose second axis is the layer's inputs
@@ -68,6 +75,7 @@ _CROSS = re.compile(r".*transformer_blocks[._]\d+[._]attn2[._]to_[kv]")
 _XL = re.compile(
     r".*attentions?[._].*transformer_blocks[._][1-9]|.*_blocks?[._]\d.*transformer_blocks[._][1-9]|add_embedding|label_emb"
 )
+_XL_WORD = re.compile(r"lora_te2_|text_encoder_2|text_encoders\.clip_g")
 # the share of a file's layers that a family's table must know; of UNets, which people change, half if it is only a few that it does not know
 _MOST, _HALF, _FEW = 0.9, 0.5, 8
 _NOT_XL = re.compile(r"(down|up)_blocks[._]3|down_blocks[._]0[._]attentions")
@@ -82,6 +90,12 @@ class Detection:
     methods: frozenset[str]
     confidence: float
     alternatives: tuple[str, ...] = ()
+
+
+def methods_of(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> frozenset[str]:
+    """The methods of layers of which the shapes are given by role."""
+    split_ = {(method, tuple(roles)) for shapes in layers for method, roles in split(shapes).items()}
+    return frozenset(name for method, roles in split_ for name in named(method, roles))
 
 
 @dataclass(frozen=True)
@@ -116,66 +130,82 @@ def fit(
 ) -> Fit:
     """What a file fits; `format` and `family` are known, and not looked for. Raises UnknownKeysError if no key is of any format."""
     parts = _most(tensors, [format] if format else list(FORMATS), source)
-    formats = [f for f in parts if f == metadata.get(FORMAT)] or list(parts)
-    formats = [f for f in formats if FORMATS[f].owned & metadata.keys()] or formats
-    alike: dict[frozenset[Spelt], list[str]] = {}  # the formats that take the keys apart alike
+    formats, layers, counts = _likeliest(parts, tensors, metadata)
+    fitting = _by_ratio(list(counts), layers) or [*counts]
+    counts = {family: n for family, n in counts.items() if family in fitting}
+    own = _Own(layers, metadata, FORMATS[formats[0]].tables)
+    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, own)
+    chosen = _format_of(formats, [family] if family else families, own)
+    return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], (tensors, metadata, source))
+
+
+def _likeliest(
+    parts: Mapping[str, Mapping[str, Part]], tensors: Mapping[str, Handle], metadata: Mapping[str, str]
+) -> tuple[list[str], Layers, dict[str, int]]:
+    """Formats that take the keys apart alike, with the layers as they do and {family: how many of these it knows}: those of which a family knows most.
+
+    Formats that the metadata name, or that alone write some of them, come before all others.
+    """
+    formats = [name for name in parts if name == metadata.get(FORMAT)] or list(parts)
+    formats = [name for name in formats if FORMATS[name].owned & metadata.keys()] or formats
+    alike: dict[frozenset[Spelt], list[str]] = {}
     for name in formats:
         alike.setdefault(frozenset((part.word, part.layer) for part in parts[name].values()), []).append(name)
-    tried = [
-        (names, layers := _layers(tensors, parts[names[0]]), _counts(layers, FORMATS[names[0]], metadata))
-        for names in alike.values()
-    ]
-    formats, layers, counts = max(tried, key=lambda t: max(t[2].values(), default=0))
-    fits = _by_ratio(list(counts), layers) or [*counts]
-    counts = {family: n for family, n in counts.items() if family in fits}
-    most = max(counts.values(), default=0)
-    fitting = [family for family in TABLES if most and counts.get(family) == most]
-    own = _Own(layers, metadata, FORMATS[formats[0]].tables)
-    families, ambiguous, looks_like = _decided(fitting, counts, layers, metadata, formats, own)
-    best = family or (families[0] if families else "")
-    able = [f for f in formats if {*([family] if family else families)} <= {*FORMATS[f].tables}] or formats
-    chosen = able[0] if len(able) == 1 or not best else max(able, key=lambda f: own(f, best))
-    return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], (tensors, metadata, source))
+    tried = []
+    for names in alike.values():
+        layers = _layers(tensors, parts[names[0]])
+        tried.append((names, layers, _counts(layers, FORMATS[names[0]], metadata)))
+    return max(tried, key=lambda row: max(row[2].values(), default=0))
+
+
+def _format_of(formats: Sequence[str], families: Sequence[str], own: _Own) -> str:
+    """Of formats that take the keys apart alike the first that is for these families; of several the one that would spell most layers so."""
+    able = [name for name in formats if {*families} <= FORMATS[name].tables.keys()] or formats
+    return able[0] if len(able) == 1 or not families else max(able, key=lambda name: own(name, families[0]))
 
 
 def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
     """{(what says the component, layer): {role: handle}}; of a part of a layer only the name counts."""
     layers: Layers = {}
     for key, part in parts.items():
-        own = layers.setdefault((part.word, part.layer), {})
+        roles = layers.setdefault((part.word, part.layer), {})
         if part.part is None:
-            own[part.role] = tensors[key]
+            roles[part.role] = tensors[key]
     return layers
 
 
 def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[str, dict[str, Part]]:
     """{format: the keys that it takes apart}, of the formats that most keys are of."""
-    found: dict[str, dict[str, Part]] = {}
-    done: dict[Any, dict[str, Part]] = {}  # formats that share the way need it once
     bare_keys = all_unwrapped(keys)
-    some = [*bare_keys.values()][:: max(len(keys) // 16, 1)]
-    likely = sorted(formats, key=lambda f: sum(FORMATS[f].split(key) is None for key in some))
-    for name in likely:  # the rest is then done with at its first key
-        fmt = FORMATS[name]
-        way = type(fmt).split
-        if way not in done:
-            every = any(len(parts) == len(keys) for parts in done.values())  # then one key less is too few
-            done[way] = {}
-            for key, bare_key in bare_keys.items():
-                if part := fmt.split(bare_key):
-                    done[way][key] = part
-                elif every:
-                    break
-        found[name] = done[way]
-    found = {name: found[name] for name in formats}
-    most = max(map(len, found.values()), default=0)
+    sample = [*bare_keys.values()][:: max(len(keys) // 16, 1)]
+    ways: dict[object, dict[str, Part]] = {}  # formats that share the way need it once
+    for name in sorted(
+        formats, key=lambda f: sum(FORMATS[f].split(key) is None for key in sample)
+    ):  # likely ones first
+        way = type(FORMATS[name]).split
+        if way not in ways:
+            all_taken = any(len(parts) == len(keys) for parts in ways.values())  # then one key less is too few
+            ways[way] = _taken_apart(bare_keys, FORMATS[name], all_taken)
+    apart = {name: ways[type(FORMATS[name]).split] for name in formats}
+    most = max(map(len, apart.values()), default=0)
     if not most:
         raise UnknownKeysError(
             "this holds no adapter that is known here",
             where=f"{source}: {listed(list(keys)[:3])}{' ...' if len(keys) > 3 else ''}",
             remedy=f"Readable are the formats {', '.join(FORMATS)}.",
         )
-    return {name: parts for name, parts in found.items() if len(parts) == most}
+    return {name: parts for name, parts in apart.items() if len(parts) == most}
+
+
+def _taken_apart(bare_keys: Mapping[str, str], fmt: Format, every: bool) -> dict[str, Part]:
+    """The keys that a format takes apart, of {key: without wrappers}; `every`: up to the first that it does not."""
+    parts: dict[str, Part] = {}
+    for key, bare_key in bare_keys.items():
+        if part := fmt.split(bare_key):
+            parts[key] = part
+        elif every:
+            break
+    return parts
 
 
 def bare(table: Table, layers: Collection[str], fmt: Format, metadata: Mapping[str, str]) -> str:
@@ -185,8 +215,8 @@ def bare(table: Table, layers: Collection[str], fmt: Format, metadata: Mapping[s
     """
     if metadata.get(COMPONENT) in table.components:
         return metadata[COMPONENT]
-    own = [c for c in table.components if c not in table.encoders or table.encoders[c].layers in (CLIP, T5)]
-    counts = {c: sum(known(fmt, table, c, layer) != "" for layer in layers) for c in own}
+    candidates = [c for c in table.components if c not in table.encoders or table.encoders[c].layers in (CLIP, T5)]
+    counts = {c: sum(known(fmt, table, c, layer) != "" for layer in layers) for c in candidates}
     best = max(counts, key=counts.__getitem__, default="")
     return best if counts.get(best) else ""
 
@@ -195,43 +225,58 @@ def known(fmt: Format, table: Table, component: str, layer: str) -> str:
     """In whose names a family has a layer, "original" or "diffusers"; empty if it does not have it."""
     if component in table.encoders:
         return "diffusers" if table.encoded(component, layer, fmt.flat) else ""
-    names = ("original", "diffusers") if fmt.original(table) else ("diffusers", "original")
-    for name in names:
-        if fmt.flat:
-            found = (table.dotted if name == "diffusers" else table.original_dotted)(component, layer) is not None
-        else:
-            found = (table.knows if name == "diffusers" else table.is_original)(component, layer)
-        if found:
+    tests = {
+        "diffusers": (table.knows, table.dotted),
+        "original": (table.is_original, table.original_dotted),
+    }
+    for name in ("original", "diffusers") if fmt.original(table) else ("diffusers", "original"):
+        dotted_, flat = tests[name]
+        if flat(component, layer) is not None if fmt.flat else dotted_(component, layer):
             return name
     return ""
 
 
 def _counts(layers: Collection[Spelt], fmt: Format, metadata: Mapping[str, str]) -> dict[str, int]:
     """{family: how many of the layers it knows}. Names are first compared without their numbers, which spares most of the work."""
-    shapes = Counter((word, re.sub(r"\d+", "#", layer.replace(".", "_"))) for word, layer in layers)
-    rough: dict[str, int] = {}
-    for family, table in fmt.tables.items():
-        patterns = {c: table.patterns(c) for c in table.components}
-        everything = frozenset().union(*patterns.values())
-        n = 0
-        for (word, shape), count in shapes.items():
-            own = patterns.get(fmt.component(word, table), frozenset()) if word else everything
-            n += count * bool(own & {shape, f"text_model_{shape}", shape.removeprefix("model_")})
-        rough[family] = n
+    rough = _rough_counts(layers, fmt)
     counts: dict[str, int] = {}
     for family in sorted(rough, key=lambda f: -rough[f]):
         if rough[family] <= 0 or rough[family] < max(counts.values(), default=0):
             break
         table = fmt.tables[family]
-        twin = next((f for f in counts if fmt.tables[f].is_named_as(table)), None)
-        if twin:
+        if twin := next((f for f in counts if fmt.tables[f].is_named_as(table)), None):
             counts[family] = counts[twin]
             continue
-        component = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
-        counts[family] = sum(
-            known(fmt, table, fmt.component(word, table) if word else component, layer) != "" for word, layer in layers
-        )
+        components = _components(layers, fmt, table, metadata)
+        counts[family] = sum(known(fmt, table, components[word], layer) != "" for word, layer in layers)
     return counts
+
+
+def _rough_counts(layers: Collection[Spelt], fmt: Format) -> dict[str, int]:
+    """{family: how many of the layers it may know}, by names without numbers."""
+    shapes = Counter((word, _numberless(layer)) for word, layer in layers)
+    counts: dict[str, int] = {}
+    for family, table in fmt.tables.items():
+        patterns = {component: table.patterns(component) for component in table.components}
+        everything = frozenset().union(*patterns.values())
+        counts[family] = 0
+        for (word, shape), count in shapes.items():
+            names = patterns.get(fmt.component(word, table), frozenset()) if word else everything
+            counts[family] += count * bool(names & {shape, f"text_model_{shape}", shape.removeprefix("model_")})
+    return counts
+
+
+def _numberless(layer: str) -> str:
+    """A layer's flat name with # for each number."""
+    return _NUMBER.sub("#", layer.replace(".", "_"))
+
+
+def _components(layers: Collection[Spelt], fmt: Format, table: Table, metadata: Mapping[str, str]) -> dict[str, str]:
+    """{what says the component: the component}, with "" for layers without such a word."""
+    words = {word for word, _ in layers}
+    components = {word: fmt.component(word, table) for word in words if word}
+    alone = [layer for word, layer in layers if not word]
+    return {**components, "": bare(table, alone, fmt, metadata)} if "" in words else components
 
 
 class _Own:
@@ -245,8 +290,17 @@ class _Own:
         at = format, family
         if at not in self.counts:
             table = self.tables.get(family)
-            self.counts[at] = _own(FORMATS[format], table, self.layers, self.metadata) if table else 0
+            self.counts[at] = _count_spelt(FORMATS[format], table, self.layers, self.metadata) if table else 0
         return self.counts[at]
+
+    def most(self, family: str, formats: Collection[str]) -> int:
+        """By the format that would spell most of them so."""
+        return max(self(name, family) for name in formats)
+
+    def best(self, families: Collection[str], formats: Collection[str]) -> list[str]:
+        """The families of which most layers are spelt so."""
+        counts = {family: self.most(family, formats) for family in families}
+        return [family for family, count in counts.items() if count == max(counts.values())]
 
 
 class _Verdict(NamedTuple):
@@ -258,38 +312,33 @@ class _Verdict(NamedTuple):
 
 
 def _decided(
-    fitting: list[str],
-    counts: Mapping[str, int],
-    layers: Layers,
-    metadata: Mapping[str, str],
-    formats: list[str],
-    own: _Own,
+    counts: Mapping[str, int], layers: Layers, metadata: Mapping[str, str], formats: list[str], own: _Own
 ) -> _Verdict:
     """Which of the families whose tables know most layers a file is of."""
-    fmt = FORMATS[formats[0]]
+    most = max(counts.values(), default=0)
+    fitting = [family for family in TABLES if most and counts.get(family) == most]
     best = [family for family in fitting if family in _said(metadata)] or fitting
+    fmt = FORMATS[formats[0]]
     denoiser = _denoiser_layers(fmt, fmt.tables[best[0]] if best else Table({}), layers, metadata)
     if not best:
         return _Verdict((), looks_like=_named(grouped(denoiser)))
-    spelt = lambda family: max(own(name, family) for name in formats)  # noqa: E731
     if not denoiser:  # text encoders have the same names everywhere
-        return _Verdict(tuple(sorted(fitting, key=lambda f: (f not in best, -spelt(f)))))
-    share = counts[best[0]] / len(layers)
+        return _Verdict(tuple(sorted(fitting, key=lambda f: (f not in best, -own.most(f, formats)))))
     if set(best) <= set(_UNETS):
-        few = len(layers) - counts[best[0]] <= _FEW
-        return _Verdict(_unets(best, layers, formats) if share >= _MOST or (few and share >= _HALF) else ())
+        return _Verdict(_unets(best, most, layers, formats))
     if metadata.get(HINT) not in best:
-        best, others = _by_size(best, share, grouped(denoiser))
+        best, others = _by_size(best, most / len(layers), grouped(denoiser))
         if not best:
             return _Verdict((), looks_like=others)
-    if len(best) > 1:
-        most = max(map(spelt, best))
-        best = [family for family in best if spelt(family) == most]
+    best = own.best(best, formats) if len(best) > 1 else best
     return _Verdict(tuple(best), len(best) > 1 and not _alike(best, fmt, layers, metadata))
 
 
-def _unets(families: list[str], layers: Layers, formats: list[str]) -> tuple[str, ...]:
-    """Of UNets those whose widths and levels these are."""
+def _unets(families: list[str], known: int, layers: Layers, formats: list[str]) -> tuple[str, ...]:
+    """Of UNets those whose widths and levels these are; none if their tables know too few of the layers."""
+    share = known / len(layers)
+    if share < _MOST and not (len(layers) - known <= _FEW and share >= _HALF):
+        return ()
     best = _by_width(families, layers) or families
     if any(re.match(r"(input|middle|output)_block", layer) for _, layer in layers):  # in flat files SDXL's
         tables = FORMATS[formats[0]].tables
@@ -301,8 +350,7 @@ def _denoiser_layers(
     fmt: Format, table: Table, layers: Layers, metadata: Mapping[str, str]
 ) -> list[tuple[str, tuple[int, int] | None]]:
     """The layers that are of no text encoder, with their rows and columns."""
-    alone = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
-    components = {word: fmt.component(word, table) if word else alone for word, _ in layers}
+    components = _components(layers, fmt, table, metadata)
     return [
         (layer, _extent(tensors))
         for (word, layer), tensors in layers.items()
@@ -317,17 +365,29 @@ def _by_size(families: list[str], share: float, layers: Sized) -> tuple[list[str
     exact = [model for model in published() if model.has(layers)]
     ours = [model for model in exact if model.family in families]
     full = [model for model in ours if model.is_full(layers)]
-    others = [model for model in exact if not model.family]
-    if ours and (full or not any(model.is_whole(layers) for model in others)):
-        told = {model.family for model in full or ours}
-        return [family for family in families if family in told], ()
-    if others:
-        return [], tuple(model.name for model in others if model.is_whole(layers)) or tuple(m.name for m in others)
-    lost = (1 - share) * len(layers)
-    nearer = tuple(m.name for m in published() if not m.family and len(layers) - m.knows(layers) < lost - 0.5)
-    if nearer or share < _MOST:
-        return [], nearer
-    return _by_depth(families, layers) or families, ()
+    complete, others = _without_table(exact, layers)
+    if full or (ours and not complete):
+        return _of(full or ours, families), ()
+    others = others or _nearer((1 - share) * len(layers), layers)
+    return ([], others) if others or share < _MOST else (_by_depth(families, layers) or families, ())
+
+
+def _of(models: Collection[Published], families: Collection[str]) -> list[str]:
+    """The families that models are of."""
+    told = {model.family for model in models}
+    return [family for family in families if family in told]
+
+
+def _nearer(unknown: float, layers: Sized) -> tuple[str, ...]:
+    """The models without a table that have other names for fewer of the layers than are `unknown`."""
+    return tuple(m.name for m in published() if not m.family and len(layers) - m.knows(layers) < unknown - 0.5)
+
+
+def _without_table(models: Collection[Published], layers: Sized) -> tuple[bool, tuple[str, ...]]:
+    """Of models without a table: whether the layers are all that one of them has, and the names of those, or else of all."""
+    others = [model for model in models if not model.family]
+    complete = [model for model in others if model.is_whole(layers)]
+    return bool(complete), tuple(model.name for model in complete or others)
 
 
 def _named(layers: Sized) -> tuple[str, ...]:
@@ -350,19 +410,18 @@ def _by_depth(families: list[str], layers: Sized) -> list[str]:
 
 def _alike(families: Collection[str], fmt: Format, layers: Layers, metadata: Mapping[str, str]) -> bool:
     """Whether families call these layers the same in both programs: then nothing depends on which it is."""
-    kinds: dict[Any, tuple[str, str, int | None]] = {}
-    for (word, layer), found in layers.items():
-        ratio = aspect({role: h.shape for role, h in found.items()})
-        kinds.setdefault((word, re.sub(r"\d+", "#", layer), ratio), (word, layer, ratio))
+    kinds: dict[tuple[str, str, int | None], tuple[str, str, int | None]] = {}
+    for (word, layer), tensors in layers.items():
+        ratio = aspect({role: handle.shape for role, handle in tensors.items()})
+        kinds.setdefault((word, _NUMBER.sub("#", layer), ratio), (word, layer, ratio))
     readings = []
     for table in (fmt.tables[family] for family in families):
-        alone = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
-        components = {word: fmt.component(word, table) if word else alone for word, _ in layers}
+        components = _components(layers, fmt, table, metadata)
         readings.append([_place(table, components[word], layer, fmt, ratio) for word, layer, ratio in kinds.values()])
     return all(reading == readings[0] for reading in readings)
 
 
-def _place(table: Table, component: str, layer: str, fmt: Format, ratio: int | None) -> tuple[str, Any]:
+def _place(table: Table, component: str, layer: str, fmt: Format, ratio: int | None) -> tuple[str, object]:
     """The component, and the layer's rule with the part of it that it is, however it is spelt; an encoder's layer."""
     if component in table.encoders:
         return component, table.encoded(component, layer, fmt.flat)
@@ -372,15 +431,17 @@ def _place(table: Table, component: str, layer: str, fmt: Format, ratio: int | N
     return component, table.to_original(component, table.dotted(component, flat) or layer, ratio)
 
 
-def _own(fmt: Format, table: Table, layers: Collection[Spelt], metadata: Mapping[str, str]) -> int:
+def _count_spelt(fmt: Format, table: Table, layers: Collection[Spelt], metadata: Mapping[str, str]) -> int:
     """How many layers are spelt as this format would spell them."""
-    component = bare(table, [layer for word, layer in layers if not word], fmt, metadata)
-    n = 0
+    components = _components(layers, fmt, table, metadata)
+    words = {word: fmt.word(component, table) for word, component in components.items()}
+    count = 0
     for word, layer in layers:
-        own = fmt.component(word, table) if word else component
-        names = "original" if fmt.original(table) and own in table.rules else "diffusers"
-        n += fmt.word(own, table) == word and own in table.components and known(fmt, table, own, layer) == names
-    return n
+        component = components[word]
+        names = "original" if fmt.original(table) and component in table.rules else "diffusers"
+        is_so = words[word] == word and component in table.components
+        count += is_so and known(fmt, table, component, layer) == names
+    return count
 
 
 def _said(metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -395,32 +456,39 @@ def _said(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return ()
 
 
-def _by_width(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]]) -> list[str]:
+def _by_width(families: list[str], layers: Layers) -> list[str]:
     """Of UNets: by the depth of transformers, the number of text encoders, the width of the cross-attention and which levels there are."""
-    if not set(families) <= set(_UNETS):
+    is_xl = any(_XL.match(layer) or _XL_WORD.match(word) for word, layer in layers)
+    if widths := _cross_attention_widths(layers):
+        told = _WIDTHS.get(min(widths), ("sdxl", "sdxl_refiner") if is_xl else ("sd15",))
+        return [family for family in families if family in told] or families
+    if is_xl:
+        return [family for family in families if family in ("sdxl", "sdxl_refiner")]
+    if not any(_NOT_XL.match(layer) for _, layer in layers):
         return families
-    xl = any(
-        _XL.match(layer) or re.match(r"lora_te2_|text_encoder_2|text_encoders\.clip_g", word) for word, layer in layers
-    )
-    crosses = [found for (_, layer), found in layers.items() if _CROSS.match(layer)]
-    widths = {h.shape[1] for found in crosses for role, h in found.items() if role in _INPUTS and len(h.shape) > 1}
-    if widths:
-        told = _WIDTHS.get(min(widths), ("sdxl", "sdxl_refiner") if xl else ("sd15",))
-        return [f for f in families if f in told] or families
-    if xl:
-        return [f for f in families if f in ("sdxl", "sdxl_refiner")]
-    return [f for f in families if f in ("sd15", "sd2") or not any(_NOT_XL.match(layer) for _, layer in layers)]
+    return [family for family in families if family in ("sd15", "sd2")]
 
 
-def _by_ratio(families: list[str], layers: Mapping[Spelt, Mapping[str, Handle]]) -> list[str]:
+def _cross_attention_widths(layers: Layers) -> set[int]:
+    """The inputs of layers that see the text."""
+    return {
+        handle.shape[1]
+        for (_, layer), tensors in layers.items()
+        if _CROSS.match(layer)
+        for role, handle in tensors.items()
+        if role in _INPUTS and len(handle.shape) > 1
+    }
+
+
+def _by_ratio(families: list[str], layers: Layers) -> list[str]:
     """Without those whose layers have another ratio of rows to columns: a wrong family, whatever somebody says."""
-    wrong = set()
-    for (_, layer), found in layers.items():
+    wrong: set[str] = set()
+    for (_, layer), tensors in layers.items():
         for pattern, ratios in _RATIOS.items():
-            if re.search(pattern + "$", layer) and (e := _extent(found)):
-                wrong |= {family for family, ratio in ratios.items() if Fraction(e[0], e[1]) != ratio}
+            if pattern.search(layer) and (extent_ := _extent(tensors)):
+                wrong |= {family for family, ratio in ratios.items() if Fraction(*extent_) != ratio}
     return [family for family in families if family not in wrong]
 
 
-def _extent(found: Mapping[str, Handle]) -> tuple[int, int] | None:
-    return extent({role: h.shape for role, h in found.items()})
+def _extent(tensors: Mapping[str, Handle]) -> tuple[int, int] | None:
+    return extent({role: handle.shape for role, handle in tensors.items()})

@@ -7,17 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-from converters.detection import Fit, bare, fit
+from converters.detection import Fit, bare, fit, methods_of
 from converters.families import Table
 from converters.formats import FORMATS
+from converters.formats.base import table_of
 from converters.opening import Opened, Source, opened
-from converters.roles import split
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, trigger_words
 from diffpeft.errors import inside
-from diffpeft.methods.layout import named
 from diffpeft.methods.shapes import rank
 
 # which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
@@ -34,6 +33,9 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "safeloras": (("cloneofsimo/lora",), ()),
     "onetrainer": (("OneTrainer", "ComfyUI", "diffusers"), ("OneTrainer", "ComfyUI")),
 }
+
+
+_BIASES = frozenset({"diff_b", "lora_B_bias"})  # that are zero does not make a layer dead
 
 
 @dataclass(frozen=True)
@@ -72,45 +74,42 @@ def inspect(source: Source, *, norms: bool = False) -> Inspection:
     `norms` {layer: sqrt of the sum of squares of all its tensors}; `dead` layers have an alpha of 0 or a factor that is all zeros, so that they
     change nothing; `nonfinite` ones hold NaN or Inf. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
     """
-    own = opened(source)
-    with inside(own.where):
-        return _inspected(own, norms)
+    file = opened(source)
+    with inside(file.where):
+        return _inspected(file, norms)
 
 
 def _inspected(source: Opened, norms: bool) -> Inspection:
     tensors, metadata, where = source
-    found = fit(tensors, metadata, where)
-    format, families = found.format, found.families or ("",)
-    groups, carried = _grouped(tensors, found, FORMATS[format].tables.get(families[0], Table({})), metadata)
-    shapes = {n: {role: h.shape for role, h in own.items() if role != "alpha"} for n, own in groups.items()}
-    methods = {m for own in shapes.values() for method, roles in split(own).items() for m in named(method, roles)}
-    numbers = {n: _number(own.get("alpha")) for n, own in groups.items()}
-    alphas = Counter(numbers.values())
-    rows: dict[str, Any] = {}
-    if norms:
-        sizes, zero, broken = _measured(groups)
-        off = {name for name, alpha in numbers.items() if alpha == 0}
-        rows = {"norms": sizes, "dead": tuple(n for n in groups if n in zero | off), "nonfinite": tuple(broken)}
+    fits = fit(tensors, metadata, where)
+    families = fits.families or ("",)
+    layers = _grouped(tensors, fits, table_of(FORMATS[fits.format], families[0]), metadata)
+    shapes = {name: {role: h.shape for role, h in roles.items() if role != "alpha"} for name, roles in layers.items()}
+    methods = methods_of(shapes.values())
+    alphas = {name: _number(roles.get("alpha")) for name, roles in layers.items()}
+    measured = _measured(layers, {name for name, alpha in alphas.items() if alpha == 0}) if norms else _Measured()
     return Inspection(
         path=where,
-        format=format,
+        format=fits.format,
         family=families[0],
         alternatives=families[1:],
-        confidence=found.confidence(len(tensors)),
+        confidence=fits.confidence(len(tensors)),
         methods=tuple(sorted(methods)),
-        components=tuple(dict.fromkeys(name.partition(".")[0] for name in groups)),
-        layers=len(groups),
+        components=tuple(dict.fromkeys(name.partition(".")[0] for name in layers)),
+        layers=len(layers),
         tensors=len(tensors),
-        bytes=sum(math.prod(h.shape) * io.SIZES[h.dtype] for h in tensors.values()),
-        dtypes=dict(Counter(h.dtype for h in tensors.values()).most_common()),
-        ranks=dict(sorted(Counter(r for own in shapes.values() if (r := rank(own))).items())),
-        alphas=dict(alphas.most_common()),
-        blocks=dict(Counter(block_of(name) for name in groups)),
-        carried=tuple(carried),
+        bytes=sum(map(io.nbytes, tensors.values())),
+        dtypes=dict(Counter(handle.dtype for handle in tensors.values()).most_common()),
+        ranks=dict(sorted(Counter(filter(None, map(rank, shapes.values()))).items())),
+        alphas=dict(Counter(alphas.values()).most_common()),
+        blocks=dict(Counter(map(block_of, layers))),
+        carried=tuple(key for key in tensors if key not in fits.parts),
         trigger_words=trigger_words(metadata),
         metadata=metadata,
-        readable_by=readers(format, methods, families[0]),
-        **rows,
+        readable_by=readers(fits.format, methods, families[0]),
+        norms=measured.norms,
+        dead=measured.dead,
+        nonfinite=measured.nonfinite,
     )
 
 
@@ -127,19 +126,19 @@ def readers(format: str, methods: Collection[str], family: str = "any") -> tuple
 
 
 def _grouped(
-    tensors: Mapping[str, Handle], found: Fit, table: Table, metadata: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Handle]], list[str]]:
-    """{component.layer as the file spells it: {role: handle}}, and the keys that are no adapter's."""
-    groups: dict[str, dict[str, Handle]] = {}
-    fmt = FORMATS[found.format]
-    component = bare(table, {part.layer for part in found.parts.values() if not part.word}, fmt, metadata)
-    for key, part in found.parts.items():
-        word = fmt.component(part.word, table) if part.word else component
-        groups.setdefault(dotted(word, part.layer), {})[part.role] = tensors[key]
-    alphas = [own for own in groups.values() if "alpha" in own]
-    for own, alpha in zip(alphas, io.held(own["alpha"] for own in alphas), strict=True):
-        own["alpha"] = alpha
-    return groups, [key for key in tensors if key not in found.parts]
+    tensors: Mapping[str, Handle], fits: Fit, table: Table, metadata: Mapping[str, str]
+) -> dict[str, dict[str, Handle]]:
+    """{component.layer as the file spells it: {role: handle}}."""
+    layers: dict[str, dict[str, Handle]] = {}
+    fmt = FORMATS[fits.format]
+    unsaid = bare(table, {part.layer for part in fits.parts.values() if not part.word}, fmt, metadata)
+    for key, part in fits.parts.items():
+        component = fmt.component(part.word, table) if part.word else unsaid
+        layers.setdefault(dotted(component, part.layer), {})[part.role] = tensors[key]
+    scaled = [roles for roles in layers.values() if "alpha" in roles]
+    for roles, alpha in zip(scaled, io.held(roles["alpha"] for roles in scaled), strict=True):
+        roles["alpha"] = alpha
+    return layers
 
 
 def _number(alpha: Handle | None) -> float | None:
@@ -153,34 +152,39 @@ def block_of(name: str) -> str:
     return match[0] if match else name
 
 
-def _measured(groups: Mapping[str, Mapping[str, Handle]]) -> tuple[dict[str, float], set[str], list[str]]:
-    """Norms by layer, the layers with a factor that is zero, and those with values that are not finite."""
-    sizes: dict[str, float] = {}
-    zero: set[str] = set()
-    broken = []
-    for name, found in groups.items():
-        total = 0.0
-        for role, handle in found.items():
-            if role == "alpha":
-                continue
-            square = io.load([handle])[0].double().square().sum().item()
-            total += square
-            if square == 0 and role not in ("diff_b", "lora_B_bias"):
-                zero.add(name)
-        sizes[name] = math.sqrt(total) if math.isfinite(total) else total
-        if not math.isfinite(total):
-            broken.append(name)
-    return sizes, zero, broken
+class _Measured(NamedTuple):
+    """What only the numbers tell; see Inspection."""
+
+    norms: Mapping[str, float] | None = None
+    dead: tuple[str, ...] | None = None
+    nonfinite: tuple[str, ...] | None = None
+
+
+def _measured(layers: Mapping[str, Mapping[str, Handle]], off: Collection[str]) -> _Measured:
+    """Norms by layer, the layers that are `off` or have a factor that is zero, and those with values that are not finite."""
+    squares = {name: _squares(roles) for name, roles in layers.items()}
+    totals = {name: sum(roles.values()) for name, roles in squares.items()}
+    norms = {name: math.sqrt(total) if math.isfinite(total) else total for name, total in totals.items()}
+    zero = {name for name, roles in squares.items() if any(roles[role] == 0 for role in roles.keys() - _BIASES)}
+    dead = tuple(name for name in layers if name in zero or name in off)
+    return _Measured(norms, dead, tuple(name for name, total in totals.items() if not math.isfinite(total)))
+
+
+def _squares(roles: Mapping[str, Handle]) -> dict[str, float]:
+    """The sum of squares of each tensor."""
+    return {
+        role: io.load([handle])[0].double().square().sum().item() for role, handle in roles.items() if role != "alpha"
+    }
 
 
 def by_block(norms: Mapping[str, float]) -> dict[str, float]:
     """Norms of blocks from norms of layers."""
-    found: dict[str, float] = {}
+    blocks: dict[str, float] = {}
     for name, norm in norms.items():
-        found[block_of(name)] = math.hypot(found.get(block_of(name), 0.0), norm)
-    return found
+        blocks[block_of(name)] = math.hypot(blocks.get(block_of(name), 0.0), norm)
+    return blocks
 
 
-def listed_values(values: Iterable[Any]) -> str:
+def listed_values(values: Iterable[float | str | None]) -> str:
     """Values for people."""
     return ", ".join("none" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values)

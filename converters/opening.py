@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Handle
 from diffpeft.errors import CheckpointError, UnreadableFileError, inside, shown
 from diffpeft.files import Snapshot, config_text
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Opened(NamedTuple):
@@ -22,7 +25,7 @@ class Opened(NamedTuple):
     where: str
 
 
-Source = str | os.PathLike[str] | Mapping[str, Any] | Opened
+Source = str | os.PathLike[str] | Mapping[str, "torch.Tensor"] | Opened
 
 
 def opened(source: Source) -> Opened:
@@ -67,7 +70,7 @@ def components_in(source: Source) -> list[Path]:
 _ENDS = (f"/{WEIGHTS}", f"/{FILE}", ".safetensors")
 
 
-def path_of(source: Any) -> Path:
+def path_of(source: object) -> Path:
     """The path that a source is. Raises CheckpointError for what is none."""
     if not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
         raise CheckpointError(
@@ -87,7 +90,7 @@ def _peft(files: Mapping[str, Snapshot], prefix: str, path: Path, where: str) ->
     return Opened(handles, metadata | ({CONFIG: config_text(config).rstrip("\n")} if config else {}), where)
 
 
-def _handles(tensors: Mapping[Any, Any]) -> dict[str, Handle]:
+def _handles(tensors: Mapping[str, torch.Tensor]) -> dict[str, Handle]:
     """Handles on tensors in memory. Raises CheckpointError for a dict of anything else."""
     wrong = [key for key, t in tensors.items() if not (isinstance(key, str) and hasattr(t, "detach")) or t.is_meta]
     if not tensors or wrong:

@@ -6,6 +6,7 @@ the scales of LoRAs with unequal ones, which can only be one in a fused layer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,64 +43,83 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
     if rule is None:
         return [entry]
     _check_mixing(entry, rule)
-    own = _rowed_roles(entry)
     total = _rows(entry) or math.lcm(sum(share for _, share in rule.parts), len(rule.chunks))
     cuts = [_ranges(rule, part, total) for part in range(len(rule.parts))]
     if "lora_B" in entry.tensors and len(cuts) > 1:
         blocks = _blocks(entry, cuts, blocks)
-    out = []
-    for part, name in enumerate(entry.targets):
-        if blocks is not None and part not in blocks:
-            continue
+    parts = range(len(cuts)) if blocks is None else [part for part in range(len(cuts)) if part in blocks]
+    rowed, out = _rowed_roles(entry), []
+    for part in parts:
         tensors = {
-            role: _cut(entry, role, cuts[part], total) if role in own else h for role, h in entry.tensors.items()
+            role: _cut(entry, role, cuts[part], total) if role in rowed else h for role, h in entry.tensors.items()
         }
-        alpha, r = entry.alpha, rank(entry.shapes)
-        if blocks is not None and blocks[part][:2] != (0, r):
-            first, end, ratio = blocks[part]
-            tensors["lora_A"] = io.rows(tensors["lora_A"], [(first, end)])
-            tensors["lora_B"] = io.scaled(io.columns(tensors["lora_B"], first, end), 1 / ratio if ratio else 1)
-            if "lora_B_bias" in tensors and ratio:
-                tensors["lora_B_bias"] = io.scaled(tensors["lora_B_bias"], 1 / ratio)
-            number = io.number(alpha)
-            alpha = None if number is None else number * ratio * (end - first) / r
-        out.append(replace(entry, layer=name, rule=None, tensors=tensors, alpha=alpha, shape=None, own=None))
+        piece = replace(entry, layer=entry.targets[part], rule=None, tensors=tensors, shape=None, own=None)
+        out.append(piece if blocks is None else _of_ranks(piece, *blocks[part]))
     return out
 
 
-def joined(component: str, rule: Rule, found: Mapping[int, Entry], wanted: int | None = None) -> Joined:
+def _of_ranks(entry: Entry, first: int, end: int, ratio: float) -> Entry:
+    """The part of a LoRA that is of the ranks [first, end), of which the second factor was multiplied by `ratio`."""
+    r, alpha = rank(entry.shapes), io.number(entry.alpha)
+    if (first, end) == (0, r):
+        return entry
+    A, B = entry.tensors["lora_A"], entry.tensors["lora_B"]
+    undo = 1 / ratio if ratio else 1
+    tensors = {"lora_A": io.rows(A, [(first, end)]), "lora_B": io.scaled(io.columns(B, first, end), undo)}
+    if "lora_B_bias" in entry.tensors:
+        tensors["lora_B_bias"] = io.scaled(entry.tensors["lora_B_bias"], undo)
+    alpha = None if alpha is None else alpha * ratio * (end - first) / r
+    return replace(entry, tensors={**entry.tensors, **tensors}, alpha=alpha)
+
+
+def joined(component: str, rule: Rule, parts: Mapping[int, Entry], wanted: int | None = None) -> Joined:
     """The entry of a fused layer that does what entries of its parts do. Parts that are missing stay as they are. Raises Unfit.
 
     LoRAs with the same first factor share it, others stand in blocks along the diagonal, as they all do where that gives the rank that is `wanted`.
     """
-    first = next(iter(found.values()))
-    entries = dict(sorted(found.items()))
-    layer = dotted(component, rule.original)
-    if len({(e.method, frozenset(e.tensors), repr(e.options)) for e in entries.values()}) > 1:
-        raise Unfit("its parts have different methods or tensors")
-    if len({(role, h.dtype) for e in entries.values() for role, h in e.tensors.items()}) > len(first.tensors):
-        raise Unfit("its parts have different dtypes")
+    first = next(iter(parts.values()))
+    entries = dict(sorted(parts.items()))
+    _check_kinds([*entries.values()])
     _check_mixing(first, rule)
     sizes = _sizes(rule, entries)
-    fused = replace(
-        first, layer=layer, rule=rule, shape=None, own=None, keys=tuple(k for e in entries.values() for k in e.keys)
-    )
-    ranks = [rank(e.shapes) for e in entries.values()]
-    shared = [role for role in first.tensors if role not in _rowed_roles(first)]
-    alphas = {io.number(e.alpha) for e in entries.values()}
-    alike = len(set(ranks)) == 1 and len(alphas) == 1
-    alike = alike and all(io.same(e.tensors[role], first.tensors[role]) for role in shared for e in entries.values())
-    if alike and not (wanted and wanted != ranks[0] and wanted == sum(ranks)):
-        tensors = {
-            role: h if role in shared else _stack(role, rule, entries, sizes) for role, h in first.tensors.items()
-        }
-        _check_missing(rule, entries, shared)
-        partial = len(entries) < len(rule.parts) and "lora_B" in first.tensors
-        blocks = {part: (0, ranks[0], 1.0) for part in entries}
-        return Joined(replace(fused, tensors=tensors), blocks if partial else None)
+    keys = tuple(key for entry in entries.values() for key in entry.keys)
+    layer = dotted(component, rule.original)
+    fused = replace(first, layer=layer, rule=rule, shape=None, own=None, keys=keys)
+    ranks = [rank(entry.shapes) for entry in entries.values()]
+    in_blocks = wanted not in (None, 0, ranks[0]) and wanted == sum(ranks)
+    if not in_blocks and _are_alike([*entries.values()]):
+        return _shared(rule, fused, entries, sizes)
     if "lora_B" not in first.tensors or "lora_mid" in first.tensors:  # a DoRA may be over something else
         raise Unfit("its parts have no common factor, and this method has no blocks")
     return _diagonal(rule, fused, entries, ranks, sizes)
+
+
+def _check_kinds(entries: Sequence[Entry]) -> None:
+    """Raise Unfit for parts of different methods, options, tensors or dtypes."""
+    if len({(entry.method, frozenset(entry.tensors), repr(entry.options)) for entry in entries}) > 1:
+        raise Unfit("its parts have different methods or tensors")
+    dtypes = {(role, handle.dtype) for entry in entries for role, handle in entry.tensors.items()}
+    if len(dtypes) > len(entries[0].tensors):
+        raise Unfit("its parts have different dtypes")
+
+
+def _are_alike(entries: Sequence[Entry]) -> bool:
+    """Whether parts have the same rank, alpha and bytes in all that is not theirs by rows."""
+    first = entries[0]
+    numbers = {(rank(entry.shapes), io.number(entry.alpha)) for entry in entries}
+    shared = first.tensors.keys() - _rowed_roles(first)
+    return len(numbers) == 1 and all(io.same(e.tensors[role], first.tensors[role]) for role in shared for e in entries)
+
+
+def _shared(rule: Rule, fused: Entry, entries: Mapping[int, Entry], sizes: Sequence[int]) -> Joined:
+    """Parts that are alike, row by row, with what they share once."""
+    rowed = _rowed_roles(fused)
+    shared = [role for role in fused.tensors if role not in rowed]
+    tensors = {role: h if role in shared else _stack(role, rule, entries, sizes) for role, h in fused.tensors.items()}
+    _check_missing(rule, entries, shared)
+    partial = len(entries) < len(rule.parts) and "lora_B" in fused.tensors
+    blocks = {part: (0, rank(entry.shapes), 1.0) for part, entry in entries.items()}
+    return Joined(replace(fused, tensors=tensors), blocks if partial else None)
 
 
 def _diagonal(
@@ -112,30 +132,35 @@ def _diagonal(
     _check_missing(rule, entries, ["lora_A"])
     _check_alike("lora_A", {e.tensors["lora_A"].shape[1:] for e in entries.values()})
     _check_alike("lora_B", {e.tensors["lora_B"].shape[2:] for e in entries.values()})
-    numbers = [io.number(e.alpha) for e in entries.values()]
-    scales = [1.0 if a is None else a / r for a, r in zip(numbers, ranks, strict=True)]
-    scale = min((s for s in scales if s), key=abs, default=0.0)
-    ratios = [s / scale if scale else 1.0 for s in scales]
-    ends = [sum(ranks[: n + 1]) for n in range(len(ranks))]
-    blocks = {part: (end - r, end, q) for part, end, r, q in zip(entries, ends, ranks, ratios, strict=True)}
-    ratio = dict(zip(entries, ratios, strict=True))
+    scale, ratios = _scales(entries, ranks)
+    ends = list(itertools.accumulate(ranks))
     model = fused.tensors["lora_B"]
     pieces = [
-        io.scaled(entries[part].tensors["lora_B"], ratio[part])
+        io.scaled(entries[part].tensors["lora_B"], ratios[part])
         if part in entries
         else Handle(model.dtype, (size, 0, *model.shape[2:]))
         for part, size in enumerate(sizes)
     ]
-    B = io.rows(io.diagonal(pieces), _order(rule, sum(sizes), 1))
-    A = io.stacked(e.tensors["lora_A"] for e in entries.values())
-    rest = {
-        role: _stack(role, rule, entries, sizes, ratio if role == "lora_B_bias" else None)
+    tensors = {
+        role: _stack(role, rule, entries, sizes, ratios if role == "lora_B_bias" else None)
         for role in fused.tensors
         if role not in ("lora_A", "lora_B")
     }
-    alpha = None if set(numbers) == {None} else scale * sum(ranks)
-    exact = all(math.frexp(r)[0] in (0.5, -0.5) for r in ratios)
-    return Joined(replace(fused, tensors={"lora_A": A, "lora_B": B, **rest}, alpha=alpha), blocks, exact)
+    A = io.stacked(entry.tensors["lora_A"] for entry in entries.values())
+    B = io.rows(io.diagonal(pieces), _order(rule, sum(sizes), 1))
+    alpha = None if scale is None else scale * sum(ranks)
+    blocks = {part: (end - r, end, ratios[part]) for part, end, r in zip(entries, ends, ranks, strict=True)}
+    exact = all(math.frexp(ratio)[0] in (0.5, -0.5) for ratio in ratios.values())
+    return Joined(replace(fused, tensors={"lora_A": A, "lora_B": B, **tensors}, alpha=alpha), blocks, exact)
+
+
+def _scales(entries: Mapping[int, Entry], ranks: Sequence[int]) -> tuple[float | None, dict[int, float]]:
+    """The scale of parts together, the least of theirs (None if no part has an alpha), and what each part's is times it."""
+    alphas = [io.number(entry.alpha) for entry in entries.values()]
+    scales = [1.0 if alpha is None else alpha / r for alpha, r in zip(alphas, ranks, strict=True)]
+    least = min(filter(None, scales), key=abs, default=0.0)
+    ratios = [scale / least if least else 1.0 for scale in scales]
+    return None if {*alphas} == {None} else least, dict(zip(entries, ratios, strict=True))
 
 
 def _check_alike(role: str, axes: Collection[tuple[int, ...]]) -> None:
@@ -171,18 +196,18 @@ def _stack(
             pieces.append(io.scaled(h, ratio[part]) if ratio else h)
         else:
             pieces.append(Handle(model.dtype, (size // unit, *model.shape[1:])))
-    whole = io.rows(io.stacked(pieces), _order(rule, sum(sizes), unit))
+    stack = io.rows(io.stacked(pieces), _order(rule, sum(sizes), unit))
     lead = first.tensors[role].shape
-    return io.reshaped(whole, (1, whole.shape[0], *lead[2:])) if lead[0] == 1 != model.shape[0] else whole
+    return io.reshaped(stack, (1, stack.shape[0], *lead[2:])) if lead[0] == 1 != model.shape[0] else stack
 
 
 def _cut(entry: Entry, role: str, ranges: Sequence[tuple[int, int]], total: int) -> Handle:
     handle, unit = entry.tensors[role], _unit(entry, role)
-    own = _rowed(handle)
-    if own.shape[0] * unit != total:
+    rowed = _rowed(handle)
+    if rowed.shape[0] * unit != total:
         raise Unfit(f"{role} {handle.shape} does not have {total // unit} rows")
-    cut = io.rows(own, _in_units(ranges, unit))
-    return cut if own is handle else io.reshaped(cut, (1, cut.shape[0], *handle.shape[2:]))
+    cut = io.rows(rowed, _in_units(ranges, unit))
+    return cut if rowed is handle else io.reshaped(cut, (1, cut.shape[0], *handle.shape[2:]))
 
 
 def _rowed(handle: Handle) -> Handle:
@@ -194,8 +219,8 @@ def _rowed(handle: Handle) -> Handle:
 
 def aspect(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Rows a column, by which tables tell two layers of one name apart."""
-    found = extent(shapes)
-    return found[0] // found[1] if found else None
+    size = extent(shapes)
+    return size[0] // size[1] if size else None
 
 
 def _rowed_roles(entry: Entry) -> set[str]:
@@ -256,13 +281,13 @@ def _sizes(rule: Rule, entries: Mapping[int, Entry]) -> list[int]:
 
 def _order(rule: Rule, total: int, unit: int) -> list[tuple[int, int]]:
     """For each range of the original's rows, where it lies among the parts' rows one after the other."""
-    at, found = 0, []
+    at, places = 0, []
     for part in range(len(rule.parts)):
         for a, b in _in_units(_ranges(rule, part, total), unit):
-            found.append((a, at, at + b - a))
+            places.append((a, at, at + b - a))
             at += b - a
     out: list[tuple[int, int]] = []
-    for _, a, b in sorted(found):
+    for _, a, b in sorted(places):
         if out and out[-1][1] == a:
             a = out.pop()[0]
         out.append((a, b))
@@ -272,23 +297,26 @@ def _order(rule: Rule, total: int, unit: int) -> list[tuple[int, int]]:
 def _blocks(entry: Entry, cuts: Sequence[Sequence[tuple[int, int]]], known: Blocks | None) -> Blocks | None:
     """The ranks of the parts if the second factor has blocks, which is then zero off the diagonal; None if it is one LoRA."""
     r, B = rank(entry.shapes), entry.tensors.get("lora_B")
-    some = known is not None
     if B is None or "lora_mid" in entry.tensors or math.prod(B.shape[2:]) != 1:
         return None
     if known is None and not r % len(cuts):
         size = r // len(cuts)
-        known = {part: (size * part, size * (part + 1), 1.0) for part in range(len(cuts))}
+        equal = {part: (size * part, size * (part + 1), 1.0) for part in range(len(cuts))}
+        return equal if _are_blocks(B, cuts, equal) and io.raw(B).strip(b"\0") else None
     if known is None or any(end > r for _, end, _ in known.values()):
         return None
+    return known if _are_blocks(B, cuts, known) else None
+
+
+def _are_blocks(B: Handle, cuts: Sequence[Sequence[tuple[int, int]]], blocks: Blocks) -> bool:
+    """Whether a second factor [o, r, *1] is zero but for each part's rows at its ranks."""
     data, row = memoryview(io.raw(B)), io.nbytes(B) // B.shape[0]
-    size = row // r
-    zero = bytes(row)
+    size, zero = row // B.shape[1], bytes(row)
     for part, ranges in enumerate(cuts):
-        first, end, _ = known.get(part, (0, 0, 1.0))
-        for n in (n for a, b in ranges for n in range(a, b)):
-            own = data[n * row : (n + 1) * row]
-            left, right = own[: first * size], own[end * size :]
+        first, end, _ = blocks.get(part, (0, 0, 1.0))
+        for n in itertools.chain.from_iterable(range(*span) for span in ranges):
+            numbers = data[n * row : (n + 1) * row]
+            left, right = numbers[: first * size], numbers[end * size :]
             if left != zero[: len(left)] or right != zero[: len(right)]:
-                return None
-            some = some or own != zero
-    return known if some else None
+                return False
+    return True

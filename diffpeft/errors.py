@@ -1,22 +1,22 @@
-"""What can go wrong, as types.
+"""What can go wrong, as types, each with the exit code that the command line gives it.
 
-DiffpeftError
-|-- CheckpointError (ValueError)    a file or state dict is not usable
-|   |-- UnreadableFileError         not a whole safetensors file
-|   |-- UnsafeFileError             reading it could run code
-|   |-- UnknownKeysError            tensors that belong to no layer here
-|   |-- MissingKeysError            half of a factor pair is not there
-|   |-- ShapeMismatchError (RuntimeError)
-|   |-- NonFiniteError              NaN or Inf, or too large for the base's dtype
-|   |-- AmbiguousFormatError        fits several formats or families
-|   `-- WrongBaseError              made for another model family
-|-- CannotConvertError              the target format cannot hold this
-|-- UnknownNameError (ValueError)   adapter, method, format, layer pattern ...
-|-- AdapterStateError (ValueError)  duplicate name, not attached, busy
-|-- ConfigError (ValueError)        a field, its value, what is allowed
-|-- DataError                       a data set
-|-- DivergedError                   training produced a loss that is not finite
-`-- NothingLearntError              training changed nothing
+DiffpeftError                       1
+|-- CheckpointError (ValueError)    4   a file or state dict is not usable
+|   |-- UnreadableFileError         4   not a whole safetensors file
+|   |-- UnsafeFileError             4   reading it could run code
+|   |-- UnknownKeysError            4   tensors that belong to no layer here
+|   |-- MissingKeysError            4   half of a factor pair is not there
+|   |-- ShapeMismatchError (RuntimeError) 4
+|   |-- NonFiniteError              4   NaN or Inf, or too large for the base's dtype
+|   |-- AmbiguousFormatError        4   fits several formats or families
+|   `-- WrongBaseError              4   made for another model family
+|-- CannotConvertError              4   the target format cannot hold this
+|-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
+|-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
+|-- ConfigError (ValueError)        2   a field, its value, what is allowed
+|-- DataError                       3   a data set
+|-- DivergedError                   5   training produced a loss that is not finite
+`-- NothingLearntError              6   training changed nothing
 
 Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
 """
@@ -26,6 +26,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 MAX_NAME, MAX_LISTED = 200, 20
 MAX_LINE, MAX_KNOWN = 1650, 1000  # characters of a line of a message, and of the names that are known in it
@@ -71,6 +72,8 @@ def _printable(text: object) -> str:
 class DiffpeftError(Exception):
     """The root of all errors of this package. `what`, `where` and `remedy` are one line each; the last two may be empty."""
 
+    exit_code: ClassVar[int] = 1
+
     def __init__(self, what: str, *, where: object = "", remedy: str = ""):
         super().__init__(what)
         self.what, self.where, self.remedy = _printable(what), _printable(where), _printable(remedy)
@@ -97,6 +100,8 @@ def inside(where: object, config: bool = False) -> Iterator[None]:
 
 class CheckpointError(DiffpeftError, ValueError):
     """A file or state dict is not usable."""
+
+    exit_code = 4
 
 
 class UnreadableFileError(CheckpointError):
@@ -134,9 +139,13 @@ class WrongBaseError(CheckpointError):
 class CannotConvertError(DiffpeftError):
     """The target format cannot hold this adapter."""
 
+    exit_code = 4
+
 
 class UnknownNameError(DiffpeftError, ValueError):
     """An adapter, method, format or layer pattern that does not exist."""
+
+    exit_code = 2
 
     @classmethod
     def of(cls, kind: str, name: object, known: Iterable[str], where: object = "") -> UnknownNameError:
@@ -145,22 +154,38 @@ class UnknownNameError(DiffpeftError, ValueError):
         remedy = f"{near(str(name), known)} Known: {known_names(known)}."
         return cls(f"no {kind} {shown(name)}", where=where, remedy=remedy.strip())
 
+    @classmethod
+    def check(cls, kind: str, name: str | None, known: Iterable[str]) -> None:
+        """Raise for a name that is none of the known; None says nothing and is well."""
+        if name is not None and name not in known:
+            raise cls.of(kind, name, known)
+
 
 class AdapterStateError(DiffpeftError, ValueError):
     """The adapter or layer is in a state that does not allow this."""
+
+    exit_code = 4
 
 
 class ConfigError(DiffpeftError, ValueError):
     """A setting has a value that is not allowed."""
 
+    exit_code = 2
+
 
 class DataError(DiffpeftError):
     """The data set is missing, empty or damaged."""
+
+    exit_code = 3
 
 
 class DivergedError(DiffpeftError):
     """The training loss is not finite."""
 
+    exit_code = 5
+
 
 class NothingLearntError(DiffpeftError):
     """After training the adapter changes nothing."""
+
+    exit_code = 6

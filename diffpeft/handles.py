@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffpeft.bundle import Handle
 from diffpeft.errors import CannotConvertError, CheckpointError
 from diffpeft.files import Snapshot
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 SIZES = {
@@ -60,6 +61,53 @@ CHUNK = 1 << 20
 MAX_AXES, MAX_NUMBERS = 16, 1 << 48  # of a tensor
 
 
+@dataclass(frozen=True)
+class Diagonal:
+    """Matrices along the diagonal of one that is zero elsewhere."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns [first, end) of a matrix."""
+
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Another dtype; `where` is named if it cannot hold the values."""
+
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Times a number, computed in float64 and rounded once."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Handle:
+    """One stored tensor, not yet read: safetensors dtype name, shape, and where the bytes are.
+
+    They are bytes [start, end) of `path`, a tensor, bytes in memory, or made of other handles' (`parts`): their bytes one after the other, or as
+    `how` says. Without any: zeros.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path | None = None
+    start: int = 0
+    end: int = 0
+    tensor: torch.Tensor | None = None
+    data: bytes | None = None
+    parts: tuple[Handle, ...] = ()
+    how: Diagonal | Columns | Cast | Scaled | None = None
+    file: Snapshot | None = None  # open, at `path`; without it the path is opened when the bytes are read
+
+
 def count(shape: Sequence[int]) -> int:
     """How many numbers a tensor of a shape has. Raises ValueError for a shape that no tensor can have, before anything is multiplied."""
     if len(shape) > MAX_AXES:
@@ -77,11 +125,13 @@ def chunks(handle_: Handle) -> Iterator[bytes | memoryview]:
         yield _bytes(handle_.tensor)
     elif handle_.data is not None:
         yield handle_.data
-    elif handle_.how[:1] in (("cast",), ("scaled",)):
+    elif isinstance(handle_.how, (Cast, Scaled)):
         for chunk in chunks(handle_.parts[0]):
-            yield _computed(handle_, chunk)
+            yield _computed(handle_, handle_.how, chunk)
+    elif isinstance(handle_.how, Columns):
+        yield _columns(handle_, handle_.how)
     elif handle_.how:
-        yield _assembled(handle_)
+        yield _diagonal(handle_)
     elif handle_.parts:
         for part in handle_.parts:
             yield from chunks(part)
@@ -104,24 +154,27 @@ def _read(file: Snapshot, handle_: Handle) -> Iterator[memoryview]:
         yield view
 
 
-def _assembled(handle_: Handle) -> bytes:
-    """Matrices put together, or cut, by columns; all numbers are whole bytes, so what they are does not matter."""
+def _matrix(handle_: Handle) -> np.ndarray:
+    """The bytes of a tensor [rows, ...] as [rows, bytes a row]: numbers are whole bytes, so what they are does not matter to who moves them."""
     import numpy as np
 
-    def matrix(h: Handle) -> Any:
-        return np.frombuffer(raw(h), np.uint8).reshape(h.shape[0], -1)
+    return np.frombuffer(raw(handle_), np.uint8).reshape(handle_.shape[0], -1)
 
+
+def _diagonal(handle_: Handle) -> bytes:
+    import numpy as np
+
+    out = np.zeros((handle_.shape[0], math.prod(handle_.shape[1:]) * SIZES[handle_.dtype]), np.uint8)
+    row = column = 0
+    for block in map(_matrix, handle_.parts):
+        out[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return out.tobytes()
+
+
+def _columns(handle_: Handle, how: Columns) -> bytes:
     size = SIZES[handle_.dtype]
-    if handle_.how[0] == "diagonal":
-        out = np.zeros((handle_.shape[0], math.prod(handle_.shape[1:]) * size), np.uint8)
-        row = column = 0
-        for part in handle_.parts:
-            block = matrix(part)
-            out[row : row + block.shape[0], column : column + block.shape[1]] = block
-            row, column = row + block.shape[0], column + block.shape[1]
-        return out.tobytes()
-    _, first, end = handle_.how
-    return np.ascontiguousarray(matrix(handle_.parts[0])[:, first * size : end * size]).tobytes()
+    return _matrix(handle_.parts[0])[:, how.first * size : how.end * size].tobytes()
 
 
 def dtype_of(handle_: Handle) -> torch.dtype:
@@ -153,11 +206,11 @@ def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
             if file not in places:
                 file.check_written()
                 places[file] = []
-        dtype = getattr(torch, _TORCH[handle.dtype])
+        dtype = dtype_of(handle)
         if handle.path is not None and handle.end > handle.start:
             tensor = torch.empty(handle.shape, dtype=dtype)
-            flat: Any = tensor.view(-1).view(torch.uint8).numpy()
-            places[file_of(handle)].append((handle.start, memoryview(flat)))
+            flat = tensor.view(-1).view(torch.uint8).numpy()
+            places[file_of(handle)].append((handle.start, flat.data))
             out.append(tensor)
             continue
         data, at = bytearray(nbytes(handle)), 0
@@ -260,17 +313,17 @@ def _cut(handle_: Handle, start: int, end: int) -> Handle:
         return replace(handle_, shape=shape, start=handle_.start + start, end=handle_.start + end)
     if handle_.tensor is not None or handle_.data is not None or handle_.how:
         return Handle(handle_.dtype, shape, data=raw(handle_)[start:end])
-    found, at = [], 0
+    pieces, at = [], 0
     for part in handle_.parts:
         a, b = max(start - at, 0), min(end - at, nbytes(part))
-        found += [_cut(part, a, b)] if a < b else []
+        pieces += [_cut(part, a, b)] if a < b else []
         at += nbytes(part)
-    return Handle(handle_.dtype, shape, parts=tuple(found))
+    return Handle(handle_.dtype, shape, parts=tuple(pieces))
 
 
 def columns(handle_: Handle, first: int, end: int) -> Handle:
     """Columns [first, end) of a matrix."""
-    return Handle(handle_.dtype, (handle_.shape[0], end - first), parts=(handle_,), how=("columns", first, end))
+    return Handle(handle_.dtype, (handle_.shape[0], end - first), parts=(handle_,), how=Columns(first, end))
 
 
 def stacked(parts: Iterable[Handle]) -> Handle:
@@ -284,7 +337,7 @@ def diagonal(parts: Iterable[Handle]) -> Handle:
     """Matrices along the diagonal of one that is zero elsewhere; trailing axes of 1 are kept."""
     parts = tuple(parts)
     shape = (sum(h.shape[0] for h in parts), sum(h.shape[1] for h in parts), *parts[0].shape[2:])
-    return Handle(parts[0].dtype, shape, parts=parts, how=("diagonal",))
+    return Handle(parts[0].dtype, shape, parts=parts, how=Diagonal())
 
 
 def number(alpha: Handle | float | None) -> float | None:
@@ -308,25 +361,26 @@ def cast(handle_: Handle, dtype: torch.dtype | None, where: str = "") -> Handle:
     """
     if dtype is None or not handle_.shape or handle_.dtype[0] not in "FB" or handle_.dtype == "BOOL":
         return handle_
-    return Handle(_NAMES[str(dtype).removeprefix("torch.")], handle_.shape, parts=(handle_,), how=("cast", where))
+    return Handle(_NAMES[str(dtype).removeprefix("torch.")], handle_.shape, parts=(handle_,), how=Cast(where))
 
 
 def scaled(handle_: Handle, factor: float) -> Handle:
     """The tensor times a number, computed in float64 and rounded once, when it is read."""
-    return handle_ if factor == 1 else Handle(handle_.dtype, handle_.shape, parts=(handle_,), how=("scaled", factor))
+    return handle_ if factor == 1 else Handle(handle_.dtype, handle_.shape, parts=(handle_,), how=Scaled(factor))
 
 
-def _computed(handle_: Handle, chunk: bytes | memoryview) -> bytes:
+def _computed(handle_: Handle, how: Cast | Scaled, chunk: bytes | memoryview) -> bytes:
     """Some bytes of a tensor that is cast or scaled, from those of its part."""
     import torch
 
-    what, value = handle_.how
-    tensor = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, _TORCH[handle_.parts[0].dtype]))
+    tensor = torch.frombuffer(bytearray(chunk), dtype=dtype_of(handle_.parts[0]))
+    if isinstance(how, Scaled):
+        return _bytes((tensor.double() * how.factor).to(dtype_of(handle_)))
     wide = tensor if tensor.dtype == torch.float64 else tensor.float()  # half to half directly is slow
-    out = (tensor.double() * value if what == "scaled" else wide).to(getattr(torch, _TORCH[handle_.dtype]))
-    if what == "cast" and not torch.stack(out.aminmax()).isfinite().all():
+    out = wide.to(dtype_of(handle_))
+    if not torch.stack(out.aminmax()).isfinite().all():
         raise CannotConvertError(
-            f"there are values that are not finite in {out.dtype}", where=value, remedy="Save in a wider dtype."
+            f"there are values that are not finite in {out.dtype}", where=how.where, remedy="Save in a wider dtype."
         )
     return _bytes(out)
 

@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from diffpeft.bundle import Handle
 from diffpeft.errors import CannotConvertError, UnsafeFileError, shown
-from diffpeft.files import Snapshot, folder, parsed, present, replacing, together, unreadable
+from diffpeft.files import Json, Snapshot, folder, parsed, present, replacing, together, unreadable
 from diffpeft.handles import (
     CHUNK,
     SIZES,
+    Handle,
     cast,
     chunks,
     columns,
@@ -105,7 +105,7 @@ def header(source: str | os.PathLike[str] | Snapshot) -> Header:
     return handles, metadata
 
 
-def _judged(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _judged(text: str) -> tuple[Json, dict[str, str]]:
     """The rows and the metadata that a header says. Raises ValueError for one that is not read, whoever wrote it."""
     if (n := text.count('"data_offsets"')) > MAX_TENSORS:
         raise ValueError(f"{n} tensors are more than {MAX_TENSORS}")
@@ -140,7 +140,7 @@ def refuse_pickle(path: Path, start: bytes = b"") -> None:
         )
 
 
-def _handle(file: Snapshot, row: Mapping[str, Any], offset: int) -> Handle:
+def _handle(file: Snapshot, row: Json, offset: int) -> Handle:
     shape, (start, end) = tuple(row["shape"]), row["data_offsets"]
     numbers = count(shape)
     if row["dtype"] not in SIZES or not all(type(n) is int and n >= 0 for n in (start, end)):
@@ -170,7 +170,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: 
     """
     if "__metadata__" in tensors:
         raise CannotConvertError("no tensor can be called '__metadata__' in a safetensors file", where=path)
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    table: Json = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, h in tensors.items():
         start, end = end, end + nbytes(h)
@@ -195,7 +195,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: 
             file.check()
 
 
-def _header_of(table: Mapping[str, Any], path: str | os.PathLike[str]) -> bytes:
+def _header_of(table: Json, path: str | os.PathLike[str]) -> bytes:
     """The text of a header, which `header` reads. Raises CannotConvertError if it would refuse it."""
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False)
     try:
@@ -229,7 +229,7 @@ def _leaves(handle_: Handle) -> Iterator[Handle]:
         yield handle_
 
 
-def _copied(handle_: Handle, target: Any) -> bool:
+def _copied(handle_: Handle, target: BinaryIO) -> bool:
     """Whether the system could copy bytes of a file to the end of another by itself."""
     if not hasattr(os, "copy_file_range") or handle_.end - handle_.start < CHUNK:
         return False

@@ -12,11 +12,15 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from diffpeft.errors import ConfigError, DiffpeftError, shown
 
+if TYPE_CHECKING:
+    import regex
+
 Value = TypeVar("Value")
+Result = TypeVar("Result")
 SECONDS = 1.0  # of computing, for all matches of one operation: the patterns that people write take microseconds
 MAX_LENGTH = 20_000  # characters of a pattern; PEFT writes one of some thousand for models with many kinds of blocks
 _LITERAL = re.compile(r"[\w.\-/]+")
@@ -79,7 +83,7 @@ def _spent() -> Iterator[_Budget]:
 
 
 @functools.lru_cache(1024)
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str) -> regex.Pattern[str]:
     import regex
 
     try:
@@ -89,12 +93,12 @@ def _compiled(pattern: str) -> Any:
         raise ConfigError(f"{shown(pattern)} is no regular expression ({error})") from error
 
 
-def match(pattern: str, name: str, *, whole: bool = False) -> Any:
+def match(pattern: str, name: str, *, whole: bool = False) -> regex.Match[str] | None:
     """`re.match` (`whole`: `re.fullmatch`), in bounded time. Raises ConfigError, or what `limited` says, for a pattern that takes longer or is none."""
     return _timed(pattern, lambda compiled, left: (compiled.fullmatch if whole else compiled.match)(name, timeout=left))
 
 
-def _timed(pattern: str, use: Callable[[Any, float], Any]) -> Any:
+def _timed(pattern: str, use: Callable[[regex.Pattern[str], float], Result]) -> Result:
     """`use(the compiled pattern, the seconds that are left)`."""
     if len(pattern) > MAX_LENGTH:
         check(pattern)
@@ -111,12 +115,12 @@ def replaced(replacements: Mapping[str, str], name: str) -> str:
     """A name in which the first pattern that is found in it is replaced, everywhere, as `re.sub` does. Raises as `match`."""
     for pattern, new in replacements.items():
 
-        def replace(compiled: Any, left: float, new: str = new) -> Any:
+        def replace(compiled: regex.Pattern[str], left: float, new: str = new) -> tuple[str, int]:
             return compiled.subn(new, name, timeout=left)
 
-        found, number = _timed(pattern, replace)
+        other, number = _timed(pattern, replace)
         if number:
-            return found
+            return other
     return name
 
 
@@ -140,9 +144,9 @@ def first(patterns: Mapping[str, Value] | None, names: Iterable[str], default: V
         return default
     keys, names = tuple(patterns), tuple(names)
     whole, ending, others = _index(keys)
-    found = [whole[name] for name in names if name in whole]
-    found += [place for name in names for end in name_ends(name) if (place := ending.get(end)) is not None]
-    best = min(found, default=len(keys))
+    places = [whole[name] for name in names if name in whole]
+    places += [place for name in names for end in name_ends(name) if (place := ending.get(end)) is not None]
+    best = min(places, default=len(keys))
     best = next((place for place in others if place < best and any(ends(keys[place], name) for name in names)), best)
     return patterns[keys[best]] if best < len(keys) else default
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network
@@ -23,6 +25,12 @@ with contextlib.suppress(ImportError):
     import bitsandbytes.nn.modules
 
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+
+
+def pytest_collection_finish(session):
+    """What imports and collection made stays: no collection of garbage need walk over it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -88,18 +96,30 @@ def tiny_base(embedded_base):
     return pipe.to(torch.float64)
 
 
+@pytest.fixture(scope="session")
+def prototypes(tiny_base):
+    """{dtype: the random pipeline's models in it}, made when first asked for: only to be copied."""
+
+    @functools.cache
+    def of(dtype):
+        names = ("unet", "text_encoder", "vae")
+        return {name: copy.deepcopy(getattr(tiny_base, name)).to(dtype).eval() for name in names}
+
+    return of
+
+
 @pytest.fixture
-def fresh(tiny_base):
+def fresh(tiny_base, prototypes):
     """Makes pipelines equal to the random one, each with models of its own."""
 
     def make(dtype=torch.float64):
-        models = {name: copy.deepcopy(getattr(tiny_base, name)).eval() for name in ("unet", "text_encoder", "vae")}
+        models = {name: copy.deepcopy(model) for name, model in prototypes(dtype).items()}
         pipe = type(tiny_base)(
             **{**tiny_base.components, **models, "scheduler": copy.deepcopy(tiny_base.scheduler)},
             requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(dtype)
+        return pipe
 
     return make
 

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 from diffpeft.bundle import Rule
 
@@ -25,18 +25,24 @@ class Index(NamedTuple):
     parts: tuple[Flat, Side]
 
 
-def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
+Asked = ParamSpec("Asked")
+Answer = TypeVar("Answer")
+
+
+def _remembered(
+    method: Callable[Concatenate[Table, Asked], Answer],
+) -> Callable[Concatenate[Table, Asked], Answer]:
     """A method of a table that looks each name up once: files ask for the same ones again and again."""
 
     @functools.wraps(method)
-    def look(self: Table, *args: Any, **kwargs: Any) -> Any:
-        found = self._found
+    def look(self: Table, *args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
+        answers = self._answers
         key = (method.__name__, *args, *kwargs.values())
-        if key not in found:
-            if len(found) > 100_000:
-                found.clear()
-            found[key] = method(self, *args, **kwargs)
-        return found[key]
+        if key not in answers:
+            if len(answers) > 100_000:
+                answers.clear()
+            answers[key] = method(self, *args, **kwargs)
+        return cast(Answer, answers[key])
 
     return look
 
@@ -134,11 +140,11 @@ class Table:
         return _INDICES[at][0]
 
     @functools.cached_property
-    def _found(self) -> dict[tuple[Any, ...], Any]:
+    def _answers(self) -> dict[tuple[object, ...], object]:
         return {}
 
 
-_INDICES: dict[tuple[int, int], tuple[Index, Any, Any]] = {}  # with what the ids are of, so that they stay theirs
+_INDICES: dict[tuple[int, int], tuple[Index, object, object]] = {}  # with what the ids are of, so that they stay theirs
 
 
 def _indexed(layers: Sequence[str], rules: Sequence[Rule]) -> Index:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -27,6 +27,27 @@ class Part:
     layer: str
     role: str
     part: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether a format holds entries: true, or else why not, and the layers that are to blame."""
+
+    why: str = ""
+    layers: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return not self.why
+
+    @classmethod
+    def unless(cls, layers: Sequence[str], why: str) -> Answer:
+        """No, for these layers, if there are any."""
+        return cls(why, layers) if layers else cls()
+
+    @classmethod
+    def first(cls, answers: Iterable[Answer]) -> Answer:
+        """The first no, after which nothing more is asked; yes if there is none."""
+        return next((answer for answer in answers if not answer), cls())
 
 
 class Format(Protocol):
@@ -62,8 +83,8 @@ class Format(Protocol):
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         """The entries with the alphas and options that the format and the metadata give them."""
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
-        """Why this format cannot hold these entries, and the layers that are to blame; None if it can."""
+    def holds(self, entries: Sequence[Entry]) -> Answer:
+        """Whether this format can hold these entries."""
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         """The tensors by role as this format has them. Nothing is computed: only names and axes of 1 may change."""
@@ -144,6 +165,11 @@ def magnitude_axis(entry: Entry) -> int | None:
     shape = entry.tensors["dora_scale"].shape
     up = next((entry.tensors[role].shape for role in ("lora_B", "lora_embedding_B") if role in entry.tensors), (0,))
     return int(shape[0] == 1 != up[0])
+
+
+def table_of(fmt: Format, family: str) -> Table:
+    """A family's names as a format sees them; an empty table for a family that is not known, or that the format is not for."""
+    return fmt.tables.get(family) or Table({})
 
 
 def denoiser(table: Table) -> str:

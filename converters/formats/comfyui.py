@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from converters.families import Table
-from converters.formats.base import Part, denoiser, dotted_role
+from converters.formats.base import Answer, Part, denoiser, dotted_role
 from converters.formats.kohya import SUFFIXES, Lycoris, of_sd_scripts
 from diffpeft.bundle import Entry
 
@@ -52,7 +52,7 @@ class ComfyUI(Lycoris):
         """A prefix, the layer, the role."""
         return f"{part.word}{part.layer}.{self.suffixes[part.role]}"
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
-        """As for all, and sd-scripts' rotations."""
+    def holds(self, entries: Sequence[Entry]) -> Answer:
+        """As for all, and there are none of sd-scripts' rotations."""
         clamped = [e.layer for e in entries if of_sd_scripts(e)]
-        return ("ComfyUI knows no rotations with sd-scripts' bound", clamped) if clamped else super().problem(entries)
+        return Answer.unless(clamped, "ComfyUI knows no rotations with sd-scripts' bound") and super().holds(entries)

@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import NO_KEYS, Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import NO_KEYS, Answer, Part, dotted_role, magnitude_axis, suffix
 from converters.formats.schema import check_fields
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
-from diffpeft.files import config_in
+from diffpeft.files import Json, config_in
 from diffpeft.methods.layout import PRODUCTS
 
 METADATA = "lora_adapter_metadata"
+_READ = {"lora_A", "lora_B", "lora_magnitude_vector"}  # by diffusers 0.42
 # what other formats' keys begin with
 _OTHERS = (
     "base_model.model.",
@@ -79,19 +79,16 @@ class Diffusers:
         except ConfigError as error:  # a pattern that is none
             raise CheckpointError(f"cannot read the metadata {METADATA!r} ({error.what})") from error
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
-        foreign = [e.layer for e in entries if {*self.stored(e)} - {"lora_A", "lora_B", "lora_magnitude_vector"}]
-        if foreign:
-            methods = sorted({m for e in entries if e.layer in foreign for m in e.methods})
-            return f"stock diffusers reads no {' or '.join(methods)} with these tensors", foreign
+    def holds(self, entries: Sequence[Entry]) -> Answer:
+        foreign = {e.layer: e.methods for e in entries if not {*self.stored(e)} <= _READ}
+        methods = " or ".join(sorted(frozenset().union(*foreign.values())))
         inputs = [e.layer for e in entries if magnitude_axis(e) == 1]
-        if inputs:
-            return "stock diffusers reads no DoRA with a magnitude for each input", inputs
-        if lost := configs.unsayable(entries):
-            return lost
-        doras = {(parted(e.layer)[0], e.method) for e in entries}
-        mixed = [e.layer for e in entries if {(parted(e.layer)[0], m) for m in ("lora", "dora")} <= doras]
-        return ("stock diffusers reads LoRA and DoRA in one component as one of them", mixed) if mixed else None
+        return (
+            Answer.unless([*foreign], f"stock diffusers reads no {methods} with these tensors")
+            and Answer.unless(inputs, "stock diffusers reads no DoRA with a magnitude for each input")
+            and Answer(*(configs.unsayable(entries) or ()))
+            and Answer.unless(_mixed(entries), "stock diffusers reads LoRA and DoRA in one component as one of them")
+        )
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         return peft_magnitude(entry)
@@ -100,11 +97,19 @@ class Diffusers:
         return {}
 
     def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
-        config: dict[str, Any] = {}
+        config: Json = {}
         for component in dict.fromkeys(parted(e.layer)[0] for e in entries):
             own = [e for e in entries if parted(e.layer)[0] == component]
             config |= {f"{component}.{field}": value for field, value in _config(own).items()}
         return {METADATA: json.dumps(config, indent=2, sort_keys=True)}
+
+
+def _mixed(entries: Sequence[Entry]) -> list[str]:
+    """The layers of components that have LoRAs and DoRAs."""
+    methods: dict[str, set[str]] = {}
+    for entry in entries:
+        methods.setdefault(parted(entry.layer)[0], set()).add(entry.method)
+    return [entry.layer for entry in entries if {"lora", "dora"} <= methods[parted(entry.layer)[0]]]
 
 
 def peft_magnitude(entry: Entry) -> dict[str, Handle]:
@@ -117,7 +122,7 @@ def peft_magnitude(entry: Entry) -> dict[str, Handle]:
     return tensors
 
 
-def _config(entries: Sequence[Entry]) -> dict[str, Any]:
+def _config(entries: Sequence[Entry]) -> Json:
     """PEFT's fields for one component. Names start below `text_model.`: stock diffusers strips that level from keys, not from the config."""
     names = {e.layer: parted(e.layer)[1].removeprefix("text_model.") for e in entries}
     scales = configs.scales(entries, names, "lora_alpha", configs.ranks_of(entries))
@@ -131,14 +136,14 @@ def _config(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _of_component(config: Mapping[str, Any], component: str) -> dict[str, Any]:
+def _of_component(config: Json, component: str) -> Json:
     """The fields for a component; a file of one component has them without its name in front."""
     prefix = component + "."
     own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     return own or {k: v for k, v in config.items() if k.partition(".")[0] not in COMPONENTS}
 
 
-def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
+def _configured(entry: Entry, config: Json) -> Entry:
     entry = configs.turned(entry, {"peft_version": "0.18", **config})
     if entry.alpha is not None or entry.method not in PRODUCTS:
         return entry

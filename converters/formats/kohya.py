@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
-from converters.formats.base import LYCORIS, NO_KEYS, OneModel, Part, denoiser, dotted_role, magnitude_axis
+from converters.formats.base import LYCORIS, NO_KEYS, Answer, OneModel, Part, denoiser, dotted_role, magnitude_axis
 from converters.formats.config import turned
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
@@ -61,16 +61,17 @@ class Lycoris:
         """Rotations turn the output."""
         return [turned(entry, None) for entry in entries]
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
-        """Roles without a name, and methods on one layer with several alphas."""
-        unnamed = [(e.layer, {*self.stored(e)} - {*self.suffixes}) for e in entries]
-        if names := sorted({name for _, roles in unnamed for name in roles}):
-            return f"it has no name for {' and '.join(names)}", [layer for layer, roles in unnamed if roles]
+    def holds(self, entries: Sequence[Entry]) -> Answer:
+        """All roles have names, and a layer one alpha."""
+        roles = [(entry.layer, {*self.stored(entry)} - {*self.suffixes}) for entry in entries]
+        names = sorted(set().union(*(unnamed for _, unnamed in roles)))
         alphas: dict[str, set[float | None]] = {}
-        for e in entries:
-            alphas.setdefault(e.layer, set()).add(io.number(e.alpha))
-        several = [layer for layer, found in alphas.items() if len(found) > 1]
-        return ("it has one alpha a layer, for all of its methods", several) if several else None
+        for entry in entries:
+            alphas.setdefault(entry.layer, set()).add(io.number(entry.alpha))
+        several = [layer for layer, values in alphas.items() if len(values) > 1]
+        return Answer.unless(
+            [layer for layer, unnamed in roles if unnamed], f"it has no name for {' and '.join(names)}"
+        ) and Answer.unless(several, "it has one alpha a layer, for all of its methods")
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         """LyCORIS's magnitude is [out, 1, *1] where PEFT's is [out] or [1, out, *1]."""
@@ -139,10 +140,10 @@ class Kohya(Lycoris):
         """With sd-scripts' bound, if the keys say so."""
         return [_clamped(entry) for entry in super().configured(entries, metadata)]
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
-        """As for all, and sd-scripts' rotations of text encoders."""
+    def holds(self, entries: Sequence[Entry]) -> Answer:
+        """As for all, and sd-scripts' rotations are of no text encoder."""
         clamped = [e.layer for e in entries if of_sd_scripts(e) and parted(e.layer)[0].startswith("text_encoder")]
-        return ("sd-scripts' OFT is not for text encoders", clamped) if clamped else super().problem(entries)
+        return Answer.unless(clamped, "sd-scripts' OFT is not for text encoders") and super().holds(entries)
 
     def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
         """The module that reads it in sd-scripts."""
@@ -165,10 +166,10 @@ class Wrapper(OneModel, Lycoris):
         """The layer's name as the model has it."""
         return f"{WRAPPER}{part.layer.replace('.', '_')}.{self.suffixes[part.role]}"
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
-        """As for all, and sd-scripts' rotations."""
+    def holds(self, entries: Sequence[Entry]) -> Answer:
+        """As for all, and there are none of sd-scripts' rotations."""
         clamped = [e.layer for e in entries if of_sd_scripts(e)]
-        return ("sd-scripts' OFT has another bound than LyCORIS's", clamped) if clamped else super().problem(entries)
+        return Answer.unless(clamped, "sd-scripts' OFT has another bound than LyCORIS's") and super().holds(entries)
 
 
 def flat_part(word: str, layer: str, end: str) -> Part | None:

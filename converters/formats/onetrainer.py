@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
-from converters.formats.base import Part, denoiser, dotted_role
+from converters.formats.base import Answer, Part, denoiser, dotted_role
 from converters.formats.config import ranks_of
 from converters.formats.fields import blocks_of
 from converters.formats.kohya import TRANSFORMER, UNET, Kohya
@@ -25,9 +25,11 @@ from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
 from diffpeft.errors import CheckpointError, listed
 from diffpeft.files import parsed
+from diffpeft.handles import Cast
 from diffpeft.methods.layout import PRODUCTS, ROLES
 
 TERMS = 5
+_AS_ITS = {"side": "input", "neumann": TERMS, "neumann_last": 1, "coft": None}  # the options of a rotation of its
 # the families with flat names that have no UNet
 _FLAT = tuple(TABLES[family] for family in ("sd3", "flux", "flux2", "chroma", "pixart", "hunyuan_video"))
 _ENCODERS = ("clip_l", "clip_g", "t5", "llama", "gemma", "qwen")
@@ -115,20 +117,24 @@ class OneTrainer(Kohya):
             for e in super().configured(entries, metadata)
         ]
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
-        """What it has no name for, and rotations that are no series of five terms."""
+    def holds(self, entries: Sequence[Entry]) -> Answer:
+        """As for all; rotations are a series of five terms, of layers that are known to be convolutions or none."""
         nested = [e.layer for e in entries if len(e.methods) > 1]
-        if nested:
-            return "OneTrainer knows DoRA over LoRA alone", nested
         rotations = [e for e in entries if "oft_R" in e.tensors]
-        told = {"side": "input", "neumann": TERMS, "neumann_last": 1, "coft": None}
-        other = [e.layer for e in rotations if any(e.options.get(k, told[k]) != told[k] for k in told)]
-        other += [e.layer for e in rotations if "neumann" not in e.options]
-        if other:
-            return f"OneTrainer's rotations are a series of {TERMS} terms without a bound", other
-        if unknown := [e.layer for e in rotations if _is_convolution(e) is None]:
-            return "it turns convolutions the other way, and no name tells whether these layers are some", unknown
-        return super().problem(entries)
+        other = [
+            e.layer
+            for e in rotations
+            if "neumann" not in e.options or not _AS_ITS.items() <= {**_AS_ITS, **e.options}.items()
+        ]
+        unknown = [e.layer for e in rotations if _is_convolution(e) is None]
+        return (
+            Answer.unless(nested, "OneTrainer knows DoRA over LoRA alone")
+            and Answer.unless(other, f"OneTrainer's rotations are a series of {TERMS} terms without a bound")
+            and Answer.unless(
+                unknown, "it turns convolutions the other way, and no name tells whether these layers are some"
+            )
+            and super().holds(entries)
+        )
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         """LyCORIS's tensors, and rotations of convolutions the other way round: only signs change."""
@@ -166,7 +172,7 @@ def _as_peft(entry: Entry, coft: float | None, convolution: bool) -> Entry:
     if entry.alpha is not None:
         b = blocks_of(entry)[1]
         divisor = 2 * math.sqrt(b - 1)
-        h = Handle("F32", h.shape, parts=(h,), how=("cast", entry.layer)) if h.dtype in ("F16", "BF16") else h
+        h = Handle("F32", h.shape, parts=(h,), how=Cast(entry.layer)) if h.dtype in ("F16", "BF16") else h
         scale, coft = scale / divisor, None if coft is None else coft / divisor
     options = {"side": "input", "neumann": TERMS, "coft": coft}
     return replace(entry, tensors={**entry.tensors, "oft_R": io.scaled(h, scale)}, alpha=None, options=options)

@@ -15,7 +15,7 @@ from typing import Any
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import OneModel, Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import Answer, OneModel, Part, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
 from converters.formats.fields import TYPES, Unfit, dialect_of, fields, is_old_oft, layers_of, names_of, own_name
 from converters.formats.schema import check_fields
@@ -68,12 +68,12 @@ class Peft(OneModel):
         except ConfigError as error:  # a pattern that is none
             raise CheckpointError(f"cannot read {FILE} ({error.what})") from error
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+    def holds(self, entries: Sequence[Entry]) -> Answer:
         try:
             self._fields(entries)
         except Unfit as why:
-            return why.why, why.layers
-        return None
+            return Answer(why.why, why.layers)
+        return Answer()
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         """The core of a one-dimensional convolution has one more axis here than in LyCORIS."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from converters.families import Table
 from converters.families.base import renamed, table
-from converters.formats.base import NO_KEYS, Part
+from converters.formats.base import NO_KEYS, Answer, Part
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.methods.shapes import rank
@@ -81,8 +81,8 @@ class XLabs:
         block, number, layer = part.layer.split(".", 2)
         return f"{block}.{number}.processor.{_NAMES[block, layer]}.{self.suffixes[part.role]}"
 
-    def holds(self, layer: str) -> bool:
-        """Whether there is a name for a layer, or for a fused one that it is part of."""
+    def has(self, layer: str) -> bool:
+        """Whether there is a name for a layer, or for a joint one that it is part of."""
         component, name = parted(layer)
         return component == "transformer" and FLUX.knows(component, name)
 
@@ -90,16 +90,17 @@ class XLabs:
         """There is nothing more to say: without an alpha the scale is 1."""
         return list(entries)
 
-    def problem(self, entries: Sequence[Entry]) -> tuple[str, list[str]] | None:
+    def holds(self, entries: Sequence[Entry]) -> Answer:
         """It holds plain LoRAs of scale 1, on attentions."""
-        unnamed = [t for e in entries for t in e.targets if not self.holds(t)]
-        if unnamed:
-            return "it has names for the attentions of Flux's blocks alone", unnamed
+        plain = [e for e in entries if {*e.tensors} == {"lora_A", "lora_B"}]
         others = [t for e in entries if {*e.tensors} != {"lora_A", "lora_B"} for t in e.targets]
-        if others:
-            return "X-Labs' processors are plain LoRAs", others
-        scaled = [t for e in entries if e.alpha is not None and io.number(e.alpha) != _rank(e) for t in e.targets]
-        return ("it has no alphas, and the scale of these is not 1", scaled) if scaled else None
+        scaled = [t for e in plain if e.alpha is not None and io.number(e.alpha) != rank(e.shapes) for t in e.targets]
+        unnamed = [target for e in entries for target in e.targets if not self.has(target)]
+        return (
+            Answer.unless(unnamed, "it has names for the attentions of Flux's blocks alone")
+            and Answer.unless(others, "X-Labs' processors are plain LoRAs")
+            and Answer.unless(scaled, "it has no alphas, and the scale of these is not 1")
+        )
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         """As they are."""
@@ -112,7 +113,3 @@ class XLabs:
     def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
         """Nothing."""
         return {}
-
-
-def _rank(entry: Entry) -> int:
-    return rank(entry.shapes)

@@ -9,69 +9,56 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TextIO
 
 import click
 
-from diffpeft.errors import (
-    AdapterStateError,
-    CannotConvertError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DiffpeftError,
-    DivergedError,
-    NothingLearntError,
-    UnknownNameError,
-)
+from diffpeft.errors import DiffpeftError
 
-EXIT_CODES: dict[type[DiffpeftError], int] = {
-    ConfigError: 2,
-    UnknownNameError: 2,
-    DataError: 3,
-    CheckpointError: 4,
-    CannotConvertError: 4,
-    AdapterStateError: 4,
-    DivergedError: 5,
-    NothingLearntError: 6,
-}
-INTERRUPTED = 130
+SYSTEM, INTERRUPTED = 1, 130  # exit codes; those of our own errors stand on their classes
 
 
 def run(command: click.Command, args: list[str] | None = None) -> int:
     """Run a command; its exit code. `--debug` anywhere among the arguments shows tracebacks and what libraries print."""
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in args
-    args = [a for a in args if a != "--debug"]
     # Threads that spin long while they wait make a step a hundred times slower when another program wants the same cores; read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if not debug:
         _quieten()
     try:
-        return command.main(args, prog_name="diffpeft", standalone_mode=False) or 0
-    except click.NoSuchOption as error:
-        from diffpeft.cli.options import unknown_option
-
-        show(unknown_option(error))
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return command.main([a for a in args if a != "--debug"], prog_name="diffpeft", standalone_mode=False) or 0
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return INTERRUPTED
-    except OSError as error:
+    except click.ClickException as error:
+        _show_usage(error)
+        return error.exit_code
+    except (DiffpeftError, OSError) as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"Error: {error.strerror or error}\n  in: {error.filename or 'this machine'}", err=True)
-        for note in getattr(error, "__notes__", ()):
-            click.echo(f"  but: {note}", err=True)
-        return 1
-    except DiffpeftError as error:
-        if debug:
-            traceback.print_exc()
-        show(error)
-        return code_of(error)
+        if isinstance(error, DiffpeftError):
+            show(error)
+            return error.exit_code
+        _show_system(error)
+        return SYSTEM
+
+
+def _show_usage(error: click.ClickException) -> None:
+    """An argument that the command line does not understand; for an option that there is not, with what it is called here."""
+    from diffpeft.cli.options import unknown_option
+
+    if isinstance(error, click.NoSuchOption):
+        show(unknown_option(error))
+    else:
+        error.show()
+
+
+def _show_system(error: OSError) -> None:
+    """An error of the system, with the file that it is about."""
+    click.echo(f"Error: {error.strerror or error}\n  in: {error.filename or 'this machine'}", err=True)
+    for note in getattr(error, "__notes__", ()):
+        click.echo(f"  but: {note}", err=True)
 
 
 @contextlib.contextmanager
@@ -82,11 +69,6 @@ def naming(path: object) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
-
-
-def code_of(error: DiffpeftError) -> int:
-    """The exit code of an error's kind."""
-    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
 def show(error: DiffpeftError) -> None:
@@ -102,15 +84,22 @@ def _quieten() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on some CPUs it asks for a package that nothing here needs
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they miss extensions that nothing here needs
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=UserWarning, module=r"diffpeft|converters")
     warnings.showwarning = _one_line
 
 
-def _one_line(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning on stderr, in place of `warnings.showwarning`."""
     click.echo(f"warning: {message}", err=True)
 
 

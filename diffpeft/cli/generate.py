@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
 from diffpeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diffpeft.pipeline.prompt import Tag
+
+    Files = list[tuple[Path, float | Tag]]
+
+
+class Asked(TypedDict):
+    """The options of `diffpeft generate`, by the names that click gives them."""
+
+    model: str | None
+    base: str | None
+    prompt: str
+    negative: str | None
+    loras: tuple[str, ...]
+    lora_dir: str
+    out: str
+    seed: int
+    steps: int
+    guidance: float | None
+    width: int | None
+    height: int | None
+    dtype: str | None
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -55,21 +80,7 @@ def weighted(text: str) -> tuple[str, float]:
 @click.option("--width", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--height", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: fp32 on a CPU, else bf16.")
-def generate(
-    model: str | None,
-    base: str | None,
-    prompt: str,
-    negative: str | None,
-    loras: tuple[str, ...],
-    lora_dir: str,
-    out: str,
-    seed: int,
-    steps: int,
-    guidance: float | None,
-    width: int | None,
-    height: int | None,
-    dtype: str | None,
-) -> None:
+def generate(**asked: Unpack[Asked]) -> None:
     """Draw a picture, with adapters or without.
 
     \b
@@ -79,55 +90,74 @@ def generate(
     Tags in the prompt are A1111's: <lora:NAME>, <lora:NAME:0.8>, <lora:NAME:TEXT_ENCODER:UNET>, and with weights by
     block <lora:NAME:1:1:lbw=OUTALL> or lbw=0,1,0.5,...
     """
+    out = asked["out"]
     if Path(out).suffix.lower() != ".png":
         raise ConfigError(f"the output is {out!r}", remedy="It is a PNG: its name ends in .png.")
-    import converters
-    from diffpeft.cli.errors import naming, quiet_bars
+    from diffpeft.cli.errors import naming
     from diffpeft.io import replacing
-    from diffpeft.pipeline.locate import located
-    from diffpeft.pipeline.open import check_model, default_device, default_dtype, open_pipeline
-    from diffpeft.pipeline.prompt import parsed, resolved
 
-    prompt, tags = parsed(prompt)
-    wanted = resolved([weighted(text) for text in loras], tags, Path(lora_dir))
-    check_model(model, base)
-    files = [(located(file), strength) for file, strength in wanted]
-    for (
-        file,
-        _,
-    ) in files:  # headers only: a bad file is told before the model loads, which tells the family where names do not
-        converters.read(file, names={})
-
-    import torch
-
-    quiet_bars()
-    device = default_device()
-    pipe = open_pipeline(model, base, dtype=dtype or default_dtype(device), device=device)
-    pipe.set_progress_bar_config(disable=True)
-    _load(pipe, files)
-    guidance = 4.0 if guidance is None and model is None else guidance
-    chosen = {"negative_prompt": negative, "guidance_scale": guidance, "width": width, "height": height}
-    image = pipe(
-        prompt,
-        num_inference_steps=steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        **{k: v for k, v in chosen.items() if v is not None},
-    ).images[0]
+    prompt, files = _adapters(asked)
+    image = _drawn(asked, prompt, files)
     with naming(out), replacing(out) as f:
         image.save(f, "PNG")
     click.echo(out)
 
 
-def _load(pipe: Any, files: list[tuple[Any, Any]]) -> None:
-    """Files, each with its strength: a number, or the tag of the prompt that says it."""
+def _adapters(asked: Asked) -> tuple[str, Files]:
+    """The prompt without its tags, and the adapters' files. Their headers are read: a bad file is told before the model loads."""
+    import converters
+    from diffpeft.pipeline.locate import located
+    from diffpeft.pipeline.open import check_model
+    from diffpeft.pipeline.prompt import parsed, resolved
+
+    prompt, tags = parsed(asked["prompt"])
+    wanted = resolved([weighted(text) for text in asked["loras"]], tags, Path(asked["lora_dir"]))
+    check_model(asked["model"], asked["base"])
+    files = [(located(file), strength) for file, strength in wanted]
+    for file, _ in files:
+        converters.read(file, names={})  # the model tells the family where names do not
+    return prompt, files
+
+
+def _drawn(asked: Asked, prompt: str, files: Files) -> Image:
+    """The picture. The embedded base has a guidance of its own, other pipelines bring theirs."""
+    import torch
+
+    from diffpeft.cli.errors import quiet_bars
+    from diffpeft.pipeline.open import default_device, default_dtype, open_pipeline
+
+    quiet_bars()
+    device = default_device()
+    pipe = open_pipeline(asked["model"], asked["base"], dtype=asked["dtype"] or default_dtype(device), device=device)
+    pipe.set_progress_bar_config(disable=True)
+    _load(pipe, files)
+    guidance = 4.0 if asked["guidance"] is None and asked["model"] is None else asked["guidance"]
+    options = {
+        "negative_prompt": asked["negative"],
+        "guidance_scale": guidance,
+        "width": asked["width"],
+        "height": asked["height"],
+    }
+    return pipe(
+        prompt,
+        num_inference_steps=asked["steps"],
+        generator=torch.Generator("cpu").manual_seed(asked["seed"]),
+        **{name: value for name, value in options.items() if value is not None},
+    ).images[0]
+
+
+def _load(pipe: object, files: Files) -> None:
+    """Load the adapters, and set their strengths: a number each, or what a tag of the prompt says."""
     import diffpeft
     from diffpeft.families import family_of
     from diffpeft.pipeline.prompt import Tag, strengths
 
-    mix = {}
+    mix: dict[str, float | dict[str, float]] = {}
     for i, (file, strength) in enumerate(files):
-        tagged = isinstance(strength, Tag)
-        report = diffpeft.load_lora(pipe, file, name=f"lora-{i}", weight=1.0 if tagged else strength)
-        mix[report.name] = strengths(strength, family_of(pipe), report.matched) if tagged else strength
+        weight = 1.0 if isinstance(strength, Tag) else strength
+        report = diffpeft.load_lora(pipe, file, name=f"lora-{i}", weight=weight)
+        mix[report.name] = weight
+        if isinstance(strength, Tag):
+            mix[report.name] = strengths(strength, family_of(pipe), report.matched)
     if mix:
         diffpeft.set_adapters(pipe, mix)

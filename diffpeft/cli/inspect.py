@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError
+
+if TYPE_CHECKING:
+    from converters import Inspection
 
 BAR = 30  # characters
 
@@ -31,24 +35,25 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
 
     Example: diffpeft inspect style.safetensors --norms
     """
-    from diffpeft.cli.errors import code_of, show
+    from diffpeft.cli.errors import show
 
-    shown, codes = [], []
-    for one in _each(files, norms):
-        if isinstance(one, DiffpeftError):
-            show(one)
-            codes.append(code_of(one))
+    tables: list[object] = []
+    codes: list[int] = []
+    for seen in _each(files, norms):
+        if isinstance(seen, DiffpeftError):
+            show(seen)
+            codes.append(seen.exit_code)
         elif as_json:
-            shown.append(_plain(asdict(one)))
+            tables.append(_plain(asdict(seen)))
         else:
-            _show(one)
-    if as_json and (shown or not codes):
-        click.echo(json.dumps(shown[0] if len(shown) == 1 and not codes else shown, indent=2))
+            _show(seen)
+    if as_json and (tables or not codes):
+        click.echo(json.dumps(tables[0] if len(tables) == 1 and not codes else tables, indent=2))
     if codes:
         ctx.exit(codes[0])
 
 
-def _each(files: Iterable[str], norms: bool) -> Iterator[Any]:
+def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftError]:
     """What each file is, or the error that it gives; those of folders one by one."""
     import converters
 
@@ -67,7 +72,7 @@ def _each(files: Iterable[str], norms: bool) -> Iterator[Any]:
                 yield UnreadableFileError(f"cannot read it: {error.strerror or error}", where=path)
 
 
-def _paths(file: str) -> list[Any]:
+def _paths(file: str) -> list[Path]:
     """The adapters that an argument stands for: a file, a PEFT folder, or the files and PEFT folders in a folder."""
     import converters
     from diffpeft.pipeline.locate import PEFT, located
@@ -87,42 +92,51 @@ def _paths(file: str) -> list[Any]:
     return list(inside)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON has no keys but strings, and no NaN."""
     if isinstance(value, dict):
         return {"null" if k is None else str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return str(value) if isinstance(value, float) and value - value != 0 else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _show(one: Any) -> None:
-    from converters.inspection import by_block, listed_values
-
-    family = one.family or "unknown"
-    rows = {
-        "format": one.format,
-        "family": f"{family} (or {', '.join(one.alternatives)})" if one.alternatives else family,
-        "methods": ", ".join(one.methods),
-        "layers": f"{one.layers} in {', '.join(one.components)}",
-        "ranks": listed_values(one.ranks),
-        "alphas": listed_values(one.alphas),
-        "size": f"{one.tensors} tensors, {one.bytes / 2**20:.1f} MiB, {', '.join(one.dtypes)}",
-        "trigger words": ", ".join(one.trigger_words),
-        "read by": ", ".join(one.readable_by),
-        "not an adapter's": f"{len(one.carried)} keys, such as {one.carried[0]}" if one.carried else "",
-    }
-    if one.norms is not None:
-        rows["dead layers"] = ", ".join(one.dead[:5]) + (f" and {len(one.dead) - 5} more" if len(one.dead) > 5 else "")
-        rows["not finite"] = ", ".join(one.nonfinite[:5])
-    click.echo(one.path)
-    for name, text in rows.items():
+def _show(seen: Inspection) -> None:
+    """What a file is, a line for each field that says something; norms as bars."""
+    click.echo(seen.path)
+    for name, text in _rows(seen).items():
         if text:
             click.echo(f"  {name:17} {text}")
-    if one.norms is not None:
-        blocks = by_block(one.norms)
-        largest = max((n for n in blocks.values() if n == n and n != float("inf")), default=0) or 1
+    if seen.norms is not None:
+        from converters.inspection import by_block
+
+        blocks = by_block(seen.norms)
+        largest = max(filter(math.isfinite, blocks.values()), default=0) or 1
         for block, norm in blocks.items():
-            click.echo(
-                f"  {block:40} {'█' * round(BAR * min(norm / largest, 1)) if norm == norm else '?':{BAR}} {norm:.3g}"
-            )
+            bar = "?" if math.isnan(norm) else "█" * round(BAR * min(norm / largest, 1))
+            click.echo(f"  {block:40} {bar:{BAR}} {norm:.3g}")
+
+
+def _rows(seen: Inspection) -> dict[str, str]:
+    """{what is said of a file: in words, empty where there is nothing to say}."""
+    from converters.inspection import listed_values
+
+    family = seen.family or "unknown"
+    rows = {
+        "format": seen.format,
+        "family": f"{family} (or {', '.join(seen.alternatives)})" if seen.alternatives else family,
+        "methods": ", ".join(seen.methods),
+        "layers": f"{seen.layers} in {', '.join(seen.components)}",
+        "ranks": listed_values(seen.ranks),
+        "alphas": listed_values(seen.alphas),
+        "size": f"{seen.tensors} tensors, {seen.bytes / 2**20:.1f} MiB, {', '.join(seen.dtypes)}",
+        "trigger words": ", ".join(seen.trigger_words),
+        "read by": ", ".join(seen.readable_by),
+        "not an adapter's": f"{len(seen.carried)} keys, such as {seen.carried[0]}" if seen.carried else "",
+    }
+    if seen.dead is not None and seen.nonfinite is not None:
+        rows["dead layers"] = ", ".join(seen.dead[:5]) + (
+            f" and {len(seen.dead) - 5} more" if len(seen.dead) > 5 else ""
+        )
+        rows["not finite"] = ", ".join(seen.nonfinite[:5])
+    return rows

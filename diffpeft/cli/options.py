@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from diffpeft.errors import UnknownNameError, near
-from diffpeft.train.config import PATHS, Run, from_toml, hint
+from diffpeft.train.config import PATHS, AnyOptions, from_toml, hint
 from diffpeft.train.method import CONFIGS
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
@@ -55,9 +55,9 @@ def options_of(kind: type) -> Callable[[Command], Command]:
     return add
 
 
-def options_from(kind: type[Run], config: str | None, typed: Mapping[str, Any]) -> Run:
+def options_from(kind: type[AnyOptions], config: str | None, typed: Mapping[str, Any]) -> AnyOptions:
     """The options of a file, replaced by what was typed; checked."""
-    given = {name: value for name, value in typed.items() if value is not None}
-    options = from_toml(config, given, kind) if config else kind(**given)
+    values = {name: value for name, value in typed.items() if value is not None}
+    options = from_toml(config, values, kind) if config else kind(**values)
     options.validate()
     return options

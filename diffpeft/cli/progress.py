@@ -82,6 +82,7 @@ class Progress:
         return f"step {self.done}/{self.total}  loss {self.loss:.4f}{speed}{left}"
 
     def _show(self, at_once: bool = False) -> None:
+        """Bring the bar up to date, or at the first and last step print a line."""
         if self.bar:
             self.bar.update(
                 self.task, description=self.text, completed=self.done, total=self.total or None, numbers=self.numbers()

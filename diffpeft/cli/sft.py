@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from diffpeft.cli.options import options_from, options_of
@@ -13,7 +11,7 @@ from diffpeft.llm.sft_config import SftConfig
 @click.command()
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @options_of(SftConfig)
-def sft(config: str | None, **typed: Any) -> None:
+def sft(config: str | None, **typed: object) -> None:
     """Fine-tune a language model on texts, prompts with answers, or chats.
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins. Writes the adapter as a PEFT

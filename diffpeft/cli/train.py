@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from diffpeft.cli.options import options_from, options_of
 from diffpeft.train.config import TrainConfig
 
+if TYPE_CHECKING:
+    from diffpeft.train.dreambooth import TrainRun
+
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @options_of(TrainConfig)
-def train(config: str | None, **typed: Any) -> None:
+def train(config: str | None, **typed: object) -> None:
     """Train an adapter on your own images, DreamBooth-style.
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins.
@@ -32,28 +35,35 @@ def train(config: str | None, **typed: Any) -> None:
         for line in checked.account.lines():
             progress.note(line)
 
-        from diffpeft.cli.errors import naming, quiet_bars
-        from diffpeft.train import dreambooth, report
+        from diffpeft.cli.errors import quiet_bars
+        from diffpeft.train import dreambooth
 
         quiet_bars()
         run = dreambooth.train(options, progress, checked)
         progress.phase("writing")
-        files = dreambooth.save(run)
-        readers = dreambooth.readers(run, files)
-        page = Path(options.out or "") / "report.html"
-        with naming(page):
-            files.append(
-                report.write(
-                    page,
-                    title=f"diffpeft: {run.name}",
-                    losses=run.losses,
-                    options=run.config.resolved(),
-                    files=[*files, page],
-                    data=run.account.lines(),
-                    readers=readers,
-                )
-            )
+        files, readers = _written(run)
         for name, text in readers.items():
             progress.note(f"{name}: {text}")
     for file in files:
         click.echo(file)
+
+
+def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:
+    """Write the adapter and the report; the files, and which programs read them."""
+    from diffpeft.cli.errors import naming
+    from diffpeft.train import dreambooth, report
+
+    files = dreambooth.save(run)
+    readers = dreambooth.readers(run, files)
+    page = Path(run.config.out or "") / "report.html"
+    with naming(page):
+        report.write(
+            page,
+            title=f"diffpeft: {run.name}",
+            losses=run.losses,
+            options=run.config.resolved(),
+            files=[*files, page],
+            data=run.account.lines(),
+            readers=readers,
+        )
+    return [*files, page], readers

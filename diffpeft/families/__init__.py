@@ -71,7 +71,7 @@ _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
 _WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
 
 
-def family_of(target: Any) -> str | None:
+def family_of(target: object) -> str | None:
     """The family id of a pipeline or model, by the class of its denoiser; None if that tells none. UNets have one class: of these the pipeline's name
     tells, and the cross-attention width (SD2.x is SD1.x with one of 1024).
     """
@@ -83,7 +83,7 @@ def family_of(target: Any) -> str | None:
     return _WIDTHS.get(family or "", {}).get(width, family) if isinstance(width, int) else family
 
 
-def is_unnamed(target: Any) -> bool:
+def is_unnamed(target: object) -> bool:
     """Whether a pipeline or model has one of diffusers' denoisers, and no family here has its layer names."""
     denoiser = _denoiser(target)
     return family_of(target) is None and any(
@@ -91,16 +91,16 @@ def is_unnamed(target: Any) -> bool:
     )
 
 
-def _denoiser(target: Any) -> Any:
+def _denoiser(target: object) -> object:
     """A pipeline's transformer or UNet, or the model that was given; without the module of torch.compile around it."""
     parts = getattr(target, "components", None)
     if isinstance(parts, Mapping):
-        found = (parts.get(name) for name in ("transformer", "unet", "transformer_2"))
-        target = next((model for model in found if model is not None), None)
+        models = (parts.get(name) for name in ("transformer", "unet", "transformer_2"))
+        target = next((model for model in models if model is not None), None)
     return getattr(target, "_orig_mod", target)
 
 
-def _by_name(pipe: Any) -> str | None:
+def _by_name(pipe: object) -> str | None:
     """The family of a pipeline's class by its name, or of one that it is derived from."""
     for base in type(pipe).__mro__:
         if starts := [start for start in _PIPELINES if base.__name__.startswith(start)]:
@@ -108,7 +108,7 @@ def _by_name(pipe: Any) -> str | None:
     return None
 
 
-def _by_class(model: Any) -> str | None:
+def _by_class(model: object) -> str | None:
     """The family of a model's class, or of one that it is derived from."""
     return next((_MODELS[base.__name__] for base in type(model).__mro__ if base.__name__ in _MODELS), None)
 

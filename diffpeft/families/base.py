@@ -15,7 +15,7 @@ class Noised(NamedTuple):
     t: Tensor
     target: Tensor
     snr: Tensor
-    kind: str  # epsilon, v_prediction or sample
+    kind: str  # epsilon, v_prediction, sample, or what else a family's models predict
 
 
 class Family(Protocol):
@@ -25,6 +25,7 @@ class Family(Protocol):
     denoiser: str
     text_encoders: tuple[str, ...]
     pipe: Any
+    kind: str  # what the denoiser predicts, as in Noised
     resolution: int  # pixels, the side of the square that the model was made for
     multiple: int  # pixels, what a side must be a multiple of
 
@@ -38,4 +39,4 @@ class Family(Protocol):
         """Latents z with noise n at noise levels u [b] in [0, 1), 0 the cleanest."""
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The denoiser's prediction, fp32."""
+        """The denoiser's prediction [b, c, h, w] in fp32, of noised latents x [b, c, h, w] at times t [b], with what it reads of the prompts."""

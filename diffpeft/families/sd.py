@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from diffpeft.errors import WrongBaseError, shown
 from diffpeft.families.base import Noised
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ class StableDiffusion:
         from diffusers import DDPMScheduler
 
         self.pipe = pipe
+        self.kind: str = pipe.scheduler.config.prediction_type
+        if self.kind not in ("epsilon", "v_prediction", "sample"):
+            raise WrongBaseError(
+                f"the model predicts {shown(self.kind)} and cannot be trained",
+                where="prediction_type of its scheduler",
+                remedy="Models that predict epsilon, v_prediction or sample can.",
+            )
         self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
         self.resolution: int = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.multiple: int = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.down_block_types) - 1)
@@ -49,9 +57,8 @@ class StableDiffusion:
         """Latents and noise [b, c, h, w] at noise levels u [b] in [0, 1)."""
         t = (u * self.noise.config.num_train_timesteps).long().to(z.device)
         a = self.noise.alphas_cumprod.to(z.device)[t]
-        kind = self.noise.config.prediction_type
-        target = n if kind == "epsilon" else z if kind == "sample" else self.noise.get_velocity(z, n, t)
-        return Noised(self.noise.add_noise(z, n, t), t, target, a / (1 - a), kind)
+        target = n if self.kind == "epsilon" else z if self.kind == "sample" else self.noise.get_velocity(z, n, t)
+        return Noised(self.noise.add_noise(z, n, t), t, target, a / (1 - a), self.kind)
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The UNet's prediction [b, c, h, w] in fp32."""

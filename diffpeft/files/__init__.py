@@ -2,11 +2,12 @@
 
 from diffpeft.files.commits import folder, replacing
 from diffpeft.files.snapshots import Snapshot, config_text, present, together
-from diffpeft.files.tables import MAX_CONFIG, MAX_ITEMS, config_in, parsed, unreadable
+from diffpeft.files.tables import MAX_CONFIG, MAX_ITEMS, Json, config_in, parsed, unreadable
 
 __all__ = [
     "MAX_CONFIG",
     "MAX_ITEMS",
+    "Json",
     "Snapshot",
     "config_in",
     "config_text",

@@ -22,7 +22,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from diffpeft.files.snapshots import JOURNAL
 
@@ -34,7 +34,7 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well, and leaves nothing behind when it does not. A link is replaced, not followed.
 
     Raises OSError, which names `path`, if it cannot be written.
@@ -90,7 +90,7 @@ def _named(path: Path) -> Iterator[None]:
         raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
-def _is_temporary(name: Any) -> bool:
+def _is_temporary(name: object) -> bool:
     parts = Path(os.fsdecode(name)).parts if isinstance(name, (str, bytes)) else ()
     return any(_TEMPORARY.fullmatch(part) or part == JOURNAL for part in parts)
 
@@ -155,17 +155,17 @@ def _name() -> str:
     return f".diffpeft-{_system()}-{secrets.token_hex(8)}.tmp"
 
 
-def _may_go(found: re.Match[str], entry: os.DirEntry[str]) -> bool:
+def _may_go(name: re.Match[str], entry: os.DirEntry[str]) -> bool:
     """Whether a temporary entry is of this system, where a lock tells whether its writer lives, or a day old."""
     with contextlib.suppress(OSError):
-        return found["system"] == _system() or entry.stat(follow_symlinks=False).st_mtime < time.time() - _LONG
+        return name["system"] == _system() or entry.stat(follow_symlinks=False).st_mtime < time.time() - _LONG
     return False
 
 
 def sweep(home: Path) -> None:
     """Remove temporary entries of writers that live no more."""
     with os.scandir(home) as entries:
-        stale = [entry for entry in entries if (found := _TEMPORARY.fullmatch(entry.name)) and _may_go(found, entry)]
+        stale = [entry for entry in entries if (name := _TEMPORARY.fullmatch(entry.name)) and _may_go(name, entry)]
     for entry in stale:
         with contextlib.suppress(OSError):  # gone in the meantime, or another user's
             fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

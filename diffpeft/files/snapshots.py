@@ -13,13 +13,15 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from diffpeft.errors import UnreadableFileError
 from diffpeft.files.tables import MAX_CONFIG, unreadable
+
+Seen = TypeVar("Seen")
 
 JOURNAL = ".diffpeft-saved"  # in a folder: the files that were saved and have not been put into their places yet
 MAX_OPEN = 64  # descriptors that are kept: others are opened again when they are needed
@@ -66,10 +68,10 @@ class Snapshot:
     def of(cls, path: str | os.PathLike[str]) -> Snapshot:
         """The file at a path. Raises UnreadableFileError if it is none, or none that can be read."""
         path = Path(path)
-        found = opened(path)
-        if found is None:
+        snapshot = opened(path)
+        if snapshot is None:
             raise UnreadableFileError("no such file", where=path)
-        return found
+        return snapshot
 
     @property
     def size(self) -> int:
@@ -102,14 +104,15 @@ class Snapshot:
             _close(len(_open) - MAX_OPEN)
 
     def _reopened(self) -> int:
-        found = _looked(self._place, _descriptor)
-        if found is None or _identity(os.fstat(found)) != self.identity:
-            if found is not None:
-                os.close(found)
+        """A descriptor of the same file as before. Raises UnreadableFileError if it is another one now."""
+        fd = _looked(self._place, _descriptor)
+        if fd is None or _identity(os.fstat(fd)) != self.identity:
+            if fd is not None:
+                os.close(fd)
             raise UnreadableFileError(
                 "the file was replaced or changed after it was opened", where=self.path, remedy="Read it again."
             )
-        return found
+        return fd
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes [start, start + size). Raises UnreadableFileError if the file has become shorter."""
@@ -165,10 +168,10 @@ class Snapshot:
     def __copy__(self) -> Snapshot:
         return self
 
-    def __deepcopy__(self, memo: Any) -> Snapshot:
+    def __deepcopy__(self, memo: object) -> Snapshot:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return Snapshot, (self.path, self.identity, None, self._place)
 
 
@@ -247,11 +250,11 @@ def resolved(path: Path) -> Path:
     return path
 
 
-def _looked(path: Path, look: Any) -> Any:
+def _looked(path: Path, look: Callable[[Path], Seen | None]) -> Seen | None:
     """What `look` says of the file where it is now; None if it is nowhere. A file that is on its way is looked for again."""
     for _ in range(3):
-        if (found := look(resolved(path))) is not None:
-            return found
+        if (seen := look(resolved(path))) is not None:
+            return seen
     return None
 
 
@@ -264,8 +267,8 @@ def _status(path: Path) -> os.stat_result | None:
 
 def present(path: str | os.PathLike[str]) -> bool:
     """Whether there is a regular file, in its place or in a journal."""
-    found = _looked(Path(path), _status)
-    return found is not None and stat.S_ISREG(found.st_mode)
+    status = _looked(Path(path), _status)
+    return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def opened(path: Path) -> Snapshot | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from diffpeft.errors import CheckpointError, UnreadableFileError
 
+Json = dict[str, Any]  # a table that somebody else wrote: nothing is known of a value before it is looked at
+
 MAX_CONFIG, MAX_ITEMS = 4 << 20, 300_000  # characters of a config, and its values, keys and brackets
 _TOKEN = re.compile(
     r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,:]', re.DOTALL
@@ -16,7 +18,7 @@ _TOKEN = re.compile(
 _OPENERS = "[{,:"
 
 
-def parsed(text: str, *, items: int = MAX_ITEMS) -> dict[str, Any]:
+def parsed(text: str, *, items: int = MAX_ITEMS) -> Json:
     """The table that a text says in JSON. Raises ValueError, with the reason, also for a key that stands twice and for more than `items` values."""
     if sum(map(text.count, _OPENERS)) > items and _too_many(text, items):
         raise ValueError(f"it has more than {items} values")
@@ -29,7 +31,7 @@ def parsed(text: str, *, items: int = MAX_ITEMS) -> dict[str, Any]:
     return table
 
 
-def config_in(text: str, what: str, where: object = "") -> dict[str, Any]:
+def config_in(text: str, what: str, where: object = "") -> Json:
     """The table that a config says. Raises CheckpointError, which names the config by `what`."""
     try:
         if len(text) > MAX_CONFIG:
@@ -45,7 +47,7 @@ def _too_many(text: str, items: int) -> bool:
     return next(islice(openers, items, None), None) is not None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> Json:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a key stands twice")

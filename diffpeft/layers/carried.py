@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpeft.layers.backends import KNOWN, backend_of_class
 from diffpeft.layers.chain import Base, Dial, Whole
+from diffpeft.layers.hooks import held_forwards, is_cast
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
 from diffpeft.layers.patches import Patch, patched
 from diffpeft.layers.rows import Rows
-from diffpeft.layers.site import held_forwards, is_cast, site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot, at_rest, stamp_of, with_own_dtype
 from diffpeft.layers.swap import sized, subclass
 from diffpeft.methods.linalg import traced, wide_dtype
@@ -85,12 +87,14 @@ class Record:
         """The adapters that have something here."""
         return list(dict.fromkeys((*self.slots, *self.copies, *self.patches)))
 
-    def modules(self, name: str, hidden: bool = True) -> list[nn.Module]:
-        """What an adapter has here, as modules; without `hidden` no patch that is another module's too."""
-        found = [held[name] for held in (self.slots, self.patches) if name in held]
-        if not hidden and name in self.hidden:
-            found = [module for module in found if isinstance(module, Slot)]
-        return [*found, *([self.copies[name].module] if name in self.copies else ())]
+    def modules(self, name: str) -> list[nn.Module]:
+        """What an adapter has here, as modules."""
+        return [*([self.slots[name]] if name in self.slots else ()), *self.beside(name)]
+
+    def beside(self, name: str, hidden: bool = True) -> list[nn.Module]:
+        """An adapter's patch and copy, as modules; without `hidden` no patch that is another module's too."""
+        patches = [self.patches[name]] if name in self.patches and (hidden or name not in self.hidden) else []
+        return [*patches, *([self.copies[name].module] if name in self.copies else ())]
 
     def without(self, names: set[str]) -> Record | None:
         """The record without some adapters; None if nothing remains."""
@@ -107,19 +111,19 @@ class Record:
 
     def steps(self, choice: Any, names: Sequence[str] | None = None) -> list[Step]:
         """What acts in order under a choice (of `names` only), strengths as numbers; what is at 0 does not act. A copy begins anew."""
-        found: list[Step] = []
+        steps: list[Step] = []
         for name in choice.order if names is None else names:
             s = choice.strengths[name][self.index] if name in choice.strengths else 0
             if not s:
                 continue
             if name in self.copies:
-                found = [(self.copies[name], s)]
-            found += [(held[name], s) for held in (self.slots, self.patches) if name in held]
-        return found
+                steps = [(self.copies[name], s)]
+            steps += [(held[name], s) for held in (self.slots, self.patches) if name in held]
+        return steps
 
-    def acting(self, choice: Any) -> list[Step]:
+    def acting(self, moment: Any) -> list[Step]:
         """`steps` of what is not in the parameters already."""
-        return self.steps(choice, [name for name in choice.order if name not in self.fused])
+        return self.steps(moment, [name for name in moment.order if name not in self.fused])
 
     def clashing(self, one: str, other: str) -> bool:
         """Whether two adapters cannot act together: each has the module, or the same rows of it, for itself."""
@@ -158,8 +162,8 @@ def record_of(module: nn.Module) -> Record | None:
 
 def state_of(module: nn.Module) -> State:
     """The state a module is in now."""
-    own: Any = module._modules if is_adapted(module) else {}
-    return State(type(module), record_of(module), own.get(ADAPTERS), own.get(COPIES), weights_of(module))
+    inside: Any = module._modules if is_adapted(module) else {}
+    return State(type(module), record_of(module), inside.get(ADAPTERS), inside.get(COPIES), weights_of(module))
 
 
 def weights_of(module: nn.Module) -> Parameters:
@@ -195,9 +199,9 @@ def enter(module: Any, state: State) -> None:
     held = held_forwards(module)
     old, new = record_of(module), state.record
     if old is not None and old is not new:
-        if new is not None and new.fused == old.fused and FUSED in old.kept:
-            new.kept[FUSED] = old.kept[FUSED]
-        old.kept.clear()  # it refers to the layer, which would keep adapters alive until a garbage collection
+        _forget(old, new)
+    if new is not None:
+        module.__dict__[RECORD] = new  # first: whoever undoes this sees that it was begun
     module.__class__ = state.cls
     for name, container in ((ADAPTERS, state.adapters), (COPIES, state.copies)):
         if container is not None:
@@ -206,15 +210,19 @@ def enter(module: Any, state: State) -> None:
             module._modules.pop(name, None)
     if new is None:
         module.__dict__.pop(RECORD, None)
-    else:
-        module.__dict__[RECORD] = new
-    if state.weights is not None:
-        for name, numbers in state.weights.items():
-            module._parameters[name].data = numbers
-        if new is not None and new.fused:
-            new.kept[FUSED] = stamps_of(module)
+    for name, numbers in (state.weights or {}).items():
+        module._parameters[name].data = numbers
+    if state.weights is not None and new is not None and new.fused:
+        new.kept[FUSED] = stamps_of(module)
     for place, key in held:
         place[key] = state.cls.forward.__get__(module)
+
+
+def _forget(old: Record, new: Record | None) -> None:
+    """Let go of what was worked out: it refers to the layer, which would keep adapters alive until a garbage collection."""
+    if new is not None and new.fused == old.fused and FUSED in old.kept:
+        new.kept[FUSED] = old.kept[FUSED]
+    old.kept.clear()
 
 
 FUSED = "fused"  # where a record keeps how to tell the weights that fusing has put there
@@ -274,7 +282,7 @@ def adapted_class(base: Any) -> type:
         site: Any = site_of(base)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            record = getattr(self, RECORD, None)
+            record = self.__dict__.get(RECORD)
             if record is None:  # another thread has just taken the last adapter off
                 return base.forward(self, *args, **kwargs)
             x, rest, named = _taken(args, kwargs)
@@ -282,7 +290,7 @@ def adapted_class(base: Any) -> type:
             link = _link(self, record, base, site, rest, named, dtype)
             if link is None:
                 return base.forward(self, *args, **kwargs)
-            return link(x.to(dtype) if x.is_floating_point() and site.targets else x)
+            return link(x.to(dtype) if x.dtype != dtype and x.is_floating_point() and site.targets else x)
 
         _adapted[base] = subclass(base, adapted_class, "_diffpeft_base", forward=forward, **_members(base))
     return _adapted[base]
@@ -297,15 +305,15 @@ def carrying_class(base: Any) -> type:
             record = record_of(self)
             if record is None:
                 return base.forward(self, *args, **kwargs)
-            choice = record.mix.current()
-            if choice.rows:
-                return by_rows(self, base, record, _run, choice, args, kwargs)
-            return _run(self, base, record.acting(choice), args, kwargs)
+            moment = record.mix.current()
+            if moment.rows:
+                return by_rows(self, base, record, _run, moment, args, kwargs)
+            return _run(self, base, record.acting(moment), args, kwargs)
 
         def attribute(self: Any, name: str) -> Any:
             record = record_of(self)
-            found = _ABSENT if record is None or name in (ADAPTERS, COPIES) else _read(self, record, name)
-            return base.__getattr__(self, name) if found is _ABSENT else found
+            value = _ABSENT if record is None or name in (ADAPTERS, COPIES) else _read(self, record, name)
+            return base.__getattr__(self, name) if value is _ABSENT else value
 
         items = {name: _of_what_acts(name) for name in _ITEMS if hasattr(base, name)}
         members = {"forward": forward, "__getattr__": attribute, **_members(base), **items}
@@ -331,7 +339,8 @@ def _members(base: Any) -> dict[str, Any]:
     def extra_repr(self: Any) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
 
-    return {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": sized(base)}
+    members = {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": sized(base)}
+    return {**members, KNOWN: backend_of_class(base)}
 
 
 def _shown(record: Record) -> list[str]:
@@ -355,10 +364,10 @@ def _level(choice: Any, name: str, index: int) -> str:
 # Slots alone: kept from one call to the next
 
 
-def _taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The input, and the other arguments of a forward."""
     if args:
-        return args[0], args[1:], dict(kwargs)
+        return args[0], args[1:], kwargs
     name = next(iter(kwargs))
     return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
 
@@ -384,42 +393,43 @@ def _link(
     dtype: torch.dtype,
 ) -> Whole | Rows | None:
     """The layer with the active slots on it; None if there is none. Kept from one call to the next while the mix is the same."""
-    choice = record.mix.current()
-    compiling = torch.compiler.is_compiling()
-    keep = not (traced() or rest or named)
-    lasting = choice.of or choice  # what stays from step to step
+    moment = record.mix.current()
+    keep = not (rest or named or traced())
+    lasting = moment.of  # what stays from step to step
     if keep:
         kept = record.kept.get("link")
         if kept is not None and kept[0] is lasting and kept[1] == dtype:
             return kept[2]
-    mixes = choice.rows or (choice,)
-    prompts = [_dialled(record, mix, compiling, row if choice.rows else None) for row, mix in enumerate(mixes)]
+    compiling = torch.compiler.is_compiling()
+    mixes = moment.rows or (moment,)
+    prompts = [_dialled(record, mix, compiling, row if moment.rows else None) for row, mix in enumerate(mixes)]
     link: Whole | Rows | None = None
     if any(prompts):
         op: Any = site(module, *rest, **named)
         plain = Base(op, lambda x: op.forward(base, x), dtype, record.kept)
-        link = Rows(plain, prompts, record) if choice.rows else Whole(plain, prompts[0])
+        link = Rows(plain, prompts, record) if moment.rows else Whole(plain, prompts[0])
     if keep:
         record.kept["link"] = lasting, dtype, link
     return link
 
 
-def _dialled(record: Record, choice: Any, compiling: bool, row: int | None) -> list[tuple[Slot, float | Dial | Tensor]]:
+def _dialled(record: Record, moment: Any, compiling: bool, row: int | None) -> list[tuple[Slot, float | Dial | Tensor]]:
     """The active slots of a layer in activation order with their strengths. `row`: the prompt, where each has its mix.
 
     In eager code an adapter at strength 0 is left out, so that it costs nothing and changes nothing, and one that changes from step to step is a
     dial. In compiled code strengths are gathered from a table in the graph, so that changing one does not compile anew.
     """
-    found = [
+    active = [
         (row, name, record.slots[name])
-        for row, name in enumerate(choice.order)
+        for row, name in enumerate(moment.order)
         if name in record.slots and name not in record.fused
     ]
     if compiling:
         return [
-            (slot, choice.table[row].index_select(0, record.column).to(slot.weight.device)[0]) for row, _, slot in found
+            (slot, moment.table[row].index_select(0, record.column).to(slot.weight.device)[0])
+            for row, _, slot in active
         ]
-    levels = [(name, slot, choice.levels[name][record.index]) for _, name, slot in found]
+    levels = [(name, slot, moment.of.levels[name][record.index]) for _, name, slot in active]
     return [
         (slot, s if isinstance(s, float) else Dial(record.mix, row, name, record.index, s))
         for name, slot, s in levels
@@ -452,8 +462,8 @@ def _run(module: nn.Module, base: Any, steps: Sequence[Step], args: Any, kwargs:
 
 def _all_that_act(record: Record) -> list[list[Step]]:
     """What acts: once, or each that differs of a batch with a mix for each row."""
-    choice = record.mix.current()
-    return different([record.acting(row) for row in choice.rows or (choice,)])
+    moment = record.mix.current()
+    return different([record.acting(row) for row in moment.rows or (moment,)])
 
 
 def _read(module: nn.Module, record: Record, name: str) -> Any:
@@ -462,20 +472,20 @@ def _read(module: nn.Module, record: Record, name: str) -> Any:
     Raises AdapterStateError for a module inside that rows differ in.
     """
     acting = _all_that_act(record)
-    found = _attribute(module, acting[0], name)
-    if len(acting) == 1 or found is _ABSENT:
-        return found
-    if isinstance(found, Tensor):
-        return found.detach().as_subclass(Ambiguous)
+    value = _attribute(module, acting[0], name)
+    if len(acting) == 1 or value is _ABSENT:
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().as_subclass(Ambiguous)
     raise ambiguous(f"{name} of a {base_class(module).__name__}")
 
 
 def _attribute(module: nn.Module, steps: Sequence[Step], name: str) -> Any:
     """A parameter, a buffer or a module inside, as it is with what acts; `_ABSENT` if there is none of that name."""
     ground: Any = steps[0][0].module if steps and isinstance(steps[0][0], Copy) else module
-    found = next((table[name] for kind in _TABLES if name in (table := ground.__dict__[kind])), _ABSENT)
+    value = next((table[name] for kind in _TABLES if name in (table := ground.__dict__[kind])), _ABSENT)
     shows = [(own, s) for own, s in steps if isinstance(own, Patch) and own.shows and name in own.names]
-    return patched(found, name, shows) if shows and isinstance(found, Tensor) and not found.is_meta else found
+    return patched(value, name, shows) if shows and isinstance(value, Tensor) and not value.is_meta else value
 
 
 def _of_what_acts(name: str) -> Callable[..., Any]:
@@ -514,12 +524,12 @@ def _runs(steps: Sequence[tuple[Any, float]]) -> Iterator[tuple[bool, list[tuple
     """Slots that follow each other together, and patches."""
     group: list[tuple[Any, float]] = []
     for step in steps:
-        if group and isinstance(group[-1][0], Slot) != isinstance(step[0], Slot):
-            yield isinstance(group[-1][0], Slot), group
+        if group and isinstance(group[-1][0], Patch) != isinstance(step[0], Patch):
+            yield not isinstance(group[-1][0], Patch), group
             group = []
         group.append(step)
     if group:
-        yield isinstance(group[-1][0], Slot), group
+        yield not isinstance(group[-1][0], Patch), group
 
 
 def _with_slots(

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffpeft.layers import kernels
+from diffpeft.layers.sites import Site
 from diffpeft.layers.slot import BIAS, Part, Slot, stamp_of
 from diffpeft.methods import Link, Strength
+from diffpeft.methods.base import Tensors
+from diffpeft.methods.costs import Work, cheapest
+from diffpeft.methods.forms import Factors, Form
 from diffpeft.methods.linalg import squares, traced
-
-# One element of a weight that is copied takes as long as so many multiply-adds.
-_PASS = 40
 
 
 class Dial:
@@ -28,8 +28,9 @@ class Dial:
         self.mix, self.row, self.name, self.index, self.level = mix, row, name, index, level
 
     def now(self) -> float:
-        choice = self.mix.current()
-        return (choice if self.row is None else choice.rows[self.row]).strengths[self.name][self.index]
+        moment = self.mix.current()
+        strengths = (moment if self.row is None else moment.rows[self.row]).strengths
+        return float(strengths[self.name][self.index])
 
 
 Given = Strength | Dial
@@ -46,17 +47,23 @@ def is_zero(s: Strength) -> bool:
 
 
 class Base:
-    """The layer without adapters."""
+    """The layer without adapters.
+
+    Args:
+        forward: the layer's own forward; None where only weights are asked for.
+        kept: where sums of squares of its weight are kept.
+        W: a canonical weight to take for the layer's.
+    """
 
     def __init__(
         self,
-        op: Any,
+        op: Site,
         forward: Callable[[Tensor], Tensor] | None,
         dtype: torch.dtype,
-        kept: dict[int, Any],
-        own: Tensor | None = None,
+        kept: dict[Any, Any],
+        W: Tensor | None = None,
     ):
-        self.op, self.forward, self.dtype, self.kept, self.own = op, forward, dtype, kept, own
+        self.op, self.forward, self.dtype, self.kept, self.W = op, forward, dtype, kept, W
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
         assert self.forward is not None
@@ -64,46 +71,44 @@ class Base:
             return self.forward(x)
         return self.op.op(x, self.weight(), False) if self.op.faithful else self.op.less_bias(self.forward(x))
 
-    @property
-    def plain(self) -> bool:
-        """Whether this is F.linear with a weight that is simply here, so that one node may do it and an adapter."""
-        return self.op.plain and not traced()
-
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gate: Any, bias: bool, by: Tensor | None = None) -> Tensor:
-        if not self.plain:
-            return _low_rank(self, x, A, B, gate, bias, by)
-        m = self.op.module
-        return kernels.lora_linear(x, m.weight, m.bias if bias else None, A, B, gate, by)
+    def plus(self, x: Tensor, form: Form, gate: Strength, bias: bool, by: Tensor | None = None) -> Tensor:
+        y = self.op.fused(x, form, gate, bias, by)
+        return _plus(self, x, form, gate, bias, by) if y is None else y
 
     def weight(self) -> Tensor:
-        return (self.op.weight() if self.own is None else self.own).to(self.dtype)
+        return (self.op.weight() if self.W is None else self.W).to(self.dtype)
 
     def squares(self, axis: int) -> Tensor:
         """Kept while the weight is frozen and the same."""
         W = self.op.module.weight
-        if self.own is not None or W.requires_grad or self.op.quantised or traced():
+        if self.W is not None or W.requires_grad or self.op.backend or traced():
             return squares(self.weight(), axis)
         stamp = stamp_of(W)
         kept = self.kept.get(axis)
         if kept is None or kept[0] != stamp:
             kept = self.kept[axis] = stamp, squares(self.op.weight(), axis)
-        return kept[1]
+        sums: Tensor = kept[1]
+        return sums
 
 
-def _low_rank(link: Link, x: Tensor, A: Tensor, B: Tensor, gate: Any, bias: bool, by: Tensor | None = None) -> Tensor:
-    """`Link.low_rank` by the layer's parts."""
+def _plus(link: Link, x: Tensor, form: Form, gate: Strength, bias: bool, by: Tensor | None = None) -> Tensor:
+    """`Link.plus` by the layer's parts."""
     y = link(x, bias)
-    return link.op.add(y if by is None else link.op.rescaled(y, by, bias), link.op.down(x, A), B, gate)
+    return link.op.plus(y if by is None else link.op.rescaled(y, by, bias), x, form, gate)
 
 
 class Later:
     """A link after another one."""
 
-    low_rank = _low_rank
+    plus = _plus
 
-    def __init__(self, before: Link):
-        self.before, self.dtype = before, before.dtype
-        self.op: Any = before.op
+    def __init__(self, before: Chained):
+        self.before = before
+        self.op: Site = before.op
+        self.dtype: torch.dtype = before.dtype
+
+    def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
+        raise NotImplementedError
 
     def weight(self) -> Tensor:
         raise NotImplementedError
@@ -112,10 +117,21 @@ class Later:
         return squares(self.weight(), axis)
 
 
-class Added(Later):
-    """Additive adapters side by side: they commute, so each takes its cheapest way, and those of low rank go as one."""
+Chained = Base | Later  # a link whose layer is known
 
-    def __init__(self, before: Link, terms: Sequence[tuple[Slot, Part, Given]]):
+
+class Other:
+    """What acts on a layer and is no slot (a slot may be in a wrapper of FSDP's): a patch of its weight."""
+
+    def link(self, before: Chained, s: Given) -> Later:
+        """The layer with this as the last of a chain."""
+        raise NotImplementedError
+
+
+class Added(Later):
+    """Additive adapters side by side: they commute, so each takes its cheapest form, and those of low rank go as one."""
+
+    def __init__(self, before: Chained, terms: Sequence[tuple[Slot, Part, Given]]):
         super().__init__(before)
         self.terms = terms
 
@@ -131,117 +147,144 @@ class Added(Later):
         return W
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
-        if not self.op.targets:
-            return self.op.op(x, self.weight(), bias)
-        op, tokens = self.op, self.op.positions(x)
-        W, pairs, others = None, [], []
+        op = self.op
+        if not op.targets:
+            return op.op(x, self.weight(), bias)
+        W, forms, apart, positions = None, [], [], op.positions(x)
         for slot, part, s in self._now():
-            s = _dropped(slot, part, s)
-            if not slot.bare:
-                others.append((slot, part, s))
+            if slot.training:
+                s = _dropped(slot, part, s)
+            if not slot.bare or drops_inputs(slot, part):
+                apart.append((slot, part, s))
                 continue
             p = slot.prepared(part, self.dtype)
-            route = route_of(slot, part, p, tokens)
-            if route == "weight" and op.faithful:
+            form = form_of(slot, part, p, positions)
+            if form is not None:
+                forms.append((form, s * part.method.scale(p, part.spec)))
+            elif op.faithful:
                 W = (self.before.weight() if W is None else W) + s * _masked(slot, part, p)
-            elif (
-                route == "own"
-                and len(self.terms) == 1
-                and isinstance(self.before, Base)
-                and self.before.plain
-                and (k := part.method.kron(p, part.spec))
-            ):
-                first, down, up = k
-                m, gate = self.op.module, s * part.method.scale(p, part.spec)
-                return kernels.kron_linear(x, m.weight, m.bias if bias else None, first, down, up, gate)
-            elif route == "factors":
-                pairs.append((*part.method.factors(p, part.spec), s * part.method.scale(p, part.spec)))
             else:
-                others.append((slot, part, s))
-        y = self._with_pairs(x, bias, W, pairs)
-        for slot, part, s in others:
-            y = slot(_one, part, op, y, x, s, self.dtype, tokens)
+                apart.append((slot, part, s))
+        y = self._with_forms(x, bias, W, forms, positions)
+        for slot, part, s in apart:
+            y = slot(_one, part, op, y, x, s, self.dtype, positions)
         return y
 
-    def _with_pairs(
-        self, x: Tensor, bias: bool, W: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor, Any]]
+    def _with_forms(
+        self, x: Tensor, bias: bool, W: Tensor | None, forms: list[tuple[Form, Strength]], positions: int
     ) -> Tensor:
-        """The layer before, with W in place of its weight if given, and all pairs of factors as one."""
-        if not pairs:
-            return self.before(x, bias) if W is None else self.op.op(x, W, bias)
-        A, B, gate = _joined(pairs)
-        if W is None and self._cheaper_in_weight(x, A):
-            W = torch.addmm(self.before.weight().flatten(1), B.flatten(1) * gate, A.flatten(1))
-            return self.op.op(x, W.view(self.op.geometry.shape), bias)
-        if W is None:
-            return self.before.low_rank(x, A, B, gate, bias)
-        return self.op.add(self.op.op(x, W, bias), self.op.down(x, A), B, gate)
+        """The layer before, with W in place of its weight if given, and all forms added."""
+        op = self.op
+        if not forms:
+            return self.before(x, bias) if W is None else op.op(x, W, bias)
+        (form, gate), *others = forms if len(forms) == 1 else _joined(forms)
+        if W is not None:
+            y = op.plus(op.op(x, W, bias), x, form, gate)
+        elif isinstance(form, Factors) and self._is_cheaper_in_weight(form, positions):
+            W = torch.addmm(self.before.weight().flatten(1), form.B.flatten(1) * gate, form.A.flatten(1))
+            y = op.op(x, W.view(op.geometry.shape), bias)
+        else:
+            y = self.before.plus(x, form, gate, bias)
+        for form, gate in others:
+            y = op.plus(y, x, form, gate)
+        return y
 
-    def _cheaper_in_weight(self, x: Tensor, A: Tensor) -> bool:
-        """Whether a product of low rank is better added to the weight: without a backward pass, in a dtype that does not round it away."""
-        op, g, r = self.op, self.op.geometry, A.shape[0]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.dtype.itemsize < 4:
+    def _is_cheaper_in_weight(self, form: Factors, positions: int) -> bool:
+        """Whether a product of low rank is better added to the weight, where there is no backward pass."""
+        op, g, r = self.op, self.op.geometry, form.A.shape[0]
+        if torch.is_grad_enabled() or (g.groups == 1 and 2 * positions <= g.out and 2 * positions <= g.columns):
+            return False  # with so few positions it cannot be
+        if not isinstance(self.before, Base) or not op.faithful or g.lookup or torch.compiler.is_compiling():
             return False
-        if not isinstance(self.before, Base) or g.lookup or not op.faithful:
-            return False
-        return (r + _PASS) * g.out * g.columns < r * op.positions(x) * (g.groups * g.columns + g.out)
+        ways = {
+            "activations": Work(r * positions * (g.groups * g.columns + g.out)),
+            "weight": Work(r * g.out * g.columns, elements=g.out * g.columns),
+        }
+        return cheapest("inference", self.dtype, ways) == "weight"
 
 
-def _joined(pairs: Sequence[tuple[Tensor, Tensor, Any]]) -> tuple[Tensor, Tensor, Any]:
-    """Pairs of factors as one pair, with the gates along the rank."""
-    if len(pairs) == 1:
-        return pairs[0]
-    A = torch.cat([A for A, _, _ in pairs])
-    B = torch.cat([B for _, B, _ in pairs], 1)
-    gates = [torch.as_tensor(g, dtype=A.dtype, device=A.device).reshape(1).expand(a.shape[0]) for a, _, g in pairs]
-    return A, B, torch.cat(gates)
+def _joined(forms: Sequence[tuple[Form, Strength]]) -> list[tuple[Form, Strength]]:
+    """All factors of low rank as one pair, with the gates along the rank, before what is of another form."""
+    pairs = [(form, gate) for form, gate in forms if isinstance(form, Factors)]
+    others = [(form, gate) for form, gate in forms if not isinstance(form, Factors)]
+    if len(pairs) < 2:
+        return [*pairs, *others]
+    A = torch.cat([A for (A, _), _ in pairs])
+    B = torch.cat([B for (_, B), _ in pairs], 1)
+    gates = [torch.as_tensor(g, dtype=A.dtype, device=A.device).reshape(1).expand(len(a)) for (a, _), g in pairs]
+    return [(Factors(A, B), torch.cat(gates)), *others]
 
 
-def route_of(slot: Slot, part: Part, p: Any, tokens: int) -> str:
-    """How to apply an additive part; in training dropout decides."""
+def form_of(slot: Slot, part: Part, p: Tensors, positions: int) -> Form | None:
+    """The form in which an additive part is applied; None if it is built. Rows of it are dropped in training only from what is built."""
     if slot.training and part.spec.options.get("rank_dropout"):
-        return "weight"
-    if slot.training and part.spec.options.get("dropout"):
-        return "alone"
-    return part.method.route(p, part.spec, tokens)
+        return None
+    form: Form | None = part.method.form(p, part.spec, positions)
+    return form
 
 
-def _one(slot: Slot, part: Part, op: Any, y: Tensor, x: Tensor, s: Strength, dtype: torch.dtype, tokens: int) -> Tensor:
+def factors_of(slot: Slot, dtype: torch.dtype) -> Factors | None:
+    """Exact factors of all that a slot adds, side by side, with their scale in B: A [R, columns], B [out, R].
+
+    None if a part has none, or none of less than full rank that would be cheaper than the update itself.
+    """
+    pairs = []
+    for part in slot.parts:
+        method, g = part.method, part.spec.geometry
+        if not part.additive:
+            return None
+        p = slot.prepared(part, dtype)
+        pair: Factors | None = method.factors(p, part.spec)
+        if pair is None or (len(pair.A) >= min(g.out, g.columns) and not method.thin):
+            return None
+        pairs.append((pair.A.flatten(1), pair.B.flatten(1) * method.scale(p, part.spec)))
+    if len(pairs) == 1:
+        return Factors(*pairs[0])
+    if not pairs:
+        return None
+    return Factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1))
+
+
+def drops_inputs(slot: Slot, part: Part) -> bool:
+    """Whether a part sees an input of its own: in training some features are dropped."""
+    return slot.training and bool(part.spec.options.get("dropout"))
+
+
+def _one(
+    slot: Slot, part: Part, op: Site, y: Tensor, x: Tensor, s: Strength, dtype: torch.dtype, positions: int
+) -> Tensor:
     """y with one additive adapter on its own added."""
-    p, method, spec = slot.prepared(part, dtype), part.method, part.spec
-    route = route_of(slot, part, p, tokens)
-    if route == "alone":
-        x, route = F.dropout(x, spec.options["dropout"]), method.route(p, spec, tokens)
-    if route == "own":
-        return method.add(op, y, x, p, spec, s * method.scale(p, spec))
-    if route == "factors":
-        A, B = method.factors(p, spec)
-        return op.add(y, op.down(x, A), B, s * method.scale(p, spec))
-    return y + op.op(x, s * _masked(slot, part, p), False)
+    p = slot.prepared(part, dtype)
+    form = form_of(slot, part, p, positions)
+    if drops_inputs(slot, part):
+        x = F.dropout(x, part.spec.options["dropout"])
+    if form is None:
+        return y + op.op(x, s * _masked(slot, part, p), False)
+    return op.plus(y, x, form, s * part.method.scale(p, part.spec))
 
 
-def _masked(slot: Slot, part: Part, p: Any) -> Tensor:
-    """scale * delta; in training with rank dropout some rows are left out, the rest is scaled up if the method says so."""
-    delta = part.method.scale(p, part.spec) * part.method.delta(p, part.spec)
+def _masked(slot: Slot, part: Part, p: Tensors) -> Tensor:
+    """scale * delta; in training with rank dropout some rows are left out, the others are scaled up if the method says so."""
+    delta: Tensor = part.method.scale(p, part.spec) * part.method.delta(p, part.spec)
     rate = part.spec.options.get("rank_dropout") if slot.training else 0
     if not rate:
         return delta
-    kept = (torch.rand(delta.shape[0]) > rate).to(delta)
+    mask = (torch.rand(delta.shape[0]) > rate).to(delta)
     if part.spec.options.get("rank_dropout_scale"):
-        kept = kept / kept.mean().clamp_min(1 / len(kept))
-    return delta * kept.view(-1, *(1 for _ in delta.shape[1:]))
+        mask = mask / mask.mean().clamp_min(1 / len(mask))
+    return delta * mask.view(-1, *(1 for _ in delta.shape[1:]))
 
 
 def _dropped(slot: Slot, part: Part, s: Strength) -> Strength:
-    """The strength; in training with module dropout sometimes nothing."""
-    rate = part.spec.options.get("module_dropout") if slot.training and part.additive else 0
+    """The strength in training; with module dropout sometimes nothing."""
+    rate = part.spec.options.get("module_dropout")
     return s * (torch.rand(()) > rate).float() if rate else s
 
 
 def _with_delta(slot: Slot, part: Part, W: Tensor, s: Strength, dtype: torch.dtype) -> Tensor:
     """W with one additive adapter in it."""
     p = slot.prepared(part, dtype)
-    change = part.method.scale(p, part.spec) * part.method.delta(p, part.spec)
+    change: Tensor = part.method.scale(p, part.spec) * part.method.delta(p, part.spec)
     fits = change.stride() == W.stride() and torch.promote_types(change.dtype, W.dtype) == change.dtype
     if torch.is_grad_enabled() or isinstance(s, Tensor) or not fits:  # the result lies in memory as W does
         return W + s * change
@@ -251,18 +294,20 @@ def _with_delta(slot: Slot, part: Part, W: Tensor, s: Strength, dtype: torch.dty
 class Changed(Later):
     """An adapter that depends on the weight before it: all its methods in order, as one at strength s."""
 
-    def __init__(self, before: Link, slot: Slot, s: Given):
+    def __init__(self, before: Chained, slot: Slot, s: Given):
         super().__init__(before)
         self.slot, self.s = slot, s
 
     def weight(self) -> Tensor:
-        return self.slot(_changed, self.before.weight(), now(self.s), self.dtype)
+        W: Tensor = self.slot(_changed, self.before.weight(), now(self.s), self.dtype)
+        return W
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
         if is_zero(s := now(self.s)):
             return self.before(x, bias)
         if len(self.slot.parts) == 1 and self.op.targets:
-            return self.slot(_applied, self.before, x, s, bias)
+            y: Tensor = self.slot(_applied, self.before, x, s, bias)
+            return y
         if not self.op.faithful:
             return self.before(x, bias) + self.op.op(x, self.weight() - self.before.weight(), False)
         return self.op.op(x, self.weight(), bias)
@@ -281,20 +326,24 @@ def _applied(slot: Slot, before: Link, x: Tensor, s: Strength, bias: bool) -> Te
     (part,) = slot.parts
     p, spec = slot.prepared(part, before.dtype), part.spec
     if not (slot.training and spec.options.get("dropout")):
-        return part.method.apply(before, x, p, spec, s, bias)
+        y: Tensor = part.method.apply(before, x, p, spec, s, bias)
+        return y
     thin = F.dropout(x, spec.options["dropout"])
-    return before(x, bias) + part.method.apply(before, thin, p, spec, s, False) - before(thin, False)
+    change: Tensor = part.method.apply(before, thin, p, spec, s, False) - before(thin, False)
+    return before(x, bias) + change
 
 
 class Whole:
     """The layer with all its adapters on it, in order, biases included."""
 
-    def __init__(self, base: Base, steps: Sequence[tuple[Slot, Given]]):
+    def __init__(self, base: Base, steps: Sequence[tuple[Slot | Other, Given]]):
         self.op, self.link = base.op, _linked(base, steps)
-        self.shifts = [(slot, s) for slot, s in steps if slot.shifts]
+        self.shifts = [(slot, s) for slot, s in steps if not isinstance(slot, Other) and slot.shifts]
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.link(x)
+        if not self.shifts:
+            return y
         shift = self.shift(y.dtype, self.op.bias)
         return y if shift is None else self.op.shifted(y, shift)
 
@@ -312,17 +361,17 @@ class Whole:
         return total
 
 
-def _linked(base: Base, steps: Sequence[tuple[Slot, Given]]) -> Link:
-    """The links, runs of additive adapters as one. What is no slot (a patch of the weight) makes its own."""
-    link: Link = base
+def _linked(base: Base, steps: Sequence[tuple[Slot | Other, Given]]) -> Chained:
+    """The links, runs of additive adapters as one. What is no slot makes its own."""
+    link: Chained = base
     waiting: list[tuple[Slot, Part, Given]] = []
     for slot, s in steps:
-        if isinstance(slot, Slot) and all(part.additive for part in slot.parts):
+        if not isinstance(slot, Other) and all(part.additive for part in slot.parts):
             waiting += [(slot, part, s) for part in slot.parts]
             continue
         if waiting:
             link, waiting = Added(link, waiting), []
-        link = Changed(link, slot, s) if isinstance(slot, Slot) else slot.link(link, s)
+        link = slot.link(link, s) if isinstance(slot, Other) else Changed(link, slot, s)
     return Added(link, waiting) if waiting else link
 
 

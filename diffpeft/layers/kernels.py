@@ -6,21 +6,33 @@ Each has its plain form beside it for compiled code, where the compiler does thi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffpeft.methods.forms import Stage
 from diffpeft.methods.linalg import traced
 
 _CACHE = 2**15  # numbers that stay in the cache
 
 
+def is_small(t: Tensor) -> bool:
+    """Whether a pass over an activation costs less than a node in Python. Compiled code, which has none, need not be told sizes apart."""
+    return not torch.compiler.is_compiling() and t.numel() < _CACHE
+
+
 def eager(*tensors: Tensor) -> bool:
     """Whether a node may be made of these: nothing is traced, and they are of one dtype."""
     return not traced() and len({t.dtype for t in tensors}) == 1
+
+
+def _node(function: Any, *inputs: Any) -> Tensor:
+    """The result of an autograd function."""
+    y: Tensor = function.apply(*inputs)
+    return y
 
 
 def _added(y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool, into: bool) -> Tensor:
@@ -59,9 +71,9 @@ class _Add(torch.autograd.Function):
 
 def add(y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool, into: bool) -> Tensor:
     """y + gate * B h (see `_added`). `into`: y is a fresh, contiguous result that nothing has saved, and may be written into."""
-    if into and not traced():
-        return _Add.apply(y, h, B, gate, last)
-    return _added(y, h, B, gate, last, into=False)
+    if not into or traced() or (torch.is_grad_enabled() and is_small(y)):
+        return _added(y, h, B, gate, last, into=False)
+    return _node(_Add, y, h, B, gate, last) if torch.is_grad_enabled() else _added(y, h, B, gate, last, into=True)
 
 
 def _rescaled(y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
@@ -102,12 +114,13 @@ def rescale(y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
     """y * by + (1 - by) * b.  y [*n, f], by [f], b [f]."""
     if not eager(y, by):
         return _rescaled(y, by, b)
-    return _Rescale.apply(y, by, b)
+    return _node(_Rescale, y, by, b)
 
 
 def _shaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """A result that nothing else refers to in another shape, and not as a view: autograd adds other gradients into it only then."""
-    return torch.ops.aten._unsafe_view(t, shape)
+    view: Tensor = torch.ops.aten._unsafe_view(t, shape)
+    return view
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -166,9 +179,21 @@ def lora_linear(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor, by: Tensor | None = None
 ) -> Tensor:
     """by * x W^T + b + gate * (x A^T) B^T.  x [*n, i], W [o, i], A [r, i], B [o, r], gate a number or [r], by [o]."""
-    if torch.is_grad_enabled():
-        return _LoraLinear.apply(x, W, b, A, B, gate, by)
-    return _LoraLinear.parts(x, W, b, A, B, gate, by)[0]  # a node has its price
+    if not torch.is_grad_enabled():
+        return _LoraLinear.parts(x, W, b, A, B, gate, by)[0]  # a node has its price
+    if by is None and is_small(x) and x.is_contiguous():
+        return _small_lora_linear(x, W, b, A, B, gate)
+    return _node(_LoraLinear, x, W, b, A, B, gate, by)
+
+
+def _small_lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor) -> Tensor:
+    """`lora_linear` by torch's own nodes: of so few positions passes cost nothing, and a node in Python does."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    h = F.linear(flat, A)
+    if isinstance(gate, Tensor):
+        h, gate = h * gate, 1.0
+    y = torch.addmm(F.linear(flat, W, b), h, B.t(), alpha=gate)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _KronLinear(torch.autograd.Function):
@@ -234,7 +259,7 @@ def kron_linear(
     x: Tensor, W: Tensor, b: Tensor | None, first: Tensor, down: Tensor | None, up: Tensor, gate: float
 ) -> Tensor:
     """x W^T + b + gate * x kron(first, up down)^T.  x [*n, c d], first [a, c], down [r, d] or none, up [f, r]; a f features out."""
-    return _KronLinear.apply(x, W, b, first, down, up, gate)
+    return _node(_KronLinear, x, W, b, first, down, up, gate)
 
 
 _BLOCK = 32  # the smallest block whose product takes no longer than reading it
@@ -253,7 +278,7 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         t, M = ctx.saved_tensors
-        gt = _Blocks.apply(g, M.mT) if ctx.needs_input_grad[0] else None
+        gt = _node(_Blocks, g, M.mT) if ctx.needs_input_grad[0] else None
         gM = torch.bmm(_apart(t, M.shape[0]).mT, _apart(g, M.shape[0])) if ctx.needs_input_grad[1] else None
         return gt, gM
 
@@ -272,21 +297,40 @@ def block_product(t: Tensor, M: Tensor) -> Tensor:
     if q > 1:  # q neighbours as one block with zeros beside the diagonal
         apart = torch.eye(q, dtype=M.dtype, device=M.device).view(q, 1, q, 1)
         M = (M.reshape(-1, q, b, 1, c) * apart).reshape(-1, q * b, q * c)
-    return _Blocks.apply(t, M)
+    return _node(_Blocks, t, M)
 
 
-def butterfly(t: Tensor, sizes: tuple[int, ...], stages: Sequence[tuple[int, Tensor]], last: bool) -> Tensor:
-    """Features, seen as an array of `sizes`, through stages (axis, M): M mixes that axis together with the last one, for every place on the others.
+def stages(t: Tensor, sizes: Sequence[int], stages: Sequence[Stage], last: bool) -> Tensor:
+    """Features, seen as an array of `sizes`, through stages: each multiplies some axes together by a matrix for every place on the others.
 
-    t [n, f], or with features first [n, f, m]; M [f / d, d, d], d the size of both axes together. Between two stages features are copied once.
+    t [n, f], or with features first [n, f, m]. Between two stages features are copied once.
     """
-    shape, axes = t.shape, len(sizes)
+    shape = t.shape
     t = t.reshape(shape[0], *sizes, *shape[2:])
-    for axis, M in stages:
-        others = [1 + a for a in range(axes - 1) if a != axis]
-        order = [*others, 0, 1 + axis, axes] if last else [0, *others, 1 + axis, *range(axes, t.dim())]
+    for axes, M in stages:
+        turned = [1 + a for a in axes]
+        others = [1 + a for a in range(len(sizes)) if a not in axes]
+        order = [*others, 0, *turned] if last else [0, *others, *turned, *range(len(sizes) + 1, t.dim())]
         t = t.permute(order)
-        flat = t.reshape(M.shape[0], -1, M.shape[1]) if last else t.reshape(shape[0], M.shape[0], M.shape[1], -1)
+        flat = t.reshape(len(M), -1, M.shape[1]) if last else t.reshape(shape[0], len(M), M.shape[1], -1)
         t = (torch.bmm(flat, M) if last else M.mT @ flat).view(t.shape)
         t = t.permute([order.index(a) for a in range(t.dim())])
     return t.reshape(shape)
+
+
+class _Quantised(torch.autograd.Function):
+    """A product that has no gradient of its own: forward as it is, backward by the dequantised weight, which is made then and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return product(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return (g @ ctx.weight().to(g.dtype)).to(ctx.dtype), None, None
+
+
+def quantised_linear(x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]) -> Tensor:
+    """product(x) = x W^T (+ b), with the gradient of x.  x [*n, i], weight() [o, i]."""
+    return _node(_Quantised, x, product, weight)

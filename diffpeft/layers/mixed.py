@@ -47,7 +47,7 @@ class watched:
         self.model, self.names = model, names
         self.hooks: list[Any] = []
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
         names = self.names()
         if not names or _compiled(self.model):
@@ -61,7 +61,7 @@ class watched:
             self.hooks.append(parent.register_forward_pre_hook(look, with_kwargs=True))
         _here.given = given
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(self, *error: object) -> None:
         if self.hooks:
             _here.given = self.before
@@ -82,20 +82,20 @@ def _noting(given: dict[int, Any], key: int) -> Any:
 
 
 def by_rows(
-    module: Any, base: Any, record: Any, run: Callable[..., Any], choice: Any, args: Any, kwargs: Mapping[str, Any]
+    module: Any, base: Any, record: Any, run: Callable[..., Any], moment: Any, args: Any, kwargs: Mapping[str, Any]
 ) -> Any:
     """Each row of the batch through a module (of the class `base`) as its mix says. `run(module, base, what acts, args, kwargs)` runs some.
 
     Raises ShapeMismatchError or AdapterStateError.
     """
     x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-    rows, batch = len(x), choice.batch or len(x)
+    rows, batch = len(x), moment.batch or len(x)
     if rows % batch or not rows:
         raise ShapeMismatchError(
             f"{rows} rows do not divide into a batch of {batch}", where=f"a {base.__name__} with adapters"
         )
-    acting = [record.acting(row) for row in choice.rows]
-    owner = [acting[(i // (rows // batch * choice.images)) % len(acting)] for i in range(rows)]
+    acting = [record.acting(row) for row in moment.rows]
+    owner = [acting[(i // (rows // batch * moment.images)) % len(acting)] for i in range(rows)]
     groups = different(owner)
     if len(groups) == 1:
         return run(module, base, groups[0], args, kwargs)

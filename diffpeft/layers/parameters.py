@@ -7,13 +7,13 @@ A [experts * r, in] goes expert by expert, B [out, r * experts] rank by rank. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffpeft.layers.chain import Chained
 from diffpeft.layers.patches import Patch
-from diffpeft.methods import Link
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Factors(Patch):
         with torch.autocast(W.device.type, enabled=False):  # a parameter keeps its dtype
             return torch.baddbmm(W if W.dim() == 3 else W[None], left, right, alpha=s * self.scale).view(W.shape)
 
-    def after(self, before: Link, x: Tensor, s: Any, bias: bool) -> Tensor:
-        y, op = before(x, bias), cast(Any, before.op)
+    def after(self, before: Chained, x: Tensor, s: float, bias: bool) -> Tensor:
+        y, op = before(x, bias), before.op
         left, right = self._factors(before.dtype)
         change = op.canonical(self.scale * (left @ right)[0])
         return y + s * op.op(x, change, False)

@@ -11,27 +11,25 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from diffpeft.layers.chain import Later, is_zero, now
-from diffpeft.methods import Link
+from diffpeft.layers.chain import Chained, Given, Later, Other
 
 Steps = Sequence[tuple["Patch", float]]
 
 
-class Patch(nn.Module):
+class Patch(nn.Module, Other):
     """One adapter on one module; it owns its tensors, and its state dict has PEFT's keys."""
 
     commutes: ClassVar[bool] = False  # whether it gives the same before and after whatever is added to a weight
     shows: ClassVar[bool] = (
         False  # whether who reads a parameter of the module gets it changed (in PEFT only rows of tables do)
     )
-    shifts: ClassVar[bool] = False  # as of slots: no patch changes a bias beside the weight
     names: tuple[str, ...]  # of the parameters that it changes
 
-    def changed(self, name: str, W: Tensor, s: Any) -> Tensor:
+    def changed(self, name: str, W: Tensor, s: float) -> Tensor:
         """A parameter at strength s, in the dtype of W: W + s (f(W) - W)."""
         raise NotImplementedError
 
-    def after(self, before: Link, x: Tensor, s: Any, bias: bool) -> Tensor:
+    def after(self, before: Chained, x: Tensor, s: float, bias: bool) -> Tensor:
         """What a layer gives for x with this patch of its weight after what was `before`."""
         raise NotImplementedError
 
@@ -45,25 +43,25 @@ class Patch(nn.Module):
         names = dict.fromkeys(name for patch, _ in steps for name in patch.names)
         return base.forward(stand_in(module, base, {n: patched(module._parameters[n], n, steps) for n in names}), *args, **kwargs)  # fmt: skip
 
-    def link(self, before: Link, s: Any) -> Patched:
-        """The layer with this patch as the last of a chain."""
+    def link(self, before: Chained, s: Given) -> Patched:
+        """The layer with this patch as the last of a chain, at a strength that is a number now (carried.py asks at each call)."""
+        assert isinstance(s, float)
         return Patched(before, self, s)
 
 
 class Patched(Later):
     """A layer with a patch of its weight."""
 
-    def __init__(self, before: Link, patch: Patch, s: Any):
+    def __init__(self, before: Chained, patch: Patch, s: float):
         super().__init__(before)
         self.patch, self.s = patch, s
 
     def weight(self) -> Tensor:
         W = self.op.stored(self.before.weight())
-        return self.op.canonical(self.patch.changed("weight", W, now(self.s)))
+        return self.op.canonical(self.patch.changed("weight", W, self.s))
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
-        s = now(self.s)
-        return self.before(x, bias) if is_zero(s) else self.patch.after(self.before, x, s, bias)
+        return self.patch.after(self.before, x, self.s, bias)
 
 
 def patched(W: Tensor, name: str, steps: Steps) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from diffpeft.errors import ShapeMismatchError, shown
-from diffpeft.layers.chain import Base, Dial, Given, Whole, now, route_of
+from diffpeft.layers.chain import Base, Dial, Given, Whole, drops_inputs, form_of, now
 from diffpeft.layers.slot import Part, Slot
 from diffpeft.methods import Strength
+from diffpeft.methods.forms import Factors
 
 Steps = Sequence[tuple[Slot, Given]]
 
@@ -76,8 +77,8 @@ class Rows:
 
         What all rows share (positions) has one row; what the model split further (frames) has several, those of a row together.
         """
-        choice = self.record.mix.current()
-        batch, images = choice.batch, choice.images
+        moment = self.record.mix.current()
+        batch, images = moment.batch, moment.images
         period = self.n * images
         if self.op.has_batch(x) and len(x) == 1:
             x = x.expand(batch or period, *x.shape[1:])
@@ -92,15 +93,16 @@ class Rows:
 
     def _pairs(self, x: Tensor) -> list[tuple[Tensor, Tensor, float, list[Given]]] | None:
         """All terms as (A, B, scale, strengths) where that is the way to apply each, else None."""
-        pairs, tokens = [], self.op.positions(x)
+        pairs, positions = [], self.op.positions(x)
         for slot, part, strengths in self.terms:
             if not slot.bare:
                 return None
             p = slot.prepared(part, self.base.dtype)
             module_dropout = slot.training and part.spec.options.get("module_dropout")
-            if module_dropout or route_of(slot, part, p, tokens) != "factors":
+            form = form_of(slot, part, p, positions)
+            if module_dropout or drops_inputs(slot, part) or not isinstance(form, Factors):
                 return None
-            pairs.append((*part.method.factors(p, part.spec), part.method.scale(p, part.spec), strengths))
+            pairs.append((*form, part.method.scale(p, part.spec), strengths))
         return pairs
 
     def _gated(self, x: Tensor, each: int, pairs: Sequence[tuple[Tensor, Tensor, float, list[Given]]]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffpeft.bundle import Handle
-from diffpeft.methods import METHODS, Spec
+from diffpeft.methods import METHODS, Method, Spec
 from diffpeft.methods.linalg import traced
 
 Result = TypeVar("Result")
@@ -28,10 +28,15 @@ class Part:
     roles: tuple[str, ...]
     alpha: Handle | float | None
     spec: Spec
+    bare: bool = field(init=False)  # whether the tensors are computed with as they are
 
     @property
     def additive(self) -> bool:
         return self.method.additive(self.roles)
+
+    def __post_init__(self) -> None:
+        prepare: Any = self.method.prepare
+        object.__setattr__(self, "bare", prepare.__func__ is Method.prepare.__func__)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -140,11 +145,16 @@ class Slot(nn.Module):
 
     def tensors_of(self, part: Part) -> dict[str, Tensor]:
         """The tensors of one part by role, with those that all layers share."""
-        return {**self.own_of(part), **(self.bank.tensors if part.method.shared and self.bank is not None else {})}
+        if part.method.shared and self.bank is not None:
+            return {**self.own_of(part), **self.bank.tensors}
+        return self.own_of(part)
 
     def own_of(self, part: Part) -> dict[str, Tensor]:
         """The tensors of one part by role that are this layer's."""
-        return {role: getattr(self, role) for role in part.roles}
+        parameters: Mapping[str, Any] = (
+            self._parameters
+        )  # looked up here: a forward does it thousands of times, and torch's way is slow
+        return {role: parameters[role] if role in parameters else getattr(self, role) for role in part.roles}
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -174,6 +184,8 @@ class Slot(nn.Module):
     def prepared(self, part: Part, dtype: torch.dtype) -> dict[str, Tensor]:
         """The part's tensors, prepared and in the dtype of the computation. Kept for frozen adapters where no gradient is asked for."""
         p = self.own_of(part)
+        if part.bare and all(t.dtype == dtype for t in p.values()):
+            return p
         if part.method.shared and self.bank is not None:
             p |= self.bank.at(dtype, next(iter(p.values())).device)
         keep = not (torch.is_grad_enabled() or self.training or traced() or self._hooked)

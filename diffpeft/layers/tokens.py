@@ -6,14 +6,13 @@ A head that shares its weight with the table has a row for each token too, and f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffpeft.layers.chain import Base
+from diffpeft.layers.chain import Base, Chained
 from diffpeft.layers.patches import Patch, Steps, stand_in
-from diffpeft.methods import Link
 
 
 class Tokens(Patch):
@@ -53,10 +52,10 @@ class Tokens(Patch):
     def changed(self, name: str, W: Tensor, s: float) -> Tensor:
         return W.index_copy(0, self.rows, _between(W[self.rows], self.delta.to(W.dtype), s))
 
-    def after(self, before: Link, x: Tensor, s: Any, bias: bool) -> Tensor:
-        y, op = before(x, bias), cast(Any, before.op)
+    def after(self, before: Chained, x: Tensor, s: float, bias: bool) -> Tensor:
+        y, op = before(x, bias), before.op
         if op.geometry.lookup:
-            return _looked_up(op.module, type(op.module), self, s, y, x, op.rest, op.named)
+            return _looked_up(op.module, type(op.module), self, s, y, x, op.arguments, op.keywords)
         W = op.stored(op.weight() if isinstance(before, Base) else before.weight())
         change = self.delta.to(y.dtype) - W[self.rows].to(y.dtype)
         by = op.op(x, op.canonical(change), False)

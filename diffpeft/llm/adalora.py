@@ -17,6 +17,7 @@ from converters.formats.peft import PREFIX
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownKeysError, listed, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.adalora import AdaLora, AdaLoraConfig
+from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.state import slots_in
 
 A, B, E = AdaLora.roles
@@ -25,7 +26,7 @@ IMPORTANCE = "importance"  # where a slot has {role: (S, U)} while it is trained
 Masks = Mapping[str, list[bool]]
 
 
-def trained(configs: Mapping[str, Any]) -> str | None:
+def trained(configs: Mapping[str, PeftConfig]) -> str | None:
     """The adapter whose ranks a training changes. Raises ConfigError if there are several: PEFT has one too."""
     names = [name for name, c in configs.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
     if len(names) > 1:
@@ -37,7 +38,7 @@ def trained(configs: Mapping[str, Any]) -> str | None:
 
 
 def update_and_allocate(model: nn.Module, adapter_name: str, config: AdaLoraConfig, global_step: int) -> None:
-    """Measure what matters, and at the steps that `config` says prune the rest. To be called after backward() and before zero_grad().
+    """Measure what matters, and at the steps that `config` says prune the others. To be called after backward() and before zero_grad().
 
     Which triplets are kept goes into config.rank_pattern. From step total_step - tfinal on they stay the same.
     """
@@ -56,11 +57,11 @@ def update_and_allocate(model: nn.Module, adapter_name: str, config: AdaLoraConf
 
 def budget(config: AdaLoraConfig, layers: int, step: int) -> int:
     """How many triplets all layers together may have: from init_r to target_r a layer along a cubic curve."""
-    first, target = config.init_r * layers, config.target_r * layers
+    start, target = config.init_r * layers, config.target_r * layers
     if step <= config.tinit:
-        return first
+        return start
     left = 1 - (step - config.tinit) / (config.last_step - config.tinit)
-    return int((first - target) * max(left, 0) ** 3 + target)
+    return int((start - target) * max(left, 0) ** 3 + target)
 
 
 def orthogonal_loss(model: nn.Module, adapter_name: str) -> Tensor:
@@ -69,11 +70,12 @@ def orthogonal_loss(model: nn.Module, adapter_name: str) -> Tensor:
     return torch.stack([term.to(terms[0]) for term in terms]).mean()
 
 
-def regularised(outputs: Any, model: nn.Module, configs: Mapping[str, Any]) -> Any:
+def regularised(outputs: Any, model: nn.Module, configs: Mapping[str, PeftConfig]) -> Any:
     """A model's outputs, to whose loss, if there is one, orth_reg_weight * orthogonal_loss of the trained adapter has been added."""
     name, loss = trained(configs), getattr(outputs, "loss", None)
-    if name is not None and isinstance(loss, Tensor):
-        penalty = configs[name].orth_reg_weight * orthogonal_loss(model, name)
+    config = configs[name] if name is not None else None
+    if name is not None and isinstance(config, AdaLoraConfig) and isinstance(loss, Tensor):
+        penalty = config.orth_reg_weight * orthogonal_loss(model, name)
         outputs.loss = (loss + penalty.to(loss.device)).to(loss.dtype)
     return outputs
 
@@ -87,12 +89,12 @@ def pruned(state: Mapping[str, Tensor], config: AdaLoraConfig, adapter_name: str
         return dict(state)
     masks = _masks(config, adapter_name)
     config.rank_pattern = {f"{layer}.{E}": mask for layer, mask in masks.items()}
-    kept = dict(state)
+    file = dict(state)
     for key, t in state.items():
         layer, _, role = key.removesuffix(f".{adapter_name}").removeprefix(PREFIX).rpartition(".")
         if role in RANK_AXIS and layer in masks:
-            kept[key] = _kept(t, masks[layer], role, layer)
-    return kept
+            file[key] = _kept(t, masks[layer], role, layer)
+    return file
 
 
 def resize(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> None:
@@ -103,10 +105,10 @@ def resize(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> None:
     if config.rank_pattern is None:
         return
     slots, masks = _slots(model, adapter_name), _masks(config, adapter_name)
-    if lost := set(masks) - set(slots):
+    if unknown := set(masks) - set(slots):
         raise UnknownKeysError(
             f"rank_pattern names layers that adapter {shown(adapter_name)} has not",
-            where=listed(sorted(lost)),
+            where=listed(sorted(unknown)),
             remedy="The file is of another model, or its target_modules were changed.",
         )
     smaller = [
@@ -121,12 +123,12 @@ def resize(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> None:
 
 def _slots(model: nn.Module, name: str) -> dict[str, Slot]:
     """{layer: slot} of an adapter, without those that only change a bias."""
-    found = {layer: slot for layer, slot in slots_in(model, name).items() if E in slot._parameters}
-    if not found:
+    slots = {layer: slot for layer, slot in slots_in(model, name).items() if E in slot._parameters}
+    if not slots:
         raise AdapterStateError(
             f"{shown(name)} is no AdaLoRA of this model", remedy="Give the name of an adapter made with AdaLoraConfig."
         )
-    return found
+    return slots
 
 
 def _measure(slots: Mapping[str, Slot], config: AdaLoraConfig) -> None:
@@ -185,11 +187,11 @@ def _unfolded(mask: list[bool], before: list[bool]) -> list[bool]:
     if len(mask) == len(before):
         return mask
     inner = iter(mask)
-    return [kept and next(inner) for kept in before]
+    return [was_there and next(inner) for was_there in before]
 
 
 def _kept(t: Tensor, mask: list[bool], role: str, layer: str) -> Tensor:
-    """The triplets of a factor that a mask keeps; the factor itself if it has no others."""
+    """The triplets of a factor (A [r, i], B [o, r] or E [r, 1]) that a mask [r] keeps; the factor itself if it has no others."""
     size, axis = t.shape[RANK_AXIS[role]], RANK_AXIS[role]
     if size == sum(mask):
         return t
@@ -213,6 +215,6 @@ def _masks(config: AdaLoraConfig, name: str) -> dict[str, list[bool]]:
 
 
 def _skewness(slot: Slot) -> list[Tensor]:
-    """|A A^T - 1| and |B^T B - 1|."""
+    """|A A^T - 1| and |B^T B - 1| of A [r, i] and B [o, r], Frobenius norms: two scalars."""
     a, b = slot.get_parameter(A), slot.get_parameter(B)
     return [(gram - torch.eye(len(gram)).to(gram)).norm() for gram in (a @ a.t(), b.t() @ b)]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from diffpeft.errors import ConfigError, UnsafeFileError, shown
 from diffpeft.llm.peft_model import MODELS, PeftModel, foreign, mapping_of
+from diffpeft.llm.tasks import TASKS
 from diffpeft.methods.peft_config import PeftConfig, TaskType
 
 
@@ -16,7 +17,11 @@ class AutoPeftModel:
     """`from_pretrained(folder or Hub id)`: a PeftModel of the class that the config says, around the base model that it names."""
 
     task: ClassVar[TaskType | None] = None
-    base: ClassVar[str] = ""  # the Auto class of transformers
+
+    def __init_subclass__(cls, *, task: TaskType | None = None) -> None:
+        super().__init_subclass__()
+        if task is not None:
+            cls.task, cls.__doc__ = task, f"For a model that {TASKS[task].does}."
 
     def __init__(self) -> None:
         raise OSError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(folder)")
@@ -27,45 +32,44 @@ class AutoPeftModel:
         pretrained_model_name_or_path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: Any = None,
+        config: PeftConfig | None = None,
         revision: str | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> PeftModel:
         """Load both. `kwargs` are the base model's (`dtype`, `device_map`, `quantization_config`, ...).
 
         Raises CheckpointError and its kin or ConfigError.
         """
-        given, where = config, pretrained_model_name_or_path
-        config = given or PeftConfig.from_pretrained(where, revision=revision)
-        if config.base_model_name_or_path is None:
+        where = pretrained_model_name_or_path
+        known: PeftConfig = config or PeftConfig.from_pretrained(where, revision=revision)
+        if known.base_model_name_or_path is None:
             raise ConfigError(
                 "the adapter's config names no base model",
                 where=os.fspath(where),
                 remedy="Load the base yourself and use PeftModel.from_pretrained(base, folder).",
             )
-        if cls.task is not None and config.task_type not in (None, cls.task):
+        if cls.task is not None and known.task_type not in (None, cls.task):
             raise ConfigError(
-                f"Expected target PEFT class: {MODELS[cls.task].__name__}, but the adapter's task type is {shown(config.task_type)}",
-                remedy=f"Use {_auto_of(config.task_type)}.",
+                f"Expected target PEFT class: {MODELS[cls.task].__name__}, but the adapter's task type is {shown(known.task_type)}",
+                remedy=f"Use {_auto_of(TaskType(known.task_type))}.",
             )
-        own = {name: kwargs.pop(name) for name in ("autocast_adapter_dtype",) if name in kwargs}
-        made = cls._base_class(config)
-        base = made.from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+        options = {name: kwargs.pop(name) for name in ("autocast_adapter_dtype",) if name in kwargs}
+        base = cls._base_class(known).from_pretrained(known.base_model_name_or_path, revision=known.revision, **kwargs)
         _fit_vocabulary(base, where)
         wrapper = MODELS.get(cls.task, PeftModel)
         # the config is read again with the weights: somebody may have saved in between
-        return wrapper.from_pretrained(base, where, adapter_name, is_trainable, given, revision=revision, **own)
+        return wrapper.from_pretrained(base, where, adapter_name, is_trainable, config, revision=revision, **options)
 
     @classmethod
-    def _base_class(cls, config: Any) -> Any:
+    def _base_class(cls, config: PeftConfig) -> Any:
+        """The class of transformers that a config's base model is loaded with. Raises ConfigError or UnsafeFileError."""
         import transformers
 
-        auto = _AUTOS.get(config.task_type)
-        if auto is not None:
-            return getattr(transformers, auto.base)
+        if config.task_type is not None:
+            return getattr(transformers, TASKS[TaskType(config.task_type)].auto)
         library, name = mapping_of(config)
-        if cls.base and (not name or foreign(library)):
-            return getattr(transformers, cls.base)
+        if cls.task is not None and (not name or foreign(library)):
+            return getattr(transformers, TASKS[cls.task].auto)
         if not name:
             raise ConfigError(
                 "the adapter's config has neither a task_type nor an auto_mapping",
@@ -85,46 +89,28 @@ class AutoPeftModel:
             ) from error
 
 
-class AutoPeftModelForCausalLM(AutoPeftModel):
-    """For models that continue text."""
-
-    task, base = TaskType.CAUSAL_LM, "AutoModelForCausalLM"
+class AutoPeftModelForCausalLM(AutoPeftModel, task=TaskType.CAUSAL_LM): ...
 
 
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """For models that turn a text into another."""
-
-    task, base = TaskType.SEQ_2_SEQ_LM, "AutoModelForSeq2SeqLM"
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel, task=TaskType.SEQ_2_SEQ_LM): ...
 
 
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """For models that classify texts."""
-
-    task, base = TaskType.SEQ_CLS, "AutoModelForSequenceClassification"
+class AutoPeftModelForSequenceClassification(AutoPeftModel, task=TaskType.SEQ_CLS): ...
 
 
-class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """For models that classify tokens."""
-
-    task, base = TaskType.TOKEN_CLS, "AutoModelForTokenClassification"
+class AutoPeftModelForTokenClassification(AutoPeftModel, task=TaskType.TOKEN_CLS): ...
 
 
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """For models that find answers in texts."""
-
-    task, base = TaskType.QUESTION_ANS, "AutoModelForQuestionAnswering"
+class AutoPeftModelForQuestionAnswering(AutoPeftModel, task=TaskType.QUESTION_ANS): ...
 
 
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """For models that give hidden states."""
-
-    task, base = TaskType.FEATURE_EXTRACTION, "AutoModel"
+class AutoPeftModelForFeatureExtraction(AutoPeftModel, task=TaskType.FEATURE_EXTRACTION): ...
 
 
-_AUTOS: dict[Any, type[AutoPeftModel]] = {cls.task: cls for cls in AutoPeftModel.__subclasses__()}
+_AUTOS = {cls.task: cls for cls in AutoPeftModel.__subclasses__()}
 
 
-def _auto_of(task: Any) -> str:
+def _auto_of(task: TaskType) -> str:
     return _AUTOS[task].__name__ if task in _AUTOS else "AutoPeftModel"
 
 

@@ -11,14 +11,13 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from diffpeft.errors import UnknownNameError
 from diffpeft.layers.carried import ADAPTERS, RECORD, escaped, record_of
 from diffpeft.layers.slot import Slot
-from diffpeft.llm.prompt import Encoder
+from diffpeft.llm.prompt import VirtualTokens
 
 ASKED = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 
@@ -31,18 +30,19 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    blocks: set[type[nn.Module]] = {Encoder, *_blocks(model)}
+    blocks: set[type[nn.Module]] = {VirtualTokens, *_blocks(model)}
     for layer in list(model.modules()):
         if ADAPTERS in layer._modules and record_of(layer) is not None:
             _follow(layer)
     trained = functools.partial(lambda_auto_wrap_policy, lambda_fn=_trained_leaf)
-    whole = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)
-    return functools.partial(_or_policy, policies=[trained, whole])
+    by_class = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)
+    return functools.partial(_or_policy, policies=[trained, by_class])
 
 
 def _trained_leaf(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    return not module._modules and bool(own) and all(p.requires_grad for p in own)
+    """Whether a module without others has parameters, and all of them are trained."""
+    parameters = list(module.parameters(recurse=False))
+    return not module._modules and bool(parameters) and all(p.requires_grad for p in parameters)
 
 
 def _blocks(model: nn.Module) -> Iterator[type[nn.Module]]:
@@ -61,24 +61,24 @@ def _blocks(model: nn.Module) -> Iterator[type[nn.Module]]:
         yield known[name]
 
 
-def _follow(layer: Any) -> None:
+def _follow(layer: nn.Module) -> None:
     """Let a layer call its slots where FSDP 1 has put them, from its first forward on."""
-    slots = [child for child in layer._modules[ADAPTERS].children() if isinstance(child, Slot)]
+    slots = [child for child in layer.get_submodule(ADAPTERS).children() if isinstance(child, Slot)]
     marks = [slot.register_forward_pre_hook(_gathered) for slot in slots]
 
-    def look(module: Any, given: Any) -> None:
+    def look(module: nn.Module, inputs: object) -> None:
         hook.remove()
-        record, held = module.__dict__[RECORD], module._modules[ADAPTERS]._modules
-        found = {name: held[escaped(name)] for name in record.slots}
-        if all(found[name] is slot for name, slot in record.slots.items()):
+        record, units = module.__dict__[RECORD], module.get_submodule(ADAPTERS)._modules
+        slots = {name: units[escaped(name)] for name in record.slots}
+        if all(slots[name] is slot for name, slot in record.slots.items()):
             for mark in marks:
                 mark.remove()
         else:
             record.kept.clear()
-            module.__dict__[RECORD] = replace(record, slots=found)
+            module.__dict__[RECORD] = replace(record, slots=slots)
 
     hook = layer.register_forward_pre_hook(look)
 
 
-def _gathered(slot: Any, given: Any) -> None:
+def _gathered(slot: nn.Module, inputs: object) -> None:
     """A hook that does nothing, but says that the slot's tensors are there only while it is called (`Slot.bare`)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffpeft.layers.patches import Patch
 from diffpeft.layers.tokens import Tokens
@@ -27,24 +27,26 @@ class Precision:
     empty: bool = False
     empty_rows: bool = False
 
-    def settle(self, layers: Mapping[str, Any], adapters: Mapping[str, nn.Module]) -> None:
+    def settle(self, layers: Mapping[str, nn.Module], adapters: Mapping[str, nn.Module]) -> None:
         """Put fresh adapters on layers, {name: layer} and {name: its adapter}, into their dtype."""
         for name, adapter in adapters.items():
-            self._settle(adapter, layers[name].weight)
+            weight: Any = layers[name].weight  # a quantised one has numbers of its own kind
+            self._settle(adapter, weight)
 
     def settle_patches(self, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
         """Put patches into the dtype of the first parameter that they change."""
         for module, patch in patches.values():
-            weight: Any = module._parameters[patch.names[0]]
+            weight = module._parameters[patch.names[0]]
+            assert weight is not None
             if isinstance(patch, Tokens):
                 patch.to("meta" if self.empty_rows else None, self.dtype_for(weight))
             else:
                 self._settle(patch, weight)
 
-    def _settle(self, adapter: nn.Module, weight: Any) -> None:
+    def _settle(self, adapter: nn.Module, weight: Tensor) -> None:
         adapter.to("meta") if self.empty else adapter.to(self.dtype_for(weight))
 
-    def dtype_for(self, weight: Any) -> torch.dtype:
+    def dtype_for(self, weight: Tensor) -> torch.dtype:
         """The dtype of an adapter on a weight; on quantised ones float32."""
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         return torch.float32 if self.autocast and dtype.itemsize < 4 else dtype
@@ -53,8 +55,8 @@ class Precision:
 AUTOCAST, PLAIN = Precision(), Precision(autocast=False)  # in PeftModels, and on bare modules
 
 
-def put_into(adapter: nn.Module, name: str, new: torch.Tensor, weight: Any) -> None:
-    """Put numbers into a tensor of an adapter for a weight; one that is on the meta device is replaced."""
+def put_into(adapter: nn.Module, name: str, new: Tensor, weight: Tensor | None) -> None:
+    """Put numbers `new` into a tensor of the same shape of an adapter for a weight; one that is on the meta device is replaced."""
     path, _, last = name.rpartition(".")
     owner = adapter.get_submodule(path)
     table: Any = owner._parameters if last in owner._parameters else owner._buffers
@@ -63,5 +65,6 @@ def put_into(adapter: nn.Module, name: str, new: torch.Tensor, weight: Any) -> N
         with torch.no_grad():
             old.copy_(new)
         return
+    assert weight is not None
     fresh = new.detach().to(weight.device, PLAIN.dtype_for(weight) if new.is_floating_point() else None, copy=True)
     table[last] = nn.Parameter(fresh, requires_grad=old.requires_grad) if table is owner._parameters else fresh

@@ -18,25 +18,28 @@ from diffpeft.errors import AdapterStateError, NonFiniteError, ShapeMismatchErro
 from diffpeft.layers.carried import op_of, record_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, pieces_of
 from diffpeft.methods import Spec
+from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.target import modules_of
 
 NAMES = ("embed_tokens", "lm_head")  # what PEFT looks for in target_modules
 WHOLE = "set_weight"  # the role of such a weight in a slot, below the adapter's own tensors
-Tensors = Mapping[str, Mapping[str, Tensor]]  # {layer: {name in it: tensor}}
+TensorsByLayer = Mapping[str, Mapping[str, Tensor]]  # {layer: {name in it: tensor}}
 
 
-def embedding_layers(model: Any) -> dict[str, Any]:
+def embedding_layers(model: Any) -> dict[str, nn.Module]:
     """{name: layer} of a language model's input and output embeddings."""
     if not hasattr(model, "get_input_embeddings"):
         return {}
-    own = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    return {name: module for name, module in model.named_modules() if any(module is layer for layer in own)}
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 # Saving
 
 
-def saved_along(model: Any, slots: Mapping[str, Slot], config: Any, wanted: bool | str) -> dict[str, Tensor]:
+def saved_along(
+    model: nn.Module, slots: Mapping[str, Slot], config: PeftConfig, wanted: bool | str
+) -> dict[str, Tensor]:
     """The model's own embeddings, by PEFT's keys, where they are wanted or (auto) the file needs them; if adapters are on one, not those of the other."""
     if wanted == "auto":
         wanted = bool(why := _needed(model, config))
@@ -54,22 +57,22 @@ def saved_along(model: Any, slots: Mapping[str, Slot], config: Any, wanted: bool
     }
 
 
-def _needed(model: Any, config: Any) -> str:
+def _needed(model: nn.Module, config: PeftConfig) -> str:
     """Why a file of the adapter needs the embeddings: PEFT's words; empty if it does not."""
-    targets = getattr(config, "target_modules", None) or ()
+    targets = config.target_modules or ()
     if isinstance(targets, str):
         on = any(patterns.fullmatch(targets, n) for n, _ in model.named_modules() if n.rpartition(".")[2] in NAMES)
     else:
         on = any(name in targets for name in NAMES)
-    if on and not getattr(config, "trainable_token_indices", None):
+    if on and not config.trainable_token_indices:
         return "embedding layers found in `target_modules`"
     size, before = getattr(getattr(model, "config", None), "vocab_size", None), _vocabulary(model, config)
     return "the embedding layer has been resized during finetuning" if size and before and size != before else ""
 
 
-def _vocabulary(model: Any, config: Any) -> int | None:
+def _vocabulary(model: Any, config: PeftConfig) -> int | None:
     """The vocabulary that the base model's folder or repository says; None where nobody can tell."""
-    name = getattr(config, "base_model_name_or_path", None)
+    name = config.base_model_name_or_path
     if not name or not hasattr(type(getattr(model, "config", None)), "from_pretrained"):
         return None
     local = {"local_files_only": True} if not Path(name).exists() else {}
@@ -82,39 +85,40 @@ def _vocabulary(model: Any, config: Any) -> int | None:
 # Loading
 
 
-def place(layers: Mapping[str, Any], key: str) -> tuple[str, str] | None:
+def place(layers: Mapping[str, nn.Module], key: str) -> tuple[str, str] | None:
     """(layer, name in it) of a key that names a parameter of an embedding, PEFT's `base_layer` or not."""
     layer, _, name = key.replace(".base_layer.", ".").rpartition(".")
     return (layer, name) if layer in layers and layers[layer]._parameters.get(name) is not None else None
 
 
-def followed(model: nn.Module, found: Tensors, taken: Iterable[str], source: str) -> dict[str, dict[str, Tensor]]:
+def followed(model: nn.Module, file: TensorsByLayer, taken: Iterable[str], source: str) -> dict[str, dict[str, Tensor]]:
     """What a file has for embeddings, and the same for the modules that share a weight with one of these. `taken` are trained whole.
 
     Raises ShapeMismatchError or NonFiniteError.
     """
-    for layer, own in found.items():
-        _check(layer, model.get_submodule(layer), own, source)
-    out = {layer: dict(own) for layer, own in found.items()}
-    if not out:
-        return out
+    for layer, tensors in file.items():
+        _check(layer, model.get_submodule(layer), tensors, source)
+    everywhere = {layer: dict(tensors) for layer, tensors in file.items()}
+    if not everywhere:
+        return everywhere
     holders = {n: m for n, (m, _) in modules_of(model, lambda m: m._parameters.get("weight") is not None).items()}
-    for layer, own in found.items():
+    for layer, tensors in file.items():
         shared = holders[layer]._parameters["weight"]
         for name, module in holders.items():
-            if "weight" in own and module._parameters["weight"] is shared and name not in taken:
-                theirs = out.setdefault(name, {})
-                if "weight" not in theirs or torch.equal(theirs["weight"], own["weight"]):
-                    theirs["weight"] = own["weight"]
-    return out
+            if "weight" in tensors and module._parameters["weight"] is shared and name not in taken:
+                theirs = everywhere.setdefault(name, {})
+                if "weight" not in theirs or torch.equal(theirs["weight"], tensors["weight"]):
+                    theirs["weight"] = tensors["weight"]
+    return everywhere
 
 
-def _check(layer: str, module: nn.Module, own: Mapping[str, Tensor], source: str) -> None:
-    for name, tensor in own.items():
-        mine: Any = module._parameters[name]
-        if mine.shape != tensor.shape:
+def _check(layer: str, module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise unless tensors have the shapes of a module's parameters, and are finite."""
+    for name, tensor in tensors.items():
+        shape = _parameter(module, name).shape
+        if shape != tensor.shape:
             raise ShapeMismatchError(
-                f"{shown(f'{layer}.{name}')} is {tuple(mine.shape)} in the model, the file has {tuple(tensor.shape)}",
+                f"{shown(f'{layer}.{name}')} is {tuple(shape)} in the model, the file has {tuple(tensor.shape)}",
                 where=source,
                 remedy=f"Call model.resize_token_embeddings({len(tensor)}) first.",
             )
@@ -122,8 +126,15 @@ def _check(layer: str, module: nn.Module, own: Mapping[str, Tensor], source: str
             raise NonFiniteError(f"{shown(f'{layer}.{name}')} has values that are not finite", where=source)
 
 
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """A module's parameter of any shape, without its gradient."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter.detach()
+
+
 def divided(
-    model: nn.Module, found: Tensors, slots: Mapping[str, Slot]
+    model: nn.Module, file: TensorsByLayer, slots: Mapping[str, Slot]
 ) -> tuple[dict[str, Slot], dict[str, nn.Module]]:
     """Where what a file has for embeddings goes: the adapter's slots on layers that carry adapters, and modules that get a copy.
 
@@ -132,16 +143,14 @@ def divided(
     under: dict[str, Slot] = {}
     copied: dict[str, nn.Module] = {}
     different: list[str] = []
-    for layer, own in found.items():
-        module: Any = model.get_submodule(layer)
-        same = all(
-            torch.equal(module._parameters[name].detach(), t.to(module._parameters[name])) for name, t in own.items()
-        )
+    for layer, tensors in file.items():
+        module = model.get_submodule(layer)
+        same = all(torch.equal(p := _parameter(module, name), t.to(p)) for name, t in tensors.items())
         if not same:
             different.append(layer)
         record = record_of(module)
         if layer in slots or (record is not None and record.slots):
-            under |= {} if same else {layer: above(module, own, slots.get(layer))}
+            under |= {} if same else {layer: above(module, tensors, slots.get(layer))}
         else:
             copied[layer] = module
     if different:
@@ -151,17 +160,19 @@ def divided(
     return under, copied
 
 
-def above(module: Any, own: Mapping[str, Tensor], slot: Slot | None) -> Slot:
+def above(module: nn.Module, tensors: Mapping[str, Tensor], slot: Slot | None) -> Slot:
     """A slot (with the tensors of one that is there) that starts from a weight of its own, which is not trained.
 
     Raises AdapterStateError for a bias of its own.
     """
-    if "bias" in own and not torch.equal(module.bias.detach(), own["bias"].to(module.bias)):
-        raise AdapterStateError(
-            "the file has a bias for an embedding that carries adapters", remedy="Unload the other adapters first."
-        )
+    if "bias" in tensors:
+        bias = _parameter(module, "bias")
+        if not torch.equal(bias, tensors["bias"].to(bias)):
+            raise AdapterStateError(
+                "the file has a bias for an embedding that carries adapters", remedy="Unload the other adapters first."
+            )
     pieces = [p for p in (pieces_of(slot) if slot else ()) if WHOLE not in {**p.frozen, **p.tensors}]
-    weight = own["weight"].to(module._parameters["weight"].device)
+    weight = tensors["weight"].to(_parameter(module, "weight").device)
     below = Piece("full", {}, None, Spec(op_of(module).geometry, None, {}), {WHOLE: weight})
     beside = {BIAS: slot.tensors[BIAS]} if slot and BIAS in slot.tensors else {}
     made = Slot((below, *pieces), beside, trainable=False)
@@ -171,11 +182,11 @@ def above(module: Any, own: Mapping[str, Tensor], slot: Slot | None) -> Slot:
     return made
 
 
-def fill(copies: Mapping[str, nn.Module], found: Tensors) -> None:
+def fill(copies: Mapping[str, nn.Module], file: TensorsByLayer) -> None:
     """Put what a file has into fresh copies; those that get the same tensor share it, as the model's own modules do."""
-    shared: dict[int, Any] = {}
+    shared: dict[int, nn.Parameter | None] = {}
     for layer, fresh in copies.items():
-        own = found[layer]
-        fresh.load_state_dict({**fresh.state_dict(), **own})
-        if "weight" in own:
-            fresh._parameters["weight"] = shared.setdefault(id(own["weight"]), fresh._parameters["weight"])
+        tensors = file[layer]
+        fresh.load_state_dict({**fresh.state_dict(), **tensors})
+        if "weight" in tensors:
+            fresh._parameters["weight"] = shared.setdefault(id(tensors["weight"]), fresh._parameters["weight"])

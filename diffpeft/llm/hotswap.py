@@ -23,13 +23,14 @@ from diffpeft.layers.carried import record_of, weights_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.llm.peft_model import PeftModel
 from diffpeft.llm.state import adapter_at, config_of, tensors_in
+from diffpeft.methods import LoraConfig
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.plan import Plan
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import COMPILED, adapted_layers, components, layers_of
+from diffpeft.model.target import COMPILED, adapted, adapted_layers, components, layers_of
 from diffpeft.pipeline.hotswap import replace as put_in_place
 from diffpeft.pipeline.match import LORAS, matched, padded
 
@@ -129,28 +130,46 @@ def prepare_model_for_compiled_hotswap(
     check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
     if target_rank is not None:
         check_rank("target_rank", target_rank)
-    if _is_compiled(model) and check_compiled != "ignore":
-        said = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
-        if check_compiled == "error":
-            raise ConfigError(said)
-        warnings.warn(f"{said}: it will be compiled again", stacklevel=2)
-    own = getattr(model, COMPILED, model)
-    base = own.get_base_model() if isinstance(own, PeftModel) else own
-    names = {name for module in adapted_layers(base).values() for name in getattr(record_of(module), "slots", {})}
-    slots = {name: slots_in(base, name) for name in names}
-    if not any(slot.methods[0] in LORAS for found in slots.values() for slot in found.values()):
+    _refuse_compiled(model, check_compiled)
+    wrapper = getattr(model, COMPILED, model)
+    base = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
+    slots = [(name, layer, slot) for layer, _, record in adapted(base) for name, slot in record.slots.items()]
+    _refuse_none(slot for _, _, slot in slots)
+    if target_rank is None:
+        return
+    ranks: dict[str, dict[str, int]] = {}
+    for name, layer, _ in slots:
+        ranks.setdefault(name, {})[layer] = target_rank
+    _pad(base, ranks)
+    live = wrapper.peft_config if isinstance(wrapper, PeftModel) else {}
+    for other in config.values() if isinstance(config, Mapping) else [config]:
+        if other is not None and not any(other is c for c in live.values()):
+            _set_rank(other, target_rank)
+
+
+def _refuse_none(slots: Iterable[Slot]) -> None:
+    """Raise ConfigError if there is no LoRA."""
+    if not any(slot.methods[0] in LORAS for slot in slots):
         raise ConfigError(
             "No adapter layers found on the model",
             remedy="Call prepare_model_for_compiled_hotswap after loading the first adapter.",
         )
-    if target_rank is None:
+
+
+def _set_rank(config: LoraConfig, rank: int) -> None:
+    """Give a config this rank everywhere."""
+    config.r = rank
+    config.rank_pattern = dict.fromkeys(config.rank_pattern or {}, rank)
+
+
+def _refuse_compiled(model: nn.Module, check_compiled: str) -> None:
+    """Raise ConfigError, or warn, if a model is compiled already."""
+    if not _is_compiled(model) or check_compiled == "ignore":
         return
-    _pad(base, {name: dict.fromkeys(found, target_rank) for name, found in slots.items()})
-    live = list(own.peft_config.values()) if isinstance(own, PeftModel) else []
-    for given in config.values() if isinstance(config, Mapping) else filter(None, [config]):
-        if not any(given is c for c in live):
-            given.r = target_rank
-            given.rank_pattern = dict.fromkeys(given.rank_pattern or {}, target_rank)
+    said = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+    if check_compiled == "error":
+        raise ConfigError(said)
+    warnings.warn(f"{said}: it will be compiled again", stacklevel=3)
 
 
 def _parts(model: Any, name: str) -> tuple[nn.Module, Any]:

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Handle
 from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError, listed, near
+from diffpeft.layers.backends import FOUR_BITS, backend_of, backend_of_weight
 from diffpeft.layers.carried import base_class, op_of
-from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
@@ -35,7 +35,7 @@ KEEP_HALVES = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao"})
 def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    gradient_checkpointing_kwargs: Mapping[str, object] | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
     """Make a model of transformers ready for adapters to be trained on it, before they are attached, and return it.
@@ -54,7 +54,8 @@ def prepare_model_for_kbit_training(
     model.requires_grad_(False)
     if method not in KEEP_HALVES:
         for p in model.parameters():
-            if p.dtype in HALVES and type(p).__name__ != "Params4bit":  # whose dtype is that of its storage
+            backend = backend_of_weight(p)
+            if p.dtype in HALVES and not (backend and backend.packed):
                 p.data = p.data.float()
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -63,12 +64,13 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def _checkpoint(model: Any, options: dict[str, Any]) -> None:
+def _checkpoint(model: Any, options: dict[str, object]) -> None:
+    """Enable gradient checkpointing, with those of the options that the model takes."""
     if options.get("use_reentrant", True):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         else:
-            model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.requires_grad_(True))
+            model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.requires_grad_(True))
     if "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return
@@ -83,10 +85,10 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def replace_lora_weights_loftq(
-    peft_model: Any,
+    peft_model: nn.Module,
     model_path: str | os.PathLike[str] | None = None,
     adapter_name: str = "default",
-    callback: Callable[[Any, str], bool] | None = None,
+    callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
     """Give the LoRAs on 4-bit layers the values nearest to what quantising cost: B A ~ W - Q, from the full weights W in the model's file (LoftQ).
 
@@ -98,9 +100,9 @@ def replace_lora_weights_loftq(
     Differs from PEFT where alpha / r is not 1: B A is divided by it, so that what the layer adds is the residual.
     Raises ConfigError if there is no such layer, UnknownNameError or a CheckpointError, before anything has changed.
     """
-    model = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
+    model: nn.Module = getattr(peft_model, "get_base_model", lambda: peft_model)()
     layers = _loras_on_4_bits(model, adapter_name)
-    handles = _found(_checkpoint_of(model, model_path), layers, getattr(model, "base_model_prefix", ""))
+    handles = _weights_of(_checkpoint_of(model, model_path), layers, getattr(model, "base_model_prefix", ""))
     for name, (module, slot) in layers.items():
         (W,) = io.load([handles[name]])
         new = _made_good(module, slot, W)
@@ -110,30 +112,30 @@ def replace_lora_weights_loftq(
             _fill(slot, old)
 
 
-def _loras_on_4_bits(model: nn.Module, adapter: str) -> dict[str, tuple[Any, Slot]]:
+def _loras_on_4_bits(model: nn.Module, adapter: str) -> dict[str, tuple[nn.Module, Slot]]:
     """{layer: (4-bit layer, the LoRA on it)}."""
     known: set[str] = set()
-    found = {}
+    layers = {}
     for name, module, record in adapted(model):
-        if base_class(module).__name__ != "Linear4bit":
+        if backend_of(module) is not FOUR_BITS:
             continue
         known |= {*record.slots}
         slot = record.slots.get(adapter)
         # with a frozen term beside it (PiSSA) what B A adds is not B A
         if slot is not None and [p.method for p in slot.parts] == [Lora] and not dict(slot.named_buffers()):
-            found[name] = module, slot
+            layers[name] = module, slot
     if known and adapter not in known:
         raise UnknownNameError.of("adapter", adapter, known)
-    if not found:
+    if not layers:
         raise ConfigError(
             "No bnb LoRA module found on the model",
             remedy="LoftQ by this function is for LoRAs on 4-bit layers of bitsandbytes.",
         )
-    return found
+    return layers
 
 
-def _made_good(module: Any, slot: Slot, W: Tensor) -> dict[str, Tensor]:
-    """{role: tensor} of a LoRA that adds the best approximation of its rank to W - Q. Computed in fp32 on the layer's device."""
+def _made_good(module: nn.Module, slot: Slot, W: Tensor) -> dict[str, Tensor]:
+    """{role: tensor} of a LoRA that adds the best approximation of its rank to W - Q, W [o, i]. Computed in fp32 on the layer's device."""
     Q = op_of(module).weight().float()
     A, B = share(*half_turn(W.to(Q) - Q, slot.rank), slot.scale)
     return {"lora_A": A, "lora_B": B}
@@ -144,7 +146,7 @@ def _fill(slot: Slot, tensors: Mapping[str, Tensor]) -> None:
         slot.get_parameter(role).copy_(tensor)
 
 
-def _checkpoint_of(model: Any, path: str | os.PathLike[str] | None) -> dict[str, Handle]:
+def _checkpoint_of(model: nn.Module, path: str | os.PathLike[str] | None) -> dict[str, Handle]:
     """The tensors of the model's safetensors file, or of all its shards."""
     path = Path(_downloaded(model) if path is None else path)
     file = path if path.name.endswith(FILE) else path / FILE
@@ -159,7 +161,7 @@ def _checkpoint_of(model: Any, path: str | os.PathLike[str] | None) -> dict[str,
     return {key: handle for shard in shards for key, handle in io.header(file.parent / shard)[0].items()}
 
 
-def _downloaded(model: Any) -> str:
+def _downloaded(model: nn.Module) -> str:
     """Where the model was loaded from: a folder, or that of a repository that has been downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -180,7 +182,7 @@ def _downloaded(model: Any) -> str:
         ) from error
 
 
-def _found(handles: Mapping[str, Handle], layers: Mapping[str, Any], prefix: str) -> dict[str, Handle]:
+def _weights_of(handles: Mapping[str, Handle], layers: Iterable[str], prefix: str) -> dict[str, Handle]:
     """{layer: its full weight}. A file of the headless model has names without the prefix."""
     keys = {
         layer: next(
@@ -188,27 +190,27 @@ def _found(handles: Mapping[str, Handle], layers: Mapping[str, Any], prefix: str
         )
         for layer in layers
     }
-    lost = [f"{layer}.weight" for layer, key in keys.items() if key is None]
-    if lost:
+    missing = [f"{layer}.weight" for layer, key in keys.items() if key is None]
+    if missing:
         raise MissingKeysError(
-            f"the file has no {listed(lost)}", remedy=near(lost[0], handles) or "It is another model's file."
+            f"the file has no {listed(missing)}", remedy=near(missing[0], handles) or "It is another model's file."
         )
     return {layer: handles[key] for layer, key in keys.items() if key is not None}
 
 
-def forget_quantization(model: Any) -> None:
+def forget_quantization(model: nn.Module) -> None:
     """After quantised layers were replaced by plain ones: let a model of transformers say so, so that `save_pretrained` writes what can be loaded.
 
     With no quantised layer left it is an ordinary model. Else its quantisation config gets the plain layers' names, which loading then leaves alone.
     """
     config = getattr(model, "config", None)
-    quantised = any((s := site_of(base_class(m))) is not None and s.quantised for m in model.modules())
-    if quantised:
-        plain = [name for name, m in model.named_modules() if base_class(m) is nn.Linear]
+    backend = next(filter(None, map(backend_of, model.modules())), None)
+    if backend is not None:
+        plain = [name for name, m in model.named_modules() if base_class(m) is nn.Linear and backend_of(m) is None]
         written = getattr(config, "quantization_config", None)
         if written is not None and not isinstance(written, dict):
-            skipped = written.llm_int8_skip_modules or []
-            written.llm_int8_skip_modules = list(dict.fromkeys([*skipped, *plain]))
+            skipped = getattr(written, backend.skipped, None) or []
+            setattr(written, backend.skipped, list(dict.fromkeys([*skipped, *plain])))
         return
     for owner, names in ((model, MARKS), (config, ("quantization_config", "_pre_quantization_dtype"))):
         for name in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,10 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 class MultitaskPromptEmbedding(PromptEmbedding):
     """`embedding.weight` [tokens, dim], `prefix_task_cols` [tasks, tokens, rank], `prefix_task_rows` [tasks, rank, dim]."""
 
-    def __init__(self, config: Any, word_embeddings: nn.Module) -> None:
+    def __init__(self, config: MultitaskPromptTuningConfig, word_embeddings: nn.Module) -> None:
         super().__init__(config, word_embeddings)
         tasks, rank = config.num_tasks, config.num_ranks
+        assert tasks is not None and rank is not None
         tokens, dim = self.embedding.weight.shape
         self.prefix_task_cols = nn.Parameter(torch.normal(0.0, 0.02, (tasks, tokens, rank)))
         self.prefix_task_rows = nn.Parameter(torch.normal(0.0, 0.02, (tasks, rank, dim)))
@@ -71,6 +72,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         return self.embedding(indices) * (self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids])
 
     def prompt(self, batch: int, collapsed: bool = False, task_ids: Tensor | None = None) -> Tensor:
+        """The vectors of each row's task, [batch, tokens, dim]; `task_ids` [batch]."""
         return self(self.tokens.expand(batch, -1), task_ids)
 
     def state(self, collapsed: bool = False) -> dict[str, Tensor]:
@@ -89,16 +91,16 @@ def _source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
         )
     wanted = [EMBEDDINGS] if init == MultitaskPromptTuningInit.ONLY_SOURCE_SHARED else [EMBEDDINGS, COLS, ROWS]
     tensors = _read(path)
-    if lost := [name for name in wanted if name not in tensors]:
-        raise MissingKeysError(f"no {listed(lost)}", where=path, remedy="Is it a file of multitask prompt tuning?")
-    found = {name: tensors[name] for name in wanted}
+    if missing := [name for name in wanted if name not in tensors]:
+        raise MissingKeysError(f"no {listed(missing)}", where=path, remedy="Is it a file of multitask prompt tuning?")
+    source = {name: tensors[name] for name in wanted}
     task = config.prompt_tuning_init_task or 0
     for name in wanted[1:]:
-        t = found[name]
+        t = source[name]
         if init == MultitaskPromptTuningInit.EXACT_SOURCE_TASK and not -len(t) <= task < len(t):
             raise ConfigError(f"prompt_tuning_init_task is {task}", where=path, remedy=f"The file has {len(t)} tasks.")
-        found[name] = t.mean(0, True) if init == MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS else t[task][None]
-    return found
+        source[name] = t.mean(0, True) if init == MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS else t[task][None]
+    return source
 
 
 def _read(path: str) -> dict[str, Tensor]:

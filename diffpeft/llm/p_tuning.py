@@ -6,11 +6,11 @@ import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffpeft.llm.prompt import Encoder, PromptLearningConfig, check_name
+from diffpeft.llm.prompt import PromptLearningConfig, VirtualTokens, check_name
 from diffpeft.methods.peft_config import PeftType
 
 MLP_LAYERS = 2
@@ -46,15 +46,16 @@ class PromptEncoderConfig(PromptLearningConfig):
         check_name("encoder_reparameterization_type", self.encoder_reparameterization_type, kinds)
 
 
-class PromptEncoder(Encoder):
+class PromptEncoder(VirtualTokens):
     """`embedding` [tokens, dim], then `lstm_head` (both directions) if there is one, then `mlp_head`; in inference mode the embedding alone."""
 
     lstm_head: nn.LSTM | None
 
-    def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
+    def __init__(self, config: PromptEncoderConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
-        dim, hidden = config.token_dim, config.encoder_hidden_size
-        self.embedding = nn.Embedding(config.num_virtual_tokens * config.num_transformer_submodules, dim)
+        dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
+        assert dim and hidden  # they have been completed from the model
+        self.embedding = nn.Embedding(config.vectors, dim)
         self.lstm_head = None
         if config.inference_mode:
             return
@@ -78,6 +79,7 @@ class PromptEncoder(Encoder):
         self.mlp_head = nn.Sequential(*layers[:-1])
 
     def forward(self, indices: Tensor) -> Tensor:
+        """Indices [b, t] -> vectors [b, t, dim]."""
         vectors = self.embedding(indices)
         if self.lstm_head is not None:
             vectors = self.lstm_head(vectors)[0]

@@ -10,13 +10,15 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from converters.formats.peft import FILE, PREFIX, WEIGHTS
+from converters.opening import Opened
 from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.llm import renames, state
@@ -24,16 +26,12 @@ from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
+from diffpeft.llm.tasks import TASKS, heads_of
 from diffpeft.llm.tuner import Tuner, inject, known
-from diffpeft.methods.peft_config import Passing, PeftConfig, TaskType
+from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import check_name
 
-_HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
 _README = "README.md"
 _CARD = """---
 base_model: {base}
@@ -58,12 +56,18 @@ class PeftModel(Passing, Counted, nn.Module):
         adapter_name: its name.
     """
 
-    task: TaskType | None = None
+    task: ClassVar[TaskType | None] = None
+
+    def __init_subclass__(cls, *, task: TaskType | None = None) -> None:
+        super().__init_subclass__()
+        if task is not None:
+            head = "; the head is trained whole" if heads_of(task) else ""
+            cls.task, cls.__doc__ = task, f"A PeftModel that {TASKS[task].does}{head}."
 
     def __init__(
         self,
         model: nn.Module,
-        peft_config: Any,
+        peft_config: PeftConfig,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
@@ -75,7 +79,7 @@ class PeftModel(Passing, Counted, nn.Module):
         self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True, precision=precision)
         self._checkpoint()
 
-    def _adopt(self, model: nn.Module, config: Any) -> None:
+    def _adopt(self, model: nn.Module, config: PeftConfig) -> None:
         """Stand around a model: with a Tuner between for adapters on layers, beside it for prompts, as in PEFT."""
         self.__dict__["_prompts"] = None
         if not config.is_prompt_learning:
@@ -93,17 +97,15 @@ class PeftModel(Passing, Counted, nn.Module):
             base.enable_input_require_grads()
 
     @property
-    def tuner(self) -> Any:
+    def tuner(self) -> Tuner | PromptTuner:
         """What has the adapters: a Tuner, or a PromptTuner."""
         return self.__dict__["_prompts"] or self.base_model
 
     @classmethod
-    def _with_heads(cls, config: Any) -> Any:
+    def _with_heads(cls, config: Config) -> Config:
         """The config of an adapter that trains the head of a classifier whole."""
-        heads = _HEADS.get(cls.task) if cls.task else None
-        if heads and hasattr(config, "modules_to_save"):
-            own = list(config.modules_to_save or ())
-            config.modules_to_save = own + [name for name in heads if name not in own]
+        if heads := heads_of(cls.task):
+            config.modules_to_save = list(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
         return config
 
     def __getattr__(self, name: str) -> Any:
@@ -122,7 +124,7 @@ class PeftModel(Passing, Counted, nn.Module):
         return self.tuner.peft_config
 
     @property
-    def peft_type(self) -> Any:
+    def peft_type(self) -> str | None:
         """The method of the active adapter."""
         return self.active_peft_config.peft_type
 
@@ -132,7 +134,7 @@ class PeftModel(Passing, Counted, nn.Module):
         return self.tuner.active_adapters
 
     @property
-    def active_adapter(self) -> Any:
+    def active_adapter(self) -> str | list[str]:
         """The active adapter's name, or a list if there are several."""
         return self.tuner.active_adapter
 
@@ -144,7 +146,7 @@ class PeftModel(Passing, Counted, nn.Module):
     @property
     def modules_to_save(self) -> set[str] | None:
         """The names of the modules that adapters train whole."""
-        return {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()} or None
+        return {n for c in self.peft_config.values() for n in c.modules_to_save or ()} or None
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters on it."""
@@ -153,24 +155,24 @@ class PeftModel(Passing, Counted, nn.Module):
     def add_adapter(
         self,
         adapter_name: str,
-        peft_config: Any = None,
+        peft_config: object = None,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
-        **_: Any,
+        **_: object,
     ) -> None:
         """Add a fresh adapter, inactive. Without a config: one like the active adapter's. The other options as in `get_peft_model`."""
-        peft_config = PeftConfig.of(self.active_peft_config if peft_config is None else peft_config)
+        config = PeftConfig.of(self.active_peft_config if peft_config is None else peft_config)
         if adapter_name in self.peft_config:
             raise AdapterStateError(
                 f"Adapter with name {adapter_name!r} already exists.", remedy="Choose another name."
             )
-        if peft_config.is_prompt_learning != (self.__dict__["_prompts"] is not None):
+        if config.is_prompt_learning != (self.__dict__["_prompts"] is not None):
             raise ConfigError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {peft_config.peft_type}.",
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}.",
                 remedy="Prompts and adapters on layers need a PeftModel each.",
             )
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
-        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(peft_config)), active=False, precision=precision)
+        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(config)), active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -199,7 +201,7 @@ class PeftModel(Passing, Counted, nn.Module):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's. `adapter_names` has an adapter's name, or `__base__`, for each row of the batch."""
         kwargs.pop("alora_offsets", None)
-        with nullcontext() if adapter_names is None else self._rows(adapter_names, args, kwargs):
+        with nullcontext() if adapter_names is None else self._mixed_batch(adapter_names, args, kwargs):
             return self.tuner.call(args, kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -208,12 +210,17 @@ class PeftModel(Passing, Counted, nn.Module):
         kwargs.pop("alora_offsets", None)
         if adapter_names is None:
             return self.tuner.generated(args, kwargs)
-        own = kwargs.get("generation_config") or base.generation_config
-        beams, several = (kwargs.get(k) or getattr(own, k, None) or 1 for k in ("num_beams", "num_return_sequences"))
-        with self._rows(adapter_names, args, kwargs, max(beams, several)):
+        options = kwargs.get("generation_config") or base.generation_config
+        beams, several = (
+            kwargs.get(k) or getattr(options, k, None) or 1 for k in ("num_beams", "num_return_sequences")
+        )
+        with self._mixed_batch(adapter_names, args, kwargs, max(beams, several)):
             return self.tuner.generated(args, kwargs)
 
-    def _rows(self, names: Sequence[str], args: Any, kwargs: Mapping[str, Any], copies: int = 1) -> Any:
+    def _mixed_batch(
+        self, names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object], copies: int = 1
+    ) -> AbstractContextManager[None]:
+        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises ConfigError for a batch of another size."""
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), len(names))
         if batch != len(names):
             raise ConfigError(
@@ -265,7 +272,7 @@ class PeftModel(Passing, Counted, nn.Module):
                     f.write(self._card().encode())
 
     def _card(self) -> str:
-        """The text of README.md."""
+        """The text of the README.md that is written beside an adapter."""
         config = self.active_peft_config
         return _CARD.format(
             base=config.base_model_name_or_path or self._name() or "a model",
@@ -273,7 +280,8 @@ class PeftModel(Passing, Counted, nn.Module):
             version=config.peft_version,
         )
 
-    def _config_to_save(self, name: str) -> Any:
+    def _config_to_save(self, name: str) -> PeftConfig:
+        """An adapter's config as its file has it: for inference, with the names of the base model and of its class."""
         config = state.saved(self.peft_config[name])
         config.base_model_name_or_path = config.base_model_name_or_path or self._name()
         config.inference_mode = True
@@ -289,12 +297,12 @@ class PeftModel(Passing, Counted, nn.Module):
         """Save into a repository on the Hub, which is made. `private`, `token`, `revision`, `commit_message` are the Hub's; the rest is save_pretrained's."""
         from huggingface_hub import HfApi
 
-        own = {k: kwargs.pop(k) for k in ("commit_message", "revision", "create_pr") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in ("commit_message", "revision", "create_pr") if k in kwargs}
         api = HfApi(token=kwargs.pop("token", None))
         repo = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            return api.upload_folder(repo_id=repo, folder_path=folder, **own)
+            return api.upload_folder(repo_id=repo, folder_path=folder, **options)
 
     @classmethod
     def from_pretrained(
@@ -303,12 +311,12 @@ class PeftModel(Passing, Counted, nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: Any = None,
+        config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> PeftModel:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
 
         Args:
@@ -324,35 +332,56 @@ class PeftModel(Passing, Counted, nn.Module):
             state.adapter_at(model_id, **kwargs) if config is None else (config, state.located(model_id, **kwargs))
         )
         _warn_foreign(config, model, folder.where)
-        made = MODELS.get(config.task_type, cls) if config.task_type else cls
-        made = cls if issubclass(cls, made) else made
         config.inference_mode = not is_trainable
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
-        self = made.__new__(made)
-        nn.Module.__init__(self)
-        self._adopt(model, config)
+        config.base_model_name_or_path = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        wrapper = cls._around(model, config)
+        wrapper._load(
+            folder, config, adapter_name, is_trainable, active=True, autocast=autocast_adapter_dtype, keys=key_mapping
+        )
+        wrapper._checkpoint()
+        return wrapper if is_trainable else wrapper.eval()
+
+    @classmethod
+    def _around(cls, model: nn.Module, config: PeftConfig) -> PeftModel:
+        """A PeftModel without adapters, of the class that the config's task says, or of this one if it is of that kind."""
+        task_class = MODELS.get(config.task_type, cls)
+        made = cls if issubclass(cls, task_class) else task_class
+        wrapper = made.__new__(made)
+        nn.Module.__init__(wrapper)
+        wrapper._adopt(model, config)
+        return wrapper
+
+    def _load(
+        self,
+        folder: Opened,
+        config: PeftConfig,
+        name: str,
+        trainable: bool,
+        *,
+        active: bool,
+        autocast: bool,
+        keys: Mapping[str, str] | None,
+    ) -> list[str]:
+        """Add the adapter in a folder; the keys that are missing there."""
         with inside(folder.where):
-            self.tuner.load(
-                adapter_name,
-                made._with_heads(config),
+            return self.tuner.load(
+                name,
+                self._with_heads(config),
                 folder,
-                trainable=is_trainable,
-                active=True,
-                precision=Precision(autocast_adapter_dtype),
-                key_mapping=getattr(model, "_checkpoint_conversion_mapping", None)
-                if key_mapping is None
-                else key_mapping,
+                trainable=trainable,
+                active=active,
+                precision=Precision(autocast),
+                key_mapping=keys,
             )
-        self._checkpoint()
-        return self if is_trainable else self.eval()
 
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
-        torch_device: Any = None,
+        torch_device: str | torch.device | None = None,
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
@@ -367,62 +396,43 @@ class PeftModel(Passing, Counted, nn.Module):
             config, folder = state.adapter_at(model_id, **kwargs)
             _warn_foreign(config, self.get_base_model(), folder.where)
             config.inference_mode = not is_trainable
-            with inside(folder.where):
-                lost = self.tuner.load(
-                    adapter_name,
-                    self._with_heads(config),
-                    folder,
-                    trainable=is_trainable,
-                    active=False,
-                    precision=Precision(autocast_adapter_dtype),
-                    key_mapping=key_mapping,
-                )
-            result = Incompatible(lost, [], [])
+            missing = self._load(
+                folder,
+                config,
+                adapter_name,
+                is_trainable,
+                active=False,
+                autocast=autocast_adapter_dtype,
+                keys=key_mapping,
+            )
+            result = Incompatible(missing, [], [])
         if not is_trainable:
             self.eval()
         return result
 
 
-class PeftModelForCausalLM(PeftModel):
-    """A PeftModel that continues text."""
-
-    task = TaskType.CAUSAL_LM
+class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM): ...
 
 
-class PeftModelForSeq2SeqLM(PeftModel):
-    """A PeftModel that turns a text into another."""
-
-    task = TaskType.SEQ_2_SEQ_LM
+class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM): ...
 
 
-class PeftModelForSequenceClassification(PeftModel):
-    """A PeftModel that classifies texts; the head is trained whole."""
-
-    task = TaskType.SEQ_CLS
+class PeftModelForSequenceClassification(PeftModel, task=TaskType.SEQ_CLS): ...
 
 
-class PeftModelForTokenClassification(PeftModel):
-    """A PeftModel that classifies tokens; the head is trained whole."""
-
-    task = TaskType.TOKEN_CLS
+class PeftModelForTokenClassification(PeftModel, task=TaskType.TOKEN_CLS): ...
 
 
-class PeftModelForQuestionAnswering(PeftModel):
-    """A PeftModel that finds an answer in a text; the head is trained whole."""
-
-    task = TaskType.QUESTION_ANS
+class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS): ...
 
 
-class PeftModelForFeatureExtraction(PeftModel):
-    """A PeftModel that gives hidden states."""
-
-    task = TaskType.FEATURE_EXTRACTION
+class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION): ...
 
 
 _LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
 
 
-def mapping_of(config: Any) -> tuple[str, str]:
+def mapping_of(config: PeftConfig) -> tuple[str, str]:
     """The library and the class that a config's `auto_mapping` names; empty where it names none."""
     mapping = config.auto_mapping or {}
     return str(mapping.get("parent_library") or ""), str(mapping.get("base_model_class") or "")
@@ -433,7 +443,7 @@ def foreign(library: str) -> bool:
     return library.partition(".")[0] not in _LIBRARIES
 
 
-def _warn_foreign(config: Any, model: nn.Module, where: str) -> None:
+def _warn_foreign(config: PeftConfig, model: nn.Module, where: str) -> None:
     """Say which library a config names that is neither known nor the model's own. It is not imported."""
     library, _ = mapping_of(config)
     if library and foreign(library) and library != _plain_class(model).__module__:
@@ -442,7 +452,7 @@ def _warn_foreign(config: Any, model: nn.Module, where: str) -> None:
         )
 
 
-MODELS: dict[Any, type[PeftModel]] = {cls.task: cls for cls in PeftModel.__subclasses__()}
+MODELS: dict[str | None, type[PeftModel]] = {cls.task: cls for cls in PeftModel.__subclasses__()}
 
 
 def _plain_class(model: nn.Module) -> type:
@@ -452,13 +462,13 @@ def _plain_class(model: nn.Module) -> type:
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: Any,
+    peft_config: object,
     adapter_name: str = "default",
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> Any:
+) -> PeftModel:
     """A model with a fresh, trainable adapter, wrapped as its config's task type says. The base is frozen.
 
     Args:
@@ -467,16 +477,16 @@ def get_peft_model(
 
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
-    peft_config = PeftConfig.of(peft_config)
-    old, new = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    config = PeftConfig.of(peft_config)
+    old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
             stacklevel=2,
         )
-    peft_config.base_model_name_or_path = new
-    peft_config.revision = revision or peft_config.revision
+    config.base_model_name_or_path = new
+    config.revision = revision or config.revision
     if isinstance(model, PeftModel):
         raise AdapterStateError("the model is a PeftModel already", remedy="Call its add_adapter, or unload() first.")
     if mixes_of({"": model}):
@@ -485,12 +495,13 @@ def get_peft_model(
             "make sure to call `.unload()` before.",
             stacklevel=2,
         )
-    made = MODELS.get(peft_config.task_type, PeftModel) if peft_config.task_type else PeftModel
-    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    return MODELS.get(config.task_type, PeftModel)(
+        model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+    )
 
 
 def inject_adapter_in_model(
-    peft_config: Any,
+    peft_config: object,
     model: nn.Module,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
@@ -500,10 +511,10 @@ def inject_adapter_in_model(
 
     The adapter has the base's dtype. `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
     """
-    peft_config = PeftConfig.of(peft_config)
+    config = PeftConfig.of(peft_config)
     if state_dict is not None:
-        peft_config = state.targeting(peft_config, state_dict)
-    inject(model, peft_config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
+        config = state.targeting(config, state_dict)
+    inject(model, config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
     return model
 
 
@@ -516,12 +527,12 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """{key: tensor} of one adapter as its file has it: of a PeftModel with `base_model.model.`, of a bare module without."""
     model = getattr(model, "_orig_mod", model)
-    given = None if state_dict is None else {k.removeprefix(PREFIX): t for k, t in state_dict.items()}
+    gathered = None if state_dict is None else {k.removeprefix(PREFIX): t for k, t in state_dict.items()}
     if isinstance(model, PeftModel):
         known([adapter_name], model.peft_config)
-        return model.tuner.tensors(adapter_name, given, save_embedding_layers)
+        return model.tuner.tensors(adapter_name, gathered, save_embedding_layers)
     config = state.config_of(model, adapter_name)
-    return state.spelt(model, adapter_name, config, given=given, embeddings=save_embedding_layers)
+    return state.spelt(model, adapter_name, config, gathered=gathered, embeddings=save_embedding_layers)
 
 
 def set_peft_model_state_dict(
@@ -541,7 +552,7 @@ def set_peft_model_state_dict(
 
 def load_peft_weights(
     model_id: str | os.PathLike[str],
-    device: Any = None,
+    device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:

@@ -8,22 +8,22 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError
-from diffpeft.llm.prompt import Encoder, PromptLearningConfig, check_name
+from diffpeft.llm.prompt import PromptLearningConfig, VirtualTokens, check_name
+from diffpeft.llm.tasks import heads_of
 from diffpeft.methods.peft_config import PeftType, TaskType
 
-HEADS = {  # what the last layer may be called
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
+if TYPE_CHECKING:
+    from transformers import Cache, EncoderDecoderCache
+    from transformers.utils import ModelOutput
+
 UNEQUAL = ("gemma2", "gemma3_text", "gemma4")  # models whose layers may differ in what they keep
 
 
@@ -49,22 +49,19 @@ class PrefixTuningConfig(PromptLearningConfig):
             check_name("init_weights", self.init_weights, ("zero",))
 
 
-class PrefixEncoder(Encoder):
+class PrefixEncoder(VirtualTokens):
     """`embedding` [n, 2 layers dim], the keys and values; or [n, dim] and `transform`, an MLP to that."""
 
     transform: nn.Sequential | None
 
-    def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
+    def __init__(self, config: PrefixTuningConfig, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
-        n, dim, hidden, all_ = (
-            config.num_virtual_tokens,
-            config.token_dim,
-            config.encoder_hidden_size,
-            2 * config.num_layers * config.token_dim,
-        )
+        n, dim, hidden = config.num_virtual_tokens, config.token_dim, config.encoder_hidden_size
+        assert n and dim and config.num_layers  # they have been completed from the model
+        all_ = 2 * config.num_layers * dim
         if config.prefix_projection and not config.inference_mode:
             self.embedding = nn.Embedding(n, dim)
-            self.transform = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, all_))
+            self.transform = nn.Sequential(nn.Linear(dim, hidden or dim), nn.Tanh(), nn.Linear(hidden or dim, all_))
             last: nn.Module = self.transform[-1]
         else:
             self.embedding = last = nn.Embedding(n, all_)
@@ -74,11 +71,12 @@ class PrefixEncoder(Encoder):
                 nn.init.zeros_(p)
 
     def forward(self, indices: Tensor) -> Tensor:
+        """Indices [b, t] -> keys and values [b, t, 2 layers dim]."""
         vectors = self.embedding(indices)
         return vectors if self.transform is None else self.transform(vectors)
 
 
-def cache(prefix: Tensor, config: Any, model: nn.Module) -> Any:
+def cache(prefix: Tensor, config: PrefixTuningConfig, model: nn.Module) -> Cache | EncoderDecoderCache:
     """A prefix [b, n, 2 layers dim] as transformers' cache: keys and values [b, heads, n, dim / heads] a layer.
 
     For an encoder and a decoder it is the decoder's; as in PEFT the table is then read twice with a stride of 4: of L layers, the i-th has the
@@ -86,23 +84,26 @@ def cache(prefix: Tensor, config: Any, model: nn.Module) -> Any:
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
-    parts: int = config.num_transformer_submodules
-    table = prefix.unflatten(-1, (2 * config.num_layers, config.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
+    layers, heads, parts = config.num_layers, config.num_attention_heads, config.num_transformer_submodules
+    assert layers and heads and parts  # they have been completed from the model
+    table = prefix.unflatten(-1, (2 * layers, heads, -1)).permute(2, 0, 3, 1, 4)
     table = torch.cat([table] * parts)
-    where = _devices(model, config.num_layers)
+    devices = _devices(model, layers)
     pairs = [
         (k.to(device), v.to(device))
-        for k, v, device in zip(table[:: 2 * parts], table[1 :: 2 * parts], where, strict=True)
+        for k, v, device in zip(table[:: 2 * parts], table[1 :: 2 * parts], devices, strict=True)
     ]
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    if any(name in kind for name in UNEQUAL):
-        return _fitted(pairs, model.config, config)
-    own = DynamicCache(pairs)
-    return own if parts == 1 else EncoderDecoderCache(own, DynamicCache())
+    model_config: Any = getattr(model, "config", None)
+    if any(name in getattr(model_config, "model_type", "") for name in UNEQUAL):
+        return _fitted(pairs, model_config)
+    decoder = DynamicCache(pairs)
+    return decoder if parts == 1 else EncoderDecoderCache(decoder, DynamicCache())
 
 
-def _fitted(pairs: Sequence[tuple[Tensor, Tensor]], model_config: Any, config: Any) -> Any:
-    """A cache for layers of several kinds: cut to what a layer holds; none where that is wider, or where a layer uses another's keys."""
+def _fitted(pairs: Sequence[tuple[Tensor, Tensor]], model_config: Any) -> Cache:
+    """A cache for layers of several kinds: keys and values [b, heads, n, width] cut to what a layer holds; none where that is wider, or where a layer
+    uses another's keys.
+    """
     from transformers import DynamicCache
 
     text = model_config.get_text_config()
@@ -115,8 +116,9 @@ def _fitted(pairs: Sequence[tuple[Tensor, Tensor]], model_config: Any, config: A
             continue
         made.update(k[:, :heads, :, :width], v[:, :heads, :, :width], i)
     if len(skipped) == len(pairs):
+        k, _ = pairs[0]
         raise ConfigError(
-            f"no layer's keys fit {config.num_attention_heads} heads of {config.token_dim // config.num_attention_heads}",
+            f"no layer's keys fit {k.shape[1]} heads of {k.shape[3]}",
             remedy="Set token_dim and num_attention_heads of the config to those of a layer.",
         )
     if skipped:
@@ -139,22 +141,38 @@ def _shape(text: Any, layer: int) -> tuple[int, int] | None:
     return getattr(text, "num_global_key_value_heads", None) or text.num_key_value_heads, text.global_head_dim
 
 
-def _devices(model: nn.Module, layers: int) -> list[Any]:
+def _devices(model: nn.Module, layers: int) -> list[int | str | torch.device | None]:
     """Where each layer runs if accelerate spread the model over devices, otherwise None: where the prefix is."""
     spread = getattr(model, "hf_device_map", None) or {}
     main = next((device for device in spread.values() if device not in ("cpu", "disk")), None)
     runs = {name: main if device in ("cpu", "disk") else device for name, device in spread.items()}
-    found = {int(m[1]): device for name, device in runs.items() if (m := re.search(r"\.(\d+)(?:\.|$)", name))}
-    return [found.get(i, runs.get("")) for i in range(layers)]
+    by_layer = {int(m[1]): device for name, device in runs.items() if (m := re.search(r"\.(\d+)(?:\.|$)", name))}
+    return [by_layer.get(i, runs.get("")) for i in range(layers)]
 
 
-def call(model: Any, task: TaskType, config: Any, past: Any, given: dict[str, Any]) -> Any:
+def call(
+    model: nn.Module, task: TaskType, config: PrefixTuningConfig, past: object, arguments: dict[str, Any]
+) -> ModelOutput | tuple[Tensor, ...]:
     """The model's output with a prefix. A model that takes none itself is run as its backbone and its head."""
     if task == TaskType.CAUSAL_LM or _takes_past(model):
-        return model(past_key_values=past, **given)
+        return model(past_key_values=past, **arguments)
+    backbone, head = _halves(model, task, config)
+    labels = {name: arguments.pop(name, None) for name in ("labels", "start_positions", "end_positions")}
+    as_dict = arguments.pop("return_dict", None)
+    out = backbone(past_key_values=past, return_dict=True, **arguments)
+    pooled = getattr(out, "pooler_output", None) if task == TaskType.SEQ_CLS else None
+    hidden = out.last_hidden_state if pooled is None else pooled
+    dropout = dict(model.named_children()).get("dropout", nn.Identity())
+    result = _result(task, model.config, head(dropout(hidden)), labels, out)
+    as_dict = getattr(model.config, "return_dict", True) if as_dict is None else as_dict
+    return result if as_dict else result.to_tuple()
+
+
+def _halves(model: nn.Module, task: TaskType, config: PrefixTuningConfig) -> tuple[nn.Module, nn.Module]:
+    """The backbone of a model, which takes a prefix, and its head. Raises ConfigError if it has not both."""
     from transformers import PreTrainedModel
 
-    children, names = dict(model.named_children()), (*(config.modules_to_save or ()), *HEADS.get(task, ()))
+    children, names = dict(model.named_children()), (*(config.modules_to_save or ()), *heads_of(task))
     backbone = next((child for child in children.values() if isinstance(child, PreTrainedModel)), None)
     head = next((child for name, child in children.items() if any(part in name for part in names)), None)
     if backbone is None or head is None or not _takes_past(backbone):
@@ -163,36 +181,29 @@ def call(model: Any, task: TaskType, config: Any, past: Any, given: dict[str, An
             where=type(model).__name__,
             remedy="Use another method, such as prompt tuning.",
         )
-    labels = {name: given.pop(name, None) for name in ("labels", "start_positions", "end_positions")}
-    as_dict = given.pop("return_dict", None)
-    out = backbone(past_key_values=past, return_dict=True, **given)
-    pooled = getattr(out, "pooler_output", None) if task == TaskType.SEQ_CLS else None
-    hidden = out.last_hidden_state if pooled is None else pooled
-    hidden = children["dropout"](hidden) if "dropout" in children else hidden
-    result = _result(task, model.config, head(hidden), labels, out)
-    as_dict = getattr(model.config, "return_dict", True) if as_dict is None else as_dict
-    return result if as_dict else result.to_tuple()
+    return backbone, head
 
 
 def _takes_past(model: nn.Module) -> bool:
+    """Whether a model's forward has a place for keys and values that come before."""
     return "past_key_values" in inspect.signature(model.forward).parameters
 
 
-def _result(task: TaskType, config: Any, logits: Tensor, labels: dict[str, Any], out: Any) -> Any:
-    """The output of a head: logits [b, classes] or [b, t, classes], and the loss where there are labels."""
+def _result(task: TaskType, config: Any, logits: Tensor, labels: Mapping[str, Tensor | None], out: Any) -> ModelOutput:
+    """The output of a head: logits [b, classes] or [b, t, classes], and the loss where there are labels [b] or [b, t]."""
     from transformers import modeling_outputs as outputs
     from transformers.loss import loss_utils as losses
 
-    rest = {"hidden_states": out.hidden_states, "attentions": out.attentions}
+    inner = {"hidden_states": out.hidden_states, "attentions": out.attentions}
     if task == TaskType.QUESTION_ANS:
         start, end = (side.contiguous() for side in logits.unbind(-1))
         places = labels["start_positions"], labels["end_positions"]
         return outputs.QuestionAnsweringModelOutput(
-            loss=losses.ForQuestionAnsweringLoss(start, end, *places), start_logits=start, end_logits=end, **rest
+            loss=losses.ForQuestionAnsweringLoss(start, end, *places), start_logits=start, end_logits=end, **inner
         )
     wanted = labels["labels"]
     if task == TaskType.SEQ_CLS:
         loss = None if wanted is None else losses.ForSequenceClassificationLoss(wanted, logits, config)
-        return outputs.SequenceClassifierOutput(loss=loss, logits=logits, **rest)
+        return outputs.SequenceClassifierOutput(loss=loss, logits=logits, **inner)
     loss = None if wanted is None else losses.ForTokenClassification(logits, wanted, config)
-    return outputs.TokenClassifierOutput(loss=loss, logits=logits, **rest)
+    return outputs.TokenClassifierOutput(loss=loss, logits=logits, **inner)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,22 @@ class PromptLearningConfig(PeftConfig):
     def is_prompt_learning(self) -> bool:
         return True
 
+    @property
+    def length(self) -> int:
+        """How many virtual tokens there are, once the config has been completed."""
+        assert self.num_virtual_tokens is not None
+        return self.num_virtual_tokens
 
-class Encoder(nn.Module):
+    @property
+    def vectors(self) -> int:
+        """How many vectors are trained: the tokens, counted once for each transformer."""
+        return self.length * (self.num_transformer_submodules or 1)
+
+
+PromptConfig = TypeVar("PromptConfig", bound=PromptLearningConfig)
+
+
+class VirtualTokens(nn.Module):
     """Makes the vectors of the virtual tokens from `embedding` [tokens, dim] and what stands on it.
 
     A subclass takes (config, word_embeddings) and maps indices [b, t] to vectors [b, t, dim].
@@ -64,8 +78,8 @@ class Encoder(nn.Module):
 
     def prompt(self, batch: int, collapsed: bool = False, task_ids: Tensor | None = None) -> Tensor:
         """The vectors for a batch, [batch, tokens, dim]. `collapsed`: they are what `embedding` holds."""
-        one = self.embedding.weight[None] if collapsed else self(self.tokens)
-        return one.expand(batch, -1, -1)
+        vectors = self.embedding.weight[None] if collapsed else self(self.tokens)
+        return vectors.expand(batch, -1, -1)
 
     def state(self, collapsed: bool = False) -> dict[str, Tensor]:
         """What a file holds: the vectors themselves, not what makes them; without dropout."""
@@ -83,8 +97,8 @@ class Encoder(nn.Module):
     def load(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Copy a file's tensors in, all or none; the names of those that were used."""
         places = self.places()
-        if lost := sorted(set(places) - set(tensors)):
-            raise MissingKeysError(f"no {listed(lost)}", remedy="It is not a file of this method.")
+        if missing := sorted(set(places) - set(tensors)):
+            raise MissingKeysError(f"no {listed(missing)}", remedy="It is not a file of this method.")
         for name, place in places.items():
             if tensors[name].shape != place.shape:
                 raise ShapeMismatchError(
@@ -99,8 +113,11 @@ class Encoder(nn.Module):
         return list(places)
 
 
-def complete(config: Any, model_config: Any) -> Any:
-    """Fill in what `config` leaves to the model; `model_config` is its config, an object or a mapping. Returns `config`."""
+def complete(config: PromptConfig, model_config: Any) -> PromptConfig:
+    """Fill in what `config` leaves to the model; `model_config` is its config, an object or a mapping. Returns `config`.
+
+    Raises ConfigError for what it does not tell.
+    """
     if not config.num_virtual_tokens or config.num_virtual_tokens < 1:
         raise ConfigError(
             f"num_virtual_tokens is {shown(config.num_virtual_tokens)}", remedy="Say how many tokens, 1 or more."
@@ -109,19 +126,23 @@ def complete(config: Any, model_config: Any) -> Any:
     table = table.get("text_config", table)
     for field, names in SIZES.items():
         if getattr(config, field) is None:
-            found = next((table[name] for name in names if name in table), None)
-            found = getattr(model_config, names[0], None) if found is None else found  # some have it as a property only
-            if found is None:
-                raise ConfigError(
-                    f"the model's config has no {' or '.join(names)}", remedy=f"Please specify `{field}`."
-                )
-            setattr(config, field, found)
+            setattr(config, field, _size(field, names, table, model_config))
     if config.peft_type == PeftType.PREFIX_TUNING and "num_key_value_heads" in table:
+        assert config.token_dim is not None and config.num_attention_heads is not None
         heads, width = _keys(table, config.token_dim // config.num_attention_heads)
         config.token_dim, config.num_attention_heads = heads * width, heads
     if getattr(config, "encoder_hidden_size", config) is None:
-        config.encoder_hidden_size = config.token_dim
+        config.encoder_hidden_size = config.token_dim  # type: ignore[attr-defined]
     return config
+
+
+def _size(field: str, names: Sequence[str], table: Mapping[str, Any], model_config: object) -> Any:
+    """A size of a model under one of its names; some models have it as a property only."""
+    size = next((table[name] for name in names if name in table), None)
+    size = getattr(model_config, names[0], None) if size is None else size
+    if size is None:
+        raise ConfigError(f"the model's config has no {' or '.join(names)}", remedy=f"Please specify `{field}`.")
+    return size
 
 
 def _keys(table: Mapping[str, Any], width: int) -> tuple[int, int]:
@@ -131,11 +152,11 @@ def _keys(table: Mapping[str, Any], width: int) -> tuple[int, int]:
     if table.get("global_head_dim") is not None:
         return table.get("num_global_key_value_heads") or heads, table["global_head_dim"]
     layers = (table.get("per_layer_config") or {}).values()
-    shapes = [(heads, width), *((own.get("num_key_value_heads", heads), own.get("head_dim", width)) for own in layers)]
+    shapes = [(heads, width), *((by.get("num_key_value_heads", heads), by.get("head_dim", width)) for by in layers)]
     return max(shapes, key=lambda shape: shape[1])
 
 
-def check_name(field: str, value: Any, known: Sequence[str]) -> None:
+def check_name(field: str, value: object, known: Sequence[str]) -> None:
     """Raise ConfigError unless `value` is one of the names."""
     if value not in known:
         raise ConfigError(

@@ -15,7 +15,7 @@ from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, 
 from diffpeft.layers.carried import record_of
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompts import PROMPTS, Prompts
-from diffpeft.llm.state import Incompatible, check_whole, tensors_in, whole_tensors, wholes_of
+from diffpeft.llm.state import Incompatible, check_module, tensors_in, whole_tensors, wholes_of
 from diffpeft.llm.tuner import known, named, trainable
 from diffpeft.model.attach import copy_wholes
 from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
@@ -147,7 +147,7 @@ class PromptTuner(Prompts):
                 wholes.setdefault(where, {})[own.removeprefix(f"{where}.")] = tensor
                 used.add(key)
         for where, found in wholes.items():
-            check_whole(where, modules[where], found)
+            check_module(where, modules[where], found)
         used |= set(self.load_state(name, self.peft_config[name], tensors))
         for where, found in wholes.items():
             record = record_of(modules[where])

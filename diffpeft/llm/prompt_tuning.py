@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError
-from diffpeft.llm.prompt import Encoder, PromptLearningConfig, check_name
+from diffpeft.llm.prompt import PromptLearningConfig, VirtualTokens, check_name
 from diffpeft.methods.peft_config import PeftType
 
 
@@ -61,20 +61,21 @@ class PromptTuningConfig(PromptLearningConfig):
         check_name("prompt_tuning_init", self.prompt_tuning_init, self.INITS)
 
 
-class PromptEmbedding(Encoder):
+class PromptEmbedding(VirtualTokens):
     """The vectors themselves: `embedding.weight` [tokens, dim], tokens counted once for each transformer."""
 
     def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module) -> None:
         super().__init__()
-        total = config.num_virtual_tokens * config.num_transformer_submodules  # type: ignore[operator]
-        self.embedding = nn.Embedding(total, config.token_dim)  # type: ignore[arg-type]
-        ids = None if config.inference_mode else _start(config, total, word_embeddings)
+        assert config.token_dim  # it has been completed from the model
+        self.embedding = nn.Embedding(config.vectors, config.token_dim)
+        ids = None if config.inference_mode else _start(config, config.vectors, word_embeddings)
         if ids is not None:
             with torch.no_grad():
                 words = word_embeddings(ids.to(next(word_embeddings.parameters()).device))
             self.embedding.weight = nn.Parameter(words.float().clone())
 
     def forward(self, indices: Tensor) -> Tensor:
+        """Indices [b, t] -> vectors [b, t, dim]."""
         return self.embedding(indices)
 
 

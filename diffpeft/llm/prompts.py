@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,23 @@ from torch import Tensor, nn
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptEmbedding
 from diffpeft.llm.p_tuning import PromptEncoder
-from diffpeft.llm.prefix_tuning import PrefixEncoder, cache, call
-from diffpeft.llm.prompt import Encoder, complete
+from diffpeft.llm.prefix_tuning import PrefixEncoder, PrefixTuningConfig, cache, call
+from diffpeft.llm.prompt import PromptConfig, PromptLearningConfig, VirtualTokens, complete
 from diffpeft.llm.prompt_tuning import PromptEmbedding
-from diffpeft.methods.peft_config import PeftType, TaskType
+from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
 
-PROMPTS: dict[PeftType, type[Encoder]] = {
+if TYPE_CHECKING:
+    from transformers import Cache, EncoderDecoderCache
+    from transformers.utils import ModelOutput
+
+PROMPTS: dict[PeftType, type[VirtualTokens]] = {
     PeftType.PROMPT_TUNING: PromptEmbedding,
     PeftType.P_TUNING: PromptEncoder,
     PeftType.PREFIX_TUNING: PrefixEncoder,
     PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptEmbedding,
 }
 
+Arguments = dict[str, Any]  # of a model's call, by name
 _START, _END = ("input_ids", "attention_mask"), ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 _LABELLED = (*_START, "inputs_embeds", "labels", *_END)
 POSITIONAL: dict[TaskType, tuple[str, ...]] = {  # the order of a call's arguments
@@ -81,13 +86,11 @@ class Prompts(nn.Module):
         self.prompt_tokens: dict[str, Tensor] = {}
         self.word_embeddings = base_model.get_input_embeddings()
 
-    def add(self, name: str, config: Any) -> Encoder:
+    def add(self, name: str, config: PromptLearningConfig) -> VirtualTokens:
         """Complete `config` from the model and make its encoder, on the model's device and in fp32. Anything wrong: nothing is added."""
         if name in self.prompt_encoder:
             raise ConfigError(f"Adapter with name '{name}' already exists.", remedy="Choose another name.")
-        made = PROMPTS.get(config.peft_type)
-        if made is None:
-            raise UnknownNameError.of("prompt method", config.peft_type, PROMPTS)
+        kind = _encoder_of(config)
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
         if config.peft_type == PeftType.PREFIX_TUNING and checkpointing:
             raise ConfigError(
@@ -96,14 +99,14 @@ class Prompts(nn.Module):
             )
         config.validate()
         self.completed(config)
-        encoder = made(config, self.word_embeddings).to(self.base_model.device)
+        encoder = kind(config, self.word_embeddings).to(self.base_model.device)
         if not self.prompt_encoder:  # before PeftModel makes the copies of modules_to_save, which are trained
             self.base_model.requires_grad_(False)
         self.prompt_encoder[name] = encoder
-        self.prompt_tokens[name] = torch.arange(config.num_virtual_tokens * config.num_transformer_submodules)
+        self.prompt_tokens[name] = torch.arange(config.vectors)
         return encoder
 
-    def completed(self, config: Any) -> Any:
+    def completed(self, config: PromptConfig) -> PromptConfig:
         """`config`, with what it leaves to the model and the task filled in."""
         complete(config, self.base_model.config)
         if config.num_transformer_submodules is None:
@@ -115,17 +118,17 @@ class Prompts(nn.Module):
         self.encoder(name)
         del self.prompt_encoder[name], self.prompt_tokens[name]
 
-    def encoder(self, name: str) -> Encoder:
-        """An adapter's encoder."""
+    def encoder(self, name: str) -> VirtualTokens:
+        """An adapter's encoder. Raises UnknownNameError."""
         if name not in self.prompt_encoder:
             raise UnknownNameError.of("adapter", name, self.prompt_encoder)
         return self.prompt_encoder[name]  # type: ignore[return-value]
 
-    def state(self, name: str, config: Any) -> dict[str, Tensor]:
+    def state(self, name: str, config: PromptLearningConfig) -> dict[str, Tensor]:
         """What a file of this adapter holds."""
         return self.encoder(name).state(config.inference_mode)
 
-    def load_state(self, name: str, config: Any, tensors: Mapping[str, Tensor]) -> list[str]:
+    def load_state(self, name: str, config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> list[str]:
         """Copy a file's tensors into an adapter; the names of those used."""
         encoder = self.encoder(name)
         if config.peft_type == PeftType.P_TUNING and not config.inference_mode:
@@ -136,123 +139,164 @@ class Prompts(nn.Module):
             )
         return encoder.load(tensors)
 
-    def prompt(self, active: str, config: Any, batch: int, task_ids: Tensor | None = None) -> Any:
-        """An adapter's vectors for a batch [batch, tokens, dim], or for a prefix a fresh cache of keys and values."""
-        vectors = self.encoder(active).prompt(batch, config.inference_mode, task_ids)
-        if config.peft_type != PeftType.PREFIX_TUNING:
-            return vectors
-        dtype = getattr(self.base_model, "dtype", None) or vectors.dtype
-        return cache(vectors.to(dtype), config, self.base_model)
+    def prompt(self, active: str, config: PromptLearningConfig, batch: int, task_ids: Tensor | None = None) -> Tensor:
+        """An adapter's vectors for a batch, [batch, tokens, dim]; of a prefix [batch, tokens, 2 layers dim]."""
+        return self.encoder(active).prompt(batch, config.inference_mode, task_ids)
 
-    def forward(self, active: str, config: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None):
+    def _prefix(self, active: str, config: PrefixTuningConfig, batch: int) -> Cache | EncoderDecoderCache:
+        """A fresh cache that holds an adapter's keys and values."""
+        vectors = self.prompt(active, config, batch)
+        return cache(vectors.to(getattr(self.base_model, "dtype", None) or vectors.dtype), config, self.base_model)
+
+    def forward(
+        self,
+        active: str,
+        config: PromptLearningConfig,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> ModelOutput | tuple[Tensor, ...]:
         """The model's output for its own arguments, with a prompt before what it reads."""
-        given = {**dict(zip(POSITIONAL[self.task_type], args, strict=False)), **(kwargs or {})}
-        task_ids, n = given.pop("task_ids", None), config.num_virtual_tokens
-        ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+        arguments: Arguments = {**dict(zip(POSITIONAL[self.task_type], args, strict=False)), **(kwargs or {})}
+        task_ids, n = arguments.pop("task_ids", None), config.length
+        ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
         if ids is None and embeds is None:
             raise ConfigError("You have to provide either input_ids or inputs_embeds", remedy="Give one of them.")
-        _drop(given, config, typed=self.task_type in TYPED)
-        prompt = self.prompt(active, config, len(embeds if ids is None else ids), task_ids)
+        _drop(arguments, config, typed=self.task_type in TYPED)
+        batch = len(embeds if ids is None else ids)
+        if isinstance(config, PrefixTuningConfig):
+            return self._prefixed(active, config, batch, {"input_ids": ids, "inputs_embeds": embeds} | arguments)
+        prompt = self.prompt(active, config, batch, task_ids)
+        _extend(arguments, "attention_mask", n, 1)
         if self.task_type == TaskType.SEQ_2_SEQ_LM:
-            return self._translate(config, prompt, ids, embeds, given)
-        _extend(given, "attention_mask", n, 1)
-        if config.peft_type == PeftType.PREFIX_TUNING:
-            given |= {"input_ids": ids, "inputs_embeds": embeds}
-            return call(self.base_model, self.task_type, config, prompt, given)
-        _extend(given, "token_type_ids", n, 0)
+            return self._translate(config, prompt, ids, embeds, arguments)
+        _extend(arguments, "token_type_ids", n, 0)
         if self.task_type in LABELLED:
-            _extend(given, "labels", n, -100)
-        return self.base_model(inputs_embeds=self._joined(prompt, ids, embeds), **given)
+            _extend(arguments, "labels", n, -100)
+        return self.base_model(inputs_embeds=self._joined(prompt, ids, embeds), **arguments)
+
+    def _prefixed(
+        self, active: str, config: PrefixTuningConfig, batch: int, arguments: Arguments
+    ) -> ModelOutput | tuple[Tensor, ...]:
+        """The output with a prefix, which goes before the layers of the decoder, or of the only transformer."""
+        past = self._prefix(active, config, batch)
+        if self.task_type == TaskType.SEQ_2_SEQ_LM:
+            _extend(arguments, "decoder_attention_mask", config.length, 1)
+            return self.base_model(past_key_values=past, **arguments)
+        _extend(arguments, "attention_mask", config.length, 1)
+        return call(self.base_model, self.task_type, config, past, arguments)
 
     def _joined(self, prompt: Tensor, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """[b, n, dim] and [b, t] or [b, t, dim] -> [b, n + t, dim]."""
         embeds = self.word_embeddings(ids) if embeds is None else embeds
         return torch.cat((prompt.to(embeds.dtype), embeds), dim=1)
 
-    def _translate(self, config: Any, prompt: Any, ids: Any, embeds: Any, given: dict[str, Any]) -> Any:
-        """The output of an encoder and a decoder: a prefix goes before the decoder's layers, a prompt before the encoder's
-        input, and that of several tasks before the decoder's too."""
-        n = config.num_virtual_tokens
-        if config.peft_type == PeftType.PREFIX_TUNING:
-            _extend(given, "decoder_attention_mask", n, 1)
-            return self.base_model(input_ids=ids, inputs_embeds=embeds, past_key_values=prompt, **given)
-        _extend(given, "attention_mask", n, 1)
-        given["inputs_embeds"] = self._joined(prompt[:, :n], ids, embeds)
+    def _translate(
+        self,
+        config: PromptLearningConfig,
+        prompt: Tensor,
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        arguments: Arguments,
+    ) -> ModelOutput | tuple[Tensor, ...]:
+        """The output of an encoder and a decoder: a prompt [b, tokens, dim] goes before the encoder's input, that of several tasks before the decoder's too."""
+        n = config.length
+        arguments["inputs_embeds"] = self._joined(prompt[:, :n], ids, embeds)
         if config.peft_type == PeftType.MULTITASK_PROMPT_TUNING and config.num_transformer_submodules == 2:
-            ids, embeds = given.pop("decoder_input_ids", None), given.get("decoder_inputs_embeds")
+            ids, embeds = arguments.pop("decoder_input_ids", None), arguments.get("decoder_inputs_embeds")
             if ids is None and embeds is None:
-                ids = _shifted(given.get("labels"), self.base_model.config)
-            given["decoder_inputs_embeds"] = self._joined(prompt[:, n:], ids, embeds)
-            _extend(given, "decoder_attention_mask", n, 1)
-            _extend(given, "labels", n, -100)
-        return self.base_model(**given)
+                ids = _shifted(arguments.get("labels"), self.base_model.config)
+            arguments["decoder_inputs_embeds"] = self._joined(prompt[:, n:], ids, embeds)
+            _extend(arguments, "decoder_attention_mask", n, 1)
+            _extend(arguments, "labels", n, -100)
+        return self.base_model(**arguments)
 
-    def generate(self, active: str, config: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None):
+    def generate(
+        self,
+        active: str,
+        config: PromptLearningConfig,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor | ModelOutput:
         """The model's `generate` with a prompt. It runs on a passing view of the model, so that the model itself is never changed
         and threads may generate with different adapters."""
-        given, model = dict(kwargs or {}), _view(self.base_model)
+        arguments: Arguments = dict(kwargs or {})
+        model = _view(self.base_model)
         if self.task_type == TaskType.CAUSAL_LM:
             model.prepare_inputs_for_generation = self._steps(active, config, model.prepare_inputs_for_generation)
-            return model.generate(*args, **given)
+            return model.generate(*args, **arguments)
         if self.task_type != TaskType.SEQ_2_SEQ_LM:
             raise AdapterStateError(f"{self.task_type} does not generate", remedy="Use CAUSAL_LM or SEQ_2_SEQ_LM.")
-        given |= dict(zip(("input_ids",), args, strict=False))
-        if given.get("input_ids") is None:
+        arguments |= dict(zip(("input_ids",), args, strict=False))
+        if arguments.get("input_ids") is None:
             raise ConfigError("input_ids must be provided for generation", remedy="Give input_ids=.")
-        _drop(given, config)
+        _drop(arguments, config)
         if config.peft_type == PeftType.PREFIX_TUNING:
             model.prepare_inputs_for_generation = self._steps(active, config, model.prepare_inputs_for_generation)
-            return model.generate(**given)
-        if given.pop("encoder_outputs", None) is not None:
+            return model.generate(**arguments)
+        if arguments.pop("encoder_outputs", None) is not None:
             warnings.warn("`encoder_outputs` are of a text without the prompt, and are ignored", stacklevel=2)
-        ids, n = given.pop("input_ids"), config.num_virtual_tokens
-        prompt = self.prompt(active, config, len(ids), given.pop("task_ids", None))
-        _extend(given, "attention_mask", n, 1)
-        return model.generate(inputs_embeds=self._joined(prompt[:, :n], ids, None), **given)
+        ids, n = arguments.pop("input_ids"), config.length
+        prompt = self.prompt(active, config, len(ids), arguments.pop("task_ids", None))
+        _extend(arguments, "attention_mask", n, 1)
+        return model.generate(inputs_embeds=self._joined(prompt[:, :n], ids, None), **arguments)
 
-    def _steps(self, active: str, config: Any, prepare: Any) -> Any:
+    def _steps(
+        self, active: str, config: PromptLearningConfig, prepare: Callable[..., Arguments]
+    ) -> Callable[..., Arguments]:
         """`prepare_inputs_for_generation` that puts the prompt before the first step, and before all where nothing is kept between steps."""
-        n, is_prefix = config.num_virtual_tokens, config.peft_type == PeftType.PREFIX_TUNING
-        decodes = self.task_type == TaskType.SEQ_2_SEQ_LM
+        n, decodes = config.length, self.task_type == TaskType.SEQ_2_SEQ_LM
 
         def prepared(
             input_ids: Tensor,
             next_sequence_length: int | None = None,
-            past_key_values: Any = None,
+            past_key_values: Cache | EncoderDecoderCache | None = None,
             attention_mask: Tensor | None = None,
             inputs_embeds: Tensor | None = None,
             is_first_iteration: bool | None = False,
             task_ids: Tensor | None = None,
             **kwargs: Any,
-        ) -> dict[str, Any]:
-            own = kwargs | {"attention_mask": attention_mask}
-            kept = kwargs.get("use_cache") is not False  # a model may hand a prefix on even so
-            fresh = not kept or past_key_values is None or not past_key_values.get_seq_length()
-            if fresh and is_prefix:
-                past_key_values = self.prompt(active, config, len(input_ids))
+        ) -> Arguments:
+            """The arguments of a step. `input_ids` [b, t] or `inputs_embeds` [b, t, dim], `attention_mask` [b, t]."""
+            batch, keeps = len(input_ids), kwargs.get("use_cache") is not False  # a model may hand a prefix on even so
+            fresh = not keeps or _is_empty(past_key_values)
+            if fresh and isinstance(config, PrefixTuningConfig):
+                past_key_values = self._prefix(active, config, batch)
             elif fresh:
                 embeds = inputs_embeds if is_first_iteration else None
-                inputs_embeds = self._joined(self.prompt(active, config, len(input_ids), task_ids), input_ids, embeds)
+                inputs_embeds = self._joined(self.prompt(active, config, batch, task_ids), input_ids, embeds)
                 is_first_iteration, next_sequence_length = True, None
                 past_key_values = _longer(past_key_values, n, self.base_model.config)
             elif is_first_iteration and next_sequence_length is not None:
                 next_sequence_length += n  # generation goes on from a cache, which holds the prompt too
+            arguments = kwargs | {"attention_mask": attention_mask}
             if not decodes:
-                own.pop("token_type_ids", None)
-                places = own.pop("position_ids", None)
-                if places is not None and is_prefix:
-                    own["position_ids"] = places + n
-            _extend(own, "decoder_attention_mask" if decodes else "attention_mask", n, 1)
-            return prepare(
-                input_ids,
-                next_sequence_length=next_sequence_length,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                is_first_iteration=is_first_iteration,
-                **own,
-            )
+                _move(arguments, config)
+            _extend(arguments, "decoder_attention_mask" if decodes else "attention_mask", n, 1)
+            arguments |= {"next_sequence_length": next_sequence_length, "past_key_values": past_key_values}
+            return prepare(input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **arguments)
 
         return prepared
+
+
+def _encoder_of(config: PeftConfig) -> type[VirtualTokens]:
+    """What makes the vectors of a config's method. Raises UnknownNameError for methods without any."""
+    kind = PROMPTS.get(config.peft_type)  # type: ignore[call-overload]
+    if kind is None:
+        raise UnknownNameError.of("prompt method", config.peft_type, PROMPTS)
+    return kind
+
+
+def _is_empty(past: Cache | EncoderDecoderCache | None) -> bool:
+    """Whether nothing is kept of earlier steps."""
+    return past is None or not past.get_seq_length()
+
+
+def _move(arguments: Arguments, config: PromptLearningConfig) -> None:
+    """Positions of a step move behind a prefix; a prompt has the model count them anew. Token types there are none."""
+    arguments.pop("token_type_ids", None)
+    places = arguments.pop("position_ids", None)
+    if places is not None and config.peft_type == PeftType.PREFIX_TUNING:
+        arguments["position_ids"] = places + config.length
 
 
 def _view(model: Any) -> Any:
@@ -262,7 +306,7 @@ def _view(model: Any) -> Any:
     return view
 
 
-def _longer(past: Any, n: int, config: Any) -> Any:
+def _longer(past: Cache | EncoderDecoderCache | None, n: int, config: Any) -> Cache | EncoderDecoderCache | None:
     """An empty cache with room for n more tokens: `generate` made one of a fixed size for the text alone."""
     from transformers import StaticCache
 
@@ -273,21 +317,21 @@ def _longer(past: Any, n: int, config: Any) -> Any:
     return StaticCache(config=config, max_cache_len=size, offloading=past.offloading)
 
 
-def _extend(given: dict[str, Any], name: str, n: int, value: int) -> None:
-    """Put n times `value` before each row of an argument [b, t], if it is given."""
-    if (t := given.get(name)) is not None:
-        given[name] = torch.cat((t.new_full((len(t), n), value), t), dim=1)
+def _extend(arguments: Arguments, name: str, n: int, value: int) -> None:
+    """Put n times `value` before each row of an argument [b, t], if it is there."""
+    if (t := arguments.get(name)) is not None:
+        arguments[name] = torch.cat((t.new_full((len(t), n), value), t), dim=1)
 
 
-def _drop(given: dict[str, Any], config: Any, typed: bool = False) -> None:
+def _drop(arguments: Arguments, config: PromptLearningConfig, typed: bool = False) -> None:
     """Positions move behind a prefix; before a prompt there is no place for those of the user, nor for token types in most tasks."""
-    if config.peft_type == PeftType.PREFIX_TUNING and given.get("position_ids") is not None:
-        given["position_ids"] = given["position_ids"] + config.num_virtual_tokens
-    elif given.pop("position_ids", None) is not None:
+    if config.peft_type == PeftType.PREFIX_TUNING and arguments.get("position_ids") is not None:
+        arguments["position_ids"] = arguments["position_ids"] + config.length
+    elif arguments.pop("position_ids", None) is not None:
         warnings.warn(
             "Position ids are not supported for parameter efficient tuning. Ignoring position ids.", stacklevel=3
         )
-    if not typed and given.pop("token_type_ids", None) is not None:
+    if not typed and arguments.pop("token_type_ids", None) is not None:
         warnings.warn(
             "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids", stacklevel=3
         )

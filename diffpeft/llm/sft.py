@@ -16,33 +16,34 @@ from torch.nn import functional as F
 
 from diffpeft.errors import CheckpointError
 from diffpeft.io import replacing
+from diffpeft.layers.backends import BACKENDS
 from diffpeft.llm import texts
 from diffpeft.llm.kbit import prepare_model_for_kbit_training
-from diffpeft.llm.peft_model import get_peft_model
-from diffpeft.llm.sft_check import GGUF, Rows, check
+from diffpeft.llm.peft_model import PeftModel, get_peft_model
+from diffpeft.llm.sft_check import GGUF, TrainAndHeldout, check
 from diffpeft.llm.sft_config import SftConfig
-from diffpeft.llm.texts import IGNORED, Example
+from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
 from diffpeft.model.target import targets_of
-from diffpeft.pipeline.open import default_device, default_dtype, dtype_of, not_loaded, whole_model
+from diffpeft.pipeline.open import complete_model, default_device, default_dtype, dtype_of, not_loaded
 from diffpeft.train import draw, report
 from diffpeft.train.config import target_names
-from diffpeft.train.loop import Schedule, fit
+from diffpeft.train.loop import LearningRate, fit
 from diffpeft.train.method import CONFIGS
-from diffpeft.train.outcome import check_rank, check_room, kept, refuse_unlearnt
+from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt, rescued
 from diffpeft.train.watch import Quiet, Watch
 
 ANSWER = 48  # tokens of an answer that is shown in the report
-Sequences = Sequence[Sequence[Example]]
+Sequences = Sequence[Sequence[TokenExample]]
 
 
 @dataclass
-class Run:
+class SftRun:
     """A finished run: the options as they were used, the PeftModel, the losses by step, held-out losses and answers before and after."""
 
     config: SftConfig
-    model: Any
-    tokenizer: Any
+    model: PeftModel
+    tokenizer: texts.Tokenizer
     losses: list[float]
     heldout_loss: dict[str, float]
     answers: list[dict[str, str]]
@@ -50,57 +51,65 @@ class Run:
     seconds: float
 
 
-def train(config: SftConfig, watch: Watch | None = None, checked: Rows | None = None) -> Run:
+def train(config: SftConfig, watch: Watch | None = None, checked: TrainAndHeldout | None = None) -> SftRun:
     """Train an adapter. Writes nothing; `save` does. `checked` are the rows, where `check` has been asked for them already.
 
     Raises ConfigError, DataError, CheckpointError, UnknownNameError, DivergedError or NothingLearntError.
     """
     watch, start = watch or Quiet(), time.perf_counter()
-    rows, held_rows = checked or check(config)
+    rows = checked or check(config)
     device = default_device()
     config = replace(
         config, dtype=config.dtype or default_dtype(device), alpha=config.rank if config.alpha is None else config.alpha
     )
     watch.phase("loading the model")
     tokenizer, model = open_model(config, device)
-    limits: dict[str, Any] = {"max_length": config.max_length, "loss": config.loss}
-    found = texts.examples(rows, tokenizer, where=config.data, **limits)
-    held = texts.examples(held_rows, tokenizer, where=config.heldout, **limits)
-    sequences = texts.packed(found, config.max_length) if config.packing else [[e] for e in found]
+    examples, heldout = (
+        texts.examples(part, tokenizer, where=where, max_length=config.max_length, loss=config.loss)
+        for part, where in zip(rows, (config.data, config.heldout), strict=True)
+    )
+    sequences = texts.packed(examples, config.max_length) if config.packing else [[e] for e in examples]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = adapt(config, model)
         loss = Loss(model, tokenizer.pad_token_id)
-        questions = [e for e in held or found if 0 < len(e.prompt) < len(e.ids)][: config.samples]
-        measure = Measure(loss, tokenizer, held, questions, config.batch_size, watch)
+        questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)][: config.samples]
+        measure = Measure(loss, tokenizer, heldout, questions, config.batch_size, watch)
         loss_before, before = measure()
-        watch.phase("training")
-        model.train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        check_room(config.output(), trained, 1)
-        losses = fit(
-            trained,
-            lambda step: loss.parts(drawn(config, sequences, step), config.batch_size),
-            Schedule(config.lr, config.steps, config.warmup, config.lr_scheduler),
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            on_step=lambda done, loss: watch.step(done, config.steps, loss),
-        )
-        refuse_unlearnt([model.get_base_model()], model.active_adapter)
+        losses = _fitted(config, loss, sequences, watch)
         loss_after, after = measure()
-    return Run(
+    return SftRun(
         config,
         model,
         tokenizer,
         losses,
-        {"before": loss_before, "after": loss_after} if held else {},
+        {"before": loss_before, "after": loss_after} if heldout else {},
         measure.rows(before, after),
         sum(texts.tokens(drawn(config, sequences, step)) for step in range(config.steps)),
         time.perf_counter() - start,
     )
 
 
-def open_model(config: SftConfig, device: str) -> tuple[Any, Any]:
+def _fitted(config: SftConfig, loss: Loss, sequences: Sequences, watch: Watch) -> list[float]:
+    """Train the adapter; the losses by step. Raises OSError without room for its file, DivergedError or NothingLearntError."""
+    watch.phase("training")
+    model = loss.model
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    check_room(config.output(), trained, 1)
+    losses = fit(
+        trained,
+        lambda step: loss.parts(drawn(config, sequences, step), config.batch_size),
+        LearningRate(config.lr, config.steps, config.warmup, config.lr_scheduler),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        on_step=lambda done, mean: watch.step(done, config.steps, mean),
+    )
+    refuse_unlearnt([model.get_base_model()], model.active_adapters[0])
+    return losses
+
+
+def open_model(config: SftConfig, device: str) -> tuple[texts.Tokenizer, Any]:
     """The tokenizer and the model. Raises CheckpointError if they cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,7 +119,7 @@ def open_model(config: SftConfig, device: str) -> tuple[Any, Any]:
     dtype = dtype_of(str(config.dtype))
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model = whole_model(
+        model = complete_model(
             AutoModelForCausalLM, where, "the model", dtype=dtype, **gguf, **_quantised(config, dtype, device)
         )
     except (MemoryError, NotImplementedError, CheckpointError):
@@ -121,23 +130,14 @@ def open_model(config: SftConfig, device: str) -> tuple[Any, Any]:
 
 
 def _quantised(config: SftConfig, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The keywords with which transformers loads a base in 4 or 8 bits; none for one that stays as it is."""
     if not config.quantize:
         return {}
-    from transformers import BitsAndBytesConfig
-
-    kinds: dict[str, dict[str, Any]] = {
-        "nf4": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-        },
-        "int8": {"load_in_8bit": True},
-    }
-    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantize]), "device_map": {"": device}}
+    loaded = {option: made for backend in BACKENDS for option, made in backend.loaded.items()}
+    return {"quantization_config": loaded[config.quantize](dtype), "device_map": {"": device}}
 
 
-def adapt(config: SftConfig, model: Any) -> Any:
+def adapt(config: SftConfig, model: Any) -> PeftModel:
     """The model with a fresh adapter on it, as a PeftModel; its base is frozen."""
     checkpointing = {"use_reentrant": False}
     if config.quantize:
@@ -162,12 +162,12 @@ class Loss:
     Logits are computed only where in some sequence the next token is learnt, if the model can do that (`logits_to_keep`): they need most memory.
     """
 
-    def __init__(self, model: Any, pad: int | None):
+    def __init__(self, model: PeftModel, pad: int | None):
         self.model, self.pad = model, pad or 0  # padding is never read, so any token will do
         self.can_keep = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
 
     def total(self, sequences: Sequences) -> Tensor:
-        """The sum over the tokens of a batch of sequences."""
+        """The sum over the tokens of a batch of sequences: a number []."""
         batch = {name: t.to(self.model.device) for name, t in texts.collated(sequences, self.pad).items()}
         following = batch.pop("labels")[:, 1:]
         keep = (following != IGNORED).any(0).nonzero().squeeze(1)
@@ -179,13 +179,13 @@ class Loss:
         )
 
     def parts(self, sequences: Sequences, size: int) -> Iterator[Tensor]:
-        """The mean over the tokens of all sequences, as a sum of parts with `size` sequences each: accumulating changes nothing."""
+        """The mean [] over the tokens of all sequences, as a sum of parts with `size` sequences each: accumulating changes nothing."""
         tokens = texts.tokens(sequences)
-        for first in range(0, len(sequences), size):
-            yield self.total(sequences[first : first + size]) / tokens
+        for start in range(0, len(sequences), size):
+            yield self.total(sequences[start : start + size]) / tokens
 
 
-def drawn(config: SftConfig, sequences: Sequences, step: int) -> list[Sequence[Example]]:
+def drawn(config: SftConfig, sequences: Sequences, step: int) -> list[Sequence[TokenExample]]:
     """The sequences of a step: passes through all of them, shuffled by the seed."""
     count = config.batch_size * config.accumulate
     return [sequences[i] for i in draw.order(len(sequences), step * count, count, config.seed, "rows")]
@@ -196,9 +196,9 @@ class Measure:
     """What is measured before and after: the loss of held-out examples, and answers to some questions."""
 
     loss: Loss
-    tokenizer: Any
-    held: Sequence[Example]
-    questions: Sequence[Example]
+    tokenizer: texts.Tokenizer
+    heldout: Sequence[TokenExample]
+    questions: Sequence[TokenExample]
     batch_size: int
     watch: Watch
 
@@ -208,12 +208,13 @@ class Measure:
         self.watch.phase("measuring")
         self.loss.model.eval()
         total = 0.0
-        for part in self.loss.parts([[e] for e in self.held], self.batch_size):
+        for part in self.loss.parts([[e] for e in self.heldout], self.batch_size):
             total += part.item()
             self.watch.tick()
         return total, [self._answer(e) for e in self.questions]
 
-    def _answer(self, example: Example) -> str:
+    def _answer(self, example: TokenExample) -> str:
+        """What the model says to an example's prompt."""
         prompt = torch.tensor([example.prompt], device=self.loss.model.device)
         got = self.loss.model.generate(
             input_ids=prompt,
@@ -236,16 +237,17 @@ class Measure:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def save(run: Run) -> list[Path]:
+def save(run: SftRun) -> list[Path]:
     """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths.
 
     If that cannot be written, the files go into a temporary folder, which the OSError names.
     """
     out = Path(run.config.out or "")
-    return kept(lambda folder: _written(run, folder), out, out.resolve().name)
+    return rescued(lambda folder: _written(run, folder), out, out.resolve().name)
 
 
-def _written(run: Run, out: Path) -> list[Path]:
+def _written(run: SftRun, out: Path) -> list[Path]:
+    """Write the adapter, the measurements and the report into a folder; the paths."""
     run.model.save_pretrained(out)
     files = [out / name for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json", "report.html")]
     table = {

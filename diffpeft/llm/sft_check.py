@@ -12,10 +12,10 @@ from diffpeft.pipeline.open import check_exists
 from diffpeft.train.method import CONFIGS
 
 GGUF = ".gguf"
-Rows = tuple[list[texts.Row], list[texts.Row]]
+TrainAndHeldout = tuple[list[texts.Row], list[texts.Row]]
 
 
-def check(config: SftConfig) -> Rows:
+def check(config: SftConfig) -> TrainAndHeldout:
     """All checks that need no model; the rows to train on and those to measure on."""
     config.validate()
     if config.method not in CONFIGS:

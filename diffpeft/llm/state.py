@@ -47,9 +47,10 @@ from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
 from diffpeft.llm.dtypes import Precision, put_into
+from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.layout import LAYOUTS
-from diffpeft.methods.peft_config import PeftConfig, PeftType
+from diffpeft.methods.peft_config import Config, PeftConfig, PeftType
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.banks import shared_by
 from diffpeft.model.lock import exclusive
@@ -57,32 +58,36 @@ from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan
 from diffpeft.model.state import entries_of, slots_in
 from diffpeft.model.target import adapted, layers_of, modules_of
-from diffpeft.pipeline.match import matched
+from diffpeft.pipeline.match import LayersByComponent, matched
 
-Write = tuple[nn.Module, str, Tensor, Any]  # an adapter's module, a name in it, numbers, the weight that it is for
+Write = tuple[
+    nn.Module, str, Tensor, Tensor | None
+]  # a module of an adapter, a name in it, numbers, the weight changed
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
 _INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of the weight
 
 
-def wholes_of(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+def wholes_of(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     """{name: module} of those that `modules_to_save` names by a whole name or its end. Those inside another are that one's."""
-    names = getattr(config, "modules_to_save", None)
+    names = config.modules_to_save
     if not names:
         return {}
-    found = {
+    named = {
         name: module
         for name, (module, _) in modules_of(model, lambda m: m is not model).items()
         if any(name == n or name.endswith(f".{n}") for n in names)
     }
-    outer = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
+    outer = {n: m for n, m in named.items() if not any(n.startswith(f"{other}.") for other in named)}
     ties = tying.ties_of(model, config, outer)
     return outer | {name: model.get_submodule(name) for name in (*ties.values(), *ties)}
 
 
-def saved(config: Any) -> Any:
+def saved(config: Config) -> Config:
     """The config of a file: inits that took a part of the weight have become a LoRA of twice the rank (PEFT's own conversion of them)."""
     config = copy.deepcopy(config)
-    if config.peft_type == PeftType.LORA and _INITS.fullmatch(str(getattr(config, "init_lora_weights", ""))):
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        return config
+    if _INITS.fullmatch(str(config.init_lora_weights)):
         growth = math.sqrt(2) if config.use_rslora else 2
         config.init_lora_weights, config.r, config.lora_alpha = True, 2 * config.r, growth * config.lora_alpha
         config.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
@@ -94,60 +99,79 @@ def saved(config: Any) -> Any:
 def spelt(
     model: nn.Module,
     name: str,
-    config: Any,
+    config: PeftConfig,
     *,
     prefix: str = "",
-    given: Mapping[str, Tensor] | None = None,
+    gathered: Mapping[str, Tensor] | None = None,
     embeddings: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """{PEFT's key: tensor} of one adapter. `given` {name in the model: tensor} replaces the model's own tensors (gathered from shards)."""
+    """{PEFT's key: tensor} of one adapter. `gathered` {name in the model: tensor} replaces the model's own tensors, which are shards."""
     slots, adapters = slots_in(model, name), {n for mix in mixes_of({"": model}).values() for n in mix.adapters}
     if name not in adapters:
         raise UnknownNameError.of("adapter", name, adapters)
-    found: dict[str, Tensor] = {}
-    fmt, fields = FORMATS["peft"], config.to_dict()
+    tensors: dict[str, Tensor] = {}
+    fields = config.to_dict()
     for layer, slot in slots.items():
-        own = _with(slot, {r: t for r in slot.tensors if (t := (given or {}).get(_inside(layer, name, r))) is not None})
-        for entry in entries_of(layer, own):
-            by = whole_scale(entry, fields)
-            for role, handle in fmt.stored(entry).items():
-                if role == "lokr_w1" and by not in (0, 1):
-                    found[f"{prefix}{layer}.{role}"] = handle.tensor.detach() / by
-                elif role == BIAS:
-                    bias: Any = model.get_submodule(layer).bias
-                    if bias is None:
-                        raise AdapterStateError(
-                            f"adapter {shown(name)} adds a bias on layer {shown(layer)}, which has none",
-                            remedy="PEFT has no place for that; use diffpeft.save_lora.",
-                        )
-                    # PEFT keeps an adapted layer one level below
-                    inner = f"{layer}.base_layer" if slot.parts else layer
-                    found[f"{prefix}{inner}.bias"] = bias.detach() + handle.tensor.to(bias.dtype)
-                elif role == tables.WHOLE:
-                    found[f"{prefix}{layer}.base_layer.weight"] = handle.tensor.detach()
-                else:
-                    found[f"{prefix}{layer}.{suffix(role, entry.method)}"] = handle.tensor.detach()
+        for entry in entries_of(layer, _with(slot, _gathered(layer, name, slot, gathered or {}))):
+            for key, tensor in _spelt(entry, fields, name, model.get_submodule(layer), bool(slot.parts)).items():
+                tensors[f"{prefix}{layer}{key}"] = tensor
     if getattr(config, "save_projection", True):
         keys = FORMATS["peft"].shared_keys if prefix else {}
-        found |= {keys.get(role, role): tensor for role, tensor in shared_by(slots).items()}
+        tensors |= {keys.get(role, role): tensor for role, tensor in shared_by(slots).items()}
     if isinstance(config, AdaLoraConfig):
-        found = adalora.pruned(found, config, name)
-    found |= whole_tensors(model, name, prefix, given)
+        tensors = adalora.pruned(tensors, config, name)
+    tensors |= whole_tensors(model, name, prefix, gathered)
     along = tables.saved_along(model, slots, config, embeddings)
-    return {f"{prefix}{key}": tensor for key, tensor in along.items()} | found
+    return {f"{prefix}{key}": tensor for key, tensor in along.items()} | tensors
+
+
+def _gathered(layer: str, name: str, slot: Slot, gathered: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{role: tensor} of those of a slot's tensors that were gathered from shards."""
+    names = {role: f"{layer}.{ADAPTERS}.{escaped(name)}.{role}" for role in slot.tensors}
+    return {role: gathered[key] for role, key in names.items() if key in gathered}
+
+
+def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module, adapted: bool) -> dict[str, Tensor]:
+    """{what follows the layer in PEFT's key: tensor} of one entry. `adapted`: whether PEFT has a layer of its own around the module."""
+    by = whole_scale(entry, fields)
+    tensors: dict[str, Tensor] = {}
+    for role, handle in FORMATS["peft"].stored(entry).items():
+        assert handle.tensor is not None  # of a model in memory
+        tensor = handle.tensor.detach()
+        if role == "lokr_w1":
+            tensors[f".{role}"] = tensor / by if by not in (0, 1) else tensor
+        elif role == BIAS:
+            # PEFT keeps an adapted layer one level below
+            tensors[".base_layer.bias" if adapted else ".bias"] = _full_bias(entry.layer, name, module, tensor)
+        elif role == tables.WHOLE:
+            tensors[".base_layer.weight"] = tensor
+        else:
+            tensors[f".{suffix(role, entry.method)}"] = tensor
+    return tensors
+
+
+def _full_bias(layer: str, name: str, module: nn.Module, change: Tensor) -> Tensor:
+    """A layer's bias [o] with an adapter's change of it. Raises AdapterStateError where the layer has none."""
+    bias: Any = module.bias
+    if bias is None:
+        raise AdapterStateError(
+            f"adapter {shown(name)} adds a bias on layer {shown(layer)}, which has none",
+            remedy="PEFT has no place for that; use diffpeft.save_lora.",
+        )
+    return bias.detach() + change.to(bias.dtype)
 
 
 def whole_tensors(
-    model: nn.Module, name: str, prefix: str, given: Mapping[str, Tensor] | None = None
+    model: nn.Module, name: str, prefix: str, gathered: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for where, _, record in adapted(model):
-        for own in record.modules(name, hidden=False):
+        for module in record.beside(name, hidden=False):
             at = f"{where}.{COPIES}.{escaped(name)}."
-            for key, tensor in {} if isinstance(own, Slot) else own.state_dict().items():
-                found[f"{prefix}{where}.{key}"] = (given or {}).get(at + key, tensor).detach()
-    return found
+            for key, tensor in module.state_dict().items():
+                tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
+    return tensors
 
 
 def tensors_in(folder: Opened) -> dict[str, Tensor]:
@@ -155,151 +179,183 @@ def tensors_in(folder: Opened) -> dict[str, Tensor]:
     return dict(zip(folder.tensors, io.load(folder.tensors.values()), strict=True))
 
 
-def _inside(layer: str, name: str, role: str) -> str:
-    """The name of an adapter's tensor in the model."""
-    return f"{layer}.{ADAPTERS}.{escaped(name)}.{role}"
-
-
-def _with(slot: Slot, given: Mapping[str, Tensor]) -> Slot:
-    """A slot with other tensors."""
-    if not given:
+def _with(slot: Slot, tensors: Mapping[str, Tensor]) -> Slot:
+    """A slot with other tensors, by role."""
+    if not tensors:
         return slot
     other = copy.copy(slot)
     other.__dict__["_parameters"] = {
-        role: nn.Parameter(given[role], requires_grad=False) if role in given else p
+        role: nn.Parameter(tensors[role], requires_grad=False) if role in tensors else p
         for role, p in slot._parameters.items()
     }
     return other
 
 
 @dataclass(frozen=True)
-class Found:
+class AdapterFile:
     """An adapter's file, told apart: what goes to slots, whole modules and embeddings. `missing` and `unexpected` are keys."""
 
     slots: Mapping[str, Slot] = field(default_factory=dict)
     wholes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in it: tensor}}
-    embeddings: tables.Tensors = field(default_factory=dict)  # {layer: {name in it: tensor}}
+    embeddings: tables.TensorsByLayer = field(default_factory=dict)  # {layer: {name in it: tensor}}
     patches: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in its patch: tensor}}
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
 
 
-def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen: Mapping[str, nn.Module]) -> Found:
+@dataclass
+class _Beside:
+    """What a file has beside the tensors of its methods, by what it is for; `unexpected` is for nothing here."""
+
+    wholes: dict[str, dict[str, Handle]] = field(default_factory=dict)
+    biases: dict[str, Handle] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, Handle]] = field(default_factory=dict)
+    unexpected: dict[str, Handle] = field(default_factory=dict)
+
+
+def read(
+    model: nn.Module,
+    source: Mapping[str, Tensor] | Opened,
+    config: PeftConfig,
+    *,
+    trainable: bool,
+    chosen: Mapping[str, nn.Module],
+) -> AdapterFile:
     """What a folder, or a dict of tensors with PEFT's keys, holds for the layers of a model. `chosen` are the layers that the config means.
 
     Raises CheckpointError and its kin.
     """
     layers = {"": layers_of(model)}
-    if isinstance(source, Mapping):
-        known = (PREFIX, *FORMATS["peft"].shared_keys.values())
-        source = {key if key.startswith(known) else PREFIX + key: tensor for key, tensor in source.items()}
     patches = patching.patches_of(model, config, chosen)
-    renamed = renames.known_names(model, source if isinstance(source, Mapping) else source.tensors)
-    if patches or renamed:
-        source = dict(source) if isinstance(source, Mapping) else tensors_in(source)
-        source = renames.fitted(model, source, renamed, patches)
-    own_patches, lost = patching.taken(patches, source, PREFIX)
+    source = _renamed(model, source, patches)
+    patch_tensors, absent = patching.taken(patches, source, PREFIX)
     bundle = _bundle(source, config, layers) if source else Bundle("peft", "", [])
-    carried = dict(bundle.carried)
     modules = wholes_of(model, config)
-    wholes: dict[str, dict[str, Handle]] = {}
-    biases: dict[str, Handle] = {}
-    embeddings: dict[str, dict[str, Handle]] = {}
-    embedded = tables.embedding_layers(model)
-    for key in list(carried):
-        own = key.removeprefix(PREFIX)
-        layer, _, last = own.replace(".base_layer.", ".").rpartition(".")
-        whole = next((name for name in modules if own.startswith(f"{name}.")), None)
-        if whole is not None:
-            wholes.setdefault(whole, {})[own.removeprefix(f"{whole}.")] = carried.pop(key)
-        elif last == "bias" and layer in layers[""] and getattr(config, "bias", "none") != "none":
-            biases[layer] = carried.pop(key)
-        elif at := tables.place(embedded, own):
-            embeddings.setdefault(at[0], {})[at[1]] = carried.pop(key)
-    entries = _with_biases(bundle, biases, layers[""], config)
+    beside = _divided(model, bundle.carried, modules, layers[""] if config.bias != "none" else {})
+    entries = _with_biases(bundle, beside.biases, layers[""])
     if trainable:
         entries = [replace(e, options={**e.options, **_dropouts(e.method, config)}) for e in entries]
-    bundle = replace(bundle, carried=carried, entries=entries)
-    slots: dict[str, dict[str, Slot]] = {"": {}}
-    if bundle.entries or not own_patches:
-        slots, _ = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)
-    read_ = _loaded(wholes)
-    for where, tensors in read_.items():
-        check_whole(f"{bundle.source}: {where}", modules[where], tensors)
-    tying.check_alike(tying.ties_of(model, config, modules), read_, bundle.source)
-    return Found(
-        slots[""],
-        read_,
-        tables.followed(model, _loaded(embeddings), modules, bundle.source),
-        own_patches,
-        tuple(f"{PREFIX}{layer}" for layer in (*(n for n in chosen if n not in slots[""]), *lost)),
-        tuple(carried),
+    bundle = replace(bundle, carried=beside.unexpected, entries=entries)
+    slots: Mapping[str, Slot] = {}
+    if bundle.entries or not patch_tensors:
+        slots = matched(bundle, {"": model}, layers, strict=True, trainable=trainable)[0][""]
+    wholes = _loaded(beside.wholes)
+    for where, tensors in wholes.items():
+        check_module(f"{bundle.source}: {where}", modules[where], tensors)
+    tying.check_alike(tying.ties_of(model, config, modules), wholes, bundle.source)
+    return AdapterFile(
+        slots,
+        wholes,
+        tables.followed(model, _loaded(beside.embeddings), modules, bundle.source),
+        patch_tensors,
+        tuple(f"{PREFIX}{layer}" for layer in (*(n for n in chosen if n not in slots), *absent)),
+        tuple(beside.unexpected),
     )
 
 
+def _renamed(
+    model: nn.Module, source: Mapping[str, Tensor] | Opened, patches: patching.Patched
+) -> dict[str, Tensor] | Opened:
+    """The source with the names that the model has now; opened files stay so where they have them, and need no patch."""
+    if not isinstance(source, Opened):
+        known = (PREFIX, *FORMATS["peft"].shared_keys.values())
+        source = {key if key.startswith(known) else PREFIX + key: tensor for key, tensor in source.items()}
+    names = renames.known_names(model, source.tensors if isinstance(source, Opened) else source)
+    if not patches and not names:
+        return source
+    return renames.fitted(model, tensors_in(source) if isinstance(source, Opened) else source, names, patches)
+
+
+def _divided(
+    model: nn.Module, carried: Mapping[str, Handle], modules: Mapping[str, nn.Module], biased: Mapping[str, object]
+) -> _Beside:
+    """What of a file is for `modules` that are trained whole, for the biases of the layers `biased`, and for embeddings."""
+    known, beside = tables.embedding_layers(model), _Beside()
+    for key, handle in carried.items():
+        name = key.removeprefix(PREFIX)
+        layer, _, last = name.replace(".base_layer.", ".").rpartition(".")
+        module = next((where for where in modules if name.startswith(f"{where}.")), None)
+        if module is not None:
+            beside.wholes.setdefault(module, {})[name.removeprefix(f"{module}.")] = handle
+        elif last == "bias" and layer in biased:
+            beside.biases[layer] = handle
+        elif at := tables.place(known, name):
+            beside.embeddings.setdefault(at[0], {})[at[1]] = handle
+        else:
+            beside.unexpected[key] = handle
+    return beside
+
+
 def _loaded(handles: Mapping[str, Mapping[str, Handle]]) -> dict[str, dict[str, Tensor]]:
-    return {where: dict(zip(own, io.load(own.values()), strict=True)) for where, own in handles.items()}
+    """The tensors of {module: {name: handle}}, each module's read together."""
+    return {where: dict(zip(by, io.load(by.values()), strict=True)) for where, by in handles.items()}
 
 
-def _dropouts(method: str, config: Any) -> dict[str, Any]:
+def _dropouts(method: str, config: PeftConfig) -> dict[str, Any]:
     """What an adapter must know to be trained on, and its file says in the config alone."""
     names = LAYOUTS[method].dropouts.items()
     options = {option: value for field_, option in names if (value := getattr(config, field_, None))}
     return {**options, "rank_dropout_scale": True} if method == "loha" and "rank_dropout" in options else options
 
 
-def _bundle(source: Any, config: Any, layers: Mapping[str, Any]) -> Bundle:
-    text = {CONFIG: config.to_json()}
+def _bundle(source: dict[str, Tensor] | Opened, config: PeftConfig, layers: LayersByComponent) -> Bundle:
+    """The Bundle of a source with PEFT's names. Raises UnknownKeysError if it holds no adapter."""
+    names = {component: list(by_layer) for component, by_layer in layers.items()}
     try:
-        return converters.read(source, format="peft", names={c: list(own) for c, own in layers.items()}, metadata=text)
+        return converters.read(source, format="peft", names=names, metadata={CONFIG: config.to_json()})
     except UnknownKeysError as error:
         raise UnknownKeysError(
             "this holds no adapter that PEFT could have written", where=error.where, remedy="Check the folder."
         ) from error
 
 
-def _with_biases(bundle: Bundle, biases: Mapping[str, Handle], layers: Mapping[str, Any], config: Any) -> list[Any]:
+def _with_biases(
+    bundle: Bundle, biases: Mapping[str, Handle], layers: Mapping[str, tuple[nn.Module, object]]
+) -> list[Entry]:
     """The entries, with the change of the bias where PEFT has the whole trained bias."""
-    if not biases:
-        return bundle.entries
     shifts = {}
     for layer, handle in biases.items():
         (bias,) = io.load([handle])
-        own = layers[layer][0].bias
-        if own is None or own.shape != bias.shape:
+        present: Any = layers[layer][0].bias
+        if present is None or present.shape != bias.shape:
             raise ShapeMismatchError(
                 f"layer {shown(layer)} has no bias of shape {tuple(bias.shape)}", where=bundle.source
             )
-        shifts[layer] = io.handle((bias.to(own.device).float() - own.detach().float()).cpu())
+        shifts[layer] = io.handle((bias.to(present.device).float() - present.detach().float()).cpu())
     entries = [
         replace(e, tensors={**e.tensors, BIAS: shifts.pop(e.layer)}) if e.layer in shifts else e for e in bundle.entries
     ]
     return entries + [Entry("full", layer, {BIAS: shift}) for layer, shift in shifts.items()]
 
 
-def check_whole(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> None:
+def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise unless these are all of a module's tensors, in its shapes and finite."""
-    mine = bare(module).state_dict()
-    if other := sorted(mine.keys() ^ own.keys()):
+    present = bare(module).state_dict()
+    if other := sorted(present.keys() ^ tensors.keys()):
         raise ShapeMismatchError(f"the module's tensors are others: {listed(other[:5])}", where=where)
-    wrong = [key for key in mine if mine[key].shape != own[key].shape]
+    wrong = [key for key in present if present[key].shape != tensors[key].shape]
     if wrong:
-        shapes = [f"{shown(k)} is {tuple(mine[k].shape)} in the model, not {tuple(own[k].shape)}" for k in wrong[:5]]
-        rows = len(own[wrong[0]]) if mine[wrong[0]].shape[1:] == own[wrong[0]].shape[1:] else 0
-        resized = f"If the vocabulary was resized, call model.resize_token_embeddings({rows}) first."
-        is_table = rows and isinstance(module, (nn.Embedding, nn.Linear))
+        shapes = [
+            f"{shown(k)} is {tuple(present[k].shape)} in the model, not {tuple(tensors[k].shape)}" for k in wrong[:5]
+        ]
+        old, new = present[wrong[0]], tensors[wrong[0]]
+        resized = isinstance(module, (nn.Embedding, nn.Linear)) and old.shape[1:] == new.shape[1:] and len(new)
         raise ShapeMismatchError(
-            "; ".join(shapes), where=where, remedy=resized if is_table else "It is for another model."
+            "; ".join(shapes),
+            where=where,
+            remedy=f"If the vocabulary was resized, call model.resize_token_embeddings({len(new)}) first."
+            if resized
+            else "It is for another model.",
         )
-    if not all(map(io.finite, own.values())):
+    if not all(map(io.finite, tensors.values())):
         raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
 
 
 def put(
     model: nn.Module,
     name: str,
-    config: Any,
-    found: Found,
+    config: PeftConfig,
+    file: AdapterFile,
     *,
     trainable: bool,
     strength: float | None,
@@ -310,76 +366,86 @@ def put(
     mixes = mixes_of({"": model})
     refuse_duplicate(name, mixes.values())
     layers = layers_of(model)
-    modules, patches = wholes_of(model, config), patching.patches_of(model, config, found.slots)
-    precision.settle({n: m for n, (m, _) in layers.items()}, found.slots)
+    modules, patches = wholes_of(model, config), patching.patches_of(model, config, file.slots)
+    precision.settle({n: m for n, (m, _) in layers.items()}, file.slots)
     precision.settle_patches(patches)
     for where, (_, patch) in patches.items():
-        patch.load_state_dict(dict(found.patches.get(where, patch.state_dict())))
+        patch.load_state_dict(dict(file.patches.get(where, patch.state_dict())))
         patch.requires_grad_(trainable)
-    slots = {**found.slots, **tying.twins(model, config, found.slots, trainable)}
-    under, copied_ = tables.divided(model, found.embeddings, slots)
+    slots = {**file.slots, **tying.twins(model, config, file.slots, trainable)}
+    under, copied_tables = tables.divided(model, file.embeddings, slots)
     slots |= under
     plan = Plan()
-    everywhere = (*modules, *patches, *copied_)
+    everywhere = (*modules, *patches, *copied_tables)
     adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
     mix = install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
     for where, fresh in copy_wholes(plan, mix, name, modules, ties=tying.ties_of(model, config, modules)).items():
-        fresh.requires_grad_(trainable).load_state_dict(dict(found.wholes.get(where, fresh.state_dict())))
-    tables.fill(copy_wholes(plan, mix, name, copied_, still=True), found.embeddings)
+        fresh.requires_grad_(trainable).load_state_dict(dict(file.wholes.get(where, fresh.state_dict())))
+    tables.fill(copy_wholes(plan, mix, name, copied_tables, still=True), file.embeddings)
     put_patches(plan, mix, name, patches)
     plan.root(model, mix)
     plan.commit()
 
 
-def targeting(config: Any, tensors: Mapping[str, Any]) -> Any:
+def targeting(config: PeftConfig, tensors: Mapping[str, Tensor]) -> PeftConfig:
     """A copy of a config that means the layers of which there are tensors."""
-    if getattr(config, "target_parameters", None):
+    if config.target_parameters:
         raise ConfigError(
             f"target_parameters is {shown(config.target_parameters)}", remedy="Inject the adapter without state_dict=."
         )
-    roles = {key: found for key in tensors if (found := dotted_role(key.removeprefix(PREFIX)))}
+    roles = {key: place for key in tensors if (place := dotted_role(key.removeprefix(PREFIX)))}
     config = copy.deepcopy(config)
     config.target_modules = sorted({layer for layer, _ in roles.values()})
-    if config.peft_type == PeftType.IA3 and config.feedforward_modules is None:
+    if isinstance(config, IA3Config) and config.feedforward_modules is None:
         rows = (layer for key, (layer, _) in roles.items() if len(tensors[key]) == 1 < tensors[key].shape[-1])
         config.feedforward_modules = sorted(rows)  # a row scales inputs, a column outputs
     return config
 
 
-def overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
+def overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Incompatible:
     """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
     with exclusive({"": model}):
         return _overwrite(model, name, config, tensors)
 
 
-def _overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor]) -> Incompatible:
+def _overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Incompatible:
     if isinstance(config, AdaLoraConfig):
         adalora.resize(model, name, config)
     slots = slots_in(model, name)
-    found = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
-    lost = [layer for layer in found.slots if layer not in slots]
+    file = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
+    extra = [layer for layer in file.slots if layer not in slots]
     writes: list[Write] = []
-    for layer, slot in found.slots.items():
-        for role, new in slot.tensors.items() if layer not in lost else ():
-            old = slots[layer].tensors.get(role)
-            if old is None or old.shape != new.shape:
-                raise ShapeMismatchError(
-                    f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if old is None else tuple(old.shape)}",
-                    remedy="Load it under another name.",
-                )
-            writes.append((slots[layer], role, new, model.get_submodule(layer).weight))
-    writes += _into_bank(slots, found.slots)
-    for where, own in {**found.wholes, **found.patches}.items():
+    for layer, new in file.slots.items():
+        if layer in slots:
+            writes += _slot_writes(layer, slots[layer], new, model.get_submodule(layer))
+    writes += _into_bank(slots, file.slots)
+    for where, by_name in {**file.wholes, **file.patches}.items():
         module = model.get_submodule(where)
-        held = _beside(module, name)
+        copy_or_patch = _beside(module, name)
+        assert copy_or_patch is not None
         like = next(iter(module._parameters.values()), None)
-        writes += [(held, key, tensor, like) for key, tensor in own.items()]
+        writes += [(copy_or_patch, key, tensor, like) for key, tensor in by_name.items()]
     plan = Plan()
-    writes += _plan_embeddings(plan, model, name, found.embeddings, slots)
+    writes += _plan_embeddings(plan, model, name, file.embeddings, slots)
     plan.commit()
-    for adapter, key, new, weight in writes:
-        put_into(adapter, key, new, weight)
-    return Incompatible(list(found.missing), [*found.unexpected, *lost], [])
+    for adapter, key, tensor, weight in writes:
+        put_into(adapter, key, tensor, weight)
+    return Incompatible(list(file.missing), [*file.unexpected, *extra], [])
+
+
+def _slot_writes(layer: str, old: Slot, new: Slot, module: nn.Module) -> list[Write]:
+    """The writes of one slot's tensors into another. Raises ShapeMismatchError if one has no place."""
+    writes: list[Write] = []
+    weight: Any = module.weight
+    for role, tensor in new.tensors.items():
+        place = old.tensors.get(role)
+        if place is None or place.shape != tensor.shape:
+            raise ShapeMismatchError(
+                f"layer {shown(layer)}: {role} is {tuple(tensor.shape)}, the adapter's is {None if place is None else tuple(place.shape)}",
+                remedy="Load it under another name.",
+            )
+        writes.append((old, role, tensor, weight))
+    return writes
 
 
 def _into_bank(slots: Mapping[str, Slot], others: Mapping[str, Slot]) -> list[Write]:
@@ -396,40 +462,40 @@ def _into_bank(slots: Mapping[str, Slot], others: Mapping[str, Slot]) -> list[Wr
 
 
 def _plan_embeddings(
-    plan: Plan, model: nn.Module, name: str, found: tables.Tensors, slots: Mapping[str, Slot]
+    plan: Plan, model: nn.Module, name: str, file: tables.TensorsByLayer, slots: Mapping[str, Slot]
 ) -> list[Write]:
-    """Plan to give an adapter embeddings that it has none of its own of; the writes into those that it has."""
+    """Plan to give an adapter embeddings that it has none of; the writes into those that it has."""
     writes: list[Write] = []
     fresh: dict[str, Mapping[str, Tensor]] = {}
-    for where, own in found.items():
-        held = _beside(model.get_submodule(where), name)
-        if held is not None:
-            writes += [(held, key, tensor, tensor) for key, tensor in own.items()]
+    for where, tensors in file.items():
+        trained = _beside(model.get_submodule(where), name)
+        if trained is not None:
+            writes += [(trained, key, tensor, tensor) for key, tensor in tensors.items()]
         elif where in slots and tables.WHOLE in slots[where].tensors:
-            writes.append((slots[where], tables.WHOLE, own["weight"], own["weight"]))
+            writes.append((slots[where], tables.WHOLE, tensors["weight"], tensors["weight"]))
         else:
-            fresh[where] = own
-    under, copied_ = tables.divided(model, fresh, slots)
-    if not under and not copied_:
+            fresh[where] = tensors
+    under, copied_tables = tables.divided(model, fresh, slots)
+    if not under and not copied_tables:
         return writes
     (mix,) = mixes_of({"": model}).values()
     old = mix.adapters[name]
     places = {layer: model.get_submodule(layer) for layer in under}
-    everywhere = tuple(dict.fromkeys((*old.modules, *copied_)))
+    everywhere = tuple(dict.fromkeys((*old.modules, *copied_tables)))
     layers = tuple(dict.fromkeys((*old.layers, *under)))
     adapter = replace(old, layers=layers, modules=everywhere)
     install(plan, "", places, under, mix, adapter, None)
-    tables.fill(copy_wholes(plan, mix, name, copied_, still=True), fresh)
+    tables.fill(copy_wholes(plan, mix, name, copied_tables, still=True), fresh)
     return writes
 
 
-def _beside(module: nn.Module, name: str) -> Any:
+def _beside(module: nn.Module, name: str) -> nn.Module | None:
     """The copy or the patch that an adapter has of a module, None if there is none."""
     record = record_of(module)
-    return next((own for own in record.modules(name) if not isinstance(own, Slot)), None) if record else None
+    return next(iter(record.beside(name)), None) if record else None
 
 
-def config_of(model: nn.Module, name: str) -> Any:
+def config_of(model: nn.Module, name: str) -> PeftConfig:
     """The config that an adapter on a module was made from. Raises UnknownNameError."""
     adapters = {n: a for mix in mixes_of({"": model}).values() for n, a in mix.adapters.items()}
     if name not in adapters:
@@ -443,14 +509,14 @@ def config_of(model: nn.Module, name: str) -> Any:
     return PeftConfig.from_peft_type(**json.loads(text))
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], config: Any) -> None:
+def write(folder: Path, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
     """`adapter_model.safetensors` and `adapter_config.json`, in a folder that is committed as a whole."""
     # shared tensors (a tied head) are written twice
     io.save(folder / WEIGHTS, {key: io.handle(t.contiguous()) for key, t in sorted(tensors.items())}, {"format": "pt"})
     write_config(folder / FILE, config.to_json())
 
 
-def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[Any, Opened]:
+def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[PeftConfig, Opened]:
     """An adapter's config and its tensors, both of one save: in a folder, or in a repository on the Hub. Raises CheckpointError."""
     folder = located(model_id, **options)
     if CONFIG not in folder.metadata:
@@ -473,6 +539,7 @@ def located(model_id: str | os.PathLike[str], **options: Any) -> Opened:
 
 
 def _located(model_id: str | os.PathLike[str], **options: Any) -> Path:
+    """The folder of an adapter, downloaded if it is on the Hub. Raises CheckpointError."""
     path = Path(model_id, options.get("subfolder") or "")
     if io.present(path / WEIGHTS):
         return path

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from diffpeft.errors import ConfigError
+from diffpeft.layers.backends import backend_of, numbers
 from diffpeft.layers.carried import Record
-from diffpeft.layers.site import site_of
+from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.target import adapted
 
+Value = TypeVar("Value")
 IRREGULAR = "irregular"
 
 
@@ -50,8 +52,17 @@ class TunerModelStatus:
     quantization_backend: str | None
 
 
-class Counted:
+class Counted(nn.Module):
     """The reports of a PeftModel."""
+
+    @property
+    def peft_config(self) -> Mapping[str, PeftConfig]:
+        """{adapter: its config}."""
+        raise NotImplementedError
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model."""
+        raise NotImplementedError
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all). Of a 4-bit weight its numbers are counted, not its bytes; of a ZeRO-3 shard the whole."""
@@ -73,70 +84,64 @@ class Counted:
         return get_model_status(self)
 
 
-def counts(model: Any) -> tuple[int, int]:
+def counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a module."""
     trainable = total = 0
     for p in model.parameters():
-        n = p.numel() or getattr(p, "ds_numel", 0)
-        if type(p).__name__ == "Params4bit":
-            n *= 2 * p.element_size()
+        n = numbers(p) or getattr(p, "ds_numel", 0)
         total += n
         trainable += n if p.requires_grad else 0
     return trainable, total
 
 
-def get_layer_status(model: Any) -> list[TunerLayerStatus]:
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The state of each adapted layer of a model, wrapped or not. Raises ConfigError if there is none."""
     tuner = getattr(model, "base_model", None) if isinstance(model, Counted) else None
-    root: nn.Module = model if tuner is None else tuner
-    off = getattr(tuner, "_off", None)
-    found = adapted(root)
-    if not found:
+    carrying = adapted(model if tuner is None else tuner)
+    if not carrying:
         raise ConfigError(
             "No adapter layers found in the model", remedy="Use get_peft_model or inject_adapter_in_model."
         )
-    return [_status(name, module, record, off) for name, module, record in found]
+    off = getattr(tuner, "_off", None)
+    return [_status(name, module, record, off) for name, module, record in carrying]
 
 
-def _status(name: str, module: Any, record: Record, off: Any) -> TunerLayerStatus:
-    held = {n: [p for own in record.modules(n) for p in own.parameters()] for n in record.names}
-    mix, site = record.mix, site_of(type(module)) if record.slots else None
-    order = off if off is not None else mix.choice.order
+def _status(name: str, module: nn.Module, record: Record, off: Iterable[str] | None) -> TunerLayerStatus:
+    """The state of one module. `off`: the adapters that were active before all were switched off."""
+    parameters = {n: [p for m in record.modules(n) for p in m.parameters()] for n in record.names}
+    mix, backend = record.mix, backend_of(module) if record.slots else None
     # a module that is trained whole is not merged before the others are for good
-    inside = record.fused | record.copies.keys()
+    merged = record.fused | record.copies.keys()
     return TunerLayerStatus(
         name=name,
         module_type=type(module).__name__,
         enabled=off is None,
-        active_adapters=[n for n in order if n in held],
-        merged_adapters=[n for n in mix.fused if n in inside],
-        requires_grad={n: _common(p.requires_grad for p in own) for n, own in held.items()},
-        available_adapters=sorted(held),
-        devices={n: sorted({p.device.type for p in own}) for n, own in held.items()},
-        quantization_backend=_backend(module) if site is not None and site.quantised else None,
+        active_adapters=[n for n in (mix.choice.order if off is None else off) if n in parameters],
+        merged_adapters=[n for n in mix.fused if n in merged],
+        requires_grad={n: _common(p.requires_grad for p in of_adapter) for n, of_adapter in parameters.items()},
+        available_adapters=sorted(parameters),
+        devices={n: _devices(of_adapter) for n, of_adapter in parameters.items()},
+        quantization_backend=None if backend is None else backend.name,
     )
 
 
-def _backend(module: Any) -> str:
-    return "bnb 4bit" if type(module.weight).__name__ == "Params4bit" else "bnb 8bit"
+def _devices(parameters: Iterable[nn.Parameter]) -> list[str]:
+    """The kinds of devices that parameters are on."""
+    return sorted({p.device.type for p in parameters})
 
 
-def _common(values: Iterable[Any]) -> Any:
-    """The value that all have, or `irregular`."""
+def _common(values: Iterable[Value]) -> Any:
+    """The value that all have, or `irregular`; False if there is none."""
     different = {repr(v): v for v in values}
     return next(iter(different.values())) if len(different) == 1 else IRREGULAR if different else False
 
 
-def get_model_status(model: Any) -> TunerModelStatus:
+def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The state of all adapted layers of a model together. Raises ConfigError if there is none."""
     layers = get_layer_status(model)
-    wrapped = isinstance(model, Counted)
-    base: Any = model.get_base_model() if wrapped else model
-    configs = model.peft_config if wrapped else {}
+    base, configs = (model.get_base_model(), model.peft_config) if isinstance(model, Counted) else (model, {})
     trainable, total = counts(model)
     names = sorted({n for status in layers for n in status.available_adapters})
-    active = {tuple(n for n in names if n in s.active_adapters) for s in layers if s.available_adapters == names}
-    partly = any(({*s.available_adapters} - {*s.merged_adapters}) & _merged(layers) for s in layers)
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=_tuner_name(configs),
@@ -145,8 +150,8 @@ def get_model_status(model: Any) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_common(s.enabled for s in layers),
-        active_adapters=_common(s.active_adapters for s in layers) if len(active) != 1 else list(active.pop()),
-        merged_adapters=IRREGULAR if partly and _merged(layers) else sorted(_merged(layers)),
+        active_adapters=_active(layers, names),
+        merged_adapters=_merged(layers),
         requires_grad={n: _common(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},
         available_adapters=names,
         devices={n: sorted({d for s in layers for d in s.devices.get(n, ())}) for n in names},
@@ -154,10 +159,20 @@ def get_model_status(model: Any) -> TunerModelStatus:
     )
 
 
-def _merged(layers: Iterable[TunerLayerStatus]) -> set[str]:
-    return {name for status in layers for name in status.merged_adapters}
+def _active(layers: Iterable[TunerLayerStatus], names: Sequence[str]) -> list[str] | str:
+    """The active adapters, as layers that have all `names` agree on them; else what all layers have in common."""
+    layers = list(layers)
+    active = {tuple(n for n in names if n in s.active_adapters) for s in layers if s.available_adapters == names}
+    return list(active.pop()) if len(active) == 1 else _common(s.active_adapters for s in layers)
 
 
-def _tuner_name(configs: Any) -> str:
+def _merged(layers: Sequence[TunerLayerStatus]) -> list[str] | str:
+    """The adapters that are in the weights: of every layer that has them, or `irregular`."""
+    merged = {name for status in layers for name in status.merged_adapters}
+    partly = any(({*s.available_adapters} - {*s.merged_adapters}) & merged for s in layers)
+    return IRREGULAR if partly else sorted(merged)
+
+
+def _tuner_name(configs: Mapping[str, object]) -> str:
     """PEFT's name for the class of the tuner, for example LoraModel."""
     return next((f"{type(c).__name__.removesuffix('Config')}Model" for c in configs.values()), "None")

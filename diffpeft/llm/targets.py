@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,11 @@ from torch import nn
 from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import refusal, site_of
+from diffpeft.layers.hooks import refusal
+from diffpeft.layers.sites import site_of
 from diffpeft.llm import renames
-from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
+from diffpeft.methods import IA3Config
+from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
 from diffpeft.model.target import modules_of
 
 ALL_LINEAR = "all-linear"
@@ -79,53 +81,50 @@ q_proj k_proj v_proj o_proj: nemotron_h
 _DEFAULTS: Mapping[str, dict[str, list[str]]] = {PeftType.IA3: _IA3, PeftType.ADALORA: _ADALORA}
 
 
-def resolved(model: nn.Module, config: PeftConfig) -> Any:
+def resolved(model: nn.Module, config: Config) -> Config:
     """A copy of a config in which defaults and `all-linear` have become names."""
     config = copy.deepcopy(config)
-    own: Any = config
-    linear = _linear(model, config) if _is_all_linear(own) else []
-    renames.stacked(model, own, linear, lambda name: matches(own, name) and not excludes(own, name))
-    if _is_all_linear(own):
-        own.target_modules = linear
-    elif own.target_modules is None and not getattr(own, "target_parameters", None):
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        names = _DEFAULTS.get(str(own.peft_type), _LORA).get(str(kind))
-        if names is None:
-            raise ConfigError(
-                "Please specify `target_modules` or `target_parameters` in `peft_config`",
-                remedy=f'There is no default for {shown(kind)}. For example target_modules="all-linear".',
-            )
-        own.target_modules = [name.removeprefix("*") for name in names]
-        if own.peft_type == PeftType.IA3 and own.feedforward_modules is None:
-            own.feedforward_modules = [name[1:] for name in names if name.startswith("*")]
+    linear = _linear(model, config) if _is_all_linear(config) else []
+    renames.stacked(model, config, linear, lambda name: matches(config, name) and not excludes(config, name))
+    if _is_all_linear(config):
+        config.target_modules = linear
+    elif config.target_modules is None and not config.target_parameters:
+        _set_default(model, config)
     return config
 
 
-def _is_all_linear(config: Any) -> bool:
+def _set_default(model: nn.Module, config: PeftConfig) -> None:
+    """Set the target modules to PEFT's default for the type of model. Raises ConfigError where there is none."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    names = _DEFAULTS.get(str(config.peft_type), _LORA).get(str(kind))
+    if names is None:
+        raise ConfigError(
+            "Please specify `target_modules` or `target_parameters` in `peft_config`",
+            remedy=f'There is no default for {shown(kind)}. For example target_modules="all-linear".',
+        )
+    config.target_modules = [name.removeprefix("*") for name in names]
+    if isinstance(config, IA3Config) and config.feedforward_modules is None:
+        config.feedforward_modules = [name[1:] for name in names if name.startswith("*")]
+
+
+def _is_all_linear(config: PeftConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
-def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     """{name: layer} that a resolved config chooses, in the order of the model.
 
     Raises UnknownNameError if no name fits, ConfigError or AdapterStateError for a module that cannot carry the method.
     """
     _check_patterns(config)
-    fitting: dict[str, tuple[nn.Module, nn.Module | None]] = {}
-    excluded: list[str] = []
-    names: list[str] = []
     modules = _modules(model)
-    for name, (module, parent) in modules.items():
-        names.append(name)
-        if matches(config, name):
-            if excludes(config, name):
-                excluded.append(name)
-            else:
-                fitting[name] = module, parent
+    targeted = [name for name in modules if matches(config, name)]
+    excluded = {name: None for name in targeted if excludes(config, name)}
+    fitting = {name: modules[name] for name in targeted if name not in excluded}
     if not fitting:
-        _raise_none(config, names, excluded)
-    _warn_unmatched(config, names, excluded)
-    _warn_tied(modules, fitting)
+        _raise_none(config, list(modules), list(excluded))
+    _warn_unmatched(config, list(modules), list(excluded))
+    _warn_tied({name: module for name, (module, _) in modules.items()}, fitting)
     for name, (module, parent) in fitting.items():
         site = site_of(base_class(module))
         if site is None or not site.targets:
@@ -138,10 +137,10 @@ def chosen(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     return {name: module for name, (module, _) in fitting.items()}
 
 
-def _check_patterns(config: Any) -> None:
+def _check_patterns(config: PeftConfig) -> None:
     """Raise ConfigError for names that become parts of an expression, and are none themselves."""
     for field in ("layers_pattern", "modules_to_save"):
-        value = getattr(config, field, None) or ()
+        value = getattr(config, field) or ()
         for pattern in (value,) if isinstance(value, str) else value:
             try:
                 patterns.check(pattern)
@@ -149,7 +148,7 @@ def _check_patterns(config: Any) -> None:
                 raise ConfigError(f"{field} has {shown(pattern)}", remedy=f"{error.what}.") from error
 
 
-def matches(config: Any, name: str) -> bool:
+def matches(config: PeftConfig, name: str) -> bool:
     """Whether `target_modules` and `layers_to_transform` choose a module; a whole name in a list passes over the numbers."""
     targets = config.target_modules
     if not targets:
@@ -161,24 +160,24 @@ def matches(config: Any, name: str) -> bool:
     return any(name.endswith(f".{t}") for t in targets) and _in_layers(config, name)
 
 
-def excludes(config: Any, name: str) -> bool:
+def excludes(config: PeftConfig, name: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keep a module from being adapted."""
     out = config.exclude_modules or ()
     if patterns.fullmatch(out, name) if isinstance(out, str) else any(name == e or name.endswith(f".{e}") for e in out):
         return True
-    return any(patterns.match(rf"(^|.*\.){m}($|\..*)", name) for m in getattr(config, "modules_to_save", None) or ())
+    return any(patterns.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
 
 
-def _in_layers(config: Any, name: str) -> bool:
+def _in_layers(config: PeftConfig, name: str) -> bool:
     """Whether the first number in a name is among `layers_to_transform`. A name before the list of blocks is needed."""
-    wanted = getattr(config, "layers_to_transform", None)
+    wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return True
-    blocks = getattr(config, "layers_pattern", None) or ()
-    blocks = (blocks,) if isinstance(blocks, str) else blocks
+    pattern = config.layers_pattern or ()
+    blocks = (pattern,) if isinstance(pattern, str) else pattern
     numbered = [rf"(?:^|.*?\.){block}\.(\d+)\." for block in blocks] or [r".*?\.[^.]*\.(\d+)\."]
-    found = next((m for p in numbered if (m := patterns.match(p, name))), None)
-    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    match = next((m for p in numbered if (m := patterns.match(p, name))), None)
+    return match is not None and int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
@@ -188,12 +187,7 @@ def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
 
 def _linear(model: nn.Module, config: PeftConfig) -> list[str]:
     """Every linear layer but the head, as the shortest names that mean these and no others."""
-    own: Any = model
-    head = None
-    if hasattr(model, "get_output_embeddings"):
-        head = own.get_output_embeddings()
-        if head is None and config.task_type == TaskType.SEQ_CLS:
-            head = next((found for name in HEADS if (found := getattr(model, name, None)) is not None), None)
+    head = _head(model, config)
     inside = {id(m) for m in head.modules()} if head is not None else set()
     linear: list[str] = []
     others: list[str] = []
@@ -203,17 +197,28 @@ def _linear(model: nn.Module, config: PeftConfig) -> list[str]:
     return shortest(linear, others)
 
 
+def _head(model: Any, config: PeftConfig) -> nn.Module | None:
+    """The head of a model of transformers."""
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    head = model.get_output_embeddings()
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        return next((part for name in HEADS if (part := getattr(model, name, None)) is not None), None)
+    return head
+
+
 def shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
     """The shortest ends at dots of names, sorted, that choose `wanted` and none of `others`."""
-    others, found = [f".{name}" for name in others], set()
+    others, shorter = [f".{name}" for name in others], set()
     for name in wanted:
         segments = name.split(".")
         ends = (".".join(segments[-k:]) for k in range(1, len(segments) + 1))
-        found.add(next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), name))
-    return sorted(found)
+        shorter.add(next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), name))
+    return sorted(shorter)
 
 
-def _raise_none(config: Any, names: list[str], excluded: list[str]) -> None:
+def _raise_none(config: PeftConfig, names: list[str], excluded: list[str]) -> None:
+    """Raise for targets that choose nothing: because all are excluded, because of the numbers of layers, or because no module is called so."""
     if excluded:
         raise ConfigError(
             "All modules were excluded: none of the targets is left",
@@ -231,42 +236,50 @@ def _raise_none(config: Any, names: list[str], excluded: list[str]) -> None:
     )
 
 
-def _raise_left_out(config: Any, names: list[str]) -> None:
+def _raise_left_out(config: PeftConfig, names: list[str]) -> None:
     """Raise if it is `layers_to_transform` that leaves out all that the names mean."""
-    layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    layers, pattern = config.layers_to_transform, config.layers_pattern
     anywhere = copy.copy(config)
     anywhere.layers_to_transform = None
     left_out = [] if layers is None else [name for name in names if matches(anywhere, name)]
     if not left_out:
         return
-    before = next((n.split(".") for n in left_out if any(s.isdigit() for s in n.split("."))), [])
-    block = next((before[i - 1] for i, segment in enumerate(before) if segment.isdigit() and i), "")
-    hint = f"Give layers_pattern={block!r}, the list's name." if block and not pattern else ""
+    block = "" if pattern else _list_in(left_out)
     raise UnknownNameError(
-        f"Target modules {shown(set(config.target_modules))} not found in the base model: layers_to_transform={layers!r} leaves out {listed(left_out[:3])}",
+        f"Target modules {shown(set(config.target_modules or ()))} not found in the base model: "
+        f"layers_to_transform={layers!r} leaves out {listed(left_out[:3])}",
         where=f"layers_pattern={pattern!r}"
         if pattern
         else "without layers_pattern the list of blocks has to be inside another module",
-        remedy=hint or "Check the numbers.",
+        remedy=f"Give layers_pattern={block!r}, the list's name." if block else "Check the numbers.",
     )
 
 
-def _warn_unmatched(config: Any, names: list[str], excluded: list[str]) -> None:
+def _list_in(names: Iterable[str]) -> str:
+    """What the list of blocks is called in the first name with a number; empty if there is none."""
+    for name in names:
+        segments = name.split(".")
+        if numbers := [i for i, segment in enumerate(segments) if segment.isdigit()]:
+            return next((segments[i - 1] for i in numbers if i), "")
+    return ""
+
+
+def _warn_unmatched(config: PeftConfig, names: list[str], excluded: list[str]) -> None:
     """Say which entries of a list chose nothing."""
     if config.exclude_modules and not excluded:
         warnings.warn(f"exclude_modules {shown(config.exclude_modules)} excludes nothing", stacklevel=4)
     if isinstance(config.target_modules, str):
         return
-    lost = [t for t in config.target_modules or () if not any(n == t or n.endswith(f".{t}") for n in names)]
-    for target in sorted(lost):
+    unmatched = [t for t in config.target_modules or () if not any(n == t or n.endswith(f".{t}") for n in names)]
+    for target in sorted(unmatched):
         hint = near(target, _ends(names))
         warnings.warn(f"target_modules has {shown(target)}, which no module is called. {hint}".strip(), stacklevel=4)
 
 
-def _warn_tied(modules: Mapping[str, Any], fitting: Mapping[str, Any]) -> None:
+def _warn_tied(modules: Mapping[str, nn.Module], fitting: Collection[str]) -> None:
     """Say which chosen layers share their weight with another module."""
     holders: dict[int, list[str]] = {}
-    for name, (module, _) in modules.items():
+    for name, module in modules.items():
         if module._parameters.get("weight") is not None:
             holders.setdefault(id(module._parameters["weight"]), []).append(name)
     tied = [n for names in holders.values() if len(names) > 1 for n in names if n in fitting]

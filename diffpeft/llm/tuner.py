@@ -25,7 +25,7 @@ from diffpeft.llm.resize import head_of, refuse_replaced, resize
 from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, tensors_in, wholes_of
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, loosen, ties_of, twin, twinned
-from diffpeft.llm.weighted import add_weighted
+from diffpeft.llm.weighted import Weighting, add_weighted
 from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
 from diffpeft.model.fuse import fuse, unfuse
 from diffpeft.model.lock import exclusive
@@ -50,7 +50,7 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision:
     with patterns.limited(ConfigError), exclusive({"": model}):
         config = resolved(model, config)
         config.validate()
-        others = found_configs(model) if getattr(config, "layer_replication", None) else {}
+        others = found_configs(model) if config.layer_replication else {}
         with replicated(model, config, others):
             return _inject(model, config, name, active, precision)
 
@@ -212,28 +212,11 @@ class Tuner(nn.Module):
             self.set_adapter(first)
 
     def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str | None = None,
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *how: Any, **named: Any
     ) -> None:
         """Put adapters together as a new one, inactive and frozen. Without a type: as their exact weighted sum, whatever the methods.
 
-        Args:
-            combination_type: PEFT's algorithm of this name instead: svd, linear, cat, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd,
-                dare_ties_svd, magnitude_prune, magnitude_prune_svd (LoRA); linear ((IA)^3).
-            svd_rank: of the types that end in svd; default: the largest rank among the adapters.
-            svd_clamp: the quantile of the factors' entries that these are cut at.
-            svd_full_matrices, svd_driver: torch.linalg.svd's.
-            density: the share of entries that ties, dare and magnitude_prune keep.
-            majority_sign_method: how TIES elects a sign: by the "total" of the values or the "frequency" of the signs.
+        What follows are PEFT's arguments, by place or by name: combination_type, svd_rank and so on, see `weighted.Weighting`.
         """
         for name in adapters:
             for field in ("trainable_token_indices", "target_parameters"):
@@ -244,18 +227,7 @@ class Tuner(nn.Module):
                     )
         with patterns.limited(ConfigError), exclusive({"": self.model}):
             self.peft_config[adapter_name] = add_weighted(
-                self.model,
-                self.peft_config,
-                adapters,
-                weights,
-                adapter_name,
-                combination_type,
-                svd_rank=svd_rank,
-                svd_clamp=svd_clamp,
-                svd_full_matrices=svd_full_matrices,
-                svd_driver=svd_driver,
-                density=density,
-                majority_sign_method=majority_sign_method,
+                self.model, self.peft_config, adapters, weights, adapter_name, Weighting(*how, **named)
             )
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -385,7 +357,7 @@ class Tuner(nn.Module):
 
     def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
-        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, given=given, embeddings=embeddings)
+        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=given, embeddings=embeddings)
 
     def overwrite(self, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Put a file's tensors into an adapter that is there: all or nothing."""
@@ -425,7 +397,7 @@ class Tuner(nn.Module):
             check_tying(self.model, config, (*found.wholes, *found.slots))
             if found.missing:
                 warnings.warn(
-                    f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=4
+                    f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=5
                 )
             own = base_of(self.model)
         strength = 1.0 if active else None

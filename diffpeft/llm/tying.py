@@ -6,31 +6,33 @@ What shares them is found by the Parameter, what ought to by transformers' decla
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffpeft.errors import CheckpointError, ConfigError, listed, shown
 from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.methods import Spec
-from diffpeft.methods.peft_config import PeftType
+from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import modules_of
 from diffpeft.model.tied import same_product
 
 FIELD = "tie_word_embeddings"
-Holder = tuple[dict[str, Any], str]  # a module's table of parameters, and a name in it
+Holder = tuple[dict[str, nn.Parameter | None], str]  # a module's table of parameters, and a name in it
+Later = Mapping[tuple[int, str], object]  # {(id of a table, name in it): what a plan will put there}
 _INITS = (True, False, "gaussian")  # those that a tied LoRA may have
 
 # ensure_weight_tying: what an adapter has on tied modules is tied as well
 
 
-def tied_to_embedding(model: Any) -> dict[str, str]:
+def tied_to_embedding(model: nn.Module) -> dict[str, str]:
     """{module: the input embeddings} of the modules that share the weight of a language model's input embeddings, by name."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    read: Callable[[], nn.Module | None] | None = getattr(model, "get_input_embeddings", None)
+    table = read() if read else None
     shared = getattr(table, "_parameters", {}).get("weight")
     if shared is None:
         return {}
@@ -39,20 +41,20 @@ def tied_to_embedding(model: Any) -> dict[str, str]:
     return {} if source is None else {name: source for name in same if name != source}
 
 
-def ties_of(model: nn.Module, config: Any, names: Iterable[str]) -> dict[str, str]:
+def ties_of(model: nn.Module, config: PeftConfig, names: Iterable[str]) -> dict[str, str]:
     """{module: the one that it is to be tied to} where `ensure_weight_tying` says so, and one of the tied modules is among `names`."""
-    if not getattr(config, "ensure_weight_tying", False):
+    if not config.ensure_weight_tying:
         return {}
     ties = tied_to_embedding(model)
     return ties if {*names} & ({*ties} | {*ties.values()}) else {}
 
 
-def check_tying(model: nn.Module, config: Any, names: Iterable[str]) -> None:
+def check_tying(model: nn.Module, config: PeftConfig, names: Iterable[str]) -> None:
     """Warn, as PEFT does, where `ensure_weight_tying` has nothing to do, or is not set where it might be. `names` are trained whole or adapted."""
     ties = tied_to_embedding(model)
-    some = bool({*names} & ({*ties} | {*ties.values()}))
-    if not getattr(config, "ensure_weight_tying", False):
-        if some and getattr(config, "modules_to_save", None):
+    tied = bool({*names} & ({*ties} | {*ties.values()}))
+    if not config.ensure_weight_tying:
+        if tied and config.modules_to_save:
             warnings.warn(
                 f"Model has `{FIELD}=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True: "
                 "its copy is trained apart, and merging unties it.",
@@ -62,7 +64,7 @@ def check_tying(model: nn.Module, config: Any, names: Iterable[str]) -> None:
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=5
         )
-    elif not some and not getattr(config, "trainable_token_indices", None):
+    elif not tied and not config.trainable_token_indices:
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or `target_modules`",
             stacklevel=5,
@@ -70,7 +72,7 @@ def check_tying(model: nn.Module, config: Any, names: Iterable[str]) -> None:
 
 
 def twinned(
-    layers: Mapping[str, nn.Module], model: nn.Module, config: Any
+    layers: Mapping[str, nn.Module], model: nn.Module, config: PeftConfig
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers with those that are tied to one of them, and {layer: the one whose LoRA it gets, turned}. Raises ConfigError where there is no such LoRA."""
     ties = ties_of(model, config, layers)
@@ -88,7 +90,7 @@ def twinned(
     return {**layers, **tied}, ties
 
 
-def twin(slot: Slot, module: Any, trainable: bool) -> Slot:
+def twin(slot: Slot, module: nn.Module, trainable: bool) -> Slot:
     """The LoRA of an embedding [dim, tokens], in the same memory, as that of another embedding, or of a head [tokens, dim]."""
     (piece,) = pieces_of(slot)
     tensors = {role: t.data for role, t in piece.tensors.items()}
@@ -98,7 +100,7 @@ def twin(slot: Slot, module: Any, trainable: bool) -> Slot:
     return Slot([Piece(piece.method, tensors, piece.alpha, spec)], trainable=trainable).train(slot.training)
 
 
-def twins(model: nn.Module, config: Any, slots: Mapping[str, Slot], trainable: bool) -> dict[str, Slot]:
+def twins(model: nn.Module, config: PeftConfig, slots: Mapping[str, Slot], trainable: bool) -> dict[str, Slot]:
     """{layer: slot} of the loaded LoRAs that `ensure_weight_tying` ties to another: in its memory, if they are the same."""
     return {
         layer: twin(slots[other], model.get_submodule(layer), trainable)
@@ -107,10 +109,10 @@ def twins(model: nn.Module, config: Any, slots: Mapping[str, Slot], trainable: b
     }
 
 
-def check_alike(ties: Mapping[str, str], found: Mapping[str, Mapping[str, Any]], source: str) -> None:
+def check_alike(ties: Mapping[str, str], file: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
     """Raise CheckpointError if a file has different weights for modules that it says are tied."""
     for one, other in ties.items():
-        a, b = (found.get(name, {}).get("weight") for name in (one, other))
+        a, b = (file.get(name, {}).get("weight") for name in (one, other))
         if a is not None and b is not None and not torch.equal(a, b):
             raise CheckpointError(
                 f"ensure_weight_tying is set, and the weights of {shown(one)} and {shown(other)} differ",
@@ -139,13 +141,14 @@ def loosen(plan: Plan, model: nn.Module) -> None:
         if not broken:
             continue
         config: Any = module.config
-        whole = not any(_then(later, one) is _then(later, other) for _, one, other in ties) and _may_be_untied(config)
-        said = f"Setting `{FIELD}=False` in the model config." if whole else "They are saved apart."
+        all_broken = not any(_then(later, one) is _then(later, other) for _, one, other in ties)
+        says_so = all_broken and _may_be_untied(config)
+        said = f"Setting `{FIELD}=False` in the model config." if says_so else "They are saved apart."
         warnings.warn(
             f"Input and output embeddings are no longer tied after merging: {listed(f'{prefix}.{t}'.strip('.') for t in broken)}. {said}",
             stacklevel=4,
         )
-        if whole:
+        if says_so:
             plan.set(config, **{FIELD: False})
     _forget(plan, model, later)
 
@@ -168,15 +171,15 @@ def _declared(module: Any) -> Iterator[tuple[str, Holder, Holder]]:
 def _holder(model: nn.Module, name: str) -> Holder | None:
     """Where a parameter is held, if it is there."""
     *path, last = name.split(".")
-    module: Any = model
+    module: nn.Module | None = model
     for segment in path:
-        module = module._modules.get(segment)
-        if module is None:
-            return None
+        module = module._modules.get(segment) if module is not None else None
+    if module is None:
+        return None
     return (module._parameters, last) if module._parameters.get(last) is not None else None
 
 
-def _then(later: Any, holder: Holder) -> Any:
+def _then(later: Later, holder: Holder) -> object:
     """The parameter that will be there."""
     table, name = holder
     return later.get((id(table), name), table[name])
@@ -192,16 +195,16 @@ def _may_be_untied(config: Any) -> bool:
     return again.get(FIELD) is False
 
 
-def _forget(plan: Plan, model: nn.Module, later: Any) -> None:
+def _forget(plan: Plan, model: nn.Module, later: Later) -> None:
     """transformers' own list of what is tied, without what no longer is."""
     for module in model.modules():
-        known: Any = module.__dict__.get("all_tied_weights_keys")
+        known = module.__dict__.get("all_tied_weights_keys")
         if isinstance(known, dict):
             tied = {t: s for t, s in known.items() if _still(module, t, s, later)}
             if len(tied) < len(known):
                 plan.set(module, all_tied_weights_keys=tied)
 
 
-def _still(module: nn.Module, target: str, source: str, later: Any) -> bool:
+def _still(module: nn.Module, target: str, source: str, later: Later) -> bool:
     one, other = _holder(module, target), _holder(module, source)
     return one is None or other is None or _then(later, one) is _then(later, other)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.layers.carried import Copy, Record, bare, bare_copy, op_of, record_of
-from diffpeft.layers.site import present
+from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
 from diffpeft.llm.state import saved
 from diffpeft.llm.targets import excludes, matches
@@ -59,17 +59,41 @@ Factors = tuple[Tensor, Tensor]  # A [r, i, *k], B [o, r, *1], or both as matric
 
 
 @dataclass(frozen=True)
+class Weighting:
+    """How adapters are put together: what PEFT's `add_weighted_adapter` takes beside them, in its order and with its defaults.
+
+    Args:
+        combination_type: None for the exact weighted sum, whatever the methods; or PEFT's algorithm of this name: svd, linear, cat, ties, ties_svd,
+            dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune, magnitude_prune_svd (LoRA); linear ((IA)^3).
+        svd_rank: of the types that end in svd; default: the largest rank among the adapters.
+        svd_clamp: the quantile of the factors' entries that these are cut at.
+        svd_full_matrices, svd_driver: torch.linalg.svd's.
+        density: the share of entries that ties, dare and magnitude_prune keep.
+        majority_sign_method: how TIES elects a sign: by the "total" of the values or the "frequency" of the signs.
+    """
+
+    combination_type: str | None = None
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_full_matrices: bool = True
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How the LoRAs of a layer become one: see `Tuner.add_weighted_adapter`."""
+    """How the LoRAs of a layer become one: what is put together (factors, sides or deltas), how, and to which rank."""
 
     what: str
     how: str
     rank: int
-    density: float
-    majority_sign: str
-    clamp: float | None = None
-    full_matrices: bool = True
-    driver: str | None = None
+    weighting: Weighting
+
+    def merged(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """Tensors of one shape put together."""
+        density = 1.0 if self.weighting.density is None else self.weighting.density
+        return merged(self.how, tensors, weights, density, self.weighting.majority_sign_method)
 
 
 @dataclass(frozen=True)
@@ -88,40 +112,33 @@ def add_weighted(
     adapters: Sequence[str],
     weights: Sequence[float],
     name: str,
-    combination_type: str | None = None,
-    *,
-    svd_rank: int | None = None,
-    svd_clamp: float | None = None,
-    svd_full_matrices: bool = True,
-    svd_driver: str | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
+    weighting: Weighting,
 ) -> Any:
-    """Put a new adapter, inactive and frozen, on a model; its config. The arguments are those of `Tuner.add_weighted_adapter`.
+    """Put a new adapter, inactive and frozen, on a model; its config.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
     numbers = _checked(model, configs, adapters, weights, name)
-    own = [configs[adapter] for adapter in adapters]
-    every = {type(config) for config in own}
-    if combination_type is None:
-        alike = every == {IA3Config} and _same_sides(model, adapters)
-        return _ia3(model, own, adapters, numbers, name, 1) if alike else _sum(model, own, adapters, numbers, name)
-    if combination_type not in TYPES:
+    sources = [configs[adapter] for adapter in adapters]
+    kinds = {type(config) for config in sources}
+    kind = weighting.combination_type
+    if kind is None:
+        if kinds == {IA3Config} and _same_sides(model, adapters):
+            return _ia3(model, sources, adapters, numbers, name, 1)
+        return _sum(model, sources, adapters, numbers, name)
+    if kind not in TYPES:
         raise ConfigError(
-            f"Invalid combination_type: {combination_type}",
-            remedy=near(str(combination_type), TYPES) or f"It is one of {', '.join(TYPES)}, or None for the exact sum.",
+            f"Invalid combination_type: {kind}",
+            remedy=near(str(kind), TYPES) or f"It is one of {', '.join(TYPES)}, or None for the exact sum.",
         )
-    if every == {IA3Config} and combination_type == "linear":
-        return _ia3(model, own, adapters, numbers, name, 0)
-    if every != {LoraConfig}:
+    if kinds == {IA3Config} and kind == "linear":
+        return _ia3(model, sources, adapters, numbers, name, 0)
+    if kinds != {LoraConfig}:
         raise ConfigError(
-            f"combination_type {shown(combination_type)} is for LoRA, not for {' and '.join(sorted(c.__name__ for c in every))}",
+            f"combination_type {shown(kind)} is for LoRA, not for {' and '.join(sorted(c.__name__ for c in kinds))}",
             remedy="Leave it out for the exact weighted sum, which is for all methods.",
         )
-    recipe = _recipe(own, combination_type, svd_rank, density, majority_sign_method)
-    recipe = replace(recipe, clamp=svd_clamp, full_matrices=svd_full_matrices, driver=svd_driver)
-    return _lora(model, own, adapters, numbers, name, recipe)
+    return _lora(model, sources, adapters, numbers, name, _recipe(sources, weighting, kind))
 
 
 def _checked(
@@ -161,33 +178,37 @@ def _clash(record: Record, names: Sequence[str]) -> bool:
     return any(record.clashing(one, other) for one, other in itertools.combinations(dict.fromkeys(names), 2))
 
 
-def _recipe(own: Sequence[Any], kind: str, svd_rank: int | None, density: float | None, majority_sign: str) -> Recipe:
-    """PEFT's rules for a type; one adapter is always `linear`."""
-    what, how = TYPES["linear" if len(own) == 1 else kind]
-    ranks = [max(c.r, *c.rank_pattern.values()) if c.rank_pattern else c.r for c in map(saved, own)]
+def _recipe(configs: Sequence[LoraConfig], weighting: Weighting, kind: str) -> Recipe:
+    """PEFT's rules for a type; one adapter is always `linear`. Raises ConfigError."""
+    what, how = TYPES["linear" if len(configs) == 1 else kind]
+    ranks = [max(c.r, *c.rank_pattern.values()) if c.rank_pattern else c.r for c in map(saved, configs)]
     if what == "factors" and len({*ranks}) > 1:
         raise ConfigError(
             "All adapters must have the same r value when using combination_type linear, ties, dare_ties or dare_linear",
             where=f"r is {', '.join(map(str, ranks))}",
             remedy="Leave combination_type out for the exact sum, or take 'cat' or 'svd'.",
         )
-    if any(c.bias != "none" for c in own):
+    if any(c.bias != "none" for c in configs):
         raise ConfigError(
             "these adapters train biases, of which PEFT's types have no sum",
             remedy="Leave combination_type out, or set bias to 'none' for all adapters.",
         )
-    if svd_rank is not None:
-        check_rank("svd_rank", svd_rank)
-    check_choice("majority_sign_method", majority_sign, ("total", "frequency"))
-    keep = HOW[how][0]
-    if keep is not None:
-        least = "above 0" if "dare" in how else "of at least 0"
-        if not isinstance(density, (int, float)) or not (density > 0 if "dare" in how else density >= 0):
-            raise ConfigError(f"density is {density}, with {kind!r}", remedy=f"It is a number {least} and below 1.")
-        if density >= 1:
-            warnings.warn(f"density is {density}: at 1 and above nothing is left out", stacklevel=5)
-    rank = {"factors": ranks[0], "sides": sum(ranks), "deltas": svd_rank or max(ranks)}[what]
-    return Recipe(what, how, rank, 1.0 if density is None else density, majority_sign)
+    if weighting.svd_rank is not None:
+        check_rank("svd_rank", weighting.svd_rank)
+    check_choice("majority_sign_method", weighting.majority_sign_method, ("total", "frequency"))
+    if HOW[how][0] is not None:
+        _check_density(weighting.density, kind, drops="dare" in how)
+    rank = {"factors": ranks[0], "sides": sum(ranks), "deltas": weighting.svd_rank or max(ranks)}[what]
+    return Recipe(what, how, rank, weighting)
+
+
+def _check_density(density: object, kind: str, drops: bool) -> None:
+    """Raise ConfigError for a density that leaves nothing out of which `drops` (DARE) can draw. Warns of one that leaves out nothing."""
+    if not isinstance(density, (int, float)) or not (density > 0 if drops else density >= 0):
+        least = "above 0" if drops else "of at least 0"
+        raise ConfigError(f"density is {density}, with {kind!r}", remedy=f"It is a number {least} and below 1.")
+    if density >= 1:
+        warnings.warn(f"density is {density}: at 1 and above nothing is left out", stacklevel=6)
 
 
 # LoRA, by PEFT's types
@@ -242,40 +263,39 @@ def _source(slot: Slot, weight: float) -> Source:
     return present(slot, read)
 
 
-def _of_factors(recipe: Recipe, found: Sequence[Source], op: Any) -> Factors:
-    """Both factors merged on their own, half of each weight in either, its sign in A."""
-    if len({s.A.shape for s in found}) > 1:
+def _of_factors(recipe: Recipe, sources: Sequence[Source], op: Any) -> Factors:
+    """Both factors, A [r, i, *k] and B [o, r, *1], merged on their own, half of each weight in either, its sign in A."""
+    if len({s.A.shape for s in sources}) > 1:
         raise ConfigError(
             "All adapters must have the same r value when using combination_type linear, ties, dare_ties or dare_linear",
-            where=f"on a layer r is {', '.join(str(len(s.A)) for s in found)}",
+            where=f"on a layer r is {', '.join(str(len(s.A)) for s in sources)}",
             remedy="Leave combination_type out for the exact sum, or take 'cat' or 'svd'.",
         )
-    whole = [s.weight * s.scale for s in found]
-    halves = [math.sqrt(abs(w)) for w in whole]
-    signed = [math.copysign(half, w) for half, w in zip(halves, whole, strict=True)]
-    args = recipe.density, recipe.majority_sign
-    A = merged(recipe.how, [s.A for s in found], signed, *args)
-    return A, merged(recipe.how, [s.B for s in found], halves, *args)
+    weights = [s.weight * s.scale for s in sources]
+    halves = [math.sqrt(abs(w)) for w in weights]
+    signed = [math.copysign(half, w) for half, w in zip(halves, weights, strict=True)]
+    A = recipe.merged([s.A for s in sources], signed)
+    return A, recipe.merged([s.B for s in sources], halves)
 
 
-def _of_sides(recipe: Recipe, found: Sequence[Source], op: Any) -> Factors:
-    """Factors side by side, the weights in A."""
-    return torch.cat([s.weight * s.scale * s.A for s in found]), torch.cat([s.B for s in found], 1)
+def _of_sides(recipe: Recipe, sources: Sequence[Source], op: Any) -> Factors:
+    """Factors side by side, A [R, i, *k] and B [o, R, *1] of the ranks' sum R, the weights in A."""
+    return torch.cat([s.weight * s.scale * s.A for s in sources]), torch.cat([s.B for s in sources], 1)
 
 
-def _of_deltas(recipe: Recipe, found: Sequence[Source], op: Any) -> Factors:
-    """The deltas merged, in the layer's own order (so DARE draws for their entries), and cut to the rank."""
-    shape = op.geometry.shape
-    deltas = [op.stored((s.scale * (s.B.flatten(1) @ s.A.flatten(1))).reshape(shape)) for s in found]
-    delta = merged(recipe.how, deltas, [s.weight for s in found], recipe.density, recipe.majority_sign)
+def _of_deltas(recipe: Recipe, sources: Sequence[Source], op: Any) -> Factors:
+    """The deltas merged, in the layer's own order (so DARE draws for their entries), and cut to the rank: A [r, i k], B [o, r]."""
+    shape, options = op.geometry.shape, recipe.weighting
+    deltas = [op.stored((s.scale * (s.B.flatten(1) @ s.A.flatten(1))).reshape(shape)) for s in sources]
+    delta = recipe.merged(deltas, [s.weight for s in sources])
     # of full matrices only the first columns are used: they tell, if anything, in the signs that clamping sees
-    full = recipe.full_matrices and recipe.clamp is not None
-    U, S, Vh = torch.linalg.svd(op.canonical(delta).flatten(1), full_matrices=full, driver=recipe.driver)
+    full = options.svd_full_matrices and options.svd_clamp is not None
+    U, S, Vh = torch.linalg.svd(op.canonical(delta).flatten(1), full_matrices=full, driver=options.svd_driver)
     k = min(recipe.rank, len(S))
     A, B = Vh[:k], U[:, :k] * S[:k]
-    if recipe.clamp is None:
+    if options.svd_clamp is None:
         return A, B
-    top = float(torch.quantile(torch.cat([B.flatten(), A.flatten()]), recipe.clamp))
+    top = float(torch.quantile(torch.cat([B.flatten(), A.flatten()]), options.svd_clamp))
     return torch.clamp(A, -top, top), torch.clamp(B, -top, top)
 
 

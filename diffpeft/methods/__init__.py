@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from diffpeft.methods.base import Geometry as Geometry
     from diffpeft.methods.base import Link as Link
     from diffpeft.methods.base import Method as Method
-    from diffpeft.methods.base import Op as Op
+    from diffpeft.methods.base import Operation as Operation
     from diffpeft.methods.base import Site as Site
     from diffpeft.methods.base import Spec as Spec
     from diffpeft.methods.base import Strength as Strength
 
     METHODS: dict[str, type[Method]]
 
-_BASE = ("Additive", "Fresh", "Geometry", "Link", "Method", "Op", "Site", "Spec", "Strength")
+_BASE = ("Additive", "Fresh", "Geometry", "Link", "Method", "Operation", "Site", "Spec", "Strength")
 _CLASSES = {name: home for home, name in (layout.home.split(".") for layout in LAYOUTS.values())}
 _HOMES = {**dict.fromkeys(_BASE, "base"), **_CLASSES, **CONFIGS}
 __all__ = sorted([*_HOMES, "METHODS"])

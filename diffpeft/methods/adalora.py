@@ -17,6 +17,7 @@ from torch import Tensor
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.forms import Factors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.lora import LoraConfig
 from diffpeft.methods.peft_config import PeftType
@@ -105,6 +106,7 @@ class AdaLora(Additive):
 
     name = "adalora"
     config = AdaLoraConfig
+    thin = True
 
     @classmethod
     def init(cls, config: AdaLoraConfig, site: Site, **_: Any) -> Fresh:
@@ -129,9 +131,9 @@ class AdaLora(Additive):
         return {"lora_A": p["lora_A"], "lora_B": p["lora_B"] * p["lora_E"].t()}
 
     @classmethod
-    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor]:
+    def factors(cls, p: Tensors, spec: Spec) -> Factors:
         r, g = cls.rank(p), spec.geometry
-        return p["lora_A"].reshape(r, *g.shape[1:]), p["lora_B"].reshape(g.out, r, *(1 for _ in g.kernel))
+        return Factors(p["lora_A"].reshape(r, *g.shape[1:]), p["lora_B"].reshape(g.out, r, *(1 for _ in g.kernel)))
 
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
@@ -139,5 +141,5 @@ class AdaLora(Additive):
         return (p["lora_B"] @ p["lora_A"]).reshape(spec.geometry.shape)
 
     @classmethod
-    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
-        return "factors" if cls.rank(p) else "weight"  # torch has no convolution to 0 channels
+    def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors | None:
+        return cls.factors(p, spec) if cls.rank(p) else None  # torch has no convolution to 0 channels

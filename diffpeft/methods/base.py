@@ -1,7 +1,7 @@
 """What a method is: one definition on a weight, W' = f(W; p), and optional faster ways to the same numbers.
 
 W is canonical whatever the layer: [out, in / groups, *kernel]; a lookup (an embedding) is [features, number of rows].
-A method knows no layer: it sees a Geometry, and works through what a layer lends it (`Op`) and what came before it (`Link`).
+A method knows no layer: it sees a Geometry, and works through what a layer lends it (`Operation`) and what came before it (`Link`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffpeft.methods.fit import Layer, fitted, misfit
+from diffpeft.methods.forms import Factors, Form, Stage
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.shapes import block
 
@@ -82,11 +83,16 @@ class Site:
     generator: torch.Generator | None = None
 
 
-class Op(Protocol):
+class Operation(Protocol):
     """What a layer lends a method: its own operation with other weights, and its features seen apart from where they lie."""
 
-    geometry: Geometry
-    faithful: bool  # whether op(x, W) is all that the layer does; else what a method changes is added to the layer's own result
+    @property
+    def geometry(self) -> Geometry:
+        """The layer's features, kernel and groups."""
+
+    @property
+    def faithful(self) -> bool:
+        """Whether `op(x, W)` is all that the layer does; else what a method changes is added to the layer's own result."""
 
     def positions(self, x: Tensor) -> int:
         """At how many positions the operation is done for this input, about: what a cost model needs."""
@@ -94,27 +100,14 @@ class Op(Protocol):
     def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
         """The layer's operation (stride, padding and all) with another canonical weight, with or without the layer's own bias."""
 
-    def down(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The operation with `weight` [r, in / groups, *kernel] and no bias; r features out, once a group."""
-
-    def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: float | Tensor) -> Tensor:
-        """y + gate x (the features of h mixed with `weight` [out, r, *1] at each position). May write into y; gate: a number or [r]."""
+    def plus(self, y: Tensor, x: Tensor, form: Form, gate: Strength) -> Tensor:
+        """y + gate * form x, without building what the form stands for. May write into y. gate: a number, or of Factors also [r]."""
 
     def blocks(self, t: Tensor, matrices: Tensor) -> Tensor:
         """Each block of features multiplied as a row vector: features [n * b], matrices [n, b, c] -> [n * c]."""
 
-    def mix(self, t: Tensor, matrix: Tensor) -> Tensor:
-        """Whole blocks of features mixed: features [n * f], matrix [m, n] -> [m * f], y[a] = sum_c matrix[a, c] t[c]."""
-
-    def grouped(self, x: Tensor, weight: Tensor, n: int) -> Tensor:
-        """The operation with `weight` [f, in / n, *kernel] on each of n equal slices of the input features -> features [n * f]."""
-
-    def kron(self, y: Tensor, x: Tensor, first: Tensor, down: Tensor | None, up: Tensor, gate: Strength) -> Tensor:
-        """y + gate * kron(first, up down) x: `grouped` with `down` if given, `mix` with `first` [m, n], each block times `up` [f, r]."""
-
-    def butterfly(self, t: Tensor, sizes: tuple[int, ...], stages: Sequence[tuple[int, Tensor]]) -> Tensor:
-        """Features seen as an array of `sizes`, through stages (axis, matrices): that axis and the last one together are multiplied as a row
-        vector, one matrix [d, d] for each place on the other axes, in order."""
+    def stages(self, t: Tensor, sizes: Sequence[int], stages: Sequence[Stage]) -> Tensor:
+        """Features, seen as an array of `sizes`, through stages in order."""
 
     def scaled(self, t: Tensor, by: Tensor) -> Tensor:
         """Features multiplied by `by` [features]."""
@@ -129,14 +122,19 @@ class Op(Protocol):
 class Link(Protocol):
     """What came before a method: the layer with the earlier adapters applied."""
 
-    op: Op
-    dtype: torch.dtype  # what activations and weights are computed in
+    @property
+    def op(self) -> Operation:
+        """The layer's operation."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations and weights are computed in."""
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
         """W x, with the layer's bias or without."""
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, gate: Any, bias: bool, by: Tensor | None = None) -> Tensor:
-        """by * W x + gate * B A x and the bias. A [R, in / groups, *kernel], B [out, R, *1], by [out], gate: a number or [R]."""
+    def plus(self, x: Tensor, form: Form, gate: Strength, bias: bool, by: Tensor | None = None) -> Tensor:
+        """by * W x + gate * form x and the bias, as one kernel where there is one. by [out]; gate as in `Operation.plus`."""
 
     def weight(self) -> Tensor:
         """W, canonical, in `dtype`."""
@@ -219,9 +217,9 @@ class Method:
         """The rank that the shapes in `p` show; for a rotation the size of its blocks."""
         for role, axis in cls.ranked:
             if role in p:
-                return p[role].shape[axis]
+                return int(p[role].shape[axis])
         if cls.name not in LAYOUTS:
-            return min(t.shape[0] for t in p.values())
+            return min(int(t.shape[0]) for t in p.values())
         return block({role: tuple(t.shape) for role, t in p.items()})
 
     @classmethod
@@ -252,6 +250,8 @@ class Method:
 class Additive(Method):
     """A method with W' = W + scale * delta(p), whatever W is."""
 
+    thin: ClassVar[bool] = False  # whether its tensors are `factors`, so that those are the cheapest way to delta too
+
     @classmethod
     def additive(cls, roles: Collection[str]) -> bool:
         return True
@@ -271,21 +271,11 @@ class Additive(Method):
         return W + cls.scale(p, spec) * cls.delta(p, spec)
 
     @classmethod
-    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor] | None:
-        """(A [R, in / groups, *kernel], B [out, R, *1]) with delta = B A exactly, if there is such a form."""
+    def factors(cls, p: Tensors, spec: Spec) -> Factors | None:
+        """A and B with delta = B A exactly, if there is such a form."""
         return None
 
     @classmethod
-    def kron(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        """What `Op.kron` takes so that `add` is no more than that, if there is such a form."""
+    def form(cls, p: Tensors, spec: Spec, positions: int) -> Form | None:
+        """The form in which delta is cheapest to apply at so many positions; None where it is best built."""
         return None
-
-    @classmethod
-    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
-        """The cheapest way to add the update for so many positions: `factors`, `own` (the method's `add`) or `weight` (into W)."""
-        return "weight"
-
-    @classmethod
-    def add(cls, op: Op, y: Tensor, x: Tensor, p: Tensors, spec: Spec, gate: Strength) -> Tensor:
-        """y + gate * delta(p) x without building delta. May write into y."""
-        raise NotImplementedError

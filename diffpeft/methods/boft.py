@@ -21,7 +21,9 @@ from torch import Tensor
 
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as configs
-from diffpeft.methods.base import Fresh, Geometry, Link, Method, Op, Site, Spec, Strength, Tensors
+from diffpeft.methods import costs
+from diffpeft.methods.base import Fresh, Geometry, Link, Method, Operation, Site, Spec, Strength, Tensors
+from diffpeft.methods.forms import Stage
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import added, butterfly, cayley, columns_times, exchange, rows_times, wide
 from diffpeft.methods.oft import (
@@ -37,9 +39,6 @@ from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 # Numbers in a row of the matrices that several stages become.
 WIDEST = 80
-# Multiplications in a matrix product that take as long as one number takes in one pass over activations, and in one stage on a weight: fp32, one
-# CPU core.
-PASS, STAGE = 450, 350
 
 
 @dataclass
@@ -181,9 +180,12 @@ def cheaper_on_activations(geometry: Geometry, on_output: bool, positions: int, 
     """Whether turning activations costs less than turning the weight, whose gradient is one more product over all positions."""
     features = geometry.out if on_output else geometry.in_
     W = geometry.out * geometry.columns
-    product = 0 if geometry.lookup else positions * W
     passes = 2 * len(spans(m, b // 2)) - 1  # between two products features change places
-    return passes * positions * features * PASS <= m * W * STAGE + product
+    ways = {
+        "activations": costs.Work(0, activations=passes * positions * features),
+        "weight": costs.Work(0 if geometry.lookup else positions * W, elements=m * W),
+    }
+    return costs.cheapest("butterfly", torch.float32, ways) == "activations"
 
 
 def _stages(R: Tensor, spec: Spec) -> list[tuple[int, Tensor]]:
@@ -200,7 +202,7 @@ def spans(m: int, half: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def _turned(op: Op, t: Tensor, R: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
+def _turned(op: Operation, t: Tensor, R: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
     """Activations through the stages, several at a time: one pass over the activations costs more than wider matrices.
 
     Stage i mixes index i, from the right, of the features seen as [n, 2, .., 2, 2, b / 2] together with the last one.
@@ -211,8 +213,9 @@ def _turned(op: Op, t: Tensor, R: Tensor, spec: Spec, dtype: torch.dtype) -> Ten
     taken = spans(m, b // 2)
     sizes = (2 * n >> m, *(2 ** (high - low) for low, high in reversed(taken)), b // 2)
     onward = side_of(spec) == "output"
-    stages = [(len(taken) - j, _span(R, *span, onward).to(dtype)) for j, span in enumerate(taken)]
-    return op.butterfly(t, sizes, stages if onward else stages[::-1])
+    last = len(taken) + 1
+    stages = [Stage((last - 1 - j, last), _span(R, *span, onward).to(dtype)) for j, span in enumerate(taken)]
+    return op.stages(t, sizes, stages if onward else stages[::-1])
 
 
 def _span(R: Tensor, low: int, high: int, onward: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffpeft.methods import layout
 from diffpeft.methods.base import Additive, Fresh, Link, Method, Site, Spec, Strength, Tensors
+from diffpeft.methods.forms import Factors
 from diffpeft.methods.linalg import squares, wide
 from diffpeft.methods.loha import LoHa
 from diffpeft.methods.lokr import LoKr
@@ -110,9 +111,9 @@ class Dora(Method):
         op = before.op
         if axis == 1:
             y = before(op.scaled(x, k), bias)
-            return op.add(y, op.down(op.scaled(x, c.to(before.dtype)), A), B, s * scale)
+            return op.plus(y, op.scaled(x, c.to(before.dtype)), Factors(A, B), s * scale)
         rows = (s * scale * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
-        return before.low_rank(x, A, B * rows, 1.0, bias, k)
+        return before.plus(x, Factors(A, B * rows), 1.0, bias, k)
 
 
 def _rest(p: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffpeft.methods.base import Link, Method, Spec, Strength, Tensors
 from diffpeft.methods.fit import fitted
+from diffpeft.methods.forms import Factors
 from diffpeft.methods.linalg import tucker_factors
 
 # In old files of LyCORIS: which role holds what another one should.
@@ -53,10 +54,10 @@ class GLoRA(Method):
     def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
         if spec.geometry.lookup:  # the input has no features to mix
             return super().apply(before, x, p, spec, s, bias)
-        op, gate, (down, up) = before.op, s * cls.scale(p, spec), _pair(p)
+        op, gate, pair = before.op, s * cls.scale(p, spec), Factors(*_pair(p))
         a1, a2 = p["glora_a1"].flatten(1), p["glora_a2"].flatten(1)
         mixed = op.blocks(op.blocks(x, a2.mT[None]), a1.mT[None])
-        return op.add(before(x + gate * mixed, bias), op.down(x, down), up, gate)
+        return op.plus(before(x + gate * mixed, bias), x, pair, gate)
 
 
 def _pair(p: Tensors) -> tuple[Tensor, Tensor]:

@@ -10,20 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffpeft import patterns
 from diffpeft.methods import config as checks
-from diffpeft.methods.base import Additive, Fresh, Op, Site, Spec, Strength, Tensors
+from diffpeft.methods import costs
+from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
 from diffpeft.methods.fit import fresh
+from diffpeft.methods.forms import Factors, Form, Hadamard
 from diffpeft.methods.layout import LAYOUTS
-from diffpeft.methods.linalg import added, kaiming, khatri_rao, tucker_factors
+from diffpeft.methods.linalg import kaiming, khatri_rao, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-
-# One element of a weight that is built, added and differentiated takes as long as so many multiply-adds, in fp32 and in 16 bits.
-# Measured on one core with 640 to 2048 features; a GPU has about the same ratios.
-_PASSES = {"wide": 600, "half": 3000}
 
 
 @dataclass
@@ -96,29 +93,28 @@ class LoHa(Additive):
         return ((up1 @ down1.flatten(1)) * (up2 @ down2.flatten(1))).reshape(spec.geometry.shape)
 
     @classmethod
-    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor]:
+    def factors(cls, p: Tensors, spec: Spec) -> Factors:
         """The Khatri-Rao form, of rank r squared: A[ij] = W1b[i] * W2b[j], B[:, ij] = W1a[:, i] * W2a[:, j]."""
         g, (down1, up1), (down2, up2) = spec.geometry, _pair(p, 1), _pair(p, 2)
         A, B = (down1[:, None] * down2).flatten(0, 1), khatri_rao(up1, up2)
-        return A.reshape(-1, *g.shape[1:]), B.reshape(*B.shape, *(1 for _ in g.kernel))
+        return Factors(A.reshape(-1, *g.shape[1:]), B.reshape(*B.shape, *(1 for _ in g.kernel)))
 
     @classmethod
-    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
+    def form(cls, p: Tensors, spec: Spec, positions: int) -> Form | None:
         """Forward and backward: three thin products at rank r squared against the gradient of W and passes over W."""
-        g, passes = spec.geometry, _PASSES["half" if p["hada_w1_b"].itemsize == 2 else "wide"]
+        g = spec.geometry
         if g.lookup:
-            return "own"
-        thin = (3 * tokens + passes) * cls.rank(p) ** 2 * (g.groups * g.columns + g.out)
-        return "factors" if thin < (tokens + passes) * g.columns * g.out else "weight"
+            return Hadamard(_pair(p, 1), _pair(p, 2))
+        thin = cls.rank(p) ** 2 * (g.groups * g.columns + g.out)
+        ways = {
+            "weight": costs.Work(positions * g.columns * g.out, elements=g.columns * g.out),
+            "factors": costs.Work(3 * positions * thin, elements=thin),
+        }
+        way = costs.cheapest("hadamard", p["hada_w1_b"].dtype, ways)
+        return cls.factors(p, spec) if way == "factors" else None
 
-    @classmethod
-    def add(cls, op: Op, y: Tensor, x: Tensor, p: Tensors, spec: Spec, gate: Strength) -> Tensor:
-        """For a lookup: the two factors of the rows looked up.  x indices [*n] -> [*n, features]."""
-        (down1, up1), (down2, up2) = _pair(p, 1), _pair(p, 2)
-        return added(y, (F.embedding(x, down1.T) @ up1.T) * (F.embedding(x, down2.T) @ up2.T), gate)
 
-
-def _pair(p: Tensors, j: int) -> tuple[Tensor, Tensor]:
+def _pair(p: Tensors, j: int) -> Factors:
     """Factor j as a product.  -> (down [r, columns] or [r, in / groups, *k], up [out, r])."""
     a, b = p[f"hada_w{j}_a"], p[f"hada_w{j}_b"]
-    return tucker_factors(p[f"hada_t{j}"], a, b) if "hada_t1" in p else (b, a)
+    return Factors(*(tucker_factors(p[f"hada_t{j}"], a, b) if "hada_t1" in p else (b, a)))

@@ -11,26 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffpeft import patterns
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
-from diffpeft.methods.base import Additive, Fresh, Geometry, Op, Site, Spec, Strength, Tensors
+from diffpeft.methods import costs
+from diffpeft.methods.base import Additive, Fresh, Geometry, Site, Spec, Tensors
 from diffpeft.methods.fit import fresh
+from diffpeft.methods.forms import Factors, Kronecker
 from diffpeft.methods.layout import LAYOUTS
-from diffpeft.methods.linalg import added, kaiming, tucker_factors
+from diffpeft.methods.linalg import kaiming, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-
-# How many multiply-adds take as long as the passes over one activation, and over one element of a weight that is built, added and
-# differentiated: in fp32 and in 16 bits, and whether the second half is one tensor. Measured on one core with 320 to 10240 features.
-_PASSES = {
-    ("wide", False): (150, 260),
-    ("wide", True): (200, 260),
-    ("half", False): (1000, 2000),
-    ("half", True): (2000, 2000),
-}
 
 
 @dataclass
@@ -142,48 +134,40 @@ class LoKr(Additive):
         return kron(_first(p), _second(p, spec.geometry))
 
     @classmethod
-    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor]:
+    def factors(cls, p: Tensors, spec: Spec) -> Factors:
         """(kron(B1, B2), kron(A1, A2)), where a whole half counts as itself times I. The rank is the product of both halves' ranks."""
         g = spec.geometry
         down1, up1 = _split(p["lokr_w1"]) if "lokr_w1" in p else (p["lokr_w1_b"], p["lokr_w1_a"])
         down2, up2 = _split(p["lokr_w2"]) if "lokr_w2" in p else _second_pair(p, g)
-        return kron(down1, down2), kron(up1, up2).reshape(g.out, -1, *(1 for _ in g.kernel))
+        return Factors(kron(down1, down2), kron(up1, up2).reshape(g.out, -1, *(1 for _ in g.kernel)))
 
     @classmethod
-    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
+    def form(cls, p: Tensors, spec: Spec, positions: int) -> Kronecker | None:
         """Forward and backward: thin products and passes over activations against the gradient of W and passes over W."""
         g = spec.geometry
-        if g.lookup or g.groups > 1:
-            return "own" if g.lookup else "weight"
-        (o1, i1), whole = _first_shape(p), "lokr_w2" in p
-        o2, i2k = g.out // o1, g.columns // i1
-        f = o2 if whole else p["lokr_w2_b"].shape[0]
-        products = f * (i1 * i2k + o1 * i1 + (0 if whole else o1 * o2))
-        activation, element = _PASSES["half" if next(iter(p.values())).itemsize == 2 else "wide", whole]
-        own = 3 * products + activation * (g.in_ + g.out)
-        return "own" if tokens * own < (tokens + element) * g.columns * g.out else "weight"
-
-    @classmethod
-    def add(cls, op: Op, y: Tensor, x: Tensor, p: Tensors, spec: Spec, gate: Strength) -> Tensor:
-        """kron(W1, W2) x by the two halves in turn: x is i1 blocks of i2 features, the result o1 blocks of o2."""
-        g, (o1, i1) = spec.geometry, _first_shape(p)
-        if g.lookup:
-            return added(y, _looked_up(x, p, g), gate)
-        if k := cls.kron(p, spec):
-            return op.kron(y, x, *k, gate)
-        if "lokr_w2" not in p:
-            down, up = _second_pair(p, g)
-            h = _mixed(op, op.grouped(x, down, i1), p)
-            return added(y, op.blocks(h, up.T.expand(o1, *up.T.shape)), gate)
-        if _mixes_first(p, g):
-            return added(y, op.grouped(_mixed(op, x, p), p["lokr_w2"], o1), gate)
-        return added(y, _mixed(op, op.grouped(x, p["lokr_w2"], i1), p), gate)
-
-    @classmethod
-    def kron(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        if _in_two(p) or ("lokr_w2" in p and not _mixes_first(p, spec.geometry)):
+        if not g.lookup and (g.groups > 1 or not _is_cheap(p, g, positions)):
             return None
-        return _first(p), *((None, p["lokr_w2"]) if "lokr_w2" in p else _second_pair(p, spec.geometry))
+        return halves(p, g)
+
+
+def halves(p: Tensors, g: Geometry) -> Kronecker:
+    """The update as a product of its halves."""
+    first = (p["lokr_w1"],) if "lokr_w1" in p else (p["lokr_w1_a"], p["lokr_w1_b"])
+    return Kronecker(first, (p["lokr_w2"],) if "lokr_w2" in p else _second_pair(p, g)[::-1])
+
+
+def _is_cheap(p: Tensors, g: Geometry, positions: int) -> bool:
+    """Whether the two halves in turn cost less than a weight with their product in it."""
+    (o1, i1), whole = _first_shape(p), "lokr_w2" in p
+    o2, i2k = g.out // o1, g.columns // i1
+    f = o2 if whole else p["lokr_w2_b"].shape[0]
+    products = f * (i1 * i2k + o1 * i1 + (0 if whole else o1 * o2))
+    ways = {
+        "weight": costs.Work(positions * g.columns * g.out, elements=g.columns * g.out),
+        "halves": costs.Work(3 * positions * products, activations=positions * (g.in_ + g.out)),
+    }
+    what = "kronecker, second half whole" if whole else "kronecker"
+    return costs.cheapest(what, next(iter(p.values())).dtype, ways) == "halves"
 
 
 def _first_shape(p: Mapping[str, Any]) -> tuple[int, int]:
@@ -217,32 +201,3 @@ def _split(w: Tensor) -> tuple[Tensor, Tensor]:
     o, columns = w.flatten(1).shape
     eye = torch.eye(min(o, columns), dtype=w.dtype, device=w.device)
     return (w, eye) if o <= columns else (eye.reshape(columns, *w.shape[1:]), w.flatten(1))
-
-
-def _in_two(p: Tensors) -> bool:
-    """Whether W1 is a product whose factors are clearly less work one after the other."""
-    o1, i1 = _first_shape(p)
-    return "lokr_w1" not in p and 2 * len(p["lokr_w1_b"]) * (o1 + i1) < o1 * i1
-
-
-def _mixes_first(p: Tensors, g: Geometry) -> bool:
-    """Whether x is mixed by W1 before it goes through a whole W2: the other order is no less work."""
-    (o1, i1), (o2, i2) = _first_shape(p), p["lokr_w2"].shape[:2]
-    return not g.kernel and o1 * i2 * (i1 + o2) <= i1 * o2 * (i2 + o1)
-
-
-def _mixed(op: Op, t: Tensor, p: Tensors) -> Tensor:
-    """Blocks of features mixed by W1."""
-    return op.mix(op.mix(t, p["lokr_w1_b"]), p["lokr_w1_a"]) if _in_two(p) else op.mix(t, _first(p))
-
-
-def _looked_up(x: Tensor, p: Tensors, g: Geometry) -> Tensor:
-    """The columns x of kron(W1, W2) as rows.  Indices [*n] -> [*n, out]."""
-    i2 = g.in_ // _first_shape(p)[1]
-    u, d = F.embedding(x // i2, _first(p).T), x % i2
-    if "lokr_w2" in p:
-        v = F.embedding(d, p["lokr_w2"].T)
-    else:
-        down, up = _second_pair(p, g)
-        v = F.embedding(d, down.T) @ up.T
-    return (u[..., :, None] * v[..., None, :]).flatten(-2)

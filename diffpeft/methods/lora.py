@@ -22,6 +22,7 @@ from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods import loftq
 from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.forms import Factors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import kaiming, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -142,6 +143,7 @@ class Lora(Additive):
     config = LoraConfig
     roles = (*LAYOUTS["lora"].roles, "initial_A", "initial_B")  # the last two are frozen, and of no file
     options = frozenset({"tucker"})
+    thin = True
     shifts = frozenset({"lora_B_bias"})
 
     @classmethod
@@ -186,13 +188,13 @@ class Lora(Additive):
         return {**double, **rest}, None if alpha is None else 2 * float(alpha)
 
     @classmethod
-    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor]:
+    def factors(cls, p: Tensors, spec: Spec) -> Factors:
         A, B = _factors(p)
         if "lora_mid" in p:
             A, _ = tucker_factors(p["lora_mid"], B.flatten(1).T, A.flatten(1))
         if "initial_A" in p:
             A, B = torch.cat([A, p["initial_A"]]), torch.cat([B, -p["initial_B"]], 1)
-        return A, B
+        return Factors(A, B)
 
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
@@ -201,8 +203,8 @@ class Lora(Additive):
         return (B.flatten(1) @ A.flatten(1)).reshape(spec.geometry.shape)
 
     @classmethod
-    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
-        return "factors"
+    def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors:
+        return cls.factors(p, spec)
 
     @classmethod
     def bias(cls, b: Tensor | None, p: Tensors, spec: Spec) -> Tensor | None:

@@ -7,11 +7,11 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from diffpeft import files
 from diffpeft.errors import CheckpointError, ConfigError, inside, near, shown
@@ -129,6 +129,18 @@ class PeftConfig(Passing):
     revision: str | None = None
     inference_mode: bool = False
 
+    # What fields that only some methods have are for the others. No annotations, so that these are no fields of a file.
+    target_modules = cast("str | Sequence[str] | None", None)
+    exclude_modules = cast("str | Sequence[str] | None", None)
+    modules_to_save = cast("list[str] | None", None)
+    layers_to_transform = cast("int | list[int] | None", None)
+    layers_pattern = cast("str | list[str] | None", None)
+    layer_replication = cast("list[tuple[int, int]] | None", None)
+    trainable_token_indices = cast("list[int] | dict[str, list[int]] | None", None)
+    target_parameters = cast("list[str] | None", None)
+    ensure_weight_tying = False
+    bias = "none"
+
     TYPE: ClassVar[PeftType | None] = None
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()  # fields of PEFT's that have to stay at their defaults here
     types: ClassVar[dict[str, type[PeftConfig]]] = {}  # {peft_type: its config's class}
@@ -149,9 +161,8 @@ class PeftConfig(Passing):
                 f"Invalid task type: {shown(self.task_type)}",
                 remedy=near(str(self.task_type), kinds) or f"It is one of {', '.join(kinds)}.",
             )
-        layers, blocks = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
-        targets = getattr(self, "target_modules", None)
-        if isinstance(targets, str) and (layers is not None or blocks):
+        layers, blocks = self.layers_to_transform, self.layers_pattern
+        if isinstance(self.target_modules, str) and (layers is not None or blocks):
             raise ConfigError(
                 "`layers_to_transform` cannot be used when `target_modules` is a str.",
                 remedy="Say the layers in the expression, or give target_modules as a list.",
@@ -266,14 +277,14 @@ class PeftConfig(Passing):
         return made(**{key: value for key, value in kwargs.items() if key in known})
 
     @classmethod
-    def of(cls, config: Any) -> Any:
+    def of(cls, config: object) -> PeftConfig:
         """A config of these, from one of peft's or the fields of one. Raises ConfigError for anything else."""
-        if issubclass(type(config), PeftConfig):
+        if isinstance(config, PeftConfig):
             return config
-        found = config.to_dict() if hasattr(config, "to_dict") else config
-        if not isinstance(found, Mapping) or not found.get("peft_type"):
+        table = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(table, Mapping) or not table.get("peft_type"):
             raise ConfigError(f"a {type(config).__name__} is no config", remedy="Pass for example a LoraConfig.")
-        return cls.from_peft_type(**found)
+        return cls.from_peft_type(**table)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from diffpeft.methods import config as checks
-from diffpeft.methods.base import Additive, Fresh, Op, Site, Spec, Strength, Tensors
+from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.forms import Factors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
@@ -106,8 +107,8 @@ class Vera(Additive):
         }
 
     @classmethod
-    def factors(cls, p: Tensors, spec: Spec) -> tuple[Tensor, Tensor]:
-        return p["A"] * _along(p["d"], p["A"]), p["B"] * _along(p["b"], p["B"])
+    def factors(cls, p: Tensors, spec: Spec) -> Factors:
+        return Factors(p["A"] * _along(p["d"], p["A"]), p["B"] * _along(p["b"], p["B"]))
 
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
@@ -115,14 +116,8 @@ class Vera(Additive):
         return (B.flatten(1) @ A.flatten(1)).reshape(spec.geometry.shape)
 
     @classmethod
-    def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
-        return "factors" if spec.geometry.lookup else "own"
-
-    @classmethod
-    def add(cls, op: Op, y: Tensor, x: Tensor, p: Tensors, spec: Spec, gate: Strength) -> Tensor:
-        """y + gate * b * B (d * A x), without a matrix of the layer's own."""
-        update = op.add(torch.zeros_like(y), op.down(x, p["A"]), p["B"], gate * p["d"])
-        return y + op.scaled(update, p["b"])
+    def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors:
+        return cls.factors(p, spec)
 
 
 def _along(t: Tensor, like: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import torch.nn as nn
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, Copy, Record, bare_copy, base_class, is_adapted, op_of
+from diffpeft.layers.hooks import device_of, present, refusal
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.site import device_of, present, refusal, site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.carried import base_class, op_of, record_of, weights_of
-from diffpeft.layers.chain import Base, Whole
-from diffpeft.layers.site import device_of, present, site_of
+from diffpeft.layers.chain import Base, Whole, factors_of
+from diffpeft.layers.hooks import device_of, present
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
 from diffpeft.methods import Lora, Spec
 from diffpeft.methods.config import check_choice, check_rank, is_fp32
@@ -205,7 +206,7 @@ def _update(module: Any, slot: Slot) -> Update:
         dtype = torch.promote_types(dtype, wide_dtype(t.dtype))
 
     def read() -> Update:
-        factors = _factors(slot, dtype, op)
+        factors = _nothing(slot, op, dtype) if not slot.parts else factors_of(slot, dtype)
         if record.fused and record.base is None and not all(part.additive for part in slot.parts):
             raise AdapterStateError(
                 "what the adapter does depends on the layer's own weight, which was fused with keep_base='none'",
@@ -213,7 +214,7 @@ def _update(module: Any, slot: Slot) -> Update:
                 remedy="Load the model again to get its own weights.",
             )
         own = record.base if record.base is not None else weights_of(module)
-        W = (op.weight() if op.quantised else op.canonical(own["weight"])).to(slot.weight.device, dtype)
+        W = (op.weight() if op.backend else op.canonical(own["weight"])).to(slot.weight.device, dtype)
         bias = own["bias"].to(W) if "bias" in own else None
         whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
@@ -223,20 +224,10 @@ def _update(module: Any, slot: Slot) -> Update:
         return present(module, lambda: slot(lambda _: read()))
 
 
-def _factors(slot: Slot, dtype: torch.dtype, op: Any) -> Factors | None:
-    """Exact factors of all parts side by side, their scale in B, if every part has some of less than full rank."""
+def _nothing(slot: Slot, op: Any, dtype: torch.dtype) -> Factors:
+    """Factors of rank 0, of a slot that changes nothing but the bias."""
     nothing = slot.weight.new_zeros(0, dtype=dtype)
-    pairs = [(nothing.view(0, op.geometry.columns), nothing.view(op.geometry.out, 0))]
-    for part in slot.parts:
-        if not part.additive:
-            return None
-        p = slot.prepared(part, dtype)
-        found = part.method.factors(p, part.spec)
-        g = part.spec.geometry
-        if found is None or (found[0].shape[0] >= min(g.out, g.columns) and part.method is not Lora):
-            return None
-        pairs.append((found[0].flatten(1), part.method.scale(p, part.spec) * found[1].flatten(1)))
-    return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)
+    return nothing.view(0, op.geometry.columns), nothing.view(op.geometry.out, 0)
 
 
 def _whole(delta: Tensor) -> Factors:

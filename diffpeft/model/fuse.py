@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
-from diffpeft.layers.carried import Record, base_class
+from diffpeft.layers.backends import backend_of
+from diffpeft.layers.carried import Record
+from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.site import STORING_HOOKS, diffusers_hooks, site_of
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
@@ -188,8 +189,7 @@ def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[
 
     What only slots change has to be its layer's alone; patches untie it.
     """
-    site = site_of(base_class(module))
-    if site is not None and site.quantised:
+    if backend_of(module) is not None:
         raise unfit(layer, "its weight is quantised, and rounding it again would lose more than the adapter adds")
     for name in touched(module, record):
         parameter = module._parameters.get(name)

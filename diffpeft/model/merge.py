@@ -17,9 +17,10 @@ from torch import nn
 
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
-from diffpeft.layers.carried import Copy, Parameters, Record, Step, bare, base_class, effective, op_of
+from diffpeft.layers.backends import Backend, backend_of
+from diffpeft.layers.carried import Copy, Parameters, Record, Step, bare, effective, op_of
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.model.attach import mixes_of, refuse_foreign
@@ -115,14 +116,14 @@ class _Merger:
             plan.carry(module, None, unfused(layer, module, record)[1] if record.fused else None)
             return None
         base, steps = self._start(layer, module, record, inside)
-        site = site_of(base_class(module))
-        if slots and site is not None and site.quantised:
+        backend = backend_of(module)
+        if slots and backend is not None:
             if not self.dequantize:
                 raise AdapterStateError(
                     f"layer {shown(layer)} cannot be merged: its weight is quantised, and rounding it again would lose more than the adapter adds",
                     remedy="Pass dequantize=True to get a plain layer, or leave the adapter unmerged; it acts all the same.",
                 )
-            return self._replace(plan, layer, module, steps)
+            return self._replace(plan, layer, module, backend, steps)
         refuse_unfit(layer, module, record, self.owners)
         like = {name: module._parameters[name].data for name in base}  # type: ignore[union-attr]
         weights, error = _merged(layer, module, base, like, steps)
@@ -170,7 +171,7 @@ class _Merger:
         check_order(layer, record, [n for n in inside if n in record.fused], self.choice)
         return based(module, record), record.steps(self.choice, [n for n in inside if n not in record.fused])
 
-    def _replace(self, plan: Plan, layer: str, module: Any, steps: Sequence[Step]) -> float:
+    def _replace(self, plan: Plan, layer: str, module: Any, backend: Backend, steps: Sequence[Step]) -> float:
         """Plan to put a plain layer in place of a quantised one, wherever the model holds it."""
         if "_hf_hook" in vars(module):
             raise unfit(layer, "its weight is offloaded")
@@ -181,7 +182,7 @@ class _Merger:
             raise unfit(layer, "it is the whole model, and has to be replaced in the module that holds it")
         with torch.no_grad():
             base = {"weight": op_of(module).weight(), **({} if module.bias is None else {"bias": module.bias.data})}
-        plain = _plain(module, self.dtype or _computed_in(module), base["weight"].device)
+        plain = backend.plain(module, self.dtype or backend.computes_in(module), base["weight"].device)
         own: Any = site_of(type(plain))
         like = {"weight": own(plain).canonical(plain.weight), **({} if plain.bias is None else {"bias": plain.bias})}
         weights, error = _merged(layer, module, base, like, steps)
@@ -235,29 +236,6 @@ def _activations(model: nn.Module) -> torch.dtype | None:
     """The dtype that most parameters have that are neither an adapter's nor in quantised layers: that of the activations."""
     dtypes: Counter[torch.dtype] = Counter()
     for module in model.modules():
-        site = site_of(base_class(module))
-        if not isinstance(module, Slot) and not (site and site.quantised):
+        if not isinstance(module, Slot) and backend_of(module) is None:
             dtypes.update(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
     return dtypes.most_common(1)[0][0] if dtypes else None
-
-
-def _plain(module: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """An empty layer of the class that a quantised one was made from: nn.Linear, or GPT-2's Conv1D, so that a saved model has its weights the right way."""
-    source = getattr(module, "source_cls", None)
-    if source is not None and source.__name__ == "Conv1D":
-        with torch.device("meta"):
-            plain = source(module.out_features, module.in_features)
-    else:
-        plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-    plain.to_empty(device=device).to(dtype).train(module.training)
-    for name in vars(plain):
-        if name.startswith(("_forward", "_backward")) and name in vars(module):  # other libraries' hooks
-            plain.__dict__[name] = vars(module)[name]
-    return plain
-
-
-def _computed_in(module: Any) -> torch.dtype:
-    """The dtype in which a quantised layer computes, as far as it knows."""
-    state = getattr(module.weight, "quant_state", None)
-    bias = None if module.bias is None else module.bias.dtype
-    return getattr(module, "compute_dtype", None) or bias or (torch.float16 if state is None else state.dtype)

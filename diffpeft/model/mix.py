@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,88 +29,90 @@ from diffpeft.model.target import spellings
 Level = float | Schedule
 Strength = Level | Mapping[str, Level]
 Given = Mapping[str, Strength]
+Result = TypeVar("Result")
+Chosen = Mapping[str, "Choice"]  # by mix key
+Held = Mapping[str, "Choice | Moment"]
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-_scope: Scope[Mapping[str, Choice]] = Scope("diffpeft_mix")  # {mix key: choice} of the `adapters(...)` blocks
+_scope: Scope[Held] = Scope("diffpeft_mix")  # {mix key: choice} of the `adapters(...)` blocks
 _here = (
     threading.local()
 )  # `choices`: all of these as one, or absent: for compiled code, which cannot read what a context holds
 # the blocks of all threads that claim their adapters, by id
-_running: weakref.WeakValueDictionary[int, Block[Mapping[str, Choice]]] = weakref.WeakValueDictionary()
+_running: weakref.WeakValueDictionary[int, Block[Chosen]] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
-    """A mix in force: active adapters in activation order, what the user set, and the strength of each on each layer (a column).
+class Moment:
+    """What layers read of a choice: for one step and one batch, or always the same where nothing depends on the call."""
 
-    Where strengths depend on the call, layers read a `moment` of it: the same for one step and one batch.
-    """
+    of: Choice
+    strengths: Mapping[str, Sequence[float]]  # by adapter, of each layer
+    table: Tensor  # the same as [active adapter, layer], fp32: what compiled code reads
+    rows: tuple[Moment, ...] = ()  # one a prompt; the fields above are of the first that has an adapter then
+    batch: int = 0  # how many rows the batch has, 0 if that is not known
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The active adapters in activation order."""
+        return self.of.order
+
+    @property
+    def images(self) -> int:
+        """How many rows of a batch a prompt has."""
+        return self.of.images
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What was set: active adapters in activation order, and the strength of each on each layer, a number or a schedule."""
 
     order: tuple[str, ...] = ()
-    given: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)  # as the user said it
     levels: Mapping[str, Sequence[Level]] = field(default_factory=dict)  # by adapter, of each layer
-    strengths: Mapping[str, Sequence[float]] = field(
-        default_factory=dict
-    )  # the same as numbers: now, or in the first step
-    table: Tensor = field(
-        default_factory=lambda: torch.zeros(0, 0)
-    )  # [active adapter, layer] fp32: what compiled code reads
     clock: Clock | None = None  # tells the step, where a level is a schedule
-    rows: tuple[
-        Choice, ...
-    ] = ()  # one a prompt; the fields above are of the first that has an adapter then, `given` of each
+    rows: tuple[Choice, ...] = ()  # one a prompt; `levels` are of the first that has an adapter then, `given` of each
     images: int = 1  # how many rows of a batch a prompt has
-    of: Choice | None = None  # what this is a moment of
-    batch: int = 0  # of a moment: how many rows the batch has, 0 if that is not known
-    live: bool = False  # whether it depends on the call
-    moments: dict[Any, Choice] = field(default_factory=dict)
+    live: bool = False  # whether layers read another moment from call to call
+    first: Moment = field(init=False)  # that of the first step
+    kept: dict[Any, Any] = field(default_factory=dict, init=False)  # what was made of this choice before
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first", self._moment(0.0, 0))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "moments": {}}
+        return {**self.__dict__, "kept": {}}
+
+    @property
+    def strengths(self) -> Mapping[str, Sequence[float]]:
+        """The levels as numbers: always, or in the first step."""
+        return self.first.strengths
 
     def scaled(self, by: float) -> Choice:
         """This choice with all strengths times a number."""
-        if by == 1:
-            return self
-        return self._kept(("scaled", by), lambda: self._scaled(by))
+        return self if by == 1 else self._remembered(("scaled", by), lambda: self._scaled(by))
 
     def _scaled(self, by: float) -> Choice:
-        return replace(
-            self,
-            levels={name: [_times(level, by) for level in levels] for name, levels in self.levels.items()},
-            strengths={name: [s * by for s in strengths] for name, strengths in self.strengths.items()},
-            table=self.table * by,
-            rows=tuple(row.scaled(by) for row in self.rows),
-            moments={},
-        )
+        levels = {name: [_times(level, by) for level in own] for name, own in self.levels.items()}
+        return replace(self, levels=levels, rows=tuple(row.scaled(by) for row in self.rows))
 
-    def moment(self, fraction: float | None, batch: int = 0) -> Choice:
+    def moment(self, fraction: float | None, batch: int = 0) -> Moment:
         """This choice at a step and for a batch."""
-        return self._kept((fraction, batch), lambda: self._moment(fraction, batch))
+        return self._remembered((fraction, batch), lambda: self._moment(fraction, batch))
 
-    def _kept(self, key: Any, make: Callable[[], Choice]) -> Choice:
+    def _remembered(self, key: Any, make: Callable[[], Result]) -> Result:
         """What was made of this choice before under a key, else what `make` makes now."""
-        found = self.moments.get(key)
-        if found is None:
-            if len(self.moments) >= _KEPT:
-                self.moments.clear()
-            found = self.moments[key] = make()
-        return found
+        if key not in self.kept:
+            if len(self.kept) >= _KEPT:
+                self.kept.clear()
+            self.kept[key] = make()
+        result: Result = self.kept[key]
+        return result
 
-    def _moment(self, fraction: float | None, batch: int) -> Choice:
-        strengths, table = self.strengths, self.table
-        if fraction is not None and not self.rows:
-            strengths, table = _numbers(self.order, self.levels, fraction)
-        return replace(
-            self,
-            strengths=strengths,
-            table=table,
-            rows=tuple(row.moment(fraction) for row in self.rows),
-            of=self,
-            batch=batch,
-            moments={},
-        )
+    def _moment(self, fraction: float | None, batch: int) -> Moment:
+        strengths, table = _numbers(self.order, self.levels, fraction or 0.0)
+        return Moment(self, strengths, table, tuple(row.moment(fraction) for row in self.rows), batch)
 
 
 _KEPT = 256  # moments: those of a few numbers of steps
@@ -155,7 +157,7 @@ class Mix:
             return ()
         return tuple(dict.fromkeys(name for adapter in self.adapters.values() for name in adapter.modules))
 
-    def blocks(self) -> list[Block[Mapping[str, Choice]]]:
+    def blocks(self) -> list[Block[Chosen]]:
         """The `adapters(...)` blocks that are running, in all threads and tasks."""
         found = (
             reference() for reference in _running.valuerefs()
@@ -166,8 +168,8 @@ class Mix:
         """The choices of these blocks."""
         return [block.value[self.key] for block in self.blocks()]
 
-    def standing(self) -> Choice:
-        """The choice that holds here and now: that of this thread's or task's last block, or the one that was set."""
+    def _held(self) -> Choice | Moment:
+        """What holds here and now: that of this thread's or task's last block or call, or the one that was set."""
         if torch.compiler.is_compiling():
             return _here.choices.get(self.key, self.choice) if hasattr(_here, "choices") else self.choice
         for block in reversed(_scope.blocks):
@@ -175,12 +177,23 @@ class Mix:
                 return block.value[self.key]
         return self.choice
 
-    def current(self) -> Choice:
-        """`standing` as layers apply it. Outside of its model's call a layer is told the step by `schedule.step`."""
-        choice = self.standing()
-        if not choice.live or choice.of is not None or torch.compiler.is_compiling():
-            return choice
-        return choice.moment(None if choice.clock is None else choice.clock.fraction())
+    def standing(self) -> Choice:
+        """The choice that holds here and now."""
+        held = self._held()
+        return held.of if isinstance(held, Moment) else held
+
+    def is_called(self) -> bool:
+        """Whether a call of the model has told its layers their moment."""
+        return isinstance(self._held(), Moment)
+
+    def current(self) -> Moment:
+        """The moment of it that layers apply. Outside of its model's call a layer is told the step by `schedule.step`."""
+        held = self._held()
+        if isinstance(held, Moment):
+            return held
+        if not held.live or torch.compiler.is_compiling():
+            return held.first
+        return held.moment(None if held.clock is None else held.clock.fraction())
 
     def chosen(self, given: Given | Sequence[Given], clock: Clock | None = None, images: int = 1) -> Choice:
         """The choice in which the adapters in `given` that this component has are active at these strengths."""
@@ -233,7 +246,6 @@ def choose(
             order,
             {name: tuple(row.given.get(name, 0.0) for row in rows) for name in order},
             {name: first[name].levels[name] for name in order},
-            {name: first[name].strengths[name] for name in order},
             clock=next((row.clock for row in rows if row.clock is not None), None),
             rows=rows if order else (),
             images=1 if early else images,
@@ -241,28 +253,33 @@ def choose(
         )
     order = tuple(name for name in given if name in adapters)
     levels = {name: _levels(given[name], component, layers) for name in order}
-    strengths, table = _numbers(order, levels, 0.0)
-    scheduled = not early and any(isinstance(level, Schedule) for found in levels.values() for level in set(found))
+    scheduled = any(isinstance(level, Schedule) for own in levels.values() for level in set(own))
+    if scheduled and early:
+        levels = {name: [*numbers] for name, numbers in _numbers(order, levels, 0.0)[0].items()}
     return Choice(
         order,
         {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order},
-        levels if scheduled else strengths,
-        strengths,
-        table.reshape(len(order), len(layers)),
-        clock=(clock or Clock()) if scheduled else None,
-        live=scheduled,
+        levels,
+        clock=(clock or Clock()) if scheduled and not early else None,
+        live=scheduled and not early,
     )
 
 
 def _numbers(
     order: Sequence[str], levels: Mapping[str, Sequence[Level]], fraction: float
 ) -> tuple[dict[str, Sequence[float]], Tensor]:
-    """Strengths at a fraction of the steps, and as a table."""
+    """Strengths at a fraction of the steps, and as a table [adapter, layer]."""
     strengths: dict[str, Sequence[float]] = {}
+    different = {name: set(levels[name]) for name in order}
     for name in order:
-        now = {level: level.at(fraction) if isinstance(level, Schedule) else level for level in set(levels[name])}
+        now = {level: level.at(fraction) if isinstance(level, Schedule) else level for level in different[name]}
         strengths[name] = [now[level] for level in levels[name]]
-    return strengths, torch.tensor([list(strengths[name]) for name in order], dtype=torch.float32, device="cpu")
+    layers = max((len(levels[name]) for name in order), default=0)
+    if all(len(values) == 1 for values in different.values()):  # one number an adapter: a table is quickly made of them
+        column = torch.tensor([strengths[name][0] for name in order], dtype=torch.float32, device="cpu")
+        return strengths, column[:, None].repeat(1, layers)
+    rows = [list(strengths[name]) for name in order]
+    return strengths, torch.tensor(rows, dtype=torch.float32, device="cpu").reshape(len(order), layers)
 
 
 def _levels(strength: Strength, component: str, layers: Sequence[str]) -> list[Level]:
@@ -373,7 +390,7 @@ def _no_layer(name: str, pattern: str, mixes: list[Mix]) -> UnknownNameError:
     )
 
 
-def claim(choices: Mapping[str, Choice]) -> Block[Mapping[str, Choice]]:
+def claim(choices: Mapping[str, Choice]) -> Block[Chosen]:
     """A block with these choices, by mix key: while it is open, its adapters cannot be unloaded. It is not in force yet."""
     block = Block(choices)
     _running[id(block)] = block
@@ -381,7 +398,7 @@ def claim(choices: Mapping[str, Choice]) -> Block[Mapping[str, Choice]]:
 
 
 @contextlib.contextmanager
-def forced(block: Block[Mapping[str, Choice]]) -> Iterator[None]:
+def forced(block: Block[Chosen]) -> Iterator[None]:
     """The choices of `block` hold in this thread or task inside this one, after which they never hold again."""
     try:
         _scope.enter(block)
@@ -396,7 +413,7 @@ def forced(block: Block[Mapping[str, Choice]]) -> Iterator[None]:
             raise
 
 
-def _settle_ended(block: Block[Mapping[str, Choice]]) -> None:
+def _settle_ended(block: Block[Chosen]) -> None:
     _running.pop(id(block), None)
     _scope.forget_ended()
     show_compiled()
@@ -417,13 +434,13 @@ class in_force:
     A class, whose methods compiled code passes by: a step is to cost nothing.
     """
 
-    def __init__(self, made: Callable[[], Mapping[str, Choice]]) -> None:
+    def __init__(self, made: Callable[[], Held]) -> None:
         self.made = made
 
     @torch.compiler.disable
     def __enter__(self) -> None:
         choices = self.made()
-        self.block = Block(choices) if choices else None
+        self.block: Block[Held] | None = Block(choices) if choices else None
         if self.block is None:
             return
         try:

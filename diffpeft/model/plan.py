@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of, state_with
-from diffpeft.layers.site import reapply_offloading
+from diffpeft.layers.hooks import reapply_offloading
 from diffpeft.model.mix import Mix
 from diffpeft.model.root import settle
 from diffpeft.model.target import COMPILED

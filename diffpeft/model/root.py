@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, listed
 from diffpeft.layers.mixed import watched
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.swap import subclass
 from diffpeft.model.call import asked_scale, for_diffusers, rows_asked, takes_scale
-from diffpeft.model.mix import Choice, Mix, forced, in_force, show_compiled
+from diffpeft.model.mix import Choice, Chosen, Mix, Moment, forced, in_force, show_compiled
 from diffpeft.model.scope import Block
 from diffpeft.model.target import COMPILED
 
@@ -59,9 +59,7 @@ def _depends_on_the_call(model: nn.Module, mix: Mix) -> bool:
 
 
 @contextlib.contextmanager
-def rooted(
-    parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], block: Block[Mapping[str, Choice]]
-) -> Iterator[None]:
+def rooted(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], block: Block[Chosen]) -> Iterator[None]:
     """The choices of `block` hold inside this one, with the roots that they need."""
     models = [(parts[component], mix) for component, mix in mixes.items()]
     try:
@@ -100,11 +98,11 @@ def _root_class(base: Any) -> type:
     return _classes[base]
 
 
-def _for_call(mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Choice]:
-    """{mix key: choice} of what holds in one call alone; empty if nothing depends on it. Raises AdapterStateError for a scale on what is fused."""
+def _for_call(mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Moment]:
+    """{mix key: moment} of what holds in one call alone; empty if nothing depends on it. Raises AdapterStateError for a scale on what is fused."""
     show_compiled()
     choice, early = mix.standing(), mix.component.startswith("text_encoder")
-    if choice.of is not None:  # the model inside a compiled one: it is done
+    if mix.is_called():  # the model inside a compiled one: it is done
         return {}
     scale = asked_scale(early, kwargs)
     if scale == 1 and not choice.live:

@@ -10,13 +10,19 @@ from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
+Held = TypeVar("Held", covariant=True)
 
 
-class Block(Generic[Value]):
+class Block(Generic[Held]):
     """What one block puts in force while it is open."""
 
-    def __init__(self, value: Value):
-        self.value, self.open, self.in_task = value, True, _in_task()
+    def __init__(self, value: Held):
+        self._value, self.open, self.in_task = value, True, _in_task()
+
+    @property
+    def value(self) -> Held:
+        """What is in force."""
+        return self._value
 
 
 class Scope(Generic[Value]):

@@ -11,7 +11,8 @@ from diffpeft import patterns
 from diffpeft.bundle import COMPONENTS
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class, is_adapted
-from diffpeft.layers.site import refusal, site_of
+from diffpeft.layers.hooks import refusal
+from diffpeft.layers.sites import site_of
 
 COMPILED = "_orig_mod"  # the level that torch.compile puts around a module; names go without it
 

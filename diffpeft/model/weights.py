@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, NonFiniteError, shown
 from diffpeft.layers.carried import FUSED, Parameters, Record, Step, base_class, effective, stamps_of
-from diffpeft.layers.site import ConvSite, LinearSite, site_of
+from diffpeft.layers.chain import factors_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide, wide_dtype
-from diffpeft.methods.lora import Lora
 
 SOME = 1 << 19  # numbers that are cheap to find memory for
 WHOLE, SAMPLE = (
@@ -88,34 +88,28 @@ class Scratch:
 def _by_rows(
     module: Any, steps: Sequence[Step], dtype: torch.dtype, base: Parameters, scratch: Scratch
 ) -> Tensor | None:
-    """The weight of a large layer with plain LoRAs in it, some rows at a time. None for other layers."""
-    plain = all(
-        isinstance(slot, Slot)
-        and slot.parts
-        and slot.parts[0].method is Lora
-        and {*slot.tensors} == {"lora_A", "lora_B"}
-        for slot, _ in steps
-    )
-    if not plain or base["weight"].numel() < SOME or site_of(base_class(module)) not in (LinearSite, ConvSite):
+    """The weight of a large layer with factors of low rank in it, some rows at a time. None for other layers."""
+    site = site_of(base_class(module))
+    if base["weight"].numel() < SOME or site is None or not site.in_order or not all(map(_is_thin, steps)):
         return None
     weight = base["weight"]
-    factors = [slot(_factors, dtype, s) for slot, s in steps]  # type: ignore[operator]
-    A, B = torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], 1)
-    out, some = torch.empty_like(weight), max(1, SOME * len(weight) // weight.numel())
-    now, then = scratch.pair(some, weight[0].numel(), dtype, weight.device)
-    for a in range(0, len(weight), some):
-        rows = weight[a : a + some].flatten(1)
-        W = torch.addmm(now[: len(rows)].copy_(rows), B[a : a + some], A, out=then[: len(rows)])
-        out[a : a + some] = W.reshape(out[a : a + some].shape)
+    factors = [(slot(factors_of, dtype), s) for slot, s in steps]  # type: ignore[operator]
+    A, B = torch.cat([A for (A, _), _ in factors]), torch.cat([B * s for (_, B), s in factors], 1)
+    out, count = torch.empty_like(weight), max(1, SOME * len(weight) // weight.numel())
+    now, then = scratch.pair(count, weight[0].numel(), dtype, weight.device)
+    for a in range(0, len(weight), count):
+        rows = weight[a : a + count].flatten(1)
+        W = torch.addmm(now[: len(rows)].copy_(rows), B[a : a + count], A, out=then[: len(rows)])
+        out[a : a + count] = W.reshape(out[a : a + count].shape)
     return out
 
 
-def _factors(slot: Slot, dtype: torch.dtype, strength: float) -> tuple[Tensor, Tensor]:
-    """A [r, in * k] and B [out, r] of a LoRA, whose product is what it adds at a strength."""
-    part = slot.parts[0]
-    p, method = slot.prepared(part, dtype), part.method
-    A, B = method.factors(p, part.spec)
-    return A.flatten(1), B.flatten(1) * (method.scale(p, part.spec) * strength)
+def _is_thin(step: Step) -> bool:
+    """Whether what acts adds nothing but products of low rank to the weight."""
+    slot = step[0]
+    if not isinstance(slot, Slot) or slot.shifts or not slot.parts:
+        return False
+    return all(part.additive and part.method.thin for part in slot.parts)
 
 
 def unfused(layer: str, module: nn.Module, record: Record) -> tuple[Record, dict[str, Tensor]]:

@@ -11,10 +11,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,14 @@ from diffpeft.errors import (
 )
 from diffpeft.families import family_of
 from diffpeft.layers.carried import Record, effective
+from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.model.target import adapted, layers_of, spellings
 from diffpeft.pipeline.load import load_lora
 from diffpeft.pipeline.locate import located
-from diffpeft.pipeline.open import check_model
+from diffpeft.pipeline.open import check_model, class_of
 
+Adapters = Sequence[tuple[str | os.PathLike[str] | Mapping[str, Tensor], float]]  # what is fused, and how strong
 INDEX = "model_index.json"
 # weights, or the index of weights in several files: what stands behind the second dot is the variant
 _WEIGHTS = re.compile(
@@ -52,7 +55,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Stored:
+class ComponentFiles:
     """One component's folder: the files that stand in the copy, and the tensors in those with weights."""
 
     files: Sequence[Path]
@@ -68,7 +71,7 @@ class _Change:
     """One layer that adapters change."""
 
     name: str
-    module: Any
+    module: nn.Module
     record: Record
     weight: Handle
     bias: Handle | None
@@ -76,7 +79,7 @@ class _Change:
 
 def bake(
     model: str | os.PathLike[str],
-    adapters: Sequence[tuple[Any, float]],
+    adapters: Adapters,
     out: str | os.PathLike[str],
     *,
     variant: str | None = None,
@@ -95,28 +98,46 @@ def bake(
     index = _json(model / INDEX)
     names = [n for n, kind in index.items() if _is_component(n, kind) and (model / n).is_dir()]
     stored = {name: _stored(model / name, variant) for name in names}
-    if variant and not any(_variant(file) == variant for own in stored.values() for file in own.files):
+    if variant and not any(_variant(file) == variant for part in stored.values() for file in part.files):
         raise CheckpointError(f"no file is of the variant {shown(variant)}", where=model, remedy="Leave out variant.")
+    changes = _planned(model, index, stored, adapters)
+    with io.folder(out) as folder:
+        for file in _copied(model, stored.values()):
+            _copy(file, folder / file.relative_to(model))
+        _write([change for of_part in changes.values() for change in of_part], model, folder, told)
+    return {name: len(of_part) for name, of_part in changes.items() if of_part}
+
+
+def _planned(
+    model: Path,
+    index: Mapping[str, Any],
+    stored: Mapping[str, ComponentFiles],
+    adapters: Adapters,
+) -> dict[str, list[_Change]]:
+    """{component: the layers that the adapters change}."""
     parts = {n: _weightless(model, n, index[n], stored[n]) for n in COMPONENTS if n in stored and stored[n].tensors}
     # a pipeline as load_lora sees it: its class's name and its components
     target = type(str(index.get("_class_name")), (), {**parts, "components": parts})()
     for n, (source, weight) in enumerate(adapters):
-        source = located(source)
-        _show_weights(source, target, parts, stored)
-        load_lora(target, source, name=f"lora-{n}", weight=weight)
-    changes = {name: _changes(name, part, stored[name]) for name, part in parts.items()}
-    with io.folder(out) as folder:
-        beside = [p for p in sorted(model.iterdir()) if p.is_file() and p.name[0] != "." and not _others(p)]
-        for file in [*beside, *(file for own in stored.values() for file in own.files)]:
-            _copy(file, folder / file.relative_to(model))
-        _write([change for own in changes.values() for change in own], model, folder, told)
-    return {name: len(own) for name, own in changes.items() if own}
+        file = located(source)
+        _show_weights(file, target, parts, stored)
+        load_lora(target, file, name=f"lora-{n}", weight=weight)
+    return {name: _changes(name, part, stored[name]) for name, part in parts.items()}
+
+
+def _copied(model: Path, stored: Iterable[ComponentFiles]) -> Iterator[Path]:
+    """The files that stand in the copy: those beside the components, and those of each component."""
+    for file in sorted(model.iterdir()):
+        if file.is_file() and file.name[0] != "." and not _is_foreign(file):
+            yield file
+    for part in stored:
+        yield from part.files
 
 
 def _write(changes: Sequence[_Change], model: Path, folder: Path, told: Callable[[int, int], None]) -> None:
     """Compute each layer and write its tensors over those in the copies, which have them at the same bytes."""
     with contextlib.ExitStack() as stack:
-        files: dict[Path, Any] = {}
+        files: dict[Path, BinaryIO] = {}
         for done, change in enumerate(changes, 1):
             for handle, tensor in _computed(change):
                 assert handle.path is not None
@@ -132,13 +153,14 @@ def _write(changes: Sequence[_Change], model: Path, folder: Path, told: Callable
             os.fsync(file.fileno())
 
 
-def _is_component(name: str, kind: Any) -> bool:
+def _is_component(name: str, kind: object) -> bool:
     """Whether an entry of model_index.json names a component: a plain name, a library and a class."""
     pair = isinstance(kind, list) and len(kind) == 2 and all(isinstance(part, str) for part in kind)
     return pair and re.fullmatch(r"\w+", name) is not None
 
 
 def _check_places(model: Path, out: Path) -> None:
+    """Raise CheckpointError for what is no folder of a pipeline, ConfigError for an output that would overwrite something."""
     if model.is_file() and model.suffix == ".safetensors":
         raise CheckpointError(
             "this is a single file, and only a diffusers folder can be fused into",
@@ -157,44 +179,54 @@ def _check_places(model: Path, out: Path) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """The table in a JSON file. Raises UnreadableFileError."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnreadableFileError(f"cannot read it ({error})", where=file) from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise UnreadableFileError("it is no table", where=file)
-    return found
+    return table
 
 
 def _variant(file: Path) -> str | None:
     """The variant of a file of weights, "" for none; None for other files."""
-    found = _WEIGHTS.fullmatch(file.name)
-    return found and (found["a"] or found["b"] or found["c"] or "")
+    match = _WEIGHTS.fullmatch(file.name)
+    return match and (match["a"] or match["b"] or match["c"] or "")
 
 
-def _others(file: Path) -> bool:
+def _is_foreign(file: Path) -> bool:
+    """Whether a file is another program's copy of the weights."""
     return bool(_OTHERS.fullmatch(file.name))
 
 
-def _stored(folder: Path, variant: str | None) -> Stored:
+def _stored(folder: Path, variant: str | None) -> ComponentFiles:
     """What of a component's folder goes into the copy: all but weights of other variants and in other containers."""
     every = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    variants: dict[str, list[Path]] = {}
-    for file in every:
-        if (found := _variant(file)) is not None and file.parent == folder:
-            variants.setdefault(found, []).append(file)
+    variants = _by_variant(file for file in every if file.parent == folder)
     chosen = variants.get(variant or "") or variants.get("")
     if variants and not chosen:
         raise CheckpointError(
             f"the weights are there only as {listed(variants)}", where=folder, remedy=f"Say --variant {min(variants)}."
         )
-    for file in [] if variants else every:
-        io.refuse_pickle(file)
-    files = [file for file in every if not _others(file)] + (chosen or [])
-    return Stored(files, _tensors(chosen or [], folder))
+    if not variants:
+        for file in every:
+            io.refuse_pickle(file)
+    files = [file for file in every if not _is_foreign(file)] + (chosen or [])
+    return ComponentFiles(files, _tensors(chosen or [], folder))
+
+
+def _by_variant(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """{variant, "" for none: its files}; other files than those of weights are left out."""
+    variants: dict[str, list[Path]] = {}
+    for file in files:
+        if (variant := _variant(file)) is not None:
+            variants.setdefault(variant, []).append(file)
+    return variants
 
 
 def _tensors(files: Iterable[Path], folder: Path) -> dict[str, Handle]:
+    """The tensors of files of weights, those named by an index among them. Raises CheckpointError for tensors that two files hold."""
     tensors: dict[str, Handle] = {}
     wanted: set[str] = set()
     files = list(files)
@@ -202,30 +234,28 @@ def _tensors(files: Iterable[Path], folder: Path) -> dict[str, Handle]:
         if file.suffix == ".json":
             wanted |= {*map(str, _json(file).get("weight_map", {}).values())}
             continue
-        own = io.header(file)[0]
-        if twice := own.keys() & tensors.keys():
+        handles = io.header(file)[0]
+        if twice := handles.keys() & tensors.keys():
             raise CheckpointError("two files hold the same tensors", where=f"{folder}: {listed(sorted(twice)[:3])}")
-        tensors |= own
-    if lost := wanted - {file.name for file in files}:
-        raise UnreadableFileError("files of weights are missing", where=f"{folder}: {listed(sorted(lost))}")
+        tensors |= handles
+    if missing := wanted - {file.name for file in files}:
+        raise UnreadableFileError("files of weights are missing", where=f"{folder}: {listed(sorted(missing))}")
     return tensors
 
 
-def _weightless(model: Path, name: str, kind: Sequence[str], stored: Stored) -> nn.Module:
+def _weightless(model: Path, name: str, kind: Sequence[str], stored: ComponentFiles) -> nn.Module:
     """A component built from its config. Its parameters have the stored dtypes and their shapes, and all their numbers are one zero."""
-    import diffusers
-    import transformers
-
-    library, cls = kind
-    found: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), cls, None)
-    if found is None:
-        raise CheckpointError(f"{name} is a {shown(f'{library}.{cls}')}, which is not known here", where=model / INDEX)
+    library, class_name = kind
+    cls: Any = class_of(library, class_name) if library in ("diffusers", "transformers") else None
+    if cls is None:
+        what = f"{library}.{class_name}"
+        raise CheckpointError(f"{name} is a {shown(what)}, which is not known here", where=model / INDEX)
     try:
         with torch.device("meta"):
             if library == "diffusers":
-                module = found.from_config(found.load_config(model / name))
+                module = cls.from_config(cls.load_config(model / name))
             else:
-                module = found(found.config_class.from_pretrained(model / name))
+                module = cls(cls.config_class.from_pretrained(model / name))
                 module.tie_weights()
     except (MemoryError, NotImplementedError):
         raise
@@ -233,58 +263,65 @@ def _weightless(model: Path, name: str, kind: Sequence[str], stored: Stored) -> 
         raise CheckpointError(
             f"cannot build {name} from its config ({type(error).__name__}: {error})", where=model / name
         ) from error
-    made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay so
-    for prefix, own in module.named_modules():
-        for key, p in own._parameters.items():
+    _replace_parameters(module, stored)
+    return module.eval()
+
+
+def _replace_parameters(model: nn.Module, stored: ComponentFiles) -> None:
+    """One zero of the stored dtype, spread out, in the place of each parameter. Tied parameters stay so."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for key, p in module._parameters.items():
             if p is not None and p not in made:
                 handle = stored.tensor(dotted(prefix, key))
                 (zero,) = io.load([Handle(handle.dtype if handle else "F32", ())])
                 made[p] = nn.Parameter(zero.expand(p.shape), requires_grad=False)
-            own._parameters[key] = None if p is None else made[p]
-    return module.eval()
+            module._parameters[key] = None if p is None else made[p]
 
 
-def _show_weights(source: Any, target: Any, parts: Mapping[str, nn.Module], stored: Mapping[str, Stored]) -> None:
-    """Give the weights to those layers of which load_lora works out what an adapter of their fused layer does."""
-    own = family_of(target)
-    if own not in converters.fitting(source).families:
+def _show_weights(
+    source: Path | Mapping[str, Tensor],
+    target: object,
+    parts: Mapping[str, nn.Module],
+    stored: Mapping[str, ComponentFiles],
+) -> None:
+    """Give the weights to those layers of which load_lora works out what an adapter of their joint layer does."""
+    family = family_of(target)
+    if family not in converters.fitting(source).families:
         return  # load_lora says so
     names = {component: [*layers_of(part)] for component, part in parts.items()}
-    for entry in converters.read(source, family=own, names=names).entries:
+    for entry in converters.read(source, family=family, names=names).entries:
         try:
             split(entry)
         except Unfit:
             for component, layer in map(parted, entry.targets):
                 handle = stored[component].tensor(f"{layer}.weight") if component in parts else None
                 if handle and layer in names[component]:
-                    weight: Any = parts[component].get_submodule(layer).weight
+                    weight = parts[component].get_submodule(layer)._parameters["weight"]
+                    assert weight is not None
                     weight.data = io.load([handle])[0]
 
 
-def _changes(component: str, model: nn.Module, stored: Stored) -> list[_Change]:
+def _changes(component: str, model: nn.Module, stored: ComponentFiles) -> list[_Change]:
     """The layers that adapters change. Raises for those whose weights are not in the files as the layer has them."""
-    owners: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners[p] = owners.get(p, 0) + 1
-    out = []
+    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    changes = []
     for layer, module, record in adapted(model):
-        any_module: Any = module
-        name, own = dotted(component, layer), {}
         if not _steps(record):
             continue
-        for key in ("weight", "bias"):
-            parameter = getattr(any_module, key, None)
-            own[key] = None if parameter is None else _found(name, key, parameter, stored.tensor(dotted(layer, key)))
-            if parameter is not None and owners[parameter] > 1:
+        name, handles = dotted(component, layer), dict[str, Handle]()
+        for key, parameter in module._parameters.items():
+            if key not in ("weight", "bias") or parameter is None:
+                continue
+            handles[key] = _fitting(name, key, parameter, stored.tensor(dotted(layer, key)))
+            if owners[parameter] > 1:
                 raise AdapterStateError(f"layer {shown(name)} cannot be fused: its {key} is tied to another layer's")
-        assert own["weight"] is not None
-        out.append(_Change(name, module, record, own["weight"], own["bias"]))
-    return out
+        changes.append(_Change(name, module, record, handles["weight"], handles.get("bias")))
+    return changes
 
 
-def _found(layer: str, key: str, parameter: Tensor, handle: Handle | None) -> Handle:
+def _fitting(layer: str, key: str, parameter: Tensor, handle: Handle | None) -> Handle:
+    """What the files hold of a layer's parameter. Raises if that is not there, of another shape, or rounded too coarsely."""
     if handle is None:
         raise CheckpointError(f"the files have no {key} of layer {shown(layer)}", remedy="Save the pipeline anew.")
     if handle.shape != tuple(parameter.shape):
@@ -300,7 +337,7 @@ def _found(layer: str, key: str, parameter: Tensor, handle: Handle | None) -> Ha
     return handle
 
 
-def _steps(record: Record) -> list[tuple[Any, float]]:
+def _steps(record: Record) -> list[tuple[Slot, float]]:
     """The adapters of a layer in order, as `fuse` takes them."""
     choice = record.mix.choice
     return [
@@ -314,19 +351,19 @@ def _computed(change: _Change) -> list[tuple[Handle, Tensor]]:
     dtype = wide_dtype(weight.dtype)
     stored = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     with torch.no_grad():
-        whole = effective(change.module, _steps(change.record), dtype, stored)
-    W, b = whole["weight"], whole.get("bias")
+        computed = effective(change.module, _steps(change.record), dtype, stored)
+    W, b = computed["weight"], computed.get("bias")
     if b is not None and bias is None:
         raise AdapterStateError(f"layer {shown(change.name)} cannot be fused: an adapter adds a bias, and it has none")
-    out = [(change.weight, W.to(weight.dtype))]
+    tensors = [(change.weight, W.to(weight.dtype))]
     if change.bias and b is not None and bias is not None and b is not bias:
-        out.append((change.bias, b.to(bias.dtype)))
-    if not all(is_finite(t) for _, t in out):
+        tensors.append((change.bias, b.to(bias.dtype)))
+    if not all(is_finite(t) for _, t in tensors):
         raise NonFiniteError(
             f"layer {shown(change.name)} would get weights that are not finite",
             remedy="An adapter is broken, or too strong for the dtype.",
         )
-    return out
+    return tensors
 
 
 def _copy(file: Path, to: Path) -> None:

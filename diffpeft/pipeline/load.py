@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import converters
 from converters.sizes import grouped
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, Handle, dotted
+from diffpeft.bundle import Bundle, Entry, dotted
 from diffpeft.errors import (
     ConfigError,
     WrongBaseError,
@@ -28,7 +28,7 @@ from diffpeft.errors import (
 )
 from diffpeft.families import family_of, is_unnamed
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.model.attach import OVERSIZED, install, mixes_of, oversized, refuse_duplicate
@@ -37,11 +37,24 @@ from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_streng
 from diffpeft.model.plan import Plan
 from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, walked
-from diffpeft.pipeline.fused import unfused
+from diffpeft.pipeline.joint import separated
 from diffpeft.pipeline.locate import located
-from diffpeft.pipeline.match import Layers, kept, matched
+from diffpeft.pipeline.match import LayersByComponent, in_memory, matched
 
 _FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
+
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor] | Bundle
+Shapes = Mapping[str, Mapping[str, tuple[int, ...] | None]]  # {component: {layer: the shape of its canonical weight}}
+
+
+class Hints(NamedTuple):
+    """What the user says of a source beside itself: see `load_lora`."""
+
+    family: str | None = None
+    revision: str | None = None
+    filename: str | None = None
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,8 @@ class LoadReport:
 
 
 def load_lora(
-    target: Any,
-    source: str | os.PathLike[str] | Mapping[str, Tensor] | Bundle,
+    target: object,
+    source: Source,
     *,
     name: str | None = None,
     weight: float = 1.0,
@@ -88,19 +101,37 @@ def load_lora(
     check_name(name)
     check_strength(name, weight)
     check_max_rank(max_rank, trainable)
-    parts = components(target)
+    parts, hints = components(target), Hints(family, revision, filename, alpha)
     with exclusive(parts), _uncollected():
-        walks = {component: walked(model) for component, model in parts.items()}
-        layers = {component: found for component, (found, _) in walks.items()}
-        mixes = mixes_of(parts, {component: adapted for component, (_, adapted) in walks.items()})
-        refuse_duplicate(name, mixes.values())
-        bundle = opened(target, source, layers, family=family, revision=revision, filename=filename, alpha=alpha)
-        with inside(bundle.source):
-            slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
-            plan = _planned(name, weight, bundle, slots, absent, parts, layers, mixes)
-        report = report_of(name, bundle, slots, absent)
-        _warn(report, bundle, slots)  # before the commit: a warning may be an error
-        plan.commit()
+        return _loaded(
+            target, parts, source, hints, name, weight, strict=strict, trainable=trainable, max_rank=max_rank
+        )
+
+
+def _loaded(
+    target: object,
+    parts: Mapping[str, nn.Module],
+    source: Source,
+    hints: Hints,
+    name: str,
+    weight: float,
+    *,
+    strict: bool,
+    trainable: bool,
+    max_rank: int | None,
+) -> LoadReport:
+    """A load, under the locks of its components: open, match, plan, report, commit."""
+    walks = {component: walked(model) for component, model in parts.items()}
+    layers = {component: by_layer for component, (by_layer, _) in walks.items()}
+    mixes = mixes_of(parts, {component: adapted for component, (_, adapted) in walks.items()})
+    refuse_duplicate(name, mixes.values())
+    bundle = opened(target, source, layers, **hints._asdict())
+    with inside(bundle.source):
+        slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
+        plan = _planned(name, weight, bundle, slots, absent, parts, layers, mixes)
+    report = report_of(name, bundle, slots, absent)
+    _warn(report, bundle, slots)  # before the commit: a warning may be an error
+    plan.commit()
     return report
 
 
@@ -125,9 +156,9 @@ def check_max_rank(max_rank: int | None, trainable: bool) -> None:
 
 
 def opened(
-    target: Any,
-    source: Any,
-    layers: Layers,
+    target: object,
+    source: Source,
+    layers: LayersByComponent,
     *,
     family: str | None,
     revision: str | None,
@@ -135,38 +166,38 @@ def opened(
     alpha: float | None = None,
 ) -> Bundle:
     """What is to be loaded, in the model's own layers. Raises CheckpointError and its kin."""
-    own = family or family_of(target)
+    expected = family or family_of(target)
     if isinstance(source, Bundle):
         bundle = source
-        if own is not None and bundle.family and own not in (bundle.families or (bundle.family,)):
-            raise _wrong_base(bundle.families or (bundle.family,), own, bundle.source)
+        if expected is not None and bundle.family and expected not in (bundle.families or (bundle.family,)):
+            raise _wrong_base(bundle.families or (bundle.family,), expected, bundle.source)
     else:
-        names = {c: {n: _shape(m) for n, (m, _) in found.items() if _has_weights(m)} for c, found in layers.items()}
-        bundle = _read(located(source, revision, filename), own, family, names, alpha)
-    if own is None and is_unnamed(target):
+        shapes = {c: {n: _shape(m) for n, (m, _) in by.items() if _has_weights(m)} for c, by in layers.items()}
+        bundle = _read(located(source, revision, filename), expected, family, shapes, alpha)
+    if expected is None and is_unnamed(target):
         bundle = replace(bundle, family="", families=())
-    return unfused(bundle, layers)
+    return separated(bundle, layers)
 
 
-def _shape(module: Any) -> tuple[int, ...] | None:
+def _shape(module: nn.Module) -> tuple[int, ...] | None:
     """The shape of a layer's canonical weight."""
     site = site_of(base_class(module))
     return site.geometry_of(module).shape if site is not None else None
 
 
-def _has_weights(module: Any) -> bool:
+def _has_weights(module: nn.Module) -> bool:
     """Whether a layer has parameters: a norm without any can be named, but has nothing to adapt."""
     return any(p is not None for p in module._parameters.values())
 
 
 def save_lora(
-    target: Any,
+    target: object,
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
     format: str | None = None,
     dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> None:
     """Write an adapter to `path`, whole or not at all: a .safetensors file, or under any other name a PEFT folder.
 
@@ -193,7 +224,8 @@ def save_lora(
     converters.write(bundle, path, format=format, dtype=dtype)
 
 
-def _default_name(source: Any) -> str:
+def _default_name(source: Source) -> str:
+    """The file's name without its ending, with nothing in it but letters, digits, dots, underscores and hyphens."""
     if not isinstance(source, (str, os.PathLike)):
         return "default"
     stem = Path(source).name.removesuffix(".safetensors")
@@ -201,69 +233,72 @@ def _default_name(source: Any) -> str:
 
 
 def _read(
-    source: Any, own: str | None, family: str | None, names: Mapping[str, Mapping[str, Any]], alpha: float | None
+    source: Path | Mapping[str, Tensor],
+    expected: str | None,
+    family: str | None,
+    shapes: Shapes,
+    alpha: float | None,
 ) -> Bundle:
-    """The Bundle behind a file or dict. The family comes first: in a file for another one no key is worth a complaint. Where a file is of no known
-    family, and this pipeline's has some of its layers, what is wrong with it are the others.
+    """The Bundle behind a file or dict. `expected` is the pipeline's family, or the one that the user names (`family`).
+
+    The family comes first: in a file for another one no key is worth a complaint. Where a file is of no known family, and this pipeline's has some of
+    its layers, what is wrong with it are the others.
     """
-    found = None
-    if family is None:
-        found = converters.fitting(source, own)
-        partly = not found.families and not found.looks_like and found.known.get(own or "")
-        if own is not None and own not in found.families and not partly and not _fills(found, own, names):
-            where = "a dict of tensors" if isinstance(source, Mapping) else source
-            raise (
-                _wrong_base(found.families, own, where)
-                if found.families
-                else converters.unknown_family(found, where, own)
-            )
-        family = own
-    return converters.read(source, family=family, names=names, fits=found, alpha=alpha)
+    if family is not None:
+        return converters.read(source, family=family, names=shapes, fits=None, alpha=alpha)
+    fits = converters.fitting(source, expected)
+    partly = not fits.families and not fits.looks_like and fits.known.get(expected or "")
+    if expected is not None and expected not in fits.families and not partly and not _fills(fits, expected, shapes):
+        where = "a dict of tensors" if isinstance(source, Mapping) else source
+        if fits.families:
+            raise _wrong_base(fits.families, expected, where)
+        raise converters.unknown_family(fits, where, expected)
+    return converters.read(source, family=expected, names=shapes, fits=fits, alpha=alpha)
 
 
-def _fills(found: converters.Fit, own: str, names: Mapping[str, Mapping[str, Any]]) -> bool:
+def _fills(fits: converters.Fit, family: str, shapes: Shapes) -> bool:
     """Whether a file has layers in all blocks of a transformer, and in no others, and its family's names: then it is for it, whatever model is published
     in that size.
     """
-    blocks = grouped((layer, None) for layers in names.values() for layer in layers).blocks.values()
-    theirs = grouped((part.layer, None) for part in found.parts.values()).blocks.values()
-    knows = found.known.get(own) == found.layers and "unet" not in names
+    blocks = grouped((layer, None) for by_layer in shapes.values() for layer in by_layer).blocks.values()
+    theirs = grouped((part.layer, None) for part in fits.parts.values()).blocks.values()
+    knows = fits.known.get(family) == fits.layers and "unet" not in shapes
     return bool(knows and theirs and all(numbers in blocks for numbers in theirs))
 
 
-def _wrong_base(fits: Sequence[str], own: str, where: object) -> WrongBaseError:
-    them = " or ".join(fits)
+def _wrong_base(families: Sequence[str], expected: str, where: object) -> WrongBaseError:
+    them = " or ".join(families)
     return WrongBaseError(
-        f"the adapter is for {them}, this pipeline is {own}", where=where, remedy=f"Use a pipeline of {them}."
+        f"the adapter is for {them}, this pipeline is {expected}", where=where, remedy=f"Use a pipeline of {them}."
     )
 
 
-def _entry_kept(entry: Entry) -> Entry:
+def _entry_in_memory(entry: Entry) -> Entry:
     return replace(
         entry,
-        tensors={role: kept(h) for role, h in entry.tensors.items()},
-        alpha=kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha,
+        tensors={role: in_memory(h) for role, h in entry.tensors.items()},
+        alpha=in_memory(entry.alpha),
     )
 
 
 def _planned(
     name: str,
-    weight: Any,
+    weight: float,
     bundle: Bundle,
     slots: Mapping[str, Mapping[str, Slot]],
     absent: Sequence[Entry],
     parts: Mapping[str, nn.Module],
-    layers: Layers,
+    layers: LayersByComponent,
     mixes: Mapping[str, Mix],
 ) -> Plan:
     """The writes. What the file holds beside the slots goes to the first component that gets some."""
     plan, changed = Plan(), []
     beside = beside_of(bundle, absent)
-    for component, found in slots.items():
-        if found:
-            modules = {layer: layers[component][layer][0] for layer in found}
-            adapter = Adapter(name, tuple(found), **beside)
-            mix = install(plan, component, modules, found, mixes.get(component), adapter, weight)
+    for component, by_layer in slots.items():
+        if by_layer:
+            modules = {layer: layers[component][layer][0] for layer in by_layer}
+            adapter = Adapter(name, tuple(by_layer), **beside)
+            mix = install(plan, component, modules, by_layer, mixes.get(component), adapter, weight)
             plan.root(parts[component], mix)
             changed.append(plan.view(mix))
             beside = {}
@@ -275,16 +310,16 @@ def beside_of(bundle: Bundle, absent: Sequence[Entry]) -> dict[str, Any]:
     """What an Adapter holds beside its slots."""
     return {
         "metadata": bundle.metadata,
-        "carried": {key: kept(h) for key, h in bundle.carried.items()},
-        "absent": tuple(map(_entry_kept, absent)),
+        "carried": {key: in_memory(h) for key, h in bundle.carried.items()},
+        "absent": tuple(map(_entry_in_memory, absent)),
     }
 
 
 def report_of(
     name: str, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]], absent: Sequence[Entry]
 ) -> LoadReport:
-    """What a load did."""
-    names = [dotted(component, layer) for component, found in slots.items() for layer in found]
+    """What a load did: the layers with slots, and the keys that were kept without effect."""
+    names = [dotted(component, layer) for component, by_layer in slots.items() for layer in by_layer]
     carried = (*bundle.carried, *(key for e in absent for key in e.keys or (e.layer,)))
     methods = frozenset(bundle.methods)
     return LoadReport(name, bundle.format, bundle.family, methods, tuple(names), carried, bundle.trigger_words)
@@ -293,11 +328,11 @@ def report_of(
 def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]]) -> None:
     """Say what was kept without effect, and what is unusual."""
     idle = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
-    large = [layer for found in slots.values() for layer in oversized(found)]
+    large = [layer for by_layer in slots.values() for layer in oversized(by_layer)]
     for what, names in (
         ("tensors are kept but have no effect here", report.carried),
         ("layers have alpha 0 and no effect", idle),
         (OVERSIZED, large),
     ):
         if names:
-            warnings.warn(f"adapter {report.name!r}: {len(names)} {what}: {listed(names[:5])}", stacklevel=3)
+            warnings.warn(f"adapter {report.name!r}: {len(names)} {what}: {listed(names[:5])}", stacklevel=4)

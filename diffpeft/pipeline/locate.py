@@ -6,12 +6,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
 from urllib.parse import unquote
 
 import converters
 from diffpeft.errors import CheckpointError, UnreadableFileError, listed, near, shown
 from diffpeft.files import present
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Tensors = TypeVar("Tensors", bound=Mapping[str, Tensor])
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE = "pytorch_lora_weights.safetensors"
@@ -25,7 +30,7 @@ _LINK = re.compile(
 _NO_MODELS = ("datasets/", "spaces/", "api/", "collections/", "papers/")
 
 
-class Place(NamedTuple):
+class HubPlace(NamedTuple):
     """A repository on the Hub, or a file in one."""
 
     repo: str
@@ -33,7 +38,7 @@ class Place(NamedTuple):
     filename: str | None = None
 
 
-def on_hub(source: str) -> Place | None:
+def on_hub(source: str) -> HubPlace | None:
     """The place on the Hub that a text names: an id, a link to a repository or a file, or owner/name/file.safetensors. None for other texts.
 
     A path collapses the slashes of a link, and is one all the same.
@@ -43,16 +48,20 @@ def on_hub(source: str) -> Place | None:
         file = unquote(link["file"] or "").strip("/")
         if file and Path(file).suffix != ".safetensors":  # a folder
             file = f"{file}/{_FILE}"
-        return Place(link["repo"], unquote(link["revision"]) if link["revision"] else None, file or None)
+        return HubPlace(link["repo"], unquote(link["revision"]) if link["revision"] else None, file or None)
     if HUB_ID.fullmatch(source) and Path(source).suffix != ".safetensors":
-        return Place(source)
+        return HubPlace(source)
     owner, name, file = (*source.split("/", 2), "", "")[:3]
     if HUB_ID.fullmatch(f"{owner}/{name}") and file.endswith(".safetensors") and not Path(owner).exists():
-        return Place(f"{owner}/{name}", None, file)
+        return HubPlace(f"{owner}/{name}", None, file)
     return None
 
 
-def located(source: Any, revision: str | None = None, filename: str | None = None) -> Any:
+@overload
+def located(source: Tensors, revision: str | None = None, filename: str | None = None) -> Tensors: ...
+@overload
+def located(source: str | os.PathLike[str], revision: str | None = None, filename: str | None = None) -> Path: ...
+def located(source: object, revision: str | None = None, filename: str | None = None) -> object:
     """The file behind a path, a folder, a Hub id or a link to the Hub; a dict of tensors as it is."""
     if isinstance(source, Mapping):
         return source
@@ -72,6 +81,7 @@ def located(source: Any, revision: str | None = None, filename: str | None = Non
 
 
 def _remedy(path: Path) -> str:
+    """What to do about a path that does not exist."""
     if re.match(r"https?:/", str(path)):
         return (
             "A link is followed to huggingface.co only: save the file, and pass its path; or a Hub id with filename=."
@@ -81,6 +91,7 @@ def _remedy(path: Path) -> str:
 
 
 def _in_folder(folder: Path, filename: str | None) -> Path:
+    """The adapter's file in a folder, or the folder itself if it is a PEFT folder. Raises CheckpointError if several may be meant."""
     peft = all(present(folder / name) for name in PEFT)
     if not filename and (peft or converters.components_in(folder)):
         return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -24,106 +24,142 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import computing_dtype, device_of, refusal, site_of
+from diffpeft.layers.hooks import computing_dtype, device_of, refusal
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.config import FP32_MAX
 from diffpeft.methods.fit import too_small
+from diffpeft.methods.linalg import is_finite
 from diffpeft.methods.lora import Lora
 from diffpeft.model.banks import share
 from diffpeft.model.target import spellings
 
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
 LORAS = ("lora", "dora")
-Layers = Mapping[str, Mapping[str, tuple[nn.Module, nn.Module | None]]]  # {component: {layer: (module, its parent)}}
+HandleOrNumber = TypeVar("HandleOrNumber", Handle, Handle | float | None)  # a tensor, an alpha
+LayersByComponent = Mapping[
+    str, Mapping[str, tuple[nn.Module, nn.Module | None]]
+]  # {component: {layer: (module, its parent)}}
+LayerPlace = tuple[str, str]  # a component and the name of a layer in it
+Slots = dict[str, dict[str, Slot]]  # {component: {layer: its slot}}
+Made = list[
+    tuple[Piece, Mapping[str, Tensor]]
+]  # what one layer gets: methods, each with the tensors that lie beside it
 
 
 def matched(
     bundle: Bundle,
     parts: Mapping[str, nn.Module],
-    layers: Layers,
+    layers: LayersByComponent,
     *,
     strict: bool,
     trainable: bool,
     max_rank: int | None = None,
-) -> tuple[dict[str, dict[str, Slot]], list[Entry]]:
+) -> tuple[Slots, list[Entry]]:
     """Slots by component and layer, and the entries for components or (strict=False) layers that are not there. Raises if any is unfit.
 
     With `max_rank` the LoRAs' parameters have room for that rank.
     """
     _refuse_base_keys(bundle, parts)
-    owners = {
-        name: (component, layer)
-        for component, found in layers.items()
-        for layer in found
-        for spelt in spellings(layer, component)
-        for name in (canonical(component, layer), dotted(component, spelt))
-    }
-    places = [(entry, owners.get(entry.layer)) for entry in bundle.entries]
-    lost = [e for e, place in places if place is None and parted(e.layer)[0] in parts]
-    absent = [e for e, place in places if place is None and parted(e.layer)[0] not in parts]
-    if lost and strict:
-        raise UnknownKeysError(
-            f"the model has no layer for {len(lost)} of {len(places)} adapted layers",
-            where=f"{bundle.source}: {listed([e.layer for e in lost])}",
-            remedy=f"{near(lost[0].layer, owners)} It is for another model, or pass strict=False to load the rest.".strip(),
-        )
-    found = [(e, place) for e, place in places if place is not None]
-    if not found:
-        raise UnknownKeysError(
-            "no tensor of this adapter fits the model",
-            where=f"{bundle.source}: {listed([*(e.layer for e in bundle.entries), *bundle.carried])}",
-        )
-    specs = _checked(bundle, found, layers)
-    tensors = iter(io.load(h for e, _ in found for h in e.tensors.values()))
-    pieces: dict[tuple[str, str], list[tuple[Piece, Mapping[str, Tensor]]]] = {}
-    for (entry, place), spec in zip(found, specs, strict=True):
-        module = layers[place[0]][place[1]][0]
-        pieces.setdefault(place, []).append(
-            _piece(bundle, entry, module, spec, {r: next(tensors) for r in entry.tensors}, trainable)
-        )
-    slots: dict[str, dict[str, Slot]] = {component: {} for component in parts}
-    for (component, layer), own in pieces.items():
-        module = layers[component][layer][0]
-        beside = {role: t for _, extra in own for role, t in extra.items()}
-        made = [piece for piece, _ in own]
-        room = made
-        if max_rank is not None:
-            where = f"{bundle.source}: {dotted(component, layer)}"
-            room = [padded(piece, max_rank, where) for piece in made]
-        slot = slots[component][layer] = Slot(room, beside, trainable=trainable)
-        slot.source = None if max_rank is None else tuple(made)
-        device = device_of(module)
-        if any(
-            t.device != device for own_ in (slot._parameters, slot._buffers) for t in own_.values() if t is not None
-        ):
-            slot.to(device)
-        slot.training = module.training
-    for component, made_slots in slots.items():
-        _share(made_slots, [entry for entry, place in found if place[0] == component], bundle.source)
-    return slots, absent + lost
+    placed, absent = _placed(bundle, parts, layers, strict)
+    specs = _checked(bundle, placed, layers)
+    slots: Slots = {component: {} for component in parts}
+    for (component, layer), made in _pieces(bundle, placed, specs, layers, trainable).items():
+        where = f"{bundle.source}: {dotted(component, layer)}"
+        slots[component][layer] = _slot(made, layers[component][layer][0], trainable, max_rank, where)
+    for component, by_layer in slots.items():
+        _share(by_layer, [entry for entry, place in placed if place[0] == component], bundle.source)
+    return slots, absent
 
 
 def _share(slots: Mapping[str, Slot], entries: Sequence[Entry], source: str) -> None:
     """Give the slots of one component what its entries share, or what the method makes for them where their file leaves it out."""
     shared = next((entry.shared for entry in entries if entry.shared), {})
     tensors = dict(zip(shared, io.load(shared.values()), strict=True))
-    _refuse_nonfinite("what the layers share", tensors, torch.float32, source)
+    if not all(map(is_finite, tensors.values())):
+        raise NonFiniteError(
+            "what the layers share has values that are not finite", where=source, remedy="The file is damaged."
+        )
     share(slots, tensors)
+
+
+def _placed(
+    bundle: Bundle, parts: Mapping[str, nn.Module], layers: LayersByComponent, strict: bool
+) -> tuple[list[tuple[Entry, LayerPlace]], list[Entry]]:
+    """Each entry with the layer that it is for, and the entries whose component or layer is not there.
+
+    Raises UnknownKeysError if a component that is there lacks a layer (strict), or if no entry has a place.
+    """
+    owners = {
+        name: (component, layer)
+        for component, by_layer in layers.items()
+        for layer in by_layer
+        for spelt in spellings(layer, component)
+        for name in (canonical(component, layer), dotted(component, spelt))
+    }
+    placed = [(entry, owners[entry.layer]) for entry in bundle.entries if entry.layer in owners]
+    absent: list[Entry] = []  # of components that are not there
+    unknown: list[Entry] = []  # of components that are there
+    for entry in bundle.entries:
+        if entry.layer not in owners:
+            (unknown if parted(entry.layer)[0] in parts else absent).append(entry)
+    if unknown and strict:
+        raise UnknownKeysError(
+            f"the model has no layer for {len(unknown)} of {len(bundle.entries)} adapted layers",
+            where=f"{bundle.source}: {listed([e.layer for e in unknown])}",
+            remedy=f"{near(unknown[0].layer, owners)} It is for another model, or pass strict=False to load the rest.".strip(),
+        )
+    if not placed:
+        raise UnknownKeysError(
+            "no tensor of this adapter fits the model",
+            where=f"{bundle.source}: {listed([*(e.layer for e in bundle.entries), *bundle.carried])}",
+        )
+    return placed, absent + unknown
+
+
+def _pieces(
+    bundle: Bundle,
+    placed: Sequence[tuple[Entry, LayerPlace]],
+    specs: Sequence[Spec],
+    layers: LayersByComponent,
+    trainable: bool,
+) -> dict[LayerPlace, Made]:
+    """What each layer gets, read from the file in one go."""
+    tensors = iter(io.load(handle for entry, _ in placed for handle in entry.tensors.values()))
+    pieces: dict[LayerPlace, Made] = {}
+    for (entry, (component, layer)), spec in zip(placed, specs, strict=True):
+        by_role = {role: next(tensors) for role in entry.tensors}
+        module = layers[component][layer][0]
+        pieces.setdefault((component, layer), []).append(_piece(bundle, entry, module, spec, by_role, trainable))
+    return pieces
+
+
+def _slot(made: Made, module: nn.Module, trainable: bool, max_rank: int | None, where: str) -> Slot:
+    """The slot of a layer, on the layer's device and in its mode; with `max_rank` it remembers what the file holds."""
+    pieces = [piece for piece, _ in made]
+    beside = {role: t for _, by_role in made for role, t in by_role.items()}
+    room = pieces if max_rank is None else [padded(piece, max_rank, where) for piece in pieces]
+    slot = Slot(room, beside, trainable=trainable)
+    slot.source = None if max_rank is None else tuple(pieces)
+    device = device_of(module)
+    if any(t is not None and t.device != device for t in (*slot._parameters.values(), *slot._buffers.values())):
+        slot.to(device)
+    slot.training = module.training
+    return slot
 
 
 def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
     """A key that names a parameter of the base must never reach it."""
-    own = {
+    parameters = {
         name
         for component, model in (parts if bundle.carried else {}).items()
         for key in model.state_dict(keep_vars=True)
         for spelt in spellings(key, component)
         for name in (spelt, dotted(component, spelt), f"{WRAPPED}{spelt}")
     }
-    bad = [key for key in bundle.carried if key in own or ".base_layer." in key] + [
-        e.layer for e in bundle.entries if "base_layer" in e.layer.split(".")
-    ]
+    bad = [key for key in bundle.carried if key in parameters or ".base_layer." in key]
+    bad += [entry.layer for entry in bundle.entries if "base_layer" in entry.layer.split(".")]
     if bad:
         raise UnknownKeysError(
             "the file holds weights of the base model, not only an adapter",
@@ -132,45 +168,54 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], layers: Layers) -> list[Spec]:
+def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], layers: LayersByComponent) -> list[Spec]:
     """What each entry's method must know beside its tensors. Raises if one does not fit its layer."""
-    specs: list[Spec] = []
+    _refuse_two(bundle, placed)
+    modules = [layers[component][layer] for _, (component, layer) in placed]
+    specs = [_spec(entry, module) for (entry, _), (module, _) in zip(placed, modules, strict=True)]
     wrong: list[str] = []
-    control: list[str] = []
-    refused: list[str] = []
-    taken: set[tuple[tuple[str, str], str]] = set()
-    for entry, place in found:
-        module, parent = layers[place[0]][place[1]]
-        spec = _spec(entry, module)
-        specs.append(spec)
-        own = {role: h for role, h in entry.tensors.items() if role != BIAS}
-        if why := METHODS[entry.method].check(own, spec) or _unshared(entry, spec):
-            wrong.append(f"{entry.layer}: {why}")
-            control += filter(None, [_control(entry, spec)])
-        if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
-            wrong.append(
-                f"{entry.layer}: {BIAS} {entry.tensors[BIAS].shape}, the layer has {spec.geometry.out} outputs"
-            )
-        if why := refusal(module, parent, place[1]):
-            refused.append(f"{entry.layer}: {why}")
-        if any((place, role) in taken for role in entry.tensors):
-            raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {shown(entry.layer)}")
-        taken.update((place, role) for role in entry.tensors)
-    if control:
-        raise ShapeMismatchError(
-            f"this is a control LoRA: {control[0]}",
-            where=bundle.source,
-            remedy="It is for a model that was widened for it (in_channels of its transformer), as diffusers does for FluxControlPipeline.",
-        )
+    for (entry, _), spec in zip(placed, specs, strict=True):
+        wrong += _misfits(bundle, entry, spec)
     if wrong:
         raise ShapeMismatchError(
-            f"{len(wrong)} of {len(found)} layers have other shapes",
+            f"{len(wrong)} of {len(placed)} layers have other shapes",
             where=f"{bundle.source}: {wrong[0]}",
             remedy="It is for another model.",
         )
+    refused = [
+        f"{entry.layer}: {why}"
+        for (entry, (_, layer)), (module, parent) in zip(placed, modules, strict=True)
+        if (why := refusal(module, parent, layer))
+    ]
     if refused:
         raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])
     return specs
+
+
+def _refuse_two(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]]) -> None:
+    """Raise CheckpointError for tensors of the same role for the same layer."""
+    taken: set[tuple[LayerPlace, str]] = set()
+    for entry, place in placed:
+        roles = {(place, role) for role in entry.tensors}
+        if taken & roles:
+            raise CheckpointError("two adapters are on the same layer", where=f"{bundle.source}: {shown(entry.layer)}")
+        taken |= roles
+
+
+def _misfits(bundle: Bundle, entry: Entry, spec: Spec) -> list[str]:
+    """In what an entry's tensors do not fit its layer, in words. Raises ShapeMismatchError for a control LoRA."""
+    factors = {role: handle for role, handle in entry.tensors.items() if role != BIAS}
+    why = METHODS[entry.method].check(factors, spec) or _unshared(entry, spec)
+    wrong = [why] if why else []
+    if wrong and (control := _control(entry, spec)):
+        raise ShapeMismatchError(
+            f"this is a control LoRA: {control}",
+            where=bundle.source,
+            remedy="It is for a model that was widened for it (in_channels of its transformer), as diffusers does for FluxControlPipeline.",
+        )
+    if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
+        wrong.append(f"{BIAS} {entry.tensors[BIAS].shape}, the layer has {spec.geometry.out} outputs")
+    return [f"{entry.layer}: {why}" for why in wrong]
 
 
 def _unshared(entry: Entry, spec: Spec) -> str:
@@ -181,11 +226,11 @@ def _unshared(entry: Entry, spec: Spec) -> str:
 
 def _control(entry: Entry, spec: Spec) -> str:
     """Where an adapter of a model's first layer is for several times its channels (the picture's and a control's), in words; else nothing."""
-    own = spec.geometry.in_
-    channels = entry.tensors["lora_A"].shape[1] if "lora_A" in entry.tensors else own
-    if parted(entry.layer)[1] not in _INPUTS or channels == own or channels % own:
+    inputs = spec.geometry.in_
+    channels = entry.tensors["lora_A"].shape[1] if "lora_A" in entry.tensors else inputs
+    if parted(entry.layer)[1] not in _INPUTS or channels == inputs or channels % inputs:
         return ""
-    return f"{shown(entry.layer)} takes {channels} channels, the model's {own}"
+    return f"{shown(entry.layer)} takes {channels} channels, the model's {inputs}"
 
 
 # the layers that take a model's channels
@@ -208,10 +253,11 @@ def _spec(entry: Entry, module: nn.Module) -> Spec:
 
 
 def _piece(
-    bundle: Bundle, entry: Entry, module: Any, spec: Spec, tensors: dict[str, Tensor], trainable: bool
+    bundle: Bundle, entry: Entry, module: nn.Module, spec: Spec, tensors: dict[str, Tensor], trainable: bool
 ) -> tuple[Piece, Mapping[str, Tensor]]:
     """One method for one layer, checked for what is not finite, and what else its entry holds."""
-    _refuse_nonfinite(f"layer {shown(entry.layer)}", tensors, computing_dtype(module), bundle.source)
+    dtype = computing_dtype(module)
+    _refuse_infinite(bundle, entry, spec, tensors, dtype)
     if trainable:
         # a copy: training must not reach what was passed in
         tensors = {
@@ -220,25 +266,23 @@ def _piece(
         }
     beside = {role: tensors.pop(role) for role in (BIAS,) if role in tensors}
     p = METHODS[entry.method].adopt(tensors, spec)
-    alpha = kept(entry.alpha) if isinstance(entry.alpha, Handle) else entry.alpha
-    if spec.alpha is not None and not abs(spec.alpha) <= FP32_MAX:
-        raise NonFiniteError(
-            f"layer {shown(entry.layer)} has an alpha that is not finite",
-            where=bundle.source,
-            remedy="The file is damaged.",
-        )
-    return Piece(entry.method, p, alpha, spec), beside
+    return Piece(entry.method, p, in_memory(entry.alpha), spec), beside
 
 
-def _refuse_nonfinite(what: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> None:
-    """Raise NonFiniteError for numbers that a dtype cannot hold."""
+def _refuse_infinite(
+    bundle: Bundle, entry: Entry, spec: Spec, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Raise NonFiniteError for numbers that are not finite in the layer's dtype, or an alpha that is not."""
     limit = torch.finfo(dtype).max
     numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
-    if not all(
-        -low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)
-    ):  # NaN compares false
+    wrong = ""
+    if not all(-low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)):  # nor NaN
+        wrong = f"values that are not finite in {dtype}"
+    elif spec.alpha is not None and not abs(spec.alpha) <= FP32_MAX:
+        wrong = "an alpha that is not finite"
+    if wrong:
         raise NonFiniteError(
-            f"{what} has values that are not finite in {dtype}", where=source, remedy="The file is damaged."
+            f"layer {shown(entry.layer)} has {wrong}", where=bundle.source, remedy="The file is damaged."
         )
 
 
@@ -252,7 +296,7 @@ def padded(piece: Piece, rank: int, where: str) -> Piece:
 
 
 def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, where: str) -> dict[str, Tensor]:
-    """A LoRA's tensors with zeros up to a rank, its scale turned into another one. Raises ShapeMismatchError if that cannot be."""
+    """A LoRA's tensors (A [r, i, *k], B [o, r, *1]) with zeros up to a rank, its scale turned into another one. Raises ShapeMismatchError if that cannot be."""
     A, B = tensors["lora_A"], tensors["lora_B"]
     room = rank - A.shape[0]
     if room < 0:
@@ -270,6 +314,6 @@ def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, wh
     return {**tensors, "lora_A": A, "lora_B": B}
 
 
-def kept(handle: Handle) -> Handle:
-    """The tensor in memory: its file may go away."""
-    return io.handle(io.load([handle])[0])
+def in_memory(number: HandleOrNumber) -> HandleOrNumber:
+    """A handle whose tensor is in memory, because its file may go away; a plain number as it is."""
+    return io.handle(io.load([number])[0]) if isinstance(number, Handle) else number

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import json
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from diffpeft.errors import CheckpointError, ConfigError, listed, near
 from diffpeft.io import refuse_pickle
@@ -19,11 +19,22 @@ from diffpeft.pipeline.locate import HUB_ID, on_hub
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
 INDEX = "model_index.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SAVED_BY = {"transformers_version": "transformers", "_diffusers_version": "diffusers"}
+
+
+Value = TypeVar("Value")
+
+
+class Loading(TypedDict):
+    """What diffusers and transformers report of loading a model, as far as it is asked for."""
+
+    missing_keys: Collection[str]
+    mismatched_keys: Collection[tuple[str, Sequence[int], Sequence[int]]]  # (name, stored shape, the model's)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -107,7 +118,8 @@ def facts(model: str | None) -> Facts:
     )
 
 
-def _typed(value: Any, kind: type) -> Any:
+def _typed(value: object, kind: type[Value]) -> Value | None:
+    """The value, if it is of this type."""
     return value if isinstance(value, kind) else None
 
 
@@ -149,36 +161,36 @@ def open_pipeline(
     except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # diffusers and its libraries raise all kinds for a model that cannot be read
-        for model_ in _models_in(error):
-            _refuse_placeholders(type(model_).__name__, model_, source)
+        for module in _models_in(error):
+            _refuse_placeholders(type(module).__name__, module, source)
         raise not_loaded(error, source) from error
-    for component, model_ in pipe.components.items():
-        _refuse_placeholders(component, model_, source)
+    for component, part in pipe.components.items():
+        _refuse_placeholders(component, part, source)
     return pipe.to(device)
 
 
-def _components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def _components(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The models of a pipeline's folder, each loaded by itself and whole. Those of other libraries are left to diffusers."""
     import torch
 
     models = {}
     for name, entry in _config(str(folder), INDEX).items():
-        cls = _class(*entry) if isinstance(entry, list) and len(entry) == 2 else None
+        cls = class_of(*map(str, entry)) if isinstance(entry, list) and len(entry) == 2 else None
         if cls is not None and issubclass(cls, torch.nn.Module) and (folder / name).is_dir():
-            models[name] = whole_model(cls, folder / name, name, dtype=dtype)
+            models[name] = complete_model(cls, folder / name, name, dtype=dtype)
     return models
 
 
-def _class(library: Any, name: Any) -> Any:
+def class_of(library: str, name: str) -> Any:
     """A class of transformers, of diffusers, or of one of its pipelines, by the two names that model_index.json gives it."""
     if library not in ("transformers", "diffusers"):
         import diffusers.pipelines
 
-        return getattr(getattr(diffusers.pipelines, str(library), None), str(name), None)
-    return getattr(importlib.import_module(library), str(name), None)
+        return getattr(getattr(diffusers.pipelines, library, None), name, None)
+    return getattr(importlib.import_module(library), name, None)
 
 
-def whole_model(cls: Any, source: str | Path, component: str, **options: Any) -> Any:
+def complete_model(cls: Any, source: str | Path, component: str, **options: Any) -> Any:
     """A model of diffusers or transformers by its class's `from_pretrained`, with every weight from its files.
 
     Both libraries go on with random numbers where a weight is missing, and say so in a log. Raises CheckpointError, which names the component
@@ -194,7 +206,7 @@ def whole_model(cls: Any, source: str | Path, component: str, **options: Any) ->
     return model
 
 
-def refuse_made_up(model: Any, info: Mapping[str, Any], component: str, source: object) -> None:
+def refuse_made_up(model: object, info: Loading, component: str, source: object) -> None:
     """Raise CheckpointError if a library's report of loading a model names weights that are missing or of another shape."""
     shapes = [
         f"{name} is {list(stored)} and not {list(wanted)}" for name, stored, wanted in sorted(info["mismatched_keys"])
@@ -209,7 +221,7 @@ def refuse_made_up(model: Any, info: Mapping[str, Any], component: str, source: 
             )
 
 
-def _version_remedy(config: Mapping[str, Any]) -> str:
+def _version_remedy(config: Mapping[str, object]) -> str:
     """What to do about weights that a library does not find: take a version of it that is not older than the one that saved them."""
     from importlib.metadata import version
 
@@ -225,14 +237,15 @@ def _version_remedy(config: Mapping[str, Any]) -> str:
     return "The files are incomplete, or another model's: get them again."
 
 
-def _refuse_placeholders(component: str, model: Any, source: Path) -> None:
+def _refuse_placeholders(component: str, model: object, source: Path) -> None:
     """Raise CheckpointError for weights without numbers: diffusers leaves those so that a single file does not hold."""
-    if hasattr(model, "state_dict"):
-        empty = sorted(name for name, t in model.state_dict().items() if t.is_meta)
+    state_dict = getattr(model, "state_dict", None)
+    if state_dict is not None:
+        empty = sorted(name for name, t in state_dict().items() if t.is_meta)
         refuse_made_up(model, {"missing_keys": empty, "mismatched_keys": ()}, component, source)
 
 
-def _models_in(error: BaseException) -> list[Any]:
+def _models_in(error: BaseException) -> list[nn.Module]:
     """The models that a library was at work on when it raised, the outermost first: its error for placeholders names neither model nor weight."""
     import torch
 

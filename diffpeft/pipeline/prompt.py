@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import converters
+from converters.families.base import Table
 from diffpeft.bundle import COMPONENTS
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 
-Given = TypeVar("Given")
+Value = TypeVar("Value")
 _TAG = re.compile(r"\s*<(?:lora|lyco):([^>]*)>")
 _NAMED = ("te", "unet", "lbw", "w")
 _END = ".safetensors"
@@ -64,41 +65,45 @@ class Tag:
     text_encoder: float = 1.0
     lbw: str | tuple[float, ...] | None = None
 
+    def strength_on(self, place: str) -> float:
+        """The strength on a component, or on a layer of one."""
+        return self.text_encoder if place.startswith("text_encoder") else self.unet
+
 
 def parsed(prompt: str) -> tuple[str, list[Tag]]:
     """The prompt without its tags (and the spaces before them), and the tags. A prompt without any stays as it is.
 
     Raises ConfigError or UnknownNameError for a tag that says what is not known.
     """
-    tags = [_tag(found[1]) for found in _TAG.finditer(prompt)]
+    tags = [_tag(match[1]) for match in _TAG.finditer(prompt)]
     return (_TAG.sub("", prompt).strip() if tags else prompt), tags
 
 
 def resolved(
-    given: Sequence[tuple[str, Given]], tags: Iterable[Tag], folder: Path
-) -> list[tuple[str | Path, Given | Tag]]:
-    """The files to load and how strong each is: those that were given, then those that only tags name, `name.safetensors` in `folder`.
+    files: Sequence[tuple[str, Value]], tags: Iterable[Tag], folder: Path
+) -> list[tuple[str | Path, Value | Tag]]:
+    """What to load and how strong each is: the given `files`, then those that only tags name, `name.safetensors` in `folder`.
 
     A tag's strength takes the place of that of the given file with its name. Raises UnknownNameError if there is none.
     """
-    there = {path.name.removesuffix(_END): path for path in sorted(folder.glob(f"*{_END}"))}
-    out: list[tuple[str | Path, Given | Tag]] = list(given)
-    own = [Path(file).name.removesuffix(_END) for file, _ in given]
+    in_folder = {path.name.removesuffix(_END): path for path in sorted(folder.glob(f"*{_END}"))}
+    resolved_files: list[tuple[str | Path, Value | Tag]] = list(files)
+    names = [Path(file).name.removesuffix(_END) for file, _ in files]
     seen: set[str] = set()
     for tag in tags:
         name = tag.name.removesuffix(_END)
-        if name in seen or own.count(name) > 1:
+        if name in seen or names.count(name) > 1:
             what = "two tags are" if name in seen else "two files given are"
             raise ConfigError(f"{what} for {shown(name)}", remedy="Name each adapter once.")
         seen.add(name)
-        if name in own:
-            n = own.index(name)
-            out[n] = (out[n][0], tag)
-        elif name in there:
-            out.append((there[name], tag))
+        if name in names:
+            n = names.index(name)
+            resolved_files[n] = (resolved_files[n][0], tag)
+        elif name in in_folder:
+            resolved_files.append((in_folder[name], tag))
         else:
-            raise UnknownNameError.of("adapter", name, {*there, *own}, f"the prompt's tags (looked in {folder})")
-    return out
+            raise UnknownNameError.of("adapter", name, {*in_folder, *names}, f"the prompt's tags (looked in {folder})")
+    return resolved_files
 
 
 def strengths(tag: Tag, family: str | None, layers: Sequence[str] | None = None) -> float | dict[str, float]:
@@ -110,16 +115,26 @@ def strengths(tag: Tag, family: str | None, layers: Sequence[str] | None = None)
         return tag.unet
     table = converters.TABLES.get(family or "")
     parts = COMPONENTS if table is None else tuple(table.components)
-    out = {part: tag.text_encoder if part.startswith("text_encoder") else tag.unet for part in parts}
-    if tag.lbw is not None:
-        own = _weights(tag, family)
-        for block, patterns in places(family or "").items():
-            for pattern in patterns:
-                whole = tag.text_encoder if pattern.startswith("text_encoder") else tag.unet
-                out[pattern] = whole * own.get(block, 0.0)
+    by_pattern = {part: tag.strength_on(part) for part in parts} | _by_block(tag, family)
     if layers is None:
-        return out
-    return {p: s for p, s in out.items() if any(name == p or name.startswith(f"{p}.") for name in layers)}
+        return by_pattern
+    return {
+        pattern: strength
+        for pattern, strength in by_pattern.items()
+        if any(layer == pattern or layer.startswith(f"{pattern}.") for layer in layers)
+    }
+
+
+def _by_block(tag: Tag, family: str | None) -> dict[str, float]:
+    """{pattern of a block's layers: strength}; empty for a tag without weights by block."""
+    if tag.lbw is None:
+        return {}
+    weights = _weights(tag, family)
+    return {
+        pattern: tag.strength_on(pattern) * weights.get(block, 0.0)
+        for block, patterns in places(family or "").items()
+        for pattern in patterns
+    }
 
 
 @functools.cache
@@ -127,22 +142,29 @@ def places(family: str) -> Mapping[str, tuple[str, ...]]:
     """{block: patterns of its layers} of a family with known blocks. What is in no block (time embedding, output layer) keeps the whole strength."""
     table = converters.TABLES[family]
     encoders = [part for part in table.components if part.startswith("text_encoder")]
-    found: dict[str, dict[str, None]] = {}
-    if family == "flux":
-        found = {block: dict.fromkeys(f"transformer.{name}" for name in ends) for block, ends in _FLUX_ENDS.items()}
-        found |= {block: {encoder: None} for block, encoder in zip(("CLIP", "T5"), encoders, strict=True)}
-        for letter, name in (("D", "transformer_blocks"), ("S", "single_transformer_blocks")):
-            found |= {b: {f"transformer.{name}.{int(b[1:])}": None} for b in _FLUX if b[0] == letter}
-    else:
-        found["BASE"] = dict.fromkeys(encoders)
-        for rule in table.rules["unet"]:
-            if m := _SGM.match(rule.original):
-                block = f"{m[1].removesuffix('put').upper()}{int(m[2]):02}" if m[1] else "M00"
-                own = found.setdefault(block, {})
-                for name, _ in rule.parts:
-                    # an attention goes with the resnet before it, also in a UNet that has some where the family's has none
-                    own |= dict.fromkeys((_pattern(name), _pattern(name).replace(".resnets.", ".attentions.")))
-    return {block: tuple(patterns) for block, patterns in found.items()}
+    blocks = _flux_blocks(encoders) if family == "flux" else _unet_blocks(encoders, table)
+    return {block: tuple(patterns) for block, patterns in blocks.items()}
+
+
+def _flux_blocks(encoders: Sequence[str]) -> dict[str, list[str]]:
+    blocks = {block: [f"transformer.{name}" for name in ends] for block, ends in _FLUX_ENDS.items()}
+    blocks |= {block: [encoder] for block, encoder in zip(("CLIP", "T5"), encoders, strict=True)}
+    for letter, name in (("D", "transformer_blocks"), ("S", "single_transformer_blocks")):
+        blocks |= {b: [f"transformer.{name}.{int(b[1:])}"] for b in _FLUX if b[0] == letter}
+    return blocks
+
+
+def _unet_blocks(encoders: Sequence[str], table: Table) -> dict[str, dict[str, None]]:
+    """Blocks by the numbers that LDM and SGM give them. Dicts are sets in order."""
+    blocks = {"BASE": dict[str, None].fromkeys(encoders)}
+    for rule in table.rules["unet"]:
+        if m := _SGM.match(rule.original):
+            block = f"{m[1].removesuffix('put').upper()}{int(m[2]):02}" if m[1] else "M00"
+            patterns = blocks.setdefault(block, {})
+            for name, _ in rule.parts:
+                # an attention goes with the resnet before it, also in a UNet that has some where the family's has none
+                patterns |= dict.fromkeys((_pattern(name), _pattern(name).replace(".resnets.", ".attentions.")))
+    return blocks
 
 
 def _pattern(layer: str) -> str:
@@ -174,25 +196,37 @@ def _weights(tag: Tag, family: str | None) -> dict[str, float]:
 
 
 def _tag(text: str) -> Tag:
-    name, *rest = (part.strip() for part in text.split(":"))
+    """The tag between `<lora:` and `>`."""
+    name, *settings = (part.strip() for part in text.split(":"))
     where = f"<lora:{text}>"
     if not name:
         raise ConfigError("a tag without a name", where=where, remedy="For example <lora:style:0.8>.")
-    named = dict(part.split("=", 1) for part in rest if "=" in part)
+    numbers, named = _sorted(settings, where)
+    if len(numbers) > 2:
+        raise ConfigError("too many numbers", where=where, remedy="It is <lora:NAME:TEXT_ENCODER:UNET>.")
+    te, unet = (*numbers, "", "")[:2]
+    text_encoder = _number(named.get("te", te or "1"), where)
+    unet = named.get("unet", unet)
+    return Tag(name, _number(unet, where) if unet else text_encoder, text_encoder, _vector(named.get("lbw", ""), where))
+
+
+def _sorted(settings: Sequence[str], where: str) -> tuple[list[str], dict[str, str]]:
+    """The settings of a tag without names, and those with; weights by block are called lbw."""
+    named = dict(part.split("=", 1) for part in settings if "=" in part)
     if unknown := [key for key in named if key not in _NAMED]:
         raise UnknownNameError.of("setting of a tag called", unknown[0], _NAMED, where)
-    plain = [part for part in rest if "=" not in part]
+    plain = [part for part in settings if "=" not in part]
+    named["lbw"] = named.get("lbw", named.get("w", ""))
     # an old spelling puts the weights by block after the strength: <lora:name:1:OUTALL>
-    lbw = named.get("lbw", named.get("w")) or (plain.pop() if len(plain) > 1 and not _is_number(plain[-1]) else None)
-    if len(plain) > 2:
-        raise ConfigError("too many numbers", where=where, remedy="It is <lora:NAME:TEXT_ENCODER:UNET>.")
-    te, unet = (*plain, None, None)[:2]
-    text_encoder = _number(named.get("te", te or "1"), where)
-    both = named.get("unet", unet)
-    return Tag(name, text_encoder if not both else _number(both, where), text_encoder, lbw and _vector(lbw, where))
+    if not named["lbw"] and len(plain) > 1 and not _is_number(plain[-1]):
+        named["lbw"] = plain.pop()
+    return plain, named
 
 
-def _vector(text: str, where: str) -> str | tuple[float, ...]:
+def _vector(text: str, where: str) -> str | tuple[float, ...] | None:
+    """The name of a preset, or the numbers by block; None for an empty text."""
+    if not text:
+        return None
     if "," in text:
         return tuple(_number(part, where) for part in text.split(","))
     known = {name for presets in PRESETS.values() for name in presets}

@@ -26,8 +26,8 @@ class Latents:
         tick: Callable[[], None] = lambda: None,
     ):
         self.moments: list[list[tuple[Tensor, Tensor]]] = []
-        for first in range(0, len(examples), _CHUNK):
-            images = stacked([e.path for e in examples[first : first + _CHUNK]], size)
+        for start in range(0, len(examples), _CHUNK):
+            images = stacked([e.path for e in examples[start : start + _CHUNK]], size)
             means_stds = [
                 family.encode(images.flip(-1) if flipped else images)
                 for flipped in ((False, True) if flip else (False,))
@@ -48,7 +48,7 @@ class Texts:
         self.family, self.live, self.known = family, live, dict[str, Tensor]()
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """[b, ...]."""
+        """What the denoiser reads of these prompts, [b, tokens, width]."""
         if self.live:
             return self.family.embed(prompts)
         with torch.no_grad():

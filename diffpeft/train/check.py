@@ -78,9 +78,9 @@ def _check_checkpoint(path: Path, known: Facts) -> None:
     kind = next((kind for part, kind in _CHECKPOINTS.items() if any(part in key for key in handles)), None)
     if kind:
         raise WrongBaseError(f"this is a checkpoint of {kind}, which cannot be trained", where=path)
-    first = handles.get(_FIRST_LAYER)
-    if first is not None and len(first.shape) > 1:
-        check_trainable("StableDiffusionPipeline", first.shape[1], known.image_channels, path)
+    conv_in = handles.get(_FIRST_LAYER)
+    if conv_in is not None and len(conv_in.shape) > 1:
+        check_trainable("StableDiffusionPipeline", conv_in.shape[1], known.image_channels, path)
 
 
 def resized(checked: Checked, resolution: int) -> Checked:

@@ -85,16 +85,16 @@ class Options:
                 remedy="Warm up in a part of the steps.",
             )
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> dict[str, object]:
         """Every option by its name."""
         return asdict(self)
 
     def output(self) -> Path:
         """The folder for what is written. Raises ConfigError if it cannot be; makes nothing."""
         out = Path(self.out or "").resolve()
-        there = next(folder for folder in (out, *out.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise ConfigError("the output folder cannot be written", where=there, remedy="Pass another --out.")
+        existing = next(folder for folder in (out, *out.parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError("the output folder cannot be written", where=existing, remedy="Pass another --out.")
         return out
 
 
@@ -137,7 +137,7 @@ class TrainConfig(Options):
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
 
 
-Run = TypeVar("Run", bound=Options)
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # {declared type: what is accepted, in words}
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a finite number"),
@@ -150,7 +150,8 @@ def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _check_type(name: str, value: Any, declared: str) -> None:
+def _check_type(name: str, value: object, declared: str) -> None:
+    """Raise ConfigError for a value that is not of the declared type, or no finite number."""
     if isinstance(value, (list, tuple)) and "Sequence[str]" in declared:
         for entry in value:
             _check_type(name, entry, "str")
@@ -166,6 +167,7 @@ def _check_type(name: str, value: Any, declared: str) -> None:
 
 
 def _check_value(name: str, value: Any, meta: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value that is empty, not among the choices, or beyond a limit."""
     for text in (value or [""]) if isinstance(value, (list, tuple)) else [value]:
         if isinstance(text, str) and not text.strip():
             raise ConfigError(f"{name} is empty", remedy=f"Give it a value, or leave --{_flag(name)} out.")
@@ -277,7 +279,7 @@ def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"Here that is {spelt}{comma}{remark}." if ours in set(known) else ""
 
 
-def from_toml(path: str | Path, overrides: Mapping[str, Any], kind: type[Run] = TrainConfig) -> Run:  # type: ignore[assignment]
+def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyOptions] = TrainConfig) -> AnyOptions:  # type: ignore[assignment]
     """The options in a TOML file, replaced by `overrides`. Raises ConfigError or UnknownNameError."""
     path = Path(path)
     values = _read_toml(path)
@@ -297,6 +299,7 @@ _BACKSLASHES = "Between double quotes a backslash is doubled; or use single quot
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises ConfigError, which says what to do about backslashes."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -6,11 +6,11 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import diffpeft
 from diffpeft.io import replacing
@@ -18,7 +18,7 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import data, dreambooth, report
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features
-from diffpeft.train.sample import STRENGTHS, grid, pictures
+from diffpeft.train.sample import STRENGTHS, Grid, grid, pictures
 
 IMAGES = EMBEDDED.parent / "demo"
 NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000), 25, 4.0
@@ -56,7 +56,7 @@ class Heldout:
 
 
 def heldout() -> Heldout:
-    """The 16 held-out names."""
+    """The 16 names that are not trained on, with their pictures in both styles."""
     examples = data.find(IMAGES / "heldout" / "target", None)
     target, original = (
         np.stack([np.asarray(Image.open(IMAGES / "heldout" / style / e.path.name).convert("RGB")) for e in examples])
@@ -88,13 +88,13 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
     return _write(run, picture, metrics, time.perf_counter() - start)
 
 
-def _drawn(run: dreambooth.Run, truth: Heldout, strength: float, seed: int, watch: dreambooth.Watch) -> np.ndarray:
+def _drawn(run: dreambooth.TrainRun, truth: Heldout, strength: float, seed: int, watch: dreambooth.Watch) -> np.ndarray:
     with torch.no_grad(), diffpeft.adapters(run.family.pipe, {run.name: strength}):
         seeds = range(seed, seed + len(truth.prompts))
         return pictures(run.family.pipe, truth.prompts, seeds, steps=STEPS, guidance=GUIDANCE, tick=watch.tick)
 
 
-def _distances(vae: Any, drawn: dict[float, list[np.ndarray]], truth: Heldout) -> dict[str, dict[str, float]]:
+def _distances(vae: nn.Module, drawn: dict[float, list[np.ndarray]], truth: Heldout) -> dict[str, dict[str, float]]:
     """The patch distance of what was drawn to the true pictures of both styles, the mean over the seeds."""
     true = {
         "distance_to_target": patch_features(vae, truth.target),
@@ -105,12 +105,12 @@ def _distances(vae: Any, drawn: dict[float, list[np.ndarray]], truth: Heldout) -
         for when, strength in (("before", 0.0), ("after", 1.0))
     }
     return {
-        name: {when: float(np.mean([patch_distance(f, style) for f in found])) for when, found in features.items()}
+        name: {when: float(np.mean([patch_distance(f, style) for f in maps])) for when, maps in features.items()}
         for name, style in true.items()
     }
 
 
-def _paired(run: dreambooth.Run, truth: Heldout, watch: dreambooth.Watch) -> dict[str, float]:
+def _paired(run: dreambooth.TrainRun, truth: Heldout, watch: dreambooth.Watch) -> dict[str, float]:
     """The denoising loss on held-out target pictures, with the same noise and noise levels at strength 0 and 1."""
     pixels = data.stacked(truth.paths, run.family.resolution)
     out = {}
@@ -120,7 +120,8 @@ def _paired(run: dreambooth.Run, truth: Heldout, watch: dreambooth.Watch) -> dic
     return out
 
 
-def _write(run: dreambooth.Run, picture: Any, metrics: dict[str, dict[str, float]], seconds: float) -> list[Path]:
+def _write(run: dreambooth.TrainRun, picture: Grid, metrics: dict[str, dict[str, float]], seconds: float) -> list[Path]:
+    """Write the adapter, the grid of pictures, the measurements and the report; the paths."""
     out = Path(run.config.out or "")
     files = [*dreambooth.save(run), out / "before_after.png", out / "metrics.json", out / "report.html"]
     with replacing(out / "before_after.png") as f:

@@ -19,9 +19,9 @@ def uniform(*key: int | str) -> float:
     return torch.rand((), generator=generator(*key)).item()
 
 
-def order(n: int, first: int, count: int, *key: int | str) -> list[int]:
-    """Places first .. first + count - 1 of an endless list that is one shuffled pass through range(n) after another."""
-    return [_pass(n, place // n, key)[place % n] for place in range(first, first + count)]
+def order(n: int, start: int, count: int, *key: int | str) -> list[int]:
+    """Places start .. start + count - 1 of an endless list that is one shuffled pass through range(n) after another."""
+    return [_pass(n, place // n, key)[place % n] for place in range(start, start + count)]
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +24,18 @@ from diffpeft.train import data, draw, prior
 from diffpeft.train.cache import Latents, Texts
 from diffpeft.train.check import Checked, check, resized
 from diffpeft.train.config import TrainConfig, target_names
-from diffpeft.train.loop import Schedule, fit
+from diffpeft.train.loop import LearningRate, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, denoising, with_prior
-from diffpeft.train.outcome import check_rank, check_room, kept, refuse_unlearnt
+from diffpeft.train.objective import Batch, check_weighted, denoising, with_prior
+from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt, rescued
 from diffpeft.train.watch import Quiet, Watch
 
 FORMATS = ("diffusers", "kohya")
+Images = tuple[Sequence[data.Example], Latents]  # with their latents, in the same order
 
 
 @dataclass
-class Run:
+class TrainRun:
     """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
 
     `account` says what the data held.
@@ -49,7 +49,7 @@ class Run:
     account: data.Account
 
 
-def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | None = None) -> Run:
+def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | None = None) -> TrainRun:
     """Train an adapter. Writes nothing but missing class images; `save` writes the adapter.
 
     `checked` is what `check` said of the config, where that has been asked already.
@@ -60,8 +60,7 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     checked, device = checked or check(config), default_device()
     dtype = config.dtype or default_dtype(device)
     watch.phase("loading the model")
-    family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
-    family.pipe.set_progress_bar_config(disable=True)
+    family = _opened(config, dtype, device)
     config = resolved(config, checked.name, dtype, family)
     if checked.account.resolution != config.resolution:  # the configs did not tell
         checked = resized(checked, resolution(config, family))
@@ -80,7 +79,7 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     losses = fit(
         parameters_of(family.pipe, name),
         loss_at,
-        Schedule(config.lr, config.steps, config.warmup, config.lr_scheduler),
+        LearningRate(config.lr, config.steps, config.warmup, config.lr_scheduler),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         on_step=lambda done, loss: watch.step(done, config.steps, loss),
@@ -88,7 +87,16 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
     refuse_unlearnt(components(family.pipe).values(), name)
-    return Run(config, family, name, losses, time.perf_counter() - start, checked.account)
+    return TrainRun(config, family, name, losses, time.perf_counter() - start, checked.account)
+
+
+def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
+    """The model to train, without progress bars. Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have."""
+    family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
+    if config.snr_gamma is not None:
+        check_weighted(family.kind)
+    family.pipe.set_progress_bar_config(disable=True)
+    return family
 
 
 def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
@@ -125,9 +133,11 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
     parts = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
-    chosen = {part: targets if part == family.denoiser or preset else "attn" for part in parts}  # names are its own
+    chosen = {
+        part: targets if part == family.denoiser or preset else "attn" for part in parts
+    }  # names are the denoiser's
     layers = {part: select({part: getattr(family.pipe, part)}, chosen[part])[part] for part in parts}
-    check_rank(config, [layer for found in layers.values() for layer in found.values()])
+    check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
     for component in parts:
         attach(
             getattr(family.pipe, component),
@@ -159,10 +169,10 @@ def class_examples(
 def _loss(
     config: TrainConfig,
     family: Family,
-    instances: tuple[Sequence[data.Example], Latents],
-    classes: tuple[Sequence[data.Example], Latents],
+    instances: Images,
+    classes: Images,
 ) -> Callable[[int], Tensor]:
-    """The loss by step. Every draw is a function of seed, step and place in the batch."""
+    """The loss [] by step. Every draw is a function of seed, step and place in the batch."""
     texts = Texts(family, live=config.train_text_encoder)
     device = getattr(family.pipe, family.denoiser).device
 
@@ -175,12 +185,8 @@ def _loss(
     return loss_at
 
 
-def _batch(
-    config: TrainConfig,
-    step: int,
-    instances: tuple[Sequence[data.Example], Latents],
-    classes: tuple[Sequence[data.Example], Latents],
-) -> Batch:
+def _batch(config: TrainConfig, step: int, instances: Images, classes: Images) -> Batch:
+    """The batch of a step: instance images, and as many class images if there are any."""
     latents, noise, u, prompts, is_class = [], [], [], [], []
     for kind, (examples, cached) in (("instance", instances), ("class", classes)):
         if not examples:
@@ -197,19 +203,20 @@ def _batch(
     return Batch(torch.stack(latents), torch.stack(noise), torch.tensor(u), prompts, torch.tensor(is_class))
 
 
-def save(run: Run) -> list[Path]:
+def save(run: TrainRun) -> list[Path]:
     """Write the adapter, one file for each format that can hold it, into the output folder.
 
     If that cannot be written, the files go into a temporary folder, which the OSError names.
     """
-    return kept(lambda folder: _written(run, folder), Path(run.config.out or ""), run.name)
+    return rescued(lambda folder: _written(run, folder), Path(run.config.out or ""), run.name)
 
 
-def _bundle(run: Run) -> Bundle:
+def _bundle(run: TrainRun) -> Bundle:
     return bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
 
 
-def _written(run: Run, folder: Path) -> list[Path]:
+def _written(run: TrainRun, folder: Path) -> list[Path]:
+    """Write the adapter in every format that can hold it; the paths."""
     bundle = _bundle(run)
     formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
     paths = [folder / f"{run.name}.{format}.safetensors" for format in formats]
@@ -218,7 +225,7 @@ def _written(run: Run, folder: Path) -> list[Path]:
     return paths
 
 
-def readers(run: Run, files: Sequence[Path]) -> dict[str, str]:
+def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
     """{file: which programs read it}, and {format: why there is no such file}."""
     bundle = _bundle(run)
     read_by = {path.name: f"read by {', '.join(converters.inspect(path).readable_by)}" for path in files}
@@ -226,7 +233,7 @@ def readers(run: Run, files: Sequence[Path]) -> dict[str, str]:
     return read_by | {f"no {format} file": refusal.what for format, refusal in refused.items()}
 
 
-def _metadata(run: Run) -> dict[str, Any]:
+def _metadata(run: TrainRun) -> dict[str, object]:
     """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part."""
     config = run.config
     return {

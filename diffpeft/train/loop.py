@@ -13,7 +13,7 @@ from diffpeft.errors import DivergedError, NothingLearntError
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LearningRate:
     """The learning rate by step: `warmup` steps up, then constant, or down along a line or a cosine."""
 
     lr: float
@@ -34,7 +34,7 @@ class Schedule:
 def fit(
     parameters: Sequence[nn.Parameter],
     loss_at: Callable[[int], Tensor | Iterable[Tensor]],
-    schedule: Schedule,
+    schedule: LearningRate,
     *,
     weight_decay: float,
     max_grad_norm: float,
@@ -70,6 +70,7 @@ def fit(
 
 
 def _check_gradients(largest: float) -> None:
+    """Raise if the largest norm of a run's gradients says that it diverged, or that nothing was learnt."""
     if not math.isfinite(largest):
         raise DivergedError("the gradient is not finite", remedy="Lower --lr, or use --dtype fp32.")
     if not largest:

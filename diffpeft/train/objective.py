@@ -5,11 +5,13 @@ min-SNR: Hang et al. 2023, arXiv:2303.09556. Prior preservation: DreamBooth, Rui
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffpeft.errors import ConfigError, shown
 from diffpeft.families import Family, Noised
 
 
@@ -25,21 +27,44 @@ class Batch:
 
 
 def denoising(family: Family, batch: Batch, text: Tensor, snr_gamma: float | None = None) -> Tensor:
-    """Mean squared error of the prediction by sample [b], weighted."""
+    """Mean squared error of the prediction by sample [b], weighted. `text` [b, tokens, width] is what the denoiser reads."""
     noised = family.noised(batch.latents, batch.noise, batch.u)
     error = (family.predict(noised.x, noised.t, text) - noised.target.float()).square().flatten(1).mean(1)
     return error if snr_gamma is None else error * min_snr(noised, snr_gamma)
 
 
+# {what a model predicts: what divides min(SNR, gamma), the weight of an error in the clean image}
+_OVER: dict[str, Callable[[Tensor], Tensor]] = {
+    "epsilon": lambda snr: snr,
+    "v_prediction": lambda snr: snr + 1,
+    "sample": torch.ones_like,
+}
+
+
+def check_weighted(kind: str) -> None:
+    """Raise ConfigError for a kind of prediction that min-SNR has no weight for: a velocity of a flow, for example."""
+    if kind not in _OVER:
+        raise ConfigError(
+            f"min-SNR has no weight for {shown(kind)} predictions",
+            remedy=f"It is for {', '.join(_OVER)}. Leave --snr-gamma out.",
+        )
+
+
 def min_snr(noised: Noised, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v, as it is for x0."""
+    """The weight [b] of each sample's error: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v, as it is for x0.
+
+    Raises ConfigError for other predictions.
+    """
+    check_weighted(noised.kind)
     snr = noised.snr.clamp(min=1e-8)
-    over = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[noised.kind]
-    return snr.clamp(max=gamma) / over
+    return snr.clamp(max=gamma) / _OVER[noised.kind](snr)
 
 
 def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
-    """Mean over the instance images plus prior_weight x mean over the class images, so that the prior weighs the same however many there are."""
+    """The loss of a batch from those of its samples [b]: mean over the instance images plus prior_weight x mean over the class images.
+
+    So the prior weighs the same however many class images there are.
+    """
     if not is_class.any():
         return losses.mean()
     return losses[~is_class].mean() + prior_weight * losses[is_class].mean()

@@ -34,8 +34,8 @@ def check_rank(config: Options, layers: Iterable[nn.Module]) -> None:
 def check_room(out: Path, parameters: Sequence[nn.Parameter], files: int) -> None:
     """Raise OSError if the disk of `out` has no room for so many files of these parameters."""
     needed = files * sum(p.numel() * p.element_size() for p in parameters)
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(folder for folder in (out, *out.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         what = f"{needed / 2**20:.1f} MiB are needed for the adapter, and {free / 2**20:.1f} MiB are free"
         raise OSError(errno.ENOSPC, what, str(out))
@@ -54,6 +54,7 @@ def refuse_unlearnt(models: Iterable[nn.Module], name: str) -> None:
 
 @torch.no_grad()
 def _changes(module: nn.Module, slot: Slot) -> bool:
+    """Whether an adapter changes a layer's weight or bias, in float64."""
     op = op_of(module)
     base = {"weight": op.stored(op.weight()).double()}  # a quantised weight as numbers
     base |= {} if op.bias is None else {"bias": op.bias.double()}
@@ -61,7 +62,7 @@ def _changes(module: nn.Module, slot: Slot) -> bool:
     return any(name not in base or not torch.equal(t, base[name]) for name, t in after.items())
 
 
-def kept(write: Callable[[Path], list[Path]], out: Path, name: str) -> list[Path]:
+def rescued(write: Callable[[Path], list[Path]], out: Path, name: str) -> list[Path]:
     """What `write` writes into `out`. If that cannot be, it is written into a temporary folder, which the OSError names in a note."""
     try:
         return write(out)

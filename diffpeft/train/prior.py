@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError, DataError, shown
 from diffpeft.io import replacing
@@ -149,23 +149,28 @@ def _number(path: Path) -> int | None:
 
 
 def _in_folder(folder: Path, wanted: Provenance, total: int) -> ClassImages:
+    """What of `total` class images a folder has, and what is missing. Raises DataError for images of the user's that cannot be read."""
     record, images = _record(folder), data.images_in(folder) if folder.is_dir() else []
     numbers = {path: number for path in images if (number := _number(path)) is not None}
-    first = record.first if record else max(numbers.values(), default=-1) + 1
-    ours = {number: path for path, number in numbers.items() if record and number >= first}
+    provenance = record or replace(wanted, first=max(numbers.values(), default=-1) + 1)
+    ours = {number: path for path, number in numbers.items() if record and number >= record.first}
     by_user = tuple(path for path in images if path not in ours.values())[:total]
     data.captioned(by_user, wanted.prompt)
-    use = range(first, first + total - len(by_user))
-    damaged = tuple(ours[i] for i in use if i in ours and looked_at(ours[i]).error)
-    drawn = {i: ours[i] for i in use if i in ours and ours[i] not in damaged}
-    return ClassImages(
-        folder, record or replace(wanted, first=first), by_user, drawn, tuple(i for i in use if i not in drawn), damaged
-    )
+    used = range(provenance.first, provenance.first + total - len(by_user))
+    drawn, damaged = _drawn(ours, used)
+    missing = tuple(number for number in used if number not in drawn)
+    return ClassImages(folder, provenance, by_user, drawn, missing, damaged)
+
+
+def _drawn(images: Mapping[int, Path], used: Iterable[int]) -> tuple[dict[int, Path], tuple[Path, ...]]:
+    """Those of the images with these numbers that can be read, by number, and those that cannot."""
+    drawn = {number: images[number] for number in used if number in images}
+    damaged = {number: path for number, path in drawn.items() if looked_at(path).error}
+    return {number: path for number, path in drawn.items() if number not in damaged}, tuple(damaged.values())
 
 
 def draw_missing(plan: ClassImages, family: Family, seed: int, tick: Callable[[], None]) -> ClassImages:
     """Draw and write the images that are missing, each as a whole file; the plan with the seed and the sampler that its folder has."""
-    import numpy as np
     from PIL import Image
 
     from diffpeft.train.sample import pictures
@@ -180,7 +185,7 @@ def draw_missing(plan: ClassImages, family: Family, seed: int, tick: Callable[[]
     chunk = CHUNK.get(family.pipe.device.type, 8)
     for at in range(0, len(plan.missing), chunk):
         numbers = plan.missing[at : at + chunk]
-        images: np.ndarray[Any, Any] = pictures(
+        images = pictures(
             family.pipe,
             [provenance.prompt] * len(numbers),
             [(provenance.seed or 0) + number for number in numbers],

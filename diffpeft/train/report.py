@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -56,10 +55,10 @@ def write(
     *,
     title: str,
     losses: Sequence[float],
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     files: Sequence[Path],
     pictures: Image.Image | None = None,
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
     answers: Sequence[Mapping[str, str]] = (),
     data: Sequence[str] = (),
     readers: Mapping[str, str] = MappingProxyType({}),

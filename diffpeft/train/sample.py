@@ -26,14 +26,14 @@ def pictures(
 ) -> np.ndarray:
     """One image a prompt, [n, h, w, 3] uint8. Each starts from the noise of its seed, whatever the batch size."""
 
-    def told(*_: Any) -> dict[str, Any]:
+    def told(*_: object) -> dict[str, object]:
         tick()
         return {}
 
     out = []
-    for first in range(0, len(prompts), batch):
-        chunk = list(prompts[first : first + batch])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch]]
+    for start in range(0, len(prompts), batch):
+        chunk = list(prompts[start : start + batch])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
         images = pipe(
             chunk,
             num_inference_steps=steps,
@@ -84,6 +84,7 @@ def grid(
 
 
 def _wrapped(text: str, width: int = 17) -> str:
+    """A label in at most five lines."""
     lines = [""]
     for word in text.split():
         lines = (

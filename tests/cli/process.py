@@ -7,7 +7,10 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import torch
 
 _LOADED = [
     "torch",
@@ -29,8 +32,14 @@ def diffpeft(*args, cwd):
     )
 
 
-def quick(*args, cwd, out):
-    """The same in a fork of a process that has the large libraries already; what is printed goes into two files in the folder `out`."""
+def quick(*args, cwd):
+    """The same in a fork of a process that has the large libraries already."""
+    with tempfile.TemporaryDirectory() as printed:
+        return _forked(args, cwd, printed)
+
+
+def _forked(args, cwd, out):
+    """What is printed goes into two files in the folder `out`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED)
     process = context.Process(target=_main, args=(list(map(str, args)), str(cwd), str(out)))
@@ -45,5 +54,6 @@ def _main(args, cwd, out):
         os.dup2(os.open(os.path.join(out, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(cwd)
+    torch.set_num_threads(1)
     sys.argv = ["diffpeft", *args]
     runpy.run_module("diffpeft", run_name="__main__")

@@ -65,7 +65,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, photos, tmp_path, tmp_path_factory):
+def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, photos, tmp_path):
     args, code, says = MISTAKES[mistake]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "b.png").write_bytes(b"no picture")
@@ -78,7 +78,7 @@ def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, photo
     )
     save_file(pair, tmp_path / "some.safetensors")
     before = sorted(tmp_path.rglob("*"))
-    done = quick(*args, cwd=tmp_path, out=tmp_path_factory.mktemp("printed"))
+    done = quick(*args, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr and 1 <= len(done.stderr.strip().splitlines()) <= 6
     assert sorted(tmp_path.rglob("*")) == before
@@ -204,7 +204,7 @@ def test_train_says_what_it_found_and_who_reads_its_files_on_one_display(photos,
         "--targets",
         "to_q,to_v",
     )
-    done = diffpeft(*TRAIN, *options, cwd=tmp_path)
+    done = quick(*TRAIN, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     said = [line.partition("] ")[2] for line in lines]
@@ -226,12 +226,12 @@ def test_train_on_a_single_file_with_its_base_and_a_toml(photos, tmp_path):
     (tmp_path / "run.toml").write_text(
         f'model = "model.safetensors"\nbase = "{EMBEDDED}"\ndata = "photos"\nout = "out"\ninstance_prompt = "an emoji of sks"\nsteps = 50\n'
     )
-    done = diffpeft("train", "run.toml", "--steps", "2", "--rank", "2", cwd=tmp_path)
+    done = quick("train", "run.toml", "--steps", "2", "--rank", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = ["out.diffusers.safetensors", "out.kohya.safetensors", "report.html"]
     assert [line for line in done.stdout.splitlines() if not line.startswith("[")] == [f"out/{n}" for n in names]
     assert "step 2/2" in done.stdout and "<td>2</td>" in (tmp_path / "out" / "report.html").read_text()
-    drawn = diffpeft(
+    drawn = quick(
         "generate",
         "-m",
         "model.safetensors",

@@ -1,12 +1,15 @@
 """Errors of the system as people see them."""
 
 import errno
+import re
 
 import click
 import pytest
 
+import diffpeft.errors
 from diffpeft.cli import cli
 from diffpeft.cli.errors import naming, run
+from diffpeft.errors import ConfigError, DiffpeftError
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,32 @@ def command(raises, path="out/a.safetensors"):
 def test_what_cannot_be_written_is_named(error, what, where, capsys):
     assert run(command(error), []) == 1
     assert capsys.readouterr().err == f"Error: {what}\n  in: {where}\n"
+
+
+def classes(root=DiffpeftError):
+    return [root, *(c for child in root.__subclasses__() for c in classes(child))]
+
+
+@pytest.mark.parametrize("kind", [c for c in classes() if c.__module__ == "diffpeft.errors"], ids=lambda c: c.__name__)
+def test_every_error_has_the_exit_code_that_is_drawn_for_it(kind, capsys):
+    (drawn,) = re.findall(rf"^[| `-]*{kind.__name__}(?: \(\w+\))? +(\d+)(?: |$)", diffpeft.errors.__doc__, re.MULTILINE)
+    assert run(command(kind("it failed", where="a.bin", remedy="Do not.")), []) == kind.exit_code == int(drawn)
+    assert capsys.readouterr().err == "Error: it failed\n  in: a.bin\n  try: Do not.\n"
+
+
+def test_the_tree_is_drawn_whole_and_names_no_class_that_is_not_there():
+    drawn = re.findall(r"^[| `-]*(\w+Error)\b", diffpeft.errors.__doc__, re.MULTILINE)
+    assert drawn == [c.__name__ for c in classes() if c.__module__ == "diffpeft.errors"]
+
+
+def test_an_error_of_another_module_has_the_code_of_its_kind(capsys):
+    class NewError(ConfigError):
+        """One that somebody adds."""
+
+    class Newer(DiffpeftError):
+        """One that is of no kind here."""
+
+    assert [run(command(kind("no")), []) for kind in (NewError, Newer)] == [2, 1]
 
 
 def test_where_it_was_saved_instead_is_said(capsys):

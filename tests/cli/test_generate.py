@@ -8,7 +8,6 @@ from PIL import Image
 
 import diffpeft
 from diffpeft.cli import cli
-from diffpeft.cli.errors import EXIT_CODES
 from diffpeft.pipeline.open import open_pipeline
 from tests.cli import process
 
@@ -92,7 +91,7 @@ def test_a_mistake_in_a_tag_has_its_exit_code(mistake, folder, tmp_path, draw):
     with pytest.raises(diffpeft.DiffpeftError) as caught:
         draw(prompt, "--lora-dir", folder)
     error = caught.value
-    assert next(c for kind, c in EXIT_CODES.items() if isinstance(error, kind)) == code and says in str(error)
+    assert error.exit_code == code and says in str(error)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -60,7 +60,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, model, rows, tmp_path, tmp_path_factory):
+def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, model, rows, tmp_path):
     args, code, says = MISTAKES[mistake]
     (tmp_path / "bad.toml").write_text("max_lenght = 4\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
@@ -68,7 +68,7 @@ def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, model
     (tmp_path / "broken" / "config.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     given = (model if a == "MODEL" else a for a in args)
-    done = quick(*given, cwd=tmp_path, out=tmp_path_factory.mktemp("printed"))
+    done = quick(*given, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr and 1 <= len(done.stderr.strip().splitlines()) <= 6
     assert sorted(tmp_path.rglob("*")) == before

@@ -1,14 +1,19 @@
-"""The registries that the laws run over: every method on every kind of layer."""
+"""The registries that the laws run over: forms of methods, and kinds of layers. Which form meets which kind is in pairs.py."""
 
 from __future__ import annotations
 
-import pytest
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import SITES, site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import AttachReport, attach, install, mix_of
@@ -46,131 +51,176 @@ KINDS = {
     "embedding": (lambda: nn.Embedding(10, 6, padding_idx=0), (2, 5)),
 }
 LINEAR = "linear"
+# the kinds by what a formula may see of them: each has a path, or an order of axes, of its own somewhere
+CLASSES = {
+    "matrix": ("linear", "linear without bias", "linear tall", "linear wide"),
+    "stored turned": ("gpt-2's Conv1D",),
+    "rows looked up": ("embedding",),
+    "1x1 kernel": ("conv2d 1x1", "conv2d 1x1 strided"),
+    "kernel of one or three axes": ("conv1d padded", "conv1d circular", "conv3d"),
+    "kernel of two axes": (
+        "conv2d strided",
+        "conv2d dilated",
+        "conv2d non-square",
+        "conv2d reflect",
+        "conv2d without a batch",
+    ),
+    "groups": ("conv2d grouped", "conv2d depthwise", "conv2d circular grouped", "transposed conv2d grouped"),
+    "transposed": ("transposed conv1d", "transposed conv2d", "transposed conv3d"),
+}
+# float64 keeps 16 digits; the sums here have fewer than 1000 terms of size 1, so the two orders of summation agree to 13
+EXACT = dict(rtol=1e-12, atol=1e-12)
 
-_SCALED = {
-    "r": 2,
-    "alpha": 3,
-}  # where the default config of a method would hide a mistake: the scale is not 1 and fits tiny layers
-# what is attached: (method, config fields, keywords of attach). The first of each method is the one that stands for it
+
+def has_bias(module: nn.Module) -> bool:
+    return getattr(module, "bias", None) is not None
+
+
+def has_kernel(module: nn.Module) -> bool:
+    """A core has something to do on these only."""
+    return bool(set(getattr(module, "kernel_size", ())) - {1})
+
+
+def ungrouped(module: nn.Module) -> bool:
+    return getattr(module, "groups", 1) == 1
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is attached, the layers it fits, and what its laws allow it."""
+
+    method: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the config
+    keywords: Mapping[str, Any] = field(default_factory=dict)  # of attach
+    of: str = ""  # the method whose config it is, where that is not the method's own
+    tensors: Callable[[Any], dict[str, torch.Tensor]] | None = None  # of a fresh one that only files hold, by its op
+    fits: Callable[[nn.Module], bool] = lambda module: True
+    # how far a fresh one may be from the base, for its parts cancel instead of being zero: in float64, in float32 (rtol 0); inf: it starts elsewhere
+    identity: float = 0.0
+    identity_single: float = 0.0
+    derivative: bool = True  # whether its gradient is the derivative: DoRA's and COFT's are not, by definition
+    dropout: Mapping[str, Any] = field(default_factory=dict)  # fields of the config that drop something in training
+
+
+def _vector(g, axis):
+    return (1, getattr(g, axis), *(1 for _ in g.kernel)) if g.kernel else (getattr(g, axis),)
+
+
+def _offsets(axis):
+    return lambda op: {"ia3_w": torch.zeros(_vector(op.geometry, axis)), "on_input": torch.tensor(int(axis == "in_"))}
+
+
+def _glora(core):
+    def draw(op):
+        g, ones, r = op.geometry, [1] * len(op.geometry.kernel), 2
+        p = {
+            "glora_a1": torch.randn(g.in_, r, *ones),
+            "glora_a2": torch.zeros(r, g.in_, *ones),
+            "glora_b1": torch.randn(g.out, r, *ones),
+            "glora_b2": torch.zeros(r, g.in_, *(ones if core else g.kernel)),
+        }
+        return {**p, "glora_bm": torch.randn(r, r, *g.kernel)} if core else p
+
+    return draw
+
+
+def _diff(op):
+    return {"diff": torch.zeros(op.geometry.shape[::-1] if op.geometry.lookup else op.geometry.shape)}
+
+
+def _in_place(op):
+    return {"set_weight": (op.weight().t() if op.geometry.lookup else op.weight()).detach().clone()}
+
+
+# where the default config of a method would hide a mistake: the scale is not 1 and fits tiny layers
+_LORA, _SCALED, _PRODUCT = {"r": 2, "lora_alpha": 3}, {"r": 2, "alpha": 3}, {"r": 1, "alpha": 3}
+_EXACT_OFT, _OUTPUT = {"oft_block_size": 2, "use_cayley_neumann": False}, {"side": "output"}
+_TUCKER, _DORA, _DORA_IN = {"tucker": True}, {"dora": "out"}, {"dora": "in"}
+# The first of each method is the one that stands for it
 FORMS = {
-    "lora": ("lora", {"r": 2, "lora_alpha": 3}, {}),
-    "lora, rank-stabilised, with biases": (
+    "lora": Form("lora", _LORA, dropout={"lora_dropout": 0.5}),
+    "lora, rank-stabilised, with biases": Form(
         "lora",
         {"r": 3, "lora_alpha": 2, "use_rslora": True, "lora_bias": True, "bias": "lora_only"},
-        {},
+        fits=has_bias,
     ),
-    "lora, tucker": ("lora", {"r": 2, "lora_alpha": 3}, {"tucker": True}),
-    "lora, pissa": ("lora", {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"}, {}),
-    "lora, olora": ("lora", {"r": 2, "lora_alpha": 3, "init_lora_weights": "olora"}, {}),
-    "lora, orthogonal": ("lora", {"r": 2, "lora_alpha": 3, "init_lora_weights": "orthogonal"}, {}),
-    "dora": ("dora", {"r": 2, "lora_alpha": 3, "use_dora": True}, {}),
-    "dora, in": ("dora", {"r": 2, "lora_alpha": 3}, {"dora": "in"}),
-    "dora, tucker": ("dora", {"r": 2, "lora_alpha": 3}, {"dora": "out", "tucker": True}),
-    "dora over loha": ("dora", _SCALED, {"dora": "out", "of": "loha"}),
-    "dora over loha, in": ("dora", _SCALED, {"dora": "in", "of": "loha"}),
-    "dora over lokr": ("dora", _SCALED, {"dora": "out", "of": "lokr"}),
-    "dora over lokr, in": ("dora", _SCALED, {"dora": "in", "of": "lokr"}),
-    "adalora": ("adalora", {"init_r": 2, "lora_alpha": 3, "total_step": 4}, {}),
-    "loha": ("loha", _SCALED, {}),
-    "loha, tucker": ("loha", {**_SCALED, "use_effective_conv2d": True}, {}),
-    "lokr": ("lokr", {**_SCALED, "r": 1}, {}),
-    "lokr, both factored": ("lokr", {**_SCALED, "r": 1, "decompose_both": True}, {}),
-    "lokr, both full": ("lokr", {**_SCALED, "r": 9}, {}),
-    "lokr, factor 2, tucker": (
-        "lokr",
-        {**_SCALED, "r": 1, "decompose_factor": 2, "use_effective_conv2d": True},
-        {},
+    "lora, tucker": Form("lora", _LORA, _TUCKER, fits=has_kernel),
+    "lora, pissa": Form("lora", {**_LORA, "init_lora_weights": "pissa"}, identity=1e-12, identity_single=1e-5),
+    "lora, olora": Form("lora", {**_LORA, "init_lora_weights": "olora"}, identity=1e-12, identity_single=1e-5),
+    # its tensors are made, and stored, in float32
+    "lora, orthogonal": Form("lora", {**_LORA, "init_lora_weights": "orthogonal"}, identity=1e-6, identity_single=1e-5),
+    "dora": Form("dora", {**_LORA, "use_dora": True}, derivative=False, dropout={"lora_dropout": 0.5}),
+    "dora, in": Form("dora", _LORA, _DORA_IN, derivative=False),
+    "dora, tucker": Form("dora", _LORA, {**_DORA, **_TUCKER}, fits=has_kernel, derivative=False),
+    "dora over loha": Form("dora", _SCALED, _DORA, of="loha", derivative=False),
+    "dora over loha, in": Form("dora", _SCALED, _DORA_IN, of="loha", derivative=False),
+    "dora over lokr": Form("dora", _SCALED, _DORA, of="lokr", derivative=False),
+    "dora over lokr, in": Form("dora", _SCALED, _DORA_IN, of="lokr", derivative=False),
+    "adalora": Form("adalora", {"init_r": 2, "lora_alpha": 3, "total_step": 4}),
+    "loha": Form("loha", _SCALED, dropout={"rank_dropout": 0.5}),
+    "loha, tucker": Form(
+        "loha", {**_SCALED, "use_effective_conv2d": True}, fits=has_kernel, dropout={"module_dropout": 0.5}
     ),
-    "oft": ("oft", {"oft_block_size": 2, "use_cayley_neumann": False}, {}),
-    "oft, neumann": ("oft", {"oft_block_size": 2}, {}),
-    "oft, shared": ("oft", {"oft_block_size": 2, "block_share": True, "use_cayley_neumann": False}, {}),
-    "oft, constrained input": ("oft", {"oft_block_size": 2, "coft": True, "eps": 0.3}, {}),
-    "oft, output": ("oft", {"oft_block_size": 2}, {"side": "output"}),
-    "oft, output, rescaled": (
-        "oft",
-        {"oft_block_size": 2},
-        {"side": "output", "rescale": True, "constraint": 0.05},
+    "lokr": Form("lokr", _PRODUCT, dropout={"rank_dropout": 0.5, "rank_dropout_scale": True}),
+    "lokr, both factored": Form("lokr", {**_PRODUCT, "decompose_both": True}),
+    "lokr, both full": Form("lokr", {**_PRODUCT, "r": 9}, dropout={"module_dropout": 0.5}),
+    "lokr, factor 2, tucker": Form(
+        "lokr", {**_PRODUCT, "decompose_factor": 2, "use_effective_conv2d": True}, fits=has_kernel
     ),
-    "boft": ("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 1}, {}),
-    "boft, output": ("boft", {"boft_block_size": 2}, {"side": "output"}),
-    "boft, output, rescaled": ("boft", {"boft_block_size": 2}, {"side": "output", "rescale": True, "constraint": 0.1}),
-    "hra": ("hra", {"r": 2}, {}),
-    "hra, gram-schmidt": ("hra", {"r": 2, "apply_GS": True}, {}),
-    "ia3": ("ia3", {}, {}),
-    "ia3, feedforward": ("ia3", {"feedforward_modules": ".*"}, {}),
-    "ia3, lycoris": ("ia3", {}, {}),
-    "ia3, lycoris, on input": ("ia3", {}, {}),
-    "glora": ("glora", {}, {}),
-    "glora, tucker": ("glora", {}, {}),
-    "vera": ("vera", {"r": 3, "d_initial": 0.7}, {}),
-    "full": ("full", {}, {}),
-    "full, in place": ("full", {}, {}),
+    "oft": Form("oft", _EXACT_OFT, dropout={"module_dropout": 0.5}),
+    "oft, neumann": Form("oft", {"oft_block_size": 2}),
+    "oft, shared": Form("oft", {**_EXACT_OFT, "block_share": True}),
+    "oft, constrained input": Form("oft", {"oft_block_size": 2, "coft": True, "eps": 0.3}, derivative=False),
+    "oft, output": Form("oft", {"oft_block_size": 2}, _OUTPUT, dropout={"module_dropout": 0.5}),
+    "oft, output, rescaled": Form("oft", {"oft_block_size": 2}, {**_OUTPUT, "rescale": True, "constraint": 0.05}),
+    "boft": Form("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 1}, dropout={"boft_dropout": 0.5}),
+    "boft, output": Form("boft", {"boft_block_size": 2}, _OUTPUT),
+    "boft, output, rescaled": Form("boft", {"boft_block_size": 2}, {**_OUTPUT, "rescale": True, "constraint": 0.1}),
+    # two reflections along one vector: the identity in exact arithmetic; by Gram-Schmidt no start is one
+    "hra": Form("hra", {"r": 2}, identity=1e-6, identity_single=1e-5),
+    "hra, gram-schmidt": Form("hra", {"r": 2, "apply_GS": True}, identity=math.inf, identity_single=math.inf),
+    "vera": Form("vera", {"r": 3, "d_initial": 0.7}, dropout={"vera_dropout": 0.5}),
+    "ia3": Form("ia3"),
+    "ia3, feedforward": Form("ia3", {"feedforward_modules": ".*"}),
+    "ia3, lycoris": Form("ia3", tensors=_offsets("out")),
+    "ia3, lycoris, on input": Form("ia3", tensors=_offsets("in_")),
+    "glora": Form("glora", tensors=_glora(core=False), fits=ungrouped),
+    "glora, tucker": Form("glora", tensors=_glora(core=True), fits=lambda m: ungrouped(m) and has_kernel(m)),
+    "full": Form("full", tensors=_diff),
+    "full, in place": Form("full", tensors=_in_place),
 }
-# what only files hold: the tensors [by role] of a fresh one, as a file gives them
-FILES = {
-    "ia3, lycoris": lambda op: {"ia3_w": torch.zeros(_vector(op.geometry, "out")), "on_input": torch.tensor(0)},
-    "ia3, lycoris, on input": lambda op: {
-        "ia3_w": torch.zeros(_vector(op.geometry, "in_")),
-        "on_input": torch.tensor(1),
-    },
-    "glora": lambda op: _glora(op.geometry, core=False),
-    "glora, tucker": lambda op: _glora(op.geometry, core=True),
-    "full": lambda op: {"diff": torch.zeros(op.geometry.shape[::-1] if op.geometry.lookup else op.geometry.shape)},
-    "full, in place": lambda op: {
-        "set_weight": (op.weight().t() if op.geometry.lookup else op.weight()).detach().clone()
-    },
-}
-# fresh adapters whose parts cancel instead of being zero: how far their layers may be from the base's, in the dtype of the base; other forms change
-# no bit. In float64 the tensors themselves are of float32. STARTS: forms that have no start that changes nothing
-FRESH = {
-    "lora, orthogonal": {torch.float64: 1e-6},
-    "lora, pissa": {torch.float64: 1e-12},
-    "lora, olora": {torch.float64: 1e-12},
-    # two reflections along one vector: both vectors are rounded alike, the sums over features are not
-    "hra": {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.05},
-}
-STARTS = ("hra, gram-schmidt",)
 ON_NORMS = ("norm",)  # see test_norms.py
-METHOD_FORMS = {m: next(form for form, row in FORMS.items() if row[0] == m) for m in METHODS if m not in ON_NORMS}
+METHOD_FORMS = {
+    method: next(name for name, form in FORMS.items() if form.method == method)
+    for method in METHODS
+    if method not in ON_NORMS
+}
 
 
 def fits(form: str, kind: str) -> bool:
-    """Whether a form has something to do on a kind that another form does not do (a core needs a kernel)."""
-    module = KINDS[kind][0]()
-    if "biases" in form:
-        return getattr(module, "bias", None) is not None
-    if "glora" in form and getattr(module, "groups", 1) > 1:
-        return False
-    return "tucker" not in form or bool(set(getattr(module, "kernel_size", ())) - {1})
+    """Whether a form has something to do on a kind that another form does not do."""
+    return FORMS[form].fits(example(kind))
 
 
-every_method = pytest.mark.parametrize("form", METHOD_FORMS.values())
-every_form = pytest.mark.parametrize("form", FORMS)
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_cell = pytest.mark.parametrize(
-    ("form", "kind"), [(form, kind) for form in FORMS for kind in KINDS if fits(form, kind)]
-)
-every_method_cell = pytest.mark.parametrize(
-    ("form", "kind"), [(form, kind) for form in METHOD_FORMS.values() for kind in KINDS if fits(form, kind)]
-)
+@functools.cache
+def example(kind: str) -> nn.Module:
+    """A layer of this kind, to be looked at."""
+    return KINDS[kind][0]()
 
 
 def config(form: str, **fields):
     """The config of a form."""
-    method, own, keywords = FORMS[form]
-    return METHODS[keywords.get("of", method)].config(**{**own, **fields})
-
-
-def keywords(form: str):
-    """The keywords of attach that a form needs."""
-    return {k: v for k, v in FORMS[form][2].items() if k != "of"}
+    chosen = FORMS[form]
+    return METHODS[chosen.of or chosen.method].config(**{**chosen.fields, **fields})
 
 
 def give(model, form="lora", name="default", targets=("0",), **fields) -> AttachReport:
     """A fresh adapter of this form."""
-    if form not in FILES:
-        return attach(model, config(form, **fields), name, targets=list(targets), **keywords(form))
-    return put(model, FORMS[form][0], {layer: FILES[form](_op(model.get_submodule(layer))) for layer in targets}, name)
+    chosen = FORMS[form]
+    if chosen.tensors is None:
+        return attach(model, config(form, **fields), name, targets=list(targets), **chosen.keywords)
+    tensors = {layer: chosen.tensors(_op(model.get_submodule(layer))) for layer in targets}
+    return put(model, chosen.method, tensors, name)
 
 
 def put(model, method, tensors, name="default", alpha=3.0, options=None) -> AttachReport:
@@ -189,21 +239,6 @@ def put(model, method, tensors, name="default", alpha=3.0, options=None) -> Atta
 
 def _op(module):
     return site_of(base_class(module))(module)
-
-
-def _vector(g, axis):
-    return (1, getattr(g, axis), *(1 for _ in g.kernel)) if g.kernel else (getattr(g, axis),)
-
-
-def _glora(g, core):
-    ones, r = [1] * len(g.kernel), 2
-    p = {
-        "glora_a1": torch.randn(g.in_, r, *ones),
-        "glora_a2": torch.zeros(r, g.in_, *ones),
-        "glora_b1": torch.randn(g.out, r, *ones),
-        "glora_b2": torch.zeros(r, g.in_, *(ones if core else g.kernel)),
-    }
-    return {**p, "glora_bm": torch.randn(r, r, *g.kernel)} if core else p
 
 
 def layer(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, torch.Tensor]:
@@ -229,12 +264,3 @@ class Block(nn.Module):
 
 def blocks(n: int = 3, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(*(Block() for _ in range(n))).to(dtype).requires_grad_(False)
-
-
-def test_every_method_has_a_form():
-    assert set(METHOD_FORMS) | set(ON_NORMS) == set(METHODS)
-
-
-def test_every_site_has_a_kind():
-    kinds = {cls for site in SITES if site.targets for cls in site.kinds if isinstance(cls, type)}
-    assert kinds <= {type(make()) for make, _ in KINDS.values()}

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kinds import blocks, config, every_kind, layer
-from test_laws import EXACT, every_cell, give
 
 import diffpeft
 from diffpeft import AdapterStateError, ConfigError, UnknownNameError, attach, combine, set_adapters, to_lora
 from diffpeft.model.state import slots_of
-
-
-@every_cell
-def test_to_lora_without_a_rank_is_exact(form, kind, randomize):
-    model, x = layer(kind)
-    give(model, form)
-    randomize(model)
-    set_adapters(model, {"default": 0.7})
-    want = model(x)
-    lost = to_lora(model, "default")
-    assert set(lost) == {"0"} and lost["0"] < 1e-13
-    slot = slots_of(model, "default")["0"]
-    assert slot.methods == ("lora",) and slot.weight.requires_grad
-    torch.testing.assert_close(model(x), want, **EXACT)
+from tests.contracts.kinds import EXACT, blocks, config, give, layer
+from tests.contracts.pairs import every_kind
 
 
 @every_kind

@@ -1,4 +1,7 @@
-"""The laws of docs/concepts: every method on every kind of layer, in float64 where equality is claimed."""
+"""The laws of all methods that need no kind of layer in particular: models of several, copies, threads, compilation, training.
+
+Those of one form on one kind of layer are in test_cells.py.
+"""
 
 from __future__ import annotations
 
@@ -14,129 +17,22 @@ import weakref
 
 import pytest
 import torch
-from kinds import (
-    FORMS,
-    FRESH,
-    KINDS,
-    LINEAR,
-    METHOD_FORMS,
-    STARTS,
-    Block,
-    blocks,
-    config,
-    every_cell,
-    every_form,
-    every_kind,
-    every_method,
-    every_method_cell,
-    fits,
-    give,
-    layer,
-)
-from kinds import test_every_method_has_a_form as test_every_method_has_a_form  # collected here
-from kinds import test_every_site_has_a_kind as test_every_site_has_a_kind
 from torch import nn
-from torch.func import functional_call
 
 import diffpeft
 from diffpeft import AdapterStateError, adapters, attach, detach, set_adapters, unload
-from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import site_of
 from diffpeft.model import plan as planning
 from diffpeft.model.state import parameters_of, slots_of
 from diffpeft.model.target import layers_of
-
-# float64 keeps 16 digits; the sums here have fewer than 1000 terms of size 1, so the two orders of summation agree to 13
-EXACT = dict(rtol=1e-12, atol=1e-12)
-STRENGTHS = (1.0, 0.5, -0.7, 2.5)
+from tests.contracts.definition import defined, effective
+from tests.contracts.kinds import EXACT, FORMS, LINEAR, METHOD_FORMS, Block, blocks, config, fits, give, layer, put
+from tests.contracts.pairs import WAYS, every_form, every_kind, every_method, every_way
+from tests.pairwise import params
 
 
 def everything(model):
     """Targets: each layer by its name."""
     return list(layers_of(model))
-
-
-def effective(model, order):
-    """The definition: W_k = W_{k-1} + s_k (f_k(W_{k-1}) - W_{k-1}), for `order` [(adapter, s), ...]; and the bias."""
-    op = site_of(base_class(model[0]))(model[0])
-    W, b = op.weight(), op.bias
-    for name, s in order:
-        slot = slots_of(model, name)["0"]
-        f, g = W, b
-        for part in slot.parts:
-            p = part.method.prepare(slot.tensors_of(part), part.spec, False)
-            f = part.method.weight(f, p, part.spec)
-            if b is not None and (shift := part.method.bias(g, p, part.spec)) is not None:
-                g = g + shift
-        if b is not None and "diff_b" in slot.tensors:
-            g = g + slot.diff_b
-        W = W + s * (f - W)
-        b = b if b is None else b + s * (g - b)
-    return op.stored(W), b
-
-
-def defined(model, x, order):
-    """The model of one layer by the definition."""
-    plain = copy.deepcopy(model)
-    unload(plain)
-    W, b = effective(model, order)
-    return functional_call(plain, {"0.weight": W} if b is None else {"0.weight": W, "0.bias": b}, x)
-
-
-@every_cell
-def test_a_fresh_adapter_changes_nothing(form, kind):
-    model, x = layer(kind)
-    plain = model(x)
-    give(model, form)
-    if form not in STARTS:
-        torch.testing.assert_close(model(x), plain, rtol=0, atol=FRESH.get(form, {}).get(torch.float64, 0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@every_method_cell
-def test_a_fresh_adapter_changes_no_bit_in_any_dtype(form, kind, dtype):
-    model, x = layer(kind, dtype)
-    plain = model(x)
-    give(model, form)
-    torch.testing.assert_close(model(x), plain, rtol=0, atol=FRESH.get(form, {}).get(dtype, 0))
-
-
-@every_method_cell
-def test_strength_0_is_the_base_bit_for_bit(form, kind, randomize):
-    model, x = layer(kind, torch.float32)
-    plain = model(x)
-    give(model, form)
-    randomize(model, dtype=torch.float32)
-    assert not torch.equal(model(x), plain)
-    set_adapters(model, {"default": 0.0})
-    assert torch.equal(model(x), plain)
-    set_adapters(model, {})
-    assert torch.equal(model(x), plain)
-
-
-@every_cell
-def test_strength_is_linear_in_the_weight(form, kind, randomize):
-    model, x = layer(kind)
-    give(model, form)
-    randomize(model)
-    for s in STRENGTHS:
-        set_adapters(model, {"default": s})
-        torch.testing.assert_close(model(x), defined(model, x, [("default", s)]), **EXACT)
-
-
-@every_cell
-def test_fused_equals_unfused_and_unfusing_returns_the_bytes(form, kind, randomize):
-    model, x = layer(kind)
-    give(model, form)
-    randomize(model)
-    set_adapters(model, {"default": 0.6})
-    want, bytes_ = model(x), model[0].weight.clone()
-    diffpeft.fuse(model)
-    assert not torch.equal(model[0].weight, bytes_)
-    torch.testing.assert_close(model(x), want, **EXACT)
-    diffpeft.unfuse(model)
-    assert torch.equal(model[0].weight, bytes_)
-    torch.testing.assert_close(model(x), want, **EXACT)
 
 
 @every_kind
@@ -153,28 +49,7 @@ def test_adapters_compose_in_activation_order(kind, randomize):
         torch.testing.assert_close(model(x), defined(model, x, mix), rtol=1e-11, atol=1e-11)  # eighteen factors deep
 
 
-@pytest.mark.parametrize("tokens", [1, 7])  # other shapes take other ways
-@every_cell
-def test_the_fast_path_has_the_gradients_of_the_definition(form, kind, tokens, randomize):
-    model, x = layer(kind)
-    x = x.repeat(tokens, *(1 for _ in x.shape[1:])) if x.dim() > 3 or "linear" in kind else x
-    give(model, form)
-    randomize(model)
-    set_adapters(model, {"default": 0.7})
-    inputs = [x.requires_grad_()] if x.is_floating_point() else []
-    inputs += slots_of(model, "default")["0"].parameters()
-    direction = torch.randn_like(model(x))
-    fast = torch.autograd.grad((model(x) * direction).sum(), inputs, allow_unused=True)
-    slow = torch.autograd.grad((defined(model, x, [("default", 0.7)]) * direction).sum(), inputs, allow_unused=True)
-    for a, b in zip(fast, slow, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **EXACT)
-
-
-@pytest.mark.parametrize(
-    "form", [f for f in FORMS if "dora" not in f and "constrained input" not in f]
-)  # their gradients are no derivatives, by definition
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.derivative])
 def test_the_fast_path_passes_gradcheck(form, randomize):
     model, x = layer("linear tall")
     give(model, form)
@@ -183,19 +58,15 @@ def test_the_fast_path_passes_gradcheck(form, randomize):
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (x.requires_grad_(), *slot.parameters()))
 
 
-@every_method_cell
-def test_detaching_leaves_no_trace(form, kind, trace):
-    model, x = layer(kind)
-    model[0].register_forward_hook(lambda m, args, out: out)  # someone else's, which stays
-    before, keys, plain = trace(model), list(model.state_dict()), model(x)
-    give(model, form, "a")
-    give(model, form, "b.c")
-    model(x)
-    detach(model, "a")
-    detach(model, "b.c")
-    assert trace(model) == before
-    assert list(model.state_dict()) == keys
-    assert torch.equal(model(x), plain)
+@pytest.mark.parametrize("second", [{"lokr_w2": (2, 2)}, {"lokr_w2_a": (2, 1), "lokr_w2_b": (1, 2)}])
+def test_a_first_half_that_is_large_is_linear_in_its_strength(second):
+    """Larger than on the layers above: there its two factors are used one after the other."""
+    model, x = nn.Sequential(nn.Linear(64, 64)).double().requires_grad_(False), torch.randn(3, 64).double()
+    shapes = {"lokr_w1_a": (32, 1), "lokr_w1_b": (1, 32), **second}
+    put(model, "lokr", {"0": {role: torch.randn(shape).double() for role, shape in shapes.items()}}, alpha=None)
+    for s in (1.0, 0.3):
+        set_adapters(model, {"default": s})
+        torch.testing.assert_close(model(x), defined(model, x, [("default", s)]), **EXACT)
 
 
 @every_kind
@@ -537,42 +408,6 @@ def test_an_adapter_in_use_by_a_block_is_busy():
 # ---- dtypes and compilation
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_method_cell
-def test_a_half_precision_base_gives_the_definition_to_its_precision(dtype, kind, form, randomize):
-    model, x = layer(kind, dtype)
-    give(model, form)
-    assert {p.dtype for p in slots_of(model, "default")["0"].parameters()} == {torch.float32}
-    randomize(model, dtype=torch.float32)
-    y, exact = model(x), copy.deepcopy(model).double()
-    assert y.dtype == dtype and y.isfinite().all()
-    want = exact(x.double() if x.is_floating_point() else x)
-    # base, adapted input or rank activations, update and sum are rounded once each, in sums of up to 36 products
-    torch.testing.assert_close(
-        y.double(), want, rtol=0, atol=8 * max(want.abs().max().item(), 8) * torch.finfo(dtype).eps
-    )
-
-
-@pytest.mark.parametrize(
-    ("form", "kind"),
-    [(form, kind) for form in METHOD_FORMS.values() for kind in KINDS if kind != "embedding" and fits(form, kind)],
-)  # autocast leaves lookups alone
-def test_autocast_gives_the_base_dtype(kind, form, randomize):
-    model, x = layer(kind, torch.float32)
-    give(model, form)
-    randomize(model, dtype=torch.float32)
-    y = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        z = model(x)
-        z.float().sum().backward()
-    assert z.dtype == torch.bfloat16
-    # as above, and the input and the tensors are rounded too
-    torch.testing.assert_close(z.float(), y, rtol=0, atol=16 * max(y.abs().max().item(), 8) * 2**-8)
-    assert all(
-        p.grad is not None and p.grad.dtype == torch.float32 for p in slots_of(model, "default")["0"].parameters()
-    )
-
-
 def test_gradients_reach_fp32_adapters_through_a_bf16_base():
     model, x = layer(LINEAR, torch.bfloat16)
     attach(model, config("lora"), targets=["0"])
@@ -580,13 +415,12 @@ def test_gradients_reach_fp32_adapters_through_a_bf16_base():
     assert {p.grad.dtype for p in slots_of(model, "default")["0"].parameters()} == {torch.float32}
 
 
-# aot_eager compiles ten times longer, and what it may find differs by the kind of path: low-rank, rotation, product
+# aot_eager makes the backward graph too; what it may find differs by the kind of path: low-rank, rotation, product
+BACKENDS = {form: "aot_eager" if form in ("lora", "oft", "loha") else "eager" for form in WAYS}
+
+
 @pytest.mark.parametrize(
-    ("form", "backend"),
-    [
-        *((form, "eager") for form in METHOD_FORMS.values()),
-        *((METHOD_FORMS[m], "aot_eager") for m in ("lora", "oft", "loha")),
-    ],
+    ("form", "backend"), params([(f, b) for f in WAYS for b in ("eager", "aot_eager")], BACKENDS.items())
 )
 def test_compiled_equals_eager_and_strengths_do_not_compile_anew(form, backend, randomize):
     import torch._dynamo as dynamo
@@ -615,7 +449,7 @@ def test_compiled_equals_eager_and_strengths_do_not_compile_anew(form, backend, 
     assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-@every_method
+@every_way
 def test_equal_blocks_share_one_compiled_graph(form, randomize):
     import torch._dynamo as dynamo
 
@@ -735,26 +569,12 @@ def test_a_block_and_gradient_checkpointing_exclude_each_other(pipe):
         pass
 
 
-# what is dropped, and where: config fields that drop something
-DROPS = {
-    "lora": {"lora_dropout": 0.5},
-    "dora": {"lora_dropout": 0.5},
-    "loha": {"rank_dropout": 0.5},
-    "loha, tucker": {"module_dropout": 0.5},
-    "lokr": {"rank_dropout": 0.5, "rank_dropout_scale": True},
-    "lokr, both full": {"module_dropout": 0.5},
-    "oft": {"module_dropout": 0.5},
-    "oft, output": {"module_dropout": 0.5},
-    "boft": {"boft_dropout": 0.5},
-}
-
-
-@pytest.mark.parametrize("form", DROPS)
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.dropout])
 def test_dropout_is_for_training_only_and_checkpointing_replays_it(form, randomize):
     from torch.utils.checkpoint import checkpoint
 
     model, x = layer(LINEAR)
-    give(model, form, **DROPS[form])
+    give(model, form, **FORMS[form].dropout)
     randomize(model)
     model.eval()
     want = model(x)
@@ -782,7 +602,7 @@ SOME = 1 - 0.5**6  # of six rows at least one is kept; where none is, PEFT divid
 def test_what_dropout_expects(form, share, randomize):
     model, x = layer(LINEAR)
     plain = model(x)
-    give(model, form, **DROPS[form])
+    give(model, form, **FORMS[form].dropout)
     randomize(model)
     model.eval()
     full = model(x) - plain
@@ -820,10 +640,6 @@ def test_part_of_an_adapted_model_is_no_target_of_its_own(trace):
         assert trace(model) == before
 
 
-def test_kinds_cover_what_they_say():
-    assert LINEAR in KINDS
-
-
 @pytest.mark.parametrize("form", ["dora", "oft", "lora"])
 def test_nothing_kept_outlives_what_it_was_made_of(form, randomize):
     """A tensor put in place of another may get the memory of one before it."""
@@ -849,19 +665,18 @@ def test_nothing_kept_outlives_what_it_was_made_of(form, randomize):
 def test_an_adapter_that_is_off_is_gone_at_once(form):
     """Its memory must not wait for a garbage collection."""
     model, x = layer(LINEAR)
-    for _ in range(2):
-        give(model, form)
-        give(model, form, "other")
-        model(x)
-        adapter = weakref.ref(slots_of(model, "default")["0"])
-        gc.collect()
-        gc.disable()
-        try:
+    gc.disable()
+    try:
+        for _ in range(2):
+            give(model, form)
+            give(model, form, "other")
+            model(x)
+            adapter = weakref.ref(slots_of(model, "default")["0"])
             detach(model, "default")
             assert adapter() is None
-        finally:
-            gc.enable()
-        detach(model, "other")
+            detach(model, "other")
+    finally:
+        gc.enable()
 
 
 class Rectified(nn.Linear):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import kinds
 import pytest
-import test_laws
 import torch
 
 from diffpeft.methods import METHODS, Fresh, Method
+from tests.contracts import kinds, test_cells, test_laws
+from tests.contracts.pairs import covering
 
 
 @dataclass
@@ -40,32 +40,50 @@ class Gain(Method):
 def gain(monkeypatch):
     """The one line that a new method needs, and a row for the contracts."""
     monkeypatch.setitem(METHODS, "gain", Gain)
-    monkeypatch.setitem(kinds.FORMS, "gain", ("gain", {}, {}))
+    monkeypatch.setitem(kinds.FORMS, "gain", kinds.Form("gain"))
 
 
 def contracts():
-    """Every contract that runs over methods, with all its other parameters."""
-    for name, test in vars(test_laws).items():
+    """{name: (test, {its parameters' names: values})} of every contract that runs over methods."""
+    found = {}
+    for name, test in {**vars(test_laws), **vars(test_cells)}.items():
         marks = {m.args[0]: m.args[1] for m in getattr(test, "pytestmark", []) if m.name == "parametrize"}
-        form = next((key for key in marks if "form" in str(key)), None)
-        if name.startswith("test_") and form and "dropout" not in name:
-            yield name, marks, form
+        if (
+            name.startswith("test_")
+            and any("form" in key for key in marks)
+            and not {"dropout", "inductor"} & {*name.split("_")}
+        ):
+            found[name] = test, marks
+    return found
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in contracts()])
-def test_a_toy_method_passes(name, gain, request):
-    marks = next(m for n, m, _ in contracts() if n == name)
-    rows = [{}]
+def rows(marks) -> list[dict]:
+    """The arguments of each call with the new method in place of all others; on the kinds that a new method meets."""
+    calls: list[dict] = [{}]
     for key, values in marks.items():
-        if "form" in key:  # ("form", "kind") or "form"
-            values = (
-                ["gain"] if isinstance(key, str) else [("gain", kind) for kind in dict.fromkeys(k for _, k in values)]
-            )
-        names = [key] if isinstance(key, str) and "," not in key else list(key)
-        rows = [{**row, **dict(zip(names, [v] if len(names) == 1 else v, strict=True))} for row in rows for v in values]
-    test = getattr(test_laws, name)
+        names = [key] if isinstance(key, str) else list(key)
+        if names == ["form", "kind"]:
+            values = covering(["gain"])
+        elif "form" in names:
+            at = names.index("form")
+            values = ["gain"] if isinstance(key, str) else [_with_gain(next(iter(values)), at)]
+        calls = [
+            {**row, **dict(zip(names, v if len(names) > 1 else [v], strict=True))} for row in calls for v in values
+        ]
+    return calls
+
+
+def _with_gain(row, at) -> tuple:
+    """The first row of several parameters with the new method in it."""
+    row = getattr(row, "values", row)
+    return (*row[:at], "gain", *row[at + 1 :])
+
+
+@pytest.mark.parametrize("name", contracts())
+def test_a_toy_method_passes(name, gain, request):
+    test, marks = contracts()[name]
     wanted = test.__code__.co_varnames[: test.__code__.co_argcount]
-    for row in rows:
+    for row in rows(marks):
         torch.manual_seed(0)
         test(**row, **{arg: request.getfixturevalue(arg) for arg in wanted if arg not in row})
 

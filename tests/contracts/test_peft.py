@@ -99,17 +99,24 @@ def _theirs(model, role):
 
 
 @pytest.mark.parametrize(("name", "kind"), CELLS)
-def test_the_tensors_have_pefts_names_and_shapes(name, kind):
-    ours, theirs, _ = pair(name, kind)
+def test_a_layer_is_pefts(name, kind, subtests):
+    ours, theirs, x = pair(name, kind)
+    with subtests.test("fused"):
+        fused_weights_are_pefts(name, *copy.deepcopy((ours, theirs)))
+    with subtests.test("tensors"):
+        the_tensors_have_pefts_names_and_shapes(ours, theirs)
+    with subtests.test("steps"):
+        output_gradients_and_steps_are_pefts(name, ours, theirs, x)
+
+
+def the_tensors_have_pefts_names_and_shapes(ours, theirs):
     slot = slots_of(ours, "default")["0"]
     assert sum(p.numel() for p in slot.parameters()) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     for role, t in slot.tensors.items():
         assert t.shape == _theirs(theirs, role).shape, role
 
 
-@pytest.mark.parametrize(("name", "kind"), CELLS)
-def test_output_gradients_and_steps_are_pefts(name, kind):
-    ours, theirs, x = pair(name, kind)
+def output_gradients_and_steps_are_pefts(name, ours, theirs, x):
     slot, own = slots_of(ours, "default")["0"], parameters_of(ours, "default")
     optimizers = [torch.optim.SGD(p, lr=0.01) for p in (own, [p for p in theirs.parameters() if p.requires_grad])]
     for step in range(3):
@@ -134,9 +141,7 @@ def test_output_gradients_and_steps_are_pefts(name, kind):
             return
 
 
-@pytest.mark.parametrize(("name", "kind"), CELLS)
-def test_fused_weights_are_pefts(name, kind):
-    ours, theirs, _ = pair(name, kind)
+def fused_weights_are_pefts(name, ours, theirs):
     diffpeft.fuse(ours)
     theirs[0].merge()
     base = theirs[0].get_base_layer()

@@ -6,17 +6,13 @@ import copy
 
 import pytest
 import torch
-from kinds import KINDS, METHOD_FORMS, every_method, fits, give, layer
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from diffpeft import AdapterStateError, LoraConfig, attach, fuse, set_adapters, unfuse, unload
 from diffpeft.methods.linalg import traced
-
-SOME = ("linear", "linear wide", "gpt-2's Conv1D", "conv1d padded", "conv2d strided", "conv2d grouped", "conv3d")
-SOME_CELLS = pytest.mark.parametrize(
-    ("form", "kind"), [(form, kind) for form in METHOD_FORMS.values() for kind in SOME if fits(form, kind)]
-)
+from tests.contracts.kinds import give, layer
+from tests.contracts.pairs import every_method, every_method_cell, turn
 
 
 def apart(w: torch.Tensor) -> torch.Tensor:
@@ -37,23 +33,24 @@ def last(w: torch.Tensor) -> torch.Tensor:
 LAYOUTS = {"apart": apart, "turned": turned, "channels last": last}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@SOME_CELLS
-def test_fusing_knows_every_memory_layout(form, kind, layout, randomize):
-    model, x = layer(kind)
-    weight = model[0].weight
-    weight.data = LAYOUTS[layout](weight.data)
-    stride, before = weight.stride(), weight.clone()
-    give(model, form)
-    randomize(model)
-    want = model(x)
-    fuse(model)
-    assert not torch.equal(weight, before)
-    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-10)  # float64, sums of up to 100 products
-    if layout != "apart":  # which leaves holes that new memory does not have
-        assert weight.stride() == stride
-    unfuse(model)
-    assert weight.stride() == stride and torch.equal(weight, before) and model[0].weight is weight
+@every_method_cell
+def test_fusing_knows_every_memory_layout(form, kind, randomize, subtests):
+    for name, laid in LAYOUTS.items():
+        with subtests.test(name):
+            model, x = layer(kind)
+            weight = model[0].weight
+            weight.data = laid(weight.data)
+            stride, before = weight.stride(), weight.clone()
+            give(model, form)
+            randomize(model)
+            want = model(x)
+            fuse(model)
+            assert not torch.equal(weight, before)
+            torch.testing.assert_close(model(x), want, rtol=0, atol=1e-10)  # float64, sums of up to 100 products
+            if name != "apart":  # which leaves holes that new memory does not have
+                assert weight.stride() == stride
+            unfuse(model)
+            assert weight.stride() == stride and torch.equal(weight, before) and model[0].weight is weight
 
 
 def test_channels_last_models_fuse(pipe, randomize, image):
@@ -69,9 +66,9 @@ def test_channels_last_models_fuse(pipe, randomize, image):
     assert all(torch.equal(p, before[n]) for n, p in pipe.unet.named_parameters())
 
 
-@pytest.mark.parametrize("dtype", (torch.float8_e4m3fn, torch.float8_e5m2))
-@SOME_CELLS
-def test_a_float8_base_is_fused_with_one_rounding(form, kind, dtype, randomize):
+@every_method_cell
+def test_a_float8_base_is_fused_with_one_rounding(form, kind, randomize):
+    dtype = turn((torch.float8_e4m3fn, torch.float8_e5m2), form, kind)
     model, _ = layer(kind, torch.float32)
     model[0].weight.data = model[0].weight.data.to(dtype)
     twin = copy.deepcopy(model)
@@ -94,17 +91,17 @@ def test_a_float8_base_is_fused_with_one_rounding(form, kind, dtype, randomize):
 
 @every_method
 @pytest.mark.parametrize("kind", ("linear", "conv2d strided", "embedding", "gpt-2's Conv1D"))
-@pytest.mark.parametrize("grads", (True, False))
-def test_no_rows_are_no_trouble(form, kind, grads, randomize):
+def test_no_rows_are_no_trouble(form, kind, randomize):
     model, x = layer(kind)
     give(model, form)
     randomize(model)
-    with torch.set_grad_enabled(grads):
-        y = model(x[:0])
-    assert y.shape == (0, *model(x).shape[1:]) and y.dtype == torch.float64
-    if grads:
-        y.sum().backward()
-        assert all(not p.grad.abs().sum() for p in model.parameters() if p.grad is not None)
+    for grads in (True, False):
+        with torch.set_grad_enabled(grads):
+            y = model(x[:0])
+        assert y.shape == (0, *model(x).shape[1:]) and y.dtype == torch.float64
+        if grads:
+            y.sum().backward()
+            assert all(not p.grad.abs().sum() for p in model.parameters() if p.grad is not None)
 
 
 # ---- transformations of functions
@@ -142,17 +139,17 @@ def test_torch_func_gives_what_autograd_gives(form, kind, randomize):
 
 @every_method
 @pytest.mark.parametrize("kind", ("linear", "conv2d strided"))
-@pytest.mark.parametrize("frozen", (True, False))
-def test_torch_jit_trace_passes_its_own_check(form, kind, frozen, randomize):
+def test_torch_jit_trace_passes_its_own_check(form, kind, randomize):
     model, _, x = parts(form, randomize, kind)
-    if frozen:
-        model.requires_grad_(False)
-    with torch.set_grad_enabled(not frozen):
-        want = model(x)
-        traced_model = torch.jit.trace(model, (x,), check_trace=True)
-        torch.testing.assert_close(traced_model(x), want, rtol=0, atol=1e-9)
-        other = torch.randn_like(x)
-        torch.testing.assert_close(traced_model(other), model(other), rtol=0, atol=1e-9)
+    for frozen in (False, True):
+        if frozen:
+            model.requires_grad_(False)
+        with torch.set_grad_enabled(not frozen):
+            want = model(x)
+            traced_model = torch.jit.trace(model, (x,), check_trace=True)
+            torch.testing.assert_close(traced_model(x), want, rtol=0, atol=1e-9)
+            other = torch.randn_like(x)
+            torch.testing.assert_close(traced_model(other), model(other), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("lazy", (lambda: nn.LazyLinear(4), lambda: nn.LazyConv2d(4, 3)))
@@ -166,7 +163,3 @@ def test_a_lazy_layer_is_refused_until_it_has_a_shape(lazy, trace):
     attach(model, LoraConfig(r=2), targets=["0"])
     unload(model)
     assert trace(model) == before
-
-
-def test_the_kinds_are_known():
-    assert {*SOME} <= {*KINDS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import converters
+from converters import holding
 from diffpeft import CannotConvertError, CheckpointError, ConfigError, UnknownNameError
 from diffpeft.cli import cli
 
@@ -159,6 +161,51 @@ def test_the_output_may_not_be_the_input(tmp_path):
     with pytest.raises(ConfigError):
         converters.convert(tmp_path / "a.safetensors", tmp_path / "a.safetensors", to="diffusers")
     assert same(load_file(tmp_path / "a.safetensors"), before)
+
+
+@pytest.mark.parametrize("size, to", [((30, 20), "kohya"), ((30, 20), "diffusers"), ((3, 20), "diffusers")])
+def test_each_format_is_asked_once_what_it_makes_of_an_adapter(size, to, tmp_path, monkeypatch):
+    loha(tmp_path / "a.safetensors", size=size)
+    asked: list[str] = []
+    arranged = holding.arranged
+    monkeypatch.setattr(holding, "arranged", lambda bundle, fmt: asked.append(fmt.name) or arranged(bundle, fmt))
+    held = size == (30, 20)
+    with contextlib.nullcontext() if held else pytest.raises(CannotConvertError):
+        converters.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=to)
+    assert asked[0] == to and asked.count(to) == (2 if held and to == "diffusers" else 1)  # again with a LoRA
+    assert len({*asked[1:]}) == len(asked[1:]) and (len(asked) > 4) == (not held)  # the others, to say which can
+
+
+def test_a_component_stays_as_it_is_where_another_cannot(tmp_path):
+    loha(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors |= {f"{layer}.lokr_w1_a": torch.randn(4, 1), f"{layer}.lokr_w1_b": torch.randn(1, 4)}
+    tensors |= {f"{layer}.lokr_w2": torch.randn(8, 5)}  # halves that PEFT does not make
+    save_file(tensors, tmp_path / "a.safetensors")
+    want = converters.read(tmp_path / "a.safetensors").deltas()
+    report = converters.convert(tmp_path / "a.safetensors", tmp_path / "b", to="peft")
+    assert (
+        report.level == "L1" and report.warnings[0].startswith("1 layers were computed anew") and "fc1" in str(report)
+    )
+    bundle = converters.read(tmp_path / "b")
+    assert {entry.layer.split(".")[0]: entry.method for entry in bundle.entries} == {
+        "unet": "loha",
+        "text_encoder": "lora",
+    }
+    for name, delta in bundle.deltas().items():
+        torch.testing.assert_close(delta, want[name], rtol=0, atol=1e-5)  # fp32 factors
+
+
+def test_a_second_adapter_of_a_kind_on_a_part_of_a_joint_layer_is_not_dropped(tmp_path):
+    layers = [f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    tensors = {f"{n}.lora_A.weight": torch.randn(2, 8) for n in layers} | {
+        f"{n}.lora_B.weight": torch.randn(8, 2) for n in layers
+    }
+    bundle = converters.read(tensors, family="flux")
+    bundle.entries.append(bundle.entries[0])
+    with pytest.raises(CannotConvertError, match="one adapter of a kind on a layer"):
+        converters.write(bundle, tmp_path / "b.safetensors", format="kohya")
 
 
 def test_a_broken_file_leaves_nothing(tmp_path):

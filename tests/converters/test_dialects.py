@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import converters
 from converters.formats.safeloras import layers_in
 from diffpeft import io
-from diffpeft.bundle import definition_of
+from diffpeft.definition import definition_of
 from diffpeft.errors import AmbiguousFormatError, CannotConvertError, CheckpointError
 
 DOUBLE, SINGLE = "transformer.transformer_blocks.3.", "transformer.single_transformer_blocks.12."

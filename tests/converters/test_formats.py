@@ -97,7 +97,7 @@ def test_every_layer_of_a_family_survives_a_file(format, family, tmp_path):
                 layers = [n for n in layers if table.to_original(component, n, 6)]
             names.setdefault(component if fmt.single else "", []).extend(f"{component}.{n}" for n in layers)
     if format == "xlabs":
-        names = {"": [n for n in names[""] if fmt.holds(n)]} if family == "flux" else {}
+        names = {"": [n for n in names[""] if fmt.has(n)]} if family == "flux" else {}
     for n, layers in enumerate(names.values()):
         tensors = {}
         for layer in layers:

@@ -11,9 +11,9 @@ import peft.utils.loftq_utils as theirs
 import pytest
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from diffpeft import LoraConfig, attach, get_adapters, set_adapters
+from diffpeft import LoraConfig, attach, get_adapters, get_peft_model, set_adapters
 from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError
 from diffpeft.llm.kbit import forget_quantization, prepare_model_for_kbit_training, replace_lora_weights_loftq
 from diffpeft.model.merge import merge_for_good
@@ -367,3 +367,24 @@ def test_gpt2s_layers_become_what_they_were(tmp_path, randomize):
     model.save_pretrained(tmp_path / "merged")
     again = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(again(x).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_torchao_has_quantised_is_prepared_trained_and_merged(folder, tmp_path):
+    """What transformers loads with a TorchAoConfig; merged it is an ordinary model, or says which of its layers are plain."""
+    quantization = pytest.importorskip("torchao.quantization")
+    load = lambda: AutoModelForCausalLM.from_pretrained(  # noqa: E731
+        folder, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    )
+    fields = dict(r=4, init_lora_weights=False)
+    model = get_peft_model(prepare_model_for_kbit_training(load()), LoraConfig(**fields, target_modules="all-linear"))
+    ids = torch.arange(1, 15).view(2, 7)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.get_model_status().quantization_backend == "torchao"
+    want = model.eval()(ids).logits
+    merged = model.merge_and_unload(dequantize=True)
+    merged.save_pretrained(tmp_path)
+    for plain in (merged, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        torch.testing.assert_close(plain(ids).logits, want, rtol=1e-5, atol=1e-5)
+    partly = get_peft_model(load(), LoraConfig(**fields, target_modules=["q_proj"])).merge_and_unload(dequantize=True)
+    assert "model.layers.0.self_attn.q_proj" in partly.config.quantization_config.modules_to_not_convert

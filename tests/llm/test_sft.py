@@ -69,7 +69,7 @@ class Bare:
 
 def example(length, read=1):
     ids = (torch.arange(length) * 7 + length).remainder(250).tolist()
-    return texts.Example(ids, [i >= read for i in range(length)])
+    return texts.TokenExample(ids, [i >= read for i in range(length)])
 
 
 def tokens(row, tokenizer, loss="completion", max_length=512):
@@ -361,7 +361,7 @@ def test_a_rank_above_every_layers_is_refused_before_tensors_are_made(config):
 
 def test_what_learns_nothing_is_an_error(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sft, "drawn", lambda config, sequences, step: [[texts.Example([1, 2, 3], [False, False, True])]]
+        sft, "drawn", lambda config, sequences, step: [[texts.TokenExample([1, 2, 3], [False, False, True])]]
     )
     real = sft.Loss.total
     monkeypatch.setattr(sft.Loss, "total", lambda self, sequences: real(self, sequences) * 0)

@@ -1,4 +1,4 @@
-"""A linear layer or an embedding in float64 as a method sees it, in few words: Link and Op in one, to hold fast paths against W x."""
+"""A linear layer or an embedding in float64 as a method sees it, in few words: Link and Operation in one, to hold fast paths against W x."""
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +44,14 @@ class Operation:
     def blocks(self, t, matrices):
         return torch.einsum("...kb,kbc->...kc", t.unflatten(-1, (len(matrices), -1)), matrices).flatten(-2)
 
-    def butterfly(self, t, sizes, stages):
+    def stages(self, t, sizes, stages):
         shape = t.shape
-        for axis, matrices in stages:
-            t = t.reshape(-1, *sizes).movedim(axis + 1, -2)
-            seen, r = t.shape, sizes[axis] * sizes[-1]
-            t = torch.einsum("zkb,kbc->zkc", t.reshape(seen[0], -1, r), matrices).reshape(seen).movedim(-2, axis + 1)
+        for axes, matrices in stages:
+            to = range(-len(axes), 0)
+            t = t.reshape(-1, *sizes).movedim([a + 1 for a in axes], [*to])
+            seen = t.shape
+            t = torch.einsum("zkb,kbc->zkc", t.reshape(len(t), len(matrices), -1), matrices).reshape(seen)
+            t = t.movedim([*to], [a + 1 for a in axes])
         return t.reshape(shape)
 
     def scaled(self, t, by):

@@ -5,8 +5,8 @@ import importlib
 import torch
 from torch import nn
 
-from diffpeft.layers.site import ConvSite, LinearSite
-from diffpeft.methods import Geometry, Site
+from diffpeft.layers.sites import ConvSite, EmbeddingSite, LinearSite
+from diffpeft.methods import Site
 
 LAYERS = {
     "linear": lambda: nn.Linear(24, 36),
@@ -26,33 +26,11 @@ INPUTS = {
 }
 
 
-class FakeOp:
-    """The least that `methods.base.Op` asks, for a linear layer: features in the last axis."""
-
-    def __init__(self, geometry: Geometry):
-        self.geometry = geometry
-
-    def down(self, x, weight):
-        return x @ weight.T
-
-    def add(self, y, h, weight, gate):
-        return y + gate * (h @ weight.T)
-
-    def blocks(self, t, matrices):
-        n, b, _ = matrices.shape
-        return torch.einsum("...nb,nbc->...nc", t.unflatten(-1, (n, b)), matrices).flatten(-2)
-
-    def mix(self, t, matrix):
-        return torch.einsum("mn,...nf->...mf", matrix, t.unflatten(-1, (matrix.shape[1], -1))).flatten(-2)
-
-    def kron(self, y, x, first, down, up, gate):
-        second = up if down is None else up @ down
-        return y + gate * torch.einsum(
-            "ac,bd,...cd->...ab", first, second, x.unflatten(-1, (first.shape[1], -1))
-        ).flatten(-2)
-
-    def grouped(self, x, weight, n):
-        return torch.einsum("fi,...ni->...nf", weight, x.unflatten(-1, (n, -1))).flatten(-2)
+def site(geometry, kind=None):
+    """A layer's site, in float64: of a linear layer, or an embedding."""
+    if geometry.lookup:
+        return EmbeddingSite(nn.Embedding(geometry.in_, geometry.out).double())
+    return (kind or LinearSite)(nn.Linear(geometry.in_, geometry.out).double())
 
 
 def layer_of(kind):

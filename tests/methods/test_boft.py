@@ -1,5 +1,7 @@
 """BOFT against its equations, PEFT and LyCORIS."""
 
+import itertools
+
 import peft
 import pytest
 import torch
@@ -75,14 +77,14 @@ def test_a_fresh_adapter_changes_no_bit(geometry, side, m):
 
 @GEOMETRIES
 @STAGES
-@pytest.mark.parametrize("b", [2, 4, 8])
-def test_the_input_side_is_the_butterfly_written_out(geometry, m, b):
-    p, spec = random(geometry, m=m, boft_block_size=b)
-    M, s = butterfly(cayley(p["boft_R"])), p["boft_s"].view(-1, 1)
-    torch.testing.assert_close(M @ M.T, torch.eye(len(M)).double())
-    W = torch.randn(geometry.shape, dtype=torch.float64)
-    expected = s * (M.T @ W if geometry.lookup else W.flatten(1) @ M.T)
-    torch.testing.assert_close(changed(W, p, spec), expected.view(W.shape))
+def test_the_input_side_is_the_butterfly_written_out(geometry, m):
+    for b in (2, 4, 8):
+        p, spec = random(geometry, m=m, boft_block_size=b)
+        M, s = butterfly(cayley(p["boft_R"])), p["boft_s"].view(-1, 1)
+        torch.testing.assert_close(M @ M.T, torch.eye(len(M)).double())
+        W = torch.randn(geometry.shape, dtype=torch.float64)
+        expected = s * (M.T @ W if geometry.lookup else W.flatten(1) @ M.T)
+        torch.testing.assert_close(changed(W, p, spec), expected.view(W.shape))
 
 
 def test_odd_blocks_do_without_a_permutation():
@@ -137,16 +139,16 @@ def spared(R):
 @pytest.mark.parametrize("geometry", [LINEAR, EMBEDDING], ids=str)
 @SIDES
 @STAGES
-@pytest.mark.parametrize("s", [1.0, 0.5, -0.7, torch.tensor([0.3], dtype=torch.float64)], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cheaper", [True, False])
-def test_turning_activations_is_turning_the_weight(geometry, side, m, s, bias, cheaper, monkeypatch):
+def test_turning_activations_is_turning_the_weight(geometry, side, m, cheaper, monkeypatch):
     monkeypatch.setattr(boft, "cheaper_on_activations", lambda *_: cheaper)
     layer = Dense(geometry)
     p, spec = random(geometry, side, m, {"rescale": True} if side == "output" else {})
     p, x = Boft.prepare(p, spec, False), layer.inputs()
-    W = layer.W + s * (Boft.weight(layer.W, p, spec) - layer.W)
-    torch.testing.assert_close(Boft.apply(layer, x, p, spec, s, bias), layer.op.op(x, W, bias))
+    strengths = (1.0, 0.5, -0.7, torch.tensor([0.3], dtype=torch.float64))
+    for s, bias in itertools.product(strengths, (True, False)):
+        W = layer.W + s * (Boft.weight(layer.W, p, spec) - layer.W)
+        torch.testing.assert_close(Boft.apply(layer, x, p, spec, s, bias), layer.op.op(x, W, bias))
 
 
 @pytest.mark.parametrize("geometry", [LINEAR, EMBEDDING], ids=str)
@@ -236,10 +238,12 @@ def test_peft_makes_one_stage_of_any_number_without_its_extension(without_extens
 
 @pytest.mark.parametrize("geometry", [LINEAR, CONV, GROUPED, POINTWISE], ids=str)
 @STAGES
-@pytest.mark.parametrize("constraint", [None, 0, 0.01, 100.0])
-@pytest.mark.parametrize("rescale", [True, False])
-@pytest.mark.parametrize("b", [2, 4])
-def test_lycoris_boft(geometry, m, constraint, rescale, b):
+def test_lycoris_boft(geometry, m):
+    for constraint, rescale, b in itertools.product((None, 0, 0.01, 100.0), (True, False), (2, 4)):
+        is_lycoris(geometry, m, constraint, rescale, b)
+
+
+def is_lycoris(geometry, m, constraint, rescale, b):
     keywords = {"constraint": constraint, "rescale": rescale}
     p, spec = random(geometry, "output", m, keywords, boft_block_size=b)
     W = torch.randn(geometry.shape).double()

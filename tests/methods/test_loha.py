@@ -7,7 +7,6 @@ import torch
 from oracles import (
     INPUTS,
     LAYERS,
-    FakeOp,
     close,
     fresh,
     geometry_of,
@@ -17,10 +16,12 @@ from oracles import (
     peft_tensors,
     product,
     random,
+    site,
 )
 from peft import LoHaConfig as PeftConfig
 
 from diffpeft.methods import Geometry, LoHa, LoHaConfig, Spec
+from diffpeft.methods.forms import Factors, Hadamard
 
 EMBEDDING = Geometry(6, 40, lookup=True)
 CANONICAL = {  # layers that PEFT has no LoHa for
@@ -137,16 +138,16 @@ def test_factors_multiply_to_the_update(kind, tucker):
 
 def test_factors_on_a_linear_layer_give_the_updates_output():
     g = Geometry(6, 10)
-    p, x, op = made(g), torch.randn(2, 3, 10, dtype=torch.float64), FakeOp(g)
+    p, x, op = made(g), torch.randn(2, 3, 10, dtype=torch.float64), site(g)
     A, B = LoHa.factors(p, Spec(g))
-    close(op.add(torch.zeros(2, 3, 6), op.down(x, A), B, 0.5), 0.5 * x @ LoHa.delta(p, Spec(g)).T)
+    close(op.add(torch.zeros(2, 3, 6).double(), op.down(x, A), B, 0.5), 0.5 * x @ LoHa.delta(p, Spec(g)).T)
 
 
 @pytest.mark.parametrize("gate", [0.5, torch.tensor([0.5], dtype=torch.float64)], ids=["number", "tensor"])
 def test_rows_are_looked_up_without_the_update(gate):
     p, x, y = made(EMBEDDING), torch.randint(40, (2, 7)), torch.randn(2, 7, 6, dtype=torch.float64)
     delta = LoHa.delta(p, Spec(EMBEDDING))
-    close(LoHa.add(FakeOp(EMBEDDING), y.clone(), x, p, Spec(EMBEDDING), gate), y + 0.5 * delta.T[x])
+    close(site(EMBEDDING).plus(y.clone(), x, LoHa.form(p, Spec(EMBEDDING), 14), gate), y + 0.5 * delta.T[x])
 
 
 def test_gradients_of_both_forms_agree():
@@ -203,14 +204,15 @@ ROUTES = [  # measured, forward and backward on one core: see knowledge/performa
     (Geometry(1280, 1280), 16, torch.bfloat16, 1024, "factors"),
     (Geometry(640, 640), 4, torch.float32, 4096, "factors"),
     (Geometry(320, 320, (3, 3)), 4, torch.float32, 1024, "factors"),
-    (Geometry(768, 49408, lookup=True), 16, torch.float32, 77, "own"),
+    (Geometry(768, 49408, lookup=True), 16, torch.float32, 77, "rows"),
 ]
 
 
 @pytest.mark.parametrize("geometry, r, dtype, tokens, route", ROUTES)
 def test_the_faster_form_is_chosen(geometry, r, dtype, tokens, route):
     p = {role: t.to(dtype) for role, t in fresh(LoHa, LoHaConfig(r=r), geometry).tensors.items()}
-    assert LoHa.route(p, Spec(geometry), tokens) == route
+    form = LoHa.form(p, Spec(geometry), tokens)
+    assert {Factors: "factors", Hadamard: "rows", type(None): "weight"}[type(form)] == route
 
 
 def test_no_alpha_is_scale_one():

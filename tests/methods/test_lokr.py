@@ -8,7 +8,6 @@ import torch
 from oracles import (
     INPUTS,
     LAYERS,
-    FakeOp,
     close,
     fresh,
     geometry_of,
@@ -18,11 +17,15 @@ from oracles import (
     peft_tensors,
     product,
     random,
+    site,
 )
 from peft import LoKrConfig as PeftConfig
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
-from diffpeft.methods import Geometry, LoKr, LoKrConfig, Site, Spec
-from diffpeft.methods.lokr import factorization
+import diffpeft
+from diffpeft.layers.sites import LinearSite
+from diffpeft.methods import Geometry, LoHaConfig, LoKr, LoKrConfig, Site, Spec
+from diffpeft.methods.lokr import factorization, halves
 
 R = 2
 FIRST = {"whole": False, "product": True}
@@ -86,17 +89,29 @@ def test_the_factorization_is_pefts():
         assert factorization(n, factor) == theirs(n, factor), (n, factor)
 
 
-@pytest.mark.parametrize("first, second, split, kernel", CASES)
-def test_every_stored_shape_is_read_by_the_index_law(first, second, split, kernel):
-    p, g = stored(first, second, split, kernel)
+every_shape = pytest.mark.parametrize("first, second, split", dict.fromkeys(case[:3] for case in CASES))
+
+
+def kernels(first, second, split):
+    """The kernels that such halves may have."""
+    return [case[3] for case in CASES if case[:3] == (first, second, split)]
+
+
+@every_shape
+def test_every_stored_shape_is_read_by_the_index_law_and_factors_multiply_to_it(first, second, split):
+    for kernel in kernels(first, second, split):
+        is_read_by_the_index_law(*stored(first, second, split, kernel))
+        has_factors_that_multiply_to_the_update(first, second, split, kernel)
+
+
+def is_read_by_the_index_law(p, g):
     assert LoKr.check(p, Spec(g)) == ""
     adopted = LoKr.adopt({**p, "another": torch.zeros(1)}, Spec(g))
     assert adopted.pop("another").shape == (1,)
     close(LoKr.delta(adopted, Spec(g)), by_index(p, g))
 
 
-@pytest.mark.parametrize("first, second, split, kernel", CASES)
-def test_factors_multiply_to_the_update(first, second, split, kernel):
+def has_factors_that_multiply_to_the_update(first, second, split, kernel):
     p, g = stored(first, second, split, kernel)
     p = LoKr.adopt(p, Spec(g))
     A, B = LoKr.factors(p, Spec(g))
@@ -107,24 +122,24 @@ def test_factors_multiply_to_the_update(first, second, split, kernel):
     close(product(A, B, g), LoKr.delta(p, Spec(g)))
 
 
-@pytest.mark.parametrize("gate", [0.5, torch.tensor([0.5], dtype=torch.float64)], ids=["number", "tensor"])
 @pytest.mark.parametrize("first, second, split", [case[:3] for case in CASES if case[3] == "linear"])
-def test_the_fast_form_on_a_linear_layer(first, second, split, gate):
+def test_the_fast_form_on_a_linear_layer(first, second, split):
     p, g = stored(first, second, split, "linear")
     x, y = torch.randn(2, 5, g.in_, dtype=torch.float64), torch.randn(2, 5, g.out, dtype=torch.float64)
-    close(LoKr.add(FakeOp(g), y.clone(), x, p, Spec(g), gate), y + 0.5 * x @ by_index(p, g).T)
+    for gate in (0.5, torch.tensor([0.5], dtype=torch.float64)):
+        close(site(g).plus(y.clone(), x, halves(p, g), gate), y + 0.5 * x @ by_index(p, g).T)
 
 
 @pytest.mark.parametrize("first, second, split", [case[:3] for case in CASES if case[3] == "conv2d"])
 def test_the_fast_form_on_a_convolution(first, second, split):
-    from diffpeft.layers.site import ConvSite
+    from diffpeft.layers.sites import ConvSite
 
     p, g = stored(first, second, split, "conv2d")
     p = LoKr.adopt(p, Spec(g))
     layer = torch.nn.Conv2d(g.in_, g.out, g.kernel, stride=(2, 1), padding=1, padding_mode="reflect").double()
     x = torch.randn(2, g.in_, 6, 5, dtype=torch.float64)
     y = layer(x)
-    close(LoKr.add(ConvSite(layer), y.clone(), x, p, Spec(g), 0.5), y + 0.5 * op_on(layer, x, LoKr.delta(p, Spec(g))))
+    close(ConvSite(layer).plus(y.clone(), x, halves(p, g), 0.5), y + 0.5 * op_on(layer, x, LoKr.delta(p, Spec(g))))
 
 
 @pytest.mark.parametrize("first, second", itertools.product(FIRST, ("whole", "product")))
@@ -132,8 +147,9 @@ def test_rows_are_looked_up_without_the_update(first, second):
     p, g = stored(first, second, "balanced", "linear")
     g = Geometry(g.out, g.in_, lookup=True)
     x, y = torch.randint(g.in_, (2, 7)), torch.randn(2, 7, g.out, dtype=torch.float64)
-    assert LoKr.route(p, Spec(g), 14) == "own"
-    close(LoKr.add(FakeOp(g), y.clone(), x, p, Spec(g), 0.5), y + 0.5 * LoKr.delta(p, Spec(g)).T[x])
+    form = LoKr.form(p, Spec(g), 14)
+    assert form is not None
+    close(site(g).plus(y.clone(), x, form, 0.5), y + 0.5 * LoKr.delta(p, Spec(g)).T[x])
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -142,12 +158,13 @@ def test_a_large_first_half_is_mixed_by_its_two_factors(rank):
     p = random({"lokr_w1_a": (32, rank), "lokr_w1_b": (rank, 32), "lokr_w2": (2, 2)})
     x, calls = torch.randn(3, 64, dtype=torch.float64), []
 
-    class Counting(FakeOp):
+    class Counting(LinearSite):
         def mix(self, t, matrix):
             calls.append(matrix.shape)
             return super().mix(t, matrix)
 
-    close(LoKr.add(Counting(g), torch.zeros(3, 64).double(), x, p, Spec(g), 1.0), x @ LoKr.delta(p, Spec(g)).T)
+    y = site(g, Counting).plus(torch.zeros(3, 64).double(), x, halves(p, g), 1.0)
+    close(y, x @ LoKr.delta(p, Spec(g)).T)
     assert len(calls) == 2
 
 
@@ -157,7 +174,7 @@ def test_gradients_of_the_fast_form_are_those_of_the_definition():
         x, grads = torch.randn(5, g.in_, dtype=torch.float64, requires_grad=True), []
         for form in (
             lambda p, x, g=g: x @ LoKr.delta(p, Spec(g)).T,
-            lambda p, x, g=g: LoKr.add(FakeOp(g), torch.zeros(5, g.out).double(), x, p, Spec(g), 1.0),
+            lambda p, x, g=g: site(g).plus(torch.zeros(5, g.out).double(), x, halves(p, g), 1.0),
         ):
             q = {role: t.clone().requires_grad_() for role, t in p.items()}
             grads.append(torch.autograd.grad(form(q, x).square().sum(), [x, *q.values()]))
@@ -177,10 +194,14 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("init", [True, False, "lycoris"])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_fresh_lokr_has_pefts_tensors(kind, config, init):
+def test_a_fresh_lokr_has_pefts_tensors(kind, config):
+    for init in (True, False, "lycoris"):
+        a_fresh_lokr_has_pefts_tensors(kind, config, init)
+
+
+def a_fresh_lokr_has_pefts_tensors(kind, config, init):
     """The same names, shapes and, from the same seed, values."""
     layer, chosen = LAYERS[kind](), {**CONFIGS[config], "alpha": 3, "init_weights": init}
     geometry = geometry_of(layer)
@@ -314,9 +335,13 @@ def test_the_rank_is_that_of_the_first_product():
     assert LoKr.rank({"lokr_w1": torch.zeros(8, 8), "lokr_w2": torch.zeros(6, 8)}) == 6
 
 
-@pytest.mark.parametrize("first, second, kernel", [(a, b, k) for a, b, s, k in CASES if s == "balanced"])
-def test_every_shape_that_does_not_fit_is_refused(first, second, kernel):
-    p, g = stored(first, second, "balanced", kernel)
+@pytest.mark.parametrize("first, second", itertools.product(FIRST, SECOND))
+def test_every_shape_that_does_not_fit_is_refused(first, second):
+    for kernel in kernels(first, second, "balanced"):
+        refuses_what_does_not_fit(*stored(first, second, "balanced", kernel))
+
+
+def refuses_what_does_not_fit(p, g):
     for role, axis in itertools.product(p, (0, 1)):
         larger = p[role].repeat(*(5 if i == axis else 1 for i in range(p[role].dim())))
         for wrong in (larger, torch.zeros(()), torch.zeros(3), torch.zeros(0, 5)):
@@ -333,18 +358,18 @@ def test_a_kernel_the_other_way_round_is_refused():
 
 ROUTES = [  # measured, forward and backward on one core: see knowledge/performance
     (Geometry(320, 320), 16, torch.float32, 4096, "weight"),
-    (Geometry(640, 640), 16, torch.float32, 4096, "own"),
-    (Geometry(640, 640), 10**4, torch.float32, 4096, "own"),
-    (Geometry(1280, 1280), 16, torch.float32, 1024, "own"),
-    (Geometry(1280, 1280), 10**4, torch.float32, 1024, "own"),
-    (Geometry(2048, 2048), 16, torch.float32, 1024, "own"),
-    (Geometry(320, 320, (3, 3)), 8, torch.float32, 1024, "own"),
-    (Geometry(1280, 1280), 16, torch.bfloat16, 1024, "own"),
+    (Geometry(640, 640), 16, torch.float32, 4096, "halves"),
+    (Geometry(640, 640), 10**4, torch.float32, 4096, "halves"),
+    (Geometry(1280, 1280), 16, torch.float32, 1024, "halves"),
+    (Geometry(1280, 1280), 10**4, torch.float32, 1024, "halves"),
+    (Geometry(2048, 2048), 16, torch.float32, 1024, "halves"),
+    (Geometry(320, 320, (3, 3)), 8, torch.float32, 1024, "halves"),
+    (Geometry(1280, 1280), 16, torch.bfloat16, 1024, "halves"),
     (Geometry(1280, 1280), 10**4, torch.bfloat16, 1024, "weight"),
-    (Geometry(2048, 2048), 10**4, torch.bfloat16, 1024, "own"),
-    (Geometry(10240, 1280), 16, torch.bfloat16, 1024, "own"),
-    (Geometry(10240, 1280), 10**4, torch.bfloat16, 1024, "own"),
-    (Geometry(1280, 1280, (3, 3)), 16, torch.bfloat16, 256, "own"),
+    (Geometry(2048, 2048), 10**4, torch.bfloat16, 1024, "halves"),
+    (Geometry(10240, 1280), 16, torch.bfloat16, 1024, "halves"),
+    (Geometry(10240, 1280), 10**4, torch.bfloat16, 1024, "halves"),
+    (Geometry(1280, 1280, (3, 3)), 16, torch.bfloat16, 256, "halves"),
     (Geometry(1280, 1280, (3, 3), 2), 16, torch.bfloat16, 256, "weight"),
 ]
 
@@ -352,12 +377,10 @@ ROUTES = [  # measured, forward and backward on one core: see knowledge/performa
 @pytest.mark.parametrize("geometry, r, dtype, tokens, route", ROUTES)
 def test_the_faster_form_is_chosen(geometry, r, dtype, tokens, route):
     p = {role: t.to(dtype) for role, t in fresh(LoKr, LoKrConfig(r=r), geometry).tensors.items()}
-    assert LoKr.route(p, Spec(geometry), tokens) == route
+    assert (LoKr.form(p, Spec(geometry), tokens) is not None) == (route == "halves")
 
 
 def test_without_the_switch_rows_that_are_left_do_not_grow():
-    import diffpeft
-
     net, x = torch.nn.Sequential(torch.nn.Linear(6, 8, bias=False)).requires_grad_(False), torch.eye(6)
     plain = net(x)
     diffpeft.attach(net, LoKrConfig(r=1, rank_dropout=0.5, init_weights=False), "a", targets=["0"])
@@ -365,3 +388,16 @@ def test_without_the_switch_rows_that_are_left_do_not_grow():
     for _ in range(5):
         for row, whole in zip((net.train()(x) - plain).T, full, strict=True):
             assert torch.allclose(row, whole, atol=1e-6) or torch.allclose(row, torch.zeros(6), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "made", [LoKrConfig(r=2, init_weights=False), LoHaConfig(r=2, init_weights=False)], ids=lambda c: type(c).__name__
+)
+def test_rows_of_a_table_that_scales_them_are_scaled_too(made):
+    """As in Gemma and BART: the layer with the adapter in its table is the same layer."""
+    net = torch.nn.Sequential(BartScaledWordEmbedding(40, 12, 0, embed_scale=3.5)).double()
+    diffpeft.attach(net, made, targets=["0"])
+    x = torch.randint(40, (2, 7))
+    acting = net(x)
+    diffpeft.fuse(net)
+    close(net(x), acting)

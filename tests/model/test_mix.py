@@ -181,13 +181,13 @@ def test_strengths_survive_other_adapters_coming_and_going(adapted):
 def test_the_compiled_table_is_what_eager_code_reads(adapted):
     set_adapters(adapted, {"b": -1, "a": {"unet.conv_in": 0.25}})
     choice = mix_of(adapted.unet).choice
-    assert torch.equal(choice.table, torch.tensor([choice.strengths[name] for name in choice.order]))
+    assert torch.equal(choice.first.table, torch.tensor([choice.strengths[name] for name in choice.order]))
 
 
 def test_a_block_is_local_to_its_pipeline_and_its_copies_are_not_in_it(adapted):
     with adapters(adapted, {"a": 0.0}):
         twin = copy.deepcopy(adapted.unet)
-        assert mix_of(twin).current() is mix_of(twin).choice
+        assert mix_of(twin).current().of is mix_of(twin).choice
         assert mix_of(adapted.unet).current().order == ("a",)
         unload(twin)  # the copy is not busy
 

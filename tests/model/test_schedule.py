@@ -27,7 +27,9 @@ from diffpeft import (
 from diffpeft.model.attach import detach, mix_of
 from diffpeft.model.plan import Plan
 from diffpeft.model.root import ROOT
-from tests.contracts.kinds import FORMS, LINEAR, METHOD_FORMS, blocks, config, every_form, give, layer
+from tests.contracts.kinds import FORMS, LINEAR, METHOD_FORMS, blocks, config, give, layer
+from tests.contracts.pairs import every_form
+from tests.pairwise import params
 
 EXACT = dict(rtol=0, atol=1e-10)  # float64: the same sums in the same order, or in another one on sizes of 16
 
@@ -314,10 +316,13 @@ WAYS = [(how, first) for how in COMPILED for first in ("compile", "set")]
 
 
 # LoRA in every way, the others in one each
+CELLS = [("lora", *way) for way in WAYS]
+CELLS += [(form, *WAYS[i % len(WAYS)]) for i, form in enumerate(METHOD_FORMS.values()) if form != "lora"]
+
+
+# compiled code differs by the kind of path: low-rank, rotation, product
 @pytest.mark.parametrize(
-    ("form", "how", "first"),
-    [("lora", *way) for way in WAYS]
-    + [(form, *WAYS[i % len(WAYS)]) for i, form in enumerate(METHOD_FORMS.values()) if form != "lora"],
+    ("form", "how", "first"), params(CELLS, [cell for cell in CELLS if cell[0] in ("lora", "oft", "loha")])
 )
 def test_steps_do_not_compile_anew(form, how, first, randomize, dynamo):
     model, x = Net(), torch.randn(2, 8)

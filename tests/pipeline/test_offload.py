@@ -25,7 +25,7 @@ from diffpeft import (
     unload,
 )
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.model.merge import merge_for_good
 from tests.contracts.kinds import METHOD_FORMS, give
 from tests.pipeline.states import LINEAR, adapted, lasting, lora

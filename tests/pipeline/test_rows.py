@@ -28,6 +28,7 @@ from diffpeft import (
 from diffpeft.model.attach import mix_of
 from diffpeft.model.root import ROOT
 from tests.contracts.kinds import FORMS, METHOD_FORMS, blocks, fits, give, layer
+from tests.pairwise import params
 from tests.pipeline.denoisers import model
 
 EXACT = dict(rtol=0, atol=1e-10)  # float64, 16 digits; sums of up to 64 products in another order
@@ -65,7 +66,14 @@ def alone(model, x, mixes, images=1):
     return torch.cat(out)
 
 
-@pytest.mark.parametrize(("form", "kind"), [(f, k) for f in FORMS for k in SHAPES if fits(f, k)])
+CELLS = [(form, kind) for form in FORMS for kind in SHAPES if fits(form, kind)]
+
+
+# each method on each kind, and its other forms on a matrix and on a kernel
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    params(CELLS, [c for c in CELLS if c[0] in METHOD_FORMS.values() or c[1] in ("linear", "conv2d strided")]),
+)
 def test_each_row_has_its_mix(form, kind, randomize):
     model, x = adapted(form, kind, randomize)
     for mixes, images in ((MIXES, 1), (MIXES, 2), (MIXES[:2], 3), (MIXES[2:], 1)):
@@ -196,7 +204,8 @@ def test_rows_on_top_of_what_is_fused(randomize):
     torch.testing.assert_close(got, alone(model, x, mixes), **EXACT)
 
 
-@pytest.mark.parametrize("form", METHOD_FORMS.values())
+# compiled code differs by the kind of path: low-rank, rotation, product
+@pytest.mark.parametrize("form", params([(f,) for f in METHOD_FORMS.values()], [("lora",), ("oft",), ("loha",)]))
 def test_compiled_rows(form, randomize):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

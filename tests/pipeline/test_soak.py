@@ -13,7 +13,7 @@ import converters
 from diffpeft import CheckpointError, fuse, load_lora, set_adapters, unfuse, unload
 from tests.pipeline.states import CONV, LINEAR, TEXT, lora
 
-CYCLES = int(os.environ.get("SOAK_CYCLES", "200"))  # 1000 for the whole of it
+CYCLES = int(os.environ.get("SOAK_CYCLES", "100"))  # 1000 for the whole of it
 RSS_GROWTH = (
     5 << 20
 )  # the allocator keeps freed pieces; an adapter of 170 kB that stayed in each of 200 cycles would be seven times this

@@ -11,6 +11,7 @@ import torch
 
 from diffpeft import AdapterStateError, LoraConfig, adapters, attach, get_adapters, schedule, set_adapters, unload
 from diffpeft.model.attach import mix_of
+from tests.pairwise import params
 from tests.pipeline.denoisers import MODELS
 
 N = 4
@@ -133,10 +134,18 @@ def by_hand(pipe, n):
             x = pipe.scheduler.step(y, t, x, return_dict=False)[0]
 
 
+SHORTENED = [
+    (name, strength)
+    for name in SCHEDULERS
+    if "flow" not in name and name not in ("pndm, runge-kutta", "dpm++ sde")
+    for strength in (0.25, 0.5, 1.0)
+]
+
+
+# each scheduler with one strength, each strength with a third of the schedulers
 @pytest.mark.parametrize(
-    "name", [n for n in SCHEDULERS if "flow" not in n and n not in ("pndm, runge-kutta", "dpm++ sde")]
+    "name, strength", params(SHORTENED, [SHORTENED[3 * n + n % 3] for n in range(len(SHORTENED) // 3)])
 )
-@pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])
 def test_a_shortened_run_counts_its_own_steps(name, strength, adapted):
     adapted.scheduler = scheduler(name)
     set_adapters(adapted, {"a": LINE})

@@ -3,7 +3,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from diffpeft import DivergedError
-from diffpeft.train.loop import Schedule, fit
+from diffpeft.train.loop import LearningRate, fit
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
@@ -13,7 +13,7 @@ def test_the_rate_after_the_warmup_is_diffusers(kind):
     theirs = get_scheduler(
         {"constant": "constant_with_warmup"}.get(kind, kind), optimizer, num_warmup_steps=4, num_training_steps=20
     )
-    ours = Schedule(0.1, 20, 4, kind)
+    ours = LearningRate(0.1, 20, 4, kind)
     for step in range(20):
         if step >= 4:
             assert ours.at(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
@@ -29,7 +29,7 @@ def test_fit_minimises_and_tells_of_every_step():
     losses = fit(
         [x],
         lambda step: (x - 1).square().sum(),
-        Schedule(0.1, 200),
+        LearningRate(0.1, 200),
         weight_decay=0,
         max_grad_norm=10,
         on_step=lambda done, loss: seen.append((done, loss)),
@@ -40,7 +40,7 @@ def test_fit_minimises_and_tells_of_every_step():
 def test_a_loss_may_come_in_parts():
     def learnt(loss_at):
         x = torch.nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))
-        return fit([x], loss_at(x), Schedule(0.1, 5), weight_decay=0, max_grad_norm=1, on_step=lambda *_: None), x
+        return fit([x], loss_at(x), LearningRate(0.1, 5), weight_decay=0, max_grad_norm=1, on_step=lambda *_: None), x
 
     whole, x = learnt(lambda x: lambda step: x.square().sum())
     parts, y = learnt(lambda x: lambda step: (e.square() for e in x))
@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_parameters():
         fit(
             [x],
             lambda step: x.sum() * (float("nan") if step == 2 else 1),
-            Schedule(0.1, 5),
+            LearningRate(0.1, 5),
             weight_decay=0,
             max_grad_norm=1,
             on_step=lambda *_: None,

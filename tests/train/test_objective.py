@@ -3,6 +3,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
+from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families.base import Noised
 from diffpeft.families.sd import StableDiffusion
 from diffpeft.train.objective import min_snr, with_prior
@@ -46,6 +47,19 @@ def test_min_snr_is_min_of_snr_and_gamma_over_the_kinds_own_weight(kind, over):
     snr = torch.tensor([0.01, 1.0, 5.0, 700.0], dtype=torch.float64)
     noised = Noised(snr, snr, snr, snr, kind)
     assert torch.equal(min_snr(noised, 5.0), torch.minimum(snr, torch.tensor(5.0, dtype=torch.float64)) / over(snr))
+
+
+@pytest.mark.parametrize("kind", ["flow", "flow_prediction", "trigflow", ""])
+def test_what_min_snr_has_no_weight_for_is_refused_by_name_with_a_remedy(kind):
+    snr = torch.ones(2)
+    with pytest.raises(ConfigError, match="min-SNR") as raised:
+        min_snr(Noised(snr, snr, snr, snr, kind), 5.0)
+    assert repr(kind) in raised.value.what and "--snr-gamma" in raised.value.remedy
+
+
+def test_a_model_whose_target_is_not_known_is_not_trained_on_another():
+    with pytest.raises(WrongBaseError, match="flow_prediction"):
+        StableDiffusion(Pipe("flow_prediction"))
 
 
 def test_the_prior_weighs_the_same_however_many_class_images_there_are():

@@ -17,7 +17,7 @@ from diffpeft.model.state import slots_of
 from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import dreambooth
 from diffpeft.train.data import Account
-from diffpeft.train.loop import Schedule, fit
+from diffpeft.train.loop import LearningRate, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt
 
@@ -109,7 +109,7 @@ def fitted(loss, steps=3):
     return fit(
         [x],
         lambda step: loss(x, step),
-        Schedule(0.1, steps),
+        LearningRate(0.1, steps),
         weight_decay=0.1,
         max_grad_norm=1,
         on_step=lambda *_: None,
@@ -140,7 +140,7 @@ def test_room_on_the_disk_is_asked_for_before_training(tmp_path, monkeypatch):
 def test_an_adapter_that_cannot_be_written_is_saved_elsewhere(config, pipe, randomize, tmp_path, monkeypatch):
     dreambooth.adapt(config, open_family(pipe), "a")
     randomize(pipe, "a")
-    run = dreambooth.Run(config, open_family(pipe), "a", [1.0], 0.0, Account(tmp_path, (), {}, {}))
+    run = dreambooth.TrainRun(config, open_family(pipe), "a", [1.0], 0.0, Account(tmp_path, (), {}, {}))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
     (tmp_path / "rescue").mkdir()
     real = dreambooth.save_lora
@@ -165,7 +165,7 @@ def test_the_programs_that_read_a_file_are_told_and_a_format_that_cannot_hold_it
         pipe = fresh()
         dreambooth.adapt(replace(config, method=method), open_family(pipe), "a")
         randomize(pipe, "a")
-        run = dreambooth.Run(
+        run = dreambooth.TrainRun(
             replace(config, method=method), open_family(pipe), "a", [1.0], 0.0, Account(tmp_path, (), {}, {})
         )
         files = dreambooth.save(run)

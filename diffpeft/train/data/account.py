@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from diffpeft.errors import listed
 
@@ -92,7 +91,7 @@ class Account:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def table(self) -> dict[str, Any]:
+    def table(self) -> dict[str, object]:
         """The counts, for a file of measurements."""
         return {
             "images": len(self.examples),

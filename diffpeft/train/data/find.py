@@ -46,17 +46,10 @@ def survey(folder: str | Path, prompt: str | None, resolution: int | None = None
         raise _no_images(folder)
     texts = _texts_in(folder)
     sources = {path: _caption_file(path, texts) for path in paths}
-    bare = [path.name for path, source in sources.items() if source is None]
-    if bare and prompt is None:
-        raise DataError(
-            f"{len(bare)} of {len(paths)} images have no caption: {', '.join(map(shown, bare[:3]))}",
-            where=folder,
-            remedy="Pass --instance-prompt, or put a text file beside each image: NAME.txt or NAME.caption.",
-        )
+    _refuse_uncaptioned(folder, sources, prompt)
     looks = _looks(paths)
     captions, unreadable = _captions(sources, prompt)
     _refuse_unreadable(folder, {p: look.error for p, look in looks.items() if look.error} | unreadable, len(paths))
-    used = {*paths, *filter(None, sources.values())}
     return Account(
         folder,
         tuple(Example(path, captions[path]) for path in paths),
@@ -65,10 +58,21 @@ def survey(folder: str | Path, prompt: str | None, resolution: int | None = None
         empty=tuple(path.name for path in paths if not captions[path]),
         animated=tuple(path.name for path in paths if looks[path].frames > 1),
         duplicates=_duplicates(paths),
-        unread=_unread(folder, used),
+        unread=_unread(folder, {*paths, *filter(None, sources.values())}),
         folders=_folders_in(folder),
         resolution=resolution,
     )
+
+
+def _refuse_uncaptioned(folder: Path, sources: Mapping[Path, Path | None], prompt: str | None) -> None:
+    """Raise DataError for images without a caption file, if there is no prompt to caption them."""
+    bare = [path.name for path, source in sources.items() if source is None]
+    if bare and prompt is None:
+        raise DataError(
+            f"{len(bare)} of {len(sources)} images have no caption: {', '.join(map(shown, bare[:3]))}",
+            where=folder,
+            remedy="Pass --instance-prompt, or put a text file beside each image: NAME.txt or NAME.caption.",
+        )
 
 
 def captioned(paths: Sequence[Path], prompt: str) -> list[Example]:
@@ -96,6 +100,7 @@ def _is_junk(path: Path) -> bool:
 
 
 def _folder(folder: str | Path) -> Path:
+    """The folder as a path. Raises DataError with a near name if it is none."""
     folder = Path(folder)
     if folder.is_dir():
         return folder
@@ -108,6 +113,7 @@ def _folder(folder: str | Path) -> Path:
 
 
 def _no_images(folder: Path) -> DataError:
+    """The error for a folder without images: what is there instead, and which folder inside has some."""
     unread, folders = _unread(folder, ()), _folders_in(folder)
     with_images = [str(folder / name) for name, n in folders.items() if n]
     other = f"{sum(map(len, unread.values()))} other files"
@@ -146,8 +152,8 @@ def _source(image: Path, text: Path | None) -> str:
     """Where a caption is from, for people: .txt, .caption, NAME.png.txt or the prompt."""
     if text is None:
         return PROMPT
-    whole = _normal(text.stem) == _normal(image.name)
-    return f"NAME{image.suffix.lower()}{text.suffix.lower()}" if whole else text.suffix.lower()
+    names_image = _normal(text.stem) == _normal(image.name)
+    return f"NAME{image.suffix.lower()}{text.suffix.lower()}" if names_image else text.suffix.lower()
 
 
 def _captions(sources: Mapping[Path, Path | None], prompt: str | None) -> tuple[dict[Path, str], dict[Path, str]]:
@@ -170,6 +176,7 @@ def _looks(paths: Sequence[Path]) -> dict[Path, Look]:
 
 
 def _refuse_unreadable(folder: Path, broken: Mapping[Path, str], total: int) -> None:
+    """Raise DataError if there are files that cannot be read, {file: why}."""
     if not broken:
         return
     texts = any(path.suffix.lower() in CAPTIONS for path in broken)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -122,13 +122,14 @@ def white_of(image: Image.Image) -> float:
     return white
 
 
-def _tag(image: Image.Image, tag: int) -> Any:
+def _tag(image: Image.Image, tag: int) -> int | None:
     """A number of a TIFF's, None for other formats."""
     value = getattr(image, "tag_v2", {}).get(tag)
     return value[0] if isinstance(value, tuple) else value
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """A picture without transparency: what is clear is white."""
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")

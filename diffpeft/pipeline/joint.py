@@ -1,4 +1,4 @@
-"""Entries of layers that the original program has fused, as entries of the model's own layers.
+"""Joint layers: entries of layers that the original program has as one (q, k and v), as entries of the model's own layers.
 
 Most come apart by their rows alone (converters/rows.py). What mixes the rows of several parts is worked out from the model's weights.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from converters.conversion import as_lora
 from converters.rows import Unfit, split
@@ -19,56 +18,53 @@ from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, canonical
 from diffpeft.errors import ShapeMismatchError, listed, shown
 from diffpeft.layers.carried import base_class, op_of
-from diffpeft.layers.site import site_of
+from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.layout import inner
 
 
-def unfused(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> Bundle:
+def separated(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[nn.Module, nn.Module | None]]]) -> Bundle:
     """The bundle with an entry for each of a model's layers. `layers` {component: {layer: (module, its parent)}}.
 
     A DoRA by input gets magnitudes that make the parts what they were together. A LoKr whose halves lie across the parts becomes a LoRA, or a whole
     difference. Other methods become whole differences from the model's present weights, with a warning.
     """
-    modules = {canonical(component, layer): m for component, found in layers.items() for layer, (m, _) in found.items()}
+    modules = {
+        canonical(component, layer): module for component, by in layers.items() for layer, (module, _) in by.items()
+    }
     entries: list[Entry] = []
-    dense: list[str] = []
+    dense: list[str] = []  # the layers that got whole differences
     for entry in bundle.entries:
         try:
             entries += split(entry)
-            continue
         except Unfit:
-            if not set(entry.targets) <= modules.keys():
+            if set(entry.targets) <= modules.keys():
+                _check(entry, [modules[target] for target in entry.targets], bundle.source)
+                entries += _worked_out(bundle, entry, modules, dense)
+            else:
                 entries += [replace(entry, layer=target, rule=None) for target in entry.targets]
-                continue
-        _check(entry, [modules[target] for target in entry.targets], bundle.source)
-        base = {target: _weight(modules[target]) for target in entry.targets}
-        found = _by_input(entry, base) or _as_lora(entry)
-        if found is None:
-            deltas = replace(bundle, entries=[entry]).deltas(base)
-            found = [
-                replace(
-                    entry,
-                    method="full",
-                    layer=layer,
-                    rule=None,
-                    tensors={"diff": _like(entry, d)},
-                    alpha=None,
-                    options={},
-                )
-                for layer, d in deltas.items()
-            ]
-            dense += deltas
-        entries += found
     if dense:
         warnings.warn(
-            f"{len(dense)} layers got whole differences from their present weights: {listed(dense[:5])}", stacklevel=4
+            f"{len(dense)} layers got whole differences from their present weights: {listed(dense[:5])}", stacklevel=5
         )
     return replace(bundle, entries=entries)
 
 
-def _check(entry: Entry, modules: Sequence[Any], source: str) -> None:
+def _worked_out(bundle: Bundle, entry: Entry, modules: Mapping[str, nn.Module], dense: list[str]) -> list[Entry]:
+    """The parts of an entry that mixes their rows. Those that are whole differences are added to `dense`."""
+    base = {target: op_of(modules[target]).weight().detach() for target in entry.targets}
+    if parts := _by_input(entry, base):
+        return parts
+    if lora := as_lora(entry):
+        return split(lora)
+    deltas = replace(bundle, entries=[entry]).deltas(base)
+    dense += deltas
+    plain = replace(entry, method="full", rule=None, alpha=None, options={})
+    return [replace(plain, layer=layer, tensors={"diff": _like(entry, delta)}) for layer, delta in deltas.items()]
+
+
+def _check(entry: Entry, modules: Sequence[nn.Module], source: str) -> None:
     """Raise ShapeMismatchError for tensors that do not fit the layers that are one in the original program."""
     parts = [site.geometry_of(m) for m in modules if (site := site_of(base_class(m))) is not None]
     joint = replace(parts[0], out=sum(part.out for part in parts))
@@ -82,22 +78,16 @@ def _check(entry: Entry, modules: Sequence[Any], source: str) -> None:
         )
 
 
-def _weight(module: Any) -> Tensor:
-    return op_of(module).weight().detach()
-
-
 def _like(entry: Entry, tensor: Tensor) -> Handle:
-    """A tensor in the dtype of an entry's first."""
+    """A tensor of any shape in the dtype of an entry's first."""
     return io.handle(tensor.to(io.dtype_of(next(iter(entry.tensors.values())))).contiguous())
 
 
-def _as_lora(entry: Entry) -> list[Entry] | None:
-    lora = as_lora(entry)
-    return split(lora) if lora else None
-
-
 def _by_input(entry: Entry, base: Mapping[str, Tensor]) -> list[Entry] | None:
-    """The parts of a DoRA by input: each has the share of the magnitude that its rows have of the fused columns' norms."""
+    """The parts of a DoRA by input, whose magnitude is [1, i, *1]: each has the share of it that its rows have of the joint columns' norms.
+
+    None for other entries. `base` {layer: weight [o, i, *k]}.
+    """
     if entry.method != "dora" or "dora_scale" not in entry.tensors:
         return None
     plain = replace(
@@ -112,10 +102,8 @@ def _by_input(entry: Entry, base: Mapping[str, Tensor]) -> list[Entry] | None:
     deltas = Bundle("", "", [plain]).deltas()
     (m,) = io.load([entry.tensors["dora_scale"]])
     norms = {layer: (base[layer].double() + delta).norm(dim=0, keepdim=True) for layer, delta in deltas.items()}
-    whole = torch.stack(list(norms.values())).square().sum(0).sqrt()
-    shares = {
-        layer: m.double().reshape(1, -1) * norm.reshape(1, -1) / whole.reshape(1, -1) for layer, norm in norms.items()
-    }
+    joint = torch.stack(list(norms.values())).square().sum(0).sqrt().reshape(1, -1)
+    shares = {layer: m.double().reshape(1, -1) * norm.reshape(1, -1) / joint for layer, norm in norms.items()}
     return [
         replace(
             part,

@@ -1,0 +1,92 @@
+"""The writing side's second step: the keys, tensors and metadata with which a format says what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from converters.detection import COMPONENT, FORMAT, HINT
+from converters.formats import FORMATS, Format
+from converters.formats.peft import CONFIG
+from converters.holding import Held
+from converters.provenance import KEY, Place, recorded
+from diffpeft import io
+from diffpeft.bundle import Entry, Handle, parted
+
+if TYPE_CHECKING:
+    import torch
+
+HASHES = ("sshs_", "modelspec.hash_")  # they are over tensor bytes, so a rewritten file must not keep them
+OWNED = frozenset({"format"}.union(*(fmt.owned for fmt in FORMATS.values())))  # what some format says by itself
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a file will hold: its tensors by key, its metadata, {(layer, role): key}, which layers' numbers had to be computed for it, and the
+    tensors that are of no layer, by key.
+    """
+
+    tensors: Mapping[str, Handle]
+    metadata: Mapping[str, str]
+    places: Mapping[Place, str]
+    inexact: Sequence[str] = ()
+    beside: Mapping[str, Handle] = field(default_factory=dict)
+
+
+def spelt(held: Held, dtype: torch.dtype | None = None) -> Plan:
+    """What a format makes of the entries that it holds. `dtype` casts the factors; alphas keep theirs."""
+    fmt, entries = FORMATS[held.format], held.arranged.entries
+    alphas = {layer: _alpha(alpha) for layer, alpha in fmt.alphas(entries).items()}
+    tensors: dict[str, Handle] = {}
+    places: dict[Place, str] = {}
+    for entry, name in zip(entries, held.names, strict=True):
+        assert name is not None
+        stored = {role: io.cast(handle, dtype, entry.layer) for role, handle in fmt.stored(entry).items()}
+        stored |= {"alpha": alphas[entry.layer]} if entry.layer in alphas else {}
+        for role, handle in stored.items():
+            key = places[entry.layer, role] = fmt.join(replace(name, role=role), entry)
+            tensors[key] = handle
+    beside = {**_shared(entries, fmt, dtype), **held.bundle.carried}
+    return Plan({**tensors, **beside}, _metadata(held), places, held.arranged.inexact, beside)
+
+
+def _shared(entries: Sequence[Entry], fmt: Format, dtype: torch.dtype | None) -> dict[str, Handle]:
+    """The tensors of the whole adapter by their keys, unless all its layers say that they are not saved."""
+    saved = [entry.shared for entry in entries if entry.options.get("save_projection", True)]
+    return {fmt.shared_keys[role]: io.cast(h, dtype, role) for shared in saved for role, h in shared.items()}
+
+
+def _alpha(alpha: Handle | float) -> Handle:
+    return alpha if isinstance(alpha, Handle) else io.scalar(float(alpha))
+
+
+def _metadata(held: Held) -> dict[str, str]:
+    """The metadata of the adapter that are true of any file of it, those of the format, and what was lost of those of the file that it is from."""
+    bundle, fmt, entries = held.bundle, FORMATS[held.format], held.arranged.entries
+    foreign = {key for other in FORMATS.values() if not other.folder for key in other.owned}
+    kept = {
+        key: value
+        for key, value in bundle.metadata.items()
+        if key not in foreign and not key.startswith(HASHES) and (key == CONFIG or not is_ours(key))
+    }
+    metadata = {"format": "pt", **kept, **fmt.metadata(entries, bundle.metadata), **_told(held, entries)}
+    record = recorded(held.adapter or bundle, held.format, metadata, held.arranged.blocks)
+    return metadata | ({KEY: record} if record else {})
+
+
+def _told(held: Held, entries: Sequence[Entry]) -> dict[str, str]:
+    """What a reader cannot see from the keys: the family, if it is certain, the component, the format."""
+    bundle, fmt = held.bundle, FORMATS[held.format]
+    component = parted(entries[0].layer)[0] if fmt.single and entries else ""
+    certain = len(bundle.families) < 2 and (held.adapter or not fmt.folder)
+    return {
+        **({HINT: bundle.family} if bundle.family and certain else {}),
+        **({COMPONENT: component} if component else {}),
+        **({FORMAT: held.format} if held.format == "onetrainer" else {}),
+    }
+
+
+def is_ours(key: str) -> bool:
+    """Whether metadata are of this package."""
+    return key.startswith("diffpeft.")

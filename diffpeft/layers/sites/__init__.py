@@ -1,0 +1,56 @@
+"""The kinds of layers: the only place that knows Linear from Conv from Embedding. One file a kind, one line here.
+
+A site lends methods the layer's operation (`methods.Operation`) and gives its weight in canonical form, [out, in / groups, *kernel].
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffpeft.layers.backends import Kind
+from diffpeft.layers.sites.base import Site
+from diffpeft.layers.sites.conv import ConvSite, TransposedConvSite
+from diffpeft.layers.sites.embedding import EmbeddingSite
+from diffpeft.layers.sites.linear import LinearSite, TransposedLinearSite
+from diffpeft.layers.sites.norm import NormSite
+
+SITES: tuple[type[Site], ...] = (
+    LinearSite,
+    TransposedLinearSite,
+    EmbeddingSite,
+    ConvSite,
+    TransposedConvSite,
+    NormSite,
+)
+
+
+def site_of(cls: type[nn.Module]) -> type[Site] | None:
+    """The kind of site that modules of this class are, or None if no method fits them."""
+    if cls not in _known:
+        _known[cls] = _site(cls)
+    return _known[cls]
+
+
+_known: dict[type[nn.Module], type[Site] | None] = {}
+
+
+def _site(cls: type[nn.Module]) -> type[Site] | None:
+    names = {(c.__module__, c.__name__) for c in cls.__mro__}
+
+    def fits(kind: type[nn.Module] | Kind) -> bool:
+        return kind in names if isinstance(kind, tuple) else issubclass(cls, kind)
+
+    return next((s for s in SITES if any(map(fits, s.kinds)) or cls.__name__.endswith(s.endings)), None)
+
+
+__all__ = [
+    "ConvSite",
+    "EmbeddingSite",
+    "LinearSite",
+    "NormSite",
+    "SITES",
+    "Site",
+    "TransposedConvSite",
+    "TransposedLinearSite",
+    "site_of",
+]

@@ -1,0 +1,44 @@
+"""Linear maps written so that they can be applied without being built: methods say what they are, layers choose the kernel for them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """B A.  A [r, in / groups, *kernel], B [out, r, *1]."""
+
+    A: Tensor
+    B: Tensor
+
+
+class Kronecker(NamedTuple):
+    """kron(first, second), each of them one tensor or a product of two.
+
+    first: ([a, c],) or ([a, q], [q, c]). second: ([b, d, *kernel],) or (up [b, r], down [r, d, *kernel]). The layer has c d features in and a b out.
+    """
+
+    first: tuple[Tensor, ...]
+    second: tuple[Tensor, ...]
+
+
+class Hadamard(NamedTuple):
+    """first * second, elementwise, both products: down [r, in / groups, *kernel] as A, up [out, r] as B."""
+
+    first: Factors
+    second: Factors
+
+
+Form = Factors | Kronecker | Hadamard
+
+
+class Stage(NamedTuple):
+    """One stage of a product on features that are seen as an array.
+
+    `axes` of that array together are multiplied as a row vector, by one matrix for each place on the other axes.  matrices [places, d, d].
+    """
+
+    axes: tuple[int, ...]
+    matrices: Tensor
