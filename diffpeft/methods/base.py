@@ -263,8 +263,10 @@ class Additive(Method):
 
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
-        """The update without its scale, in the shape of W."""
-        raise NotImplementedError
+        """The update without its scale, in the shape of W: B A, unless a method says otherwise."""
+        factors = cls.factors(p, spec)
+        assert factors is not None
+        return (factors.B.flatten(1) @ factors.A.flatten(1)).reshape(spec.geometry.shape)
 
     @classmethod
     def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:

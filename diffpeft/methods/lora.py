@@ -197,12 +197,6 @@ class Lora(Additive):
         return Factors(A, B)
 
     @classmethod
-    def delta(cls, p: Tensors, spec: Spec) -> Tensor:
-        """B A.  A [r, i, *k], B [o, r, *1] -> [o, i, *k]."""
-        A, B = cls.factors(p, spec)
-        return (B.flatten(1) @ A.flatten(1)).reshape(spec.geometry.shape)
-
-    @classmethod
     def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors:
         return cls.factors(p, spec)
 

@@ -111,11 +111,6 @@ class Vera(Additive):
         return Factors(p["A"] * _along(p["d"], p["A"]), p["B"] * _along(p["b"], p["B"]))
 
     @classmethod
-    def delta(cls, p: Tensors, spec: Spec) -> Tensor:
-        A, B = cls.factors(p, spec)
-        return (B.flatten(1) @ A.flatten(1)).reshape(spec.geometry.shape)
-
-    @classmethod
     def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors:
         return cls.factors(p, spec)
 
