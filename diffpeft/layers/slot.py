@@ -188,22 +188,25 @@ class Slot(nn.Module):
             return p
         if part.method.shared and self.bank is not None:
             p |= self.bank.at(dtype, next(iter(p.values())).device)
-        keep = not (torch.is_grad_enabled() or self.training or traced() or self._hooked)
-        key = (part.roles, dtype)
-        if keep:
-            stamp = [stamp_of(t) for t in p.values()]
-            kept = self._kept.get(key)
-            if kept is not None and kept[0] == stamp:
-                return kept[1]
-        if torch.is_autocast_enabled(next(iter(p.values())).device.type):  # what is prepared keeps its precision
-            with torch.autocast(self.weight.device.type, enabled=False):
+        if torch.is_grad_enabled() or self.training or traced() or self._hooked:
+            return self._prepared(part, p, dtype)
+        stamp, key = [stamp_of(t) for t in p.values()], (part.roles, dtype)
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+        p = self._prepared(part, p, dtype)
+        if not any(t.requires_grad for t in self.parameters()):
+            self._kept[key] = stamp, p
+        return p
+
+    def _prepared(self, part: Part, p: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        device = next(iter(p.values())).device.type
+        if torch.is_autocast_enabled(device):  # what is prepared keeps its precision
+            with torch.autocast(device, enabled=False):
                 p = part.method.prepare(p, part.spec, self.training)
         else:
             p = part.method.prepare(p, part.spec, self.training)
-        p = {role: t if role in part.method.precise else t.to(dtype) for role, t in p.items()}
-        if keep and not any(t.requires_grad for t in self.parameters()):
-            self._kept[key] = stamp, p
-        return p
+        return {role: t if role in part.method.precise else t.to(dtype) for role, t in p.items()}
 
     @property
     def _hooked(self) -> bool:

@@ -17,16 +17,18 @@ from converters.formats.peft import PREFIX
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownKeysError, listed, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.adalora import AdaLora, AdaLoraConfig
-from diffpeft.methods.peft_config import PeftConfig
+from diffpeft.model.journal import ABSENT
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.state import slots_in
 
 A, B, E = AdaLora.roles
 RANK_AXIS = {A: 0, B: 1, E: 0}
 IMPORTANCE = "importance"  # where a slot has {role: (S, U)} while it is trained
 Masks = Mapping[str, list[bool]]
+Means = dict[str, tuple[Tensor, Tensor]]  # of one slot: S and U by role
 
 
-def trained(configs: Mapping[str, PeftConfig]) -> str | None:
+def trained(configs: Mapping[str, Any]) -> str | None:
     """The adapter whose ranks a training changes. Raises ConfigError if there are several: PEFT has one too."""
     names = [name for name, c in configs.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
     if len(names) > 1:
@@ -38,21 +40,25 @@ def trained(configs: Mapping[str, PeftConfig]) -> str | None:
 
 
 def update_and_allocate(model: nn.Module, adapter_name: str, config: AdaLoraConfig, global_step: int) -> None:
-    """Measure what matters, and at the steps that `config` says prune the others. To be called after backward() and before zero_grad().
+    """Measure what matters, and at the steps that `config` says prune the rest. To be called after backward() and before zero_grad().
 
     Which triplets are kept goes into config.rank_pattern. From step total_step - tfinal on they stay the same.
     """
     slots, last = _slots(model, adapter_name), config.last_step
-    if global_step < last:
-        _measure(slots, config)
-        if config.tinit < global_step and global_step % config.deltaT == 0:
-            _prune(slots, adapter_name, config, budget(config, len(slots), global_step))
-    elif global_step == last:
-        _prune(slots, adapter_name, config, budget(config, len(slots), global_step))
-        for slot in slots.values():
-            slot.__dict__.pop(IMPORTANCE)
-    else:
-        _mask(slots, _masks(config, adapter_name))
+    with planned({"": model}) as plan:
+        if global_step < last:
+            means = _measured(slots, config)
+            for layer, slot in slots.items():
+                plan.set(slot, **{IMPORTANCE: means[layer]})
+            if config.tinit < global_step and global_step % config.deltaT == 0:
+                _plan_pruned(plan, slots, means, adapter_name, config, budget(config, len(slots), global_step))
+        elif global_step == last:
+            measured = {layer: slot.__dict__.get(IMPORTANCE) for layer, slot in slots.items()}
+            _plan_pruned(plan, slots, measured, adapter_name, config, budget(config, len(slots), global_step))
+            for slot in slots.values():
+                plan.set(slot, **{IMPORTANCE: ABSENT})
+        else:
+            _plan_masked(plan, slots, _masks(config, adapter_name))
 
 
 def budget(config: AdaLoraConfig, layers: int, step: int) -> int:
@@ -70,12 +76,11 @@ def orthogonal_loss(model: nn.Module, adapter_name: str) -> Tensor:
     return torch.stack([term.to(terms[0]) for term in terms]).mean()
 
 
-def regularised(outputs: Any, model: nn.Module, configs: Mapping[str, PeftConfig]) -> Any:
+def regularised(outputs: Any, model: nn.Module, configs: Mapping[str, Any]) -> Any:
     """A model's outputs, to whose loss, if there is one, orth_reg_weight * orthogonal_loss of the trained adapter has been added."""
     name, loss = trained(configs), getattr(outputs, "loss", None)
-    config = configs[name] if name is not None else None
-    if name is not None and isinstance(config, AdaLoraConfig) and isinstance(loss, Tensor):
-        penalty = config.orth_reg_weight * orthogonal_loss(model, name)
+    if name is not None and isinstance(loss, Tensor):
+        penalty = configs[name].orth_reg_weight * orthogonal_loss(model, name)
         outputs.loss = (loss + penalty.to(loss.device)).to(loss.dtype)
     return outputs
 
@@ -89,36 +94,43 @@ def pruned(state: Mapping[str, Tensor], config: AdaLoraConfig, adapter_name: str
         return dict(state)
     masks = _masks(config, adapter_name)
     config.rank_pattern = {f"{layer}.{E}": mask for layer, mask in masks.items()}
-    file = dict(state)
+    smaller = dict(state)
     for key, t in state.items():
         layer, _, role = key.removesuffix(f".{adapter_name}").removeprefix(PREFIX).rpartition(".")
         if role in RANK_AXIS and layer in masks:
-            file[key] = _kept(t, masks[layer], role, layer)
-    return file
+            smaller[key] = _kept(t, masks[layer], role, layer)
+    return smaller
 
 
 def resize(model: nn.Module, adapter_name: str, config: AdaLoraConfig) -> None:
-    """Give every layer the triplets that config.rank_pattern keeps, as new parameters: before the tensors of a file that has one are put in.
+    """Give every layer the triplets that config.rank_pattern keeps, as new parameters. Raises as `plan_resized`, before anything changes."""
+    with planned({"": model}) as plan:
+        plan_resized(plan, model, adapter_name, config)
 
-    The scale stays as it was. Raises UnknownKeysError for layers that the adapter does not have; all is checked before anything changes.
+
+def plan_resized(plan: Plan, model: nn.Module, name: str, config: AdaLoraConfig) -> dict[str, dict[str, nn.Parameter]]:
+    """Plan to give every layer the triplets that config.rank_pattern keeps: before the tensors of a file that has one are put in.
+
+    The scale stays as it was. -> {layer: {role: the new parameter}} of those that are planned. Raises UnknownKeysError for layers that the adapter
+    does not have, ShapeMismatchError for masks of another size.
     """
     if config.rank_pattern is None:
-        return
-    slots, masks = _slots(model, adapter_name), _masks(config, adapter_name)
+        return {}
+    slots, masks = _slots(model, name), _masks(config, name)
     if unknown := set(masks) - set(slots):
         raise UnknownKeysError(
-            f"rank_pattern names layers that adapter {shown(adapter_name)} has not",
+            f"rank_pattern names layers that adapter {shown(name)} has not",
             where=listed(sorted(unknown)),
             remedy="The file is of another model, or its target_modules were changed.",
         )
-    smaller = [
-        (layer, role, _kept(slots[layer].get_parameter(role), masks[layer], role, layer))
-        for layer in masks
-        for role in RANK_AXIS
-    ]
-    for layer, role, t in smaller:
-        old = slots[layer].get_parameter(role)
-        setattr(slots[layer], role, nn.Parameter(t.detach(), requires_grad=old.requires_grad))
+    resized: dict[str, dict[str, nn.Parameter]] = {layer: {} for layer in masks}
+    for layer, mask in masks.items():
+        for role in RANK_AXIS:
+            before = slots[layer].get_parameter(role)
+            smaller = _kept(before, mask, role, layer).detach()
+            resized[layer][role] = nn.Parameter(smaller, requires_grad=before.requires_grad)
+            plan.entry(slots[layer]._parameters, role, resized[layer][role])
+    return resized
 
 
 def _slots(model: nn.Module, name: str) -> dict[str, Slot]:
@@ -131,55 +143,65 @@ def _slots(model: nn.Module, name: str) -> dict[str, Slot]:
     return slots
 
 
-def _measure(slots: Mapping[str, Slot], config: AdaLoraConfig) -> None:
-    """Move S and U of every weight by what this step's gradient says; a weight without one (an expert not asked) has importance 0."""
-    weights = [(slot, role, slot.get_parameter(role)) for slot in slots.values() for role in RANK_AXIS]
-    if all(p.grad is None for _, _, p in weights):
+@torch.no_grad()
+def _measured(slots: Mapping[str, Slot], config: AdaLoraConfig) -> dict[str, Means]:
+    """{layer: S and U of every weight}, moved by what this step's gradient says; a weight without one (an expert not asked) has importance 0."""
+    if all(slot.get_parameter(role).grad is None for slot in slots.values() for role in RANK_AXIS):
         raise AdapterStateError(
             "there are no gradients to tell what matters",
             remedy="Call update_and_allocate after loss.backward() and before optimizer.zero_grad().",
         )
-    with torch.no_grad():
-        for slot, role, p in weights:
-            means = slot.__dict__.setdefault(IMPORTANCE, {})
-            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
-            S, U = (t.to(p) for t in means.get(role, (torch.zeros_like(p), torch.zeros_like(p))))
-            S = config.beta1 * S + (1 - config.beta1) * now
-            means[role] = S, config.beta2 * U + (1 - config.beta2) * (now - S).abs()
+    return {layer: {role: _moved(slot, role, config) for role in RANK_AXIS} for layer, slot in slots.items()}
 
 
-def _score(slot: Slot) -> Tensor:
+def _moved(slot: Slot, role: str, config: AdaLoraConfig) -> tuple[Tensor, Tensor]:
+    """S and U of one weight after this step."""
+    p = slot.get_parameter(role)
+    now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
+    before = slot.__dict__.get(IMPORTANCE, {}).get(role, (torch.zeros_like(p), torch.zeros_like(p)))
+    S, U = (t.to(p) for t in before)
+    S = config.beta1 * S + (1 - config.beta1) * now
+    return S, config.beta2 * U + (1 - config.beta2) * (now - S).abs()
+
+
+def _score(means: Means | None) -> Tensor:
     """A number for each triplet [r]."""
-    if IMPORTANCE not in slot.__dict__:
+    if means is None:
         raise AdapterStateError(
             "no gradients were measured before the step that prunes",
             remedy="Call update_and_allocate at every step, or make tfinal smaller.",
         )
-    by = {role: S * U for role, (S, U) in slot.__dict__[IMPORTANCE].items()}
+    by = {role: S * U for role, (S, U) in means.items()}
     return by[E].flatten() + (by[A].mean(1) + by[B].mean(0))
 
 
-def _prune(slots: Mapping[str, Slot], name: str, config: AdaLoraConfig, allowed: int) -> None:
-    """Keep the `allowed` best triplets (fewer where several have the same score), and write down which."""
-    scores = {layer: _score(slot) for layer, slot in slots.items()}
+def _plan_pruned(
+    plan: Plan,
+    slots: Mapping[str, Slot],
+    means: Mapping[str, Means | None],
+    name: str,
+    config: AdaLoraConfig,
+    allowed: int,
+) -> None:
+    """Plan to keep the `allowed` best triplets (fewer where several have the same score), and to write down which."""
+    scores = {layer: _score(means[layer]) for layer in slots}
     every = torch.cat([score.cpu() for score in scores.values()])
     excess = len(every) - allowed
     bar = every.kthvalue(excess)[0].item() if excess > 0 else -1.0
     masks = {layer: (~(score <= bar)).tolist() for layer, score in scores.items()}
-    _mask(slots, masks)
+    _plan_masked(plan, slots, masks)
     before = {} if config.rank_pattern is None else _masks(config, name)
-    config.rank_pattern = {
-        f"{layer}.{E}.{name}": _unfolded(mask, before.get(layer, mask)) for layer, mask in masks.items()
-    }
+    pattern = {f"{layer}.{E}.{name}": _unfolded(mask, before.get(layer, mask)) for layer, mask in masks.items()}
+    plan.set(config, rank_pattern=pattern)
 
 
-def _mask(slots: Mapping[str, Slot], masks: Masks) -> None:
-    """Put 0 where a mask says no; a layer that was made smaller has only those that it says yes to."""
-    with torch.no_grad():
-        for layer in set(slots) & set(masks):
-            p, mask = slots[layer].get_parameter(E), masks[layer]
-            if len(mask) == len(p):
-                p.masked_fill_(~torch.tensor(mask, dtype=torch.bool, device=p.device)[:, None], 0.0)
+def _plan_masked(plan: Plan, slots: Mapping[str, Slot], masks: Masks) -> None:
+    """Plan to put 0 where a mask says no; a layer that was made smaller has only those that it says yes to."""
+    for layer in slots.keys() & masks.keys():
+        p, mask = slots[layer].get_parameter(E), masks[layer]
+        if len(mask) == len(p) and not all(mask):
+            out = ~torch.tensor(mask, dtype=torch.bool, device=p.device)[:, None]
+            plan.fill(p, p.detach().masked_fill(out, 0.0))
 
 
 def _unfolded(mask: list[bool], before: list[bool]) -> list[bool]:
@@ -187,11 +209,11 @@ def _unfolded(mask: list[bool], before: list[bool]) -> list[bool]:
     if len(mask) == len(before):
         return mask
     inner = iter(mask)
-    return [was_there and next(inner) for was_there in before]
+    return [keep and next(inner) for keep in before]
 
 
 def _kept(t: Tensor, mask: list[bool], role: str, layer: str) -> Tensor:
-    """The triplets of a factor (A [r, i], B [o, r] or E [r, 1]) that a mask [r] keeps; the factor itself if it has no others."""
+    """The triplets of a factor that a mask keeps; the factor itself if it has no others."""
     size, axis = t.shape[RANK_AXIS[role]], RANK_AXIS[role]
     if size == sum(mask):
         return t
@@ -215,6 +237,6 @@ def _masks(config: AdaLoraConfig, name: str) -> dict[str, list[bool]]:
 
 
 def _skewness(slot: Slot) -> list[Tensor]:
-    """|A A^T - 1| and |B^T B - 1| of A [r, i] and B [o, r], Frobenius norms: two scalars."""
+    """|A A^T - 1| and |B^T B - 1|."""
     a, b = slot.get_parameter(A), slot.get_parameter(B)
     return [(gram - torch.eye(len(gram)).to(gram)).norm() for gram in (a @ a.t(), b.t() @ b)]

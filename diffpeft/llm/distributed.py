@@ -10,14 +10,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from torch import nn
 
 from diffpeft.errors import UnknownNameError
-from diffpeft.layers.carried import ADAPTERS, RECORD, escaped, record_of
-from diffpeft.layers.slot import Slot
 from diffpeft.llm.prompt import VirtualTokens
+from diffpeft.model.units import follow_units
 
 ASKED = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 
@@ -31,9 +29,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
     blocks: set[type[nn.Module]] = {VirtualTokens, *_blocks(model)}
-    for layer in list(model.modules()):
-        if ADAPTERS in layer._modules and record_of(layer) is not None:
-            _follow(layer)
+    follow_units(model)
     trained = functools.partial(lambda_auto_wrap_policy, lambda_fn=_trained_leaf)
     by_class = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)
     return functools.partial(_or_policy, policies=[trained, by_class])
@@ -59,26 +55,3 @@ def _blocks(model: nn.Module) -> Iterator[type[nn.Module]]:
         if name not in known:
             raise UnknownNameError.of("class of modules", name, known, where=ASKED)
         yield known[name]
-
-
-def _follow(layer: nn.Module) -> None:
-    """Let a layer call its slots where FSDP 1 has put them, from its first forward on."""
-    slots = [child for child in layer.get_submodule(ADAPTERS).children() if isinstance(child, Slot)]
-    marks = [slot.register_forward_pre_hook(_gathered) for slot in slots]
-
-    def look(module: nn.Module, inputs: object) -> None:
-        hook.remove()
-        record, units = module.__dict__[RECORD], module.get_submodule(ADAPTERS)._modules
-        slots = {name: units[escaped(name)] for name in record.slots}
-        if all(slots[name] is slot for name, slot in record.slots.items()):
-            for mark in marks:
-                mark.remove()
-        else:
-            record.kept.clear()
-            module.__dict__[RECORD] = replace(record, slots=slots)
-
-    hook = layer.register_forward_pre_hook(look)
-
-
-def _gathered(slot: nn.Module, inputs: object) -> None:
-    """A hook that does nothing, but says that the slot's tensors are there only while it is called (`Slot.bare`)."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,20 +18,19 @@ from converters.formats.peft import CONFIG, PREFIX
 from diffpeft import io
 from diffpeft.bundle import Bundle, canonical
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, listed, shown
-from diffpeft.layers.carried import record_of, weights_of
-from diffpeft.layers.slot import Piece, Slot, pieces_of
+from diffpeft.layers.slot import Slot
 from diffpeft.llm.peft_model import PeftModel
 from diffpeft.llm.state import adapter_at, config_of, tensors_in
-from diffpeft.methods import LoraConfig
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import mixes_of
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
+from diffpeft.model.room import is_lora, plan_room, plan_slots, rank_and_scale, room_of
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import COMPILED, adapted, adapted_layers, components, layers_of
-from diffpeft.pipeline.hotswap import replace as put_in_place
-from diffpeft.pipeline.match import LORAS, matched, padded
+from diffpeft.model.target import COMPILED, components, layers_of
+from diffpeft.pipeline.hotswap import plan_replaced
+from diffpeft.pipeline.match import matched
 
 SAME = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")  # what PEFT does not let change
 _RANKED = ("r", "lora_alpha", "rank_pattern")
@@ -61,46 +59,44 @@ def hotswap_adapter_from_state_dict(
     A trainable adapter stays so if neither ranks nor alpha change; else it is frozen, with a warning.
     Raises ShapeMismatchError (a RuntimeError) for keys that the adapter in place has not.
     """
-    base, old = _parts(model, adapter_name)
-    whole = [m for mix in mixes_of({"": base}).values() for m in mix.adapters[adapter_name].modules]
-    if whole:
+    base, before = _parts(model, adapter_name)
+    parts = components(base)
+    with planned(parts) as plan:
+        bundle = _bundle(base, state_dict, adapter_name, config, parameter_prefix)
+        _refuse_others(base, adapter_name, bundle)
+        slots = slots_in(base, adapter_name)
+        trained = [layer for layer, slot in slots.items() if any(p.requires_grad for p in slot.parameters())]
+        _plan_room(plan, model, base, adapter_name, bundle)
+        plan_replaced(plan, parts, adapter_name, bundle)
+        slots = slots_in(base, adapter_name, plan)
+        lasting = all(getattr(config, name) == getattr(before, name) for name in _RANKED)
+        for layer in trained:
+            plan.require_grad(slots[layer].parameters(), lasting)
+            if lasting:
+                plan.set(slots[layer], source=None)  # its file is what it becomes
+        if trained and not lasting:
+            warnings.warn(_FROZEN.format(shown(adapter_name)), stacklevel=2)
+        wrapper = getattr(model, COMPILED, model)
+        if isinstance(wrapper, PeftModel):
+            plan.entry(wrapper.peft_config, adapter_name, PeftConfig.from_peft_type(**config.to_dict()))
+
+
+def _refuse_others(base: nn.Module, name: str, bundle: Bundle) -> None:
+    """Raise AdapterStateError if the adapter in place trains more than layers, ShapeMismatchError if the new one has more than that."""
+    modules = [m for mix in mixes_of({"": base}).values() for m in mix.adapters[name].modules]
+    if modules:
         raise AdapterStateError(
-            f"adapter {shown(adapter_name)} trains more than layers",
-            where=listed(whole[:5]),
+            f"adapter {shown(name)} trains more than layers",
+            where=listed(modules[:5]),
             remedy="Load the new one under another name.",
         )
-    slots = slots_in(base, adapter_name)
-    bundle = _bundle(base, state_dict, adapter_name, config, parameter_prefix)
-    unexpected = [*bundle.carried, *(e.layer for e in bundle.entries if e.layer not in _canonical(base, slots))]
+    present = _canonical(base, slots_in(base, name))
+    unexpected = [*bundle.carried, *(e.layer for e in bundle.entries if e.layer not in present)]
     if unexpected:
         raise ShapeMismatchError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {listed(unexpected)}",
             remedy="The new adapter may be on fewer layers than the one in place, not on others.",
         )
-    lasting = all(getattr(config, name) == getattr(old, name) for name in _RANKED)
-    before = Plan()
-    for module in adapted_layers(base).values():
-        before.carry(module, record_of(module), weights_of(module))
-    trained = [slot for slot in slots.values() if any(p.requires_grad for p in slot.parameters())]
-    try:
-        _make_room(model, base, adapter_name, bundle)
-        for slot in trained:
-            slot.requires_grad_(False)
-        put_in_place(base, adapter_name, bundle)
-    except BaseException:
-        before.commit()
-        for slot in trained:
-            slot.requires_grad_(True)
-        raise
-    if trained and lasting:
-        for slot in trained:
-            slot.source = None  # its file is what it becomes
-            slot.requires_grad_(True)
-    elif trained:
-        warnings.warn(_FROZEN.format(shown(adapter_name)), stacklevel=2)
-    own = getattr(model, COMPILED, model)
-    if isinstance(own, PeftModel):
-        own.peft_config[adapter_name] = PeftConfig.from_peft_type(**config.to_dict())
 
 
 def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
@@ -130,46 +126,39 @@ def prepare_model_for_compiled_hotswap(
     check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
     if target_rank is not None:
         check_rank("target_rank", target_rank)
-    _refuse_compiled(model, check_compiled)
+    _check_not_compiled(model, check_compiled)
     wrapper = getattr(model, COMPILED, model)
     base = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
-    slots = [(name, layer, slot) for layer, _, record in adapted(base) for name, slot in record.slots.items()]
-    _refuse_none(slot for _, _, slot in slots)
+    slots = _slots_by_adapter(base)
     if target_rank is None:
         return
-    ranks: dict[str, dict[str, int]] = {}
-    for name, layer, _ in slots:
-        ranks.setdefault(name, {})[layer] = target_rank
-    _pad(base, ranks)
     live = wrapper.peft_config if isinstance(wrapper, PeftModel) else {}
-    for other in config.values() if isinstance(config, Mapping) else [config]:
-        if other is not None and not any(other is c for c in live.values()):
-            _set_rank(other, target_rank)
+    with planned({"": base}) as plan:
+        ranks = {name: dict.fromkeys(of_adapter, target_rank) for name, of_adapter in slots.items()}
+        _warn_frozen(plan_room(plan, base, ranks))
+        configs = config.values() if isinstance(config, Mapping) else filter(None, [config])
+        for other in (c for c in configs if not any(c is known for known in live.values())):
+            plan.set(other, r=target_rank, rank_pattern=dict.fromkeys(other.rank_pattern or {}, target_rank))
 
 
-def _refuse_none(slots: Iterable[Slot]) -> None:
-    """Raise ConfigError if there is no LoRA."""
-    if not any(slot.methods[0] in LORAS for slot in slots):
+def _slots_by_adapter(base: nn.Module) -> dict[str, dict[str, Slot]]:
+    """{adapter: {layer: slot}} of a model. Raises ConfigError if none is a LoRA."""
+    slots = {name: slots_in(base, name) for mix in mixes_of({"": base}).values() for name in mix.adapters}
+    if not any(is_lora(slot) for of_adapter in slots.values() for slot in of_adapter.values()):
         raise ConfigError(
             "No adapter layers found on the model",
             remedy="Call prepare_model_for_compiled_hotswap after loading the first adapter.",
         )
+    return slots
 
 
-def _set_rank(config: LoraConfig, rank: int) -> None:
-    """Give a config this rank everywhere."""
-    config.r = rank
-    config.rank_pattern = dict.fromkeys(config.rank_pattern or {}, rank)
-
-
-def _refuse_compiled(model: nn.Module, check_compiled: str) -> None:
-    """Raise ConfigError, or warn, if a model is compiled already."""
-    if not _is_compiled(model) or check_compiled == "ignore":
-        return
-    said = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
-    if check_compiled == "error":
-        raise ConfigError(said)
-    warnings.warn(f"{said}: it will be compiled again", stacklevel=3)
+def _check_not_compiled(model: object, check_compiled: str) -> None:
+    """Raise ConfigError, or warn, for a model that is compiled already."""
+    if _is_compiled(model) and check_compiled != "ignore":
+        message = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+        if check_compiled == "error":
+            raise ConfigError(message)
+        warnings.warn(f"{message}: it will be compiled again", stacklevel=3)
 
 
 def _parts(model: Any, name: str) -> tuple[nn.Module, Any]:
@@ -195,98 +184,59 @@ def _canonical(base: nn.Module, layers: Iterable[str]) -> set[str]:
 def _bundle(base: Any, tensors: Mapping[str, Tensor], name: str, config: Any, prefix: str) -> Bundle:
     """The new adapter. Weights of the base that are the model's own (embeddings are saved with adapters on them) are left out."""
     infix = re.compile(rf"(\.{prefix}[^.]+)\.{re.escape(name)}(?=\.|$)")
-    given = {infix.sub(r"\1", key).removeprefix(PREFIX): t for key, t in tensors.items()}
+    plain = {infix.sub(r"\1", key).removeprefix(PREFIX): t for key, t in tensors.items()}
     layers = layers_of(base)
-    for key in list(given):
+    for key in list(plain):
         layer, _, last = key.replace(".base_layer.", ".").rpartition(".")
-        own: Any = layers[layer][0].weight if layer in layers and last == "weight" else None
-        if own is not None and own.shape == given[key].shape and torch.equal(own.detach(), given[key].to(own)):
-            del given[key]
+        weight: Any = layers[layer][0].weight if layer in layers and last == "weight" else None
+        if (
+            weight is not None
+            and weight.shape == plain[key].shape
+            and torch.equal(weight.detach(), plain[key].to(weight))
+        ):
+            del plain[key]
     names = {component: list(layers) for component in components(base)}
-    given = {f"{PREFIX}{key}": t for key, t in given.items()}
-    return converters.read(given, format="peft", names=names, metadata={CONFIG: config.to_json()})
+    spelt = {f"{PREFIX}{key}": t for key, t in plain.items()}
+    return converters.read(spelt, format="peft", names=names, metadata={CONFIG: config.to_json()})
 
 
-def _make_room(model: Any, base: nn.Module, name: str, bundle: Bundle) -> None:
-    """What cannot be done within the tensors that are there: room for a higher rank, and a slot for an embedding whose rank or scale differs.
+def _plan_room(plan: Plan, model: nn.Module, base: nn.Module, name: str, bundle: Bundle) -> None:
+    """Plan what cannot be done within the tensors that are there: room for a higher rank, and a slot for an embedding whose rank or scale differs.
 
     Raises ShapeMismatchError if the model is compiled.
     """
-    ((component, _),) = components(base).items()
-    entries = {e.layer: e for e in bundle.entries}
-    small: dict[str, int] = {}
-    other: list[str] = []
-    for layer, slot in slots_in(base, name).items():
-        entry, room = entries.get(canonical(component, layer)), _room(slot)
-        if entry is None or slot.methods[0] not in LORAS:
-            continue
-        rank = Lora.rank({role: torch.empty(h.shape, device="meta") for role, h in entry.tensors.items()})
-        if room and rank > room:
-            small[layer] = rank
-        elif not room and (rank, (io.number(entry.alpha) or 0) / rank) != _shape(slot):
-            other.append(layer)
+    parts = components(base)
+    ((component, _),) = parts.items()
+    small, other = _unfit(component, base, name, bundle)
     if (small or other) and (_is_compiled(model) or _is_compiled(base)):
         raise ShapeMismatchError(
             "the new adapter has ranks for which there is no room, or an embedding of another rank or scale",
             where=listed([*small, *other]),
             remedy="Call prepare_model_for_compiled_hotswap(model, target_rank=...) before compiling.",
         )
-    _pad(base, {name: small})
+    _warn_frozen(plan_room(plan, base, {name: small}))
     if other:
-        fresh, _ = matched(bundle, {component: base}, {component: layers_of(base)}, strict=True, trainable=False)
-        plan = Plan()
-        for layer in other:
-            module = base.get_submodule(layer)
-            record: Any = record_of(module)
-            slots = {**record.slots, name: fresh[component][layer]}
-            plan.carry(module, replace(record, slots=slots))
-        plan.commit()
+        fresh, _ = matched(bundle, parts, {component: layers_of(base)}, strict=True, trainable=False)
+        plan_slots(plan, base, name, {layer: fresh[component][layer] for layer in other})
 
 
-def _shape(slot: Slot) -> tuple[int, float]:
-    """A LoRA's rank and scale."""
-    p = slot.tensors_of(slot.parts[0])
-    return Lora.rank(p), Lora.scale(p, slot.parts[0].spec)
+def _unfit(component: str, base: nn.Module, name: str, bundle: Bundle) -> tuple[dict[str, int], list[str]]:
+    """{layer: rank} of the layers without room for the new adapter's rank, and those that can have no other rank or scale, and would need one."""
+    entries = {e.layer: e for e in bundle.entries}
+    small: dict[str, int] = {}
+    other: list[str] = []
+    for layer, slot in slots_in(base, name).items():
+        entry, room = entries.get(canonical(component, layer)), room_of(slot)
+        if entry is None or not is_lora(slot):
+            continue
+        rank = Lora.rank({role: torch.empty(h.shape, device="meta") for role, h in entry.tensors.items()})
+        if room and rank > room:
+            small[layer] = rank
+        elif not room and (rank, (io.number(entry.alpha) or 0) / rank) != rank_and_scale(slot):
+            other.append(layer)
+    return small, other
 
 
-def _pad(base: nn.Module, ranks: Mapping[str, Mapping[str, int]]) -> None:
-    """Give slots, {adapter: {layer: rank}}, room for ranks; nothing else changes."""
-    plan, frozen = Plan(), set()
-    for layer, module in adapted_layers(base).items():
-        record: Any = record_of(module)
-        roomy: dict[str, Slot] = {}
-        for name, slot in record.slots.items():
-            now, rank = _room(slot), ranks.get(name, {}).get(layer, 0)
-            if not now or not rank or now == rank:
-                continue
-            if now > rank:
-                raise ConfigError(
-                    f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({now})",
-                    where=f"{name}: {layer}",
-                    remedy="Give target_rank=, the highest rank of all adapters.",
-                )
-            roomy[name] = _roomy(slot, rank, layer)
-            frozen |= {name} if slot.weight.requires_grad else set()
-        if roomy:
-            plan.carry(module, replace(record, slots={**record.slots, **roomy}))
-    plan.commit()
-    for name in sorted(frozen):
+def _warn_frozen(names: Iterable[str]) -> None:
+    for name in sorted(names):
         warnings.warn(_FROZEN.format(shown(name)), stacklevel=3)
-
-
-def _room(slot: Slot) -> int:
-    """The rank that a slot's tensors have room for; 0 if it can have no other."""
-    tensors = slot.tensors
-    return len(tensors["lora_A"]) if slot.methods[0] in LORAS and "lora_A" in tensors else 0
-
-
-def _roomy(slot: Slot, rank: int, where: str) -> Slot:
-    """The slot with zeros up to a rank. Its file is what it was."""
-    parts = []
-    for part in slot.parts:
-        tensors = {role: t.detach() for role, t in slot.tensors_of(part).items()}
-        parts.append(padded(Piece(part.method.name, tensors, part.alpha, part.spec), rank, where))
-    beside = {role: t.detach() for role, t in slot.tensors.items() if not any(role in p.roles for p in slot.parts)}
-    other = Slot(parts, beside, trainable=False)
-    other.source = pieces_of(slot)
-    return other.train(slot.training)

@@ -24,6 +24,7 @@ from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -199,23 +200,30 @@ def _weights_of(handles: Mapping[str, Handle], layers: Iterable[str], prefix: st
 
 
 def forget_quantization(model: nn.Module) -> None:
-    """After quantised layers were replaced by plain ones: let a model of transformers say so, so that `save_pretrained` writes what can be loaded.
+    """`plan_forgotten` of a model whose quantised layers have been replaced."""
+    with planned({"": model}) as plan:
+        plan_forgotten(plan, model)
+
+
+def plan_forgotten(plan: Plan, model: nn.Module) -> None:
+    """Where a plan replaces quantised layers by plain ones: let a model of transformers say so, so that `save_pretrained` writes what can be loaded.
 
     With no quantised layer left it is an ordinary model. Else its quantisation config gets the plain layers' names, which loading then leaves alone.
     """
     config = getattr(model, "config", None)
-    backend = next(filter(None, map(backend_of, model.modules())), None)
+    after = [(name, plan.standing(module)) for name, module in model.named_modules()]
+    backend = next((backend for _, module in after if (backend := backend_of(module)) is not None), None)
     if backend is not None:
-        plain = [name for name, m in model.named_modules() if base_class(m) is nn.Linear and backend_of(m) is None]
+        plain = [name for name, module in after if base_class(module) is nn.Linear and backend_of(module) is None]
         written = getattr(config, "quantization_config", None)
         if written is not None and not isinstance(written, dict):
             skipped = getattr(written, backend.skipped, None) or []
-            setattr(written, backend.skipped, list(dict.fromkeys([*skipped, *plain])))
+            plan.set(written, **{backend.skipped: list(dict.fromkeys([*skipped, *plain]))})
         return
     for owner, names in ((model, MARKS), (config, ("quantization_config", "_pre_quantization_dtype"))):
         for name in names:
             if name in getattr(owner, "__dict__", {}):
-                delattr(owner, name)
+                plan.entry(owner.__dict__, name)
 
 
 MARKS = (

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from converters.opening import Opened
-from diffpeft import patterns
 from diffpeft.errors import (
     AdapterStateError,
     ConfigError,
@@ -24,18 +20,21 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.io import finite
-from diffpeft.layers.carried import base_class
-from diffpeft.layers.hooks import held_forwards, refusal
-from diffpeft.layers.parameters import Factors, Stack
-from diffpeft.layers.patches import Patch
-from diffpeft.layers.tokens import Tokens
 from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods import LoraConfig
-from diffpeft.methods.linalg import kaiming
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-from diffpeft.model.target import modules_of
+from diffpeft.model.patches import (
+    Patched,
+    factors_on,
+    input_table,
+    refusal_of,
+    rows_of,
+    tokens_on,
+    weight_of,
+    with_tied,
+)
+from diffpeft.model.target import kind_of, modules_of
 
-Patched = dict[str, tuple[nn.Module, Patch]]
 _PLAIN = {"lora_dropout": 0.0, "lora_bias": False, "use_dora": False, "fan_in_fan_out": False}  # with target_parameters
 _INITS = (True, False, "gaussian")
 
@@ -63,18 +62,9 @@ def patches_of(model: nn.Module, config: PeftConfig, layers: Iterable[str] = ())
                 f"module {shown(where)} is in target_modules and in target_parameters, which have the same keys in a file",
                 remedy="Leave it out of one of them.",
             )
-        if why := _refusal(module, where):
+        if why := refusal_of(module, where):
             raise AdapterStateError(f"module {shown(where)} cannot be adapted: {why}", remedy="Leave it out.")
     return patches
-
-
-def _refusal(module: nn.Module, where: str) -> str:
-    """Why a module's parameters cannot be changed; empty if they can."""
-    if isinstance(module, (nn.Embedding, nn.Linear)):
-        return refusal(module, None, where)
-    if "forward" in vars(module) and not held_forwards(module):
-        return "another library has replaced its forward"
-    return "it is parametrised" if "parametrizations" in module._modules else ""
 
 
 # Rows of embeddings
@@ -91,18 +81,18 @@ def _tokens(model: nn.Module, config: PeftConfig, rows: list[int] | Mapping[str,
                 remedy="The embedding is trained whole, or some rows of it.",
             )
         for where, module in _named(model, name).items():
-            if where in patches and _index(patches[where][1]) != list(index):
+            if where in patches and rows_of(patches[where][1]) != list(index):
                 raise ConfigError(f"{shown(where)} is named twice, with other indices", remedy="Name it once.")
-            patches[where] = module, Tokens(index, _table_rows(where, module, index))
+            patches[where] = module, tokens_on(where, module, index)
     if config.ensure_weight_tying:
         _check_rows_alike(model, patches)
-    return _tied(model, patches)
+    return with_tied(model, patches)
 
 
 def _check_rows_alike(model: nn.Module, patches: Patched) -> None:
     """Raise ConfigError if tied modules would have other rows each."""
     ties = tied_to_embedding(model)
-    rows = {where: _index(patches[where][1]) for where in (*ties.values(), *ties) if where in patches}
+    rows = {where: rows_of(patches[where][1]) for where in (*ties.values(), *ties) if where in patches}
     if any(index != next(iter(rows.values())) for index in rows.values()):
         raise ConfigError(
             "Cannot ensure weight tying when different token indices are specified for tied layers",
@@ -113,13 +103,8 @@ def _check_rows_alike(model: nn.Module, patches: Patched) -> None:
 
 def _input_embeddings(model: nn.Module) -> str:
     """The name of the model's input embeddings, `embed_tokens` where it does not tell."""
-    table = _table(model)
+    table = input_table(model)
     return next((n for n, module in model.named_modules() if table is not None and module is table), "embed_tokens")
-
-
-def _table(model: Any) -> nn.Module | None:
-    """A language model's input embeddings."""
-    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
 
 
 def _named(model: nn.Module, name: str) -> dict[str, nn.Module]:
@@ -132,51 +117,12 @@ def _named(model: nn.Module, name: str) -> dict[str, nn.Module]:
             f"trainable_token_indices names {shown(name)}, which no module is called", remedy=near(name, ends)
         )
     for where, module in named.items():
-        if not isinstance(module, (nn.Embedding, nn.Linear)) or not _weight(module).is_floating_point():
+        if not isinstance(module, (nn.Embedding, nn.Linear)) or not weight_of(module).is_floating_point():
             raise ConfigError(
-                f"trainable_token_indices names {shown(where)}, a {base_class(module).__name__}",
+                f"trainable_token_indices names {shown(where)}, a {kind_of(module).__name__}",
                 remedy="Rows of embeddings are trained, and of heads that share their weight.",
             )
     return named
-
-
-def _table_rows(where: str, module: nn.Module, index: object) -> Tensor:
-    """The rows [n, dim] of a table [tokens, dim] as they are, in fp32. Raises ConfigError for what are no rows of it."""
-    weight = _weight(module)
-    total = len(weight)
-    numbers = list(index) if isinstance(index, (list, tuple)) else [index]
-    wrong = [i for i in numbers if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < total]
-    if wrong or len(set(numbers)) < len(numbers) or not numbers:
-        raise ConfigError(
-            f"trainable_token_indices of {shown(where)}: {shown(wrong or numbers)}",
-            remedy=f"They are different whole numbers from 0 to {total - 1}, at least one.",
-        )
-    return weight.detach()[torch.tensor(numbers, device=weight.device)].float()
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """A table's weight [tokens, dim] as it is without adapters."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight
-
-
-def _tied(model: nn.Module, patches: Patched) -> Patched:
-    """With the modules that share the input embeddings' weight: they get the same patch, unless they were named with other indices."""
-    table = _table(model)
-    source = next(((where, patch) for where, (module, patch) in patches.items() if module is table), None)
-    if table is None or source is None:
-        return patches
-    where, patch = source
-    same = modules_of(model, lambda m: isinstance(m, (nn.Embedding, nn.Linear)) and _weight(m) is _weight(table))
-    tied = {n: (m, patch) for n, (m, _) in same.items() if n not in patches or _index(patches[n][1]) == _index(patch)}
-    return {where: (table, patch), **{n: pair for n, pair in patches.items() if n not in tied}, **tied}
-
-
-def _index(patch: Patch) -> list[int]:
-    """The numbers of the rows that a patch changes."""
-    assert isinstance(patch, Tokens)
-    return patch.rows.tolist()
 
 
 # Parameters themselves
@@ -197,7 +143,7 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
                 f"target_parameters names {shown(targeted[0])} of the model itself", remedy="Put it into a module."
             )
         if targeted:
-            patches[where] = module, _factors_of(module, where, targeted, config)
+            patches[where] = module, factors_on(module, where, targeted, config)
     _check_named(targets, keys, needed=not others)
     return patches
 
@@ -236,35 +182,6 @@ def _check_factors(config: LoraConfig, targets: object) -> None:
             f"init_lora_weights is {shown(config.init_lora_weights)}",
             remedy=f"With target_parameters it is {' or '.join(map(repr, _INITS))}.",
         )
-
-
-def _factors_of(module: nn.Module, where: str, names: Sequence[str], config: LoraConfig) -> Factors:
-    """Fresh LoRAs on parameters of a module. Raises ConfigError for a parameter that is no matrix, nor a stack of them."""
-    stacks: list[Stack] = []
-    tensors: dict[str, tuple[Tensor, Tensor]] = {}
-    scales: dict[str, float] = {}
-    for name in names:
-        key, parameter, stack = f"{where}.{name}", module._parameters[name], Stack.of(module, name)
-        assert parameter is not None
-        if stack is None or not parameter.is_floating_point():
-            raise ConfigError(
-                f"target_parameters has {shown(key)}, of shape {tuple(parameter.shape)} and {parameter.dtype}",
-                remedy="A parameter of two or three axes and of floating-point numbers is needed.",
-            )
-        r = patterns.first(config.rank_pattern, (key,), config.r)
-        alpha = patterns.first(config.alpha_pattern, (key,), config.lora_alpha)
-        scales[name] = alpha / (math.sqrt(r) if config.use_rslora else r)
-        A, B = _initial(config.init_lora_weights, stack, r)
-        tensors[name] = A.to(parameter.device), B.to(parameter.device)
-        stacks.append(stack)
-    return Factors(tuple(stacks), tensors, scales).train(module.training)
-
-
-def _initial(init: bool | str, stack: Stack, r: int) -> tuple[Tensor, Tensor]:
-    """A [experts * r, in] and B [out, r * experts]; the product is zero unless `init` is False."""
-    n = r * stack.experts
-    A = torch.empty(n, stack.in_).normal_(std=1 / r) if init == "gaussian" else kaiming(n, stack.in_, generator=None)
-    return A, torch.zeros(stack.out, n) if init else kaiming(stack.out, n, generator=None)
 
 
 # Files

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from converters.formats.peft import FILE, PREFIX, WEIGHTS
-from converters.opening import Opened
 from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.llm import renames, state
-from diffpeft.llm.dtypes import Precision
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
 from diffpeft.llm.tasks import TASKS, heads_of
-from diffpeft.llm.tuner import Tuner, inject, known
+from diffpeft.llm.tuner import LoadOptions, Tuner, inject, known
 from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import check_name
+from diffpeft.model.plan import Plan, planned
+from diffpeft.model.precision import Precision
 
 _README = "README.md"
 _CARD = """---
@@ -76,8 +76,10 @@ class PeftModel(Passing, Counted, nn.Module):
         check_name(adapter_name)
         self._adopt(model, peft_config)
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
-        self.tuner.inject(adapter_name, self._with_heads(peft_config), active=True, precision=precision)
-        self._checkpoint()
+        with planned(self.tuner.parts) as plan:
+            config = self._with_heads(peft_config)
+            self.tuner.plan_injected(plan, adapter_name, config, active=True, precision=precision)
+            self._plan_checkpoint(plan)
 
     def _adopt(self, model: nn.Module, config: PeftConfig) -> None:
         """Stand around a model: with a Tuner between for adapters on layers, beside it for prompts, as in PEFT."""
@@ -90,11 +92,12 @@ class PeftModel(Passing, Counted, nn.Module):
             self.base_model = model
             self.prompt_encoder, self.word_embeddings = prompts.prompt_encoder, prompts.word_embeddings
 
-    def _checkpoint(self) -> None:
-        """Where activations are computed again, a frozen embedding's output has to ask for gradients."""
+    def _plan_checkpoint(self, plan: Plan) -> None:
+        """Where activations are computed again, plan to let a frozen embedding's output ask for gradients."""
         base: Any = self.get_base_model()
         if getattr(base, "is_activation_checkpointing", False) and hasattr(base, "enable_input_require_grads"):
-            base.enable_input_require_grads()
+            with plan.recorded(base):
+                base.enable_input_require_grads()
 
     @property
     def tuner(self) -> Tuner | PromptTuner:
@@ -172,7 +175,9 @@ class PeftModel(Passing, Counted, nn.Module):
                 remedy="Prompts and adapters on layers need a PeftModel each.",
             )
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
-        self.tuner.inject(adapter_name, self._with_heads(copy.deepcopy(config)), active=False, precision=precision)
+        config = self._with_heads(copy.deepcopy(config))
+        with planned(self.tuner.parts) as plan:
+            self.tuner.plan_injected(plan, adapter_name, config, active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -336,12 +341,14 @@ class PeftModel(Passing, Counted, nn.Module):
         config.base_model_name_or_path = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping)
         wrapper = cls._around(model, config)
-        wrapper._load(
-            folder, config, adapter_name, is_trainable, active=True, autocast=autocast_adapter_dtype, keys=key_mapping
-        )
-        wrapper._checkpoint()
-        return wrapper if is_trainable else wrapper.eval()
+        with inside(folder.where), planned(wrapper.tuner.parts) as plan:
+            wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(config), folder, how)
+            wrapper._plan_checkpoint(plan)
+            if not is_trainable:
+                plan.evaluate(wrapper)
+        return wrapper
 
     @classmethod
     def _around(cls, model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -352,29 +359,6 @@ class PeftModel(Passing, Counted, nn.Module):
         nn.Module.__init__(wrapper)
         wrapper._adopt(model, config)
         return wrapper
-
-    def _load(
-        self,
-        folder: Opened,
-        config: PeftConfig,
-        name: str,
-        trainable: bool,
-        *,
-        active: bool,
-        autocast: bool,
-        keys: Mapping[str, str] | None,
-    ) -> list[str]:
-        """Add the adapter in a folder; the keys that are missing there."""
-        with inside(folder.where):
-            return self.tuner.load(
-                name,
-                self._with_heads(config),
-                folder,
-                trainable=trainable,
-                active=active,
-                precision=Precision(autocast),
-                key_mapping=keys,
-            )
 
     def load_adapter(
         self,
@@ -389,26 +373,22 @@ class PeftModel(Passing, Counted, nn.Module):
         **kwargs: Any,
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
+        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping)
         if adapter_name in self.peft_config:
             tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
-            result = self.tuner.overwrite(adapter_name, tensors)
-        else:
-            config, folder = state.adapter_at(model_id, **kwargs)
-            _warn_foreign(config, self.get_base_model(), folder.where)
-            config.inference_mode = not is_trainable
-            missing = self._load(
-                folder,
-                config,
-                adapter_name,
-                is_trainable,
-                active=False,
-                autocast=autocast_adapter_dtype,
-                keys=key_mapping,
-            )
-            result = Incompatible(missing, [], [])
-        if not is_trainable:
-            self.eval()
-        return result
+            with planned(self.tuner.parts) as plan:
+                result = self.tuner.plan_overwritten(plan, adapter_name, tensors)
+                if not is_trainable:
+                    plan.evaluate(self)
+            return result
+        config, folder = state.adapter_at(model_id, **kwargs)
+        _warn_foreign(config, self.get_base_model(), folder.where)
+        config.inference_mode = not is_trainable
+        with inside(folder.where), planned(self.tuner.parts) as plan:
+            missing = self.tuner.plan_loaded(plan, adapter_name, self._with_heads(config), folder, how)
+            if not is_trainable:
+                plan.evaluate(self)
+        return Incompatible(missing, [], [])
 
 
 class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM): ...
@@ -546,7 +526,8 @@ def set_peft_model_state_dict(
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PeftModel):
         known([adapter_name], model.peft_config)
-        return model.tuner.overwrite(adapter_name, peft_model_state_dict)
+        with planned(model.tuner.parts) as plan:
+            return model.tuner.plan_overwritten(plan, adapter_name, peft_model_state_dict)
     return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
 
 

@@ -96,6 +96,14 @@ class VirtualTokens(nn.Module):
 
     def load(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Copy a file's tensors in, all or none; the names of those that were used."""
+        places = self.checked(tensors)
+        with torch.no_grad():
+            for name, place in places.items():
+                place.copy_(tensors[name])
+        return list(places)
+
+    def checked(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Where a file's tensors go, by their names. Raises MissingKeysError, ShapeMismatchError or NonFiniteError."""
         places = self.places()
         if missing := sorted(set(places) - set(tensors)):
             raise MissingKeysError(f"no {listed(missing)}", remedy="It is not a file of this method.")
@@ -107,10 +115,7 @@ class VirtualTokens(nn.Module):
                 )
             if not finite(tensors[name]):
                 raise NonFiniteError(f"{name} has NaN or infinite values", remedy="The training diverged.")
-        with torch.no_grad():
-            for name, place in places.items():
-                place.copy_(tensors[name])
-        return list(places)
+        return places
 
 
 def complete(config: PromptConfig, model_config: Any) -> PromptConfig:

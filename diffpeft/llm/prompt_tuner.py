@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import copy as copying
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
-from diffpeft.layers.carried import record_of
-from diffpeft.llm.prompt import EMBEDDINGS
+from diffpeft.llm.prompt import EMBEDDINGS, VirtualTokens
 from diffpeft.llm.prompts import PROMPTS, Prompts
-from diffpeft.llm.state import Incompatible, check_module, tensors_in, whole_tensors, wholes_of
-from diffpeft.llm.tuner import known, named, trainable
+from diffpeft.llm.state import Incompatible, check_module, tensors_in, wholes_of
+from diffpeft.llm.tuner import LoadOptions, known, named
+from diffpeft.model.activation import plan_trained
 from diffpeft.model.attach import copy_wholes
 from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
+from diffpeft.model.state import beside_slots, whole_tensors
 from diffpeft.model.target import adapted
 
 PREFIX = "base_model."  # of whole modules in PEFT's files of prompts
@@ -49,25 +50,26 @@ class PromptTuner(Prompts):
         names = self.active_adapters
         return names[0] if names else []
 
-    def inject(self, name: str, config: Any, *, active: bool, **_: Any) -> None:
-        """Add a fresh adapter, in float32 as PEFT's. Anything wrong: nothing is added. What else `Tuner.inject` takes is for layers."""
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What operations lock and change."""
+        return {"": self.base_model}
+
+    def plan_injected(self, plan: Plan, name: str, config: Any, *, active: bool, **_: Any) -> VirtualTokens:
+        """Plan to add a fresh adapter, in float32 as PEFT's; its encoder. What else `Tuner.plan_injected` takes is for layers."""
         check_name(name)
-        encoder = self.add(name, config)
-        try:
-            wholes = wholes_of(self.base_model, config)
-            adapters = {**self.mix.adapters, name: Adapter(name, (), modules=tuple(wholes))}
-            layers = tuple(dict.fromkeys((*self.mix.layers, *wholes)))
-            given = {name: 1.0} if active else dict(self.mix.choice.given)
-            plan = Plan()
-            plan.set(self.mix, layers=layers, adapters=adapters, choice=choose("", layers, adapters, given))
-            copy_wholes(plan, self.mix, name, wholes)
-            plan.commit()
-        except BaseException:
-            self.delete(name)
-            raise
+        encoder = self.plan_added(plan, name, config)
+        wholes = wholes_of(self.base_model, config)
+        before = plan.view(self.mix)
+        adapters = {**before.adapters, name: Adapter(name, (), modules=tuple(wholes))}
+        layers = tuple(dict.fromkeys((*before.layers, *wholes)))
+        strengths = {name: 1.0} if active else dict(before.choice.given)
+        plan.set(self.mix, layers=layers, adapters=adapters, choice=choose("", layers, adapters, strengths))
+        for copy in copy_wholes(plan, self.mix, name, wholes).values():
+            copy.requires_grad_(active and not config.inference_mode)
         encoder.requires_grad_(not config.inference_mode)
-        trainable(self.base_model, {name: active and not config.inference_mode})
-        self.peft_config[name] = config
+        plan.entry(self.peft_config, name, config)
+        return encoder
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one, and the one that is trained."""
@@ -75,37 +77,44 @@ class PromptTuner(Prompts):
         known(names, self.peft_config)
         if len(names) != 1:
             raise ConfigError(f"{len(names)} prompts cannot be active together", remedy="Name one adapter.")
-        self.mix.choice = self.mix.chosen({names[0]: 1.0})
-        for name in self.peft_config:
-            self.set_requires_grad(name, name == names[0] and not inference_mode)
+        with planned(self.parts) as plan:
+            plan.set(self.mix, choice=self.mix.chosen({names[0]: 1.0}))
+            self._plan_trained(plan, {name: name == names[0] and not inference_mode for name in self.peft_config})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether adapters are trained, active or not."""
         known(named(adapter_names), self.peft_config)
-        for name in named(adapter_names):
-            self.encoder(name).requires_grad_(requires_grad)
-        trainable(self.base_model, dict.fromkeys(named(adapter_names), requires_grad))
+        with planned(self.parts) as plan:
+            self._plan_trained(plan, dict.fromkeys(named(adapter_names), requires_grad))
+
+    def _plan_trained(self, plan: Plan, flags: Mapping[str, bool]) -> None:
+        for name, flag in flags.items():
+            plan.require_grad(self.encoder(name).parameters(), flag)
+        plan_trained(plan, self.base_model, flags)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first that is left becomes so."""
         known([adapter_name], self.peft_config)
-        plan = Plan()
-        for _, module, record in adapted(self.base_model):
-            if record.mix is self.mix and adapter_name in record.names:
-                plan.carry(module, record.without({adapter_name}))
-        left = {n: a for n, a in self.mix.adapters.items() if n != adapter_name}
-        order = [n for n in self.mix.choice.order if n != adapter_name] or list(left)[:1]
-        choice = choose("", self.mix.layers, left, dict.fromkeys(order, 1.0))
-        plan.set(self.mix, adapters=left, choice=choice)
-        plan.commit()
-        self.delete(adapter_name)
-        del self.peft_config[adapter_name]
+        with planned(self.parts) as plan:
+            self._plan_removed(plan, {adapter_name})
 
     def unload(self) -> nn.Module:
         """The model without any adapter, as it was."""
-        for name in list(self.peft_config):
-            self.delete_adapter(name)
+        with planned(self.parts) as plan:
+            self._plan_removed(plan, {*self.peft_config})
         return self.base_model
+
+    def _plan_removed(self, plan: Plan, names: set[str]) -> None:
+        """Plan to remove adapters. If the active one is among them, the first that is left becomes active."""
+        for _, module, record in adapted(self.base_model):
+            if record.mix is self.mix and names & {*record.names}:
+                plan.carry(module, record.without(names))
+        remaining = {name: adapter for name, adapter in self.mix.adapters.items() if name not in names}
+        order = [name for name in self.mix.choice.order if name not in names] or list(remaining)[:1]
+        plan.set(self.mix, adapters=remaining, choice=choose("", self.mix.layers, remaining, dict.fromkeys(order, 1.0)))
+        for name in names:
+            self.plan_deleted(plan, name)
+            plan.entry(self.peft_config, name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -129,35 +138,42 @@ class PromptTuner(Prompts):
         """Prompts of several adapters do not fit in one batch."""
         raise AdapterStateError("a batch has one prompt", remedy="Leave out adapter_names, and call set_adapter.")
 
-    def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
+    def tensors(self, name: str, gathered: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
         return {
             **self.state(name, self.peft_config[name]),
-            **whole_tensors(self.base_model, name, PREFIX, given),
+            **whole_tensors(self.base_model, name, PREFIX, gathered),
         }
 
-    def overwrite(self, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
-        """Put a file's tensors into an adapter that is there: all or nothing."""
+    def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
+        """Plan to put a file's tensors into an adapter that is there."""
+        return self._plan_tensors(plan, name, self.encoder(name), self.peft_config[name], tensors)
+
+    def _plan_tensors(
+        self, plan: Plan, name: str, encoder: VirtualTokens, config: Any, tensors: Mapping[str, Tensor]
+    ) -> Incompatible:
+        """Plan to put a file's tensors into an encoder, and into the copies that its adapter has, or will have, of modules."""
         wholes: dict[str, dict[str, Tensor]] = {}
         used = set()
-        modules = wholes_of(self.base_model, self.peft_config[name])
+        modules = wholes_of(self.base_model, config)
         for key, tensor in tensors.items():
-            own = key.removeprefix(PREFIX)
-            if where := next((where for where in modules if own.startswith(f"{where}.")), None):
-                wholes.setdefault(where, {})[own.removeprefix(f"{where}.")] = tensor
+            inside_model = key.removeprefix(PREFIX)
+            if where := next((where for where in modules if inside_model.startswith(f"{where}.")), None):
+                wholes.setdefault(where, {})[inside_model.removeprefix(f"{where}.")] = tensor
                 used.add(key)
-        for where, found in wholes.items():
-            check_module(where, modules[where], found)
-        used |= set(self.load_state(name, self.peft_config[name], tensors))
-        for where, found in wholes.items():
-            record = record_of(modules[where])
-            if record is not None:
-                record.copies[name].module.load_state_dict(found)
+        for where, of_module in wholes.items():
+            check_module(where, modules[where], of_module)
+        used |= set(self.plan_state(plan, name, encoder, config, tensors))
+        for where, of_module in wholes.items():
+            copy = beside_slots(plan, self.base_model, where, name)
+            if copy is not None:
+                for key, place in copy.state_dict(keep_vars=True).items():
+                    plan.fill(place, of_module[key])
         return Incompatible([], [key for key in tensors if key not in used], [])
 
     def _check_shapes(self, config: Any, folder: Opened) -> None:
         """Raise ShapeMismatchError unless a file's vectors are those of a config: before any are made or read."""
-        config = self.completed(copy.deepcopy(config))
+        config = self.completed(copying.deepcopy(config))
         with torch.device("meta"):
             places = PROMPTS[config.peft_type](config, self.word_embeddings).places()
         for name, place in places.items():
@@ -168,25 +184,18 @@ class PromptTuner(Prompts):
                     remedy="Load it for the same model, with the config that it was saved with.",
                 )
 
-    def load(self, name: str, config: Any, folder: Opened, *, trainable: bool, active: bool, **_: Any) -> list[str]:
-        """Add the adapter in a folder; nothing is missing then. What else `Tuner.load` takes is for layers."""
+    def plan_loaded(self, plan: Plan, name: str, config: Any, folder: Opened, how: LoadOptions) -> list[str]:
+        """Plan to add the adapter in a folder; nothing is missing then. Dtypes and keys are for layers."""
         with inside(folder.where, config=True):
-            return self._load(name, config, folder, trainable, active)
-
-    def _load(self, name: str, config: Any, folder: Opened, trainable: bool, active: bool) -> list[str]:
-        if trainable:
-            raise ConfigError(
-                "Cannot set a prompt learning adapter to trainable when loading pretrained adapter.",
-                remedy="Files hold the finished vectors, not what made them.",
-            )
-        if EMBEDDINGS not in folder.tensors:
-            raise ConfigError(f"there is no {EMBEDDINGS}", where=folder.where, remedy="It is no prompt adapter.")
-        self._check_shapes(config, folder)
-        tensors = tensors_in(folder)
-        self.inject(name, config, active=active)
-        try:
-            self.overwrite(name, tensors)
-        except BaseException:
-            self.delete_adapter(name)
-            raise
+            if how.trainable:
+                raise ConfigError(
+                    "Cannot set a prompt learning adapter to trainable when loading pretrained adapter.",
+                    remedy="Files hold the finished vectors, not what made them.",
+                )
+            if EMBEDDINGS not in folder.tensors:
+                raise ConfigError(f"there is no {EMBEDDINGS}", where=folder.where, remedy="It is no prompt adapter.")
+            self._check_shapes(config, folder)
+            tensors = tensors_in(folder)
+            encoder = self.plan_injected(plan, name, config, active=how.active)
+            self._plan_tensors(plan, name, encoder, config, tensors)
         return []

@@ -16,6 +16,7 @@ from diffpeft.llm.prefix_tuning import PrefixEncoder, PrefixTuningConfig, cache,
 from diffpeft.llm.prompt import PromptConfig, PromptLearningConfig, VirtualTokens, complete
 from diffpeft.llm.prompt_tuning import PromptEmbedding
 from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
+from diffpeft.model.plan import Plan, planned
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache
@@ -88,6 +89,11 @@ class Prompts(nn.Module):
 
     def add(self, name: str, config: PromptLearningConfig) -> VirtualTokens:
         """Complete `config` from the model and make its encoder, on the model's device and in fp32. Anything wrong: nothing is added."""
+        with planned({"": self.base_model}) as plan:
+            return self.plan_added(plan, name, config)
+
+    def plan_added(self, plan: Plan, name: str, config: PromptLearningConfig) -> VirtualTokens:
+        """Plan what `add` does; the encoder that there will be. The first one freezes the model."""
         if name in self.prompt_encoder:
             raise ConfigError(f"Adapter with name '{name}' already exists.", remedy="Choose another name.")
         kind = _encoder_of(config)
@@ -100,10 +106,12 @@ class Prompts(nn.Module):
         config.validate()
         self.completed(config)
         encoder = kind(config, self.word_embeddings).to(self.base_model.device)
-        if not self.prompt_encoder:  # before PeftModel makes the copies of modules_to_save, which are trained
-            self.base_model.requires_grad_(False)
-        self.prompt_encoder[name] = encoder
-        self.prompt_tokens[name] = torch.arange(config.vectors)
+        if not self.prompt_encoder:
+            plan.require_grad(self.base_model.parameters(), False)
+        nn.ModuleDict({name: encoder})  # which says what name it cannot hold
+        plan.entry(self.prompt_encoder._modules, name, encoder)
+        tokens = torch.arange(config.vectors)
+        plan.entry(self.prompt_tokens, name, tokens)
         return encoder
 
     def completed(self, config: PromptConfig) -> PromptConfig:
@@ -115,8 +123,14 @@ class Prompts(nn.Module):
 
     def delete(self, name: str) -> None:
         """Take an adapter away."""
+        with planned({"": self.base_model}) as plan:
+            self.plan_deleted(plan, name)
+
+    def plan_deleted(self, plan: Plan, name: str) -> None:
+        """Plan to take an adapter away."""
         self.encoder(name)
-        del self.prompt_encoder[name], self.prompt_tokens[name]
+        plan.entry(self.prompt_encoder._modules, name)
+        plan.entry(self.prompt_tokens, name)
 
     def encoder(self, name: str) -> VirtualTokens:
         """An adapter's encoder. Raises UnknownNameError."""
@@ -130,14 +144,23 @@ class Prompts(nn.Module):
 
     def load_state(self, name: str, config: PromptLearningConfig, tensors: Mapping[str, Tensor]) -> list[str]:
         """Copy a file's tensors into an adapter; the names of those used."""
-        encoder = self.encoder(name)
+        with planned({"": self.base_model}) as plan:
+            return self.plan_state(plan, name, self.encoder(name), config, tensors)
+
+    def plan_state(
+        self, plan: Plan, name: str, encoder: VirtualTokens, config: PromptLearningConfig, tensors: Mapping[str, Tensor]
+    ) -> list[str]:
+        """Plan to copy a file's tensors into an adapter's encoder; the names of those used."""
         if config.peft_type == PeftType.P_TUNING and not config.inference_mode:
             warnings.warn(
                 f"The file holds the finished vectors of {name!r}, and its network would be applied to them again: "
                 "load with inference_mode=True",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return encoder.load(tensors)
+        places = encoder.checked(tensors)
+        for key, place in places.items():
+            plan.fill(place, tensors[key])
+        return list(places)
 
     def prompt(self, active: str, config: PromptLearningConfig, batch: int, task_ids: Tensor | None = None) -> Tensor:
         """An adapter's vectors for a batch, [batch, tokens, dim]; of a prefix [batch, tokens, 2 layers dim]."""

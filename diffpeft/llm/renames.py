@@ -19,9 +19,9 @@ from converters.formats.peft import PREFIX
 from diffpeft import patterns
 from diffpeft.errors import CheckpointError, ConfigError, MissingKeysError, listed, shown
 from diffpeft.layers.parameters import Factors
-from diffpeft.layers.patches import Patch
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
+from diffpeft.model.patches import Patched
 from diffpeft.model.target import modules_of
 
 # {how a mixture was named: {old layer: (the parameter that it has become, or is a part of)}}, parts in the order in which they lie in it
@@ -158,7 +158,7 @@ def fitted(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     names: Mapping[str, str],
-    patches: Mapping[str, tuple[nn.Module, Patch]],
+    patches: Patched,
 ) -> dict[str, Tensor]:
     """Tensors with the names that a model has now (`known_names`), where the LoRAs of a layer's experts are one LoRA on their parameter.
 
@@ -184,9 +184,7 @@ def _renamed(model: Any, names: list[str]) -> list[str]:
     return [rename_source_key(name, renamings, [])[0] for name in names]
 
 
-def _stacked(
-    tensors: Mapping[str, Tensor], parts: Mapping[str, str], patches: Mapping[str, tuple[nn.Module, Patch]]
-) -> dict[str, Tensor]:
+def _stacked(tensors: Mapping[str, Tensor], parts: Mapping[str, str], patches: Patched) -> dict[str, Tensor]:
     """Tensors in which the LoRAs of the experts of a layer are one LoRA on their parameter."""
     stacked_tensors: dict[str, Tensor] = {}
     experts: dict[tuple[str, str], Experts] = {}

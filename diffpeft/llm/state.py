@@ -41,28 +41,25 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.files import config_in
-from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped, record_of
-from diffpeft.layers.slot import BIAS, Slot
+from diffpeft.layers.slot import BIAS, Bank, Slot
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
-from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType
+from diffpeft.model import embeddings as embedded
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.banks import shared_by
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
-from diffpeft.model.plan import Plan
-from diffpeft.model.state import entries_of, slots_in
-from diffpeft.model.target import adapted, layers_of, modules_of
+from diffpeft.model.plan import Plan, planned
+from diffpeft.model.precision import Precision, plan_into
+from diffpeft.model.state import beside_slots, entries_of, gathered_slot, slots_in, tensors_of, whole_tensors
+from diffpeft.model.target import layers_of, modules_of
+from diffpeft.model.ties import twins
 from diffpeft.pipeline.match import LayersByComponent, matched
 
-Write = tuple[
-    nn.Module, str, Tensor, Tensor | None
-]  # a module of an adapter, a name in it, numbers, the weight changed
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
 _INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of the weight
 
@@ -112,7 +109,7 @@ def spelt(
     tensors: dict[str, Tensor] = {}
     fields = config.to_dict()
     for layer, slot in slots.items():
-        for entry in entries_of(layer, _with(slot, _gathered(layer, name, slot, gathered or {}))):
+        for entry in entries_of(layer, gathered_slot(layer, name, slot, gathered or {})):
             for key, tensor in _spelt(entry, fields, name, model.get_submodule(layer), bool(slot.parts)).items():
                 tensors[f"{prefix}{layer}{key}"] = tensor
     if getattr(config, "save_projection", True):
@@ -123,12 +120,6 @@ def spelt(
     tensors |= whole_tensors(model, name, prefix, gathered)
     along = tables.saved_along(model, slots, config, embeddings)
     return {f"{prefix}{key}": tensor for key, tensor in along.items()} | tensors
-
-
-def _gathered(layer: str, name: str, slot: Slot, gathered: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{role: tensor} of those of a slot's tensors that were gathered from shards."""
-    names = {role: f"{layer}.{ADAPTERS}.{escaped(name)}.{role}" for role in slot.tensors}
-    return {role: gathered[key] for role, key in names.items() if key in gathered}
 
 
 def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module, adapted: bool) -> dict[str, Tensor]:
@@ -143,7 +134,7 @@ def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module
         elif role == BIAS:
             # PEFT keeps an adapted layer one level below
             tensors[".base_layer.bias" if adapted else ".bias"] = _full_bias(entry.layer, name, module, tensor)
-        elif role == tables.WHOLE:
+        elif role == embedded.WHOLE:
             tensors[".base_layer.weight"] = tensor
         else:
             tensors[f".{suffix(role, entry.method)}"] = tensor
@@ -161,34 +152,9 @@ def _full_bias(layer: str, name: str, module: nn.Module, change: Tensor) -> Tens
     return bias.detach() + change.to(bias.dtype)
 
 
-def whole_tensors(
-    model: nn.Module, name: str, prefix: str, gathered: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
-    tensors: dict[str, Tensor] = {}
-    for where, _, record in adapted(model):
-        for module in record.beside(name, hidden=False):
-            at = f"{where}.{COPIES}.{escaped(name)}."
-            for key, tensor in module.state_dict().items():
-                tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
-    return tensors
-
-
 def tensors_in(folder: Opened) -> dict[str, Tensor]:
     """The tensors of an adapter's folder."""
     return dict(zip(folder.tensors, io.load(folder.tensors.values()), strict=True))
-
-
-def _with(slot: Slot, tensors: Mapping[str, Tensor]) -> Slot:
-    """A slot with other tensors, by role."""
-    if not tensors:
-        return slot
-    other = copy.copy(slot)
-    other.__dict__["_parameters"] = {
-        role: nn.Parameter(tensors[role], requires_grad=False) if role in tensors else p
-        for role, p in slot._parameters.items()
-    }
-    return other
 
 
 @dataclass(frozen=True)
@@ -197,7 +163,7 @@ class AdapterFile:
 
     slots: Mapping[str, Slot] = field(default_factory=dict)
     wholes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in it: tensor}}
-    embeddings: tables.TensorsByLayer = field(default_factory=dict)  # {layer: {name in it: tensor}}
+    embeddings: embedded.TensorsByLayer = field(default_factory=dict)  # {layer: {name in it: tensor}}
     patches: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # {module: {name in its patch: tensor}}
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -270,7 +236,7 @@ def _divided(
     model: nn.Module, carried: Mapping[str, Handle], modules: Mapping[str, nn.Module], biased: Mapping[str, object]
 ) -> _Beside:
     """What of a file is for `modules` that are trained whole, for the biases of the layers `biased`, and for embeddings."""
-    known, beside = tables.embedding_layers(model), _Beside()
+    known, beside = embedded.embedding_layers(model), _Beside()
     for key, handle in carried.items():
         name = key.removeprefix(PREFIX)
         layer, _, last = name.replace(".base_layer.", ".").rpartition(".")
@@ -330,7 +296,7 @@ def _with_biases(
 
 def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise unless these are all of a module's tensors, in its shapes and finite."""
-    present = bare(module).state_dict()
+    present = tensors_of(module)
     if other := sorted(present.keys() ^ tensors.keys()):
         raise ShapeMismatchError(f"the module's tensors are others: {listed(other[:5])}", where=where)
     wrong = [key for key in present if present[key].shape != tensors[key].shape]
@@ -351,7 +317,8 @@ def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -
         raise NonFiniteError("values that are not finite", where=where, remedy="The file is damaged.")
 
 
-def put(
+def plan_read(
+    plan: Plan,
     model: nn.Module,
     name: str,
     config: PeftConfig,
@@ -361,7 +328,7 @@ def put(
     strength: float | None,
     precision: Precision,
 ) -> None:
-    """Attach what was read as a new adapter: one commit."""
+    """Plan to attach what was read as a new adapter."""
     check_name(name)
     mixes = mixes_of({"": model})
     refuse_duplicate(name, mixes.values())
@@ -372,19 +339,17 @@ def put(
     for where, (_, patch) in patches.items():
         patch.load_state_dict(dict(file.patches.get(where, patch.state_dict())))
         patch.requires_grad_(trainable)
-    slots = {**file.slots, **tying.twins(model, config, file.slots, trainable)}
-    under, copied_tables = tables.divided(model, file.embeddings, slots)
+    slots = {**file.slots, **twins(model, tying.ties_of(model, config, file.slots), file.slots, trainable)}
+    under, copied_tables = embedded.divided(model, file.embeddings, slots)
     slots |= under
-    plan = Plan()
     everywhere = (*modules, *patches, *copied_tables)
     adapter = Adapter(name, tuple(slots), {CONFIG: config.to_json()}, modules=everywhere)
     mix = install(plan, "", {n: layers[n][0] for n in slots}, slots, mixes.get(""), adapter, strength)
     for where, fresh in copy_wholes(plan, mix, name, modules, ties=tying.ties_of(model, config, modules)).items():
         fresh.requires_grad_(trainable).load_state_dict(dict(file.wholes.get(where, fresh.state_dict())))
-    tables.fill(copy_wholes(plan, mix, name, copied_tables, still=True), file.embeddings)
+    embedded.fill(copy_wholes(plan, mix, name, copied_tables, still=True), file.embeddings)
     put_patches(plan, mix, name, patches)
     plan.root(model, mix)
-    plan.commit()
 
 
 def targeting(config: PeftConfig, tensors: Mapping[str, Tensor]) -> PeftConfig:
@@ -404,95 +369,94 @@ def targeting(config: PeftConfig, tensors: Mapping[str, Tensor]) -> PeftConfig:
 
 def overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Incompatible:
     """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
-    with exclusive({"": model}):
-        return _overwrite(model, name, config, tensors)
+    with planned({"": model}) as plan:
+        return plan_overwritten(plan, model, name, config, tensors)
 
 
-def _overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Incompatible:
-    if isinstance(config, AdaLoraConfig):
-        adalora.resize(model, name, config)
+def plan_overwritten(
+    plan: Plan, model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]
+) -> Incompatible:
+    """Plan what `overwrite` does. Raises ShapeMismatchError, or what `read` raises."""
     slots = slots_in(model, name)
+    resized = adalora.plan_resized(plan, model, name, config) if isinstance(config, AdaLoraConfig) else {}
     file = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
-    extra = [layer for layer in file.slots if layer not in slots]
-    writes: list[Write] = []
-    for layer, new in file.slots.items():
+    others = [layer for layer in file.slots if layer not in slots]
+    for layer, slot in file.slots.items():
         if layer in slots:
-            writes += _slot_writes(layer, slots[layer], new, model.get_submodule(layer))
-    writes += _into_bank(slots, file.slots)
-    for where, by_name in {**file.wholes, **file.patches}.items():
-        module = model.get_submodule(where)
-        copy_or_patch = _beside(module, name)
-        assert copy_or_patch is not None
-        like = next(iter(module._parameters.values()), None)
-        writes += [(copy_or_patch, key, tensor, like) for key, tensor in by_name.items()]
-    plan = Plan()
-    writes += _plan_embeddings(plan, model, name, file.embeddings, slots)
-    plan.commit()
-    for adapter, key, tensor, weight in writes:
-        put_into(adapter, key, tensor, weight)
-    return Incompatible(list(file.missing), [*file.unexpected, *extra], [])
+            _plan_slot(
+                plan, layer, slots[layer], slot.tensors, resized.get(layer, {}), model.get_submodule(layer).weight
+            )
+    for bank, role, tensor in _into_bank(slots, file.slots):
+        plan.fill(bank.get_buffer(role), tensor)
+    for where, of_module in {**file.wholes, **file.patches}.items():
+        weight = next(iter(model.get_submodule(where)._parameters.values()), None)
+        copy = beside_slots(plan, model, where, name)
+        assert copy is not None
+        for key, tensor in of_module.items():
+            plan_into(plan, copy, key, tensor, weight)
+    _plan_embeddings(plan, model, name, file.embeddings, slots)
+    return Incompatible(list(file.missing), [*file.unexpected, *others], [])
 
 
-def _slot_writes(layer: str, old: Slot, new: Slot, module: nn.Module) -> list[Write]:
-    """The writes of one slot's tensors into another. Raises ShapeMismatchError if one has no place."""
-    writes: list[Write] = []
-    weight: Any = module.weight
-    for role, tensor in new.tensors.items():
-        place = old.tensors.get(role)
-        if place is None or place.shape != tensor.shape:
+def _plan_slot(
+    plan: Plan,
+    layer: str,
+    slot: Slot,
+    tensors: Mapping[str, Tensor],
+    resized: Mapping[str, Tensor],
+    weight: Any,
+) -> None:
+    """Plan to put tensors into a slot for a weight; `resized` are those that it will have in the place of others. Raises ShapeMismatchError."""
+    present = {**slot.tensors, **resized}
+    for role, new in tensors.items():
+        before = present.get(role)
+        if before is None or before.shape != new.shape:
             raise ShapeMismatchError(
-                f"layer {shown(layer)}: {role} is {tuple(tensor.shape)}, the adapter's is {None if place is None else tuple(place.shape)}",
+                f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if before is None else tuple(before.shape)}",
                 remedy="Load it under another name.",
             )
-        writes.append((old, role, tensor, weight))
-    return writes
+        if role in resized:
+            plan.fill(before, new)
+        else:
+            plan_into(plan, slot, role, new, weight)
 
 
-def _into_bank(slots: Mapping[str, Slot], others: Mapping[str, Slot]) -> list[Write]:
-    """The writes of tensors that all layers share. Raises ShapeMismatchError for other shapes."""
+def _into_bank(slots: Mapping[str, Slot], others: Mapping[str, Slot]) -> list[tuple[Bank, str, Tensor]]:
+    """The writes of tensors that all layers share: a bank, the role, the tensor. Raises ShapeMismatchError for other shapes."""
     bank = next((slot.bank for slot in slots.values() if slot.bank is not None), None)
     if bank is None:
         return []
-    tensors = shared_by(others)
-    shapes = {role: tuple(t.shape) for role, t in shared_by(slots).items()}
+    tensors, shapes = shared_by(others), {role: tuple(t.shape) for role, t in bank.tensors.items()}
     if bad := [role for role, t in tensors.items() if tuple(t.shape) != shapes[role]]:
         told = ", ".join(f"{role} is {tuple(tensors[role].shape)}, the adapter's is {shapes[role]}" for role in bad)
         raise ShapeMismatchError(told, remedy="Load it under another name.")
-    return [(bank, role, tensor, tensor) for role, tensor in tensors.items()]
+    return [(bank, role, tensor) for role, tensor in tensors.items()]
 
 
 def _plan_embeddings(
-    plan: Plan, model: nn.Module, name: str, file: tables.TensorsByLayer, slots: Mapping[str, Slot]
-) -> list[Write]:
-    """Plan to give an adapter embeddings that it has none of; the writes into those that it has."""
-    writes: list[Write] = []
+    plan: Plan, model: nn.Module, name: str, file: embedded.TensorsByLayer, slots: Mapping[str, Slot]
+) -> None:
+    """Plan to put embeddings into an adapter: into those of its own that it has, and as new ones."""
     fresh: dict[str, Mapping[str, Tensor]] = {}
-    for where, tensors in file.items():
-        trained = _beside(model.get_submodule(where), name)
-        if trained is not None:
-            writes += [(trained, key, tensor, tensor) for key, tensor in tensors.items()]
-        elif where in slots and tables.WHOLE in slots[where].tensors:
-            writes.append((slots[where], tables.WHOLE, tensors["weight"], tensors["weight"]))
+    for where, of_module in file.items():
+        copy = beside_slots(plan, model, where, name)
+        if copy is not None:
+            for key, tensor in of_module.items():
+                plan_into(plan, copy, key, tensor, tensor)
+        elif where in slots and embedded.WHOLE in slots[where].tensors:
+            plan_into(plan, slots[where], embedded.WHOLE, of_module["weight"], of_module["weight"])
         else:
-            fresh[where] = tensors
-    under, copied_tables = tables.divided(model, fresh, slots)
+            fresh[where] = of_module
+    under, copied_tables = embedded.divided(model, fresh, slots)
     if not under and not copied_tables:
-        return writes
+        return
     (mix,) = mixes_of({"": model}).values()
-    old = mix.adapters[name]
+    old = plan.view(mix).adapters[name]
     places = {layer: model.get_submodule(layer) for layer in under}
     everywhere = tuple(dict.fromkeys((*old.modules, *copied_tables)))
     layers = tuple(dict.fromkeys((*old.layers, *under)))
-    adapter = replace(old, layers=layers, modules=everywhere)
-    install(plan, "", places, under, mix, adapter, None)
-    tables.fill(copy_wholes(plan, mix, name, copied_tables, still=True), fresh)
-    return writes
-
-
-def _beside(module: nn.Module, name: str) -> nn.Module | None:
-    """The copy or the patch that an adapter has of a module, None if there is none."""
-    record = record_of(module)
-    return next(iter(record.beside(name)), None) if record else None
+    install(plan, "", places, under, mix, replace(old, layers=layers, modules=everywhere), None)
+    embedded.fill(copy_wholes(plan, mix, name, copied_tables, still=True), fresh)
 
 
 def config_of(model: nn.Module, name: str) -> PeftConfig:

@@ -10,14 +10,11 @@ from typing import Any
 from torch import nn
 
 from diffpeft import patterns
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
-from diffpeft.layers.carried import base_class
-from diffpeft.layers.hooks import refusal
-from diffpeft.layers.sites import site_of
+from diffpeft.errors import ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.llm import renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import check_target, kind_of, modules_of
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
@@ -126,14 +123,7 @@ def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     _warn_unmatched(config, list(modules), list(excluded))
     _warn_tied({name: module for name, (module, _) in modules.items()}, fitting)
     for name, (module, parent) in fitting.items():
-        site = site_of(base_class(module))
-        if site is None or not site.targets:
-            raise ConfigError(
-                f"Target module {shown(name)} is not supported: it is a {base_class(module).__name__}",
-                remedy="Adapters go on linear, convolution and embedding layers.",
-            )
-        if why := refusal(module, parent, name):
-            raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
+        check_target(module, parent, name)
     return {name: module for name, (module, _) in fitting.items()}
 
 
@@ -192,7 +182,7 @@ def _linear(model: nn.Module, config: PeftConfig) -> list[str]:
     linear: list[str] = []
     others: list[str] = []
     for name, (module, _) in _modules(model).items():
-        kinds = {c.__name__ for c in base_class(module).__mro__}
+        kinds = {c.__name__ for c in kind_of(module).__mro__}
         (linear if kinds & {*_LINEAR} and id(module) not in inside else others).append(name)
     return shortest(linear, others)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,27 +16,38 @@ from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import adalora
-from diffpeft.llm.dtypes import AUTOCAST, PLAIN, Precision
-from diffpeft.llm.kbit import forget_quantization
+from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.renames import mapped
-from diffpeft.llm.replication import replicated
-from diffpeft.llm.resize import head_of, refuse_replaced, resize
-from diffpeft.llm.state import Incompatible, config_of, overwrite, put, read, spelt, tensors_in, wholes_of
+from diffpeft.llm.state import Incompatible, config_of, plan_overwritten, plan_read, read, spelt, tensors_in, wholes_of
 from diffpeft.llm.targets import chosen, resolved
-from diffpeft.llm.tying import check_tying, loosen, ties_of, twin, twinned
-from diffpeft.llm.weighted import Weighting, add_weighted
-from diffpeft.model.attach import attach_to, method_of, mixes_of, take_off
-from diffpeft.model.fuse import fuse, unfuse
-from diffpeft.model.lock import exclusive
+from diffpeft.llm.tying import check_tying, ties_of, twinned
+from diffpeft.llm.weighted import SumOptions, plan_weighted
+from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
+from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
+from diffpeft.model.fuse import fuse, plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
-from diffpeft.model.mix import Choice, check_name, claim, forced
+from diffpeft.model.mix import Choice, Strength, check_name, claim, forced
+from diffpeft.model.plan import Plan, planned
+from diffpeft.model.precision import AUTOCAST, PLAIN, Precision
+from diffpeft.model.replication import plan_replicated, same_spans
+from diffpeft.model.resize import Place, head_of, plan_resized, refuse_replaced
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import adapted
-from diffpeft.pipeline.adapters import adapters, set_adapters
+from diffpeft.model.ties import loosen, twins_of
+from diffpeft.pipeline.adapters import adapters, plan_mix
 
 BASE = "__base__"  # in a mixed batch: no adapter
 OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the base too
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, and with its keys renamed."""
+
+    trainable: bool
+    active: bool
+    precision: Precision = AUTOCAST
+    key_mapping: Mapping[str, str] | None = None
 
 
 def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision: Precision = PLAIN) -> Any:
@@ -44,82 +55,62 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision:
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
+    with planned({"": model}) as plan:
+        return plan_injected(plan, model, config, name, active=active, precision=precision)
+
+
+def plan_injected(
+    plan: Plan, model: nn.Module, config: Any, name: str, *, active: bool, precision: Precision = PLAIN
+) -> Any:
+    """Plan what `inject` does; the resolved config. Raises what it raises."""
     check_name(name)
     if config.is_prompt_learning:
         raise ConfigError(f"{type(config).__name__} adds tokens and not layers", remedy="Use get_peft_model.")
-    with patterns.limited(ConfigError), exclusive({"": model}):
+    with patterns.limited(ConfigError):
         config = resolved(model, config)
         config.validate()
-        others = found_configs(model) if config.layer_replication else {}
-        with replicated(model, config, others):
-            return _inject(model, config, name, active, precision)
-
-
-def _inject(model: nn.Module, config: Any, name: str, active: bool, precision: Precision) -> Any:
-    layers, twins = twinned(chosen(model, config), model, config)
-    method = method_of(config, {})
-    wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
-    check_tying(model, config, (*wholes, *layers))
-    precision.settle_patches(patches)
-    own = base_of(model)
-
-    def finish(modules: Mapping[str, Any], slots: dict[str, Slot]) -> dict[str, Slot]:
-        precision.settle(modules, slots)
-        return slots | {layer: twin(slots[other], modules[layer], True) for layer, other in twins.items()}
-
-    attach_to(
-        {"": model},
-        {"": layers},
-        config,
-        name,
-        method=method,
-        strength=1.0 if active else None,
-        wholes=wholes,
-        ties=ties_of(model, config, wholes),
-        finish=finish,
-        patches=patches,
-        quiet=True,
-        metadata={CONFIG: config.to_json()},
-    )
-    for p in own:
-        p.requires_grad_(False)
-    trainable(model, {name: active and not config.inference_mode})
+        with _replicated(plan, model, config, lambda: found_configs(model)):
+            _plan_fresh(plan, model, config, name, active, precision)
+        plan_frozen(plan, model)
     return config
 
 
-def base_of(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the first adapter freezes; none if there is one already."""
-    return [] if mixes_of({"": model}) else list(model.parameters())
+def _plan_fresh(plan: Plan, model: nn.Module, config: Any, name: str, active: bool, precision: Precision) -> None:
+    layers, ties = twinned(chosen(model, config), model, config)
+    wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
+    check_tying(model, config, (*wholes, *layers))
+    precision.settle_patches(patches)
+
+    def finish(modules: Mapping[str, nn.Module], slots: dict[str, Slot]) -> dict[str, Slot]:
+        precision.settle(modules, slots)
+        return slots | twins_of(modules, ties, slots)
+
+    addition = Addition(
+        name,
+        config,
+        method_of(config, {}),
+        strength=1.0 if active else None,
+        trainable=active and not config.inference_mode,
+        quiet=True,
+        wholes=wholes,
+        ties=ties_of(model, config, wholes),
+        patches=patches,
+        finish=finish,
+        metadata={CONFIG: config.to_json()},
+    )
+    plan_attached(plan, {"": model}, {"": layers}, addition)
 
 
-def trainable(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Whether the tensors of these adapters get gradients, whole modules among them."""
-    for _, _, record in adapted(model):
-        for name in record.names:
-            if name in flags and not (name in record.copies and record.copies[name].still):
-                for own in record.modules(name):
-                    own.requires_grad_(flags[name])
-
-
-def refuse_clashing(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise AdapterStateError if two of these adapters train the same module whole, or the same rows of an embedding."""
-    for where, _, record in adapted(model):
-        for one, other in itertools.combinations([name for name in names if name in record.names], 2):
-            if record.clashing(one, other):
-                raise AdapterStateError(
-                    f"Only one adapter can be set at a time for {shown(where)}, got {one} and {other}: each has values of its own there",
-                    remedy="Activate one of them.",
-                )
-
-
-def order_of(model: nn.Module) -> list[str]:
-    """The active adapters, in order."""
-    return [name for mix in mixes_of({"": model}).values() for name in mix.choice.order]
-
-
-def fused_of(model: nn.Module) -> list[str]:
-    """The adapters that are in the weights."""
-    return [name for mix in mixes_of({"": model}).values() for name in mix.fused]
+@contextmanager
+def _replicated(plan: Plan, model: nn.Module, config: Any, others: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+    """For planning on: the model with its layers repeated as a config says, unless they are so by one of the other adapters'."""
+    spans = getattr(config, "layer_replication", None)
+    if not spans or any(same_spans(getattr(other, "layer_replication", None), spans) for other in others().values()):
+        yield
+        return
+    plan_replicated(plan, model, spans)
+    with plan.tentative():
+        yield
 
 
 class Tuner(nn.Module):
@@ -130,8 +121,13 @@ class Tuner(nn.Module):
         self.model = model
         self.peft_config = configs
         self.last_merge_report: dict[str, float] = {}
-        self._off: Mapping[str, Any] | None = None  # the mix that disable_adapter_layers has put aside
-        self._head: Any = None  # where the model's head is, if adapters are on it
+        self._off: Mapping[str, Strength] | None = None  # the mix that disable_adapter_layers has put aside
+        self._head: Place | None = None  # where the model's head is, if adapters are on it
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What operations lock and change."""
+        return {"": self.model}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -143,7 +139,7 @@ class Tuner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's; AdaLoRA adds its penalty to a loss."""
-        refuse_replaced(self.model, self._head)
+        refuse_replaced(self._head)
         return adalora.regularised(self.model(*args, **kwargs), self.model, self.peft_config)
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -176,19 +172,28 @@ class Tuner(nn.Module):
         names = named(adapter_name)
         known(names, self.peft_config)
         refuse_clashing(self.model, names)
-        set_adapters(self.model, dict.fromkeys(names, 1.0))
-        self._off = None
-        trainable(self.model, {name: name in names and not inference_mode for name in self.peft_config})
+        with planned(self.parts) as plan:
+            self._plan_active(plan, names, self.peft_config, inference_mode)
+
+    def _plan_active(
+        self, plan: Plan, names: Sequence[str], configs: Iterable[str], inference_mode: bool = False
+    ) -> None:
+        """Plan to make adapters the active ones of all of these, and those that are trained."""
+        plan_mix(plan, self.model, self.parts, dict.fromkeys(names, 1.0))
+        plan.set(self, _off=None)
+        plan_trained(plan, self.model, {name: name in names and not inference_mode for name in configs})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether adapters are trained, active or not."""
         names = named(adapter_names)
         known(names, self.peft_config)
-        trainable(self.model, dict.fromkeys(names, requires_grad))
+        with planned(self.parts) as plan:
+            plan_trained(plan, self.model, dict.fromkeys(names, requires_grad))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **_: Any) -> None:
         """Put the adapter whose config is in `peft_config` on the model, inactive."""
-        self.inject(adapter_name, self.peft_config[adapter_name], active=False)
+        with planned(self.parts) as plan:
+            self.plan_injected(plan, adapter_name, self.peft_config[adapter_name], active=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first that is left becomes so, with a warning."""
@@ -198,37 +203,55 @@ class Tuner(nn.Module):
                 f"Cannot delete adapter(s) {shown(adapter_name)} while they are merged",
                 remedy="Call unmerge_adapter first.",
             )
-        before = self.active_adapters
-        take_off({"": self.model}, {adapter_name})
-        del self.peft_config[adapter_name]
-        self._head = head_of(self.model)
-        left = [name for name in before if name != adapter_name]
-        if adapter_name in before and not left and self.peft_config:
-            first = next(iter(self.peft_config))
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {first}.",
-                stacklevel=3,
-            )
-            self.set_adapter(first)
+        active = self.active_adapters
+        remaining = [name for name in self.peft_config if name != adapter_name]
+        with planned(self.parts) as plan:
+            plan_removed(plan, self.parts, {adapter_name})
+            plan.entry(self.peft_config, adapter_name)
+            plan.set(self, _head=head_of(self.model, plan))
+            if active == [adapter_name] and remaining:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {remaining[0]}.",
+                    stacklevel=3,
+                )
+                self._plan_active(plan, remaining[:1], remaining)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *how: Any, **named: Any
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
         """Put adapters together as a new one, inactive and frozen. Without a type: as their exact weighted sum, whatever the methods.
 
-        What follows are PEFT's arguments, by place or by name: combination_type, svd_rank and so on, see `weighted.Weighting`.
+        Args:
+            combination_type: PEFT's algorithm of this name instead: svd, linear, cat, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd,
+                dare_ties_svd, magnitude_prune, magnitude_prune_svd (LoRA); linear ((IA)^3).
+            svd_rank: of the types that end in svd; default: the largest rank among the adapters.
+            svd_clamp: the quantile of the factors' entries that these are cut at.
+            svd_full_matrices, svd_driver: torch.linalg.svd's.
+            density: the share of entries that ties, dare and magnitude_prune keep.
+            majority_sign_method: how TIES elects a sign: by the "total" of the values or the "frequency" of the signs.
         """
-        for name in adapters:
-            for field in ("trainable_token_indices", "target_parameters"):
-                if value := getattr(self.peft_config.get(name), field, None):
-                    raise ConfigError(
-                        f"add_weighted_adapter does not support {field}, and adapter {shown(name)} has {shown(value)}",
-                        remedy="Merge the adapters one after the other.",
-                    )
-        with patterns.limited(ConfigError), exclusive({"": self.model}):
-            self.peft_config[adapter_name] = add_weighted(
-                self.model, self.peft_config, adapters, weights, adapter_name, Weighting(*how, **named)
+        with patterns.limited(ConfigError), planned(self.parts) as plan:
+            config = plan_weighted(
+                plan,
+                self.model,
+                self.peft_config,
+                adapters,
+                weights,
+                adapter_name,
+                combination_type,
+                SumOptions(svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method),
             )
+            plan.entry(self.peft_config, adapter_name, config)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put active adapters into the weights. What would not be finite is refused, with or without `safe_merge`."""
@@ -245,11 +268,13 @@ class Tuner(nn.Module):
                 stacklevel=2,
             )
         if todo:
-            inactive = [name for name in todo if name not in order_of(self.model)]
-            if inactive:
-                refuse_clashing(self.model, [*order_of(self.model), *inactive])
-                set_adapters(self.model, {**dict.fromkeys(order_of(self.model), 1.0), **dict.fromkeys(inactive, 1.0)})
-            fuse(self.model, todo)
+            active = order_of(self.model)
+            inactive = [name for name in todo if name not in active]
+            with planned(self.parts) as plan:
+                if inactive:
+                    refuse_clashing(self.model, [*active, *inactive])
+                    plan_mix(plan, self.model, self.parts, dict.fromkeys([*active, *inactive], 1.0))
+                plan_fused(plan, self.parts, todo)
 
     def unmerge_adapter(self) -> None:
         """Take the adapters out of the weights again, to the last bit."""
@@ -271,48 +296,61 @@ class Tuner(nn.Module):
         names = None if adapter_names is None else list(adapter_names)
         known(names or (), self.peft_config)
         refuse_clashing(self.model, names or ())
-        with exclusive({"": self.model}):
-            plan, report = plan_merged({"": self.model}, names, dequantize=dequantize)
+        with planned(self.parts) as plan:
+            report = plan_merged(plan, self.parts, names, dequantize=dequantize)
             loosen(plan, self.model)
             plan.set(self, peft_config={}, _head=None, last_merge_report=report)
-            plan.commit()
-        if dequantize:
-            forget_quantization(self.model)
+            if dequantize:
+                plan_forgotten(plan, self.model)
         return self.model
 
     def unload(self) -> nn.Module:
         """The model without any adapter, as it was."""
-        take_off({"": self.model}, None)
-        self.peft_config.clear()
-        self._head = None
+        with planned(self.parts) as plan:
+            plan_removed(plan, self.parts, None)
+            plan.set(self, _head=None)
+            for name in self.peft_config:
+                plan.entry(self.peft_config, name)
         return self.model
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off until `enable_adapter_layers`."""
         if self._off is None:
-            mixes = mixes_of({"": self.model})
-            self._off = {n: s for mix in mixes.values() for n, s in mix.choice.given.items()}
-            set_adapters(self.model, {})
+            with planned(self.parts) as plan:
+                mixes = mixes_of(self.parts).values()
+                plan.set(self, _off={name: strength for mix in mixes for name, strength in mix.choice.given.items()})
+                plan_mix(plan, self.model, self.parts, {})
 
     def enable_adapter_layers(self) -> None:
         """Switch on what was active before `disable_adapter_layers`."""
         if self._off is not None:
-            set_adapters(self.model, self._off)
-            self._off = None
+            with planned(self.parts) as plan:
+                plan_mix(plan, self.model, self.parts, self._off)
+                plan.set(self, _off=None)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone, for this thread inside this block; adapters that are merged are taken out for everybody and put back after it."""
         merged = fused_of(self.model)
-        if merged:
-            unfuse(self.model)
-        off = claim({mix.key: OFF for mix in mixes_of({"": self.model}).values()})
         try:
+            if merged:
+                unfuse(self.model)
+            off = claim({mix.key: OFF for mix in mixes_of(self.parts).values()})
             with adapters(self.model, {}), forced(off):
                 yield
         finally:
-            if merged:
-                fuse(self.model, merged)
+            self._put_back(merged)
+
+    def _put_back(self, merged: Sequence[str]) -> None:
+        """Put adapters into the weights again, also if that is interrupted."""
+        todo = [name for name in merged if name not in fused_of(self.model)]
+        if not todo:
+            return
+        try:
+            fuse(self.model, todo)
+        except BaseException:
+            self._put_back(merged)
+            raise
 
     def rows(self, adapter_names: Sequence[str], copies: int = 1) -> AbstractContextManager[None]:
         """A mixed batch: row i has the adapter `adapter_names[i // copies]`, or none where that is `__base__`."""
@@ -324,9 +362,9 @@ class Tuner(nn.Module):
             raise AdapterStateError(
                 "Cannot pass `adapter_names` when there are merged adapters", remedy="Call `unmerge_adapter` first."
             )
-        lost = sorted(set(adapter_names) - {BASE, *self.peft_config})
-        if lost:
-            raise UnknownNameError.of("adapter", lost[0], self.peft_config)
+        unknown = sorted(set(adapter_names) - {BASE, *self.peft_config})
+        if unknown:
+            raise UnknownNameError.of("adapter", unknown[0], self.peft_config)
         if self._off is not None or any(mix.standing() is OFF for mix in mixes_of({"": self.model}).values()):
             return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
@@ -338,8 +376,8 @@ class Tuner(nn.Module):
         """
         model: Any = self.model
         total = kwargs.get("new_num_tokens", args[0] if args else None)
-        with exclusive({"": model}):
-            return resize(model, lambda: model.resize_token_embeddings(*args, **kwargs), total)
+        with planned(self.parts) as plan:
+            return plan_resized(plan, model, lambda: model.resize_token_embeddings(*args, **kwargs), total)
 
     @property
     def inner(self) -> nn.Module:
@@ -352,61 +390,64 @@ class Tuner(nn.Module):
 
     def generated(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """What the model generates."""
-        refuse_replaced(self.model, self._head)
+        refuse_replaced(self._head)
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def tensors(self, name: str, given: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
+    def tensors(self, name: str, gathered: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
-        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=given, embeddings=embeddings)
+        return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=gathered, embeddings=embeddings)
 
-    def overwrite(self, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
-        """Put a file's tensors into an adapter that is there: all or nothing."""
+    def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
+        """Plan to put a file's tensors into an adapter that is there."""
         with patterns.limited(ConfigError, name):
-            return overwrite(self.model, name, self.peft_config[name], tensors)
+            return plan_overwritten(plan, self.model, name, self.peft_config[name], tensors)
 
-    def inject(self, name: str, config: Any, *, active: bool, precision: Precision = AUTOCAST) -> None:
-        """Add a fresh adapter."""
+    def plan_injected(
+        self, plan: Plan, name: str, config: Any, *, active: bool, precision: Precision = AUTOCAST
+    ) -> None:
+        """Plan to add a fresh adapter."""
         adalora.trained({**self.peft_config, name: config})
-        self.peft_config[name] = inject(self.model, config, name, active=active, precision=precision)
-        self._head = head_of(self.model)
+        config = plan_injected(plan, self.model, config, name, active=active, precision=precision)
+        self._plan_known(plan, name, config)
 
-    def load(
-        self,
-        name: str,
-        config: Any,
-        folder: Opened,
-        *,
-        trainable: bool,
-        active: bool,
-        precision: Precision = AUTOCAST,
-        key_mapping: Mapping[str, str] | None = None,
-    ) -> list[str]:
-        """Add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
+    def _plan_known(self, plan: Plan, name: str, config: Any) -> None:
+        """Plan what this remembers of an adapter that has been planned."""
+        plan.entry(self.peft_config, name, config)
+        plan.set(self, _head=head_of(self.model, plan))
+
+    def plan_loaded(self, plan: Plan, name: str, config: Any, folder: Opened, how: LoadOptions) -> list[str]:
+        """Plan to add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
         where = folder.where
-        with patterns.limited(CheckpointError, where), exclusive({"": self.model}), inside(where, config=True):
-            source = mapped(tensors_in(folder), key_mapping) if key_mapping else folder
-            return self._load(name, config, source, trainable, active, precision)
+        with patterns.limited(CheckpointError, where), inside(where, config=True):
+            source = mapped(tensors_in(folder), how.key_mapping) if how.key_mapping else folder
+            return self._plan_loaded(plan, name, config, source, how)
 
-    def _load(
-        self, name: str, config: Any, source: Any, trainable: bool, active: bool, precision: Precision
+    def _plan_loaded(
+        self, plan: Plan, name: str, config: Any, source: Opened | dict[str, Tensor], how: LoadOptions
     ) -> list[str]:
         config = resolved(self.model, config)
         config.validate()
-        with replicated(self.model, config, self.peft_config):
-            found = read(self.model, source, config, trainable=trainable, chosen=chosen(self.model, config))
-            check_tying(self.model, config, (*found.wholes, *found.slots))
-            if found.missing:
+        with _replicated(plan, self.model, config, lambda: self.peft_config):
+            file = read(self.model, source, config, trainable=how.trainable, chosen=chosen(self.model, config))
+            check_tying(self.model, config, (*file.wholes, *file.slots))
+            if file.missing:
                 warnings.warn(
-                    f"Found missing adapter keys while loading the checkpoint: {list(found.missing)}.", stacklevel=5
+                    f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.", stacklevel=5
                 )
-            own = base_of(self.model)
-        strength = 1.0 if active else None
-        put(self.model, name, config, found, trainable=trainable, strength=strength, precision=precision)
-        for p in own:
-            p.requires_grad_(False)
-        self.peft_config[name] = config
-        self._head = head_of(self.model)
-        return list(found.missing)
+            strength = 1.0 if how.active else None
+            plan_read(
+                plan,
+                self.model,
+                name,
+                config,
+                file,
+                trainable=how.trainable,
+                strength=strength,
+                precision=how.precision,
+            )
+        plan_frozen(plan, self.model)
+        self._plan_known(plan, name, config)
+        return list(file.missing)
 
 
 def named(names: str | Sequence[str]) -> list[str]:

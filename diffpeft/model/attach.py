@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.model.banks import share
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted, components, is_preset, layers_of, select
 from diffpeft.model.weights import unfused
 
@@ -65,8 +63,8 @@ def mix_of(model: nn.Module, walk: Walk | None = None) -> Mix | None:
 
 def mixes_of(parts: Mapping[str, nn.Module], walks: Mapping[str, Walk] | None = None) -> dict[str, Mix]:
     """{component: Mix} of the components that have adapters; `walks` as in `mix_of`."""
-    found = {component: mix_of(model, (walks or {}).get(component)) for component, model in parts.items()}
-    return {component: mix for component, mix in found.items() if mix}
+    mixes = {component: mix_of(model, (walks or {}).get(component)) for component, model in parts.items()}
+    return {component: mix for component, mix in mixes.items() if mix}
 
 
 def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
@@ -120,8 +118,8 @@ def attach(
     """
     parts = components(target)
     check_name(name)
-    given = {"side": side, "dora": dora, "constraint": constraint, "rescale": rescale, "tucker": tucker}
-    options = {key: value for key, value in given.items() if value is not None}
+    keywords = {"side": side, "dora": dora, "constraint": constraint, "rescale": rescale, "tucker": tucker}
+    options = {key: value for key, value in keywords.items() if value is not None}
     method = method_of(config, options)
     config.validate()
     for field_ in _FACADE:
@@ -130,19 +128,10 @@ def attach(
                 f"attach has no use for {field_}", remedy="It is for get_peft_model and inject_adapter_in_model."
             )
     quiet = is_preset(targets or config.target_modules)  # who named the layers should know of small ones
-    with exclusive(parts):
+    addition = Addition(name, config, method, options, generator, quiet=quiet)
+    with planned(parts) as plan:
         chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
-        return attach_to(
-            parts,
-            chosen,
-            config,
-            name,
-            method=method,
-            options=options,
-            generator=generator,
-            dry_run=dry_run,
-            quiet=quiet,
-        )
+        return dry_run_of(parts, chosen, addition) if dry_run else plan_attached(plan, parts, chosen, addition)
 
 
 _FACADE = (
@@ -153,70 +142,117 @@ _FACADE = (
     "layer_replication",
     "ensure_weight_tying",
 )
+Slots = dict[str, dict[str, Slot]]  # {component: {layer: slot}}
 
 
-def attach_to(
+@dataclass(frozen=True)
+class Addition:
+    """An adapter that is to be made afresh.
+
+    Args:
+        strength: None leaves it inactive.
+        quiet: say nothing of layers that are smaller than the rank.
+        trainable: whether its tensors get gradients.
+        wholes: {name: module} of those trained in copies, all of one component; `ties` as in `copy_wholes`.
+        patches: {name: (module, patch)} of modules whose parameters it changes, all of one component.
+        finish: gets a component's layers and their fresh slots, and gives the slots to take.
+        metadata: what a file of the adapter is to hold.
+    """
+
+    name: str
+    config: Any
+    method: type[Method]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    generator: torch.Generator | None = None
+    strength: float | None = 1.0
+    quiet: bool = False
+    trainable: bool = True
+    wholes: Mapping[str, nn.Module] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+    patches: Mapping[str, tuple[nn.Module, Patch]] = field(default_factory=dict)
+    finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def biases(self) -> str:
+        """Which biases are trained: "none", "all", or those of the layers."""
+        return getattr(self.config, "bias", "none")
+
+
+def plan_attached(
+    plan: Plan, parts: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, nn.Module]], new: Addition
+) -> AttachReport:
+    """Plan `attach` for layers that have been chosen, {component: {name: layer}}."""
+    layers, slots = _fresh_slots(parts, chosen, new, dry_run=False)
+    mixes = mixes_of(parts)
+    for component, of_component in slots.items():
+        if not of_component and not new.wholes and not new.patches:
+            continue
+        modules = (*new.wholes, *new.patches)
+        adapter = Adapter(new.name, tuple(of_component), dict(new.metadata), modules=modules)
+        mix = install(plan, component, layers[component], of_component, mixes.get(component), adapter, new.strength)
+        copies = copy_wholes(plan, mix, new.name, new.wholes, ties=new.ties)
+        put_patches(plan, mix, new.name, new.patches)
+        for module in (*of_component.values(), *copies.values(), *(patch for _, patch in new.patches.values())):
+            module.requires_grad_(new.trainable)
+        plan.root(parts[component], mix)
+    return _report(new, slots)
+
+
+def dry_run_of(
+    parts: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, nn.Module]], new: Addition
+) -> AttachReport:
+    """What `plan_attached` would report."""
+    return _report(new, _fresh_slots(parts, chosen, new, dry_run=True)[1])
+
+
+def _fresh_slots(
     parts: Mapping[str, nn.Module],
     chosen: Mapping[str, Mapping[str, nn.Module]],
-    config: Any,
-    name: str,
-    *,
-    method: type[Method],
-    options: Mapping[str, Any] = MappingProxyType({}),
-    generator: torch.Generator | None = None,
-    dry_run: bool = False,
-    quiet: bool = False,
-    strength: float | None = 1.0,
-    wholes: Mapping[str, nn.Module] = MappingProxyType({}),
-    ties: Mapping[str, str] = MappingProxyType({}),
-    finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None,
-    patches: Mapping[str, tuple[nn.Module, Patch]] = MappingProxyType({}),
-    metadata: Mapping[str, str] = MappingProxyType({}),
-) -> AttachReport:
-    """`attach` for layers that have been chosen, {component: {name: layer}}. A strength of None leaves the adapter inactive.
-
-    `wholes` {name: module} are trained in copies (`ties` as in `copy_wholes`), `patches` {name: (module, patch)} change parameters, both of one component.
-    `finish` gets the layers of a component and their fresh slots, and gives the slots to take. `metadata` are what a file of the adapter is to hold.
-    """
-    mixes = mixes_of(parts)
-    refuse_duplicate(name, mixes.values())
-    chosen = {component: dict(found) for component, found in chosen.items()}
+    new: Addition,
+    dry_run: bool,
+) -> tuple[dict[str, dict[str, nn.Module]], Slots]:
+    """The chosen layers, and those whose bias alone is trained; and a fresh slot for each. In a dry run on the meta device."""
+    refuse_duplicate(new.name, mixes_of(parts).values())
+    layers = {component: dict(of_component) for component, of_component in chosen.items()}
     slots = {
-        component: {
-            layer: _fresh(method, config, layer, module, options, generator, dry_run) for layer, module in found.items()
-        }
-        for component, found in chosen.items()
+        component: {layer: _fresh(new, layer, module, dry_run) for layer, module in of_component.items()}
+        for component, of_component in layers.items()
     }
-    if getattr(config, "bias", "none") == "all":
-        for component, model in parts.items():
-            some = chosen[component] or patches
-            other = {n: m for n, m in _biased(model).items() if n not in chosen[component]} if some else {}
-            chosen[component] = {**chosen[component], **other}
-            slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
-    if finish is not None:
-        slots = {component: finish(chosen[component], found) for component, found in slots.items()}
-    for fresh in slots.values():
-        share(fresh)
-    _warn_adjusted(name, slots)
-    large = [] if quiet else [layer for component, found in slots.items() for layer in oversized(found)]
+    if new.biases == "all":
+        _add_biases(parts, new, layers, slots, dry_run)
+    if new.finish is not None:
+        slots = {component: new.finish(layers[component], of_component) for component, of_component in slots.items()}
+    for of_component in slots.values():
+        share(of_component)
+    _warn_adjusted(new.name, slots)
+    large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
-        warnings.warn(f"adapter {name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=3)
-    if not dry_run:
-        plan = Plan()
-        for component, found in slots.items():
-            if found or wholes or patches:
-                own = Adapter(name, tuple(found), dict(metadata), modules=(*wholes, *patches))
-                mix = install(plan, component, chosen[component], found, mixes.get(component), own, strength)
-                copy_wholes(plan, mix, name, wholes, ties=ties)
-                put_patches(plan, mix, name, patches)
-                plan.root(parts[component], mix)
-        plan.commit()
-    tensors = [p for found in slots.values() for slot in found.values() for p in slot.parameters()]
-    tensors += dict.fromkeys(p for _, patch in patches.values() for p in patch.parameters())
-    names = tuple(dotted(component, layer) for component, found in slots.items() for layer in found)
-    return AttachReport(
-        name, names, sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)
-    )
+        warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=4)
+    return layers, slots
+
+
+def _add_biases(
+    parts: Mapping[str, nn.Module],
+    new: Addition,
+    layers: Mapping[str, dict[str, nn.Module]],
+    slots: Slots,
+    dry_run: bool,
+) -> None:
+    """Put the other layers that have a bias into `layers`, with a slot for it, where the adapter is on a component."""
+    for component, model in parts.items():
+        if layers[component] or new.patches:
+            others = {name: m for name, m in _biased(model).items() if name not in layers[component]}
+            layers[component].update(others)
+            slots[component].update({name: _bias_alone(m, dry_run) for name, m in others.items()})
+
+
+def _report(new: Addition, slots: Slots) -> AttachReport:
+    tensors = [p for of_component in slots.values() for slot in of_component.values() for p in slot.parameters()]
+    tensors += dict.fromkeys(p for _, patch in new.patches.values() for p in patch.parameters())
+    names = tuple(dotted(component, layer) for component, of_component in slots.items() for layer in of_component)
+    total = sum(p.numel() for p in tensors)
+    return AttachReport(new.name, names, total, sum(p.numel() * p.element_size() for p in tensors))
 
 
 def copy_wholes(
@@ -226,7 +262,7 @@ def copy_wholes(
     wholes: Mapping[str, nn.Module],
     *,
     still: bool = False,
-    ties: Mapping[str, str] = MappingProxyType({}),
+    ties: Mapping[str, str] | None = None,
 ) -> dict[str, nn.Module]:
     """Plan to give modules a trainable copy each (`still`: one that never is), for the adapter whose layers are planned already; the copies.
 
@@ -243,7 +279,7 @@ def copy_wholes(
         made[where] = bare_copy(module).requires_grad_(not still)
         record = _record(plan, mix, where, module)
         plan.carry(module, replace(record, copies={**record.copies, name: Copy(made[where], still)}))
-    for where, other in ties.items():
+    for where, other in (ties or {}).items():
         made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
 
@@ -271,7 +307,7 @@ def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.
     seen: set[int] = set()
     for where, (module, patch) in patches.items():
         record = _record(plan, mix, where, module)
-        beside = {type(own) for own in (*record.slots.values(), *record.patches.values())} - {type(patch)}
+        beside = {type(held) for held in (*record.slots.values(), *record.patches.values())} - {type(patch)}
         inside = [r for m in module.modules() if m is not module and (r := plan.record_of(m))]
         if (beside and site_of(base_class(module)) is None) or any(r.copies or r.patches for r in inside):
             raise AdapterStateError(
@@ -302,24 +338,16 @@ def refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
         )
 
 
-def _fresh(
-    method: type[Method],
-    config: Any,
-    layer: str,
-    module: nn.Module,
-    options: Mapping[str, Any],
-    generator: torch.Generator | None,
-    dry_run: bool,
-) -> Slot:
+def _fresh(new: Addition, layer: str, module: nn.Module, dry_run: bool) -> Slot:
+    """A fresh adapter for one layer."""
     op = op_of(module)
-    site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else generator)
+    site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else new.generator)
     with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
-        fresh = method.init(config, site, **options)
-    tensors = dict(fresh.tensors)
-    if getattr(config, "bias", "none") != "none" and op.bias is not None:
-        tensors[BIAS] = torch.zeros(op.geometry.out, device="meta" if dry_run else "cpu")
-    piece = Piece(method.name, fresh.tensors, fresh.alpha, Spec(op.geometry, fresh.alpha, fresh.options), fresh.frozen)
-    slot = Slot([piece], {k: t for k, t in tensors.items() if k == BIAS}, trainable=True).train(module.training)
+        fresh = new.method.init(new.config, site, **new.options)
+        shift = {BIAS: torch.zeros(op.geometry.out)} if new.biases != "none" and op.bias is not None else {}
+    spec = Spec(op.geometry, fresh.alpha, fresh.options)
+    piece = Piece(new.method.name, fresh.tensors, fresh.alpha, spec, fresh.frozen)
+    slot = Slot([piece], shift, trainable=True).train(module.training)
     return slot if dry_run else slot.to(device_of(module))
 
 
@@ -350,8 +378,8 @@ def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
     """One warning for all layers whose blocks had to be of another size than the config says."""
     adjusted = {
         dotted(component, layer): part.spec.options["adjusted"]
-        for component, found in slots.items()
-        for layer, slot in found.items()
+        for component, of_component in slots.items()
+        for layer, slot in of_component.items()
         for part in slot.parts
         if "adjusted" in part.spec.options
     }
@@ -360,7 +388,7 @@ def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
         warnings.warn(
             f"adapter {name!r}: {asked} does not divide {len(adjusted)} layers, so the nearest number that does was taken "
             f"({used} for the first): {listed(list(adjusted)[:5])}",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
@@ -380,7 +408,7 @@ def install(
     column = {layer: i for i, layer in enumerate(layers)}
     adapters = {**before.adapters, adapter.name: adapter}
     added: Given = {} if strength is None else {adapter.name: strength}
-    choice = before.changed(layers, adapters, lambda given: {**given, **added})
+    choice = before.changed(layers, adapters, lambda strengths: {**strengths, **added})
     plan.set(mix, layers=layers, adapters=adapters, choice=choice)
     columns = torch.arange(len(layers), device="cpu").split(1)
     for layer, slot in slots.items():
@@ -393,48 +421,46 @@ def install(
 
 def detach(target: Any, name: str) -> None:
     """Remove an adapter. With the last one every layer is what it was: class, keys and bytes."""
-    take_off(components(target), {name})
+    parts = components(target)
+    with planned(parts) as plan:
+        plan_removed(plan, parts, {name})
 
 
-def take_off(parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
-    """Remove adapters, or all of them. Raises UnknownNameError for a name that no component has."""
-    with exclusive(parts):
-        plan = Plan()
-        plan_taken_off(plan, parts, names)
-        plan.commit()
-
-
-def plan_taken_off(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
-    """Plan what `take_off` does."""
+def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
+    """Plan to take adapters, or all of them, off every component that has them. Raises UnknownNameError for a name that no component has."""
     walks = {component: adapted(model) for component, model in parts.items()}
     mixes = mixes_of(parts, walks)
-    known = {n for mix in mixes.values() for n in mix.adapters}
+    known = {name for mix in mixes.values() for name in mix.adapters}
     for name in sorted((names or set()) - known):
         raise UnknownNameError.of("adapter", name, known)
+    going = known if names is None else names
     for component, mix in mixes.items():
-        gone = {*mix.adapters} & (known if names is None else names)
-        if gone:
-            _remove(plan, parts[component], mix, walks[component], gone)
+        if going & {*mix.adapters}:
+            _remove(plan, parts[component], mix, walks[component], going)
 
 
 def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str]) -> None:
-    """Plan to take adapters off a component. If one of them is fused, all are taken out of the weights."""
+    """Plan to take adapters off a component. If one of them is in the weights, the weights become what they were."""
     check_idle(mix, names)
-    adapters = {n: a for n, a in mix.adapters.items() if n not in names}
-    choice = mix.changed(mix.layers, adapters, lambda given: {n: s for n, s in given.items() if n not in names})
-    out = bool(names & set(mix.fused))
-    plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else mix.fused)
+    before = plan.view(mix)
+    out = bool(names & {*before.fused})
+    adapters = {name: adapter for name, adapter in before.adapters.items() if name not in names}
+    choice = before.changed(
+        before.layers, adapters, lambda strengths: {n: s for n, s in strengths.items() if n not in names}
+    )
+    plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else before.fused)
     plan.root(model, mix)
-    for layer, module, record in walk:
-        if record.mix is not mix:
+    for layer, module, _ in walk:
+        record = plan.record_of(module)
+        if record is None or record.mix is not mix:
             continue
         weights = None
         if out and record.fused:
             record, weights = unfused(layer, module, record)
-        left = record.without(names)
-        if weights is not None or left is not record:
+        remaining = record.without(names)
+        if weights is not None or remaining is not record:
             refuse_foreign(layer, module)
-            plan.carry(module, left, weights)
+            plan.carry(module, remaining, weights)
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

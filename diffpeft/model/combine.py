@@ -24,9 +24,8 @@ from diffpeft.methods.config import check_choice, check_rank, is_fp32
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.model.attach import install, mixes_of, refuse_duplicate
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted, adapted_layers, components
 
 Factors = tuple[Tensor, Tensor]  # A [r, columns], B [out, r]: an update B A
@@ -62,35 +61,39 @@ def to_lora(
     if energy is not None and (rank is not None or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise ConfigError(f"energy is {energy!r}", remedy="It is a share above 0 and at most 1, given instead of rank.")
     parts = components(target)
-    with exclusive(parts):
-        return _to_lora(parts, adapter, name, rank, energy)
+    with planned(parts) as plan:
+        return _plan_lora(plan, parts, adapter, name, rank, energy)
 
 
-def _to_lora(
-    parts: Mapping[str, nn.Module], adapter: str, name: str | None, rank: int | None, energy: float | None
+def _plan_lora(
+    plan: Plan,
+    parts: Mapping[str, nn.Module],
+    adapter: str,
+    name: str | None,
+    rank: int | None,
+    energy: float | None,
 ) -> dict[str, float]:
     mixes = mixes_of(parts)
     _known([adapter], mixes)
     if name is not None:
         _check_new(name, mixes)
-    plan, lost = Plan(), {}
+    residuals: dict[str, float] = {}
     for component, mix in mixes.items():
         if adapter not in mix.adapters:
             continue
         slots = {}
         for layer, module, old in _slots(parts[component], adapter):
             update = _update(module, old)
-            factors = update.factors if update.factors is not None else _whole(update.delta)
+            factors = update.factors if update.factors is not None else _full_rank(update.delta)
             if len(factors[0]) and (rank is not None or energy is not None):
                 factors = _shortened(factors, rank, energy)
-            lost[dotted(component, layer)] = _residual(update.delta, factors)
+            residuals[dotted(component, layer)] = _residual(update.delta, factors)
             slots[layer] = _lora(module, factors, update.shift, old.weight.requires_grad)
         if name is None:
             _plan_replaced(plan, parts[component], mix, adapter, slots)
         else:
             _plan_added(plan, parts[component], component, mix, name, slots)
-    plan.commit()
-    return lost
+    return residuals
 
 
 def combine(
@@ -121,6 +124,35 @@ def combine(
         check_rank("rank", rank)
     if not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ConfigError(f"density is {density!r}", remedy="It is a share above 0 and at most 1.")
+    parts = components(target)
+    with planned(parts) as plan:
+        slots, residuals = combined(
+            parts, weights, name, lambda updates: _combined(how, updates, rank, density, majority_sign)
+        )
+        for component, mix in mixes_of(parts).items():
+            if slots[component]:
+                _plan_added(plan, parts[component], component, mix, name, slots[component])
+    return residuals
+
+
+Updates = list[tuple[float, Update]]  # of one layer, with their weights
+
+
+def exact_sum(updates: Updates) -> tuple[Factors, Tensor]:
+    """The factors of a sum, side by side."""
+    return _combined("cat", updates, None, 1, "total")
+
+
+def combined(
+    parts: Mapping[str, nn.Module],
+    weights: Mapping[str, float],
+    name: str,
+    put_together: Callable[[Updates], tuple[Factors, Tensor]],
+) -> tuple[dict[str, dict[str, Slot]], dict[str, float]]:
+    """Frozen slots of a new LoRA, by component and layer, that is made of others, and {layer: norm of what is lost / of the sum}.
+
+    Raises UnknownNameError, AdapterStateError or ConfigError.
+    """
     for adapter, weight in weights.items():
         if not is_fp32(weight):
             raise ConfigError(
@@ -128,55 +160,45 @@ def combine(
             )
     if not weights:
         raise ConfigError("weights is empty", remedy="Give {adapter: weight}.")
-    parts = components(target)
-    with exclusive(parts):
-        return _combine(parts, weights, name, lambda found: _combined(how, found, rank, density, majority_sign))
-
-
-def _combine(
-    parts: Mapping[str, nn.Module],
-    weights: Mapping[str, float],
-    name: str,
-    combined: Callable[[list[tuple[float, Update]]], tuple[Factors, Tensor]],
-) -> dict[str, float]:
     mixes = mixes_of(parts)
     _known(weights, mixes)
     _check_new(name, mixes)
-    plan, lost = Plan(), {}
-    for component, mix in mixes.items():
-        updates: dict[str, list[tuple[float, Update]]] = {}
-        modules = {}
-        for adapter, weight in weights.items():
-            for layer, module, slot in _slots(parts[component], adapter):
-                updates.setdefault(layer, []).append((weight, _update(module, slot)))
-                modules[layer] = module
-        slots = {}
-        for layer, found in updates.items():
-            factors, whole = combined(found)
-            shifts = [w * u.shift for w, u in found if u.shift is not None]
-            lost[dotted(component, layer)] = _residual(whole, factors)
-            slots[layer] = _lora(modules[layer], factors, sum(shifts) if shifts else None, False)  # type: ignore[arg-type]
-        if slots:
-            _plan_added(plan, parts[component], component, mix, name, slots)
-    plan.commit()
-    return lost
+    slots: dict[str, dict[str, Slot]] = {component: {} for component in mixes}
+    residuals: dict[str, float] = {}
+    for component in mixes:
+        for layer, (module, updates) in _updates(parts[component], weights).items():
+            factors, total = put_together(updates)
+            shifts = [w * u.shift for w, u in updates if u.shift is not None]
+            shift = sum(shifts[1:], shifts[0]) if shifts else None
+            residuals[dotted(component, layer)] = _residual(total, factors)
+            slots[component][layer] = _lora(module, factors, shift, False)
+    return slots, residuals
+
+
+def _updates(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[nn.Module, Updates]]:
+    """{layer: (its module, what adapters do to it, with their weights)}."""
+    by_layer: dict[str, tuple[nn.Module, Updates]] = {}
+    for adapter, weight in weights.items():
+        for layer, module, slot in _slots(model, adapter):
+            by_layer.setdefault(layer, (module, []))[1].append((weight, _update(module, slot)))
+    return by_layer
 
 
 def _combined(
-    how: str, found: list[tuple[float, Update]], rank: int | None, density: float, majority_sign: str
+    how: str, updates: Updates, rank: int | None, density: float, majority_sign: str
 ) -> tuple[Factors, Tensor]:
     """The factors for one layer, and the sum that they stand for."""
-    weights, deltas = [w for w, _ in found], [u.delta for _, u in found]
+    weights, deltas = [w for w, _ in updates], [u.delta for _, u in updates]
     if how == "cat":
-        whole = merged("linear", deltas, weights, 1, majority_sign)
-        pairs = [(w, u.factors or _whole(u.delta)) for w, u in found]
+        total = merged("linear", deltas, weights, 1, majority_sign)
+        pairs = [(w, u.factors or _full_rank(u.delta)) for w, u in updates]
         factors = torch.cat([A for _, (A, _) in pairs]), torch.cat([w * B for w, (_, B) in pairs], 1)
-        cut = factors if len(factors[0]) <= min(whole.shape) else _whole(whole)
-        return (cut if rank is None else _shortened(cut, rank, None)), whole
-    whole = merged(how, deltas, weights, density, majority_sign)
+        cut = factors if len(factors[0]) <= min(total.shape) else _full_rank(total)
+        return (cut if rank is None else _shortened(cut, rank, None)), total
+    total = merged(how, deltas, weights, density, majority_sign)
     if how == "linear" and rank is None:
-        return _whole(whole), whole
-    return _shortened(_whole(whole), rank or max(u.rank for _, u in found), None), whole
+        return _full_rank(total), total
+    return _shortened(_full_rank(total), rank or max(u.rank for _, u in updates), None), total
 
 
 def _known(names: Iterable[str], mixes: Mapping[str, Mix]) -> None:
@@ -213,9 +235,9 @@ def _update(module: Any, slot: Slot) -> Update:
                 where=dotted(record.mix.component, record.mix.layers[record.index]),
                 remedy="Load the model again to get its own weights.",
             )
-        own = record.base if record.base is not None else weights_of(module)
-        W = (op.weight() if op.backend else op.canonical(own["weight"])).to(slot.weight.device, dtype)
-        bias = own["bias"].to(W) if "bias" in own else None
+        base = record.base if record.base is not None else weights_of(module)
+        W = (op.weight() if op.backend else op.canonical(base["weight"])).to(slot.weight.device, dtype)
+        bias = base["bias"].to(W) if "bias" in base else None
         whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
         return Update(delta, factors, slot.rank, whole.shift(dtype, bias))
@@ -230,7 +252,7 @@ def _nothing(slot: Slot, op: Any, dtype: torch.dtype) -> Factors:
     return nothing.view(0, op.geometry.columns), nothing.view(op.geometry.out, 0)
 
 
-def _whole(delta: Tensor) -> Factors:
+def _full_rank(delta: Tensor) -> Factors:
     """A matrix as a product with an identity: exact, at the full rank."""
     o, columns = delta.shape
     eye = torch.eye(min(o, columns), dtype=delta.dtype, device=delta.device)
@@ -249,8 +271,8 @@ def _shortened(factors: Factors, rank: int | None, energy: float | None) -> Fact
     U, S, Vh = torch.linalg.svd(Rb @ Ra.t(), full_matrices=False)
     if rank is None:
         assert energy is not None
-        kept = S.double().square().cumsum(0)
-        rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1
+        share = S.double().square().cumsum(0)
+        rank = int((share < energy * share[-1] * (1 - 1e-12)).sum()) + 1
     root = S[:rank].sqrt()
     return root[:, None] * (Vh[:rank] @ Qa.t()), Qb @ U[:, :rank] * root
 
@@ -285,7 +307,7 @@ def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Map
             f"adapter {shown(name)} is fused", remedy="Call unfuse first, or give the LoRA a name=."
         )
     for layer, module, _ in _slots(model, name):
-        record = record_of(module)
+        record = plan.record_of(module)
         assert record is not None
         plan.carry(module, replace(record, slots={**record.slots, name: slots[layer]}))
     plan.root(model, mix)

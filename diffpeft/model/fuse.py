@@ -18,9 +18,8 @@ from diffpeft.layers.carried import Record
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
 from diffpeft.layers.patches import Patch
 from diffpeft.model.attach import mixes_of
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix
-from diffpeft.model.plan import Plan, Put
+from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
@@ -41,19 +40,28 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
     if keep_base not in ("cpu", "none"):
         raise ConfigError(f"keep_base is {shown(keep_base)}", remedy="It is 'cpu' or 'none'.")
     parts = components(target)
-    with exclusive(parts):
-        mixes = mixes_of(parts)
-        chosen = _chosen(names, mixes)
-        plan = Plan()
-        for component, mix in mixes.items():
-            refuse_changing(mix, chosen)
-            given = {n: mix.choice.given[n] for n in mix.choice.order if n in chosen and n not in mix.fused}
-            if given:
-                _plan_component(plan, parts[component], mix, [*mix.fused, *given], keep_base)
-                plan.set(mix, fused={**mix.fused, **given})
-        if not plan.changed:
-            warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=2)
-        plan.commit()
+    with planned(parts) as plan:
+        plan_fused(plan, parts, names, keep_base)
+
+
+def plan_fused(
+    plan: Plan, parts: Mapping[str, nn.Module], names: str | Sequence[str] | None = None, keep_base: str = "cpu"
+) -> None:
+    """Plan what `fuse` does. Raises what it raises."""
+    mixes = mixes_of(parts)
+    before = {component: plan.view(mix) for component, mix in mixes.items()}
+    chosen = _chosen(names, before)
+    idle = True
+    for component, mix in mixes.items():
+        now = before[component]
+        refuse_changing(now, chosen)
+        fresh = {n: now.choice.given[n] for n in now.choice.order if n in chosen and n not in now.fused}
+        if fresh:
+            _plan_component(plan, parts[component], mix, [*now.fused, *fresh], keep_base)
+            plan.set(mix, fused={**now.fused, **fresh})
+            idle = False
+    if idle:
+        warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=3)
 
 
 def unfuse(target: Any) -> None:
@@ -62,21 +70,20 @@ def unfuse(target: Any) -> None:
     Raises AdapterStateError if the base was not kept.
     """
     parts = components(target)
-    with exclusive(parts):
-        plan = Plan()
-        for component, mix in mixes_of(parts).items():
-            plan_unfused(plan, parts[component], mix)
-        plan.commit()
+    with planned(parts) as plan:
+        plan_unfused(plan, parts)
 
 
-def plan_unfused(plan: Plan, model: nn.Module, mix: Mix) -> None:
-    """Plan to restore the weights of a component."""
-    if not mix.fused:
-        return
-    for layer, module, record in adapted(model):
-        if record.mix is mix and record.fused:
-            plan.carry(module, *unfused(layer, module, record))
-    plan.set(mix, fused={})
+def plan_unfused(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
+    """Plan to restore the weights of these components."""
+    for component, mix in mixes_of(parts).items():
+        if not plan.view(mix).fused:
+            continue
+        for layer, module, _ in adapted(parts[component]):
+            record = plan.record_of(module)
+            if record is not None and record.mix is mix and record.fused:
+                plan.carry(module, *unfused(layer, module, record))
+        plan.set(mix, fused={})
 
 
 def _chosen(names: str | Sequence[str] | None, mixes: Mapping[str, Mix]) -> set[str]:
@@ -113,26 +120,25 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
     """Plan the weights of one component with exactly `names` in them."""
     refuse_hooked(model)
     owners, scratch, walk = owners_of(model), Scratch(), adapted(model)
+    choice = plan.view(mix).choice
     count_twins_once(walk, owners)
     shared: dict[int, Tensor] = {}
     patched: list[tuple[nn.Module, Record]] = []
     puts: list[Put] = []
-    for layer, module, record in walk:
+    for layer, module, _ in walk:
+        record = plan.record_of(module)
+        assert record is not None
         inside = [n for n in names if n in record.slots or n in record.patches]
         if record.mix is not mix or not set(inside) - record.fused:
             continue
-        check_order(layer, record, inside, mix.choice)
+        check_order(layer, record, inside, choice)
         refuse_unfit(layer, module, record, owners)
-        if record.fused and record.base is None:
-            raise AdapterStateError(
-                f"layer {shown(layer)} was fused with keep_base='none'",
-                remedy="Fuse all adapters at once, or keep the base.",
-            )
+        _refuse_baseless(layer, record)
         refuse_changed(layer, module, record)
         base = based(module, record)
-        weights = fused_weights(layer, module, base, record.steps(mix.choice, inside), scratch)
-        kept = {name: t.to("cpu") for name, t in base.items()} if keep_base == "cpu" else None
-        fused = replace(record, fused=frozenset(inside), base=kept, sample=sampled(weights))
+        weights = fused_weights(layer, module, base, record.steps(choice, inside), scratch)
+        kept_base = {name: t.to("cpu") for name, t in base.items()} if keep_base == "cpu" else None
+        fused = replace(record, fused=frozenset(inside), base=kept_base, sample=sampled(weights))
         if record.patches:
             patched.append((module, fused))
             puts += [(module._parameters, name, t) for name, t in weights.items()]
@@ -144,6 +150,15 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
         table = module._parameters
         new = {name: parted[id(table), name] for name in table if (id(table), name) in parted}
         plan.carry(module, replace(fused, parted={**new, **fused.parted}))
+
+
+def _refuse_baseless(layer: str, record: Record) -> None:
+    """Raise AdapterStateError for a module whose parameters have something in them, and that does not know what they were."""
+    if record.fused and record.base is None:
+        raise AdapterStateError(
+            f"layer {shown(layer)} was fused with keep_base='none'",
+            remedy="Fuse all adapters at once, or keep the base.",
+        )
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:
@@ -161,9 +176,9 @@ def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice
         )
 
 
-def _commutes(own: Any) -> bool:
+def _commutes(module: Any) -> bool:
     """Whether a slot or a patch does the same before and after others of its kind."""
-    return own.commutes if isinstance(own, Patch) else all(part.additive for part in own.parts)
+    return module.commutes if isinstance(module, Patch) else all(part.additive for part in module.parts)
 
 
 def owners_of(model: nn.Module) -> dict[int, int]:
@@ -179,9 +194,9 @@ def owners_of(model: nn.Module) -> dict[int, int]:
 def refuse_hooked(model: nn.Module) -> None:
     """Raise AdapterStateError if diffusers' hooks keep a model's weights elsewhere, or in another dtype, between calls."""
     for name, module in model.named_modules():
-        found = STORING_HOOKS & {*diffusers_hooks(module)}
-        if found:
-            raise unfit(name, f"diffusers' {min(found).replace('_', ' ')} holds its weight")
+        hooks = STORING_HOOKS & {*diffusers_hooks(module)}
+        if hooks:
+            raise unfit(name, f"diffusers' {min(hooks).replace('_', ' ')} holds its weight")
 
 
 def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[int, int]) -> None:

@@ -23,11 +23,10 @@ from diffpeft.layers.patches import Patch
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide_dtype
-from diffpeft.model.attach import mixes_of, refuse_foreign
+from diffpeft.model.attach import Walk, mixes_of, refuse_foreign
 from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
-from diffpeft.model.plan import Plan, Put
+from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
 from diffpeft.model.weights import based, refuse_changed, unfit, unfused
@@ -53,16 +52,18 @@ def merge_for_good(
     has changed.
     """
     parts = components(model)
-    with exclusive(parts):
-        plan, errors = plan_merged(parts, names, dequantize=dequantize)
-        plan.commit()
-    return errors
+    with planned(parts) as plan:
+        return plan_merged(plan, parts, names, dequantize=dequantize)
 
 
 def plan_merged(
-    parts: Mapping[str, nn.Module], names: str | Sequence[str] | None = None, *, dequantize: bool = False
-) -> tuple[Plan, dict[str, float]]:
-    """`merge_for_good` of these components up to its commit: the plan, and the relative error of each layer."""
+    plan: Plan,
+    parts: Mapping[str, nn.Module],
+    names: str | Sequence[str] | None = None,
+    *,
+    dequantize: bool = False,
+) -> dict[str, float]:
+    """Plan `merge_for_good` of these components. -> the relative error of each layer."""
     walks = {component: adapted(part) for component, part in parts.items()}
     mixes = mixes_of(parts, walks)
     known = {n for mix in mixes.values() for n in mix.adapters}
@@ -70,23 +71,15 @@ def plan_merged(
     for name in wanted or ():
         if name not in known:
             raise UnknownNameError.of("adapter", name, known)
-    plan, errors = Plan(), {}
+    errors: dict[str, float] = {}
     for component, mix in mixes.items():
-        merger = _merger(parts[component], mix, wanted, dequantize)
+        merger = _merger(parts[component], plan.view(mix), wanted, dequantize)
         count_twins_once(walks[component], merger.owners)
-        own = [carried for carried in walks[component] if carried[2].mix is mix]
-        for only_slots in (False, True):  # what may be parted from others first: then layers' weights are their own
-            for layer, module, record in own:
-                if only_slots == bool(record.copies or record.patches):
-                    continue
-                error = merger.plan(plan, layer, module, record)
-                if error is not None:
-                    errors[dotted(component, layer)] = error
-            spread(plan, merger.puts, merger.owners)
-            merger.puts.clear()
+        of_layers = merger.plan_all(plan, [carried for carried in walks[component] if carried[2].mix is mix])
+        errors |= {dotted(component, layer): error for layer, error in of_layers.items()}
         plan.set(mix, adapters={}, choice=Choice(), fused={})
         plan.root(parts[component], mix)
-    return plan, errors
+    return errors
 
 
 _LAYERS = ("weight", "bias")  # the parameters that a slot may change
@@ -103,6 +96,20 @@ class _Merger:
     shared: dict[int, torch.Tensor]  # the new numbers of weights, by the parameter's id: layers may share one
     dtype: torch.dtype | None  # of plain layers in place of quantised ones
     puts: list[Put] = field(default_factory=list)  # of what may be shared, and be parted
+
+    def plan_all(self, plan: Plan, walk: Walk) -> dict[str, float]:
+        """Plan to make modules plain. -> the relative error of each layer."""
+        errors: dict[str, float] = {}
+        for only_slots in (False, True):  # what may be parted from others first: then layers' weights are their own
+            for layer, module, record in walk:
+                if only_slots == bool(record.copies or record.patches):
+                    continue
+                error = self.plan(plan, layer, module, record)
+                if error is not None:
+                    errors[layer] = error
+            spread(plan, self.puts, self.owners)
+            self.puts.clear()
+        return errors
 
     def plan(self, plan: Plan, layer: str, module: nn.Module, record: Record) -> float | None:
         """Plan to make a module plain. The relative error of a layer's weight, or None if no slot goes into it."""
@@ -141,14 +148,14 @@ class _Merger:
         plan.carry(module, None)
         self.puts += [
             (table, name, theirs[name].data)
-            for own, other in zip(bare(module).modules(), copy.module.modules(), strict=True)
-            for table, theirs in ((own._parameters, other._parameters), (own._buffers, other._buffers))
+            for inner, other in zip(bare(module).modules(), copy.module.modules(), strict=True)
+            for table, theirs in ((inner._parameters, other._parameters), (inner._buffers, other._buffers))
             for name, tensor in table.items()
             if tensor is not None
         ]
         if len(steps) == 1:
             return None
-        names = dict.fromkeys(n for own, _ in steps[1:] for n in (own.names if isinstance(own, Patch) else _LAYERS))
+        names = dict.fromkeys(n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else _LAYERS))
         base = {n: p.data for n in names if (p := copy.module._parameters.get(n)) is not None}
         weights, error = _merged(layer, module, base, base, steps[1:])
         self.puts += [(module._parameters, name, t) for name, t in weights.items()]
@@ -183,10 +190,10 @@ class _Merger:
         with torch.no_grad():
             base = {"weight": op_of(module).weight(), **({} if module.bias is None else {"bias": module.bias.data})}
         plain = backend.plain(module, self.dtype or backend.computes_in(module), base["weight"].device)
-        own: Any = site_of(type(plain))
-        like = {"weight": own(plain).canonical(plain.weight), **({} if plain.bias is None else {"bias": plain.bias})}
+        site: Any = site_of(type(plain))
+        like = {"weight": site(plain).canonical(plain.weight), **({} if plain.bias is None else {"bias": plain.bias})}
         weights, error = _merged(layer, module, base, like, steps)
-        plain.weight = nn.Parameter(own(plain).stored(weights["weight"]).contiguous(), requires_grad=False)
+        plain.weight = nn.Parameter(site(plain).stored(weights["weight"]).contiguous(), requires_grad=False)
         if "bias" in weights:
             plain.bias = nn.Parameter(weights["bias"], requires_grad=module.bias.requires_grad)
         plan.carry(module, None)
@@ -200,11 +207,11 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
     active = mix.choice.order
     chosen = {*active} if names is None else {*names}
     refuse_changing(mix, chosen)
-    given: dict[str, Any] = {}
+    strengths: dict[str, Any] = {}
     if not mix.choice.rows:
-        given = {n: mix.choice.given[n] for n in active if n in chosen}
-    given |= {n: 1.0 for n in names or () if n in mix.adapters and n not in given}
-    choice = choose(mix.component, mix.layers, mix.adapters, given)
+        strengths = {n: mix.choice.given[n] for n in active if n in chosen}
+    strengths |= {n: 1.0 for n in names or () if n in mix.adapters and n not in strengths}
+    choice = choose(mix.component, mix.layers, mix.adapters, strengths)
     refuse_hooked(model)
     return _Merger(model, choice, dequantize, owners_of(model), {}, _activations(model))
 

@@ -1,7 +1,8 @@
 """Plan: the writes of an operation, prepared before any is made. Plans compose, and a commit makes all of their writes or none.
 
 Everything that can fail happens while a plan is made. What is written is of few kinds, each with its way back; a commit that is interrupted goes
-that way for all that it has written.
+that way for all that it has written. An operation is `with planned(parts) as plan:` around one or several functions that add to the plan; what they
+plan on is what the plan has already (`view`, `record_of`). Why: docs/decisions/014-operations-are-plans.md.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 
 from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of, state_with
 from diffpeft.layers.hooks import reapply_offloading
+from diffpeft.model.journal import ABSENT, Journal, put_back
+from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Mix
 from diffpeft.model.root import settle
 from diffpeft.model.target import COMPILED
 
 # a module's table of parameters or buffers, a name in it, and new numbers or another parameter
 Put = tuple[dict[str, Any], str, Any]
-
-ABSENT: Any = object()  # what an attribute or an entry is that is not there
 
 
 class Write(Protocol):
@@ -53,20 +54,6 @@ class Layer:
 
     def put(self, value: State) -> None:
         enter(self.module, value)
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Other numbers for a parameter or buffer, in memory of their own."""
-
-    tensor: Tensor
-    value: Tensor
-
-    def present(self) -> Tensor:
-        return self.tensor.data
-
-    def put(self, value: Tensor) -> None:
-        self.tensor.data = value
 
 
 @dataclass(frozen=True)
@@ -110,17 +97,20 @@ class Entry:
     name: str
     value: Any
 
-    def present(self) -> list[tuple[str, Any]]:
-        return list(self.table.items())  # all of them: they come back in the order that they had
+    def present(self) -> _Items:
+        return _Items(self.table)  # all of them: they come back in the order that they had
 
     def put(self, value: Any) -> None:
-        if isinstance(value, list):
-            self.table.clear()
-            self.table.update(value)
+        if isinstance(value, _Items):
+            put_back(self.table, value)
         elif value is ABSENT:
             self.table.pop(self.name, None)
         else:
             self.table[self.name] = value
+
+
+class _Items(dict[str, Any]):
+    """What a table held."""
 
 
 @dataclass
@@ -129,7 +119,10 @@ class Plan:
 
     writes: list[Write] = field(default_factory=list)
     roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
-    _records: dict[int, Record | None] = field(default_factory=dict)
+    _records: dict[int, Record | None] = field(default_factory=dict)  # what modules will carry, by id
+    _replaced: dict[int, nn.Module] = field(
+        default_factory=dict
+    )  # the modules in the place of others, by the others' id
     _before: list[tuple[Write, Any]] | None = None  # while it is made and afterwards: the way back
 
     @property
@@ -142,13 +135,17 @@ class Plan:
         """{(id of a table, name): what will be there}."""
         return {(id(write.table), write.name): write.value for write in self.writes if isinstance(write, Entry)}
 
+    def standing(self, module: nn.Module) -> nn.Module:
+        """The module that will be in a module's place."""
+        return self._replaced.get(id(module), module)
+
     def record_of(self, module: nn.Module) -> Record | None:
         """What a module will carry: for planning on."""
         return self._records[id(module)] if id(module) in self._records else record_of(module)
 
     def carry(self, module: nn.Module, record: Record | None, weights: Mapping[str, Tensor] | None = None) -> None:
         """A module is to carry something else, or nothing, and have other parameters (a Parameter), or other numbers in those that it has."""
-        others = {name: own for name, own in (weights or {}).items() if isinstance(own, nn.Parameter)}
+        others = {name: w for name, w in (weights or {}).items() if isinstance(w, nn.Parameter)}
         for name, parameter in others.items():
             self.entry(module._parameters, name, parameter)
         numbers: Parameters | None = None if weights is None else {n: w for n, w in weights.items() if n not in others}
@@ -156,8 +153,8 @@ class Plan:
         self._records[id(module)] = record
 
     def numbers(self, tensor: Tensor, value: Tensor) -> None:
-        """A parameter or buffer is to have other numbers."""
-        self.writes.append(Numbers(tensor, value))
+        """A parameter or buffer is to have other numbers, in memory of their own."""
+        self.set(tensor, data=value)
 
     def fill(self, tensor: Tensor, value: Tensor) -> None:
         """A tensor is to have other numbers in the memory that it has."""
@@ -169,6 +166,8 @@ class Plan:
 
     def entry(self, table: dict[str, Any], name: str, value: Any = ABSENT) -> None:
         """An entry of a table is to be another, or to be gone."""
+        if isinstance(value, nn.Module) and name in table:
+            self._replaced[id(table[name])] = value
         self.writes.append(Entry(table, name, value))
 
     def put(self, puts: Iterable[Put]) -> None:
@@ -179,11 +178,26 @@ class Plan:
             else:
                 self.numbers(table[name], new)
 
-    def require_grad(self, module: nn.Module, flag: bool) -> None:
-        """The parameters of a module are to be trained, or not."""
-        for parameter in module.parameters():
+    def require_grad(self, parameters: Iterable[nn.Parameter], flag: bool) -> None:
+        """Parameters are to be trained, or not."""
+        for parameter in parameters:
             if parameter.requires_grad != flag:
                 self.set(parameter, requires_grad=flag)
+
+    def evaluate(self, model: nn.Module) -> None:
+        """A model is to be in evaluation, with all that it will carry."""
+        for outer in (model, *self._fresh()):
+            for module in outer.modules():
+                if module.training:
+                    self.set(module, training=False)
+
+    def _fresh(self) -> Iterator[nn.Module]:
+        """The modules that are planned to be somewhere in the model."""
+        for write in list(self.writes):
+            if isinstance(write, Layer):
+                yield from filter(None, (write.value.adapters, write.value.copies))
+            elif isinstance(write, Entry) and isinstance(write.value, nn.Module):
+                yield write.value
 
     def root(self, model: nn.Module, mix: Mix) -> None:
         """A model whose layers change, or whose mix: it may need to be told of calls, and whoever offloads it of its tensors."""
@@ -221,13 +235,31 @@ class Plan:
 
     @contextlib.contextmanager
     def tentative(self) -> Iterator[None]:
-        """The writes are made for what is planned in this block, and undone if it raises."""
+        """For planning on: the writes so far are made in this block and undone at its end. The commit makes them again, with the rest."""
         try:
             self.commit()
             yield
-        except BaseException:
-            self.undo()
-            raise
+        finally:
+            try:
+                self.undo()
+            except BaseException:  # an interrupt
+                self.undo()
+                raise
+
+    @contextlib.contextmanager
+    def recorded(self, model: nn.Module) -> Iterator[None]:
+        """What somebody else's code changes of a model in this block becomes part of the plan, and is undone at the end of the block."""
+        journal = Journal(model)
+        try:
+            yield
+            self.writes += [Entry(*change) for change in journal.entries()]
+            self.writes += [Attribute(*change) for change in journal.attributes()]
+        finally:
+            try:
+                journal.restore()
+            except BaseException:  # an interrupt
+                journal.restore()
+                raise
 
     def _finish(self) -> None:
         """Let the models, and who offloads them, know what is on their layers now."""
@@ -236,6 +268,15 @@ class Plan:
             settle(model, mix)
             if changed:
                 reapply_offloading(getattr(model, COMPILED, model), changed)
+
+
+@contextlib.contextmanager
+def planned(parts: Mapping[str, nn.Module]) -> Iterator[Plan]:
+    """An operation on these components: what this block plans is done at its end, under their locks, as one commit."""
+    with exclusive(parts):
+        plan = Plan()
+        yield plan
+        plan.commit()
 
 
 @contextlib.contextmanager

@@ -184,11 +184,16 @@ class Clock:
         if index is None and begin is None and (new or not counts):
             index = _index(run.values, timestep, length, exact=counts)
         if new or (index is not None and index < run.begin):
-            at, first = index or 0, len(run.values) - (length or 0)
-            run.begin = begin if begin is not None else first if 0 <= first <= at else at
+            run.begin = _begin(len(run.values), index or 0, length or 0) if begin is None else begin
         if hasattr(scheduler, "counter"):
             return scheduler.counter
         return 0 if index is None else index - run.begin
+
+
+def _begin(total: int, index: int, length: int) -> int:
+    """Where in the scheduler's timesteps a run begins that is seen at `index` first: so that `length` are left, if that is no later."""
+    last = total - length
+    return last if 0 <= last <= index else index
 
 
 _COUNTERS = ("step_index", "counter")  # most schedulers; PNDM

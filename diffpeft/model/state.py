@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +12,14 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
+from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped
 from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.layout import DROPOUTS
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.banks import shared_by
+from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted, components
 
 TRAINING = DROPOUTS | {"adjusted", "rank_dropout_scale"}  # no part of what f is
@@ -30,9 +34,57 @@ def slots_of(target: Any, name: str) -> dict[str, Slot]:
     }
 
 
-def slots_in(model: nn.Module, name: str) -> dict[str, Slot]:
-    """{layer: slot} of one adapter on one module."""
-    return {layer: record.slots[name] for layer, _, record in adapted(model) if name in record.slots}
+def slots_in(model: nn.Module, name: str, plan: Plan | None = None) -> dict[str, Slot]:
+    """{layer: slot} of one adapter on one module, as it is or as a plan will have it."""
+    records = ((layer, plan.record_of(m) if plan else record) for layer, m, record in adapted(model))
+    return {layer: record.slots[name] for layer, record in records if record is not None and name in record.slots}
+
+
+def beside_slots(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Module | None:
+    """The copy or the patch that an adapter has, or will have, of the module of this name; None if there is none."""
+    record = plan.record_of(model.get_submodule(where))
+    return None if record is None else next(iter(record.beside(name)), None)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """{name: tensor} of a module without what it carries."""
+    return bare(module).state_dict()
+
+
+def whole_tensors(
+    model: nn.Module, name: str, prefix: str, gathered: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """{PEFT's key: tensor} of the modules that an adapter trains whole, and of those whose parameters it changes."""
+    tensors: dict[str, Tensor] = {}
+    for where, _, record in adapted(model):
+        for module in record.beside(name, hidden=False):
+            at = f"{where}.{COPIES}.{escaped(name)}."
+            for key, tensor in module.state_dict().items():
+                tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
+    return tensors
+
+
+def gathered_slot(layer: str, name: str, slot: Slot, gathered: Mapping[str, Tensor]) -> Slot:
+    """A slot with those of its tensors, by their names in the model, that were gathered from shards."""
+    return _with(slot, _gathered(layer, name, slot, gathered))
+
+
+def _gathered(layer: str, name: str, slot: Slot, gathered: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{role: tensor} of those of a slot's tensors that were gathered from shards."""
+    names = {role: f"{layer}.{ADAPTERS}.{escaped(name)}.{role}" for role in slot.tensors}
+    return {role: gathered[key] for role, key in names.items() if key in gathered}
+
+
+def _with(slot: Slot, tensors: Mapping[str, Tensor]) -> Slot:
+    """A slot with other tensors, by role."""
+    if not tensors:
+        return slot
+    other = copy.copy(slot)
+    other.__dict__["_parameters"] = {
+        role: nn.Parameter(tensors[role], requires_grad=False) if role in tensors else p
+        for role, p in slot._parameters.items()
+    }
+    return other
 
 
 def parameters_of(target: Any, name: str) -> list[nn.Parameter]:
@@ -77,19 +129,19 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
 
 def entries_of(layer: str, slot: Slot) -> list[Entry]:
     """What a slot holds, part by part; a change of the bias goes with the first, or is an entry of its own."""
-    found, tensors = [], _tensors(slot)
+    entries, tensors = [], _tensors(slot)
     for part in slot.parts:
-        own = {role: tensors.pop(role) for role in part.roles}
+        of_part = {role: tensors.pop(role) for role in part.roles}
         if slot.source is None:
-            found.append(_entry(layer, part.method, own, part.alpha, part.spec))
+            entries.append(_entry(layer, part.method, of_part, part.alpha, part.spec))
     for piece in slot.source or ():
-        found.append(_entry(layer, METHODS[piece.method], dict(piece.tensors), piece.alpha, piece.spec))
+        entries.append(_entry(layer, METHODS[piece.method], dict(piece.tensors), piece.alpha, piece.spec))
     if slot.source == ():
         return []
     beside = {role: io.handle(t) for role, t in tensors.items()}
     if beside:
-        found[:1] = [replace(e, tensors={**e.tensors, **beside}) for e in found[:1] or [Entry("full", layer, {})]]
-    return found
+        entries[:1] = [replace(e, tensors={**e.tensors, **beside}) for e in entries[:1] or [Entry("full", layer, {})]]
+    return entries
 
 
 def _entry(layer: str, method: Any, tensors: dict[str, Tensor], alpha: Any, spec: Spec) -> Entry:

@@ -187,6 +187,23 @@ def _for(module: nn.Module, entries: str | Sequence[str]) -> str | Sequence[str]
     return [entry for entry in entries if entry != "*"]
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has without adapters."""
+    return base_class(module)
+
+
+def check_target(module: nn.Module, parent: nn.Module | None, name: str) -> None:
+    """Raise ConfigError for a module that methods do not fit, AdapterStateError for a layer that cannot be adapted."""
+    site = site_of(base_class(module))
+    if site is None or not site.targets:
+        raise ConfigError(
+            f"Target module {shown(name)} is not supported: it is a {base_class(module).__name__}",
+            remedy="Adapters go on linear, convolution and embedding layers.",
+        )
+    if why := refusal(module, parent, name):
+        raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
+
+
 def is_preset(targets: Any) -> bool:
     """Whether these targets are the name of a preset."""
     return isinstance(targets, str) and targets in PRESETS

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from diffpeft.errors import AdapterStateError, shown
-from diffpeft.model.attach import mixes_of, take_off
+from diffpeft.model.attach import mixes_of, plan_removed
 from diffpeft.model.fuse import check_order
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Choice, Mix, Strength, check_rows, claim
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
@@ -52,16 +52,17 @@ def set_adapters(
     one row a prompt. Raises UnknownNameError or ConfigError, in which case nothing has changed.
     """
     parts = components(target)
-    with exclusive(parts):
-        plan = Plan()
+    with planned(parts) as plan:
         plan_mix(plan, target, parts, mix, images_per_prompt)
-        plan.commit()
 
 
-def plan_mix(plan: Plan, target: Any, parts: Mapping[str, nn.Module], given: Any, images_per_prompt: int = 1) -> None:
+def plan_mix(
+    plan: Plan, target: Any, parts: Mapping[str, nn.Module], strengths: Any, images_per_prompt: int = 1
+) -> None:
     """Plan what `set_adapters` does. Raises what it raises."""
     mixes = mixes_of(parts)
-    choices = _choices(target, parts, mixes, given, images_per_prompt)
+    before = {component: plan.view(mix) for component, mix in mixes.items()}
+    choices = _choices(target, parts, before, strengths, images_per_prompt, plan)
     for component, mix in mixes.items():
         plan.set(mix, choice=choices[mix.key])
         plan.root(parts[component], mix)
@@ -80,22 +81,22 @@ def adapters(
     """
     parts = components(target)
     with exclusive(parts):
-        own = mixes_of(parts)
-        choices = _choices(target, parts, own, mix, images_per_prompt)
+        mixes = mixes_of(parts)
+        choices = _choices(target, parts, mixes, mix, images_per_prompt, Plan())
         _check_checkpointing(target)
         block = claim(choices)
-    with rooted(parts, own, block):
+    with rooted(parts, mixes, block):
         yield
 
 
 def _choices(
-    target: Any, parts: Mapping[str, nn.Module], own: Mapping[str, Mix], given: Any, images: int
+    target: Any, parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], strengths: Any, images: int, plan: Plan
 ) -> dict[str, Choice]:
-    """{mix key: choice}, all checked."""
-    check_rows(given, images, own.values(), parts)
+    """{mix key: choice}, all checked against what is there and planned."""
+    check_rows(strengths, images, mixes.values(), parts)
     clock = Clock(None if isinstance(target, nn.Module) else target)
-    choices = {mix.key: mix.chosen(given, clock, images) for mix in own.values()}
-    _check_fused(parts, own, choices)
+    choices = {mix.key: mix.chosen(strengths, clock, images) for mix in mixes.values()}
+    _check_fused(parts, mixes, choices, plan)
     return choices
 
 
@@ -110,7 +111,9 @@ def _check_checkpointing(target: Any) -> None:
             )
 
 
-def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choices: Mapping[str, Choice]) -> None:
+def _check_fused(
+    parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choices: Mapping[str, Choice], plan: Plan
+) -> None:
     """Raise AdapterStateError if a choice would change what is in the weights."""
     for component, mix in mixes.items():
         if not mix.fused:
@@ -122,8 +125,9 @@ def _check_fused(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], choic
                     f"adapter {shown(name)} is fused into {component or 'the model'} at another strength",
                     remedy="Call unfuse first; fused strengths must stay as they are.",
                 )
-        for layer, _, record in adapted(parts[component]):
-            if record.fused:
+        for layer, module, _ in adapted(parts[component]):
+            record = plan.record_of(module)
+            if record is not None and record.fused:
                 for row in rows:
                     check_order(layer, record, [n for n in mix.fused if n in record.fused], row)
 
@@ -139,15 +143,15 @@ def get_adapters(target: Any) -> dict[str, AdapterStatus]:
 
 def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
     slots = slots_of(target, name).values()
-    own = {component: mix for component, mix in mixes.items() if name in mix.adapters}
-    given = [mix.choice.given[name] for mix in own.values() if name in mix.choice.given]
+    having = {component: mix for component, mix in mixes.items() if name in mix.adapters}
+    strengths = [mix.choice.given[name] for mix in having.values() if name in mix.choice.given]
     return AdapterStatus(
         methods=frozenset(method for slot in slots for method in slot.methods),
         ranks=tuple(sorted({slot.rank for slot in slots if slot.parts})),
-        strength=copy.copy(given[0]) if given else 0.0,
-        active=bool(given),
-        fused=any(name in mix.fused for mix in own.values()),
-        components=frozenset(own),
+        strength=copy.copy(strengths[0]) if strengths else 0.0,
+        active=bool(strengths),
+        fused=any(name in mix.fused for mix in having.values()),
+        components=frozenset(having),
         parameters=sum(p.numel() for slot in slots for p in slot.parameters()),
     )
 
@@ -157,4 +161,6 @@ def unload(target: Any, names: str | Sequence[str] | None = None) -> None:
 
     Raises UnknownNameError for a name that is not there, AdapterStateError for one that a running `adapters(...)` block uses.
     """
-    take_off(components(target), None if names is None else {names} if isinstance(names, str) else set(names))
+    parts = components(target)
+    with planned(parts) as plan:
+        plan_removed(plan, parts, None if names is None else {names} if isinstance(names, str) else set(names))

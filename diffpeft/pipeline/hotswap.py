@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Bundle, dotted
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, UnknownNameError, listed, shown
-from diffpeft.layers.slot import Slot, pieces_of
+from diffpeft.layers.slot import Part, Slot, pieces_of
 from diffpeft.methods.layout import OFF
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import mixes_of
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix
-from diffpeft.model.target import adapted, components, layers_of
+from diffpeft.model.plan import Plan, planned
+from diffpeft.model.room import LORAS, fitted
+from diffpeft.model.state import slots_in
+from diffpeft.model.target import components, layers_of
 from diffpeft.pipeline.load import LoadReport, beside_of, opened, report_of
-from diffpeft.pipeline.match import LORAS, fitted, matched
+from diffpeft.pipeline.match import matched
 
 Writes = list[tuple[Tensor, Tensor]]  # a parameter, and what it is to be
-Attributes = list[tuple[Slot | Mix, dict[str, Any]]]  # what is to have them, and what they are to be
+Slots = Mapping[str, Mapping[str, Slot]]  # {component: {layer: slot}}
 
 
 def replace(
@@ -43,70 +45,71 @@ def replace(
     Raises ShapeMismatchError if it does not fit, AdapterStateError while the old one is fused, trained or in use, in which case nothing has changed.
     """
     parts = components(target)
-    with exclusive(parts):
-        return _replace(target, parts, name, source, strict, family, revision, filename)
+    with planned(parts) as plan:
+        mixes = _having(name, mixes_of(parts))
+        slots = {component: slots_in(parts[component], name, plan) for component in mixes}
+        _check_idle(name, mixes, slots)
+        _refuse_trained(name, slots)
+        layers = {component: layers_of(model) for component, model in parts.items()}
+        bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
+        return plan_replaced(plan, parts, name, bundle, strict=strict)
 
 
-def _replace(
-    target: Any,
-    parts: Mapping[str, nn.Module],
-    name: str,
-    source: Any,
-    strict: bool,
-    family: str | None,
-    revision: str | None,
-    filename: str | None,
+def plan_replaced(
+    plan: Plan, parts: Mapping[str, nn.Module], name: str, bundle: Bundle, *, strict: bool = True
 ) -> LoadReport:
-    mixes = mixes_of(parts)
-    known = {n for mix in mixes.values() for n in mix.adapters}
-    if name not in known:
-        raise UnknownNameError.of("adapter", name, known)
-    own = {component: mix for component, mix in mixes.items() if name in mix.adapters}
-    old = {
-        component: {layer: record.slots[name] for layer, _, record in adapted(parts[component]) if name in record.slots}
-        for component in own
-    }
-    _check_idle(name, own, old)
+    """Plan what `replace` does with what was opened, also for an adapter that is trained. Raises what it raises."""
+    mixes = _having(name, mixes_of(parts))
+    old = {component: slots_in(parts[component], name, plan) for component in mixes}
+    _check_idle(name, mixes, old)
     layers = {component: layers_of(model) for component, model in parts.items()}
-    bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
     new, absent = matched(bundle, parts, layers, strict=strict, trainable=False)
-    extra = [dotted(c, layer) for c, found in new.items() for layer in found if layer not in old.get(c, {})]
+    extra = [dotted(c, layer) for c, slots in new.items() for layer in slots if layer not in old.get(c, {})]
     if extra:
         raise ShapeMismatchError(
             f"adapter {shown(name)} has no tensors for {len(extra)} layers of the new one",
             where=f"{bundle.source}: {listed(extra[:5])}",
             remedy="Unload it, and load the new one.",
         )
-    writes: Writes = []
-    for component, found in old.items():
-        for layer, slot in found.items():
-            writes += _writes(slot, new[component].get(layer), f"{bundle.source}: {dotted(component, layer)}")
+    for component, slots in old.items():
+        for layer, slot in slots.items():
+            fresh = new[component].get(layer)
+            for tensor, value in _writes(slot, fresh, f"{bundle.source}: {dotted(component, layer)}"):
+                plan.fill(tensor, value)
+            plan.set(slot, source=pieces_of(fresh) if fresh else ())
     beside = beside_of(bundle, absent)
-    sources: Attributes = [
-        (slot, {"source": pieces_of(fresh) if (fresh := new[component].get(layer)) else ()})
-        for component, found in old.items()
-        for layer, slot in found.items()
-    ]
-    for n, mix in enumerate(own.values()):
-        adapter = Adapter(name, mix.adapters[name].layers, **(beside if n == 0 else {}))
-        sources.append((mix, {"adapters": {**mix.adapters, name: adapter}}))
-    report = report_of(name, bundle, new, absent)
-    _commit(writes, sources)
-    return report
+    for mix in mixes.values():
+        adapters = plan.view(mix).adapters
+        plan.set(mix, adapters={**adapters, name: Adapter(name, adapters[name].layers, **beside)})
+        beside = {}
+    return report_of(name, bundle, new, absent)
 
 
-def _check_idle(name: str, mixes: Mapping[str, Mix], slots: Mapping[str, Mapping[str, Slot]]) -> None:
+def _having(name: str, mixes: Mapping[str, Mix]) -> dict[str, Mix]:
+    """The components that have an adapter. Raises UnknownNameError if none has."""
+    having = {component: mix for component, mix in mixes.items() if name in mix.adapters}
+    if not having:
+        raise UnknownNameError.of("adapter", name, {n for mix in mixes.values() for n in mix.adapters})
+    return having
+
+
+def _refuse_trained(name: str, slots: Slots) -> None:
+    """Raise AdapterStateError for an adapter that is trained."""
+    if any(p.requires_grad for of_component in slots.values() for s in of_component.values() for p in s.parameters()):
+        raise AdapterStateError(
+            f"adapter {shown(name)} is trainable",
+            remedy="Load it without trainable=True, or unload it and load the new one.",
+        )
+
+
+def _check_idle(name: str, mixes: Mapping[str, Mix], slots: Slots) -> None:
+    """Raise AdapterStateError for an adapter that is fused, in use or not here."""
     for mix in mixes.values():
         if name in mix.fused:
             raise AdapterStateError(f"adapter {shown(name)} is fused", remedy="Call unfuse first.")
         if any(name in choice.order for choice in mix.running()):
             raise AdapterStateError(f"adapter {shown(name)} is used by a running adapters(...) block")
-    if any(p.requires_grad for found in slots.values() for slot in found.values() for p in slot.parameters()):
-        raise AdapterStateError(
-            f"adapter {shown(name)} is trainable",
-            remedy="Load it without trainable=True, or unload it and load the new one.",
-        )
-    if any(t.is_meta for found in slots.values() for slot in found.values() for t in slot.tensors.values()):
+    if any(t.is_meta for of_component in slots.values() for s in of_component.values() for t in s.tensors.values()):
         raise AdapterStateError(
             f"the tensors of adapter {shown(name)} are offloaded", remedy="Unload it, and load the new one."
         )
@@ -127,27 +130,34 @@ def _writes(old: Slot, new: Slot | None, where: str) -> Writes:
         )
     writes: Writes = []
     for before, after in zip(old.parts, new.parts, strict=True):
-        own, tensors = old.tensors_of(before), new.tensors_of(after)
-        if before.method.name in LORAS and "lora_mid" not in own and "lora_A" in own:
-            scales = Lora.scale(tensors, after.spec), Lora.scale(own, before.spec)
-            tensors = fitted(tensors, own["lora_A"].shape[0], *scales, where)
-        elif before.additive and before.method.scale(own, before.spec) != after.method.scale(tensors, after.spec):
-            raise ShapeMismatchError("the new adapter has another scale", where=where)
-        elif not before.additive and io.number(before.alpha) != io.number(after.alpha):
-            raise ShapeMismatchError("the new adapter has another bound", where=where)
-        writes += _paired(own, tensors, where)
-    rest = [role for role in old.tensors if not any(role in part.roles for part in old.parts)]
-    theirs = new.tensors
-    return writes + [(old.tensors[r], theirs.get(r, torch.zeros_like(old.tensors[r]))) for r in rest]
+        present = old.tensors_of(before)
+        writes += _paired(present, _as_there(before, present, after, new.tensors_of(after), where), where)
+    beside = [role for role in old.tensors if not any(role in part.roles for part in old.parts)]
+    tensors = new.tensors
+    return writes + [(old.tensors[r], tensors.get(r, torch.zeros_like(old.tensors[r]))) for r in beside]
 
 
-def _paired(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> Writes:
+def _as_there(
+    before: Part, present: Mapping[str, Tensor], after: Part, tensors: dict[str, Tensor], where: str
+) -> Mapping[str, Tensor]:
+    """A part's new tensors, in the shapes and at the scale of those that are there. Raises ShapeMismatchError."""
+    if before.method.name in LORAS and "lora_mid" not in present and "lora_A" in present:
+        scales = Lora.scale(tensors, after.spec), Lora.scale(present, before.spec)
+        return fitted(tensors, present["lora_A"].shape[0], *scales, where)
+    if before.additive and before.method.scale(present, before.spec) != after.method.scale(tensors, after.spec):
+        raise ShapeMismatchError("the new adapter has another scale", where=where)
+    if not before.additive and io.number(before.alpha) != io.number(after.alpha):
+        raise ShapeMismatchError("the new adapter has another bound", where=where)
+    return tensors
+
+
+def _paired(present: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> Writes:
     for role, tensor in tensors.items():
-        if own[role].shape != tensor.shape:
+        if present[role].shape != tensor.shape:
             raise ShapeMismatchError(
-                f"{role} {tuple(tensor.shape)} does not fit into {tuple(own[role].shape)}", where=where
+                f"{role} {tuple(tensor.shape)} does not fit into {tuple(present[role].shape)}", where=where
             )
-    return [(own[role], tensor) for role, tensor in tensors.items()]
+    return [(present[role], tensor) for role, tensor in tensors.items()]
 
 
 def _switched_off(slot: Slot, where: str) -> Writes:
@@ -157,21 +167,3 @@ def _switched_off(slot: Slot, where: str) -> Writes:
             f"the new adapter leaves out a layer that {' and '.join(slot.methods)} cannot leave as it is", where=where
         )
     return [(t, torch.zeros_like(t)) for role, t in slot.tensors.items() if role in OFF]
-
-
-@torch.no_grad()
-def _commit(writes: Writes, attributes: Attributes) -> None:
-    """Make the writes; if one is interrupted, undo those made."""
-    before = [(p, p.detach().clone()) for p, _ in writes]
-    were = [(owner, {name: getattr(owner, name) for name in new}) for owner, new in attributes]
-    try:
-        for p, tensor in writes:
-            p.copy_(tensor)
-        for owner, new in attributes:
-            owner.__dict__.update(new)
-    except BaseException:
-        for p, tensor in before:
-            p.copy_(tensor)
-        for owner, old in were:
-            owner.__dict__.update(old)
-        raise

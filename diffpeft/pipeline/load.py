@@ -32,9 +32,8 @@ from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.model.attach import OVERSIZED, install, mixes_of, oversized, refuse_duplicate
-from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
-from diffpeft.model.plan import Plan
+from diffpeft.model.plan import Plan, planned
 from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, walked
 from diffpeft.pipeline.joint import separated
@@ -102,13 +101,14 @@ def load_lora(
     check_strength(name, weight)
     check_max_rank(max_rank, trainable)
     parts, hints = components(target), Hints(family, revision, filename, alpha)
-    with exclusive(parts), _uncollected():
-        return _loaded(
-            target, parts, source, hints, name, weight, strict=strict, trainable=trainable, max_rank=max_rank
+    with _uncollected(), planned(parts) as plan:
+        return _plan_loaded(
+            plan, target, parts, source, hints, name, weight, strict=strict, trainable=trainable, max_rank=max_rank
         )
 
 
-def _loaded(
+def _plan_loaded(
+    plan: Plan,
     target: object,
     parts: Mapping[str, nn.Module],
     source: Source,
@@ -120,7 +120,7 @@ def _loaded(
     trainable: bool,
     max_rank: int | None,
 ) -> LoadReport:
-    """A load, under the locks of its components: open, match, plan, report, commit."""
+    """Plan a load, under the locks of its components: open, match, plan, report."""
     walks = {component: walked(model) for component, model in parts.items()}
     layers = {component: by_layer for component, (by_layer, _) in walks.items()}
     mixes = mixes_of(parts, {component: adapted for component, (_, adapted) in walks.items()})
@@ -128,10 +128,9 @@ def _loaded(
     bundle = opened(target, source, layers, **hints._asdict())
     with inside(bundle.source):
         slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
-        plan = _planned(name, weight, bundle, slots, absent, parts, layers, mixes)
+        _plan_slots(plan, name, weight, bundle, slots, absent, parts, layers, mixes)
     report = report_of(name, bundle, slots, absent)
     _warn(report, bundle, slots)  # before the commit: a warning may be an error
-    plan.commit()
     return report
 
 
@@ -281,7 +280,8 @@ def _entry_in_memory(entry: Entry) -> Entry:
     )
 
 
-def _planned(
+def _plan_slots(
+    plan: Plan,
     name: str,
     weight: float,
     bundle: Bundle,
@@ -290,9 +290,9 @@ def _planned(
     parts: Mapping[str, nn.Module],
     layers: LayersByComponent,
     mixes: Mapping[str, Mix],
-) -> Plan:
-    """The writes. What the file holds beside the slots goes to the first component that gets some."""
-    plan, changed = Plan(), []
+) -> None:
+    """Plan the slots. What the file holds beside them goes to the first component that gets some."""
+    changed: list[Mix] = []
     beside = beside_of(bundle, absent)
     for component, by_layer in slots.items():
         if by_layer:
@@ -303,7 +303,6 @@ def _planned(
             changed.append(plan.view(mix))
             beside = {}
     check_mix({name: weight}, changed, layers)
-    return plan
 
 
 def beside_of(bundle: Bundle, absent: Sequence[Entry]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +14,6 @@ from diffpeft.bundle import Bundle, Entry, Handle, canonical, dotted, parted
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,
-    ConfigError,
     NonFiniteError,
     ShapeMismatchError,
     UnknownKeysError,
@@ -31,12 +29,11 @@ from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.config import FP32_MAX
 from diffpeft.methods.fit import too_small
 from diffpeft.methods.linalg import is_finite
-from diffpeft.methods.lora import Lora
 from diffpeft.model.banks import share
+from diffpeft.model.room import padded
 from diffpeft.model.target import spellings
 
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
-LORAS = ("lora", "dora")
 HandleOrNumber = TypeVar("HandleOrNumber", Handle, Handle | float | None)  # a tensor, an alpha
 LayersByComponent = Mapping[
     str, Mapping[str, tuple[nn.Module, nn.Module | None]]
@@ -284,34 +281,6 @@ def _refuse_infinite(
         raise NonFiniteError(
             f"layer {shown(entry.layer)} has {wrong}", where=bundle.source, remedy="The file is damaged."
         )
-
-
-def padded(piece: Piece, rank: int, where: str) -> Piece:
-    """A LoRA with room for a rank. Raises ShapeMismatchError for one of a higher rank, ConfigError for another method."""
-    if piece.method not in LORAS or "lora_A" not in piece.tensors or "lora_mid" in piece.tensors:
-        raise ConfigError(f"max_rank is for LoRA and DoRA, this is {piece.method}", where=where)
-    scale = Lora.scale(piece.tensors, piece.spec)
-    tensors = fitted(piece.tensors, rank, scale, scale, where)
-    return replace(piece, tensors=tensors, alpha=scale * rank, spec=replace(piece.spec, alpha=scale * rank))
-
-
-def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, where: str) -> dict[str, Tensor]:
-    """A LoRA's tensors (A [r, i, *k], B [o, r, *1]) with zeros up to a rank, its scale turned into another one. Raises ShapeMismatchError if that cannot be."""
-    A, B = tensors["lora_A"], tensors["lora_B"]
-    room = rank - A.shape[0]
-    if room < 0:
-        raise ShapeMismatchError(
-            f"rank {A.shape[0]} is above {rank}", where=where, remedy="Load the first adapter with a higher max_rank=."
-        )
-    if scale != to and not to:
-        raise ShapeMismatchError(
-            "the first adapter has scale 0", where=where, remedy="Unload it, and load the new one."
-        )
-    if scale != to:
-        B = (B.double() * (scale / to)).to(B.dtype)
-    A = torch.cat([A, A.new_zeros(room, *A.shape[1:])])
-    B = torch.cat([B, B.new_zeros(B.shape[0], room, *B.shape[2:])], 1)
-    return {**tensors, "lora_A": A, "lora_B": B}
 
 
 def in_memory(number: HandleOrNumber) -> HandleOrNumber:

@@ -19,10 +19,11 @@ from diffpeft import LoHaConfig, LoraConfig, OFTConfig
 from diffpeft.layers.carried import effective, record_of
 from diffpeft.layers.parameters import Factors, Stack
 from diffpeft.layers.tokens import Tokens
-from diffpeft.model.attach import attach_to, method_of, take_off
+from diffpeft.model.attach import Addition, method_of, plan_attached
 from diffpeft.model.fuse import fuse, unfuse
 from diffpeft.model.merge import merge_for_good
-from diffpeft.pipeline.adapters import adapters, set_adapters
+from diffpeft.model.plan import planned
+from diffpeft.pipeline.adapters import adapters, set_adapters, unload
 
 ROWS = [3, 0, 7]
 SLOTS = {
@@ -70,7 +71,9 @@ def add(model, where, kind, name):
         A, B = torch.randn(r, stack.in_, dtype=torch.float64), torch.randn(stack.out, r, dtype=torch.float64)
         patches = {"0": (model[0], Factors((stack,), {"weight": (A, B)}, {"weight": 0.7}))}
     method = method_of(config, {})
-    attach_to({"": model}, {"": chosen}, config, name, method=method, wholes=wholes, patches=patches, quiet=True)
+    with planned({"": model}) as plan:
+        addition = Addition(name, config, method, wholes=wholes, patches=patches, quiet=True)
+        plan_attached(plan, {"": model}, {"": chosen}, addition)
     if kind == "copy":
         for p in record_of(model[0]).copies[name].module.parameters():
             p.data = torch.randn_like(p)
@@ -141,9 +144,9 @@ def test_what_one_module_carries_acts_in_order(where, one, other, trace):
     merge_for_good(twins[0])
     torch.testing.assert_close(twins[0](x), want, **close)
     assert type(twins[0][0]) is type(plain[0]) and {*twins[0].state_dict()} == {*plain.state_dict()}
-    take_off({"": model}, {"a"})
+    unload(model, "a")
     torch.testing.assert_close(model(x), run(plain[0], x, expected(model, {"b": 1.0})), **close)
-    take_off({"": model}, None)
+    unload(model)
     assert trace(model) == before
 
 

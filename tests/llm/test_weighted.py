@@ -447,11 +447,11 @@ def test_a_density_of_1_is_said(four):
 def test_an_interruption_leaves_no_trace(several, monkeypatch):
     mine, _ = several
     before = mine.state_dict().keys(), [*mine.peft_config]
-    for where in ("_padded", "_targets"):
+    for where in ("model.weighted._padded", "llm.weighted._targets"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"diffpeft.llm.weighted.{where}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(f"diffpeft.{where}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             for kind in ("cat", None):
-                if kind or where == "_targets":
+                if kind or where.endswith("_targets"):
                     with pytest.raises(KeyboardInterrupt):
                         mine.add_weighted_adapter(["a", "b"], WEIGHTS, "cut", kind)
     assert (mine.state_dict().keys(), [*mine.peft_config]) == before

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import sys
-import warnings
-from pathlib import Path
-
 import pytest
-import torch
 
 import converters
-import diffpeft
 from diffpeft import (
     LoHaConfig,
     attach,
@@ -28,42 +20,8 @@ from diffpeft import (
     unfuse,
     unload,
 )
+from tests.faults import FAULTS, stepped
 from tests.pipeline.states import adapted, fingerprint, lora, within
-
-OURS = tuple(str(Path(package.__file__).parent) for package in (diffpeft, converters))
-GENERATOR = inspect.CO_GENERATOR
-SPREAD, LAST = 6, 9  # points over the whole of an operation, and of its end, where it commits
-
-
-class Fault:
-    """While it is entered: counts events in our code, and raises at the `at`-th. 0 counts only."""
-
-    def __init__(self, at, error, events):
-        self.at, self.error, self.events, self.seen = at, error, events, 0
-
-    def __enter__(self):
-        sys.setprofile(self._profile)
-        return self
-
-    def __exit__(self, *error):
-        sys.setprofile(None)
-
-    def _profile(self, frame, event, arg):
-        code = frame.f_code
-        if event not in self.events or not code.co_filename.startswith(OURS):
-            return
-        # leaving a lock does not fail, and an interrupt that meets it comes after it; a generator that yields is not at its end
-        if getattr(arg, "__name__", "") in ("__exit__", "release") or (event == "return" and code.co_flags & GENERATOR):
-            return
-        self.seen += 1
-        if self.seen == self.at:
-            raise self.error("injected")
-
-
-FAULTS = {
-    "fails": (MemoryError, ("call", "c_call")),  # whatever our code calls, its own functions or C
-    "is interrupted": (KeyboardInterrupt, ("call", "return", "c_return")),  # where CPython looks for Ctrl-C
-}
 
 fused = lambda pipe: fuse(pipe)  # noqa: E731
 # name: (what comes before, the operation on (pipe, folder))
@@ -106,29 +64,17 @@ def files(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def points(n):
-    return sorted({*range(1, n + 1, max(1, n // SPREAD)), *range(max(1, n - LAST), n + 1)})
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_what_fails_at_any_step_is_not_begun_or_is_done(operation, fault, fresh, trace, folder):
-    (error, events), (prepare, operate), old = FAULTS[fault], OPERATIONS[operation], files(folder)
+    (prepare, operate), old = OPERATIONS[operation], files(folder)
 
     def started():
         pipe = adapted(fresh())
         if prepare:
             prepare(pipe)
         return pipe
-
-    def run(pipe, at=0):
-        torch.manual_seed(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Fault(at, error, events) as found:
-                operate(pipe, folder)
-        return found.seen
 
     def state(pipe):
         return {**fingerprint(pipe, trace), "files": files(folder)}
@@ -141,22 +87,7 @@ def test_what_fails_at_any_step_is_not_begun_or_is_done(operation, fault, fresh,
         for part in [p for p in folder.iterdir() if p.is_dir()]:
             part.rmdir()
 
-    run(started())  # what is imported and kept once
-    restored()
-    pipe = started()
-    before, n, after = state(pipe), run(pipe), state(pipe)
-    assert n > 10 and (before != after or operation.startswith("adapters"))
-    restored()
-    pipe, failures = started(), 0
-    for at in points(n):
-        with contextlib.suppress(error):
-            run(pipe, at)
-            failures -= 1  # it struck where an object was finalised, which Python only reports
-        failures += 1
-        got = state(pipe)
-        begun, done = ([part for part in got if got[part] != end[part]] for end in (before, after))
-        assert not begun or not done, f"step {at} of {n}: changed {begun}, not finished {done}"
-        if begun:
-            restored()
-            pipe = started()
-    assert failures > 10
+    changes = not operation.startswith("adapters")
+    broken, struck = stepped(fault, started, lambda pipe: operate(pipe, folder), state, restored, changes=changes)
+    assert not broken, broken[0]
+    assert struck > 10

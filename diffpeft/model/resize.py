@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from diffpeft.layers.carried import op_of, record_of
 from diffpeft.layers.slot import BIAS, Part, Slot
 from diffpeft.layers.swap import SIZES, resizing
 from diffpeft.layers.tokens import Tokens
-from diffpeft.llm.embeddings import WHOLE, embedding_layers
 from diffpeft.methods import Spec
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import mixes_of
+from diffpeft.model.embeddings import WHOLE, embedding_layers
 from diffpeft.model.mix import Choice, claim, forced
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import modules_of
@@ -26,14 +26,14 @@ from diffpeft.model.target import modules_of
 _AXES = {True: {"lora_embedding_A": 1, WHOLE: 0}, False: {"lora_B": 0, "lora_B_bias": 0, BIAS: 0, WHOLE: 0}}
 _FIXED = {"lora_embedding_B", "lora_A"}
 _STARTS = (WHOLE,)  # roles whose new rows are the model's own; those of others are zero
+Result = TypeVar("Result")
 Shared = dict[int, tuple[Tensor, Tensor]]  # {address: (memory as it was, with other rows)}: what shared it still shall
 
 
-def resize(model: Any, resized: Callable[[], Any], total: int | None = None) -> Any:
-    """What `resized`, a call of the model's own `resize_token_embeddings`, gives, with the adapters on the model's embeddings resized too.
+def plan_resized(plan: Plan, model: Any, resized: Callable[[], Result], total: int | None = None) -> Result:
+    """Plan what `resized` does, a call of the model's own `resize_token_embeddings`, with the adapters on the embeddings resized too; what it gives.
 
-    New rows of whole copies are the model's; a LoRA changes no new token. `total` is the number of rows, if it is known. Raises AdapterStateError, in
-    which case nothing has changed.
+    New rows of whole copies are the model's; a LoRA changes no new token. `total` is the number of rows, if it is known. Raises AdapterStateError.
     """
     mixes = mixes_of({"": model})
     if any(mix.fused for mix in mixes.values()):
@@ -42,22 +42,30 @@ def resize(model: Any, resized: Callable[[], Any], total: int | None = None) -> 
     for where, module in layers.items():
         _check(where, module, total)
     flags = {id(p): p.requires_grad for p in model.parameters()}
-    with forced(claim({mix.key: Choice() for mix in mixes.values()})), resizing():
-        found = resized()
-        for where, module in layers.items():
-            _put_back(model, where, module)
-    for p in model.parameters():
-        p.requires_grad_(flags.get(id(p), p.requires_grad))
-    plan = Plan()
-    shared: Shared = {}
+    off = claim({mix.key: Choice() for mix in mixes.values()})
+    with plan.recorded(model):
+        with forced(off), resizing():
+            result = resized()
+            for where, module in layers.items():
+                _put_back(model, where, module)
+        for p in model.parameters():
+            p.requires_grad_(flags.get(id(p), p.requires_grad))
+        _fit(layers.values())
     for module in layers.values():
+        if (record := record_of(module)) is not None:
+            plan.carry(module, replace(record))  # one that has kept nothing of the former rows
+    return result
+
+
+def _fit(layers: Iterable[nn.Module]) -> None:
+    """Give what adapters have on embeddings as many rows as these have now."""
+    shared: Shared = {}
+    for module in layers:
         if (record := record_of(module)) is not None:
             for copy in record.copies.values():
                 _fit_copy(copy.module, module, shared)
-            slots = {name: _fitted(slot, module, shared) for name, slot in record.slots.items()}
-            plan.carry(module, replace(record, slots=slots))
-    plan.commit()
-    return found
+            for slot in record.slots.values():
+                _fit_slot(slot, module, shared)
 
 
 def _put_back(model: nn.Module, where: str, module: Any) -> None:
@@ -117,16 +125,16 @@ def _axes(module: Any) -> dict[str, int]:
 def _fit_copy(copy: Any, module: Any, shared: Shared) -> None:
     """Give a copy as many rows as its module has now."""
     for name, p in copy._parameters.items():
-        own = module._parameters[name]
-        if own is not None and len(p) != len(own):
-            p.data = _rows(p.data, 0, own.detach(), shared)
+        theirs = module._parameters[name]
+        if theirs is not None and len(p) != len(theirs):
+            p.data = _rows(p.data, 0, theirs.detach(), shared)
     for name in (*SIZES, "padding_idx"):
         if name in vars(module):
             copy.__dict__[name] = vars(module)[name]
 
 
-def _fitted(slot: Slot, module: Any, shared: Shared) -> Slot:
-    """A slot with as many rows as its layer has now; parameters stay the same objects."""
+def _fit_slot(slot: Slot, module: Any, shared: Shared) -> None:
+    """Give a slot as many rows as its layer has now; parameters stay the same objects."""
     axes, weight = _axes(module), module._parameters["weight"].detach()
     for held in (slot._parameters, slot._buffers):
         for role, tensor in held.items():
@@ -137,7 +145,6 @@ def _fitted(slot: Slot, module: Any, shared: Shared) -> Slot:
     parts = (Part(p.method, p.roles, p.alpha, Spec(geometry, p.spec.alpha, p.spec.options)) for p in slot.parts)
     slot.__dict__["parts"] = tuple(parts)
     slot._kept.clear()
-    return slot
 
 
 def _rows(old: Tensor, axis: int, like: Tensor | None, shared: Shared, total: int = 0) -> Tensor:
@@ -151,11 +158,14 @@ def _rows(old: Tensor, axis: int, like: Tensor | None, shared: Shared, total: in
     return shared[key][1].movedim(0, axis)
 
 
-def refuse_replaced(model: Any, head: Any) -> None:
+Place = tuple[dict[str, Any], str, nn.Module]  # a module's table of modules, a name in it, and the module that is there
+
+
+def refuse_replaced(place: Place | None) -> None:
     """Raise AdapterStateError if the head that adapters are on is no longer in the model: transformers' own method makes another one."""
-    if head is None:
+    if place is None:
         return
-    table, name, module = head
+    table, name, module = place
     if table.get(name) is not module and not any(m is module for m in getattr(table.get(name), "modules", list)()):
         raise AdapterStateError(
             f"the {name} that carries adapters is no longer in the model: it was given another one",
@@ -163,9 +173,9 @@ def refuse_replaced(model: Any, head: Any) -> None:
         )
 
 
-def head_of(model: Any) -> Any:
-    """Where a model has its head, if adapters are on that."""
-    own = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if own is None or record_of(own) is None:
+def head_of(model: Any, plan: Plan) -> Place | None:
+    """Where a model has its head, if adapters are, or will be, on that."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or plan.record_of(head) is None:
         return None
-    return next(((m._modules, n, own) for m in model.modules() for n, c in m._modules.items() if c is own), None)
+    return next(((m._modules, n, head) for m in model.modules() for n, c in m._modules.items() if c is head), None)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffpeft.layers.patches import Patch
 from diffpeft.layers.tokens import Tokens
+from diffpeft.model.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,24 @@ class Precision:
     empty: bool = False
     empty_rows: bool = False
 
-    def settle(self, layers: Mapping[str, nn.Module], adapters: Mapping[str, nn.Module]) -> None:
+    def settle(self, layers: Mapping[str, Any], adapters: Mapping[str, nn.Module]) -> None:
         """Put fresh adapters on layers, {name: layer} and {name: its adapter}, into their dtype."""
         for name, adapter in adapters.items():
-            weight: Any = layers[name].weight  # a quantised one has numbers of its own kind
-            self._settle(adapter, weight)
+            self._settle(adapter, layers[name].weight)
 
     def settle_patches(self, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
         """Put patches into the dtype of the first parameter that they change."""
         for module, patch in patches.values():
-            weight = module._parameters[patch.names[0]]
-            assert weight is not None
+            weight: Any = module._parameters[patch.names[0]]
             if isinstance(patch, Tokens):
                 patch.to("meta" if self.empty_rows else None, self.dtype_for(weight))
             else:
                 self._settle(patch, weight)
 
-    def _settle(self, adapter: nn.Module, weight: Tensor) -> None:
+    def _settle(self, adapter: nn.Module, weight: Any) -> None:
         adapter.to("meta") if self.empty else adapter.to(self.dtype_for(weight))
 
-    def dtype_for(self, weight: Tensor) -> torch.dtype:
+    def dtype_for(self, weight: Any) -> torch.dtype:
         """The dtype of an adapter on a weight; on quantised ones float32."""
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         return torch.float32 if self.autocast and dtype.itemsize < 4 else dtype
@@ -55,16 +54,15 @@ class Precision:
 AUTOCAST, PLAIN = Precision(), Precision(autocast=False)  # in PeftModels, and on bare modules
 
 
-def put_into(adapter: nn.Module, name: str, new: Tensor, weight: Tensor | None) -> None:
-    """Put numbers `new` into a tensor of the same shape of an adapter for a weight; one that is on the meta device is replaced."""
+def plan_into(plan: Plan, adapter: nn.Module, name: str, new: torch.Tensor, weight: Any) -> None:
+    """Plan to put numbers into a tensor of an adapter for a weight; one that is on the meta device is replaced."""
     path, _, last = name.rpartition(".")
     owner = adapter.get_submodule(path)
     table: Any = owner._parameters if last in owner._parameters else owner._buffers
-    old = table[last]
-    if not old.is_meta:
-        with torch.no_grad():
-            old.copy_(new)
+    before = table[last]
+    if not before.is_meta:
+        plan.fill(before, new)
         return
-    assert weight is not None
     fresh = new.detach().to(weight.device, PLAIN.dtype_for(weight) if new.is_floating_point() else None, copy=True)
-    table[last] = nn.Parameter(fresh, requires_grad=old.requires_grad) if table is owner._parameters else fresh
+    is_parameter = table is owner._parameters
+    plan.entry(table, last, nn.Parameter(fresh, requires_grad=before.requires_grad) if is_parameter else fresh)

@@ -6,70 +6,46 @@ Repeating spans of layers and training on is depth up-scaling (Kim et al. 2023, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from diffpeft.errors import ConfigError, shown
 from diffpeft.model.attach import mixes_of
+from diffpeft.model.plan import Plan
 
 _INNER = ("model", "bert", "transformer")  # from a model with a head to the one below
 _STACKS = (("", "layers"), ("encoder", "layer"), ("", "h"))  # (module, its list): Llama, BERT, Falcon and GPT-2
 
 
-@contextmanager
-def replicated(model: nn.Module, config: Any, others: dict[str, Any]) -> Iterator[None]:
-    """The model with its layers repeated as a config says; if the block raises, as it was. `others` are the configs of the adapters that are on it.
+def plan_replicated(plan: Plan, model: nn.Module, spans: Sequence[Sequence[int]]) -> None:
+    """Plan to repeat the layers of a model by spans [start, end). Taking adapters off later leaves the stack so.
 
-    Taking adapters off later leaves the stack as it is here. Raises ConfigError where the list of layers is not known, or has too few.
+    Raises ConfigError where the model has adapters, or its list of layers is not known or has too few.
     """
-    spans = getattr(config, "layer_replication", None)
-    if not spans or any(_same(getattr(other, "layer_replication", None), spans) for other in others.values()):
-        yield
-        return
     if mixes_of({"": model}):
         raise ConfigError(
             f"layer_replication is {shown(spans)}, and the model has adapters on other layers",
             remedy="Repeat layers with the first adapter; further ones say the same or nothing.",
         )
-    undo = _replicate(model, spans)
-    try:
-        yield
-    except BaseException:
-        undo()
-        raise
-
-
-def _same(a: Any, b: Any) -> bool:
-    return bool(a) and [*map(tuple, a)] == [*map(tuple, b)]
-
-
-def _replicate(model: Any, spans: Any) -> Any:
-    """Put the new stack in place; what undoes that."""
     inner, owner, name = _stack(model)
-    layers = list(getattr(owner, name))
+    before = owner._modules[name]
+    layers = list(before)
     order = _order(spans, len(layers))
     stack = nn.ModuleList(_shared(layers[i], place) for place, i in enumerate(order))
+    plan.entry(owner._modules, name, stack.train(before.training))
     config: Any = getattr(inner, "config", None)
-    fields: dict[str, Any] = {}
     if hasattr(config, "num_hidden_layers"):
-        fields["num_hidden_layers"] = config.num_hidden_layers, len(order)
+        plan.set(config, num_hidden_layers=len(order))
     kinds = getattr(config, "layer_types", None)
     if isinstance(kinds, list) and len(kinds) == len(layers):
-        fields["layer_types"] = kinds, [kinds[i] for i in order]
-    old = owner._modules[name]
-    owner._modules[name] = stack.train(old.training)
-    for field, (_, new) in fields.items():
-        setattr(config, field, new)
+        plan.set(config, layer_types=[kinds[i] for i in order])
 
-    def undo() -> None:
-        owner._modules[name] = old
-        for field, (before, _) in fields.items():
-            setattr(config, field, before)
 
-    return undo
+def same_spans(one: Sequence[Sequence[int]] | None, other: Sequence[Sequence[int]]) -> bool:
+    """Whether two configs repeat the same layers."""
+    return bool(one) and [*map(tuple, one or ())] == [*map(tuple, other)]
 
 
 def _stack(model: Any) -> tuple[Any, Any, str]:
@@ -90,9 +66,9 @@ def _stack(model: Any) -> tuple[Any, Any, str]:
     )
 
 
-def _order(spans: Any, total: int) -> list[int]:
+def _order(spans: Sequence[Sequence[int]], total: int) -> list[int]:
     """The numbers of the layers, in the new order."""
-    found: list[int] = []
+    order: list[int] = []
     for span in spans:
         ok = isinstance(span, (list, tuple)) and len(span) == 2 and all(type(n) is int for n in span)
         if not ok or not 0 <= span[0] < span[1] <= total:
@@ -100,8 +76,8 @@ def _order(spans: Any, total: int) -> list[int]:
                 f"layer_replication has {shown(span)}",
                 remedy=f"It is a list of [start, end) with 0 <= start < end <= {total}.",
             )
-        found += range(*span)
-    return found
+        order += range(*span)
+    return order
 
 
 def _shared(layer: nn.Module, place: int) -> nn.Module:
