@@ -21,6 +21,7 @@ from diffpeft.errors import (
     inside,
     listed,
 )
+from diffpeft.methods.layout import LAYOUTS
 
 
 def detect(source: Source) -> Detection:
@@ -111,6 +112,8 @@ def _read(
     entries = fmt.configured(judged(placed(tensors, parts, by), by), metadata)
     entries = with_alphas(entries, alpha, by)
     carried = {key: handle for key, handle in tensors.items() if key not in parts}
+    shared = {role: carried.pop(key) for role, key in fmt.shared_keys.items() if key in carried}
+    entries = [replace(e, shared=shared) if LAYOUTS[e.method].shared else e for e in entries]
     return Bundle(fmt.name, name, entries, carried, dict(metadata), where, families, tuple(tensors))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from converters.detection import COMPONENT, FORMAT, HINT
-from converters.formats import FORMATS
+from converters.formats import FORMATS, Format
 from converters.formats.peft import CONFIG
 from converters.holding import Held
 from converters.provenance import KEY, Place, recorded
@@ -23,12 +23,15 @@ OWNED = frozenset({"format"}.union(*(fmt.owned for fmt in FORMATS.values())))  #
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a file will hold: its tensors by key, its metadata, {(layer, role): key}, and which layers' numbers had to be computed for it."""
+    """All that a file will hold: its tensors by key, its metadata, {(layer, role): key}, which layers' numbers had to be computed for it, and the
+    tensors that are of no layer, by key.
+    """
 
     tensors: Mapping[str, Handle]
     metadata: Mapping[str, str]
     places: Mapping[Place, str]
     inexact: Sequence[str] = ()
+    beside: Mapping[str, Handle] = field(default_factory=dict)
 
 
 def spelt(held: Held, dtype: torch.dtype | None = None) -> Plan:
@@ -44,7 +47,14 @@ def spelt(held: Held, dtype: torch.dtype | None = None) -> Plan:
         for role, handle in stored.items():
             key = places[entry.layer, role] = fmt.join(replace(name, role=role), entry)
             tensors[key] = handle
-    return Plan({**tensors, **held.bundle.carried}, _metadata(held), places, held.arranged.inexact)
+    beside = {**_shared(entries, fmt, dtype), **held.bundle.carried}
+    return Plan({**tensors, **beside}, _metadata(held), places, held.arranged.inexact, beside)
+
+
+def _shared(entries: Sequence[Entry], fmt: Format, dtype: torch.dtype | None) -> dict[str, Handle]:
+    """The tensors of the whole adapter by their keys, unless all its layers say that they are not saved."""
+    saved = [entry.shared for entry in entries if entry.options.get("save_projection", True)]
+    return {fmt.shared_keys[role]: io.cast(h, dtype, role) for shared in saved for role, h in shared.items()}
 
 
 def _alpha(alpha: Handle | float) -> Handle:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diffpeft.entries import Entry, Rule
 from diffpeft.errors import ConfigError, shown
-from diffpeft.handles import load, number
+from diffpeft.handles import Handle, load, number
+from diffpeft.methods.shapes import weight_shape
 
 if TYPE_CHECKING:
     import torch
@@ -95,27 +96,26 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> Definition:
 
     method = METHODS[entry.method]
     roles = [role for role in entry.tensors if role in method.roles]
-    p = {role: t.double() for role, t in zip(roles, load(entry.tensors[role] for role in roles), strict=True)}
+    handles = {**{role: entry.tensors[role] for role in roles}, **_shared(entry, method.shared, W)}
+    p = {role: t.double() for role, t in zip(handles, load(handles.values()), strict=True)}
     if W is None and not method.additive(p):
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
         )
-    o, *columns = (entry.shape or _shown_shape(p)) if W is None else W.shape
+    o, *columns = (entry.shape or weight_shape(entry.method, entry.shapes)) if W is None else W.shape
     i, *kernel = columns or [1]  # a norm's factors are a column
     geometry = Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles))
     spec = Spec(geometry, number(entry.alpha), entry.options)
     return Definition(method, method.prepare(method.adopt(p, spec), spec, False), spec)
 
 
-def _shown_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """The shape of the weight that an additive method's tensors are for, as far as they show it: a kernel may be hidden in the columns."""
-    change = next((p[role] for role in _WHOLE if role in p), None)
-    if change is not None:
-        return tuple(change.shape)
-    first = [p[role].shape for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if role in p]
-    down = next(p[role] for role in ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w2") if role in p)
-    up = next(p[role] for role in ("lora_B", "lora_embedding_B", "hada_w1_a", "lokr_w2_a", "lokr_w2") if role in p)
-    core = next((p[role] for role in ("lora_mid", "hada_t1", "lokr_t2") if role in p), None)
-    turned = core is not None and "lora_mid" not in p  # LyCORIS's Tucker factors are [r, out] and [r, in]
-    o1, i1 = (first[0][0], first[-1][1]) if first else (1, 1)
-    return (o1 * up.shape[int(turned)], i1 * down.shape[1], *(down if core is None else core).shape[2:])
+def _shared(entry: Entry, roles: Sequence[str], W: torch.Tensor | None) -> dict[str, Handle]:
+    """What an entry's method takes of the whole adapter's tensors. Raises ConfigError where nothing tells them, or which part of them is the layer's."""
+    if missing := [role for role in roles if role not in entry.shared]:
+        raise ConfigError(
+            f"{entry.method} on {shown(entry.layer)} needs {' and '.join(missing)}, which its file leaves out",
+            remedy="Load it onto its model.",
+        )
+    if roles and W is None and entry.shape is None:
+        raise ConfigError(f"nothing tells the columns of {shown(entry.layer)}", remedy="Pass base={layer: W}.")
+    return {role: entry.shared[role] for role in roles}

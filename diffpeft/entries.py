@@ -6,11 +6,12 @@ program has fused (or with other rows first) is an entry under the original's na
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffpeft.handles import Handle
+from diffpeft.methods.layout import named
 
 COMPONENTS = (
     "unet",
@@ -110,6 +111,7 @@ class Entry:
     rule: Rule | None = (
         None  # of a layer of the original program whose rows are not one of diffusers' layers' as they are
     )
+    shared: Mapping[str, Handle] = field(default_factory=dict)  # the tensors of the whole adapter, of `Bundle.shared`
     own: str | None = None  # the layer as its model calls it, within its component; None if no model told it
 
     @property
@@ -127,9 +129,3 @@ class Entry:
     def methods(self) -> frozenset[str]:
         """The method's name, and for a DoRA over something else than LoRA also that."""
         return named(self.method, self.tensors)
-
-
-def named(method: str, roles: Collection[str]) -> frozenset[str]:
-    """A method's name, and the name of what a DoRA is over unless that is LoRA."""
-    over = {"loha": "hada_", "lokr": "lokr_"} if method == "dora" else {}
-    return frozenset({method, *(m for m, start in over.items() if any(role.startswith(start) for role in roles))})

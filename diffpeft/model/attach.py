@@ -21,6 +21,7 @@ from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
+from diffpeft.model.banks import share
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted, components, is_preset, layers_of, select
@@ -227,6 +228,8 @@ def _fresh_slots(
         _add_biases(parts, new, layers, slots, dry_run)
     if new.finish is not None:
         slots = {component: new.finish(layers[component], of_component) for component, of_component in slots.items()}
+    for of_component in slots.values():
+        share(of_component)
     _warn_adjusted(new.name, slots)
     large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
