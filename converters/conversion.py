@@ -126,7 +126,7 @@ def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str]) -> 
         "layers have alpha 0 and no effect": zero,
         "keys are no adapter's and were kept as they are": list(bundle.carried),
     }
-    return [f"{len(names)} {what}: {listed(names[:5])}" for what, names in told.items() if names]
+    return [f"{len(names)} {fact}: {listed(names[:5])}" for fact, names in told.items() if names]
 
 
 def _caveats(parts: Iterable[Held], to: str) -> list[str]:
@@ -143,7 +143,7 @@ def _caveats(parts: Iterable[Held], to: str) -> list[str]:
         },
         "diffusers": {"alphas stand in the metadata, which ComfyUI does not read (there the scale is 1)": scaled},
     }
-    return [f"{what}: {len(layers)} layers" for what, layers in told.get(to, {}).items() if layers]
+    return [f"{fact}: {len(layers)} layers" for fact, layers in told.get(to, {}).items() if layers]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

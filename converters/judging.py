@@ -84,9 +84,9 @@ def _entries(layer: str, keyed: Keyed, where: str) -> list[Entry]:
     methods = split(_shapes_of(keyed))
     if not methods:
         key = next(iter(keyed.values()))[0]
-        what = "an alpha" if "alpha" in keyed else listed(keyed)
+        present = "an alpha" if "alpha" in keyed else listed(keyed)
         raise MissingKeysError(
-            f"layer {shown(layer)} has {what} but no {listed(ROLES['lora'][:2])}", where=f"{where}: {key}"
+            f"layer {shown(layer)} has {present} but no {listed(ROLES['lora'][:2])}", where=f"{where}: {key}"
         )
     alpha_key, alpha = keyed.get("alpha", (layer, None))
     with inside(alpha_key):

@@ -89,8 +89,8 @@ def own_record(bundle: Bundle, metadata: Mapping[str, str] | None = None) -> Rec
             )
     keys = {key: rows.get(key) for key in bundle.order or (*rows, *bundle.carried)}
     told = {} if metadata is None else metadata
-    own = {"format", *(key for key in fmt.owned if not key.startswith("diffpeft."))}
-    left_out = {key: value for key, value in bundle.metadata.items() if told.get(key) != value or key in own}
+    by_itself = {"format", *(key for key in fmt.owned if not key.startswith("diffpeft."))}
+    left_out = {key: value for key, value in bundle.metadata.items() if told.get(key) != value or key in by_itself}
     return Record(bundle.format, keys, left_out, list(bundle.metadata))
 
 

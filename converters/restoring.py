@@ -38,8 +38,8 @@ def _tensors(
     An alpha that only one of both has must be the rank.
     """
     ranks, unscaled = ranks_of(entries), _unscaled(entries)
-    own = {place: file.tensors[key] for place, key in file.places.items()}
-    tensors = {**{(layer, "alpha"): io.scalar(rank) for layer, rank in ranks.items() if rank}, **own}
+    spelt = {place: file.tensors[key] for place, key in file.places.items()}
+    tensors = {**{(layer, "alpha"): io.scalar(rank) for layer, rank in ranks.items() if rank}, **spelt}
     out: dict[str, Handle] = {}
     for key, row in record.keys.items():
         if row is None:

@@ -240,9 +240,9 @@ def aspect(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
 
 def _rowed_roles(entry: Entry) -> set[str]:
     """The roles whose tensors have rows of their own for each part."""
-    own = {role for role, h in entry.tensors.items() if rows_of(role, h.shape)}
+    rowed = {role for role, h in entry.tensors.items() if rows_of(role, h.shape)}
     inputs = "on_input" in entry.tensors and io.number(entry.tensors["on_input"])
-    return own - {"ia3_w"} if inputs else own
+    return rowed - {"ia3_w"} if inputs else rowed
 
 
 def _rows(entry: Entry) -> int:

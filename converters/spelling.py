@@ -55,12 +55,12 @@ def _metadata(held: Held) -> dict[str, str]:
     """The metadata of the adapter that are true of any file of it, those of the format, and what was lost of those of the file that it is from."""
     bundle, fmt, entries = held.bundle, FORMATS[held.format], held.arranged.entries
     foreign = {key for other in FORMATS.values() if not other.folder for key in other.owned}
-    kept = {
+    lasting = {
         key: value
         for key, value in bundle.metadata.items()
         if key not in foreign and not key.startswith(HASHES) and (key == CONFIG or not is_ours(key))
     }
-    metadata = {"format": "pt", **kept, **fmt.metadata(entries, bundle.metadata), **_told(held, entries)}
+    metadata = {"format": "pt", **lasting, **fmt.metadata(entries, bundle.metadata), **_told(held, entries)}
     record = recorded(held.adapter or bundle, held.format, metadata, held.arranged.blocks)
     return metadata | ({KEY: record} if record else {})
 

@@ -109,6 +109,6 @@ class XLabs:
         """None."""
         return {}
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         """Nothing."""
         return {}

@@ -68,10 +68,10 @@ class Snapshot:
     def of(cls, path: str | os.PathLike[str]) -> Snapshot:
         """The file at a path. Raises UnreadableFileError if it is none, or none that can be read."""
         path = Path(path)
-        found = opened(path)
-        if found is None:
+        snapshot = opened(path)
+        if snapshot is None:
             raise UnreadableFileError("no such file", where=path)
-        return found
+        return snapshot
 
     @property
     def size(self) -> int:
@@ -104,14 +104,14 @@ class Snapshot:
             _close(len(_open) - MAX_OPEN)
 
     def _reopened(self) -> int:
-        found = _looked(self._place, _descriptor)
-        if found is None or _identity(os.fstat(found)) != self.identity:
-            if found is not None:
-                os.close(found)
+        fd = _looked(self._place, _descriptor)
+        if fd is None or _identity(os.fstat(fd)) != self.identity:
+            if fd is not None:
+                os.close(fd)
             raise UnreadableFileError(
                 "the file was replaced or changed after it was opened", where=self.path, remedy="Read it again."
             )
-        return found
+        return fd
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes [start, start + size). Raises UnreadableFileError if the file has become shorter."""
