@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,14 @@ from converters.formats.base import magnitude_axis
 from converters.formats.fields import on_inputs
 from converters.holding import Held, held, refused
 from converters.opening import Source
-from converters.roles import ADDITIVE, rank
 from converters.writing import check_path, files, planned, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry
 from diffpeft.definition import definition_of
 from diffpeft.errors import ConfigError, UnknownNameError, inside, listed, near, shown
 from diffpeft.handles import Scaled
+from diffpeft.methods.layout import INNER, LAYOUTS
+from diffpeft.methods.shapes import rank
 
 if TYPE_CHECKING:
     import torch
@@ -83,12 +84,26 @@ def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torc
     store(plans, path, to)
     replaced = [entry for component, part in parts.items() for entry in _changed(asked[component], part)]
     inexact = [layer for plan in plans.values() for layer in plan.inexact]
-    exact = not (replaced or inexact or cast or any(map(_is_computed, bundle.entries)))
+    return _report(bundle, to, [part.bundle for part in parts.values()], replaced, inexact, cast)
+
+
+def _report(
+    bundle: Bundle,
+    to: str,
+    written: Sequence[Bundle],
+    replaced: Sequence[Entry],
+    inexact: Sequence[str],
+    cast: torch.dtype | None,
+) -> ConvertReport:
+    """What became of a bundle that was `written` in parts, of which entries were `replaced`, and layers have numbers that are `inexact`."""
+    entries = [entry for part in written for entry in part.entries]
+    folded = [] if FORMATS[to].folder else [entry.layer for entry in entries if "scale" in entry.options]
+    exact = not (replaced or inexact or folded or cast or any(map(_is_computed, bundle.entries)))
     return ConvertReport(
         level="L0" if exact else "L1",
         mapped=tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys)),
         carried=tuple(bundle.carried),
-        warnings=(*_told(bundle, replaced, inexact), *_caveats(parts.values(), to)),
+        warnings=(*_told(bundle, replaced, inexact, folded), *_caveats(entries, to)),
         format=bundle.format,
         family=bundle.family,
     )
@@ -117,21 +132,21 @@ def _changed(before: Held, after: Held) -> list[Entry]:
     return [old for old, new in entries if old is not new]
 
 
-def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str]) -> list[str]:
+def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str], folded: Sequence[str]) -> list[str]:
     """What a user should know about a conversion, in words."""
-    zero = [e.layer for e in bundle.entries if e.method not in ("oft", "boft") and io.number(e.alpha) == 0]
+    zero = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
     told: dict[str, Sequence[str]] = {
         "layers were computed anew to do the same": [layer for entry in replaced for layer in entry.targets],
         "fused layers have parts of unequal scales, which went into the factors": inexact,
         "layers have alpha 0 and no effect": zero,
         "keys are no adapter's and were kept as they are": list(bundle.carried),
+        "layers had alpha / r multiplied into lokr_w1": folded,
     }
     return [f"{len(names)} {fact}: {listed(names[:5])}" for fact, names in told.items() if names]
 
 
-def _caveats(parts: Iterable[Held], to: str) -> list[str]:
+def _caveats(entries: Sequence[Entry], to: str) -> list[str]:
     """Where ComfyUI is known to do something else with a file of this format than other programs, in words."""
-    entries = [entry for part in parts for entry in part.bundle.entries]
     doras = [e.layer for e in entries if magnitude_axis(e) == 0]
     rescaled = [e.layer for e in entries if "rescale" in e.tensors]
     loras = [e for e in entries if e.method in ("lora", "dora")]
@@ -186,7 +201,7 @@ def as_lora(entry: Entry) -> Entry | None:
     kernel = any(len(h.shape) > 2 for h in entry.tensors.values())
     plain = entry.method == "lora" and "lora_mid" not in entry.tensors
     hidden = re.search(r"conv[^.]*$|patch_embed|(pos_embed|x_embedder)\.proj$", entry.layer) and not kernel
-    if plain or entry.method not in ADDITIVE or hidden:
+    if plain or entry.method not in INNER or hidden:
         return None
     definition = definition_of(entry)
     method, (_, p, spec) = definition.additive, definition

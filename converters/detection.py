@@ -19,11 +19,13 @@ from converters.families.text import CLIP, T5
 from converters.formats import FORMATS, Format, Part
 from converters.formats.wrappers import all_unwrapped
 from converters.roles import split
-from converters.rows import aspect, extent
+from converters.rows import aspect
 from converters.sizes import Layers as Sized
 from converters.sizes import Published, grouped, published
-from diffpeft.bundle import Handle, named
+from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
+from diffpeft.methods.layout import named
+from diffpeft.methods.shapes import extent
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
 Layers = dict[Spelt, dict[str, Handle]]

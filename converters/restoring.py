@@ -13,6 +13,7 @@ from converters.provenance import KEY, Place, Record, Row, own_record, record_in
 from converters.spelling import HASHES, OWNED, Plan, is_ours
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.methods.layout import LAYOUTS, is_scaled
 
 
 def restored(file: Plan, held: Held) -> Plan:
@@ -73,8 +74,7 @@ def _as_before(row: Row, tensors: Mapping[Place, Handle], unscaled: Collection[s
 def _unscaled(entries: Iterable[Entry]) -> set[str]:
     """Layers of which no entry has a scale: whole differences, norms, (IA)^3, a LoKr of two whole halves."""
     entries = list(entries)
-    halves = {"lokr_w1", "lokr_w2"}
-    scaled = {e.layer for e in entries if not (halves <= {*e.tensors} or e.method in ("full", "norm", "ia3"))}
+    scaled = {e.layer for e in entries if LAYOUTS[e.method].alpha == "bound" or is_scaled(e.method, e.tensors)}
     return {entry.layer for entry in entries} - scaled
 
 
@@ -95,7 +95,11 @@ def _agrees(fmt: Format, entries: Sequence[Entry], metadata: Mapping[str, str]) 
     beside = fmt.alphas(entries)
     bare = [replace(entry, alpha=entry.alpha if entry.layer in beside else None, options={}) for entry in entries]
     told = fmt.configured(bare, metadata)
-    return all(_alike(io.number(a.alpha), io.number(b.alpha)) for a, b in zip(told, entries, strict=True))
+    return all(
+        _alike(io.number(old.alpha), io.number(new.alpha))
+        and old.options.get("scale", 1) == new.options.get("scale", 1)
+        for old, new in zip(told, entries, strict=True)
+    )
 
 
 def _alike(a: float | None, b: float | None) -> bool:

@@ -11,9 +11,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from converters.roles import FILLED, rank, rows_of
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, Rule, dotted
+from diffpeft.methods.layout import BIAS, LAYOUTS
+from diffpeft.methods.shapes import extent, rank, row_axes
 
 Blocks = Mapping[
     int, tuple[int, int, float]
@@ -173,8 +174,9 @@ def _check_missing(rule: Rule, entries: Mapping[int, Entry], shared: Sequence[st
     first = next(iter(entries.values()))
     if len(entries) == len(rule.parts):
         return
-    unfilled = [role for role in first.tensors if role not in shared and role not in FILLED]
-    acting = first.method in ("oft", "boft", "ia3", "glora") and shared and "on_input" not in shared
+    layout = LAYOUTS[first.method]
+    unfilled = {*first.tensors} - {*shared, *layout.off, BIAS}
+    acting = not layout.inner and shared and "on_input" not in shared
     if unfilled or acting or ("on_input" in shared and io.number(first.tensors["on_input"])):
         names = [name for part, (name, _) in enumerate(rule.parts) if part not in entries]
         raise Unfit(f"it has no adapter for {', '.join(names)}, whose rows {first.method} would change")
@@ -215,23 +217,6 @@ def _rowed(handle: Handle) -> Handle:
     return handle
 
 
-def extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-    """(rows, columns) of a layer's weight where its tensors show both, kernels aside. What has too few axes or is empty shows nothing."""
-    shapes = {role: shape for role, shape in shapes.items() if len(shape) > 1 and 0 not in shape}
-    pairs = (("lora_B", "lora_A"), ("hada_w1_a", "hada_w1_b"), ("glora_b1", "glora_b2"))
-    for up, down in pairs:
-        if up in shapes and down in shapes:
-            return shapes[up][0], shapes[down][1]
-    if "diff" in shapes:
-        return shapes["diff"][0], shapes["diff"][1]
-    first = (shapes.get("lokr_w1_a", shapes.get("lokr_w1")), shapes.get("lokr_w1_b", shapes.get("lokr_w1")))
-    second = (shapes.get("lokr_w2_a", shapes.get("lokr_w2")), shapes.get("lokr_w2_b", shapes.get("lokr_w2")))
-    if None in (*first, *second):
-        return None
-    turned = "lokr_t2" in shapes
-    return first[0][0] * second[0][int(turned)], first[1][1] * second[1][1]  # type: ignore[index]
-
-
 def aspect(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Rows a column, by which tables tell two layers of one name apart."""
     size = extent(shapes)
@@ -240,9 +225,8 @@ def aspect(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
 
 def _rowed_roles(entry: Entry) -> set[str]:
     """The roles whose tensors have rows of their own for each part."""
-    rowed = {role for role, h in entry.tensors.items() if rows_of(role, h.shape)}
     inputs = "on_input" in entry.tensors and io.number(entry.tensors["on_input"])
-    return rowed - {"ia3_w"} if inputs else rowed
+    return {*row_axes(entry.shapes)} - ({"ia3_w"} if inputs else set())
 
 
 def _rows(entry: Entry) -> int:
@@ -255,12 +239,7 @@ def _rows(entry: Entry) -> int:
 
 def _unit(entry: Entry, role: str) -> int:
     """How many of the layer's rows stand behind one row of a tensor."""
-    if role == "oft_blocks":
-        return entry.tensors[role].shape[1]
-    if role in ("lokr_w1", "lokr_w1_a"):
-        w2 = entry.tensors.get("lokr_w2") or entry.tensors["lokr_w2_a"]
-        return w2.shape[1] if "lokr_t2" in entry.tensors else w2.shape[0]
-    return 1
+    return row_axes(entry.shapes)[role][1]
 
 
 def _check_mixing(entry: Entry, rule: Rule) -> None:
@@ -272,7 +251,7 @@ def _check_mixing(entry: Entry, rule: Rule) -> None:
         raise Unfit("a Tucker core turns its factors around")
     if len(rule.parts) == 1:
         return
-    if "dora_scale" in shapes and not rows_of("dora_scale", shapes["dora_scale"]):
+    if "dora_scale" in shapes and "dora_scale" not in row_axes(shapes):
         raise Unfit("a DoRA with a magnitude for each input needs the norms of the base's parts")
     if "oft_blocks" in shapes and (entry.options.get("clamp") or io.number(entry.alpha)):
         raise Unfit("the bound is on all rows together")

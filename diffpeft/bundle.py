@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffpeft.definition import deltas
-from diffpeft.entries import COMPONENTS, Entry, Rule, canonical, dotted, named, parted
+from diffpeft.entries import COMPONENTS, Entry, Rule, canonical, dotted, parted
 from diffpeft.handles import Handle
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ __all__ = [
     "Rule",
     "canonical",
     "dotted",
-    "named",
     "parted",
     "trigger_words",
 ]

@@ -6,11 +6,12 @@ program has fused (or with other rows first) is an entry under the original's na
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffpeft.handles import Handle
+from diffpeft.methods.layout import named
 
 COMPONENTS = (
     "unet",
@@ -127,9 +128,3 @@ class Entry:
     def methods(self) -> frozenset[str]:
         """The method's name, and for a DoRA over something else than LoRA also that."""
         return named(self.method, self.tensors)
-
-
-def named(method: str, roles: Collection[str]) -> frozenset[str]:
-    """A method's name, and the name of what a DoRA is over unless that is LoRA."""
-    over = {"loha": "hada_", "lokr": "lokr_"} if method == "dora" else {}
-    return frozenset({method, *(m for m, start in over.items() if any(role.startswith(start) for role in roles))})

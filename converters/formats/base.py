@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from converters.families import Table
-from converters.roles import FOREIGN, KNOWN
+from converters.roles import FOREIGN, OLD_OFT
 from diffpeft.bundle import Entry, Handle
+from diffpeft.methods.layout import KNOWN
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ _WEIGHTS = ("lora_A", "lora_B", "lora_mid", "oft_R", "oft_embedding_R")
 _SPELT = {**LYCORIS, **_OTHER, "alpha": "alpha"}
 _ENDING = re.compile(rf"(?P<layer>.+)\.(?P<role>{'|'.join(map(re.escape, sorted(_SPELT, key=len, reverse=True)))})")
 _DOTTED = re.compile(
-    rf"(?P<layer>.+)\.(?P<role>{'|'.join(sorted(KNOWN, key=len, reverse=True))})"
+    rf"(?P<layer>.+)\.(?P<role>{'|'.join(sorted({*KNOWN, *OLD_OFT}, key=len, reverse=True))})"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?P<end>\.weight|\.bias)?"
 )
 _USUAL = (".lora_A.weight", ".lora_B.weight")

@@ -10,9 +10,9 @@ from typing import Any
 
 from converters.formats.schema import ALPHA as FINITE
 from converters.formats.schema import MAX_RANK, NOTHING, whole
-from converters.roles import rank
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry
+from diffpeft.methods.shapes import rank
 
 _ALPHAS, _RANKS = FINITE | NOTHING, whole(0, MAX_RANK)  # what a config can say
 ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by peft_type

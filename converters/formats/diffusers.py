@@ -15,11 +15,11 @@ from converters.families import TABLES, Table
 from converters.formats import config as configs
 from converters.formats.base import Answer, Part, dotted_role, magnitude_axis, suffix
 from converters.formats.schema import check_fields
-from converters.roles import ADDITIVE
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
 from diffpeft.files import Json, config_in
+from diffpeft.methods.layout import PRODUCTS
 
 METADATA = "lora_adapter_metadata"
 _READ = {"lora_A", "lora_B", "lora_magnitude_vector"}  # by diffusers 0.42
@@ -144,7 +144,7 @@ def _of_component(config: Json, component: str) -> Json:
 
 def _configured(entry: Entry, config: Json) -> Entry:
     entry = configs.turned(entry, {"peft_version": "0.18", **config})
-    if entry.alpha is not None or entry.method not in ("dora", *ADDITIVE):
+    if entry.alpha is not None or entry.method not in PRODUCTS:
         return entry
     name = parted(entry.layer)[1]
     r = configs.ranks_of([entry])[entry.layer]

@@ -14,9 +14,9 @@ from dataclasses import replace
 from converters.families import TABLES, Table
 from converters.formats.base import LYCORIS, Answer, OneModel, Part, denoiser, dotted_role, magnitude_axis
 from converters.formats.config import turned
-from converters.roles import BIAS, ROLES
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
+from diffpeft.methods.layout import BIAS, ROLES
 
 KOHYA_OFT = "oft_unet_"
 UNET, TRANSFORMER, WRAPPER = "lora_unet_", "lora_transformer_", "lycoris_"

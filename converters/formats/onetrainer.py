@@ -21,12 +21,12 @@ from converters.formats.config import ranks_of
 from converters.formats.fields import blocks_of
 from converters.formats.kohya import TRANSFORMER, UNET, Kohya
 from converters.formats.schema import number
-from converters.roles import ADDITIVE, ROLES
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
 from diffpeft.errors import CheckpointError, listed
 from diffpeft.files import parsed
 from diffpeft.handles import Cast
+from diffpeft.methods.layout import PRODUCTS, ROLES
 
 TERMS = 5
 _AS_ITS = {"side": "input", "neumann": TERMS, "neumann_last": 1, "coft": None}  # the options of a rotation of its
@@ -143,7 +143,7 @@ class OneTrainer(Kohya):
 
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         """It writes one for each layer; without one the scale is 1."""
-        added = {e.layer: e for e in entries if e.method in ("dora", *ADDITIVE)}
+        added = {e.layer: e for e in entries if e.method in PRODUCTS}
         ranks = ranks_of(added.values())
         return {
             layer: float(ranks[layer]) if e.alpha is None else e.alpha

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from converters.families import Table
 from converters.families.base import renamed, table
 from converters.formats.base import Answer, Part
-from converters.roles import rank
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
+from diffpeft.methods.shapes import rank
 
 _SINGLE_QKV = "single_blocks.{}.linear1.qkv"
 FLUX = table(

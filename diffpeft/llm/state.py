@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import converters
 from converters.formats import FORMATS
 from converters.formats.base import dotted_role, suffix
-from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS, whole_scale
+from converters.formats.fields import whole_scale
+from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS
 from converters.formats.schema import check_fields
 from converters.opening import Opened, opened
 from converters.writing import write_config
@@ -114,6 +115,8 @@ def spelt(
                 assert handle.tensor is not None  # of a model in memory
                 if role == "lokr_w1" and by != 1:
                     found[f"{prefix}{layer}.{role}"] = handle.tensor.detach() / by if by else handle.tensor.detach()
+                if role == "lokr_w1" and by not in (0, 1):
+                    found[f"{prefix}{layer}.{role}"] = handle.tensor.detach() / by
                 elif role == BIAS:
                     bias: Any = model.get_submodule(layer).bias
                     if bias is None:

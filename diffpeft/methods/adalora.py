@@ -104,7 +104,6 @@ class AdaLora(Additive):
 
     name = "adalora"
     config = AdaLoraConfig
-    roles = ("lora_A", "lora_B", "lora_E")
 
     @classmethod
     def init(cls, config: AdaLoraConfig, site: Site, **_: Any) -> Fresh:
@@ -115,10 +114,6 @@ class AdaLora(Additive):
         E = torch.zeros(r, 1) if config.init_lora_weights else normal(r, 1)
         options = {"ranknum": r, **({"dropout": config.lora_dropout} if config.lora_dropout else {})}
         return Fresh({"lora_A": A, "lora_B": B, "lora_E": E}, float(config.lora_alpha), options)
-
-    @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
-        return p["lora_A"].shape[0]
 
     @classmethod
     def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
@@ -145,13 +140,3 @@ class AdaLora(Additive):
     @classmethod
     def route(cls, p: Tensors, spec: Spec, tokens: int) -> str:
         return "factors" if cls.rank(p) else "weight"  # torch has no convolution to 0 channels
-
-    @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        if lost := [role for role in cls.roles if role not in p]:
-            return f"there is no {' and no '.join(lost)}"
-        g, r = spec.geometry, cls.rank(p)
-        wanted = {"lora_A": (r, g.columns), "lora_B": (g.out, r), "lora_E": (r, 1)}
-        wrong = [f"{role} {tuple(p[role].shape)}" for role, shape in wanted.items() if tuple(p[role].shape) != shape]
-        layer = f"lora_A (r, {g.columns}), lora_B ({g.out}, r) and lora_E (r, 1)"
-        return f"the layer takes {layer}, not {' and '.join(wrong)} with r = {r}" if wrong else ""

@@ -14,6 +14,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from diffpeft.methods.fit import Layer, fitted, misfit
+from diffpeft.methods.layout import LAYOUTS
+from diffpeft.methods.shapes import block
+
 Tensors = Mapping[str, Tensor]
 Strength = float | Tensor  # a number, or a tensor of one number in compiled code
 
@@ -32,6 +36,11 @@ class Geometry:
     def shape(self) -> tuple[int, ...]:
         """The shape of the canonical weight."""
         return (self.out, self.in_ // self.groups, *self.kernel)
+
+    @property
+    def layer(self) -> Layer:
+        """What of it decides which tensors fit."""
+        return Layer(self.shape, self.lookup)
 
     @property
     def columns(self) -> int:
@@ -145,11 +154,16 @@ class Method:
 
     name: ClassVar[str]
     config: ClassVar[Any] = None
-    roles: ClassVar[tuple[str, ...]]  # every role that can occur
+    roles: ClassVar[tuple[str, ...]]  # every role that can occur; where nothing else is said, those of the layout
     shifts: ClassVar[frozenset[str]] = frozenset()  # roles that change the layer's bias
     constants: ClassVar[frozenset[str]] = frozenset()  # roles that say something and are never trained
     options: ClassVar[frozenset[str]] = frozenset()  # keywords of `attach` that the method takes
     precise: ClassVar[frozenset[str]] = frozenset()  # prepared tensors that stay in fp32 or better
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "roles" not in vars(cls) and vars(cls).get("name") in LAYOUTS:
+            cls.roles = LAYOUTS[cls.name].roles
 
     @classmethod
     def init(cls, config: Any, site: Site, **options: Any) -> Fresh:
@@ -163,13 +177,21 @@ class Method:
 
     @classmethod
     def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        """What about the shapes in `p` does not fit each other or the layer; empty if they fit."""
-        return ""
+        """What about the shapes in `p` does not fit each other or the layer; empty if they fit. Read from the method's layout."""
+        if cls.name not in LAYOUTS:
+            return ""
+        shapes = {role: tuple(t.shape) for role, t in p.items()}
+        return misfit(cls.name, shapes, spec.geometry.layer, spec.options.get("side", ""))
 
     @classmethod
     def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        """`p` reshaped (never changed) to the layer: [r, in, 1, 1] and [r, in] hold the same numbers."""
-        return p
+        """`p` reshaped (never changed) to the layer: [r, in, 1, 1] and [r, in] hold the same numbers. Read from the method's layout."""
+        if cls.name not in LAYOUTS:
+            return p
+        twins = LAYOUTS[cls.name].twins
+        names = twins if spec.geometry.lookup else {name: role for role, name in twins.items()}
+        shapes = fitted(cls.name, {role: tuple(t.shape) for role, t in p.items()}, spec.geometry.layer)[1]
+        return {names.get(role, role): t.reshape(shapes[role]) if role in shapes else t for role, t in p.items()}
 
     @classmethod
     def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
@@ -179,7 +201,13 @@ class Method:
     @classmethod
     def rank(cls, p: Mapping[str, Any]) -> int:
         """The rank that the shapes in `p` show; for a rotation the size of its blocks."""
-        return min(t.shape[0] for t in p.values())
+        layout = LAYOUTS.get(cls.name)
+        if layout is None:
+            return min(t.shape[0] for t in p.values())
+        for role, axis in layout.ranked:
+            if role in p:
+                return p[role].shape[axis]
+        return block({role: tuple(t.shape) for role, t in p.items()})
 
     @classmethod
     def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:

@@ -66,7 +66,6 @@ class IA3(Method):
 
     name = "ia3"
     config = IA3Config
-    roles = (FACTORS, OFFSETS, ON_INPUT)
     shifts = frozenset({FACTORS})
     constants = frozenset({ON_INPUT})
     precise = frozenset({FACTORS, OFFSETS})

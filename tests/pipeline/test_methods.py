@@ -800,10 +800,12 @@ def test_an_embedding_goes_into_a_peft_folder_and_back(tmp_path):
         unload(net)
 
 
-def test_the_table_of_roles_is_the_methods():
-    from converters.roles import ADDITIVE, MAGNITUDES, ROLES, WHOLE
+def test_every_method_has_a_row_and_every_row_a_method():
+    from diffpeft.methods.layout import INNER, LAYOUTS, MAGNITUDES, ROLES
 
-    for method, roles in ROLES.items():
-        assert set(roles) | {"initial_A", "initial_B"} == set(METHODS[method].roles) | {"initial_A", "initial_B"}
-        assert {role for whole in WHOLE[method] for role in whole.split()} <= set(roles)
-    assert set(METHODS["dora"].roles) >= set(MAGNITUDES) | {r for m in ADDITIVE for r in ROLES[m]}
+    assert {*METHODS} == {*LAYOUTS}
+    for method, layout in LAYOUTS.items():
+        assert {*layout.roles} <= {*METHODS[method].roles} and METHODS[method].name == method
+        assert layout.off <= {*layout.roles}
+        assert bool(METHODS[method].config) == bool(layout.config or layout.over)
+    assert {*METHODS["dora"].roles} >= {*MAGNITUDES} | {role for method in INNER for role in ROLES[method]}
