@@ -70,7 +70,6 @@ _RATIOS: dict[re.Pattern[str], dict[str, Fraction | int]] = {
 _NUMBER = re.compile(r"\d+")
 _UNETS = ("sd15", "sd2", "sdxl", "sdxl_refiner")
 _WIDTHS = {768: ("sd15",), 1024: ("sd2",), 2048: ("sdxl",), 1280: ("sdxl_refiner",)}
-_INPUTS = ("lora_A", "hada_w1_b", "diff")  # roles whose second axis is the layer's inputs
 _CROSS = re.compile(r".*transformer_blocks[._]\d+[._]attn2[._]to_[kv]")
 _XL = re.compile(
     r".*attentions?[._].*transformer_blocks[._][1-9]|.*_blocks?[._]\d.*transformer_blocks[._][1-9]|add_embedding|label_emb"
@@ -471,13 +470,8 @@ def _by_width(families: list[str], layers: Layers) -> list[str]:
 
 def _cross_attention_widths(layers: Layers) -> set[int]:
     """The inputs of layers that see the text."""
-    return {
-        handle.shape[1]
-        for (_, layer), tensors in layers.items()
-        if _CROSS.match(layer)
-        for role, handle in tensors.items()
-        if role in _INPUTS and len(handle.shape) > 1
-    }
+    extents = [_extent(tensors) for (_, layer), tensors in layers.items() if _CROSS.match(layer)]
+    return {columns for _, columns in filter(None, extents)}
 
 
 def _by_ratio(families: list[str], layers: Layers) -> list[str]:
