@@ -97,13 +97,12 @@ def _report(
 ) -> ConvertReport:
     """What became of a bundle that was `written` in parts, of which entries were `replaced`, and layers have numbers that are `inexact`."""
     entries = [entry for part in written for entry in part.entries]
-    folded = [] if FORMATS[to].folder else [entry.layer for entry in entries if "scale" in entry.options]
-    exact = not (replaced or inexact or folded or cast or any(map(_is_computed, bundle.entries)))
+    exact = not (replaced or inexact or cast or _folded(entries, to) or any(map(_is_computed, bundle.entries)))
     return ConvertReport(
         level="L0" if exact else "L1",
         mapped=tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys)),
         carried=tuple(bundle.carried),
-        warnings=(*_told(bundle, replaced, inexact, folded), *_caveats(entries, to)),
+        warnings=(*_told(bundle, replaced, inexact), *_caveats(entries, to)),
         format=bundle.format,
         family=bundle.family,
     )
@@ -132,7 +131,7 @@ def _changed(before: Held, after: Held) -> list[Entry]:
     return [old for old, new in entries if old is not new]
 
 
-def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str], folded: Sequence[str]) -> list[str]:
+def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str]) -> list[str]:
     """What a user should know about a conversion, in words."""
     zero = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
     told: dict[str, Sequence[str]] = {
@@ -140,9 +139,13 @@ def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str], fol
         "fused layers have parts of unequal scales, which went into the factors": inexact,
         "layers have alpha 0 and no effect": zero,
         "keys are no adapter's and were kept as they are": list(bundle.carried),
-        "layers had alpha / r multiplied into lokr_w1": folded,
     }
     return [f"{len(names)} {fact}: {listed(names[:5])}" for fact, names in told.items() if names]
+
+
+def _folded(entries: Sequence[Entry], to: str) -> list[str]:
+    """The layers whose scale a format has no place for, so that it goes into their tensors."""
+    return [] if FORMATS[to].folder else [entry.layer for entry in entries if "scale" in entry.options]
 
 
 def _caveats(entries: Sequence[Entry], to: str) -> list[str]:
@@ -158,7 +161,8 @@ def _caveats(entries: Sequence[Entry], to: str) -> list[str]:
         },
         "diffusers": {"alphas stand in the metadata, which ComfyUI does not read (there the scale is 1)": scaled},
     }
-    return [f"{fact}: {len(layers)} layers" for fact, layers in told.get(to, {}).items() if layers]
+    facts = {**told.get(to, {}), "alpha / r was multiplied into lokr_w1": _folded(entries, to)}
+    return [f"{fact}: {len(layers)} layers" for fact, layers in facts.items() if layers]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -19,7 +19,6 @@ FOREIGN = {
     "p_layer": "tlora",
     "glora_A": "glora of PEFT",
     "glora_B": "glora of PEFT",
-    "hra_u": "hra",
     "delora_": "delora",
 }
 

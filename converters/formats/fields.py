@@ -300,11 +300,7 @@ def _blocks(entries: Sequence[Entry]) -> Fields:
     """The size or the number of blocks, and whether all of a layer are one."""
     blocks = {e.layer: blocks_of(e) for e in entries}
     features = {e.layer: _turned(e, math.prod(blocks[e.layer])) for e in entries}
-    single = all(n == 1 for n, _ in blocks.values())
-    partial = [layer for layer, (n, b) in blocks.items() if n * b != features[layer]]
-    shared = single and (bool(partial) or all(e.shape is None for e in entries))
-    if partial and not single:
-        raise Unfit("in PEFT all layers share one block each, or none", partial)
+    shared = _are_shared(entries, blocks, features)
     rows = {(features[layer], features[layer] // b if shared else n, b) for layer, (n, b) in blocks.items()}
     sizes = [{"r": 0, "oft_block_size": b} for b in sorted({b for _, _, b in rows}, reverse=True)]
     counts = [{"r": n, "oft_block_size": 0} for n in sorted({n for _, n, _ in rows})]
@@ -312,6 +308,15 @@ def _blocks(entries: Sequence[Entry]) -> Fields:
     if chosen is None:
         raise Unfit("no block size and no number of blocks gives these blocks in PEFT", blocks)
     return {**chosen, "block_share": shared}
+
+
+def _are_shared(entries: Sequence[Entry], blocks: Mapping[str, tuple[int, int]], features: Mapping[str, int]) -> bool:
+    """Whether one block stands for all of a layer. Raises Unfit if that is so of some layers only."""
+    single = all(n == 1 for n, _ in blocks.values())
+    partial = [layer for layer, (n, b) in blocks.items() if n * b != features[layer]]
+    if partial and not single:
+        raise Unfit("in PEFT all layers share one block each, or none", partial)
+    return single and (bool(partial) or all(e.shape is None for e in entries))
 
 
 def _gives(fields: Fields, rows: Iterable[tuple[int, int, int]]) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,9 @@ from diffpeft.methods.layout import LAYOUTS, PRODUCTS
 
 WEIGHTS, FILE = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "diffpeft.adapter_config"  # where a Bundle's metadata has the config
-_HELD = {role for layout in LAYOUTS.values() if layout.peft for form in layout.forms if form.peft for role in form.axes}
+_HELD = {"lora_magnitude_vector"} | {
+    role for layout in LAYOUTS.values() if layout.peft for form in layout.forms if form.peft for role in form.axes
+} - {"dora_scale"}
 
 
 class Peft(OneModel):
@@ -107,29 +110,33 @@ class Peft(OneModel):
 
     def _fields(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """The fields of a config with which PEFT makes these tensors. Raises Unfit."""
-        if not entries:
-            raise Unfit("there is no adapter", [])
-        components = {parted(e.layer)[0] for e in entries}
-        if len(components) > 1:
-            raise Unfit(f"a folder holds one component, not {' and '.join(sorted(components))}", layers_of(entries))
-        over = [e for e in entries if len(e.methods) > 1]
-        if over:
-            raise Unfit(f"PEFT has no {' over '.join(sorted(over[0].methods))}", layers_of(over))
-        inputs = [e for e in entries if magnitude_axis(e) == 1]
-        if inputs:
-            raise Unfit("PEFT's DoRA has a magnitude for each output, not for each input", layers_of(inputs))
-        extra = {e.layer: sorted({*self.stored(e)} - _HELD - {"lora_magnitude_vector"}) for e in entries}
-        if lost := {layer: roles for layer, roles in extra.items() if roles}:
-            roles = sorted({role for found in lost.values() for role in found})
-            what = " (PEFT turns inputs, LyCORIS and sd-scripts outputs)" if "oft_blocks" in roles else ""
-            raise Unfit(f"PEFT has no {' and '.join(roles)}{what}", list(lost))
-        methods = sorted({e.method for e in entries})
-        if len(methods) > 1:
-            few = min(methods, key=lambda m: sum(e.method == m for e in entries))
-            raise Unfit(f"a folder holds one method, not {' and '.join(methods)}", layers_of(entries, few))
-        if trouble := configs.unsayable(entries):
+        if trouble := next(self._troubles(entries), None):
             raise Unfit(*trouble)
         return fields(entries)
+
+    def _troubles(self, entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:
+        """Why a folder cannot hold entries, and the layers that are to blame."""
+        if not entries:
+            yield "there is no adapter", []
+        if len(components := {parted(e.layer)[0] for e in entries}) > 1:
+            yield f"a folder holds one component, not {' and '.join(sorted(components))}", layers_of(entries)
+        if nested := [e for e in entries if len(e.methods) > 1]:
+            yield f"PEFT has no {' over '.join(sorted(nested[0].methods))}", layers_of(nested)
+        yield from self._unheld(entries)
+        if len(methods := Counter(e.method for e in entries)) > 1:
+            fewest = min(sorted(methods), key=methods.__getitem__)
+            yield f"a folder holds one method, not {' and '.join(sorted(methods))}", layers_of(entries, fewest)
+        if trouble := configs.unsayable(entries):
+            yield trouble
+
+    def _unheld(self, entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:
+        """The tensors that PEFT does not have."""
+        if inputs := [e.layer for e in entries if magnitude_axis(e) == 1]:
+            yield "PEFT's DoRA has a magnitude for each output, not for each input", inputs
+        unknown = {e.layer: {*self.stored(e)} - _HELD for e in entries}
+        if roles := sorted(set().union(*unknown.values())):
+            what = " (PEFT turns inputs, LyCORIS and sd-scripts outputs)" if "oft_blocks" in roles else ""
+            yield f"PEFT has no {' and '.join(roles)}{what}", [layer for layer, extra in unknown.items() if extra]
 
 
 # Reading

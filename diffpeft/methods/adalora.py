@@ -17,6 +17,7 @@ from torch import Tensor
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.lora import LoraConfig
 from diffpeft.methods.peft_config import PeftType
 
@@ -54,7 +55,7 @@ class AdaLoraConfig(LoraConfig):
     total_step: int | None = None
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
 
-    TYPE = PeftType.ADALORA
+    TYPE = PeftType(LAYOUTS["adalora"].peft)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -75,14 +75,25 @@ def told(axes: Axes, shape: Shape) -> tuple[tuple[str, Size], ...] | None:
     """The sizes of the letters in a shape; None if it cannot have these axes."""
     fixed = [word for word in axes if word[0] != "*"]
     shape = (*shape, *(1 for word in fixed[len(shape) :] if word[-1] == "?"))
-    kernel = shape[len(fixed) :]
-    last = axes[-1] if axes and axes[-1][0] == "*" else ""
-    if len(shape) < len(fixed) or (kernel and not last) or len(kernel) > KERNEL or (last == "*1" and {*kernel} - {1}):
+    kernel, last = shape[len(fixed) :], axes[-1] if len(fixed) < len(axes) else ""
+    if len(shape) < len(fixed) or not _is_kernel(kernel, last):
         return None
     sizes = [(letter(word), triangle(n) if word[-1] == "^" else n) for word, n in zip(fixed, shape, strict=False)]
-    if any((name == "1" and n != 1) or n < 0 or n != dict(sizes)[name] for name, n in sizes):
+    if not _is_consistent(sizes):
         return None
-    return (*(pair for pair in sizes if pair[0] != "1"), *([("k", kernel)] if last[:2] == "*k" else []))
+    named = tuple(pair for pair in sizes if pair[0] != "1")
+    return (*named, ("k", kernel)) if last[:2] == "*k" else named
+
+
+def _is_consistent(sizes: list[tuple[str, int]]) -> bool:
+    """Whether every letter has one size, which there is, and what is to be one is one."""
+    known = dict(sizes)
+    return known.get("1", 1) == 1 and min(known.values(), default=0) >= 0 and len({*sizes}) == len(known)
+
+
+def _is_kernel(sizes: Shape, word: str) -> bool:
+    """Whether the last axes can be what the last word says; without one there are none."""
+    return not sizes if not word else len(sizes) <= KERNEL and (word != "*1" or {*sizes} <= {1})
 
 
 def least(axes: Axes) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as configs
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Op, Site, Spec, Strength, Tensors
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import added, butterfly, cayley, columns_times, exchange, rows_times, wide
 from diffpeft.methods.oft import (
     check_keywords,
@@ -69,7 +70,7 @@ class BOFTConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.BOFT
+    TYPE = PeftType(LAYOUTS["boft"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""

@@ -196,6 +196,7 @@ LAYOUTS: dict[str, Layout] = {
     "dora": Layout(
         "dora.Dora",
         tuple(one | {role: text} for one in (*_LORA, *_LOHA, *_LOKR) for role, text in MAGNITUDES.items()),
+        config="LoraConfig",
         peft="LORA",
         alpha_field="lora_alpha",
         patterns=True,
@@ -293,6 +294,14 @@ LAYOUTS: dict[str, Layout] = {
         off=_words("oft_blocks"),
         training=Training({"rank": "boft_block_size", "dropout": "boft_dropout"}, keywords={"side": "output"}),
     ),
+    "hra": Layout(
+        "hra.Hra",
+        (form("hra_u: i.k r", lookup=False), form("hra_u: o r", lookup=True)),
+        config="HRAConfig",
+        peft="HRA",
+        fields=(Field("apply_GS", "apply_GS", "flag", False),),
+        training=Training({"rank": "r"}, images=False),
+    ),
     "full": Layout(
         "full.Full",
         (
@@ -319,7 +328,8 @@ LAYOUTS: dict[str, Layout] = {
 RANKS = ("r", "q", "p")  # the letters of ranks
 ROLES = {method: layout.roles for method, layout in LAYOUTS.items() if method != "dora"}
 KNOWN = frozenset(role for layout in LAYOUTS.values() for role in layout.roles) | {BIAS}
-CONFIGS = {layout.config: layout.home.split(".")[0] for layout in LAYOUTS.values() if layout.config}  # {class: file}
+CONFIGS = {layout.config: layout.home.split(".")[0] for layout in LAYOUTS.values() if layout.config and not layout.over}
+OFF = frozenset(role for layout in LAYOUTS.values() for role in layout.off) | {BIAS}
 INNER = tuple(method for method, layout in LAYOUTS.items() if layout.inner)
 PRODUCTS = tuple(method for method, layout in LAYOUTS.items() if layout.inner or layout.over)
 

@@ -57,7 +57,7 @@ class LoHaConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.LOHA
+    TYPE = PeftType(LAYOUTS["loha"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""

@@ -70,7 +70,7 @@ class LoKrConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.LOKR
+    TYPE = PeftType(LAYOUTS["lokr"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""

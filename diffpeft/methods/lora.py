@@ -99,7 +99,7 @@ class LoraConfig(PeftConfig):
     kasa_config: Any = field(default=None, metadata=_VARIANT)
     ensure_weight_tying: bool = False
 
-    TYPE = PeftType.LORA
+    TYPE = PeftType(LAYOUTS["lora"].peft)
     UNSUPPORTED = frozenset(
         (
             "megatron_config",

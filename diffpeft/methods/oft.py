@@ -22,6 +22,7 @@ from diffpeft.errors import ConfigError
 from diffpeft.methods import config as configs
 from diffpeft.methods.axes import triangle
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Site, Spec, Strength, Tensors
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import cayley, cayley_neumann, columns_times, rows_times, skew, wide
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
@@ -62,7 +63,7 @@ class OFTConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.OFT
+    TYPE = PeftType(LAYOUTS["oft"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
@@ -113,12 +114,7 @@ class Oft(Method):
         blocks = torch.zeros(n, b, b) if side == "output" else torch.zeros(n, b * (b - 1) // 2)
         if not config.init_weights:
             blocks.normal_(std=0.1, generator=site.generator)
-        options: dict[str, Any] = {"side": side}
-        if side == "input":
-            options["neumann"] = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
-            options["coft"] = config.eps if config.coft else None
-        if config.module_dropout:
-            options["module_dropout"] = config.module_dropout
+        options = _options(config, side)
         if used != asked:
             options["adjusted"] = (asked, used)
         tensors = {_role(site.geometry, side): blocks}
@@ -162,6 +158,15 @@ class Oft(Method):
         change = (s * (R - eye)).to(before.dtype).expand(n, b, b)
         y = before(x, bias)
         return y + before.op.blocks(before.op.less_bias(y) if bias else y, change)
+
+
+def _options(config: OFTConfig, side: str) -> dict[str, Any]:
+    """What the adapter must know of its config."""
+    options: dict[str, Any] = {"side": side, **configs.chosen(config, "module_dropout")}
+    if side == "input":
+        options["neumann"] = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
+        options["coft"] = config.eps if config.coft else None
+    return options
 
 
 def _rotation(p: Tensors, spec: Spec) -> Tensor:

@@ -81,8 +81,8 @@ def row_axes(shapes: dict[str, Shape]) -> dict[str, tuple[int, int]]:
     form = layout_of(shapes).form(shapes)
     sizes = _told(form, shapes)
     units = {"o": 1}
-    for whole, (first, second) in form.products.items():
-        if whole == "o" and (n := size(form, sizes, second)):
+    for product, (first, second) in form.products.items():
+        if product == "o" and (n := size(form, sizes, second)):
             units[first] = n
     if form.turns == "o" and isinstance(b := sizes.get("b", [("", 0)])[0][1], int):
         units["n"] = b
@@ -115,19 +115,35 @@ def _conflict(form: Form, shapes: Shapes, pruned: bool) -> str:
     axes = {**form.axes, BIAS: "o *1"}
     sizes, misread = read(Form(axes), {role: shapes[role] for role in axes if role in shapes})
     if misread:
-        axes_of = ", ".join(written(axes[role]) for role in misread)
-        others = [role for role in shapes if role not in misread]
-        beside = f" beside {', '.join(others)}" if others else ""
-        return f"{shown(misread, shapes)} has other axes than this tensor has{beside}: {axes_of}"
-    for name, places in sizes.items():
-        if len({n for _, n in places}) > 1:
-            return f"{shown([role for role, _ in places], shapes)} {_of_different(name)}"
-        if places[0][1] == 0 and name in RANKS and not pruned:
-            return f"{shown([role for role, _ in places], shapes)} have rank 0"
-    for whole, roles in _unequal_products(form, sizes):
-        return f"{shown(roles, shapes)} are of different layers: {whole} features"
-    empty = [role for role, shape in shapes.items() if 0 in shape and not pruned]
+        return _misread(misread, axes, shapes)
+    for roles, why in (*_unequal_letters(sizes), *_unequal_products(form, sizes)):
+        return f"{shown(roles, shapes)} {why}"
+    return "" if pruned else _empty(sizes, shapes)
+
+
+def _misread(roles: list[str], axes: Mapping[str, str], shapes: Shapes) -> str:
+    """That tensors have other axes than they can have."""
+    beside = [role for role in shapes if role not in roles]
+    where = f" beside {', '.join(beside)}" if beside else ""
+    expected = ", ".join(written(axes[role]) for role in roles)
+    return f"{shown(roles, shapes)} has other axes than this tensor has{where}: {expected}"
+
+
+def _empty(sizes: Sizes, shapes: Shapes) -> str:
+    """That tensors have a rank of 0, or no numbers; empty if all have some."""
+    if unranked := [role for name in RANKS for role, n in sizes.get(name, ()) if n == 0]:
+        return f"{shown(unranked, shapes)} have rank 0"
+    empty = [role for role, shape in shapes.items() if 0 in shape]
     return f"{shown(empty, shapes)} is empty" if empty else ""
+
+
+Unequal = tuple[list[str], str]  # roles, and what of them is not the same
+
+
+def _unequal_letters(sizes: Sizes) -> list[Unequal]:
+    """The letters with several sizes."""
+    several = {name: places for name, places in sizes.items() if len({n for _, n in places}) > 1}
+    return [([role for role, _ in places], _of_different(name)) for name, places in several.items()]
 
 
 def _of_different(name: str) -> str:
@@ -135,17 +151,18 @@ def _of_different(name: str) -> str:
     return kinds.get(name, "are of different layers")
 
 
-def _unequal_products(form: Form, sizes: Sizes) -> list[tuple[str, list[str]]]:
-    """The products that are told and are not what is told of the whole, with the roles that tell it."""
+def _unequal_products(form: Form, sizes: Sizes) -> list[Unequal]:
+    """The products that are told and are not what is told of the whole."""
     products = dict(form.products)
     if form.turns == "o" and not (form.shared and sizes.get("n", [("", 1)])[0][1] == 1):
         products["o"] = ("n", "b")
     unequal = []
-    for whole, factors in products.items():
-        names = (whole, *factors)
+    for product, factors in products.items():
+        names = (product, *factors)
         if not all(name in sizes for name in names):
             continue
         total, first, second = (sizes[name][0][1] for name in names)
         if total != first * second:  # type: ignore[operator]
-            unequal.append((f"{first} * {second}", [role for name in names for role, _ in sizes[name]]))
+            roles = [role for name in names for role, _ in sizes[name]]
+            unequal.append((roles, f"are of different layers: {first} * {second} features"))
     return unequal

@@ -30,6 +30,7 @@ from diffpeft.families import family_of, is_unnamed
 from diffpeft.layers.carried import base_class
 from diffpeft.layers.site import site_of
 from diffpeft.layers.slot import Slot
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.model.attach import OVERSIZED, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
@@ -41,7 +42,6 @@ from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import Layers, kept, matched
 
 _FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
-_BOUNDED = ("oft", "boft")  # methods whose alpha is a bound, and 0 none
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def report_of(
 
 def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]]) -> None:
     """Say what was kept without effect, and what is unusual."""
-    idle = [e.layer for e in bundle.entries if e.method not in _BOUNDED and io.number(e.alpha) == 0]
+    idle = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
     large = [layer for found in slots.values() for layer in oversized(found)]
     for what, names in (
         ("tensors are kept but have no effect here", report.carried),

@@ -94,6 +94,8 @@ FORMS = {
     "boft": ("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 1}, {}),
     "boft, output": ("boft", {"boft_block_size": 2}, {"side": "output"}),
     "boft, output, rescaled": ("boft", {"boft_block_size": 2}, {"side": "output", "rescale": True, "constraint": 0.1}),
+    "hra": ("hra", {"r": 2}, {}),
+    "hra, gram-schmidt": ("hra", {"r": 2, "apply_GS": True}, {}),
     "ia3": ("ia3", {}, {}),
     "ia3, feedforward": ("ia3", {"feedforward_modules": ".*"}, {}),
     "ia3, lycoris": ("ia3", {}, {}),
@@ -117,6 +119,16 @@ FILES = {
         "set_weight": (op.weight().t() if op.geometry.lookup else op.weight()).detach().clone()
     },
 }
+# fresh adapters whose parts cancel instead of being zero: how far their layers may be from the base's, in the dtype of the base; other forms change
+# no bit. In float64 the tensors themselves are of float32. STARTS: forms that have no start that changes nothing
+FRESH = {
+    "lora, orthogonal": {torch.float64: 1e-6},
+    "lora, pissa": {torch.float64: 1e-12},
+    "lora, olora": {torch.float64: 1e-12},
+    # two reflections along one vector: both vectors are rounded alike, the sums over features are not
+    "hra": {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.05},
+}
+STARTS = ("hra, gram-schmidt",)
 ON_NORMS = ("norm",)  # see test_norms.py
 METHOD_FORMS = {m: next(form for form, row in FORMS.items() if row[0] == m) for m in METHODS if m not in ON_NORMS}
 
