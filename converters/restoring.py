@@ -24,16 +24,14 @@ def restored(file: Plan, held: Held) -> Plan:
     record = (
         own_record(bundle) if bundle.format == held.format else record_in(bundle.metadata.get(KEY, ""), held.format)
     )
-    tensors = _tensors(record, file, entries, bundle.carried) if record else None
+    tensors = _tensors(record, file, entries) if record else None
     if record is None or tensors is None:
         return file
     metadata = _metadata(record, bundle, file, fmt)
     return replace(file, tensors=tensors, metadata=metadata if _agrees(fmt, entries, metadata) else file.metadata)
 
 
-def _tensors(
-    record: Record, file: Plan, entries: Sequence[Entry], carried: Mapping[str, Handle]
-) -> dict[str, Handle] | None:
+def _tensors(record: Record, file: Plan, entries: Sequence[Entry]) -> dict[str, Handle] | None:
     """The file's tensors by the keys that a record has for them; None if it is of another adapter.
 
     An alpha that only one of both has must be the rank.
@@ -41,10 +39,12 @@ def _tensors(
     ranks, unscaled = ranks_of(entries), _unscaled(entries)
     spelt = {place: file.tensors[key] for place, key in file.places.items()}
     tensors = {**{(layer, "alpha"): io.scalar(rank) for layer, rank in ranks.items() if rank}, **spelt}
+    placed = {*file.places.values()}
+    beside = {key: handle for key, handle in file.tensors.items() if key not in placed}  # of no layer
     out: dict[str, Handle] = {}
     for key, row in record.keys.items():
         if row is None:
-            out |= {key: carried[key]} if key in carried else {}
+            out |= {key: beside[key]} if key in beside else {}
             continue
         handle = _as_before(row, tensors, unscaled)
         if handle is None:
@@ -53,7 +53,7 @@ def _tensors(
     left = {*tensors}.difference(*(row.places for row in record.keys.values() if row))
     if any(role != "alpha" or io.number(tensors[layer, role]) != ranks.get(layer) for layer, role in left):
         return None
-    return out | {key: handle for key, handle in carried.items() if key not in out}
+    return out | {key: handle for key, handle in beside.items() if key not in out}
 
 
 def _as_before(row: Row, tensors: Mapping[Place, Handle], unscaled: Collection[str]) -> Handle | None:

@@ -13,7 +13,6 @@ OLD_OFT = ("oft_r", "oft_s")  # PEFT's before 0.16, which are read as what they 
 # Tensor names of methods that exist in files and that no method here reads: {how the last part of a key starts: method}.
 FOREIGN = {
     "oft_diag": "early oft",
-    "vera_lambda_": "vera",
     "lambda_layer": "tlora",
     "q_layer": "tlora",
     "p_layer": "tlora",

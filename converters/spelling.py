@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converters.detection import COMPONENT, FORMAT, HINT
-from converters.formats import FORMATS
+from converters.formats import FORMATS, Format
 from converters.formats.peft import CONFIG
 from converters.holding import Held
 from converters.provenance import KEY, Place, recorded
@@ -44,7 +44,14 @@ def spelt(held: Held, dtype: torch.dtype | None = None) -> Plan:
         for role, handle in stored.items():
             key = places[entry.layer, role] = fmt.join(replace(name, role=role), entry)
             tensors[key] = handle
+    tensors |= _shared(entries, fmt, dtype)
     return Plan({**tensors, **held.bundle.carried}, _metadata(held), places, held.arranged.inexact)
+
+
+def _shared(entries: Sequence[Entry], fmt: Format, dtype: torch.dtype | None) -> dict[str, Handle]:
+    """The tensors of the whole adapter by their keys, unless its layers say that they are not saved."""
+    saved = [entry.shared for entry in entries if entry.options.get("save_projection", True)]
+    return {fmt.shared_keys[role]: io.cast(h, dtype, role) for shared in saved for role, h in shared.items()}
 
 
 def _alpha(alpha: Handle | float) -> Handle:

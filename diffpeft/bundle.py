@@ -43,6 +43,11 @@ class Bundle:
     order: tuple[str, ...] = ()  # the file's keys
 
     @property
+    def shared(self) -> dict[str, Mapping[str, Handle]]:
+        """{component: the tensors by role that all its entries share}, where a method has such."""
+        return {parted(entry.layer)[0]: entry.shared for entry in self.entries if entry.shared}
+
+    @property
     def methods(self) -> set[str]:
         """Names of the methods in use."""
         return {method for entry in self.entries for method in entry.methods}

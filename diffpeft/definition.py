@@ -96,7 +96,9 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> Definition:
 
     method = METHODS[entry.method]
     roles = [role for role in entry.tensors if role in method.roles]
-    p = {role: t.double() for role, t in zip(roles, load(entry.tensors[role] for role in roles), strict=True)}
+    _check_shared(entry, method, W)
+    handles = {**{role: entry.tensors[role] for role in roles}, **{role: entry.shared[role] for role in method.shared}}
+    p = {role: t.double() for role, t in zip(handles, load(handles.values()), strict=True)}
     if W is None and not method.additive(p):
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
@@ -106,3 +108,14 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> Definition:
     geometry = Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles))
     spec = Spec(geometry, number(entry.alpha), entry.options)
     return Definition(method, method.prepare(method.adopt(p, spec), spec, False), spec)
+
+
+def _check_shared(entry: Entry, method: type[Method], W: torch.Tensor | None) -> None:
+    """Raise ConfigError for an entry that lacks tensors of its whole adapter, or with nothing that tells how much of these is for it."""
+    if missing := {*method.shared} - {*entry.shared}:
+        raise ConfigError(
+            f"{entry.method} on {shown(entry.layer)} needs {' and '.join(sorted(missing))}, which its file leaves out",
+            remedy="Load it onto its model.",
+        )
+    if method.shared and W is None and entry.shape is None:
+        raise ConfigError(f"nothing tells the columns of {shown(entry.layer)}", remedy="Pass base={layer: W}.")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from converters.families import Table
 from converters.roles import FOREIGN, OLD_OFT
 from diffpeft.bundle import Entry, Handle
 from diffpeft.methods.layout import KNOWN
+
+NO_KEYS: Mapping[str, str] = MappingProxyType({})  # of a format without a place for an adapter's shared tensors
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Format(Protocol):
     single: bool
     writable: bool
     tables: Mapping[str, Table]  # the families that it is for, with their tables as it sees them
+    shared_keys: Mapping[str, str]  # {role: key} of the tensors of a whole adapter
     owned: frozenset[str]  # the keys of the metadata that only this format writes
 
     def split(self, key: str) -> Part | None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import Answer, Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import NO_KEYS, Answer, Part, dotted_role, magnitude_axis, suffix
 from converters.formats.schema import check_fields
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
@@ -40,6 +40,7 @@ class Diffusers:
 
     name, flat, folder, single, writable = "diffusers", False, False, False, True
     tables: Mapping[str, Table] = TABLES
+    shared_keys: Mapping[str, str] = NO_KEYS
     owned: frozenset[str] = frozenset({METADATA})
 
     def split(self, key: str) -> Part | None:

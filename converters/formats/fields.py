@@ -91,7 +91,9 @@ class Dialect:
     def rank(self, entry: Entry, config: Mapping[str, Any]) -> int:
         """The rank that a config gives a layer."""
         by_layer = config.get("rank_pattern") if self.layout.patterns else None
-        return int(patterns.first(by_layer, names_of(entry), config.get(self.layout.rank_field, 8)))
+        return int(
+            patterns.first(by_layer, names_of(entry), config.get(self.layout.rank_field, self.layout.rank_default))
+        )
 
     def scales(self, entries: Sequence[Entry], ranks: Mapping[str, int]) -> Fields:
         """The fields for rank and alpha."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
-from converters.formats.base import LYCORIS, Answer, OneModel, Part, denoiser, dotted_role, magnitude_axis
+from converters.formats.base import LYCORIS, NO_KEYS, Answer, OneModel, Part, denoiser, dotted_role, magnitude_axis
 from converters.formats.config import turned
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
@@ -53,6 +53,7 @@ class Lycoris:
 
     name, flat, folder, single, writable = "", True, False, False, True
     tables: Mapping[str, Table] = TABLES
+    shared_keys: Mapping[str, str] = NO_KEYS
     owned: frozenset[str] = frozenset()
     suffixes: Mapping[str, str] = _SUFFIX_OF  # {role: what stands behind the layer's name}
 

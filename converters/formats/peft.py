@@ -39,6 +39,9 @@ class Peft(OneModel):
     name, flat, folder, single, writable = "peft", False, True, True, True
     tables: Mapping[str, Table] = TABLES
     owned: frozenset[str] = frozenset({CONFIG})
+    shared_keys: Mapping[str, str] = {
+        role: f"base_model.{role}" for layout in LAYOUTS.values() for role in layout.shared
+    }
 
     def split(self, key: str) -> Part | None:
         """A PeftModel's prefix, the layer, the role."""

@@ -28,6 +28,7 @@ from diffpeft.methods.linalg import traced, wide_dtype
 
 RECORD = "_diffpeft"  # where a module keeps its record
 ADAPTERS, COPIES = "adapters", "copies"  # the names under which a module holds its slots, and its copies and patches
+SHARED = "%shared"  # behind an adapter's name: the module of the tensors that its layers share
 _RESERVED = set(dir(nn.ModuleDict()))
 
 Parameters = dict[str, Tensor]  # numbers of a module's parameters, by name
@@ -182,7 +183,10 @@ def state_with(module: nn.Module, record: Record | None, weights: Parameters | N
 
 def _container(held: Mapping[str, nn.Module]) -> nn.ModuleDict:
     container = nn.ModuleDict()
-    container._modules.update((escaped(name), module) for name, module in held.items())
+    for name, module in held.items():
+        container._modules[escaped(name)] = module
+        if isinstance(module, Slot) and module.hosts and module.bank is not None:
+            container._modules[f"{escaped(name)}{SHARED}"] = module.bank
     return container
 
 

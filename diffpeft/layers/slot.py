@@ -50,6 +50,46 @@ def stamp_of(t: Tensor) -> tuple[Any, ...]:
     return StorageWeakRef(t.untyped_storage()), t._version, t.dtype
 
 
+class Bank(nn.Module):
+    """The tensors that the layers of one adapter share: a leaf module, that one of its layers holds and all its slots refer to. They are frozen."""
+
+    _kept: dict[Any, Any]
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        for role, tensor in tensors.items():
+            self.register_buffer(role, tensor)
+        self.__dict__["_kept"] = {}
+
+    def forward(self, use: Callable[..., Result], *args: Any) -> Result:
+        """`use(bank, *args)`: within this call whoever keeps the tensors elsewhere has brought them here."""
+        return use(self, *args)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by role."""
+        return self(lambda bank: dict(bank.named_buffers()))
+
+    def at(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The tensors in a dtype and on a device, once for all layers."""
+        tensors = self.tensors
+        if traced():
+            return {role: t.to(device, dtype) for role, t in tensors.items()}
+        stamp, kept = [stamp_of(t) for t in tensors.values()], self._kept.get((dtype, device))
+        if kept is None or kept[0] != stamp:
+            kept = self._kept[dtype, device] = stamp, {role: t.to(device, dtype) for role, t in tensors.items()}
+        return kept[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Bank:
+        """As a slot's tensors."""
+        self._kept.clear()
+        first = next(iter(self.buffers()))
+        return super()._apply(with_own_dtype(fn) if fn(first.new_empty(0)).dtype in _FLOAT8 else fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+
 class Slot(nn.Module):
     """The tensors of one adapter on one layer, as parameters named by their roles, in the dtype they are stored in.
 
@@ -61,6 +101,8 @@ class Slot(nn.Module):
     parts: tuple[Part, ...]
     source: tuple[Piece, ...] | None
     shifts: bool
+    bank: Bank | None  # what it shares with the adapter's other layers; no module of the slot's
+    hosts: bool  # whether the bank is held by this slot's layer
     _kept: dict[Any, Any]
 
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
@@ -84,6 +126,8 @@ class Slot(nn.Module):
         self.__dict__.update(
             parts=parts,
             source=None,
+            bank=None,
+            hosts=False,
             # whether the layer's bias may change
             shifts=BIAS in parameters or any(part.method.shifts & set(part.roles) for part in parts),
             _kept={},
@@ -95,7 +139,11 @@ class Slot(nn.Module):
         return next(self.parameters())
 
     def tensors_of(self, part: Part) -> dict[str, Tensor]:
-        """The tensors of one part by role."""
+        """The tensors of one part by role, with those that all layers share."""
+        return {**self.own_of(part), **(self.bank.tensors if part.method.shared and self.bank is not None else {})}
+
+    def own_of(self, part: Part) -> dict[str, Tensor]:
+        """The tensors of one part by role that are this layer's."""
         return {role: getattr(self, role) for role in part.roles}
 
     @property
@@ -125,7 +173,9 @@ class Slot(nn.Module):
 
     def prepared(self, part: Part, dtype: torch.dtype) -> dict[str, Tensor]:
         """The part's tensors, prepared and in the dtype of the computation. Kept for frozen adapters where no gradient is asked for."""
-        p = self.tensors_of(part)
+        p = self.own_of(part)
+        if part.method.shared and self.bank is not None:
+            p |= self.bank.at(dtype, next(iter(p.values())).device)
         keep = not (torch.is_grad_enabled() or self.training or traced() or self._hooked)
         key = (part.roles, dtype)
         if keep:
@@ -201,4 +251,4 @@ def pieces_of(slot: Slot) -> tuple[Piece, ...]:
     """What the adapter is made of on this layer, as its file holds it."""
     if slot.source is not None:
         return slot.source
-    return tuple(Piece(p.method.name, slot.tensors_of(p), p.alpha, p.spec) for p in slot.parts)
+    return tuple(Piece(p.method.name, slot.own_of(p), p.alpha, p.spec) for p in slot.parts)

@@ -50,6 +50,7 @@ from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
+from diffpeft.model.banks import shared_by
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan
@@ -131,6 +132,9 @@ def spelt(
                     found[f"{prefix}{layer}.base_layer.weight"] = handle.tensor.detach()
                 else:
                     found[f"{prefix}{layer}.{suffix(role, entry.method)}"] = handle.tensor.detach()
+    if getattr(config, "save_projection", True):
+        keys = FORMATS["peft"].shared_keys if prefix else {}
+        found |= {keys.get(role, role): tensor for role, tensor in shared_by(slots).items()}
     if isinstance(config, AdaLoraConfig):
         found = adalora.pruned(found, config, name)
     found |= whole_tensors(model, name, prefix, given)
@@ -192,7 +196,8 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     """
     layers = {"": layers_of(model)}
     if isinstance(source, Mapping):
-        source = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in source.items()}
+        known = (PREFIX, *FORMATS["peft"].shared_keys.values())
+        source = {key if key.startswith(known) else PREFIX + key: tensor for key, tensor in source.items()}
     patches = patching.patches_of(model, config, chosen)
     renamed = renames.known_names(model, source if isinstance(source, Mapping) else source.tensors)
     if patches or renamed:
@@ -205,7 +210,7 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
     wholes: dict[str, dict[str, Handle]] = {}
     biases: dict[str, Handle] = {}
     embeddings: dict[str, dict[str, Handle]] = {}
-    known = tables.embedding_layers(model)
+    embedded = tables.embedding_layers(model)
     for key in list(carried):
         own = key.removeprefix(PREFIX)
         layer, _, last = own.replace(".base_layer.", ".").rpartition(".")
@@ -214,7 +219,7 @@ def read(model: nn.Module, source: Any, config: Any, *, trainable: bool, chosen:
             wholes.setdefault(whole, {})[own.removeprefix(f"{whole}.")] = carried.pop(key)
         elif last == "bias" and layer in layers[""] and getattr(config, "bias", "none") != "none":
             biases[layer] = carried.pop(key)
-        elif at := tables.place(known, own):
+        elif at := tables.place(embedded, own):
             embeddings.setdefault(at[0], {})[at[1]] = carried.pop(key)
     entries = _with_biases(bundle, biases, layers[""], config)
     if trainable:
@@ -367,6 +372,7 @@ def _overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, T
                     remedy="Load it under another name.",
                 )
             writes.append((slots[layer], role, new, model.get_submodule(layer).weight))
+    writes += _into_bank(slots, found.slots)
     for where, own in {**found.wholes, **found.patches}.items():
         module = model.get_submodule(where)
         held = _beside(module, name)
@@ -378,6 +384,19 @@ def _overwrite(model: nn.Module, name: str, config: Any, tensors: Mapping[str, T
     for adapter, key, new, weight in writes:
         put_into(adapter, key, new, weight)
     return Incompatible(list(found.missing), [*found.unexpected, *lost], [])
+
+
+def _into_bank(slots: Mapping[str, Slot], others: Mapping[str, Slot]) -> list[Write]:
+    """The writes of tensors that all layers share. Raises ShapeMismatchError for other shapes."""
+    bank = next((slot.bank for slot in slots.values() if slot.bank is not None), None)
+    if bank is None:
+        return []
+    tensors = shared_by(others)
+    shapes = {role: tuple(t.shape) for role, t in shared_by(slots).items()}
+    if bad := [role for role, t in tensors.items() if tuple(t.shape) != shapes[role]]:
+        told = ", ".join(f"{role} is {tuple(tensors[role].shape)}, the adapter's is {shapes[role]}" for role in bad)
+        raise ShapeMismatchError(told, remedy="Load it under another name.")
+    return [(bank, role, tensor, tensor) for role, tensor in tensors.items()]
 
 
 def _plan_embeddings(

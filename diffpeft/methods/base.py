@@ -158,17 +158,25 @@ class Method:
     shifts: ClassVar[frozenset[str]] = frozenset()  # roles that change the layer's bias
     constants: ClassVar[frozenset[str]] = frozenset()  # roles that say something and are never trained
     options: ClassVar[frozenset[str]] = frozenset()  # keywords of `attach` that the method takes
+    shared: ClassVar[tuple[str, ...]] = ()  # roles of tensors that all layers of an adapter share: those of the layout
     precise: ClassVar[frozenset[str]] = frozenset()  # prepared tensors that stay in fp32 or better
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "roles" not in vars(cls) and vars(cls).get("name") in LAYOUTS:
             cls.roles = LAYOUTS[cls.name].roles
+        if vars(cls).get("name") in LAYOUTS:
+            cls.shared = tuple(LAYOUTS[cls.name].shared)
 
     @classmethod
     def init(cls, config: Any, site: Site, **options: Any) -> Fresh:
         """Fresh fp32 tensors for a layer; W' = W unless the config asks for something else."""
         raise NotImplementedError
+
+    @classmethod
+    def bank(cls, layers: Sequence[tuple[Mapping[str, Any], Spec]]) -> dict[str, Tensor]:
+        """The tensors that the layers of an adapter share, {role: tensor}, made anew for layers (tensors by role, spec). They are frozen."""
+        return {}
 
     @classmethod
     def additive(cls, roles: Collection[str]) -> bool:

@@ -48,6 +48,21 @@ def misfit(method: str, shapes: Shapes, layer: Layer, side: str = "") -> str:
     return "" if "" in reasons else reasons[0]
 
 
+def too_small(method: str, shared: Shapes, shapes: Shapes, layer: Layer) -> str:
+    """Which of an adapter's shared tensors have too few numbers for a layer, or another rank; empty if none."""
+    layout = LAYOUTS[method]
+    if missing := sorted(layout.shared.keys() - shared.keys()):
+        return f"{', '.join(missing)} missing"
+    sizes = bound(layout.form(shapes), shapes, layer)
+    assert not isinstance(sizes, str)
+    known = {**sizes, "i.k": math.prod(layer.shape[1:])}
+    for role, words in layout.shared.items():
+        pairs = zip(words, shared[role], strict=False)
+        if len(shared[role]) != len(words) or any(n < known[w] or (w in RANKS and n != known[w]) for w, n in pairs):
+            return f"{role} {tuple(shared[role])} is too small, or of another rank: the layer needs ({', '.join(str(known[w]) for w in words)})"
+    return ""
+
+
 def fitted(method: str, shapes: Shapes, layer: Layer) -> tuple[Form, Mapping[str, Shape]]:
     """The form of tensors that fit a layer, and the shapes that PEFT gives them there. Raises ShapeMismatchError for what cannot be shaped so."""
     roles = LAYOUTS[method].roles

@@ -60,11 +60,13 @@ class Layout:
     Args:
         home: its file in diffpeft/methods and the class there.
         forms: the sets of tensors that are complete.
+        shared: {role: axes} of the tensors of the whole adapter, at least as large as each layer needs.
         config: the name of PEFT's config, in the same file; empty for a method that only files hold.
         peft: PEFT's type; empty if PEFT has no such method.
         alpha: what an alpha is: the `scale` times the rank, the `bound` of a rotation, or nothing (empty).
         alpha_field: the config's field for it; empty if it has none.
         rank_field: the config's field for the rank.
+        rank_default: what it is where a config leaves it out.
         patterns: whether rank and alpha can differ by layer in a config.
         fields: fields of the config that are options of the adapter.
         ranks: the letters that are ranks, the first that is there counts.
@@ -81,11 +83,13 @@ class Layout:
 
     home: str
     forms: tuple[Form, ...]
+    shared: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     config: str = ""
     peft: str = ""
     alpha: str = ""
     alpha_field: str = ""
     rank_field: str = "r"
+    rank_default: int = 8
     patterns: bool = False
     fields: tuple[Field, ...] = ()
     ranks: tuple[str, ...] = ("r",)
@@ -301,6 +305,20 @@ LAYOUTS: dict[str, Layout] = {
         peft="HRA",
         fields=(Field("apply_GS", "apply_GS", "flag", False),),
         training=Training({"rank": "r"}, images=False),
+    ),
+    "vera": Layout(
+        "vera.Vera",
+        (form("vera_lambda_b: o; vera_lambda_d: r"),),
+        config="VeraConfig",
+        peft="VERA",
+        shared={"vera_A": ("r", "i.k"), "vera_B": ("o", "r")},
+        rank_default=256,
+        fields=(
+            Field("projection_prng_key", "projection_prng_key", "count", 0),
+            Field("save_projection", "save_projection", "flag", True),
+        ),
+        off=_words("vera_lambda_b"),
+        training=Training({"rank": "r", "dropout": "vera_dropout"}, images=False),
     ),
     "full": Layout(
         "full.Full",

@@ -21,6 +21,7 @@ from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
+from diffpeft.model.banks import share
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan
@@ -193,6 +194,8 @@ def attach_to(
             slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
     if finish is not None:
         slots = {component: finish(chosen[component], found) for component, found in slots.items()}
+    for fresh in slots.values() if not dry_run else ():
+        share(fresh)
     _warn_adjusted(name, slots)
     large = [] if quiet else [layer for component, found in slots.items() for layer in oversized(found)]
     if large:

@@ -14,6 +14,7 @@ from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import mixes_of
+from diffpeft.model.banks import shared_by
 from diffpeft.model.target import adapted, components
 
 TRAINING = frozenset(
@@ -59,12 +60,14 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
             where=listed(whole[:5]),
             remedy="Only a PEFT folder has a place for that: use PeftModel.save_pretrained.",
         )
-    entries = [
-        replace(entry, own=layer)
-        for component, model in components(target).items()
-        for layer, slot in slots_in(model, name).items()
-        for entry in entries_of(canonical(component, layer), slot)
-    ]
+    entries = []
+    for component, model in components(target).items():
+        slots = slots_in(model, name)
+        shared = {role: io.handle(t.contiguous()) for role, t in shared_by(slots).items()}
+        for layer, slot in slots.items():
+            for entry in entries_of(canonical(component, layer), slot):
+                used = shared if METHODS[entry.method].shared else {}
+                entries.append(replace(entry, own=layer, shared=used))
     bundle = Bundle("memory", family, entries, source=name)
     for adapter in adapters:
         bundle.entries += adapter.absent

@@ -28,7 +28,9 @@ from diffpeft.layers.site import computing_dtype, device_of, refusal, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.config import FP32_MAX
+from diffpeft.methods.fit import too_small
 from diffpeft.methods.lora import Lora
+from diffpeft.model.banks import share
 from diffpeft.model.target import spellings
 
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
@@ -97,6 +99,11 @@ def matched(
         ):
             slot.to(device)
         slot.training = module.training
+    for component, made_slots in slots.items():
+        shared = next((e.shared for e, place in found if place[0] == component and e.shared), {})
+        common = dict(zip(shared, io.load(shared.values()), strict=True))
+        _refuse_nonfinite("what the layers share", common, torch.float32, bundle.source)
+        share(made_slots, common)
     return slots, absent + lost
 
 
@@ -132,7 +139,12 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
         spec = _spec(entry, module)
         specs.append(spec)
         own = {role: h for role, h in entry.tensors.items() if role != BIAS}
-        if why := METHODS[entry.method].check(own, spec):
+        why = METHODS[entry.method].check(own, spec)
+        if not why and entry.shared:
+            why = too_small(
+                entry.method, {r: h.shape for r, h in entry.shared.items()}, entry.shapes, spec.geometry.layer
+            )
+        if why:
             wrong.append(f"{entry.layer}: {why}")
             control += filter(None, [_control(entry, spec)])
         if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
@@ -193,17 +205,7 @@ def _piece(
     bundle: Bundle, entry: Entry, module: Any, spec: Spec, tensors: dict[str, Tensor], trainable: bool
 ) -> tuple[Piece, Mapping[str, Tensor]]:
     """One method for one layer, checked for what is not finite, and what else its entry holds."""
-    dtype = computing_dtype(module)
-    limit = torch.finfo(dtype).max
-    numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
-    if not all(
-        -low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)
-    ):  # NaN compares false
-        raise NonFiniteError(
-            f"layer {shown(entry.layer)} has values that are not finite in {dtype}",
-            where=bundle.source,
-            remedy="The file is damaged.",
-        )
+    _refuse_nonfinite(f"layer {shown(entry.layer)}", tensors, computing_dtype(module), bundle.source)
     if trainable:
         # a copy: training must not reach what was passed in
         tensors = {
@@ -220,6 +222,18 @@ def _piece(
             remedy="The file is damaged.",
         )
     return Piece(entry.method, p, alpha, spec), beside
+
+
+def _refuse_nonfinite(what: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> None:
+    """Raise NonFiniteError for numbers that a dtype cannot hold."""
+    limit = torch.finfo(dtype).max
+    numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
+    if not all(
+        -low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)
+    ):  # NaN compares false
+        raise NonFiniteError(
+            f"{what} has values that are not finite in {dtype}", where=source, remedy="The file is damaged."
+        )
 
 
 def padded(piece: Piece, rank: int, where: str) -> Piece:

@@ -102,6 +102,7 @@ FORMS = {
     "ia3, lycoris, on input": ("ia3", {}, {}),
     "glora": ("glora", {}, {}),
     "glora, tucker": ("glora", {}, {}),
+    "vera": ("vera", {"r": 3, "d_initial": 0.7}, {}),
     "full": ("full", {}, {}),
     "full, in place": ("full", {}, {}),
 }

@@ -48,7 +48,7 @@ FORMS = {
 OUTPUT = {form for form, (_, _, keys) in FORMS.items() if keys.get("side") == "output"}
 INPUT = {form for form, (method, _, _) in FORMS.items() if method in ("oft", "boft")} - OUTPUT
 PLAIN = {"lora", "lora, pissa", "lora, olora", "lora, orthogonal", "dora"}
-ONLY_PEFT = {"hra", "hra, gram-schmidt"}  # methods that no other program has
+ONLY_PEFT = {"hra", "hra, gram-schmidt", "vera"}  # methods that no other program has
 LYCORIS = set(FORMS) - INPUT - ONLY_PEFT - {"lora, rank-stabilised, with biases", "adalora", "ia3", "ia3, feedforward"}
 BOUNDED = {form for form, (_, _, keys) in FORMS.items() if keys.get("constraint") == "kohya" or "kohya" in form}
 HELD = {
@@ -695,8 +695,8 @@ def test_every_role_is_read_in_diffusers_namespace(form, fresh, randomize, tmp_p
             tensors[f"{e.layer}.alpha"] = torch.tensor(float(e.alpha), dtype=torch.float64)
     if FORMS[form][0] == "oft" and form in INPUT and form != "oft, neumann":
         return  # without a config it is the series
-    if form == "hra, gram-schmidt":
-        return  # without a config it is a chain
+    if form in ("hra, gram-schmidt", "vera"):
+        return  # without a config it is a chain; the seed stands there too
     if form.startswith("ia3"):
         return  # without a config nothing tells a convolution's inputs from its outputs
     load_lora(back, tensors, name="default")
