@@ -100,12 +100,18 @@ def _report(
     exact = not (replaced or inexact or cast or _folded(entries, to) or any(map(_is_computed, bundle.entries)))
     return ConvertReport(
         level="L0" if exact else "L1",
-        mapped=tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys)),
+        mapped=_mapped(bundle),
         carried=tuple(bundle.carried),
         warnings=(*_told(bundle, replaced, inexact), *_caveats(entries, to)),
         format=bundle.format,
         family=bundle.family,
     )
+
+
+def _mapped(bundle: Bundle) -> tuple[str, ...]:
+    """The keys of the adapter: its layers', and what these share."""
+    keys = [key for entry in bundle.entries for key in entry.keys]
+    return tuple(dict.fromkeys([*keys, *(key for key in bundle.order if key not in bundle.carried)]))
 
 
 def _is_computed(entry: Entry) -> bool:

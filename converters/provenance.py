@@ -56,6 +56,11 @@ class Record:
     metadata: dict[str, str]
     names: Sequence[str]
 
+    @property
+    def places(self) -> set[Place]:
+        """All that the file had of layers."""
+        return {place for row in self.keys.values() if row for place in row.places}
+
     def json(self) -> dict[str, Json]:
         """As it stands in the metadata."""
         keys: dict[str, Json] = {key: row.json() if row else [] for key, row in self.keys.items()}

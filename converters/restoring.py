@@ -36,24 +36,25 @@ def _tensors(record: Record, file: Plan, entries: Sequence[Entry]) -> dict[str, 
 
     An alpha that only one of both has must be the rank.
     """
-    ranks, unscaled = ranks_of(entries), _unscaled(entries)
+    ranks, unscaled, placed = ranks_of(entries), _unscaled(entries), {*file.places.values()}
     spelt = {place: file.tensors[key] for place, key in file.places.items()}
     tensors = {**{(layer, "alpha"): io.scalar(rank) for layer, rank in ranks.items() if rank}, **spelt}
-    placed = {*file.places.values()}
     beside = {key: handle for key, handle in file.tensors.items() if key not in placed}  # of no layer
     out: dict[str, Handle] = {}
     for key, row in record.keys.items():
-        if row is None:
-            out |= {key: beside[key]} if key in beside else {}
-            continue
-        handle = _as_before(row, tensors, unscaled)
-        if handle is None:
+        handle = _as_before(row, tensors, unscaled) if row else beside.get(key)
+        if row and handle is None:
             return None
-        out[key] = handle
-    left = {*tensors}.difference(*(row.places for row in record.keys.values() if row))
-    if any(role != "alpha" or io.number(tensors[layer, role]) != ranks.get(layer) for layer, role in left):
+        out |= {key: handle} if handle else {}
+    added = {place: tensors[place] for place in tensors.keys() - record.places}
+    if not _are_ranks(added, ranks):
         return None
-    return out | {key: handle for key, handle in beside.items() if key not in out}
+    return {**out, **{key: handle for key, handle in beside.items() if key not in out}}
+
+
+def _are_ranks(tensors: Mapping[Place, Handle], ranks: Mapping[str, int]) -> bool:
+    """Whether these are alphas alone that say no more than the rank does."""
+    return all(role == "alpha" and io.number(h) == ranks.get(layer) for (layer, role), h in tensors.items())
 
 
 def _as_before(row: Row, tensors: Mapping[Place, Handle], unscaled: Collection[str]) -> Handle | None:
