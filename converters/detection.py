@@ -25,7 +25,7 @@ from converters.sizes import Published, grouped, published
 from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
-from diffpeft.methods.shapes import extent
+from diffpeft.methods.shapes import extent, width
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
 Layers = dict[Spelt, dict[str, Handle]]
@@ -470,8 +470,9 @@ def _by_width(families: list[str], layers: Layers) -> list[str]:
 
 def _cross_attention_widths(layers: Layers) -> set[int]:
     """The inputs of layers that see the text."""
-    extents = [_extent(tensors) for (_, layer), tensors in layers.items() if _CROSS.match(layer)]
-    return {columns for _, columns in filter(None, extents)}
+    crossing = [tensors for (_, layer), tensors in layers.items() if _CROSS.match(layer)]
+    widths = (width({role: handle.shape for role, handle in tensors.items()}) for tensors in crossing)
+    return {*filter(None, widths)}
 
 
 def _by_ratio(families: list[str], layers: Layers) -> list[str]:
