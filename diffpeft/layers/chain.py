@@ -227,7 +227,7 @@ def _masked(slot: Slot, part: Part, p: Any) -> Tensor:
     if not rate:
         return delta
     kept = (torch.rand(delta.shape[0]) > rate).to(delta)
-    if part.spec.options.get("rank_dropout_scale", True):
+    if part.spec.options.get("rank_dropout_scale"):
         kept = kept / kept.mean().clamp_min(1 / len(kept))
     return delta * kept.view(-1, *(1 for _ in delta.shape[1:]))
 

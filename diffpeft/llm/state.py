@@ -48,6 +48,7 @@ from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
 from diffpeft.llm.dtypes import Precision, put_into
 from diffpeft.methods.adalora import AdaLoraConfig
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.banks import shared_by
@@ -60,9 +61,6 @@ from diffpeft.pipeline.match import matched
 
 Write = tuple[nn.Module, str, Tensor, Any]  # an adapter's module, a name in it, numbers, the weight that it is for
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
-_DROPOUTS = {"lora_dropout": "dropout"} | {
-    name: name for name in ("rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout")
-}
 _INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of the weight
 
 
@@ -248,8 +246,9 @@ def _loaded(handles: Mapping[str, Mapping[str, Handle]]) -> dict[str, dict[str, 
 
 def _dropouts(method: str, config: Any) -> dict[str, Any]:
     """What an adapter must know to be trained on, and its file says in the config alone."""
-    found = {own: value for name, own in _DROPOUTS.items() if (value := getattr(config, name, None))}
-    return {**found, "rank_dropout_scale": True} if method == "loha" and "rank_dropout" in found else found
+    names = LAYOUTS[method].dropouts.items()
+    options = {option: value for field_, option in names if (value := getattr(config, field_, None))}
+    return {**options, "rank_dropout_scale": True} if method == "loha" and "rank_dropout" in options else options
 
 
 def _bundle(source: Any, config: Any, layers: Mapping[str, Any]) -> Bundle:

@@ -159,6 +159,9 @@ class Method:
     constants: ClassVar[frozenset[str]] = frozenset()  # roles that say something and are never trained
     options: ClassVar[frozenset[str]] = frozenset()  # keywords of `attach` that the method takes
     shared: ClassVar[tuple[str, ...]] = ()  # roles of tensors that all layers of an adapter share: those of the layout
+    ranked: ClassVar[
+        tuple[tuple[str, int], ...]
+    ] = ()  # (role, axis) of the tensors that show the rank: those of the layout
     precise: ClassVar[frozenset[str]] = frozenset()  # prepared tensors that stay in fp32 or better
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -167,6 +170,7 @@ class Method:
             cls.roles = LAYOUTS[cls.name].roles
         if vars(cls).get("name") in LAYOUTS:
             cls.shared = tuple(LAYOUTS[cls.name].shared)
+            cls.ranked = LAYOUTS[cls.name].ranked
 
     @classmethod
     def init(cls, config: Any, site: Site, **options: Any) -> Fresh:
@@ -188,8 +192,9 @@ class Method:
         """What about the shapes in `p` does not fit each other or the layer; empty if they fit. Read from the method's layout."""
         if cls.name not in LAYOUTS:
             return ""
-        shapes = {role: tuple(t.shape) for role, t in p.items()}
-        return misfit(cls.name, shapes, spec.geometry.layer, spec.options.get("side", ""))
+        return misfit(
+            cls.name, {role: t.shape for role, t in p.items()}, spec.geometry.layer, spec.options.get("side", "")
+        )
 
     @classmethod
     def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
@@ -198,8 +203,11 @@ class Method:
             return p
         twins = LAYOUTS[cls.name].twins
         names = twins if spec.geometry.lookup else {name: role for role, name in twins.items()}
-        shapes = fitted(cls.name, {role: tuple(t.shape) for role, t in p.items()}, spec.geometry.layer)[1]
-        return {names.get(role, role): t.reshape(shapes[role]) if role in shapes else t for role, t in p.items()}
+        shapes = fitted(cls.name, {role: t.shape for role, t in p.items()}, spec.geometry.layer)[1]
+        return {
+            names.get(role, role): t if t.shape == shapes.get(role, t.shape) else t.reshape(shapes[role])
+            for role, t in p.items()
+        }
 
     @classmethod
     def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
@@ -209,12 +217,11 @@ class Method:
     @classmethod
     def rank(cls, p: Mapping[str, Any]) -> int:
         """The rank that the shapes in `p` show; for a rotation the size of its blocks."""
-        layout = LAYOUTS.get(cls.name)
-        if layout is None:
-            return min(t.shape[0] for t in p.values())
-        for role, axis in layout.ranked:
+        for role, axis in cls.ranked:
             if role in p:
                 return p[role].shape[axis]
+        if cls.name not in LAYOUTS:
+            return min(t.shape[0] for t in p.values())
         return block({role: tuple(t.shape) for role, t in p.items()})
 
     @classmethod

@@ -25,6 +25,8 @@ from diffpeft.methods.axes import (
 from diffpeft.methods.layout import LAYOUTS, RANKS, Layout
 from diffpeft.methods.shapes import Shapes, axes_read
 
+Items = tuple[tuple[str, Shape], ...]  # shapes by role, as a key
+
 
 class Layer(NamedTuple):
     """What of a layer decides which tensors fit it: the shape of its canonical weight, and whether it looks rows up."""
@@ -39,8 +41,18 @@ class Layer(NamedTuple):
 
 def misfit(method: str, shapes: Shapes, layer: Layer, side: str = "") -> str:
     """What about the shapes of a method's tensors does not fit each other, the layer or the side of it; empty if they fit."""
-    layout = LAYOUTS[method]
-    shapes = {role: shape for role, shape in shapes.items() if role in layout.roles}
+    return _misfit(method, _items(method, shapes), layer, side)
+
+
+def _items(method: str, shapes: Shapes) -> Items:
+    """The shapes of a method's own tensors, as a key."""
+    roles = LAYOUTS[method].axes
+    return tuple((role, tuple(shape)) for role, shape in shapes.items() if role in roles)
+
+
+@functools.lru_cache(4096)  # a model has few kinds of layers
+def _misfit(method: str, items: Items, layer: Layer, side: str) -> str:
+    layout, shapes = LAYOUTS[method], dict(items)
     forms = _forms(layout, shapes)
     elsewhere = [why for form in forms if (why := _elsewhere(form, layer, side))]
     here = [_unfit(form, shapes, layer, layout.pruned) for form in forms if not _elsewhere(form, layer, side)]
@@ -65,12 +77,11 @@ def too_small(method: str, shared: Shapes, shapes: Shapes, layer: Layer) -> str:
 
 def fitted(method: str, shapes: Shapes, layer: Layer) -> tuple[Form, Mapping[str, Shape]]:
     """The form of tensors that fit a layer, and the shapes that PEFT gives them there. Raises ShapeMismatchError for what cannot be shaped so."""
-    roles = LAYOUTS[method].roles
-    return _fitted(method, tuple((role, tuple(shape)) for role, shape in shapes.items() if role in roles), layer)
+    return _fitted(method, _items(method, shapes), layer)
 
 
-@functools.lru_cache(4096)  # a model has few kinds of layers
-def _fitted(method: str, items: tuple[tuple[str, Shape], ...], layer: Layer) -> tuple[Form, Mapping[str, Shape]]:
+@functools.lru_cache(4096)
+def _fitted(method: str, items: Items, layer: Layer) -> tuple[Form, Mapping[str, Shape]]:
     layout, shapes = LAYOUTS[method], dict(items)
     forms = [form for form in _forms(layout, shapes) if not _elsewhere(form, layer, "")]
     form = next((form for form in forms if not _unfit(form, shapes, layer, layout.pruned)), next(iter(forms), None))

@@ -69,6 +69,7 @@ class Layout:
         rank_default: what it is where a config leaves it out.
         patterns: whether rank and alpha can differ by layer in a config.
         fields: fields of the config that are options of the adapter.
+        dropouts: {field of the config: option} of what is dropped while training.
         ranks: the letters that are ranks, the first that is there counts.
         block: the letter that stands for a rank where there is none: the size of a rotation's blocks.
         inner: whether a DoRA can be over it.
@@ -92,6 +93,7 @@ class Layout:
     rank_default: int = 8
     patterns: bool = False
     fields: tuple[Field, ...] = ()
+    dropouts: Mapping[str, str] = field(default_factory=dict)
     ranks: tuple[str, ...] = ("r",)
     block: str = ""
     inner: bool = False
@@ -160,6 +162,10 @@ def _words(*names: str) -> frozenset[str]:
     return frozenset(name for text in names for name in text.split())
 
 
+def _same(names: str) -> dict[str, str]:
+    return {name: name for name in names.split()}
+
+
 _LORA = (
     form("lora_A: r i *k; lora_B: o r *1; lora_B_bias?: o"),
     form("lora_A: r i *1; lora_mid: p r *k; lora_B: o p *1; lora_B_bias?: o", peft=False),
@@ -189,6 +195,7 @@ LAYOUTS: dict[str, Layout] = {
         _LORA,
         config="LoraConfig",
         peft="LORA",
+        dropouts={"lora_dropout": "dropout"},
         alpha_field="lora_alpha",
         patterns=True,
         alpha="scale",
@@ -202,6 +209,7 @@ LAYOUTS: dict[str, Layout] = {
         tuple(one | {role: text} for one in (*_LORA, *_LOHA, *_LOKR) for role, text in MAGNITUDES.items()),
         config="LoraConfig",
         peft="LORA",
+        dropouts={"lora_dropout": "dropout"},
         alpha_field="lora_alpha",
         patterns=True,
         ranks=("q", "r"),
@@ -216,6 +224,7 @@ LAYOUTS: dict[str, Layout] = {
         (form("lora_A: r i.k; lora_B: o r; lora_E: r 1"),),
         config="AdaLoraConfig",
         peft="ADALORA",
+        dropouts={"lora_dropout": "dropout"},
         alpha_field="lora_alpha",
         alpha="scale",
         rank_field="init_r",
@@ -228,6 +237,7 @@ LAYOUTS: dict[str, Layout] = {
         _LOHA,
         config="LoHaConfig",
         peft="LOHA",
+        dropouts=_same("rank_dropout module_dropout"),
         alpha_field="alpha",
         patterns=True,
         alpha="scale",
@@ -240,6 +250,7 @@ LAYOUTS: dict[str, Layout] = {
         _LOKR,
         config="LoKrConfig",
         peft="LOKR",
+        dropouts=_same("rank_dropout module_dropout rank_dropout_scale"),
         alpha_field="alpha",
         patterns=True,
         ranks=("q", "r"),
@@ -277,6 +288,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         config="OFTConfig",
         peft="OFT",
+        dropouts=_same("module_dropout"),
         ranks=(),
         block="b",
         alpha="bound",
@@ -292,6 +304,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         config="BOFTConfig",
         peft="BOFT",
+        dropouts=_same("boft_dropout"),
         ranks=(),
         block="b",
         alpha="bound",
@@ -311,6 +324,7 @@ LAYOUTS: dict[str, Layout] = {
         (form("vera_lambda_b: o; vera_lambda_d: r"),),
         config="VeraConfig",
         peft="VERA",
+        dropouts={"vera_dropout": "dropout"},
         shared={"vera_A": ("r", "i.k"), "vera_B": ("o", "r")},
         rank_default=256,
         fields=(
@@ -343,6 +357,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+DROPOUTS = frozenset(option for layout in LAYOUTS.values() for option in layout.dropouts.values())
 RANKS = ("r", "q", "p")  # the letters of ranks
 ROLES = {method: layout.roles for method, layout in LAYOUTS.items() if method != "dora"}
 KNOWN = frozenset(role for layout in LAYOUTS.values() for role in layout.roles) | {BIAS}

@@ -194,7 +194,7 @@ def attach_to(
             slots[component] |= {n: _bias_alone(m, dry_run) for n, m in other.items()}
     if finish is not None:
         slots = {component: finish(chosen[component], found) for component, found in slots.items()}
-    for fresh in slots.values() if not dry_run else ():
+    for fresh in slots.values():
         share(fresh)
     _warn_adjusted(name, slots)
     large = [] if quiet else [layer for component, found in slots.items() for layer in oversized(found)]

@@ -19,7 +19,10 @@ def share(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor] | None = None
         return
     method = parts[0][1].method
     layers = [(slot.tensors_of(part), part.spec) for slot, part in parts]
-    bank = Bank(tensors or method.bank(layers)).to(parts[0][0].weight.device)
+    bank, device = Bank(tensors or method.bank(layers)), parts[0][0].weight.device
+    bank = (
+        bank if device.type == "meta" else bank.to(device)
+    )  # slots that wait for their numbers do not need it elsewhere
     for n, (slot, _) in enumerate(parts):
         slot.__dict__.update(bank=bank, hosts=n == 0)
 

@@ -13,13 +13,12 @@ from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.layers.site import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
+from diffpeft.methods.layout import DROPOUTS
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.banks import shared_by
 from diffpeft.model.target import adapted, components
 
-TRAINING = frozenset(
-    {"dropout", "module_dropout", "rank_dropout", "rank_dropout_scale", "adjusted"}
-)  # no part of what f is
+TRAINING = DROPOUTS | {"adjusted", "rank_dropout_scale"}  # no part of what f is
 
 
 def slots_of(target: Any, name: str) -> dict[str, Slot]:

@@ -100,11 +100,16 @@ def matched(
             slot.to(device)
         slot.training = module.training
     for component, made_slots in slots.items():
-        shared = next((e.shared for e, place in found if place[0] == component and e.shared), {})
-        common = dict(zip(shared, io.load(shared.values()), strict=True))
-        _refuse_nonfinite("what the layers share", common, torch.float32, bundle.source)
-        share(made_slots, common)
+        _share(made_slots, [entry for entry, place in found if place[0] == component], bundle.source)
     return slots, absent + lost
+
+
+def _share(slots: Mapping[str, Slot], entries: Sequence[Entry], source: str) -> None:
+    """Give the slots of one component what its entries share, or what the method makes for them where their file leaves it out."""
+    shared = next((entry.shared for entry in entries if entry.shared), {})
+    tensors = dict(zip(shared, io.load(shared.values()), strict=True))
+    _refuse_nonfinite("what the layers share", tensors, torch.float32, source)
+    share(slots, tensors)
 
 
 def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
@@ -139,12 +144,7 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
         spec = _spec(entry, module)
         specs.append(spec)
         own = {role: h for role, h in entry.tensors.items() if role != BIAS}
-        why = METHODS[entry.method].check(own, spec)
-        if not why and entry.shared:
-            why = too_small(
-                entry.method, {r: h.shape for r, h in entry.shared.items()}, entry.shapes, spec.geometry.layer
-            )
-        if why:
+        if why := METHODS[entry.method].check(own, spec) or _unshared(entry, spec):
             wrong.append(f"{entry.layer}: {why}")
             control += filter(None, [_control(entry, spec)])
         if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
@@ -171,6 +171,12 @@ def _checked(bundle: Bundle, found: Sequence[tuple[Entry, tuple[str, str]]], lay
     if refused:
         raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])
     return specs
+
+
+def _unshared(entry: Entry, spec: Spec) -> str:
+    """Why what an entry shares with others is not enough for its layer; empty if it is, or is made for it."""
+    shapes = {role: handle.shape for role, handle in entry.shared.items()}
+    return too_small(entry.method, shapes, entry.shapes, spec.geometry.layer) if shapes else ""
 
 
 def _control(entry: Entry, spec: Spec) -> str:

@@ -149,6 +149,16 @@ def test_other_projections_can_be_put_in_place(net, tmp_path):
     assert before == [t.data_ptr() for t in one(net, "y").tensors.values()]
 
 
+def test_slots_that_wait_for_their_numbers_have_projections(net, tmp_path):
+    model = theirs(net)
+    config = diffpeft.VeraConfig(r=6, target_modules=LINEAR)
+    empty = diffpeft.get_peft_model(copy.deepcopy(net), config, low_cpu_mem_usage=True)
+    diffpeft.set_peft_model_state_dict(empty, peft.get_peft_model_state_dict(model), low_cpu_mem_usage=True)
+    close(empty(*INPUT), model(*INPUT))
+    report = diffpeft.attach(net, VeraConfig(r=6), "a", targets=LINEAR, dry_run=True)
+    assert report.parameters == 3 * 6 + 8 + 20 + 5 and not banks(net)
+
+
 def test_the_definition_on_every_layer(net):
     diffpeft.attach(net, VeraConfig(r=5, init_weights=False), "a", targets=LINEAR + CONV)
     (bank,) = banks(net)
