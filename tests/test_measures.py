@@ -43,7 +43,6 @@ BRANCHING = frozenset(
         "diffpeft/pipeline/bake.py bake",
         "diffpeft/pipeline/hotswap.py _replace",
         "diffpeft/pipeline/hotswap.py _writes",
-        "diffpeft/pipeline/match.py _checked",
         "diffpeft/pipeline/match.py matched",
         "diffpeft/pipeline/prompt.py _tag",
         "diffpeft/pipeline/prompt.py strengths",
@@ -61,7 +60,6 @@ LONG = frozenset(
         "diffpeft/model/attach.py attach_to",
         "diffpeft/pipeline/fused.py unfused",
         "diffpeft/pipeline/hotswap.py _replace",
-        "diffpeft/pipeline/match.py _checked",
         "diffpeft/pipeline/match.py matched",
     }
 )
