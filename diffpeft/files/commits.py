@@ -155,17 +155,17 @@ def _name() -> str:
     return f".diffpeft-{_system()}-{secrets.token_hex(8)}.tmp"
 
 
-def _may_go(match: re.Match[str], entry: os.DirEntry[str]) -> bool:
+def _may_go(name: re.Match[str], entry: os.DirEntry[str]) -> bool:
     """Whether a temporary entry is of this system, where a lock tells whether its writer lives, or a day old."""
     with contextlib.suppress(OSError):
-        return match["system"] == _system() or entry.stat(follow_symlinks=False).st_mtime < time.time() - _LONG
+        return name["system"] == _system() or entry.stat(follow_symlinks=False).st_mtime < time.time() - _LONG
     return False
 
 
 def sweep(home: Path) -> None:
     """Remove temporary entries of writers that live no more."""
     with os.scandir(home) as entries:
-        stale = [entry for entry in entries if (match := _TEMPORARY.fullmatch(entry.name)) and _may_go(match, entry)]
+        stale = [entry for entry in entries if (name := _TEMPORARY.fullmatch(entry.name)) and _may_go(name, entry)]
     for entry in stale:
         with contextlib.suppress(OSError):  # gone in the meantime, or another user's
             fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
