@@ -104,6 +104,7 @@ class Snapshot:
             _close(len(_open) - MAX_OPEN)
 
     def _reopened(self) -> int:
+        """A descriptor of the same file as before. Raises UnreadableFileError if it is another one now."""
         fd = _looked(self._place, _descriptor)
         if fd is None or _identity(os.fstat(fd)) != self.identity:
             if fd is not None:
