@@ -73,7 +73,8 @@ class Bank(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by role."""
-        return self(lambda bank: dict(bank.named_buffers()))
+        tensors: dict[str, Tensor] = self(lambda bank: dict(bank.named_buffers()))
+        return tensors
 
     def at(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The tensors in a dtype and on a device, once for all layers."""
@@ -85,11 +86,12 @@ class Bank(nn.Module):
             kept = self._kept[dtype, device] = stamp, {role: t.to(device, dtype) for role, t in tensors.items()}
         return kept[1]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Bank:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
         """As a slot's tensors."""
         self._kept.clear()
-        first = next(iter(self.buffers()))
-        return super()._apply(with_own_dtype(fn) if fn(first.new_empty(0)).dtype in _FLOAT8 else fn, recurse)
+        example = next(iter(self.buffers())).new_empty(0)
+        super()._apply(with_own_dtype(fn) if fn(example).dtype in _FLOAT8 else fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}
