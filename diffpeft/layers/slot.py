@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ class Part:
 
     @property
     def additive(self) -> bool:
-        return self.method.additive(self.roles)
+        return bool(self.method.additive(self.roles))
 
     def __post_init__(self) -> None:
         prepare: Any = self.method.prepare
@@ -136,22 +136,25 @@ class Slot(nn.Module):
         p = self.tensors_of(part)
         if part.bare and all(t.dtype == dtype for t in p.values()):
             return p
-        keep = not (torch.is_grad_enabled() or self.training or traced() or self._hooked)
-        key = (part.roles, dtype)
-        if keep:
-            stamp = [stamp_of(t) for t in p.values()]
-            kept = self._kept.get(key)
-            if kept is not None and kept[0] == stamp:
-                return kept[1]
-        if torch.is_autocast_enabled(next(iter(p.values())).device.type):  # what is prepared keeps its precision
-            with torch.autocast(self.weight.device.type, enabled=False):
+        if torch.is_grad_enabled() or self.training or traced() or self._hooked:
+            return self._prepared(part, p, dtype)
+        stamp, key = [stamp_of(t) for t in p.values()], (part.roles, dtype)
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == stamp:
+            return cast(dict[str, Tensor], kept[1])
+        p = self._prepared(part, p, dtype)
+        if not any(t.requires_grad for t in self.parameters()):
+            self._kept[key] = stamp, p
+        return p
+
+    def _prepared(self, part: Part, p: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        device = next(iter(p.values())).device.type
+        if torch.is_autocast_enabled(device):  # what is prepared keeps its precision
+            with torch.autocast(device, enabled=False):
                 p = part.method.prepare(p, part.spec, self.training)
         else:
             p = part.method.prepare(p, part.spec, self.training)
-        p = {role: t if role in part.method.precise else t.to(dtype) for role, t in p.items()}
-        if keep and not any(t.requires_grad for t in self.parameters()):
-            self._kept[key] = stamp, p
-        return p
+        return {role: t if role in part.method.precise else t.to(dtype) for role, t in p.items()}
 
     @property
     def _hooked(self) -> bool:
@@ -165,7 +168,8 @@ class Slot(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
         """Follows where its layer goes, and what dtype it is given, but for float8: that is for storing a base, and would round an adapter away."""
         self._kept.clear()
-        return super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)
+        super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _holds(self, fn: Any) -> bool:
         return fn(self.weight.new_empty(0)).dtype not in _FLOAT8

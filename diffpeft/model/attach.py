@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -373,7 +373,7 @@ def _weight(op: Any, dry_run: bool) -> torch.Tensor:
     if dry_run:
         return torch.empty(op.geometry.shape)
     W = present(op.module, lambda: op.weight().detach())
-    return W.to("cpu", wide_dtype(W.dtype))
+    return cast(torch.Tensor, W.to("cpu", wide_dtype(W.dtype)))
 
 
 def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
