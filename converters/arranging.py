@@ -11,7 +11,7 @@ from converters.formats import Format
 from converters.formats.base import table_of
 from converters.formats.fields import without_scale
 from converters.provenance import KEY, blocks_in, places_in
-from converters.rows import Blocks, Unfit, aspect, joined
+from converters.rows import DOWN, Blocks, Unfit, aspect, joined
 from converters.rows import split as taken_apart
 from diffpeft.bundle import Bundle, Entry, Rule, dotted, parted
 
@@ -102,7 +102,7 @@ def _together(entries: Sequence[Entry], layers: Layers) -> Arranged:
         if place is None:
             out += parts.values()
             continue
-        rank = next(iter(layers.before.get(place.layer, {}).get("lora_A", ())), None)
+        rank = next(iter(layers.before.get(place.layer, {}).get(DOWN, ())), None)
         try:
             joint = joined(parted(place.layer)[0], place.rule, parts, rank)
         except Unfit as why:

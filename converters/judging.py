@@ -85,9 +85,9 @@ def _entries(layer: str, keyed: Keyed, where: str) -> list[Entry]:
     methods = split(_shapes_of(keyed))
     if not methods:
         key = next(iter(keyed.values()))[0]
-        what = "an alpha" if "alpha" in keyed else listed(keyed)
+        present = "an alpha" if "alpha" in keyed else listed(keyed)
         raise MissingKeysError(
-            f"layer {shown(layer)} has {what} but no {listed(sorted(LAYOUTS['lora'].forms[0].needed))}",
+            f"layer {shown(layer)} has {present} but no {listed(sorted(LAYOUTS['lora'].forms[0].needed))}",
             where=f"{where}: {key}",
         )
     alpha_key, alpha = keyed.get("alpha", (layer, None))

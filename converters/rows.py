@@ -19,6 +19,8 @@ from diffpeft.methods.shapes import extent, rank, row_axes
 Blocks = Mapping[
     int, tuple[int, int, float]
 ]  # {part: its first rank, the end of them, what its second factor was multiplied by}
+DOWN, UP, B_BIAS = LAYOUTS["lora"].forms[0].axes  # a LoRA's factors, which alone can stand in blocks, and its bias
+CORE = "lora_mid"  # of its Tucker form, which cannot
 
 
 class Unfit(Exception):
@@ -45,7 +47,7 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
     _check_mixing(entry, rule)
     total = _rows(entry) or math.lcm(sum(share for _, share in rule.parts), len(rule.chunks))
     cuts = [_ranges(rule, part, total) for part in range(len(rule.parts))]
-    if "lora_B" in entry.tensors and len(cuts) > 1:
+    if UP in entry.tensors and len(cuts) > 1:
         blocks = _blocks(entry, cuts, blocks)
     parts = range(len(cuts)) if blocks is None else [part for part in range(len(cuts)) if part in blocks]
     rowed, out = _rowed_roles(entry), []
@@ -63,11 +65,11 @@ def _of_ranks(entry: Entry, first: int, end: int, ratio: float) -> Entry:
     r, alpha = rank(entry.shapes), io.number(entry.alpha)
     if (first, end) == (0, r):
         return entry
-    A, B = entry.tensors["lora_A"], entry.tensors["lora_B"]
+    A, B = entry.tensors[DOWN], entry.tensors[UP]
     undo = 1 / ratio if ratio else 1
-    tensors = {"lora_A": io.rows(A, [(first, end)]), "lora_B": io.scaled(io.columns(B, first, end), undo)}
-    if "lora_B_bias" in entry.tensors:
-        tensors["lora_B_bias"] = io.scaled(entry.tensors["lora_B_bias"], undo)
+    tensors = {DOWN: io.rows(A, [(first, end)]), UP: io.scaled(io.columns(B, first, end), undo)}
+    if B_BIAS in entry.tensors:
+        tensors[B_BIAS] = io.scaled(entry.tensors[B_BIAS], undo)
     alpha = None if alpha is None else alpha * ratio * (end - first) / r
     return replace(entry, tensors={**entry.tensors, **tensors}, alpha=alpha)
 
@@ -89,7 +91,7 @@ def joined(component: str, rule: Rule, parts: Mapping[int, Entry], wanted: int |
     in_blocks = wanted not in (None, 0, ranks[0]) and wanted == sum(ranks)
     if not in_blocks and _are_alike([*entries.values()]):
         return _shared(rule, fused, entries, sizes)
-    if "lora_B" not in first.tensors or "lora_mid" in first.tensors:  # a DoRA may be over something else
+    if UP not in first.tensors or CORE in first.tensors:  # a DoRA may be over something else
         raise Unfit("its parts have no common factor, and this method has no blocks")
     return _diagonal(rule, fused, entries, ranks, sizes)
 
@@ -117,7 +119,7 @@ def _shared(rule: Rule, fused: Entry, entries: Mapping[int, Entry], sizes: Seque
     shared = [role for role in fused.tensors if role not in rowed]
     tensors = {role: h if role in shared else _stack(role, rule, entries, sizes) for role, h in fused.tensors.items()}
     _check_missing(rule, entries, shared)
-    partial = len(entries) < len(rule.parts) and "lora_B" in fused.tensors
+    partial = len(entries) < len(rule.parts) and UP in fused.tensors
     blocks = {part: (0, rank(entry.shapes), 1.0) for part, entry in entries.items()}
     return Joined(replace(fused, tensors=tensors), blocks if partial else None)
 
@@ -129,29 +131,29 @@ def _diagonal(
 
     So that nothing gets smaller than the dtype can say; a power of two is exact, and undone on the way back.
     """
-    _check_missing(rule, entries, ["lora_A"])
-    _check_alike("lora_A", {e.tensors["lora_A"].shape[1:] for e in entries.values()})
-    _check_alike("lora_B", {e.tensors["lora_B"].shape[2:] for e in entries.values()})
+    _check_missing(rule, entries, [DOWN])
+    _check_alike(DOWN, {e.tensors[DOWN].shape[1:] for e in entries.values()})
+    _check_alike(UP, {e.tensors[UP].shape[2:] for e in entries.values()})
     scale, ratios = _scales(entries, ranks)
     ends = list(itertools.accumulate(ranks))
-    model = fused.tensors["lora_B"]
+    model = fused.tensors[UP]
     pieces = [
-        io.scaled(entries[part].tensors["lora_B"], ratios[part])
+        io.scaled(entries[part].tensors[UP], ratios[part])
         if part in entries
         else Handle(model.dtype, (size, 0, *model.shape[2:]))
         for part, size in enumerate(sizes)
     ]
     tensors = {
-        role: _stack(role, rule, entries, sizes, ratios if role == "lora_B_bias" else None)
+        role: _stack(role, rule, entries, sizes, ratios if role == B_BIAS else None)
         for role in fused.tensors
-        if role not in ("lora_A", "lora_B")
+        if role not in (DOWN, UP)
     }
-    A = io.stacked(entry.tensors["lora_A"] for entry in entries.values())
+    A = io.stacked(entry.tensors[DOWN] for entry in entries.values())
     B = io.rows(io.diagonal(pieces), _order(rule, sum(sizes), 1))
     alpha = None if scale is None else scale * sum(ranks)
     blocks = {part: (end - r, end, ratios[part]) for part, end, r in zip(entries, ends, ranks, strict=True)}
     exact = all(math.frexp(ratio)[0] in (0.5, -0.5) for ratio in ratios.values())
-    return Joined(replace(fused, tensors={"lora_A": A, "lora_B": B, **tensors}, alpha=alpha), blocks, exact)
+    return Joined(replace(fused, tensors={DOWN: A, UP: B, **tensors}, alpha=alpha), blocks, exact)
 
 
 def _scales(entries: Mapping[int, Entry], ranks: Sequence[int]) -> tuple[float | None, dict[int, float]]:
@@ -296,8 +298,8 @@ def _order(rule: Rule, total: int, unit: int) -> list[tuple[int, int]]:
 
 def _blocks(entry: Entry, cuts: Sequence[Sequence[tuple[int, int]]], known: Blocks | None) -> Blocks | None:
     """The ranks of the parts if the second factor has blocks, which is then zero off the diagonal; None if it is one LoRA."""
-    r, B = rank(entry.shapes), entry.tensors.get("lora_B")
-    if B is None or "lora_mid" in entry.tensors or math.prod(B.shape[2:]) != 1:
+    r, B = rank(entry.shapes), entry.tensors.get(UP)
+    if B is None or CORE in entry.tensors or math.prod(B.shape[2:]) != 1:
         return None
     if known is None and not r % len(cuts):
         size = r // len(cuts)

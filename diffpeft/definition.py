@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diffpeft.entries import Entry, Rule
 from diffpeft.errors import ConfigError, shown
-from diffpeft.handles import Handle, load, number
+from diffpeft.handles import load, number
+from diffpeft.methods.layout import BIAS
 from diffpeft.methods.shapes import weight_shape
 
 if TYPE_CHECKING:
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 
     from diffpeft.methods import Additive, Method, Spec
 
-_BIASES = frozenset({"diff_b", "b_norm"})
-_WHOLE = ("diff", "w_norm", "b_norm")  # a change as it is, not as factors
+_BIASES = frozenset({BIAS, "b_norm"})
 
 
 class Definition(NamedTuple):
@@ -80,7 +80,7 @@ def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:
     method, p, spec = definition
     if additive := definition.additive:
         delta = additive.scale(p, spec) * additive.delta(p, spec)
-        column = any(len(entry.tensors[role].shape) == 1 for role in _WHOLE[:2] if role in p)
+        column = any(len(entry.tensors[role].shape) == 1 for role in ("diff", "w_norm") if role in p)
         return delta.reshape(W.shape) if W is not None else delta.flatten() if column else delta
     assert W is not None
     before = W.double().reshape(spec.geometry.shape)
@@ -96,7 +96,8 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> Definition:
 
     method = METHODS[entry.method]
     roles = [role for role in entry.tensors if role in method.roles]
-    handles = {**{role: entry.tensors[role] for role in roles}, **_shared(entry, method.shared, W)}
+    _check_shared(entry, method, W)
+    handles = {**{role: entry.tensors[role] for role in roles}, **{role: entry.shared[role] for role in method.shared}}
     p = {role: t.double() for role, t in zip(handles, load(handles.values()), strict=True)}
     if W is None and not method.additive(p):
         raise ConfigError(
@@ -109,13 +110,12 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> Definition:
     return Definition(method, method.prepare(method.adopt(p, spec), spec, False), spec)
 
 
-def _shared(entry: Entry, roles: Sequence[str], W: torch.Tensor | None) -> dict[str, Handle]:
-    """What an entry's method takes of the whole adapter's tensors. Raises ConfigError where nothing tells them, or which part of them is the layer's."""
-    if missing := [role for role in roles if role not in entry.shared]:
+def _check_shared(entry: Entry, method: type[Method], W: torch.Tensor | None) -> None:
+    """Raise ConfigError for an entry that lacks tensors of its whole adapter, or with nothing that tells how much of these is for it."""
+    if missing := {*method.shared} - {*entry.shared}:
         raise ConfigError(
-            f"{entry.method} on {shown(entry.layer)} needs {' and '.join(missing)}, which its file leaves out",
+            f"{entry.method} on {shown(entry.layer)} needs {' and '.join(sorted(missing))}, which its file leaves out",
             remedy="Load it onto its model.",
         )
-    if roles and W is None and entry.shape is None:
+    if method.shared and W is None and entry.shape is None:
         raise ConfigError(f"nothing tells the columns of {shown(entry.layer)}", remedy="Pass base={layer: W}.")
-    return {role: entry.shared[role] for role in roles}

@@ -92,8 +92,8 @@ class Format(Protocol):
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         """{canonical layer: alpha} of the alphas that stand beside the tensors; the others are the metadata's."""
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
-        """What this format says about the entries in the metadata; `kept` is the adapter's own."""
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
+        """What this format says about the entries in the metadata; `earlier` is the adapter's own."""
 
 
 class OneModel:

@@ -45,11 +45,11 @@ class Diffusers:
 
     def split(self, key: str) -> Part | None:
         """The component's name, unless the file is of one component (and then the family's names say which)."""
-        word, _, rest = key.partition(".")
+        word, _, name = key.partition(".")
         if word not in COMPONENTS:
-            word, rest = "", key
-        found = dotted_role(rest)
-        return Part(word, *found) if found and not rest.startswith(_OTHERS) else None
+            word, name = "", key
+        layer_role = dotted_role(name)
+        return Part(word, *layer_role) if layer_role and not name.startswith(_OTHERS) else None
 
     def component(self, word: str, table: Table) -> str:
         """It is the component."""
@@ -70,12 +70,12 @@ class Diffusers:
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         config = config_in(metadata.get(METADATA, "{}"), f"the metadata {METADATA!r}")
-        own = {component: _of_component(config, component) for component in {parted(e.layer)[0] for e in entries}}
-        for component, fields in own.items():
+        fields_of = {component: _of_component(config, component) for component in {parted(e.layer)[0] for e in entries}}
+        for component, fields in fields_of.items():
             check_fields(fields, f"{METADATA}: {component}")
         try:
             with patterns.limited(UnsafeFileError, METADATA):
-                return [_configured(entry, own[parted(entry.layer)[0]]) for entry in entries]
+                return [_configured(entry, fields_of[parted(entry.layer)[0]]) for entry in entries]
         except ConfigError as error:  # a pattern that is none
             raise CheckpointError(f"cannot read the metadata {METADATA!r} ({error.what})") from error
 
@@ -96,11 +96,11 @@ class Diffusers:
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         return {}
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         config: Json = {}
         for component in dict.fromkeys(parted(e.layer)[0] for e in entries):
-            own = [e for e in entries if parted(e.layer)[0] == component]
-            config |= {f"{component}.{field}": value for field, value in _config(own).items()}
+            members = [e for e in entries if parted(e.layer)[0] == component]
+            config |= {f"{component}.{field}": value for field, value in _config(members).items()}
         return {METADATA: json.dumps(config, indent=2, sort_keys=True)}
 
 
@@ -117,8 +117,8 @@ def peft_magnitude(entry: Entry) -> dict[str, Handle]:
     tensors = dict(entry.tensors)
     if magnitude_axis(entry) == 0 and "dora_scale" in tensors and "lora_A" in tensors:
         m = tensors.pop("dora_scale")
-        out, *rest = m.shape
-        tensors["lora_magnitude_vector"] = io.reshaped(m, (1, out, *rest[1:]) if len(rest) > 1 else (out,))
+        out, *ones = m.shape
+        tensors["lora_magnitude_vector"] = io.reshaped(m, (1, out, *ones[1:]) if len(ones) > 1 else (out,))
     return tensors
 
 
@@ -139,8 +139,8 @@ def _config(entries: Sequence[Entry]) -> Json:
 def _of_component(config: Json, component: str) -> Json:
     """The fields for a component; a file of one component has them without its name in front."""
     prefix = component + "."
-    own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-    return own or {k: v for k, v in config.items() if k.partition(".")[0] not in COMPONENTS}
+    fields = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+    return fields or {k: v for k, v in config.items() if k.partition(".")[0] not in COMPONENTS}
 
 
 def _configured(entry: Entry, config: Json) -> Entry:

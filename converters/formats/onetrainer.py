@@ -63,10 +63,10 @@ class OneTrainer(Kohya):
             return replace(flat, role="oft_R") if flat else None
         if word is None:
             return super().split(key)
-        found = dotted_role(key[word.end() :])
-        if found is None:
+        layer_role = dotted_role(key[word.end() :])
+        if layer_role is None:
             return None
-        layer, role = found
+        layer, role = layer_role
         part = _PART.fullmatch(layer)
         layer = (part["layer"] if part else layer).replace(".", "_")
         return Part(word[0], layer, role, int(part["part"]) if part else None)
@@ -80,8 +80,8 @@ class OneTrainer(Kohya):
             return name
         if name not in _ENCODERS:
             return denoiser(table)
-        found = (c for c, e in table.encoders.items() if e.comfyui.startswith(f"text_encoders.{name}"))
-        return next(found, next(iter(table.encoders), "text_encoder"))
+        components = (c for c, e in table.encoders.items() if e.comfyui.startswith(f"text_encoders.{name}"))
+        return next(components, next(iter(table.encoders), "text_encoder"))
 
     def word(self, component: str, table: Table) -> str | None:
         """Dotted names have the component's. A text encoder that is alone has no number."""
@@ -151,9 +151,9 @@ class OneTrainer(Kohya):
             if ranks[layer] or e.alpha is not None
         }
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         """What it said of itself."""
-        return {key: kept[key] for key in self.owned if key in kept}
+        return {key: earlier[key] for key in self.owned if key in earlier}
 
 
 def _is_convolution(entry: Entry, others: Sequence[Entry] = ()) -> bool | None:

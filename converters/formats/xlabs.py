@@ -110,6 +110,6 @@ class XLabs:
         """None."""
         return {}
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         """Nothing."""
         return {}

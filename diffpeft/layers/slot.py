@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ class Part:
 
     @property
     def additive(self) -> bool:
-        return self.method.additive(self.roles)
+        return bool(self.method.additive(self.roles))
 
     def __post_init__(self) -> None:
         prepare: Any = self.method.prepare
@@ -73,7 +73,8 @@ class Bank(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by role."""
-        return self(lambda bank: dict(bank.named_buffers()))
+        tensors: dict[str, Tensor] = self(lambda bank: dict(bank.named_buffers()))
+        return tensors
 
     def at(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The tensors in a dtype and on a device, once for all layers."""
@@ -85,11 +86,12 @@ class Bank(nn.Module):
             kept = self._kept[dtype, device] = stamp, {role: t.to(device, dtype) for role, t in tensors.items()}
         return kept[1]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Bank:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
         """As a slot's tensors."""
         self._kept.clear()
-        first = next(iter(self.buffers()))
-        return super()._apply(with_own_dtype(fn) if fn(first.new_empty(0)).dtype in _FLOAT8 else fn, recurse)
+        example = next(iter(self.buffers())).new_empty(0)
+        super()._apply(with_own_dtype(fn) if fn(example).dtype in _FLOAT8 else fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}
@@ -193,7 +195,7 @@ class Slot(nn.Module):
         stamp, key = [stamp_of(t) for t in p.values()], (part.roles, dtype)
         kept = self._kept.get(key)
         if kept is not None and kept[0] == stamp:
-            return kept[1]
+            return cast(dict[str, Tensor], kept[1])
         p = self._prepared(part, p, dtype)
         if not any(t.requires_grad for t in self.parameters()):
             self._kept[key] = stamp, p
@@ -220,7 +222,8 @@ class Slot(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
         """Follows where its layer goes, and what dtype it is given, but for float8: that is for storing a base, and would round an adapter away."""
         self._kept.clear()
-        return super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)
+        super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _holds(self, fn: Any) -> bool:
         return fn(self.weight.new_empty(0)).dtype not in _FLOAT8

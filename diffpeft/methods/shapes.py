@@ -57,12 +57,22 @@ def block(shapes: Shapes) -> int:
 @_cached
 def extent(shapes: dict[str, Shape]) -> tuple[int, int] | None:
     """(rows, columns) of a layer's weight where its tensors show both, kernels aside. What has too few axes or is empty shows nothing."""
-    shapes = {role: shape for role, shape in shapes.items() if len(shape) > 1 and 0 not in shape}
-    for _, form, sizes in _sizes(shapes):
+    for _, form, sizes in _sizes(_matrices(shapes)):
         rows, columns = size(form, sizes, "o"), size(form, sizes, "i")
         if rows and columns:
             return rows, columns
     return None
+
+
+@_cached
+def width(shapes: dict[str, Shape]) -> int | None:
+    """The columns of a layer's weight, also where nothing shows its rows."""
+    columns = (size(form, sizes, "i") for _, form, sizes in _sizes(_matrices(shapes)))
+    return next(filter(None, columns), None)
+
+
+def _matrices(shapes: Shapes) -> Shapes:
+    return {role: shape for role, shape in shapes.items() if len(shape) > 1 and 0 not in shape}
 
 
 def weight_shape(method: str, shapes: Shapes) -> Shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -122,11 +122,7 @@ def attach(
     options = {key: value for key, value in keywords.items() if value is not None}
     method = method_of(config, options)
     config.validate()
-    for field_ in _FACADE:
-        if getattr(config, field_, None):
-            raise ConfigError(
-                f"attach has no use for {field_}", remedy="It is for get_peft_model and inject_adapter_in_model."
-            )
+    _refuse_facade(config)
     quiet = is_preset(targets or config.target_modules)  # who named the layers should know of small ones
     addition = Addition(name, config, method, options, generator, quiet=quiet)
     with planned(parts) as plan:
@@ -143,6 +139,15 @@ _FACADE = (
     "ensure_weight_tying",
 )
 Slots = dict[str, dict[str, Slot]]  # {component: {layer: slot}}
+
+
+def _refuse_facade(config: Any) -> None:
+    """Raise ConfigError for fields that only PEFT's facade has a use for."""
+    for name in _FACADE:
+        if getattr(config, name, None):
+            raise ConfigError(
+                f"attach has no use for {name}", remedy="It is for get_peft_model and inject_adapter_in_model."
+            )
 
 
 @dataclass(frozen=True)
@@ -371,7 +376,7 @@ def _weight(op: Any, dry_run: bool) -> torch.Tensor:
     if dry_run:
         return torch.empty(op.geometry.shape)
     W = present(op.module, lambda: op.weight().detach())
-    return W.to("cpu", wide_dtype(W.dtype))
+    return cast(torch.Tensor, W.to("cpu", wide_dtype(W.dtype)))
 
 
 def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:

@@ -438,7 +438,7 @@ class in_force:
     def __init__(self, made: Callable[[], Held]) -> None:
         self.made = made
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
         choices = self.made()
         self.block: Block[Held] | None = Block(choices) if choices else None
@@ -451,7 +451,7 @@ class in_force:
             self.__exit__()
             raise
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(self, *error: object) -> None:
         if self.block is not None:
             self.block.open = False

@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,10 @@ from diffpeft.model.scope import Block, Scope
 
 _told: Scope[float] = Scope("diffpeft_step")  # the fractions of `step(...)` blocks
 
-_CURVES = {"linear": lambda u: u, "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2}
+_CURVES: dict[str, Callable[[float], float]] = {
+    "linear": lambda u: u,
+    "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2,
+}
 
 
 class Schedule:
@@ -55,7 +58,7 @@ class Ramp(Schedule):
         u = (fraction - self.start) / (self.end - self.start)
         if u <= 0 or u >= 1:  # to the last bit
             return self.first if u <= 0 else self.last
-        return self.first + (self.last - self.first) * _CURVES[self.curve](u)
+        return float(self.first + (self.last - self.first) * _CURVES[self.curve](u))
 
     def __repr__(self) -> str:
         return f"{self.curve}({self.first:g}, {self.last:g}, start={self.start:g}, end={self.end:g})"
@@ -186,7 +189,7 @@ class Clock:
         if new or (index is not None and index < run.begin):
             run.begin = _begin(len(run.values), index or 0, length or 0) if begin is None else begin
         if hasattr(scheduler, "counter"):
-            return scheduler.counter
+            return int(scheduler.counter)
         return 0 if index is None else index - run.begin
 
 

@@ -48,7 +48,8 @@ def beside_slots(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Modu
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """{name: tensor} of a module without what it carries."""
-    return bare(module).state_dict()
+    state: dict[str, Tensor] = bare(module).state_dict()
+    return state
 
 
 def whole_tensors(
