@@ -33,13 +33,13 @@ def judged(places: Mapping[Place, Keyed], by: Reading) -> list[Entry]:
     """The entries of layers, in the file's order. Raises CheckpointError and its kin, with the layer and the keys."""
     _refuse_foreign(places.values(), by.where)
     shapes = _shapes(by.names)
-    first: dict[tuple[str, str], str] = {}
+    holder: dict[tuple[str, str], str] = {}
     entries: list[Entry] = []
     for (layer, rule), keyed in places.items():
         for entry in _entries(layer, keyed, by.where):
             entry = replace(entry, rule=rule, shape=shapes.get(layer))
             for target in entry.targets:
-                if (other := first.setdefault((target, entry.method), layer)) != layer:
+                if (other := holder.setdefault((target, entry.method), layer)) != layer:
                     raise CheckpointError(
                         f"two layers of the file are the same rows of {shown(target)}",
                         where=f"{by.where}: {listed([other, layer])}",

@@ -176,7 +176,7 @@ def blocks_in(text: str) -> dict[str, Blocks]:
 def _block(block: Json) -> tuple[int, int, float]:
     """The ranks [first, end) of a part and its ratio. Raises ValueError for what can be none."""
     match block:
-        case [int(first), int(end), int(ratio) | float(ratio)]:
-            if _RANK.holds(first) and _RANK.holds(end) and first < end and ALPHA.holds(ratio):
-                return first, end, float(ratio)
+        case [int(start), int(end), int(ratio) | float(ratio)]:
+            if _RANK.holds(start) and _RANK.holds(end) and start < end and ALPHA.holds(ratio):
+                return start, end, float(ratio)
     raise ValueError(f"no block of ranks: {block}")

@@ -90,9 +90,9 @@ def grouped(layers: Iterable[tuple[str, Extent | None]]) -> Layers:
     kinds = []
     blocks: dict[str, set[int]] = {}
     for (name, extent), members in members_of.items():
-        first = [match for flat in members if (match := _STACK.match(flat))]
-        stack = first[0][1] if first else ""
-        numbers = frozenset(int(match[2]) for match in first)
+        numbered = [match for flat in members if (match := _STACK.match(flat))]
+        stack = numbered[0][1] if numbered else ""
+        numbers = frozenset(int(match[2]) for match in numbered)
         kinds.append(Kind(name, extent, stack, len(members), numbers))
         if stack:
             blocks.setdefault(stack, set()).update(numbers)

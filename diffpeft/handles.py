@@ -321,9 +321,9 @@ def _cut(handle_: Handle, start: int, end: int) -> Handle:
     return Handle(handle_.dtype, shape, parts=tuple(pieces))
 
 
-def columns(handle_: Handle, first: int, end: int) -> Handle:
+def columns(handle_: Handle, start: int, end: int) -> Handle:
     """Columns [first, end) of a matrix."""
-    return Handle(handle_.dtype, (handle_.shape[0], end - first), parts=(handle_,), how=Columns(first, end))
+    return Handle(handle_.dtype, (handle_.shape[0], end - start), parts=(handle_,), how=Columns(start, end))
 
 
 def stacked(parts: Iterable[Handle]) -> Handle:

@@ -35,7 +35,7 @@ def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **({"neumann_last": 2} if old and terms else {})}
 
 
-def turned(entry: Entry, config: Mapping[str, Any] | None) -> Entry:
+def turned(entry: Entry, config: Mapping[str, object] | None) -> Entry:
     """The entry with the options of a rotation: LyCORIS's blocks turn the output; PEFT's tensors the input, as its config says."""
     if LAYOUTS[entry.method].alpha != "bound":
         return entry
@@ -46,7 +46,9 @@ def turned(entry: Entry, config: Mapping[str, Any] | None) -> Entry:
     )
 
 
-def scales(entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+def scales(
+    entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]
+) -> dict[str, object]:
     """r, alpha and the patterns for layers that differ from most; `names` are the layers' in the patterns. No alpha: alpha = rank."""
     alphas = {e.layer: float(ranks[e.layer]) if e.alpha is None else io.number(e.alpha) for e in entries}
     r, most = _commonest([ranks[e.layer] for e in entries]), _commonest(alphas.values())
@@ -58,7 +60,7 @@ def scales(entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks
     }
 
 
-def _commonest(values: Iterable[Any]) -> Any:
+def _commonest(values: Iterable[object]) -> Any:
     """The value that most have, the least of several: files must not depend on the order of layers."""
     counts = Counter(values)
     return min(counts, key=lambda value: (-counts[value], value))

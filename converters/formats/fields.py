@@ -21,7 +21,7 @@ from diffpeft.methods.layout import LAYOUTS, Layout, is_scaled
 
 TYPES = {method: layout.peft for method, layout in LAYOUTS.items() if layout.peft}
 VERSION, OLD_SERIES = "0.21.2", "0.17.1"
-Fields = dict[str, Any]
+Fields = dict[str, object]
 
 
 class Unfit(Exception):
@@ -72,13 +72,13 @@ class Dialect:
         """The fields of a config with which PEFT makes these tensors. Raises Unfit."""
         return {**self.scales(entries, configs.ranks_of(entries)), **self.options(entries)}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
         """What a config says of a layer that its tensors do not; empty if they agree."""
         r = configs.ranks_of([entry])[entry.layer]
         told = self.rank(entry, config)
         return f"the rank is {told}, not {r}" if r and r != told else ""
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Mapping[str, object]) -> Entry:
         """The entry with the alpha and the options that a config gives it."""
         options = {row.option: config.get(row.name, row.default) for row in self.layout.options}
         entry = replace(entry, options=options or entry.options)
@@ -133,7 +133,7 @@ class Lora(Dialect):
             raise Unfit("in PEFT all layers have a lora_B.bias, or none", layers_of(biased))
         return {**super().fields(entries), "use_dora": self.layout.over, "lora_bias": bool(biased)}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
         if bool(config.get("use_dora")) != self.layout.over:
             return f"use_dora is {config.get('use_dora', False)}"
         return super().disagreement(entry, config)
@@ -147,18 +147,18 @@ class AdaLora(Dialect):
         told = {(io.number(e.alpha), e.options.get("ranknum", ranks[e.layer])) for e in entries}
         if len(told) > 1:
             raise Unfit("in PEFT all layers of an AdaLoRA have the same alpha and the same rank at the start", ranks)
-        ((alpha, first),) = told
-        if alpha is None or max(ranks.values()) > first:
+        ((alpha, start),) = told
+        if alpha is None or max(ranks.values()) > start:
             raise Unfit("PEFT has no AdaLoRA without an alpha, or above its rank at the start", ranks)
-        masks = {f"{own_name(e)}.lora_E": [n < ranks[e.layer] for n in range(first)] for e in entries}
-        return {"lora_alpha": alpha, "init_r": first, "total_step": 1, "rank_pattern": masks}
+        masks = {f"{own_name(e)}.lora_E": [n < ranks[e.layer] for n in range(start)] for e in entries}
+        return {"lora_alpha": alpha, "init_r": start, "total_step": 1, "rank_pattern": masks}
 
     def rank(self, entry: Entry, config: Mapping[str, Any]) -> int:
         masks = config.get("rank_pattern") or {}
-        kept = (sum(masks[key]) for name in names_of(entry) if (key := f"{name}.lora_E") in masks)
-        return int(next(kept, config["init_r"]))
+        ranks = (sum(masks[key]) for name in names_of(entry) if (key := f"{name}.lora_E") in masks)
+        return int(next(ranks, config["init_r"]))
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
         r, told = configs.ranks_of([entry])[entry.layer], self.rank(entry, config)
         return f"the rank is {told}, not {r}" if r != told else ""
 
@@ -198,13 +198,13 @@ class LoKr(Dialect):
             "decompose_factor": factor,
         }
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Mapping[str, object]) -> Entry:
         if is_scaled(entry.method, entry.tensors):
             return super().configured(entry, config)
         scale = self.whole_scale(entry, config)
         return replace(entry, options={"scale": scale}) if scale != 1 else entry
 
-    def whole_scale(self, entry: Entry, config: Mapping[str, Any]) -> float:
+    def whole_scale(self, entry: Entry, config: Mapping[str, object]) -> float:
         """By what PEFT multiplies two whole halves."""
         r = self.rank(entry, config)
         return (configs.alpha({"alpha": 8, **config}, names_of(entry), r) or 0) / r
@@ -283,7 +283,7 @@ class Oft(Dialect):
         used = nearest_divisor(n * b, size or config["r"])
         return "" if used == (b if size else n) else f"its blocks are not of {b}, there are not {n}"
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Mapping[str, object]) -> Entry:
         return configs.turned(entry, config)
 
 
@@ -321,7 +321,7 @@ def _are_shared(entries: Sequence[Entry], blocks: Mapping[str, tuple[int, int]],
     return single and (bool(partial) or all(e.shape is None for e in entries))
 
 
-def _gives(fields: Fields, rows: Iterable[tuple[int, int, int]]) -> bool:
+def _gives(fields: Mapping[str, int], rows: Iterable[tuple[int, int, int]]) -> bool:
     """Whether PEFT makes n blocks of b of so many features: (features, n, b)."""
     from diffpeft.methods.oft import nearest_divisor
 
@@ -329,7 +329,7 @@ def _gives(fields: Fields, rows: Iterable[tuple[int, int, int]]) -> bool:
     return all(nearest_divisor(f, size or fields["r"]) == (b if size else n) for f, n, b in rows)
 
 
-def _series(options: Mapping[str, Any]) -> Fields:
+def _series(options: Mapping[str, object]) -> Fields:
     """How the rotation is computed."""
     terms, eps = options.get("neumann", 0), options.get("coft")
     return {
@@ -359,12 +359,12 @@ class Boft(Dialect):
         number = 0 if size else min(numbers)
         return {"boft_block_size": size, "boft_block_num": number, "boft_n_butterfly_factor": m}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
         n, b = entry.shapes["boft_R"][1:3]
         size, number = config.get("boft_block_size", 4), config.get("boft_block_num", 0)
         return "" if b == size or n == number else f"its blocks are not of {b}, there are not {n}"
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Mapping[str, object]) -> Entry:
         return configs.turned(entry, config)
 
 
@@ -374,7 +374,7 @@ class IA3(Dialect):
     def fields(self, entries: Sequence[Entry]) -> Fields:
         return {"feedforward_modules": sorted(own_name(e) for e in entries if on_inputs(e))}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
         return ""
 
     def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
@@ -388,8 +388,8 @@ class IA3(Dialect):
 
 def on_inputs(entry: Entry) -> bool:
     """Whether PEFT's (IA)^3 scales a layer's inputs, which it calls feedforward: a row does, a column does not, of a convolution the config says."""
-    first, second, *kernel = entry.tensors["ia3_l"].shape
-    return bool(entry.options.get("feedforward")) if kernel or first == second == 1 else first == 1
+    rows, columns, *kernel = entry.tensors["ia3_l"].shape
+    return bool(entry.options.get("feedforward")) if kernel or rows == columns == 1 else rows == 1
 
 
 _DIALECTS: dict[str, type[Dialect]] = {

@@ -72,7 +72,7 @@ def _is_replication(value: Any) -> bool:
     """Whether it is a list of (first, end), and these are not endless."""
     if not PAIRS.holds(value) or any(len(pair) != 2 for pair in value):
         return False
-    return sum(max(end - first, 0) for first, end in value) <= MAX_LAYERS
+    return sum(max(end - start, 0) for start, end in value) <= MAX_LAYERS
 
 
 NOTHING = Kind("null", lambda v: v is None)

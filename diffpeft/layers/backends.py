@@ -80,7 +80,7 @@ def _dequantised_4_bits(module: Any) -> Tensor:
     return bnb.dequantize_4bit(data, state)
 
 
-def _dequantised_gguf(module: Any) -> Tensor:
+def _dequantised_gguf(module: nn.Module) -> Tensor:
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
     return dequantize_gguf_tensor(module.weight).to(module.compute_dtype)  # type: ignore[no-any-return]
@@ -97,12 +97,12 @@ def _dequantised_torchao(module: Any) -> Tensor:
             return nn.functional.linear(eye, weight).t().contiguous()
 
 
-def _has_gradient(module: Any) -> bool:
+def _has_gradient(module: nn.Module) -> bool:
     """Whether torch knows the derivative of a weight's product: not of those that torchao has packed for a CPU."""
     return "Opaque" not in type(module.weight).__name__
 
 
-def _bits(**fields: Any) -> Callable[[torch.dtype], Any]:
+def _bits(**fields: object) -> Callable[[torch.dtype], object]:
     """bitsandbytes' config of transformers, with what it computes in."""
 
     def config(dtype: torch.dtype) -> Any:

@@ -200,15 +200,15 @@ class _KronLinear(torch.autograd.Function):
     """`kron_linear` as one node. Slices lie outside positions, so that mixing them is one product."""
 
     @staticmethod
-    def mixed(x: Tensor, first: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
+    def mixed(x: Tensor, left: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
         """x in slices, through `down` -> [c, n r], and mixed -> [a, n, r]."""
-        a, c = first.shape
+        a, c = left.shape
         n = math.prod(x.shape[:-1])
         h = x.reshape(n * c, x.shape[-1] // c)
         h = h if down is None else h @ down.t()
         r = h.shape[1]
         h = h.view(n, c, r).transpose(0, 1).reshape(c, n * r)
-        return h, (first @ h).view(a, n, r)
+        return h, (left @ h).view(a, n, r)
 
     @staticmethod
     def forward(
@@ -216,31 +216,31 @@ class _KronLinear(torch.autograd.Function):
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
-        first: Tensor,
+        left: Tensor,
         down: Tensor | None,
         up: Tensor,
         gate: float,
     ) -> Tensor:
-        (a, _), (f, r) = first.shape, up.shape
-        h, mixed = _KronLinear.mixed(x, first, down)
+        (a, _), (f, r) = left.shape, up.shape
+        h, mixed = _KronLinear.mixed(x, left, down)
         y = F.linear(x, W, b)
         _apart(y, a).baddbmm_(mixed, up.t().expand(a, r, f), alpha=gate)
-        ctx.save_for_backward(x, W, first, down, up, h, mixed)
+        ctx.save_for_backward(x, W, left, down, up, h, mixed)
         ctx.gate = gate
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, W, first, down, up, h, mixed = ctx.saved_tensors
-        (a, c), (f, r), needs = first.shape, up.shape, ctx.needs_input_grad
+        x, W, left, down, up, h, mixed = ctx.saved_tensors
+        (a, c), (f, r), needs = left.shape, up.shape, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            h, mixed = _KronLinear.mixed(x, first, down)
+            h, mixed = _KronLinear.mixed(x, left, down)
         flat, blocks = g.reshape(-1, g.shape[-1]), _apart(g, a)
         gx = gfirst = gdown = None
         if needs[0] or needs[3] or needs[4]:
             gmixed = torch.bmm(blocks, (up * ctx.gate).expand(a, f, r)).flatten(1)
             gfirst = gmixed @ h.t() if needs[3] else None
-            gh = (first.t() @ gmixed).view(c, -1, r)
+            gh = (left.t() @ gmixed).view(c, -1, r)
             if needs[4]:
                 gdown = torch.bmm(gh.mT, _apart(x, c)).sum(0)
             if needs[0]:
@@ -256,10 +256,10 @@ class _KronLinear(torch.autograd.Function):
 
 
 def kron_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, first: Tensor, down: Tensor | None, up: Tensor, gate: float
+    x: Tensor, W: Tensor, b: Tensor | None, left: Tensor, down: Tensor | None, up: Tensor, gate: float
 ) -> Tensor:
     """x W^T + b + gate * x kron(first, up down)^T.  x [*n, c d], first [a, c], down [r, d] or none, up [f, r]; a f features out."""
-    return _node(_KronLinear, x, W, b, first, down, up, gate)
+    return _node(_KronLinear, x, W, b, left, down, up, gate)
 
 
 _BLOCK = 32  # the smallest block whose product takes no longer than reading it

@@ -33,7 +33,7 @@ class Patch(nn.Module, Other):
         """What a layer gives for x with this patch of its weight after what was `before`."""
         raise NotImplementedError
 
-    def overlaps(self, other: Any) -> bool:
+    def overlaps(self, other: object) -> bool:
         """Whether both set the same numbers, so that the later one would win."""
         return False
 

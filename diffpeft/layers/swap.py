@@ -54,12 +54,12 @@ def subclass(base: Any, made: Callable[[Any], type], mark: str, pickles: bool = 
         pickles: False where the class has a way to pickle itself.
     """
 
-    def reduce(self: Any, protocol: Any) -> Any:
+    def reduce(self: object, protocol: object) -> Any:
         # the state apart from the arguments: it may hold the module itself, as accelerate's hooks do
         return _rebuilt, (made, base), self.__getstate__()
 
-    own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, mark: base}
-    return type(base.__name__, (base,), {**own, **({"__reduce_ex__": reduce} if pickles else {}), **members})
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, mark: base}
+    return type(base.__name__, (base,), {**names, **({"__reduce_ex__": reduce} if pickles else {}), **members})
 
 
 def _rebuilt(made: Callable[[Any], Any], base: Any) -> Any:

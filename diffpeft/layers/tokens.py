@@ -63,13 +63,13 @@ class Tokens(Patch):
 
     @classmethod
     def run(cls, module: Any, base: Any, steps: Steps, args: Any, kwargs: Any) -> Any:
-        x, rest, named = (args[0], args[1:], kwargs) if args else _first(kwargs)
-        y = base.forward(module, x, *rest, **named)
+        x, others, named = (args[0], args[1:], kwargs) if args else _first(kwargs)
+        y = base.forward(module, x, *others, **named)
         for k, (patch, s) in enumerate(steps):
             if isinstance(module, nn.Embedding):
-                y = _looked_up(module, base, patch, s, y, x, rest, named)
+                y = _looked_up(module, base, patch, s, y, x, others, named)
             else:
-                y = _multiplied(module, base, patch, s, y, x, rest, named, steps[:k])
+                y = _multiplied(module, base, patch, s, y, x, others, named, steps[:k])
         return y
 
 
@@ -83,16 +83,16 @@ def _between(old: Tensor, new: Tensor, s: float) -> Tensor:
     return new if s == 1 else old + s * (new - old)
 
 
-def _looked_up(module: Any, base: Any, patch: Any, s: float, y: Tensor, x: Tensor, rest: Any, named: Any) -> Tensor:
+def _looked_up(module: Any, base: Any, patch: Any, s: float, y: Tensor, x: Tensor, others: Any, named: Any) -> Tensor:
     """y [*n, features] of tokens x [*n], with new values where a token is among the rows."""
     hit, at = patch.place(x)
     table = patch.delta.to(module.weight.dtype)
     small = stand_in(module, base, {"weight": table}, num_embeddings=len(table), padding_idx=None)
-    return torch.where(hit[..., None], _between(y, base.forward(small, at, *rest, **named), s), y)
+    return torch.where(hit[..., None], _between(y, base.forward(small, at, *others, **named), s), y)
 
 
 def _multiplied(
-    module: Any, base: Any, patch: Any, s: float, y: Tensor, x: Tensor, rest: Any, named: Any, earlier: Steps
+    module: Any, base: Any, patch: Any, s: float, y: Tensor, x: Tensor, others: Any, named: Any, earlier: Steps
 ) -> Tensor:
     """y [*n, tokens] of a head, and the change of the rows (from what earlier patches made of them) times x [*n, features] added to it."""
     old = module.weight[patch.rows]
@@ -100,5 +100,5 @@ def _multiplied(
         hit, at = other.place(patch.rows)  # type: ignore[operator]
         old = torch.where(hit[:, None], _between(old, other.delta[at].to(old.dtype), t), old)  # type: ignore[index]
     change = (patch.delta - old).to(module.weight.dtype)
-    by = base.forward(stand_in(module, base, {"weight": change, "bias": None}), x, *rest, **named)
+    by = base.forward(stand_in(module, base, {"weight": change, "bias": None}), x, *others, **named)
     return y.index_add(-1, patch.rows, by.to(y.dtype), alpha=s)

@@ -103,7 +103,7 @@ def fresh(form: Form, sizes: Mapping[str, int], kernel: Shape) -> dict[str, Shap
 def bound(form: Form, shapes: Shapes, layer: Layer) -> dict[str, int] | str:
     """{letter: size} on a layer: its own, what follows from them, and what the shapes choose; or why there is none."""
     sizes = {"o": layer.shape[0], "i": layer.shape[1]}
-    products = {first: (total, second) for total, (first, second) in form.products.items()}
+    products = {factor: (total, second) for total, (factor, second) in form.products.items()}
     letters = _letters(form, shapes)
     for role, name, _ in letters:
         if name in sizes:

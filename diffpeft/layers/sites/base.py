@@ -108,13 +108,15 @@ class Site:
         h = self._mixed(x, form.first)
         return self.blocks(h, second[0].T.expand(a, *second[0].T.shape))
 
-    def _mixed(self, t: Tensor, first: tuple[Tensor, ...]) -> Tensor:
+    def _mixed(self, t: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
         """Blocks of features mixed by a matrix, or by two of which it is the product where that is clearly less work."""
-        if len(first) == 1:
-            return self.mix(t, first[0])
-        (a, q), c = first[0].shape, first[1].shape[1]
+        if len(matrices) == 1:
+            return self.mix(t, matrices[0])
+        (a, q), c = matrices[0].shape, matrices[1].shape[1]
         return (
-            self.mix(self.mix(t, first[1]), first[0]) if 2 * q * (a + c) < a * c else self.mix(t, first[0] @ first[1])
+            self.mix(self.mix(t, matrices[1]), matrices[0])
+            if 2 * q * (a + c) < a * c
+            else self.mix(t, matrices[0] @ matrices[1])
         )
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
