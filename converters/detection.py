@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 from converters.families import TABLES, Table
 from converters.families.text import CLIP, T5
-from converters.formats import FORMATS, Format, Part
+from converters.formats import FORMATS, Format, KeyParts
 from converters.formats.wrappers import all_unwrapped
 from converters.roles import split
 from converters.rows import aspect
-from converters.sizes import Layers as Sized
-from converters.sizes import Published, grouped, published
+from converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
@@ -111,7 +110,7 @@ class Fit:
     looks_like: tuple[str, ...]
     known: Mapping[str, int]
     layers: int
-    parts: Mapping[str, Part]
+    parts: Mapping[str, KeyParts]
     opened: tuple[dict[str, Handle], dict[str, str], str]  # its tensors, its metadata and where it is
 
     def confidence(self, keys: int) -> float:
@@ -139,7 +138,7 @@ def fit(
 
 
 def _likeliest(
-    parts: Mapping[str, Mapping[str, Part]], tensors: Mapping[str, Handle], metadata: Mapping[str, str]
+    parts: Mapping[str, Mapping[str, KeyParts]], tensors: Mapping[str, Handle], metadata: Mapping[str, str]
 ) -> tuple[list[str], Layers, dict[str, int]]:
     """Formats that take the keys apart alike, with the layers as they do and {family: how many of these it knows}: those of which a family knows most.
 
@@ -163,7 +162,7 @@ def _format_of(formats: Sequence[str], families: Sequence[str], spelt_by: _Own) 
     return able[0] if len(able) == 1 or not families else max(able, key=lambda name: spelt_by(name, families[0]))
 
 
-def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
+def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, KeyParts]) -> Layers:
     """{(what says the component, layer): {role: handle}}; of a part of a layer only the name counts."""
     layers: Layers = {}
     for key, part in parts.items():
@@ -173,11 +172,11 @@ def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
     return layers
 
 
-def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[str, dict[str, Part]]:
+def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[str, dict[str, KeyParts]]:
     """{format: the keys that it takes apart}, of the formats that most keys are of."""
     bare_keys = all_unwrapped(keys)
     sample = [*bare_keys.values()][:: max(len(keys) // 16, 1)]
-    ways: dict[object, dict[str, Part]] = {}  # formats that share the way need it once
+    ways: dict[object, dict[str, KeyParts]] = {}  # formats that share the way need it once
     for name in sorted(
         formats, key=lambda f: sum(FORMATS[f].split(key) is None for key in sample)
     ):  # likely ones first
@@ -196,9 +195,9 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
     return {name: parts for name, parts in apart.items() if len(parts) == most}
 
 
-def _taken_apart(bare_keys: Mapping[str, str], fmt: Format, every: bool) -> dict[str, Part]:
+def _taken_apart(bare_keys: Mapping[str, str], fmt: Format, every: bool) -> dict[str, KeyParts]:
     """The keys that a format takes apart, of {key: without wrappers}; `every`: up to the first that it does not."""
-    parts: dict[str, Part] = {}
+    parts: dict[str, KeyParts] = {}
     for key, bare_key in bare_keys.items():
         if part := fmt.split(bare_key):
             parts[key] = part
@@ -357,7 +356,7 @@ def _denoiser_layers(
     ]
 
 
-def _by_size(families: list[str], share: float, layers: Sized) -> tuple[list[str], tuple[str, ...]]:
+def _by_size(families: list[str], share: float, layers: LayerKinds) -> tuple[list[str], tuple[str, ...]]:
     """Of families whose tables know a `share` of the layers, those of whose published models they can be, and the models without a table whose they
     are instead. Layers of no published size are of the families that have their names.
     """
@@ -377,24 +376,24 @@ def _of(models: Collection[Published], families: Collection[str]) -> list[str]:
     return [family for family in families if family in told]
 
 
-def _nearer(unknown: float, layers: Sized) -> tuple[str, ...]:
+def _nearer(unknown: float, layers: LayerKinds) -> tuple[str, ...]:
     """The models without a table that have other names for fewer of the layers than are `unknown`."""
     return tuple(m.name for m in published() if not m.family and len(layers) - m.knows(layers) < unknown - 0.5)
 
 
-def _without_table(models: Collection[Published], layers: Sized) -> tuple[bool, tuple[str, ...]]:
+def _without_table(models: Collection[Published], layers: LayerKinds) -> tuple[bool, tuple[str, ...]]:
     """Of models without a table: whether the layers are all that one of them has, and the names of those, or else of all."""
     others = [model for model in models if not model.family]
     complete = [model for model in others if model.is_whole(layers)]
     return bool(complete), tuple(model.name for model in complete or others)
 
 
-def _named(layers: Sized) -> tuple[str, ...]:
+def _named(layers: LayerKinds) -> tuple[str, ...]:
     """The models without a table that have all these names."""
     return tuple(m.name for m in published() if len(layers) and not m.family and m.knows(layers) == len(layers))
 
 
-def _by_depth(families: list[str], layers: Sized) -> list[str]:
+def _by_depth(families: list[str], layers: LayerKinds) -> list[str]:
     """Without those whose published models all have fewer blocks."""
     deepest: dict[tuple[str, str], int] = {}
     for model in published():

@@ -21,18 +21,7 @@ PENDING = {
 }
 ARGUMENTS = {"diffpeft/model/schedule.py": {"first"}}  # that users name in a call
 
-TWICE = {
-    "Entry",
-    "Factors",
-    "Kind",
-    "Layers",
-    "Part",
-    "Plan",
-    "Record",
-    "Scaled",
-    "Site",
-    "Unfit",
-}  # classes that two files have; it only ever gets shorter
+TWICE = {"Entry"}  # classes that two files have; it only ever gets shorter
 
 
 def sources() -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import NO_KEYS, Answer, Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import NO_KEYS, Answer, KeyParts, dotted_role, magnitude_axis, suffix
 from converters.formats.schema import check_fields
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
@@ -43,13 +43,13 @@ class Diffusers:
     shared_keys: Mapping[str, str] = NO_KEYS
     owned: frozenset[str] = frozenset({METADATA})
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """The component's name, unless the file is of one component (and then the family's names say which)."""
         word, _, name = key.partition(".")
         if word not in COMPONENTS:
             word, name = "", key
         layer_role = dotted_role(name)
-        return Part(word, *layer_role) if layer_role and not name.startswith(_OTHERS) else None
+        return KeyParts(word, *layer_role) if layer_role and not name.startswith(_OTHERS) else None
 
     def component(self, word: str, table: Table) -> str:
         """It is the component."""
@@ -63,7 +63,7 @@ class Diffusers:
         """Never."""
         return False
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """For text encoders stock diffusers hands over to transformers, which reads a magnitude only with `.weight`."""
         end = ".weight" if part.role == "lora_magnitude_vector" and part.word.startswith("text_encoder") else ""
         return f"{dotted(part.word, part.layer)}.{suffix(part.role)}{end}"

@@ -24,7 +24,7 @@ VERSION, OLD_SERIES = "0.21.2", "0.17.1"
 Fields = dict[str, object]
 
 
-class Unfit(Exception):
+class Unsayable(Exception):
     """Why PEFT has no config for these layers."""
 
     def __init__(self, why: str, layers: Iterable[str]):
@@ -33,10 +33,10 @@ class Unfit(Exception):
 
 
 def fields(entries: Sequence[Entry]) -> Fields:
-    """The fields for entries of one method. Raises Unfit."""
+    """The fields for entries of one method. Raises Unsayable."""
     method = entries[0].method
     if method not in TYPES:
-        raise Unfit(f"PEFT has no {method}", layers_of(entries))
+        raise Unsayable(f"PEFT has no {method}", layers_of(entries))
     return {"peft_type": TYPES[method], "peft_version": VERSION, **dialect_of(method).fields(entries)}
 
 
@@ -69,7 +69,7 @@ class Dialect:
         self.layout = layout
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
-        """The fields of a config with which PEFT makes these tensors. Raises Unfit."""
+        """The fields of a config with which PEFT makes these tensors. Raises Unsayable."""
         return {**self.scales(entries, configs.ranks_of(entries)), **self.options(entries)}
 
     def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
@@ -113,24 +113,24 @@ class Dialect:
 
 
 def _common(entries: Sequence[Entry], what: str, value: Any) -> Any:
-    """What all entries have. Raises Unfit, which blames those that have another than most."""
+    """What all entries have. Raises Unsayable, which blames those that have another than most."""
     by_value: dict[Any, list[str]] = {}
     for entry in entries:
         by_value.setdefault(value(entry), []).append(entry.layer)
     most = max(by_value, key=lambda v: len(by_value[v]))
     others = [layer for v, layers in by_value.items() if v != most for layer in layers]
     if others:
-        raise Unfit(f"in PEFT all layers of such an adapter have the same {what}", others)
+        raise Unsayable(f"in PEFT all layers of such an adapter have the same {what}", others)
     return most
 
 
-class Lora(Dialect):
+class LoraDialect(Dialect):
     """LoRA and DoRA over it."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         biased = [e for e in entries if "lora_B_bias" in e.tensors]
         if biased and len(biased) < len(entries):
-            raise Unfit("in PEFT all layers have a lora_B.bias, or none", layers_of(biased))
+            raise Unsayable("in PEFT all layers have a lora_B.bias, or none", layers_of(biased))
         return {**super().fields(entries), "use_dora": self.layout.over, "lora_bias": bool(biased)}
 
     def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
@@ -139,17 +139,19 @@ class Lora(Dialect):
         return super().disagreement(entry, config)
 
 
-class AdaLora(Dialect):
+class AdaLoraDialect(Dialect):
     """A training of one step, and which triplets of the rank at the start are left."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         ranks = configs.ranks_of(entries)
         told = {(io.number(e.alpha), e.options.get("ranknum", ranks[e.layer])) for e in entries}
         if len(told) > 1:
-            raise Unfit("in PEFT all layers of an AdaLoRA have the same alpha and the same rank at the start", ranks)
+            raise Unsayable(
+                "in PEFT all layers of an AdaLoRA have the same alpha and the same rank at the start", ranks
+            )
         ((alpha, start),) = told
         if alpha is None or max(ranks.values()) > start:
-            raise Unfit("PEFT has no AdaLoRA without an alpha, or above its rank at the start", ranks)
+            raise Unsayable("PEFT has no AdaLoRA without an alpha, or above its rank at the start", ranks)
         masks = {f"{own_name(e)}.lora_E": [n < ranks[e.layer] for n in range(start)] for e in entries}
         return {"lora_alpha": alpha, "init_r": start, "total_step": 1, "rank_pattern": masks}
 
@@ -167,7 +169,7 @@ class AdaLora(Dialect):
         return replace(entry, alpha=float(config.get("lora_alpha", 8)), options={"ranknum": config["init_r"]})
 
 
-class LoHa(Dialect):
+class LoHaDialect(Dialect):
     """LoHa, with Tucker cores or without."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
@@ -178,11 +180,11 @@ def _cores(entries: Sequence[Entry], core: str, factor: str) -> Fields:
     cored = [e for e in entries if core in e.tensors]
     without = [e for e in entries if core not in e.tensors and factor in e.tensors and {1} < {1, *(e.shape or ())[2:]}]
     if cored and without:
-        raise Unfit("in PEFT all kernels above 1 have a Tucker core, or none", layers_of(without))
+        raise Unsayable("in PEFT all kernels above 1 have a Tucker core, or none", layers_of(without))
     return {"use_effective_conv2d": bool(cored)}
 
 
-class LoKr(Dialect):
+class LoKrDialect(Dialect):
     """LoKr. PEFT scales two whole halves too, by alpha / r, where everywhere else their scale is 1: that is an option of the adapter."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
@@ -248,27 +250,27 @@ class _Halves:
         shown = {self.tensors[b][0] for b in ("lokr_w1_b", "lokr_w2_b") if b in self.tensors}
         r = min(shown) if shown else math.ceil(max(limits.values()))
         if len(shown) > 1 or any((r >= limit) != (half in self.tensors) for half, limit in limits.items()):
-            raise Unfit("PEFT would make other halves of them than these, whole or factored", [self.layer])
+            raise Unsayable("PEFT would make other halves of them than these, whole or factored", [self.layer])
         return r
 
 
 def _factor(splits: Mapping[str, _Halves]) -> int:
-    """The decompose_factor that gives all layers' halves. Raises Unfit."""
+    """The decompose_factor that gives all layers' halves. Raises Unsayable."""
     factors = [-1, *sorted({side for halves in splits.values() for side in halves.first})]
     lacking = {f: [layer for layer, halves in splits.items() if halves.width(f) is None] for f in factors}
     best = min(factors, key=lambda f: len(lacking[f]))
     if lacking[best]:
-        raise Unfit("no decompose_factor gives these halves in PEFT", lacking[best])
+        raise Unsayable("no decompose_factor gives these halves in PEFT", lacking[best])
     return best
 
 
-class Oft(Dialect):
+class OftDialect(Dialect):
     """OFT on the inputs."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         told = {tuple(sorted((k, v) for k, v in e.options.items() if v is not None)) for e in entries}
         if len(told) > 1:
-            raise Unfit("PEFT computes the rotations of all layers in one way", layers_of(entries))
+            raise Unsayable("PEFT computes the rotations of all layers in one way", layers_of(entries))
         return {**_blocks(entries), **_series(entries[0].options)}
 
     def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
@@ -308,16 +310,16 @@ def _blocks(entries: Sequence[Entry]) -> Fields:
     counts = [{"r": n, "oft_block_size": 0} for n in sorted({n for _, n, _ in rows})]
     chosen = next((row for row in (*sizes, *counts) if _gives(row, rows)), None)
     if chosen is None:
-        raise Unfit("no block size and no number of blocks gives these blocks in PEFT", blocks)
+        raise Unsayable("no block size and no number of blocks gives these blocks in PEFT", blocks)
     return {**chosen, "block_share": shared}
 
 
 def _are_shared(entries: Sequence[Entry], blocks: Mapping[str, tuple[int, int]], features: Mapping[str, int]) -> bool:
-    """Whether one block stands for all of a layer. Raises Unfit if that is so of some layers only."""
+    """Whether one block stands for all of a layer. Raises Unsayable if that is so of some layers only."""
     single = all(n == 1 for n, _ in blocks.values())
     partial = [layer for layer, (n, b) in blocks.items() if n * b != features[layer]]
     if partial and not single:
-        raise Unfit("in PEFT all layers share one block each, or none", partial)
+        raise Unsayable("in PEFT all layers share one block each, or none", partial)
     return single and (bool(partial) or all(e.shape is None for e in entries))
 
 
@@ -347,14 +349,14 @@ def _turned(entry: Entry, shown: int) -> int:
     return entry.shape[0] if "oft_embedding_R" in entry.tensors else math.prod(entry.shape[1:])
 
 
-class Boft(Dialect):
+class BoftDialect(Dialect):
     """BOFT on the inputs."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         shapes = {e.layer: e.tensors["boft_R"].shape for e in entries}
         (m, *more), numbers, sizes = ({s[axis] for s in shapes.values()} for axis in (0, 1, 2))
         if more or len(numbers) > 1 < len(sizes):
-            raise Unfit("in PEFT all layers have the same stages, and the same size or number of blocks", shapes)
+            raise Unsayable("in PEFT all layers have the same stages, and the same size or number of blocks", shapes)
         size = min(sizes) if len(sizes) == 1 else 0
         number = 0 if size else min(numbers)
         return {"boft_block_size": size, "boft_block_num": number, "boft_n_butterfly_factor": m}
@@ -368,7 +370,7 @@ class Boft(Dialect):
         return configs.turned(entry, config)
 
 
-class IA3(Dialect):
+class IA3Dialect(Dialect):
     """(IA)^3: a config names the layers whose inputs are scaled."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
@@ -393,14 +395,14 @@ def on_inputs(entry: Entry) -> bool:
 
 
 _DIALECTS: dict[str, type[Dialect]] = {
-    "lora": Lora,
-    "dora": Lora,
-    "adalora": AdaLora,
-    "loha": LoHa,
-    "lokr": LoKr,
-    "oft": Oft,
-    "boft": Boft,
-    "ia3": IA3,
+    "lora": LoraDialect,
+    "dora": LoraDialect,
+    "adalora": AdaLoraDialect,
+    "loha": LoHaDialect,
+    "lokr": LoKrDialect,
+    "oft": OftDialect,
+    "boft": BoftDialect,
+    "ia3": IA3Dialect,
 }
 
 
@@ -412,7 +414,7 @@ def dialect_of(method: str) -> Dialect:
 def whole_scale(entry: Entry, config: Mapping[str, Any]) -> float:
     """By what PEFT multiplies the first half of a LoKr beyond the scale that the entry has: 1 but for two whole halves."""
     dialect = dialect_of(entry.method)
-    if not isinstance(dialect, LoKr) or is_scaled(entry.method, entry.tensors):
+    if not isinstance(dialect, LoKrDialect) or is_scaled(entry.method, entry.tensors):
         return 1.0
     theirs, ours = dialect.whole_scale(entry, config), float(entry.options.get("scale", 1))
     return theirs / ours if ours and theirs != ours else 1.0

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import Answer, OneModel, Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import Answer, KeyParts, OneModel, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
-from converters.formats.fields import TYPES, Unfit, dialect_of, fields, is_old_oft, layers_of, names_of, own_name
+from converters.formats.fields import TYPES, Unsayable, dialect_of, fields, is_old_oft, layers_of, names_of, own_name
 from converters.formats.schema import check_fields
 from converters.formats.wrappers import PEFT as PREFIX
 from diffpeft import io, patterns
@@ -42,12 +42,12 @@ class Peft(OneModel):
         role: f"base_model.{role}" for layout in LAYOUTS.values() for role in layout.shared
     }
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """A PeftModel's prefix, the layer, the role."""
         named = dotted_role(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
-        return Part("", *named) if named else None
+        return KeyParts("", *named) if named else None
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """The layer's name as the model has it."""
         return f"{PREFIX}{own_name(entry)}.{suffix(part.role, entry.method)}"
 
@@ -70,7 +70,7 @@ class Peft(OneModel):
     def holds(self, entries: Sequence[Entry]) -> Answer:
         try:
             self._fields(entries)
-        except Unfit as why:
+        except Unsayable as why:
             return Answer(why.why, why.layers)
         return Answer()
 
@@ -111,9 +111,9 @@ class Peft(OneModel):
         )
 
     def _fields(self, entries: Sequence[Entry]) -> dict[str, object]:
-        """The fields of a config with which PEFT makes these tensors. Raises Unfit."""
+        """The fields of a config with which PEFT makes these tensors. Raises Unsayable."""
         if trouble := next(self._troubles(entries), None):
-            raise Unfit(*trouble)
+            raise Unsayable(*trouble)
         return fields(entries)
 
     def _troubles(self, entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:

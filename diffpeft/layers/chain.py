@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffpeft.layers.sites import Site
+from diffpeft.layers.sites import LayerSite
 from diffpeft.layers.slot import BIAS, Part, Slot, stamp_of
 from diffpeft.methods import Link, Strength
 from diffpeft.methods.base import Tensors
@@ -57,7 +57,7 @@ class Base:
 
     def __init__(
         self,
-        op: Site,
+        op: LayerSite,
         forward: Callable[[Tensor], Tensor] | None,
         dtype: torch.dtype,
         kept: dict[Any, Any],
@@ -104,7 +104,7 @@ class Later:
 
     def __init__(self, before: Chained):
         self.before = before
-        self.op: Site = before.op
+        self.op: LayerSite = before.op
         self.dtype: torch.dtype = before.dtype
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
@@ -251,7 +251,7 @@ def drops_inputs(slot: Slot, part: Part) -> bool:
 
 
 def _one(
-    slot: Slot, part: Part, op: Site, y: Tensor, x: Tensor, s: Strength, dtype: torch.dtype, positions: int
+    slot: Slot, part: Part, op: LayerSite, y: Tensor, x: Tensor, s: Strength, dtype: torch.dtype, positions: int
 ) -> Tensor:
     """y with one additive adapter on its own added."""
     p = slot.prepared(part, dtype)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from diffpeft.methods.fit import Layer, fitted, misfit
+from diffpeft.methods.fit import LayerShape, fitted, misfit
 from diffpeft.methods.forms import Factors, Form, Stage
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.shapes import block
@@ -48,9 +48,9 @@ class Geometry:
         return (self.out, self.in_ // self.groups, *self.kernel)
 
     @property
-    def layer(self) -> Layer:
+    def layer(self) -> LayerShape:
         """What of it decides which tensors fit."""
-        return Layer(self.shape, self.lookup)
+        return LayerShape(self.shape, self.lookup)
 
     @property
     def columns(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
 from diffpeft.methods.config import is_fp32
-from diffpeft.model.schedule import Clock, Scaled, Schedule
+from diffpeft.model.schedule import Clock, ScaledSchedule, Schedule
 from diffpeft.model.scope import Block, Scope
 from diffpeft.model.target import spellings
 
@@ -294,7 +294,7 @@ def _level(strength: Level) -> Level:
 
 
 def _times(level: Level, by: float) -> Level:
-    return Scaled(level, by) if isinstance(level, Schedule) else level * by
+    return ScaledSchedule(level, by) if isinstance(level, Schedule) else level * by
 
 
 def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Level:

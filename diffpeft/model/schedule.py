@@ -87,7 +87,7 @@ class Steps(Schedule):
 
 
 @dataclass(frozen=True)
-class Scaled(Schedule):
+class ScaledSchedule(Schedule):
     """Another schedule times a number."""
 
     schedule: Schedule

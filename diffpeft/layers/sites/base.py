@@ -15,7 +15,7 @@ from diffpeft.methods.forms import Factors, Form, Kronecker, Stage
 from diffpeft.methods.linalg import added
 
 
-class Site:
+class LayerSite:
     """What layers and models need of a layer; with what it lends methods (`methods.Operation`).
 
     A kind of layer is a subclass. Where `targets` is False it is a norm: it is changed through its weight and bias alone, and lends `op` only.
@@ -178,7 +178,7 @@ def mixes_first(form: Kronecker) -> bool:
     return not kernel and a * d * (c + b) <= c * b * (d + a)
 
 
-class FeaturesLast(Site):
+class FeaturesLast(LayerSite):
     """Features in the last axis."""
 
     def positions(self, x: Tensor) -> int:

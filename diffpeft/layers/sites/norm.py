@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffpeft.layers.sites.base import Site
+from diffpeft.layers.sites.base import LayerSite
 from diffpeft.methods import Geometry
 
 _CHANNELS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-class NormSite(Site):
+class NormSite(LayerSite):
     """Normalising layers: W [features, 1] is their factors, whatever their class makes of them. Features are the second axis or the last.
 
     transformers has a class like T5LayerNorm or Qwen2RMSNorm for every model.
