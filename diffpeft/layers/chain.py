@@ -6,12 +6,13 @@ Each link is the layer with one more adapter on it. A link can be applied to an 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffpeft.layers.mixes import MixLike
 from diffpeft.layers.sites import LayerSite
 from diffpeft.layers.slot import BIAS, Part, Slot, stamp_of
 from diffpeft.methods import Link, Strength
@@ -24,7 +25,7 @@ from diffpeft.methods.linalg import squares, traced
 class Dial:
     """A strength that changes from step to step: what the mix in force has for it now. `level` is the schedule."""
 
-    def __init__(self, mix: Any, row: int | None, name: str, index: int, level: Any):
+    def __init__(self, mix: MixLike, row: int | None, name: str, index: int, level: object):
         self.mix, self.row, self.name, self.index, self.level = mix, row, name, index, level
 
     def now(self) -> float:
@@ -51,7 +52,7 @@ class Base:
 
     Args:
         forward: the layer's own forward; None where only weights are asked for.
-        kept: where sums of squares of its weight are kept.
+        memory: where sums of squares of its weight are kept.
         W: a canonical weight to take for the layer's.
     """
 
@@ -60,10 +61,10 @@ class Base:
         op: LayerSite,
         forward: Callable[[Tensor], Tensor] | None,
         dtype: torch.dtype,
-        kept: dict[Any, Any],
+        memory: dict[object, tuple[object, ...]],
         W: Tensor | None = None,
     ):
-        self.op, self.forward, self.dtype, self.kept, self.W = op, forward, dtype, kept, W
+        self.op, self.forward, self.dtype, self.memory, self.W = op, forward, dtype, memory, W
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
         assert self.forward is not None
@@ -84,10 +85,11 @@ class Base:
         if self.W is not None or W.requires_grad or self.op.backend or traced():
             return squares(self.weight(), axis)
         stamp = stamp_of(W)
-        kept = self.kept.get(axis)
-        if kept is None or kept[0] != stamp:
-            kept = self.kept[axis] = stamp, squares(self.op.weight(), axis)
-        sums: Tensor = kept[1]
+        before = self.memory.get(axis)
+        if before is not None and before[0] == stamp:
+            return cast(Tensor, before[1])
+        sums = squares(self.op.weight(), axis)
+        self.memory[axis] = stamp, sums
         return sums
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,12 @@ def is_cast(module: nn.Module) -> bool:
     return False
 
 
-def computing_dtype(module: Any) -> torch.dtype:
+def computing_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that a layer computes in, as far as its weight and diffusers' casting tell."""
     if hook := diffusers_hooks(module).get(CASTING):
         computing: torch.dtype = hook.compute_dtype
         return computing
-    dtype: torch.dtype = module.weight.dtype
+    dtype = cast(Tensor, module.weight).dtype
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float16
 
 
@@ -96,11 +96,11 @@ def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     return [(d, key) for d, key in places if getattr(d.get(key), "__func__", None) is type(module).forward]
 
 
-def device_of(module: Any) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where the layer computes: an offloading hook's execution device, else where its weight is."""
     hook = vars(module).get("_hf_hook")  # vars: torch is slow to say that there is none
     device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else module.weight.device
+    return torch.device(device) if device is not None else cast(Tensor, module.weight).device
 
 
 def present(module: nn.Module, read: Callable[[], Result]) -> Result:

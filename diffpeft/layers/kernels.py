@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,45 @@ def is_small(t: Tensor) -> bool:
     return not torch.compiler.is_compiling() and t.numel() < _CACHE
 
 
+class Context(Protocol):
+    """What autograd hands from a node's forward to its backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    gate: float
+    last: bool
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors."""
+
+    def mark_dirty(self, *tensors: Tensor) -> None:
+        """Say which inputs are written into."""
+
+
+class LoraContext(Context, Protocol):
+    """With a gate that may be one for each rank."""
+
+    gate: float | Tensor  # type: ignore[assignment]
+
+
+class QuantisedContext(Protocol):
+    """What a quantised product needs for its gradient."""
+
+    weight: Callable[[], Tensor]
+    dtype: torch.dtype
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
 def eager(*tensors: Tensor) -> bool:
     """Whether a node may be made of these: nothing is traced, and they are of one dtype."""
     return not traced() and len({t.dtype for t in tensors}) == 1
 
 
-def _node(function: Any, *inputs: Any) -> Tensor:
+def _node(function: type[torch.autograd.Function], *inputs: object) -> Tensor:
     """The result of an autograd function."""
-    y: Tensor = function.apply(*inputs)
+    y: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -48,7 +79,7 @@ class _Add(torch.autograd.Function):
     """`_added` in place: y's own gradient passes through untouched and uncopied."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool) -> Tensor:
+    def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool) -> Tensor:
         ctx.save_for_backward(h, B)
         ctx.gate, ctx.last = gate, last
         ctx.mark_dirty(y)
@@ -56,7 +87,7 @@ class _Add(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> Gradients:
         h, B = ctx.saved_tensors
         if ctx.last:
             flat = g.reshape(-1, g.shape[-1])
@@ -101,12 +132,12 @@ def _rescaled_backward(g: Tensor, y: Tensor, by: Tensor, b: Tensor | None) -> tu
 
 class _Rescale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx: Context, y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, by, b)
         return _rescaled(y, by, b)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> Gradients:
         return _rescaled_backward(g, *ctx.saved_tensors)
 
 
@@ -128,7 +159,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def parts(
-        x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any, by: Tensor | None
+        x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor, by: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The result, the rank activations, and what is scaled."""
         h = x.reshape(-1, x.shape[-1]) @ A.t()
@@ -141,7 +172,14 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any, by: Tensor | None
+        ctx: LoraContext,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        gate: float | Tensor,
+        by: Tensor | None,
     ) -> Tensor:
         y, h, plain = _LoraLinear.parts(x, W, b, A, B, gate, by)
         ctx.save_for_backward(x, W, A, B, h, *(() if by is None else (b, by, plain)))
@@ -149,7 +187,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: LoraContext, g: Tensor) -> Gradients:
         x, W, A, B, h, *scaled = ctx.saved_tensors
         gate, needs, gby = ctx.gate, ctx.needs_input_grad, None
         scalar = 1.0 if isinstance(gate, Tensor) else gate
@@ -212,7 +250,7 @@ class _KronLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
@@ -230,7 +268,7 @@ class _KronLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> Gradients:
         x, W, left, down, up, h, mixed = ctx.saved_tensors
         (a, c), (f, r), needs = left.shape, up.shape, ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -269,14 +307,14 @@ class _Blocks(torch.autograd.Function):
     """A batched product that reads and writes blocks of features where they lie."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, M: Tensor) -> Tensor:
+    def forward(ctx: Context, t: Tensor, M: Tensor) -> Tensor:
         ctx.save_for_backward(t, M)
         y = t.new_empty(*t.shape[:-1], M.shape[0] * M.shape[2])
         torch.bmm(_apart(t, M.shape[0]), M, out=_apart(y, M.shape[0]))
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> Gradients:
         t, M = ctx.saved_tensors
         gt = _node(_Blocks, g, M.mT) if ctx.needs_input_grad[0] else None
         gM = torch.bmm(_apart(t, M.shape[0]).mT, _apart(g, M.shape[0])) if ctx.needs_input_grad[1] else None
@@ -322,12 +360,14 @@ class _Quantised(torch.autograd.Function):
     """A product that has no gradient of its own: forward as it is, backward by the dequantised weight, which is made then and not kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]) -> Tensor:
+    def forward(
+        ctx: QuantisedContext, x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]
+    ) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
         return product(x.detach())
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: QuantisedContext, g: Tensor) -> Gradients:
         return (g @ ctx.weight().to(g.dtype)).to(ctx.dtype), None, None
 
 

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, shown
+from diffpeft.layers.mixes import MomentLike
+
+if TYPE_CHECKING:
+    from diffpeft.layers.carried import Record, Step
 
 Value = TypeVar("Value")
+Arguments = tuple[object, ...]
+Keywords = Mapping[str, object]
+Inputs = dict[int, Tensor | None]  # by id of a module: what the module around it was given
 _here = (
     threading.local()
 )  # `given`: {id of a module: what the module around it was given}, in this thread's `watched` blocks
@@ -25,7 +33,13 @@ class Ambiguous(Tensor):
     """What stands for a tensor that each row of a batch has another one of: it tells its shape, dtype and device, and refuses arithmetic."""
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(  # type: ignore[override]
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
@@ -44,16 +58,16 @@ def ambiguous(what: str) -> AdapterStateError:
 class watched:
     """Inside this block modules of a model know what the module around them was given; `names` gives theirs. A class, which no compiler enters."""
 
-    def __init__(self, model: Any, names: Callable[[], Sequence[str]]):
+    def __init__(self, model: nn.Module, names: Callable[[], Sequence[str]]):
         self.model, self.names = model, names
-        self.hooks: list[Any] = []
+        self.hooks: list[RemovableHandle] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
         names = self.names()
         if not names or _compiled(self.model):
             return
-        inputs: dict[int, Any] = {}
+        inputs: Inputs = {}
         self.before = getattr(_here, "given", None)
         for name in names:
             around, _, last = name.rpartition(".")
@@ -70,12 +84,12 @@ class watched:
             hook.remove()
 
 
-def _compiled(model: Any) -> bool:
+def _compiled(model: nn.Module) -> bool:
     return "_orig_mod" in model._modules or getattr(model, "_compiled_call_impl", None) is not None
 
 
-def _noting(inputs: dict[int, Any], key: int) -> Any:
-    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+def _noting(inputs: Inputs, key: int) -> Callable[[nn.Module, Arguments, Keywords], None]:
+    def look(module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
         inputs[key] = next(tensors, None)
 
@@ -83,8 +97,14 @@ def _noting(inputs: dict[int, Any], key: int) -> Any:
 
 
 def by_rows(
-    module: Any, base: Any, record: Any, run: Callable[..., Any], moment: Any, args: Any, kwargs: Mapping[str, Any]
-) -> Any:
+    module: nn.Module,
+    base: type[nn.Module],
+    record: Record,
+    run: Callable[[nn.Module, type[nn.Module], Sequence[Step], Arguments, Keywords], object],
+    moment: MomentLike,
+    args: Arguments,
+    kwargs: Keywords,
+) -> object:
     """Each row of the batch through a module (of the class `base`) as its mix says. `run(module, base, what acts, args, kwargs)` runs some.
 
     Raises ShapeMismatchError or AdapterStateError.
@@ -110,11 +130,11 @@ def by_rows(
     for steps in groups:
         at = torch.tensor([i for i, other in enumerate(owner) if other == steps])
 
-        def rows_of(t: Any, at: Tensor = at) -> Any:
+        def rows_of(t: object, at: Tensor = at) -> object:
             return t[at.to(t.device)] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t
 
-        taken = [rows_of(t) for t in args], {name: rows_of(t) for name, t in kwargs.items()}
-        parts.append((at, run(module, base, steps, *taken)))
+        named = {name: rows_of(t) for name, t in kwargs.items()}
+        parts.append((at, run(module, base, steps, tuple(rows_of(t) for t in args), named)))
     return _together(parts, rows, base)
 
 
@@ -136,7 +156,7 @@ def _in_order(module: nn.Module, x: Tensor, batch: int) -> bool:
     )
 
 
-def _together(parts: Sequence[tuple[Tensor, Any]], rows: int, base: Any) -> Any:
+def _together(parts: Sequence[tuple[Tensor, Any]], rows: int, base: type[nn.Module]) -> object:
     """What a module gave for parts of its rows, as for all of them: a tensor, or several."""
     sample = parts[0][1]
     if isinstance(sample, Tensor) and all(t.dim() and len(t) == len(at) for at, t in parts):
