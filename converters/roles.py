@@ -6,7 +6,7 @@ import functools
 from collections.abc import Collection, Mapping
 
 from diffpeft.methods.axes import Shape
-from diffpeft.methods.layout import BIAS, LAYOUTS
+from diffpeft.methods.layout import BIAS, LAYOUTS, MAGNITUDES
 
 OLD_OFT = ("oft_r", "oft_s")  # PEFT's before 0.16, which are read as what they are today: see engine.today
 
@@ -23,7 +23,10 @@ FOREIGN = {
 
 
 def split(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
-    """{method: roles} of one layer, in the order in which they act. `oft_blocks` are OFT's with 3 axes, BOFT's with 4. A bias alone is `full`'s."""
+    """{method: roles} of one layer, in the order in which they act; a DoRA's magnitudes stand behind the tensors that they are over.
+
+    `oft_blocks` are OFT's with 3 axes, BOFT's with 4. A bias alone is `full`'s.
+    """
     return {
         method: list(roles) for method, roles in _split(tuple((role, len(s)) for role, s in shapes.items())).items()
     }
@@ -33,7 +36,7 @@ def split(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
 def _split(axes: tuple[tuple[str, int], ...]) -> dict[str, list[str]]:
     owners = {role: _owner(role, dict(axes)) for role, _ in axes if role != BIAS}
     methods: dict[str, list[str]] = {}
-    for role, method in owners.items():
+    for role, method in sorted(owners.items(), key=lambda row: row[0] in MAGNITUDES):
         methods.setdefault(method, []).append(role)
     methods = dict(sorted(methods.items(), key=lambda row: _turn(row[0])))
     if BIAS in dict(axes):

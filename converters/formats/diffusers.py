@@ -80,11 +80,12 @@ class Diffusers:
             raise CheckpointError(f"cannot read the metadata {METADATA!r} ({error.what})") from error
 
     def holds(self, entries: Sequence[Entry]) -> Answer:
-        foreign = {e.layer: e.methods for e in entries if not {*self.stored(e)} <= _READ}
-        methods = " or ".join(sorted(frozenset().union(*foreign.values())))
+        foreign = [e.layer for e in entries if not {*self.stored(e)} <= _READ]
+        layers = {*foreign}
+        methods = " or ".join(sorted(frozenset().union(*(e.methods for e in entries if e.layer in layers))))
         inputs = [e.layer for e in entries if magnitude_axis(e) == 1]
         return (
-            Answer.unless([*foreign], f"stock diffusers reads no {methods} with these tensors")
+            Answer.unless(foreign, f"stock diffusers reads no {methods} with these tensors")
             and Answer.unless(inputs, "stock diffusers reads no DoRA with a magnitude for each input")
             and Answer(*(configs.unsayable(entries) or ()))
             and Answer.unless(_mixed(entries), "stock diffusers reads LoRA and DoRA in one component as one of them")

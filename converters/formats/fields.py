@@ -6,22 +6,24 @@ A method needs no class of its own where its layout says it all: a rank, an alph
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 from converters.formats import config as configs
 from converters.formats.base import dotted_role
+from converters.formats.schema import Config
 from converters.formats.wrappers import PEFT as PREFIX
 from converters.formats.wrappers import unwrapped
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, parted
 from diffpeft.methods.axes import triangle
-from diffpeft.methods.layout import LAYOUTS, Layout, is_scaled
+from diffpeft.methods.layout import LAYOUTS, Field, Layout, is_scaled
 
 TYPES = {method: layout.peft for method, layout in LAYOUTS.items() if layout.peft}
 VERSION, OLD_SERIES = "0.21.2", "0.17.1"
 Fields = dict[str, object]
+Value = TypeVar("Value")
 
 
 class Unsayable(Exception):
@@ -72,13 +74,13 @@ class Dialect:
         """The fields of a config with which PEFT makes these tensors. Raises Unsayable."""
         return {**self.scales(entries, configs.ranks_of(entries)), **self.options(entries)}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         """What a config says of a layer that its tensors do not; empty if they agree."""
         r = configs.ranks_of([entry])[entry.layer]
         told = self.rank(entry, config)
         return f"the rank is {told}, not {r}" if r and r != told else ""
 
-    def configured(self, entry: Entry, config: Mapping[str, object]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         """The entry with the alpha and the options that a config gives it."""
         options = {row.option: config.get(row.name, row.default) for row in self.layout.options}
         entry = replace(entry, options=options or entry.options)
@@ -88,7 +90,7 @@ class Dialect:
         alpha = configs.alpha({self.layout.alpha_field: 8, **config}, names_of(entry), r)
         return replace(entry, alpha=alpha)
 
-    def rank(self, entry: Entry, config: Mapping[str, Any]) -> int:
+    def rank(self, entry: Entry, config: Config) -> int:
         """The rank that a config gives a layer."""
         by_layer = config.get("rank_pattern") if self.layout.patterns else None
         return int(
@@ -107,14 +109,19 @@ class Dialect:
     def options(self, entries: Sequence[Entry]) -> Fields:
         """The fields that are options, of which a config has one for all layers."""
         return {
-            row.name: _common(entries, row.name, lambda e, row=row: e.options.get(row.option, row.default))
+            row.name: _common(entries, row.name, _option(row))
             for row in self.layout.options
         }
 
 
-def _common(entries: Sequence[Entry], what: str, value: Any) -> Any:
+def _option(row: Field) -> Callable[[Entry], object]:
+    """What an entry has of a field."""
+    return lambda e: e.options.get(row.option, row.default)
+
+
+def _common(entries: Sequence[Entry], what: str, value: Callable[[Entry], Value]) -> Value:
     """What all entries have. Raises Unsayable, which blames those that have another than most."""
-    by_value: dict[Any, list[str]] = {}
+    by_value: dict[Value, list[str]] = {}
     for entry in entries:
         by_value.setdefault(value(entry), []).append(entry.layer)
     most = max(by_value, key=lambda v: len(by_value[v]))
@@ -133,7 +140,7 @@ class LoraDialect(Dialect):
             raise Unsayable("in PEFT all layers have a lora_B.bias, or none", layers_of(biased))
         return {**super().fields(entries), "use_dora": self.layout.over, "lora_bias": bool(biased)}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         if bool(config.get("use_dora")) != self.layout.over:
             return f"use_dora is {config.get('use_dora', False)}"
         return super().disagreement(entry, config)
@@ -155,16 +162,16 @@ class AdaLoraDialect(Dialect):
         masks = {f"{own_name(e)}.lora_E": [n < ranks[e.layer] for n in range(start)] for e in entries}
         return {"lora_alpha": alpha, "init_r": start, "total_step": 1, "rank_pattern": masks}
 
-    def rank(self, entry: Entry, config: Mapping[str, Any]) -> int:
+    def rank(self, entry: Entry, config: Config) -> int:
         masks = config.get("rank_pattern") or {}
         ranks = (sum(masks[key]) for name in names_of(entry) if (key := f"{name}.lora_E") in masks)
         return int(next(ranks, config["init_r"]))
 
-    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         r, told = configs.ranks_of([entry])[entry.layer], self.rank(entry, config)
         return f"the rank is {told}, not {r}" if r != told else ""
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         """It has no patterns of alpha."""
         return replace(entry, alpha=float(config.get("lora_alpha", 8)), options={"ranknum": config["init_r"]})
 
@@ -200,13 +207,13 @@ class LoKrDialect(Dialect):
             "decompose_factor": factor,
         }
 
-    def configured(self, entry: Entry, config: Mapping[str, object]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         if is_scaled(entry.method, entry.tensors):
             return super().configured(entry, config)
         scale = self.whole_scale(entry, config)
         return replace(entry, options={"scale": scale}) if scale != 1 else entry
 
-    def whole_scale(self, entry: Entry, config: Mapping[str, object]) -> float:
+    def whole_scale(self, entry: Entry, config: Config) -> float:
         """By what PEFT multiplies two whole halves."""
         r = self.rank(entry, config)
         return (configs.alpha({"alpha": 8, **config}, names_of(entry), r) or 0) / r
@@ -273,7 +280,7 @@ class OftDialect(Dialect):
             raise Unsayable("PEFT computes the rotations of all layers in one way", layers_of(entries))
         return {**_blocks(entries), **_series(entries[0].options)}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         if is_old_oft(entry):
             n = (entry.shapes.get("oft_blocks") or entry.shapes["boft_R"][1:])[0]
             return "" if n == config.get("r", 8) else f"there are {n} blocks, not {config.get('r', 8)}"
@@ -285,7 +292,7 @@ class OftDialect(Dialect):
         used = nearest_divisor(n * b, size or config["r"])
         return "" if used == (b if size else n) else f"its blocks are not of {b}, there are not {n}"
 
-    def configured(self, entry: Entry, config: Mapping[str, object]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         return configs.turned(entry, config)
 
 
@@ -361,12 +368,12 @@ class BoftDialect(Dialect):
         number = 0 if size else min(numbers)
         return {"boft_block_size": size, "boft_block_num": number, "boft_n_butterfly_factor": m}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         n, b = entry.shapes["boft_R"][1:3]
         size, number = config.get("boft_block_size", 4), config.get("boft_block_num", 0)
         return "" if b == size or n == number else f"its blocks are not of {b}, there are not {n}"
 
-    def configured(self, entry: Entry, config: Mapping[str, object]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         return configs.turned(entry, config)
 
 
@@ -376,10 +383,10 @@ class IA3Dialect(Dialect):
     def fields(self, entries: Sequence[Entry]) -> Fields:
         return {"feedforward_modules": sorted(own_name(e) for e in entries if on_inputs(e))}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, object]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         return ""
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         """PEFT's rule: an expression for whole names, or what names end with."""
         modules, names = config.get("feedforward_modules") or [], names_of(entry)
         if isinstance(modules, str):
@@ -411,7 +418,7 @@ def dialect_of(method: str) -> Dialect:
     return _DIALECTS.get(method, Dialect)(LAYOUTS[method])
 
 
-def whole_scale(entry: Entry, config: Mapping[str, Any]) -> float:
+def whole_scale(entry: Entry, config: Config) -> float:
     """By what PEFT multiplies the first half of a LoKr beyond the scale that the entry has: 1 but for two whole halves."""
     dialect = dialect_of(entry.method)
     if not isinstance(dialect, LoKrDialect) or is_scaled(entry.method, entry.tensors):

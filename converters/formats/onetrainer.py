@@ -36,7 +36,9 @@ _ENCODERS = ("clip_l", "clip_g", "t5", "llama", "gemma", "qwen")
 _WORD = re.compile(rf"(?:{'|'.join((*COMPONENTS, *_ENCODERS, 'prior', 'diffusion_model'))})\.")
 _PART = re.compile(r"(?P<layer>.+[._](?:qkv|kv_linear|linear1))\.(?P<part>\d)")
 _ROTATION, _MARKER = ".oft_R.weight", ".oft_R.scaled_oft"
-_ROLES = ("lora_A", "lora_B", "dora_scale", *ROLES["loha"][:4], *ROLES["lokr"][:6], "oft_R", "alpha")
+_CORES = ("hada_t1", "hada_t2", "lokr_t2")  # of Tucker's decomposition, which it does not have
+_PRODUCTS = tuple(role for method in ("loha", "lokr") for role in ROLES[method] if role not in _CORES)
+_ROLES = ("lora_A", "lora_B", "dora_scale", *_PRODUCTS, "oft_R", "alpha")
 _SPELT = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "oft_R": "oft_R.weight"}
 # the convolutions of all families by their names, and UNets' layers that are convolutions in SD1.x
 _CONVOLUTION = re.compile(r"(.+\.)?(conv[^.]*|(pos|patch)_embed\.proj|x_embedder\.proj)")

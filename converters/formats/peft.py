@@ -17,7 +17,7 @@ from converters.formats import config as configs
 from converters.formats.base import Answer, KeyParts, OneModel, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
 from converters.formats.fields import TYPES, Unsayable, dialect_of, fields, is_old_oft, layers_of, names_of, own_name
-from converters.formats.schema import check_fields
+from converters.formats.schema import Config, check_fields
 from converters.formats.wrappers import PEFT as PREFIX
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, Handle, parted
@@ -144,7 +144,7 @@ class Peft(OneModel):
 # Reading
 
 
-def _check_type(config: Mapping[str, object], entries: Sequence[Entry]) -> None:
+def _check_type(config: Config, entries: Sequence[Entry]) -> None:
     """Raise for a config of another method than the tensors'."""
     kind = config.get("peft_type")
     old = [e for e in entries if is_old_oft(e)] if kind == "OFT" else []
@@ -163,7 +163,7 @@ def _check_type(config: Mapping[str, object], entries: Sequence[Entry]) -> None:
         )
 
 
-def _check(config: Mapping[str, object], entries: Sequence[Entry]) -> None:
+def _check(config: Config, entries: Sequence[Entry]) -> None:
     """Raise for a config that says something else than the tensors, or that names code."""
     if config.get("megatron_core") not in (None, "megatron.core"):
         raise UnsafeFileError(

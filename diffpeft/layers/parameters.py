@@ -7,7 +7,7 @@ A [experts * r, in] goes expert by expert, B [out, r * experts] rank by rank. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ class Stack:
     turned: bool = False
 
     @classmethod
-    def of(cls, module: Any, name: str) -> Stack | None:
+    def of(cls, module: nn.Module, name: str) -> Stack | None:
         """How to see a module's parameter; None if it has another number of axes."""
-        shape = module._parameters[name].shape
+        shape = cast(Tensor, module._parameters[name]).shape
         if len(shape) not in (2, 3):
             return None
         turned = len(shape) == 3 and bool(getattr(module, "is_transposed", False))

@@ -30,7 +30,7 @@ class LayerSite:
     targets: ClassVar[bool] = True  # whether `attach` may choose it
     in_order: ClassVar[bool] = False  # whether the layer stores its weight as the canonical one is, output by output
 
-    def __init__(self, module: Any, *arguments: Any, **keywords: Any):
+    def __init__(self, module: Any, *arguments: object, **keywords: object):
         self.module, self.arguments, self.keywords = module, arguments, keywords
         self.geometry = self.geometry_of(module)
         self.backend = backend_of(module)
@@ -38,7 +38,7 @@ class LayerSite:
         self.faithful = self.backend is None and self._runs_as_its_kind()
 
     def _runs_as_its_kind(self) -> bool:
-        base: Any = getattr(type(self.module), "_diffpeft_base", type(self.module))
+        base: type[nn.Module] = getattr(type(self.module), "_diffpeft_base", type(self.module))
         name = (base.__module__, base.__name__)
         return any(kind == name if isinstance(kind, tuple) else base.forward is kind.forward for kind in self.kinds)
 

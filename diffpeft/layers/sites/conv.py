@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class ConvSite(LayerSite):
     in_order = True
 
     @staticmethod
-    def geometry_of(module: Any) -> Geometry:
+    def geometry_of(module: nn.modules.conv._ConvNd) -> Geometry:
         return Geometry(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
 
     def positions(self, x: Tensor) -> int:
