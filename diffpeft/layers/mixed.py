@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, shown
-from diffpeft.layers.mixes import MomentLike
-
-if TYPE_CHECKING:
-    from diffpeft.layers.carried import Record, Step
+from diffpeft.layers.mixes import CarrierLike, MomentLike
 
 Value = TypeVar("Value")
 Arguments = tuple[object, ...]
@@ -99,8 +96,8 @@ def _noting(inputs: Inputs, key: int) -> Callable[[nn.Module, Arguments, Keyword
 def by_rows(
     module: nn.Module,
     base: type[nn.Module],
-    record: Record,
-    run: Callable[[nn.Module, type[nn.Module], Sequence[Step], Arguments, Keywords], object],
+    record: CarrierLike[Value],
+    run: Callable[[nn.Module, type[nn.Module], Sequence[Value], Arguments, Keywords], object],
     moment: MomentLike,
     args: Arguments,
     kwargs: Keywords,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
+
+Step_co = TypeVar("Step_co", covariant=True)
 
 
 class ActiveLike(Protocol):
@@ -68,3 +70,22 @@ class MixLike(Protocol):
 
     def current(self) -> MomentLike:
         """The moment of it that layers apply."""
+
+
+class CarrierLike(Protocol[Step_co]):
+    """What a module carries of adapters."""
+
+    @property
+    def mix(self) -> MixLike:
+        """Where their strengths stand."""
+
+    @property
+    def index(self) -> int:
+        """The column of the module there."""
+
+    @property
+    def where(self) -> str:
+        """The module's name in its component."""
+
+    def acting(self, moment: MomentLike) -> Sequence[Step_co]:
+        """What acts in order."""

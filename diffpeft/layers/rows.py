@@ -6,19 +6,16 @@ Each mix that differs on this layer runs on its own rows. Factors of low rank go
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffpeft.errors import ShapeMismatchError, shown
 from diffpeft.layers.chain import Base, Dial, Given, Whole, drops_inputs, form_of, now
+from diffpeft.layers.mixes import CarrierLike
 from diffpeft.layers.slot import Part, Slot
 from diffpeft.methods import Strength
 from diffpeft.methods.forms import Factors
-
-if TYPE_CHECKING:
-    from diffpeft.layers.carried import Record
 
 Steps = Sequence[tuple[Slot, Given]]
 Mark = list[tuple[Slot, object]]  # adapters, and the strengths that were set
@@ -32,7 +29,7 @@ class Rows:
         record: the layer's; its mix says how many rows the batch has (0: as many as the input), and how many of them a prompt has in a row.
     """
 
-    def __init__(self, base: Base, prompts: Sequence[Steps], record: Record):
+    def __init__(self, base: Base, prompts: Sequence[Steps], record: CarrierLike[object]):
         self.base, self.op, self.record, self.n = base, base.op, record, len(prompts)
         self.groups: list[tuple[list[int], Whole | None]] = []
         self.terms: list[tuple[Slot, Part, list[Given]]] = []

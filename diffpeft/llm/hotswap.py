@@ -38,7 +38,7 @@ _FROZEN = "adapter {} has room for, or is of, another rank or alpha than it was 
 
 
 def hotswap_adapter(
-    model: Any, model_name_or_path: Any, adapter_name: str, torch_device: Any = None, **kwargs: Any
+    model: nn.Module, model_name_or_path: Any, adapter_name: str, torch_device: object = None, **kwargs: Any
 ) -> None:
     """Put the LoRA in a folder or a repository on the Hub in the place of one of a model; the name stays.
 
@@ -117,7 +117,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 
 
 def prepare_model_for_compiled_hotswap(
-    model: Any, *, target_rank: int | None = None, config: Any = None, check_compiled: str = "error"
+    model: nn.Module, *, target_rank: int | None = None, config: Any = None, check_compiled: str = "error"
 ) -> None:
     """Give the LoRAs of a model room for ranks up to `target_rank`: after the first adapter is there, before the model is compiled.
 
@@ -165,7 +165,7 @@ def _check_not_compiled(model: object, check_compiled: str) -> None:
         warnings.warn(f"{message}: it will be compiled again", stacklevel=3)
 
 
-def _parts(model: Any, name: str) -> tuple[nn.Module, PeftConfig]:
+def _parts(model: nn.Module, name: str) -> tuple[nn.Module, PeftConfig]:
     """The user's model in a PeftModel, compiled or not, or a bare module, and an adapter's config. Raises UnknownNameError."""
     model = getattr(model, COMPILED, model)
     if not isinstance(model, PeftModel):

@@ -189,7 +189,9 @@ def _takes_past(model: nn.Module) -> bool:
     return "past_key_values" in inspect.signature(model.forward).parameters
 
 
-def _result(task: TaskType, config: Any, logits: Tensor, labels: Mapping[str, Tensor | None], out: Any) -> ModelOutput:
+def _result(
+    task: TaskType, config: object, logits: Tensor, labels: Mapping[str, Tensor | None], out: Any
+) -> ModelOutput:
     """The output of a head: logits [b, classes] or [b, t, classes], and the loss where there are labels [b] or [b, t]."""
     from transformers import modeling_outputs as outputs
     from transformers.loss import loss_utils as losses

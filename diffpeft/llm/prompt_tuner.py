@@ -124,13 +124,13 @@ class PromptTuner(Prompts):
         with forced(claim({self.mix.key: Choice()})):
             yield
 
-    def call(self, args: Any, kwargs: dict[str, Any]) -> Any:
+    def call(self, args: Any, kwargs: dict[str, object]) -> Any:
         """The model's output, with the active prompt before what it reads."""
         if not self.active_adapters:
             return self.base_model(*args, **kwargs)
         return self(self.active_adapter, self.peft_config[self.active_adapter], args, kwargs)
 
-    def generated(self, args: Any, kwargs: dict[str, Any]) -> Any:
+    def generated(self, args: Any, kwargs: dict[str, object]) -> Any:
         """What the model generates, with the active prompt before what it reads."""
         if not self.active_adapters:
             return self.base_model.generate(*args, **kwargs)

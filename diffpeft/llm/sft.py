@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffpeft.errors import CheckpointError
@@ -109,7 +109,7 @@ def _fitted(config: SftConfig, loss: Loss, sequences: Sequences, watch: Watch) -
     return losses
 
 
-def open_model(config: SftConfig, device: str) -> tuple[texts.Tokenizer, Any]:
+def open_model(config: SftConfig, device: str) -> tuple[texts.Tokenizer, nn.Module]:
     """The tokenizer and the model. Raises CheckpointError if they cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

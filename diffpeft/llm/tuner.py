@@ -145,7 +145,7 @@ class Tuner(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: Any) -> Any:
         """The model's; AdaLoRA adds its penalty to a loss."""
         refuse_replaced(self._head)
         return adalora.regularised(self.model(*args, **kwargs), self.model, self.peft_config)
@@ -378,7 +378,7 @@ class Tuner(nn.Module):
             return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+    def resize_token_embeddings(self, *args: object, **kwargs: Any) -> Any:
         """The model's, with the adapters on its embeddings: new rows of whole copies are the model's, and a LoRA changes no new token.
 
         Raises AdapterStateError while adapters are merged, and for methods that cannot get other rows.
@@ -393,11 +393,11 @@ class Tuner(nn.Module):
         """The user's model."""
         return self.model
 
-    def call(self, args: Any, kwargs: dict[str, Any]) -> Any:
+    def call(self, args: Any, kwargs: dict[str, object]) -> Any:
         """The model's output."""
         return self(*args, **kwargs)
 
-    def generated(self, args: Any, kwargs: dict[str, Any]) -> Any:
+    def generated(self, args: Any, kwargs: dict[str, object]) -> Any:
         """What the model generates."""
         refuse_replaced(self._head)
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]

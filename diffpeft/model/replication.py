@@ -48,7 +48,7 @@ def same_spans(one: Sequence[Sequence[int]] | None, other: Sequence[Sequence[int
     return bool(one) and [*map(tuple, one or ())] == [*map(tuple, other)]
 
 
-def _stack(model: Any) -> tuple[Any, Any, str]:
+def _stack(model: nn.Module) -> tuple[object, Any, str]:
     """The innermost model, the module that has the list of layers, and what the list is called there."""
     inner = model
     while (

@@ -77,10 +77,10 @@ def rooted(parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], block: Bloc
             raise
 
 
-def _root_class(base: Any) -> type:
+def _root_class(base: type[nn.Module]) -> type:
     if base not in _classes:
 
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self: nn.Module, *args: object, **kwargs: Any) -> Any:
             mix = self.__dict__.get(ROOT)
             if mix is None:
                 return base.__call__(self, *args, **kwargs)

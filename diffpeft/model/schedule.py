@@ -174,7 +174,7 @@ class Clock:
             total = min(total, running._num_timesteps)
         return _fraction(call, total, *_calls(scheduler))
 
-    def _call(self, scheduler: Any, timestep: Any, length: int | None) -> int:
+    def _call(self, scheduler: Any, timestep: object, length: int | None) -> int:
         """Which of the run's calls of the denoiser this is, from 0. A scheduler that counts its steps knows, others by the timestep.
 
         `length`: of the run, if a pipeline does it.

@@ -6,7 +6,6 @@ They are written once where all get the same; else each gets a parameter of its 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def _product(slot: Slot) -> tuple[Tensor, Tensor, float] | None:
     return (p["lora_embedding_B"].t(), p["lora_embedding_A"].t(), scale) if "lora_embedding_A" in p else None
 
 
-def _own(put: Put) -> Any:
+def _own(put: Put) -> object:
     table, name, new = put
     old = table[name]
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new

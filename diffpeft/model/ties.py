@@ -112,7 +112,7 @@ def _holder(model: nn.Module, name: str) -> Holder | None:
     return (module._parameters, last) if module._parameters.get(last) is not None else None
 
 
-def _then(later: Mapping[tuple[int, str], object], holder: Holder) -> Any:
+def _then(later: Mapping[tuple[int, str], object], holder: Holder) -> object:
     """The parameter that will be there."""
     table, name = holder
     return later.get((id(table), name), table[name])

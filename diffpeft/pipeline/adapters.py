@@ -90,7 +90,7 @@ def adapters(
 
 
 def _choices(
-    target: Any, parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], strengths: Any, images: int, plan: Plan
+    target: object, parts: Mapping[str, nn.Module], mixes: Mapping[str, Mix], strengths: Any, images: int, plan: Plan
 ) -> dict[str, Choice]:
     """{mix key: choice}, all checked against what is there and planned."""
     check_rows(strengths, images, mixes.values(), parts)
@@ -141,7 +141,7 @@ def get_adapters(target: object) -> dict[str, AdapterStatus]:
         return {name: _status(target, name, mixes) for name in names}
 
 
-def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
+def _status(target: object, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
     slots = slots_of(target, name).values()
     having = {component: mix for component, mix in mixes.items() if name in mix.adapters}
     strengths = [mix.choice.given[name] for mix in having.values() if name in mix.choice.given]

@@ -167,7 +167,7 @@ def _check_type(name: str, value: object, declared: str) -> None:
         raise ConfigError(f"{name} is {said}", remedy=f"It is {words}.")
 
 
-def _check_value(name: str, value: Any, meta: Mapping[str, Any]) -> None:
+def _check_value(name: str, value: object, meta: Mapping[str, Any]) -> None:
     """Raise ConfigError for a value that is empty, not among the choices, or beyond a limit."""
     for text in (value or [""]) if isinstance(value, (list, tuple)) else [value]:
         if isinstance(text, str) and not text.strip():
