@@ -21,11 +21,12 @@ from diffpeft.layers.backends import KNOWN, backend_of_class
 from diffpeft.layers.chain import Base, Dial, Whole
 from diffpeft.layers.hooks import held_forwards, is_cast
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
-from diffpeft.layers.patches import Patch, patched
+from diffpeft.layers.mixes import ActiveLike, ChoiceLike, MomentLike
+from diffpeft.layers.patches import Patch, input_of, patched
 from diffpeft.layers.rows import Rows
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import LayerSite, site_of
 from diffpeft.layers.slot import Slot, at_rest, stamp_of, with_own_dtype
-from diffpeft.layers.swap import sized, subclass
+from diffpeft.layers.swap import Class, sized, subclass
 from diffpeft.methods.linalg import traced, wide_dtype
 
 RECORD = "_diffpeft"  # where a module keeps its record
@@ -67,10 +68,10 @@ class Record:
     fused: frozenset[str] = frozenset()  # adapters that are in the parameters
     base: Parameters | None = None  # what these were before, if that was kept
     sample: Parameters | None = None  # of what fusing has put in their place: some numbers by which it is known again
-    parted: Mapping[str, Any] = field(
+    parted: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # parameters that were shared with a module that adapters do not change, until they were fused
-    kept: dict[Any, Any] = field(
+    kept: dict[object, Any] = field(
         default_factory=dict, init=False
     )  # what was worked out: never more than this record and its module say
 
@@ -109,7 +110,7 @@ class Record:
         )
         return left if left.names else None
 
-    def steps(self, choice: Any, names: Sequence[str] | None = None) -> list[Step]:
+    def steps(self, choice: ActiveLike, names: Sequence[str] | None = None) -> list[Step]:
         """What acts in order under a choice (of `names` only), strengths as numbers; what is at 0 does not act. A copy begins anew."""
         steps: list[Step] = []
         for name in choice.order if names is None else names:
@@ -121,7 +122,7 @@ class Record:
             steps += [(held[name], s) for held in (self.slots, self.patches) if name in held]
         return steps
 
-    def acting(self, moment: Any) -> list[Step]:
+    def acting(self, moment: ActiveLike) -> list[Step]:
         """`steps` of what is not in the parameters already."""
         return self.steps(moment, [name for name in moment.order if name not in self.fused])
 
@@ -130,8 +131,8 @@ class Record:
         a, b = self.copies.get(one), self.copies.get(other)
         if a is not None and b is not None and not a.same(b):
             return True
-        first, second = self.patches.get(one), self.patches.get(other)
-        return first is not None and second is not None and type(first) is type(second) and first.overlaps(second)
+        p, q = self.patches.get(one), self.patches.get(other)
+        return p is not None and q is not None and type(p) is type(q) and p.overlaps(q)
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ def state_of(module: nn.Module) -> State:
 
 def weights_of(module: nn.Module) -> Parameters:
     """The numbers of a layer's weight and bias."""
-    own = module._parameters
-    return {name: p.data for name in ("weight", "bias") if (p := own.get(name)) is not None}
+    parameters = module._parameters
+    return {name: p.data for name in ("weight", "bias") if (p := parameters.get(name)) is not None}
 
 
 def state_with(module: nn.Module, record: Record | None, weights: Parameters | None = None) -> State:
@@ -180,8 +181,8 @@ def state_with(module: nn.Module, record: Record | None, weights: Parameters | N
     adapters = _container(record.slots) if record.slots else None
     if not (record.copies or record.patches):
         return State(adapted_class(base), record, adapters, None, weights)
-    shown = {name: own for name, own in record.patches.items() if name not in record.hidden}
-    copies = _container({**{name: own.module for name, own in record.copies.items()}, **shown})
+    shown = {name: patch for name, patch in record.patches.items() if name not in record.hidden}
+    copies = _container({**{name: whole.module for name, whole in record.copies.items()}, **shown})
     return State(carrying_class(base), record, adapters, copies if len(copies) else None, weights)
 
 
@@ -228,7 +229,7 @@ def _forget(old: Record, new: Record | None) -> None:
 FUSED = "fused"  # where a record keeps how to tell the weights that fusing has put there
 
 
-def stamps_of(module: nn.Module) -> Any:
+def stamps_of(module: nn.Module) -> dict[str, tuple[object, ...]] | None:
     """What stays while a module has the same parameters with the same numbers in them; None where torch does not count changes."""
     try:
         return {name: (id(p), stamp_of(p)) for name, p in module._parameters.items() if p is not None}
@@ -241,14 +242,12 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_diffpeft_base", type(module))
 
 
-def op_of(module: nn.Module) -> Any:
+def op_of(module: nn.Module) -> LayerSite:
     """What a layer, adapted or not, lends a method (methods.Op), with its own weight."""
-    site = site_of(base_class(module))
-    assert site is not None
-    return site(module)
+    return _site(base_class(module))(module)
 
 
-def bare(module: Any) -> Any:
+def bare(module: nn.Module) -> nn.Module:
     """The same parameters and modules inside, without what the module carries: what writes to its tables writes to the module's."""
     if not is_adapted(module):
         return module
@@ -262,32 +261,32 @@ def bare(module: Any) -> Any:
 
 def bare_copy(module: nn.Module) -> nn.Module:
     """A module like this one that carries nothing."""
-    return cast(nn.Module, copy.deepcopy(bare(module)))
+    return copy.deepcopy(bare(module))
 
 
 # The classes
 
 
-_adapted: dict[type, type] = {}
-_carrying: dict[type, type] = {}
+_adapted: dict[Class, Class] = {}
+_carrying: dict[Class, Class] = {}
 _TABLES = ("_parameters", "_buffers", "_modules")
 # methods of containers, which read `_modules` themselves
 _ITEMS = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
 _ABSENT = object()
 
 
-def adapted_class(base: Any) -> type:
+def adapted_class(base: Class) -> Class:
     """The subclass of a layer's class that applies slots."""
     if base not in _adapted:
-        site: Any = site_of(base)
+        site = _site(base)
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
             record = self.__dict__.get(RECORD)
             if record is None:  # another thread has just taken the last adapter off
                 return base.forward(self, *args, **kwargs)
-            x, rest, named = _taken(args, kwargs)
+            x, others, named = input_of(args, kwargs)
             dtype = _dtype(self, x, site)
-            link = _link(self, record, base, site, rest, named, dtype)
+            link = _link(self, record, base, site, others, named, dtype)
             if link is None:
                 return base.forward(self, *args, **kwargs)
             return link(x.to(dtype) if x.dtype != dtype and x.is_floating_point() and site.targets else x)
@@ -296,12 +295,12 @@ def adapted_class(base: Any) -> type:
     return _adapted[base]
 
 
-def carrying_class(base: Any) -> type:
+def carrying_class(base: Class) -> Class:
     """The subclass of a module's class that applies slots, copies and patches. Who reads a tensor of the module (`F.linear(x, self.head.weight)`)
     gets that of the acting copy, or table, as in PEFT."""
     if base not in _carrying:
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
             record = record_of(self)
             if record is None:
                 return base.forward(self, *args, **kwargs)
@@ -310,7 +309,7 @@ def carrying_class(base: Any) -> type:
                 return by_rows(self, base, record, _run, moment, args, kwargs)
             return _run(self, base, record.acting(moment), args, kwargs)
 
-        def attribute(self: Any, name: str) -> Any:
+        def attribute(self: nn.Module, name: str) -> object:
             record = record_of(self)
             value = _ABSENT if record is None or name in (ADAPTERS, COPIES) else _read(self, record, name)
             return base.__getattr__(self, name) if value is _ABSENT else value
@@ -321,13 +320,14 @@ def carrying_class(base: Any) -> type:
     return _carrying[base]
 
 
-def _members(base: Any) -> dict[str, Any]:
+def _members(base: Class) -> dict[str, Any]:
     """What both have beside a forward."""
 
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         adapters = self._modules.get(ADAPTERS)
         if adapters is None or not is_cast(self):
-            return base._apply(self, fn, recurse)
+            module: nn.Module = base._apply(self, fn, recurse)
+            return module
         self._modules[ADAPTERS] = None  # it is the layer that is stored in another dtype, not its adapters
         try:
             base._apply(self, fn, recurse)
@@ -336,8 +336,8 @@ def _members(base: Any) -> dict[str, Any]:
         adapters._apply(with_own_dtype(fn))
         return self
 
-    def extra_repr(self: Any) -> str:
-        return ", ".join(filter(None, (base.extra_repr(self), *_shown(self._diffpeft))))
+    def extra_repr(self: nn.Module) -> str:
+        return ", ".join(filter(None, (base.extra_repr(self), *_shown(self.__dict__[RECORD]))))
 
     members = {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": sized(base)}
     return {**members, KNOWN: backend_of_class(base)}
@@ -353,7 +353,7 @@ def _shown(record: Record) -> list[str]:
     ]
 
 
-def _level(choice: Any, name: str, index: int) -> str:
+def _level(choice: ChoiceLike, name: str, index: int) -> str:
     """An adapter's strength on a layer in words: a number, a schedule, or one a prompt."""
     if choice.rows:
         return " | ".join(_level(row, name, index) if name in row.order else "0" for row in choice.rows)
@@ -364,48 +364,46 @@ def _level(choice: Any, name: str, index: int) -> str:
 # Slots alone: kept from one call to the next
 
 
-def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The input, and the other arguments of a forward."""
-    if args:
-        return args[0], args[1:], kwargs
-    name = next(iter(kwargs))
-    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
+def _site(base: Class) -> type[LayerSite]:
+    site = site_of(base)
+    assert site is not None
+    return site
 
 
-def _dtype(module: Any, x: Tensor, site: Any) -> torch.dtype:
+def _dtype(module: nn.Module, x: Tensor, site: type[LayerSite]) -> torch.dtype:
     """What the layer computes in: autocast's choice, else the input's, or for a lookup the weight's. A norm only has its weight computed."""
     if not site.targets:
-        return wide_dtype(module.weight.dtype)
+        return wide_dtype(cast(Tensor, module.weight).dtype)
     if not x.is_floating_point():
-        return cast(torch.dtype, module.weight.dtype)
+        return cast(Tensor, module.weight).dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def _link(
-    module: Any,
+    module: nn.Module,
     record: Record,
-    base: Any,
-    site: Any,
-    rest: tuple[Any, ...],
-    named: dict[str, Any],
+    base: Class,
+    site: type[LayerSite],
+    others: tuple[object, ...],
+    named: Mapping[str, object],
     dtype: torch.dtype,
 ) -> Whole | Rows | None:
     """The layer with the active slots on it; None if there is none. Kept from one call to the next while the mix is the same."""
     moment = record.mix.current()
-    keep = not (rest or named or traced())
+    keep = not (others or named or traced())
     lasting = moment.of  # what stays from step to step
     if keep:
-        kept = record.kept.get("link")
-        if kept is not None and kept[0] is lasting and kept[1] == dtype:
-            return cast("Whole | Rows | None", kept[2])
+        before = record.kept.get("link")
+        if before is not None and before[0] is lasting and before[1] == dtype:
+            return cast("Whole | Rows | None", before[2])
     compiling = torch.compiler.is_compiling()
     mixes = moment.rows or (moment,)
     prompts = [_dialled(record, mix, compiling, row if moment.rows else None) for row, mix in enumerate(mixes)]
     link: Whole | Rows | None = None
     if any(prompts):
-        op: Any = site(module, *rest, **named)
+        op = site(module, *others, **named)
         plain = Base(op, lambda x: op.forward(base, x), dtype, record.kept)
         link = Rows(plain, prompts, record) if moment.rows else Whole(plain, prompts[0])
     if keep:
@@ -413,7 +411,9 @@ def _link(
     return link
 
 
-def _dialled(record: Record, moment: Any, compiling: bool, row: int | None) -> list[tuple[Slot, float | Dial | Tensor]]:
+def _dialled(
+    record: Record, moment: MomentLike, compiling: bool, row: int | None
+) -> list[tuple[Slot, float | Dial | Tensor]]:
     """The active slots of a layer in activation order with their strengths. `row`: the prompt, where each has its mix.
 
     In eager code an adapter at strength 0 is left out, so that it costs nothing and changes nothing, and one that changes from step to step is a
@@ -440,7 +440,9 @@ def _dialled(record: Record, moment: Any, compiling: bool, row: int | None) -> l
 # Whatever acts
 
 
-def _run(module: nn.Module, base: Any, steps: Sequence[Step], args: Any, kwargs: Any) -> Any:
+def _run(
+    module: nn.Module, base: Class, steps: Sequence[Step], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> object:
     """A module's forward (of its class `base`) with what acts."""
     ground = bare(module)
     if steps and isinstance(steps[0][0], Copy):
@@ -449,13 +451,13 @@ def _run(module: nn.Module, base: Any, steps: Sequence[Step], args: Any, kwargs:
             return ground(*args, **kwargs)
     if not steps:
         return base.forward(ground, *args, **kwargs)
-    kinds = {type(own) for own, _ in steps}
+    kinds = {type(thing) for thing, _ in steps}
     if len(kinds) == 1 and issubclass(kind := kinds.pop(), Patch):
         return kind.run(ground, base, steps, args, kwargs)
-    site: Any = site_of(base)
-    x, rest, named = _taken(args, kwargs)
+    site = _site(base)
+    x, others, named = input_of(args, kwargs)
     dtype = _dtype(ground, x, site)
-    op = site(ground, *rest, **named)
+    op = site(ground, *others, **named)
     link = Whole(Base(op, lambda x: op.forward(base, x), dtype, {}), steps)  # type: ignore[arg-type]
     return link(x.to(dtype) if x.is_floating_point() and site.targets else x)
 
@@ -466,7 +468,7 @@ def _all_that_act(record: Record) -> list[list[Step]]:
     return different([record.acting(row) for row in moment.rows or (moment,)])
 
 
-def _read(module: nn.Module, record: Record, name: str) -> Any:
+def _read(module: nn.Module, record: Record, name: str) -> object:
     """An attribute as it is with what acts. Where rows of a batch differ in it: a tensor that refuses arithmetic.
 
     Raises AdapterStateError for a module inside that rows differ in.
@@ -480,24 +482,24 @@ def _read(module: nn.Module, record: Record, name: str) -> Any:
     raise ambiguous(f"{name} of a {base_class(module).__name__}")
 
 
-def _attribute(module: nn.Module, steps: Sequence[Step], name: str) -> Any:
+def _attribute(module: nn.Module, steps: Sequence[Step], name: str) -> object:
     """A parameter, a buffer or a module inside, as it is with what acts; `_ABSENT` if there is none of that name."""
-    ground: Any = steps[0][0].module if steps and isinstance(steps[0][0], Copy) else module
+    ground = steps[0][0].module if steps and isinstance(steps[0][0], Copy) else module
     value = next((table[name] for kind in _TABLES if name in (table := ground.__dict__[kind])), _ABSENT)
-    shows = [(own, s) for own, s in steps if isinstance(own, Patch) and own.shows and name in own.names]
+    shows = [(patch, s) for patch, s in steps if isinstance(patch, Patch) and patch.shows and name in patch.names]
     return patched(value, name, shows) if shows and isinstance(value, Tensor) and not value.is_meta else value
 
 
-def _of_what_acts(name: str) -> Callable[..., Any]:
+def _of_what_acts(name: str) -> Callable[..., object]:
     """A container's method on what acts: the copy, or the module without its copies."""
 
-    def method(self: Any, *args: Any) -> Any:
+    def method(self: nn.Module, *args: object) -> object:
         record = record_of(self)
         acting: list[list[Step]] = [] if record is None else _all_that_act(record)
         if len(acting) > 1:
             raise ambiguous(f"the modules of a {base_class(self).__name__}")
-        first = acting[0][0][0] if acting and acting[0] else None
-        return getattr(first.module if isinstance(first, Copy) else bare(self), name)(*args)
+        ground = acting[0][0][0] if acting and acting[0] else None
+        return getattr(ground.module if isinstance(ground, Copy) else bare(self), name)(*args)
 
     return method
 
@@ -520,9 +522,9 @@ def effective(module: nn.Module, steps: Sequence[Step], dtype: torch.dtype, weig
     return out
 
 
-def _runs(steps: Sequence[tuple[Any, float]]) -> Iterator[tuple[bool, list[tuple[Any, float]]]]:
+def _runs(steps: Sequence[Step]) -> Iterator[tuple[bool, list[tuple[Any, float]]]]:
     """Slots that follow each other together, and patches."""
-    group: list[tuple[Any, float]] = []
+    group: list[Step] = []
     for step in steps:
         if group and isinstance(group[-1][0], Patch) != isinstance(step[0], Patch):
             yield not isinstance(group[-1][0], Patch), group
@@ -535,7 +537,7 @@ def _runs(steps: Sequence[tuple[Any, float]]) -> Iterator[tuple[bool, list[tuple
 def _with_slots(
     module: nn.Module, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weights: Parameters
 ) -> Parameters:
-    site: Any = site_of(base_class(module))
+    site = _site(base_class(module))
     op, bias = site(module), weights.get("bias")
     whole = Whole(Base(op, None, dtype, {}, op.canonical(weights["weight"])), steps)
     with at_rest(*(slot for slot, _ in steps)):

@@ -50,7 +50,7 @@ class Piece:
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def stamp_of(t: Tensor) -> tuple[Any, ...]:
+def stamp_of(t: Tensor) -> tuple[object, ...]:
     """What stays while a tensor is the same: its memory (not its address, which another tensor may get), its version and its dtype."""
     return StorageWeakRef(t.untyped_storage()), t._version, t.dtype
 
@@ -58,7 +58,7 @@ def stamp_of(t: Tensor) -> tuple[Any, ...]:
 class Bank(nn.Module):
     """The tensors that the layers of one adapter share: a leaf module, that one of its layers holds and all its slots refer to. They are frozen."""
 
-    _kept: dict[Any, Any]
+    _kept: dict[object, tuple[Any, ...]]
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         super().__init__()
@@ -66,7 +66,7 @@ class Bank(nn.Module):
             self.register_buffer(role, tensor)
         self.__dict__["_kept"] = {}
 
-    def forward(self, use: Callable[..., Result], *args: Any) -> Result:
+    def forward(self, use: Callable[..., Result], *args: object) -> Result:
         """`use(bank, *args)`: within this call whoever keeps the tensors elsewhere has brought them here."""
         return use(self, *args)
 
@@ -81,10 +81,10 @@ class Bank(nn.Module):
         tensors = self.tensors
         if traced():
             return {role: t.to(device, dtype) for role, t in tensors.items()}
-        stamp, kept = [stamp_of(t) for t in tensors.values()], self._kept.get((dtype, device))
-        if kept is None or kept[0] != stamp:
-            kept = self._kept[dtype, device] = stamp, {role: t.to(device, dtype) for role, t in tensors.items()}
-        return kept[1]
+        stamp, before = [stamp_of(t) for t in tensors.values()], self._kept.get((dtype, device))
+        if before is None or before[0] != stamp:
+            before = self._kept[dtype, device] = stamp, {role: t.to(device, dtype) for role, t in tensors.items()}
+        return cast(dict[str, Tensor], before[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
         """As a slot's tensors."""
@@ -93,7 +93,7 @@ class Bank(nn.Module):
         super()._apply(with_own_dtype(fn) if fn(example).dtype in _FLOAT8 else fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kept": {}}
 
 
@@ -110,7 +110,7 @@ class Slot(nn.Module):
     shifts: bool
     bank: Bank | None  # what it shares with the adapter's other layers; no module of the slot's
     hosts: bool  # whether the bank is held by this slot's layer
-    _kept: dict[Any, Any]
+    _kept: dict[object, tuple[Any, ...]]
 
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
         super().__init__()
@@ -179,7 +179,7 @@ class Slot(nn.Module):
         """alpha / rank of the first additive part; 1 if there is none."""
         return next((p.method.scale(self.tensors_of(p), p.spec) for p in self.parts if p.additive), 1.0)
 
-    def forward(self, use: Callable[..., Result], *args: Any) -> Result:
+    def forward(self, use: Callable[..., Result], *args: object) -> Result:
         """`use(slot, *args)`: within this call whoever keeps the tensors elsewhere (offloading, sharding) has brought them here."""
         return use(self, *args)
 
@@ -193,9 +193,9 @@ class Slot(nn.Module):
         if torch.is_grad_enabled() or self.training or traced() or self._hooked:
             return self._prepared(part, p, dtype)
         stamp, key = [stamp_of(t) for t in p.values()], (part.roles, dtype)
-        kept = self._kept.get(key)
-        if kept is not None and kept[0] == stamp:
-            return cast(dict[str, Tensor], kept[1])
+        before = self._kept.get(key)
+        if before is not None and before[0] == stamp:
+            return cast(dict[str, Tensor], before[1])
         p = self._prepared(part, p, dtype)
         if not any(t.requires_grad for t in self.parameters()):
             self._kept[key] = stamp, p
@@ -219,16 +219,16 @@ class Slot(nn.Module):
         """Whether the tensors are simply here, so that they may be read outside `forward`."""
         return not (self._hooked or self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Slot:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         """Follows where its layer goes, and what dtype it is given, but for float8: that is for storing a base, and would round an adapter away."""
         self._kept.clear()
         super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _holds(self, fn: Any) -> bool:
+    def _holds(self, fn: Callable[[Tensor], Tensor]) -> bool:
         return fn(self.weight.new_empty(0)).dtype not in _FLOAT8
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kept": {}}
 
     def extra_repr(self) -> str:

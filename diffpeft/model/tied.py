@@ -16,7 +16,7 @@ from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan, Put
 
 
-def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tuple[int, str], object]:
+def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tuple[int, str], Tensor]:
     """Plan to give modules' parameters and buffers new numbers, untying only what gets others than the rest.
 
     Args:
@@ -29,7 +29,7 @@ def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tupl
     shared: dict[int, list[Put]] = {}
     for table, name, new in places.values():
         shared.setdefault(id(table[name]), []).append((table, name, new))
-    parted: dict[tuple[int, str], object] = {}
+    parted: dict[tuple[int, str], Tensor] = {}
     for key, holders in shared.items():
         groups = _alike(holders)
         others = owners.get(key, len(holders)) > len(holders)  # somebody keeps the numbers
