@@ -52,7 +52,7 @@ def hotswap_adapter(
 
 
 def hotswap_adapter_from_state_dict(
-    model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config: Any, parameter_prefix: str = "lora_"
+    model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config: PeftConfig, parameter_prefix: str = "lora_"
 ) -> None:
     """`hotswap_adapter` for tensors with PEFT's keys, with the adapter's name in them or without.
 
@@ -99,7 +99,7 @@ def _refuse_others(base: nn.Module, name: str, bundle: Bundle) -> None:
         )
 
 
-def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ConfigError unless both are of LoRA and agree in what no tensor says."""
     kinds = [str(config.peft_type) for config in (config0, config1)]
     if kinds[0] != kinds[1]:
@@ -161,7 +161,7 @@ def _check_not_compiled(model: object, check_compiled: str) -> None:
         warnings.warn(f"{message}: it will be compiled again", stacklevel=3)
 
 
-def _parts(model: Any, name: str) -> tuple[nn.Module, Any]:
+def _parts(model: Any, name: str) -> tuple[nn.Module, PeftConfig]:
     """The user's model in a PeftModel, compiled or not, or a bare module, and an adapter's config. Raises UnknownNameError."""
     model = getattr(model, COMPILED, model)
     if not isinstance(model, PeftModel):
@@ -171,7 +171,7 @@ def _parts(model: Any, name: str) -> tuple[nn.Module, Any]:
     return model.get_base_model(), model.peft_config[name]
 
 
-def _is_compiled(model: Any) -> bool:
+def _is_compiled(model: object) -> bool:
     return hasattr(model, COMPILED) or bool(getattr(model, "_compiled_call_impl", None))
 
 
@@ -181,7 +181,7 @@ def _canonical(base: nn.Module, layers: Iterable[str]) -> set[str]:
     return {canonical(component, layer) for layer in layers}
 
 
-def _bundle(base: Any, tensors: Mapping[str, Tensor], name: str, config: Any, prefix: str) -> Bundle:
+def _bundle(base: nn.Module, tensors: Mapping[str, Tensor], name: str, config: PeftConfig, prefix: str) -> Bundle:
     """The new adapter. Weights of the base that are the model's own (embeddings are saved with adapters on them) are left out."""
     infix = re.compile(rf"(\.{prefix}[^.]+)\.{re.escape(name)}(?=\.|$)")
     plain = {infix.sub(r"\1", key).removeprefix(PREFIX): t for key, t in tensors.items()}

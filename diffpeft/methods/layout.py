@@ -24,7 +24,7 @@ class Field:
     Args:
         name: the field's.
         option: of the adapter's options; empty for a field that only a fresh adapter looks at.
-        kind: what it holds, a word of `converters.formats.schema.WORDS`.
+        kind: what it holds: `flag`, `count` or `number`.
         default: of the field, where a file leaves it out.
     """
 

@@ -182,7 +182,7 @@ class Lora(Additive):
         """A LoRA less its initial product is a LoRA of twice the rank (and so of twice the alpha)."""
         if "initial_A" not in p:
             return p, alpha
-        a, b = (role for role in p if role in _FACTORS)
+        a, b = (role for role in p if role in PAIR)
         double = {a: torch.cat([p[a], p["initial_A"]]), b: torch.cat([p[b], -p["initial_B"]], 1)}
         rest = {role: t for role, t in p.items() if role not in (a, b, "initial_A", "initial_B")}
         return {**double, **rest}, None if alpha is None else 2 * float(alpha)
@@ -205,7 +205,7 @@ class Lora(Additive):
         return cls.scale(p, spec) * p["lora_B_bias"] if "lora_B_bias" in p else None
 
 
-_FACTORS = {name for pair in LAYOUTS["lora"].twins.items() for name in pair}
+PAIR = (*LAYOUTS["lora"].twins, *LAYOUTS["lora"].twins.values())  # A and B, under PEFT's two names for them
 
 
 def _factors(p: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -22,9 +22,8 @@ from diffpeft.layers.slot import BIAS, Slot, pieces_of
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.base import Geometry
 from diffpeft.methods.ia3 import FACTORS
-from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import kaiming
-from diffpeft.methods.lora import Lora
+from diffpeft.methods.lora import PAIR, Lora
 from diffpeft.methods.merging import merged
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted
@@ -93,7 +92,7 @@ def merged_loras(model: nn.Module, weighted: Weighted, recipe: Recipe) -> Values
     }
 
     def values(layer: str, slot: Slot) -> Mapping[str, Tensor]:
-        A, B = (role if role in slot.tensors else twin for role, twin in LAYOUTS["lora"].twins.items())
+        A, B = (role for role in PAIR if role in slot.tensors)
         return dict(zip((A, B), _padded(factors[layer], slot.tensors[A], slot.tensors[B]), strict=True))
 
     return values

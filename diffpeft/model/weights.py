@@ -90,7 +90,7 @@ def _by_rows(
 ) -> Tensor | None:
     """The weight of a large layer with factors of low rank in it, some rows at a time. None for other layers."""
     site = site_of(base_class(module))
-    if base["weight"].numel() < SOME or site is None or not site.in_order or not all(map(_is_thin, steps)):
+    if site is None or not site.in_order or not all(map(_is_thin, steps)) or base["weight"].numel() < SOME:
         return None
     weight = base["weight"]
     factors = [(slot(factors_of, dtype), s) for slot, s in steps]  # type: ignore[operator]
