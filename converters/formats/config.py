@@ -35,9 +35,12 @@ def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **({"neumann_last": 2} if old and terms else {})}
 
 
+ROTATIONS = frozenset({"oft", "boft"})
+
+
 def turned(entry: Entry, config: Mapping[str, Any] | None) -> Entry:
     """The entry with the options of a rotation: LyCORIS's blocks turn the output; PEFT's tensors the input, as its config says."""
-    if entry.method not in ("oft", "boft"):
+    if entry.method not in ROTATIONS:
         return entry
     if "oft_blocks" in entry.tensors:
         return replace(entry, options={"side": "output"})

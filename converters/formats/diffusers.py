@@ -143,9 +143,13 @@ def _of_component(config: Json, component: str) -> Json:
 
 
 def _configured(entry: Entry, config: Json) -> Entry:
-    entry = configs.turned(entry, {"peft_version": "0.18", **config})
-    if entry.alpha is not None or entry.method not in ("dora", *ADDITIVE):
+    if entry.method in configs.ROTATIONS:
+        return configs.turned(entry, {"peft_version": "0.18", **config})
+    if entry.alpha is not None or not config or entry.method not in _SCALED:
         return entry
     name = parted(entry.layer)[1]
     r = configs.ranks_of([entry])[entry.layer]
     return replace(entry, alpha=configs.alpha(config, (name, name.removeprefix("text_model.")), r))
+
+
+_SCALED = frozenset({"dora", *ADDITIVE})

@@ -55,6 +55,16 @@ def stamp_of(t: Tensor) -> tuple[Any, ...]:
     return StorageWeakRef(t.untyped_storage()), t._version, t.dtype
 
 
+_BLANK = nn.Module().__dict__
+_TABLES = {name: type(table) for name, table in _BLANK.items() if isinstance(table, (dict, set))}
+
+
+def blank(module: nn.Module) -> None:
+    """What `nn.Module.__init__` does, many times faster: a load makes thousands of modules."""
+    module.__dict__.update(_BLANK)
+    module.__dict__.update({name: table() for name, table in _TABLES.items()})
+
+
 class Slot(nn.Module):
     """The tensors of one adapter on one layer, as parameters named by their roles, in the dtype they are stored in.
 
@@ -69,9 +79,9 @@ class Slot(nn.Module):
     _kept: dict[Any, Any]
 
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
-        super().__init__()
+        blank(self)
         # written straight: a load makes thousands, and torch's checks take longer than all else
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         for piece in pieces:
             constants = METHODS[piece.method].constants
             for role, tensor in piece.tensors.items():
@@ -84,7 +94,7 @@ class Slot(nn.Module):
         for role, tensor in (beside or {}).items():
             parameters[role] = nn.Parameter(tensor, requires_grad=trainable)
         parts = tuple(
-            Part(METHODS[p.method], roles, p.alpha, p.spec) for p in pieces if (roles := (*p.tensors, *p.frozen))
+            [Part(METHODS[p.method], roles, p.alpha, p.spec) for p in pieces if (roles := (*p.tensors, *p.frozen))]
         )
         self.__dict__.update(
             parts=parts,
@@ -119,6 +129,8 @@ class Slot(nn.Module):
     @property
     def rank(self) -> int:
         """The rank on this layer, of the first part if there are several."""
+        if self.source is None and self.parts:
+            return int(self.parts[0].method.rank(self.tensors_of(self.parts[0])))
         pieces = pieces_of(self)
         return METHODS[pieces[0].method].rank({**pieces[0].tensors, **pieces[0].frozen}) if pieces else 0
 
