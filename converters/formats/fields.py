@@ -108,10 +108,7 @@ class Dialect:
 
     def options(self, entries: Sequence[Entry]) -> Fields:
         """The fields that are options, of which a config has one for all layers."""
-        return {
-            row.name: _common(entries, row.name, _option(row))
-            for row in self.layout.options
-        }
+        return {row.name: _common(entries, row.name, _option(row)) for row in self.layout.options}
 
 
 def _option(row: Field) -> Callable[[Entry], object]:

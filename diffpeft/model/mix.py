@@ -274,7 +274,8 @@ def _numbers(
     different = {name: set(levels[name]) for name in order}
     for name in order:
         now = {level: level.at(fraction) if isinstance(level, Schedule) else level for level in different[name]}
-        strengths[name] = [now[level] for level in levels[name]]
+        values = [*now.values()]
+        strengths[name] = values * len(levels[name]) if len(values) == 1 else [now[level] for level in levels[name]]
     layers = max((len(levels[name]) for name in order), default=0)
     if all(len(values) == 1 for values in different.values()):  # one number an adapter: a table is quickly made of them
         column = torch.tensor([strengths[name][0] for name in order], dtype=torch.float32, device="cpu")
