@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide, wide_dtype
 
-SOME = 1 << 19  # numbers that are cheap to find memory for
+LARGE = 1 << 16  # from how many numbers on a weight is worked out some rows at a time
+BLOCK = 1 << 20  # how many numbers these are
 WHOLE, SAMPLE = (
     4096,
     512,
@@ -41,20 +42,30 @@ def fused_weights(
     layer: str,
     module: Any,
     base: Parameters,
-    steps: Sequence[Any],
+    steps: Sequence[Step],
     scratch: Scratch,
     like: Parameters | None = None,
+    place: Tensor | None = None,
 ) -> Parameters:
-    """Parameters computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`, or of the present ones."""
+    """Parameters computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`, or of the present ones.
+
+    `place`: memory for the weight, laid out as the present one; it is used where that saves new memory.
+    """
     present = like or {name: module._parameters[name].data for name in base}
-    dtype = functools.reduce(torch.promote_types, (wide_dtype(t.dtype) for t in present.values()))
+    dtype = computed_in(present)
     with torch.no_grad():
-        own = {name: t.to(present[name].device) for name, t in base.items()}
-        rows = _by_rows(module, steps, dtype, own, scratch)
-        full = effective(module, steps, dtype, own) if rows is None else {**own, "weight": rows}
-    if "bias" in full and "bias" not in present:
+        start = {name: t.to(present[name].device) for name, t in base.items()}
+        total = thin_sum(module, steps, dtype, start)
+        if total is None:
+            exact = effective(module, steps, dtype, start)
+        else:
+            exact = {
+                **start,
+                "weight": total.into(torch.empty_like(present["weight"]) if place is None else place, scratch),
+            }
+    if "bias" in exact and "bias" not in present:
         raise unfit(layer, "an adapter adds a bias and the layer has none")
-    out = {name: laid_out(full[name], t) for name, t in present.items()}
+    out = {name: laid_out(exact[name], t, place if name == "weight" else None) for name, t in present.items()}
     for name, t in out.items():
         if not is_finite(t):
             raise NonFiniteError(
@@ -66,42 +77,120 @@ def fused_weights(
     }
 
 
-def laid_out(W: Tensor, like: Tensor) -> Tensor:
-    """W in the dtype of another tensor, and lying in memory as that does."""
-    return W if W.dtype == like.dtype and W.stride() == like.stride() else torch.empty_like(like).copy_(W)
+def computed_in(present: Parameters) -> torch.dtype:
+    """The dtype that parameters are computed in."""
+    return functools.reduce(torch.promote_types, (wide_dtype(t.dtype) for t in present.values()))
+
+
+def laid_out(W: Tensor, like: Tensor, place: Tensor | None = None) -> Tensor:
+    """W in the dtype of another tensor, and lying in memory as that does: at `place` if it has to be written anew."""
+    if W.dtype == like.dtype and W.stride() == like.stride():
+        return W
+    return (torch.empty_like(like) if place is None else place).copy_(W)
 
 
 class Scratch:
-    """Memory for a block of rows, twice, used for all layers: new memory costs more than the arithmetic."""
+    """Memory for a block of rows, used for all layers: new memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self.held = torch.empty(0)
+        self.memory = torch.empty(0)
 
-    def pair(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[2, rows, columns], with anything in it."""
-        n = 2 * rows * columns
-        if self.held.numel() < n or (self.held.dtype, self.held.device) != (dtype, device):
-            self.held = torch.empty(n, dtype=dtype, device=device)
-        return self.held[:n].view(2, rows, columns)
+    def rows(self, count: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[count, columns], with anything in it."""
+        n = count * columns
+        if self.memory.numel() < n or (self.memory.dtype, self.memory.device) != (dtype, device):
+            self.memory = torch.empty(n, dtype=dtype, device=device)
+        return self.memory[:n].view(count, columns)
 
 
-def _by_rows(
-    module: Any, steps: Sequence[Step], dtype: torch.dtype, base: Parameters, scratch: Scratch
-) -> Tensor | None:
-    """The weight of a large layer with factors of low rank in it, some rows at a time. None for other layers."""
+@dataclass(frozen=True)
+class Sum:
+    """W + B A: what adapters of low rank make of a layer's weight.  W [o, i, *k], A [r, i * prod(k)], B [o, r]; A and B in fp32 or better."""
+
+    W: Tensor
+    A: Tensor
+    B: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many rows make a block."""
+        return min(len(self.W), max(1, BLOCK // self.A.shape[1]))
+
+    def block(self, begin: int, scratch: Scratch) -> Tensor:
+        """The rows from `begin` on, in the dtype of A, in the scratch."""
+        W, B = self.W[begin : begin + self.count], self.B[begin : begin + self.count]
+        rows = scratch.rows(self.count, self.A.shape[1], self.A.dtype, self.A.device)[: len(W)]
+        rows.view(W.shape).copy_(W)
+        return rows.addmm_(B, self.A).view(W.shape)
+
+    def into(self, place: Tensor, scratch: Scratch) -> Tensor:
+        """All of it, rounded to the dtype of a tensor that lies elsewhere than W."""
+        for begin in range(0, len(self.W), self.count):
+            place[begin : begin + self.count].copy_(self.block(begin, scratch))
+        return place
+
+    def is_bounded(self) -> bool:
+        """Whether all of it is sure to be finite in the dtype of W: |W + B A| <= max |W| + r max |B| max |A|. What is not finite has no bound."""
+        if self.W.dtype.itemsize < 2:
+            return False
+        ends = [torch.stack(t.aminmax()).abs().max().item() for t in (self.W, self.A, self.B)]
+        return ends[0] + 1.01 * len(self.A) * ends[1] * ends[2] < 0.99 * torch.finfo(self.W.dtype).max
+
+
+@dataclass
+class Rewritten:
+    """A layer's weight gets the numbers of a sum in the memory that it has: no other memory is needed, and there is no way back.
+
+    There is one forward from any point: a block is worked out in the scratch, and written only when it is there in full. Whoever was stopped while
+    it was written writes it again, and goes on with the next.
+    """
+
+    weight: Tensor
+    total: Sum  # its W is the weight
+    scratch: Scratch  # nobody else uses it from the first block to the last
+    done: int = 0  # rows that are written
+    ready: int = -1  # the row from which on those lie in the scratch that are to be written
+
+    @property
+    def begun(self) -> bool:
+        """Whether rows may have been written."""
+        return self.ready >= 0
+
+    def go_on(self) -> None:
+        """Write what is not written yet."""
+        size = len(self.weight), self.total.count
+        with torch.no_grad():
+            while self.done < size[0]:
+                begin, end = self.done, min(self.done + size[1], size[0])
+                if self.ready != begin:
+                    self.total.block(begin, self.scratch)
+                    self.ready = begin
+                rows = self.scratch.memory[: (end - begin) * self.total.A.shape[1]]
+                self.weight[begin:end].copy_(rows.view(self.weight[begin:end].shape))
+                self.done = end
+
+
+def bounded_sum(module: nn.Module, base: Parameters, steps: Sequence[Step]) -> Sum | None:
+    """What adapters make of a layer's weight, where they change nothing else and all numbers are sure to be finite; else None."""
+    with torch.no_grad():
+        total = thin_sum(module, steps, computed_in(base), base)
+        return total if total is not None and total.is_bounded() else None
+
+
+def thin_sum(module: Any, steps: Sequence[Step], dtype: torch.dtype, base: Parameters) -> Sum | None:
+    """What factors of low rank make of a layer's weight, in `dtype`; None for small layers, and for what is no such sum."""
     site = site_of(base_class(module))
-    if base["weight"].numel() < SOME or site is None or not site.in_order or not all(map(_is_thin, steps)):
+    if (
+        not steps
+        or site is None
+        or not site.in_order
+        or base["weight"].numel() < LARGE
+        or not all(map(_is_thin, steps))
+    ):
         return None
-    weight = base["weight"]
     factors = [(slot(factors_of, dtype), s) for slot, s in steps]  # type: ignore[operator]
-    A, B = torch.cat([A for (A, _), _ in factors]), torch.cat([B * s for (_, B), s in factors], 1)
-    out, count = torch.empty_like(weight), max(1, SOME * len(weight) // weight.numel())
-    now, then = scratch.pair(count, weight[0].numel(), dtype, weight.device)
-    for a in range(0, len(weight), count):
-        rows = weight[a : a + count].flatten(1)
-        W = torch.addmm(now[: len(rows)].copy_(rows), B[a : a + count], A, out=then[: len(rows)])
-        out[a : a + count] = W.reshape(out[a : a + count].shape)
-    return out
+    A, B = [A for (A, _), _ in factors], [B * s for (_, B), s in factors]
+    return Sum(base["weight"], A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1))
 
 
 def _is_thin(step: Step) -> bool:

@@ -268,8 +268,9 @@ def test_large_layers_are_fused_some_rows_at_a_time_to_the_same_weights(layer, d
         attach(net, LoraConfig(r=r, lora_alpha=2, init_lora_weights=False), name, targets=["0"])
     set_adapters(net, {"a": -0.7, "b": 1.3})
     found = []
-    for some in (1 << 14, 1 << 40):
-        monkeypatch.setattr("diffpeft.model.weights.SOME", some)
+    monkeypatch.setattr("diffpeft.model.weights.BLOCK", 1 << 14)
+    for large in (1 << 14, 1 << 40):
+        monkeypatch.setattr("diffpeft.model.weights.LARGE", large)
         fuse(net)
         found.append(net[0].weight.clone())
         unfuse(net)
