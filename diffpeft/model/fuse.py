@@ -5,6 +5,7 @@ A fused weight is always computed from the base as it was, in fp32, and rounded 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from diffpeft.layers.backends import backend_of
 from diffpeft.layers.carried import Parameters, Record, Step
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
 from diffpeft.layers.patches import Patch
-from diffpeft.model.arena import SMALL, Arena, room_of
+from diffpeft.model.arena import Arena
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.plan import Plan, Put, planned
@@ -135,12 +136,14 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
     refuse_hooked(model)
     owners, walk = owners_of(model), adapted(model)
     count_twins_once(walk, owners)
-    fuser = _Fuser(plan, mix, plan.view(mix).choice, keep_base == "cpu", owners, _alone(model))
-    jobs = [job for job in (fuser.job(layer, module, names) for layer, module, _ in walk) if job is not None]
-    places = fuser.places(jobs) if fuser.keep else [None] * len(jobs)
-    for job, place in zip(jobs, places, strict=True):
-        fuser.plan_job(job, place)
+    fuser = _Fuser(plan, mix, plan.view(mix).choice, keep_base == "cpu", owners, _alone(model), Arena(mix.arena))
+    for layer, module, _ in walk:
+        job = fuser.job(layer, module, names)
+        if job is not None:
+            fuser.plan_job(job)
     fuser.plan_patched()
+    if fuser.keep:
+        plan.set(mix, arena=fuser.arena)
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,6 @@ class _Job:
     inside: list[str]
     base: Parameters
 
-    @property
-    def weight(self) -> nn.Parameter | None:
-        """The layer's weight."""
-        return self.module._parameters.get("weight")
-
 
 @dataclass
 class _Fuser:
@@ -169,6 +167,7 @@ class _Fuser:
     keep: bool  # whether the base is kept
     owners: dict[int, int]
     alone: set[int]  # the ids of parameters that may be written where they lie
+    arena: Arena  # where weights lie whose base is kept
     scratch: Scratch = field(default_factory=Scratch)
     shared: dict[int, Tensor] = field(default_factory=dict)  # new weights by the parameter's id
     patched: list[tuple[nn.Module, Record]] = field(default_factory=list)
@@ -191,39 +190,25 @@ class _Fuser:
         refuse_changed(layer, module, record)
         return _Job(layer, module, record, inside, based(module, record))
 
-    def places(self, jobs: Sequence[_Job]) -> list[Tensor | None]:
-        """Memory for the new weights of these layers: that of the component's arena, or of a new one if tensors still lie there. None: torch finds some."""
-        weights = [job.weight for job in jobs]
-        likes = [w.data if w is not None and w.device.type == "cpu" else torch.empty(0) for w in weights]
-        size, arena = sum(map(room_of, likes)), self.mix.arena
-        if size < SMALL:
-            return [None] * len(jobs)
-        if arena is None or not arena.is_free or arena.size < size:
-            try:
-                arena = Arena(size)
-            except OSError:  # torch says it better, if there is no memory
-                return [None] * len(jobs)
-            self.plan.set(self.mix, arena=arena)
-        return arena.cut(likes)
-
-    def plan_job(self, job: _Job, place: Tensor | None) -> None:
+    def plan_job(self, job: _Job) -> None:
         """Plan a layer's parameters. Raises NonFiniteError."""
         steps = job.record.steps(self.choice, job.inside)
         if self.rewritten(job, steps):
             return
-        weights = fused_weights(job.layer, job.module, job.base, steps, self.scratch, place=place)
+        empty = functools.partial(self.arena.like, job.layer) if self.keep else torch.empty_like
+        weights = fused_weights(job.layer, job.module, job.base, steps, self.scratch, empty=empty)
         kept_base = {name: t.to("cpu") for name, t in job.base.items()} if self.keep else None
         fused = replace(job.record, fused=frozenset(job.inside), base=kept_base, sample=sampled(weights))
         if job.record.patches:
             self.patched.append((job.module, fused))
             self.puts += [(job.module._parameters, name, t) for name, t in weights.items()]
         else:
-            weights["weight"] = self.shared.setdefault(id(job.weight), weights["weight"])
+            weights["weight"] = self.shared.setdefault(id(job.module._parameters["weight"]), weights["weight"])
             self.plan.carry(job.module, fused, weights)
 
     def rewritten(self, job: _Job, steps: Sequence[Step]) -> bool:
         """Plan to write a layer's weight where it lies, if its base goes and that cannot fail; otherwise nothing."""
-        weight = job.weight
+        weight = job.module._parameters.get("weight")
         if self.keep or job.record.fused or job.record.patches or weight is None or id(weight) not in self.alone:
             return False
         total = bounded_sum(job.module, job.base, steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,9 @@ WHOLE, SAMPLE = (
     4096,
     512,
 )  # up to how many numbers a weight is known again by all of them, and by how many if it has more
+
+
+Empty = Callable[[Tensor], Tensor]  # a tensor with anything in it that lies in memory as another does
 
 
 def touched(module: nn.Module, record: Record) -> list[str]:
@@ -45,27 +48,24 @@ def fused_weights(
     steps: Sequence[Step],
     scratch: Scratch,
     like: Parameters | None = None,
-    place: Tensor | None = None,
+    empty: Empty = torch.empty_like,
 ) -> Parameters:
     """Parameters computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`, or of the present ones.
 
-    `place`: memory for the weight, laid out as the present one; it is used where that saves new memory.
+    `empty`: finds memory for the weight.
     """
     present = like or {name: module._parameters[name].data for name in base}
     dtype = computed_in(present)
     with torch.no_grad():
         start = {name: t.to(present[name].device) for name, t in base.items()}
         total = thin_sum(module, steps, dtype, start)
-        if total is None:
-            exact = effective(module, steps, dtype, start)
-        else:
-            exact = {
-                **start,
-                "weight": total.into(torch.empty_like(present["weight"]) if place is None else place, scratch),
-            }
+        by_rows = {} if total is None else {**start, "weight": total.into(empty(present["weight"]), scratch)}
+        exact = by_rows or effective(module, steps, dtype, start)
     if "bias" in exact and "bias" not in present:
         raise unfit(layer, "an adapter adds a bias and the layer has none")
-    out = {name: laid_out(exact[name], t, place if name == "weight" else None) for name, t in present.items()}
+    out = {
+        name: laid_out(exact[name], t, empty if name == "weight" else torch.empty_like) for name, t in present.items()
+    }
     for name, t in out.items():
         if not is_finite(t):
             raise NonFiniteError(
@@ -82,11 +82,9 @@ def computed_in(present: Parameters) -> torch.dtype:
     return functools.reduce(torch.promote_types, (wide_dtype(t.dtype) for t in present.values()))
 
 
-def laid_out(W: Tensor, like: Tensor, place: Tensor | None = None) -> Tensor:
-    """W in the dtype of another tensor, and lying in memory as that does: at `place` if it has to be written anew."""
-    if W.dtype == like.dtype and W.stride() == like.stride():
-        return W
-    return (torch.empty_like(like) if place is None else place).copy_(W)
+def laid_out(W: Tensor, like: Tensor, empty: Empty = torch.empty_like) -> Tensor:
+    """W in the dtype of another tensor, and lying in memory as that does."""
+    return W if W.dtype == like.dtype and W.stride() == like.stride() else empty(like).copy_(W)
 
 
 class Scratch:
