@@ -47,9 +47,10 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
     Args:
         names: which, all active ones by default. They must come first in the activation order, or commute with what they are put before.
         keep_base: "cpu": the weights that are replaced are kept in main memory (their size again; on a CPU nothing is copied) for `unfuse`.
-            "none": they are not, and the adapters stay in for good.
+            "none": they are not, and the adapters stay in for good: large layers are written where they lie, without new memory.
 
-    Other active adapters keep acting on top. Raises UnknownNameError, AdapterStateError (an order that does not commute; quantised, offloaded or
+    Other active adapters keep acting on top. The memory of fused weights is kept from `unfuse` to the next `fuse`; it goes with the last adapter.
+    Raises UnknownNameError, AdapterStateError (an order that does not commute; quantised, offloaded or
     tied weights) or NonFiniteError, in which case nothing has changed.
     """
     if keep_base not in ("cpu", "none"):
@@ -136,14 +137,14 @@ def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str]
     refuse_hooked(model)
     owners, walk = owners_of(model), adapted(model)
     count_twins_once(walk, owners)
-    fuser = _Fuser(plan, mix, plan.view(mix).choice, keep_base == "cpu", owners, _alone(model), Arena(mix.arena))
+    alone = _alone(model) if keep_base == "none" else set()
+    fuser = _Fuser(plan, mix, plan.view(mix).choice, keep_base == "cpu", owners, alone, Arena(mix.arena))
     for layer, module, _ in walk:
         job = fuser.job(layer, module, names)
         if job is not None:
             fuser.plan_job(job)
     fuser.plan_patched()
-    if fuser.keep:
-        plan.set(mix, arena=fuser.arena)
+    plan.set(mix, arena=fuser.arena if fuser.keep else None)
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class _Fuser:
             self.plan.carry(job.module, fused, weights)
 
     def rewritten(self, job: _Job, steps: Sequence[Step]) -> bool:
-        """Plan to write a layer's weight where it lies, if its base goes and that cannot fail; otherwise nothing."""
+        """Plan to write a layer's weight where it lies, if its base goes; False, and nothing is planned, where that might fail or reach others."""
         weight = job.module._parameters.get("weight")
         if self.keep or job.record.fused or job.record.patches or weight is None or id(weight) not in self.alone:
             return False
