@@ -9,8 +9,9 @@ from typing import NamedTuple
 from converters.families import Table
 from converters.formats import Format
 from converters.formats.base import table_of
+from converters.formats.fields import without_scale
 from converters.provenance import KEY, blocks_in, places_in
-from converters.rows import Blocks, Unfit, aspect, joined
+from converters.rows import DOWN, Blocks, Unfit, aspect, joined
 from converters.rows import split as taken_apart
 from diffpeft.bundle import Bundle, Entry, Rule, dotted, parted
 
@@ -69,7 +70,8 @@ def arranged(bundle: Bundle, fmt: Format) -> Arranged:
     """A bundle's entries as a format needs them. Layers that the file had before, if it was of this format, become these again."""
     table, record = table_of(fmt, bundle.family), bundle.metadata.get(KEY, "")
     layers, blocks = Layers(table, fmt.original(table), places_in(record, fmt.name)), blocks_in(record)
-    apart = _apart(bundle.entries, layers, blocks)
+    scaled = bundle.entries if fmt.folder else [without_scale(entry) for entry in bundle.entries]
+    apart = _apart(scaled, layers, blocks)
     together = _together(apart.entries, layers)
     entries = [_named(entry, table) for entry in together.entries] if fmt.folder else together.entries
     failed, blocks = {**apart.failed, **together.failed}, {**apart.blocks, **together.blocks}
@@ -100,7 +102,7 @@ def _together(entries: Sequence[Entry], layers: Layers) -> Arranged:
         if place is None:
             out += parts.values()
             continue
-        rank = next(iter(layers.before.get(place.layer, {}).get("lora_A", ())), None)
+        rank = next(iter(layers.before.get(place.layer, {}).get(DOWN, ())), None)
         try:
             joint = joined(parted(place.layer)[0], place.rule, parts, rank)
         except Unfit as why:

@@ -53,9 +53,12 @@ def _is_free(path: Path, tensors: Mapping[str, Handle]) -> bool:
 
 
 def _found(tensors: Mapping[str, Handle]) -> dict[str, dict[str, Handle]]:
-    found: dict[str, dict[str, Handle]] = {}
+    by_token: dict[str, dict[str, Handle]] = {}
     for key, handle in tensors.items():
         if match := _KEY.fullmatch(key):
             name = "emb_params" if match["name"].startswith("string_to_param") else match["name"] + (match["out"] or "")
-            found.setdefault(match["token"], {})[name] = handle
-    return {token: {"emb_params": own["clip_l"]} if own.keys() == {"clip_l"} else own for token, own in found.items()}
+            by_token.setdefault(match["token"], {})[name] = handle
+    return {
+        token: {"emb_params": vectors["clip_l"]} if vectors.keys() == {"clip_l"} else vectors
+        for token, vectors in by_token.items()
+    }

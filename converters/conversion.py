@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,14 @@ from converters.formats.base import magnitude_axis
 from converters.formats.fields import on_inputs
 from converters.holding import Held, held, refused
 from converters.opening import Source
-from converters.roles import ADDITIVE, rank
 from converters.writing import check_path, files, planned, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry
 from diffpeft.definition import definition_of
 from diffpeft.errors import ConfigError, UnknownNameError, inside, listed, near, shown
 from diffpeft.handles import Scaled
+from diffpeft.methods.layout import INNER, LAYOUTS
+from diffpeft.methods.shapes import rank
 
 if TYPE_CHECKING:
     import torch
@@ -83,15 +84,34 @@ def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torc
     store(plans, path, to)
     replaced = [entry for component, part in parts.items() for entry in _changed(asked[component], part)]
     inexact = [layer for plan in plans.values() for layer in plan.inexact]
-    exact = not (replaced or inexact or cast or any(map(_is_computed, bundle.entries)))
+    return _report(bundle, to, [part.bundle for part in parts.values()], replaced, inexact, cast)
+
+
+def _report(
+    bundle: Bundle,
+    to: str,
+    written: Sequence[Bundle],
+    replaced: Sequence[Entry],
+    inexact: Sequence[str],
+    cast: torch.dtype | None,
+) -> ConvertReport:
+    """What became of a bundle that was `written` in parts, of which entries were `replaced`, and layers have numbers that are `inexact`."""
+    entries = [entry for part in written for entry in part.entries]
+    exact = not (replaced or inexact or cast or _folded(entries, to) or any(map(_is_computed, bundle.entries)))
     return ConvertReport(
         level="L0" if exact else "L1",
-        mapped=tuple(dict.fromkeys(key for entry in bundle.entries for key in entry.keys)),
+        mapped=_mapped(bundle),
         carried=tuple(bundle.carried),
-        warnings=(*_told(bundle, replaced, inexact), *_caveats(parts.values(), to)),
+        warnings=(*_told(bundle, replaced, inexact), *_caveats(entries, to)),
         format=bundle.format,
         family=bundle.family,
     )
+
+
+def _mapped(bundle: Bundle) -> tuple[str, ...]:
+    """The keys of the adapter: its layers', and what these share."""
+    keys = [key for entry in bundle.entries for key in entry.keys]
+    return tuple(dict.fromkeys([*keys, *(key for key in bundle.order if key not in bundle.carried)]))
 
 
 def _is_computed(entry: Entry) -> bool:
@@ -119,19 +139,23 @@ def _changed(before: Held, after: Held) -> list[Entry]:
 
 def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str]) -> list[str]:
     """What a user should know about a conversion, in words."""
-    zero = [e.layer for e in bundle.entries if e.method not in ("oft", "boft") and io.number(e.alpha) == 0]
+    zero = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
     told: dict[str, Sequence[str]] = {
         "layers were computed anew to do the same": [layer for entry in replaced for layer in entry.targets],
         "fused layers have parts of unequal scales, which went into the factors": inexact,
         "layers have alpha 0 and no effect": zero,
         "keys are no adapter's and were kept as they are": list(bundle.carried),
     }
-    return [f"{len(names)} {what}: {listed(names[:5])}" for what, names in told.items() if names]
+    return [f"{len(names)} {fact}: {listed(names[:5])}" for fact, names in told.items() if names]
 
 
-def _caveats(parts: Iterable[Held], to: str) -> list[str]:
+def _folded(entries: Sequence[Entry], to: str) -> list[str]:
+    """The layers whose scale a format has no place for, so that it goes into their tensors."""
+    return [] if FORMATS[to].folder else [entry.layer for entry in entries if "scale" in entry.options]
+
+
+def _caveats(entries: Sequence[Entry], to: str) -> list[str]:
     """Where ComfyUI is known to do something else with a file of this format than other programs, in words."""
-    entries = [entry for part in parts for entry in part.bundle.entries]
     doras = [e.layer for e in entries if magnitude_axis(e) == 0]
     rescaled = [e.layer for e in entries if "rescale" in e.tensors]
     loras = [e for e in entries if e.method in ("lora", "dora")]
@@ -143,7 +167,8 @@ def _caveats(parts: Iterable[Held], to: str) -> list[str]:
         },
         "diffusers": {"alphas stand in the metadata, which ComfyUI does not read (there the scale is 1)": scaled},
     }
-    return [f"{what}: {len(layers)} layers" for what, layers in told.get(to, {}).items() if layers]
+    facts = {**told.get(to, {}), "alpha / r was multiplied into lokr_w1": _folded(entries, to)}
+    return [f"{fact}: {len(layers)} layers" for fact, layers in facts.items() if layers]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -186,7 +211,7 @@ def as_lora(entry: Entry) -> Entry | None:
     kernel = any(len(h.shape) > 2 for h in entry.tensors.values())
     plain = entry.method == "lora" and "lora_mid" not in entry.tensors
     hidden = re.search(r"conv[^.]*$|patch_embed|(pos_embed|x_embedder)\.proj$", entry.layer) and not kernel
-    if plain or entry.method not in ADDITIVE or hidden:
+    if plain or entry.method not in INNER or hidden:
         return None
     definition = definition_of(entry)
     method, (_, p, spec) = definition.additive, definition

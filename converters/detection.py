@@ -19,11 +19,13 @@ from converters.families.text import CLIP, T5
 from converters.formats import FORMATS, Format, Part
 from converters.formats.wrappers import all_unwrapped
 from converters.roles import split
-from converters.rows import aspect, extent
+from converters.rows import aspect
 from converters.sizes import Layers as Sized
 from converters.sizes import Published, grouped, published
-from diffpeft.bundle import Handle, named
+from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
+from diffpeft.methods.layout import named
+from diffpeft.methods.shapes import extent, width
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
 Layers = dict[Spelt, dict[str, Handle]]
@@ -68,7 +70,6 @@ _RATIOS: dict[re.Pattern[str], dict[str, Fraction | int]] = {
 _NUMBER = re.compile(r"\d+")
 _UNETS = ("sd15", "sd2", "sdxl", "sdxl_refiner")
 _WIDTHS = {768: ("sd15",), 1024: ("sd2",), 2048: ("sdxl",), 1280: ("sdxl_refiner",)}
-_INPUTS = ("lora_A", "hada_w1_b", "diff")  # roles whose second axis is the layer's inputs
 _CROSS = re.compile(r".*transformer_blocks[._]\d+[._]attn2[._]to_[kv]")
 _XL = re.compile(
     r".*attentions?[._].*transformer_blocks[._][1-9]|.*_blocks?[._]\d.*transformer_blocks[._][1-9]|add_embedding|label_emb"
@@ -131,9 +132,9 @@ def fit(
     formats, layers, counts = _likeliest(parts, tensors, metadata)
     fitting = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fitting}
-    own = _Own(layers, metadata, FORMATS[formats[0]].tables)
-    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, own)
-    chosen = _format_of(formats, [family] if family else families, own)
+    spelt_by = _Own(layers, metadata, FORMATS[formats[0]].tables)
+    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by)
+    chosen = _format_of(formats, [family] if family else families, spelt_by)
     return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], (tensors, metadata, source))
 
 
@@ -156,10 +157,10 @@ def _likeliest(
     return max(tried, key=lambda row: max(row[2].values(), default=0))
 
 
-def _format_of(formats: Sequence[str], families: Sequence[str], own: _Own) -> str:
+def _format_of(formats: Sequence[str], families: Sequence[str], spelt_by: _Own) -> str:
     """Of formats that take the keys apart alike the first that is for these families; of several the one that would spell most layers so."""
     able = [name for name in formats if {*families} <= FORMATS[name].tables.keys()] or formats
-    return able[0] if len(able) == 1 or not families else max(able, key=lambda name: own(name, families[0]))
+    return able[0] if len(able) == 1 or not families else max(able, key=lambda name: spelt_by(name, families[0]))
 
 
 def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
@@ -310,7 +311,7 @@ class _Verdict(NamedTuple):
 
 
 def _decided(
-    counts: Mapping[str, int], layers: Layers, metadata: Mapping[str, str], formats: list[str], own: _Own
+    counts: Mapping[str, int], layers: Layers, metadata: Mapping[str, str], formats: list[str], spelt_by: _Own
 ) -> _Verdict:
     """Which of the families whose tables know most layers a file is of."""
     most = max(counts.values(), default=0)
@@ -321,14 +322,14 @@ def _decided(
     if not best:
         return _Verdict((), looks_like=_named(grouped(denoiser)))
     if not denoiser:  # text encoders have the same names everywhere
-        return _Verdict(tuple(sorted(fitting, key=lambda f: (f not in best, -own.most(f, formats)))))
+        return _Verdict(tuple(sorted(fitting, key=lambda f: (f not in best, -spelt_by.most(f, formats)))))
     if set(best) <= set(_UNETS):
         return _Verdict(_unets(best, most, layers, formats))
     if metadata.get(HINT) not in best:
         best, others = _by_size(best, most / len(layers), grouped(denoiser))
         if not best:
             return _Verdict((), looks_like=others)
-    best = own.best(best, formats) if len(best) > 1 else best
+    best = spelt_by.best(best, formats) if len(best) > 1 else best
     return _Verdict(tuple(best), len(best) > 1 and not _alike(best, fmt, layers, metadata))
 
 
@@ -469,13 +470,9 @@ def _by_width(families: list[str], layers: Layers) -> list[str]:
 
 def _cross_attention_widths(layers: Layers) -> set[int]:
     """The inputs of layers that see the text."""
-    return {
-        handle.shape[1]
-        for (_, layer), tensors in layers.items()
-        if _CROSS.match(layer)
-        for role, handle in tensors.items()
-        if role in _INPUTS and len(handle.shape) > 1
-    }
+    crossing = [tensors for (_, layer), tensors in layers.items() if _CROSS.match(layer)]
+    widths = (width({role: handle.shape for role, handle in tensors.items()}) for tensors in crossing)
+    return {*filter(None, widths)}
 
 
 def _by_ratio(families: list[str], layers: Layers) -> list[str]:

@@ -13,7 +13,7 @@ from converters.formats.base import table_of
 from converters.judging import check_alpha, judged, with_alphas
 from converters.opening import Opened, Source, opened, parts_of
 from converters.placing import Names, Reading, literal, placed
-from diffpeft.bundle import Bundle, Handle
+from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import (
     AmbiguousFormatError,
     UnknownNameError,
@@ -21,6 +21,7 @@ from diffpeft.errors import (
     inside,
     listed,
 )
+from diffpeft.methods.layout import LAYOUTS
 
 
 def detect(source: Source) -> Detection:
@@ -108,10 +109,17 @@ def _read(
     name = next(iter(families), "")
     by = Reading(fmt, table_of(fmt, name), names or {}, metadata, where)
     parts = {**fits.parts, **literal(tensors, fmt, by.names)}
+    shared = {role: tensors[key] for role, key in fmt.shared_keys.items() if key in tensors and key not in parts}
     entries = fmt.configured(judged(placed(tensors, parts, by), by), metadata)
-    entries = with_alphas(entries, alpha, by)
-    carried = {key: handle for key, handle in tensors.items() if key not in parts}
+    entries = with_alphas([_sharing(entry, shared) for entry in entries], alpha, by)
+    beside = tensors.keys() - parts.keys() - {fmt.shared_keys[role] for role in shared}
+    carried = {key: handle for key, handle in tensors.items() if key in beside}
     return Bundle(fmt.name, name, entries, carried, dict(metadata), where, families, tuple(tensors))
+
+
+def _sharing(entry: Entry, shared: Mapping[str, Handle]) -> Entry:
+    """The entry with the tensors of the whole adapter, if its method has such."""
+    return replace(entry, shared=shared) if LAYOUTS[entry.method].shared else entry
 
 
 def unknown_family(fits: Fit, where: object, wanted: str = "") -> WrongBaseError:

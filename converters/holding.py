@@ -47,8 +47,8 @@ def held(bundle: Bundle, format: str, adapter: Bundle | None = None) -> Held:
 def _answers(bundle: Bundle, fmt: Format, order: Arranged, names: Sequence[Part | None]) -> Iterator[Answer]:
     """What is to be asked, what explains most first."""
     table, layers = table_of(fmt, bundle.family), [entry.layer for entry in bundle.entries]
-    what = "joined" if fmt.original(table) else "taken apart"
-    yield Answer.unless([*order.failed], f"a fused layer cannot be {what}: {next(iter(order.failed.values()), '')}")
+    done = "joined" if fmt.original(table) else "taken apart"
+    yield Answer.unless([*order.failed], f"a fused layer cannot be {done}: {next(iter(order.failed.values()), '')}")
     components = sorted({parted(entry.layer)[0] for entry in order.entries})
     alone = not fmt.single or len(components) < 2
     yield Answer.unless([] if alone else layers, f"it holds one component, not {' and '.join(components)}")

@@ -14,10 +14,10 @@ from converters.families import Table
 from converters.formats import FORMATS
 from converters.formats.base import table_of
 from converters.opening import Opened, Source, opened
-from converters.roles import rank
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, trigger_words
 from diffpeft.errors import inside
+from diffpeft.methods.shapes import rank
 
 # which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
 READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.placing import NUMBERS, Keyed, Names, Place, Reading
-from converters.roles import ADDITIVE, ROLES, contradiction, missing, split
+from converters.roles import missing, split
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, canonical
 from diffpeft.errors import (
@@ -22,6 +22,8 @@ from diffpeft.errors import (
     listed,
     shown,
 )
+from diffpeft.methods.layout import LAYOUTS, PRODUCTS, is_scaled
+from diffpeft.methods.shapes import contradiction
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ANY = (*_FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")  # dtypes of numbers
@@ -58,19 +60,18 @@ def _shapes(names: Names) -> dict[str, tuple[int, ...]]:
 
 def _refuse_foreign(layers: Iterable[Keyed], where: str) -> None:
     """Raise CheckpointError for tensors of methods that exist and are not known here."""
-    every = {"dora", *ROLES}
     foreign = {
         keyed[role][0]: method
         for keyed in layers
         for method, roles in split(_shapes_of(keyed)).items()
-        if method not in every
+        if method not in LAYOUTS
         for role in roles
     }
     if foreign:
         raise CheckpointError(
             f"method {' and '.join(sorted(set(foreign.values())))} is not supported",
             where=f"{where}: {listed(list(foreign)[:3])}",
-            remedy=f"Supported: {', '.join(every)}.",
+            remedy=f"Supported: {', '.join(LAYOUTS)}.",
         )
 
 
@@ -84,9 +85,10 @@ def _entries(layer: str, keyed: Keyed, where: str) -> list[Entry]:
     methods = split(_shapes_of(keyed))
     if not methods:
         key = next(iter(keyed.values()))[0]
-        what = "an alpha" if "alpha" in keyed else listed(keyed)
+        present = "an alpha" if "alpha" in keyed else listed(keyed)
         raise MissingKeysError(
-            f"layer {shown(layer)} has {what} but no {listed(ROLES['lora'][:2])}", where=f"{where}: {key}"
+            f"layer {shown(layer)} has {present} but no {listed(sorted(LAYOUTS['lora'].forms[0].needed))}",
+            where=f"{where}: {key}",
         )
     alpha_key, alpha = keyed.get("alpha", (layer, None))
     with inside(alpha_key):
@@ -151,5 +153,5 @@ def _say_unconfigured(where: str) -> None:
 
 def _with_alpha(entry: Entry, alpha: float) -> Entry:
     """The entry with this alpha, if its method is scaled by one and the file tells none."""
-    scaled = entry.method in (*ADDITIVE, "dora") and not {"lokr_w1", "lokr_w2"} <= {*entry.tensors}
-    return replace(entry, alpha=float(alpha)) if scaled and entry.alpha is None else entry
+    takes = entry.alpha is None and entry.method in PRODUCTS and is_scaled(entry.method, entry.tensors)
+    return replace(entry, alpha=float(alpha)) if takes else entry

@@ -56,6 +56,11 @@ class Record:
     metadata: dict[str, str]
     names: Sequence[str]
 
+    @property
+    def places(self) -> set[Place]:
+        """All that the file had of layers."""
+        return {place for row in self.keys.values() if row for place in row.places}
+
     def json(self) -> dict[str, Json]:
         """As it stands in the metadata."""
         keys: dict[str, Json] = {key: row.json() if row else [] for key, row in self.keys.items()}
@@ -89,8 +94,8 @@ def own_record(bundle: Bundle, metadata: Mapping[str, str] | None = None) -> Rec
             )
     keys = {key: rows.get(key) for key in bundle.order or (*rows, *bundle.carried)}
     told = {} if metadata is None else metadata
-    own = {"format", *(key for key in fmt.owned if not key.startswith("diffpeft."))}
-    left_out = {key: value for key, value in bundle.metadata.items() if told.get(key) != value or key in own}
+    by_itself = {"format", *(key for key in fmt.owned if not key.startswith("diffpeft."))}
+    left_out = {key: value for key, value in bundle.metadata.items() if told.get(key) != value or key in by_itself}
     return Record(bundle.format, keys, left_out, list(bundle.metadata))
 
 

@@ -13,6 +13,7 @@ from converters.provenance import KEY, Place, Record, Row, own_record, record_in
 from converters.spelling import HASHES, OWNED, Plan, is_ours
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.methods.layout import LAYOUTS, is_scaled
 
 
 def restored(file: Plan, held: Held) -> Plan:
@@ -23,36 +24,37 @@ def restored(file: Plan, held: Held) -> Plan:
     record = (
         own_record(bundle) if bundle.format == held.format else record_in(bundle.metadata.get(KEY, ""), held.format)
     )
-    tensors = _tensors(record, file, entries, bundle.carried) if record else None
+    tensors = _tensors(record, file, entries) if record else None
     if record is None or tensors is None:
         return file
     metadata = _metadata(record, bundle, file, fmt)
     return replace(file, tensors=tensors, metadata=metadata if _agrees(fmt, entries, metadata) else file.metadata)
 
 
-def _tensors(
-    record: Record, file: Plan, entries: Sequence[Entry], carried: Mapping[str, Handle]
-) -> dict[str, Handle] | None:
+def _tensors(record: Record, file: Plan, entries: Sequence[Entry]) -> dict[str, Handle] | None:
     """The file's tensors by the keys that a record has for them; None if it is of another adapter.
 
     An alpha that only one of both has must be the rank.
     """
-    ranks, unscaled = ranks_of(entries), _unscaled(entries)
-    own = {place: file.tensors[key] for place, key in file.places.items()}
-    tensors = {**{(layer, "alpha"): io.scalar(rank) for layer, rank in ranks.items() if rank}, **own}
+    ranks, unscaled, placed = ranks_of(entries), _unscaled(entries), {*file.places.values()}
+    spelt = {place: file.tensors[key] for place, key in file.places.items()}
+    tensors = {**{(layer, "alpha"): io.scalar(rank) for layer, rank in ranks.items() if rank}, **spelt}
+    beside = {key: handle for key, handle in file.tensors.items() if key not in placed}  # of no layer
     out: dict[str, Handle] = {}
     for key, row in record.keys.items():
-        if row is None:
-            out |= {key: carried[key]} if key in carried else {}
-            continue
-        handle = _as_before(row, tensors, unscaled)
-        if handle is None:
+        handle = _as_before(row, tensors, unscaled) if row else beside.get(key)
+        if row and handle is None:
             return None
-        out[key] = handle
-    left = {*tensors}.difference(*(row.places for row in record.keys.values() if row))
-    if any(role != "alpha" or io.number(tensors[layer, role]) != ranks.get(layer) for layer, role in left):
+        out |= {key: handle} if handle else {}
+    added = {place: tensors[place] for place in tensors.keys() - record.places}
+    if not _are_ranks(added, ranks):
         return None
-    return out | {key: handle for key, handle in carried.items() if key not in out}
+    return {**out, **{key: handle for key, handle in beside.items() if key not in out}}
+
+
+def _are_ranks(tensors: Mapping[Place, Handle], ranks: Mapping[str, int]) -> bool:
+    """Whether these are alphas alone that say no more than the rank does."""
+    return all(role == "alpha" and io.number(h) == ranks.get(layer) for (layer, role), h in tensors.items())
 
 
 def _as_before(row: Row, tensors: Mapping[Place, Handle], unscaled: Collection[str]) -> Handle | None:
@@ -73,8 +75,7 @@ def _as_before(row: Row, tensors: Mapping[Place, Handle], unscaled: Collection[s
 def _unscaled(entries: Iterable[Entry]) -> set[str]:
     """Layers of which no entry has a scale: whole differences, norms, (IA)^3, a LoKr of two whole halves."""
     entries = list(entries)
-    halves = {"lokr_w1", "lokr_w2"}
-    scaled = {e.layer for e in entries if not (halves <= {*e.tensors} or e.method in ("full", "norm", "ia3"))}
+    scaled = {e.layer for e in entries if LAYOUTS[e.method].alpha == "bound" or is_scaled(e.method, e.tensors)}
     return {entry.layer for entry in entries} - scaled
 
 
@@ -95,7 +96,11 @@ def _agrees(fmt: Format, entries: Sequence[Entry], metadata: Mapping[str, str]) 
     beside = fmt.alphas(entries)
     bare = [replace(entry, alpha=entry.alpha if entry.layer in beside else None, options={}) for entry in entries]
     told = fmt.configured(bare, metadata)
-    return all(_alike(io.number(a.alpha), io.number(b.alpha)) for a, b in zip(told, entries, strict=True))
+    return all(
+        _alike(io.number(old.alpha), io.number(new.alpha))
+        and old.options.get("scale", 1) == new.options.get("scale", 1)
+        for old, new in zip(told, entries, strict=True)
+    )
 
 
 def _alike(a: float | None, b: float | None) -> bool:

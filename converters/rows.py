@@ -11,13 +11,16 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from converters.roles import FILLED, rank, rows_of
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, Rule, dotted
+from diffpeft.methods.layout import BIAS, LAYOUTS
+from diffpeft.methods.shapes import extent, rank, row_axes
 
 Blocks = Mapping[
     int, tuple[int, int, float]
 ]  # {part: its first rank, the end of them, what its second factor was multiplied by}
+DOWN, UP, B_BIAS = LAYOUTS["lora"].forms[0].axes  # a LoRA's factors, which alone can stand in blocks, and its bias
+CORE = "lora_mid"  # of its Tucker form, which cannot
 
 
 class Unfit(Exception):
@@ -44,7 +47,7 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
     _check_mixing(entry, rule)
     total = _rows(entry) or math.lcm(sum(share for _, share in rule.parts), len(rule.chunks))
     cuts = [_ranges(rule, part, total) for part in range(len(rule.parts))]
-    if "lora_B" in entry.tensors and len(cuts) > 1:
+    if UP in entry.tensors and len(cuts) > 1:
         blocks = _blocks(entry, cuts, blocks)
     parts = range(len(cuts)) if blocks is None else [part for part in range(len(cuts)) if part in blocks]
     rowed, out = _rowed_roles(entry), []
@@ -62,11 +65,11 @@ def _of_ranks(entry: Entry, first: int, end: int, ratio: float) -> Entry:
     r, alpha = rank(entry.shapes), io.number(entry.alpha)
     if (first, end) == (0, r):
         return entry
-    A, B = entry.tensors["lora_A"], entry.tensors["lora_B"]
+    A, B = entry.tensors[DOWN], entry.tensors[UP]
     undo = 1 / ratio if ratio else 1
-    tensors = {"lora_A": io.rows(A, [(first, end)]), "lora_B": io.scaled(io.columns(B, first, end), undo)}
-    if "lora_B_bias" in entry.tensors:
-        tensors["lora_B_bias"] = io.scaled(entry.tensors["lora_B_bias"], undo)
+    tensors = {DOWN: io.rows(A, [(first, end)]), UP: io.scaled(io.columns(B, first, end), undo)}
+    if B_BIAS in entry.tensors:
+        tensors[B_BIAS] = io.scaled(entry.tensors[B_BIAS], undo)
     alpha = None if alpha is None else alpha * ratio * (end - first) / r
     return replace(entry, tensors={**entry.tensors, **tensors}, alpha=alpha)
 
@@ -88,7 +91,7 @@ def joined(component: str, rule: Rule, parts: Mapping[int, Entry], wanted: int |
     in_blocks = wanted not in (None, 0, ranks[0]) and wanted == sum(ranks)
     if not in_blocks and _are_alike([*entries.values()]):
         return _shared(rule, fused, entries, sizes)
-    if "lora_B" not in first.tensors or "lora_mid" in first.tensors:  # a DoRA may be over something else
+    if UP not in first.tensors or CORE in first.tensors:  # a DoRA may be over something else
         raise Unfit("its parts have no common factor, and this method has no blocks")
     return _diagonal(rule, fused, entries, ranks, sizes)
 
@@ -116,7 +119,7 @@ def _shared(rule: Rule, fused: Entry, entries: Mapping[int, Entry], sizes: Seque
     shared = [role for role in fused.tensors if role not in rowed]
     tensors = {role: h if role in shared else _stack(role, rule, entries, sizes) for role, h in fused.tensors.items()}
     _check_missing(rule, entries, shared)
-    partial = len(entries) < len(rule.parts) and "lora_B" in fused.tensors
+    partial = len(entries) < len(rule.parts) and UP in fused.tensors
     blocks = {part: (0, rank(entry.shapes), 1.0) for part, entry in entries.items()}
     return Joined(replace(fused, tensors=tensors), blocks if partial else None)
 
@@ -128,29 +131,29 @@ def _diagonal(
 
     So that nothing gets smaller than the dtype can say; a power of two is exact, and undone on the way back.
     """
-    _check_missing(rule, entries, ["lora_A"])
-    _check_alike("lora_A", {e.tensors["lora_A"].shape[1:] for e in entries.values()})
-    _check_alike("lora_B", {e.tensors["lora_B"].shape[2:] for e in entries.values()})
+    _check_missing(rule, entries, [DOWN])
+    _check_alike(DOWN, {e.tensors[DOWN].shape[1:] for e in entries.values()})
+    _check_alike(UP, {e.tensors[UP].shape[2:] for e in entries.values()})
     scale, ratios = _scales(entries, ranks)
     ends = list(itertools.accumulate(ranks))
-    model = fused.tensors["lora_B"]
+    model = fused.tensors[UP]
     pieces = [
-        io.scaled(entries[part].tensors["lora_B"], ratios[part])
+        io.scaled(entries[part].tensors[UP], ratios[part])
         if part in entries
         else Handle(model.dtype, (size, 0, *model.shape[2:]))
         for part, size in enumerate(sizes)
     ]
     tensors = {
-        role: _stack(role, rule, entries, sizes, ratios if role == "lora_B_bias" else None)
+        role: _stack(role, rule, entries, sizes, ratios if role == B_BIAS else None)
         for role in fused.tensors
-        if role not in ("lora_A", "lora_B")
+        if role not in (DOWN, UP)
     }
-    A = io.stacked(entry.tensors["lora_A"] for entry in entries.values())
+    A = io.stacked(entry.tensors[DOWN] for entry in entries.values())
     B = io.rows(io.diagonal(pieces), _order(rule, sum(sizes), 1))
     alpha = None if scale is None else scale * sum(ranks)
     blocks = {part: (end - r, end, ratios[part]) for part, end, r in zip(entries, ends, ranks, strict=True)}
     exact = all(math.frexp(ratio)[0] in (0.5, -0.5) for ratio in ratios.values())
-    return Joined(replace(fused, tensors={"lora_A": A, "lora_B": B, **tensors}, alpha=alpha), blocks, exact)
+    return Joined(replace(fused, tensors={DOWN: A, UP: B, **tensors}, alpha=alpha), blocks, exact)
 
 
 def _scales(entries: Mapping[int, Entry], ranks: Sequence[int]) -> tuple[float | None, dict[int, float]]:
@@ -173,8 +176,9 @@ def _check_missing(rule: Rule, entries: Mapping[int, Entry], shared: Sequence[st
     first = next(iter(entries.values()))
     if len(entries) == len(rule.parts):
         return
-    unfilled = [role for role in first.tensors if role not in shared and role not in FILLED]
-    acting = first.method in ("oft", "boft", "ia3", "glora") and shared and "on_input" not in shared
+    layout = LAYOUTS[first.method]
+    unfilled = {*first.tensors} - {*shared, *layout.off, BIAS}
+    acting = not layout.inner and shared and "on_input" not in shared
     if unfilled or acting or ("on_input" in shared and io.number(first.tensors["on_input"])):
         names = [name for part, (name, _) in enumerate(rule.parts) if part not in entries]
         raise Unfit(f"it has no adapter for {', '.join(names)}, whose rows {first.method} would change")
@@ -215,23 +219,6 @@ def _rowed(handle: Handle) -> Handle:
     return handle
 
 
-def extent(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-    """(rows, columns) of a layer's weight where its tensors show both, kernels aside. What has too few axes or is empty shows nothing."""
-    shapes = {role: shape for role, shape in shapes.items() if len(shape) > 1 and 0 not in shape}
-    pairs = (("lora_B", "lora_A"), ("hada_w1_a", "hada_w1_b"), ("glora_b1", "glora_b2"))
-    for up, down in pairs:
-        if up in shapes and down in shapes:
-            return shapes[up][0], shapes[down][1]
-    if "diff" in shapes:
-        return shapes["diff"][0], shapes["diff"][1]
-    first = (shapes.get("lokr_w1_a", shapes.get("lokr_w1")), shapes.get("lokr_w1_b", shapes.get("lokr_w1")))
-    second = (shapes.get("lokr_w2_a", shapes.get("lokr_w2")), shapes.get("lokr_w2_b", shapes.get("lokr_w2")))
-    if None in (*first, *second):
-        return None
-    turned = "lokr_t2" in shapes
-    return first[0][0] * second[0][int(turned)], first[1][1] * second[1][1]  # type: ignore[index]
-
-
 def aspect(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Rows a column, by which tables tell two layers of one name apart."""
     size = extent(shapes)
@@ -240,9 +227,8 @@ def aspect(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
 
 def _rowed_roles(entry: Entry) -> set[str]:
     """The roles whose tensors have rows of their own for each part."""
-    own = {role for role, h in entry.tensors.items() if rows_of(role, h.shape)}
     inputs = "on_input" in entry.tensors and io.number(entry.tensors["on_input"])
-    return own - {"ia3_w"} if inputs else own
+    return {*row_axes(entry.shapes)} - ({"ia3_w"} if inputs else set())
 
 
 def _rows(entry: Entry) -> int:
@@ -255,12 +241,7 @@ def _rows(entry: Entry) -> int:
 
 def _unit(entry: Entry, role: str) -> int:
     """How many of the layer's rows stand behind one row of a tensor."""
-    if role == "oft_blocks":
-        return entry.tensors[role].shape[1]
-    if role in ("lokr_w1", "lokr_w1_a"):
-        w2 = entry.tensors.get("lokr_w2") or entry.tensors["lokr_w2_a"]
-        return w2.shape[1] if "lokr_t2" in entry.tensors else w2.shape[0]
-    return 1
+    return row_axes(entry.shapes)[role][1]
 
 
 def _check_mixing(entry: Entry, rule: Rule) -> None:
@@ -272,7 +253,7 @@ def _check_mixing(entry: Entry, rule: Rule) -> None:
         raise Unfit("a Tucker core turns its factors around")
     if len(rule.parts) == 1:
         return
-    if "dora_scale" in shapes and not rows_of("dora_scale", shapes["dora_scale"]):
+    if "dora_scale" in shapes and "dora_scale" not in row_axes(shapes):
         raise Unfit("a DoRA with a magnitude for each input needs the norms of the base's parts")
     if "oft_blocks" in shapes and (entry.options.get("clamp") or io.number(entry.alpha)):
         raise Unfit("the bound is on all rows together")
@@ -317,8 +298,8 @@ def _order(rule: Rule, total: int, unit: int) -> list[tuple[int, int]]:
 
 def _blocks(entry: Entry, cuts: Sequence[Sequence[tuple[int, int]]], known: Blocks | None) -> Blocks | None:
     """The ranks of the parts if the second factor has blocks, which is then zero off the diagonal; None if it is one LoRA."""
-    r, B = rank(entry.shapes), entry.tensors.get("lora_B")
-    if B is None or "lora_mid" in entry.tensors or math.prod(B.shape[2:]) != 1:
+    r, B = rank(entry.shapes), entry.tensors.get(UP)
+    if B is None or CORE in entry.tensors or math.prod(B.shape[2:]) != 1:
         return None
     if known is None and not r % len(cuts):
         size = r // len(cuts)

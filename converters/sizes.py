@@ -83,13 +83,13 @@ _STACK = re.compile(r"([a-zA-Z_]+?)_?(\d+)(?:_|$)")
 
 def grouped(layers: Iterable[tuple[str, Extent | None]]) -> Layers:
     """Layers, dotted or flat, with their extents."""
-    found: dict[tuple[str, Extent | None], list[str]] = {}
+    members_of: dict[tuple[str, Extent | None], list[str]] = {}
     for layer, extent in layers:
         flat = layer.replace(".", "_")
-        found.setdefault((_NUMBER.sub("#", flat), extent), []).append(flat)
+        members_of.setdefault((_NUMBER.sub("#", flat), extent), []).append(flat)
     kinds = []
     blocks: dict[str, set[int]] = {}
-    for (name, extent), members in found.items():
+    for (name, extent), members in members_of.items():
         first = [match for flat in members if (match := _STACK.match(flat))]
         stack = first[0][1] if first else ""
         numbers = frozenset(int(match[2]) for match in first)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converters.detection import COMPONENT, FORMAT, HINT
-from converters.formats import FORMATS
+from converters.formats import FORMATS, Format
 from converters.formats.peft import CONFIG
 from converters.holding import Held
 from converters.provenance import KEY, Place, recorded
@@ -44,7 +44,14 @@ def spelt(held: Held, dtype: torch.dtype | None = None) -> Plan:
         for role, handle in stored.items():
             key = places[entry.layer, role] = fmt.join(replace(name, role=role), entry)
             tensors[key] = handle
+    tensors |= _shared(entries, fmt, dtype)
     return Plan({**tensors, **held.bundle.carried}, _metadata(held), places, held.arranged.inexact)
+
+
+def _shared(entries: Sequence[Entry], fmt: Format, dtype: torch.dtype | None) -> dict[str, Handle]:
+    """The tensors of the whole adapter by their keys, unless its layers say that they are not saved."""
+    saved = [entry.shared for entry in entries if entry.options.get("save_projection", True)]
+    return {fmt.shared_keys[role]: io.cast(h, dtype, role) for shared in saved for role, h in shared.items()}
 
 
 def _alpha(alpha: Handle | float) -> Handle:
@@ -55,12 +62,12 @@ def _metadata(held: Held) -> dict[str, str]:
     """The metadata of the adapter that are true of any file of it, those of the format, and what was lost of those of the file that it is from."""
     bundle, fmt, entries = held.bundle, FORMATS[held.format], held.arranged.entries
     foreign = {key for other in FORMATS.values() if not other.folder for key in other.owned}
-    kept = {
+    lasting = {
         key: value
         for key, value in bundle.metadata.items()
         if key not in foreign and not key.startswith(HASHES) and (key == CONFIG or not is_ours(key))
     }
-    metadata = {"format": "pt", **kept, **fmt.metadata(entries, bundle.metadata), **_told(held, entries)}
+    metadata = {"format": "pt", **lasting, **fmt.metadata(entries, bundle.metadata), **_told(held, entries)}
     record = recorded(held.adapter or bundle, held.format, metadata, held.arranged.blocks)
     return metadata | ({KEY: record} if record else {})
 

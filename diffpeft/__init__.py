@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from diffpeft.methods.layout import CONFIGS
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -22,9 +24,8 @@ _HOMES = {
         "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
     ),
     "diffpeft.llm.config": (
-        "AdaLoraConfig BOFTConfig IA3Config LoHaConfig LoKrConfig LoftQConfig LoraConfig LoraRuntimeConfig MultitaskPromptTuningConfig "
-        "MultitaskPromptTuningInit OFTConfig PeftConfig PeftType PrefixTuningConfig "
-        "PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit TaskType"
+        "LoftQConfig LoraRuntimeConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit PeftConfig PeftType PrefixTuningConfig "
+        f"PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit TaskType {' '.join(CONFIGS)}"
     ),
     "diffpeft.llm.peft_model": (
         "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
@@ -60,17 +61,10 @@ if TYPE_CHECKING:
     from diffpeft.llm.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
     from diffpeft.llm.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
     from diffpeft.llm.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-    from diffpeft.llm.config import AdaLoraConfig as AdaLoraConfig
-    from diffpeft.llm.config import BOFTConfig as BOFTConfig
-    from diffpeft.llm.config import IA3Config as IA3Config
     from diffpeft.llm.config import LoftQConfig as LoftQConfig
-    from diffpeft.llm.config import LoHaConfig as LoHaConfig
-    from diffpeft.llm.config import LoKrConfig as LoKrConfig
-    from diffpeft.llm.config import LoraConfig as LoraConfig
     from diffpeft.llm.config import LoraRuntimeConfig as LoraRuntimeConfig
     from diffpeft.llm.config import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from diffpeft.llm.config import MultitaskPromptTuningInit as MultitaskPromptTuningInit
-    from diffpeft.llm.config import OFTConfig as OFTConfig
     from diffpeft.llm.config import PeftConfig as PeftConfig
     from diffpeft.llm.config import PeftType as PeftType
     from diffpeft.llm.config import PrefixTuningConfig as PrefixTuningConfig

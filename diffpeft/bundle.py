@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffpeft.definition import deltas
-from diffpeft.entries import COMPONENTS, Entry, Rule, canonical, dotted, named, parted
+from diffpeft.entries import COMPONENTS, Entry, Rule, canonical, dotted, parted
 from diffpeft.handles import Handle
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ __all__ = [
     "Rule",
     "canonical",
     "dotted",
-    "named",
     "parted",
     "trigger_words",
 ]
@@ -42,6 +41,11 @@ class Bundle:
     source: str = "a dict of tensors"
     families: tuple[str, ...] = ()  # every family the names fit, the likeliest first
     order: tuple[str, ...] = ()  # the file's keys
+
+    @property
+    def shared(self) -> dict[str, Mapping[str, Handle]]:
+        """{component: the tensors by role that all its entries share}, where a method has such."""
+        return {parted(entry.layer)[0]: entry.shared for entry in self.entries if entry.shared}
 
     @property
     def methods(self) -> set[str]:

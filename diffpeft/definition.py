@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from diffpeft.entries import Entry, Rule
 from diffpeft.errors import ConfigError, shown
 from diffpeft.handles import load, number
+from diffpeft.methods.layout import BIAS
+from diffpeft.methods.shapes import weight_shape
 
 if TYPE_CHECKING:
     import torch
 
     from diffpeft.methods import Additive, Method, Spec
 
-_BIASES = frozenset({"diff_b", "b_norm"})
-_WHOLE = ("diff", "w_norm", "b_norm")  # a change as it is, not as factors
+_BIASES = frozenset({BIAS, "b_norm"})
 
 
 class Definition(NamedTuple):
@@ -79,7 +80,7 @@ def _delta(entry: Entry, W: torch.Tensor | None) -> torch.Tensor:
     method, p, spec = definition
     if additive := definition.additive:
         delta = additive.scale(p, spec) * additive.delta(p, spec)
-        column = any(len(entry.tensors[role].shape) == 1 for role in _WHOLE[:2] if role in p)
+        column = any(len(entry.tensors[role].shape) == 1 for role in ("diff", "w_norm") if role in p)
         return delta.reshape(W.shape) if W is not None else delta.flatten() if column else delta
     assert W is not None
     before = W.double().reshape(spec.geometry.shape)
@@ -95,27 +96,26 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> Definition:
 
     method = METHODS[entry.method]
     roles = [role for role in entry.tensors if role in method.roles]
-    p = {role: t.double() for role, t in zip(roles, load(entry.tensors[role] for role in roles), strict=True)}
+    _check_shared(entry, method, W)
+    handles = {**{role: entry.tensors[role] for role in roles}, **{role: entry.shared[role] for role in method.shared}}
+    p = {role: t.double() for role, t in zip(handles, load(handles.values()), strict=True)}
     if W is None and not method.additive(p):
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
         )
-    o, *columns = (entry.shape or _shown_shape(p)) if W is None else W.shape
+    o, *columns = (entry.shape or weight_shape(entry.method, entry.shapes)) if W is None else W.shape
     i, *kernel = columns or [1]  # a norm's factors are a column
     geometry = Geometry(o, i, tuple(kernel), lookup=any("_embedding_" in role for role in roles))
     spec = Spec(geometry, number(entry.alpha), entry.options)
     return Definition(method, method.prepare(method.adopt(p, spec), spec, False), spec)
 
 
-def _shown_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """The shape of the weight that an additive method's tensors are for, as far as they show it: a kernel may be hidden in the columns."""
-    change = next((p[role] for role in _WHOLE if role in p), None)
-    if change is not None:
-        return tuple(change.shape)
-    first = [p[role].shape for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if role in p]
-    down = next(p[role] for role in ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w2") if role in p)
-    up = next(p[role] for role in ("lora_B", "lora_embedding_B", "hada_w1_a", "lokr_w2_a", "lokr_w2") if role in p)
-    core = next((p[role] for role in ("lora_mid", "hada_t1", "lokr_t2") if role in p), None)
-    turned = core is not None and "lora_mid" not in p  # LyCORIS's Tucker factors are [r, out] and [r, in]
-    o1, i1 = (first[0][0], first[-1][1]) if first else (1, 1)
-    return (o1 * up.shape[int(turned)], i1 * down.shape[1], *(down if core is None else core).shape[2:])
+def _check_shared(entry: Entry, method: type[Method], W: torch.Tensor | None) -> None:
+    """Raise ConfigError for an entry that lacks tensors of its whole adapter, or with nothing that tells how much of these is for it."""
+    if missing := {*method.shared} - {*entry.shared}:
+        raise ConfigError(
+            f"{entry.method} on {shown(entry.layer)} needs {' and '.join(sorted(missing))}, which its file leaves out",
+            remedy="Load it onto its model.",
+        )
+    if method.shared and W is None and entry.shape is None:
+        raise ConfigError(f"nothing tells the columns of {shown(entry.layer)}", remedy="Pass base={layer: W}.")

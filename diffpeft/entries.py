@@ -6,11 +6,12 @@ program has fused (or with other rows first) is an entry under the original's na
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffpeft.handles import Handle
+from diffpeft.methods.layout import named
 
 COMPONENTS = (
     "unet",
@@ -68,25 +69,25 @@ class Rule:
         Raises ValueError for a total that does not divide into the shares.
         """
         shares = [share for _, share in self.parts]
-        unit, rest = divmod(total, sum(shares))
+        unit, over = divmod(total, sum(shares))
         size, odd = divmod(total, len(self.chunks))
-        if rest or odd:
+        if over or odd:
             raise ValueError(f"{total} rows of {self.original} do not divide into {shares}")
         start, end = unit * sum(shares[:part]), unit * sum(shares[: part + 1])  # in diffusers' order
-        found: list[tuple[int, int]] = []
+        spans: list[tuple[int, int]] = []
         for place, chunk in enumerate(self.chunks):
             a, b = max(start, place * size), min(end, (place + 1) * size)
             if a < b:
                 a, b = a + (chunk - place) * size, b + (chunk - place) * size
-                if found and found[-1][1] == a:
-                    a = found.pop()[0]
-                found.append((a, b))
-        return found
+                if spans and spans[-1][1] == a:
+                    a = spans.pop()[0]
+                spans.append((a, b))
+        return spans
 
     def rows(self, part: int, total: int) -> Sequence[int]:
         """As `ranges`, row by row; a range if they lie together."""
-        found = [range(a, b) for a, b in self.ranges(part, total)]
-        return found[0] if len(found) == 1 else [row for rows in found for row in rows]
+        spans = [range(a, b) for a, b in self.ranges(part, total)]
+        return spans[0] if len(spans) == 1 else [row for rows in spans for row in rows]
 
     def filled(self, numbers: Sequence[str]) -> Rule:
         """The rule with numbers in its names."""
@@ -110,6 +111,7 @@ class Entry:
     rule: Rule | None = (
         None  # of a layer of the original program whose rows are not one of diffusers' layers' as they are
     )
+    shared: Mapping[str, Handle] = field(default_factory=dict)  # the tensors of the whole adapter, of `Bundle.shared`
     own: str | None = None  # the layer as its model calls it, within its component; None if no model told it
 
     @property
@@ -127,9 +129,3 @@ class Entry:
     def methods(self) -> frozenset[str]:
         """The method's name, and for a DoRA over something else than LoRA also that."""
         return named(self.method, self.tensors)
-
-
-def named(method: str, roles: Collection[str]) -> frozenset[str]:
-    """A method's name, and the name of what a DoRA is over unless that is LoRA."""
-    over = {"loha": "hada_", "lokr": "lokr_"} if method == "dora" else {}
-    return frozenset({method, *(m for m, start in over.items() if any(role.startswith(start) for role in roles))})

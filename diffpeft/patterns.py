@@ -132,9 +132,9 @@ def fullmatch(pattern: str, name: str) -> bool:
 
 def ends(pattern: str, name: str) -> bool:
     """PEFT's rule of `rank_pattern`: whether a pattern matches a name, or its end at a dot."""
-    plain, whole = _plain(pattern)
+    plain, anchored = _plain(pattern)
     if plain is not None:
-        return name == plain or (name.endswith(f".{plain}") and not whole)
+        return name == plain or (name.endswith(f".{plain}") and not anchored)
     return match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -143,8 +143,8 @@ def first(patterns: Mapping[str, Value] | None, names: Iterable[str], default: V
     if not patterns:
         return default
     keys, names = tuple(patterns), tuple(names)
-    whole, ending, others = _index(keys)
-    places = [whole[name] for name in names if name in whole]
+    full, ending, others = _index(keys)
+    places = [full[name] for name in names if name in full]
     places += [place for name in names for end in name_ends(name) if (place := ending.get(end)) is not None]
     best = min(places, default=len(keys))
     best = next((place for place in others if place < best and any(ends(keys[place], name) for name in names)), best)
@@ -154,7 +154,7 @@ def first(patterns: Mapping[str, Value] | None, names: Iterable[str], default: V
 @functools.lru_cache(32)
 def _index(keys: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int], list[int]]:
     """The places of patterns that are whole names, of those that are ends of names, and of all others."""
-    whole: dict[str, int] = {}
+    full: dict[str, int] = {}
     ending: dict[str, int] = {}
     others: list[int] = []
     for place, key in enumerate(keys):
@@ -162,8 +162,8 @@ def _index(keys: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int], list[
         if plain is None:
             others.append(place)
         else:
-            (whole if alone else ending).setdefault(plain, place)
-    return whole, ending, others
+            (full if alone else ending).setdefault(plain, place)
+    return full, ending, others
 
 
 def _plain(pattern: str) -> tuple[str | None, bool]:

@@ -86,8 +86,8 @@ class Table:
         """A text encoder's layer behind a name that may lack the level `text_model` or have one `model` more."""
         dot = "_" if flat else "."
         for name in (layer, f"text_model{dot}{layer}", layer.removeprefix(f"model{dot}")):
-            if found := self.dotted(component, name.replace(".", "_")):
-                return found if flat or found == name else None
+            if known := self.dotted(component, name.replace(".", "_")):
+                return known if flat or known == name else None
         return None
 
     def own_name(self, component: str, layer: str) -> str:
@@ -109,8 +109,8 @@ class Table:
         alike = self.components.keys() == other.components.keys() and self.rules.keys() == other.rules.keys()
         return (
             alike
-            and all(own is other.components[c] for c, own in self.components.items())
-            and all(own is other.rules[c] for c, own in self.rules.items())
+            and all(mine is other.components[c] for c, mine in self.components.items())
+            and all(mine is other.rules[c] for c, mine in self.rules.items())
             and all(e.kohya == other.encoders[c].kohya for c, e in self.encoders.items())
         )
 
@@ -123,8 +123,8 @@ class Table:
     @_remembered
     def to_diffusers(self, component: str, layer: str, aspect: int | None = None) -> Rule | None:
         """The rule of one layer of the original, in full names. `aspect` (rows by columns) is only asked for where names do not suffice."""
-        found = _rule(self._index(component).originals, layer, aspect)
-        return found and found[0]
+        rule = _rule(self._index(component).originals, layer, aspect)
+        return rule and rule[0]
 
     @_remembered
     def to_original(self, component: str, layer: str, aspect: int | None = None) -> tuple[Rule, int] | None:
@@ -173,8 +173,8 @@ def table(
 
 def renamed(names: Mapping[str, str | Sequence[str]]) -> tuple[Rule, ...]:
     """Rules from {original: diffusers' layer, or the layers that share its rows equally}."""
-    parts = {original: (own,) if isinstance(own, str) else own for original, own in names.items()}
-    return tuple(Rule(original, tuple((name, 1) for name in own)) for original, own in parts.items())
+    parts = {original: (layers,) if isinstance(layers, str) else layers for original, layers in names.items()}
+    return tuple(Rule(original, tuple((name, 1) for name in layers)) for original, layers in parts.items())
 
 
 def same(*names: str) -> tuple[Rule, ...]:
@@ -192,25 +192,25 @@ def within(original: str, diffusers: str, rules: Iterable[Rule]) -> tuple[Rule, 
 
 def _rule(rules: tuple[Flat, Side], layer: str, aspect: int | None) -> tuple[Rule, int] | None:
     index, side = rules
-    found = _find(index, layer.replace(".", "_"))
-    if found is None or _filled(found) != layer:
+    match = _find(index, layer.replace(".", "_"))
+    if match is None or _filled(match) != layer:
         return None
-    template, numbers = found
+    template, numbers = match
     fitting = [(rule.filled(numbers), part) for rule, part in side[template] if rule.aspect in (None, aspect)]
     return fitting[0] if fitting else None
 
 
-def _filled(found: tuple[str, list[str]] | None) -> str | None:
-    return found and found[0].format(*found[1])
+def _filled(match: tuple[str, list[str]] | None) -> str | None:
+    return match and match[0].format(*match[1])
 
 
 def _find(index: Flat, flat: str) -> tuple[str, list[str]] | None:
     """The template and the numbers in it that give a flat name."""
     shape, numbers = _shape(flat)
-    for mask, own in index.get(shape, {}).items():
+    for mask, templates in index.get(shape, {}).items():
         literal = tuple(number for number, fixed in zip(numbers, mask, strict=True) if fixed)
-        if literal in own:
-            return own[literal], [number for number, fixed in zip(numbers, mask, strict=True) if not fixed]
+        if literal in templates:
+            return templates[literal], [number for number, fixed in zip(numbers, mask, strict=True) if not fixed]
     return None
 
 
@@ -221,10 +221,10 @@ def _shape(flat: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _flat(templates: Iterable[str]) -> Flat:
-    found: Flat = {}
+    index: Flat = {}
     for template in templates:
         shape, numbers = _shape(template.replace(".", "_"))
         mask = tuple(number != "{}" for number in numbers)
         literal = tuple(number for number in numbers if number != "{}")
-        found.setdefault(shape, {}).setdefault(mask, {}).setdefault(literal, template)
-    return found
+        index.setdefault(shape, {}).setdefault(mask, {}).setdefault(literal, template)
+    return index

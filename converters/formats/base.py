@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from converters.families import Table
-from converters.roles import FOREIGN, KNOWN
+from converters.roles import FOREIGN, OLD_OFT
 from diffpeft.bundle import Entry, Handle
+from diffpeft.methods.layout import KNOWN
+
+NO_KEYS: Mapping[str, str] = MappingProxyType({})  # of a format without a place for an adapter's shared tensors
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Format(Protocol):
     single: bool
     writable: bool
     tables: Mapping[str, Table]  # the families that it is for, with their tables as it sees them
+    shared_keys: Mapping[str, str]  # {role: key} of the tensors of a whole adapter
     owned: frozenset[str]  # the keys of the metadata that only this format writes
 
     def split(self, key: str) -> Part | None:
@@ -87,8 +92,8 @@ class Format(Protocol):
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         """{canonical layer: alpha} of the alphas that stand beside the tensors; the others are the metadata's."""
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
-        """What this format says about the entries in the metadata; `kept` is the adapter's own."""
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
+        """What this format says about the entries in the metadata; `earlier` is the adapter's own."""
 
 
 class OneModel:
@@ -126,7 +131,7 @@ _WEIGHTS = ("lora_A", "lora_B", "lora_mid", "oft_R", "oft_embedding_R")
 _SPELT = {**LYCORIS, **_OTHER, "alpha": "alpha"}
 _ENDING = re.compile(rf"(?P<layer>.+)\.(?P<role>{'|'.join(map(re.escape, sorted(_SPELT, key=len, reverse=True)))})")
 _DOTTED = re.compile(
-    rf"(?P<layer>.+)\.(?P<role>{'|'.join(sorted(KNOWN, key=len, reverse=True))})"
+    rf"(?P<layer>.+)\.(?P<role>{'|'.join(sorted({*KNOWN, *OLD_OFT}, key=len, reverse=True))})"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?P<end>\.weight|\.bias)?"
 )
 _USUAL = (".lora_A.weight", ".lora_B.weight")

@@ -29,8 +29,8 @@ class BFL(Diffusers):
             return None
         if match := _SCALE.fullmatch(key):
             return Part("", match["layer"], "set_weight")
-        found = dotted_role(key)
-        return Part("", *found) if found else None
+        layer_role = dotted_role(key)
+        return Part("", *layer_role) if layer_role else None
 
     def word(self, component: str, table: Table) -> str | None:
         """There is nothing in front."""

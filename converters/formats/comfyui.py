@@ -29,8 +29,10 @@ class ComfyUI(Lycoris):
     def split(self, key: str) -> Part | None:
         """A prefix, the layer, the role."""
         word = _WORD.match(key)
-        found = dotted_role(key[word.end() :]) if word else None
-        return Part(word[0], *found) if word and found and found[1] != "oft_R" else None  # that is OneTrainer's
+        layer_role = dotted_role(key[word.end() :]) if word else None
+        return (
+            Part(word[0], *layer_role) if word and layer_role and layer_role[1] != "oft_R" else None
+        )  # that is OneTrainer's
 
     def component(self, word: str, table: Table) -> str:
         """By the family's own prefixes."""

@@ -10,12 +10,12 @@ from typing import Any
 
 from converters.formats.schema import ALPHA as FINITE
 from converters.formats.schema import MAX_RANK, NOTHING, whole
-from converters.roles import rank
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry
+from diffpeft.methods.layout import LAYOUTS
+from diffpeft.methods.shapes import rank
 
 _ALPHAS, _RANKS = FINITE | NOTHING, whole(0, MAX_RANK)  # what a config can say
-ALPHA = {"LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # the field by peft_type
 
 
 def alpha(config: Mapping[str, Any], names: Iterable[str], r: int) -> float | None:
@@ -37,7 +37,7 @@ def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def turned(entry: Entry, config: Mapping[str, Any] | None) -> Entry:
     """The entry with the options of a rotation: LyCORIS's blocks turn the output; PEFT's tensors the input, as its config says."""
-    if entry.method not in ("oft", "boft"):
+    if LAYOUTS[entry.method].alpha != "bound":
         return entry
     if "oft_blocks" in entry.tensors:
         return replace(entry, options={"side": "output"})

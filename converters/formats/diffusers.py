@@ -13,13 +13,13 @@ from dataclasses import replace
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import Answer, Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import NO_KEYS, Answer, Part, dotted_role, magnitude_axis, suffix
 from converters.formats.schema import check_fields
-from converters.roles import ADDITIVE
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
 from diffpeft.files import Json, config_in
+from diffpeft.methods.layout import PRODUCTS
 
 METADATA = "lora_adapter_metadata"
 _READ = {"lora_A", "lora_B", "lora_magnitude_vector"}  # by diffusers 0.42
@@ -40,15 +40,16 @@ class Diffusers:
 
     name, flat, folder, single, writable = "diffusers", False, False, False, True
     tables: Mapping[str, Table] = TABLES
+    shared_keys: Mapping[str, str] = NO_KEYS
     owned: frozenset[str] = frozenset({METADATA})
 
     def split(self, key: str) -> Part | None:
         """The component's name, unless the file is of one component (and then the family's names say which)."""
-        word, _, rest = key.partition(".")
+        word, _, name = key.partition(".")
         if word not in COMPONENTS:
-            word, rest = "", key
-        found = dotted_role(rest)
-        return Part(word, *found) if found and not rest.startswith(_OTHERS) else None
+            word, name = "", key
+        layer_role = dotted_role(name)
+        return Part(word, *layer_role) if layer_role and not name.startswith(_OTHERS) else None
 
     def component(self, word: str, table: Table) -> str:
         """It is the component."""
@@ -69,21 +70,22 @@ class Diffusers:
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         config = config_in(metadata.get(METADATA, "{}"), f"the metadata {METADATA!r}")
-        own = {component: _of_component(config, component) for component in {parted(e.layer)[0] for e in entries}}
-        for component, fields in own.items():
+        fields_of = {component: _of_component(config, component) for component in {parted(e.layer)[0] for e in entries}}
+        for component, fields in fields_of.items():
             check_fields(fields, f"{METADATA}: {component}")
         try:
             with patterns.limited(UnsafeFileError, METADATA):
-                return [_configured(entry, own[parted(entry.layer)[0]]) for entry in entries]
+                return [_configured(entry, fields_of[parted(entry.layer)[0]]) for entry in entries]
         except ConfigError as error:  # a pattern that is none
             raise CheckpointError(f"cannot read the metadata {METADATA!r} ({error.what})") from error
 
     def holds(self, entries: Sequence[Entry]) -> Answer:
-        foreign = {e.layer: e.methods for e in entries if not {*self.stored(e)} <= _READ}
-        methods = " or ".join(sorted(frozenset().union(*foreign.values())))
+        foreign = [e.layer for e in entries if not {*self.stored(e)} <= _READ]
+        layers = {*foreign}
+        methods = " or ".join(sorted(frozenset().union(*(e.methods for e in entries if e.layer in layers))))
         inputs = [e.layer for e in entries if magnitude_axis(e) == 1]
         return (
-            Answer.unless([*foreign], f"stock diffusers reads no {methods} with these tensors")
+            Answer.unless(foreign, f"stock diffusers reads no {methods} with these tensors")
             and Answer.unless(inputs, "stock diffusers reads no DoRA with a magnitude for each input")
             and Answer(*(configs.unsayable(entries) or ()))
             and Answer.unless(_mixed(entries), "stock diffusers reads LoRA and DoRA in one component as one of them")
@@ -95,11 +97,11 @@ class Diffusers:
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         return {}
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         config: Json = {}
         for component in dict.fromkeys(parted(e.layer)[0] for e in entries):
-            own = [e for e in entries if parted(e.layer)[0] == component]
-            config |= {f"{component}.{field}": value for field, value in _config(own).items()}
+            members = [e for e in entries if parted(e.layer)[0] == component]
+            config |= {f"{component}.{field}": value for field, value in _config(members).items()}
         return {METADATA: json.dumps(config, indent=2, sort_keys=True)}
 
 
@@ -116,8 +118,8 @@ def peft_magnitude(entry: Entry) -> dict[str, Handle]:
     tensors = dict(entry.tensors)
     if magnitude_axis(entry) == 0 and "dora_scale" in tensors and "lora_A" in tensors:
         m = tensors.pop("dora_scale")
-        out, *rest = m.shape
-        tensors["lora_magnitude_vector"] = io.reshaped(m, (1, out, *rest[1:]) if len(rest) > 1 else (out,))
+        out, *ones = m.shape
+        tensors["lora_magnitude_vector"] = io.reshaped(m, (1, out, *ones[1:]) if len(ones) > 1 else (out,))
     return tensors
 
 
@@ -138,13 +140,13 @@ def _config(entries: Sequence[Entry]) -> Json:
 def _of_component(config: Json, component: str) -> Json:
     """The fields for a component; a file of one component has them without its name in front."""
     prefix = component + "."
-    own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-    return own or {k: v for k, v in config.items() if k.partition(".")[0] not in COMPONENTS}
+    fields = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+    return fields or {k: v for k, v in config.items() if k.partition(".")[0] not in COMPONENTS}
 
 
 def _configured(entry: Entry, config: Json) -> Entry:
     entry = configs.turned(entry, {"peft_version": "0.18", **config})
-    if entry.alpha is not None or entry.method not in ("dora", *ADDITIVE):
+    if entry.alpha is not None or entry.method not in PRODUCTS:
         return entry
     name = parted(entry.layer)[1]
     r = configs.ranks_of([entry])[entry.layer]

@@ -37,9 +37,9 @@ class DiffusersOld(Diffusers):
 
     def split(self, key: str) -> Part | None:
         """The component's name or none, the attention, and which of its layers."""
-        word, _, rest = key.partition(".")
-        word, rest = (word, rest) if word in COMPONENTS else ("", key)
-        match = _KEY.fullmatch(rest) if "_lora." in rest else None
+        word, _, name = key.partition(".")
+        word, name = (word, name) if word in COMPONENTS else ("", key)
+        match = _KEY.fullmatch(name) if "_lora." in name else None
         if match is None:
             return super().split(key)
         layers = _CLIP if match["attention"].endswith("self_attn") else _UNET

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
-from converters.formats.base import LYCORIS, Answer, OneModel, Part, denoiser, dotted_role, magnitude_axis
+from converters.formats.base import LYCORIS, NO_KEYS, Answer, OneModel, Part, denoiser, dotted_role, magnitude_axis
 from converters.formats.config import turned
-from converters.roles import BIAS, ROLES
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
+from diffpeft.methods.layout import BIAS, ROLES
 
 KOHYA_OFT = "oft_unet_"
 UNET, TRANSFORMER, WRAPPER = "lora_unet_", "lora_transformer_", "lycoris_"
@@ -53,6 +53,7 @@ class Lycoris:
 
     name, flat, folder, single, writable = "", True, False, False, True
     tables: Mapping[str, Table] = TABLES
+    shared_keys: Mapping[str, str] = NO_KEYS
     owned: frozenset[str] = frozenset()
     suffixes: Mapping[str, str] = _SUFFIX_OF  # {role: what stands behind the layer's name}
 
@@ -87,7 +88,7 @@ class Lycoris:
         free: dict[str, Handle | float] = {e.layer: 0.0 for e in entries if e.layer not in scaled}
         return free | {e.layer: e.alpha for e in entries if e.alpha is not None}
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         """Nothing."""
         return {}
 
@@ -144,7 +145,7 @@ class Kohya(Lycoris):
         clamped = [e.layer for e in entries if of_sd_scripts(e) and parted(e.layer)[0].startswith("text_encoder")]
         return Answer.unless(clamped, "sd-scripts' OFT is not for text encoders") and super().holds(entries)
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         """The module that reads it in sd-scripts."""
         plain = all(magnitude_axis(e) is None and {*e.tensors} <= {"lora_A", "lora_B"} for e in entries)
         module = "networks.lora" if plain else "lycoris.kohya"
@@ -175,10 +176,10 @@ def flat_part(word: str, layer: str, end: str) -> Part | None:
     """A key of which a flat name and what stands behind its first dot are known: the role, or first the rest of a name that is flat only in part."""
     if end in SUFFIXES:
         return Part(word, layer, SUFFIXES[end])
-    found = dotted_role(f"{layer}.{end}") if end else None
-    if found is None or not found[0].startswith(layer) or found[1] == "oft_R":  # that is OneTrainer's
+    layer_role = dotted_role(f"{layer}.{end}") if end else None
+    if layer_role is None or not layer_role[0].startswith(layer) or layer_role[1] == "oft_R":  # that is OneTrainer's
         return None
-    return Part(word, found[0].replace(".", "_").lstrip("_"), found[1])
+    return Part(word, layer_role[0].replace(".", "_").lstrip("_"), layer_role[1])
 
 
 def of_sd_scripts(entry: Entry) -> bool:

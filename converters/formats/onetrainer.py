@@ -21,12 +21,12 @@ from converters.formats.config import ranks_of
 from converters.formats.fields import blocks_of
 from converters.formats.kohya import TRANSFORMER, UNET, Kohya
 from converters.formats.schema import number
-from converters.roles import ADDITIVE, ROLES
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
 from diffpeft.errors import CheckpointError, listed
 from diffpeft.files import parsed
 from diffpeft.handles import Cast
+from diffpeft.methods.layout import PRODUCTS, ROLES
 
 TERMS = 5
 _AS_ITS = {"side": "input", "neumann": TERMS, "neumann_last": 1, "coft": None}  # the options of a rotation of its
@@ -36,7 +36,9 @@ _ENCODERS = ("clip_l", "clip_g", "t5", "llama", "gemma", "qwen")
 _WORD = re.compile(rf"(?:{'|'.join((*COMPONENTS, *_ENCODERS, 'prior', 'diffusion_model'))})\.")
 _PART = re.compile(r"(?P<layer>.+[._](?:qkv|kv_linear|linear1))\.(?P<part>\d)")
 _ROTATION, _MARKER = ".oft_R.weight", ".oft_R.scaled_oft"
-_ROLES = ("lora_A", "lora_B", "dora_scale", *ROLES["loha"][:4], *ROLES["lokr"][:6], "oft_R", "alpha")
+_CORES = ("hada_t1", "hada_t2", "lokr_t2")  # of Tucker's decomposition, which it does not have
+_PRODUCTS = tuple(role for method in ("loha", "lokr") for role in ROLES[method] if role not in _CORES)
+_ROLES = ("lora_A", "lora_B", "dora_scale", *_PRODUCTS, "oft_R", "alpha")
 _SPELT = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "oft_R": "oft_R.weight"}
 # the convolutions of all families by their names, and UNets' layers that are convolutions in SD1.x
 _CONVOLUTION = re.compile(r"(.+\.)?(conv[^.]*|(pos|patch)_embed\.proj|x_embedder\.proj)")
@@ -63,10 +65,10 @@ class OneTrainer(Kohya):
             return replace(flat, role="oft_R") if flat else None
         if word is None:
             return super().split(key)
-        found = dotted_role(key[word.end() :])
-        if found is None:
+        layer_role = dotted_role(key[word.end() :])
+        if layer_role is None:
             return None
-        layer, role = found
+        layer, role = layer_role
         part = _PART.fullmatch(layer)
         layer = (part["layer"] if part else layer).replace(".", "_")
         return Part(word[0], layer, role, int(part["part"]) if part else None)
@@ -80,8 +82,8 @@ class OneTrainer(Kohya):
             return name
         if name not in _ENCODERS:
             return denoiser(table)
-        found = (c for c, e in table.encoders.items() if e.comfyui.startswith(f"text_encoders.{name}"))
-        return next(found, next(iter(table.encoders), "text_encoder"))
+        components = (c for c, e in table.encoders.items() if e.comfyui.startswith(f"text_encoders.{name}"))
+        return next(components, next(iter(table.encoders), "text_encoder"))
 
     def word(self, component: str, table: Table) -> str | None:
         """Dotted names have the component's. A text encoder that is alone has no number."""
@@ -143,7 +145,7 @@ class OneTrainer(Kohya):
 
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         """It writes one for each layer; without one the scale is 1."""
-        added = {e.layer: e for e in entries if e.method in ("dora", *ADDITIVE)}
+        added = {e.layer: e for e in entries if e.method in PRODUCTS}
         ranks = ranks_of(added.values())
         return {
             layer: float(ranks[layer]) if e.alpha is None else e.alpha
@@ -151,9 +153,9 @@ class OneTrainer(Kohya):
             if ranks[layer] or e.alpha is not None
         }
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         """What it said of itself."""
-        return {key: kept[key] for key in self.owned if key in kept}
+        return {key: earlier[key] for key in self.owned if key in earlier}
 
 
 def _is_convolution(entry: Entry, others: Sequence[Entry] = ()) -> bool | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,23 +17,20 @@ from converters.families import TABLES, Table
 from converters.formats import config as configs
 from converters.formats.base import Answer, OneModel, Part, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
-from converters.formats.fields import TYPES, Unfit, blocks_of, fields, layers_of, own_name
+from converters.formats.fields import TYPES, Unfit, dialect_of, fields, is_old_oft, layers_of, names_of, own_name
 from converters.formats.schema import check_fields
 from converters.formats.wrappers import PEFT as PREFIX
-from converters.formats.wrappers import unwrapped
-from converters.roles import ADDITIVE, ROLES
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError, listed, shown
 from diffpeft.files import config_in
+from diffpeft.methods.layout import LAYOUTS, PRODUCTS
 
 WEIGHTS, FILE = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "diffpeft.adapter_config"  # where a Bundle's metadata has the config
-_HELD = {r for m in ("lora", "adalora", "loha", "lokr", "oft", "boft") for r in ROLES[m]} - {
-    "lora_mid",
-    "oft_blocks",
-    "rescale",
-} | {"ia3_l"}
+_HELD = {"lora_magnitude_vector"} | {
+    role for layout in LAYOUTS.values() if layout.peft for form in layout.forms if form.peft for role in form.axes
+} - {"dora_scale"}
 
 
 class Peft(OneModel):
@@ -41,6 +39,9 @@ class Peft(OneModel):
     name, flat, folder, single, writable = "peft", False, True, True, True
     tables: Mapping[str, Table] = TABLES
     owned: frozenset[str] = frozenset({CONFIG})
+    shared_keys: Mapping[str, str] = {
+        role: f"base_model.{role}" for layout in LAYOUTS.values() for role in layout.shared
+    }
 
     def split(self, key: str) -> Part | None:
         """A PeftModel's prefix, the layer, the role."""
@@ -61,7 +62,7 @@ class Peft(OneModel):
         try:
             with patterns.limited(UnsafeFileError, FILE):
                 _check(config, entries)
-                return [_configured(entry, config) for entry in entries]
+                return [dialect_of(entry.method).configured(entry, config) for entry in entries]
         except KeyError as error:
             raise CheckpointError(f"{FILE} lacks the field {error}") from error
         except ConfigError as error:  # a pattern that is none
@@ -76,7 +77,7 @@ class Peft(OneModel):
 
     def stored(self, entry: Entry) -> dict[str, Handle]:
         """The core of a one-dimensional convolution has one more axis here than in LyCORIS."""
-        cores = ("hada_t1", "hada_t2", "lokr_t2")
+        cores = {role for role, axes in LAYOUTS[entry.method].axes.items() if axes.endswith("*k1")}
         return {
             role: io.reshaped(h, (*h.shape, 1)) if role in cores and len(h.shape) == 3 else h
             for role, h in peft_magnitude(entry).items()
@@ -112,36 +113,33 @@ class Peft(OneModel):
 
     def _fields(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """The fields of a config with which PEFT makes these tensors. Raises Unfit."""
-        if not entries:
-            raise Unfit("there is no adapter", [])
-        components = {parted(e.layer)[0] for e in entries}
-        if len(components) > 1:
-            raise Unfit(f"a folder holds one component, not {' and '.join(sorted(components))}", layers_of(entries))
-        over = [e for e in entries if len(e.methods) > 1]
-        if over:
-            raise Unfit(f"PEFT has no {' over '.join(sorted(over[0].methods))}", layers_of(over))
-        inputs = [e for e in entries if magnitude_axis(e) == 1]
-        if inputs:
-            raise Unfit("PEFT's DoRA has a magnitude for each output, not for each input", layers_of(inputs))
-        extra = {e.layer: sorted({*self.stored(e)} - _HELD - {"lora_magnitude_vector"}) for e in entries}
-        if lost := {layer: roles for layer, roles in extra.items() if roles}:
-            roles = sorted({role for found in lost.values() for role in found})
-            what = " (PEFT turns inputs, LyCORIS and sd-scripts outputs)" if "oft_blocks" in roles else ""
-            raise Unfit(f"PEFT has no {' and '.join(roles)}{what}", list(lost))
-        methods = sorted({e.method for e in entries})
-        if len(methods) > 1:
-            few = min(methods, key=lambda m: sum(e.method == m for e in entries))
-            raise Unfit(f"a folder holds one method, not {' and '.join(methods)}", layers_of(entries, few))
-        if trouble := configs.unsayable(entries):
+        if trouble := next(self._troubles(entries), None):
             raise Unfit(*trouble)
         return fields(entries)
 
+    def _troubles(self, entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:
+        """Why a folder cannot hold entries, and the layers that are to blame."""
+        if not entries:
+            yield "there is no adapter", []
+        if len(components := {parted(e.layer)[0] for e in entries}) > 1:
+            yield f"a folder holds one component, not {' and '.join(sorted(components))}", layers_of(entries)
+        if nested := [e for e in entries if len(e.methods) > 1]:
+            yield f"PEFT has no {' over '.join(sorted(nested[0].methods))}", layers_of(nested)
+        yield from self._unheld(entries)
+        if len(methods := Counter(e.method for e in entries)) > 1:
+            fewest = min(sorted(methods), key=methods.__getitem__)
+            yield f"a folder holds one method, not {' and '.join(sorted(methods))}", layers_of(entries, fewest)
+        if trouble := configs.unsayable(entries):
+            yield trouble
 
-def _names(entry: Entry) -> tuple[str, ...]:
-    """What a config may call a layer: its canonical name, that without CLIP's level, and the name in the keys, which may be the original program's."""
-    own = parted(entry.layer)[1]
-    spelt = (found[0] for key in entry.keys[:1] if (found := dotted_role(unwrapped(key).removeprefix(PREFIX))))
-    return tuple({own, own.removeprefix("text_model."), *spelt})
+    def _unheld(self, entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:
+        """The tensors that PEFT does not have."""
+        if inputs := [e.layer for e in entries if magnitude_axis(e) == 1]:
+            yield "PEFT's DoRA has a magnitude for each output, not for each input", inputs
+        unknown = {e.layer: {*self.stored(e)} - _HELD for e in entries}
+        if roles := sorted(set().union(*unknown.values())):
+            what = " (PEFT turns inputs, LyCORIS and sd-scripts outputs)" if "oft_blocks" in roles else ""
+            yield f"PEFT has no {' and '.join(roles)}{what}", [layer for layer, extra in unknown.items() if extra]
 
 
 # Reading
@@ -150,7 +148,7 @@ def _names(entry: Entry) -> tuple[str, ...]:
 def _check_type(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
     """Raise for a config of another method than the tensors'."""
     kind = config.get("peft_type")
-    old = [e for e in entries if _is_old_oft(e)] if kind == "OFT" else []
+    old = [e for e in entries if is_old_oft(e)] if kind == "OFT" else []
     if old and config.get("block_share"):
         raise CheckpointError(
             f"{FILE} says block_share, of PEFT before 0.16",
@@ -172,7 +170,11 @@ def _check(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
         raise UnsafeFileError(
             f"{FILE} names code to import, {shown(config['megatron_core'])}", remedy="Remove the field if you trust it."
         )
-    wrong = {e.layer: why for e in entries if (why := _disagreement(config, e))}
+    wrong = {
+        e.layer: why
+        for e in entries
+        if (why := dialect_of("oft" if is_old_oft(e) else e.method).disagreement(e, config))
+    }
     if wrong:
         raise CheckpointError(
             f"{FILE} disagrees with the tensors of {len(wrong)} layers: {next(iter(wrong.values()))}",
@@ -181,42 +183,9 @@ def _check(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
     _check_targets(config.get("target_modules"), entries)
 
 
-def _is_old_oft(entry: Entry) -> bool:
-    """Whether these are rotations of PEFT before 0.16."""
-    return any(key.endswith((".oft_r", ".oft_s")) or ".oft_r." in key for key in entry.keys)
-
-
-def _disagreement(config: Mapping[str, Any], entry: Entry) -> str:
-    shapes = entry.shapes
-    if entry.method in ("lora", "dora") and bool(config.get("use_dora")) != (entry.method == "dora"):
-        return f"use_dora is {config.get('use_dora', False)}"
-    if _is_old_oft(entry):
-        n = (shapes.get("oft_blocks") or shapes["boft_R"][1:])[0]
-        return "" if n == config.get("r", 8) else f"there are {n} blocks, not {config.get('r', 8)}"
-    if entry.method == "oft" and not config.get("block_share"):
-        from diffpeft.methods.oft import nearest_divisor
-
-        (n, b), asked = blocks_of(entry), config.get("oft_block_size", 32)
-        used = nearest_divisor(n * b, asked or config["r"])
-        return "" if used == (b if asked else n) else f"its blocks are not of {b}, there are not {n}"
-    if entry.method == "ia3":
-        return ""
-    if entry.method == "boft":
-        n, b = shapes["boft_R"][1:3]
-        size, number = config.get("boft_block_size", 4), config.get("boft_block_num", 0)
-        return "" if b == size or n == number else f"its blocks are not of {b}, there are not {n}"
-    r = configs.ranks_of([entry])[entry.layer]
-    if entry.method == "adalora":
-        masks = config.get("rank_pattern") or {}
-        told = next((sum(masks[key]) for n in _names(entry) if (key := f"{n}.lora_E") in masks), config["init_r"])
-        return f"the rank is {told}, not {r}" if r != told else ""
-    told = patterns.first(config.get("rank_pattern"), _names(entry), config.get("r", 8))
-    return f"the rank is {told}, not {r}" if r and r != told else ""
-
-
 def _check_targets(targets: Any, entries: Sequence[Entry]) -> None:
     """The tensors decide which layers are adapted. A target without tensors is refused, tensors that are no target are named in a warning."""
-    names = {e.layer: _names(e) for e in entries}
+    names = {e.layer: names_of(e) for e in entries}
     if isinstance(targets, str) and targets != "all-linear":
         outside = [layer for layer, own in names.items() if not any(patterns.fullmatch(targets, n) for n in own)]
     elif isinstance(targets, list):
@@ -233,27 +202,9 @@ def _check_targets(targets: Any, entries: Sequence[Entry]) -> None:
         )
 
 
-def _configured(entry: Entry, config: Mapping[str, Any]) -> Entry:
-    if entry.method in ("oft", "boft"):
-        return configs.turned(entry, config)
-    if entry.method == "ia3":
-        modules = config.get("feedforward_modules") or []
-        regex = modules if isinstance(modules, str) else None
-        listed_ = [] if regex else modules
-        own = any(n == m or n.endswith(f".{m}") for n in _names(entry) for m in listed_)
-        return replace(entry, options={"feedforward": own or _matched(regex, entry)})
-    if {"lokr_w1", "lokr_w2"} <= {*entry.tensors}:
-        return _whole(entry, config)
-    if entry.method == "adalora":  # which has no patterns of alpha
-        return replace(entry, alpha=float(config.get("lora_alpha", 8)), options={"ranknum": config["init_r"]})
-    r = configs.ranks_of([entry])[entry.layer]
-    field = configs.ALPHA[TYPES[entry.method]]
-    return replace(entry, alpha=configs.alpha({field: 8, **config}, _names(entry), r))
-
-
 def _unconfigured(entries: Sequence[Entry]) -> list[Entry]:
     """Entries of a file that has no config beside it. Without an alpha a scale is 1; a rotation or AdaLoRA cannot be told from its tensors."""
-    others = [e for e in entries if e.method not in (*ADDITIVE, "dora")]
+    others = [e for e in entries if e.method not in PRODUCTS]
     if others:
         raise CheckpointError(
             f"these are PEFT's names, and there is no {FILE} that says how {' and '.join(sorted({e.method for e in others}))} is meant",
@@ -261,26 +212,3 @@ def _unconfigured(entries: Sequence[Entry]) -> list[Entry]:
             remedy=f"Pass the folder with {WEIGHTS} and {FILE}.",
         )
     return list(entries)
-
-
-def _matched(regex: str | None, entry: Entry) -> bool:
-    """PEFT's rule for a regular expression."""
-    return regex is not None and any(patterns.fullmatch(regex, name) for name in _names(entry))
-
-
-def whole_scale(entry: Entry, config: Mapping[str, Any]) -> float:
-    """By what PEFT multiplies a LoKr of two whole halves; 1 for anything else."""
-    if not {"lokr_w1", "lokr_w2"} <= {*entry.tensors}:
-        return 1.0
-    names = _names(entry)
-    r = patterns.first(config.get("rank_pattern"), names, config.get("r", 8))
-    return (configs.alpha({"alpha": 8, **config}, names, r) or 0) / r
-
-
-def _whole(entry: Entry, config: Mapping[str, Any]) -> Entry:
-    """PEFT scales a LoKr of two whole halves by alpha / r; everywhere else its scale is 1. So the first half takes the factor."""
-    scale = whole_scale(entry, config)
-    if scale == 1:
-        return entry
-    warnings.warn(f"{shown(entry.layer)}: alpha / r = {scale:g} was multiplied into lokr_w1", stacklevel=2)
-    return replace(entry, tensors={**entry.tensors, "lokr_w1": io.scaled(entry.tensors["lokr_w1"], scale)})

@@ -65,9 +65,9 @@ class SafeLoras(Diffusers):
         """With the names that the layers of the classes in the metadata have, which must be those of a Stable Diffusion."""
         named = {c: list(layers_in(c, _classes(c, metadata), _feed_forward_last(entries))) for c in _CLASSES}
         numbers = {e.layer: int(e.keys[0].split(":")[1]) for e in entries}
-        lost = [e.keys[0] for e in entries if numbers[e.layer] >= len(named[parted(e.layer)[0]])]
-        if lost:
-            raise CheckpointError("there are more layers than a Stable Diffusion 1 or 2 has", where=listed(lost[:3]))
+        beyond = [e.keys[0] for e in entries if numbers[e.layer] >= len(named[parted(e.layer)[0]])]
+        if beyond:
+            raise CheckpointError("there are more layers than a Stable Diffusion 1 or 2 has", where=listed(beyond[:3]))
         out = []
         for e in entries:
             component = parted(e.layer)[0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffpeft.errors import CheckpointError, NonFiniteError
+from diffpeft.methods.layout import LAYOUTS
 
 MAX_RANK, MAX_SIZE, MAX_NAMES, MAX_TEXT = 1 << 16, 1 << 20, 1 << 16, 20_000
 MAX_TERMS = 100  # of a rotation's series, which is work for every step
@@ -89,6 +90,7 @@ REPLICATION = Kind(
     f"a list of at most {MAX_RANGES} pairs (first layer, end), for at most {MAX_LAYERS} layers", _is_replication
 )
 
+_WORDS = {"flag": FLAG, "count": COUNT, "number": ALPHA}  # of methods.layout.Field.kind
 _COMMON = {
     "peft_type": WORD | NOTHING,
     "task_type": WORD | NOTHING,
@@ -109,13 +111,10 @@ _LAYERS = {
     "r": RANK,
     "rank_pattern": by_name(RANK) | NOTHING,
     "alpha_pattern": by_name(ALPHA) | NOTHING,
-    "rank_dropout": SHARE,
-    "module_dropout": SHARE,
     "init_weights": FLAG | WORD,
 }
 _LORA = {
     "lora_alpha": ALPHA,
-    "lora_dropout": SHARE,
     "lora_bias": FLAG,
     "use_rslora": FLAG,
     "use_dora": FLAG,
@@ -159,9 +158,12 @@ _ROTATIONS = {
     "boft_block_size": whole(0, MAX_RANK),
     "boft_block_num": COUNT,
     "boft_n_butterfly_factor": whole(0, 64),
-    "boft_dropout": SHARE,
 }
 _IA3 = {"feedforward_modules": PATTERN, "init_ia3_weights": FLAG}
+_METHODS = {
+    **{name: SHARE for layout in LAYOUTS.values() for name in layout.dropouts if name.endswith("_dropout")},
+    **{row.name: _WORDS[row.kind] for layout in LAYOUTS.values() for row in layout.fields},
+}
 _PROMPTS = {
     "num_virtual_tokens": SIZE | NOTHING,
     "token_dim": SIZE | NOTHING,
@@ -190,6 +192,7 @@ FIELDS: dict[str, Kind] = {
     **_PRODUCTS,
     **_ROTATIONS,
     **_IA3,
+    **_METHODS,
     **_PROMPTS,
 }
 # what a method has under a name of another's

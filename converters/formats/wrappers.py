@@ -43,5 +43,5 @@ def unwrapped(key: str) -> str:
     match = _DOTTED.match(key)
     if match is None:
         return key
-    kept = PEFT if PEFT in match["wrappers"] and not match["component"] else ""
-    return match["component"] + kept + key[match.end() :]
+    prefix = PEFT if PEFT in match["wrappers"] and not match["component"] else ""
+    return match["component"] + prefix + key[match.end() :]

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from converters.families import Table
 from converters.families.base import renamed, table
-from converters.formats.base import Answer, Part
-from converters.roles import rank
+from converters.formats.base import NO_KEYS, Answer, Part
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
+from diffpeft.methods.shapes import rank
 
 _SINGLE_QKV = "single_blocks.{}.linear1.qkv"
 FLUX = table(
@@ -51,6 +51,7 @@ class XLabs:
     """Dotted names of processors; Flux alone."""
 
     name, flat, folder, single, writable = "xlabs", False, False, False, True
+    shared_keys: Mapping[str, str] = NO_KEYS
     owned: frozenset[str] = frozenset()
     tables: Mapping[str, Table] = {"flux": FLUX}
     suffixes: Mapping[str, str] = {role: suffix for suffix, role in _ROLES.items()}
@@ -109,6 +110,6 @@ class XLabs:
         """None."""
         return {}
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], earlier: Mapping[str, str]) -> dict[str, str]:
         """Nothing."""
         return {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from diffpeft.methods.linalg import traced, wide_dtype
 
 RECORD = "_diffpeft"  # where a module keeps its record
 ADAPTERS, COPIES = "adapters", "copies"  # the names under which a module holds its slots, and its copies and patches
+SHARED = "%shared"  # behind an adapter's name: the module of the tensors that its layers share
 _RESERVED = set(dir(nn.ModuleDict()))
 
 Parameters = dict[str, Tensor]  # numbers of a module's parameters, by name
@@ -79,7 +80,7 @@ class Record:
     @property
     def where(self) -> str:
         """The module's name in its component."""
-        return self.mix.layers[self.index]
+        return str(self.mix.layers[self.index])
 
     @property
     def names(self) -> list[str]:
@@ -186,7 +187,10 @@ def state_with(module: nn.Module, record: Record | None, weights: Parameters | N
 
 def _container(held: Mapping[str, nn.Module]) -> nn.ModuleDict:
     container = nn.ModuleDict()
-    container._modules.update((escaped(name), module) for name, module in held.items())
+    for name, module in held.items():
+        container._modules[escaped(name)] = module
+        if isinstance(module, Slot) and module.hosts and module.bank is not None:
+            container._modules[f"{escaped(name)}{SHARED}"] = module.bank
     return container
 
 
@@ -258,7 +262,7 @@ def bare(module: Any) -> Any:
 
 def bare_copy(module: nn.Module) -> nn.Module:
     """A module like this one that carries nothing."""
-    return copy.deepcopy(bare(module))
+    return cast(nn.Module, copy.deepcopy(bare(module)))
 
 
 # The classes
@@ -373,7 +377,7 @@ def _dtype(module: Any, x: Tensor, site: Any) -> torch.dtype:
     if not site.targets:
         return wide_dtype(module.weight.dtype)
     if not x.is_floating_point():
-        return module.weight.dtype
+        return cast(torch.dtype, module.weight.dtype)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -395,7 +399,7 @@ def _link(
     if keep:
         kept = record.kept.get("link")
         if kept is not None and kept[0] is lasting and kept[1] == dtype:
-            return kept[2]
+            return cast("Whole | Rows | None", kept[2])
     compiling = torch.compiler.is_compiling()
     mixes = moment.rows or (moment,)
     prompts = [_dialled(record, mix, compiling, row if moment.rows else None) for row, mix in enumerate(mixes)]

@@ -270,7 +270,7 @@ def _masked(slot: Slot, part: Part, p: Tensors) -> Tensor:
     if not rate:
         return delta
     mask = (torch.rand(delta.shape[0]) > rate).to(delta)
-    if part.spec.options.get("rank_dropout_scale", True):
+    if part.spec.options.get("rank_dropout_scale"):
         mask = mask / mask.mean().clamp_min(1 / len(mask))
     return delta * mask.view(-1, *(1 for _ in delta.shape[1:]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ class Part:
 
     @property
     def additive(self) -> bool:
-        return self.method.additive(self.roles)
+        return bool(self.method.additive(self.roles))
 
     def __post_init__(self) -> None:
         prepare: Any = self.method.prepare
@@ -55,6 +55,48 @@ def stamp_of(t: Tensor) -> tuple[Any, ...]:
     return StorageWeakRef(t.untyped_storage()), t._version, t.dtype
 
 
+class Bank(nn.Module):
+    """The tensors that the layers of one adapter share: a leaf module, that one of its layers holds and all its slots refer to. They are frozen."""
+
+    _kept: dict[Any, Any]
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        for role, tensor in tensors.items():
+            self.register_buffer(role, tensor)
+        self.__dict__["_kept"] = {}
+
+    def forward(self, use: Callable[..., Result], *args: Any) -> Result:
+        """`use(bank, *args)`: within this call whoever keeps the tensors elsewhere has brought them here."""
+        return use(self, *args)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by role."""
+        tensors: dict[str, Tensor] = self(lambda bank: dict(bank.named_buffers()))
+        return tensors
+
+    def at(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The tensors in a dtype and on a device, once for all layers."""
+        tensors = self.tensors
+        if traced():
+            return {role: t.to(device, dtype) for role, t in tensors.items()}
+        stamp, kept = [stamp_of(t) for t in tensors.values()], self._kept.get((dtype, device))
+        if kept is None or kept[0] != stamp:
+            kept = self._kept[dtype, device] = stamp, {role: t.to(device, dtype) for role, t in tensors.items()}
+        return kept[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
+        """As a slot's tensors."""
+        self._kept.clear()
+        example = next(iter(self.buffers())).new_empty(0)
+        super()._apply(with_own_dtype(fn) if fn(example).dtype in _FLOAT8 else fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+
 class Slot(nn.Module):
     """The tensors of one adapter on one layer, as parameters named by their roles, in the dtype they are stored in.
 
@@ -66,6 +108,8 @@ class Slot(nn.Module):
     parts: tuple[Part, ...]
     source: tuple[Piece, ...] | None
     shifts: bool
+    bank: Bank | None  # what it shares with the adapter's other layers; no module of the slot's
+    hosts: bool  # whether the bank is held by this slot's layer
     _kept: dict[Any, Any]
 
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
@@ -89,6 +133,8 @@ class Slot(nn.Module):
         self.__dict__.update(
             parts=parts,
             source=None,
+            bank=None,
+            hosts=False,
             # whether the layer's bias may change
             shifts=BIAS in parameters or any(part.method.shifts & set(part.roles) for part in parts),
             _kept={},
@@ -100,7 +146,13 @@ class Slot(nn.Module):
         return next(self.parameters())
 
     def tensors_of(self, part: Part) -> dict[str, Tensor]:
-        """The tensors of one part by role."""
+        """The tensors of one part by role, with those that all layers share."""
+        if part.method.shared and self.bank is not None:
+            return {**self.own_of(part), **self.bank.tensors}
+        return self.own_of(part)
+
+    def own_of(self, part: Part) -> dict[str, Tensor]:
+        """The tensors of one part by role that are this layer's."""
         parameters: Mapping[str, Any] = (
             self._parameters
         )  # looked up here: a forward does it thousands of times, and torch's way is slow
@@ -133,25 +185,30 @@ class Slot(nn.Module):
 
     def prepared(self, part: Part, dtype: torch.dtype) -> dict[str, Tensor]:
         """The part's tensors, prepared and in the dtype of the computation. Kept for frozen adapters where no gradient is asked for."""
-        p = self.tensors_of(part)
+        p = self.own_of(part)
         if part.bare and all(t.dtype == dtype for t in p.values()):
             return p
-        keep = not (torch.is_grad_enabled() or self.training or traced() or self._hooked)
-        key = (part.roles, dtype)
-        if keep:
-            stamp = [stamp_of(t) for t in p.values()]
-            kept = self._kept.get(key)
-            if kept is not None and kept[0] == stamp:
-                return kept[1]
-        if torch.is_autocast_enabled(next(iter(p.values())).device.type):  # what is prepared keeps its precision
-            with torch.autocast(self.weight.device.type, enabled=False):
+        if part.method.shared and self.bank is not None:
+            p |= self.bank.at(dtype, next(iter(p.values())).device)
+        if torch.is_grad_enabled() or self.training or traced() or self._hooked:
+            return self._prepared(part, p, dtype)
+        stamp, key = [stamp_of(t) for t in p.values()], (part.roles, dtype)
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == stamp:
+            return cast(dict[str, Tensor], kept[1])
+        p = self._prepared(part, p, dtype)
+        if not any(t.requires_grad for t in self.parameters()):
+            self._kept[key] = stamp, p
+        return p
+
+    def _prepared(self, part: Part, p: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        device = next(iter(p.values())).device.type
+        if torch.is_autocast_enabled(device):  # what is prepared keeps its precision
+            with torch.autocast(device, enabled=False):
                 p = part.method.prepare(p, part.spec, self.training)
         else:
             p = part.method.prepare(p, part.spec, self.training)
-        p = {role: t if role in part.method.precise else t.to(dtype) for role, t in p.items()}
-        if keep and not any(t.requires_grad for t in self.parameters()):
-            self._kept[key] = stamp, p
-        return p
+        return {role: t if role in part.method.precise else t.to(dtype) for role, t in p.items()}
 
     @property
     def _hooked(self) -> bool:
@@ -165,7 +222,8 @@ class Slot(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
         """Follows where its layer goes, and what dtype it is given, but for float8: that is for storing a base, and would round an adapter away."""
         self._kept.clear()
-        return super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)
+        super()._apply(fn if self._holds(fn) else with_own_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _holds(self, fn: Any) -> bool:
         return fn(self.weight.new_empty(0)).dtype not in _FLOAT8
@@ -211,4 +269,4 @@ def pieces_of(slot: Slot) -> tuple[Piece, ...]:
     """What the adapter is made of on this layer, as its file holds it."""
     if slot.source is not None:
         return slot.source
-    return tuple(Piece(p.method.name, slot.tensors_of(p), p.alpha, p.spec) for p in slot.parts)
+    return tuple(Piece(p.method.name, slot.own_of(p), p.alpha, p.spec) for p in slot.parts)

@@ -6,34 +6,31 @@ import inspect
 from typing import Any
 
 from converters.formats.schema import check_fields
+from diffpeft import methods
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from diffpeft.llm.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from diffpeft.llm.prefix_tuning import PrefixTuningConfig
 from diffpeft.llm.prompt_tuning import PromptTuningConfig, PromptTuningInit
-from diffpeft.methods import AdaLoraConfig, BOFTConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from diffpeft.methods.layout import CONFIGS
 from diffpeft.methods.loftq import LoftQConfig
 from diffpeft.methods.lora import LoraRuntimeConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
 
+# the configs of all methods, which are known by their type from here on
+globals().update({name: getattr(methods, name) for name in CONFIGS})
 __all__ = [
-    "AdaLoraConfig",
+    *CONFIGS,
+    "LoftQConfig",
+    "LoraRuntimeConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
+    "PeftConfig",
+    "PeftType",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",
     "PromptTuningInit",
-    "BOFTConfig",
-    "IA3Config",
-    "LoHaConfig",
-    "LoKrConfig",
-    "LoftQConfig",
-    "LoraConfig",
-    "LoraRuntimeConfig",
-    "OFTConfig",
-    "PeftConfig",
-    "PeftType",
     "TaskType",
 ]
 

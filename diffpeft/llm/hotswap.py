@@ -18,6 +18,7 @@ from converters.formats.peft import CONFIG, PREFIX
 from diffpeft import io
 from diffpeft.bundle import Bundle, canonical
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, listed, shown
+from diffpeft.layers.slot import Slot
 from diffpeft.llm.peft_model import PeftModel
 from diffpeft.llm.state import adapter_at, config_of, tensors_in
 from diffpeft.methods.config import check_choice, check_rank
@@ -51,7 +52,7 @@ def hotswap_adapter(
 
 
 def hotswap_adapter_from_state_dict(
-    model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config: Any, parameter_prefix: str = "lora_"
+    model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config: PeftConfig, parameter_prefix: str = "lora_"
 ) -> None:
     """`hotswap_adapter` for tensors with PEFT's keys, with the adapter's name in them or without.
 
@@ -98,7 +99,7 @@ def _refuse_others(base: nn.Module, name: str, bundle: Bundle) -> None:
         )
 
 
-def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ConfigError unless both are of LoRA and agree in what no tensor says."""
     kinds = [str(config.peft_type) for config in (config0, config1)]
     if kinds[0] != kinds[1]:
@@ -125,32 +126,42 @@ def prepare_model_for_compiled_hotswap(
     check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
     if target_rank is not None:
         check_rank("target_rank", target_rank)
-    if _is_compiled(model) and check_compiled != "ignore":
-        said = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
-        if check_compiled == "error":
-            raise ConfigError(said)
-        warnings.warn(f"{said}: it will be compiled again", stacklevel=2)
+    _check_not_compiled(model, check_compiled)
     wrapper = getattr(model, COMPILED, model)
     base = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
+    slots = _slots_by_adapter(base)
+    if target_rank is None:
+        return
+    live = wrapper.peft_config if isinstance(wrapper, PeftModel) else {}
+    with planned({"": base}) as plan:
+        ranks = {name: dict.fromkeys(of_adapter, target_rank) for name, of_adapter in slots.items()}
+        _warn_frozen(plan_room(plan, base, ranks))
+        configs = config.values() if isinstance(config, Mapping) else filter(None, [config])
+        for other in (c for c in configs if not any(c is known for known in live.values())):
+            plan.set(other, r=target_rank, rank_pattern=dict.fromkeys(other.rank_pattern or {}, target_rank))
+
+
+def _slots_by_adapter(base: nn.Module) -> dict[str, dict[str, Slot]]:
+    """{adapter: {layer: slot}} of a model. Raises ConfigError if none is a LoRA."""
     slots = {name: slots_in(base, name) for mix in mixes_of({"": base}).values() for name in mix.adapters}
     if not any(is_lora(slot) for of_adapter in slots.values() for slot in of_adapter.values()):
         raise ConfigError(
             "No adapter layers found on the model",
             remedy="Call prepare_model_for_compiled_hotswap after loading the first adapter.",
         )
-    if target_rank is None:
-        return
-    live = list(wrapper.peft_config.values()) if isinstance(wrapper, PeftModel) else []
-    with planned({"": base}) as plan:
-        ranks = {name: dict.fromkeys(of_adapter, target_rank) for name, of_adapter in slots.items()}
-        _warn_frozen(plan_room(plan, base, ranks))
-        for other in config.values() if isinstance(config, Mapping) else filter(None, [config]):
-            if not any(other is c for c in live):
-                pattern = dict.fromkeys(other.rank_pattern or {}, target_rank)
-                plan.set(other, r=target_rank, rank_pattern=pattern)
+    return slots
 
 
-def _parts(model: Any, name: str) -> tuple[nn.Module, Any]:
+def _check_not_compiled(model: object, check_compiled: str) -> None:
+    """Raise ConfigError, or warn, for a model that is compiled already."""
+    if _is_compiled(model) and check_compiled != "ignore":
+        message = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+        if check_compiled == "error":
+            raise ConfigError(message)
+        warnings.warn(f"{message}: it will be compiled again", stacklevel=3)
+
+
+def _parts(model: Any, name: str) -> tuple[nn.Module, PeftConfig]:
     """The user's model in a PeftModel, compiled or not, or a bare module, and an adapter's config. Raises UnknownNameError."""
     model = getattr(model, COMPILED, model)
     if not isinstance(model, PeftModel):
@@ -160,7 +171,7 @@ def _parts(model: Any, name: str) -> tuple[nn.Module, Any]:
     return model.get_base_model(), model.peft_config[name]
 
 
-def _is_compiled(model: Any) -> bool:
+def _is_compiled(model: object) -> bool:
     return hasattr(model, COMPILED) or bool(getattr(model, "_compiled_call_impl", None))
 
 
@@ -170,7 +181,7 @@ def _canonical(base: nn.Module, layers: Iterable[str]) -> set[str]:
     return {canonical(component, layer) for layer in layers}
 
 
-def _bundle(base: Any, tensors: Mapping[str, Tensor], name: str, config: Any, prefix: str) -> Bundle:
+def _bundle(base: nn.Module, tensors: Mapping[str, Tensor], name: str, config: PeftConfig, prefix: str) -> Bundle:
     """The new adapter. Weights of the base that are the model's own (embeddings are saved with adapters on them) are left out."""
     infix = re.compile(rf"(\.{prefix}[^.]+)\.{re.escape(name)}(?=\.|$)")
     plain = {infix.sub(r"\1", key).removeprefix(PREFIX): t for key, t in tensors.items()}
@@ -196,6 +207,21 @@ def _plan_room(plan: Plan, model: nn.Module, base: nn.Module, name: str, bundle:
     """
     parts = components(base)
     ((component, _),) = parts.items()
+    small, other = _unfit(component, base, name, bundle)
+    if (small or other) and (_is_compiled(model) or _is_compiled(base)):
+        raise ShapeMismatchError(
+            "the new adapter has ranks for which there is no room, or an embedding of another rank or scale",
+            where=listed([*small, *other]),
+            remedy="Call prepare_model_for_compiled_hotswap(model, target_rank=...) before compiling.",
+        )
+    _warn_frozen(plan_room(plan, base, {name: small}))
+    if other:
+        fresh, _ = matched(bundle, parts, {component: layers_of(base)}, strict=True, trainable=False)
+        plan_slots(plan, base, name, {layer: fresh[component][layer] for layer in other})
+
+
+def _unfit(component: str, base: nn.Module, name: str, bundle: Bundle) -> tuple[dict[str, int], list[str]]:
+    """{layer: rank} of the layers without room for the new adapter's rank, and those that can have no other rank or scale, and would need one."""
     entries = {e.layer: e for e in bundle.entries}
     small: dict[str, int] = {}
     other: list[str] = []
@@ -208,16 +234,7 @@ def _plan_room(plan: Plan, model: nn.Module, base: nn.Module, name: str, bundle:
             small[layer] = rank
         elif not room and (rank, (io.number(entry.alpha) or 0) / rank) != rank_and_scale(slot):
             other.append(layer)
-    if (small or other) and (_is_compiled(model) or _is_compiled(base)):
-        raise ShapeMismatchError(
-            "the new adapter has ranks for which there is no room, or an embedding of another rank or scale",
-            where=listed([*small, *other]),
-            remedy="Call prepare_model_for_compiled_hotswap(model, target_rank=...) before compiling.",
-        )
-    _warn_frozen(plan_room(plan, base, {name: small}))
-    if other:
-        fresh, _ = matched(bundle, parts, {component: layers_of(base)}, strict=True, trainable=False)
-        plan_slots(plan, base, name, {layer: fresh[component][layer] for layer in other})
+    return small, other
 
 
 def _warn_frozen(names: Iterable[str]) -> None:

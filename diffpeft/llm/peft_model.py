@@ -76,7 +76,7 @@ class PeftModel(Passing, Counted, nn.Module):
         check_name(adapter_name)
         self._adopt(model, peft_config)
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
-        with planned(self.tuner.parts) as plan:
+        with planned({"": self.get_base_model()}) as plan:
             config = self._with_heads(peft_config)
             self.tuner.plan_injected(plan, adapter_name, config, active=True, precision=precision)
             self._plan_checkpoint(plan)
@@ -176,7 +176,7 @@ class PeftModel(Passing, Counted, nn.Module):
             )
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
         config = self._with_heads(copy.deepcopy(config))
-        with planned(self.tuner.parts) as plan:
+        with planned({"": self.get_base_model()}) as plan:
             self.tuner.plan_injected(plan, adapter_name, config, active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -341,11 +341,9 @@ class PeftModel(Passing, Counted, nn.Module):
         config.base_model_name_or_path = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        how = LoadOptions(
-            is_trainable, active=True, precision=Precision(autocast_adapter_dtype), key_mapping=key_mapping
-        )
+        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping)
         wrapper = cls._around(model, config)
-        with inside(folder.where), planned(wrapper.tuner.parts) as plan:
+        with inside(folder.where), planned({"": model}) as plan:
             wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(config), folder, how)
             wrapper._plan_checkpoint(plan)
             if not is_trainable:
@@ -375,11 +373,10 @@ class PeftModel(Passing, Counted, nn.Module):
         **kwargs: Any,
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
-        precision = Precision(autocast_adapter_dtype)
-        how = LoadOptions(is_trainable, active=False, precision=precision, key_mapping=key_mapping)
+        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping)
         if adapter_name in self.peft_config:
             tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
-            with planned(self.tuner.parts) as plan:
+            with planned({"": self.get_base_model()}) as plan:
                 result = self.tuner.plan_overwritten(plan, adapter_name, tensors)
                 if not is_trainable:
                     plan.evaluate(self)
@@ -387,7 +384,7 @@ class PeftModel(Passing, Counted, nn.Module):
         config, folder = state.adapter_at(model_id, **kwargs)
         _warn_foreign(config, self.get_base_model(), folder.where)
         config.inference_mode = not is_trainable
-        with inside(folder.where), planned(self.tuner.parts) as plan:
+        with inside(folder.where), planned({"": self.get_base_model()}) as plan:
             missing = self.tuner.plan_loaded(plan, adapter_name, self._with_heads(config), folder, how)
             if not is_trainable:
                 plan.evaluate(self)
@@ -529,7 +526,7 @@ def set_peft_model_state_dict(
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PeftModel):
         known([adapter_name], model.peft_config)
-        with planned(model.tuner.parts) as plan:
+        with planned({"": model.get_base_model()}) as plan:
             return model.tuner.plan_overwritten(plan, adapter_name, peft_model_state_dict)
     return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy as copying
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
-from diffpeft.llm.prompt import EMBEDDINGS, VirtualTokens
-from diffpeft.llm.prompts import PROMPTS, Prompts
+from diffpeft.llm.prompt import EMBEDDINGS, PromptLearningConfig, VirtualTokens
+from diffpeft.llm.prompts import Prompts, encoder_of
 from diffpeft.llm.state import Incompatible, check_module, tensors_in, wholes_of
 from diffpeft.llm.tuner import LoadOptions, known, named
+from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import plan_trained
 from diffpeft.model.attach import copy_wholes
 from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
@@ -31,7 +32,7 @@ class PromptTuner(Prompts):
 
     def __init__(self, model: nn.Module, task_type: Any):
         super().__init__(model, task_type)
-        self.peft_config: dict[str, Any] = {}
+        self.peft_config: dict[str, PromptLearningConfig] = {}
         self.mix = Mix("", apart=True)
 
     @property
@@ -51,13 +52,14 @@ class PromptTuner(Prompts):
         return names[0] if names else []
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def _parts(self) -> dict[str, nn.Module]:
         """What operations lock and change."""
         return {"": self.base_model}
 
-    def plan_injected(self, plan: Plan, name: str, config: Any, *, active: bool, **_: Any) -> VirtualTokens:
+    def plan_injected(self, plan: Plan, name: str, config: PeftConfig, *, active: bool, **_: Any) -> VirtualTokens:
         """Plan to add a fresh adapter, in float32 as PEFT's; its encoder. What else `Tuner.plan_injected` takes is for layers."""
         check_name(name)
+        config = cast(PromptLearningConfig, config)
         encoder = self.plan_added(plan, name, config)
         wholes = wholes_of(self.base_model, config)
         before = plan.view(self.mix)
@@ -77,14 +79,14 @@ class PromptTuner(Prompts):
         known(names, self.peft_config)
         if len(names) != 1:
             raise ConfigError(f"{len(names)} prompts cannot be active together", remedy="Name one adapter.")
-        with planned(self.parts) as plan:
+        with planned(self._parts) as plan:
             plan.set(self.mix, choice=self.mix.chosen({names[0]: 1.0}))
             self._plan_trained(plan, {name: name == names[0] and not inference_mode for name in self.peft_config})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether adapters are trained, active or not."""
         known(named(adapter_names), self.peft_config)
-        with planned(self.parts) as plan:
+        with planned(self._parts) as plan:
             self._plan_trained(plan, dict.fromkeys(named(adapter_names), requires_grad))
 
     def _plan_trained(self, plan: Plan, flags: Mapping[str, bool]) -> None:
@@ -95,12 +97,12 @@ class PromptTuner(Prompts):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was active, the first that is left becomes so."""
         known([adapter_name], self.peft_config)
-        with planned(self.parts) as plan:
+        with planned(self._parts) as plan:
             self._plan_removed(plan, {adapter_name})
 
     def unload(self) -> nn.Module:
         """The model without any adapter, as it was."""
-        with planned(self.parts) as plan:
+        with planned(self._parts) as plan:
             self._plan_removed(plan, {*self.peft_config})
         return self.base_model
 
@@ -150,7 +152,7 @@ class PromptTuner(Prompts):
         return self._plan_tensors(plan, name, self.encoder(name), self.peft_config[name], tensors)
 
     def _plan_tensors(
-        self, plan: Plan, name: str, encoder: VirtualTokens, config: Any, tensors: Mapping[str, Tensor]
+        self, plan: Plan, name: str, encoder: VirtualTokens, config: PromptLearningConfig, tensors: Mapping[str, Tensor]
     ) -> Incompatible:
         """Plan to put a file's tensors into an encoder, and into the copies that its adapter has, or will have, of modules."""
         wholes: dict[str, dict[str, Tensor]] = {}
@@ -171,11 +173,11 @@ class PromptTuner(Prompts):
                     plan.fill(place, of_module[key])
         return Incompatible([], [key for key in tensors if key not in used], [])
 
-    def _check_shapes(self, config: Any, folder: Opened) -> None:
+    def _check_shapes(self, config: PromptLearningConfig, folder: Opened) -> None:
         """Raise ShapeMismatchError unless a file's vectors are those of a config: before any are made or read."""
         config = self.completed(copying.deepcopy(config))
         with torch.device("meta"):
-            places = PROMPTS[config.peft_type](config, self.word_embeddings).places()
+            places = encoder_of(config)(config, self.word_embeddings).places()
         for name, place in places.items():
             if name in folder.tensors and folder.tensors[name].shape != tuple(place.shape):
                 raise ShapeMismatchError(
@@ -184,8 +186,9 @@ class PromptTuner(Prompts):
                     remedy="Load it for the same model, with the config that it was saved with.",
                 )
 
-    def plan_loaded(self, plan: Plan, name: str, config: Any, folder: Opened, how: LoadOptions) -> list[str]:
+    def plan_loaded(self, plan: Plan, name: str, config: PeftConfig, folder: Opened, how: LoadOptions) -> list[str]:
         """Plan to add the adapter in a folder; nothing is missing then. Dtypes and keys are for layers."""
+        config = cast(PromptLearningConfig, config)
         with inside(folder.where, config=True):
             if how.trainable:
                 raise ConfigError(

@@ -96,7 +96,7 @@ class Prompts(nn.Module):
         """Plan what `add` does; the encoder that there will be. The first one freezes the model."""
         if name in self.prompt_encoder:
             raise ConfigError(f"Adapter with name '{name}' already exists.", remedy="Choose another name.")
-        kind = _encoder_of(config)
+        kind = encoder_of(config)
         checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
         if config.peft_type == PeftType.PREFIX_TUNING and checkpointing:
             raise ConfigError(
@@ -301,7 +301,7 @@ class Prompts(nn.Module):
         return prepared
 
 
-def _encoder_of(config: PeftConfig) -> type[VirtualTokens]:
+def encoder_of(config: PeftConfig) -> type[VirtualTokens]:
     """What makes the vectors of a config's method. Raises UnknownNameError for methods without any."""
     kind = PROMPTS.get(config.peft_type)  # type: ignore[call-overload]
     if kind is None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import converters
 from converters.formats import FORMATS
 from converters.formats.base import dotted_role, suffix
-from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS, whole_scale
+from converters.formats.fields import whole_scale
+from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS
 from converters.formats.schema import check_fields
 from converters.opening import Opened, opened
 from converters.writing import write_config
@@ -40,15 +41,17 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.files import config_in
-from diffpeft.layers.slot import BIAS, Slot
+from diffpeft.layers.slot import BIAS, Bank, Slot
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
 from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType
 from diffpeft.model import embeddings as embedded
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
+from diffpeft.model.banks import shared_by
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.precision import Precision, plan_into
@@ -58,9 +61,6 @@ from diffpeft.model.ties import twins
 from diffpeft.pipeline.match import LayersByComponent, matched
 
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
-_DROPOUTS = {"lora_dropout": "dropout"} | {
-    name: name for name in ("rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout")
-}
 _INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of the weight
 
 
@@ -112,6 +112,9 @@ def spelt(
         for entry in entries_of(layer, gathered_slot(layer, name, slot, gathered or {})):
             for key, tensor in _spelt(entry, fields, name, model.get_submodule(layer), bool(slot.parts)).items():
                 tensors[f"{prefix}{layer}{key}"] = tensor
+    if getattr(config, "save_projection", True):
+        keys = FORMATS["peft"].shared_keys if prefix else {}
+        tensors |= {keys.get(role, role): tensor for role, tensor in shared_by(slots).items()}
     if isinstance(config, AdaLoraConfig):
         tensors = adalora.pruned(tensors, config, name)
     tensors |= whole_tensors(model, name, prefix, gathered)
@@ -221,7 +224,8 @@ def _renamed(
 ) -> dict[str, Tensor] | Opened:
     """The source with the names that the model has now; opened files stay so where they have them, and need no patch."""
     if not isinstance(source, Opened):
-        source = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in source.items()}
+        known = (PREFIX, *FORMATS["peft"].shared_keys.values())
+        source = {key if key.startswith(known) else PREFIX + key: tensor for key, tensor in source.items()}
     names = renames.known_names(model, source.tensors if isinstance(source, Opened) else source)
     if not patches and not names:
         return source
@@ -255,7 +259,8 @@ def _loaded(handles: Mapping[str, Mapping[str, Handle]]) -> dict[str, dict[str, 
 
 def _dropouts(method: str, config: PeftConfig) -> dict[str, Any]:
     """What an adapter must know to be trained on, and its file says in the config alone."""
-    options = {option: value for name, option in _DROPOUTS.items() if (value := getattr(config, name, None))}
+    names = LAYOUTS[method].dropouts.items()
+    options = {option: value for field_, option in names if (value := getattr(config, field_, None))}
     return {**options, "rank_dropout_scale": True} if method == "loha" and "rank_dropout" in options else options
 
 
@@ -381,6 +386,8 @@ def plan_overwritten(
             _plan_slot(
                 plan, layer, slots[layer], slot.tensors, resized.get(layer, {}), model.get_submodule(layer).weight
             )
+    for bank, role, tensor in _into_bank(slots, file.slots):
+        plan.fill(bank.get_buffer(role), tensor)
     for where, of_module in {**file.wholes, **file.patches}.items():
         weight = next(iter(model.get_submodule(where)._parameters.values()), None)
         copy = beside_slots(plan, model, where, name)
@@ -412,6 +419,18 @@ def _plan_slot(
             plan.fill(before, new)
         else:
             plan_into(plan, slot, role, new, weight)
+
+
+def _into_bank(slots: Mapping[str, Slot], others: Mapping[str, Slot]) -> list[tuple[Bank, str, Tensor]]:
+    """The writes of tensors that all layers share: a bank, the role, the tensor. Raises ShapeMismatchError for other shapes."""
+    bank = next((slot.bank for slot in slots.values() if slot.bank is not None), None)
+    if bank is None:
+        return []
+    tensors, shapes = shared_by(others), {role: tuple(t.shape) for role, t in bank.tensors.items()}
+    if bad := [role for role, t in tensors.items() if tuple(t.shape) != shapes[role]]:
+        told = ", ".join(f"{role} is {tuple(tensors[role].shape)}, the adapter's is {shapes[role]}" for role in bad)
+        raise ShapeMismatchError(told, remedy="Load it under another name.")
+    return [(bank, role, tensor) for role, tensor in tensors.items()]
 
 
 def _plan_embeddings(

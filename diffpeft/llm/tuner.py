@@ -23,6 +23,8 @@ from diffpeft.llm.state import Incompatible, config_of, plan_overwritten, plan_r
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
+from diffpeft.methods.adalora import AdaLoraConfig
+from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
 from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
 from diffpeft.model.fuse import fuse, plan_fused, unfuse
@@ -50,7 +52,9 @@ class LoadOptions:
     key_mapping: Mapping[str, str] | None = None
 
 
-def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision: Precision = PLAIN) -> Any:
+def inject(
+    model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
+) -> PeftConfig:
     """Add a fresh adapter to a model; the resolved config. The base is frozen.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
@@ -60,8 +64,8 @@ def inject(model: nn.Module, config: Any, name: str, *, active: bool, precision:
 
 
 def plan_injected(
-    plan: Plan, model: nn.Module, config: Any, name: str, *, active: bool, precision: Precision = PLAIN
-) -> Any:
+    plan: Plan, model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
+) -> PeftConfig:
     """Plan what `inject` does; the resolved config. Raises what it raises."""
     check_name(name)
     if config.is_prompt_learning:
@@ -75,7 +79,9 @@ def plan_injected(
     return config
 
 
-def _plan_fresh(plan: Plan, model: nn.Module, config: Any, name: str, active: bool, precision: Precision) -> None:
+def _plan_fresh(
+    plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision
+) -> None:
     layers, ties = twinned(chosen(model, config), model, config)
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
     check_tying(model, config, (*wholes, *layers))
@@ -102,10 +108,12 @@ def _plan_fresh(plan: Plan, model: nn.Module, config: Any, name: str, active: bo
 
 
 @contextmanager
-def _replicated(plan: Plan, model: nn.Module, config: Any, others: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+def _replicated(
+    plan: Plan, model: nn.Module, config: PeftConfig, others: Callable[[], Mapping[str, PeftConfig]]
+) -> Iterator[None]:
     """For planning on: the model with its layers repeated as a config says, unless they are so by one of the other adapters'."""
-    spans = getattr(config, "layer_replication", None)
-    if not spans or any(same_spans(getattr(other, "layer_replication", None), spans) for other in others().values()):
+    spans = config.layer_replication
+    if not spans or any(same_spans(other.layer_replication, spans) for other in others().values()):
         yield
         return
     plan_replicated(plan, model, spans)
@@ -116,7 +124,7 @@ def _replicated(plan: Plan, model: nn.Module, config: Any, others: Callable[[], 
 class Tuner(nn.Module):
     """The user's model with adapters on it. What it does not have itself is the model's."""
 
-    def __init__(self, model: nn.Module, configs: dict[str, Any]):
+    def __init__(self, model: nn.Module, configs: dict[str, PeftConfig]):
         super().__init__()
         self.model = model
         self.peft_config = configs
@@ -125,7 +133,7 @@ class Tuner(nn.Module):
         self._head: Place | None = None  # where the model's head is, if adapters are on it
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def _parts(self) -> dict[str, nn.Module]:
         """What operations lock and change."""
         return {"": self.model}
 
@@ -145,11 +153,12 @@ class Tuner(nn.Module):
     def update_and_allocate(self, global_step: int) -> None:
         """AdaLoRA's schedule: call it in each training step between backward and zero_grad. Raises AdapterStateError if no such adapter is trained."""
         name = adalora.trained(self.peft_config)
-        if name is None:
+        config = None if name is None else self.peft_config[name]
+        if name is None or not isinstance(config, AdaLoraConfig):
             raise AdapterStateError(
                 "no adapter of AdaLoRA is trained", remedy="Use get_peft_model with an AdaLoraConfig."
             )
-        adalora.update_and_allocate(self.model, name, self.peft_config[name], global_step)
+        adalora.update_and_allocate(self.model, name, config, global_step)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -172,14 +181,14 @@ class Tuner(nn.Module):
         names = named(adapter_name)
         known(names, self.peft_config)
         refuse_clashing(self.model, names)
-        with planned(self.parts) as plan:
+        with planned(self._parts) as plan:
             self._plan_active(plan, names, self.peft_config, inference_mode)
 
     def _plan_active(
         self, plan: Plan, names: Sequence[str], configs: Iterable[str], inference_mode: bool = False
     ) -> None:
         """Plan to make adapters the active ones of all of these, and those that are trained."""
-        plan_mix(plan, self.model, self.parts, dict.fromkeys(names, 1.0))
+        plan_mix(plan, self.model, self._parts, dict.fromkeys(names, 1.0))
         plan.set(self, _off=None)
         plan_trained(plan, self.model, {name: name in names and not inference_mode for name in configs})
 
@@ -187,12 +196,12 @@ class Tuner(nn.Module):
         """Whether adapters are trained, active or not."""
         names = named(adapter_names)
         known(names, self.peft_config)
-        with planned(self.parts) as plan:
+        with planned(self._parts) as plan:
             plan_trained(plan, self.model, dict.fromkeys(names, requires_grad))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **_: Any) -> None:
         """Put the adapter whose config is in `peft_config` on the model, inactive."""
-        with planned(self.parts) as plan:
+        with planned(self._parts) as plan:
             self.plan_injected(plan, adapter_name, self.peft_config[adapter_name], active=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -205,8 +214,8 @@ class Tuner(nn.Module):
             )
         active = self.active_adapters
         remaining = [name for name in self.peft_config if name != adapter_name]
-        with planned(self.parts) as plan:
-            plan_removed(plan, self.parts, {adapter_name})
+        with planned(self._parts) as plan:
+            plan_removed(plan, self._parts, {adapter_name})
             plan.entry(self.peft_config, adapter_name)
             plan.set(self, _head=head_of(self.model, plan))
             if active == [adapter_name] and remaining:
@@ -240,14 +249,7 @@ class Tuner(nn.Module):
             density: the share of entries that ties, dare and magnitude_prune keep.
             majority_sign_method: how TIES elects a sign: by the "total" of the values or the "frequency" of the signs.
         """
-        for name in adapters:
-            for field in ("trainable_token_indices", "target_parameters"):
-                if value := getattr(self.peft_config.get(name), field, None):
-                    raise ConfigError(
-                        f"add_weighted_adapter does not support {field}, and adapter {shown(name)} has {shown(value)}",
-                        remedy="Merge the adapters one after the other.",
-                    )
-        with patterns.limited(ConfigError), planned(self.parts) as plan:
+        with patterns.limited(ConfigError), planned(self._parts) as plan:
             config = plan_weighted(
                 plan,
                 self.model,
@@ -277,11 +279,11 @@ class Tuner(nn.Module):
         if todo:
             active = order_of(self.model)
             inactive = [name for name in todo if name not in active]
-            with planned(self.parts) as plan:
+            with planned(self._parts) as plan:
                 if inactive:
                     refuse_clashing(self.model, [*active, *inactive])
-                    plan_mix(plan, self.model, self.parts, dict.fromkeys([*active, *inactive], 1.0))
-                plan_fused(plan, self.parts, todo)
+                    plan_mix(plan, self.model, self._parts, dict.fromkeys([*active, *inactive], 1.0))
+                plan_fused(plan, self._parts, todo)
 
     def unmerge_adapter(self) -> None:
         """Take the adapters out of the weights again, to the last bit."""
@@ -303,8 +305,8 @@ class Tuner(nn.Module):
         names = None if adapter_names is None else list(adapter_names)
         known(names or (), self.peft_config)
         refuse_clashing(self.model, names or ())
-        with planned(self.parts) as plan:
-            report = plan_merged(plan, self.parts, names, dequantize=dequantize)
+        with planned(self._parts) as plan:
+            report = plan_merged(plan, self._parts, names, dequantize=dequantize)
             loosen(plan, self.model)
             plan.set(self, peft_config={}, _head=None, last_merge_report=report)
             if dequantize:
@@ -313,8 +315,8 @@ class Tuner(nn.Module):
 
     def unload(self) -> nn.Module:
         """The model without any adapter, as it was."""
-        with planned(self.parts) as plan:
-            plan_removed(plan, self.parts, None)
+        with planned(self._parts) as plan:
+            plan_removed(plan, self._parts, None)
             plan.set(self, _head=None)
             for name in self.peft_config:
                 plan.entry(self.peft_config, name)
@@ -323,16 +325,16 @@ class Tuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off until `enable_adapter_layers`."""
         if self._off is None:
-            with planned(self.parts) as plan:
-                mixes = mixes_of(self.parts).values()
+            with planned(self._parts) as plan:
+                mixes = mixes_of(self._parts).values()
                 plan.set(self, _off={name: strength for mix in mixes for name, strength in mix.choice.given.items()})
-                plan_mix(plan, self.model, self.parts, {})
+                plan_mix(plan, self.model, self._parts, {})
 
     def enable_adapter_layers(self) -> None:
         """Switch on what was active before `disable_adapter_layers`."""
         if self._off is not None:
-            with planned(self.parts) as plan:
-                plan_mix(plan, self.model, self.parts, self._off)
+            with planned(self._parts) as plan:
+                plan_mix(plan, self.model, self._parts, self._off)
                 plan.set(self, _off=None)
 
     @contextmanager
@@ -342,7 +344,7 @@ class Tuner(nn.Module):
         try:
             if merged:
                 unfuse(self.model)
-            off = claim({mix.key: OFF for mix in mixes_of(self.parts).values()})
+            off = claim({mix.key: OFF for mix in mixes_of(self._parts).values()})
             with adapters(self.model, {}), forced(off):
                 yield
         finally:
@@ -383,7 +385,7 @@ class Tuner(nn.Module):
         """
         model: Any = self.model
         total = kwargs.get("new_num_tokens", args[0] if args else None)
-        with planned(self.parts) as plan:
+        with planned(self._parts) as plan:
             return plan_resized(plan, model, lambda: model.resize_token_embeddings(*args, **kwargs), total)
 
     @property
@@ -410,19 +412,19 @@ class Tuner(nn.Module):
             return plan_overwritten(plan, self.model, name, self.peft_config[name], tensors)
 
     def plan_injected(
-        self, plan: Plan, name: str, config: Any, *, active: bool, precision: Precision = AUTOCAST
+        self, plan: Plan, name: str, config: PeftConfig, *, active: bool, precision: Precision = AUTOCAST
     ) -> None:
         """Plan to add a fresh adapter."""
         adalora.trained({**self.peft_config, name: config})
         config = plan_injected(plan, self.model, config, name, active=active, precision=precision)
         self._plan_known(plan, name, config)
 
-    def _plan_known(self, plan: Plan, name: str, config: Any) -> None:
+    def _plan_known(self, plan: Plan, name: str, config: PeftConfig) -> None:
         """Plan what this remembers of an adapter that has been planned."""
         plan.entry(self.peft_config, name, config)
         plan.set(self, _head=head_of(self.model, plan))
 
-    def plan_loaded(self, plan: Plan, name: str, config: Any, folder: Opened, how: LoadOptions) -> list[str]:
+    def plan_loaded(self, plan: Plan, name: str, config: PeftConfig, folder: Opened, how: LoadOptions) -> list[str]:
         """Plan to add the adapter in a folder. -> the keys of layers that it should have and has not, which is warned of."""
         where = folder.where
         with patterns.limited(CheckpointError, where), inside(where, config=True):
@@ -430,7 +432,7 @@ class Tuner(nn.Module):
             return self._plan_loaded(plan, name, config, source, how)
 
     def _plan_loaded(
-        self, plan: Plan, name: str, config: Any, source: Opened | dict[str, Tensor], how: LoadOptions
+        self, plan: Plan, name: str, config: PeftConfig, source: Opened | dict[str, Tensor], how: LoadOptions
     ) -> list[str]:
         config = resolved(self.model, config)
         config.validate()
@@ -462,7 +464,7 @@ def named(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def known(names: Iterable[str], configs: Mapping[str, Any]) -> None:
+def known(names: Iterable[str], configs: Mapping[str, PeftConfig]) -> None:
     """Raise UnknownNameError for a name that no adapter has."""
     for name in names:
         if name not in configs:
@@ -471,6 +473,6 @@ def known(names: Iterable[str], configs: Mapping[str, Any]) -> None:
             )
 
 
-def found_configs(model: nn.Module) -> dict[str, Any]:
+def found_configs(model: nn.Module) -> dict[str, PeftConfig]:
     """{name: config} of the adapters that are on a model already."""
     return {name: config_of(model, name) for mix in mixes_of({"": model}).values() for name in mix.adapters}

@@ -24,6 +24,7 @@ from diffpeft.llm.targets import excludes, matches
 from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.merging import HOW
+from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import clashes
 from diffpeft.model.attach import Addition, install, method_of, mixes_of, plan_attached
 from diffpeft.model.combine import combined, exact_sum
@@ -68,7 +69,7 @@ class Request:
     model: nn.Module
     name: str
     weighted: Weighted
-    configs: Sequence[Any]
+    configs: Sequence[PeftConfig]
 
     @property
     def adapters(self) -> list[str]:
@@ -91,7 +92,7 @@ class SumOptions:
 def plan_weighted(
     plan: Plan,
     model: nn.Module,
-    configs: Mapping[str, Any],
+    configs: Mapping[str, PeftConfig],
     adapters: Sequence[str],
     weights: Sequence[float],
     name: str,
@@ -121,11 +122,12 @@ def plan_weighted(
             f"combination_type {shown(combination_type)} is for LoRA, not for {' and '.join(sorted(c.__name__ for c in kinds))}",
             remedy="Leave it out for the exact weighted sum, which is for all methods.",
         )
-    return _lora(plan, request, _recipe(request.configs, combination_type, options))
+    loras = [config for config in request.configs if isinstance(config, LoraConfig)]
+    return _lora(plan, request, loras, _recipe(loras, combination_type, options))
 
 
 def _checked(
-    model: nn.Module, configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], name: str
+    model: nn.Module, configs: Mapping[str, PeftConfig], adapters: Sequence[str], weights: Sequence[float], name: str
 ) -> list[float]:
     """The weights as numbers, if adapters of these names can be put together under the new one."""
     check_name(name)
@@ -136,6 +138,12 @@ def _checked(
             raise UnknownNameError(
                 f"Adapter {adapter} does not exist", remedy=near(adapter, configs) or f"There are {', '.join(configs)}."
             )
+        for field in ("trainable_token_indices", "target_parameters"):
+            if value := getattr(configs[adapter], field, None):
+                raise ConfigError(
+                    f"add_weighted_adapter does not support {field}, and adapter {shown(adapter)} has {shown(value)}",
+                    remedy="Merge the adapters one after the other.",
+                )
     if not adapters:
         raise ConfigError(f"Found no adapter matching the names in {list(adapters)}", remedy="Name one at least.")
     if len(weights) != len(adapters):
@@ -196,9 +204,9 @@ def _check_density(density: float | None, kind: str, how: str) -> None:
         warnings.warn(f"density is {density}: at 1 and above nothing is left out", stacklevel=7)
 
 
-def _lora(plan: Plan, request: Request, recipe: Recipe) -> Any:
+def _lora(plan: Plan, request: Request, configs: Sequence[LoraConfig], recipe: Recipe) -> PeftConfig:
     """Plan a LoRA by one of PEFT's types; its config."""
-    model, leading = request.model, request.configs[0]
+    model, leading = request.model, configs[0]
     layers = layers_with(model, request.adapters)
     config = _changed(
         saved(leading),
@@ -212,7 +220,7 @@ def _lora(plan: Plan, request: Request, recipe: Recipe) -> Any:
     config = _changed(config, **_targets(model, config, request.configs, layers))
     left_out = [
         adapter
-        for adapter, c in zip(request.adapters, request.configs, strict=True)
+        for adapter, c in zip(request.adapters, configs, strict=True)
         if c.lora_bias or _has_copies(model, adapter)
     ]
     if left_out:
@@ -224,7 +232,7 @@ def _lora(plan: Plan, request: Request, recipe: Recipe) -> Any:
     return _plan_fresh(plan, request, config, layers, merged_loras(model, request.weighted, recipe))
 
 
-def _ia3(plan: Plan, request: Request, origin: float) -> Any:
+def _ia3(plan: Plan, request: Request, origin: float) -> PeftConfig:
     """Plan an (IA)^3 that is a sum of others; its config."""
     model = request.model
     if not same_sides(model, request.adapters):
@@ -233,7 +241,7 @@ def _ia3(plan: Plan, request: Request, origin: float) -> Any:
             remedy="Leave combination_type out for the exact sum.",
         )
     layers = layers_with(model, request.adapters)
-    inner = _joined("feedforward_modules", [c.feedforward_modules for c in request.configs])
+    inner = _joined("feedforward_modules", [c.feedforward_modules for c in request.configs if isinstance(c, IA3Config)])
     config = _changed(request.configs[0], feedforward_modules=inner or None, modules_to_save=None)
     config = _changed(config, **_targets(model, config, request.configs, layers))
     if not isinstance(inner, str) and not {*inner} <= {*config.target_modules}:
@@ -242,7 +250,9 @@ def _ia3(plan: Plan, request: Request, origin: float) -> Any:
     return _plan_fresh(plan, request, config, layers, summed_factors(model, request.weighted, origin))
 
 
-def _plan_fresh(plan: Plan, request: Request, config: Any, layers: Mapping[str, nn.Module], values: Values) -> Any:
+def _plan_fresh(
+    plan: Plan, request: Request, config: PeftConfig, layers: Mapping[str, nn.Module], values: Values
+) -> PeftConfig:
     """Plan to attach the new adapter with these values."""
     config.validate()
     addition = Addition(
@@ -263,7 +273,7 @@ def _plan_fresh(plan: Plan, request: Request, config: Any, layers: Mapping[str, 
 # The exact sum
 
 
-def _sum(plan: Plan, request: Request) -> Any:
+def _sum(plan: Plan, request: Request) -> PeftConfig:
     """Plan a LoRA on every layer that has one of the adapters, at scale 1, of the rank that it takes; its config."""
     model, name = request.model, request.name
     weights: dict[str, float] = {}
@@ -312,7 +322,7 @@ def _has_copies(model: nn.Module, adapter: str) -> bool:
     return any(adapter in mix.adapters and mix.adapters[adapter].modules for mix in mixes_of({"": model}).values())
 
 
-def _changed(config: Any, **values: Any) -> Any:
+def _changed(config: PeftConfig, **values: Any) -> Any:
     """A copy of a config with other values. (dataclasses.replace makes one of the class that a config passes for: PEFT's.)"""
     config = copy.copy(config)
     vars(config).update(values)
@@ -331,7 +341,9 @@ def _joined(field: str, values: Sequence[Any]) -> str | list[str]:
     return sorted({name for v in values for name in v or ()})
 
 
-def _targets(model: nn.Module, config: Any, configs: Sequence[Any], layers: Iterable[str]) -> dict[str, Any]:
+def _targets(
+    model: nn.Module, config: PeftConfig, configs: Sequence[PeftConfig], layers: Iterable[str]
+) -> dict[str, Any]:
     """The fields with which a config means these layers: those of the adapters' configs joined if that does, else all names."""
     joined = {"target_modules": _joined("target_modules", [c.target_modules for c in configs])}
     like_them = _changed(config, **joined)

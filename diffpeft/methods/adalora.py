@@ -18,6 +18,7 @@ from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
 from diffpeft.methods.forms import Factors
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.lora import LoraConfig
 from diffpeft.methods.peft_config import PeftType
 
@@ -55,7 +56,7 @@ class AdaLoraConfig(LoraConfig):
     total_step: int | None = None
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
 
-    TYPE = PeftType.ADALORA
+    TYPE = PeftType(LAYOUTS["adalora"].peft)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +106,6 @@ class AdaLora(Additive):
 
     name = "adalora"
     config = AdaLoraConfig
-    roles = ("lora_A", "lora_B", "lora_E")
     thin = True
 
     @classmethod
@@ -117,10 +117,6 @@ class AdaLora(Additive):
         E = torch.zeros(r, 1) if config.init_lora_weights else normal(r, 1)
         options = {"ranknum": r, **({"dropout": config.lora_dropout} if config.lora_dropout else {})}
         return Fresh({"lora_A": A, "lora_B": B, "lora_E": E}, float(config.lora_alpha), options)
-
-    @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
-        return p["lora_A"].shape[0]
 
     @classmethod
     def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
@@ -147,13 +143,3 @@ class AdaLora(Additive):
     @classmethod
     def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors | None:
         return cls.factors(p, spec) if cls.rank(p) else None  # torch has no convolution to 0 channels
-
-    @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        if lost := [role for role in cls.roles if role not in p]:
-            return f"there is no {' and no '.join(lost)}"
-        g, r = spec.geometry, cls.rank(p)
-        wanted = {"lora_A": (r, g.columns), "lora_B": (g.out, r), "lora_E": (r, 1)}
-        wrong = [f"{role} {tuple(p[role].shape)}" for role, shape in wanted.items() if tuple(p[role].shape) != shape]
-        layer = f"lora_A (r, {g.columns}), lora_B ({g.out}, r) and lora_E (r, 1)"
-        return f"the layer takes {layer}, not {' and '.join(wrong)} with r = {r}" if wrong else ""

@@ -14,7 +14,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from diffpeft.methods.fit import Layer, fitted, misfit
 from diffpeft.methods.forms import Factors, Form, Stage
+from diffpeft.methods.layout import LAYOUTS
+from diffpeft.methods.shapes import block
 
 Tensors = Mapping[str, Tensor]
 Strength = float | Tensor  # a number, or a tensor of one number in compiled code
@@ -34,6 +37,11 @@ class Geometry:
     def shape(self) -> tuple[int, ...]:
         """The shape of the canonical weight."""
         return (self.out, self.in_ // self.groups, *self.kernel)
+
+    @property
+    def layer(self) -> Layer:
+        """What of it decides which tensors fit."""
+        return Layer(self.shape, self.lookup)
 
     @property
     def columns(self) -> int:
@@ -144,16 +152,33 @@ class Method:
 
     name: ClassVar[str]
     config: ClassVar[Any] = None
-    roles: ClassVar[tuple[str, ...]]  # every role that can occur
+    roles: ClassVar[tuple[str, ...]]  # every role that can occur; where nothing else is said, those of the layout
     shifts: ClassVar[frozenset[str]] = frozenset()  # roles that change the layer's bias
     constants: ClassVar[frozenset[str]] = frozenset()  # roles that say something and are never trained
     options: ClassVar[frozenset[str]] = frozenset()  # keywords of `attach` that the method takes
+    shared: ClassVar[tuple[str, ...]] = ()  # roles of tensors that all layers of an adapter share: those of the layout
+    ranked: ClassVar[
+        tuple[tuple[str, int], ...]
+    ] = ()  # (role, axis) of the tensors that show the rank: those of the layout
     precise: ClassVar[frozenset[str]] = frozenset()  # prepared tensors that stay in fp32 or better
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "roles" not in vars(cls) and vars(cls).get("name") in LAYOUTS:
+            cls.roles = LAYOUTS[cls.name].roles
+        if vars(cls).get("name") in LAYOUTS:
+            cls.shared = tuple(LAYOUTS[cls.name].shared)
+            cls.ranked = LAYOUTS[cls.name].ranked
 
     @classmethod
     def init(cls, config: Any, site: Site, **options: Any) -> Fresh:
         """Fresh fp32 tensors for a layer; W' = W unless the config asks for something else."""
         raise NotImplementedError
+
+    @classmethod
+    def bank(cls, layers: Sequence[tuple[Mapping[str, Any], Spec]]) -> dict[str, Tensor]:
+        """The tensors that the layers of an adapter share, {role: tensor}, made anew for layers (tensors by role, spec). They are frozen."""
+        return {}
 
     @classmethod
     def additive(cls, roles: Collection[str]) -> bool:
@@ -162,13 +187,25 @@ class Method:
 
     @classmethod
     def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        """What about the shapes in `p` does not fit each other or the layer; empty if they fit."""
-        return ""
+        """What about the shapes in `p` does not fit each other or the layer; empty if they fit. Read from the method's layout."""
+        if cls.name not in LAYOUTS:
+            return ""
+        return misfit(
+            cls.name, {role: t.shape for role, t in p.items()}, spec.geometry.layer, spec.options.get("side", "")
+        )
 
     @classmethod
     def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        """`p` reshaped (never changed) to the layer: [r, in, 1, 1] and [r, in] hold the same numbers."""
-        return p
+        """`p` reshaped (never changed) to the layer: [r, in, 1, 1] and [r, in] hold the same numbers. Read from the method's layout."""
+        if cls.name not in LAYOUTS:
+            return p
+        twins = LAYOUTS[cls.name].twins
+        names = twins if spec.geometry.lookup else {name: role for role, name in twins.items()}
+        shapes = fitted(cls.name, {role: t.shape for role, t in p.items()}, spec.geometry.layer)[1]
+        return {
+            names.get(role, role): t if t.shape == shapes.get(role, t.shape) else t.reshape(shapes[role])
+            for role, t in p.items()
+        }
 
     @classmethod
     def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
@@ -178,7 +215,12 @@ class Method:
     @classmethod
     def rank(cls, p: Mapping[str, Any]) -> int:
         """The rank that the shapes in `p` show; for a rotation the size of its blocks."""
-        return min(int(t.shape[0]) for t in p.values())
+        for role, axis in cls.ranked:
+            if role in p:
+                return int(p[role].shape[axis])
+        if cls.name not in LAYOUTS:
+            return min(int(t.shape[0]) for t in p.values())
+        return block({role: tuple(t.shape) for role, t in p.items()})
 
     @classmethod
     def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:
@@ -221,8 +263,10 @@ class Additive(Method):
 
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
-        """The update without its scale, in the shape of W."""
-        raise NotImplementedError
+        """The update without its scale, in the shape of W: B A, unless a method says otherwise."""
+        factors = cls.factors(p, spec)
+        assert factors is not None
+        return (factors.B.flatten(1) @ factors.A.flatten(1)).reshape(spec.geometry.shape)
 
     @classmethod
     def weight(cls, W: Tensor, p: Tensors, spec: Spec) -> Tensor:

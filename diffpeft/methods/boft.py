@@ -24,11 +24,10 @@ from diffpeft.methods import config as configs
 from diffpeft.methods import costs
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Operation, Site, Spec, Strength, Tensors
 from diffpeft.methods.forms import Stage
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import added, butterfly, cayley, columns_times, exchange, rows_times, wide
 from diffpeft.methods.oft import (
-    adopt_rescale,
     check_keywords,
-    check_rescale,
     clamped_skew,
     side_of,
     some,
@@ -70,7 +69,7 @@ class BOFTConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.BOFT
+    TYPE = PeftType(LAYOUTS["boft"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
@@ -87,7 +86,6 @@ class Boft(Method):
 
     name = "boft"
     config = BOFTConfig
-    roles = ("boft_R", "boft_s", "oft_blocks", "rescale")
     options = frozenset({"side", "constraint", "rescale"})
     precise = frozenset({"R", "scale"})
 
@@ -130,28 +128,10 @@ class Boft(Method):
 
     @classmethod
     def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        side, out = side_of(spec), spec.geometry.out
-        needed = ("boft_R", "boft_s") if side == "input" else ("oft_blocks",)
-        if not set(needed) <= set(p):
-            return f"BOFT on the {side} side takes {' and '.join(needed)}, not {' and '.join(sorted(p))}"
-        role, shape = needed[0], tuple(p[needed[0]].shape)
-        if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
-            return f"{role} is {shape}, not (m, n, b, b)"
-        m, n, b, _ = shape
-        if n * b != (turned := turned_features(spec.geometry, side)):
-            return f"{role} {shape} turns {n * b} features, the layer has {turned} {side} features to turn"
-        if side == "input" and sorted(p["boft_s"].shape) != sorted((1, out)):
-            return f"boft_s is {tuple(p['boft_s'].shape)}, the layer has {out} rows"
-        return _unfit(m, n, b, side) or check_rescale(p, spec)
-
-    @classmethod
-    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        shape = (1, -1) if spec.geometry.kernel else (-1, 1)  # PEFT's shapes of boft_s
-        return adopt_rescale({k: t.reshape(shape) if k == "boft_s" else t for k, t in p.items()}, spec)
-
-    @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
-        return next(p[role] for role in ("boft_R", "oft_blocks") if role in p).shape[-1]
+        if why := super().check(p, spec):
+            return why
+        m, n, b, _ = next(p[role] for role in ("boft_R", "oft_blocks") if role in p).shape
+        return _unfit(m, n, b, side_of(spec))
 
     @classmethod
     def prepare(cls, p: Tensors, spec: Spec, training: bool) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpeft.methods import layout
 from diffpeft.methods.base import Additive, Fresh, Link, Method, Site, Spec, Strength, Tensors
 from diffpeft.methods.forms import Factors
 from diffpeft.methods.linalg import squares, wide
@@ -22,6 +23,7 @@ from diffpeft.methods.lokr import LoKr
 from diffpeft.methods.lora import Lora, LoraConfig
 
 INNER: tuple[type[Additive], ...] = (Lora, LoHa, LoKr)
+_METHODS = {method.name: method for method in INNER}
 PEFT, LYCORIS = "lora_magnitude_vector", "dora_scale"
 
 
@@ -32,12 +34,12 @@ def norms(V: Tensor, axis: int) -> Tensor:
 
 def axis_of(p: Mapping[str, Any], spec: Spec) -> int:
     """0: a magnitude for each output; 1: for each input. LyCORIS's vector tells by where its ones are; PEFT has outputs only."""
-    return int(PEFT not in p and p[LYCORIS].shape[0] == 1 != spec.geometry.out)
+    return int(PEFT not in p and p[LYCORIS].shape[0] == 1 != max(spec.geometry.out, math.prod(p[LYCORIS].shape)))
 
 
 def inner(p: Mapping[str, Any]) -> type[Additive]:
     """The method that the update is of."""
-    return next(method for method in INNER if set(method.roles) & set(p))
+    return _METHODS[layout.inner(p) or ""]
 
 
 class Dora(Method):
@@ -45,7 +47,7 @@ class Dora(Method):
 
     name = "dora"
     config = LoraConfig
-    roles = (PEFT, LYCORIS, *(role for method in INNER for role in method.roles))
+    roles = tuple(dict.fromkeys((*layout.LAYOUTS["dora"].roles, *Lora.roles)))
     options = frozenset({"dora", "tucker"})
     precise = frozenset({PEFT, LYCORIS})
     shifts = Lora.shifts
@@ -65,25 +67,6 @@ class Dora(Method):
         else:
             magnitude = {LYCORIS: m.view(-1, 1, *ones)}
         return Fresh({**fresh.tensors, **magnitude}, fresh.alpha, fresh.options, fresh.frozen)
-
-    @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        magnitude = p[PEFT] if PEFT in p else p[LYCORIS]
-        size = spec.geometry.shape[axis_of(p, spec)]
-        if max(magnitude.shape) != size or math.prod(magnitude.shape) != size:
-            side = ("outputs", "inputs")[axis_of(p, spec)]
-            return f"the magnitude has shape {tuple(magnitude.shape)}, the layer has {size} {side}"
-        return inner(p).check(_rest(p), spec)
-
-    @classmethod
-    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        ones = [1] * len(spec.geometry.kernel)
-        magnitudes = {role: t for role, t in p.items() if role in (PEFT, LYCORIS)}
-        if PEFT in magnitudes:
-            magnitudes[PEFT] = magnitudes[PEFT].reshape((1, -1, *ones) if ones else (-1,))
-        else:
-            magnitudes[LYCORIS] = magnitudes[LYCORIS].reshape(*((1, -1) if axis_of(p, spec) else (-1, 1)), *ones)
-        return {**inner(p).adopt(_rest(p), spec), **magnitudes}
 
     @classmethod
     def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:

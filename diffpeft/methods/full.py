@@ -19,23 +19,10 @@ class Full(Additive):
     """A whole weight, in the layer's shape: [out, in / groups, *kernel], of an embedding [rows, features], of a norm [features]."""
 
     name = "full"
-    roles = ("diff", "set_weight")
 
     @classmethod
     def additive(cls, roles: Collection[str]) -> bool:
         return "set_weight" not in roles
-
-    @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        if len(p) > 1:
-            return "diff and set_weight are both there, and the layer takes one of them"
-        wanted = _shape(spec.geometry)
-        wrong = [(role, tuple(t.shape)) for role, t in p.items() if _short(t.shape) != _short(wanted)]
-        return "".join(f"the layer takes {role} {wanted}, not {shape}" for role, shape in wrong)
-
-    @classmethod
-    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        return {role: t.reshape(_shape(spec.geometry)) for role, t in p.items()}
 
     @classmethod
     def rank(cls, p: Mapping[str, Any]) -> int:

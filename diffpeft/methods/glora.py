@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpeft.methods.base import Geometry, Link, Method, Spec, Strength, Tensors
+from diffpeft.methods.base import Link, Method, Spec, Strength, Tensors
+from diffpeft.methods.fit import fitted
 from diffpeft.methods.forms import Factors
-from diffpeft.methods.linalg import holds, tucker_factors
+from diffpeft.methods.linalg import tucker_factors
 
-# In old files: which role holds what another one should.
+# In old files of LyCORIS: which role holds what another one should.
 SWAPPED = {"glora_a1": "glora_a2", "glora_a2": "glora_a1", "glora_b1": "glora_b2", "glora_b2": "glora_b1"}
 
 
@@ -24,31 +25,19 @@ class GLoRA(Method):
     """GLoRA on layers without groups: a1 [in, r, *1], a2 [r, in, *1], b1 [out, r, *1], b2 [r, in, *k]; or with a core bm [r, r, *k] b2 [r, in, *1]."""
 
     name = "glora"
-    roles = ("glora_a1", "glora_a2", "glora_b1", "glora_b2", "glora_bm")
 
     @classmethod
     def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        g = spec.geometry
-        if g.groups > 1:
+        if spec.geometry.groups > 1:
             return "GLoRA mixes all input channels, and the layer has them in groups"
-        if missing := [role for role in cls.roles[:4] if role not in p]:
-            return f"{', '.join(missing)} missing"
-        if _fits(p, g) or _is_old(p, g):
-            return ""
-        shapes = {role: tuple(t.shape) for role, t in p.items()}
-        wanted = _shapes(g, shapes["glora_a2"][0], "glora_bm" in p)
-        return f"the layer takes {', '.join(f'{role} {wanted[role]}, not {shapes[role]}' for role in wanted)}"
+        return super().check(p, spec)
 
     @classmethod
     def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        if _is_old(p, spec.geometry):
-            p = {SWAPPED.get(role, role): t for role, t in p.items()}
-        wanted = _shapes(spec.geometry, cls.rank(p), "glora_bm" in p)
-        return {role: p[role].reshape(shape) for role, shape in wanted.items()}
-
-    @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
-        return p["glora_a2"].shape[0]
+        """(Where r = in = out both orders fit: for LyCORIS that is new, for ComfyUI old.)"""
+        form, _ = fitted(cls.name, {role: tuple(t.shape) for role, t in p.items()}, spec.geometry.layer)
+        names = SWAPPED if form.axes["glora_a1"].startswith("r") else {}
+        return {names.get(role, role): t for role, t in super().adopt(p, spec).items()}
 
     @classmethod
     def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
@@ -75,22 +64,3 @@ def _pair(p: Tensors) -> tuple[Tensor, Tensor]:
     """down [r, in, *k] and up [out, r, *1], a core folded into down."""
     up, down = p["glora_b1"], p["glora_b2"]
     return (tucker_factors(p["glora_bm"], up.flatten(1).T, down.flatten(1))[0] if "glora_bm" in p else down), up
-
-
-def _shapes(g: Geometry, r: int, core: bool) -> dict[str, tuple[int, ...]]:
-    """The shapes by role."""
-    ones = (1,) * len(g.kernel)
-    a1, a2, b1 = (g.in_, r, *ones), (r, g.in_, *ones), (g.out, r, *ones)
-    if core:
-        return dict(zip(GLoRA.roles, (a1, a2, b1, (r, g.in_, *ones), (r, r, *g.kernel)), strict=True))
-    return dict(zip(GLoRA.roles, (a1, a2, b1, (r, g.in_, *g.kernel)), strict=False))
-
-
-def _fits(p: Mapping[str, Any], g: Geometry) -> bool:
-    wanted = _shapes(g, p["glora_a2"].shape[0], "glora_bm" in p)
-    return all(holds(tuple(p[role].shape), shape, g.kernel) for role, shape in wanted.items())
-
-
-def _is_old(p: Mapping[str, Any], g: Geometry) -> bool:
-    """Whether the pairs are the other way round. (Where r = in = out both fit: for LyCORIS that is new, for ComfyUI old.)"""
-    return not _fits(p, g) and _fits({SWAPPED.get(role, role): t for role, t in p.items()}, g)

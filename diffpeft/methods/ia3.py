@@ -18,6 +18,7 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError, ShapeMismatchError
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Site, Spec, Strength, Tensors
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import wide
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
@@ -43,7 +44,7 @@ class IA3Config(PeftConfig):
     init_ia3_weights: bool = True
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.IA3
+    TYPE = PeftType(LAYOUTS["ia3"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
@@ -66,7 +67,6 @@ class IA3(Method):
 
     name = "ia3"
     config = IA3Config
-    roles = (FACTORS, OFFSETS, ON_INPUT)
     shifts = frozenset({FACTORS})
     constants = frozenset({ON_INPUT})
     precise = frozenset({FACTORS, OFFSETS})

@@ -71,18 +71,6 @@ def tucker_factors(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("pqk,qi->pik", core.reshape(p, q, -1), b).reshape(p, b.shape[1], *k), a.T
 
 
-def core_shape(r: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a Tucker core [r, r, *k] as PEFT has it: with one more axis of 1 for a one-dimensional kernel."""
-    return (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)
-
-
-def holds(shape: tuple[int, ...], wanted: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
-    """Whether a tensor of `shape` can be read as `wanted` [n, i, *k] or [n, i * prod(k)]: only the kernel flattened, or axes of 1, differ."""
-    rest = tuple(shape[2:])
-    same = shape[:1] == wanted[:1] and math.prod(shape) == math.prod(wanted) > 0
-    return same and (rest in (kernel, (*kernel, 1)) or set(rest) <= {1})
-
-
 def kaiming(*shape: int, generator: torch.Generator | None = None) -> Tensor:
     """PEFT's init of adapter tensors, kaiming_uniform_(a=sqrt(5)): uniform within 1 / sqrt(size of one row)."""
     bound = 1 / math.sqrt(math.prod(shape[1:]))

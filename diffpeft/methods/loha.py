@@ -5,7 +5,7 @@ Tucker, its Proposition 3, for kernels: the two factors are sum_pq T[p, q, *k] W
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor
 from diffpeft import patterns
 from diffpeft.methods import config as checks
 from diffpeft.methods import costs
-from diffpeft.methods.base import Additive, Fresh, Geometry, Site, Spec, Tensors
+from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.fit import fresh
 from diffpeft.methods.forms import Factors, Form, Hadamard
-from diffpeft.methods.linalg import core_shape, holds, kaiming, khatri_rao, tucker_factors
+from diffpeft.methods.layout import LAYOUTS
+from diffpeft.methods.linalg import kaiming, khatri_rao, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 
@@ -52,7 +54,7 @@ class LoHaConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.LOHA
+    TYPE = PeftType(LAYOUTS["loha"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
@@ -68,42 +70,22 @@ class LoHa(Additive):
 
     name = "loha"
     config = LoHaConfig
-    roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     options = frozenset({"tucker"})
 
     @classmethod
     def init(cls, config: LoHaConfig, site: Site, *, tucker: bool = False, **options: Any) -> Fresh:
+        g, forms = site.geometry, LAYOUTS["loha"].forms
         r = patterns.first(config.rank_pattern, (site.name,), config.r)
-        core = (tucker or config.use_effective_conv2d) and not set(site.geometry.kernel) <= {1}
+        core = (tucker or config.use_effective_conv2d) and not set(g.kernel) <= {1}
         zero = {"hada_w2_b"} if config.init_weights else set()
         tensors = {
             role: torch.zeros(shape) if role in zero else kaiming(*shape, generator=site.generator)
-            for role, shape in _shapes(site.geometry, r, core).items()
+            for role, shape in fresh(forms[core], {"o": g.out, "i": g.shape[1], "r": r}, g.kernel).items()
         }
         dropouts = checks.chosen(config, "rank_dropout", "module_dropout")
         if config.rank_dropout:
             dropouts["rank_dropout_scale"] = True  # as PEFT's LoHa; only its LoKr has a switch for it
         return Fresh(tensors, float(patterns.first(config.alpha_pattern, (site.name,), config.alpha)), dropouts)
-
-    @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        core = "hada_t1" in p or "hada_t2" in p
-        if missing := [role for role in cls.roles if role not in p and (core or role in cls.roles[:4])]:
-            return f"{', '.join(missing)} missing"
-        shapes = {role: tuple(p[role].shape) for role in cls.roles if role in p}
-        wanted = _shapes(spec.geometry, (*shapes["hada_w1_b"], 0)[0], core)
-        fits = {role: holds(shapes[role], shape, spec.geometry.kernel) for role, shape in wanted.items()}
-        told = ", ".join(f"{role} {wanted[role]}, not {shapes[role]}" for role in wanted if not fits[role])
-        return f"the layer takes {told}" if told else ""
-
-    @classmethod
-    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        wanted = _shapes(spec.geometry, cls.rank(p), "hada_t1" in p)
-        return {**p, **{role: p[role].reshape(shape) for role, shape in wanted.items()}}
-
-    @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
-        return p["hada_w1_b"].shape[0]
 
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
@@ -130,12 +112,6 @@ class LoHa(Additive):
         }
         way = costs.cheapest("hadamard", p["hada_w1_b"].dtype, ways)
         return cls.factors(p, spec) if way == "factors" else None
-
-
-def _shapes(g: Geometry, r: int, core: bool) -> dict[str, tuple[int, ...]]:
-    """PEFT's shapes by role, in the order in which PEFT draws them."""
-    a, b = ((r, g.out), (r, g.shape[1])) if core else ((g.out, r), (r, g.columns))
-    return dict(zip(LoHa.roles, (a, b, a, b, *[core_shape(r, g.kernel)] * 2 * core), strict=False))
 
 
 def _pair(p: Tensors, j: int) -> Factors:

@@ -18,8 +18,10 @@ from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods import costs
 from diffpeft.methods.base import Additive, Fresh, Geometry, Site, Spec, Tensors
+from diffpeft.methods.fit import fresh
 from diffpeft.methods.forms import Factors, Kronecker
-from diffpeft.methods.linalg import core_shape, holds, kaiming, tucker_factors
+from diffpeft.methods.layout import LAYOUTS
+from diffpeft.methods.linalg import kaiming, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 
@@ -60,7 +62,7 @@ class LoKrConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.LOKR
+    TYPE = PeftType(LAYOUTS["lokr"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
@@ -95,7 +97,6 @@ class LoKr(Additive):
 
     name = "lokr"
     config = LoKrConfig
-    roles = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     options = frozenset({"tucker"})
 
     @classmethod
@@ -104,7 +105,10 @@ class LoKr(Additive):
         (o1, o2), (i1, i2) = (factorization(n, config.decompose_factor) for n in g.shape[:2])
         q = r if config.decompose_both and r < max(o1, i1) / 2 else 0
         core = (tucker or config.use_effective_conv2d) and not set(g.kernel) <= {1}
-        shapes = _shapes(g.kernel, (o1, i1), (o2, i2), q, r if r < max(o2, i2) / 2 else 0, core)
+        first = ("lokr_w1_a", "lokr_w1_b") if q else ("lokr_w1",)
+        second = ("lokr_w2",) if r >= max(o2, i2) / 2 else ("lokr_w2_a", "lokr_w2_b", *("lokr_t2",) * core)
+        sizes = {"o1": o1, "i1": i1, "o2": o2, "i2": i2, "q": q, "r": r}
+        shapes = fresh(LAYOUTS["lokr"].form((*first, *second)), sizes, g.kernel)
         zero = {True: {"lokr_w1", "lokr_w1_a"}, "lycoris": {"lokr_w2", "lokr_w2_b"}, False: set()}[config.init_weights]
         tensors = {
             role: torch.zeros(shape) if role in zero else kaiming(*shape, generator=site.generator)
@@ -114,33 +118,16 @@ class LoKr(Additive):
         return Fresh(tensors, alpha, checks.chosen(config, "rank_dropout", "module_dropout", "rank_dropout_scale"))
 
     @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        g, shapes = spec.geometry, {role: tuple(p[role].shape) for role in cls.roles if role in p}
-        if frozenset(shapes) not in _KINDS:
-            return f"{', '.join(shapes)}: not one whole tensor, or all tensors of one product, for each half"
-        if broken := {role: shape for role, shape in shapes.items() if len(shape) < 2 or 0 in shape}:
-            return f"not matrices: {broken}"
-        o1, i1 = _first_shape(p)
-        if g.out % o1 or g.shape[1] % i1:
-            return f"a first half of {(o1, i1)} does not divide the layer's {g.shape[:2]}"
-        wanted = _stored(p, g)
-        fits = {role: holds(shapes[role], shape, g.kernel) for role, shape in wanted.items()}
-        told = ", ".join(f"{role} {wanted[role]}, not {shapes[role]}" for role in wanted if not fits[role])
-        return f"with a first half of {(o1, i1)} the layer takes {told}" if told else ""
-
-    @classmethod
-    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        return {**p, **{role: p[role].reshape(shape) for role, shape in _stored(p, spec.geometry).items()}}
-
-    @classmethod
     def rank(cls, p: Mapping[str, Any]) -> int:
         """That of the first half if it is a product, else that of the second; of two whole halves the second's smaller side."""
         return next((p[b].shape[0] for b in ("lokr_w1_b", "lokr_w2_b") if b in p), 0) or min(p["lokr_w2"].shape[:2])
 
     @classmethod
     def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
-        """alpha / rank; 1 without an alpha, and for two whole halves whatever alpha is, as every reader of such files but PEFT has it."""
-        return 1.0 if "lokr_w1" in p and "lokr_w2" in p else super().scale(p, spec)
+        """alpha / rank; 1 without an alpha, and for two whole halves whatever alpha is, as every reader of such files but PEFT has it: a file of
+        PEFT's has options["scale"] for these.
+        """
+        return spec.options.get("scale", 1.0) if "lokr_w1" in p and "lokr_w2" in p else super().scale(p, spec)
 
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
@@ -183,37 +170,10 @@ def _is_cheap(p: Tensors, g: Geometry, positions: int) -> bool:
     return costs.cheapest(what, next(iter(p.values())).dtype, ways) == "halves"
 
 
-_HALVES = (
-    [{"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}],
-    [{"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"}],
-)
-_KINDS = {frozenset(first | second) for first in _HALVES[0] for second in _HALVES[1]}
-
-
-def _shapes(
-    kernel: tuple[int, ...], first: tuple[int, int], second: tuple[int, int], q: int, r: int, core: bool
-) -> dict[str, tuple[int, ...]]:
-    """PEFT's shapes by role, in the order in which PEFT draws them; q and r: the ranks of the halves, 0 for a whole one."""
-    (o1, i1), (o2, i2) = first, second
-    a, b = ((r, o2), (r, i2)) if core else ((o2, r), (r, i2 * math.prod(kernel)))
-    return {
-        **({"lokr_w1_a": (o1, q), "lokr_w1_b": (q, i1)} if q else {"lokr_w1": (o1, i1)}),
-        **({"lokr_w2_a": a, "lokr_w2_b": b} if r else {"lokr_w2": (o2, i2, *kernel)}),
-        **({"lokr_t2": core_shape(r, kernel)} if r and core else {}),
-    }
-
-
 def _first_shape(p: Mapping[str, Any]) -> tuple[int, int]:
     """(o1, i1)."""
     whole = p.get("lokr_w1")
     return (whole.shape[0], whole.shape[1]) if whole is not None else (p["lokr_w1_a"].shape[0], p["lokr_w1_b"].shape[1])
-
-
-def _stored(p: Mapping[str, Any], g: Geometry) -> dict[str, tuple[int, ...]]:
-    """The shapes as PEFT has them of tensors split and ranked as those in `p`."""
-    o1, i1 = _first_shape(p)
-    q, r = (p[b].shape[0] if b in p else 0 for b in ("lokr_w1_b", "lokr_w2_b"))
-    return _shapes(g.kernel, (o1, i1), (g.out // o1, g.shape[1] // i1), q, r, "lokr_t2" in p)
 
 
 def _first(p: Tensors) -> Tensor:

@@ -23,6 +23,7 @@ from diffpeft.methods import config as checks
 from diffpeft.methods import loftq
 from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
 from diffpeft.methods.forms import Factors
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import kaiming, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
@@ -99,7 +100,7 @@ class LoraConfig(PeftConfig):
     kasa_config: Any = field(default=None, metadata=_VARIANT)
     ensure_weight_tying: bool = False
 
-    TYPE = PeftType.LORA
+    TYPE = PeftType(LAYOUTS["lora"].peft)
     UNSUPPORTED = frozenset(
         (
             "megatron_config",
@@ -140,16 +141,7 @@ class Lora(Additive):
 
     name = "lora"
     config = LoraConfig
-    roles = (
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_mid",
-        "lora_B_bias",
-        "initial_A",
-        "initial_B",
-    )
+    roles = (*LAYOUTS["lora"].roles, "initial_A", "initial_B")  # the last two are frozen, and of no file
     options = frozenset({"tucker"})
     thin = True
     shifts = frozenset({"lora_B_bias"})
@@ -190,14 +182,10 @@ class Lora(Additive):
         """A LoRA less its initial product is a LoRA of twice the rank (and so of twice the alpha)."""
         if "initial_A" not in p:
             return p, alpha
-        a, b = (role for role in p if role in cls.roles[:4])
+        a, b = (role for role in p if role in PAIR)
         double = {a: torch.cat([p[a], p["initial_A"]]), b: torch.cat([p[b], -p["initial_B"]], 1)}
         rest = {role: t for role, t in p.items() if role not in (a, b, "initial_A", "initial_B")}
         return {**double, **rest}, None if alpha is None else 2 * float(alpha)
-
-    @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
-        return _factors(p)[0].shape[0]
 
     @classmethod
     def factors(cls, p: Tensors, spec: Spec) -> Factors:
@@ -209,12 +197,6 @@ class Lora(Additive):
         return Factors(A, B)
 
     @classmethod
-    def delta(cls, p: Tensors, spec: Spec) -> Tensor:
-        """B A.  A [r, i, *k], B [o, r, *1] -> [o, i, *k]."""
-        A, B = cls.factors(p, spec)
-        return (B.flatten(1) @ A.flatten(1)).reshape(spec.geometry.shape)
-
-    @classmethod
     def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors:
         return cls.factors(p, spec)
 
@@ -222,34 +204,8 @@ class Lora(Additive):
     def bias(cls, b: Tensor | None, p: Tensors, spec: Spec) -> Tensor | None:
         return cls.scale(p, spec) * p["lora_B_bias"] if "lora_B_bias" in p else None
 
-    @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        A, B = _factors(p)
-        g = spec.geometry
-        (r, *a), (o, r2, *b) = A.shape, B.shape
-        _, i, *k = g.shape
-        core = list(p["lora_mid"].shape[2:]) if "lora_mid" in p else a[1:]
-        if "lora_mid" in p and (tuple(p["lora_mid"].shape[:2]) != (r2, r) or set(a[1:]) - {1}):
-            return f"lora_mid {tuple(p['lora_mid'].shape)} does not fit lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
-        if ("lora_mid" not in p and r != r2) or r < 1:
-            return f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} have different ranks"
-        if "lora_B_bias" in p and tuple(p["lora_B_bias"].shape) != (g.out,):
-            return f"lora_B has a bias {tuple(p['lora_B_bias'].shape)}, the layer {g.out} features"
-        flat = len(a) == 1 and a[0] == g.columns and "lora_mid" not in p
-        if o == g.out and set(b) <= {1} and (flat or (a[:1] == [i] and (core == list(k) or set(core) | set(k) <= {1}))):
-            return ""
-        layer = f"lora_A (r, {', '.join(map(str, (i, *k)))}) and lora_B ({g.out}, r{', 1' * len(k)})"
-        return f"the layer takes {layer}, not {tuple(A.shape)} and {tuple(B.shape)}"
 
-    @classmethod
-    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        g = spec.geometry
-        ones = [1] * len(g.kernel)
-        names = ("lora_embedding_A", "lora_embedding_B") if g.lookup else ("lora_A", "lora_B")
-        A, B = _factors(p)
-        inner = (g.shape[1], *ones) if "lora_mid" in p else g.shape[1:]
-        rest = {role: t for role, t in p.items() if role not in cls.roles[:4]}
-        return {names[0]: A.reshape(-1, *inner), names[1]: B.reshape(g.out, -1, *ones), **rest}
+PAIR = (*LAYOUTS["lora"].twins, *LAYOUTS["lora"].twins.values())  # A and B, under PEFT's two names for them
 
 
 def _factors(p: Mapping[str, Any]) -> tuple[Any, Any]:

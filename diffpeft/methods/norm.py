@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ class Norm(Additive):
     """Changes of a norm's factors and bias, [features] each. Its canonical weight is [features, 1]."""
 
     name = "norm"
-    roles = ("w_norm", "b_norm")
     shifts = frozenset({"b_norm"})
 
     @classmethod
@@ -24,17 +22,7 @@ class Norm(Additive):
         g = spec.geometry
         if g.columns != 1 or g.kernel or g.lookup:
             return f"{' and '.join(p)} are for a norm, the layer has a weight {g.shape}"
-        wrong = {r: tuple(t.shape) for r, t in p.items() if math.prod(t.shape) != g.out or t.shape[:1] != (g.out,)}
-        told = ", ".join(f"{role} ({g.out},), not {shape}" for role, shape in wrong.items())
-        return f"the layer takes {told}" if told else ""
-
-    @classmethod
-    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        return {role: t.flatten() for role, t in p.items()}
-
-    @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
-        return 1
+        return super().check(p, spec)
 
     @classmethod
     def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:

@@ -11,7 +11,7 @@ overlapping patches and is no identity for R = I. Its merge is this definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as configs
+from diffpeft.methods.axes import triangle
 from diffpeft.methods.base import Fresh, Geometry, Link, Method, Site, Spec, Strength, Tensors
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import cayley, cayley_neumann, columns_times, rows_times, skew, wide
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
@@ -61,7 +63,7 @@ class OFTConfig(PeftConfig):
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
-    TYPE = PeftType.OFT
+    TYPE = PeftType(LAYOUTS["oft"].peft)
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
@@ -81,7 +83,6 @@ class Oft(Method):
 
     name = "oft"
     config = OFTConfig
-    roles = ("oft_R", "oft_embedding_R", "oft_blocks", "rescale")
     options = frozenset({"side", "constraint", "rescale"})
     precise = frozenset({"R", "rescale"})
 
@@ -113,39 +114,13 @@ class Oft(Method):
         blocks = torch.zeros(n, b, b) if side == "output" else torch.zeros(n, b * (b - 1) // 2)
         if not config.init_weights:
             blocks.normal_(std=0.1, generator=site.generator)
-        options: dict[str, Any] = {"side": side}
-        if side == "input":
-            options["neumann"] = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
-            options["coft"] = config.eps if config.coft else None
-        if config.module_dropout:
-            options["module_dropout"] = config.module_dropout
+        options = _options(config, side)
         if used != asked:
             options["adjusted"] = (asked, used)
         tensors = {_role(site.geometry, side): blocks}
         if rescale:
             tensors["rescale"] = torch.ones(site.geometry.out, *(1 for _ in site.geometry.shape[1:]))
         return Fresh(tensors, None if constraint is None else float(constraint), options)
-
-    @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
-        role, side = _role(spec.geometry, side_of(spec)), side_of(spec)
-        if role not in p:
-            return f"OFT on the {side} side of this layer takes {role}, not {' and '.join(sorted(p))}"
-        shape, turned = tuple(p[role].shape), turned_features(spec.geometry, side)
-        b = _block(p[role])
-        if not b:
-            return f"{role} is {shape}, not {'(n, b, b)' if side == 'output' else '(n, b (b - 1) / 2)'}"
-        if turned % b or shape[0] not in (1, turned // b):
-            return f"{role} {shape} holds {shape[0]} blocks of {b}, the layer has {turned} {side} features to turn"
-        return check_rescale(p, spec)
-
-    @classmethod
-    def adopt(cls, p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-        return adopt_rescale(p, spec)
-
-    @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
-        return _block(next(t for role, t in p.items() if role != "rescale"))
 
     @classmethod
     def prepare(cls, p: Tensors, spec: Spec, training: bool) -> dict[str, Tensor]:
@@ -185,12 +160,21 @@ class Oft(Method):
         return y + before.op.blocks(before.op.less_bias(y) if bias else y, change)
 
 
+def _options(config: OFTConfig, side: str) -> dict[str, Any]:
+    """What the adapter must know of its config."""
+    options: dict[str, Any] = {"side": side, **configs.chosen(config, "module_dropout")}
+    if side == "input":
+        options["neumann"] = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
+        options["coft"] = config.eps if config.coft else None
+    return options
+
+
 def _rotation(p: Tensors, spec: Spec) -> Tensor:
     """R [n or 1, b, b] in fp32 or better."""
     if "oft_blocks" in p:
         return cayley(-clamped_skew(wide(p["oft_blocks"]), spec))
     v = p[_role(spec.geometry, "input")]
-    b, v = _block(v), wide(v)
+    b, v = triangle(v.shape[1]), wide(v)
     if spec.options.get("coft"):
         v = projected(v, spec.options["coft"])
     terms = spec.options.get("neumann", 0)
@@ -224,16 +208,6 @@ def clamped_skew(B: Tensor, spec: Spec) -> Tensor:
 def _role(geometry: Geometry, side: str) -> str:
     """PEFT's, or on the output side LyCORIS's, name of the tensor."""
     return "oft_blocks" if side == "output" else "oft_embedding_R" if geometry.lookup else "oft_R"
-
-
-def _block(t: Any) -> int:
-    """The size of the blocks that a tensor (n, b, b) or (n, b (b - 1) / 2) generates; 0 if it is neither."""
-    if len(t.shape) == 3:
-        return t.shape[1] if t.shape[1] == t.shape[2] else 0
-    if len(t.shape) != 2:
-        return 0
-    b = (1 + math.isqrt(1 + 8 * t.shape[1])) // 2
-    return b if b * (b - 1) // 2 == t.shape[1] else 0
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
@@ -282,18 +256,3 @@ def check_keywords(site: Site, side: str, constraint: float | None, rescale: boo
         configs.check_alpha("constraint", constraint)
         if constraint < 0:
             raise ConfigError(f"constraint is {constraint!r}", where=site.name, remedy="It is at least 0: 0 is none.")
-
-
-def check_rescale(p: Mapping[str, Any], spec: Spec) -> str:
-    """What does not fit about `rescale`, which has one number for each output feature."""
-    if "rescale" not in p:
-        return ""
-    shape, out = tuple(p["rescale"].shape), spec.geometry.out
-    if side_of(spec) != "output":
-        return "rescale belongs to the output side"
-    return "" if shape[:1] == (out,) and math.prod(shape) == out else f"rescale is {shape}, the layer has {out} rows"
-
-
-def adopt_rescale(p: dict[str, Tensor], spec: Spec) -> dict[str, Tensor]:
-    """`p` with `rescale` as [out, 1, *1]."""
-    return {k: t.reshape(-1, *(1 for _ in spec.geometry.shape[1:])) if k == "rescale" else t for k, t in p.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -21,6 +21,7 @@ from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
+from diffpeft.model.banks import share
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted, components, is_preset, layers_of, select
@@ -121,11 +122,7 @@ def attach(
     options = {key: value for key, value in keywords.items() if value is not None}
     method = method_of(config, options)
     config.validate()
-    for field_ in _FACADE:
-        if getattr(config, field_, None):
-            raise ConfigError(
-                f"attach has no use for {field_}", remedy="It is for get_peft_model and inject_adapter_in_model."
-            )
+    _refuse_facade(config)
     quiet = is_preset(targets or config.target_modules)  # who named the layers should know of small ones
     addition = Addition(name, config, method, options, generator, quiet=quiet)
     with planned(parts) as plan:
@@ -142,6 +139,15 @@ _FACADE = (
     "ensure_weight_tying",
 )
 Slots = dict[str, dict[str, Slot]]  # {component: {layer: slot}}
+
+
+def _refuse_facade(config: Any) -> None:
+    """Raise ConfigError for fields that only PEFT's facade has a use for."""
+    for name in _FACADE:
+        if getattr(config, name, None):
+            raise ConfigError(
+                f"attach has no use for {name}", remedy="It is for get_peft_model and inject_adapter_in_model."
+            )
 
 
 @dataclass(frozen=True)
@@ -218,18 +224,32 @@ def _fresh_slots(
         component: {layer: _fresh(new, layer, module, dry_run) for layer, module in of_component.items()}
         for component, of_component in layers.items()
     }
-    for component, model in parts.items() if new.biases == "all" else ():
-        if layers[component] or new.patches:
-            others = {name: m for name, m in _biased(model).items() if name not in layers[component]}
-            layers[component] |= others
-            slots[component] |= {name: _bias_alone(m, dry_run) for name, m in others.items()}
+    if new.biases == "all":
+        _add_biases(parts, new, layers, slots, dry_run)
     if new.finish is not None:
         slots = {component: new.finish(layers[component], of_component) for component, of_component in slots.items()}
+    for of_component in slots.values():
+        share(of_component)
     _warn_adjusted(new.name, slots)
     large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
         warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=4)
     return layers, slots
+
+
+def _add_biases(
+    parts: Mapping[str, nn.Module],
+    new: Addition,
+    layers: Mapping[str, dict[str, nn.Module]],
+    slots: Slots,
+    dry_run: bool,
+) -> None:
+    """Put the other layers that have a bias into `layers`, with a slot for it, where the adapter is on a component."""
+    for component, model in parts.items():
+        if layers[component] or new.patches:
+            others = {name: m for name, m in _biased(model).items() if name not in layers[component]}
+            layers[component].update(others)
+            slots[component].update({name: _bias_alone(m, dry_run) for name, m in others.items()})
 
 
 def _report(new: Addition, slots: Slots) -> AttachReport:
@@ -356,7 +376,7 @@ def _weight(op: Any, dry_run: bool) -> torch.Tensor:
     if dry_run:
         return torch.empty(op.geometry.shape)
     W = present(op.module, lambda: op.weight().detach())
-    return W.to("cpu", wide_dtype(W.dtype))
+    return cast(torch.Tensor, W.to("cpu", wide_dtype(W.dtype)))
 
 
 def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:

@@ -81,7 +81,7 @@ def asked_scale(early: bool, arguments: Mapping[str, Any]) -> float:
     return float(scale)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model's call without a scale, where diffusers could do nothing with it but warn: it scales peft's layers alone."""
     if _scale_in(arguments) is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -243,7 +243,7 @@ def _update(module: Any, slot: Slot) -> Update:
         return Update(delta, factors, slot.rank, whole.shift(dtype, bias))
 
     with at_rest(slot):
-        return present(module, lambda: slot(lambda _: read()))
+        return present(module, lambda: cast(Update, slot(lambda _: read())))
 
 
 def _nothing(slot: Slot, op: Any, dtype: torch.dtype) -> Factors:

@@ -183,11 +183,7 @@ class _Fuser:
             return None
         check_order(layer, record, inside, self.choice)
         refuse_unfit(layer, module, record, self.owners)
-        if record.fused and record.base is None:
-            raise AdapterStateError(
-                f"layer {shown(layer)} was fused with keep_base='none'",
-                remedy="Fuse all adapters at once, or keep the base.",
-            )
+        _refuse_baseless(layer, record)
         refuse_changed(layer, module, record)
         return _Job(layer, module, record, inside, based(module, record))
 
@@ -240,6 +236,15 @@ def _alone(model: nn.Module) -> set[int]:
         for t, storage in zip(plain, storages, strict=True)
         if times[storage] == 1 and not t.is_inference() and not (t.device.type == "cpu" and t.is_shared())
     }
+
+
+def _refuse_baseless(layer: str, record: Record) -> None:
+    """Raise AdapterStateError for a module whose parameters have something in them, and that does not know what they were."""
+    if record.fused and record.base is None:
+        raise AdapterStateError(
+            f"layer {shown(layer)} was fused with keep_base='none'",
+            remedy="Fuse all adapters at once, or keep the base.",
+        )
 
 
 def check_order(layer: str, record: Record, fused: Sequence[str], choice: Choice) -> None:

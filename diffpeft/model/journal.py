@@ -76,7 +76,7 @@ def _owners(model: nn.Module) -> Iterator[Any]:
                 todo += [value for value in vars(config).values() if hasattr(value, "to_dict")]
 
 
-def _tables(owner: Any) -> Iterator[Table]:
+def _tables(owner: object) -> Iterator[Table]:
     """An object's attributes, and the dicts among them."""
     yield owner.__dict__
     yield from (value for value in owner.__dict__.values() if isinstance(value, dict))

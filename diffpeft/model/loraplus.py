@@ -9,6 +9,11 @@ from torch import nn
 
 from diffpeft.errors import ConfigError
 from diffpeft.layers.slot import Slot
+from diffpeft.methods.layout import LAYOUTS
+
+_LORA = LAYOUTS["lora"]
+_EMBEDDINGS = frozenset(_LORA.twins.values())
+_UPS = frozenset(role for role, axes in _LORA.axes.items() if axes.startswith("o ")) - _EMBEDDINGS
 
 
 def loraplus_groups(
@@ -33,9 +38,9 @@ def loraplus_groups(
 
 
 def _kind(role: str, p: nn.Parameter) -> str:
-    if role.startswith("lora_embedding"):
+    if role in _EMBEDDINGS:
         return "embedding"
-    return "bias" if p.dim() == 1 else "B" if role == "lora_B" else "A"
+    return "bias" if p.dim() == 1 else "B" if role in _UPS else "A"
 
 
 def create_loraplus_optimizer(

@@ -23,7 +23,7 @@ from diffpeft.layers.patches import Patch
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide_dtype
-from diffpeft.model.attach import mixes_of, refuse_foreign
+from diffpeft.model.attach import Walk, mixes_of, refuse_foreign
 from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.plan import Plan, Put, planned
@@ -75,16 +75,8 @@ def plan_merged(
     for component, mix in mixes.items():
         merger = _merger(parts[component], plan.view(mix), wanted, dequantize)
         count_twins_once(walks[component], merger.owners)
-        carrying = [(layer, module, record) for layer, module, record in walks[component] if record.mix is mix]
-        for only_slots in (False, True):  # what may be parted from others first: then layers' weights are their own
-            for layer, module, record in carrying:
-                if only_slots == bool(record.copies or record.patches):
-                    continue
-                error = merger.plan(plan, layer, module, record)
-                if error is not None:
-                    errors[dotted(component, layer)] = error
-            spread(plan, merger.puts, merger.owners)
-            merger.puts.clear()
+        of_layers = merger.plan_all(plan, [carried for carried in walks[component] if carried[2].mix is mix])
+        errors |= {dotted(component, layer): error for layer, error in of_layers.items()}
         plan.set(mix, adapters={}, choice=Choice(), fused={})
         plan.root(parts[component], mix)
     return errors
@@ -104,6 +96,20 @@ class _Merger:
     shared: dict[int, torch.Tensor]  # the new numbers of weights, by the parameter's id: layers may share one
     dtype: torch.dtype | None  # of plain layers in place of quantised ones
     puts: list[Put] = field(default_factory=list)  # of what may be shared, and be parted
+
+    def plan_all(self, plan: Plan, walk: Walk) -> dict[str, float]:
+        """Plan to make modules plain. -> the relative error of each layer."""
+        errors: dict[str, float] = {}
+        for only_slots in (False, True):  # what may be parted from others first: then layers' weights are their own
+            for layer, module, record in walk:
+                if only_slots == bool(record.copies or record.patches):
+                    continue
+                error = self.plan(plan, layer, module, record)
+                if error is not None:
+                    errors[layer] = error
+            spread(plan, self.puts, self.owners)
+            self.puts.clear()
+        return errors
 
     def plan(self, plan: Plan, layer: str, module: nn.Module, record: Record) -> float | None:
         """Plan to make a module plain. The relative error of a layer's weight, or None if no slot goes into it."""

@@ -241,29 +241,30 @@ def choose(
     """
     early = component.startswith("text_encoder")
     if not isinstance(given, Mapping):
-        rows = tuple(choose(component, layers, adapters, mix, clock) for mix in given)
-        first = {name: row for row in reversed(rows) for name in row.order}
-        order = tuple(dict.fromkeys(name for row in rows for name in row.order))
-        return Choice(
-            order,
-            {name: tuple(row.given.get(name, 0.0) for row in rows) for name in order},
-            {name: first[name].levels[name] for name in order},
-            clock=next((row.clock for row in rows if row.clock is not None), None),
-            rows=rows if order else (),
-            images=1 if early else images,
-            live=bool(order),
-        )
+        rows = [choose(component, layers, adapters, mix, clock) for mix in given]
+        return _of_rows(rows, 1 if early else images)
     order = tuple(name for name in given if name in adapters)
     levels = {name: _levels(given[name], component, layers) for name in order}
-    scheduled = any(isinstance(level, Schedule) for own in levels.values() for level in set(own))
+    scheduled = any(isinstance(level, Schedule) for of_adapter in levels.values() for level in set(of_adapter))
     if scheduled and early:
         levels = {name: [*numbers] for name, numbers in _numbers(order, levels, 0.0)[0].items()}
+        scheduled = False
+    said = {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order}
+    return Choice(order, said, levels, clock=(clock or Clock()) if scheduled else None, live=scheduled)
+
+
+def _of_rows(rows: Sequence[Choice], images: int) -> Choice:
+    """The choice of a list of mixes, one a prompt: with all adapters that any of them has."""
+    of_adapter = {name: row for row in reversed(rows) for name in row.order}  # the first that has it
+    order = tuple(dict.fromkeys(name for row in rows for name in row.order))
     return Choice(
         order,
-        {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order},
-        levels,
-        clock=(clock or Clock()) if scheduled and not early else None,
-        live=scheduled and not early,
+        {name: tuple(row.given.get(name, 0.0) for row in rows) for name in order},
+        {name: of_adapter[name].levels[name] for name in order},
+        clock=next((row.clock for row in rows if row.clock is not None), None),
+        rows=tuple(rows) if order else (),
+        images=images,
+        live=bool(order),
     )
 
 
@@ -439,7 +440,7 @@ class in_force:
     def __init__(self, made: Callable[[], Held]) -> None:
         self.made = made
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
         choices = self.made()
         self.block: Block[Held] | None = Block(choices) if choices else None
@@ -452,7 +453,7 @@ class in_force:
             self.__exit__()
             raise
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(self, *error: object) -> None:
         if self.block is not None:
             self.block.open = False

@@ -28,10 +28,11 @@ class Precision:
     empty: bool = False
     empty_rows: bool = False
 
-    def settle(self, layers: Mapping[str, Any], adapters: Mapping[str, nn.Module]) -> None:
+    def settle(self, layers: Mapping[str, nn.Module], adapters: Mapping[str, nn.Module]) -> None:
         """Put fresh adapters on layers, {name: layer} and {name: its adapter}, into their dtype."""
         for name, adapter in adapters.items():
-            self._settle(adapter, layers[name].weight)
+            weight: Any = layers[name].weight
+            self._settle(adapter, weight)
 
     def settle_patches(self, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
         """Put patches into the dtype of the first parameter that they change."""
@@ -42,10 +43,10 @@ class Precision:
             else:
                 self._settle(patch, weight)
 
-    def _settle(self, adapter: nn.Module, weight: Any) -> None:
+    def _settle(self, adapter: nn.Module, weight: torch.Tensor) -> None:
         adapter.to("meta") if self.empty else adapter.to(self.dtype_for(weight))
 
-    def dtype_for(self, weight: Any) -> torch.dtype:
+    def dtype_for(self, weight: torch.Tensor) -> torch.dtype:
         """The dtype of an adapter on a weight; on quantised ones float32."""
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         return torch.float32 if self.autocast and dtype.itemsize < 4 else dtype

@@ -17,7 +17,7 @@ from diffpeft.layers.tokens import Tokens
 from diffpeft.methods import Spec
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import mixes_of
-from diffpeft.model.embeddings import WHOLE, embedding_layers
+from diffpeft.model.embeddings import WHOLE, embedding_layers, parameter_of
 from diffpeft.model.mix import Choice, claim, forced
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import modules_of
@@ -68,7 +68,7 @@ def _fit(layers: Iterable[nn.Module]) -> None:
                 _fit_slot(slot, module, shared)
 
 
-def _put_back(model: nn.Module, where: str, module: Any) -> None:
+def _put_back(model: nn.Module, where: str, module: nn.Module) -> None:
     """The module that carries the adapters, with the numbers of the one that transformers has put in its place."""
     around, _, last = where.rpartition(".")
     table = model.get_submodule(around)._modules
@@ -84,7 +84,7 @@ def _put_back(model: nn.Module, where: str, module: Any) -> None:
     table[last] = module
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """The embeddings, and what shares a weight with them."""
     tables = embedding_layers(model)
     shared = {id(module._parameters.get("weight")) for module in tables.values()}
@@ -92,7 +92,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return {**tables, **tied} if tables else {}
 
 
-def _check(where: str, module: Any, total: int | None) -> None:
+def _check(where: str, module: nn.Module, total: int | None) -> None:
     """Raise AdapterStateError for an adapter that cannot get other rows."""
     record, axes = record_of(module), _axes(module)
     if record is None:
@@ -118,24 +118,24 @@ def _check(where: str, module: Any, total: int | None) -> None:
             )
 
 
-def _axes(module: Any) -> dict[str, int]:
+def _axes(module: nn.Module) -> dict[str, int]:
     return _AXES[isinstance(module, nn.Embedding)]
 
 
-def _fit_copy(copy: Any, module: Any, shared: Shared) -> None:
+def _fit_copy(copy: nn.Module, module: nn.Module, shared: Shared) -> None:
     """Give a copy as many rows as its module has now."""
     for name, p in copy._parameters.items():
         theirs = module._parameters[name]
-        if theirs is not None and len(p) != len(theirs):
+        if p is not None and theirs is not None and len(p) != len(theirs):
             p.data = _rows(p.data, 0, theirs.detach(), shared)
     for name in (*SIZES, "padding_idx"):
         if name in vars(module):
             copy.__dict__[name] = vars(module)[name]
 
 
-def _fit_slot(slot: Slot, module: Any, shared: Shared) -> None:
+def _fit_slot(slot: Slot, module: nn.Module, shared: Shared) -> None:
     """Give a slot as many rows as its layer has now; parameters stay the same objects."""
-    axes, weight = _axes(module), module._parameters["weight"].detach()
+    axes, weight = _axes(module), parameter_of(module, "weight")
     for held in (slot._parameters, slot._buffers):
         for role, tensor in held.items():
             if role in axes and tensor is not None and tensor.shape[axes[role]] != len(weight):

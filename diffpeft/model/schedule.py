@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,10 @@ from diffpeft.model.scope import Block, Scope
 
 _told: Scope[float] = Scope("diffpeft_step")  # the fractions of `step(...)` blocks
 
-_CURVES = {"linear": lambda u: u, "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2}
+_CURVES: dict[str, Callable[[float], float]] = {
+    "linear": lambda u: u,
+    "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2,
+}
 
 
 class Schedule:
@@ -55,7 +58,7 @@ class Ramp(Schedule):
         u = (fraction - self.start) / (self.end - self.start)
         if u <= 0 or u >= 1:  # to the last bit
             return self.first if u <= 0 else self.last
-        return self.first + (self.last - self.first) * _CURVES[self.curve](u)
+        return float(self.first + (self.last - self.first) * _CURVES[self.curve](u))
 
     def __repr__(self) -> str:
         return f"{self.curve}({self.first:g}, {self.last:g}, start={self.start:g}, end={self.end:g})"
@@ -184,11 +187,16 @@ class Clock:
         if index is None and begin is None and (new or not counts):
             index = _index(run.values, timestep, length, exact=counts)
         if new or (index is not None and index < run.begin):
-            at, first = index or 0, len(run.values) - (length or 0)
-            run.begin = begin if begin is not None else first if 0 <= first <= at else at
+            run.begin = _begin(len(run.values), index or 0, length or 0) if begin is None else begin
         if hasattr(scheduler, "counter"):
-            return scheduler.counter
+            return int(scheduler.counter)
         return 0 if index is None else index - run.begin
+
+
+def _begin(total: int, index: int, length: int) -> int:
+    """Where in the scheduler's timesteps a run begins that is seen at `index` first: so that `length` are left, if that is no later."""
+    last = total - length
+    return last if 0 <= last <= index else index
 
 
 _COUNTERS = ("step_index", "counter")  # most schedulers; PNDM

@@ -16,13 +16,13 @@ from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped
 from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
+from diffpeft.methods.layout import DROPOUTS
 from diffpeft.model.attach import mixes_of
+from diffpeft.model.banks import shared_by
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted, components
 
-TRAINING = frozenset(
-    {"dropout", "module_dropout", "rank_dropout", "rank_dropout_scale", "adjusted"}
-)  # no part of what f is
+TRAINING = DROPOUTS | {"adjusted", "rank_dropout_scale"}  # no part of what f is
 
 
 def slots_of(target: Any, name: str) -> dict[str, Slot]:
@@ -48,7 +48,8 @@ def beside_slots(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Modu
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """{name: tensor} of a module without what it carries."""
-    return bare(module).state_dict()
+    state: dict[str, Tensor] = bare(module).state_dict()
+    return state
 
 
 def whole_tensors(
@@ -111,12 +112,14 @@ def bundle_of(target: Any, name: str, family: str) -> Bundle:
             where=listed(whole[:5]),
             remedy="Only a PEFT folder has a place for that: use PeftModel.save_pretrained.",
         )
-    entries = [
-        replace(entry, own=layer)
-        for component, model in components(target).items()
-        for layer, slot in slots_in(model, name).items()
-        for entry in entries_of(canonical(component, layer), slot)
-    ]
+    entries = []
+    for component, model in components(target).items():
+        slots = slots_in(model, name)
+        shared = {role: io.handle(t.contiguous()) for role, t in shared_by(slots).items()}
+        for layer, slot in slots.items():
+            for entry in entries_of(canonical(component, layer), slot):
+                used = shared if METHODS[entry.method].shared else {}
+                entries.append(replace(entry, own=layer, shared=used))
     bundle = Bundle("memory", family, entries, source=name)
     for adapter in adapters:
         bundle.entries += adapter.absent

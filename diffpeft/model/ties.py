@@ -34,7 +34,7 @@ def tied_to_embedding(model: Any) -> dict[str, str]:
     return {} if source is None else {name: source for name in same if name != source}
 
 
-def twin(slot: Slot, module: Any, trainable: bool) -> Slot:
+def twin(slot: Slot, module: nn.Module, trainable: bool) -> Slot:
     """The LoRA of an embedding [dim, tokens], in the same memory, as that of another embedding, or of a head [tokens, dim]."""
     (piece,) = pieces_of(slot)
     tensors = {role: t.data for role, t in piece.tensors.items()}
@@ -112,7 +112,7 @@ def _holder(model: nn.Module, name: str) -> Holder | None:
     return (module._parameters, last) if module._parameters.get(last) is not None else None
 
 
-def _then(later: Any, holder: Holder) -> Any:
+def _then(later: Mapping[tuple[int, str], Any], holder: Holder) -> Any:
     """The parameter that will be there."""
     table, name = holder
     return later.get((id(table), name), table[name])
@@ -128,7 +128,7 @@ def _may_be_untied(config: Any) -> bool:
     return again.get(FIELD) is False
 
 
-def _forget(plan: Plan, model: nn.Module, later: Any) -> None:
+def _forget(plan: Plan, model: nn.Module, later: Mapping[tuple[int, str], Any]) -> None:
     """transformers' own list of what is tied, without what no longer is."""
     for module in model.modules():
         known: Any = module.__dict__.get("all_tied_weights_keys")
@@ -138,6 +138,6 @@ def _forget(plan: Plan, model: nn.Module, later: Any) -> None:
                 plan.set(module, all_tied_weights_keys=tied)
 
 
-def _still(module: nn.Module, target: str, source: str, later: Any) -> bool:
+def _still(module: nn.Module, target: str, source: str, later: Mapping[tuple[int, str], Any]) -> bool:
     one, other = _holder(module, target), _holder(module, source)
     return one is None or other is None or _then(later, one) is _then(later, other)

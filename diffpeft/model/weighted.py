@@ -23,7 +23,7 @@ from diffpeft.methods import LoraConfig
 from diffpeft.methods.base import Geometry
 from diffpeft.methods.ia3 import FACTORS
 from diffpeft.methods.linalg import kaiming
-from diffpeft.methods.lora import Lora
+from diffpeft.methods.lora import PAIR, Lora
 from diffpeft.methods.merging import merged
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted
@@ -92,7 +92,7 @@ def merged_loras(model: nn.Module, weighted: Weighted, recipe: Recipe) -> Values
     }
 
     def values(layer: str, slot: Slot) -> Mapping[str, Tensor]:
-        A, B = (role for role in Lora.roles[:4] if role in slot.tensors)
+        A, B = (role for role in PAIR if role in slot.tensors)
         return dict(zip((A, B), _padded(factors[layer], slot.tensors[A], slot.tensors[B]), strict=True))
 
     return values

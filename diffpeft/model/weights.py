@@ -91,14 +91,15 @@ class Scratch:
     """Memory for a block of rows, used for all layers: new memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def rows(self, count: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[count, columns], with anything in it."""
-        n = count * columns
-        if self.memory.numel() < n or (self.memory.dtype, self.memory.device) != (dtype, device):
-            self.memory = torch.empty(n, dtype=dtype, device=device)
-        return self.memory[:n].view(count, columns)
+    def rows(self, count: int, columns: int, like: Tensor) -> Tensor:
+        """[count, columns] in the dtype and on the device of a tensor, with anything in it. What was asked for once is found again without fail."""
+        key, n = (like.dtype, like.device), count * columns
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < n:
+            memory = self._memory[key] = torch.empty(n, dtype=like.dtype, device=like.device)
+        return memory[:n].view(count, columns)
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,16 @@ class Sum:
         """How many rows make a block."""
         return min(len(self.W), max(1, BLOCK // self.A.shape[1]))
 
+    def room(self, begin: int, scratch: Scratch) -> Tensor:
+        """Where the rows from `begin` on are worked out: [n, i, *k] in the dtype of A."""
+        W = self.W[begin : begin + self.count]
+        return scratch.rows(len(W), self.A.shape[1], self.A).view(W.shape)
+
     def block(self, begin: int, scratch: Scratch) -> Tensor:
-        """The rows from `begin` on, in the dtype of A, in the scratch."""
-        W, B = self.W[begin : begin + self.count], self.B[begin : begin + self.count]
-        rows = scratch.rows(self.count, self.A.shape[1], self.A.dtype, self.A.device)[: len(W)]
-        rows.view(W.shape).copy_(W)
-        return rows.addmm_(B, self.A).view(W.shape)
+        """The rows from `begin` on, in their room."""
+        rows = self.room(begin, scratch).copy_(self.W[begin : begin + self.count])
+        rows.view(len(rows), -1).addmm_(self.B[begin : begin + self.count], self.A)
+        return rows
 
     def into(self, place: Tensor, scratch: Scratch) -> Tensor:
         """All of it, rounded to the dtype of a tensor that lies elsewhere than W."""
@@ -132,15 +137,16 @@ class Sum:
         if self.W.dtype.itemsize < 2:
             return False
         ends = [torch.stack(t.aminmax()).abs().max().item() for t in (self.W, self.A, self.B)]
+        # a hundredth for what fp32 rounds
         return ends[0] + 1.01 * len(self.A) * ends[1] * ends[2] < 0.99 * torch.finfo(self.W.dtype).max
 
 
 @dataclass
 class Rewritten:
-    """A layer's weight gets the numbers of a sum in the memory that it has: no other memory is needed, and there is no way back.
+    """A layer's weight gets the numbers of a sum in the memory that it has. There is no way back, and from any point a way on.
 
-    There is one forward from any point: a block is worked out in the scratch, and written only when it is there in full. Whoever was stopped while
-    it was written writes it again, and goes on with the next.
+    A block is worked out in the scratch and written when it is there in full; whoever was stopped meanwhile writes it again, and goes on with the
+    next. Nothing of that can fail: factors and scratch are there, and the sum is bounded.
     """
 
     weight: Tensor
@@ -149,6 +155,9 @@ class Rewritten:
     done: int = 0  # rows that are written
     ready: int = -1  # the row from which on those lie in the scratch that are to be written
 
+    def __post_init__(self) -> None:
+        self.total.room(0, self.scratch)
+
     @property
     def begun(self) -> bool:
         """Whether rows may have been written."""
@@ -156,16 +165,15 @@ class Rewritten:
 
     def go_on(self) -> None:
         """Write what is not written yet."""
-        size = len(self.weight), self.total.count
+        total, scratch = self.total, self.scratch
         with torch.no_grad():
-            while self.done < size[0]:
-                begin, end = self.done, min(self.done + size[1], size[0])
+            while (begin := self.done) < len(self.weight):
                 if self.ready != begin:
-                    self.total.block(begin, self.scratch)
+                    total.block(begin, scratch)
                     self.ready = begin
-                rows = self.scratch.memory[: (end - begin) * self.total.A.shape[1]]
-                self.weight[begin:end].copy_(rows.view(self.weight[begin:end].shape))
-                self.done = end
+                rows = total.room(begin, scratch)
+                self.weight[begin : begin + len(rows)].copy_(rows)
+                self.done = begin + len(rows)
 
 
 def bounded_sum(module: nn.Module, base: Parameters, steps: Sequence[Step]) -> Sum | None:
@@ -182,8 +190,8 @@ def thin_sum(module: Any, steps: Sequence[Step], dtype: torch.dtype, base: Param
         not steps
         or site is None
         or not site.in_order
-        or base["weight"].numel() < LARGE
         or not all(map(_is_thin, steps))
+        or base["weight"].numel() < LARGE
     ):
         return None
     factors = [(slot(factors_of, dtype), s) for slot, s in steps]  # type: ignore[operator]

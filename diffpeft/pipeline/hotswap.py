@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Bundle, dotted
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, UnknownNameError, listed, shown
-from diffpeft.layers.slot import BIAS, Part, Slot, pieces_of
+from diffpeft.layers.slot import Part, Slot, pieces_of
+from diffpeft.methods.layout import OFF
 from diffpeft.methods.lora import Lora
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Adapter, Mix
@@ -23,19 +24,6 @@ from diffpeft.model.target import components, layers_of
 from diffpeft.pipeline.load import LoadReport, beside_of, opened, report_of
 from diffpeft.pipeline.match import matched
 
-# the roles that are zero where an additive adapter changes nothing
-_OFF = (
-    "lora_B",
-    "lora_embedding_B",
-    "hada_w1_a",
-    "lokr_w1",
-    "lokr_w1_a",
-    "diff",
-    "w_norm",
-    "b_norm",
-    "lora_B_bias",
-    BIAS,
-)
 Writes = list[tuple[Tensor, Tensor]]  # a parameter, and what it is to be
 Slots = Mapping[str, Mapping[str, Slot]]  # {component: {layer: slot}}
 
@@ -178,4 +166,4 @@ def _switched_off(slot: Slot, where: str) -> Writes:
         raise ShapeMismatchError(
             f"the new adapter leaves out a layer that {' and '.join(slot.methods)} cannot leave as it is", where=where
         )
-    return [(t, torch.zeros_like(t)) for role, t in slot.tensors.items() if role in _OFF]
+    return [(t, torch.zeros_like(t)) for role, t in slot.tensors.items() if role in OFF]

@@ -21,6 +21,7 @@ from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS
 from diffpeft.methods import METHODS, Spec
+from diffpeft.methods.layout import inner
 
 
 def separated(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[nn.Module, nn.Module | None]]]) -> Bundle:
@@ -89,9 +90,11 @@ def _by_input(entry: Entry, base: Mapping[str, Tensor]) -> list[Entry] | None:
     """
     if entry.method != "dora" or "dora_scale" not in entry.tensors:
         return None
-    methods = {"hada_": "loha", "lokr_": "lokr"}
-    inner = next((m for start, m in methods.items() if any(r.startswith(start) for r in entry.tensors)), "lora")
-    plain = replace(entry, method=inner, tensors={r: h for r, h in entry.tensors.items() if r != "dora_scale"})
+    plain = replace(
+        entry,
+        method=inner(entry.tensors) or "lora",
+        tensors={r: h for r, h in entry.tensors.items() if r != "dora_scale"},
+    )
     try:
         parts = split(plain)
     except Unfit:

@@ -30,6 +30,7 @@ from diffpeft.families import family_of, is_unnamed
 from diffpeft.layers.carried import base_class
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.model.attach import OVERSIZED, install, mixes_of, oversized, refuse_duplicate
 from diffpeft.model.mix import Adapter, Mix, check_mix, check_name, check_strength
 from diffpeft.model.plan import Plan, planned
@@ -40,7 +41,6 @@ from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import LayersByComponent, in_memory, matched
 
 _FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
-_BOUNDED = ("oft", "boft")  # methods whose alpha is a bound, and 0 none
 
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | Bundle
@@ -326,7 +326,7 @@ def report_of(
 
 def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, Slot]]) -> None:
     """Say what was kept without effect, and what is unusual."""
-    idle = [e.layer for e in bundle.entries if e.method not in _BOUNDED and io.number(e.alpha) == 0]
+    idle = [e.layer for e in bundle.entries if LAYOUTS[e.method].alpha != "bound" and io.number(e.alpha) == 0]
     large = [layer for by_layer in slots.values() for layer in oversized(by_layer)]
     for what, names in (
         ("tensors are kept but have no effect here", report.carried),

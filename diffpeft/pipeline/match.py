@@ -27,6 +27,9 @@ from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.config import FP32_MAX
+from diffpeft.methods.fit import too_small
+from diffpeft.methods.linalg import is_finite
+from diffpeft.model.banks import share
 from diffpeft.model.room import padded
 from diffpeft.model.target import spellings
 
@@ -62,7 +65,20 @@ def matched(
     for (component, layer), made in _pieces(bundle, placed, specs, layers, trainable).items():
         where = f"{bundle.source}: {dotted(component, layer)}"
         slots[component][layer] = _slot(made, layers[component][layer][0], trainable, max_rank, where)
+    for component, by_layer in slots.items():
+        _share(by_layer, [entry for entry, place in placed if place[0] == component], bundle.source)
     return slots, absent
+
+
+def _share(slots: Mapping[str, Slot], entries: Sequence[Entry], source: str) -> None:
+    """Give the slots of one component what its entries share, or what the method makes for them where their file leaves it out."""
+    shared = next((entry.shared for entry in entries if entry.shared), {})
+    tensors = dict(zip(shared, io.load(shared.values()), strict=True))
+    if not all(map(is_finite, tensors.values())):
+        raise NonFiniteError(
+            "what the layers share has values that are not finite", where=source, remedy="The file is damaged."
+        )
+    share(slots, tensors)
 
 
 def _placed(
@@ -186,7 +202,8 @@ def _refuse_two(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]]) -> N
 def _misfits(bundle: Bundle, entry: Entry, spec: Spec) -> list[str]:
     """In what an entry's tensors do not fit its layer, in words. Raises ShapeMismatchError for a control LoRA."""
     factors = {role: handle for role, handle in entry.tensors.items() if role != BIAS}
-    wrong = [why] if (why := METHODS[entry.method].check(factors, spec)) else []
+    why = METHODS[entry.method].check(factors, spec) or _unshared(entry, spec)
+    wrong = [why] if why else []
     if wrong and (control := _control(entry, spec)):
         raise ShapeMismatchError(
             f"this is a control LoRA: {control}",
@@ -196,6 +213,12 @@ def _misfits(bundle: Bundle, entry: Entry, spec: Spec) -> list[str]:
     if BIAS in entry.tensors and entry.tensors[BIAS].shape != (spec.geometry.out,):
         wrong.append(f"{BIAS} {entry.tensors[BIAS].shape}, the layer has {spec.geometry.out} outputs")
     return [f"{entry.layer}: {why}" for why in wrong]
+
+
+def _unshared(entry: Entry, spec: Spec) -> str:
+    """Why what an entry shares with others is not enough for its layer; empty if it is, or is made for it."""
+    shapes = {role: handle.shape for role, handle in entry.shared.items()}
+    return too_small(entry.method, shapes, entry.shapes, spec.geometry.layer) if shapes else ""
 
 
 def _control(entry: Entry, spec: Spec) -> str:

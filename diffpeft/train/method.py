@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.train.config import Options
 
+TRAINED = {method: layout.training for method, layout in LAYOUTS.items() if layout.training}
 # The methods that images can be trained with, with keywords of attach: rotations turn the output, as in the files that image programs read.
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "dora": {},
-    "loha": {},
-    "lokr": {},
-    "oft": {"side": "output"},
-    "boft": {"side": "output"},
-}
+ADAPTERS: dict[str, dict[str, Any]] = {method: dict(way.keywords) for method, way in TRAINED.items() if way.images}
 
 
-def _methods() -> Any:
+def config_of(method: str, options: Options) -> Any:
+    """The config of a method from a run's rank, alpha and dropout. A rotation's rank is the size of a block; (IA)^3 has none."""
     import diffpeft.methods
 
-    return diffpeft.methods
+    way = TRAINED[method]
+    alpha = options.rank if options.alpha is None else options.alpha
+    values = {"rank": options.rank, "alpha": alpha, "dropout": options.dropout}
+    make = getattr(diffpeft.methods, LAYOUTS[method].config)
+    return make(**{field: values[option] for option, field in way.fields.items()}, **way.config)
 
 
-def _lora(c: Options) -> dict[str, Any]:
-    return {"r": c.rank, "lora_alpha": c.rank if c.alpha is None else c.alpha, "lora_dropout": c.dropout}
-
-
-def _product(c: Options) -> dict[str, Any]:
-    return {"r": c.rank, "alpha": c.rank if c.alpha is None else c.alpha, "rank_dropout": c.dropout}
-
-
-# A rotation's rank is the size of a block; (IA)^3 has none.
-CONFIGS: dict[str, Callable[[Options], Any]] = {
-    "lora": lambda c: _methods().LoraConfig(**_lora(c)),
-    "dora": lambda c: _methods().LoraConfig(**_lora(c), use_dora=True),
-    "loha": lambda c: _methods().LoHaConfig(**_product(c)),
-    "lokr": lambda c: _methods().LoKrConfig(**_product(c)),
-    "oft": lambda c: _methods().OFTConfig(oft_block_size=c.rank, module_dropout=c.dropout),
-    "boft": lambda c: _methods().BOFTConfig(boft_block_size=c.rank, boft_dropout=c.dropout),
-    "ia3": lambda c: _methods().IA3Config(),
-}
+CONFIGS: dict[str, Callable[[Options], Any]] = {method: functools.partial(config_of, method) for method in TRAINED}
 # Methods whose rank is that of a matrix: one above both its sides adds parameters and nothing else. (A LoKr of high rank has a full factor.)
-RANKED = ("lora", "dora", "loha")
+RANKED = tuple(method for method, way in TRAINED.items() if way.matrix)

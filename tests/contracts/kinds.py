@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,7 +95,7 @@ class Form:
     of: str = ""  # the method whose config it is, where that is not the method's own
     tensors: Callable[[Any], dict[str, torch.Tensor]] | None = None  # of a fresh one that only files hold, by its op
     fits: Callable[[nn.Module], bool] = lambda module: True
-    # how far a fresh one may be from the base, for its parts cancel instead of being zero: in float64, in float32 (rtol 0)
+    # how far a fresh one may be from the base, for its parts cancel instead of being zero: in float64, in float32 (rtol 0); inf: it starts elsewhere
     identity: float = 0.0
     identity_single: float = 0.0
     derivative: bool = True  # whether its gradient is the derivative: DoRA's and COFT's are not, by definition
@@ -175,6 +176,10 @@ FORMS = {
     "boft": Form("boft", {"boft_block_size": 2, "boft_n_butterfly_factor": 1}, dropout={"boft_dropout": 0.5}),
     "boft, output": Form("boft", {"boft_block_size": 2}, _OUTPUT),
     "boft, output, rescaled": Form("boft", {"boft_block_size": 2}, {**_OUTPUT, "rescale": True, "constraint": 0.1}),
+    # two reflections along one vector: the identity in exact arithmetic; by Gram-Schmidt no start is one
+    "hra": Form("hra", {"r": 2}, identity=1e-6, identity_single=1e-5),
+    "hra, gram-schmidt": Form("hra", {"r": 2, "apply_GS": True}, identity=math.inf, identity_single=math.inf),
+    "vera": Form("vera", {"r": 3, "d_initial": 0.7}, dropout={"vera_dropout": 0.5}),
     "ia3": Form("ia3"),
     "ia3, feedforward": Form("ia3", {"feedforward_modules": ".*"}),
     "ia3, lycoris": Form("ia3", tensors=_offsets("out")),

@@ -22,7 +22,7 @@ from tests.contracts.kinds import CLASSES, FORMS, KINDS, METHOD_FORMS, fits
 from tests.pairwise import params
 
 # {method: another that asks the same of a layer}; what is not here stands for itself and meets every kind
-ALIKE = {"adalora": "lora"}
+ALIKE = {"adalora": "lora", "vera": "lora"}
 Cell = tuple[str, str]
 
 RISKY = {
@@ -65,6 +65,10 @@ RISKY = {
     ("boft", "conv2d grouped"): "activations of two groups cannot stand for their weights",
     ("boft, output", "conv2d grouped"): "stages reach over the groups' border",
     ("boft, output, rescaled", "conv2d without a batch"): "features are the first axis",
+    ("hra", "embedding"): "it reflects the output, for rows have no features",
+    ("hra", "conv2d grouped"): "the columns of a group are reflected, in the weight alone",
+    ("hra", "conv2d 1x1 strided"): "input features reflected before a stride and padding",
+    ("vera", "transposed conv2d grouped"): "it takes the columns and rows of a group from what all layers share",
     ("ia3", "linear without bias"): "what multiplies the bias has none",
     ("ia3", "conv2d grouped"): "it multiplies the bias, which groups do not split",
     ("ia3", "transposed conv1d"): "it multiplies the bias, and what output padding adds may be nothing else",

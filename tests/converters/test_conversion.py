@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 
 import pytest
 import torch
@@ -206,6 +207,19 @@ def test_a_second_adapter_of_a_kind_on_a_part_of_a_joint_layer_is_not_dropped(tm
     bundle.entries.append(bundle.entries[0])
     with pytest.raises(CannotConvertError, match="one adapter of a kind on a layer"):
         converters.write(bundle, tmp_path / "b.safetensors", format="kohya")
+
+
+def test_what_all_layers_of_an_adapter_share_comes_back_and_is_accounted_for(tmp_path):
+    layer, source = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", tmp_path / "a"
+    source.mkdir()
+    tensors = {f"base_model.model.{layer}.vera_lambda_b": torch.randn(320), "base_model.vera_A": torch.randn(8, 320)}
+    tensors |= {f"base_model.model.{layer}.vera_lambda_d": torch.randn(8), "base_model.vera_B": torch.randn(320, 8)}
+    save_file(tensors, source / "adapter_model.safetensors")
+    config = {"peft_type": "VERA", "r": 8, "target_modules": [layer], "peft_version": "0.21.2"}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    report = converters.convert(source, tmp_path / "b", to="peft", family="sd15")
+    assert report.level == "L0" and {*report.mapped} == {*tensors} and not report.carried
+    assert same(load_file(tmp_path / "b" / "adapter_model.safetensors"), tensors)
 
 
 def test_a_broken_file_leaves_nothing(tmp_path):

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 import converters
 from converters import FORMATS, TABLES
 from converters.formats import Part
-from converters.roles import MAGNITUDES, ROLES
 from diffpeft.bundle import Entry, canonical
 from diffpeft.cli.convert import WRITTEN
 from diffpeft.errors import AmbiguousFormatError, UnknownKeysError, WrongBaseError
+from diffpeft.methods.layout import MAGNITUDES, ROLES
 from tests.converters import table
 
 LAYERS = [

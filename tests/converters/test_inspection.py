@@ -108,3 +108,18 @@ def test_without_norms_no_torch_is_imported(file):
 def test_diffusers_reads_the_magnitudes_of_a_dora_in_its_own_format_only():
     assert "diffusers" in readers("kohya", {"lora"}) and "diffusers" in readers("diffusers", {"lora", "dora"})
     assert "diffusers" not in readers("kohya", {"dora"}) and "ComfyUI" in readers("kohya", {"lora", "dora"})
+
+
+@pytest.mark.parametrize("width, family", [(768, "sd15"), (1024, "sd2")])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        lambda width: {"lora_down.weight": (4, width), "lora_up.weight": (320, 4)},
+        lambda width: {"lokr_w1": (8, 8), "lokr_w2_a": (40, 2), "lokr_w2_b": (2, width // 8)},
+        lambda width: {"hada_w1_a": (320, 2), "hada_w1_b": (2, width), "hada_w2_a": (320, 2), "hada_w2_b": (2, width)},
+        lambda width: {"diff": (320, width)},
+    ],
+)
+def test_the_width_of_the_cross_attention_tells_stable_diffusions_apart_in_every_method(shapes, width, family):
+    tensors = {f"{LAYER}.{role}": torch.randn(*shape) for role, shape in shapes(width).items()}
+    assert converters.detect(tensors).family == converters.inspect(tensors).family == family

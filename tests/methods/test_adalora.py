@@ -157,10 +157,10 @@ def test_a_rank_of_0_changes_nothing():
 @pytest.mark.parametrize(
     ("shapes", "said"),
     [
-        ({"lora_A": (2, 6), "lora_B": (4, 2)}, "there is no lora_E"),
-        ({"lora_A": (2, 6)}, "no lora_B and no lora_E"),
-        ({"lora_A": (2, 7), "lora_B": (4, 2), "lora_E": (2, 1)}, "not lora_A (2, 7) with r = 2"),
-        ({"lora_A": (2, 6), "lora_B": (4, 3), "lora_E": (3,)}, "not lora_B (4, 3) and lora_E (3,) with r = 2"),
+        ({"lora_A": (2, 6), "lora_B": (4, 2)}, "lora_E missing"),
+        ({"lora_A": (2, 6)}, "lora_B, lora_E missing"),
+        ({"lora_A": (2, 7), "lora_B": (4, 2), "lora_E": (2, 1)}, "lora_A (2, 6), not (2, 7)"),
+        ({"lora_A": (2, 6), "lora_B": (4, 3), "lora_E": (3,)}, "lora_E (3, 1), not (3,)"),
         ({"lora_A": (2, 6), "lora_B": (4, 2), "lora_E": (2, 1)}, ""),
     ],
 )

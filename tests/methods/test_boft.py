@@ -297,16 +297,16 @@ def test_fresh_tensors_fit_and_tell_their_block(geometry, side, m):
 @pytest.mark.parametrize(
     ("side", "shapes", "told"),
     [
-        ("input", {"boft_R": (2, 8, 4, 4)}, "takes boft_R and boft_s"),
+        ("input", {"boft_R": (2, 8, 4, 4)}, "boft_s missing"),
         ("input", {"boft_R": (8, 4, 4), "boft_s": (16, 1)}, "not (m, n, b, b)"),
         ("input", {"boft_R": (2, 8, 4, 5), "boft_s": (16, 1)}, "not (m, n, b, b)"),
         ("input", {"boft_R": (0, 8, 4, 4), "boft_s": (16, 1)}, "not (m, n, b, b)"),
         ("input", {"boft_R": (2, 4, 4, 4), "boft_s": (16, 1)}, "turns 16 features"),
-        ("input", {"boft_R": (2, 8, 4, 4), "boft_s": (32, 1)}, "boft_s is (32, 1)"),
+        ("input", {"boft_R": (2, 8, 4, 4), "boft_s": (32, 1)}, "boft_s (16, 1), not (32, 1)"),
         ("input", {"boft_R": (2, 32, 1, 1), "boft_s": (16, 1)}, "cannot be halved"),
         ("input", {"boft_R": (5, 8, 4, 4), "boft_s": (16, 1)}, "multiple of 16"),
         ("output", {"oft_blocks": (1, 16, 1, 1)}, "cannot be halved"),
-        ("output", {"oft_blocks": (1, 4, 4, 4), "rescale": (4, 1)}, "rescale is (4, 1)"),
+        ("output", {"oft_blocks": (1, 4, 4, 4), "rescale": (4, 1)}, "rescale (16, 1), not (4, 1)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_told(side, shapes, told):

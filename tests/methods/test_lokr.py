@@ -380,6 +380,16 @@ def test_the_faster_form_is_chosen(geometry, r, dtype, tokens, route):
     assert (LoKr.form(p, Spec(geometry), tokens) is not None) == (route == "halves")
 
 
+def test_without_the_switch_rows_that_are_left_do_not_grow():
+    net, x = torch.nn.Sequential(torch.nn.Linear(6, 8, bias=False)).requires_grad_(False), torch.eye(6)
+    plain = net(x)
+    diffpeft.attach(net, LoKrConfig(r=1, rank_dropout=0.5, init_weights=False), "a", targets=["0"])
+    full = (net.eval()(x) - plain).T
+    for _ in range(5):
+        for row, whole in zip((net.train()(x) - plain).T, full, strict=True):
+            assert torch.allclose(row, whole, atol=1e-6) or torch.allclose(row, torch.zeros(6), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "made", [LoKrConfig(r=2, init_weights=False), LoHaConfig(r=2, init_weights=False)], ids=lambda c: type(c).__name__
 )

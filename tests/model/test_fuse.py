@@ -29,6 +29,7 @@ from diffpeft import (
 )
 from diffpeft.layers.carried import record_of
 from diffpeft.model.merge import merge_for_good
+from diffpeft.model.weights import Rewritten
 from tests.faults import FAULTS, stepped
 
 EXACT = dict(rtol=1e-12, atol=1e-12)  # float64, sums of a few products
@@ -441,6 +442,29 @@ def test_a_copy_of_a_fused_model_has_memory_of_its_own_and_no_more_than_it_needs
     for m in (other, net):
         unfuse(m)
         assert all(torch.equal(p.weight, q) for p, q in zip(m, before, strict=True))
+
+
+def test_in_inference_mode_weights_are_written_where_they_lie_too(by_rows):
+    net = large(nn.Linear(70, 90))
+    want, at = copy.deepcopy(net), net[0].weight.data_ptr()
+    fuse(want)
+    with torch.inference_mode():
+        fuse(net, keep_base="none")
+    assert torch.equal(net[0].weight, want[0].weight) and net[0].weight.data_ptr() == at
+
+
+def test_memory_is_found_before_anything_is_written_in_place(by_rows, monkeypatch):
+    net = large(nn.Linear(40, 30), nn.Linear(30, 100).double(), nn.Linear(100, 70))
+    write, empty = Rewritten.go_on, torch.empty
+
+    def go_on(self):
+        monkeypatch.setattr(torch, "empty", None)
+        write(self)
+
+    monkeypatch.setattr(Rewritten, "go_on", go_on)
+    fuse(net, keep_base="none")
+    monkeypatch.setattr(torch, "empty", empty)
+    assert get_adapters(net)["a"].fused
 
 
 def test_a_refused_fuse_keeps_no_memory(by_rows):

@@ -45,13 +45,15 @@ FORMS = {form: row for form, row in ALL.items() if row.tensors is None}
 OUTPUT = {form for form, row in FORMS.items() if row.keywords.get("side") == "output"}
 INPUT = {form for form, row in FORMS.items() if row.method in ("oft", "boft")} - OUTPUT
 PLAIN = {"lora", "lora, pissa", "lora, olora", "lora, orthogonal", "dora"}
-LYCORIS = set(FORMS) - INPUT - {"lora, rank-stabilised, with biases", "adalora", "ia3", "ia3, feedforward"}
+ONLY_PEFT = {"hra", "hra, gram-schmidt", "vera"}  # methods that no other program has
+LYCORIS = set(FORMS) - INPUT - ONLY_PEFT - {"lora, rank-stabilised, with biases", "adalora", "ia3", "ia3, feedforward"}
 HELD = {
     "kohya": LYCORIS,
     "kohya-diffusers": LYCORIS,
     "diffusers": PLAIN,
     "peft": PLAIN
     | INPUT
+    | ONLY_PEFT
     | {"adalora", "ia3", "ia3, feedforward"}
     | {form for form, row in FORMS.items() if row.method in ("loha", "lokr")},
     "comfyui": LYCORIS - {form for form in FORMS if form.startswith("ia3")},
@@ -211,6 +213,8 @@ IN_PEFT = {
     "OFT, shared": ("OFTConfig", dict(oft_block_size=4, block_share=True)),
     "OFT, constrained": ("OFTConfig", dict(oft_block_size=4, coft=True, eps=0.05, use_cayley_neumann=False)),
     "BOFT": ("BOFTConfig", dict(boft_block_size=4)),
+    "HRA": ("HRAConfig", dict(r=4)),
+    "HRA of an odd chain, by Gram-Schmidt": ("HRAConfig", dict(r=3, apply_GS=True)),
     "BOFT by number": ("BOFTConfig", dict(boft_block_size=0, boft_block_num=2)),
 }
 every_case = pytest.mark.parametrize("case", IN_PEFT)
@@ -281,7 +285,9 @@ def test_what_we_save_gives_our_output_in_peft(case, net, tmp_path):
     converters.write(bundle, tmp_path / "b", format="peft")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "Invalid|Adjusted|.*oft_block_size|Failed to load the CUDA|Setting boft_n")
+        warnings.filterwarnings(
+            "ignore", "The symmetric init|Invalid|Adjusted|.*oft_block_size|Failed to load the CUDA|Setting boft_n"
+        )
         again = peft.PeftModel.from_pretrained(base, str(tmp_path / "b")).eval()
     close(net(*inputs()), merged(again))
     same(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in "ba"))
@@ -309,21 +315,65 @@ def test_a_folder_of_ours_can_be_injected_by_peft(pipe, fresh, randomize, tmp_pa
     torch.testing.assert_close(output(theirs), output(pipe.unet), rtol=0, atol=1e-9)
 
 
-def test_whole_halves_take_peft_s_scale(net, tmp_path):
-    IN_PEFT["scaled"] = ("LoKrConfig", dict(r=8, alpha=4))
-    try:
-        model = theirs(net, "scaled")
-    finally:
-        del IN_PEFT["scaled"]
-    model.save_pretrained(tmp_path / "a")
-    with pytest.warns(UserWarning, match="lokr_w1"):
-        load_lora(net, tmp_path / "a")
+@pytest.fixture
+def scaled(net):
+    """A LoKr of two whole halves, which PEFT scales by alpha / r."""
+    IN_PEFT["scaled"] = ("LoKrConfig", dict(r=8, alpha=3))
+    yield theirs(net, "scaled")
+    del IN_PEFT["scaled"]
+
+
+def test_whole_halves_keep_peft_s_scale_and_their_bytes(scaled, net, tmp_path):
+    scaled.save_pretrained(tmp_path / "a")
+    load_lora(net, tmp_path / "a")
     with torch.no_grad():
-        close(net(*inputs()), merged(model))
+        close(net(*inputs()), merged(scaled))
         save_lora(net, tmp_path / "b")
-        unload(net)
-        load_lora(net, tmp_path / "b")
-        close(net(*inputs()), merged(model))
+        close(peft_of(net, tmp_path / "b")(*inputs()), merged(scaled))
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_whole_halves_take_peft_s_scale_where_there_is_none(fresh, randomize, tmp_path):
+    save_lora(attached(fresh(), "lokr, both full", randomize), tmp_path / "a", format="peft")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    config["alpha"] *= 0.375  # PEFT's alpha / r is 0.375 now
+    config["alpha_pattern"] = {name: 0.375 * alpha for name, alpha in config["alpha_pattern"].items()}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    pipe = fresh()
+    load_lora(pipe, tmp_path / "a", name="a")
+    assert all(slot.scale == 0.375 for slot in slots_of(pipe, "a").values())
+    want = output(pipe.unet)
+    report = converters.convert(tmp_path / "a", tmp_path / "b.safetensors", to="kohya", family="sd15")
+    assert report.level == "L1" and any("lokr_w1" in said for said in report.warnings)
+    converters.convert(tmp_path / "b.safetensors", tmp_path / "c", to="peft")
+    converters.convert(tmp_path / "a", tmp_path / "d", to="peft", family="sd15")
+    for name in ("b.safetensors", "c", "d"):
+        back = fresh()
+        load_lora(back, tmp_path / name)
+        torch.testing.assert_close(output(back.unet), want, rtol=0, atol=1e-6)
+    same(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in "da"))
+
+
+def test_whole_halves_train_on_as_in_peft(scaled, net, tmp_path):
+    scaled.save_pretrained(tmp_path / "a")
+    load_lora(net, tmp_path / "a", trainable=True)
+    for model in (scaled.train(), net.train()):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(3):
+            sum(t.square().mean() for t in model(*inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    close(net(*inputs()), scaled(*inputs()))
+
+
+def peft_of(net, folder):
+    """PEFT's model of a folder."""
+    import peft
+
+    plain = copy.deepcopy(net)
+    unload(plain)
+    return peft.PeftModel.from_pretrained(plain, str(folder)).eval()
 
 
 def test_an_old_series_is_read_and_written_as_such(net, tmp_path):
@@ -649,6 +699,8 @@ def test_every_role_is_read_in_diffusers_namespace(form, fresh, randomize, tmp_p
             tensors[f"{e.layer}.alpha"] = torch.tensor(float(e.alpha), dtype=torch.float64)
     if FORMS[form].method == "oft" and form in INPUT and form != "oft, neumann":
         return  # without a config it is the series
+    if form in ("hra, gram-schmidt", "vera"):
+        return  # without a config it is a chain; the seed stands there too
     if form.startswith("ia3"):
         return  # without a config nothing tells a convolution's inputs from its outputs
     load_lora(back, tensors, name="default")
@@ -804,10 +856,12 @@ def test_an_embedding_goes_into_a_peft_folder_and_back(tmp_path):
         unload(net)
 
 
-def test_the_table_of_roles_is_the_methods():
-    from converters.roles import ADDITIVE, MAGNITUDES, ROLES, WHOLE
+def test_every_method_has_a_row_and_every_row_a_method():
+    from diffpeft.methods.layout import INNER, LAYOUTS, MAGNITUDES, ROLES
 
-    for method, roles in ROLES.items():
-        assert set(roles) | {"initial_A", "initial_B"} == set(METHODS[method].roles) | {"initial_A", "initial_B"}
-        assert {role for whole in WHOLE[method] for role in whole.split()} <= set(roles)
-    assert set(METHODS["dora"].roles) >= set(MAGNITUDES) | {r for m in ADDITIVE for r in ROLES[m]}
+    assert {*METHODS} == {*LAYOUTS}
+    for method, layout in LAYOUTS.items():
+        assert {*layout.roles} <= {*METHODS[method].roles} and METHODS[method].name == method
+        assert layout.off <= {*layout.roles}
+        assert getattr(METHODS[method].config, "__name__", "") == layout.config
+    assert {*METHODS["dora"].roles} >= {*MAGNITUDES} | {role for method in INNER for role in ROLES[method]}
