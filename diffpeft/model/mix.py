@@ -22,6 +22,7 @@ from torch import Tensor
 from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
 from diffpeft.methods.config import is_fp32
+from diffpeft.model.arena import Arena
 from diffpeft.model.schedule import Clock, ScaledSchedule, Schedule
 from diffpeft.model.scope import Block, Scope
 from diffpeft.model.target import spellings
@@ -141,6 +142,7 @@ class Mix:
     fused: Mapping[str, Strength] = field(
         default_factory=dict
     )  # adapters that are in the weights, in order, and how strong
+    arena: Arena | None = field(default=None, compare=False, repr=False)  # where fused weights lie, or lay
     key: str = ""
     apart: bool = False  # of adapters that are no layers' (prompts): not the one that a component's layers share
 
