@@ -7,10 +7,11 @@ published model, or has names that no table knows, is of a family that is not kn
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ Layers = dict[Spelt, dict[str, Handle]]
 HINT, COMPONENT, FORMAT = "diffpeft.family", "diffpeft.component", "diffpeft.format"
 # what metadata say, in any of these places: {family: pattern}
 _PLACES = (HINT, "modelspec.architecture", "ss_base_model_version")
+_TOLD = (*_PLACES, COMPONENT, FORMAT)  # all metadata that are looked into
 _SAID = {
     "sdxl_refiner": r".*xl.*refiner",
     "sdxl": r"stable-diffusion-xl|sdxl|sd_?xl",
@@ -126,15 +128,48 @@ def fit(
     format: str | None = None,
     family: str | None = None,
 ) -> Fit:
-    """What a file fits; `format` and `family` are known, and not looked for. Raises UnknownKeysError if no key is of any format."""
-    parts = _most(tensors, [format] if format else list(FORMATS), source)
+    """What a file fits; `format` and `family` are known, and not looked for. Raises UnknownKeysError if no key is of any format.
+
+    Files of one trainer have the same names and shapes: what the last few kinds of file fit is remembered.
+    """
+    shapes = tuple((key, handle.shape) for key, handle in tensors.items())
+    told = tuple((key, metadata[key]) for key in _TOLD if key in metadata)
+    fits = _fit(shapes, told, _owned().intersection(metadata), format, family)
+    if fits is None:
+        raise UnknownKeysError(
+            "this holds no adapter that is known here",
+            where=f"{source}: {listed(list(tensors)[:3])}{' ...' if len(tensors) > 3 else ''}",
+            remedy=f"Readable are the formats {', '.join(FORMATS)}.",
+        )
+    return replace(fits, opened=(tensors, metadata, source))
+
+
+@functools.cache
+def _owned() -> frozenset[str]:
+    """The metadata of which it counts that they are there, whatever they say."""
+    return frozenset().union(*(fmt.owned for fmt in FORMATS.values()))
+
+
+@functools.lru_cache(maxsize=8)
+def _fit(
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    told: tuple[tuple[str, str], ...],
+    owned: frozenset[str],
+    format: str | None,
+    family: str | None,
+) -> Fit | None:
+    """`fit` by all that it depends on: names and shapes, what some metadata say, and which others there are. None if no key is of any format."""
+    tensors, metadata = {key: Handle("", shape) for key, shape in shapes}, {**dict.fromkeys(owned, ""), **dict(told)}
+    parts = _most(tensors, [format] if format else list(FORMATS))
+    if not parts:
+        return None
     formats, layers, counts = _likeliest(parts, tensors, metadata)
     fitting = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fitting}
     spelt_by = _Own(layers, metadata, FORMATS[formats[0]].tables)
     families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by)
     chosen = _format_of(formats, [family] if family else families, spelt_by)
-    return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], (tensors, metadata, source))
+    return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], ({}, {}, ""))
 
 
 def _likeliest(
@@ -172,8 +207,8 @@ def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, KeyParts]) -> Lay
     return layers
 
 
-def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[str, dict[str, KeyParts]]:
-    """{format: the keys that it takes apart}, of the formats that most keys are of."""
+def _most(keys: Collection[str], formats: Collection[str]) -> dict[str, dict[str, KeyParts]]:
+    """{format: the keys that it takes apart}, of the formats that most keys are of; empty if none is of any."""
     bare_keys = all_unwrapped(keys)
     sample = [*bare_keys.values()][:: max(len(keys) // 16, 1)]
     ways: dict[object, dict[str, KeyParts]] = {}  # formats that share the way need it once
@@ -186,13 +221,7 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
             ways[way] = _taken_apart(bare_keys, FORMATS[name], all_taken)
     apart = {name: ways[type(FORMATS[name]).split] for name in formats}
     most = max(map(len, apart.values()), default=0)
-    if not most:
-        raise UnknownKeysError(
-            "this holds no adapter that is known here",
-            where=f"{source}: {listed(list(keys)[:3])}{' ...' if len(keys) > 3 else ''}",
-            remedy=f"Readable are the formats {', '.join(FORMATS)}.",
-        )
-    return {name: parts for name, parts in apart.items() if len(parts) == most}
+    return {name: parts for name, parts in apart.items() if len(parts) == most > 0}
 
 
 def _taken_apart(bare_keys: Mapping[str, str], fmt: Format, every: bool) -> dict[str, KeyParts]:

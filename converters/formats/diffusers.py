@@ -19,7 +19,7 @@ from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
 from diffpeft.files import Json, config_in
-from diffpeft.methods.layout import PRODUCTS
+from diffpeft.methods.layout import LAYOUTS, PRODUCTS
 
 METADATA = "lora_adapter_metadata"
 _READ = {"lora_A", "lora_B", "lora_magnitude_vector"}  # by diffusers 0.42
@@ -145,8 +145,9 @@ def _of_component(config: Json, component: str) -> Json:
 
 
 def _configured(entry: Entry, config: Json) -> Entry:
-    entry = configs.turned(entry, {"peft_version": "0.18", **config})
-    if entry.alpha is not None or entry.method not in PRODUCTS:
+    if LAYOUTS[entry.method].alpha == "bound":
+        return configs.turned(entry, {"peft_version": "0.18", **config})
+    if entry.alpha is not None or not config or entry.method not in PRODUCTS:
         return entry
     name = parted(entry.layer)[1]
     r = configs.ranks_of([entry])[entry.layer]

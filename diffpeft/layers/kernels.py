@@ -62,7 +62,7 @@ def eager(*tensors: Tensor) -> bool:
 
 def _node(function: type[torch.autograd.Function], *inputs: object) -> Tensor:
     """The result of an autograd function."""
-    y: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    y: Tensor = function.apply(*inputs)
     return y
 
 

@@ -30,7 +30,7 @@ class Ambiguous(Tensor):
     """What stands for a tensor that each row of a batch has another one of: it tells its shape, dtype and device, and refuses arithmetic."""
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         cls,
         func: Callable[..., object],
         types: object,
