@@ -10,18 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 WORDS = {"own", "found", "some", "rest", "it", "lost", "kept", "given", "first"}
 
-# files that still have such names; it only ever gets shorter
-PENDING = {
-    "diffpeft/layers/carried.py",
-    "diffpeft/layers/chain.py",
-    "diffpeft/layers/slot.py",
-    "diffpeft/model/mix.py",
-    "diffpeft/model/target.py",
-    "diffpeft/model/weights.py",
-}
 ARGUMENTS = {"diffpeft/model/schedule.py": {"first"}}  # that users name in a call
-
-TWICE = {"Entry"}  # classes that two files have; it only ever gets shorter
 
 
 def sources() -> list[str]:
@@ -56,14 +45,14 @@ def vague(text: str) -> list[tuple[int, str]]:
 
 
 def test_names_of_values_say_what_they_are():
-    names = {path: vague((ROOT / path).read_text(encoding="utf-8")) for path in sources() if path not in PENDING}
+    names = {path: vague((ROOT / path).read_text(encoding="utf-8")) for path in sources()}
     wrong = {path: [(n, w) for n, w in places if w not in ARGUMENTS.get(path, ())] for path, places in names.items()}
     assert not {path: places for path, places in wrong.items() if places}
 
 
 def test_a_class_is_called_like_no_other():
     twice = {name for name, number in classes().items() if number > 1}
-    assert not twice - TWICE
+    assert not twice
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class Choice:
     given: Mapping[str, Any] = field(default_factory=dict)  # as the user said it
     levels: Mapping[str, Sequence[Level]] = field(default_factory=dict)  # by adapter, of each layer
     clock: Clock | None = None  # tells the step, where a level is a schedule
-    rows: tuple[Choice, ...] = ()  # one a prompt; `levels` are of the first that has an adapter then, `given` of each
+    rows: tuple[Choice, ...] = ()  # one a prompt; `levels` are of the first that has an adapter then, `asked` of each
     images: int = 1  # how many rows of a batch a prompt has
     live: bool = False  # whether layers read another moment from call to call
     first: Moment = field(init=False)  # that of the first step
@@ -95,7 +95,7 @@ class Choice:
         return self if by == 1 else self._remembered(("scaled", by), lambda: self._scaled(by))
 
     def _scaled(self, by: float) -> Choice:
-        levels = {name: [_times(level, by) for level in own] for name, own in self.levels.items()}
+        levels = {name: [_times(level, by) for level in column] for name, column in self.levels.items()}
         return replace(self, levels=levels, rows=tuple(row.scaled(by) for row in self.rows))
 
     def moment(self, fraction: float | None, batch: int = 0) -> Moment:
@@ -161,10 +161,10 @@ class Mix:
 
     def blocks(self) -> list[Block[Chosen]]:
         """The `adapters(...)` blocks that are running, in all threads and tasks."""
-        found = (
+        running = (
             reference() for reference in _running.valuerefs()
         )  # a list made at once: other threads enter blocks meanwhile
-        return [block for block in found if block is not None and block.open and self.key in block.value]
+        return [block for block in running if block is not None and block.open and self.key in block.value]
 
     def running(self) -> list[Choice]:
         """The choices of these blocks."""
@@ -197,21 +197,21 @@ class Mix:
             return held.first
         return held.moment(None if held.clock is None else held.clock.fraction())
 
-    def chosen(self, given: Given | Sequence[Given], clock: Clock | None = None, images: int = 1) -> Choice:
-        """The choice in which the adapters in `given` that this component has are active at these strengths."""
-        return choose(self.component, self.layers, self.adapters, given, clock, images)
+    def chosen(self, asked: Given | Sequence[Given], clock: Clock | None = None, images: int = 1) -> Choice:
+        """The choice in which the adapters in `asked` that this component has are active at these strengths."""
+        return choose(self.component, self.layers, self.adapters, asked, clock, images)
 
     def changed(self, layers: Sequence[str], adapters: Mapping[str, Adapter], edit: Callable[[Given], Given]) -> Choice:
         """The choice that was set, with what was given edited (that of every prompt) and for these layers and adapters."""
         choice = self.choice
-        given = [edit(row.given) for row in choice.rows] if choice.rows else edit(choice.given)
-        return choose(self.component, layers, adapters, given, choice.clock, choice.images)
+        asked = [edit(row.given) for row in choice.rows] if choice.rows else edit(choice.given)
+        return choose(self.component, layers, adapters, asked, choice.clock, choice.images)
 
-    def used(self, given: Mapping[str, Strength]) -> set[str]:
-        """The patterns in `given` that match a layer of their adapter here."""
+    def used(self, asked: Mapping[str, Strength]) -> set[str]:
+        """The patterns in `asked` that match a layer of their adapter here."""
         return {
             pattern
-            for name, strength in given.items()
+            for name, strength in asked.items()
             if name in self.adapters and isinstance(strength, Mapping)
             for pattern in strength
             if any(_matches(pattern, self.component, layer) for layer in self.adapters[name].layers)
@@ -231,25 +231,25 @@ def choose(
     component: str,
     layers: Sequence[str],
     adapters: Mapping[str, Adapter],
-    given: Given | Sequence[Given],
+    asked: Given | Sequence[Given],
     clock: Clock | None = None,
     images: int = 1,
 ) -> Choice:
-    """`given`, for the adapters that this component has, worked out layer by layer; a list of them, one a prompt, for rows of a batch.
+    """`asked`, for the adapters that this component has, worked out layer by layer; a list of them, one a prompt, for rows of a batch.
 
     A text encoder runs before the first step, and once a prompt.
     """
     early = component.startswith("text_encoder")
-    if not isinstance(given, Mapping):
-        rows = [choose(component, layers, adapters, mix, clock) for mix in given]
+    if not isinstance(asked, Mapping):
+        rows = [choose(component, layers, adapters, mix, clock) for mix in asked]
         return _of_rows(rows, 1 if early else images)
-    order = tuple(name for name in given if name in adapters)
-    levels = {name: _levels(given[name], component, layers) for name in order}
+    order = tuple(name for name in asked if name in adapters)
+    levels = {name: _levels(asked[name], component, layers) for name in order}
     scheduled = any(isinstance(level, Schedule) for of_adapter in levels.values() for level in set(of_adapter))
     if scheduled and early:
         levels = {name: [*numbers] for name, numbers in _numbers(order, levels, 0.0)[0].items()}
         scheduled = False
-    said = {name: dict(s) if isinstance(s := given[name], Mapping) else s for name in order}
+    said = {name: dict(s) if isinstance(s := asked[name], Mapping) else s for name in order}
     return Choice(order, said, levels, clock=(clock or Clock()) if scheduled else None, live=scheduled)
 
 
@@ -316,7 +316,7 @@ def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Leve
 def _matches(pattern: str, component: str, layer: str) -> bool:
     """Whether `pattern` matches a leading run of whole segments of the layer's dotted name. CLIP's `text_model.` may be there or not."""
     spelt = spellings(layer) if component.startswith("text_encoder") else (layer,)
-    names = {name for own in spelt for name in (own, dotted(component, own))}
+    names = {name for spelling in spelt for name in (spelling, dotted(component, spelling))}
     return any(_leads(pattern.split("."), name.split(".")) for name in names)
 
 
@@ -328,18 +328,18 @@ def _glob(segment: str) -> re.Pattern[str]:
     return re.compile("".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in segment))
 
 
-def check_mix(given: Any, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
-    """Raise unless `given` is {known adapter: strength or {pattern that matches: strength}}.
+def check_mix(asked: Any, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+    """Raise unless `asked` is {known adapter: strength or {pattern that matches: strength}}.
 
     `components` are those of the pipeline: a pattern may name one of them that an adapter has no layers in.
     """
     mixes = list(mixes)
-    if not isinstance(given, Mapping):
+    if not isinstance(asked, Mapping):
         raise ConfigError(
-            f"a mix is a dict of strengths by adapter name, not {shown(given)}", remedy='For example {"style": 0.8}.'
+            f"a mix is a dict of strengths by adapter name, not {shown(asked)}", remedy='For example {"style": 0.8}.'
         )
     known = {name for mix in mixes for name in mix.adapters}
-    for name, strength in given.items():
+    for name, strength in asked.items():
         if name not in known:
             raise UnknownNameError.of("adapter", name, known)
         check_strength(name, strength, schedules=True)
@@ -357,16 +357,16 @@ def _is_absent(pattern: str, name: str, mixes: Iterable[Mix], components: Collec
     return component in absent or (not block and any(_glob(component).fullmatch(other) for other in absent))
 
 
-def check_rows(given: Any, images: Any, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
-    """Raise unless `given` is a mix, or a list of mixes for so many images a prompt."""
+def check_rows(asked: Any, images: Any, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+    """Raise unless `asked` is a mix, or a list of mixes for so many images a prompt."""
     mixes = list(mixes)
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
         raise ConfigError(f"images_per_prompt is {shown(images)}", remedy="It is a number of images, at least 1.")
-    if not isinstance(given, (list, tuple)):
-        return check_mix(given, mixes, components)
-    if not given:
+    if not isinstance(asked, (list, tuple)):
+        return check_mix(asked, mixes, components)
+    if not asked:
         raise ConfigError("the list of mixes is empty", remedy="Give one dict of strengths for each prompt.")
-    for mix in given:
+    for mix in asked:
         check_mix(mix, mixes, components)
 
 

@@ -90,7 +90,7 @@ class Attribute:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """An entry of a table (a module's parameters or modules, the configs of a model), ABSENT if there is to be none."""
 
     table: dict[str, Any]
@@ -148,7 +148,7 @@ class Plan:
     @property
     def entries(self) -> dict[tuple[int, str], Any]:
         """{(id of a table, name): what will be there}."""
-        return {(id(write.table), write.name): write.value for write in self.writes if isinstance(write, Entry)}
+        return {(id(write.table), write.name): write.value for write in self.writes if isinstance(write, TableEntry)}
 
     def standing(self, module: nn.Module) -> nn.Module:
         """The module that will be in a module's place."""
@@ -188,7 +188,7 @@ class Plan:
         """An entry of a table is to be another, or to be gone."""
         if isinstance(value, nn.Module) and name in table:
             self._replaced[id(table[name])] = value
-        self.writes.append(Entry(table, name, value))
+        self.writes.append(TableEntry(table, name, value))
 
     def put(self, puts: Iterable[Put]) -> None:
         """Modules' tables are to hold other parameters, or those that they hold to have other numbers."""
@@ -216,7 +216,7 @@ class Plan:
         for write in list(self.writes):
             if isinstance(write, Layer):
                 yield from filter(None, (write.value.adapters, write.value.copies))
-            elif isinstance(write, Entry) and isinstance(write.value, nn.Module):
+            elif isinstance(write, TableEntry) and isinstance(write.value, nn.Module):
                 yield write.value
 
     def root(self, model: nn.Module, mix: Mix) -> None:
@@ -287,7 +287,7 @@ class Plan:
         journal = Journal(model)
         try:
             yield
-            self.writes += [Entry(*change) for change in journal.entries()]
+            self.writes += [TableEntry(*change) for change in journal.entries()]
             self.writes += [Attribute(*change) for change in journal.attributes()]
         finally:
             try:

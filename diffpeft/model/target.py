@@ -30,17 +30,17 @@ def components(target: Any) -> dict[str, nn.Module]:
         return {_component_name(target): target}
     parts = getattr(target, "components", None)
     modules = {n: m for n, m in parts.items() if isinstance(m, nn.Module)} if isinstance(parts, Mapping) else {}
-    found = {name: modules[name] for name in COMPONENTS if name in modules}
-    if not found.keys() & _DENOISERS and (others := [n for n, m in modules.items() if _is_denoiser(m)]):
+    adaptable = {name: modules[name] for name in COMPONENTS if name in modules}
+    if not adaptable.keys() & _DENOISERS and (others := [n for n, m in modules.items() if _is_denoiser(m)]):
         raise ConfigError(
             f"a {type(target).__name__} denoises with {listed(others)}, which adapters for pipelines have no name for",
             remedy=f"Pass the model itself, for example pipe.{others[0]}.",
         )
-    if not found:
+    if not adaptable:
         raise ConfigError(
             f"cannot adapt a {type(target).__name__}", remedy="Pass a diffusers pipeline or a torch.nn.Module."
         )
-    return found
+    return adaptable
 
 
 _DENOISERS = frozenset({"unet", "transformer", "transformer_2"})
@@ -177,16 +177,16 @@ def select(
             remedy=f"Give targets: a preset ({', '.join(PRESETS)}), a regular expression or a list of names.",
         )
     layers = {component: targets_of(model) for component, model in parts.items()}
-    names = [(component, name) for component, found in layers.items() for name in found]
+    names = [(component, name) for component, modules in layers.items() for name in modules]
     preset = is_preset(targets)
     entries, excluded = _entries(targets), _entries(exclude or ())
     if not preset:
         _check_entries(entries, names)
     chosen: dict[str, dict[str, nn.Module]] = {}
-    for component, found in layers.items():
+    for component, modules in layers.items():
         chosen[component] = {
             n: m
-            for n, (m, parent) in found.items()
+            for n, (m, parent) in modules.items()
             if _match(_for(m, entries), component, n)
             and not _match(excluded, component, n)
             and _usable(n, m, parent, quiet=preset)
@@ -228,17 +228,17 @@ def is_preset(targets: Any) -> bool:
     return isinstance(targets, str) and targets in PRESETS
 
 
-def _entries(given: str | Sequence[str]) -> str | Sequence[str]:
-    """The names of a preset, or what was given: a list, or an expression that compiles."""
-    if is_preset(given):
-        return PRESETS[given]  # type: ignore[index]
-    if not isinstance(given, str):
-        return given
+def _entries(targets: str | Sequence[str]) -> str | Sequence[str]:
+    """The names of a preset, or what is said otherwise: a list, or an expression that compiles."""
+    if is_preset(targets):
+        return PRESETS[targets]  # type: ignore[index]
+    if not isinstance(targets, str):
+        return targets
     try:
-        patterns.check(given)
+        patterns.check(targets)
     except ConfigError as error:
         raise ConfigError(error.what, remedy="Or pass a list of layer names.") from error
-    return given
+    return targets
 
 
 def _match(entries: str | Sequence[str], component: str, name: str) -> bool:
@@ -250,17 +250,17 @@ def _match(entries: str | Sequence[str], component: str, name: str) -> bool:
 
 
 def _check_entries(entries: str | Sequence[str], names: Sequence[tuple[str, str]]) -> None:
-    lost = [
+    unmatched = [
         e
         for e in ([entries] if isinstance(entries, str) else entries)
         if not any(_match(entries if isinstance(entries, str) else [e], c, n) for c, n in names)
     ]
-    if lost:
+    if unmatched:
         known = {".".join(n.split(".")[-k:]) for _, n in names for k in (1, 2, 3)} | {n for _, n in names} | {*PRESETS}
-        remedy = near(lost[0], known) or f"The presets are {', '.join(PRESETS)}."
+        remedy = near(unmatched[0], known) or f"The presets are {', '.join(PRESETS)}."
         if isinstance(entries, str) and any(_match([entries], c, n) for c, n in names):
             remedy = f"A text is a regular expression for whole names: pass [{shown(entries)}] for names that end so."
-        raise UnknownNameError(f"no layer matches {shown(lost[0])}", remedy=remedy)
+        raise UnknownNameError(f"no layer matches {shown(unmatched[0])}", remedy=remedy)
 
 
 def _usable(name: str, module: nn.Module, parent: nn.Module | None, quiet: bool) -> bool:

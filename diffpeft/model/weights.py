@@ -30,8 +30,8 @@ Empty = Callable[[Tensor], Tensor]  # a tensor with anything in it that lies in 
 
 def touched(module: nn.Module, record: Record) -> list[str]:
     """The parameters of a module that its adapters may change. A layer has a weight, and may have a bias."""
-    own = module._parameters
-    names = [name for name in ("weight", "bias") if record.slots and own.get(name) is not None]
+    parameters = module._parameters
+    names = [name for name in ("weight", "bias") if record.slots and parameters.get(name) is not None]
     return list(dict.fromkeys((*names, *(name for patch in record.patches.values() for name in patch.names))))
 
 
