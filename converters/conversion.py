@@ -232,7 +232,7 @@ def as_lora(entry: Entry) -> Entry | None:
     A, B = factors[0].to(dtype), (method.scale(p, spec) * factors[1]).to(dtype)
     ones = (1,) * len(spec.geometry.kernel)
     A = A.reshape(len(A), spec.geometry.in_, *spec.geometry.kernel).contiguous()
-    B = B.reshape(*B.shape, *ones).contiguous()
+    B = B.reshape(*B.shape[:2], *ones).contiguous()
     beside = {role: h for role, h in entry.tensors.items() if role in ("diff_b",)}
     tensors = {"lora_A": io.handle(A), "lora_B": io.handle(B), **beside}
     return replace(entry, method="lora", tensors=tensors, alpha=float(len(A)), options={})

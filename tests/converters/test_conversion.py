@@ -16,6 +16,7 @@ import converters
 from converters import holding
 from diffpeft import CannotConvertError, CheckpointError, ConfigError, UnknownNameError
 from diffpeft.cli import cli
+from tests.converters.factory import checkpoint
 
 ALPHAS = {
     "none": None,
@@ -121,6 +122,17 @@ def test_a_loha_becomes_the_lora_that_it_is_where_it_has_to(tmp_path):
     (got,) = bundle.deltas().values()
     assert bundle.methods == {"lora"} and bundle.entries[0].tensors["lora_A"].shape == (4, 20)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # fp32 factors
+
+
+@pytest.mark.parametrize("method", ["tucker", "loha-tucker", "lokr-first", "lokr-tucker"])
+def test_a_lora_that_something_becomes_has_the_axes_of_its_layer(method, tmp_path):
+    """PEFT loads no second factor of a convolution that has others than [o, r, 1, 1]."""
+    adapter = checkpoint("kohya", "sdxl", method, text=False, layers=lambda site: len(site.shape) > 2)
+    report = converters.convert(adapter.save(tmp_path), tmp_path / "b.safetensors", to="diffusers")
+    assert report.level == "L1"
+    shapes = {key: tuple(tensor.shape) for key, tensor in load_file(tmp_path / "b.safetensors").items()}
+    second = [shape for key, shape in shapes.items() if key.endswith("lora_B.weight")]
+    assert second and all(len(shape) == 4 and shape[2:] == (1, 1) for shape in second)
 
 
 @pytest.mark.parametrize(
