@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of, state_with
+from diffpeft.layers.acting import state_with
+from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of
 from diffpeft.layers.hooks import reapply_offloading
 from diffpeft.model.journal import ABSENT, Journal, put_back
 from diffpeft.model.lock import exclusive
