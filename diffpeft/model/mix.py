@@ -245,12 +245,16 @@ def choose(
         return _of_rows(rows, 1 if early else images)
     order = tuple(name for name in asked if name in adapters)
     levels = {name: _levels(asked[name], component, layers) for name in order}
-    scheduled = any(isinstance(level, Schedule) for of_adapter in levels.values() for level in set(of_adapter))
+    scheduled = any(_is_scheduled(of_adapter) for of_adapter in levels.values())
     if scheduled and early:
         levels = {name: [*numbers] for name, numbers in _numbers(order, levels, 0.0)[0].items()}
         scheduled = False
     said = {name: dict(s) if isinstance(s := asked[name], Mapping) else s for name in order}
     return Choice(order, said, levels, clock=(clock or Clock()) if scheduled else None, live=scheduled)
+
+
+def _is_scheduled(levels: Sequence[Level]) -> bool:
+    return any(isinstance(level, Schedule) for level in set(levels))
 
 
 def _of_rows(rows: Sequence[Choice], images: int) -> Choice:
