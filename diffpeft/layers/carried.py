@@ -452,7 +452,7 @@ def _dialled(
 
 
 def _run(
-    module: nn.Module, base: Class, steps: Sequence[Step], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module, base: Class, steps: Sequence[Step], args: tuple[Any, ...], kwargs: Mapping[str, object]
 ) -> object:
     """A module's forward (of its class `base`) with what acts."""
     ground = bare(module)
