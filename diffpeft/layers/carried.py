@@ -112,7 +112,7 @@ class Record:
             return None
         return self.changed(
             slots={name: slot for name, slot in self.slots.items() if name not in names},
-            copies={name: whole for name, whole in self.copies.items() if name not in names},
+            copies={name: held for name, held in self.copies.items() if name not in names},
             patches={name: patch for name, patch in self.patches.items() if name not in names},
             hidden=self.hidden - names,
         )
@@ -192,7 +192,7 @@ def state_with(module: nn.Module, record: Record | None, weights: Parameters | N
     if not (record.copies or record.patches):
         return State(adapted_class(base), record, adapters, None, weights)
     shown = {name: patch for name, patch in record.patches.items() if name not in record.hidden}
-    copies = _container({**{name: whole.module for name, whole in record.copies.items()}, **shown})
+    copies = _container({**{name: held.module for name, held in record.copies.items()}, **shown})
     return State(carrying_class(base), record, adapters, copies if len(copies) else None, weights)
 
 
