@@ -15,54 +15,7 @@ FILES = sorted(
 COMPLEXITY, LINES = 15, 40
 STRAIGHT = 8  # a table or a recipe may be longer if it branches no more than this
 # uses of `Any`, which is for what other libraries hand us: only downwards
-MOST_ANY = {"converters": 35, "diffpeft": 949}
-# functions that were above this before it was forbidden: none may be added
-BRANCHING = frozenset(
-    {
-        "diffpeft/cli/errors.py run",
-        "diffpeft/layers/slot.py prepared",
-        "diffpeft/llm/hotswap.py _make_room",
-        "diffpeft/llm/hotswap.py hotswap_adapter_from_state_dict",
-        "diffpeft/llm/hotswap.py prepare_model_for_compiled_hotswap",
-        "diffpeft/llm/patches.py _factors",
-        "diffpeft/llm/prefix_tuning.py call",
-        "diffpeft/llm/renames.py stacked",
-        "diffpeft/llm/state.py read",
-        "diffpeft/llm/state.py spelt",
-        "diffpeft/llm/status.py _status",
-        "diffpeft/llm/status.py get_model_status",
-        "diffpeft/llm/texts.py collated",
-        "diffpeft/llm/weighted.py _recipe",
-        "diffpeft/model/attach.py attach_to",
-        "diffpeft/model/fuse.py _plan_component",
-        "diffpeft/model/merge.py plan",
-        "diffpeft/model/merge.py plan_merged",
-        "diffpeft/model/mix.py choose",
-        "diffpeft/model/schedule.py _call",
-        "diffpeft/pipeline/bake.py _stored",
-        "diffpeft/pipeline/bake.py bake",
-        "diffpeft/pipeline/hotswap.py _replace",
-        "diffpeft/pipeline/hotswap.py _writes",
-        "diffpeft/pipeline/match.py matched",
-        "diffpeft/pipeline/prompt.py _tag",
-        "diffpeft/pipeline/prompt.py strengths",
-        "diffpeft/train/data/find.py survey",
-        "diffpeft/train/prior.py _in_folder",
-    }
-)
-LONG = frozenset(
-    {
-        "diffpeft/cli/generate.py generate",
-        "diffpeft/llm/hotswap.py hotswap_adapter_from_state_dict",
-        "diffpeft/llm/sft.py train",
-        "diffpeft/llm/state.py read",
-        "diffpeft/llm/state.py spelt",
-        "diffpeft/model/attach.py attach_to",
-        "diffpeft/pipeline/fused.py unfused",
-        "diffpeft/pipeline/hotswap.py _replace",
-        "diffpeft/pipeline/match.py matched",
-    }
-)
+MOST_ANY = {"converters": 2, "diffpeft": 245}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 BRANCHES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.match_case)
 
@@ -126,13 +79,13 @@ async def f(a):
 
 
 def test_no_function_branches_too_much():
-    wrong = {name: n for name, f in functions() if (n := complexity(f)) > COMPLEXITY and name not in BRANCHING}
+    wrong = {name: n for name, f in functions() if (n := complexity(f)) > COMPLEXITY}
     assert not wrong, f"above {COMPLEXITY}: {wrong}"
 
 
 def test_no_function_is_long_but_tables_and_recipes():
     wrong = {name: lines(f) for name, f in functions() if lines(f) > LINES and complexity(f) > STRAIGHT}
-    assert not wrong.keys() - LONG, f"above {LINES} lines: {wrong}"
+    assert not wrong, f"above {LINES} lines: {wrong}"
 
 
 def test_any_is_for_what_other_libraries_hand_us():

@@ -108,7 +108,7 @@ class Record:
             return None
         return self.changed(
             slots={name: slot for name, slot in self.slots.items() if name not in names},
-            copies={name: whole for name, whole in self.copies.items() if name not in names},
+            copies={name: held for name, held in self.copies.items() if name not in names},
             patches={name: patch for name, patch in self.patches.items() if name not in names},
             hidden=self.hidden - names,
         )

@@ -142,14 +142,14 @@ def _in_order(module: nn.Module, x: Tensor, batch: int) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    whole = (getattr(_here, "given", None) or {}).get(id(module))
-    if whole is None or len(whole) != batch or whole.numel() != x.numel():
+    around = (getattr(_here, "given", None) or {}).get(id(module))
+    if around is None or len(around) != batch or around.numel() != x.numel():
         return len(x) == batch
-    whole = whole.reshape(x.shape).to(x)
-    if torch.equal(whole, x):
+    around = around.reshape(x.shape).to(x)
+    if torch.equal(around, x):
         return True
     return len(x) == batch and not torch.equal(
-        whole.reshape(len(x), -1).unique(dim=0), x.reshape(len(x), -1).unique(dim=0)
+        around.reshape(len(x), -1).unique(dim=0), x.reshape(len(x), -1).unique(dim=0)
     )
 
 

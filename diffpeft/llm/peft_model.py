@@ -203,7 +203,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's. `adapter_names` has an adapter's name, or `__base__`, for each row of the batch."""
         kwargs.pop("alora_offsets", None)
         with nullcontext() if adapter_names is None else self._mixed_batch(adapter_names, args, kwargs):

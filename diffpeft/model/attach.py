@@ -68,7 +68,7 @@ def mixes_of(parts: Mapping[str, nn.Module], walks: Mapping[str, Walk] | None = 
     return {component: mix for component, mix in mixes.items() if mix}
 
 
-def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
+def method_of(config: object, options: Mapping[str, object]) -> type[Method]:
     """The method that a config object and keywords of `attach` configure."""
     method = next((m for m in METHODS.values() if type(config) is m.config), None)
     if method is None:
@@ -87,7 +87,7 @@ def method_of(config: Any, options: Mapping[str, Any]) -> type[Method]:
 
 
 def attach(
-    target: Any,
+    target: object,
     config: Any,
     name: str = "default",
     targets: str | Sequence[str] | None = None,
@@ -142,7 +142,7 @@ _FACADE = (
 Slots = dict[str, dict[str, Slot]]  # {component: {layer: slot}}
 
 
-def _refuse_facade(config: Any) -> None:
+def _refuse_facade(config: object) -> None:
     """Raise ConfigError for fields that only PEFT's facade has a use for."""
     for name in _FACADE:
         if getattr(config, name, None):
@@ -425,7 +425,7 @@ def install(
     return mix
 
 
-def detach(target: Any, name: str) -> None:
+def detach(target: object, name: str) -> None:
     """Remove an adapter. With the last one every layer is what it was: class, keys and bytes."""
     parts = components(target)
     with planned(parts) as plan:

@@ -41,7 +41,7 @@ from diffpeft.model.weights import (
 )
 
 
-def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
+def fuse(target: object, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
     """Put active adapters into the weights at their present strengths, so that they cost nothing any more.
 
     Args:
@@ -80,7 +80,7 @@ def plan_fused(
         warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=3)
 
 
-def unfuse(target: Any) -> None:
+def unfuse(target: object) -> None:
     """Take all fused adapters out of the weights again, to the last bit; they stay active. With nothing fused it does nothing.
 
     Raises AdapterStateError if the base was not kept.

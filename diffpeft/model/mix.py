@@ -82,7 +82,7 @@ class Choice:
     def __post_init__(self) -> None:
         object.__setattr__(self, "first", self._moment(0.0, 0))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "kept": {}}
 
     @property
@@ -102,7 +102,7 @@ class Choice:
         """This choice at a step and for a batch."""
         return self._remembered((fraction, batch), lambda: self._moment(fraction, batch))
 
-    def _remembered(self, key: Any, make: Callable[[], Result]) -> Result:
+    def _remembered(self, key: object, make: Callable[[], Result]) -> Result:
         """What was made of this choice before under a key, else what `make` makes now."""
         if key not in self.kept:
             if len(self.kept) >= _KEPT:
@@ -149,7 +149,7 @@ class Mix:
     def __post_init__(self) -> None:
         self.key = f"mix{next(_keys)}"  # a copy is another mix: a thread's choice for the one is not for the other
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
 
@@ -239,17 +239,25 @@ def choose(
 
     A text encoder runs before the first step, and once a prompt.
     """
-    early = component.startswith("text_encoder")
-    if not isinstance(asked, Mapping):
-        rows = [choose(component, layers, adapters, mix, clock) for mix in asked]
-        return _of_rows(rows, 1 if early else images)
-    order = tuple(name for name in asked if name in adapters)
-    levels = {name: _levels(asked[name], component, layers) for name in order}
-    scheduled = any(_is_scheduled(of_adapter) for of_adapter in levels.values())
-    if scheduled and early:
+    if isinstance(asked, Mapping):
+        return _of_one(component, layers, {name: s for name, s in asked.items() if name in adapters}, clock)
+    rows = [choose(component, layers, adapters, mix, clock) for mix in asked]
+    return _of_rows(rows, 1 if _is_early(component) else images)
+
+
+def _is_early(component: str) -> bool:
+    return component.startswith("text_encoder")
+
+
+def _of_one(component: str, layers: Sequence[str], mix: Given, clock: Clock | None) -> Choice:
+    """The choice of one mix, whose adapters this component has."""
+    order = tuple(mix)
+    levels = {name: _levels(strength, component, layers) for name, strength in mix.items()}
+    scheduled = any(isinstance(level, Schedule) for of_adapter in levels.values() for level in set(of_adapter))
+    if scheduled and _is_early(component):
         levels = {name: [*numbers] for name, numbers in _numbers(order, levels, 0.0)[0].items()}
         scheduled = False
-    said = {name: dict(s) if isinstance(s := asked[name], Mapping) else s for name in order}
+    said = {name: dict(s) if isinstance(s, Mapping) else s for name, s in mix.items()}
     return Choice(order, said, levels, clock=(clock or Clock()) if scheduled else None, live=scheduled)
 
 
@@ -332,7 +340,7 @@ def _glob(segment: str) -> re.Pattern[str]:
     return re.compile("".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in segment))
 
 
-def check_mix(asked: Any, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+def check_mix(asked: object, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
     """Raise unless `asked` is {known adapter: strength or {pattern that matches: strength}}.
 
     `components` are those of the pipeline: a pattern may name one of them that an adapter has no layers in.
@@ -361,7 +369,7 @@ def _is_absent(pattern: str, name: str, mixes: Iterable[Mix], components: Collec
     return component in absent or (not block and any(_glob(component).fullmatch(other) for other in absent))
 
 
-def check_rows(asked: Any, images: Any, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+def check_rows(asked: object, images: object, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
     """Raise unless `asked` is a mix, or a list of mixes for so many images a prompt."""
     mixes = list(mixes)
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
@@ -374,7 +382,7 @@ def check_rows(asked: Any, images: Any, mixes: Iterable[Mix], components: Collec
         check_mix(mix, mixes, components)
 
 
-def check_strength(name: str, strength: Any, schedules: bool = False) -> None:
+def check_strength(name: str, strength: object, schedules: bool = False) -> None:
     """Raise ConfigError unless `strength` is a finite number (or a schedule) or {pattern: such a number}."""
     for where, value in strength.items() if isinstance(strength, Mapping) else [("", strength)]:
         if isinstance(where, str) and schedules and isinstance(value, Schedule):

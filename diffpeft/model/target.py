@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch.nn as nn
 
@@ -24,7 +23,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def components(target: Any) -> dict[str, nn.Module]:
+def components(target: object) -> dict[str, nn.Module]:
     """{component name: module}: a diffusers pipeline's adaptable components, or the one module that was given, under the name it has in pipelines."""
     if isinstance(target, nn.Module):
         return {_component_name(target): target}
@@ -223,7 +222,7 @@ def check_target(module: nn.Module, parent: nn.Module | None, name: str) -> None
         raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
 
 
-def is_preset(targets: Any) -> bool:
+def is_preset(targets: object) -> bool:
     """Whether these targets are the name of a preset."""
     return isinstance(targets, str) and targets in PRESETS
 

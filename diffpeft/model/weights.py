@@ -183,7 +183,7 @@ def bounded_sum(module: nn.Module, base: Parameters, steps: Sequence[Step]) -> S
         return total if total is not None and total.is_bounded() else None
 
 
-def thin_sum(module: Any, steps: Sequence[Step], dtype: torch.dtype, base: Parameters) -> Sum | None:
+def thin_sum(module: nn.Module, steps: Sequence[Step], dtype: torch.dtype, base: Parameters) -> Sum | None:
     """What factors of low rank make of a layer's weight, in `dtype`; None for small layers, and for what is no such sum."""
     site = site_of(base_class(module))
     if (
