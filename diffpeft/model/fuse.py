@@ -5,25 +5,40 @@ A fused weight is always computed from the base as it was, in fp32, and rounded 
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
 from diffpeft.layers.backends import backend_of
-from diffpeft.layers.carried import Record
+from diffpeft.layers.carried import Parameters, Record, Step
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
 from diffpeft.layers.patches import Patch
+from diffpeft.model.arena import Arena
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.schedule import Schedule
 from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import Scratch, based, fused_weights, refuse_changed, sampled, touched, unfit, unfused
+from diffpeft.model.weights import (
+    Rewritten,
+    Scratch,
+    based,
+    bounded_sum,
+    fused_weights,
+    refuse_changed,
+    sampled,
+    touched,
+    unfit,
+    unfused,
+)
 
 
 def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
@@ -32,9 +47,10 @@ def fuse(target: Any, names: str | Sequence[str] | None = None, keep_base: str =
     Args:
         names: which, all active ones by default. They must come first in the activation order, or commute with what they are put before.
         keep_base: "cpu": the weights that are replaced are kept in main memory (their size again; on a CPU nothing is copied) for `unfuse`.
-            "none": they are not, and the adapters stay in for good.
+            "none": they are not, and the adapters stay in for good: large layers are written where they lie, without new memory.
 
-    Other active adapters keep acting on top. Raises UnknownNameError, AdapterStateError (an order that does not commute; quantised, offloaded or
+    Other active adapters keep acting on top. The memory of fused weights is kept from `unfuse` to the next `fuse`; it goes with the last adapter.
+    Raises UnknownNameError, AdapterStateError (an order that does not commute; quantised, offloaded or
     tied weights) or NonFiniteError, in which case nothing has changed.
     """
     if keep_base not in ("cpu", "none"):
@@ -119,37 +135,107 @@ def refuse_changing(mix: Mix, names: set[str]) -> None:
 def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
     """Plan the weights of one component with exactly `names` in them."""
     refuse_hooked(model)
-    owners, scratch, walk = owners_of(model), Scratch(), adapted(model)
-    choice = plan.view(mix).choice
+    owners, walk = owners_of(model), adapted(model)
     count_twins_once(walk, owners)
-    shared: dict[int, Tensor] = {}
-    patched: list[tuple[nn.Module, Record]] = []
-    puts: list[Put] = []
+    alone = _alone(model) if keep_base == "none" else set()
+    fuser = _Fuser(plan, mix, plan.view(mix).choice, keep_base == "cpu", owners, alone, Arena(mix.arena))
     for layer, module, _ in walk:
-        record = plan.record_of(module)
+        job = fuser.job(layer, module, names)
+        if job is not None:
+            fuser.plan_job(job)
+    fuser.plan_patched()
+    plan.set(mix, arena=fuser.arena if fuser.keep else None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A layer that is to have adapters in it, and what it was before anything was fused."""
+
+    layer: str
+    module: nn.Module
+    record: Record
+    inside: list[str]
+    base: Parameters
+
+
+@dataclass
+class _Fuser:
+    """One component: what is planned for its layers."""
+
+    plan: Plan
+    mix: Mix
+    choice: Choice
+    keep: bool  # whether the base is kept
+    owners: dict[int, int]
+    alone: set[int]  # the ids of parameters that may be written where they lie
+    arena: Arena  # where weights lie whose base is kept
+    scratch: Scratch = field(default_factory=Scratch)
+    shared: dict[int, Tensor] = field(default_factory=dict)  # new weights by the parameter's id
+    patched: list[tuple[nn.Module, Record]] = field(default_factory=list)
+    puts: list[Put] = field(default_factory=list)
+
+    def job(self, layer: str, module: nn.Module, names: Sequence[str]) -> _Job | None:
+        """What is to be done for a layer, None if nothing. Raises AdapterStateError if that cannot be."""
+        record = self.plan.record_of(module)
         assert record is not None
         inside = [n for n in names if n in record.slots or n in record.patches]
-        if record.mix is not mix or not set(inside) - record.fused:
-            continue
-        check_order(layer, record, inside, choice)
-        refuse_unfit(layer, module, record, owners)
+        if record.mix is not self.mix or not set(inside) - record.fused:
+            return None
+        check_order(layer, record, inside, self.choice)
+        refuse_unfit(layer, module, record, self.owners)
         _refuse_baseless(layer, record)
         refuse_changed(layer, module, record)
-        base = based(module, record)
-        weights = fused_weights(layer, module, base, record.steps(choice, inside), scratch)
-        kept_base = {name: t.to("cpu") for name, t in base.items()} if keep_base == "cpu" else None
-        fused = replace(record, fused=frozenset(inside), base=kept_base, sample=sampled(weights))
-        if record.patches:
-            patched.append((module, fused))
-            puts += [(module._parameters, name, t) for name, t in weights.items()]
+        return _Job(layer, module, record, inside, based(module, record))
+
+    def plan_job(self, job: _Job) -> None:
+        """Plan a layer's parameters. Raises NonFiniteError."""
+        steps = job.record.steps(self.choice, job.inside)
+        if self.rewritten(job, steps):
+            return
+        empty = functools.partial(self.arena.like, job.layer) if self.keep else torch.empty_like
+        weights = fused_weights(job.layer, job.module, job.base, steps, self.scratch, empty=empty)
+        kept_base = {name: t.to("cpu") for name, t in job.base.items()} if self.keep else None
+        fused = replace(job.record, fused=frozenset(job.inside), base=kept_base, sample=sampled(weights))
+        if job.record.patches:
+            self.patched.append((job.module, fused))
+            self.puts += [(job.module._parameters, name, t) for name, t in weights.items()]
         else:
-            weights["weight"] = shared.setdefault(id(module._parameters["weight"]), weights["weight"])
-            plan.carry(module, fused, weights)
-    parted = spread(plan, puts, owners)
-    for module, fused in patched:
-        table = module._parameters
-        new = {name: parted[id(table), name] for name in table if (id(table), name) in parted}
-        plan.carry(module, replace(fused, parted={**new, **fused.parted}))
+            weights["weight"] = self.shared.setdefault(id(job.module._parameters["weight"]), weights["weight"])
+            self.plan.carry(job.module, fused, weights)
+
+    def rewritten(self, job: _Job, steps: Sequence[Step]) -> bool:
+        """Plan to write a layer's weight where it lies, if its base goes; False, and nothing is planned, where that might fail or reach others."""
+        weight = job.module._parameters.get("weight")
+        if self.keep or job.record.fused or job.record.patches or weight is None or id(weight) not in self.alone:
+            return False
+        total = bounded_sum(job.module, job.base, steps)
+        if total is None:
+            return False
+        fused = replace(job.record, fused=frozenset(job.inside))
+        onward = Rewritten(weight.detach(), total, self.scratch)
+        self.plan.rewrite(job.module, fused, onward, {})
+        return True
+
+    def plan_patched(self) -> None:
+        """Plan the layers that patches change: what they shared with layers that nothing changes is parted from those."""
+        parted = spread(self.plan, self.puts, self.owners)
+        for module, fused in self.patched:
+            table = module._parameters
+            new = {name: parted[id(table), name] for name in table if (id(table), name) in parted}
+            self.plan.carry(module, replace(fused, parted={**new, **fused.parted}))
+
+
+def _alone(model: nn.Module) -> set[int]:
+    """The ids of parameters that one module holds and whose memory is no other tensor's of the model, and no other process's."""
+    tensors = [t for m in model.modules() for held in (m._parameters, m._buffers) for t in held.values()]
+    plain = [t for t in tensors if t is not None and type(t.data) is Tensor and t.layout is torch.strided]
+    storages = [t.untyped_storage().data_ptr() for t in plain]
+    times = Counter(storages)
+    return {
+        id(t)
+        for t, storage in zip(plain, storages, strict=True)
+        if times[storage] == 1 and not t.is_inference() and not (t.device.type == "cpu" and t.is_shared())
+    }
 
 
 def _refuse_baseless(layer: str, record: Record) -> None:

@@ -50,7 +50,7 @@ class Layer:
     value: State
 
     def present(self) -> State:
-        return state_of(self.module)
+        return state_of(self.module, self.value.weights is not None)
 
     def put(self, value: State) -> None:
         enter(self.module, value)
@@ -113,11 +113,25 @@ class _Items(dict[str, Any]):
     """What a table held."""
 
 
+class Onward(Protocol):
+    """A change of numbers that has no way back. All that it needs is there; whenever it was stopped it can go on, and comes to the same end."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether something may be changed."""
+
+    def go_on(self) -> None:
+        """Do what is not done yet."""
+
+
 @dataclass
 class Plan:
     """Prepared writes in the order in which they are made."""
 
     writes: list[Write] = field(default_factory=list)
+    onwards: list[tuple[Onward, Layer]] = field(
+        default_factory=list
+    )  # what has no way back, and what the layer carries when it is done
     roots: list[tuple[nn.Module, Mix]] = field(default_factory=list)  # models that may become roots, or cease to be
     _records: dict[int, Record | None] = field(default_factory=dict)  # what modules will carry, by id
     _replaced: dict[int, nn.Module] = field(
@@ -128,7 +142,8 @@ class Plan:
     @property
     def changed(self) -> list[nn.Module]:
         """The modules that will carry something else."""
-        return [write.module for write in self.writes if isinstance(write, Layer)]
+        layers = [write for write in self.writes if isinstance(write, Layer)]
+        return [layer.module for layer in (*layers, *(layer for _, layer in self.onwards))]
 
     @property
     def entries(self) -> dict[tuple[int, str], Any]:
@@ -150,6 +165,11 @@ class Plan:
             self.entry(module._parameters, name, parameter)
         numbers: Parameters | None = None if weights is None else {n: w for n, w in weights.items() if n not in others}
         self.writes.append(Layer(module, state_with(module, record, numbers)))
+        self._records[id(module)] = record
+
+    def rewrite(self, module: nn.Module, record: Record, onward: Onward, weights: Parameters) -> None:
+        """A module's numbers are to change with no way back, last of all; then it is to carry a record and to have other parameters besides."""
+        self.onwards.append((onward, Layer(module, state_with(module, record, weights))))
         self._records[id(module)] = record
 
     def numbers(self, tensor: Tensor, value: Tensor) -> None:
@@ -213,16 +233,30 @@ class Plan:
         return planned
 
     def commit(self) -> None:
-        """Make the writes, all or none: if one fails or is interrupted, those made are undone. Ctrl-C waits until they are made."""
+        """Make the writes, all or none: if one fails or is interrupted, those made are undone. Ctrl-C waits until they are made.
+
+        What has no way back comes last: whatever stops that, it is finished nevertheless, and with it the plan.
+        """
         try:
             with _uninterrupted():
                 self._before = [(write, write.present()) for write in self.writes]
                 for write in self.writes:
                     write.put(write.value)
                 self._finish()
+                self._go_on()
         except BaseException:
-            self.undo()
+            if any(onward.begun for onward, _ in self.onwards):
+                with _uninterrupted():
+                    self._go_on()
+            else:
+                self.undo()
             raise
+
+    def _go_on(self) -> None:
+        """Make, or finish, the changes that have no way back. Done again it changes nothing."""
+        for onward, layer in self.onwards:
+            onward.go_on()
+            layer.put(layer.value)
 
     def undo(self) -> None:
         """Put back what the commit has replaced; nothing if there was none."""
@@ -236,6 +270,7 @@ class Plan:
     @contextlib.contextmanager
     def tentative(self) -> Iterator[None]:
         """For planning on: the writes so far are made in this block and undone at its end. The commit makes them again, with the rest."""
+        assert not self.onwards
         try:
             self.commit()
             yield

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,15 @@ from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide, wide_dtype
 
-SOME = 1 << 19  # numbers that are cheap to find memory for
+LARGE = 1 << 16  # from how many numbers on a weight is worked out some rows at a time
+BLOCK = 1 << 20  # how many numbers these are
 WHOLE, SAMPLE = (
     4096,
     512,
 )  # up to how many numbers a weight is known again by all of them, and by how many if it has more
+
+
+Empty = Callable[[Tensor], Tensor]  # a tensor with anything in it that lies in memory as another does
 
 
 def touched(module: nn.Module, record: Record) -> list[str]:
@@ -41,20 +45,27 @@ def fused_weights(
     layer: str,
     module: Any,
     base: Parameters,
-    steps: Sequence[Any],
+    steps: Sequence[Step],
     scratch: Scratch,
     like: Parameters | None = None,
+    empty: Empty = torch.empty_like,
 ) -> Parameters:
-    """Parameters computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`, or of the present ones."""
+    """Parameters computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`, or of the present ones.
+
+    `empty`: finds memory for the weight.
+    """
     present = like or {name: module._parameters[name].data for name in base}
-    dtype = functools.reduce(torch.promote_types, (wide_dtype(t.dtype) for t in present.values()))
+    dtype = computed_in(present)
     with torch.no_grad():
-        own = {name: t.to(present[name].device) for name, t in base.items()}
-        rows = _by_rows(module, steps, dtype, own, scratch)
-        full = effective(module, steps, dtype, own) if rows is None else {**own, "weight": rows}
-    if "bias" in full and "bias" not in present:
+        start = {name: t.to(present[name].device) for name, t in base.items()}
+        total = thin_sum(module, steps, dtype, start)
+        by_rows = {} if total is None else {**start, "weight": total.into(empty(present["weight"]), scratch)}
+        exact = by_rows or effective(module, steps, dtype, start)
+    if "bias" in exact and "bias" not in present:
         raise unfit(layer, "an adapter adds a bias and the layer has none")
-    out = {name: laid_out(full[name], t) for name, t in present.items()}
+    out = {
+        name: laid_out(exact[name], t, empty if name == "weight" else torch.empty_like) for name, t in present.items()
+    }
     for name, t in out.items():
         if not is_finite(t):
             raise NonFiniteError(
@@ -66,42 +77,126 @@ def fused_weights(
     }
 
 
-def laid_out(W: Tensor, like: Tensor) -> Tensor:
+def computed_in(present: Parameters) -> torch.dtype:
+    """The dtype that parameters are computed in."""
+    return functools.reduce(torch.promote_types, (wide_dtype(t.dtype) for t in present.values()))
+
+
+def laid_out(W: Tensor, like: Tensor, empty: Empty = torch.empty_like) -> Tensor:
     """W in the dtype of another tensor, and lying in memory as that does."""
-    return W if W.dtype == like.dtype and W.stride() == like.stride() else torch.empty_like(like).copy_(W)
+    return W if W.dtype == like.dtype and W.stride() == like.stride() else empty(like).copy_(W)
 
 
 class Scratch:
-    """Memory for a block of rows, twice, used for all layers: new memory costs more than the arithmetic."""
+    """Memory for a block of rows, used for all layers: new memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
-        self.held = torch.empty(0)
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def pair(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[2, rows, columns], with anything in it."""
-        n = 2 * rows * columns
-        if self.held.numel() < n or (self.held.dtype, self.held.device) != (dtype, device):
-            self.held = torch.empty(n, dtype=dtype, device=device)
-        return self.held[:n].view(2, rows, columns)
+    def rows(self, count: int, columns: int, like: Tensor) -> Tensor:
+        """[count, columns] in the dtype and on the device of a tensor, with anything in it. What was asked for once is found again without fail."""
+        key, n = (like.dtype, like.device), count * columns
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < n:
+            memory = self._memory[key] = torch.empty(n, dtype=like.dtype, device=like.device)
+        return memory[:n].view(count, columns)
 
 
-def _by_rows(
-    module: Any, steps: Sequence[Step], dtype: torch.dtype, base: Parameters, scratch: Scratch
-) -> Tensor | None:
-    """The weight of a large layer with factors of low rank in it, some rows at a time. None for other layers."""
+@dataclass(frozen=True)
+class Sum:
+    """W + B A: what adapters of low rank make of a layer's weight.  W [o, i, *k], A [r, i * prod(k)], B [o, r]; A and B in fp32 or better."""
+
+    W: Tensor
+    A: Tensor
+    B: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many rows make a block."""
+        return min(len(self.W), max(1, BLOCK // self.A.shape[1]))
+
+    def room(self, begin: int, scratch: Scratch) -> Tensor:
+        """Where the rows from `begin` on are worked out: [n, i, *k] in the dtype of A."""
+        W = self.W[begin : begin + self.count]
+        return scratch.rows(len(W), self.A.shape[1], self.A).view(W.shape)
+
+    def block(self, begin: int, scratch: Scratch) -> Tensor:
+        """The rows from `begin` on, in their room."""
+        rows = self.room(begin, scratch).copy_(self.W[begin : begin + self.count])
+        rows.view(len(rows), -1).addmm_(self.B[begin : begin + self.count], self.A)
+        return rows
+
+    def into(self, place: Tensor, scratch: Scratch) -> Tensor:
+        """All of it, rounded to the dtype of a tensor that lies elsewhere than W."""
+        for begin in range(0, len(self.W), self.count):
+            place[begin : begin + self.count].copy_(self.block(begin, scratch))
+        return place
+
+    def is_bounded(self) -> bool:
+        """Whether all of it is sure to be finite in the dtype of W: |W + B A| <= max |W| + r max |B| max |A|. What is not finite has no bound."""
+        if self.W.dtype.itemsize < 2:
+            return False
+        ends = [torch.stack(t.aminmax()).abs().max().item() for t in (self.W, self.A, self.B)]
+        # a hundredth for what fp32 rounds
+        return ends[0] + 1.01 * len(self.A) * ends[1] * ends[2] < 0.99 * torch.finfo(self.W.dtype).max
+
+
+@dataclass
+class Rewritten:
+    """A layer's weight gets the numbers of a sum in the memory that it has. There is no way back, and from any point a way on.
+
+    A block is worked out in the scratch and written when it is there in full; whoever was stopped meanwhile writes it again, and goes on with the
+    next. Nothing of that can fail: factors and scratch are there, and the sum is bounded.
+    """
+
+    weight: Tensor
+    total: Sum  # its W is the weight
+    scratch: Scratch  # nobody else uses it from the first block to the last
+    done: int = 0  # rows that are written
+    ready: int = -1  # the row from which on those lie in the scratch that are to be written
+
+    def __post_init__(self) -> None:
+        self.total.room(0, self.scratch)
+
+    @property
+    def begun(self) -> bool:
+        """Whether rows may have been written."""
+        return self.ready >= 0
+
+    def go_on(self) -> None:
+        """Write what is not written yet."""
+        total, scratch = self.total, self.scratch
+        with torch.no_grad():
+            while (begin := self.done) < len(self.weight):
+                if self.ready != begin:
+                    total.block(begin, scratch)
+                    self.ready = begin
+                rows = total.room(begin, scratch)
+                self.weight[begin : begin + len(rows)].copy_(rows)
+                self.done = begin + len(rows)
+
+
+def bounded_sum(module: nn.Module, base: Parameters, steps: Sequence[Step]) -> Sum | None:
+    """What adapters make of a layer's weight, where they change nothing else and all numbers are sure to be finite; else None."""
+    with torch.no_grad():
+        total = thin_sum(module, steps, computed_in(base), base)
+        return total if total is not None and total.is_bounded() else None
+
+
+def thin_sum(module: Any, steps: Sequence[Step], dtype: torch.dtype, base: Parameters) -> Sum | None:
+    """What factors of low rank make of a layer's weight, in `dtype`; None for small layers, and for what is no such sum."""
     site = site_of(base_class(module))
-    if site is None or not site.in_order or not all(map(_is_thin, steps)) or base["weight"].numel() < SOME:
+    if (
+        not steps
+        or site is None
+        or not site.in_order
+        or not all(map(_is_thin, steps))
+        or base["weight"].numel() < LARGE
+    ):
         return None
-    weight = base["weight"]
     factors = [(slot(factors_of, dtype), s) for slot, s in steps]  # type: ignore[operator]
-    A, B = torch.cat([A for (A, _), _ in factors]), torch.cat([B * s for (_, B), s in factors], 1)
-    out, count = torch.empty_like(weight), max(1, SOME * len(weight) // weight.numel())
-    now, then = scratch.pair(count, weight[0].numel(), dtype, weight.device)
-    for a in range(0, len(weight), count):
-        rows = weight[a : a + count].flatten(1)
-        W = torch.addmm(now[: len(rows)].copy_(rows), B[a : a + count], A, out=then[: len(rows)])
-        out[a : a + count] = W.reshape(out[a : a + count].shape)
-    return out
+    A, B = [A for (A, _), _ in factors], [B * s for (_, B), s in factors]
+    return Sum(base["weight"], A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1))
 
 
 def _is_thin(step: Step) -> bool:

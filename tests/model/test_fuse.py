@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ from diffpeft import (
     unfuse,
     unload,
 )
+from diffpeft.layers.carried import record_of
 from diffpeft.model.merge import merge_for_good
+from diffpeft.model.weights import Rewritten
+from tests.faults import FAULTS, stepped
 
 EXACT = dict(rtol=1e-12, atol=1e-12)  # float64, sums of a few products
 CONFIGS = {"lora": LoraConfig(r=2), "loha": LoHaConfig(r=2), "oft": OFTConfig(oft_block_size=2)}
@@ -268,8 +272,9 @@ def test_large_layers_are_fused_some_rows_at_a_time_to_the_same_weights(layer, d
         attach(net, LoraConfig(r=r, lora_alpha=2, init_lora_weights=False), name, targets=["0"])
     set_adapters(net, {"a": -0.7, "b": 1.3})
     found = []
-    for some in (1 << 14, 1 << 40):
-        monkeypatch.setattr("diffpeft.model.weights.SOME", some)
+    monkeypatch.setattr("diffpeft.model.weights.BLOCK", 1 << 14)
+    for large in (1 << 14, 1 << 40):
+        monkeypatch.setattr("diffpeft.model.weights.LARGE", large)
         fuse(net)
         found.append(net[0].weight.clone())
         unfuse(net)
@@ -277,6 +282,208 @@ def test_large_layers_are_fused_some_rows_at_a_time_to_the_same_weights(layer, d
     close = dict(rtol=torch.finfo(dtype).eps, atol=1e-7)
     torch.testing.assert_close(*found, **close)
     assert not torch.allclose(found[0], net[0].weight, **close)
+
+
+# ---- where fused weights lie
+
+
+def large(*layers, adapters=("a",)):
+    """Layers with adapters of low rank on all of them, those of strength 0 left out."""
+    net = nn.Sequential(*copy.deepcopy(layers)).requires_grad_(False)
+    torch.manual_seed(2)
+    for name in adapters:
+        attach(net, LoraConfig(r=2, lora_alpha=3, init_lora_weights=False), name, targets=[*map(str, range(len(net)))])
+    set_adapters(net, dict.fromkeys(adapters, -0.7))
+    return net
+
+
+SHAPES = {
+    "linear": lambda: nn.Linear(70, 90),
+    "conv": lambda: nn.Conv2d(24, 30, 3),
+    "channels last": lambda: nn.Conv2d(24, 30, 3).to(memory_format=torch.channels_last),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Weights of tests are worked out some rows at a time, in an arena of their own."""
+    monkeypatch.setattr("diffpeft.model.weights.LARGE", 1)
+    monkeypatch.setattr("diffpeft.model.weights.BLOCK", 1000)
+    monkeypatch.setattr("diffpeft.model.arena.SMALL", 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_for_good_gives_the_bytes_of_a_fuse_that_keeps_the_base_in_the_same_memory(shape, dtype, by_rows):
+    net = large(SHAPES[shape]().to(dtype))
+    kept = copy.deepcopy(net)
+    fuse(kept)
+    weight, at, version = net[0].weight, net[0].weight.data_ptr(), net[0].weight._version
+    fuse(net, keep_base="none")
+    assert net[0].weight is weight and weight.data_ptr() == at and weight._version > version
+    assert torch.equal(weight, kept[0].weight) and weight.stride() == kept[0].weight.stride()
+
+
+def _too_strong(net):
+    adapter = net[1].adapters["a"]
+    adapter.lora_A.data.fill_(10)
+    adapter.lora_B.data.fill_(torch.finfo(net[0].weight.dtype).max / 2)
+
+
+UNFIT = {
+    "the base is not finite": lambda net: net[1].weight[3, 3].fill_(float("inf")),
+    "a factor is not finite": lambda net: net[1].adapters["a"].lora_B.data[1].fill_(float("nan")),
+    "too strong": _too_strong,
+}
+
+
+@pytest.mark.parametrize("why", UNFIT)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_not_finite_for_good_is_refused_before_anything_is_written(why, dtype, by_rows):
+    net = large(nn.Linear(70, 90), nn.Linear(90, 20)).to(dtype)
+    UNFIT[why](net)
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(NonFiniteError):
+        fuse(net, keep_base="none")
+    assert all(torch.equal(p, q) or p.isnan().any() for p, q in zip(net.parameters(), before, strict=True))
+    assert not get_adapters(net)["a"].fused
+
+
+def test_large_numbers_that_stay_finite_are_fused_for_good(by_rows):
+    net = large(nn.Linear(70, 90)).half()
+    net[0].weight.fill_(60000.0)  # no bound says that it stays finite
+    want = copy.deepcopy(net)
+    fuse(want)
+    fuse(net, keep_base="none")
+    assert torch.equal(net[0].weight, want[0].weight) and net[0].weight.isfinite().all()
+
+
+def _inference(net):
+    with torch.inference_mode():
+        net[0].weight = nn.Parameter(net[0].weight.clone(), False)
+
+
+ELSEWHERE = {
+    "another process's": lambda net: net.share_memory(),
+    "of inference mode": _inference,
+    "another tensor's": lambda net: net.register_buffer("view", net[0].weight.data[3:]),
+}
+
+
+@pytest.mark.parametrize("whose", ELSEWHERE)
+def test_memory_that_is_not_the_layers_alone_is_not_written(whose, by_rows):
+    net = large(nn.Linear(70, 90))
+    ELSEWHERE[whose](net)
+    old = net[0].weight.data
+    before = old.clone()
+    fuse(net, keep_base="none")
+    assert torch.equal(old, before) and not torch.equal(net[0].weight, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fusing_for_good_is_not_begun_or_done_whatever_step_fails(fault, by_rows):
+    start = large(nn.Linear(40, 30), nn.Linear(30, 40))  # of two blocks, the second shorter
+
+    def state(net):
+        return {
+            "weights": [net[n].weight.tolist() for n in (0, 1)],
+            "layers": [(type(m), list(m.__dict__), record_of(m).fused) for m in net],
+            "listed": list(get_adapters(net).items()),
+        }
+
+    every = lambda n: list(range(n // 2, n + 1))  # noqa: E731  # from before the commit on
+    started = lambda: copy.deepcopy(start)  # noqa: E731
+    broken, struck = stepped(fault, started, lambda net: fuse(net, keep_base="none"), state, chosen=every)
+    assert not broken, broken[0]
+    assert struck > 100
+
+
+def test_the_memory_of_fused_weights_serves_the_next_fuse_and_goes_with_the_last_adapter(by_rows):
+    net = large(nn.Linear(70, 90), nn.Linear(90, 20), adapters=("a", "b"))
+    fuse(net)
+    arena = lambda: record_of(net[0]).mix.arena  # noqa: E731
+    at = [m.weight.data_ptr() for m in net]
+    unfuse(net)
+    assert at != [m.weight.data_ptr() for m in net] and arena().is_free
+    fuse(net, "a")
+    assert at == [m.weight.data_ptr() for m in net] and not arena().is_free
+    unload(net, "a")
+    assert arena().is_free
+    last = weakref.ref(arena())
+    unload(net)
+    assert last() is None
+
+
+@pytest.mark.parametrize("holds", [lambda net: net.state_dict(), lambda net: net[1].weight.data[3:]])
+def test_numbers_that_somebody_holds_are_not_written_over(holds, by_rows):
+    net = large(nn.Linear(70, 90), nn.Linear(90, 20))
+    fuse(net)
+    held = holds(net)
+    before = copy.deepcopy(held)
+    unfuse(net)
+    set_adapters(net, {"a": 0.3})
+    fuse(net)
+    for a, b in zip(*([t.values() if isinstance(t, dict) else [t] for t in (held, before)]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_of_a_fused_model_has_memory_of_its_own_and_no_more_than_it_needs(copied, by_rows):
+    net = large(nn.Linear(70, 90), nn.Linear(90, 20))
+    before = [m.weight.clone() for m in net]
+    fuse(net)
+    other = copied(net)
+    assert record_of(other[0]).mix.arena is None
+    for m, n in zip(net, other, strict=True):
+        assert torch.equal(m.weight, n.weight) and m.weight.data_ptr() != n.weight.data_ptr()
+        assert n.weight.untyped_storage().nbytes() == n.weight.numel() * n.weight.itemsize
+    for m in (other, net):
+        unfuse(m)
+        assert all(torch.equal(p.weight, q) for p, q in zip(m, before, strict=True))
+
+
+def test_in_inference_mode_weights_are_written_where_they_lie_too(by_rows):
+    net = large(nn.Linear(70, 90))
+    want, at = copy.deepcopy(net), net[0].weight.data_ptr()
+    fuse(want)
+    with torch.inference_mode():
+        fuse(net, keep_base="none")
+    assert torch.equal(net[0].weight, want[0].weight) and net[0].weight.data_ptr() == at
+
+
+def test_memory_is_found_before_anything_is_written_in_place(by_rows, monkeypatch):
+    net = large(nn.Linear(40, 30), nn.Linear(30, 100).double(), nn.Linear(100, 70))
+    write, empty = Rewritten.go_on, torch.empty
+
+    def go_on(self):
+        monkeypatch.setattr(torch, "empty", None)
+        write(self)
+
+    monkeypatch.setattr(Rewritten, "go_on", go_on)
+    fuse(net, keep_base="none")
+    monkeypatch.setattr(torch, "empty", empty)
+    assert get_adapters(net)["a"].fused
+
+
+def test_a_refused_fuse_keeps_no_memory(by_rows):
+    net = large(nn.Linear(70, 90))
+    net[0].adapters["a"].lora_B.data.fill_(float("inf"))
+    with pytest.raises(NonFiniteError):
+        fuse(net)
+    assert record_of(net[0]).mix.arena is None
+
+
+def test_an_adapter_at_strength_0_is_fused_into_large_layers_too(by_rows):
+    net = large(nn.Linear(70, 90))
+    before = net[0].weight.clone()
+    set_adapters(net, {"a": 0.0})
+    fuse(net)
+    assert torch.equal(net[0].weight, before)
+    unfuse(net)
+    fuse(net, keep_base="none")
+    assert torch.equal(net[0].weight, before)
 
 
 # ---- what is done to the base while adapters are in it

@@ -24,6 +24,16 @@ from tests.faults import FAULTS, stepped
 from tests.pipeline.states import adapted, fingerprint, lora, within
 
 fused = lambda pipe: fuse(pipe)  # noqa: E731
+in_place = lambda pipe: (unload(pipe, "b.c"), load_lora(pipe, lora(2, 4), name="low"))  # noqa: E731  # of low rank, both
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Weights of tests are written some rows at a time as well."""
+    monkeypatch.setattr("diffpeft.model.weights.LARGE", 1)
+    monkeypatch.setattr("diffpeft.model.weights.BLOCK", 256)
+
+
 # name: (what comes before, the operation on (pipe, folder))
 OPERATIONS = {
     "load_lora": (None, lambda pipe, d: load_lora(pipe, d / "new.safetensors", name="new")),
@@ -35,6 +45,7 @@ OPERATIONS = {
     "fuse": (None, lambda pipe, d: fuse(pipe)),
     "fuse a prefix": (None, lambda pipe, d: fuse(pipe, "a")),
     "fuse for good": (None, lambda pipe, d: fuse(pipe, keep_base="none")),
+    "fuse for good, where the weights lie": (in_place, lambda pipe, d: fuse(pipe, keep_base="none")),
     "unfuse": (fused, lambda pipe, d: unfuse(pipe)),
     "replace": (None, lambda pipe, d: replace(pipe, "a", d / "new.safetensors")),
     "unload one": (None, lambda pipe, d: unload(pipe, "a")),
