@@ -34,7 +34,7 @@ def split(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
 
 @functools.cache
 def _split(axes: tuple[tuple[str, int], ...]) -> dict[str, list[str]]:
-    owners = {role: _owner(role, dict(axes)) for role, _ in axes if role != BIAS}
+    owners = {role: _owner(role, dict(axes)) for role, _ in axes if role not in (BIAS, *OLD_OFT)}
     methods: dict[str, list[str]] = {}
     for role, method in sorted(owners.items(), key=lambda row: row[0] in MAGNITUDES):
         methods.setdefault(method, []).append(role)
