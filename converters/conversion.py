@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from converters.holding import Held, held, refused
 from converters.opening import Source
 from converters.writing import check_path, files, planned, store
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry
+from diffpeft.bundle import Bundle, Entry, parted
 from diffpeft.definition import definition_of
 from diffpeft.errors import ConfigError, UnknownNameError, inside, listed, near, shown
 from diffpeft.handles import Scaled
@@ -79,12 +79,21 @@ def convert(
 
 def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torch.dtype | None) -> ConvertReport:
     asked = files(bundle, to, path)
-    parts = {component: _fitted(part) for component, part in asked.items()}
+    parts = _of_one_adapter(bundle, {component: _fitted(part) for component, part in asked.items()})
     plans = {component: planned(part, cast) for component, part in parts.items()}
     store(plans, path, to)
     replaced = [entry for component, part in parts.items() for entry in _changed(asked[component], part)]
     inexact = [layer for plan in plans.values() for layer in plan.inexact]
     return _report(bundle, to, [part.bundle for part in parts.values()], replaced, inexact, cast)
+
+
+def _of_one_adapter(bundle: Bundle, parts: Mapping[str, Held]) -> dict[str, Held]:
+    """Parts of a bundle, each of the adapter that all of them are now."""
+    if len(parts) < 2:
+        return dict(parts)
+    entries = {component: iter(part.bundle.entries) for component, part in parts.items()}
+    adapter = replace(bundle, entries=[next(entries[parted(entry.layer)[0]]) for entry in bundle.entries])
+    return {component: replace(part, adapter=adapter) for component, part in parts.items()}
 
 
 def _report(

@@ -7,21 +7,21 @@ published model, or has names that no table knows, is of a family that is not kn
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
 from converters.families import TABLES, Table
 from converters.families.text import CLIP, T5
-from converters.formats import FORMATS, Format, Part
+from converters.formats import FORMATS, Format, KeyParts
 from converters.formats.wrappers import all_unwrapped
 from converters.roles import split
 from converters.rows import aspect
-from converters.sizes import Layers as Sized
-from converters.sizes import Published, grouped, published
+from converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.bundle import Handle
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
@@ -33,6 +33,7 @@ Layers = dict[Spelt, dict[str, Handle]]
 HINT, COMPONENT, FORMAT = "diffpeft.family", "diffpeft.component", "diffpeft.format"
 # what metadata say, in any of these places: {family: pattern}
 _PLACES = (HINT, "modelspec.architecture", "ss_base_model_version")
+_TOLD = (*_PLACES, COMPONENT, FORMAT)  # all metadata that are looked into
 _SAID = {
     "sdxl_refiner": r".*xl.*refiner",
     "sdxl": r"stable-diffusion-xl|sdxl|sd_?xl",
@@ -111,7 +112,7 @@ class Fit:
     looks_like: tuple[str, ...]
     known: Mapping[str, int]
     layers: int
-    parts: Mapping[str, Part]
+    parts: Mapping[str, KeyParts]
     opened: tuple[dict[str, Handle], dict[str, str], str]  # its tensors, its metadata and where it is
 
     def confidence(self, keys: int) -> float:
@@ -127,19 +128,52 @@ def fit(
     format: str | None = None,
     family: str | None = None,
 ) -> Fit:
-    """What a file fits; `format` and `family` are known, and not looked for. Raises UnknownKeysError if no key is of any format."""
-    parts = _most(tensors, [format] if format else list(FORMATS), source)
+    """What a file fits; `format` and `family` are known, and not looked for. Raises UnknownKeysError if no key is of any format.
+
+    Files of one trainer have the same names and shapes: what the last few kinds of file fit is remembered.
+    """
+    shapes = tuple((key, handle.shape) for key, handle in tensors.items())
+    told = tuple((key, metadata[key]) for key in _TOLD if key in metadata)
+    fits = _fit(shapes, told, _owned().intersection(metadata), format, family)
+    if fits is None:
+        raise UnknownKeysError(
+            "this holds no adapter that is known here",
+            where=f"{source}: {listed(list(tensors)[:3])}{' ...' if len(tensors) > 3 else ''}",
+            remedy=f"Readable are the formats {', '.join(FORMATS)}.",
+        )
+    return replace(fits, opened=(tensors, metadata, source))
+
+
+@functools.cache
+def _owned() -> frozenset[str]:
+    """The metadata of which it counts that they are there, whatever they say."""
+    return frozenset().union(*(fmt.owned for fmt in FORMATS.values()))
+
+
+@functools.lru_cache(maxsize=8)
+def _fit(
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    told: tuple[tuple[str, str], ...],
+    owned: frozenset[str],
+    format: str | None,
+    family: str | None,
+) -> Fit | None:
+    """`fit` by all that it depends on: names and shapes, what some metadata say, and which others there are. None if no key is of any format."""
+    tensors, metadata = {key: Handle("", shape) for key, shape in shapes}, {**dict.fromkeys(owned, ""), **dict(told)}
+    parts = _most(tensors, [format] if format else list(FORMATS))
+    if not parts:
+        return None
     formats, layers, counts = _likeliest(parts, tensors, metadata)
     fitting = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fitting}
     spelt_by = _Own(layers, metadata, FORMATS[formats[0]].tables)
     families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by)
     chosen = _format_of(formats, [family] if family else families, spelt_by)
-    return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], (tensors, metadata, source))
+    return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], ({}, {}, ""))
 
 
 def _likeliest(
-    parts: Mapping[str, Mapping[str, Part]], tensors: Mapping[str, Handle], metadata: Mapping[str, str]
+    parts: Mapping[str, Mapping[str, KeyParts]], tensors: Mapping[str, Handle], metadata: Mapping[str, str]
 ) -> tuple[list[str], Layers, dict[str, int]]:
     """Formats that take the keys apart alike, with the layers as they do and {family: how many of these it knows}: those of which a family knows most.
 
@@ -163,7 +197,7 @@ def _format_of(formats: Sequence[str], families: Sequence[str], spelt_by: _Own) 
     return able[0] if len(able) == 1 or not families else max(able, key=lambda name: spelt_by(name, families[0]))
 
 
-def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
+def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, KeyParts]) -> Layers:
     """{(what says the component, layer): {role: handle}}; of a part of a layer only the name counts."""
     layers: Layers = {}
     for key, part in parts.items():
@@ -173,11 +207,11 @@ def _layers(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> Layers:
     return layers
 
 
-def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[str, dict[str, Part]]:
-    """{format: the keys that it takes apart}, of the formats that most keys are of."""
+def _most(keys: Collection[str], formats: Collection[str]) -> dict[str, dict[str, KeyParts]]:
+    """{format: the keys that it takes apart}, of the formats that most keys are of; empty if none is of any."""
     bare_keys = all_unwrapped(keys)
     sample = [*bare_keys.values()][:: max(len(keys) // 16, 1)]
-    ways: dict[object, dict[str, Part]] = {}  # formats that share the way need it once
+    ways: dict[object, dict[str, KeyParts]] = {}  # formats that share the way need it once
     for name in sorted(
         formats, key=lambda f: sum(FORMATS[f].split(key) is None for key in sample)
     ):  # likely ones first
@@ -187,18 +221,12 @@ def _most(keys: Collection[str], formats: Collection[str], source: str) -> dict[
             ways[way] = _taken_apart(bare_keys, FORMATS[name], all_taken)
     apart = {name: ways[type(FORMATS[name]).split] for name in formats}
     most = max(map(len, apart.values()), default=0)
-    if not most:
-        raise UnknownKeysError(
-            "this holds no adapter that is known here",
-            where=f"{source}: {listed(list(keys)[:3])}{' ...' if len(keys) > 3 else ''}",
-            remedy=f"Readable are the formats {', '.join(FORMATS)}.",
-        )
-    return {name: parts for name, parts in apart.items() if len(parts) == most}
+    return {name: parts for name, parts in apart.items() if len(parts) == most > 0}
 
 
-def _taken_apart(bare_keys: Mapping[str, str], fmt: Format, every: bool) -> dict[str, Part]:
+def _taken_apart(bare_keys: Mapping[str, str], fmt: Format, every: bool) -> dict[str, KeyParts]:
     """The keys that a format takes apart, of {key: without wrappers}; `every`: up to the first that it does not."""
-    parts: dict[str, Part] = {}
+    parts: dict[str, KeyParts] = {}
     for key, bare_key in bare_keys.items():
         if part := fmt.split(bare_key):
             parts[key] = part
@@ -357,7 +385,7 @@ def _denoiser_layers(
     ]
 
 
-def _by_size(families: list[str], share: float, layers: Sized) -> tuple[list[str], tuple[str, ...]]:
+def _by_size(families: list[str], share: float, layers: LayerKinds) -> tuple[list[str], tuple[str, ...]]:
     """Of families whose tables know a `share` of the layers, those of whose published models they can be, and the models without a table whose they
     are instead. Layers of no published size are of the families that have their names.
     """
@@ -377,24 +405,24 @@ def _of(models: Collection[Published], families: Collection[str]) -> list[str]:
     return [family for family in families if family in told]
 
 
-def _nearer(unknown: float, layers: Sized) -> tuple[str, ...]:
+def _nearer(unknown: float, layers: LayerKinds) -> tuple[str, ...]:
     """The models without a table that have other names for fewer of the layers than are `unknown`."""
     return tuple(m.name for m in published() if not m.family and len(layers) - m.knows(layers) < unknown - 0.5)
 
 
-def _without_table(models: Collection[Published], layers: Sized) -> tuple[bool, tuple[str, ...]]:
+def _without_table(models: Collection[Published], layers: LayerKinds) -> tuple[bool, tuple[str, ...]]:
     """Of models without a table: whether the layers are all that one of them has, and the names of those, or else of all."""
     others = [model for model in models if not model.family]
     complete = [model for model in others if model.is_whole(layers)]
     return bool(complete), tuple(model.name for model in complete or others)
 
 
-def _named(layers: Sized) -> tuple[str, ...]:
+def _named(layers: LayerKinds) -> tuple[str, ...]:
     """The models without a table that have all these names."""
     return tuple(m.name for m in published() if len(layers) and not m.family and m.knows(layers) == len(layers))
 
 
-def _by_depth(families: list[str], layers: Sized) -> list[str]:
+def _by_depth(families: list[str], layers: LayerKinds) -> list[str]:
     """Without those whose published models all have fewer blocks."""
     deepest: dict[tuple[str, str], int] = {}
     for model in published():

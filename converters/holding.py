@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from converters.arranging import Arranged, arranged
 from converters.families import Table
-from converters.formats import FORMATS, Answer, Format, Part
+from converters.formats import FORMATS, Answer, Format, KeyParts
 from converters.formats.base import table_of
 from converters.rows import aspect
 from diffpeft.bundle import Bundle, Entry, parted
@@ -27,7 +27,7 @@ class Held:
     format: str
     answer: Answer
     arranged: Arranged = field(default_factory=Arranged)
-    names: Sequence[Part | None] = ()
+    names: Sequence[KeyParts | None] = ()
     adapter: Bundle | None = None
 
 
@@ -44,7 +44,7 @@ def held(bundle: Bundle, format: str, adapter: Bundle | None = None) -> Held:
     return Held(bundle, format, next(reasons, Answer()), order, names, adapter)
 
 
-def _answers(bundle: Bundle, fmt: Format, order: Arranged, names: Sequence[Part | None]) -> Iterator[Answer]:
+def _answers(bundle: Bundle, fmt: Format, order: Arranged, names: Sequence[KeyParts | None]) -> Iterator[Answer]:
     """What is to be asked, what explains most first."""
     table, layers = table_of(fmt, bundle.family), [entry.layer for entry in bundle.entries]
     done = "joined" if fmt.original(table) else "taken apart"
@@ -69,13 +69,13 @@ def _twice(entries: Sequence[Entry], fmt: Format) -> list[str]:
     return list(dict.fromkeys(layer for (layer, _), n in taken.items() if n > 1))
 
 
-def _name(fmt: Format, table: Table, entry: Entry, source: str) -> Part | None:
+def _name(fmt: Format, table: Table, entry: Entry, source: str) -> KeyParts | None:
     """How a format names an entry's layer (the role is still to say); None if it has no name for it, read from a `source` of another format."""
     component, layer = parted(entry.layer)
     if fmt.folder:
-        return Part("", layer, "")
+        return KeyParts("", layer, "")
     word, name = fmt.word(component, table), _layer_name(fmt, table, entry, source)
-    return None if word is None or name is None else Part(word, name, "")
+    return None if word is None or name is None else KeyParts(word, name, "")
 
 
 def _layer_name(fmt: Format, table: Table, entry: Entry, source: str) -> str | None:

@@ -12,7 +12,7 @@ from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.placing import NUMBERS, Keyed, Names, Place, Reading
 from converters.roles import missing, split
 from diffpeft import io
-from diffpeft.bundle import Entry, Handle, canonical
+from diffpeft.bundle import Entry, Handle, Rule, canonical
 from diffpeft.errors import (
     CheckpointError,
     ConfigError,
@@ -33,13 +33,12 @@ def judged(places: Mapping[Place, Keyed], by: Reading) -> list[Entry]:
     """The entries of layers, in the file's order. Raises CheckpointError and its kin, with the layer and the keys."""
     _refuse_foreign(places.values(), by.where)
     shapes = _shapes(by.names)
-    first: dict[tuple[str, str], str] = {}
+    holder: dict[tuple[str, str], str] = {}
     entries: list[Entry] = []
     for (layer, rule), keyed in places.items():
-        for entry in _entries(layer, keyed, by.where):
-            entry = replace(entry, rule=rule, shape=shapes.get(layer))
+        for entry in _entries(layer, keyed, shapes.get(layer), rule, by.where):
             for target in entry.targets:
-                if (other := first.setdefault((target, entry.method), layer)) != layer:
+                if (other := holder.setdefault((target, entry.method), layer)) != layer:
                     raise CheckpointError(
                         f"two layers of the file are the same rows of {shown(target)}",
                         where=f"{by.where}: {listed([other, layer])}",
@@ -80,7 +79,7 @@ def _shapes_of(keyed: Keyed) -> dict[str, tuple[int, ...]]:
     return {role: handle.shape for role, (_, handle) in keyed.items() if role != "alpha"}
 
 
-def _entries(layer: str, keyed: Keyed, where: str) -> list[Entry]:
+def _entries(layer: str, keyed: Keyed, shape: tuple[int, ...] | None, rule: Rule | None, where: str) -> list[Entry]:
     """One entry a method, in the order in which they act. The alpha is all methods', its key is the first's."""
     methods = split(_shapes_of(keyed))
     if not methods:
@@ -91,15 +90,16 @@ def _entries(layer: str, keyed: Keyed, where: str) -> list[Entry]:
             where=f"{where}: {key}",
         )
     alpha_key, alpha = keyed.get("alpha", (layer, None))
-    with inside(alpha_key):
-        io.number(alpha)
+    if alpha is not None:
+        with inside(alpha_key):
+            io.number(alpha)
     entries: list[Entry] = []
     for method, roles in methods.items():
         tensors = {role: keyed[role][1] for role in roles}
         _check(layer, method, tensors, f"{where}: {keyed[roles[0]][0]}")
         shared = () if entries else ("alpha",)
         keys = tuple(key for role, (key, _) in keyed.items() if role in (*roles, *shared))
-        entries.append(Entry(method, layer, tensors, alpha, keys))
+        entries.append(Entry(method, layer, tensors, alpha, keys, shape=shape, rule=rule))
     return entries
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.detection import COMPONENT, bare
 from converters.families import Table
-from converters.formats import Format, Part
+from converters.formats import Format, KeyParts
 from converters.formats.peft import WEIGHTS
 from converters.formats.wrappers import all_unwrapped
 from converters.roles import OLD_OFT
@@ -37,7 +37,7 @@ class Reading:
     where: str
 
 
-def placed(tensors: Mapping[str, Handle], parts: Mapping[str, Part], by: Reading) -> dict[Place, Keyed]:
+def placed(tensors: Mapping[str, Handle], parts: Mapping[str, KeyParts], by: Reading) -> dict[Place, Keyed]:
     """The tensors of each layer, of those that the format takes apart into `parts`."""
     layers = _by_layer(tensors, parts)
     words = dict.fromkeys(word for word, _, _ in layers)
@@ -55,7 +55,7 @@ def placed(tensors: Mapping[str, Handle], parts: Mapping[str, Part], by: Reading
     return {place: _as_today(keyed) for place, keyed in places.items()}
 
 
-def _by_layer(tensors: Mapping[str, Handle], parts: Mapping[str, Part]) -> dict[Spelt, Keyed]:
+def _by_layer(tensors: Mapping[str, Handle], parts: Mapping[str, KeyParts]) -> dict[Spelt, Keyed]:
     """The tensors of each layer as it is spelt. What stands beside numbered parts of a layer, an alpha, is each part's."""
     numbers = [key for key, part in parts.items() if part.role in NUMBERS]
     held = dict(zip(numbers, io.held(tensors[key] for key in numbers), strict=True))
@@ -91,7 +91,7 @@ def _as_today(keyed: Keyed) -> Keyed:
     return {"oft_blocks": (key, io.scaled(blocks, -0.5)), **others}
 
 
-def literal(keys: Iterable[str], fmt: Format, names: Names) -> dict[str, Part]:
+def literal(keys: Iterable[str], fmt: Format, names: Names) -> dict[str, KeyParts]:
     """Keys that would be taken for wrapped, taken apart as they stand, where the model has a layer of that name."""
     wrapped = [key for key, bare_key in all_unwrapped([*keys]).items() if bare_key != key] if names else []
     layers = {name for names_ in names.values() if wrapped for layer in names_ for name in (layer, flat(layer))}

@@ -48,7 +48,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Record:
+class Original:
     """What a file of a format had: its keys in their order (None: no adapter's), the metadata that no other says, the names of all metadata."""
 
     format: str
@@ -78,7 +78,7 @@ def recorded(bundle: Bundle, format: str, metadata: Mapping[str, str], blocks: M
     return json.dumps((record or {"format": ""}) | ({"blocks": ranks} if ranks else {}), separators=(",", ":"))
 
 
-def own_record(bundle: Bundle, metadata: Mapping[str, str] | None = None) -> Record:
+def own_record(bundle: Bundle, metadata: Mapping[str, str] | None = None) -> Original:
     """The record of a bundle's own file. `metadata` are what the file that it is for says too."""
     fmt = FORMATS[bundle.format]
     rows: dict[str, Row | None] = {}
@@ -96,7 +96,7 @@ def own_record(bundle: Bundle, metadata: Mapping[str, str] | None = None) -> Rec
     told = {} if metadata is None else metadata
     by_itself = {"format", *(key for key in fmt.owned if not key.startswith("diffpeft."))}
     left_out = {key: value for key, value in bundle.metadata.items() if told.get(key) != value or key in by_itself}
-    return Record(bundle.format, keys, left_out, list(bundle.metadata))
+    return Original(bundle.format, keys, left_out, list(bundle.metadata))
 
 
 def _row(layer: str, role: str, tensor: Handle | float | None) -> Row:
@@ -116,7 +116,7 @@ def _parsed(text: str) -> dict[str, Json]:
 
 
 @functools.lru_cache(4)
-def record_in(text: str, format: str) -> Record | None:
+def record_in(text: str, format: str) -> Original | None:
     """The record of the adapter's file of this format; None if there is none, or it is damaged."""
     match _parsed(text):
         case {"format": str(name), "keys": dict(keys), "metadata": dict(metadata), "names": list(names)} if (
@@ -124,7 +124,7 @@ def record_in(text: str, format: str) -> Record | None:
         ):
             try:
                 rows = {key: _read(row) if row else None for key, row in keys.items()}
-                return Record(format, rows, {str(k): str(v) for k, v in metadata.items()}, list(map(str, names)))
+                return Original(format, rows, {str(k): str(v) for k, v in metadata.items()}, list(map(str, names)))
             except ValueError:
                 return None
     return None
@@ -176,7 +176,7 @@ def blocks_in(text: str) -> dict[str, Blocks]:
 def _block(block: Json) -> tuple[int, int, float]:
     """The ranks [first, end) of a part and its ratio. Raises ValueError for what can be none."""
     match block:
-        case [int(first), int(end), int(ratio) | float(ratio)]:
-            if _RANK.holds(first) and _RANK.holds(end) and first < end and ALPHA.holds(ratio):
-                return first, end, float(ratio)
+        case [int(start), int(end), int(ratio) | float(ratio)]:
+            if _RANK.holds(start) and _RANK.holds(end) and start < end and ALPHA.holds(ratio):
+                return start, end, float(ratio)
     raise ValueError(f"no block of ranks: {block}")

@@ -9,14 +9,14 @@ from dataclasses import replace
 from converters.formats import FORMATS, Format
 from converters.formats.config import ranks_of
 from converters.holding import Held
-from converters.provenance import KEY, Place, Record, Row, own_record, record_in
-from converters.spelling import HASHES, OWNED, Plan, is_ours
+from converters.provenance import KEY, Original, Place, Row, own_record, record_in
+from converters.spelling import HASHES, OWNED, Draft, is_ours
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.methods.layout import LAYOUTS, is_scaled
 
 
-def restored(file: Plan, held: Held) -> Plan:
+def restored(file: Draft, held: Held) -> Draft:
     """The file with the keys and alphas of the earlier one, and its metadata if these still say the same; as it is if there is no record of one, or it
     was another adapter's.
     """
@@ -31,7 +31,7 @@ def restored(file: Plan, held: Held) -> Plan:
     return replace(file, tensors=tensors, metadata=metadata if _agrees(fmt, entries, metadata) else file.metadata)
 
 
-def _tensors(record: Record, file: Plan, entries: Sequence[Entry]) -> dict[str, Handle] | None:
+def _tensors(record: Original, file: Draft, entries: Sequence[Entry]) -> dict[str, Handle] | None:
     """The file's tensors by the keys that a record has for them; None if it is of another adapter.
 
     An alpha that only one of both has must be the rank.
@@ -79,7 +79,7 @@ def _unscaled(entries: Iterable[Entry]) -> set[str]:
     return {entry.layer for entry in entries} - scaled
 
 
-def _metadata(record: Record, bundle: Bundle, file: Plan, fmt: Format) -> dict[str, str]:
+def _metadata(record: Original, bundle: Bundle, file: Draft, fmt: Format) -> dict[str, str]:
     """The earlier file's metadata, in its order, with what was added since; the config of a folder that had none."""
     names, before = record.names, record.metadata
     if bundle.format != fmt.name:

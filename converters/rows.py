@@ -60,17 +60,17 @@ def split(entry: Entry, blocks: Blocks | None = None) -> list[Entry]:
     return out
 
 
-def _of_ranks(entry: Entry, first: int, end: int, ratio: float) -> Entry:
+def _of_ranks(entry: Entry, start: int, end: int, ratio: float) -> Entry:
     """The part of a LoRA that is of the ranks [first, end), of which the second factor was multiplied by `ratio`."""
     r, alpha = rank(entry.shapes), io.number(entry.alpha)
-    if (first, end) == (0, r):
+    if (start, end) == (0, r):
         return entry
     A, B = entry.tensors[DOWN], entry.tensors[UP]
     undo = 1 / ratio if ratio else 1
-    tensors = {DOWN: io.rows(A, [(first, end)]), UP: io.scaled(io.columns(B, first, end), undo)}
+    tensors = {DOWN: io.rows(A, [(start, end)]), UP: io.scaled(io.columns(B, start, end), undo)}
     if B_BIAS in entry.tensors:
         tensors[B_BIAS] = io.scaled(entry.tensors[B_BIAS], undo)
-    alpha = None if alpha is None else alpha * ratio * (end - first) / r
+    alpha = None if alpha is None else alpha * ratio * (end - start) / r
     return replace(entry, tensors={**entry.tensors, **tensors}, alpha=alpha)
 
 
@@ -79,19 +79,19 @@ def joined(component: str, rule: Rule, parts: Mapping[int, Entry], wanted: int |
 
     LoRAs with the same first factor share it, others stand in blocks along the diagonal, as they all do where that gives the rank that is `wanted`.
     """
-    first = next(iter(parts.values()))
+    model = next(iter(parts.values()))
     entries = dict(sorted(parts.items()))
     _check_kinds([*entries.values()])
-    _check_mixing(first, rule)
+    _check_mixing(model, rule)
     sizes = _sizes(rule, entries)
     keys = tuple(key for entry in entries.values() for key in entry.keys)
     layer = dotted(component, rule.original)
-    fused = replace(first, layer=layer, rule=rule, shape=None, own=None, keys=keys)
+    fused = replace(model, layer=layer, rule=rule, shape=None, own=None, keys=keys)
     ranks = [rank(entry.shapes) for entry in entries.values()]
     in_blocks = wanted not in (None, 0, ranks[0]) and wanted == sum(ranks)
     if not in_blocks and _are_alike([*entries.values()]):
         return _shared(rule, fused, entries, sizes)
-    if UP not in first.tensors or CORE in first.tensors:  # a DoRA may be over something else
+    if UP not in model.tensors or CORE in model.tensors:  # a DoRA may be over something else
         raise Unfit("its parts have no common factor, and this method has no blocks")
     return _diagonal(rule, fused, entries, ranks, sizes)
 
@@ -107,10 +107,10 @@ def _check_kinds(entries: Sequence[Entry]) -> None:
 
 def _are_alike(entries: Sequence[Entry]) -> bool:
     """Whether parts have the same rank, alpha and bytes in all that is not theirs by rows."""
-    first = entries[0]
+    model = entries[0]
     numbers = {(rank(entry.shapes), io.number(entry.alpha)) for entry in entries}
-    shared = first.tensors.keys() - _rowed_roles(first)
-    return len(numbers) == 1 and all(io.same(e.tensors[role], first.tensors[role]) for role in shared for e in entries)
+    shared = model.tensors.keys() - _rowed_roles(model)
+    return len(numbers) == 1 and all(io.same(e.tensors[role], model.tensors[role]) for role in shared for e in entries)
 
 
 def _shared(rule: Rule, fused: Entry, entries: Mapping[int, Entry], sizes: Sequence[int]) -> Joined:
@@ -173,34 +173,34 @@ def _check_alike(role: str, axes: Collection[tuple[int, ...]]) -> None:
 
 def _check_missing(rule: Rule, entries: Mapping[int, Entry], shared: Sequence[str]) -> None:
     """Raise if parts are missing and the tensors cannot leave their rows as they are."""
-    first = next(iter(entries.values()))
+    model = next(iter(entries.values()))
     if len(entries) == len(rule.parts):
         return
-    layout = LAYOUTS[first.method]
-    unfilled = {*first.tensors} - {*shared, *layout.off, BIAS}
+    layout = LAYOUTS[model.method]
+    unfilled = {*model.tensors} - {*shared, *layout.off, BIAS}
     acting = not layout.inner and shared and "on_input" not in shared
-    if unfilled or acting or ("on_input" in shared and io.number(first.tensors["on_input"])):
+    if unfilled or acting or ("on_input" in shared and io.number(model.tensors["on_input"])):
         names = [name for part, (name, _) in enumerate(rule.parts) if part not in entries]
-        raise Unfit(f"it has no adapter for {', '.join(names)}, whose rows {first.method} would change")
+        raise Unfit(f"it has no adapter for {', '.join(names)}, whose rows {model.method} would change")
 
 
 def _stack(
     role: str, rule: Rule, entries: Mapping[int, Entry], sizes: Sequence[int], ratio: Mapping[int, float] | None = None
 ) -> Handle:
     """The parts' rows in the original's order, zeros for missing parts. Raises Unfit if the rows are of different lengths."""
-    first = next(iter(entries.values()))
+    model = next(iter(entries.values()))
     _check_alike(role, {_rowed(e.tensors[role]).shape[1:] for e in entries.values()})
-    unit, pieces = _unit(first, role), []
-    model = _rowed(first.tensors[role])
+    unit, pieces = _unit(model, role), []
+    like = _rowed(model.tensors[role])
     for part, size in enumerate(sizes):
         if part in entries:
             h = _rowed(entries[part].tensors[role])
             pieces.append(io.scaled(h, ratio[part]) if ratio else h)
         else:
-            pieces.append(Handle(model.dtype, (size // unit, *model.shape[1:])))
+            pieces.append(Handle(like.dtype, (size // unit, *like.shape[1:])))
     stack = io.rows(io.stacked(pieces), _order(rule, sum(sizes), unit))
-    lead = first.tensors[role].shape
-    return io.reshaped(stack, (1, stack.shape[0], *lead[2:])) if lead[0] == 1 != model.shape[0] else stack
+    lead = model.tensors[role].shape
+    return io.reshaped(stack, (1, stack.shape[0], *lead[2:])) if lead[0] == 1 != like.shape[0] else stack
 
 
 def _cut(entry: Entry, role: str, ranges: Sequence[tuple[int, int]], total: int) -> Handle:
@@ -315,10 +315,10 @@ def _are_blocks(B: Handle, cuts: Sequence[Sequence[tuple[int, int]]], blocks: Bl
     data, row = memoryview(io.raw(B)), io.nbytes(B) // B.shape[0]
     size, zero = row // B.shape[1], bytes(row)
     for part, ranges in enumerate(cuts):
-        first, end, _ = blocks.get(part, (0, 0, 1.0))
+        start, end, _ = blocks.get(part, (0, 0, 1.0))
         for n in itertools.chain.from_iterable(range(*span) for span in ranges):
             numbers = data[n * row : (n + 1) * row]
-            left, right = numbers[: first * size], numbers[end * size :]
+            left, right = numbers[: start * size], numbers[end * size :]
             if left != zero[: len(left)] or right != zero[: len(right)]:
                 return False
     return True

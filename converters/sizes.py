@@ -27,27 +27,27 @@ class Published:
     depths: tuple[Mapping[str, int], ...]
     layers: Mapping[str, Sequence[Sequence[int]]]
 
-    def knows(self, layers: Layers) -> int:
+    def knows(self, layers: LayerKinds) -> int:
         """How many of the layers have names of this model."""
         return sum(kind.count for kind in layers.kinds if kind.name in self.layers)
 
-    def has(self, layers: Layers) -> bool:
+    def has(self, layers: LayerKinds) -> bool:
         """Whether all layers are of this model: names, extents and numbers of blocks."""
         return all(self._has(kind) for kind in layers.kinds)
 
-    def is_full(self, layers: Layers) -> bool:
+    def is_full(self, layers: LayerKinds) -> bool:
         """Whether all blocks have layers, of those stacks that have any."""
         touched = {s: n for depths in self.depths for s, n in depths.items() if s in layers.blocks}
         return all(layers.blocks[stack] == frozenset(range(n)) for stack, n in touched.items())
 
-    def is_whole(self, layers: Layers) -> bool:
+    def is_whole(self, layers: LayerKinds) -> bool:
         """Whether all blocks have layers, of all stacks; refiners of two or three blocks do not count."""
         return any(
             all(layers.blocks.get(stack) == frozenset(range(n)) for stack, n in depths.items() if n > 3)
             for depths in self.depths
         )
 
-    def _has(self, kind: Kind) -> bool:
+    def _has(self, kind: LayerKind) -> bool:
         extents = self.layers.get(kind.name)
         depth = max((depths.get(kind.stack, 0) for depths in self.depths), default=0)
         if extents is None or (depth and max(kind.blocks) >= depth):
@@ -56,7 +56,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerKind:
     """Layers of one name but for the numbers in it, and one extent (None where the tensors do not show it)."""
 
     name: str  # flat, with # for each number
@@ -67,10 +67,10 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerKinds:
     """Layers of a denoiser by kind; `blocks` {stack: the numbers of the blocks that some layer is in}."""
 
-    kinds: tuple[Kind, ...]
+    kinds: tuple[LayerKind, ...]
     blocks: Mapping[str, frozenset[int]]
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ _NUMBER = re.compile(r"\d+")
 _STACK = re.compile(r"([a-zA-Z_]+?)_?(\d+)(?:_|$)")
 
 
-def grouped(layers: Iterable[tuple[str, Extent | None]]) -> Layers:
+def grouped(layers: Iterable[tuple[str, Extent | None]]) -> LayerKinds:
     """Layers, dotted or flat, with their extents."""
     members_of: dict[tuple[str, Extent | None], list[str]] = {}
     for layer, extent in layers:
@@ -90,13 +90,13 @@ def grouped(layers: Iterable[tuple[str, Extent | None]]) -> Layers:
     kinds = []
     blocks: dict[str, set[int]] = {}
     for (name, extent), members in members_of.items():
-        first = [match for flat in members if (match := _STACK.match(flat))]
-        stack = first[0][1] if first else ""
-        numbers = frozenset(int(match[2]) for match in first)
-        kinds.append(Kind(name, extent, stack, len(members), numbers))
+        numbered = [match for flat in members if (match := _STACK.match(flat))]
+        stack = numbered[0][1] if numbered else ""
+        numbers = frozenset(int(match[2]) for match in numbered)
+        kinds.append(LayerKind(name, extent, stack, len(members), numbers))
         if stack:
             blocks.setdefault(stack, set()).update(numbers)
-    return Layers(tuple(kinds), {stack: frozenset(numbers) for stack, numbers in blocks.items()})
+    return LayerKinds(tuple(kinds), {stack: frozenset(numbers) for stack, numbers in blocks.items()})
 
 
 @functools.cache

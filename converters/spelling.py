@@ -22,7 +22,7 @@ OWNED = frozenset({"format"}.union(*(fmt.owned for fmt in FORMATS.values())))  #
 
 
 @dataclass(frozen=True)
-class Plan:
+class Draft:
     """All that a file will hold: its tensors by key, its metadata, {(layer, role): key}, and which layers' numbers had to be computed for it."""
 
     tensors: Mapping[str, Handle]
@@ -31,7 +31,7 @@ class Plan:
     inexact: Sequence[str] = ()
 
 
-def spelt(held: Held, dtype: torch.dtype | None = None) -> Plan:
+def spelt(held: Held, dtype: torch.dtype | None = None) -> Draft:
     """What a format makes of the entries that it holds. `dtype` casts the factors; alphas keep theirs."""
     fmt, entries = FORMATS[held.format], held.arranged.entries
     alphas = {layer: _alpha(alpha) for layer, alpha in fmt.alphas(entries).items()}
@@ -45,7 +45,7 @@ def spelt(held: Held, dtype: torch.dtype | None = None) -> Plan:
             key = places[entry.layer, role] = fmt.join(replace(name, role=role), entry)
             tensors[key] = handle
     tensors |= _shared(entries, fmt, dtype)
-    return Plan({**tensors, **held.bundle.carried}, _metadata(held), places, held.arranged.inexact)
+    return Draft({**tensors, **held.bundle.carried}, _metadata(held), places, held.arranged.inexact)
 
 
 def _shared(entries: Sequence[Entry], fmt: Format, dtype: torch.dtype | None) -> dict[str, Handle]:

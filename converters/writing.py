@@ -12,7 +12,7 @@ from converters.formats import FORMATS
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.holding import Held, held, refused
 from converters.restoring import restored
-from converters.spelling import Plan, spelt
+from converters.spelling import Draft, spelt
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Bundle, parted
 from diffpeft.errors import CannotConvertError, ConfigError, UnknownNameError, listed, shown
@@ -33,7 +33,7 @@ def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: t
     store(plans, path, format)
 
 
-def planned(part: Held, dtype: torch.dtype | None = None) -> Plan:
+def planned(part: Held, dtype: torch.dtype | None = None) -> Draft:
     """What one file or folder will hold. Raises CannotConvertError if the format cannot hold it."""
     if not part.answer:
         raise refused(part)
@@ -97,7 +97,7 @@ def _refuse_strangers(path: Path, components: Sequence[str]) -> None:
         )
 
 
-def store(plans: Mapping[str, Plan], path: str | os.PathLike[str], format: str) -> None:
+def store(plans: Mapping[str, Draft], path: str | os.PathLike[str], format: str) -> None:
     """Write what is planned, whole or not at all."""
     end = "" if FORMATS[format].folder else ".safetensors"
     if [*plans] == [""]:
@@ -108,7 +108,7 @@ def store(plans: Mapping[str, Plan], path: str | os.PathLike[str], format: str) 
             _store(plan, folder / f"{component}{end}", format)
 
 
-def _store(plan: Plan, path: Path, format: str) -> None:
+def _store(plan: Draft, path: Path, format: str) -> None:
     if not FORMATS[format].folder:
         io.save(path, plan.tensors, plan.metadata)
         return

@@ -111,8 +111,8 @@ class Entry:
     rule: Rule | None = (
         None  # of a layer of the original program whose rows are not one of diffusers' layers' as they are
     )
-    shared: Mapping[str, Handle] = field(default_factory=dict)  # the tensors of the whole adapter, of `Bundle.shared`
     own: str | None = None  # the layer as its model calls it, within its component; None if no model told it
+    shared: Mapping[str, Handle] = field(default_factory=dict)  # the tensors of the whole adapter, of `Bundle.shared`
 
     @property
     def targets(self) -> tuple[str, ...]:

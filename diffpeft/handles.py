@@ -107,6 +107,13 @@ class Handle:
     how: Diagonal | Columns | Cast | Scaled | None = None
     file: Snapshot | None = None  # open, at `path`; without it the path is opened when the bytes are read
 
+    @classmethod
+    def within(cls, file: Snapshot, dtype: str, shape: tuple[int, ...], start: int, end: int) -> Handle:
+        """Bytes [start, end) of an open file. Written straight: a header has thousands, and a frozen object is slow to set."""
+        handle_ = cls.__new__(cls)
+        handle_.__dict__.update(dtype=dtype, shape=shape, path=file.path, start=start, end=end, file=file)
+        return handle_
+
 
 def count(shape: Sequence[int]) -> int:
     """How many numbers a tensor of a shape has. Raises ValueError for a shape that no tensor can have, before anything is multiplied."""
@@ -194,6 +201,7 @@ def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
 
     Raises UnreadableFileError if a file was changed meanwhile, or is not whole.
     """
+    import numpy as np
     import torch
 
     out: list[torch.Tensor] = []
@@ -202,16 +210,15 @@ def load(handles: Iterable[Handle]) -> list[torch.Tensor]:
         if handle.tensor is not None:
             out.append(handle.tensor)
             continue
-        for file in files_of(handle):
+        for file in files_of(handle) if handle.file is None else (handle.file,):
             if file not in places:
                 file.check_written()
                 places[file] = []
-        dtype = dtype_of(handle)
-        if handle.path is not None and handle.end > handle.start:
-            tensor = torch.empty(handle.shape, dtype=dtype)
-            flat = tensor.view(-1).view(torch.uint8).numpy()
-            places[file_of(handle)].append((handle.start, flat.data))
-            out.append(tensor)
+        dtype, size = dtype_of(handle), handle.end - handle.start
+        if handle.path is not None and size > 0:
+            memory = np.empty(size, np.uint8)
+            places[handle.file or file_of(handle)].append((handle.start, memory.data))
+            out.append(torch.frombuffer(memory, dtype=dtype).view(handle.shape))
             continue
         data, at = bytearray(nbytes(handle)), 0
         for chunk in chunks(handle):
@@ -321,9 +328,9 @@ def _cut(handle_: Handle, start: int, end: int) -> Handle:
     return Handle(handle_.dtype, shape, parts=tuple(pieces))
 
 
-def columns(handle_: Handle, first: int, end: int) -> Handle:
+def columns(handle_: Handle, start: int, end: int) -> Handle:
     """Columns [first, end) of a matrix."""
-    return Handle(handle_.dtype, (handle_.shape[0], end - first), parts=(handle_,), how=Columns(first, end))
+    return Handle(handle_.dtype, (handle_.shape[0], end - start), parts=(handle_,), how=Columns(start, end))
 
 
 def stacked(parts: Iterable[Handle]) -> Handle:

@@ -147,7 +147,7 @@ def _handle(file: Snapshot, row: Json, offset: int) -> Handle:
         raise ValueError(f"dtype {shown(row['dtype'])}, offsets {shown((start, end))}")
     if end - start != numbers * SIZES[row["dtype"]] or offset + end > file.size:
         raise ValueError("tensor bytes do not fit the file: truncated?")
-    return Handle(row["dtype"], shape, file.path, offset + start, offset + end, file=file)
+    return Handle.within(file, row["dtype"], shape, offset + start, offset + end)
 
 
 def _refuse_gaps(file: Snapshot, handles: Mapping[str, Handle], end: int) -> None:

@@ -54,19 +54,19 @@ def numbered(attention: Sequence[bool], resnets: int = 2) -> Iterator[Rule]:
     """The rules of the blocks, of which LDM numbers all layers through. `attention`: which levels have it, the outermost first."""
     last = len(attention) - 1
     for level, attends in enumerate(attention):
-        first, down = 1 + level * (resnets + 1), f"down_blocks.{level}"
+        number, down = 1 + level * (resnets + 1), f"down_blocks.{level}"
         for n in range(resnets):
-            yield from _layer(f"input_blocks.{first + n}", down, n, attends)
+            yield from _layer(f"input_blocks.{number + n}", down, n, attends)
         if level < last:
-            yield from renamed({f"input_blocks.{first + resnets}.0.op": f"{down}.downsamplers.0.conv"})
+            yield from renamed({f"input_blocks.{number + resnets}.0.op": f"{down}.downsamplers.0.conv"})
     yield from _layer("middle_block", "mid_block", 0, True)
     yield from within("middle_block.2.", "mid_block.resnets.1.", renamed(_RESNET))
     for level, attends in enumerate(reversed(attention)):
-        first, up = level * (resnets + 1), f"up_blocks.{level}"
+        number, up = level * (resnets + 1), f"up_blocks.{level}"
         for n in range(resnets + 1):
-            yield from _layer(f"output_blocks.{first + n}", up, n, attends)
+            yield from _layer(f"output_blocks.{number + n}", up, n, attends)
         if level < last:  # the upsampler comes after the attention, so its number tells whether there is one
-            yield from renamed({f"output_blocks.{first + resnets}.{1 + attends}.conv": f"{up}.upsamplers.0.conv"})
+            yield from renamed({f"output_blocks.{number + resnets}.{1 + attends}.conv": f"{up}.upsamplers.0.conv"})
 
 
 def _layer(original: str, diffusers: str, n: int, attends: bool) -> Iterator[Rule]:

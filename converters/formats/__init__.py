@@ -1,6 +1,6 @@
 """How files spell adapters. One file a format, one line here."""
 
-from converters.formats.base import Answer, Format, Part
+from converters.formats.base import Answer, Format, KeyParts
 from converters.formats.bfl import BFL
 from converters.formats.comfyui import ComfyUI
 from converters.formats.diffusers import Diffusers
@@ -26,4 +26,4 @@ FORMATS: dict[str, Format] = {
     "onetrainer": OneTrainer(),
 }
 
-__all__ = ["FORMATS", "Answer", "Format", "Part"]
+__all__ = ["FORMATS", "Answer", "Format", "KeyParts"]

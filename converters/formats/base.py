@@ -17,7 +17,7 @@ NO_KEYS: Mapping[str, str] = MappingProxyType({})  # of a format without a place
 
 
 @dataclass(frozen=True)
-class Part:
+class KeyParts:
     """A key taken apart: what says the component, the layer as the format spells it, and the role of the tensor (`alpha` among them).
 
     An empty `word` says no component. `part` is the number of a fused layer's part that the tensor is for, where the key tells one.
@@ -65,7 +65,7 @@ class Format(Protocol):
     shared_keys: Mapping[str, str]  # {role: key} of the tensors of a whole adapter
     owned: frozenset[str]  # the keys of the metadata that only this format writes
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """The parts of a key, or None if the key is not of this format."""
 
     def component(self, word: str, table: Table) -> str:
@@ -77,7 +77,7 @@ class Format(Protocol):
     def original(self, table: Table) -> bool:
         """Whether the layers of a family's denoiser have the original program's names, not diffusers'."""
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """The key that `split` takes apart into `part`, a tensor of `entry`; `part.layer` has dots."""
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:

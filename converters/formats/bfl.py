@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from converters.families import TABLES, Table
-from converters.formats.base import Part, dotted_role
+from converters.formats.base import KeyParts, dotted_role
 from converters.formats.diffusers import Diffusers
 
 _LAYER = re.compile(r"(?:(?:double|single)_blocks\.\d+|(?:img|txt|time|vector|guidance)_in|final_layer)\b.*")
@@ -23,14 +23,14 @@ class BFL(Diffusers):
     name, single, writable = "bfl", True, False
     tables: Mapping[str, Table] = {"flux": TABLES["flux"]}
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """The layer and the role."""
         if not _LAYER.fullmatch(key):
             return None
         if match := _SCALE.fullmatch(key):
-            return Part("", match["layer"], "set_weight")
+            return KeyParts("", match["layer"], "set_weight")
         layer_role = dotted_role(key)
-        return Part("", *layer_role) if layer_role else None
+        return KeyParts("", *layer_role) if layer_role else None
 
     def word(self, component: str, table: Table) -> str | None:
         """There is nothing in front."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from converters.families import Table
-from converters.formats.base import Answer, Part, denoiser, dotted_role
+from converters.formats.base import Answer, KeyParts, denoiser, dotted_role
 from converters.formats.kohya import SUFFIXES, Lycoris, of_sd_scripts
 from diffpeft.bundle import Entry
 
@@ -26,12 +26,12 @@ class ComfyUI(Lycoris):
         "lora_B": "lora_B.weight",
     }
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """A prefix, the layer, the role."""
         word = _WORD.match(key)
         layer_role = dotted_role(key[word.end() :]) if word else None
         return (
-            Part(word[0], *layer_role) if word and layer_role and layer_role[1] != "oft_R" else None
+            KeyParts(word[0], *layer_role) if word and layer_role and layer_role[1] != "oft_R" else None
         )  # that is OneTrainer's
 
     def component(self, word: str, table: Table) -> str:
@@ -50,7 +50,7 @@ class ComfyUI(Lycoris):
         """Always."""
         return True
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """A prefix, the layer, the role."""
         return f"{part.word}{part.layer}.{self.suffixes[part.role]}"
 

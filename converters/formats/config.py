@@ -6,10 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from converters.formats.schema import ALPHA as FINITE
-from converters.formats.schema import MAX_RANK, NOTHING, whole
+from converters.formats.schema import MAX_RANK, NOTHING, Config, whole
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry
 from diffpeft.methods.layout import LAYOUTS
@@ -18,7 +17,7 @@ from diffpeft.methods.shapes import rank
 _ALPHAS, _RANKS = FINITE | NOTHING, whole(0, MAX_RANK)  # what a config can say
 
 
-def alpha(config: Mapping[str, Any], names: Iterable[str], r: int) -> float | None:
+def alpha(config: Config, names: Iterable[str], r: int) -> float | None:
     """The alpha by which alpha / rank is the scale; rank-stabilised configs mean alpha / sqrt(rank)."""
     value = patterns.first(config.get("alpha_pattern"), names, config.get("lora_alpha", config.get("alpha")))
     if value is None:
@@ -26,7 +25,7 @@ def alpha(config: Mapping[str, Any], names: Iterable[str], r: int) -> float | No
     return float(value) * r**0.5 if config.get("use_rslora") else float(value)
 
 
-def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
+def rotation(config: Config) -> dict[str, object]:
     """The options of an input-side OFT. The series ended in another term before PEFT 0.18, which is also when configs began to say a version."""
     terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else 0
     options = {"neumann": terms, "coft": float(config.get("eps", 6e-5)) if config.get("coft") else None}
@@ -35,7 +34,7 @@ def rotation(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **({"neumann_last": 2} if old and terms else {})}
 
 
-def turned(entry: Entry, config: Mapping[str, Any] | None) -> Entry:
+def turned(entry: Entry, config: Config | None) -> Entry:
     """The entry with the options of a rotation: LyCORIS's blocks turn the output; PEFT's tensors the input, as its config says."""
     if LAYOUTS[entry.method].alpha != "bound":
         return entry
@@ -46,7 +45,9 @@ def turned(entry: Entry, config: Mapping[str, Any] | None) -> Entry:
     )
 
 
-def scales(entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+def scales(
+    entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]
+) -> dict[str, object]:
     """r, alpha and the patterns for layers that differ from most; `names` are the layers' in the patterns. No alpha: alpha = rank."""
     alphas = {e.layer: float(ranks[e.layer]) if e.alpha is None else io.number(e.alpha) for e in entries}
     r, most = _commonest([ranks[e.layer] for e in entries]), _commonest(alphas.values())
@@ -58,10 +59,10 @@ def scales(entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks
     }
 
 
-def _commonest(values: Iterable[Any]) -> Any:
+def _commonest(values: Iterable[float | None]) -> float | None:
     """The value that most have, the least of several: files must not depend on the order of layers."""
     counts = Counter(values)
-    return min(counts, key=lambda value: (-counts[value], value))
+    return min(counts, key=lambda value: (-counts[value], value or 0.0))
 
 
 def unsayable(entries: Sequence[Entry]) -> tuple[str, list[str]] | None:

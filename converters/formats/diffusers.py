@@ -13,13 +13,13 @@ from dataclasses import replace
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import NO_KEYS, Answer, Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import NO_KEYS, Answer, KeyParts, dotted_role, magnitude_axis, suffix
 from converters.formats.schema import check_fields
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
 from diffpeft.files import Json, config_in
-from diffpeft.methods.layout import PRODUCTS
+from diffpeft.methods.layout import LAYOUTS, PRODUCTS
 
 METADATA = "lora_adapter_metadata"
 _READ = {"lora_A", "lora_B", "lora_magnitude_vector"}  # by diffusers 0.42
@@ -43,13 +43,13 @@ class Diffusers:
     shared_keys: Mapping[str, str] = NO_KEYS
     owned: frozenset[str] = frozenset({METADATA})
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """The component's name, unless the file is of one component (and then the family's names say which)."""
         word, _, name = key.partition(".")
         if word not in COMPONENTS:
             word, name = "", key
         layer_role = dotted_role(name)
-        return Part(word, *layer_role) if layer_role and not name.startswith(_OTHERS) else None
+        return KeyParts(word, *layer_role) if layer_role and not name.startswith(_OTHERS) else None
 
     def component(self, word: str, table: Table) -> str:
         """It is the component."""
@@ -63,7 +63,7 @@ class Diffusers:
         """Never."""
         return False
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """For text encoders stock diffusers hands over to transformers, which reads a magnitude only with `.weight`."""
         end = ".weight" if part.role == "lora_magnitude_vector" and part.word.startswith("text_encoder") else ""
         return f"{dotted(part.word, part.layer)}.{suffix(part.role)}{end}"
@@ -145,8 +145,9 @@ def _of_component(config: Json, component: str) -> Json:
 
 
 def _configured(entry: Entry, config: Json) -> Entry:
-    entry = configs.turned(entry, {"peft_version": "0.18", **config})
-    if entry.alpha is not None or entry.method not in PRODUCTS:
+    if LAYOUTS[entry.method].alpha == "bound":
+        return configs.turned(entry, {"peft_version": "0.18", **config})
+    if entry.alpha is not None or not config or entry.method not in PRODUCTS:
         return entry
     name = parted(entry.layer)[1]
     r = configs.ranks_of([entry])[entry.layer]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from converters.families import TABLES, Table
-from converters.formats.base import Part
+from converters.formats.base import KeyParts
 from converters.formats.diffusers import Diffusers
 from diffpeft.bundle import COMPONENTS
 
@@ -35,7 +35,7 @@ class DiffusersOld(Diffusers):
     name, writable = "diffusers-old", False
     tables: Mapping[str, Table] = {family: TABLES[family] for family in ("sd15", "sd2", "sdxl", "sdxl_refiner")}
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """The component's name or none, the attention, and which of its layers."""
         word, _, name = key.partition(".")
         word, name = (word, name) if word in COMPONENTS else ("", key)
@@ -44,4 +44,4 @@ class DiffusersOld(Diffusers):
             return super().split(key)
         layers = _CLIP if match["attention"].endswith("self_attn") else _UNET
         layer = layers.get(match["layer"].removesuffix("_proj"))
-        return Part(word, f"{match['attention']}.{layer}", _ROLES[match["role"]]) if layer else None
+        return KeyParts(word, f"{match['attention']}.{layer}", _ROLES[match["role"]]) if layer else None

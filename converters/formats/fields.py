@@ -6,25 +6,27 @@ A method needs no class of its own where its layout says it all: a rank, an alph
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 from converters.formats import config as configs
 from converters.formats.base import dotted_role
+from converters.formats.schema import Config
 from converters.formats.wrappers import PEFT as PREFIX
 from converters.formats.wrappers import unwrapped
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, parted
 from diffpeft.methods.axes import triangle
-from diffpeft.methods.layout import LAYOUTS, Layout, is_scaled
+from diffpeft.methods.layout import LAYOUTS, Field, Layout, is_scaled
 
 TYPES = {method: layout.peft for method, layout in LAYOUTS.items() if layout.peft}
 VERSION, OLD_SERIES = "0.21.2", "0.17.1"
-Fields = dict[str, Any]
+Fields = dict[str, object]
+Value = TypeVar("Value")
 
 
-class Unfit(Exception):
+class Unsayable(Exception):
     """Why PEFT has no config for these layers."""
 
     def __init__(self, why: str, layers: Iterable[str]):
@@ -33,10 +35,10 @@ class Unfit(Exception):
 
 
 def fields(entries: Sequence[Entry]) -> Fields:
-    """The fields for entries of one method. Raises Unfit."""
+    """The fields for entries of one method. Raises Unsayable."""
     method = entries[0].method
     if method not in TYPES:
-        raise Unfit(f"PEFT has no {method}", layers_of(entries))
+        raise Unsayable(f"PEFT has no {method}", layers_of(entries))
     return {"peft_type": TYPES[method], "peft_version": VERSION, **dialect_of(method).fields(entries)}
 
 
@@ -69,16 +71,16 @@ class Dialect:
         self.layout = layout
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
-        """The fields of a config with which PEFT makes these tensors. Raises Unfit."""
+        """The fields of a config with which PEFT makes these tensors. Raises Unsayable."""
         return {**self.scales(entries, configs.ranks_of(entries)), **self.options(entries)}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         """What a config says of a layer that its tensors do not; empty if they agree."""
         r = configs.ranks_of([entry])[entry.layer]
         told = self.rank(entry, config)
         return f"the rank is {told}, not {r}" if r and r != told else ""
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         """The entry with the alpha and the options that a config gives it."""
         options = {row.option: config.get(row.name, row.default) for row in self.layout.options}
         entry = replace(entry, options=options or entry.options)
@@ -88,7 +90,7 @@ class Dialect:
         alpha = configs.alpha({self.layout.alpha_field: 8, **config}, names_of(entry), r)
         return replace(entry, alpha=alpha)
 
-    def rank(self, entry: Entry, config: Mapping[str, Any]) -> int:
+    def rank(self, entry: Entry, config: Config) -> int:
         """The rank that a config gives a layer."""
         by_layer = config.get("rank_pattern") if self.layout.patterns else None
         return int(
@@ -106,68 +108,72 @@ class Dialect:
 
     def options(self, entries: Sequence[Entry]) -> Fields:
         """The fields that are options, of which a config has one for all layers."""
-        return {
-            row.name: _common(entries, row.name, lambda e, row=row: e.options.get(row.option, row.default))
-            for row in self.layout.options
-        }
+        return {row.name: _common(entries, row.name, _option(row)) for row in self.layout.options}
 
 
-def _common(entries: Sequence[Entry], what: str, value: Any) -> Any:
-    """What all entries have. Raises Unfit, which blames those that have another than most."""
-    by_value: dict[Any, list[str]] = {}
+def _option(row: Field) -> Callable[[Entry], object]:
+    """What an entry has of a field."""
+    return lambda e: e.options.get(row.option, row.default)
+
+
+def _common(entries: Sequence[Entry], what: str, value: Callable[[Entry], Value]) -> Value:
+    """What all entries have. Raises Unsayable, which blames those that have another than most."""
+    by_value: dict[Value, list[str]] = {}
     for entry in entries:
         by_value.setdefault(value(entry), []).append(entry.layer)
     most = max(by_value, key=lambda v: len(by_value[v]))
     others = [layer for v, layers in by_value.items() if v != most for layer in layers]
     if others:
-        raise Unfit(f"in PEFT all layers of such an adapter have the same {what}", others)
+        raise Unsayable(f"in PEFT all layers of such an adapter have the same {what}", others)
     return most
 
 
-class Lora(Dialect):
+class LoraDialect(Dialect):
     """LoRA and DoRA over it."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         biased = [e for e in entries if "lora_B_bias" in e.tensors]
         if biased and len(biased) < len(entries):
-            raise Unfit("in PEFT all layers have a lora_B.bias, or none", layers_of(biased))
+            raise Unsayable("in PEFT all layers have a lora_B.bias, or none", layers_of(biased))
         return {**super().fields(entries), "use_dora": self.layout.over, "lora_bias": bool(biased)}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         if bool(config.get("use_dora")) != self.layout.over:
             return f"use_dora is {config.get('use_dora', False)}"
         return super().disagreement(entry, config)
 
 
-class AdaLora(Dialect):
+class AdaLoraDialect(Dialect):
     """A training of one step, and which triplets of the rank at the start are left."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         ranks = configs.ranks_of(entries)
         told = {(io.number(e.alpha), e.options.get("ranknum", ranks[e.layer])) for e in entries}
         if len(told) > 1:
-            raise Unfit("in PEFT all layers of an AdaLoRA have the same alpha and the same rank at the start", ranks)
-        ((alpha, first),) = told
-        if alpha is None or max(ranks.values()) > first:
-            raise Unfit("PEFT has no AdaLoRA without an alpha, or above its rank at the start", ranks)
-        masks = {f"{own_name(e)}.lora_E": [n < ranks[e.layer] for n in range(first)] for e in entries}
-        return {"lora_alpha": alpha, "init_r": first, "total_step": 1, "rank_pattern": masks}
+            raise Unsayable(
+                "in PEFT all layers of an AdaLoRA have the same alpha and the same rank at the start", ranks
+            )
+        ((alpha, start),) = told
+        if alpha is None or max(ranks.values()) > start:
+            raise Unsayable("PEFT has no AdaLoRA without an alpha, or above its rank at the start", ranks)
+        masks = {f"{own_name(e)}.lora_E": [n < ranks[e.layer] for n in range(start)] for e in entries}
+        return {"lora_alpha": alpha, "init_r": start, "total_step": 1, "rank_pattern": masks}
 
-    def rank(self, entry: Entry, config: Mapping[str, Any]) -> int:
+    def rank(self, entry: Entry, config: Config) -> int:
         masks = config.get("rank_pattern") or {}
-        kept = (sum(masks[key]) for name in names_of(entry) if (key := f"{name}.lora_E") in masks)
-        return int(next(kept, config["init_r"]))
+        ranks = (sum(masks[key]) for name in names_of(entry) if (key := f"{name}.lora_E") in masks)
+        return int(next(ranks, config["init_r"]))
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         r, told = configs.ranks_of([entry])[entry.layer], self.rank(entry, config)
         return f"the rank is {told}, not {r}" if r != told else ""
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         """It has no patterns of alpha."""
         return replace(entry, alpha=float(config.get("lora_alpha", 8)), options={"ranknum": config["init_r"]})
 
 
-class LoHa(Dialect):
+class LoHaDialect(Dialect):
     """LoHa, with Tucker cores or without."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
@@ -178,11 +184,11 @@ def _cores(entries: Sequence[Entry], core: str, factor: str) -> Fields:
     cored = [e for e in entries if core in e.tensors]
     without = [e for e in entries if core not in e.tensors and factor in e.tensors and {1} < {1, *(e.shape or ())[2:]}]
     if cored and without:
-        raise Unfit("in PEFT all kernels above 1 have a Tucker core, or none", layers_of(without))
+        raise Unsayable("in PEFT all kernels above 1 have a Tucker core, or none", layers_of(without))
     return {"use_effective_conv2d": bool(cored)}
 
 
-class LoKr(Dialect):
+class LoKrDialect(Dialect):
     """LoKr. PEFT scales two whole halves too, by alpha / r, where everywhere else their scale is 1: that is an option of the adapter."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
@@ -198,13 +204,13 @@ class LoKr(Dialect):
             "decompose_factor": factor,
         }
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         if is_scaled(entry.method, entry.tensors):
             return super().configured(entry, config)
         scale = self.whole_scale(entry, config)
         return replace(entry, options={"scale": scale}) if scale != 1 else entry
 
-    def whole_scale(self, entry: Entry, config: Mapping[str, Any]) -> float:
+    def whole_scale(self, entry: Entry, config: Config) -> float:
         """By what PEFT multiplies two whole halves."""
         r = self.rank(entry, config)
         return (configs.alpha({"alpha": 8, **config}, names_of(entry), r) or 0) / r
@@ -248,30 +254,30 @@ class _Halves:
         shown = {self.tensors[b][0] for b in ("lokr_w1_b", "lokr_w2_b") if b in self.tensors}
         r = min(shown) if shown else math.ceil(max(limits.values()))
         if len(shown) > 1 or any((r >= limit) != (half in self.tensors) for half, limit in limits.items()):
-            raise Unfit("PEFT would make other halves of them than these, whole or factored", [self.layer])
+            raise Unsayable("PEFT would make other halves of them than these, whole or factored", [self.layer])
         return r
 
 
 def _factor(splits: Mapping[str, _Halves]) -> int:
-    """The decompose_factor that gives all layers' halves. Raises Unfit."""
+    """The decompose_factor that gives all layers' halves. Raises Unsayable."""
     factors = [-1, *sorted({side for halves in splits.values() for side in halves.first})]
     lacking = {f: [layer for layer, halves in splits.items() if halves.width(f) is None] for f in factors}
     best = min(factors, key=lambda f: len(lacking[f]))
     if lacking[best]:
-        raise Unfit("no decompose_factor gives these halves in PEFT", lacking[best])
+        raise Unsayable("no decompose_factor gives these halves in PEFT", lacking[best])
     return best
 
 
-class Oft(Dialect):
+class OftDialect(Dialect):
     """OFT on the inputs."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         told = {tuple(sorted((k, v) for k, v in e.options.items() if v is not None)) for e in entries}
         if len(told) > 1:
-            raise Unfit("PEFT computes the rotations of all layers in one way", layers_of(entries))
+            raise Unsayable("PEFT computes the rotations of all layers in one way", layers_of(entries))
         return {**_blocks(entries), **_series(entries[0].options)}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         if is_old_oft(entry):
             n = (entry.shapes.get("oft_blocks") or entry.shapes["boft_R"][1:])[0]
             return "" if n == config.get("r", 8) else f"there are {n} blocks, not {config.get('r', 8)}"
@@ -283,7 +289,7 @@ class Oft(Dialect):
         used = nearest_divisor(n * b, size or config["r"])
         return "" if used == (b if size else n) else f"its blocks are not of {b}, there are not {n}"
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         return configs.turned(entry, config)
 
 
@@ -308,20 +314,20 @@ def _blocks(entries: Sequence[Entry]) -> Fields:
     counts = [{"r": n, "oft_block_size": 0} for n in sorted({n for _, n, _ in rows})]
     chosen = next((row for row in (*sizes, *counts) if _gives(row, rows)), None)
     if chosen is None:
-        raise Unfit("no block size and no number of blocks gives these blocks in PEFT", blocks)
+        raise Unsayable("no block size and no number of blocks gives these blocks in PEFT", blocks)
     return {**chosen, "block_share": shared}
 
 
 def _are_shared(entries: Sequence[Entry], blocks: Mapping[str, tuple[int, int]], features: Mapping[str, int]) -> bool:
-    """Whether one block stands for all of a layer. Raises Unfit if that is so of some layers only."""
+    """Whether one block stands for all of a layer. Raises Unsayable if that is so of some layers only."""
     single = all(n == 1 for n, _ in blocks.values())
     partial = [layer for layer, (n, b) in blocks.items() if n * b != features[layer]]
     if partial and not single:
-        raise Unfit("in PEFT all layers share one block each, or none", partial)
+        raise Unsayable("in PEFT all layers share one block each, or none", partial)
     return single and (bool(partial) or all(e.shape is None for e in entries))
 
 
-def _gives(fields: Fields, rows: Iterable[tuple[int, int, int]]) -> bool:
+def _gives(fields: Mapping[str, int], rows: Iterable[tuple[int, int, int]]) -> bool:
     """Whether PEFT makes n blocks of b of so many features: (features, n, b)."""
     from diffpeft.methods.oft import nearest_divisor
 
@@ -329,7 +335,7 @@ def _gives(fields: Fields, rows: Iterable[tuple[int, int, int]]) -> bool:
     return all(nearest_divisor(f, size or fields["r"]) == (b if size else n) for f, n, b in rows)
 
 
-def _series(options: Mapping[str, Any]) -> Fields:
+def _series(options: Mapping[str, object]) -> Fields:
     """How the rotation is computed."""
     terms, eps = options.get("neumann", 0), options.get("coft")
     return {
@@ -347,37 +353,37 @@ def _turned(entry: Entry, shown: int) -> int:
     return entry.shape[0] if "oft_embedding_R" in entry.tensors else math.prod(entry.shape[1:])
 
 
-class Boft(Dialect):
+class BoftDialect(Dialect):
     """BOFT on the inputs."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         shapes = {e.layer: e.tensors["boft_R"].shape for e in entries}
         (m, *more), numbers, sizes = ({s[axis] for s in shapes.values()} for axis in (0, 1, 2))
         if more or len(numbers) > 1 < len(sizes):
-            raise Unfit("in PEFT all layers have the same stages, and the same size or number of blocks", shapes)
+            raise Unsayable("in PEFT all layers have the same stages, and the same size or number of blocks", shapes)
         size = min(sizes) if len(sizes) == 1 else 0
         number = 0 if size else min(numbers)
         return {"boft_block_size": size, "boft_block_num": number, "boft_n_butterfly_factor": m}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         n, b = entry.shapes["boft_R"][1:3]
         size, number = config.get("boft_block_size", 4), config.get("boft_block_num", 0)
         return "" if b == size or n == number else f"its blocks are not of {b}, there are not {n}"
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         return configs.turned(entry, config)
 
 
-class IA3(Dialect):
+class IA3Dialect(Dialect):
     """(IA)^3: a config names the layers whose inputs are scaled."""
 
     def fields(self, entries: Sequence[Entry]) -> Fields:
         return {"feedforward_modules": sorted(own_name(e) for e in entries if on_inputs(e))}
 
-    def disagreement(self, entry: Entry, config: Mapping[str, Any]) -> str:
+    def disagreement(self, entry: Entry, config: Config) -> str:
         return ""
 
-    def configured(self, entry: Entry, config: Mapping[str, Any]) -> Entry:
+    def configured(self, entry: Entry, config: Config) -> Entry:
         """PEFT's rule: an expression for whole names, or what names end with."""
         modules, names = config.get("feedforward_modules") or [], names_of(entry)
         if isinstance(modules, str):
@@ -388,19 +394,19 @@ class IA3(Dialect):
 
 def on_inputs(entry: Entry) -> bool:
     """Whether PEFT's (IA)^3 scales a layer's inputs, which it calls feedforward: a row does, a column does not, of a convolution the config says."""
-    first, second, *kernel = entry.tensors["ia3_l"].shape
-    return bool(entry.options.get("feedforward")) if kernel or first == second == 1 else first == 1
+    rows, columns, *kernel = entry.tensors["ia3_l"].shape
+    return bool(entry.options.get("feedforward")) if kernel or rows == columns == 1 else rows == 1
 
 
 _DIALECTS: dict[str, type[Dialect]] = {
-    "lora": Lora,
-    "dora": Lora,
-    "adalora": AdaLora,
-    "loha": LoHa,
-    "lokr": LoKr,
-    "oft": Oft,
-    "boft": Boft,
-    "ia3": IA3,
+    "lora": LoraDialect,
+    "dora": LoraDialect,
+    "adalora": AdaLoraDialect,
+    "loha": LoHaDialect,
+    "lokr": LoKrDialect,
+    "oft": OftDialect,
+    "boft": BoftDialect,
+    "ia3": IA3Dialect,
 }
 
 
@@ -409,10 +415,10 @@ def dialect_of(method: str) -> Dialect:
     return _DIALECTS.get(method, Dialect)(LAYOUTS[method])
 
 
-def whole_scale(entry: Entry, config: Mapping[str, Any]) -> float:
+def whole_scale(entry: Entry, config: Config) -> float:
     """By what PEFT multiplies the first half of a LoKr beyond the scale that the entry has: 1 but for two whole halves."""
     dialect = dialect_of(entry.method)
-    if not isinstance(dialect, LoKr) or is_scaled(entry.method, entry.tensors):
+    if not isinstance(dialect, LoKrDialect) or is_scaled(entry.method, entry.tensors):
         return 1.0
     theirs, ours = dialect.whole_scale(entry, config), float(entry.options.get("scale", 1))
     return theirs / ours if ours and theirs != ours else 1.0

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
-from converters.formats.base import LYCORIS, NO_KEYS, Answer, OneModel, Part, denoiser, dotted_role, magnitude_axis
+from converters.formats.base import LYCORIS, NO_KEYS, Answer, KeyParts, OneModel, denoiser, dotted_role, magnitude_axis
 from converters.formats.config import turned
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
@@ -101,14 +101,14 @@ class Kohya(Lycoris):
     def __init__(self, name: str, originals: bool):
         self.name, self.originals = name, originals
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """Everything before the first dot is the layer, with few exceptions."""
         body, _, end = key.partition(".")
         word = _WORD.match(body)
         if word is None:
             return None
         if body.startswith(KOHYA_OFT) and re.fullmatch(r"oft_blocks\.\d+", end):
-            return Part(word[0], body[word.end() :], "oft_blocks", int(end.partition(".")[2]))
+            return KeyParts(word[0], body[word.end() :], "oft_blocks", int(end.partition(".")[2]))
         return flat_part(word[0], body[word.end() :], end)
 
     def component(self, word: str, table: Table) -> str:
@@ -131,7 +131,7 @@ class Kohya(Lycoris):
         """sd-scripts names the layers of SD1.x and SD2.x as diffusers does."""
         return self.originals and not table.flat_is_diffusers
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """The rotations of sd-scripts have a prefix of their own."""
         word = KOHYA_OFT if of_sd_scripts(entry) and not part.word.startswith("lora_te") else part.word
         return f"{word}{part.layer.replace('.', '_')}.{self.suffixes[part.role]}"
@@ -157,12 +157,12 @@ class Wrapper(OneModel, Lycoris):
 
     name, single = "lycoris", True
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """Everything before the first dot is the layer."""
         body, _, end = key.partition(".")
         return flat_part("", body.removeprefix(WRAPPER), end) if body.startswith(WRAPPER) else None
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """The layer's name as the model has it."""
         return f"{WRAPPER}{part.layer.replace('.', '_')}.{self.suffixes[part.role]}"
 
@@ -172,14 +172,14 @@ class Wrapper(OneModel, Lycoris):
         return Answer.unless(clamped, "sd-scripts' OFT has another bound than LyCORIS's") and super().holds(entries)
 
 
-def flat_part(word: str, layer: str, end: str) -> Part | None:
+def flat_part(word: str, layer: str, end: str) -> KeyParts | None:
     """A key of which a flat name and what stands behind its first dot are known: the role, or first the rest of a name that is flat only in part."""
     if end in SUFFIXES:
-        return Part(word, layer, SUFFIXES[end])
+        return KeyParts(word, layer, SUFFIXES[end])
     layer_role = dotted_role(f"{layer}.{end}") if end else None
     if layer_role is None or not layer_role[0].startswith(layer) or layer_role[1] == "oft_R":  # that is OneTrainer's
         return None
-    return Part(word, layer_role[0].replace(".", "_").lstrip("_"), layer_role[1])
+    return KeyParts(word, layer_role[0].replace(".", "_").lstrip("_"), layer_role[1])
 
 
 def of_sd_scripts(entry: Entry) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
-from converters.formats.base import Answer, Part, denoiser, dotted_role
+from converters.formats.base import Answer, KeyParts, denoiser, dotted_role
 from converters.formats.config import ranks_of
 from converters.formats.fields import blocks_of
 from converters.formats.kohya import TRANSFORMER, UNET, Kohya
@@ -55,7 +55,7 @@ class OneTrainer(Kohya):
     def __init__(self) -> None:
         super().__init__("onetrainer", originals=False)
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """Flat or dotted; the mark of a scaled rotation stands where other methods have their alpha."""
         marked = key.endswith(_MARKER)
         key = key.removesuffix(_MARKER) + ".alpha" if marked else key
@@ -71,7 +71,7 @@ class OneTrainer(Kohya):
         layer, role = layer_role
         part = _PART.fullmatch(layer)
         layer = (part["layer"] if part else layer).replace(".", "_")
-        return Part(word[0], layer, role, int(part["part"]) if part else None)
+        return KeyParts(word[0], layer, role, int(part["part"]) if part else None)
 
     def component(self, word: str, table: Table) -> str:
         """By sd-scripts' numbers, a component's own name, or the standard's names of text encoders."""
@@ -96,7 +96,7 @@ class OneTrainer(Kohya):
             return f"lora_te{number if len(table.encoders) > 1 else ''}_"
         return UNET if component == "unet" else TRANSFORMER
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """Flat or dotted, as the word is."""
         layer = part.layer if part.word.endswith(".") else part.layer.replace(".", "_")
         return f"{part.word}{layer}.{self.suffixes[part.role]}"

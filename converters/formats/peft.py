@@ -11,14 +11,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from converters.families import TABLES, Table
 from converters.formats import config as configs
-from converters.formats.base import Answer, OneModel, Part, dotted_role, magnitude_axis, suffix
+from converters.formats.base import Answer, KeyParts, OneModel, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
-from converters.formats.fields import TYPES, Unfit, dialect_of, fields, is_old_oft, layers_of, names_of, own_name
-from converters.formats.schema import check_fields
+from converters.formats.fields import TYPES, Unsayable, dialect_of, fields, is_old_oft, layers_of, names_of, own_name
+from converters.formats.schema import Config, check_fields
 from converters.formats.wrappers import PEFT as PREFIX
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, Handle, parted
@@ -43,12 +42,12 @@ class Peft(OneModel):
         role: f"base_model.{role}" for layout in LAYOUTS.values() for role in layout.shared
     }
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """A PeftModel's prefix, the layer, the role."""
-        found = dotted_role(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
-        return Part("", *found) if found else None
+        named = dotted_role(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
+        return KeyParts("", *named) if named else None
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """The layer's name as the model has it."""
         return f"{PREFIX}{own_name(entry)}.{suffix(part.role, entry.method)}"
 
@@ -71,7 +70,7 @@ class Peft(OneModel):
     def holds(self, entries: Sequence[Entry]) -> Answer:
         try:
             self._fields(entries)
-        except Unfit as why:
+        except Unsayable as why:
             return Answer(why.why, why.layers)
         return Answer()
 
@@ -86,10 +85,10 @@ class Peft(OneModel):
     def alphas(self, entries: Sequence[Entry]) -> dict[str, Handle | float]:
         return {}
 
-    def metadata(self, entries: Sequence[Entry], kept: Mapping[str, str]) -> dict[str, str]:
+    def metadata(self, entries: Sequence[Entry], before: Mapping[str, str]) -> dict[str, str]:
         """The config: the adapter's own where that still says the same."""
-        if CONFIG in kept and self._says(kept[CONFIG], entries):
-            return {CONFIG: kept[CONFIG]}
+        if CONFIG in before and self._says(before[CONFIG], entries):
+            return {CONFIG: before[CONFIG]}
         config = {"base_model_name_or_path": None, "task_type": None, **self._fields(entries)}
         config |= {"target_modules": sorted({own_name(e) for e in entries})}
         return {CONFIG: json.dumps(config, indent=2, sort_keys=True)}
@@ -111,10 +110,10 @@ class Peft(OneModel):
             for a, b in zip(again, entries, strict=True)
         )
 
-    def _fields(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        """The fields of a config with which PEFT makes these tensors. Raises Unfit."""
+    def _fields(self, entries: Sequence[Entry]) -> dict[str, object]:
+        """The fields of a config with which PEFT makes these tensors. Raises Unsayable."""
         if trouble := next(self._troubles(entries), None):
-            raise Unfit(*trouble)
+            raise Unsayable(*trouble)
         return fields(entries)
 
     def _troubles(self, entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:
@@ -145,7 +144,7 @@ class Peft(OneModel):
 # Reading
 
 
-def _check_type(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+def _check_type(config: Config, entries: Sequence[Entry]) -> None:
     """Raise for a config of another method than the tensors'."""
     kind = config.get("peft_type")
     old = [e for e in entries if is_old_oft(e)] if kind == "OFT" else []
@@ -156,15 +155,15 @@ def _check_type(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
         )
     others = [e for e in entries if TYPES.get(e.method) != kind and e not in old]
     if others or kind not in TYPES.values():
-        found = sorted({e.method for e in others})
+        methods = sorted({e.method for e in others})
         raise CheckpointError(
-            f"{FILE} says {shown(kind)}, the tensors {' and '.join(found) or 'something else'}",
+            f"{FILE} says {shown(kind)}, the tensors {' and '.join(methods) or 'something else'}",
             where=listed(layers_of(others)[:3]),
             remedy=f"Supported: {', '.join(dict.fromkeys(TYPES.values()))}.",
         )
 
 
-def _check(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+def _check(config: Config, entries: Sequence[Entry]) -> None:
     """Raise for a config that says something else than the tensors, or that names code."""
     if config.get("megatron_core") not in (None, "megatron.core"):
         raise UnsafeFileError(
@@ -183,17 +182,21 @@ def _check(config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
     _check_targets(config.get("target_modules"), entries)
 
 
-def _check_targets(targets: Any, entries: Sequence[Entry]) -> None:
+def _check_targets(targets: object, entries: Sequence[Entry]) -> None:
     """The tensors decide which layers are adapted. A target without tensors is refused, tensors that are no target are named in a warning."""
     names = {e.layer: names_of(e) for e in entries}
     if isinstance(targets, str) and targets != "all-linear":
-        outside = [layer for layer, own in names.items() if not any(patterns.fullmatch(targets, n) for n in own)]
+        outside = [
+            layer for layer, spellings in names.items() if not any(patterns.fullmatch(targets, n) for n in spellings)
+        ]
     elif isinstance(targets, list):
-        ends = {layer: {end for name in own for end in patterns.name_ends(name)} for layer, own in names.items()}
-        lost = sorted({*targets} - set().union(*ends.values()))
-        if lost:
-            raise CheckpointError(f"{FILE} names target_modules without tensors: {listed(lost[:5])}")
-        outside = [layer for layer, own in ends.items() if own.isdisjoint(targets)]
+        ends = {
+            layer: {end for name in spellings for end in patterns.name_ends(name)} for layer, spellings in names.items()
+        }
+        without = sorted({*targets} - set().union(*ends.values()))
+        if without:
+            raise CheckpointError(f"{FILE} names target_modules without tensors: {listed(without[:5])}")
+        outside = [layer for layer, spellings in ends.items() if spellings.isdisjoint(targets)]
     else:
         outside = []
     if outside:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
-from converters.formats.base import Part
+from converters.formats.base import KeyParts
 from converters.formats.diffusers import Diffusers
 from diffpeft.bundle import Entry, dotted, parted
 from diffpeft.errors import CheckpointError, listed
@@ -53,13 +53,13 @@ class SafeLoras(Diffusers):
     name, writable = "safeloras", False
     tables: Mapping[str, Table] = {family: TABLES[family] for family in ("sd15", "sd2")}
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """The component and the layer that has the number if the classes are the usual ones; see `configured` for others."""
         match = _KEY.fullmatch(key)
         layers = _DEFAULT[match["component"]] if match else ()
         if match is None or int(match["number"]) >= len(layers):
             return None
-        return Part(match["component"], layers[int(match["number"])], _ROLES[match["role"]])
+        return KeyParts(match["component"], layers[int(match["number"])], _ROLES[match["role"]])
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         """With the names that the layers of the classes in the metadata have, which must be those of a Stable Diffusion."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ MAX_TERMS = 100  # of a rotation's series, which is work for every step
 MAX_RANGES, MAX_LAYERS = 256, 512  # of layer_replication, and of the model that it makes
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _GREATEST = 3.4028234663852886e38  # of float32, in which alphas act
+
+Config = Mapping[str, Any]  # fields of an adapter_config.json, once `check_fields` has looked at them
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,11 @@ def by_name(kind: Kind) -> Kind:
     )
 
 
-def _is_replication(value: Any) -> bool:
+def _is_replication(value: Sequence[Sequence[int]]) -> bool:
     """Whether it is a list of (first, end), and these are not endless."""
     if not PAIRS.holds(value) or any(len(pair) != 2 for pair in value):
         return False
-    return sum(max(end - first, 0) for first, end in value) <= MAX_LAYERS
+    return sum(max(end - start, 0) for start, end in value) <= MAX_LAYERS
 
 
 NOTHING = Kind("null", lambda v: v is None)
@@ -202,7 +204,7 @@ OF_METHOD: dict[str, dict[str, Kind]] = {
 }
 
 
-def check_fields(config: Mapping[str, Any], where: object) -> None:
+def check_fields(config: Config, where: object) -> None:
     """Raise CheckpointError if a field of a config holds what it may not: it names the fields, their values and what is allowed.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from converters.families import Table
 from converters.families.base import renamed, table
-from converters.formats.base import NO_KEYS, Answer, Part
+from converters.formats.base import NO_KEYS, Answer, KeyParts
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.methods.shapes import rank
@@ -56,13 +56,13 @@ class XLabs:
     tables: Mapping[str, Table] = {"flux": FLUX}
     suffixes: Mapping[str, str] = {role: suffix for suffix, role in _ROLES.items()}
 
-    def split(self, key: str) -> Part | None:
+    def split(self, key: str) -> KeyParts | None:
         """The block and the processor's layer tell the original's."""
         match = _KEY.fullmatch(key)
         layer = _LAYERS.get((match["block"], match["name"])) if match else None
         if match is None or layer is None:
             return None
-        return Part(WORD, f"{match['block']}.{match['number']}.{layer}", _ROLES[match["role"]])
+        return KeyParts(WORD, f"{match['block']}.{match['number']}.{layer}", _ROLES[match["role"]])
 
     def component(self, word: str, table: Table) -> str:
         """Always the transformer."""
@@ -76,7 +76,7 @@ class XLabs:
         """Always."""
         return True
 
-    def join(self, part: Part, entry: Entry) -> str:
+    def join(self, part: KeyParts, entry: Entry) -> str:
         """The processor's name in the layer's block."""
         block, number, layer = part.layer.split(".", 2)
         return f"{block}.{number}.processor.{_NAMES[block, layer]}.{self.suffixes[part.role]}"

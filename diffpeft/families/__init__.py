@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from diffpeft.errors import WrongBaseError
 from diffpeft.families.base import Family, Noised
@@ -133,7 +132,7 @@ def check_trainable(pipeline: str, input_channels: int | None, image_channels: i
         )
 
 
-def open_family(pipe: Any) -> Family:
+def open_family(pipe: object) -> Family:
     """The training side of a pipeline. Raises WrongBaseError for one that cannot be trained yet."""
     denoiser, vae = (getattr(getattr(pipe, part, None), "config", None) for part in ("unet", "vae"))
     check_trainable(type(pipe).__name__, getattr(denoiser, "in_channels", None), getattr(vae, "latent_channels", None))

@@ -23,15 +23,15 @@ class Backend:
     name: str  # as reports say it: PEFT's names
     layer: Kind | None  # the class of its layers; None: any linear layer whose weight is of the kind
     weight: Kind  # the class of their weights
-    dequantised: Callable[[Any], Tensor]  # a layer's weight as plain numbers [out, in]: a copy
+    dequantised: Callable[[nn.Module], Tensor]  # a layer's weight as plain numbers [out, in]: a copy
     dtype: Callable[[Any], torch.dtype]  # what a layer computes in, from its weight, where the layer does not say it
-    differentiable: Callable[[Any], bool] = lambda module: (
+    differentiable: Callable[[nn.Module], bool] = lambda module: (
         True
     )  # whether the layer's own product has a gradient for its input
     count: Callable[[Any], int] = Tensor.numel  # how many numbers a weight stands for
     packed: bool = False  # whether a weight's dtype is only that of its storage
     skipped: str = "modules_to_not_convert"  # the field of transformers' quantisation config that names plain layers
-    loaded: Mapping[str, Callable[[torch.dtype], Any]] = field(
+    loaded: Mapping[str, Callable[[torch.dtype], object]] = field(
         default_factory=dict
     )  # {option: transformers' config to load a model so}
 
@@ -66,7 +66,7 @@ def _dequantised_8_bits(module: Any) -> Tensor:
     return W
 
 
-def _is_packed(module: Any) -> bool:
+def _is_packed(module: nn.Module) -> bool:
     """Whether 4-bit numbers lie as bitsandbytes' product for inference wants them, on CPUs that have it; it knows no gradients."""
     return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
 
@@ -80,7 +80,7 @@ def _dequantised_4_bits(module: Any) -> Tensor:
     return bnb.dequantize_4bit(data, state)
 
 
-def _dequantised_gguf(module: Any) -> Tensor:
+def _dequantised_gguf(module: nn.Module) -> Tensor:
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
     return dequantize_gguf_tensor(module.weight).to(module.compute_dtype)  # type: ignore[no-any-return]
@@ -97,15 +97,15 @@ def _dequantised_torchao(module: Any) -> Tensor:
             return nn.functional.linear(eye, weight).t().contiguous()
 
 
-def _has_gradient(module: Any) -> bool:
+def _has_gradient(module: nn.Module) -> bool:
     """Whether torch knows the derivative of a weight's product: not of those that torchao has packed for a CPU."""
     return "Opaque" not in type(module.weight).__name__
 
 
-def _bits(**fields: Any) -> Callable[[torch.dtype], Any]:
+def _bits(**fields: object) -> Callable[[torch.dtype], object]:
     """bitsandbytes' config of transformers, with what it computes in."""
 
-    def config(dtype: torch.dtype) -> Any:
+    def config(dtype: torch.dtype) -> object:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(**fields, **({"bnb_4bit_compute_dtype": dtype} if "load_in_4bit" in fields else {}))

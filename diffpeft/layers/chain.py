@@ -6,13 +6,14 @@ Each link is the layer with one more adapter on it. A link can be applied to an 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffpeft.layers.sites import Site
+from diffpeft.layers.mixes import MixLike
+from diffpeft.layers.sites import LayerSite
 from diffpeft.layers.slot import BIAS, Part, Slot, stamp_of
 from diffpeft.methods import Link, Strength
 from diffpeft.methods.base import Tensors
@@ -24,7 +25,7 @@ from diffpeft.methods.linalg import squares, traced
 class Dial:
     """A strength that changes from step to step: what the mix in force has for it now. `level` is the schedule."""
 
-    def __init__(self, mix: Any, row: int | None, name: str, index: int, level: Any):
+    def __init__(self, mix: MixLike, row: int | None, name: str, index: int, level: object):
         self.mix, self.row, self.name, self.index, self.level = mix, row, name, index, level
 
     def now(self) -> float:
@@ -51,19 +52,19 @@ class Base:
 
     Args:
         forward: the layer's own forward; None where only weights are asked for.
-        kept: where sums of squares of its weight are kept.
+        memory: where sums of squares of its weight are kept.
         W: a canonical weight to take for the layer's.
     """
 
     def __init__(
         self,
-        op: Site,
+        op: LayerSite,
         forward: Callable[[Tensor], Tensor] | None,
         dtype: torch.dtype,
-        kept: dict[Any, Any],
+        memory: dict[object, tuple[object, ...]],
         W: Tensor | None = None,
     ):
-        self.op, self.forward, self.dtype, self.kept, self.W = op, forward, dtype, kept, W
+        self.op, self.forward, self.dtype, self.memory, self.W = op, forward, dtype, memory, W
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
         assert self.forward is not None
@@ -84,10 +85,11 @@ class Base:
         if self.W is not None or W.requires_grad or self.op.backend or traced():
             return squares(self.weight(), axis)
         stamp = stamp_of(W)
-        kept = self.kept.get(axis)
-        if kept is None or kept[0] != stamp:
-            kept = self.kept[axis] = stamp, squares(self.op.weight(), axis)
-        sums: Tensor = kept[1]
+        before = self.memory.get(axis)
+        if before is not None and before[0] == stamp:
+            return cast(Tensor, before[1])
+        sums = squares(self.op.weight(), axis)
+        self.memory[axis] = stamp, sums
         return sums
 
 
@@ -104,7 +106,7 @@ class Later:
 
     def __init__(self, before: Chained):
         self.before = before
-        self.op: Site = before.op
+        self.op: LayerSite = before.op
         self.dtype: torch.dtype = before.dtype
 
     def __call__(self, x: Tensor, bias: bool = True) -> Tensor:
@@ -251,7 +253,7 @@ def drops_inputs(slot: Slot, part: Part) -> bool:
 
 
 def _one(
-    slot: Slot, part: Part, op: Site, y: Tensor, x: Tensor, s: Strength, dtype: torch.dtype, positions: int
+    slot: Slot, part: Part, op: LayerSite, y: Tensor, x: Tensor, s: Strength, dtype: torch.dtype, positions: int
 ) -> Tensor:
     """y with one additive adapter on its own added."""
     p = slot.prepared(part, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,12 @@ def is_cast(module: nn.Module) -> bool:
     return False
 
 
-def computing_dtype(module: Any) -> torch.dtype:
+def computing_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that a layer computes in, as far as its weight and diffusers' casting tell."""
     if hook := diffusers_hooks(module).get(CASTING):
         computing: torch.dtype = hook.compute_dtype
         return computing
-    dtype: torch.dtype = module.weight.dtype
+    dtype = cast(Tensor, module.weight).dtype
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float16
 
 
@@ -84,23 +84,30 @@ def reapply_offloading(model: nn.Module, changed: Iterable[nn.Module]) -> None:
         _maybe_remove_and_reapply_group_offloading(model)
 
 
+_FORWARDS = ("_old_forward", "forward", "original_forward")
+_HOLDING = frozenset({*_FORWARDS, "_diffusers_hook"})
+
+
 def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where other libraries keep the forward that the layer's class gave it, as (dict, key).
 
     accelerate: beside its hook, and after the hook was removed as `forward` on the layer; diffusers: in its registry of hooks.
     """
+    if _HOLDING.isdisjoint(vars(module)):  # nearly all layers
+        return []
     hooks = getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ())
-    places: list[tuple[Any, str]] = [
-        (d, key) for d in (vars(module), *map(vars, hooks)) for key in ("_old_forward", "forward", "original_forward")
-    ]
+    places: list[tuple[Any, str]] = [(d, key) for d in (vars(module), *map(vars, hooks)) for key in _FORWARDS]
     return [(d, key) for d, key in places if getattr(d.get(key), "__func__", None) is type(module).forward]
 
 
-def device_of(module: Any) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where the layer computes: an offloading hook's execution device, else where its weight is."""
     hook = vars(module).get("_hf_hook")  # vars: torch is slow to say that there is none
-    device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else module.weight.device
+    device = None if hook is None else getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    weight = module._parameters.get("weight")  # torch is slow to find it
+    return (cast(Tensor, module.weight) if weight is None else weight).device
 
 
 def present(module: nn.Module, read: Callable[[], Result]) -> Result:

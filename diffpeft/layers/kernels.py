@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,43 @@ def is_small(t: Tensor) -> bool:
     return not torch.compiler.is_compiling() and t.numel() < _CACHE
 
 
+class Context(Protocol):
+    """What autograd hands from a node's forward to its backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    gate: float
+    last: bool
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors."""
+
+    def mark_dirty(self, *tensors: Tensor) -> None:
+        """Say which inputs are written into."""
+
+
+class LoraContext(Context, Protocol):
+    """With a gate that may be one for each rank."""
+
+    gate: float | Tensor  # type: ignore[assignment]
+
+
+class QuantisedContext(Protocol):
+    """What a quantised product needs for its gradient."""
+
+    weight: Callable[[], Tensor]
+    dtype: torch.dtype
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
 def eager(*tensors: Tensor) -> bool:
     """Whether a node may be made of these: nothing is traced, and they are of one dtype."""
     return not traced() and len({t.dtype for t in tensors}) == 1
 
 
-def _node(function: Any, *inputs: Any) -> Tensor:
+def _node(function: type[torch.autograd.Function], *inputs: object) -> Tensor:
     """The result of an autograd function."""
     y: Tensor = function.apply(*inputs)
     return y
@@ -48,7 +79,7 @@ class _Add(torch.autograd.Function):
     """`_added` in place: y's own gradient passes through untouched and uncopied."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool) -> Tensor:
+    def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, gate: float, last: bool) -> Tensor:
         ctx.save_for_backward(h, B)
         ctx.gate, ctx.last = gate, last
         ctx.mark_dirty(y)
@@ -56,7 +87,7 @@ class _Add(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> Gradients:
         h, B = ctx.saved_tensors
         if ctx.last:
             flat = g.reshape(-1, g.shape[-1])
@@ -101,12 +132,12 @@ def _rescaled_backward(g: Tensor, y: Tensor, by: Tensor, b: Tensor | None) -> tu
 
 class _Rescale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx: Context, y: Tensor, by: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, by, b)
         return _rescaled(y, by, b)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> Gradients:
         return _rescaled_backward(g, *ctx.saved_tensors)
 
 
@@ -128,7 +159,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def parts(
-        x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any, by: Tensor | None
+        x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: float | Tensor, by: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The result, the rank activations, and what is scaled."""
         h = x.reshape(-1, x.shape[-1]) @ A.t()
@@ -141,7 +172,14 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, gate: Any, by: Tensor | None
+        ctx: LoraContext,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        gate: float | Tensor,
+        by: Tensor | None,
     ) -> Tensor:
         y, h, plain = _LoraLinear.parts(x, W, b, A, B, gate, by)
         ctx.save_for_backward(x, W, A, B, h, *(() if by is None else (b, by, plain)))
@@ -149,7 +187,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: LoraContext, g: Tensor) -> Gradients:
         x, W, A, B, h, *scaled = ctx.saved_tensors
         gate, needs, gby = ctx.gate, ctx.needs_input_grad, None
         scalar = 1.0 if isinstance(gate, Tensor) else gate
@@ -200,47 +238,47 @@ class _KronLinear(torch.autograd.Function):
     """`kron_linear` as one node. Slices lie outside positions, so that mixing them is one product."""
 
     @staticmethod
-    def mixed(x: Tensor, first: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
+    def mixed(x: Tensor, left: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
         """x in slices, through `down` -> [c, n r], and mixed -> [a, n, r]."""
-        a, c = first.shape
+        a, c = left.shape
         n = math.prod(x.shape[:-1])
         h = x.reshape(n * c, x.shape[-1] // c)
         h = h if down is None else h @ down.t()
         r = h.shape[1]
         h = h.view(n, c, r).transpose(0, 1).reshape(c, n * r)
-        return h, (first @ h).view(a, n, r)
+        return h, (left @ h).view(a, n, r)
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
-        first: Tensor,
+        left: Tensor,
         down: Tensor | None,
         up: Tensor,
         gate: float,
     ) -> Tensor:
-        (a, _), (f, r) = first.shape, up.shape
-        h, mixed = _KronLinear.mixed(x, first, down)
+        (a, _), (f, r) = left.shape, up.shape
+        h, mixed = _KronLinear.mixed(x, left, down)
         y = F.linear(x, W, b)
         _apart(y, a).baddbmm_(mixed, up.t().expand(a, r, f), alpha=gate)
-        ctx.save_for_backward(x, W, first, down, up, h, mixed)
+        ctx.save_for_backward(x, W, left, down, up, h, mixed)
         ctx.gate = gate
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, W, first, down, up, h, mixed = ctx.saved_tensors
-        (a, c), (f, r), needs = first.shape, up.shape, ctx.needs_input_grad
+    def backward(ctx: Context, g: Tensor) -> Gradients:
+        x, W, left, down, up, h, mixed = ctx.saved_tensors
+        (a, c), (f, r), needs = left.shape, up.shape, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            h, mixed = _KronLinear.mixed(x, first, down)
+            h, mixed = _KronLinear.mixed(x, left, down)
         flat, blocks = g.reshape(-1, g.shape[-1]), _apart(g, a)
         gx = gfirst = gdown = None
         if needs[0] or needs[3] or needs[4]:
             gmixed = torch.bmm(blocks, (up * ctx.gate).expand(a, f, r)).flatten(1)
             gfirst = gmixed @ h.t() if needs[3] else None
-            gh = (first.t() @ gmixed).view(c, -1, r)
+            gh = (left.t() @ gmixed).view(c, -1, r)
             if needs[4]:
                 gdown = torch.bmm(gh.mT, _apart(x, c)).sum(0)
             if needs[0]:
@@ -256,10 +294,10 @@ class _KronLinear(torch.autograd.Function):
 
 
 def kron_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, first: Tensor, down: Tensor | None, up: Tensor, gate: float
+    x: Tensor, W: Tensor, b: Tensor | None, left: Tensor, down: Tensor | None, up: Tensor, gate: float
 ) -> Tensor:
     """x W^T + b + gate * x kron(first, up down)^T.  x [*n, c d], first [a, c], down [r, d] or none, up [f, r]; a f features out."""
-    return _node(_KronLinear, x, W, b, first, down, up, gate)
+    return _node(_KronLinear, x, W, b, left, down, up, gate)
 
 
 _BLOCK = 32  # the smallest block whose product takes no longer than reading it
@@ -269,14 +307,14 @@ class _Blocks(torch.autograd.Function):
     """A batched product that reads and writes blocks of features where they lie."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, M: Tensor) -> Tensor:
+    def forward(ctx: Context, t: Tensor, M: Tensor) -> Tensor:
         ctx.save_for_backward(t, M)
         y = t.new_empty(*t.shape[:-1], M.shape[0] * M.shape[2])
         torch.bmm(_apart(t, M.shape[0]), M, out=_apart(y, M.shape[0]))
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> Gradients:
         t, M = ctx.saved_tensors
         gt = _node(_Blocks, g, M.mT) if ctx.needs_input_grad[0] else None
         gM = torch.bmm(_apart(t, M.shape[0]).mT, _apart(g, M.shape[0])) if ctx.needs_input_grad[1] else None
@@ -322,12 +360,14 @@ class _Quantised(torch.autograd.Function):
     """A product that has no gradient of its own: forward as it is, backward by the dequantised weight, which is made then and not kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]) -> Tensor:
+    def forward(
+        ctx: QuantisedContext, x: Tensor, product: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]
+    ) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
         return product(x.detach())
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: QuantisedContext, g: Tensor) -> Gradients:
         return (g @ ctx.weight().to(g.dtype)).to(ctx.dtype), None, None
 
 

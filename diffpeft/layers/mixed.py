@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, shown
+from diffpeft.layers.mixes import MomentLike
 
+if TYPE_CHECKING:
+    from diffpeft.layers.carried import Record, Step
+
+Value = TypeVar("Value")
+Arguments = tuple[object, ...]
+Keywords = Mapping[str, object]
+Inputs = dict[int, Tensor | None]  # by id of a module: what the module around it was given
 _here = (
     threading.local()
 )  # `given`: {id of a module: what the module around it was given}, in this thread's `watched` blocks
@@ -24,12 +33,18 @@ class Ambiguous(Tensor):
     """What stands for a tensor that each row of a batch has another one of: it tells its shape, dtype and device, and refuses arithmetic."""
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         with torch._C.DisableTorchFunctionSubclass():
-            found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor):
+            result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
             raise ambiguous("a tensor")
-        return found
+        return result
 
 
 def ambiguous(what: str) -> AdapterStateError:
@@ -43,23 +58,23 @@ def ambiguous(what: str) -> AdapterStateError:
 class watched:
     """Inside this block modules of a model know what the module around them was given; `names` gives theirs. A class, which no compiler enters."""
 
-    def __init__(self, model: Any, names: Callable[[], Sequence[str]]):
+    def __init__(self, model: nn.Module, names: Callable[[], Sequence[str]]):
         self.model, self.names = model, names
-        self.hooks: list[Any] = []
+        self.hooks: list[RemovableHandle] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
         names = self.names()
         if not names or _compiled(self.model):
             return
-        given: dict[int, Any] = {}
+        inputs: Inputs = {}
         self.before = getattr(_here, "given", None)
         for name in names:
             around, _, last = name.rpartition(".")
             parent = self.model.get_submodule(around)
-            look = _noting(given, id(parent._modules[last]))
+            look = _noting(inputs, id(parent._modules[last]))
             self.hooks.append(parent.register_forward_pre_hook(look, with_kwargs=True))
-        _here.given = given
+        _here.given = inputs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(self, *error: object) -> None:
@@ -69,21 +84,27 @@ class watched:
             hook.remove()
 
 
-def _compiled(model: Any) -> bool:
+def _compiled(model: nn.Module) -> bool:
     return "_orig_mod" in model._modules or getattr(model, "_compiled_call_impl", None) is not None
 
 
-def _noting(given: dict[int, Any], key: int) -> Any:
-    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+def _noting(inputs: Inputs, key: int) -> Callable[[nn.Module, Arguments, Keywords], None]:
+    def look(module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim())
-        given[key] = next(tensors, None)
+        inputs[key] = next(tensors, None)
 
     return look
 
 
 def by_rows(
-    module: Any, base: Any, record: Any, run: Callable[..., Any], moment: Any, args: Any, kwargs: Mapping[str, Any]
-) -> Any:
+    module: nn.Module,
+    base: type[nn.Module],
+    record: Record,
+    run: Callable[[nn.Module, type[nn.Module], Sequence[Step], Arguments, Keywords], object],
+    moment: MomentLike,
+    args: Arguments,
+    kwargs: Keywords,
+) -> object:
     """Each row of the batch through a module (of the class `base`) as its mix says. `run(module, base, what acts, args, kwargs)` runs some.
 
     Raises ShapeMismatchError or AdapterStateError.
@@ -106,14 +127,14 @@ def by_rows(
             remedy="Run a batch for each adapter.",
         )
     parts = []
-    for own in groups:
-        at = torch.tensor([i for i, other in enumerate(owner) if other == own])
+    for steps in groups:
+        at = torch.tensor([i for i, other in enumerate(owner) if other == steps])
 
-        def some(t: Any, at: Tensor = at) -> Any:
+        def rows_of(t: object, at: Tensor = at) -> object:
             return t[at.to(t.device)] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t
 
-        given = [some(t) for t in args], {name: some(t) for name, t in kwargs.items()}
-        parts.append((at, run(module, base, own, *given)))
+        named = {name: rows_of(t) for name, t in kwargs.items()}
+        parts.append((at, run(module, base, steps, tuple(rows_of(t) for t in args), named)))
     return _together(parts, rows, base)
 
 
@@ -124,35 +145,35 @@ def _in_order(module: nn.Module, x: Tensor, batch: int) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    given = (getattr(_here, "given", None) or {}).get(id(module))
-    if given is None or len(given) != batch or given.numel() != x.numel():
+    whole = (getattr(_here, "given", None) or {}).get(id(module))
+    if whole is None or len(whole) != batch or whole.numel() != x.numel():
         return len(x) == batch
-    given = given.reshape(x.shape).to(x)
-    if torch.equal(given, x):
+    whole = whole.reshape(x.shape).to(x)
+    if torch.equal(whole, x):
         return True
     return len(x) == batch and not torch.equal(
-        given.reshape(len(x), -1).unique(dim=0), x.reshape(len(x), -1).unique(dim=0)
+        whole.reshape(len(x), -1).unique(dim=0), x.reshape(len(x), -1).unique(dim=0)
     )
 
 
-def _together(parts: Sequence[tuple[Tensor, Any]], rows: int, base: Any) -> Any:
+def _together(parts: Sequence[tuple[Tensor, Any]], rows: int, base: type[nn.Module]) -> object:
     """What a module gave for parts of its rows, as for all of them: a tensor, or several."""
-    first = parts[0][1]
-    if isinstance(first, Tensor) and all(t.dim() and len(t) == len(at) for at, t in parts):
-        out = first.new_empty(rows, *first.shape[1:])
+    sample = parts[0][1]
+    if isinstance(sample, Tensor) and all(t.dim() and len(t) == len(at) for at, t in parts):
+        out = sample.new_empty(rows, *sample.shape[1:])
         for at, t in parts:
             out = out.index_copy(0, at.to(out.device), t.to(out.dtype))
         return out
-    if first is None:
+    if sample is None:
         return None
-    if type(first) in (tuple, list):
-        return type(first)(_together([(at, f[i]) for at, f in parts], rows, base) for i in range(len(first)))
+    if type(sample) in (tuple, list):
+        return type(sample)(_together([(at, f[i]) for at, f in parts], rows, base) for i in range(len(sample)))
     raise AdapterStateError(
-        f"a {base.__name__} that adapters change gives {shown(type(first).__name__)}, which has no rows",
+        f"a {base.__name__} that adapters change gives {shown(type(sample).__name__)}, which has no rows",
         remedy="Run a batch for each adapter.",
     )
 
 
-def different(values: Sequence[Any]) -> list[Any]:
+def different(values: Sequence[Value]) -> list[Value]:
     """Each value once."""
     return [value for i, value in enumerate(values) if value not in values[:i]]

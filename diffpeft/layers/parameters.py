@@ -7,7 +7,7 @@ A [experts * r, in] goes expert by expert, B [out, r * experts] rank by rank. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ class Stack:
     turned: bool = False
 
     @classmethod
-    def of(cls, module: Any, name: str) -> Stack | None:
+    def of(cls, module: nn.Module, name: str) -> Stack | None:
         """How to see a module's parameter; None if it has another number of axes."""
-        shape = module._parameters[name].shape
+        shape = cast(Tensor, module._parameters[name]).shape
         if len(shape) not in (2, 3):
             return None
         turned = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
@@ -45,7 +45,7 @@ class _Matrix(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class Factors(Patch):
+class ParameterFactors(Patch):
     """The factors of one or several parameters of a module. Those of the last are its own; those of the others lie inside, as PEFT's wrappers do.
 
     Args:
@@ -55,7 +55,7 @@ class Factors(Patch):
     """
 
     commutes = True
-    base_layer: Factors
+    base_layer: ParameterFactors
 
     def __init__(self, stacks: tuple[Stack, ...], tensors: dict[str, tuple[Tensor, Tensor]], scales: dict[str, float]):
         super().__init__()
@@ -63,7 +63,7 @@ class Factors(Patch):
         self.scale = scales[self.stack.name]
         self.names = tuple(stack.name for stack in stacks)
         if inner:
-            self.base_layer = Factors(tuple(inner), tensors, scales)
+            self.base_layer = ParameterFactors(tuple(inner), tensors, scales)
         self.lora_A, self.lora_B = map(_Matrix, tensors[self.stack.name])
 
     def stack_of(self, name: str) -> Stack:

@@ -7,11 +7,12 @@ it in a few parameters, so that threads never see each other's. Beside slots, on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from diffpeft.layers.chain import Chained, Given, Later, Other
+from diffpeft.layers.swap import Class
 
 Steps = Sequence[tuple["Patch", float]]
 
@@ -33,15 +34,22 @@ class Patch(nn.Module, Other):
         """What a layer gives for x with this patch of its weight after what was `before`."""
         raise NotImplementedError
 
-    def overlaps(self, other: Any) -> bool:
+    def overlaps(self, other: Patch) -> bool:
         """Whether both set the same numbers, so that the later one would win."""
         return False
 
     @classmethod
-    def run(cls, module: Any, base: Any, steps: Any, args: Any, kwargs: Any) -> Any:
+    def run(
+        cls,
+        module: nn.Module,
+        base: Class,
+        steps: Sequence[tuple[Any, float]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> object:
         """The module's forward (of its class `base`) with these patches in order."""
         names = dict.fromkeys(name for patch, _ in steps for name in patch.names)
-        return base.forward(stand_in(module, base, {n: patched(module._parameters[n], n, steps) for n in names}), *args, **kwargs)  # fmt: skip
+        return base.forward(stand_in(module, base, {n: patched(cast(Tensor, module._parameters[n]), n, steps) for n in names}), *args, **kwargs)  # fmt: skip
 
     def link(self, before: Chained, s: Given) -> Patched:
         """The layer with this patch as the last of a chain, at a strength that is a number now (carried.py asks at each call)."""
@@ -64,6 +72,14 @@ class Patched(Later):
         return self.patch.after(self.before, x, self.s, bias)
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], Mapping[str, Any]]:
+    """The input, and the other arguments of a forward."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = next(iter(kwargs))
+    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
+
+
 def patched(W: Tensor, name: str, steps: Steps) -> Tensor:
     """A parameter with these patches in it, in its own dtype."""
     for patch, s in steps:
@@ -72,7 +88,9 @@ def patched(W: Tensor, name: str, steps: Steps) -> Tensor:
     return W
 
 
-def stand_in(module: Any, base: Any, parameters: Mapping[str, Any], **attributes: Any) -> Any:
+def stand_in(
+    module: nn.Module, base: Class, parameters: Mapping[str, Tensor | None], **attributes: object
+) -> nn.Module:
     """A module of the class `base` that shares everything with `module` but these parameters and attributes."""
     other = base.__new__(base)
     other.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters}, **attributes)

@@ -6,7 +6,7 @@ Each mix that differs on this layer runs on its own rows. Factors of low rank go
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from diffpeft.layers.slot import Part, Slot
 from diffpeft.methods import Strength
 from diffpeft.methods.forms import Factors
 
+if TYPE_CHECKING:
+    from diffpeft.layers.carried import Record
+
 Steps = Sequence[tuple[Slot, Given]]
+Mark = list[tuple[Slot, object]]  # adapters, and the strengths that were set
 
 
 class Rows:
@@ -28,11 +32,11 @@ class Rows:
         record: the layer's; its mix says how many rows the batch has (0: as many as the input), and how many of them a prompt has in a row.
     """
 
-    def __init__(self, base: Base, prompts: Sequence[Steps], record: Any):
+    def __init__(self, base: Base, prompts: Sequence[Steps], record: Record):
         self.base, self.op, self.record, self.n = base, base.op, record, len(prompts)
         self.groups: list[tuple[list[int], Whole | None]] = []
         self.terms: list[tuple[Slot, Part, list[Given]]] = []
-        marks: list[list[Any]] = []
+        marks: list[Mark] = []
         for row, steps in enumerate(prompts):
             mark = [(slot, s.level if isinstance(s, Dial) else s) for slot, s in steps]
             known = next((i for i, other in enumerate(marks) if _same(mark, other)), None)
@@ -64,13 +68,13 @@ class Rows:
         if self.thin and (pairs := self._pairs(x)) is not None:
             return self._gated(x, each, pairs)
         rows = x.unflatten(0, (-1, self.n, each))
-        out: list[Any] = [None] * self.n
+        out: dict[int, Tensor] = {}
         for prompts, link in self.groups:
             part = rows[:, prompts].flatten(0, 2)
             y = (self.base(part) if link is None else link(part)).unflatten(0, (-1, len(prompts), each))
             for j, prompt in enumerate(prompts):
                 out[prompt] = y[:, j]
-        return torch.stack(out, 1).flatten(0, 2)
+        return torch.stack([out[prompt] for prompt in range(self.n)], 1).flatten(0, 2)
 
     def _spread(self, x: Tensor) -> tuple[Tensor, int]:
         """x with a row for each of the batch, and how many rows follow each other with the same mix.
@@ -120,7 +124,7 @@ class Rows:
         return torch.stack([torch.as_tensor(v, device=like.device).to(like.dtype) for v in values])[:, None] * scale
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
+def _same(a: Mark, b: Mark) -> bool:
     """Whether two prompts have the same here. Strengths in compiled code are tensors, whose values are not known."""
     return len(a) == len(b) and all(
         x is y and not isinstance(s, Tensor) and s == t for (x, s), (y, t) in zip(a, b, strict=True)

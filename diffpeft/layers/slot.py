@@ -55,6 +55,16 @@ def stamp_of(t: Tensor) -> tuple[Any, ...]:
     return StorageWeakRef(t.untyped_storage()), t._version, t.dtype
 
 
+_BLANK = nn.Module().__dict__
+_TABLES = {name: type(table) for name, table in _BLANK.items() if isinstance(table, (dict, set))}
+
+
+def blank(module: nn.Module) -> None:
+    """What `nn.Module.__init__` does, many times faster: a load makes thousands of modules."""
+    module.__dict__.update(_BLANK)
+    module.__dict__.update({name: table() for name, table in _TABLES.items()})
+
+
 class Bank(nn.Module):
     """The tensors that the layers of one adapter share: a leaf module, that one of its layers holds and all its slots refer to. They are frozen."""
 
@@ -113,9 +123,9 @@ class Slot(nn.Module):
     _kept: dict[Any, Any]
 
     def __init__(self, pieces: Sequence[Piece], beside: Mapping[str, Tensor] | None = None, *, trainable: bool):
-        super().__init__()
+        blank(self)
         # written straight: a load makes thousands, and torch's checks take longer than all else
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         for piece in pieces:
             constants = METHODS[piece.method].constants
             for role, tensor in piece.tensors.items():
@@ -128,7 +138,7 @@ class Slot(nn.Module):
         for role, tensor in (beside or {}).items():
             parameters[role] = nn.Parameter(tensor, requires_grad=trainable)
         parts = tuple(
-            Part(METHODS[p.method], roles, p.alpha, p.spec) for p in pieces if (roles := (*p.tensors, *p.frozen))
+            [Part(METHODS[p.method], roles, p.alpha, p.spec) for p in pieces if (roles := (*p.tensors, *p.frozen))]
         )
         self.__dict__.update(
             parts=parts,
@@ -171,6 +181,8 @@ class Slot(nn.Module):
     @property
     def rank(self) -> int:
         """The rank on this layer, of the first part if there are several."""
+        if self.source is None and self.parts:
+            return int(self.parts[0].method.rank(self.tensors_of(self.parts[0])))
         pieces = pieces_of(self)
         return METHODS[pieces[0].method].rank({**pieces[0].tensors, **pieces[0].frozen}) if pieces else 0
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError
 
+Class = type[nn.Module]
 SIZES = ("num_embeddings", "out_features")  # attributes of a table or a head that count its rows
 _here = threading.local()  # `resizing`, in this thread's blocks
 
@@ -23,17 +26,19 @@ def resizing() -> Iterator[None]:
         _here.resizing = before
 
 
-def sized(base: Any) -> Callable[[Any, str, Any], None]:
+def sized(base: Class) -> Callable[[nn.Module, str, object], None]:
     """`__setattr__` of a class on top of `base` that notices transformers giving a module other rows, which its adapters do not have.
 
     At that moment the weight has them already; what was added to it is taken off again.
     """
 
-    def set_(self: Any, name: str, value: Any) -> None:
+    def set_(self: nn.Module, name: str, value: Any) -> None:
         old = self.__dict__.get(name) if name in SIZES else None
         if old is not None and old != value and not getattr(_here, "resizing", False):
-            for holder in (self, getattr(self, "__dict__", {}).get("_parameters")):
-                weight = holder.weight if holder is self else (holder or {}).get("weight")
+            for weight in (
+                cast(Tensor, self.weight),
+                getattr(self, "__dict__", {}).get("_parameters", {}).get("weight"),
+            ):
                 if weight is not None and len(weight) > old:
                     weight.data = weight.data[:old].clone()
             raise AdapterStateError(
@@ -45,7 +50,7 @@ def sized(base: Any) -> Callable[[Any, str, Any], None]:
     return set_
 
 
-def subclass(base: Any, made: Callable[[Any], type], mark: str, pickles: bool = True, **members: Any) -> type:
+def subclass(base: Class, made: Callable[[Class], Class], mark: str, pickles: bool = True, **members: object) -> Class:
     """A subclass of `base` that carries its name (accelerate compares names) and pickles as base plus state.
 
     Args:
@@ -54,14 +59,14 @@ def subclass(base: Any, made: Callable[[Any], type], mark: str, pickles: bool = 
         pickles: False where the class has a way to pickle itself.
     """
 
-    def reduce(self: Any, protocol: Any) -> Any:
+    def reduce(self: nn.Module, protocol: object) -> tuple[object, ...]:
         # the state apart from the arguments: it may hold the module itself, as accelerate's hooks do
         return _rebuilt, (made, base), self.__getstate__()
 
-    own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, mark: base}
-    return type(base.__name__, (base,), {**own, **({"__reduce_ex__": reduce} if pickles else {}), **members})
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, mark: base}
+    return type(base.__name__, (base,), {**names, **({"__reduce_ex__": reduce} if pickles else {}), **members})
 
 
-def _rebuilt(made: Callable[[Any], Any], base: Any) -> Any:
+def _rebuilt(made: Callable[[Class], Class], base: Class) -> nn.Module:
     cls = made(base)
     return cls.__new__(cls)

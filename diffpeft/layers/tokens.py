@@ -5,14 +5,15 @@ A head that shares its weight with the table has a row for each token too, and f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.chain import Base, Chained
-from diffpeft.layers.patches import Patch, Steps, stand_in
+from diffpeft.layers.patches import Patch, input_of, stand_in
+from diffpeft.layers.swap import Class
 
 
 class Tokens(Patch):
@@ -40,8 +41,8 @@ class Tokens(Patch):
         """Which rows of the table they are."""
         return self.index  # type: ignore[return-value]
 
-    def overlaps(self, other: Any) -> bool:
-        return bool(torch.isin(self.rows, other.rows).any())
+    def overlaps(self, other: Patch) -> bool:
+        return isinstance(other, Tokens) and bool(torch.isin(self.rows, other.rows).any())
 
     def place(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens of x are among the rows, and (anything for others) where."""
@@ -62,20 +63,23 @@ class Tokens(Patch):
         return y.index_add(-1, self.rows, by.to(y.dtype) * s)
 
     @classmethod
-    def run(cls, module: Any, base: Any, steps: Steps, args: Any, kwargs: Any) -> Any:
-        x, rest, named = (args[0], args[1:], kwargs) if args else _first(kwargs)
-        y = base.forward(module, x, *rest, **named)
-        for k, (patch, s) in enumerate(steps):
+    def run(
+        cls,
+        module: nn.Module,
+        base: Class,
+        steps: Sequence[tuple[Any, float]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        x, others, named = input_of(args, kwargs)
+        y: Tensor = base.forward(module, x, *others, **named)
+        tokens = [(patch, s) for patch, s in steps if isinstance(patch, Tokens)]
+        for k, (patch, s) in enumerate(tokens):
             if isinstance(module, nn.Embedding):
-                y = _looked_up(module, base, patch, s, y, x, rest, named)
+                y = _looked_up(module, base, patch, s, y, x, others, named)
             else:
-                y = _multiplied(module, base, patch, s, y, x, rest, named, steps[:k])
+                y = _multiplied(module, base, patch, s, y, x, others, named, tokens[:k])
         return y
-
-
-def _first(kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    name = next(iter(kwargs))
-    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
 
 
 def _between(old: Tensor, new: Tensor, s: float) -> Tensor:
@@ -83,22 +87,40 @@ def _between(old: Tensor, new: Tensor, s: float) -> Tensor:
     return new if s == 1 else old + s * (new - old)
 
 
-def _looked_up(module: Any, base: Any, patch: Any, s: float, y: Tensor, x: Tensor, rest: Any, named: Any) -> Tensor:
+def _looked_up(
+    module: nn.Module,
+    base: Class,
+    patch: Tokens,
+    s: float,
+    y: Tensor,
+    x: Tensor,
+    others: Sequence[Any],
+    named: Mapping[str, Any],
+) -> Tensor:
     """y [*n, features] of tokens x [*n], with new values where a token is among the rows."""
     hit, at = patch.place(x)
-    table = patch.delta.to(module.weight.dtype)
+    table = patch.delta.to(cast(Tensor, module.weight).dtype)
     small = stand_in(module, base, {"weight": table}, num_embeddings=len(table), padding_idx=None)
-    return torch.where(hit[..., None], _between(y, base.forward(small, at, *rest, **named), s), y)
+    return torch.where(hit[..., None], _between(y, base.forward(small, at, *others, **named), s), y)
 
 
 def _multiplied(
-    module: Any, base: Any, patch: Any, s: float, y: Tensor, x: Tensor, rest: Any, named: Any, earlier: Steps
+    module: nn.Module,
+    base: Class,
+    patch: Tokens,
+    s: float,
+    y: Tensor,
+    x: Tensor,
+    others: Sequence[Any],
+    named: Mapping[str, Any],
+    earlier: Sequence[tuple[Tokens, float]],
 ) -> Tensor:
     """y [*n, tokens] of a head, and the change of the rows (from what earlier patches made of them) times x [*n, features] added to it."""
-    old = module.weight[patch.rows]
+    weight = cast(Tensor, module.weight)
+    old = weight[patch.rows]
     for other, t in earlier:
-        hit, at = other.place(patch.rows)  # type: ignore[operator]
-        old = torch.where(hit[:, None], _between(old, other.delta[at].to(old.dtype), t), old)  # type: ignore[index]
-    change = (patch.delta - old).to(module.weight.dtype)
-    by = base.forward(stand_in(module, base, {"weight": change, "bias": None}), x, *rest, **named)
+        hit, at = other.place(patch.rows)
+        old = torch.where(hit[:, None], _between(old, other.delta[at].to(old.dtype), t), old)
+    change = (patch.delta - old).to(weight.dtype)
+    by = base.forward(stand_in(module, base, {"weight": change, "bias": None}), x, *others, **named)
     return y.index_add(-1, patch.rows, by.to(y.dtype), alpha=s)

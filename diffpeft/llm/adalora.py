@@ -28,7 +28,7 @@ Masks = Mapping[str, list[bool]]
 Means = dict[str, tuple[Tensor, Tensor]]  # of one slot: S and U by role
 
 
-def trained(configs: Mapping[str, Any]) -> str | None:
+def trained(configs: Mapping[str, object]) -> str | None:
     """The adapter whose ranks a training changes. Raises ConfigError if there are several: PEFT has one too."""
     names = [name for name, c in configs.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
     if len(names) > 1:

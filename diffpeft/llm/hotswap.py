@@ -52,7 +52,11 @@ def hotswap_adapter(
 
 
 def hotswap_adapter_from_state_dict(
-    model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config: PeftConfig, parameter_prefix: str = "lora_"
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: PeftConfig,
+    parameter_prefix: str = "lora_",
 ) -> None:
     """`hotswap_adapter` for tensors with PEFT's keys, with the adapter's name in them or without.
 

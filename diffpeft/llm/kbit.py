@@ -34,7 +34,7 @@ KEEP_HALVES = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao"})
 
 
 def prepare_model_for_kbit_training(
-    model: Any,
+    model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, object] | None = None,
     auto_clear_cache: bool = True,

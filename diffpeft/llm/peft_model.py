@@ -535,7 +535,7 @@ def load_peft_weights(
     model_id: str | os.PathLike[str],
     device: str | torch.device | None = None,
     key_mapping: Mapping[str, str] | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> dict[str, Tensor]:
     """{key: tensor} of an adapter's folder or repository on the Hub, on `device`. Raises CheckpointError and its kin.
 

@@ -141,7 +141,7 @@ def complete(config: PromptConfig, model_config: Any) -> PromptConfig:
     return config
 
 
-def _size(field: str, names: Sequence[str], table: Mapping[str, Any], model_config: object) -> Any:
+def _size(field: str, names: Sequence[str], table: Mapping[str, object], model_config: object) -> Any:
     """A size of a model under one of its names; some models have it as a property only."""
     size = next((table[name] for name in names if name in table), None)
     size = getattr(model_config, names[0], None) if size is None else size

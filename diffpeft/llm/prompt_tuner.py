@@ -56,7 +56,7 @@ class PromptTuner(Prompts):
         """What operations lock and change."""
         return {"": self.base_model}
 
-    def plan_injected(self, plan: Plan, name: str, config: PeftConfig, *, active: bool, **_: Any) -> VirtualTokens:
+    def plan_injected(self, plan: Plan, name: str, config: PeftConfig, *, active: bool, **_: object) -> VirtualTokens:
         """Plan to add a fresh adapter, in float32 as PEFT's; its encoder. What else `Tuner.plan_injected` takes is for layers."""
         check_name(name)
         config = cast(PromptLearningConfig, config)

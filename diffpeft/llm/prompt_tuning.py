@@ -36,7 +36,7 @@ class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init: str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
+    tokenizer_kwargs: dict[str, object] | None = None
 
     TYPE: ClassVar[PeftType | None] = PeftType.PROMPT_TUNING
     INITS: ClassVar[tuple[str, ...]] = tuple(PromptTuningInit)

@@ -277,7 +277,7 @@ class Prompts(nn.Module):
             inputs_embeds: Tensor | None = None,
             is_first_iteration: bool | None = False,
             task_ids: Tensor | None = None,
-            **kwargs: Any,
+            **kwargs: object,
         ) -> Arguments:
             """The arguments of a step. `input_ids` [b, t] or `inputs_embeds` [b, t, dim], `attention_mask` [b, t]."""
             batch, keeps = len(input_ids), kwargs.get("use_cache") is not False  # a model may hand a prefix on even so
@@ -322,7 +322,7 @@ def _move(arguments: Arguments, config: PromptLearningConfig) -> None:
         arguments["position_ids"] = places + config.length
 
 
-def _view(model: Any) -> Any:
+def _view(model: nn.Module) -> Any:
     """The same model as another object: what is set on one is not seen on the other, modules and tensors are shared."""
     view = object.__new__(type(model))
     view.__dict__.update(model.__dict__)

@@ -18,7 +18,7 @@ from converters.formats.base import dotted_role
 from converters.formats.peft import PREFIX
 from diffpeft import patterns
 from diffpeft.errors import CheckpointError, ConfigError, MissingKeysError, listed, shown
-from diffpeft.layers.parameters import Factors
+from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.patches import Patched
@@ -188,12 +188,17 @@ def _stacked(tensors: Mapping[str, Tensor], parts: Mapping[str, str], patches: P
     """Tensors in which the LoRAs of the experts of a layer are one LoRA on their parameter."""
     stacked_tensors: dict[str, Tensor] = {}
     experts: dict[tuple[str, str], Experts] = {}
-    factors: dict[str, Factors] = {}
+    factors: dict[str, ParameterFactors] = {}
     for key, tensor in tensors.items():
         match = _EXPERT.fullmatch(key.removeprefix(PREFIX))
         parameter = parts.get(match[3]) if match else None
         patch = patches[match[1]][1] if match and match[1] in patches else None
-        if match is None or parameter is None or not isinstance(patch, Factors) or parameter not in patch.names:
+        if (
+            match is None
+            or parameter is None
+            or not isinstance(patch, ParameterFactors)
+            or parameter not in patch.names
+        ):
             stacked_tensors[key] = tensor
         else:
             factors[match[1]] = patch

@@ -129,7 +129,7 @@ def open_model(config: SftConfig, device: str) -> tuple[texts.Tokenizer, Any]:
     return tokenizer, model if config.quantize else model.to(device)
 
 
-def _quantised(config: SftConfig, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _quantised(config: SftConfig, dtype: torch.dtype, device: str) -> dict[str, object]:
     """The keywords with which transformers loads a base in 4 or 8 bits; none for one that stays as it is."""
     if not config.quantize:
         return {}

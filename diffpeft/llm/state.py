@@ -122,7 +122,9 @@ def spelt(
     return {f"{prefix}{key}": tensor for key, tensor in along.items()} | tensors
 
 
-def _spelt(entry: Entry, fields: Mapping[str, Any], name: str, module: nn.Module, adapted: bool) -> dict[str, Tensor]:
+def _spelt(
+    entry: Entry, fields: Mapping[str, object], name: str, module: nn.Module, adapted: bool
+) -> dict[str, Tensor]:
     """{what follows the layer in PEFT's key: tensor} of one entry. `adapted`: whether PEFT has a layer of its own around the module."""
     by = whole_scale(entry, fields)
     tensors: dict[str, Tensor] = {}
@@ -257,7 +259,7 @@ def _loaded(handles: Mapping[str, Mapping[str, Handle]]) -> dict[str, dict[str, 
     return {where: dict(zip(by, io.load(by.values()), strict=True)) for where, by in handles.items()}
 
 
-def _dropouts(method: str, config: PeftConfig) -> dict[str, Any]:
+def _dropouts(method: str, config: PeftConfig) -> dict[str, object]:
     """What an adapter must know to be trained on, and its file says in the config alone."""
     names = LAYOUTS[method].dropouts.items()
     options = {option: value for field_, option in names if (value := getattr(config, field_, None))}
@@ -404,7 +406,7 @@ def _plan_slot(
     slot: Slot,
     tensors: Mapping[str, Tensor],
     resized: Mapping[str, Tensor],
-    weight: Any,
+    weight: object,
 ) -> None:
     """Plan to put tensors into a slot for a weight; `resized` are those that it will have in the place of others. Raises ShapeMismatchError."""
     present = {**slot.tensors, **resized}
@@ -480,7 +482,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: PeftConfig) -> No
     write_config(folder / FILE, config.to_json())
 
 
-def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[PeftConfig, Opened]:
+def adapter_at(model_id: str | os.PathLike[str], **options: object) -> tuple[PeftConfig, Opened]:
     """An adapter's config and its tensors, both of one save: in a folder, or in a repository on the Hub. Raises CheckpointError."""
     folder = located(model_id, **options)
     if CONFIG not in folder.metadata:
@@ -497,7 +499,7 @@ def adapter_at(model_id: str | os.PathLike[str], **options: Any) -> tuple[PeftCo
         return PeftConfig.from_fields(fields, **options), folder
 
 
-def located(model_id: str | os.PathLike[str], **options: Any) -> Opened:
+def located(model_id: str | os.PathLike[str], **options: object) -> Opened:
     """An adapter's folder, opened: this one, or a download. Raises CheckpointError."""
     return opened(_located(model_id, **options))
 

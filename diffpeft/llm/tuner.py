@@ -199,7 +199,7 @@ class Tuner(nn.Module):
         with planned(self._parts) as plan:
             plan_trained(plan, self.model, dict.fromkeys(names, requires_grad))
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, **_: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, **_: object) -> None:
         """Put the adapter whose config is in `peft_config` on the model, inactive."""
         with planned(self._parts) as plan:
             self.plan_injected(plan, adapter_name, self.peft_config[adapter_name], active=False)

@@ -16,7 +16,7 @@ from diffpeft.model.ties import FIELD, tied_to_embedding
 _INITS = (True, False, "gaussian")  # those that a tied LoRA may have
 
 
-def ties_of(model: nn.Module, config: Any, names: Iterable[str]) -> dict[str, str]:
+def ties_of(model: nn.Module, config: object, names: Iterable[str]) -> dict[str, str]:
     """{module: the one that it is to be tied to} where `ensure_weight_tying` says so, and one of the tied modules is among `names`."""
     if not getattr(config, "ensure_weight_tying", False):
         return {}
@@ -24,7 +24,7 @@ def ties_of(model: nn.Module, config: Any, names: Iterable[str]) -> dict[str, st
     return ties if {*names} & ({*ties} | {*ties.values()}) else {}
 
 
-def check_tying(model: nn.Module, config: Any, names: Iterable[str]) -> None:
+def check_tying(model: nn.Module, config: object, names: Iterable[str]) -> None:
     """Warn, as PEFT does, where `ensure_weight_tying` has nothing to do, or is not set where it might be. `names` are trained whole or adapted."""
     ties = tied_to_embedding(model)
     tied = bool({*names} & ({*ties} | {*ties.values()}))
@@ -47,7 +47,7 @@ def check_tying(model: nn.Module, config: Any, names: Iterable[str]) -> None:
 
 
 def twinned(
-    layers: Mapping[str, nn.Module], model: nn.Module, config: Any
+    layers: Mapping[str, nn.Module], model: nn.Module, config: object
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers with those that are tied to one of them, and {layer: the one whose LoRA it gets, turned}. Raises ConfigError where there is no such LoRA."""
     ties = ties_of(model, config, layers)

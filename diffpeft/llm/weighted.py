@@ -293,7 +293,7 @@ def _sum(plan: Plan, request: Request) -> PeftConfig:
     return config
 
 
-_BIASES: dict[str, dict[str, Any]] = {
+_BIASES: dict[str, dict[str, object]] = {
     "": {},
     "all": {"bias": "all"},
     "lora_only": {"bias": "lora_only"},
@@ -303,7 +303,7 @@ _COMMON = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "
 
 
 def _config_of_sum(
-    request: Request, ranks: Mapping[str, int], biases: Mapping[str, Any], modules: Sequence[str]
+    request: Request, ranks: Mapping[str, int], biases: Mapping[str, object], modules: Sequence[str]
 ) -> Any:
     """The config with which PEFT makes a LoRA of these ranks on these layers."""
     leading = request.configs[0]
@@ -322,7 +322,7 @@ def _has_copies(model: nn.Module, adapter: str) -> bool:
     return any(adapter in mix.adapters and mix.adapters[adapter].modules for mix in mixes_of({"": model}).values())
 
 
-def _changed(config: PeftConfig, **values: Any) -> Any:
+def _changed(config: PeftConfig, **values: object) -> Any:
     """A copy of a config with other values. (dataclasses.replace makes one of the class that a config passes for: PEFT's.)"""
     config = copy.copy(config)
     vars(config).update(values)

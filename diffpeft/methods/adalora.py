@@ -9,14 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
-from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.base import Additive, Fresh, Shaped, Site, Spec, Tensors
 from diffpeft.methods.forms import Factors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.lora import LoraConfig
@@ -109,7 +108,7 @@ class AdaLora(Additive):
     thin = True
 
     @classmethod
-    def init(cls, config: AdaLoraConfig, site: Site, **_: Any) -> Fresh:
+    def init(cls, config: AdaLoraConfig, site: Site, **_: object) -> Fresh:
         g, r = site.geometry, config.init_r
         std = STD if config.init_lora_weights else 1.0
         normal = lambda *shape: torch.empty(*shape).normal_(std=std, generator=site.generator)  # noqa: E731
@@ -119,7 +118,7 @@ class AdaLora(Additive):
         return Fresh({"lora_A": A, "lora_B": B, "lora_E": E}, float(config.lora_alpha), options)
 
     @classmethod
-    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+    def scale(cls, p: Mapping[str, Shaped], spec: Spec) -> float:
         """alpha over the rank at the start. An alpha of 0 or less stands for the rank there is: PEFT's rule."""
         r = cls.rank(p)
         alpha = spec.alpha if spec.alpha and spec.alpha > 0 else r

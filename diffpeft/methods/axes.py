@@ -156,9 +156,9 @@ def holds(shape: Shape, wanted: Shape, kernel: Shape) -> bool:
     """Whether a tensor of `shape` can be read as `wanted` [n, i, *k] or [n, i * prod(k)]: only the kernel flattened, or axes of 1, differ."""
     if shape == wanted:
         return True
-    rest = tuple(shape[2:])
+    ends = tuple(shape[2:])
     same = shape[:1] == wanted[:1] and math.prod(shape) == math.prod(wanted) > 0
-    return same and (rest in (kernel, (*kernel, 1)) or set(rest) <= {1})
+    return same and (ends in (kernel, (*kernel, 1)) or set(ends) <= {1})
 
 
 def written(text: str) -> str:

@@ -14,13 +14,22 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from diffpeft.methods.fit import Layer, fitted, misfit
+from diffpeft.methods.fit import LayerShape, fitted, misfit
 from diffpeft.methods.forms import Factors, Form, Stage
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.shapes import block
 
 Tensors = Mapping[str, Tensor]
 Strength = float | Tensor  # a number, or a tensor of one number in compiled code
+Alpha = Tensor | float | None  # as a file has it
+
+
+class Shaped(Protocol):
+    """What has a shape: a tensor, or one that is not read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of its axes."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,9 @@ class Geometry:
         return (self.out, self.in_ // self.groups, *self.kernel)
 
     @property
-    def layer(self) -> Layer:
+    def layer(self) -> LayerShape:
         """What of it decides which tensors fit."""
-        return Layer(self.shape, self.lookup)
+        return LayerShape(self.shape, self.lookup)
 
     @property
     def columns(self) -> int:
@@ -162,7 +171,7 @@ class Method:
     ] = ()  # (role, axis) of the tensors that show the rank: those of the layout
     precise: ClassVar[frozenset[str]] = frozenset()  # prepared tensors that stay in fp32 or better
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "roles" not in vars(cls) and vars(cls).get("name") in LAYOUTS:
             cls.roles = LAYOUTS[cls.name].roles
@@ -176,7 +185,7 @@ class Method:
         raise NotImplementedError
 
     @classmethod
-    def bank(cls, layers: Sequence[tuple[Mapping[str, Any], Spec]]) -> dict[str, Tensor]:
+    def bank(cls, layers: Sequence[tuple[Mapping[str, Shaped], Spec]]) -> dict[str, Tensor]:
         """The tensors that the layers of an adapter share, {role: tensor}, made anew for layers (tensors by role, spec). They are frozen."""
         return {}
 
@@ -186,7 +195,7 @@ class Method:
         return False
 
     @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+    def check(cls, p: Mapping[str, Shaped], spec: Spec) -> str:
         """What about the shapes in `p` does not fit each other or the layer; empty if they fit. Read from the method's layout."""
         if cls.name not in LAYOUTS:
             return ""
@@ -208,12 +217,12 @@ class Method:
         }
 
     @classmethod
-    def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
+    def stored(cls, p: dict[str, Tensor], alpha: Alpha) -> tuple[dict[str, Tensor], Alpha]:
         """The tensors and alpha that a file should hold: those in use, unless some of them mean nothing to other programs."""
         return p, alpha
 
     @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
+    def rank(cls, p: Mapping[str, Shaped]) -> int:
         """The rank that the shapes in `p` show; for a rotation the size of its blocks."""
         for role, axis in cls.ranked:
             if role in p:
@@ -257,7 +266,7 @@ class Additive(Method):
         return True
 
     @classmethod
-    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+    def scale(cls, p: Mapping[str, Shaped], spec: Spec) -> float:
         """The factor in front of the update: alpha / rank; 1 without an alpha."""
         return 1.0 if spec.alpha is None else spec.alpha / cls.rank(p)
 

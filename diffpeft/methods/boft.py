@@ -14,7 +14,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as configs
 from diffpeft.methods import costs
-from diffpeft.methods.base import Fresh, Geometry, Link, Method, Operation, Site, Spec, Strength, Tensors
+from diffpeft.methods.base import Fresh, Geometry, Link, Method, Operation, Shaped, Site, Spec, Strength, Tensors
 from diffpeft.methods.forms import Stage
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import added, butterfly, cayley, columns_times, exchange, rows_times, wide
@@ -98,18 +97,18 @@ class Boft(Method):
         side: str = "input",
         constraint: float | None = None,
         rescale: bool = False,
-        **_: Any,
+        **_: object,
     ) -> Fresh:
         """`boft_R [m, n, b, b]` and `boft_s [out, 1]` (convolutions: [1, out]), or `oft_blocks [m, n, b, b]` and `rescale [out, *1]`."""
         check_keywords(site, side, constraint, rescale)
         geometry, m = site.geometry, config.boft_n_butterfly_factor
         turned = turned_features(geometry, side)
-        given = config.boft_block_num or config.boft_block_size
-        n, b = (given, turned // given) if config.boft_block_num else (turned // given, given)
-        if turned % given:
+        number = config.boft_block_num or config.boft_block_size
+        n, b = (number, turned // number) if config.boft_block_num else (turned // number, number)
+        if turned % number:
             field = "boft_block_num" if config.boft_block_num else "boft_block_size"
             raise ConfigError(
-                f"{field} {given} does not divide {turned}, the {side} features of the layer",
+                f"{field} {number} does not divide {turned}, the {side} features of the layer",
                 where=site.name,
                 remedy="Choose a divisor, or exclude the layer.",
             )
@@ -127,7 +126,7 @@ class Boft(Method):
         return Fresh(cls.adopt(tensors, Spec(geometry)), None if constraint is None else float(constraint), options)
 
     @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+    def check(cls, p: Mapping[str, Shaped], spec: Spec) -> str:
         if why := super().check(p, spec):
             return why
         m, n, b, _ = next(p[role] for role in ("boft_R", "oft_blocks") if role in p).shape

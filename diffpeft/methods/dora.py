@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from diffpeft.methods import layout
-from diffpeft.methods.base import Additive, Fresh, Link, Method, Site, Spec, Strength, Tensors
+from diffpeft.methods.base import Additive, Alpha, Fresh, Link, Method, Shaped, Site, Spec, Strength, Tensors
 from diffpeft.methods.forms import Factors
 from diffpeft.methods.linalg import squares, wide
 from diffpeft.methods.loha import LoHa
 from diffpeft.methods.lokr import LoKr
 from diffpeft.methods.lora import Lora, LoraConfig
+from diffpeft.methods.peft_config import PeftConfig
 
 INNER: tuple[type[Additive], ...] = (Lora, LoHa, LoKr)
 _METHODS = {method.name: method for method in INNER}
+T = TypeVar("T")
 PEFT, LYCORIS = "lora_magnitude_vector", "dora_scale"
 
 
@@ -32,12 +34,12 @@ def norms(V: Tensor, axis: int) -> Tensor:
     return squares(V, axis).sqrt()
 
 
-def axis_of(p: Mapping[str, Any], spec: Spec) -> int:
+def axis_of(p: Mapping[str, Shaped], spec: Spec) -> int:
     """0: a magnitude for each output; 1: for each input. LyCORIS's vector tells by where its ones are; PEFT has outputs only."""
     return int(PEFT not in p and p[LYCORIS].shape[0] == 1 != max(spec.geometry.out, math.prod(p[LYCORIS].shape)))
 
 
-def inner(p: Mapping[str, Any]) -> type[Additive]:
+def inner(p: Mapping[str, Shaped]) -> type[Additive]:
     """The method that the update is of."""
     return _METHODS[layout.inner(p) or ""]
 
@@ -53,7 +55,7 @@ class Dora(Method):
     shifts = Lora.shifts
 
     @classmethod
-    def init(cls, config: Any, site: Site, *, dora: str = "out", **options: Any) -> Fresh:
+    def init(cls, config: PeftConfig, site: Site, *, dora: str = "out", **options: object) -> Fresh:
         method = next(m for m in INNER if m.config is type(config))
         fresh = method.init(config, site, **options)
         W = site.weight()
@@ -69,12 +71,12 @@ class Dora(Method):
         return Fresh({**fresh.tensors, **magnitude}, fresh.alpha, fresh.options, fresh.frozen)
 
     @classmethod
-    def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
+    def stored(cls, p: dict[str, Tensor], alpha: Alpha) -> tuple[dict[str, Tensor], Alpha]:
         q, alpha = inner(p).stored(_rest(p), alpha)
         return {**q, **{role: t for role, t in p.items() if role in (PEFT, LYCORIS)}}, alpha
 
     @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
+    def rank(cls, p: Mapping[str, Shaped]) -> int:
         return inner(p).rank(_rest(p))
 
     @classmethod
@@ -116,7 +118,7 @@ class Dora(Method):
         return before.plus(x, Factors(A, B * rows), 1.0, bias, k)
 
 
-def _rest(p: Mapping[str, Any]) -> dict[str, Any]:
+def _rest(p: Mapping[str, T]) -> dict[str, T]:
     return {role: t for role, t in p.items() if role not in (PEFT, LYCORIS)}
 
 

@@ -28,7 +28,7 @@ from diffpeft.methods.shapes import Shapes, axes_read
 Items = tuple[tuple[str, Shape], ...]  # shapes by role, as a key
 
 
-class Layer(NamedTuple):
+class LayerShape(NamedTuple):
     """What of a layer decides which tensors fit it: the shape of its canonical weight, and whether it looks rows up."""
 
     shape: Shape
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
         return self.shape[2:]
 
 
-def misfit(method: str, shapes: Shapes, layer: Layer, side: str = "") -> str:
+def misfit(method: str, shapes: Shapes, layer: LayerShape, side: str = "") -> str:
     """What about the shapes of a method's tensors does not fit each other, the layer or the side of it; empty if they fit."""
     return _misfit(method, _items(method, shapes), layer, side)
 
@@ -51,7 +51,7 @@ def _items(method: str, shapes: Shapes) -> Items:
 
 
 @functools.lru_cache(4096)  # a model has few kinds of layers
-def _misfit(method: str, items: Items, layer: Layer, side: str) -> str:
+def _misfit(method: str, items: Items, layer: LayerShape, side: str) -> str:
     layout, shapes = LAYOUTS[method], dict(items)
     forms = _forms(layout, shapes)
     elsewhere = [why for form in forms if (why := _elsewhere(form, layer, side))]
@@ -60,7 +60,7 @@ def _misfit(method: str, items: Items, layer: Layer, side: str) -> str:
     return "" if "" in reasons else reasons[0]
 
 
-def too_small(method: str, shared: Shapes, shapes: Shapes, layer: Layer) -> str:
+def too_small(method: str, shared: Shapes, shapes: Shapes, layer: LayerShape) -> str:
     """Which of an adapter's shared tensors have too few numbers for a layer, or another rank; empty if none."""
     layout = LAYOUTS[method]
     if missing := sorted(layout.shared.keys() - shared.keys()):
@@ -75,13 +75,13 @@ def too_small(method: str, shared: Shapes, shapes: Shapes, layer: Layer) -> str:
     return ""
 
 
-def fitted(method: str, shapes: Shapes, layer: Layer) -> tuple[Form, Mapping[str, Shape]]:
+def fitted(method: str, shapes: Shapes, layer: LayerShape) -> tuple[Form, Mapping[str, Shape]]:
     """The form of tensors that fit a layer, and the shapes that PEFT gives them there. Raises ShapeMismatchError for what cannot be shaped so."""
     return _fitted(method, _items(method, shapes), layer)
 
 
 @functools.lru_cache(4096)
-def _fitted(method: str, items: Items, layer: Layer) -> tuple[Form, Mapping[str, Shape]]:
+def _fitted(method: str, items: Items, layer: LayerShape) -> tuple[Form, Mapping[str, Shape]]:
     layout, shapes = LAYOUTS[method], dict(items)
     forms = [form for form in _forms(layout, shapes) if not _elsewhere(form, layer, "")]
     form = next((form for form in forms if not _unfit(form, shapes, layer, layout.pruned)), next(iter(forms), None))
@@ -100,10 +100,10 @@ def fresh(form: Form, sizes: Mapping[str, int], kernel: Shape) -> dict[str, Shap
     }
 
 
-def bound(form: Form, shapes: Shapes, layer: Layer) -> dict[str, int] | str:
+def bound(form: Form, shapes: Shapes, layer: LayerShape) -> dict[str, int] | str:
     """{letter: size} on a layer: its own, what follows from them, and what the shapes choose; or why there is none."""
     sizes = {"o": layer.shape[0], "i": layer.shape[1]}
-    products = {first: (total, second) for total, (first, second) in form.products.items()}
+    products = {factor: (total, second) for total, (factor, second) in form.products.items()}
     letters = _letters(form, shapes)
     for role, name, _ in letters:
         if name in sizes:
@@ -140,7 +140,7 @@ def _incomplete(layout: Layout, shapes: Shapes) -> str:
     return f"{', '.join(sorted(shapes))} are parts of several adapters, and the layer takes one of them"
 
 
-def _elsewhere(form: Form, layer: Layer, side: str) -> str:
+def _elsewhere(form: Form, layer: LayerShape, side: str) -> str:
     """Why tensors of a form are not for such a layer, or for this side of it."""
     roles = " and ".join(sorted(form.needed))
     if form.lookup not in (None, layer.lookup):
@@ -148,7 +148,7 @@ def _elsewhere(form: Form, layer: Layer, side: str) -> str:
     return f"{roles} is for the {form.side} side, not the {side} side" if side and form.side not in ("", side) else ""
 
 
-def _unfit(form: Form, shapes: Shapes, layer: Layer, pruned: bool) -> str:
+def _unfit(form: Form, shapes: Shapes, layer: LayerShape, pruned: bool) -> str:
     sizes = bound(form, shapes, layer)
     if isinstance(sizes, str):
         return sizes
@@ -166,7 +166,7 @@ def _is_unread(text: str, shape: Shape) -> bool:
     return 0 in shape[:1] or all(told(axes, shape) is None for axes in alternatives(text))
 
 
-def _unturned(form: Form, sizes: Mapping[str, int], shapes: Shapes, layer: Layer) -> str:
+def _unturned(form: Form, sizes: Mapping[str, int], shapes: Shapes, layer: LayerShape) -> str:
     """What keeps blocks from turning a layer's features."""
     n, b = sizes["n"], sizes["b"]
     features = sizes["o"] if form.turns == "o" else math.prod(layer.shape[1:])

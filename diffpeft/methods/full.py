@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from torch import Tensor
 
-from diffpeft.methods.base import Additive, Geometry, Spec, Tensors
+from diffpeft.methods.base import Additive, Geometry, Shaped, Spec, Tensors
 
 
 class Full(Additive):
@@ -25,12 +24,12 @@ class Full(Additive):
         return "set_weight" not in roles
 
     @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
+    def rank(cls, p: Mapping[str, Shaped]) -> int:
         """The most that a matrix of this shape can have."""
         return min((min(t.shape[0], math.prod(t.shape[1:])) for t in p.values()), default=0)
 
     @classmethod
-    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+    def scale(cls, p: Mapping[str, Shaped], spec: Spec) -> float:
         """1: an alpha that lies beside a diff means nothing."""
         return 1.0
 

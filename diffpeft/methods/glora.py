@@ -7,12 +7,11 @@ touched. Old files of LyCORIS have the two of each pair in each other's place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffpeft.methods.base import Link, Method, Spec, Strength, Tensors
+from diffpeft.methods.base import Link, Method, Shaped, Spec, Strength, Tensors
 from diffpeft.methods.fit import fitted
 from diffpeft.methods.forms import Factors
 from diffpeft.methods.linalg import tucker_factors
@@ -27,7 +26,7 @@ class GLoRA(Method):
     name = "glora"
 
     @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+    def check(cls, p: Mapping[str, Shaped], spec: Spec) -> str:
         if spec.geometry.groups > 1:
             return "GLoRA mixes all input channels, and the layer has them in groups"
         return super().check(p, spec)
@@ -40,7 +39,7 @@ class GLoRA(Method):
         return {names.get(role, role): t for role, t in super().adopt(p, spec).items()}
 
     @classmethod
-    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+    def scale(cls, p: Mapping[str, Shaped], spec: Spec) -> float:
         """alpha / rank; 1 without an alpha."""
         return 1.0 if spec.alpha is None else spec.alpha / cls.rank(p)
 

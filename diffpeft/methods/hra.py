@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class Hra(Method):
     precise = frozenset({"V", "T"})
 
     @classmethod
-    def init(cls, config: HRAConfig, site: Site, **_: Any) -> Fresh:
+    def init(cls, config: HRAConfig, site: Site, **_: object) -> Fresh:
         g, r = site.geometry, config.r
         features = g.out if g.lookup else g.columns
         twice = config.init_weights and not config.apply_GS and r % 2 == 0

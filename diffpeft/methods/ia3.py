@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, ShapeMismatchError
 from diffpeft.methods import config as checks
-from diffpeft.methods.base import Fresh, Geometry, Link, Method, Site, Spec, Strength, Tensors
+from diffpeft.methods.base import Alpha, Fresh, Geometry, Link, Method, Shaped, Site, Spec, Strength, Tensors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import wide
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
+T = TypeVar("T")
 FACTORS, OFFSETS, ON_INPUT = "ia3_l", "ia3_w", "on_input"  # the first is PEFT's, the others LyCORIS's
 
 
@@ -53,9 +54,9 @@ class IA3Config(PeftConfig):
         inner, outer = self.feedforward_modules, self.target_modules
         if isinstance(inner, str):
             checks.check_patterns("feedforward_modules", {inner: None}, lambda *_: None)
-        elif inner and outer and not isinstance(outer, str) and (lost := set(inner) - set(outer)):
+        elif inner and outer and not isinstance(outer, str) and (foreign := set(inner) - set(outer)):
             raise ConfigError(
-                f"feedforward_modules has {', '.join(sorted(lost))}", remedy="It must be a part of target_modules."
+                f"feedforward_modules has {', '.join(sorted(foreign))}", remedy="It must be a part of target_modules."
             )
 
 
@@ -72,7 +73,7 @@ class IA3(Method):
     precise = frozenset({FACTORS, OFFSETS})
 
     @classmethod
-    def init(cls, config: IA3Config, site: Site, **_: Any) -> Fresh:
+    def init(cls, config: IA3Config, site: Site, **_: object) -> Fresh:
         g, inner = site.geometry, _is_feedforward(config.feedforward_modules, site.name)
         n, ones = g.in_ if inner else g.out, [1] * len(g.kernel)
         l = torch.ones(1, n, *ones) if g.kernel or inner else torch.ones(n, 1)
@@ -81,7 +82,7 @@ class IA3(Method):
         return Fresh({FACTORS: l}, options={"feedforward": inner})
 
     @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+    def check(cls, p: Mapping[str, Shaped], spec: Spec) -> str:
         g = spec.geometry
         if (FACTORS in p) == (OFFSETS in p) or (FACTORS in p and ON_INPUT in p):
             return f"the layer takes ia3_l, or ia3_w and on_input, not {' and '.join(sorted(p))}"
@@ -106,11 +107,11 @@ class IA3(Method):
                 f"on_input is {inner}, and {role} has {t.numel()} numbers for {g.in_} inputs and {g.out} outputs",
                 remedy="The file is damaged.",
             )
-        first = inner or (role == FACTORS and bool(g.kernel))  # where PEFT puts the 1
-        return {**p, role: t.reshape(1, -1, *ones) if first else t.reshape(-1, 1, *ones)}
+        is_row = inner or (role == FACTORS and bool(g.kernel))  # where PEFT puts the 1
+        return {**p, role: t.reshape(1, -1, *ones) if is_row else t.reshape(-1, 1, *ones)}
 
     @classmethod
-    def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
+    def stored(cls, p: dict[str, Tensor], alpha: Alpha) -> tuple[dict[str, Tensor], Alpha]:
         """`ia3_w` in the shape that LyCORIS gives it."""
         if OFFSETS not in p:
             return p, alpha
@@ -118,7 +119,7 @@ class IA3(Method):
         return {**p, OFFSETS: t.flatten() if t.dim() == 2 else t.reshape(1, -1, *t.shape[2:])}, alpha
 
     @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
+    def rank(cls, p: Mapping[str, Shaped]) -> int:
         return 1
 
     @classmethod
@@ -151,19 +152,19 @@ class IA3(Method):
         return before.op.rescaled(before(x, bias), by, bias)
 
 
-def on_input(p: Mapping[str, Any], spec: Spec) -> bool:
+def on_input(p: Mapping[str, Shaped], spec: Spec) -> bool:
     """Whether adopted factors are of the inputs."""
     role, t = _factors(p)
     return _along_inputs(t.shape, spec.geometry) if role == OFFSETS else _sides(p, spec) == {"input"}
 
 
-def _factors(p: Mapping[str, Any]) -> tuple[str, Any]:
+def _factors(p: Mapping[str, T]) -> tuple[str, T]:
     """The role and the tensor of the factors."""
     role = FACTORS if FACTORS in p else OFFSETS
     return role, p[role]
 
 
-def _sides(p: Mapping[str, Any], spec: Spec) -> set[str]:
+def _sides(p: Mapping[str, Shaped], spec: Spec) -> set[str]:
     """Of what the factors can be by their size, by where a linear layer's 1 is, and by what the options say."""
     role, t = _factors(p)
     g, shape = spec.geometry, tuple(t.shape)

@@ -47,8 +47,8 @@ class Training:
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
+    keywords: Mapping[str, object] = field(default_factory=dict)
     images: bool = True
     matrix: bool = False
 
@@ -182,9 +182,9 @@ _LOHA = (
     form("hada_w1_a: r o; hada_w1_b: r i; hada_w2_a: r o; hada_w2_b: r i; hada_t1: r r *k1; hada_t2: r r *k1"),
 )
 _LOKR = tuple(
-    form(f"{first}; {second}", products={"o": ("o1", "o2"), "i": ("i1", "i2")})
-    for first in ("lokr_w1: o1 i1", "lokr_w1_a: o1 q; lokr_w1_b: q i1")
-    for second in (
+    form(f"{left}; {right}", products={"o": ("o1", "o2"), "i": ("i1", "i2")})
+    for left in ("lokr_w1: o1 i1", "lokr_w1_a: o1 q; lokr_w1_b: q i1")
+    for right in (
         "lokr_w2: o2 i2 *k",
         "lokr_w2_a: o2 r; lokr_w2_b: r i2.k",
         "lokr_w2_a: r o2; lokr_w2_b: r i2; lokr_t2: r r *k1",

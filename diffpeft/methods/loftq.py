@@ -12,9 +12,8 @@ Where the scale s = alpha / r is not 1, A and B hold 1 / sqrt(s) each, so that s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +38,9 @@ class LoftQConfig:
     loftq_iter: int = 1
 
     @classmethod
-    def of(cls, config: Any) -> LoftQConfig:
+    def of(cls, config: LoftQConfig | Mapping[str, int] | None) -> LoftQConfig:
         """One of these, or the fields of one as a file has them."""
-        return config if isinstance(config, cls) else cls(**dict(config or {}))
+        return config if isinstance(config, LoftQConfig) else cls(**dict(config or {}))
 
     def to_dict(self) -> dict[str, int]:
         """The fields."""
@@ -72,9 +71,9 @@ def loftq(
         Q = quantised(W - low)
         A, B = half_turn(W - Q, r)
         low = B @ A
-        lost = float(torch.linalg.vector_norm(W - Q - low))
-        if best is None or lost < least:
-            best, least = (Q, A, B), lost
+        error = float(torch.linalg.vector_norm(W - Q - low))
+        if best is None or error < least:
+            best, least = (Q, A, B), error
     assert best is not None
     return best
 

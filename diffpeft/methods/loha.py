@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ class LoHa(Additive):
     options = frozenset({"tucker"})
 
     @classmethod
-    def init(cls, config: LoHaConfig, site: Site, *, tucker: bool = False, **options: Any) -> Fresh:
+    def init(cls, config: LoHaConfig, site: Site, *, tucker: bool = False, **options: object) -> Fresh:
         g, forms = site.geometry, LAYOUTS["loha"].forms
         r = patterns.first(config.rank_pattern, (site.name,), config.r)
         core = (tucker or config.use_effective_conv2d) and not set(g.kernel) <= {1}

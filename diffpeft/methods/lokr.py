@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods import costs
-from diffpeft.methods.base import Additive, Fresh, Geometry, Site, Spec, Tensors
+from diffpeft.methods.base import Additive, Fresh, Geometry, Shaped, Site, Spec, Tensors
 from diffpeft.methods.fit import fresh
 from diffpeft.methods.forms import Factors, Kronecker
 from diffpeft.methods.layout import LAYOUTS
@@ -100,15 +99,15 @@ class LoKr(Additive):
     options = frozenset({"tucker"})
 
     @classmethod
-    def init(cls, config: LoKrConfig, site: Site, *, tucker: bool = False, **options: Any) -> Fresh:
+    def init(cls, config: LoKrConfig, site: Site, *, tucker: bool = False, **options: object) -> Fresh:
         g, r = site.geometry, patterns.first(config.rank_pattern, (site.name,), config.r)
         (o1, o2), (i1, i2) = (factorization(n, config.decompose_factor) for n in g.shape[:2])
         q = r if config.decompose_both and r < max(o1, i1) / 2 else 0
         core = (tucker or config.use_effective_conv2d) and not set(g.kernel) <= {1}
-        first = ("lokr_w1_a", "lokr_w1_b") if q else ("lokr_w1",)
-        second = ("lokr_w2",) if r >= max(o2, i2) / 2 else ("lokr_w2_a", "lokr_w2_b", *("lokr_t2",) * core)
+        left = ("lokr_w1_a", "lokr_w1_b") if q else ("lokr_w1",)
+        right = ("lokr_w2",) if r >= max(o2, i2) / 2 else ("lokr_w2_a", "lokr_w2_b", *("lokr_t2",) * core)
         sizes = {"o1": o1, "i1": i1, "o2": o2, "i2": i2, "q": q, "r": r}
-        shapes = fresh(LAYOUTS["lokr"].form((*first, *second)), sizes, g.kernel)
+        shapes = fresh(LAYOUTS["lokr"].form((*left, *right)), sizes, g.kernel)
         zero = {True: {"lokr_w1", "lokr_w1_a"}, "lycoris": {"lokr_w2", "lokr_w2_b"}, False: set()}[config.init_weights]
         tensors = {
             role: torch.zeros(shape) if role in zero else kaiming(*shape, generator=site.generator)
@@ -118,12 +117,12 @@ class LoKr(Additive):
         return Fresh(tensors, alpha, checks.chosen(config, "rank_dropout", "module_dropout", "rank_dropout_scale"))
 
     @classmethod
-    def rank(cls, p: Mapping[str, Any]) -> int:
+    def rank(cls, p: Mapping[str, Shaped]) -> int:
         """That of the first half if it is a product, else that of the second; of two whole halves the second's smaller side."""
         return next((p[b].shape[0] for b in ("lokr_w1_b", "lokr_w2_b") if b in p), 0) or min(p["lokr_w2"].shape[:2])
 
     @classmethod
-    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+    def scale(cls, p: Mapping[str, Shaped], spec: Spec) -> float:
         """alpha / rank; 1 without an alpha, and for two whole halves whatever alpha is, as every reader of such files but PEFT has it: a file of
         PEFT's has options["scale"] for these.
         """
@@ -152,8 +151,8 @@ class LoKr(Additive):
 
 def halves(p: Tensors, g: Geometry) -> Kronecker:
     """The update as a product of its halves."""
-    first = (p["lokr_w1"],) if "lokr_w1" in p else (p["lokr_w1_a"], p["lokr_w1_b"])
-    return Kronecker(first, (p["lokr_w2"],) if "lokr_w2" in p else _second_pair(p, g)[::-1])
+    left = (p["lokr_w1"],) if "lokr_w1" in p else (p["lokr_w1_a"], p["lokr_w1_b"])
+    return Kronecker(left, (p["lokr_w2"],) if "lokr_w2" in p else _second_pair(p, g)[::-1])
 
 
 def _is_cheap(p: Tensors, g: Geometry, positions: int) -> bool:
@@ -170,7 +169,7 @@ def _is_cheap(p: Tensors, g: Geometry, positions: int) -> bool:
     return costs.cheapest(what, next(iter(p.values())).dtype, ways) == "halves"
 
 
-def _first_shape(p: Mapping[str, Any]) -> tuple[int, int]:
+def _first_shape(p: Mapping[str, Shaped]) -> tuple[int, int]:
     """(o1, i1)."""
     whole = p.get("lokr_w1")
     return (whole.shape[0], whole.shape[1]) if whole is not None else (p["lokr_w1_a"].shape[0], p["lokr_w1_b"].shape[1])

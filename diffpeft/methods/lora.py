@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError
 from diffpeft.methods import config as checks
 from diffpeft.methods import loftq
-from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.base import Additive, Alpha, Fresh, Site, Spec, Tensors
 from diffpeft.methods.forms import Factors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import kaiming, tucker_factors
@@ -83,21 +82,21 @@ class LoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     layer_replication: list[tuple[int, int]] | None = None
-    loftq_config: Any = field(default_factory=dict)
-    megatron_config: dict[str, Any] | None = None
+    loftq_config: loftq.LoftQConfig | dict[str, int] | None = field(default_factory=dict)
+    megatron_config: dict[str, object] | None = None
     megatron_core: str | None = "megatron.core"
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
-    velora_config: Any = field(default=None, metadata=_VARIANT)
+    eva_config: object = None
+    corda_config: object = None
+    lora_ga_config: object = None
+    velora_config: object = field(default=None, metadata=_VARIANT)
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=_VARIANT)
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: Any = field(default=None, metadata=_VARIANT)
+    monteclora_config: object = field(default=None, metadata=_VARIANT)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
-    use_bdlora: Any = field(default=None, metadata=_VARIANT)
-    arrow_config: Any = field(default=None, metadata=_VARIANT)
-    kasa_config: Any = field(default=None, metadata=_VARIANT)
+    use_bdlora: object = field(default=None, metadata=_VARIANT)
+    arrow_config: object = field(default=None, metadata=_VARIANT)
+    kasa_config: object = field(default=None, metadata=_VARIANT)
     ensure_weight_tying: bool = False
 
     TYPE = PeftType(LAYOUTS["lora"].peft)
@@ -147,7 +146,7 @@ class Lora(Additive):
     shifts = frozenset({"lora_B_bias"})
 
     @classmethod
-    def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, **_: Any) -> Fresh:
+    def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, **_: object) -> Fresh:
         r = patterns.first(config.rank_pattern, (site.name,), config.r)
         alpha = float(patterns.first(config.alpha_pattern, (site.name,), config.lora_alpha))
         if config.use_rslora:
@@ -178,14 +177,14 @@ class Lora(Additive):
         return Fresh(tensors, alpha, options, frozen)
 
     @classmethod
-    def stored(cls, p: dict[str, Tensor], alpha: Any) -> tuple[dict[str, Tensor], Any]:
+    def stored(cls, p: dict[str, Tensor], alpha: Alpha) -> tuple[dict[str, Tensor], Alpha]:
         """A LoRA less its initial product is a LoRA of twice the rank (and so of twice the alpha)."""
         if "initial_A" not in p:
             return p, alpha
         a, b = (role for role in p if role in PAIR)
         double = {a: torch.cat([p[a], p["initial_A"]]), b: torch.cat([p[b], -p["initial_B"]], 1)}
-        rest = {role: t for role, t in p.items() if role not in (a, b, "initial_A", "initial_B")}
-        return {**double, **rest}, None if alpha is None else 2 * float(alpha)
+        others = {role: t for role, t in p.items() if role not in (a, b, "initial_A", "initial_B")}
+        return {**double, **others}, None if alpha is None else 2 * float(alpha)
 
     @classmethod
     def factors(cls, p: Tensors, spec: Spec) -> Factors:
@@ -208,7 +207,7 @@ class Lora(Additive):
 PAIR = (*LAYOUTS["lora"].twins, *LAYOUTS["lora"].twins.values())  # A and B, under PEFT's two names for them
 
 
-def _factors(p: Mapping[str, Any]) -> tuple[Any, Any]:
+def _factors(p: Tensors) -> tuple[Tensor, Tensor]:
     """A and B, under PEFT's two names for them."""
     return (p["lora_A"], p["lora_B"]) if "lora_A" in p else (p["lora_embedding_A"], p["lora_embedding_B"])
 
@@ -221,7 +220,7 @@ def _initial(config: LoraConfig, site: Site, r: int, scale: float) -> tuple[Tens
     """A [r, i, *k] and B [o, r, *1]."""
     g, init = site.geometry, config.init_lora_weights
     ones = [1] * len(g.kernel)
-    make: dict[Any, Callable[[], tuple[Tensor, Tensor]]] = {
+    make: dict[object, Callable[[], tuple[Tensor, Tensor]]] = {
         True: lambda: (kaiming(r, *g.shape[1:], generator=site.generator), torch.zeros(g.out, r)),
         False: lambda: (
             kaiming(r, *g.shape[1:], generator=site.generator),

@@ -19,8 +19,8 @@ def weighted(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def largest(delta: Tensor, density: float) -> Tensor:
     """The density * n entries of largest magnitude; zeros elsewhere."""
     flat = delta.flatten()
-    kept = flat.abs().topk(int(density * flat.numel())).indices
-    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view(delta.shape)
+    places = flat.abs().topk(int(density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy(0, places, flat[places]).view(delta.shape)
 
 
 def drawn(delta: Tensor, density: float) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffpeft.methods.base import Additive, Spec, Tensors
+from diffpeft.methods.base import Additive, Shaped, Spec, Tensors
 
 
 class Norm(Additive):
@@ -18,14 +17,14 @@ class Norm(Additive):
     shifts = frozenset({"b_norm"})
 
     @classmethod
-    def check(cls, p: Mapping[str, Any], spec: Spec) -> str:
+    def check(cls, p: Mapping[str, Shaped], spec: Spec) -> str:
         g = spec.geometry
         if g.columns != 1 or g.kernel or g.lookup:
             return f"{' and '.join(p)} are for a norm, the layer has a weight {g.shape}"
         return super().check(p, spec)
 
     @classmethod
-    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+    def scale(cls, p: Mapping[str, Shaped], spec: Spec) -> float:
         """1: there is no alpha."""
         return 1.0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ class Oft(Method):
         side: str = "input",
         constraint: float | None = None,
         rescale: bool = False,
-        **_: Any,
+        **_: object,
     ) -> Fresh:
         """Tensors of shape `oft_R [n, b (b - 1) / 2]` or `oft_blocks [n, b, b]`, `rescale [out, *1]`; n is 1 if shared.
 
@@ -160,9 +159,9 @@ class Oft(Method):
         return y + before.op.blocks(before.op.less_bias(y) if bias else y, change)
 
 
-def _options(config: OFTConfig, side: str) -> dict[str, Any]:
+def _options(config: OFTConfig, side: str) -> dict[str, object]:
     """What the adapter must know of its config."""
-    options: dict[str, Any] = {"side": side, **configs.chosen(config, "module_dropout")}
+    options: dict[str, object] = {"side": side, **configs.chosen(config, "module_dropout")}
     if side == "input":
         options["neumann"] = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         options["coft"] = config.eps if config.coft else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from diffpeft import files
 from diffpeft.errors import CheckpointError, ConfigError, inside, near, shown
@@ -19,6 +19,7 @@ from diffpeft.errors import CheckpointError, ConfigError, inside, near, shown
 FILE = "adapter_config.json"
 DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
 Config = TypeVar("Config", bound="PeftConfig")
+Instance = TypeVar("Instance")
 
 
 class PeftType(StrEnum):
@@ -96,7 +97,7 @@ class Passing:
     def __class__(self, cls: type) -> None:
         object.__dict__["__class__"].__set__(self, cls)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return _rebuild, (type(self),), self.__getstate__()
 
 
@@ -104,7 +105,7 @@ class NoConfigError(ConfigError, TypeError):
     """A table of fields that is no config: PEFT raises a TypeError."""
 
 
-def _rebuild(cls: Any) -> Any:
+def _rebuild(cls: type[Instance]) -> Instance:
     return cls.__new__(cls)
 
 
@@ -123,7 +124,7 @@ class PeftConfig(Passing):
 
     task_type: str | None = None
     peft_type: str | None = None
-    auto_mapping: dict[str, Any] | None = None
+    auto_mapping: dict[str, str] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -147,9 +148,11 @@ class PeftConfig(Passing):
     fetch: ClassVar[Callable[..., str] | None] = (
         None  # (repository, file name, ...) -> path; where there is no network, none
     )
-    check: ClassVar[Callable[[Mapping[str, Any], object], None] | None] = None  # of a file's fields, and of which file
+    check: ClassVar[Callable[[Mapping[str, object], object], None] | None] = (
+        None  # of a file's fields, and of which file
+    )
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if cls.TYPE is not None and "TYPE" in vars(cls):
             PeftConfig.types[cls.TYPE.value] = cls
@@ -210,15 +213,15 @@ class PeftConfig(Passing):
         folder = Path(save_directory)
         if folder.is_file():
             raise AssertionError(f"Provided path ({folder}) should be a directory, not a file")
-        own = copy.copy(self)
-        own.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
+        config = copy.copy(self)
+        config.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
         with files.replacing(folder / FILE) as f:
-            f.write(own.to_json().encode())
+            f.write(config.to_json().encode())
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
+    ) -> Self:
         """The config in a folder or a repository on the Hub, as its method's class. Hub options go to hf_hub_download."""
         where = os.fspath(pretrained_model_name_or_path)
         path = Path(where, subfolder or "", FILE)
@@ -231,22 +234,22 @@ class PeftConfig(Passing):
                 raise CheckpointError(
                     f"Can't find {FILE!r} at {where!r}", remedy="Check the path, or the id and the network."
                 ) from error
-        found = cls.from_json_file(path)
+        table = cls.from_json_file(path)
         if PeftConfig.check is not None:
-            PeftConfig.check(found, path)
+            PeftConfig.check(table, path)
         with inside(path, config=True):
-            return cls.from_fields(found, **kwargs)
+            return cls.from_fields(table, **kwargs)
 
     @classmethod
-    def from_fields(cls, found: Mapping[str, Any], **kwargs: Any) -> Any:
+    def from_fields(cls, table: Mapping[str, object], **kwargs: object) -> Self:
         """A config from the fields of a file, as its method's class; `kwargs` are fields for what the file does not say. Null is a field's default."""
-        own = {f.name for f in fields(cls)}
-        given = {key: value for key, value in kwargs.items() if key in own}
-        told = {key: value for key, value in _without_run(found).items() if value is not None}
-        return cls.from_peft_type(**{**given, **told})
+        names = {f.name for f in fields(cls)}
+        defaults = {key: value for key, value in kwargs.items() if key in names}
+        told = {key: value for key, value in _without_run(table).items() if value is not None}
+        return cls.from_peft_type(**{**defaults, **told})
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> dict[str, object]:
         """The fields in a file."""
         return _without_run(files.config_in(files.config_text(files.Snapshot.of(path_json_file)), FILE, path_json_file))
 
@@ -255,7 +258,7 @@ class PeftConfig(Passing):
         """A config from fields, of the class that `peft_type` names. Unknown fields are dropped with a warning."""
         kind = kwargs.get("peft_type")
         kind = kind.value if isinstance(kind, Enum) else kind
-        made: Any = cls if kind is None else PeftConfig.types.get(kind)
+        made = cls if kind is None else cast("type[Self] | None", PeftConfig.types.get(kind))
         if made is None:
             raise ConfigError(
                 f"peft_type is {shown(kind)}",
@@ -287,21 +290,21 @@ class PeftConfig(Passing):
         return cls.from_peft_type(**table)
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+    def check_kwargs(cls, **kwargs: object) -> dict[str, object]:
         """The fields as they are."""
         return kwargs
 
 
-def _without_run(found: Mapping[str, Any]) -> dict[str, Any]:
+def _without_run(table: Mapping[str, object]) -> dict[str, object]:
     """The fields of a file without those of a run, which is warned of."""
-    if "runtime_config" in found:
+    if "runtime_config" in table:
         warnings.warn(
             f"{FILE} has a runtime_config, which is ignored: it is for the run and not for the file", stacklevel=3
         )
-    return {name: value for name, value in found.items() if name != "runtime_config"}
+    return {name: value for name, value in table.items() if name != "runtime_config"}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A field as JSON has it."""
     if isinstance(value, Enum):
         return value.value
@@ -309,7 +312,7 @@ def _plain(value: Any) -> Any:
         return sorted(value)
     if isinstance(value, (list, tuple)):
         plain = [_plain(v) for v in value]
-        return sorted(plain) if all(isinstance(v, str) for v in plain) else plain
+        return sorted(plain, key=str) if all(isinstance(v, str) for v in plain) else plain
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
     if hasattr(value, "to_dict"):

@@ -15,8 +15,10 @@ Result = TypeVar("Result")
 
 def _cached(function: Callable[[dict[str, Shape]], Result]) -> Callable[[Shapes], Result]:
     """A function of shapes that is computed once for equal ones: a file has few."""
-    kept = functools.lru_cache(4096)(lambda items: function(dict(items)))
-    return functools.wraps(function)(lambda shapes: kept(tuple((role, tuple(shape)) for role, shape in shapes.items())))
+    cached = functools.lru_cache(4096)(lambda items: function(dict(items)))
+    return functools.wraps(function)(
+        lambda shapes: cached(tuple((role, tuple(shape)) for role, shape in shapes.items()))
+    )
 
 
 def layout_of(shapes: Shapes) -> Layout:
@@ -91,17 +93,19 @@ def row_axes(shapes: dict[str, Shape]) -> dict[str, tuple[int, int]]:
     form = layout_of(shapes).form(shapes)
     sizes = _told(form, shapes)
     units = {"o": 1}
-    for product, (first, second) in form.products.items():
+    for product, (factor, second) in form.products.items():
         if product == "o" and (n := size(form, sizes, second)):
-            units[first] = n
+            units[factor] = n
     if form.turns == "o" and isinstance(b := sizes.get("b", [("", 0)])[0][1], int):
         units["n"] = b
     axes = {role: axes_read(form.axes[role], shapes[role]) for role in form.axes if role in shapes}
-    found = {
+    places_of = {
         role: [(place, units[word]) for place, word in enumerate(words) if word in units]
         for role, words in axes.items()
     }
-    return {role: places[0] for role, places in found.items() if places} | ({BIAS: (0, 1)} if BIAS in shapes else {})
+    return {role: places[0] for role, places in places_of.items() if places} | (
+        {BIAS: (0, 1)} if BIAS in shapes else {}
+    )
 
 
 def axes_read(text: str, shape: Shape) -> tuple[str, ...]:
@@ -171,8 +175,8 @@ def _unequal_products(form: Form, sizes: Sizes) -> list[Unequal]:
         names = (product, *factors)
         if not all(name in sizes for name in names):
             continue
-        total, first, second = (sizes[name][0][1] for name in names)
-        if total != first * second:  # type: ignore[operator]
+        total, left, right = (sizes[name][0][1] for name in names)
+        if total != left * right:  # type: ignore[operator]
             roles = [role for name in names for role, _ in sizes[name]]
-            unequal.append((roles, f"are of different layers: {first} * {second} features"))
+            unequal.append((roles, f"are of different layers: {left} * {right} features"))
     return unequal

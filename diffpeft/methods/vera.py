@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffpeft.methods import config as checks
-from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
+from diffpeft.methods.base import Additive, Fresh, Shaped, Site, Spec, Tensors
 from diffpeft.methods.forms import Factors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -72,7 +71,7 @@ class Vera(Additive):
     config = VeraConfig
 
     @classmethod
-    def init(cls, config: VeraConfig, site: Site, **_: Any) -> Fresh:
+    def init(cls, config: VeraConfig, site: Site, **_: object) -> Fresh:
         out, r = site.geometry.out, config.r
         d = torch.randn(r, generator=site.generator)  # drawn in any case, as PEFT does
         tensors = {"vera_lambda_b": torch.ones(out), "vera_lambda_d": d}
@@ -82,7 +81,7 @@ class Vera(Additive):
         return Fresh(tensors, options={**options, **({"dropout": config.vera_dropout} if config.vera_dropout else {})})
 
     @classmethod
-    def bank(cls, layers: Sequence[tuple[Mapping[str, Any], Spec]]) -> dict[str, Tensor]:
+    def bank(cls, layers: Sequence[tuple[Mapping[str, Shaped], Spec]]) -> dict[str, Tensor]:
         """A and B as PEFT draws them for layers of these tensors: bit for bit, A first."""
         r, key = cls.rank(layers[0][0]), layers[0][1].options.get("projection_prng_key", 0)
         generator = torch.Generator("cpu").manual_seed(key)
@@ -90,7 +89,7 @@ class Vera(Additive):
         return {"vera_A": _kaiming(r, widest, generator), "vera_B": _kaiming(tallest, r, generator)}
 
     @classmethod
-    def scale(cls, p: Mapping[str, Any], spec: Spec) -> float:
+    def scale(cls, p: Mapping[str, Shaped], spec: Spec) -> float:
         """1: there is no alpha."""
         return 1.0
 

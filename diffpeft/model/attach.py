@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -48,12 +48,13 @@ def mix_of(model: nn.Module, walk: Walk | None = None) -> Mix | None:
 
     `walk` is what carries something in it, where the caller has looked already.
     """
-    mix = None
+    mix: Mix | None = None
     for name, _, record in adapted(model) if walk is None else walk:
-        if record.mix.apart:
-            continue
-        mix = record.mix
-        if record.where != name:
+        if record.mix is not mix:
+            if record.mix.apart:
+                continue
+            mix = record.mix
+        if mix.layers[record.index] != name:
             raise AdapterStateError(
                 f"layer {shown(name)} was adapted as {shown(record.where)}, as part of another module",
                 remedy="Pass the module that was adapted.",
@@ -283,7 +284,7 @@ def copy_wholes(
             )
         made[where] = bare_copy(module).requires_grad_(not still)
         record = _record(plan, mix, where, module)
-        plan.carry(module, replace(record, copies={**record.copies, name: Copy(made[where], still)}))
+        plan.carry(module, record.changed(copies={**record.copies, name: Copy(made[where], still)}))
     for where, other in (ties or {}).items():
         made[where]._parameters["weight"] = made[other]._parameters["weight"]
     return made
@@ -320,7 +321,7 @@ def put_patches(plan: Plan, mix: Mix, name: str, patches: Mapping[str, tuple[nn.
                 remedy="Leave it out of target_modules and modules_to_save, or unload the other adapters.",
             )
         hidden = record.hidden | ({name} if id(patch) in seen else frozenset())
-        plan.carry(module, replace(record, patches={**record.patches, name: patch}, hidden=hidden))
+        plan.carry(module, record.changed(patches={**record.patches, name: patch}, hidden=hidden))
         seen.add(id(patch))
 
 
@@ -420,7 +421,7 @@ def install(
         module, index = modules[layer], column[layer]
         old = plan.record_of(module)
         held = {**(old.slots if old else {}), adapter.name: slot}
-        plan.carry(module, replace(old, slots=held) if old else Record(mix, columns[index].clone(), index, held))
+        plan.carry(module, old.changed(slots=held) if old else Record(mix, columns[index].clone(), index, held))
     return mix
 
 

@@ -64,7 +64,7 @@ def rows_asked(early: bool) -> int | None:
     return prompts * images
 
 
-def asked_scale(early: bool, arguments: Mapping[str, Any]) -> float:
+def asked_scale(early: bool, arguments: Mapping[str, object]) -> float:
     """The scale that `attention_kwargs={"scale": s}` asks for, in any of diffusers' spellings; 1 if nothing does.
 
     Args:
@@ -91,7 +91,7 @@ def for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
     if USE_PEFT_BACKEND:
         return arguments
     scaled = {name: arguments[name] for name in ATTENTION_KWARGS if isinstance(arguments.get(name), Mapping)}
-    return {**arguments, **{name: {k: v for k, v in given.items() if k != "scale"} for name, given in scaled.items()}}
+    return {**arguments, **{name: {k: v for k, v in told.items() if k != "scale"} for name, told in scaled.items()}}
 
 
 def _encoders_scale() -> Any:
@@ -103,11 +103,11 @@ def _encoders_scale() -> Any:
     return None if call is None else _scale_in(call.f_locals)
 
 
-def _scale_in(arguments: Mapping[str, Any]) -> Any:
+def _scale_in(arguments: Mapping[str, object]) -> Any:
     for name in ATTENTION_KWARGS:  # no generator: a compiled model is called from here, and dynamo does not trace them
-        given = arguments.get(name)
-        if isinstance(given, Mapping) and "scale" in given:
-            return given["scale"]
+        told = arguments.get(name)
+        if isinstance(told, Mapping) and "scale" in told:
+            return told["scale"]
     return None
 
 
@@ -117,7 +117,7 @@ def takes_scale(model: nn.Module, component: str) -> bool:
 
 
 @functools.cache
-def _takes_attention_kwargs(forward: Callable[..., Any]) -> bool:
+def _takes_attention_kwargs(forward: Callable[..., object]) -> bool:
     try:
         return bool({*ATTENTION_KWARGS} & {*inspect.signature(forward).parameters})
     except (TypeError, ValueError):

@@ -42,7 +42,7 @@ class Update:
 
 
 def to_lora(
-    target: Any, adapter: str, *, name: str | None = None, rank: int | None = None, energy: float | None = None
+    target: object, adapter: str, *, name: str | None = None, rank: int | None = None, energy: float | None = None
 ) -> dict[str, float]:
     """Turn an adapter of any method into a LoRA. -> {layer: Frobenius norm of what is lost / of the delta}.
 
@@ -97,7 +97,7 @@ def _plan_lora(
 
 
 def combine(
-    target: Any,
+    target: object,
     weights: Mapping[str, float],
     *,
     name: str,
@@ -219,7 +219,7 @@ def _slots(model: nn.Module, name: str) -> Iterable[tuple[str, nn.Module, Slot]]
 
 
 @torch.no_grad()
-def _update(module: Any, slot: Slot) -> Update:
+def _update(module: nn.Module, slot: Slot) -> Update:
     """What an adapter does to a layer's own weight, in fp32 or better."""
     op, record = op_of(module), record_of(module)
     assert record is not None
@@ -285,7 +285,7 @@ def _residual(delta: Tensor, factors: Factors) -> float:
     )
 
 
-def _lora(module: Any, factors: Factors, shift: Tensor | None, trainable: bool) -> Slot:
+def _lora(module: nn.Module, factors: Factors, shift: Tensor | None, trainable: bool) -> Slot:
     """A LoRA of these factors, at scale 1; on a norm what they come to, and for no factors only the bias."""
     kind = site_of(base_class(module))
     assert kind is not None

@@ -24,7 +24,7 @@ class Journal:
         tensors = {id(t): t for module in model.modules() for t in _tensors(module)}
         self.tensors = [(t, t.data, t.requires_grad) for t in tensors.values()]
 
-    def entries(self) -> Iterator[tuple[Table, Any, Any]]:
+    def entries(self) -> Iterator[tuple[Table, str, object]]:
         """(table, name, value or ABSENT) of what is another now."""
         for table, before in self.tables:
             for name in dict.fromkeys((*before, *table)):
@@ -32,7 +32,7 @@ class Journal:
                 if value is not before.get(name, ABSENT):
                     yield table, name, value
 
-    def attributes(self) -> Iterator[tuple[Tensor, str, Any]]:
+    def attributes(self) -> Iterator[tuple[Tensor, str, object]]:
         """(tensor, attribute, value) of what is another now."""
         for tensor, data, flag in self.tensors:
             if not _is_same(tensor.data, data):
@@ -64,7 +64,7 @@ def put_back(table: Table, items: Mapping[Any, Any]) -> None:
         table.update(items)
 
 
-def _owners(model: nn.Module) -> Iterator[Any]:
+def _owners(model: nn.Module) -> Iterator[object]:
     """The modules, and the configs that they hold."""
     for module in model.modules():
         yield module

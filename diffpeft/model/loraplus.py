@@ -18,7 +18,7 @@ _UPS = frozenset(role for role, axes in _LORA.axes.items() if axes.startswith("o
 
 def loraplus_groups(
     model: nn.Module, lr: float, ratio: float, *, embedding_lr: float = 1e-6, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Parameter groups: A and everything else at `lr`, B and biases at `ratio * lr` (biases without weight decay), embeddings at `embedding_lr`."""
     if not ratio > 0 or not lr > 0:
         raise ConfigError(

@@ -33,7 +33,7 @@ from diffpeft.model.weights import based, refuse_changed, unfit, unfused
 
 
 def merge_for_good(
-    model: Any, names: str | Sequence[str] | None = None, *, dequantize: bool = False, safe: bool = False
+    model: nn.Module, names: str | Sequence[str] | None = None, *, dequantize: bool = False, safe: bool = False
 ) -> dict[str, float]:
     """Put adapters into the weights at their present strengths, in activation order, and take every adapter off, merged or not.
 

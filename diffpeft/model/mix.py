@@ -23,7 +23,7 @@ from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
 from diffpeft.methods.config import is_fp32
 from diffpeft.model.arena import Arena
-from diffpeft.model.schedule import Clock, Scaled, Schedule
+from diffpeft.model.schedule import Clock, ScaledSchedule, Schedule
 from diffpeft.model.scope import Block, Scope
 from diffpeft.model.target import spellings
 
@@ -276,7 +276,8 @@ def _numbers(
     different = {name: set(levels[name]) for name in order}
     for name in order:
         now = {level: level.at(fraction) if isinstance(level, Schedule) else level for level in different[name]}
-        strengths[name] = [now[level] for level in levels[name]]
+        values = [*now.values()]
+        strengths[name] = values * len(levels[name]) if len(values) == 1 else [now[level] for level in levels[name]]
     layers = max((len(levels[name]) for name in order), default=0)
     if all(len(values) == 1 for values in different.values()):  # one number an adapter: a table is quickly made of them
         column = torch.tensor([strengths[name][0] for name in order], dtype=torch.float32, device="cpu")
@@ -296,7 +297,7 @@ def _level(strength: Level) -> Level:
 
 
 def _times(level: Level, by: float) -> Level:
-    return Scaled(level, by) if isinstance(level, Schedule) else level * by
+    return ScaledSchedule(level, by) if isinstance(level, Schedule) else level * by
 
 
 def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Level:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, shown
 from diffpeft.layers.hooks import held_forwards, refusal
-from diffpeft.layers.parameters import Factors, Stack
+from diffpeft.layers.parameters import ParameterFactors, Stack
 from diffpeft.layers.patches import Patch
 from diffpeft.layers.tokens import Tokens
 from diffpeft.methods import LoraConfig
@@ -86,7 +86,7 @@ def rows_of(patch: Patch) -> list[int]:
 # Parameters themselves
 
 
-def factors_on(module: nn.Module, where: str, names: Sequence[str], config: LoraConfig) -> Factors:
+def factors_on(module: nn.Module, where: str, names: Sequence[str], config: LoraConfig) -> ParameterFactors:
     """Fresh LoRAs on parameters of a module. Raises ConfigError for a parameter that is no matrix, nor a stack of them."""
     stacks: list[Stack] = []
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -105,7 +105,7 @@ def factors_on(module: nn.Module, where: str, names: Sequence[str], config: Lora
         A, B = _initial(config.init_lora_weights, stack, r)
         tensors[name] = A.to(parameter.device), B.to(parameter.device)
         stacks.append(stack)
-    return Factors(tuple(stacks), tensors, scales).train(module.training)
+    return ParameterFactors(tuple(stacks), tensors, scales).train(module.training)
 
 
 def _initial(init: bool | str, stack: Stack, r: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ class Layer:
     value: State
 
     def present(self) -> State:
-        return state_of(self.module)
+        return state_of(self.module, self.value.weights is not None)
 
     def put(self, value: State) -> None:
         enter(self.module, value)

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 Shared = dict[int, tuple[Tensor, Tensor]]  # {address: (memory as it was, with other rows)}: what shared it still shall
 
 
-def plan_resized(plan: Plan, model: Any, resized: Callable[[], Result], total: int | None = None) -> Result:
+def plan_resized(plan: Plan, model: nn.Module, resized: Callable[[], Result], total: int | None = None) -> Result:
     """Plan what `resized` does, a call of the model's own `resize_token_embeddings`, with the adapters on the embeddings resized too; what it gives.
 
     New rows of whole copies are the model's; a LoRA changes no new token. `total` is the number of rows, if it is known. Raises AdapterStateError.
@@ -158,7 +158,9 @@ def _rows(old: Tensor, axis: int, like: Tensor | None, shared: Shared, total: in
     return shared[key][1].movedim(0, axis)
 
 
-Place = tuple[dict[str, Any], str, nn.Module]  # a module's table of modules, a name in it, and the module that is there
+Place = tuple[
+    dict[str, object], str, nn.Module
+]  # a module's table of modules, a name in it, and the module that is there
 
 
 def refuse_replaced(place: Place | None) -> None:

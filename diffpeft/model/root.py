@@ -36,11 +36,11 @@ def settle(model: nn.Module, mix: Mix) -> None:
         want = _depends_on_the_call(model, mix)
         inner = model._modules.get(COMPILED)  # may have become a root before it was compiled
         for module in (model,) if want or inner is None else (model, inner):
-            found = {
+            marks = {
                 ROOT in module.__dict__,
                 hasattr(type(module), "_diffpeft_called"),
             }  # both, if an interrupt came between
-            if found == {want} or (want and site_of(type(module)) is not None):
+            if marks == {want} or (want and site_of(type(module)) is not None):
                 continue
             base: Any = getattr(type(module), "_diffpeft_called", type(module))
             # past a compiled module's own __setattr__, which would reach the module inside
@@ -98,7 +98,7 @@ def _root_class(base: Any) -> type:
     return _classes[base]
 
 
-def _for_call(mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Moment]:
+def _for_call(mix: Mix, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Moment]:
     """{mix key: moment} of what holds in one call alone; empty if nothing depends on it. Raises AdapterStateError for a scale on what is fused."""
     show_compiled()
     choice, early = mix.standing(), mix.component.startswith("text_encoder")
@@ -120,12 +120,12 @@ def _for_call(mix: Mix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return {mix.key: choice.moment(fraction, rows)}
 
 
-def _rows(choice: Choice, early: bool, given: tuple[Any, ...]) -> int:
+def _rows(choice: Choice, early: bool, arguments: tuple[Any, ...]) -> int:
     """How many rows the batch has. Raises ShapeMismatchError unless the prompts of the pipeline's call are those that the mixes are for.
 
     Guidance repeats the batch, or calls the model again; outside of a pipeline any number of repetitions may be meant.
     """
-    sizes = [len(v) for v in given if (isinstance(v, Tensor) and v.dim()) or _is_batch(v)]
+    sizes = [len(v) for v in arguments if (isinstance(v, Tensor) and v.dim()) or _is_batch(v)]
     n, m, asked = len(choice.rows), choice.images, rows_asked(early)
     what = "prompts" if early else "images"
     if asked is not None and asked != n * m:
@@ -141,5 +141,5 @@ def _rows(choice: Choice, early: bool, given: tuple[Any, ...]) -> int:
     return sizes[0]
 
 
-def _is_batch(value: Any) -> bool:
+def _is_batch(value: object) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Tensor) for v in value)

@@ -87,7 +87,7 @@ class Steps(Schedule):
 
 
 @dataclass(frozen=True)
-class Scaled(Schedule):
+class ScaledSchedule(Schedule):
     """Another schedule times a number."""
 
     schedule: Schedule
@@ -148,16 +148,16 @@ def step(fraction: float) -> Iterator[None]:
 class Clock:
     """How far denoising is, from the scheduler that the pipeline has at the time. It holds the pipeline weakly."""
 
-    def __init__(self, pipeline: Any = None) -> None:
+    def __init__(self, pipeline: object = None) -> None:
         self.pipeline = None if pipeline is None else weakref.ref(pipeline)
         self.run = (
             threading.local()
         )  # of a thread: `timesteps`, also as `values`, and the index of the first in use, `begin`
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return Clock, ()  # a copied model has no pipeline until set_adapters names one
 
-    def fraction(self, timestep: Any = None) -> float:
+    def fraction(self, timestep: object = None) -> float:
         """The fraction of the step in which a denoiser is called with `timestep`."""
         if told := _told.blocks:
             return told[-1].value
@@ -233,10 +233,10 @@ def _calls(scheduler: Any) -> tuple[int, int | None]:
     return getattr(scheduler, "order", 1), None
 
 
-def _fraction(call: int, total: int, each: int, first: int | None) -> float:
+def _fraction(call: int, total: int, each: int, steps: int | None) -> float:
     """i / n for the step that a call belongs to, of a run of `total` calls: as a pipeline's progress bar counts."""
-    if first is None:
+    if steps is None:
         i, n = call // each, -(-total // each)
     else:
-        i, n = (call // each if call < each * first else call - (each - 1) * first), total - (each - 1) * first
+        i, n = (call // each if call < each * steps else call - (each - 1) * steps), total - (each - 1) * steps
     return min(1.0, i / max(1, n))

@@ -25,7 +25,7 @@ from diffpeft.model.target import adapted, components
 TRAINING = DROPOUTS | {"adjusted", "rank_dropout_scale"}  # no part of what f is
 
 
-def slots_of(target: Any, name: str) -> dict[str, Slot]:
+def slots_of(target: object, name: str) -> dict[str, Slot]:
     """{canonical layer: slot} of one adapter, over all components."""
     return {
         canonical(component, layer): slot
@@ -88,7 +88,7 @@ def _with(slot: Slot, tensors: Mapping[str, Tensor]) -> Slot:
     return other
 
 
-def parameters_of(target: Any, name: str) -> list[nn.Parameter]:
+def parameters_of(target: object, name: str) -> list[nn.Parameter]:
     """The trainable parameters of one adapter."""
     return [p for slot in slots_of(target, name).values() for p in slot.parameters() if p.requires_grad]
 
@@ -98,7 +98,7 @@ def _tensors(slot: Slot) -> dict[str, Tensor]:
     return present(slot, lambda: {role: p.detach() for role, p in slot.tensors.items()})
 
 
-def bundle_of(target: Any, name: str, family: str) -> Bundle:
+def bundle_of(target: object, name: str, family: str) -> Bundle:
     """The adapter as a Bundle: its tensors in their own dtype, and all that its file held beside them."""
     adapters = [mix.adapters[name] for mix in mixes_of(components(target)).values() if name in mix.adapters]
     if not adapters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.nn as nn
@@ -10,7 +10,7 @@ import torch.nn as nn
 from diffpeft import patterns
 from diffpeft.bundle import COMPONENTS
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
-from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class, is_adapted
+from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class
 from diffpeft.layers.hooks import refusal
 from diffpeft.layers.sites import site_of
 
@@ -84,21 +84,28 @@ def _library_classes(module: nn.Module) -> list[tuple[str, str]]:
 
 def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """{dotted name: (layer, its parent)} of every layer that can carry adapters, each module once. Adapters of ours are not entered."""
-    return modules_of(model, lambda module: site_of(base_class(module)) is not None)
+    return _layers_in(_walk(model))
 
 
 def walked(
     model: nn.Module,
 ) -> tuple[dict[str, tuple[nn.Module, nn.Module | None]], list[tuple[str, nn.Module, Record]]]:
     """`layers_of` and `adapted` of a model by one walk."""
-    found = modules_of(model, lambda module: is_adapted(module) or site_of(base_class(module)) is not None)
-    layers = {name: held for name, held in found.items() if site_of(base_class(held[0])) is not None}
-    return layers, [(name, m, m.__dict__[RECORD]) for name, (m, _) in found.items() if is_adapted(m)]
+    steps = _walk(model)
+    return _layers_in(steps), _adapted_in(steps)
 
 
 def adapted(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:
     """(dotted name, module, record) of everything that carries something of an adapter, each module once."""
-    return [(name, module, module.__dict__[RECORD]) for name, (module, _) in modules_of(model, is_adapted).items()]
+    return _adapted_in(_walk(model))
+
+
+def _layers_in(steps: Iterable[_Step]) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+    return {name: (m, parent) for name, m, parent in steps if site_of(base_class(m)) is not None}
+
+
+def _adapted_in(steps: Iterable[_Step]) -> list[tuple[str, nn.Module, Record]]:
+    return [(name, m, r) for name, m, _ in steps if (r := m.__dict__.get(RECORD)) is not None]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -108,24 +115,36 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def modules_of(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """{dotted name: (module, its parent)} of the modules that are wanted, each once; nothing of ours is entered."""
-    found: dict[str, tuple[nn.Module, nn.Module | None]] = {}
+    return {name: (module, parent) for name, module, parent in _walk(model) if wanted(module)}
+
+
+_Step = tuple[str, nn.Module, "nn.Module | None"]  # the dotted name of a module, the module and its parent
+_OURS = frozenset({ADAPTERS, COPIES})
+
+
+def _walk(model: nn.Module) -> list[_Step]:
+    """All modules of a model in order, each once; nothing of ours is entered.
+
+    Walked anew each time: to see that a model is still built as before takes two thirds as long, and a module that somebody has replaced must be seen.
+    """
+    steps: list[_Step] = []
     seen: set[int] = set()
-    todo: list[tuple[nn.Module, str, nn.Module | None]] = [(model, "", None)]
+    todo: list[_Step] = [("", model, None)]
     while todo:
-        module, name, parent = todo.pop()
+        step = name, module, _ = todo.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if wanted(module):
-            found[name] = module, parent
-        if not module._modules:
-            continue
-        own = (ADAPTERS, COPIES) if RECORD in module.__dict__ else ()
-        for child_name, child in reversed(module._modules.items()):
-            if child is not None and child_name not in own:
-                inner = name if child_name == COMPILED else f"{name}.{child_name}" if name else child_name
-                todo.append((child, inner, module))
-    return found
+        steps.append(step)
+        inside = module._modules
+        if inside and RECORD in module.__dict__:
+            inside = {} if inside.keys() <= _OURS else {n: m for n, m in inside.items() if n not in _OURS}
+        if inside:
+            level = f"{name}." if name else ""
+            for inner, child in reversed(inside.items()):
+                if child is not None:
+                    todo.append((name if inner == COMPILED else level + inner, child, module))
+    return steps
 
 
 def targets_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:

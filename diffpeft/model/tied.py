@@ -17,7 +17,7 @@ from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan, Put
 
 
-def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tuple[int, str], Any]:
+def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tuple[int, str], object]:
     """Plan to give modules' parameters and buffers new numbers, untying only what gets others than the rest.
 
     Args:
@@ -30,7 +30,7 @@ def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tupl
     shared: dict[int, list[Put]] = {}
     for table, name, new in places.values():
         shared.setdefault(id(table[name]), []).append((table, name, new))
-    parted: dict[tuple[int, str], Any] = {}
+    parted: dict[tuple[int, str], object] = {}
     for key, holders in shared.items():
         groups = _alike(holders)
         others = owners.get(key, len(holders)) > len(holders)  # somebody keeps the numbers
@@ -38,9 +38,9 @@ def spread(plan: Plan, puts: Sequence[Put], owners: dict[int, int]) -> dict[tupl
             table, name, new = groups.pop(0)[0]
             plan.numbers(table[name], new)
         for group in groups:
-            own = _own(group[0])
+            parameter = _own(group[0])
             for table, name, _ in group:
-                plan.entry(table, name, own)
+                plan.entry(table, name, parameter)
             parted |= {(id(table), name): table[name] for table, name, _ in group}
             owners[key] = owners.get(key, 0) - len(group)
     return parted
@@ -53,15 +53,15 @@ def count_twins_once(walk: Iterable[tuple[str, nn.Module, Record]], owners: dict
         weight = module._parameters.get("weight")
         if record.slots and weight is not None and owners.get(id(weight), 0) > 1:
             sharing.setdefault(id(weight), []).append(record)
-    for key, (first, *others) in sharing.items():
-        if 1 + len(others) == owners[key] and all(_are_twins(first, other) for other in others):
+    for key, (record, *others) in sharing.items():
+        if 1 + len(others) == owners[key] and all(_are_twins(record, other) for other in others):
             owners[key] = 1
 
 
-def _are_twins(first: Record, second: Record) -> bool:
-    if list(first.slots) != list(second.slots):
+def _are_twins(one: Record, other: Record) -> bool:
+    if list(one.slots) != list(other.slots):
         return False
-    return all(same_product(first.slots[name], second.slots[name]) for name in first.slots)
+    return all(same_product(one.slots[name], other.slots[name]) for name in one.slots)
 
 
 def same_product(one: Slot, other: Slot) -> bool:

@@ -20,7 +20,7 @@ from diffpeft.model.target import modules_of
 from diffpeft.model.tied import same_product
 
 FIELD = "tie_word_embeddings"
-Holder = tuple[dict[str, Any], str]  # a module's table of parameters, and a name in it
+Holder = tuple[dict[str, object], str]  # a module's table of parameters, and a name in it
 
 
 def tied_to_embedding(model: Any) -> dict[str, str]:
@@ -112,7 +112,7 @@ def _holder(model: nn.Module, name: str) -> Holder | None:
     return (module._parameters, last) if module._parameters.get(last) is not None else None
 
 
-def _then(later: Mapping[tuple[int, str], Any], holder: Holder) -> Any:
+def _then(later: Mapping[tuple[int, str], object], holder: Holder) -> Any:
     """The parameter that will be there."""
     table, name = holder
     return later.get((id(table), name), table[name])
@@ -128,7 +128,7 @@ def _may_be_untied(config: Any) -> bool:
     return again.get(FIELD) is False
 
 
-def _forget(plan: Plan, model: nn.Module, later: Mapping[tuple[int, str], Any]) -> None:
+def _forget(plan: Plan, model: nn.Module, later: Mapping[tuple[int, str], object]) -> None:
     """transformers' own list of what is tied, without what no longer is."""
     for module in model.modules():
         known: Any = module.__dict__.get("all_tied_weights_keys")
@@ -138,6 +138,6 @@ def _forget(plan: Plan, model: nn.Module, later: Mapping[tuple[int, str], Any]) 
                 plan.set(module, all_tied_weights_keys=tied)
 
 
-def _still(module: nn.Module, target: str, source: str, later: Mapping[tuple[int, str], Any]) -> bool:
+def _still(module: nn.Module, target: str, source: str, later: Mapping[tuple[int, str], object]) -> bool:
     one, other = _holder(module, target), _holder(module, source)
     return one is None or other is None or _then(later, one) is _then(later, other)

@@ -115,7 +115,7 @@ def _source(slot: Slot, weight: float) -> Source:
     return present(slot, read)
 
 
-def _of_factors(recipe: Recipe, sources: Sequence[Source], op: Any) -> Factors:
+def _of_factors(recipe: Recipe, sources: Sequence[Source], op: object) -> Factors:
     """Both factors merged on their own, half of each weight in either, its sign in A."""
     if len({s.A.shape for s in sources}) > 1:
         raise ConfigError(
@@ -131,7 +131,7 @@ def _of_factors(recipe: Recipe, sources: Sequence[Source], op: Any) -> Factors:
     return A, merged(recipe.how, [s.B for s in sources], halves, *args)
 
 
-def _of_sides(recipe: Recipe, sources: Sequence[Source], op: Any) -> Factors:
+def _of_sides(recipe: Recipe, sources: Sequence[Source], op: object) -> Factors:
     """Factors side by side, the weights in A."""
     return torch.cat([s.weight * s.scale * s.A for s in sources]), torch.cat([s.B for s in sources], 1)
 

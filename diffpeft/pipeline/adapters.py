@@ -40,7 +40,7 @@ class AdapterStatus:
 
 
 def set_adapters(
-    target: Any, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
+    target: object, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
 ) -> None:
     """Make the adapters named in `mix` active, in this order and at these strengths; all others become inactive.
 
@@ -57,7 +57,7 @@ def set_adapters(
 
 
 def plan_mix(
-    plan: Plan, target: Any, parts: Mapping[str, nn.Module], strengths: Any, images_per_prompt: int = 1
+    plan: Plan, target: object, parts: Mapping[str, nn.Module], strengths: object, images_per_prompt: int = 1
 ) -> None:
     """Plan what `set_adapters` does. Raises what it raises."""
     mixes = mixes_of(parts)
@@ -70,7 +70,7 @@ def plan_mix(
 
 @contextlib.contextmanager
 def adapters(
-    target: Any, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
+    target: object, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
 ) -> Iterator[None]:
     """`set_adapters` for this thread, or asyncio task, and this block only. Blocks nest; the inner one replaces the whole mix.
 
@@ -100,7 +100,7 @@ def _choices(
     return choices
 
 
-def _check_checkpointing(target: Any) -> None:
+def _check_checkpointing(target: object) -> None:
     if not torch.is_grad_enabled():
         return
     for component, model in components(target).items():
@@ -132,7 +132,7 @@ def _check_fused(
                     check_order(layer, record, [n for n in mix.fused if n in record.fused], row)
 
 
-def get_adapters(target: Any) -> dict[str, AdapterStatus]:
+def get_adapters(target: object) -> dict[str, AdapterStatus]:
     """{name: status} of every adapter, in the order in which they came."""
     parts = components(target)
     with exclusive(parts):
@@ -156,7 +156,7 @@ def _status(target: Any, name: str, mixes: Mapping[str, Any]) -> AdapterStatus:
     )
 
 
-def unload(target: Any, names: str | Sequence[str] | None = None) -> None:
+def unload(target: object, names: str | Sequence[str] | None = None) -> None:
     """Remove adapters, all of them by default. The last one out leaves no trace: classes, keys and bytes are what they were.
 
     Raises UnknownNameError for a name that is not there, AdapterStateError for one that a running `adapters(...)` block uses.

@@ -35,6 +35,7 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.families import family_of
+from diffpeft.files import Json
 from diffpeft.layers.carried import Record, effective
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide_dtype
@@ -178,7 +179,7 @@ def _check_places(model: Path, out: Path) -> None:
         raise ConfigError("the output is there already", where=out, remedy="Name a new folder, or empty this one.")
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> Json:
     """The table in a JSON file. Raises UnreadableFileError."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ Slots = Mapping[str, Mapping[str, Slot]]  # {component: {layer: slot}}
 
 
 def replace(
-    target: Any,
+    target: object,
     name: str,
     source: str | os.PathLike[str] | Mapping[str, Tensor] | Bundle,
     *,

@@ -186,7 +186,8 @@ def _shape(module: nn.Module) -> tuple[int, ...] | None:
 
 def _has_weights(module: nn.Module) -> bool:
     """Whether a layer has parameters: a norm without any can be named, but has nothing to adapt."""
-    return any(p is not None for p in module._parameters.values())
+    parameters = module._parameters
+    return parameters.get("weight") is not None or any(p is not None for p in parameters.values())
 
 
 def save_lora(

@@ -63,7 +63,7 @@ def matched(
     specs = _checked(bundle, placed, layers)
     slots: Slots = {component: {} for component in parts}
     for (component, layer), made in _pieces(bundle, placed, specs, layers, trainable).items():
-        where = f"{bundle.source}: {dotted(component, layer)}"
+        where = "" if max_rank is None else f"{bundle.source}: {dotted(component, layer)}"
         slots[component][layer] = _slot(made, layers[component][layer][0], trainable, max_rank, where)
     for component, by_layer in slots.items():
         _share(by_layer, [entry for entry, place in placed if place[0] == component], bundle.source)
@@ -140,9 +140,11 @@ def _slot(made: Made, module: nn.Module, trainable: bool, max_rank: int | None, 
     slot = Slot(room, beside, trainable=trainable)
     slot.source = None if max_rank is None else tuple(pieces)
     device = device_of(module)
-    if any(t is not None and t.device != device for t in (*slot._parameters.values(), *slot._buffers.values())):
-        slot.to(device)
-    slot.training = module.training
+    for table in (slot._parameters, slot._buffers):
+        for tensor in table.values():
+            if tensor is not None and tensor.device != device:
+                slot.to(device)
+    slot.__dict__["training"] = module.training
     return slot
 
 
@@ -270,10 +272,9 @@ def _refuse_infinite(
     bundle: Bundle, entry: Entry, spec: Spec, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     """Raise NonFiniteError for numbers that are not finite in the layer's dtype, or an alpha that is not."""
-    limit = torch.finfo(dtype).max
-    numbers = [t for t in tensors.values() if t.is_floating_point() and t.numel()]
+    limit = _MAX[dtype]
     wrong = ""
-    if not all(-low.item() <= limit and high.item() <= limit for low, high in map(torch.aminmax, numbers)):  # nor NaN
+    if not all(_holds(limit, t) for t in tensors.values()):
         wrong = f"values that are not finite in {dtype}"
     elif spec.alpha is not None and not abs(spec.alpha) <= FP32_MAX:
         wrong = "an alpha that is not finite"
@@ -281,6 +282,17 @@ def _refuse_infinite(
         raise NonFiniteError(
             f"layer {shown(entry.layer)} has {wrong}", where=bundle.source, remedy="The file is damaged."
         )
+
+
+_MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+
+
+def _holds(limit: float, t: Tensor) -> bool:
+    """Whether no number of a tensor is larger than the limit, or is none."""
+    if not t.is_floating_point() or not t.numel():
+        return True
+    low, high = torch.aminmax(t)
+    return -low.item() <= limit and high.item() <= limit  # nor NaN
 
 
 def in_memory(number: HandleOrNumber) -> HandleOrNumber:

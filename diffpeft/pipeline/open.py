@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from diffpeft.errors import CheckpointError, ConfigError, listed, near
+from diffpeft.files import Json
 from diffpeft.io import refuse_pickle
 from diffpeft.pipeline.locate import HUB_ID, on_hub
 
@@ -123,7 +124,7 @@ def _typed(value: object, kind: type[Value]) -> Value | None:
     return value if isinstance(value, kind) else None
 
 
-def _config(model: str | None, name: str) -> Mapping[str, Any]:
+def _config(model: str | None, name: str) -> Json:
     """One of a pipeline's JSON files; empty if there is none, or if it cannot be read."""
     path = (Path(model) if model else EMBEDDED) / name
     try:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffpeft.errors import ConfigError, UnknownNameError, near, shown
+from diffpeft.files import Json
 
 
 def option(
-    default: Any,
+    default: object,
     help: str,
     *,
     choices: tuple[str, ...] = (),
@@ -298,7 +299,7 @@ def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyO
 _BACKSLASHES = "Between double quotes a backslash is doubled; or use single quotes: 'C:\\photos'."
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> Json:
     """The table in a TOML file. Raises ConfigError, which says what to do about backslashes."""
     try:
         text = path.read_text(encoding="utf-8-sig")

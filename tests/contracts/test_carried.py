@@ -17,7 +17,7 @@ from torch import nn
 import diffpeft
 from diffpeft import LoHaConfig, LoraConfig, OFTConfig
 from diffpeft.layers.carried import effective, record_of
-from diffpeft.layers.parameters import Factors, Stack
+from diffpeft.layers.parameters import ParameterFactors, Stack
 from diffpeft.layers.tokens import Tokens
 from diffpeft.model.attach import Addition, method_of, plan_attached
 from diffpeft.model.fuse import fuse, unfuse
@@ -69,7 +69,7 @@ def add(model, where, kind, name):
     else:
         stack, r = Stack.of(model[0], "weight"), 2
         A, B = torch.randn(r, stack.in_, dtype=torch.float64), torch.randn(stack.out, r, dtype=torch.float64)
-        patches = {"0": (model[0], Factors((stack,), {"weight": (A, B)}, {"weight": 0.7}))}
+        patches = {"0": (model[0], ParameterFactors((stack,), {"weight": (A, B)}, {"weight": 0.7}))}
     method = method_of(config, {})
     with planned({"": model}) as plan:
         addition = Addition(name, config, method, wholes=wholes, patches=patches, quiet=True)

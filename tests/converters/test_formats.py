@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import converters
 from converters import FORMATS, TABLES
-from converters.formats import Part
+from converters.formats import KeyParts
 from diffpeft.bundle import Entry, canonical
 from diffpeft.cli.convert import WRITTEN
 from diffpeft.errors import AmbiguousFormatError, UnknownKeysError, WrongBaseError
@@ -56,8 +56,8 @@ def test_split_undoes_join(format):
     layer = "double_blocks.0.img_attn.qkv" if format == "xlabs" else "transformer_blocks.3.attn.to_out.0"
     for role in [role for role in roles if format not in ("diffusers", "peft") or role not in ("alpha", "ia3_w")]:
         word = fmt.word("transformer", TABLES["flux"])
-        part = fmt.split(fmt.join(Part(word, layer, role), entry(f"transformer.{layer}")))
-        assert part == Part(word, layer.replace(".", "_") if fmt.flat else layer, role)
+        part = fmt.split(fmt.join(KeyParts(word, layer, role), entry(f"transformer.{layer}")))
+        assert part == KeyParts(word, layer.replace(".", "_") if fmt.flat else layer, role)
 
 
 @pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.writable and name != "xlabs"])
@@ -66,7 +66,7 @@ def test_every_word_leads_back_to_its_component(format):
     for _, family, component, layer in (row for row in SPELT if row[0] == format):
         table = TABLES[family]
         word = fmt.word(component, table)
-        part = fmt.split(fmt.join(Part(word, layer, "lora_A"), entry(f"{component}.{layer}")))
+        part = fmt.split(fmt.join(KeyParts(word, layer, "lora_A"), entry(f"{component}.{layer}")))
         assert word.startswith(part.word) and fmt.component(part.word, table) == ("" if fmt.single else component)
 
 

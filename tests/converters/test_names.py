@@ -147,7 +147,7 @@ def test_a_wrapped_file_comes_back_byte_for_byte(case, tmp_path):
 @pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.writable])
 def test_names_without_wrappers_are_left_alone(format):
     """The names of all families in every format; a module called `module` below another is no wrapper."""
-    from converters.formats import Part
+    from converters.formats import KeyParts
     from tests.converters.test_formats import entry
 
     fmt = FORMATS[format]
@@ -157,7 +157,7 @@ def test_names_without_wrappers_are_left_alone(format):
         for component, templates in table.components.items():
             word = fmt.word(component, table)
             for template in templates if word is not None and format != "xlabs" else ():
-                key = fmt.join(Part(word, template.format(1, 2, 3), "lora_A"), entry(f"{component}.{template}"))
+                key = fmt.join(KeyParts(word, template.format(1, 2, 3), "lora_A"), entry(f"{component}.{template}"))
                 assert unwrapped(key) == key
     for key in ("base_model.model.model.module.q_proj.lora_A.weight", "base_model.model.module.fc.lora_A.weight"):
         assert unwrapped(key) == key

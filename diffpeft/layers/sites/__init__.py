@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import nn
 
 from diffpeft.layers.backends import Kind
-from diffpeft.layers.sites.base import Site
+from diffpeft.layers.sites.base import LayerSite
 from diffpeft.layers.sites.conv import ConvSite, TransposedConvSite
 from diffpeft.layers.sites.embedding import EmbeddingSite
 from diffpeft.layers.sites.linear import LinearSite, TransposedLinearSite
 from diffpeft.layers.sites.norm import NormSite
 
-SITES: tuple[type[Site], ...] = (
+SITES: tuple[type[LayerSite], ...] = (
     LinearSite,
     TransposedLinearSite,
     EmbeddingSite,
@@ -24,17 +24,17 @@ SITES: tuple[type[Site], ...] = (
 )
 
 
-def site_of(cls: type[nn.Module]) -> type[Site] | None:
+def site_of(cls: type[nn.Module]) -> type[LayerSite] | None:
     """The kind of site that modules of this class are, or None if no method fits them."""
     if cls not in _known:
         _known[cls] = _site(cls)
     return _known[cls]
 
 
-_known: dict[type[nn.Module], type[Site] | None] = {}
+_known: dict[type[nn.Module], type[LayerSite] | None] = {}
 
 
-def _site(cls: type[nn.Module]) -> type[Site] | None:
+def _site(cls: type[nn.Module]) -> type[LayerSite] | None:
     names = {(c.__module__, c.__name__) for c in cls.__mro__}
 
     def fits(kind: type[nn.Module] | Kind) -> bool:
@@ -49,7 +49,7 @@ __all__ = [
     "LinearSite",
     "NormSite",
     "SITES",
-    "Site",
+    "LayerSite",
     "TransposedConvSite",
     "TransposedLinearSite",
     "site_of",

@@ -15,7 +15,7 @@ from diffpeft.methods.forms import Factors, Form, Kronecker, Stage
 from diffpeft.methods.linalg import added
 
 
-class Site:
+class LayerSite:
     """What layers and models need of a layer; with what it lends methods (`methods.Operation`).
 
     A kind of layer is a subclass. Where `targets` is False it is a norm: it is changed through its weight and bias alone, and lends `op` only.
@@ -30,7 +30,7 @@ class Site:
     targets: ClassVar[bool] = True  # whether `attach` may choose it
     in_order: ClassVar[bool] = False  # whether the layer stores its weight as the canonical one is, output by output
 
-    def __init__(self, module: Any, *arguments: Any, **keywords: Any):
+    def __init__(self, module: Any, *arguments: object, **keywords: object):
         self.module, self.arguments, self.keywords = module, arguments, keywords
         self.geometry = self.geometry_of(module)
         self.backend = backend_of(module)
@@ -38,7 +38,7 @@ class Site:
         self.faithful = self.backend is None and self._runs_as_its_kind()
 
     def _runs_as_its_kind(self) -> bool:
-        base: Any = getattr(type(self.module), "_diffpeft_base", type(self.module))
+        base: type[nn.Module] = getattr(type(self.module), "_diffpeft_base", type(self.module))
         name = (base.__module__, base.__name__)
         return any(kind == name if isinstance(kind, tuple) else base.forward is kind.forward for kind in self.kinds)
 
@@ -108,13 +108,15 @@ class Site:
         h = self._mixed(x, form.first)
         return self.blocks(h, second[0].T.expand(a, *second[0].T.shape))
 
-    def _mixed(self, t: Tensor, first: tuple[Tensor, ...]) -> Tensor:
+    def _mixed(self, t: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
         """Blocks of features mixed by a matrix, or by two of which it is the product where that is clearly less work."""
-        if len(first) == 1:
-            return self.mix(t, first[0])
-        (a, q), c = first[0].shape, first[1].shape[1]
+        if len(matrices) == 1:
+            return self.mix(t, matrices[0])
+        (a, q), c = matrices[0].shape, matrices[1].shape[1]
         return (
-            self.mix(self.mix(t, first[1]), first[0]) if 2 * q * (a + c) < a * c else self.mix(t, first[0] @ first[1])
+            self.mix(self.mix(t, matrices[1]), matrices[0])
+            if 2 * q * (a + c) < a * c
+            else self.mix(t, matrices[0] @ matrices[1])
         )
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ def mixes_first(form: Kronecker) -> bool:
     return not kernel and a * d * (c + b) <= c * b * (d + a)
 
 
-class FeaturesLast(Site):
+class FeaturesLast(LayerSite):
     """Features in the last axis."""
 
     def positions(self, x: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffpeft.layers import kernels
 from diffpeft.layers.backends import Kind
-from diffpeft.layers.sites.base import Site
+from diffpeft.layers.sites.base import LayerSite
 from diffpeft.methods import Geometry, Strength
 from diffpeft.methods.forms import Stage
 
@@ -20,14 +20,14 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-class ConvSite(Site):
+class ConvSite(LayerSite):
     """nn.Conv1d, 2d and 3d with any stride, padding (and its mode), dilation and groups; features in the axis before the kernel's."""
 
     kinds: ClassVar[tuple[type[nn.Module] | Kind, ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     in_order = True
 
     @staticmethod
-    def geometry_of(module: Any) -> Geometry:
+    def geometry_of(module: nn.modules.conv._ConvNd) -> Geometry:
         return Geometry(module.out_channels, module.in_channels, tuple(module.kernel_size), module.groups)
 
     def positions(self, x: Tensor) -> int:

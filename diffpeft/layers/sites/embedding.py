@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ class EmbeddingSite(FeaturesLast):
     kinds = (nn.Embedding,)
 
     @staticmethod
-    def geometry_of(module: Any) -> Geometry:
+    def geometry_of(module: nn.Embedding) -> Geometry:
         return Geometry(module.embedding_dim, module.num_embeddings, lookup=True)
 
     def canonical(self, weight: Tensor) -> Tensor:

@@ -21,14 +21,14 @@ class LinearSite(FeaturesLast):
     kinds: ClassVar[tuple[type[nn.Module] | Kind, ...]] = (nn.Linear,)
     in_order = True
 
-    def __init__(self, module: Any, *arguments: Any, **keywords: Any):
+    def __init__(self, module: nn.Module, *arguments: object, **keywords: object):
         super().__init__(module, *arguments, **keywords)
-        base: Any = getattr(type(module), "_diffpeft_base", None)
+        base: type[nn.Module] | None = getattr(type(module), "_diffpeft_base", None)
         # F.linear with a weight that is simply here, and no more: one kernel may do it together with an adapter, where nothing is traced
         self.plain = self.backend is None and base is not None and base.forward is nn.Linear.forward and not traced()
 
     @staticmethod
-    def geometry_of(module: Any) -> Geometry:
+    def geometry_of(module: nn.Linear) -> Geometry:
         return Geometry(module.out_features, module.in_features)
 
     def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from diffpeft.layers.sites.base import Site
+from diffpeft.layers.sites.base import LayerSite
 from diffpeft.methods import Geometry
 
 _CHANNELS = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
-class NormSite(Site):
+class NormSite(LayerSite):
     """Normalising layers: W [features, 1] is their factors, whatever their class makes of them. Features are the second axis or the last.
 
     transformers has a class like T5LayerNorm or Qwen2RMSNorm for every model.
@@ -22,12 +20,12 @@ class NormSite(Site):
     endings = ("RMSNorm", "T5LayerNorm")
     targets = False
 
-    def __init__(self, module: Any, *arguments: Any, **keywords: Any):
+    def __init__(self, module: nn.Module, *arguments: object, **keywords: object):
         super().__init__(module, *arguments, **keywords)
         self.faithful = True  # whatever the class does, `op` does
 
     @staticmethod
-    def geometry_of(module: Any) -> Geometry:
+    def geometry_of(module: nn.Module) -> Geometry:
         weight = getattr(module, "weight", None)
         return Geometry(0 if weight is None else weight.numel(), 1)
 
@@ -40,7 +38,7 @@ class NormSite(Site):
     def op(self, x: Tensor, weight: Tensor, bias: bool) -> Tensor:
         """The forward of its class on a layer that differs in its weight and nothing else."""
         m = self.module
-        base: Any = getattr(type(m), "_diffpeft_base", type(m))
+        base: type[nn.Module] = getattr(type(m), "_diffpeft_base", type(m))
         changed = {"weight": self.stored(weight).to(m.weight.dtype), "bias": self.bias if bias else None}
         other = base.__new__(base)
         other.__dict__.update(m.__dict__, _parameters={**m._parameters, **changed})
