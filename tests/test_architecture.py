@@ -168,3 +168,9 @@ def test_every_floor_is_on_the_page():
     page = (ROOT / "docs" / "architecture.md").read_text()
     drawn = set(re.findall(r"\w+", page.split("```")[1]))
     assert drawn == set(FLOORS), drawn ^ set(FLOORS)
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by that, and would run only the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
