@@ -10,9 +10,10 @@ wrapper or a parametrisation: docs/decisions/001-in-place-means-a-class-swap.md.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from diffpeft.layers.swap import Class
 
 RECORD = "_diffpeft"  # where a module keeps its record
 ADAPTERS, COPIES = "adapters", "copies"  # the names under which a module holds its slots, and its copies and patches
+LAYER_PARAMETERS = ("weight", "bias")  # what a slot may change of its layer
 SHARED = "%shared"  # behind an adapter's name: the module of the tensors that its layers share
 _RESERVED = set(dir(nn.ModuleDict()))
 
@@ -176,7 +178,7 @@ def state_of(module: nn.Module, weights: bool = True) -> State:
 def weights_of(module: nn.Module) -> Parameters:
     """The numbers of a layer's weight and bias."""
     parameters = module._parameters
-    return {name: p.data for name in ("weight", "bias") if (p := parameters.get(name)) is not None}
+    return {name: p.data for name in LAYER_PARAMETERS if (p := parameters.get(name)) is not None}
 
 
 def enter(module: Any, state: State) -> None:
@@ -227,13 +229,14 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def layer_site(base: Class) -> type[LayerSite]:
+    """The kind of layer that a class is, which carries slots."""
     site = site_of(base)
     assert site is not None
     return site
 
 
 def op_of(module: nn.Module) -> LayerSite:
-    """What a layer, adapted or not, lends a method (methods.Op), with its own weight."""
+    """What a layer, adapted or not, lends a method (methods.Operation), with its own weight."""
     return layer_site(base_class(module))(module)
 
 
@@ -263,25 +266,13 @@ def effective(module: nn.Module, steps: Sequence[Step], dtype: torch.dtype, weig
     There is a bias where an adapter adds one, also if the layer has no place for it.
     """
     out = dict(weights)
-    for slots, group in _runs(steps):
-        if slots:
-            out |= _with_slots(module, group, dtype, out)
+    for are_patches, group in itertools.groupby(cast(Any, steps), key=lambda step: isinstance(step[0], Patch)):
+        if not are_patches:
+            out |= _with_slots(module, list(group), dtype, out)
             continue
         for patch, s in group:
             out |= {name: patch.changed(name, out[name].to(dtype), s) for name in patch.names}
     return out
-
-
-def _runs(steps: Sequence[Step]) -> Iterator[tuple[bool, list[tuple[Any, float]]]]:
-    """Slots that follow each other together, and patches."""
-    group: list[Step] = []
-    for step in steps:
-        if group and isinstance(group[-1][0], Patch) != isinstance(step[0], Patch):
-            yield not isinstance(group[-1][0], Patch), group
-            group = []
-        group.append(step)
-    if group:
-        yield not isinstance(group[-1][0], Patch), group
 
 
 def _with_slots(

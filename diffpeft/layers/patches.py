@@ -52,7 +52,7 @@ class Patch(nn.Module, Other):
         return base.forward(stand_in(module, base, {n: patched(cast(Tensor, module._parameters[n]), n, steps) for n in names}), *args, **kwargs)  # fmt: skip
 
     def link(self, before: Chained, s: Given) -> Patched:
-        """The layer with this patch as the last of a chain, at a strength that is a number now (carried.py asks at each call)."""
+        """The layer with this patch as the last of a chain, at a strength that is a number now (acting.py asks at each call)."""
         assert isinstance(s, float)
         return Patched(before, self, s)
 

@@ -47,13 +47,5 @@ def _shape(g: Geometry) -> tuple[int, ...]:
     return g.shape[::-1] if g.lookup else g.shape
 
 
-def _short(shape: Collection[int]) -> tuple[int, ...]:
-    """A shape without ones at its end: [o, i] and [o, i, 1, 1] hold the same numbers."""
-    short = tuple(shape)
-    while len(short) > 1 and short[-1] == 1:
-        short = short[:-1]
-    return short
-
-
 def _canonical(t: Tensor, spec: Spec) -> Tensor:
     return t.t() if spec.geometry.lookup else t

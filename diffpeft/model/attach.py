@@ -189,8 +189,8 @@ def plan_attached(
     plan: Plan, parts: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, nn.Module]], new: Addition
 ) -> AttachReport:
     """Plan `attach` for layers that have been chosen, {component: {name: layer}}."""
-    layers, slots = _fresh_slots(parts, chosen, new, dry_run=False)
     mixes = mixes_of(parts)
+    layers, slots = _fresh_slots(parts, mixes, chosen, new, dry_run=False)
     for component, of_component in slots.items():
         if not of_component and not new.wholes and not new.patches:
             continue
@@ -209,17 +209,18 @@ def dry_run_of(
     parts: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, nn.Module]], new: Addition
 ) -> AttachReport:
     """What `plan_attached` would report."""
-    return _report(new, _fresh_slots(parts, chosen, new, dry_run=True)[1])
+    return _report(new, _fresh_slots(parts, mixes_of(parts), chosen, new, dry_run=True)[1])
 
 
 def _fresh_slots(
     parts: Mapping[str, nn.Module],
+    mixes: Mapping[str, Mix],
     chosen: Mapping[str, Mapping[str, nn.Module]],
     new: Addition,
     dry_run: bool,
 ) -> tuple[dict[str, dict[str, nn.Module]], Slots]:
     """The chosen layers, and those whose bias alone is trained; and a fresh slot for each. In a dry run on the meta device."""
-    refuse_duplicate(new.name, mixes_of(parts).values())
+    refuse_duplicate(new.name, mixes.values())
     layers = {component: dict(of_component) for component, of_component in chosen.items()}
     slots = {
         component: {layer: _fresh(new, layer, module, dry_run) for layer, module in of_component.items()}

@@ -26,6 +26,7 @@ from diffpeft.methods.merging import HOW, merged
 from diffpeft.model.attach import install, mixes_of, refuse_duplicate
 from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
+from diffpeft.model.room import plan_slots
 from diffpeft.model.target import adapted, adapted_layers, components
 
 Factors = tuple[Tensor, Tensor]  # A [r, columns], B [out, r]: an update B A
@@ -306,10 +307,7 @@ def _plan_replaced(plan: Plan, model: nn.Module, mix: Mix, name: str, slots: Map
         raise AdapterStateError(
             f"adapter {shown(name)} is fused", remedy="Call unfuse first, or give the LoRA a name=."
         )
-    for layer, module, _ in _slots(model, name):
-        record = plan.record_of(module)
-        assert record is not None
-        plan.carry(module, replace(record, slots={**record.slots, name: slots[layer]}))
+    plan_slots(plan, model, name, slots)
     plan.root(model, mix)
 
 

@@ -9,7 +9,7 @@ import functools
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -195,7 +195,7 @@ class _Fuser:
         empty = functools.partial(self.arena.like, job.layer) if self.keep else torch.empty_like
         weights = fused_weights(job.layer, job.module, job.base, steps, self.scratch, empty=empty)
         kept_base = {name: t.to("cpu") for name, t in job.base.items()} if self.keep else None
-        fused = replace(job.record, fused=frozenset(job.inside), base=kept_base, sample=sampled(weights))
+        fused = job.record.changed(fused=frozenset(job.inside), base=kept_base, sample=sampled(weights))
         if job.record.patches:
             self.patched.append((job.module, fused))
             self.puts += [(job.module._parameters, name, t) for name, t in weights.items()]
@@ -211,9 +211,8 @@ class _Fuser:
         total = bounded_sum(job.module, job.base, steps)
         if total is None:
             return False
-        fused = replace(job.record, fused=frozenset(job.inside))
-        onward = Rewritten(weight.detach(), total, self.scratch)
-        self.plan.rewrite(job.module, fused, onward, {})
+        fused = job.record.changed(fused=frozenset(job.inside))
+        self.plan.rewrite(job.module, fused, Rewritten(weight.detach(), total, self.scratch))
         return True
 
     def plan_patched(self) -> None:
@@ -222,7 +221,7 @@ class _Fuser:
         for module, fused in self.patched:
             table = module._parameters
             new = {name: parted[id(table), name] for name in table if (id(table), name) in parted}
-            self.plan.carry(module, replace(fused, parted={**new, **fused.parted}))
+            self.plan.carry(module, fused.changed(parted={**new, **fused.parted}))
 
 
 def _alone(model: nn.Module) -> set[int]:

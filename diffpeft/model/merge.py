@@ -6,7 +6,6 @@ has too few levels to take an adapter in; its layer is replaced by a plain one w
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +17,18 @@ from torch import nn
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
 from diffpeft.layers.backends import Backend, backend_of
-from diffpeft.layers.carried import Copy, Parameters, Record, Step, bare, effective, op_of
+from diffpeft.layers.carried import LAYER_PARAMETERS, Copy, Parameters, Record, Step, bare, effective, op_of
 from diffpeft.layers.patches import Patch
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
-from diffpeft.methods.linalg import is_finite, wide_dtype
+from diffpeft.methods.linalg import is_finite
 from diffpeft.model.attach import Walk, mixes_of, refuse_foreign
 from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import based, refuse_changed, unfit, unfused
+from diffpeft.model.weights import based, computed_in, refuse_changed, unfit, unfused
 
 
 def merge_for_good(
@@ -80,9 +79,6 @@ def plan_merged(
         plan.set(mix, adapters={}, choice=Choice(), fused={})
         plan.root(parts[component], mix)
     return errors
-
-
-_LAYERS = ("weight", "bias")  # the parameters that a slot may change
 
 
 @dataclass
@@ -155,7 +151,9 @@ class _Merger:
         ]
         if len(steps) == 1:
             return None
-        names = dict.fromkeys(n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else _LAYERS))
+        names = dict.fromkeys(
+            n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else LAYER_PARAMETERS)
+        )
         base = {n: p.data for n in names if (p := copy.module._parameters.get(n)) is not None}
         weights, error = _merged(layer, module, base, base, steps[1:])
         self.puts += [(module._parameters, name, t) for name, t in weights.items()]
@@ -222,7 +220,7 @@ def _merged(
     """Parameters computed from `base` in fp32 or better and rounded once, in the dtype and layout of `like`; and the relative error of the first."""
     with torch.no_grad():
         start = {name: t.to(like[name].device) for name, t in base.items()}
-        dtype = functools.reduce(torch.promote_types, (wide_dtype(t.dtype) for t in base.values()))
+        dtype = computed_in(base)
         exact = effective(module, steps, dtype, start)
         if exact.keys() - like.keys():
             raise unfit(layer, "an adapter adds a bias and the layer has none")

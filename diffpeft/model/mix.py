@@ -261,10 +261,6 @@ def _of_one(component: str, layers: Sequence[str], mix: Given, clock: Clock | No
     return Choice(order, said, levels, clock=(clock or Clock()) if scheduled else None, live=scheduled)
 
 
-def _is_scheduled(levels: Sequence[Level]) -> bool:
-    return any(isinstance(level, Schedule) for level in set(levels))
-
-
 def _of_rows(rows: Sequence[Choice], images: int) -> Choice:
     """The choice of a list of mixes, one a prompt: with all adapters that any of them has."""
     of_adapter = {name: row for row in reversed(rows) for name in row.order}  # the first that has it

@@ -168,9 +168,9 @@ class Plan:
         self.writes.append(Layer(module, state_with(module, record, numbers)))
         self._records[id(module)] = record
 
-    def rewrite(self, module: nn.Module, record: Record, onward: Onward, weights: Parameters) -> None:
-        """A module's numbers are to change with no way back, last of all; then it is to carry a record and to have other parameters besides."""
-        self.onwards.append((onward, Layer(module, state_with(module, record, weights))))
+    def rewrite(self, module: nn.Module, record: Record, onward: Onward) -> None:
+        """A module's numbers are to change with no way back, last of all; then it is to carry a record."""
+        self.onwards.append((onward, Layer(module, state_with(module, record, {}))))
         self._records[id(module)] = record
 
     def numbers(self, tensor: Tensor, value: Tensor) -> None:

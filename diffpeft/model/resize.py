@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -53,7 +52,7 @@ def plan_resized(plan: Plan, model: nn.Module, resized: Callable[[], Result], to
         _fit(layers.values())
     for module in layers.values():
         if (record := record_of(module)) is not None:
-            plan.carry(module, replace(record))  # one that has kept nothing of the former rows
+            plan.carry(module, record.changed())  # one that has kept nothing of the former rows
     return result
 
 

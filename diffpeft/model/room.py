@@ -40,7 +40,7 @@ def plan_room(plan: Plan, model: nn.Module, ranks: Mapping[str, Mapping[str, int
             roomy[name] = _roomy(slot, rank, layer)
             frozen |= {name} if slot.weight.requires_grad else set()
         if roomy:
-            plan.carry(module, replace(record, slots={**record.slots, **roomy}))
+            plan.carry(module, record.changed(slots={**record.slots, **roomy}))
     return frozen
 
 
@@ -62,12 +62,11 @@ def rank_and_scale(slot: Slot) -> tuple[int, float]:
 
 
 def plan_slots(plan: Plan, model: nn.Module, name: str, slots: Mapping[str, Slot]) -> None:
-    """Plan to give an adapter other slots, {layer: slot}."""
-    for layer, slot in slots.items():
-        module = model.get_submodule(layer)
+    """Plan to give an adapter other slots, {layer: slot}, on layers that carry some."""
+    for layer, module, _ in adapted(model):
         record = plan.record_of(module)
-        assert record is not None
-        plan.carry(module, replace(record, slots={**record.slots, name: slot}))
+        if record is not None and layer in slots:
+            plan.carry(module, record.changed(slots={**record.slots, name: slots[layer]}))
 
 
 def _roomy(slot: Slot, rank: int, where: str) -> Slot:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
 from diffpeft.layers.carried import ADAPTERS, RECORD, escaped, record_of
@@ -31,7 +29,7 @@ def _follow(layer: nn.Module) -> None:
                 mark.remove()
         else:
             record.kept.clear()
-            module.__dict__[RECORD] = replace(record, slots=slots)
+            module.__dict__[RECORD] = record.changed(slots=slots)
 
     hook = layer.register_forward_pre_hook(look)
 

@@ -248,7 +248,7 @@ def plan_summed_copies(plan: Plan, model: nn.Module, name: str, weights: Mapping
             for p, base in zip(total.parameters(), bare(module).parameters(), strict=True):
                 p.data = p if before.copies[adapter].still else base.detach().to(p).lerp(p, weights[adapter])
             record = plan.record_of(module) or before
-            plan.carry(module, replace(record, copies={**record.copies, name: Copy(total, still)}))
+            plan.carry(module, record.changed(copies={**record.copies, name: Copy(total, still)}))
 
 
 def copied_by(model: nn.Module, adapters: Iterable[str]) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, NonFiniteError, shown
-from diffpeft.layers.carried import FUSED, Parameters, Record, Step, base_class, effective, stamps_of
+from diffpeft.layers.carried import FUSED, LAYER_PARAMETERS, Parameters, Record, Step, base_class, effective, stamps_of
 from diffpeft.layers.chain import factors_of
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
@@ -31,7 +31,7 @@ Empty = Callable[[Tensor], Tensor]  # a tensor with anything in it that lies in 
 def touched(module: nn.Module, record: Record) -> list[str]:
     """The parameters of a module that its adapters may change. A layer has a weight, and may have a bias."""
     parameters = module._parameters
-    names = [name for name in ("weight", "bias") if record.slots and parameters.get(name) is not None]
+    names = [name for name in LAYER_PARAMETERS if record.slots and parameters.get(name) is not None]
     return list(dict.fromkeys((*names, *(name for patch in record.patches.values() for name in patch.names))))
 
 
@@ -219,7 +219,7 @@ def unfused(layer: str, module: nn.Module, record: Record) -> tuple[Record, dict
         name: record.parted[name] if name in record.parted else old.to(module._parameters[name].data)  # type: ignore[union-attr]
         for name, old in record.base.items()
     }
-    return replace(record, fused=frozenset(), base=None, sample=None, parted={}), weights
+    return record.changed(fused=frozenset(), base=None, sample=None, parted={}), weights
 
 
 def refuse_changed(layer: str, module: nn.Module, record: Record) -> None:

@@ -36,8 +36,7 @@ from diffpeft.errors import (
 )
 from diffpeft.families import family_of
 from diffpeft.files import Json
-from diffpeft.layers.carried import Record, effective
-from diffpeft.layers.slot import Slot
+from diffpeft.layers.carried import LAYER_PARAMETERS, Record, effective
 from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.model.target import adapted, layers_of, spellings
 from diffpeft.pipeline.load import load_lora
@@ -308,11 +307,11 @@ def _changes(component: str, model: nn.Module, stored: ComponentFiles) -> list[_
     owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
     changes = []
     for layer, module, record in adapted(model):
-        if not _steps(record):
+        if not record.steps(record.mix.choice):
             continue
         name, handles = dotted(component, layer), dict[str, Handle]()
         for key, parameter in module._parameters.items():
-            if key not in ("weight", "bias") or parameter is None:
+            if key not in LAYER_PARAMETERS or parameter is None:
                 continue
             handles[key] = _fitting(name, key, parameter, stored.tensor(dotted(layer, key)))
             if owners[parameter] > 1:
@@ -338,21 +337,13 @@ def _fitting(layer: str, key: str, parameter: Tensor, handle: Handle | None) -> 
     return handle
 
 
-def _steps(record: Record) -> list[tuple[Slot, float]]:
-    """The adapters of a layer in order, as `fuse` takes them."""
-    choice = record.mix.choice
-    return [
-        (record.slots[n], s) for n in choice.order if n in record.slots and (s := choice.strengths[n][record.index])
-    ]
-
-
 def _computed(change: _Change) -> list[tuple[Handle, Tensor]]:
     """The tensors of a layer with the adapters in them, computed in fp32 or better and rounded once: `fuse` on what is stored."""
     weight, bias = io.load([change.weight])[0], io.load([change.bias])[0] if change.bias else None
     dtype = wide_dtype(weight.dtype)
     stored = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     with torch.no_grad():
-        computed = effective(change.module, _steps(change.record), dtype, stored)
+        computed = effective(change.module, change.record.steps(change.record.mix.choice), dtype, stored)
     W, b = computed["weight"], computed.get("bias")
     if b is not None and bias is None:
         raise AdapterStateError(f"layer {shown(change.name)} cannot be fused: an adapter adds a bias, and it has none")
