@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import sys
 import warnings
@@ -83,6 +84,7 @@ def stepped(
 
     run(started())  # what is imported and kept once
     restored()
+    gc.collect()  # of garbage that dies in the run below more would be counted than the runs after it do
     subject = started()
     before, n, after = state(subject), run(subject), state(subject)
     assert n > 10 and (before != after) == changes
