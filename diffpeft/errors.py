@@ -13,6 +13,7 @@ DiffpeftError                       1
 |-- CannotConvertError              4   the target format cannot hold this
 |-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
+|   `-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
@@ -165,6 +166,10 @@ class AdapterStateError(DiffpeftError, ValueError):
     """The adapter or layer is in a state that does not allow this."""
 
     exit_code = 4
+
+
+class MixedBatchError(AdapterStateError, TypeError):
+    """The rows of a batch have different adapters on a module that cannot be divided by rows."""
 
 
 class ConfigError(DiffpeftError, ValueError):

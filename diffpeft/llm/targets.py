@@ -14,7 +14,7 @@ from diffpeft.errors import ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.llm import renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
-from diffpeft.model.target import check_target, kind_of, modules_of
+from diffpeft.model.target import check_target, kind_of, modules_of, with_inner
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
@@ -124,7 +124,7 @@ def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     _warn_tied({name: module for name, (module, _) in modules.items()}, fitting)
     for name, (module, parent) in fitting.items():
         check_target(module, parent, name)
-    return {name: module for name, (module, _) in fitting.items()}
+    return with_inner({name: module for name, (module, _) in fitting.items()})
 
 
 def _check_patterns(config: PeftConfig) -> None:

@@ -190,11 +190,31 @@ def select(
             and not _match(excluded, component, n)
             and _usable(n, m, parent, quiet=preset)
         }
+        inside = {n: m for n, m in with_inner(chosen[component]).items() if not _match(excluded, component, n)}
+        chosen[component] |= inside
     if not any(chosen.values()):
         raise UnknownNameError(
             f"{shown(targets)} chooses no layer that can be adapted", remedy="Loosen targets, or exclude less."
         )
     return chosen
+
+
+def with_inner(chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Layers, and those inside that are adapted where these are: an attention's output projection goes with it, as in PEFT."""
+    inside = {
+        inner: chosen[outer].get_submodule(inner[len(outer) :].lstrip(".")) for inner, outer in along(chosen).items()
+    }
+    return {**chosen, **inside}
+
+
+def along(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """{layer: the one around it} of the layers that are adapted where others are, and of which configs speak by these."""
+    sites = {name: site_of(base_class(module)) for name, module in layers.items()}
+    return {
+        f"{name}.{inner}" if name else inner: name
+        for name, site in sites.items()
+        for inner in (site.along if site is not None else ())
+    }
 
 
 def _for(module: nn.Module, entries: str | Sequence[str]) -> str | Sequence[str]:
@@ -218,6 +238,8 @@ def check_target(module: nn.Module, parent: nn.Module | None, name: str) -> None
             f"Target module {shown(name)} is not supported: it is a {base_class(module).__name__}",
             remedy="Adapters go on linear, convolution and embedding layers.",
         )
+    if why := site.unfit(module):
+        raise ConfigError(why, where=f"layer {shown(name)}", remedy="Exclude it.")
     if why := refusal(module, parent, name):
         raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
 
