@@ -123,7 +123,7 @@ def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     _warn_unmatched(config, list(modules), list(excluded))
     _warn_tied({name: module for name, (module, _) in modules.items()}, fitting)
     for name, (module, parent) in fitting.items():
-        check_target(module, parent, name)
+        check_target(model, module, parent, name)
     return with_inner({name: module for name, (module, _) in fitting.items()})
 
 
