@@ -163,7 +163,10 @@ def test_what_mambas_kernel_reads_is_refused_in_peft_s_words(kind):
             with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
                 library.get_peft_model(make(), library.LoraConfig(target_modules=targets))
     base = make()
-    for of_method in (diffpeft.AdaLoraConfig(total_step=1), diffpeft.LoHaConfig()):  # their effect would be lost as well
+    for of_method in (
+        diffpeft.AdaLoraConfig(total_step=1),
+        diffpeft.LoHaConfig(),
+    ):  # their effect would be lost as well
         with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
             diffpeft.attach(base, of_method, targets=["conv1d"])
     assert not any("conv1d" in layer for layer in diffpeft.attach(base, diffpeft.LoraConfig(), targets="full").layers)
