@@ -13,7 +13,8 @@ DiffpeftError                       1
 |-- CannotConvertError              4   the target format cannot hold this
 |-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
-|   `-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
+|   |-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
+|   `-- NoWeightError (NotImplementedError) 4 what an adapter adds is no change of a weight
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
@@ -170,6 +171,10 @@ class AdapterStateError(DiffpeftError, ValueError):
 
 class MixedBatchError(AdapterStateError, TypeError):
     """The rows of a batch have different adapters on a module that cannot be divided by rows."""
+
+
+class NoWeightError(AdapterStateError, NotImplementedError):
+    """What an adapter adds to a layer's output is no change of the layer's weight."""
 
 
 class ConfigError(DiffpeftError, ValueError):
