@@ -118,6 +118,8 @@ class _Merger:
         if not slots and not record.patches.keys() & {*inside}:
             plan.carry(module, None, unfused(layer, module, record)[1] if record.fused else None)
             return None
+        if record.patches:
+            refuse_unfit(layer, module, record, self.owners)
         base, steps = self._start(layer, module, record, inside)
         backend = backend_of(module)
         if slots and backend is not None:
