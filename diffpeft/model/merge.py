@@ -118,8 +118,6 @@ class _Merger:
         if not slots and not record.patches.keys() & {*inside}:
             plan.carry(module, None, unfused(layer, module, record)[1] if record.fused else None)
             return None
-        if record.patches:
-            refuse_unfit(layer, module, record, self.owners)
         base, steps = self._start(layer, module, record, inside)
         backend = backend_of(module)
         if slots and backend is not None:
@@ -166,6 +164,8 @@ class _Merger:
         self, layer: str, module: nn.Module, record: Record, inside: Sequence[str]
     ) -> tuple[Parameters, list[Step]]:
         """The parameters to start from, and what is not in them, with its strengths."""
+        if record.patches:  # of which there may be no numbers
+            refuse_unfit(layer, module, record, self.owners)
         if not record.fused or record.base is not None:
             if record.fused:
                 refuse_changed(layer, module, record)
