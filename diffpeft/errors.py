@@ -14,6 +14,7 @@ DiffpeftError                       1
 |-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
+|   `-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
@@ -175,6 +176,10 @@ class AdapterStateError(DiffpeftError, ValueError):
     """The adapter or layer is in a state that does not allow this."""
 
     exit_code = 4
+
+
+class MixedBatchError(AdapterStateError, TypeError):
+    """The rows of a batch have different adapters on a module that cannot be divided by rows."""
 
 
 class ConfigError(DiffpeftError, ValueError):

@@ -14,7 +14,7 @@ from diffpeft.errors import ConfigError, NoMatchingPeftModuleError, listed, near
 from diffpeft.llm import renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
-from diffpeft.model.target import check_target, kind_of, modules_of
+from diffpeft.model.target import check_target, kind_of, modules_of, with_inner
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
@@ -135,8 +135,8 @@ def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     _warn_unmatched(config, list(modules), list(excluded))
     _warn_tied({name: module for name, (module, _) in modules.items()}, fitting)
     for name, (module, parent) in fitting.items():
-        check_target(module, parent, name)
-    return {name: module for name, (module, _) in fitting.items()}
+        check_target(model, module, parent, name)
+    return with_inner({name: module for name, (module, _) in fitting.items()})
 
 
 def _check_patterns(config: PeftConfig) -> None:

@@ -15,7 +15,7 @@ from converters.opening import Opened
 from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.layers.slot import Slot
-from diffpeft.llm import adalora
+from diffpeft.llm import adalora, attentions
 from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.renames import mapped
@@ -93,12 +93,13 @@ def _plan_fresh(
     plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision
 ) -> None:
     layers, ties = twinned(chosen(model, config), model, config)
+    attentions.refuse_dora(layers, config)
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
     check_tying(model, config, (*wholes, *layers))
     precision.settle_patches(patches)
 
     def finish(modules: Mapping[str, nn.Module], slots: dict[str, Slot]) -> dict[str, Slot]:
-        precision.settle(modules, slots)
+        precision.settle(modules, attentions.doubled(slots))
         return slots | twins_of(modules, ties, slots)
 
     addition = Addition(

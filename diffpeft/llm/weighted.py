@@ -19,6 +19,7 @@ from torch import nn
 
 from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.llm import attentions
 from diffpeft.llm.state import saved
 from diffpeft.llm.targets import excludes, matches
 from diffpeft.methods import IA3Config, LoraConfig
@@ -30,7 +31,7 @@ from diffpeft.model.attach import Addition, install, method_of, mixes_of, plan_a
 from diffpeft.model.combine import combined, exact_sum
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import modules_of, with_inner
 from diffpeft.model.weighted import (
     Recipe,
     Values,
@@ -262,7 +263,7 @@ def _plan_fresh(
         strength=None,
         trainable=False,
         quiet=True,
-        finish=filled(values),
+        finish=lambda modules, slots: filled(values)(modules, attentions.doubled(slots)),
         metadata={CONFIG: config.to_json()},
     )
     with torch.random.fork_rng(devices=[]):
@@ -281,9 +282,9 @@ def _sum(plan: Plan, request: Request) -> PeftConfig:
         weights[adapter] = weights.get(adapter, 0.0) + weight
     _joined("target_modules", [c.target_modules for c in request.configs])  # before what takes long
     slots, _ = combined({"": model}, weights, name, exact_sum)
-    biases, named = with_biases(slots[""])
+    biases, named = with_biases(attentions.as_in_files(slots[""]))
     modules = copied_by(model, weights)
-    ranks = {layer: slot.rank for layer, slot in named.items() if slot.parts}
+    ranks = {layer: slot.rank for layer, slot in attentions.said(named).items() if slot.parts}
     config = _config_of_sum(request, ranks, _BIASES[biases], modules)
     (mix,) = mixes_of({"": model}).values()
     adapter_ = Adapter(name, tuple(named), {CONFIG: config.to_json()}, modules=tuple(modules))
@@ -348,7 +349,9 @@ def _targets(
     joined = {"target_modules": _joined("target_modules", [c.target_modules for c in configs])}
     like_them = _changed(config, **joined)
     names = modules_of(model, lambda m: m is not model)
-    if {n for n in names if matches(like_them, n) and not excludes(like_them, n)} == {*layers}:
+    meant = {n: m for n, (m, _) in names.items() if matches(like_them, n) and not excludes(like_them, n)}
+    if {*with_inner(meant)} == {*layers}:
         return joined
     others = {f.name for f in fields(config)} & {"exclude_modules", "layers_to_transform", "layers_pattern"}
-    return {"target_modules": sorted(layers), **dict.fromkeys(others)}
+    spoken = attentions.said(dict.fromkeys(layers))
+    return {"target_modules": sorted(spoken), **dict.fromkeys(others)}

@@ -24,7 +24,7 @@ from diffpeft.methods.linalg import wide_dtype
 from diffpeft.model.banks import share
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.target import adapted, components, is_preset, layers_of, select
+from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select
 from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
@@ -222,10 +222,7 @@ def _fresh_slots(
     """The chosen layers, and those whose bias alone is trained; and a fresh slot for each. In a dry run on the meta device."""
     refuse_duplicate(new.name, mixes.values())
     layers = {component: dict(of_component) for component, of_component in chosen.items()}
-    slots = {
-        component: {layer: _fresh(new, layer, module, dry_run) for layer, module in of_component.items()}
-        for component, of_component in layers.items()
-    }
+    slots = {component: _fresh_on(of_component, new, dry_run) for component, of_component in layers.items()}
     if new.biases == "all":
         _add_biases(parts, new, layers, slots, dry_run)
     if new.finish is not None:
@@ -345,6 +342,12 @@ def refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
         )
 
 
+def _fresh_on(layers: Mapping[str, nn.Module], new: Addition, dry_run: bool) -> dict[str, Slot]:
+    """A fresh adapter for each layer, under the name by which a config speaks of it."""
+    spoken = along(layers)
+    return {layer: _fresh(new, spoken.get(layer, layer), module, dry_run) for layer, module in layers.items()}
+
+
 def _fresh(new: Addition, layer: str, module: nn.Module, dry_run: bool) -> Slot:
     """A fresh adapter for one layer."""
     op = op_of(module)
@@ -363,13 +366,13 @@ def _biased(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, (module, parent) in layers_of(model).items()
-        if getattr(module, "bias", None) is not None and not refusal(module, parent, name)
+        if op_of(module).bias is not None and not refusal(module, parent, name)
     }
 
 
 def _bias_alone(module: Any, dry_run: bool) -> Slot:
     """An adapter that only changes the layer's bias."""
-    shift = torch.zeros(module.bias.numel(), device="meta" if dry_run else device_of(module))
+    shift = torch.zeros(op_of(module).geometry.out, device="meta" if dry_run else device_of(module))
     return Slot([], {BIAS: shift}, trainable=True).train(module.training)
 
 

@@ -17,9 +17,9 @@ from torch import nn
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
 from diffpeft.layers.backends import Backend, backend_of
-from diffpeft.layers.carried import LAYER_PARAMETERS, Copy, Parameters, Record, Step, bare, effective, op_of
+from diffpeft.layers.carried import Copy, Parameters, Record, Step, bare, effective, op_of
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import parameter_names, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite
 from diffpeft.model.attach import Walk, mixes_of, refuse_foreign
@@ -134,7 +134,8 @@ class _Merger:
             plan.carry(module, None)
             self.puts += [(module._parameters, name, t) for name, t in weights.items()]
         else:
-            weights["weight"] = self.shared.setdefault(id(module._parameters["weight"]), weights["weight"])
+            name = parameter_names(module)[0]
+            weights[name] = self.shared.setdefault(id(module._parameters[name]), weights[name])
             plan.carry(module, None, weights)
         return error if slots else None
 
@@ -152,7 +153,7 @@ class _Merger:
         if len(steps) == 1:
             return None
         names = dict.fromkeys(
-            n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else LAYER_PARAMETERS)
+            n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else parameter_names(module))
         )
         base = {n: p.data for n in names if (p := copy.module._parameters.get(n)) is not None}
         weights, error = _merged(layer, module, base, base, steps[1:])

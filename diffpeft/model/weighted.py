@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converters.formats.attention import times
 from diffpeft.errors import ConfigError, shown
 from diffpeft.layers.carried import Copy, bare, bare_copy, op_of, record_of
 from diffpeft.layers.hooks import present
@@ -86,9 +87,10 @@ def filled(values: Values) -> Callable[[Mapping[str, nn.Module], dict[str, Slot]
 
 def merged_loras(model: nn.Module, weighted: Weighted, recipe: Recipe) -> Values:
     """The values of a LoRA that is made of others by a recipe. Raises ConfigError."""
+    layers = layers_with(model, [adapter for adapter, _ in weighted])
     factors = {
-        layer: _MADE[recipe.what](recipe, _sources(module, weighted), op_of(module))
-        for layer, module in layers_with(model, [adapter for adapter, _ in weighted]).items()
+        layer: _MADE[recipe.what](recipe, _sources(module, weighted, times(layer, layers)), op_of(module))
+        for layer, module in layers.items()
     }
 
     def values(layer: str, slot: Slot) -> Mapping[str, Tensor]:
@@ -98,19 +100,19 @@ def merged_loras(model: nn.Module, weighted: Weighted, recipe: Recipe) -> Values
     return values
 
 
-def _sources(module: nn.Module, weighted: Weighted) -> list[Source]:
-    """Those of the adapters that are on a layer, in their order, in fp32 or better."""
+def _sources(module: nn.Module, weighted: Weighted, by: int) -> list[Source]:
+    """Those of the adapters that are on a layer, in their order, in fp32 or better; `by` how many times they act in PEFT."""
     slots = slots_on(module)
-    return [_source(slots[adapter], weight) for adapter, weight in weighted if adapter in slots]
+    return [_source(slots[adapter], weight, by) for adapter, weight in weighted if adapter in slots]
 
 
-def _source(slot: Slot, weight: float) -> Source:
+def _source(slot: Slot, weight: float, by: int) -> Source:
     (part,) = slot.parts
 
     def read() -> Source:
         p = {role: t.detach() for role, t in slot.tensors_of(part).items()}
         A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in Lora.factors(p, part.spec))
-        return Source(weight, Lora.scale(p, part.spec), A, B)
+        return Source(weight, Lora.scale(p, part.spec) / by, A, B)
 
     return present(slot, read)
 
