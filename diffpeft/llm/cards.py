@@ -49,10 +49,7 @@ def completed(folder: Path, facts: CardFacts) -> str | None:
 
     path = folder / README
     try:
-        if path.is_file():
-            card = ModelCard(path.read_bytes().decode(), ignore_metadata_errors=False)
-        else:
-            card = ModelCard.from_template(ModelCardData())
+        card = ModelCard(path.read_bytes().decode()) if path.is_file() else ModelCard.from_template(ModelCardData())
     except Exception as error:  # of YAML, of the codec
         warnings.warn(f"{shown(str(path))} stays as it is: its head is no model card's ({error})", stacklevel=4)
         return None

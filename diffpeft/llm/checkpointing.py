@@ -9,7 +9,11 @@ from torch import nn
 
 from diffpeft.model.plan import Plan
 
-_IN_BITS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")  # prepare_model_for_kbit_training does it for these
+_IN_BITS = (
+    "is_loaded_in_8bit",
+    "is_loaded_in_4bit",
+    "is_quantized",
+)  # prepare_model_for_kbit_training does it for these
 
 
 def _ask(module: nn.Module, inputs: object, output: Any) -> None:

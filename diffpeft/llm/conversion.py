@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -55,30 +55,33 @@ def convert_to_lora(
     _check_rank(rank)
     wrapper = unwrapped(model)
     base, prefix = (wrapper.get_base_model(), PREFIX) if isinstance(wrapper, Counted) else (wrapper, "")
-    old = _config_of(wrapper, base, adapter_name)
-    if odd := unconvertible(base, adapter_name):
-        raise NotConvertibleError(
-            f"Some module types on this model do not support LoRA conversion: {', '.join(odd)}", remedy=_OTHERS
-        )
-    slots = slots_in(base, adapter_name)
-    if not slots:
-        raise NotConvertibleError("Could not detect any layer that supports LoRA conversion", remedy=_OTHERS)
+    old = _config_of(base, adapter_name)
+    slots = _convertible(base, adapter_name)
     if old is not None and old.peft_type == PeftType.LORA:
         warnings.warn(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.",
             stacklevel=2,
         )
     decomposed = torch.compile(_decomposed, **compile_kwargs) if compile_kwargs is not None else _decomposed
-    factors: dict[str, Factors] = {}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     for layer, slot in _shown(slots.items(), progressbar):
-        factors[layer] = _factors(base, layer, slot, rank, decomposed)
-    tensors = {
-        f"{prefix}{layer}.{key}.weight": t
-        for layer, pair in factors.items()
-        for key, t in zip(("lora_A", "lora_B"), pair, strict=True)
-    }
-    config = _config(old, rank, {layer: len(A) for layer, (A, _) in factors.items()})
-    return config, tensors | whole_tensors(base, adapter_name, prefix)
+        A, B = _factors(base, layer, slot, rank, decomposed)
+        ranks[layer] = len(A)
+        tensors |= {f"{prefix}{layer}.lora_A.weight": A, f"{prefix}{layer}.lora_B.weight": B}
+    return _config(old, rank, ranks), tensors | whole_tensors(base, adapter_name, prefix)
+
+
+def _convertible(base: nn.Module, name: str) -> dict[str, Slot]:
+    """{layer: slot} of an adapter that can be converted. Raises NotConvertibleError."""
+    if odd := unconvertible(base, name):
+        raise NotConvertibleError(
+            f"Some module types on this model do not support LoRA conversion: {', '.join(odd)}", remedy=_OTHERS
+        )
+    slots = slots_in(base, name)
+    if not slots:
+        raise NotConvertibleError("Could not detect any layer that supports LoRA conversion", remedy=_OTHERS)
+    return slots
 
 
 def save_as_lora(
@@ -98,7 +101,7 @@ def save_as_lora(
 def unconvertible(model: nn.Module, name: str) -> list[str]:
     """The classes of the modules on which an adapter is of a kind that `convert_to_lora` does not take."""
     odd = []
-    for where, module, record in adapted(model):
+    for _, module, record in adapted(model):
         slot = record.slots.get(name)
         if name in record.patches or (slot is not None and not _is_sum(module, slot)):
             odd.append(base_class(module).__name__)
@@ -123,7 +126,7 @@ def _check_rank(rank: object) -> None:
         raise ConfigError(f"Passing a rank of {shown(rank)} doesn't make sense", remedy="Please pass a valid value.")
 
 
-def _config_of(wrapper: nn.Module, base: nn.Module, name: str) -> PeftConfig | None:
+def _config_of(base: nn.Module, name: str) -> PeftConfig | None:
     """The config of an adapter; None where it was made from none, or there is no adapter at all. Raises ConfigError for one that trains biases."""
     known = {n: adapter for mix in mixes_of({"": base}).values() for n, adapter in mix.adapters.items()}
     if known and name not in known:
@@ -178,9 +181,7 @@ def _config(old: PeftConfig | None, rank: int | float, ranks: Mapping[str, int])
     other = ranks if isinstance(targets, str) else {layer: n for layer, n in ranks.items() if n != rank}
     if not isinstance(targets, str):
         targets = [*dict.fromkeys((*(targets or ()), *(layer for layer in ranks if old is None or layer not in other)))]
-    config = LoraConfig(
-        r=r, lora_alpha=r, target_modules=targets, rank_pattern=dict(other), alpha_pattern=dict(other)
-    )
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=targets, rank_pattern=dict(other), alpha_pattern=dict(other))
     if old is not None:
         config.task_type, config.base_model_name_or_path = old.task_type, old.base_model_name_or_path
         config.layers_pattern, config.layers_to_transform = old.layers_pattern, old.layers_to_transform

@@ -33,7 +33,7 @@ def pushed(
     api = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     asked = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
-    options = {name: value for name, value in asked.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         _fetch_card(repository, folder, revision, token)
         save(Path(folder))

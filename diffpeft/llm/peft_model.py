@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,18 @@ from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.prompts import POSITIONAL
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
+from diffpeft.llm.status import get_layer_status as get_layer_status
+from diffpeft.llm.status import get_model_status as get_model_status
 from diffpeft.llm.tasks import TASKS, heads_of
-from diffpeft.llm.tuner import LoadOptions, Tuner, inject, known
+from diffpeft.llm.tuner import LoadOptions, Tuner, inject, known, named
+from diffpeft.llm.tuners import TUNERS, MixedModel
 from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
-from diffpeft.model.attach import mixes_of
+from diffpeft.model.activation import plan_trained
+from diffpeft.model.attach import mixes_of, plan_removed
 from diffpeft.model.mix import check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.precision import Precision
-
+from diffpeft.pipeline.adapters import plan_mix
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache
@@ -73,15 +77,15 @@ class PeftModel(Passing, Counted, nn.Module):
         self._adopt(model, peft_config)
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
         with planned({"": self.get_base_model()}) as plan:
-            config = self._with_heads(peft_config)
-            self.tuner.plan_injected(plan, adapter_name, config, active=True, precision=precision)
+            with self._alone(plan, adapter_name):
+                self._plan_injected(plan, adapter_name, peft_config, active=True, precision=precision)
             plan_input_grads(plan, self.get_base_model())
 
     def _adopt(self, model: nn.Module, config: PeftConfig) -> None:
         """Stand around a model: with a Tuner between for adapters on layers, beside it for prompts, as in PEFT."""
         self.__dict__["_prompts"] = None
         if not config.is_prompt_learning:
-            self.base_model: Any = Tuner(model, {})
+            self.base_model: Any = TUNERS.get(str(config.peft_type), Tuner)(model, {})
         else:
             prompts = PromptTuner(model, config.task_type)
             self.__dict__["_prompts"] = prompts  # past nn.Module: its parts are this module's
@@ -92,6 +96,34 @@ class PeftModel(Passing, Counted, nn.Module):
     def tuner(self) -> Tuner | PromptTuner:
         """What has the adapters: a Tuner, or a PromptTuner."""
         return self.__dict__["_prompts"] or self.base_model
+
+    @contextmanager
+    def _alone(self, plan: Plan, name: str) -> Iterator[None]:
+        """For planning on: a model that has adapters without any of this name, and without an active one."""
+        base = self.get_base_model()
+        others = [other for mix in mixes_of({"": base}).values() for other in mix.adapters]
+        if not others:
+            yield
+            return
+        if name in others:
+            plan_removed(plan, {"": base}, {name})
+        plan_mix(plan, base, {"": base}, {})
+        plan_trained(plan, base, dict.fromkeys(others, False))
+        with plan.tentative():
+            yield
+
+    def _plan_injected(self, plan: Plan, name: str, config: PeftConfig, *, active: bool, precision: Precision) -> None:
+        """Plan to add a fresh adapter. Its config stays the object that it is: what the model settles is put into it."""
+        settled = config if config.is_prompt_learning else copy.copy(config)
+        self.tuner.plan_injected(plan, name, self._with_heads(settled), active=active, precision=precision)
+        self._plan_kept(plan, name, config)
+
+    def _plan_kept(self, plan: Plan, name: str, config: PeftConfig) -> None:
+        """Plan that the config of an adapter which has been planned is this object."""
+        configs = self.tuner.peft_config
+        settled = plan.entries[id(configs), name]
+        plan.set(config, **{f: value for f, value in vars(settled).items() if vars(config).get(f) is not value})
+        plan.entry(configs, name, config)
 
     @classmethod
     def _with_heads(cls, config: Config) -> Config:
@@ -184,9 +216,10 @@ class PeftModel(Passing, Counted, nn.Module):
                 remedy="Prompts and adapters on layers need a PeftModel each.",
             )
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
-        config = self._with_heads(copy.deepcopy(config))
+        if peft_config is None:
+            config = copy.deepcopy(config)
         with planned({"": self.get_base_model()}) as plan:
-            self.tuner.plan_injected(plan, adapter_name, config, active=False, precision=precision)
+            self._plan_injected(plan, adapter_name, config, active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -400,7 +433,9 @@ class PeftModel(Passing, Counted, nn.Module):
         how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping)
         wrapper = cls._around(model, config)
         with inside(folder.where), planned({"": model}) as plan:
-            wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(config), folder, how)
+            settled = config if config.is_prompt_learning else copy.copy(config)
+            wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(settled), folder, how)
+            wrapper._plan_kept(plan, adapter_name, config)
             plan_input_grads(plan, model)
             if not is_trainable:
                 plan.evaluate(wrapper)
@@ -459,7 +494,7 @@ class GeneratingPeftModel(PeftModel):
     def base_model_prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
         """The user's model's `prepare_inputs_for_generation`, unless another was set here."""
         chosen: Callable[..., dict[str, Any]] | None = self.__dict__.get("_prepare_inputs")
-        return chosen or self.base_model.prepare_inputs_for_generation  # type: ignore[no-any-return]
+        return chosen or self.base_model.prepare_inputs_for_generation
 
     @base_model_prepare_inputs_for_generation.setter
     def base_model_prepare_inputs_for_generation(self, prepare: Callable[..., dict[str, Any]]) -> None:
@@ -474,7 +509,7 @@ class PeftModelForCausalLM(GeneratingPeftModel, task=TaskType.CAUSAL_LM): ...
 
 
 class PeftModelForSeq2SeqLM(GeneratingPeftModel, task=TaskType.SEQ_2_SEQ_LM):
-    def generate(self, *, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """The model's, for arguments by name. `adapter_names` as in forward, one a prompt."""
         return super().generate(adapter_names=adapter_names, **kwargs)
 
@@ -489,6 +524,72 @@ class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS): ...
 
 
 class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION): ...
+
+
+class NoStatusError(ConfigError, TypeError):
+    """A report that PEFT's class has not: it raises a TypeError."""
+
+
+class PeftMixedModel(PeftModel):
+    """A model with adapters of several methods, as every PeftModel may have them; with PEFT's words and checks for it.
+
+    `set_adapter` and `delete_adapter` take lists.
+
+    Raises ConfigError for a prompt method; no head is trained by itself, whatever the task. It can be saved, which PEFT's cannot.
+    """
+
+    def _adopt(self, model: nn.Module, config: PeftConfig) -> None:
+        self.__dict__["_prompts"] = None
+        _check_compatible(config)
+        self.base_model = MixedModel(model, {})
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        return cls
+
+    def add_adapter(self, adapter_name: str, peft_config: object = None, *args: Any, **kwargs: Any) -> None:
+        """As PeftModel's. Raises ConfigError for a prompt method."""
+        if peft_config is not None:
+            _check_compatible(PeftConfig.of(peft_config))
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, in this order, and the only ones that are trained."""
+        self._check_known(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove adapters, all or none. If none is active then, the first that is left becomes so, with a warning."""
+        self._check_known(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _check_known(self, names: str | Sequence[str]) -> None:
+        if unknown := sorted({*named(names)} - {*self.peft_config}):
+            raise UnknownNameError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")
+
+    def get_layer_status(self) -> NoReturn:
+        """Raises a TypeError, as PEFT's: `diffpeft.get_layer_status(model.get_base_model())` knows."""
+        raise NoStatusError(
+            f"get_layer_status is not supported for {type(self).__name__}",
+            remedy="Ask diffpeft.get_layer_status(model.get_base_model()).",
+        )
+
+    def get_model_status(self) -> NoReturn:
+        """Raises a TypeError, as PEFT's: `diffpeft.get_model_status(model.get_base_model())` knows."""
+        raise NoStatusError(
+            f"get_model_status is not supported for {type(self).__name__}",
+            remedy="Ask diffpeft.get_model_status(model.get_base_model()).",
+        )
+
+
+def _check_compatible(config: PeftConfig) -> None:
+    """Raise ConfigError for a method that is not for layers."""
+    if config.is_prompt_learning:
+        kinds = ", ".join(kind for kind, made in PeftConfig.types.items() if not made().is_prompt_learning)
+        raise ConfigError(
+            f"The provided `peft_type` '{config.peft_type}' is not compatible with the `PeftMixedModel`.",
+            remedy=f"Compatible types are: {kinds}",
+        )
 
 
 _LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
@@ -543,33 +644,58 @@ def get_peft_model(
 ) -> PeftModel:
     """A model with a fresh, trainable adapter, wrapped as its config's task type says. The base is frozen.
 
+    The adapter is the only active one. Another one of its name on the model is replaced, with a warning, and a PeftModel's base is what is adapted further.
+
     Args:
+        mixed: wrap it as a PeftMixedModel.
+        revision: of the base model, for who loads the adapter.
         autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
         low_cpu_mem_usage: make its tensors on the meta device, until they are loaded.
 
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
     config = PeftConfig.of(peft_config)
-    old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
-    if old is not None and old != new:
-        warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
-            "Please ensure that the correct base model is loaded when loading this checkpoint.",
-            stacklevel=2,
-        )
-    config.base_model_name_or_path = new
-    config.revision = revision or config.revision
-    if isinstance(model, PeftModel):
-        raise AdapterStateError("the model is a PeftModel already", remedy="Call its add_adapter, or unload() first.")
-    if mixes_of({"": model}):
+    _say_base(config, model, revision)
+    if isinstance(model, PeftModel) or mixes_of({"": model}):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different config, "
             "make sure to call `.unload()` before.",
             stacklevel=2,
         )
-    return MODELS.get(config.task_type, PeftModel)(
-        model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-    )
+    if isinstance(model, PeftModel):
+        model, config = model.get_base_model(), _from_inside(config)
+    made = PeftMixedModel if mixed else MODELS.get(config.task_type, PeftModel)
+    return made(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def _say_base(config: PeftConfig, model: nn.Module, revision: str | None) -> None:
+    """Put a base model's name, and its revision if that is said, into a config. What was another is warned of."""
+    old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    if old is not None and old != new:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            stacklevel=3,
+        )
+    config.base_model_name_or_path = new
+    if revision is not None and config.revision not in (None, revision):
+        warnings.warn(
+            f"peft config has already set base model revision to {config.revision}, overwriting with revision {revision}",
+            stacklevel=3,
+        )
+    config.revision = revision or config.revision
+
+
+def _from_inside(config: Config) -> Config:
+    """A config for a PeftModel's own base, where its layers go without `base_model.model.`."""
+    config = copy.copy(config)
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        entries = getattr(config, name)
+        if isinstance(entries, str):
+            setattr(config, name, entries.removeprefix(PREFIX).removeprefix(PREFIX.replace(".", r"\.")))
+        elif entries:
+            setattr(config, name, [entry.removeprefix(PREFIX) for entry in entries])
+    return config
 
 
 def inject_adapter_in_model(

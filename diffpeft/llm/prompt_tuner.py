@@ -20,7 +20,7 @@ from diffpeft.llm.tuner import OFF, WENT, LoadOptions, known, named
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import plan_trained
 from diffpeft.model.attach import copy_wholes
-from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
+from diffpeft.model.mix import Adapter, Mix, check_name, choose, claim, forced
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.state import beside_slots, whole_tensors
 from diffpeft.model.target import adapted

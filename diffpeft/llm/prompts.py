@@ -308,7 +308,11 @@ class Prompts(nn.Module):
             step = prepare(input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **arguments)
             if fresh and not isinstance(config, PrefixTuningConfig) and step.get("inputs_embeds") is None:
                 # the model has prepared a step of the text alone
-                step |= {"input_ids": None, "inputs_embeds": inputs_embeds, "attention_mask": arguments["attention_mask"]}
+                step |= {
+                    "input_ids": None,
+                    "inputs_embeds": inputs_embeds,
+                    "attention_mask": arguments["attention_mask"],
+                }
                 step.pop("cache_position", None)
             return step
 
@@ -355,7 +359,10 @@ def _longer(past: Cache | EncoderDecoderCache | None, n: int, config: Any) -> Ca
 
 
 def _extend(arguments: Arguments, name: str, n: int, value: int, cached: bool = False) -> None:
-    """Put n times `value` before each row of an argument [b, t], if it is there. A mask [b, heads, q, k] gets n columns, and n rows for tokens that are not `cached`."""
+    """Put n times `value` before each row of an argument [b, t], if it is there.
+
+    A mask [b, heads, q, k] gets n columns, and n rows for tokens that are not `cached`.
+    """
     if (t := arguments.get(name)) is None:
         return
     arguments[name] = torch.cat((t.new_full((len(t), n), value), t), dim=1) if t.dim() == 2 else _widened(t, n, cached)
