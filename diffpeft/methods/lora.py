@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -64,36 +64,36 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = 8
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
     lora_alpha: float = 8
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
-    bias: str = "none"
-    lora_bias: bool = False
-    use_rslora: bool = False
-    use_dora: bool = field(default=False, metadata=_VARIANT)
-    init_lora_weights: bool | str = field(default=True, metadata=_INITS)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = field(default=True, metadata=_INITS)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = None
-    layer_replication: list[tuple[int, int]] | None = None
-    loftq_config: loftq.LoftQConfig | dict[str, int] | None = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     megatron_config: dict[str, object] | None = None
     megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: loftq.LoftQConfig | dict[str, int] | None = field(default_factory=dict)
     eva_config: object = None
     corda_config: object = None
     lora_ga_config: object = None
+    use_dora: bool = field(default=False, metadata=_VARIANT)
     velora_config: object = field(default=None, metadata=_VARIANT)
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=_VARIANT)
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: object = field(default=None, metadata=_VARIANT)
+    layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
     use_bdlora: object = field(default=None, metadata=_VARIANT)
     arrow_config: object = field(default=None, metadata=_VARIANT)
     kasa_config: object = field(default=None, metadata=_VARIANT)

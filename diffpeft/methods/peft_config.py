@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from diffpeft.errors import CheckpointError, ConfigError, inside, near, shown
 
 FILE = "adapter_config.json"
 DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
+_SETS = ("target_modules", "exclude_modules", "feedforward_modules")  # fields whose lists become sets, as in PEFT
 Config = TypeVar("Config", bound="PeftConfig")
 Instance = TypeVar("Instance")
 
@@ -131,8 +132,8 @@ class PeftConfig(Passing):
     inference_mode: bool = False
 
     # What fields that only some methods have are for the others. No annotations, so that these are no fields of a file.
-    target_modules = cast("str | Sequence[str] | None", None)
-    exclude_modules = cast("str | Sequence[str] | None", None)
+    target_modules = cast("str | Collection[str] | None", None)
+    exclude_modules = cast("str | Collection[str] | None", None)
     modules_to_save = cast("list[str] | None", None)
     layers_to_transform = cast("int | list[int] | None", None)
     layers_pattern = cast("str | list[str] | None", None)
@@ -162,23 +163,32 @@ class PeftConfig(Passing):
         if self.task_type is not None and self.task_type not in kinds:
             raise ConfigError(
                 f"Invalid task type: {shown(self.task_type)}",
-                remedy=near(str(self.task_type), kinds) or f"It is one of {', '.join(kinds)}.",
+                where=f"Must be one of the following task types: {', '.join(kinds)}",
+                remedy=near(str(self.task_type), kinds),
             )
+        self._check_layers()
+        self.task_type = None if self.task_type is None else TaskType(self.task_type)
+        self.peft_version = self.peft_version or DIALECT
+        if self.TYPE is not None:
+            self.peft_type = self.TYPE
+        for name in _SETS:
+            if isinstance(names := getattr(self, name, None), list):
+                setattr(self, name, set(names))
+
+    def _check_layers(self) -> None:
+        """Raise ConfigError for numbers of layers where they mean nothing, or that are missing."""
         layers, blocks = self.layers_to_transform, self.layers_pattern
-        if isinstance(self.target_modules, str) and (layers is not None or blocks):
-            raise ConfigError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str.",
-                remedy="Say the layers in the expression, or give target_modules as a list.",
-            )
+        for name, value in {"layers_to_transform": layers, "layers_pattern": blocks or None}.items():
+            if isinstance(self.target_modules, str) and value is not None:
+                raise ConfigError(
+                    f"`{name}` cannot be used when `target_modules` is a str.",
+                    remedy="Say the layers in the expression, or give target_modules as a list.",
+                )
         if blocks and layers is None:
             raise ConfigError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
                 remedy="Give layers_to_transform=, the numbers of the layers.",
             )
-        self.task_type = None if self.task_type is None else TaskType(self.task_type)
-        self.peft_version = self.peft_version or DIALECT
-        if self.TYPE is not None:
-            self.peft_type = self.TYPE
 
     def validate(self) -> None:
         """Raise ConfigError for a field whose value is not allowed, or that means nothing here."""

@@ -7,7 +7,7 @@ trains d [r] and b [out]. They come from a seed (`projection_prng_key`), so that
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ class VeraConfig(PeftConfig):
     """
 
     r: int = 256
-    target_modules: str | Sequence[str] | None = None
+    target_modules: str | Collection[str] | None = None
     projection_prng_key: int = 0
     save_projection: bool = True
     vera_dropout: float = 0.0
