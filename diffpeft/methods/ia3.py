@@ -187,7 +187,7 @@ def _along_inputs(shape: Sequence[int], g: Geometry) -> bool:
     return shape[0] == 1 and (shape[1] != 1 or g.out != 1)
 
 
-def _is_feedforward(modules: str | Sequence[str] | None, layer: str) -> bool:
+def _is_feedforward(modules: str | Collection[str] | None, layer: str) -> bool:
     """PEFT's rule: an expression for the whole name, or what it ends with."""
     if isinstance(modules, str):
         return patterns.fullmatch(modules, layer)

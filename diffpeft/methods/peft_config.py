@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from diffpeft import files
-from diffpeft.errors import CheckpointError, ConfigError, inside, near, shown
+from diffpeft.errors import CheckpointError, ConfigError, NotBuiltError, WrongTypeError, inside, near, shown
 
 FILE = "adapter_config.json"
 DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
@@ -100,10 +100,6 @@ class Passing:
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return _rebuild, (type(self),), self.__getstate__()
-
-
-class NoConfigError(ConfigError, TypeError):
-    """A table of fields that is no config: PEFT raises a TypeError."""
 
 
 def _rebuild(cls: type[Instance]) -> Instance:
@@ -195,7 +191,7 @@ class PeftConfig(Passing):
         for field in fields(self):
             name, factory = field.name, field.default_factory
             if name in self.UNSUPPORTED and getattr(self, name) != (field.default if factory is MISSING else factory()):
-                raise ConfigError(
+                raise NotBuiltError(
                     f"{name} is {shown(getattr(self, name))}",
                     remedy="PEFT has this field; here it must stay at its default.",
                 )
@@ -211,12 +207,12 @@ class PeftConfig(Passing):
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
+        """A copy of the fields, as PEFT's: sets stay sets, configs in them become tables. What is of the run alone is left out."""
+        return {f.name: _copied(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
 
     def to_json(self) -> str:
         """The text of adapter_config.json: lists sorted, so that it does not depend on the hash seed."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        return json.dumps(_plain(self.to_dict()), indent=2, sort_keys=True)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json into a folder, which is made. `auto_mapping_dict` replaces auto_mapping in the file."""
@@ -277,7 +273,7 @@ class PeftConfig(Passing):
         known = {field.name for field in fields(made)}
         unknown = sorted(set(kwargs) - known)
         if unknown and kind is None:
-            raise NoConfigError(
+            raise WrongTypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}",
                 where=f"It has {', '.join(map(shown, unknown[:5]))}",
                 remedy=f"peft_type is one of {', '.join(PeftConfig.types)}.",
@@ -314,6 +310,13 @@ def _without_run(table: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in table.items() if name != "runtime_config"}
 
 
+def _copied(value: Any) -> object:
+    """A field's value, apart from the config."""
+    if isinstance(value, Enum):
+        return value.value
+    return value.to_dict() if hasattr(value, "to_dict") else copy.deepcopy(value)
+
+
 def _plain(value: object) -> object:
     """A field as JSON has it."""
     if isinstance(value, Enum):
@@ -325,6 +328,4 @@ def _plain(value: object) -> object:
         return sorted(plain, key=str) if all(isinstance(v, str) for v in plain) else plain
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
     return value

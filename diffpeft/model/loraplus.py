@@ -80,6 +80,7 @@ def _keep_embeddings(model: nn.Module) -> None:
     """Let optimizers of bitsandbytes keep 32 bits for the state of embeddings."""
     from bitsandbytes.optim import GlobalOptimManager
 
+    manager: Any = GlobalOptimManager
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+            manager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
