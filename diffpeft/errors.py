@@ -15,7 +15,7 @@ DiffpeftError                       1
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
-|   |-- WrongTypeError (TypeError)  2   a value of a kind that the field cannot have
+|   |-- WrongKindError (TypeError)  2   a value of a kind that the field cannot have
 |   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
@@ -185,7 +185,7 @@ class ConfigError(DiffpeftError, ValueError):
     exit_code = 2
 
 
-class WrongTypeError(ConfigError, TypeError):
+class WrongKindError(ConfigError, TypeError):
     """A setting, or what it names, is of a kind that is not allowed."""
 
 

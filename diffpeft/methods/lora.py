@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, WrongTypeError
+from diffpeft.errors import ConfigError, WrongKindError
 from diffpeft.methods import config as checks
 from diffpeft.methods import loftq
 from diffpeft.methods.base import Additive, Alpha, Fresh, Site, Spec, Tensors
@@ -121,7 +121,7 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.target_parameters, str):
-            raise WrongTypeError(
+            raise WrongKindError(
                 "`target_parameters` must be a list of strings or None.", remedy=f"Give [{self.target_parameters!r}]."
             )
         super().__post_init__()
