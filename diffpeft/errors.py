@@ -16,6 +16,8 @@ DiffpeftError                       1
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
 |   `-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
+|   |-- WrongKindError (TypeError)  2   a value of a kind that the field cannot have
+|   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
 |-- NothingLearntError              6   training changed nothing
@@ -186,6 +188,14 @@ class ConfigError(DiffpeftError, ValueError):
     """A setting has a value that is not allowed."""
 
     exit_code = 2
+
+
+class WrongKindError(ConfigError, TypeError):
+    """A setting, or what it names, is of a kind that is not allowed."""
+
+
+class NotBuiltError(ConfigError, NotImplementedError):
+    """A setting has a value that nothing is built for."""
 
 
 class NoMatchingPeftModuleError(UnknownNameError, ConfigError, PeftError):

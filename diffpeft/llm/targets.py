@@ -15,6 +15,7 @@ from diffpeft.llm import renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
 from diffpeft.model.target import check_target, kind_of, modules_of, with_inner
+from diffpeft.model.ties import tied_to_embedding
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
@@ -127,13 +128,12 @@ def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     """
     _check_patterns(config)
     modules = _modules(model)
-    targeted = [name for name in modules if matches(config, name)]
-    excluded = {name: None for name in targeted if excludes(config, name)}
-    fitting = {name: modules[name] for name in targeted if name not in excluded}
+    excluded = dict.fromkeys(name for name in modules if excludes(config, name))
+    fitting = {name: place for name, place in modules.items() if name not in excluded and matches(config, name)}
     if not fitting:
         _raise_none(config, list(modules), list(excluded))
     _warn_unmatched(config, list(modules), list(excluded))
-    _warn_tied({name: module for name, (module, _) in modules.items()}, fitting)
+    _warn_tied(model, {name: module for name, (module, _) in modules.items()}, fitting)
     for name, (module, parent) in fitting.items():
         check_target(model, module, parent, name)
     return with_inner({name: module for name, (module, _) in fitting.items()})
@@ -221,16 +221,20 @@ def shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
 
 def _raise_none(config: PeftConfig, names: list[str], excluded: list[str]) -> None:
     """Raise for targets that choose nothing: because all are excluded, because of the numbers of layers, or because no module is called so."""
-    if excluded:
-        raise NoMatchingPeftModuleError(
-            "All modules were excluded: none of the targets is left",
-            where=listed(excluded[:5]),
-            remedy="Loosen exclude_modules or modules_to_save.",
-        )
     targets = config.target_modules
     entries = [targets] if isinstance(targets, str) else sorted(targets or ())
     if not entries:
         return
+    if excluded:
+        targeted = [name for name in excluded if matches(config, name)]
+        raise NoMatchingPeftModuleError(
+            "All modules were excluded"
+            if len(excluded) == len(names)
+            else "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules and "
+            f"excluded modules: {shown(targets if isinstance(targets, str) else set(entries))} means nothing that is left",
+            where=f"excluded are {listed(targeted[:5])}" if targeted else "",
+            remedy="Loosen exclude_modules or modules_to_save.",
+        )
     _raise_left_out(config, names)
     raise NoMatchingPeftModuleError(
         f"Target modules {shown(targets if isinstance(targets, str) else set(entries))} not found in the base model",
@@ -269,7 +273,9 @@ def _list_in(names: Iterable[str]) -> str:
 def _warn_unmatched(config: PeftConfig, names: list[str], excluded: list[str]) -> None:
     """Say which entries of a list chose nothing."""
     if config.exclude_modules and not excluded:
-        warnings.warn(f"exclude_modules {shown(config.exclude_modules)} excludes nothing", stacklevel=4)
+        warnings.warn(
+            f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded.", stacklevel=4
+        )
     if isinstance(config.target_modules, str):
         return
     unmatched = [t for t in config.target_modules or () if not any(n == t or n.endswith(f".{t}") for n in names)]
@@ -278,16 +284,18 @@ def _warn_unmatched(config: PeftConfig, names: list[str], excluded: list[str]) -
         warnings.warn(f"target_modules has {shown(target)}, which no module is called. {hint}".strip(), stacklevel=4)
 
 
-def _warn_tied(modules: Mapping[str, nn.Module], fitting: Collection[str]) -> None:
-    """Say which chosen layers share their weight with another module."""
+def _warn_tied(model: nn.Module, modules: Mapping[str, nn.Module], fitting: Collection[str]) -> None:
+    """Say which chosen layers share their weight with another module, apart from ties to the embeddings, of which `check_tying` tells."""
+    ties = tied_to_embedding(model)
     holders: dict[int, list[str]] = {}
     for name, module in modules.items():
         if module._parameters.get("weight") is not None:
             holders.setdefault(id(module._parameters["weight"]), []).append(name)
-    tied = [n for names in holders.values() if len(names) > 1 for n in names if n in fitting]
+    embeddings = {*ties, *ties.values()}
+    tied = [n for names in holders.values() if len(names) > 1 for n in names if n in fitting and n not in embeddings]
     if tied:
         warnings.warn(
-            f"{listed(tied)} share their weight with another module. The adapter acts on the ones named alone, and cannot be merged.",
+            f"{listed(tied)} share their weight with another module. The adapter acts on the ones named alone, and merging unties them.",
             stacklevel=4,
         )
 

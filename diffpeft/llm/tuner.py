@@ -39,7 +39,7 @@ from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
 from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
-from diffpeft.model.fuse import fuse, plan_fused, unfuse
+from diffpeft.model.fuse import plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import Choice, Strength, check_name, claim, forced
 from diffpeft.model.plan import Plan, planned
@@ -99,7 +99,7 @@ def _plan_fresh(
     layers, ties = twinned(chosen(model, config), model, config)
     attentions.refuse_dora(layers, config)
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
-    check_tying(model, config, (*wholes, *layers))
+    check_tying(model, config, wholes, layers)
     precision.settle_patches(patches)
 
     def finish(modules: Mapping[str, nn.Module], slots: dict[str, Slot]) -> dict[str, Slot]:
@@ -336,7 +336,7 @@ class Tuner(nn.Module):
                 if inactive:
                     refuse_clashing(self.model, [*active, *inactive])
                     plan_mix(plan, self.model, self._parts, dict.fromkeys([*active, *inactive], 1.0))
-                plan_fused(plan, self._parts, todo)
+                plan_fused(plan, self._parts, todo, untie=True)
 
     def unmerge_adapter(self) -> None:
         """Take the adapters out of the weights again, to the last bit."""
@@ -359,7 +359,7 @@ class Tuner(nn.Module):
         known(names or (), self.peft_config)
         refuse_clashing(self.model, names or ())
         with planned(self._parts) as plan:
-            report = plan_merged(plan, self._parts, names, dequantize=dequantize)
+            report = plan_merged(plan, self._parts, names, dequantize=dequantize, untie=True)
             loosen(plan, self.model)
             plan.set(self, peft_config={}, _head=None, last_merge_report=report)
             if dequantize:
@@ -409,7 +409,8 @@ class Tuner(nn.Module):
         if not todo:
             return
         try:
-            fuse(self.model, todo)
+            with planned(self._parts) as plan:
+                plan_fused(plan, self._parts, todo, untie=True)
         except BaseException:
             self._put_back(merged)
             raise
@@ -502,7 +503,7 @@ class Tuner(nn.Module):
         config.validate()
         with _replicated(plan, self.model, config, lambda: self.peft_config):
             file = read(self.model, source, config, trainable=how.trainable, chosen=chosen(self.model, config))
-            check_tying(self.model, config, (*file.wholes, *file.slots))
+            check_tying(self.model, config, file.wholes, file.slots)
             if file.missing:
                 warnings.warn(
                     f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.", stacklevel=5

@@ -152,7 +152,7 @@ def _checked(
     numbers = [float(w) for w in weights]
     if not all(map(math.isfinite, numbers)):
         raise ConfigError(f"weights is {shown(numbers)}", remedy="A weight is a finite number.")
-    shared = [*dict.fromkeys(where for where, _, _ in clashes(model, adapters))]
+    shared = [*dict.fromkeys(where for where, *_ in clashes(model, adapters))]
     if shared:
         raise ConfigError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "

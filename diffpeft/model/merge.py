@@ -23,7 +23,7 @@ from diffpeft.layers.sites import parameter_names, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite
 from diffpeft.model.attach import Walk, mixes_of, refuse_foreign
-from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
+from diffpeft.model.fuse import check_order, is_tied, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.target import adapted, components
@@ -61,8 +61,9 @@ def plan_merged(
     names: str | Sequence[str] | None = None,
     *,
     dequantize: bool = False,
+    untie: bool = False,
 ) -> dict[str, float]:
-    """Plan `merge_for_good` of these components. -> the relative error of each layer."""
+    """Plan `merge_for_good` of these components. `untie`: layers that share their weight get one of their own. -> the relative error of each layer."""
     walks = {component: adapted(part) for component, part in parts.items()}
     mixes = mixes_of(parts, walks)
     known = {n for mix in mixes.values() for n in mix.adapters}
@@ -72,7 +73,7 @@ def plan_merged(
             raise UnknownNameError.of("adapter", name, known)
     errors: dict[str, float] = {}
     for component, mix in mixes.items():
-        merger = _merger(parts[component], plan.view(mix), wanted, dequantize)
+        merger = _merger(parts[component], plan.view(mix), wanted, dequantize, untie)
         count_twins_once(walks[component], merger.owners)
         of_layers = merger.plan_all(plan, [carried for carried in walks[component] if carried[2].mix is mix])
         errors |= {dotted(component, layer): error for layer, error in of_layers.items()}
@@ -88,6 +89,7 @@ class _Merger:
     model: nn.Module
     choice: Choice  # with the chosen adapters alone
     dequantize: bool
+    untie: bool
     owners: dict[int, int]
     shared: dict[int, torch.Tensor]  # the new numbers of weights, by the parameter's id: layers may share one
     dtype: torch.dtype | None  # of plain layers in place of quantised ones
@@ -127,10 +129,10 @@ class _Merger:
                     remedy="Pass dequantize=True to get a plain layer, or leave the adapter unmerged; it acts all the same.",
                 )
             return self._replace(plan, layer, module, backend, steps)
-        refuse_unfit(layer, module, record, self.owners)
+        refuse_unfit(layer, module, record, self.owners, self.untie)
         like = {name: module._parameters[name].data for name in base}  # type: ignore[union-attr]
         weights, error = _merged(layer, module, base, like, steps)
-        if record.patches:
+        if record.patches or is_tied(module, record, self.owners):
             plan.carry(module, None)
             self.puts += [(module._parameters, name, t) for name, t in weights.items()]
         else:
@@ -201,7 +203,7 @@ class _Merger:
         return error
 
 
-def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize: bool) -> _Merger:
+def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize: bool, untie: bool) -> _Merger:
     check_idle(mix, mix.adapters)
     active = mix.choice.order
     chosen = {*active} if names is None else {*names}
@@ -212,7 +214,7 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
     strengths |= {n: 1.0 for n in names or () if n in mix.adapters and n not in strengths}
     choice = choose(mix.component, mix.layers, mix.adapters, strengths)
     refuse_hooked(model)
-    return _Merger(model, choice, dequantize, owners_of(model), {}, _activations(model))
+    return _Merger(model, choice, dequantize, untie, owners_of(model), {}, _activations(model))
 
 
 def _merged(

@@ -130,15 +130,61 @@ def test_a_typo_beside_what_matches_is_named():
         diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["v_proj", "q_prj"]))
 
 
-def test_everything_excluded_and_no_default():
-    with pytest.raises(ValueError, match="All modules were excluded"):
-        diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+# what a config chooses nothing with, and what is said of it
+NOTHING = {
+    "all are excluded": (dict(target_modules=["q_proj"], exclude_modules=".*"), "All modules were excluded"),
+    "those that are meant": (
+        dict(target_modules=["q_proj"], exclude_modules=["q_proj"]),
+        "No modules were targeted for adaptation. This might be caused by a combination",
+    ),
+    "one, and one is none": (
+        dict(target_modules=["q_proj", "typo"], exclude_modules=["q_proj"]),
+        "No modules were targeted for adaptation",
+    ),
+    "a copy, and one is none": (
+        dict(target_modules=["typo"], modules_to_save=["lm_head"]),
+        "No modules were targeted for adaptation",
+    ),
+    "a copy of those that are meant": (
+        dict(target_modules=["lm_head"], modules_to_save=["lm_head"]),
+        "No modules were targeted for adaptation",
+    ),
+    "no module": (dict(target_modules=["typo"]), "not found in the base model"),
+}
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("case", NOTHING)
+def test_what_is_said_where_nothing_is_chosen_is_what_peft_says(case, second):
+    fields, said = NOTHING[case]
+    for lib in (peft, diffpeft):
+        base = model()
+        if second:
+            wrapped = lib.get_peft_model(base, lib.LoraConfig(target_modules=["v_proj"]))
+        with pytest.raises(ValueError, match=said):
+            if second:
+                wrapped.add_adapter("second", lib.LoraConfig(**fields))
+            else:
+                lib.get_peft_model(base, lib.LoraConfig(**fields))
+
+
+@pytest.mark.parametrize("exclude", [["typo"], "typo", ["q_proj"], ["lm_head"]])
+def test_an_exclusion_of_nothing_is_named(exclude):
+    """PEFT counts what is excluded of the model, be it targeted or not."""
+    said = []
+    for lib in (peft, diffpeft):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lib.get_peft_model(model(), lib.LoraConfig(target_modules=["v_proj"], exclude_modules=exclude))
+        said.append([w for w in caught if "You have passed exclude_modules=" in str(w.message)])
+    assert bool(said[0]) == bool(said[1]) == ("typo" in exclude)
+
+
+def test_no_default():
     with pytest.raises(ValueError, match="Please specify `target_modules`"):
         diffpeft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), diffpeft.LoraConfig())
     with pytest.raises(ValueError, match="is not supported"):
         diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["self_attn"]))
-    with pytest.warns(UserWarning, match="excludes nothing"):
-        diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["q_proj"], exclude_modules=["typo"]))
 
 
 def test_all_linear_is_written_as_the_shortest_names():
