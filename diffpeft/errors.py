@@ -15,6 +15,7 @@ DiffpeftError                       1
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
+|   `-- WrongKindError (TypeError)    2   a setting that is for modules, or values, of another kind
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
 |-- NothingLearntError              6   training changed nothing
@@ -181,6 +182,10 @@ class ConfigError(DiffpeftError, ValueError):
     """A setting has a value that is not allowed."""
 
     exit_code = 2
+
+
+class WrongKindError(ConfigError, TypeError):
+    """A setting is for modules of another kind, or for values of another type."""
 
 
 class NoMatchingPeftModuleError(UnknownNameError, ConfigError, PeftError):
