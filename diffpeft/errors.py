@@ -15,7 +15,8 @@ DiffpeftError                       1
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
-|   `-- WrongKindError (TypeError)    2   a setting that is for modules, or values, of another kind
+|   |-- WrongKindError (TypeError)  2   a value of a kind that the field cannot have
+|   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
 |-- NothingLearntError              6   training changed nothing
@@ -185,7 +186,11 @@ class ConfigError(DiffpeftError, ValueError):
 
 
 class WrongKindError(ConfigError, TypeError):
-    """A setting is for modules of another kind, or for values of another type."""
+    """A setting, or what it names, is of a kind that is not allowed."""
+
+
+class NotBuiltError(ConfigError, NotImplementedError):
+    """A setting has a value that nothing is built for."""
 
 
 class NoMatchingPeftModuleError(UnknownNameError, ConfigError, PeftError):
