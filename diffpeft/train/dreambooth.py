@@ -15,11 +15,12 @@ import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of, open_family
+from diffpeft.families.densities import DENSITIES
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.model.target import PRESETS, components, select
 from diffpeft.pipeline.load import save_lora
-from diffpeft.pipeline.open import default_device, default_dtype, open_pipeline
+from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, prior
 from diffpeft.train.cache import Latents, Texts
 from diffpeft.train.check import Checked, check, resized
@@ -59,22 +60,26 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     start = time.perf_counter()
     checked, device = checked or check(config), default_device()
     dtype = config.dtype or default_dtype(device)
-    watch.phase("loading the model")
+    watch.phase("looking at the model")
     family = _opened(config, dtype, device)
     config = resolved(config, checked.name, dtype, family)
     if checked.account.resolution != config.resolution:  # the configs did not tell
         checked = resized(checked, resolution(config, family))
         if checked.account.small:
             watch.note(checked.account.notes()[0])
-    examples, name = checked.account.examples, checked.name
+    name, size = checked.name, resolution(config, family)
+    chosen_layers(config, family)
+    texts = Texts(family, live=_live(config, family))
+    watch.phase("encoding the captions")
+    texts.learn(_prompts(config, checked))
+    examples = (checked.account.examples, class_examples(config, family, checked.prior, watch, texts))
     watch.phase("encoding the images")
-    latents = Latents(family, examples, resolution(config, family), config.flip, watch.tick)
+    images = [(part, Latents(family, part, size, config.flip, watch.tick)) for part in examples]
+    family.parts.free("vae")
+    watch.phase("loading the model")
     adapt(config, family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS))
-    with diffpeft.adapters(family.pipe, {name: 0.0}):
-        classes = class_examples(config, family, checked.prior, watch)
-    class_latents = Latents(family, classes, resolution(config, family), config.flip, watch.tick)
-    loss_at = _loss(config, family, (examples, latents), (classes, class_latents))
+    loss_at = _loss(config, family, texts, images[0], images[1])
     watch.phase("training")
     losses = fit(
         parameters_of(family.pipe, name),
@@ -91,10 +96,13 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
 
 
 def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
-    """The model to train, without progress bars. Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have."""
-    family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
+    """The model to train, none of it loaded yet, without progress bars.
+
+    Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
+    """
+    family = open_family(open_parts(config.model, config.base, dtype=dtype, device=device))
     if config.snr_gamma is not None:
-        check_weighted(family.kind)
+        check_weighted(family.levels.kind)
     family.pipe.set_progress_bar_config(disable=True)
     return family
 
@@ -124,24 +132,44 @@ def resolution(config: TrainConfig, family: Family) -> int:
     return size
 
 
-def adapt(config: TrainConfig, family: Family, name: str) -> None:
-    """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
-    for module in family.pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False)
-    settings = CONFIGS[config.method](config)
-    parts = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
+def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
+    """The text encoders that are trained."""
+    return family.adaptable if config.train_text_encoder else ()
+
+
+def _prompts(config: TrainConfig, checked: Checked) -> list[str]:
+    """Every prompt of a run."""
+    prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
+    return ["", *(example.caption for example in checked.account.examples), *prior_prompts]
+
+
+def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
+    """{component that is trained: which of its layers}. Loads nothing.
+
+    Raises UnknownNameError for names that no layer has, ConfigError for a rank that is above both sides of all of them.
+    """
+    parts = [family.denoiser, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
     chosen = {
         part: targets if part == family.denoiser or preset else "attn" for part in parts
     }  # names are the denoiser's
-    layers = {part: select({part: getattr(family.pipe, part)}, chosen[part])[part] for part in parts}
+    layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
-    for component in parts:
+    return chosen
+
+
+def adapt(config: TrainConfig, family: Family, name: str) -> None:
+    """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
+    chosen = chosen_layers(config, family)
+    models = {part: family.parts(part) for part in chosen}
+    for module in family.pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    for component, model in models.items():
         attach(
-            getattr(family.pipe, component),
-            settings,
+            model,
+            CONFIGS[config.method](config),
             name,
             targets=chosen[component],
             generator=draw.generator(config.seed, "init", component),
@@ -152,7 +180,7 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
 
 
 def class_examples(
-    config: TrainConfig, family: Family, plan: prior.ClassImages | None, watch: Watch
+    config: TrainConfig, family: Family, plan: prior.ClassImages | None, watch: Watch, texts: Texts
 ) -> list[data.Example]:
     """The class images; missing ones are generated by the base model and kept for the next run."""
     if plan is None:
@@ -162,23 +190,23 @@ def class_examples(
     if plan.missing:
         watch.phase(f"generating {len(plan.missing)} class images")
     seed = draw.generator(config.seed, "class").initial_seed() % 2**31
-    plan = prior.draw_missing(plan, family, seed, watch.tick)
+    plan = prior.draw_missing(plan, family, seed, watch.tick, texts)
     return data.captioned(plan.paths(), plan.provenance.prompt)
 
 
 def _loss(
     config: TrainConfig,
     family: Family,
+    texts: Texts,
     instances: Images,
     classes: Images,
 ) -> Callable[[int], Tensor]:
     """The loss [] by step. Every draw is a function of seed, step and place in the batch."""
-    texts = Texts(family, live=config.train_text_encoder)
-    device = getattr(family.pipe, family.denoiser).device
+    device, density = family.parts(family.denoiser).device, DENSITIES[family.levels.density]
 
     def loss_at(step: int) -> Tensor:
         batch = _batch(config, step, instances, classes)
-        batch = Batch(batch.latents.to(device), batch.noise.to(device), batch.u, batch.prompts, batch.is_class)
+        batch = replace(batch, latents=batch.latents.to(device), noise=batch.noise.to(device), u=density(batch.u))
         losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
         return with_prior(losses, batch.is_class.to(losses.device), config.prior_weight or prior.WEIGHT)
 
@@ -187,7 +215,7 @@ def _loss(
 
 def _batch(config: TrainConfig, step: int, instances: Images, classes: Images) -> Batch:
     """The batch of a step: instance images, and as many class images if there are any."""
-    latents, noise, u, prompts, is_class = [], [], [], [], []
+    latents, noise, u, prompts, is_class, frames = [], [], [], [], [], []
     for kind, (examples, cached) in (("instance", instances), ("class", classes)):
         if not examples:
             continue
@@ -200,7 +228,8 @@ def _batch(config: TrainConfig, step: int, instances: Images, classes: Images) -
             u.append(draw.uniform(*key, "level"))
             prompts.append("" if draw.uniform(*key, "caption") < config.caption_dropout else examples[index].caption)
             is_class.append(kind == "class")
-    return Batch(torch.stack(latents), torch.stack(noise), torch.tensor(u), prompts, torch.tensor(is_class))
+            frames.append(cached.frames[index])
+    return Batch(torch.stack(latents), torch.stack(noise), torch.tensor(u), prompts, torch.tensor(is_class), frames)
 
 
 def save(run: TrainRun) -> list[Path]:
@@ -248,12 +277,14 @@ def _metadata(run: TrainRun) -> dict[str, object]:
         "ss_seed": config.seed,
         "ss_batch_size_per_device": config.batch_size,
         "ss_optimizer": "AdamW",
+        "ss_base_model_version": run.family.base_version,
         "ss_sd_model_name": Path(config.model or "").name,
         "ss_min_snr_gamma": config.snr_gamma,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": run.name,
         "modelspec.implementation": "diffusers",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.architecture": f"{run.family.architecture}/lora",
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "modelspec.trigger_phrase": config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,
     }

@@ -5,31 +5,33 @@ min-SNR: Hang et al. 2023, arXiv:2303.09556. Prior preservation: DreamBooth, Rui
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffpeft.errors import ConfigError, shown
-from diffpeft.families import Family, Noised
+from diffpeft.families import Conditions, Family, Frame, Noised
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, and which of them are class images."""
+    """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from."""
 
     latents: Tensor
     noise: Tensor
     u: Tensor
     prompts: list[str]
     is_class: Tensor  # [b] bool
+    frames: Sequence[Frame]
 
 
-def denoising(family: Family, batch: Batch, text: Tensor, snr_gamma: float | None = None) -> Tensor:
-    """Mean squared error of the prediction by sample [b], weighted. `text` [b, tokens, width] is what the denoiser reads."""
-    noised = family.noised(batch.latents, batch.noise, batch.u)
-    error = (family.predict(noised.x, noised.t, text) - noised.target.float()).square().flatten(1).mean(1)
+def denoising(family: Family, batch: Batch, texts: Conditions, snr_gamma: float | None = None) -> Tensor:
+    """Mean squared error of the prediction by sample [b], weighted. `texts` is what the denoiser reads of the prompts."""
+    noised = family.levels.noised(batch.latents, batch.noise, batch.u)
+    prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
+    error = (prediction - noised.target.float()).square().flatten(1).mean(1)
     return error if snr_gamma is None else error * min_snr(noised, snr_gamma)
 
 

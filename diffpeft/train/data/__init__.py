@@ -2,6 +2,6 @@
 
 from diffpeft.train.data.account import Account
 from diffpeft.train.data.find import ENDINGS, Example, captioned, find, images_in, survey
-from diffpeft.train.data.read import pixels, stacked
+from diffpeft.train.data.read import framed, pixels, stacked
 
-__all__ = ["ENDINGS", "Account", "Example", "captioned", "find", "images_in", "pixels", "stacked", "survey"]
+__all__ = ["ENDINGS", "Account", "Example", "captioned", "find", "framed", "images_in", "pixels", "stacked", "survey"]

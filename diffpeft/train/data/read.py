@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from diffpeft.errors import DataError
+from diffpeft.families.base import Frame
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,18 +44,34 @@ def looked_at(path: Path) -> Look:
     try:
         with _opened(path) as file:
             width, height = file.size
-            turned = file.format != "TIFF" and file.getexif().get(_ORIENTATION) in _TURNED  # Pillow turns those itself
+            upright = _upright(file)
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's JPEG with a depth map
             file.seek(0)
             file.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             file.load()
             if file.mode.startswith(_DEEP):
                 white_of(file)
-            return Look((height, width) if turned else (width, height), frames)
+            return Look(upright, frames)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise what they like for a damaged file
         return Look(error=str(error) or type(error).__name__)
+
+
+def _upright(file: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture that was just opened, as it will be turned. Pillow turns TIFFs itself."""
+    turned = file.format != "TIFF" and file.getexif().get(_ORIENTATION) in _TURNED
+    width, height = file.size
+    return (height, width) if turned else (width, height)
+
+
+def framed(path: Path, size: int) -> Frame:
+    """What `pixels` takes of the image: all of its shorter side, the middle of its longer one."""
+    with _opened(path) as file:
+        width, height = _upright(file)
+    scale = size / min(width, height)
+    top, left = (round((side * scale - size) / 2) for side in (height, width))
+    return Frame((height, width), (top, left), (size, size))
 
 
 def pixels(path: Path, size: int) -> Tensor:
