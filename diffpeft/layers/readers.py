@@ -130,7 +130,7 @@ def _encoder_layer(module: nn.Module, base: Class) -> nn.Module:
 def _encoder(module: nn.Module, base: Class) -> nn.Module:
     """It makes ragged tensors, which only the fused kernel takes, unless one of its parameters is trained: so also if an adapter inside is."""
     acting = [acting_on(inner) for inner in module.modules() if is_adapted(inner)]
-    things: list[Any] = [thing for each in acting for steps in each for thing, _ in steps]
+    things = [thing for each in acting for steps in each for thing, _ in steps]
     modules = [thing.module if isinstance(thing, Copy) else thing for thing in things]
     trained = torch.is_grad_enabled() and any(p.requires_grad for inner in modules for p in inner.parameters())
     if trained or any(len(each) > 1 for each in acting):

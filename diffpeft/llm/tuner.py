@@ -118,6 +118,7 @@ def _plan_fresh(
         patches=patches,
         finish=finish,
         metadata={CONFIG: config.to_json()},
+        as_in_peft=True,
     )
     plan_attached(plan, {"": model}, {"": layers}, addition)
 

@@ -24,6 +24,7 @@ from diffpeft.llm.state import saved
 from diffpeft.llm.targets import excludes, matches
 from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.config import check_choice, check_rank
+from diffpeft.methods.lora import is_across
 from diffpeft.methods.merging import HOW
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import clashes
@@ -44,6 +45,7 @@ from diffpeft.model.weighted import (
     merged_loras,
     plan_summed_copies,
     same_sides,
+    slots_on,
     summed_factors,
     summed_rows,
     with_biases,
@@ -268,6 +270,9 @@ def _plan_fresh(
         quiet=True,
         finish=lambda modules, slots: filled(values)(modules, attentions.doubled(slots)),
         metadata={CONFIG: config.to_json()},
+        as_in_peft=any(
+            is_across(slots_on(m)[n].tensors) for m in layers.values() for n in request.adapters if n in slots_on(m)
+        ),
     )
     with torch.random.fork_rng(devices=[]):
         plan_attached(plan, {"": request.model}, {"": layers}, addition)

@@ -15,12 +15,13 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, li
 from diffpeft.layers.carried import ADAPTERS, COPIES, Copy, Record, bare_copy, base_class, is_adapted, op_of
 from diffpeft.layers.hooks import device_of, present, refusal
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import LayerSite, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
+from diffpeft.methods.lora import is_across
 from diffpeft.model.banks import share
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
@@ -163,6 +164,7 @@ class Addition:
         patches: {name: (module, patch)} of modules whose parameters it changes, all of one component.
         finish: gets a component's layers and their fresh slots, and gives the slots to take.
         metadata: what a file of the adapter is to hold.
+        as_in_peft: whether tensors are PEFT's where it has other ones than everybody: a branch beside a convolution with groups.
     """
 
     name: str
@@ -178,6 +180,7 @@ class Addition:
     patches: Mapping[str, tuple[nn.Module, Patch]] = field(default_factory=dict)
     finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    as_in_peft: bool = False
 
     @property
     def biases(self) -> str:
@@ -230,6 +233,12 @@ def _fresh_slots(
     for of_component in slots.values():
         share(of_component)
     _warn_adjusted(new.name, slots)
+    branches = [dotted(c, layer) for c, of in slots.items() for layer, slot in of.items() if is_across(slot.tensors)]
+    if branches:
+        warnings.warn(
+            f"LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported. {listed(branches[:5])}",
+            stacklevel=5,
+        )
     large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
         warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=4)
@@ -353,12 +362,18 @@ def _fresh(new: Addition, layer: str, module: nn.Module, dry_run: bool) -> Slot:
     op = op_of(module)
     site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else new.generator)
     with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
-        fresh = new.method.init(new.config, site, **new.options)
+        fresh = new.method.init(new.config, site, **new.options, **_across(new, op))
         shift = {BIAS: torch.zeros(op.geometry.out)} if new.biases != "none" and op.bias is not None else {}
     spec = Spec(op.geometry, fresh.alpha, fresh.options)
     piece = Piece(new.method.name, fresh.tensors, fresh.alpha, spec, fresh.frozen)
     slot = Slot([piece], shift, trainable=True).train(module.training)
     return slot if dry_run else slot.to(device_of(module))
+
+
+def _across(new: Addition, op: LayerSite) -> dict[str, bool]:
+    """The keyword of methods that have PEFT's form of a convolution with groups, where that is wanted."""
+    wanted = new.as_in_peft and "across" in new.method.options and op.takes_branches
+    return {"across": True} if wanted else {}
 
 
 def _biased(model: nn.Module) -> dict[str, nn.Module]:

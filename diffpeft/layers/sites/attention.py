@@ -21,7 +21,8 @@ class AttentionSite(LayerSite):
         return Geometry(3 * module.embed_dim, module.embed_dim)
 
     @staticmethod
-    def unfit(module: nn.MultiheadAttention) -> str:
+    def unfit(module: nn.Module) -> str:
+        assert isinstance(module, nn.MultiheadAttention)
         if module.in_proj_weight is None:
             return "Only same embed for query/key/value is supported as of now for MultiheadAttention"
         if not isinstance(module.out_proj, nn.Linear):

@@ -51,7 +51,7 @@ class LayerSite:
         raise NotImplementedError
 
     @staticmethod
-    def unfit(module: Any) -> str:
+    def unfit(module: nn.Module) -> str:
         """Why a layer of this kind cannot be adapted as it is made; empty if it can."""
         return ""
 
@@ -85,6 +85,11 @@ class LayerSite:
     def stored(self, weight: Tensor) -> Tensor:
         """A canonical weight in the layer's own order: the inverse of `canonical`."""
         return weight
+
+    @property
+    def takes_branches(self) -> bool:
+        """Whether PEFT's LoRA of this layer is a branch beside it (`forms.Branch`)."""
+        return False
 
     def has_batch(self, x: Tensor) -> bool:
         """Whether the first axis of an input counts rows of a batch."""
