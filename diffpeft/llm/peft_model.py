@@ -21,6 +21,7 @@ from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.llm import renames, state
+from diffpeft.llm.injection import targeting
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
@@ -496,7 +497,7 @@ def inject_adapter_in_model(
     """
     config = PeftConfig.of(peft_config)
     if state_dict is not None:
-        config = state.targeting(config, state_dict)
+        config = targeting(model, config, state_dict)
     inject(model, config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
     return model
 

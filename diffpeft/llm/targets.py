@@ -18,6 +18,7 @@ from diffpeft.model.target import check_target, kind_of, modules_of
 from diffpeft.model.ties import tied_to_embedding
 
 ALL_LINEAR = "all-linear"
+MANY = 20  # so many names are written as the shortest that mean the same
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
 _LINEAR = ("Linear", "Conv1D")
 
@@ -92,29 +93,46 @@ _TARGETS: Mapping[str, dict[str, list[str] | str]] = {
 
 
 def resolved(model: nn.Module, config: Config) -> Config:
-    """A copy of a config in which defaults and `all-linear` have become names."""
+    """A copy of a config in which defaults and `all-linear` have become names, and many names few, as in PEFT."""
     config = copy.deepcopy(config)
     linear = _linear(model, config) if _is_all_linear(config) else []
     renames.stacked(model, config, linear, lambda name: matches(config, name) and not excludes(config, name))
     if _is_all_linear(config):
-        config.target_modules = linear
+        config.target_modules = set(linear)
     elif config.target_modules is None and not config.target_parameters:
         _set_default(model, config)
+    if isinstance(config, IA3Config) and config.feedforward_modules is None:
+        config.feedforward_modules = set(IA3_FEEDFORWARD.get(_kind(model), ()))
+    _condense(model, config)
     return config
+
+
+def _condense(model: nn.Module, config: PeftConfig) -> None:
+    """Say what many names mean by few. Not of (IA)^3, whose `feedforward_modules` are among them."""
+    targets = config.target_modules
+    if not targets or isinstance(targets, str) or len(targets) < MANY or config.peft_type == PeftType.IA3:
+        return
+    ends = tuple(f".{target}" for target in targets)
+    few = shortest(targets, (name for name in _modules(model) if name not in targets and not name.endswith(ends)))
+    if len(few) < len(targets):
+        config.target_modules = set(few)
 
 
 def _set_default(model: nn.Module, config: PeftConfig) -> None:
     """Set the target modules to PEFT's default for the type of model. Raises ConfigError where there is none."""
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    kind = _kind(model)
     targets = _TARGETS.get(str(config.peft_type), LORA_TARGETS).get(kind)
     if targets is None:
         raise ConfigError(
             "Please specify `target_modules` or `target_parameters` in `peft_config`",
             remedy=f'There is no default for {shown(kind)}. For example target_modules="all-linear".',
         )
-    config.target_modules = copy.copy(targets)
-    if isinstance(config, IA3Config) and config.feedforward_modules is None:
-        config.feedforward_modules = list(IA3_FEEDFORWARD[kind])
+    config.target_modules = targets if isinstance(targets, str) else set(targets)
+
+
+def _kind(model: nn.Module) -> str:
+    """The type of a model of transformers, `None` of others."""
+    return str(getattr(getattr(model, "config", None), "model_type", None))
 
 
 def _is_all_linear(config: PeftConfig) -> bool:
@@ -188,15 +206,14 @@ def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
 
 
 def _linear(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Every linear layer but the head, as the shortest names that mean these and no others."""
+    """The names of every linear layer but the head."""
     head = _head(model, config)
     inside = {id(m) for m in head.modules()} if head is not None else set()
-    linear: list[str] = []
-    others: list[str] = []
-    for name, (module, _) in _modules(model).items():
-        kinds = {c.__name__ for c in kind_of(module).__mro__}
-        (linear if kinds & {*_LINEAR} and id(module) not in inside else others).append(name)
-    return shortest(linear, others)
+    return [
+        name
+        for name, (module, _) in _modules(model).items()
+        if {*_LINEAR} & {c.__name__ for c in kind_of(module).__mro__} and id(module) not in inside
+    ]
 
 
 def _head(model: Any, config: PeftConfig) -> nn.Module | None:

@@ -16,6 +16,7 @@ from diffpeft import patterns
 from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import adalora
+from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.renames import mapped
@@ -26,7 +27,6 @@ from diffpeft.llm.state import (
     plan_read,
     read,
     spelt,
-    targeting,
     tensors_in,
     wholes_of,
 )
@@ -161,7 +161,7 @@ class Tuner(nn.Module):
         configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
         with planned(self._parts) as plan:
             for name, config in configs.items():
-                config = config if state_dict is None else targeting(config, state_dict)
+                config = config if state_dict is None else targeting(model, config, state_dict)
                 self.plan_injected(plan, name, config, active=True, precision=Precision(False, low_cpu_mem_usage))
 
     @property

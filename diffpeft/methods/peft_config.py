@@ -310,7 +310,7 @@ def _without_run(table: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in table.items() if name != "runtime_config"}
 
 
-def _copied(value: Any) -> object:
+def _copied(value: object) -> object:
     """A field's value, apart from the config."""
     if isinstance(value, Enum):
         return value.value
