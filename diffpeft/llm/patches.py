@@ -15,11 +15,13 @@ from diffpeft.errors import (
     NonFiniteError,
     ShapeMismatchError,
     UnknownNameError,
+    WrongKindError,
     listed,
     near,
     shown,
 )
 from diffpeft.io import finite
+from diffpeft.llm.targets import ending
 from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -77,10 +79,11 @@ def _tokens(model: nn.Module, config: PeftConfig, rows: list[int] | Mapping[str,
     for name, index in tables.items():
         if name in (config.modules_to_save or ()):
             raise ConfigError(
+                "The embedding layer is already marked to be trained fully: "
                 f"{shown(name)} is in modules_to_save and in trainable_token_indices",
-                remedy="The embedding is trained whole, or some rows of it.",
+                remedy="Leave it out of one of them.",
             )
-        for where, module in _named(model, name).items():
+        for where, module in _tables(model, name).items():
             if where in patches and rows_of(patches[where][1]) != list(index):
                 raise ConfigError(f"{shown(where)} is named twice, with other indices", remedy="Name it once.")
             patches[where] = module, tokens_on(where, module, index)
@@ -107,22 +110,24 @@ def _input_embeddings(model: nn.Module) -> str:
     return next((n for n, module in model.named_modules() if table is not None and module is table), "embed_tokens")
 
 
-def _named(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The modules with this name, or with a name that ends so. Raises UnknownNameError or ConfigError."""
-    modules = {n: m for n, (m, _) in modules_of(model, lambda m: m is not model).items()}
-    named = {n: m for n, m in modules.items() if n == name or n.endswith(f".{name}")}
-    if not named:
-        ends = {n.rpartition(".")[2] for n in modules} | {*modules}
+def _tables(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The embeddings, and heads, that a name means. Raises UnknownNameError, or WrongKindError for other modules."""
+    meant = ending(model, [name], "trainable_token_indices")
+    if not meant:
+        known = {n for n, _ in model.named_modules()}
         raise UnknownNameError(
-            f"trainable_token_indices names {shown(name)}, which no module is called", remedy=near(name, ends)
+            f"Target modules {{{name!r}}} not found in the base model",
+            where="trainable_token_indices",
+            remedy=near(name, {n.rpartition(".")[2] for n in known} | known) or "Name an embedding.",
         )
-    for where, module in named.items():
+    for where, module in meant.items():
         if not isinstance(module, (nn.Embedding, nn.Linear)) or not weight_of(module).is_floating_point():
-            raise ConfigError(
-                f"trainable_token_indices names {shown(where)}, a {kind_of(module).__name__}",
+            raise WrongKindError(
+                f"trainable_token_indices cannot be applied to modules of type {kind_of(module)}",
+                where=where,
                 remedy="Rows of embeddings are trained, and of heads that share their weight.",
             )
-    return named
+    return meant
 
 
 # Parameters themselves

@@ -45,6 +45,7 @@ from diffpeft.layers.slot import BIAS, Bank, Slot
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
+from diffpeft.llm.targets import ending
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.layout import LAYOUTS
@@ -56,7 +57,7 @@ from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.precision import Precision, plan_into
 from diffpeft.model.state import beside_slots, entries_of, gathered_slot, slots_in, tensors_of, whole_tensors
-from diffpeft.model.target import layers_of, modules_of
+from diffpeft.model.target import layers_of
 from diffpeft.model.ties import twins
 from diffpeft.pipeline.match import LayersByComponent, matched
 
@@ -65,16 +66,11 @@ _INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of t
 
 
 def wholes_of(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
-    """{name: module} of those that `modules_to_save` names by a whole name or its end. Those inside another are that one's."""
-    names = config.modules_to_save
-    if not names:
+    """{name: module} of those that `modules_to_save` means. Those inside another are that one's. Raises WrongKindError for a container."""
+    if not config.modules_to_save:
         return {}
-    named = {
-        name: module
-        for name, (module, _) in modules_of(model, lambda m: m is not model).items()
-        if any(name == n or name.endswith(f".{n}") for n in names)
-    }
-    outer = {n: m for n, m in named.items() if not any(n.startswith(f"{other}.") for other in named)}
+    meant = ending(model, config.modules_to_save, "modules_to_save")
+    outer = {n: m for n, m in meant.items() if not any(n.startswith(f"{other}.") for other in meant)}
     ties = tying.ties_of(model, config, outer)
     return outer | {name: model.get_submodule(name) for name in (*ties.values(), *ties)}
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, NoMatchingPeftModuleError, listed, near, shown
+from diffpeft.errors import ConfigError, NoMatchingPeftModuleError, WrongKindError, listed, near, shown
 from diffpeft.llm import renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
@@ -186,6 +186,26 @@ def excludes(config: PeftConfig, name: str) -> bool:
     if patterns.fullmatch(out, name) if isinstance(out, str) else any(name == e or name.endswith(f".{e}") for e in out):
         return True
     return any(patterns.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
+
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+def ending(model: nn.Module, names: Iterable[str], field: str) -> dict[str, nn.Module]:
+    """{name: module} of those whose names end as one of `names`, as PEFT finds what is trained beside layers: in the middle of a word too.
+
+    Raises WrongKindError for a container, which has no forward. `field` is what the names are of.
+    """
+    ends = tuple(names)
+    modules = {n: m for n, (m, _) in modules_of(model, lambda m: m is not model).items() if n.endswith(ends)}
+    for where, module in modules.items():
+        if isinstance(module, _CONTAINERS):
+            raise WrongKindError(
+                f"{field} cannot be applied to modules of type {kind_of(module)}",
+                where=where,
+                remedy="Name what is inside.",
+            )
+    return modules
 
 
 def _in_layers(config: PeftConfig, name: str) -> bool:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from converters.formats.peft import CONFIG, PREFIX
 from converters.opening import Opened
 from diffpeft import patterns
-from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
+from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside
+from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import adalora
+from diffpeft.llm.conversion import unconvertible
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
@@ -45,10 +47,12 @@ from diffpeft.model.precision import AUTOCAST, PLAIN, Precision
 from diffpeft.model.replication import plan_replicated, same_spans
 from diffpeft.model.resize import Place, head_of, plan_resized, refuse_replaced
 from diffpeft.model.state import slots_in
+from diffpeft.model.target import adapted
 from diffpeft.model.ties import loosen, twins_of
 from diffpeft.pipeline.adapters import adapters, plan_mix
 
 BASE = "__base__"  # in a mixed batch: no adapter
+WENT = "Adapter {} was active which is now deleted. Setting active adapter to {}."
 OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the base too
 
 
@@ -205,8 +209,26 @@ class Tuner(nn.Module):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """The layers that carry adapters."""
-        return list(dict.fromkeys(layer for name in self.peft_config for layer in slots_in(self.model, name)))
+        """The layers that carry adapters, in the order in which they came."""
+        slots = [(layer, slot) for name in self.peft_config for layer, slot in slots_in(self.model, name).items()]
+        return list(dict.fromkeys(layer for layer, slot in slots if slot.parts))  # others have a bias that is trained
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The parameters that carry adapters themselves (`target_parameters`)."""
+        carried = [(where, p) for where, _, record in adapted(self.model) for p in record.patches.values()]
+        patches = [(where, patch) for where, patch in carried if isinstance(patch, ParameterFactors)]
+        return list(dict.fromkeys(f"{where}.{name}" for where, patch in patches for name in patch.names))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether active adapters act: neither switched off nor, in this thread, inside a block that does without."""
+        return self._off is None and not any(mix.standing() is OFF for mix in mixes_of(self._parts).values())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes an adapter: one that adds to linear layers."""
+        name = adapter_name if adapter_name in self.peft_config else next(iter(self.active_adapters), adapter_name)
+        return not unconvertible(self.model, name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active, in this order; they are trained (unless `inference_mode`), the others are not."""
@@ -236,25 +258,23 @@ class Tuner(nn.Module):
         with planned(self._parts) as plan:
             self.plan_injected(plan, adapter_name, self.peft_config[adapter_name], active=False)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the first that is left becomes so, with a warning."""
-        known([adapter_name], self.peft_config)
-        if adapter_name in fused_of(self.model):
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several. If none is active then, the first that is left becomes so, with a warning."""
+        names = named(adapter_name)
+        known(names, self.peft_config, "does not exist")
+        if merged := [name for name in names if name in fused_of(self.model)]:
             raise AdapterStateError(
-                f"Cannot delete adapter(s) {shown(adapter_name)} while they are merged",
-                remedy="Call unmerge_adapter first.",
+                f"Cannot delete adapter(s) {sorted(merged)} while they are merged", remedy="Please unmerge them first."
             )
         active = self.active_adapters
-        remaining = [name for name in self.peft_config if name != adapter_name]
+        remaining = [name for name in self.peft_config if name not in names]
         with planned(self._parts) as plan:
-            plan_removed(plan, self._parts, {adapter_name})
-            plan.entry(self.peft_config, adapter_name)
+            plan_removed(plan, self._parts, {*names})
+            for name in names:
+                plan.entry(self.peft_config, name)
             plan.set(self, _head=head_of(self.model, plan))
-            if active == [adapter_name] and remaining:
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {remaining[0]}.",
-                    stacklevel=3,
-                )
+            if active and {*active} <= {*names} and remaining:
+                warnings.warn(WENT.format(", ".join(active), remaining[0]), stacklevel=3)
                 self._plan_active(plan, remaining[:1], remaining)
 
     def add_weighted_adapter(
@@ -430,6 +450,13 @@ class Tuner(nn.Module):
         """The model's output."""
         return self(*args, **kwargs)
 
+    def prepared(
+        self, prepare: Callable[..., dict[str, Any]], args: Sequence[object], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of a step of generation that a model prepares. `task_ids` are for prompts."""
+        kwargs.pop("task_ids", None)
+        return prepare(*args, **kwargs)
+
     def generated(self, args: Any, kwargs: dict[str, object]) -> Any:
         """What the model generates."""
         refuse_replaced(self._head)
@@ -448,9 +475,13 @@ class Tuner(nn.Module):
         self, plan: Plan, name: str, config: PeftConfig, *, active: bool, precision: Precision = AUTOCAST
     ) -> None:
         """Plan to add a fresh adapter."""
-        adalora.trained({**self.peft_config, name: config})
+        self._check_beside({**self.peft_config, name: config})
         config = plan_injected(plan, self.model, config, name, active=active, precision=precision)
         self._plan_known(plan, name, config)
+
+    def _check_beside(self, configs: Mapping[str, PeftConfig]) -> None:
+        """Raise ConfigError for adapters that cannot be on one model."""
+        adalora.trained(configs)
 
     def _plan_known(self, plan: Plan, name: str, config: PeftConfig) -> None:
         """Plan what this remembers of an adapter that has been planned."""
@@ -497,13 +528,11 @@ def named(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def known(names: Iterable[str], configs: Mapping[str, PeftConfig]) -> None:
-    """Raise UnknownNameError for a name that no adapter has."""
+def known(names: Iterable[str], configs: Mapping[str, PeftConfig], told: str = "not found") -> None:
+    """Raise UnknownNameError for a name that no adapter has; PEFT's words, which differ by what is done."""
     for name in names:
         if name not in configs:
-            raise UnknownNameError(
-                f"Adapter {name} not found: it does not exist", remedy=f"There are {', '.join(configs) or 'none'}."
-            )
+            raise UnknownNameError(f"Adapter {name} {told}", remedy=f"There are {', '.join(configs) or 'none'}.")
 
 
 def found_configs(model: nn.Module) -> dict[str, PeftConfig]:
