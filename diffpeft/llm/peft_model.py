@@ -278,14 +278,9 @@ class PeftModel(Passing, Counted, nn.Module):
     def _mixed_batch(
         self, names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object], copies: int = 1
     ) -> AbstractContextManager[None]:
-        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises ConfigError for a batch of another size."""
+        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises what `Tuner.rows` raises."""
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), len(names))
-        if batch != len(names):
-            raise ConfigError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {batch} respectively.",
-                remedy="Give one name a row.",
-            )
-        return self.tuner.rows(names, copies)
+        return self.tuner.rows(names, copies, batch)
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
