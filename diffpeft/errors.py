@@ -15,7 +15,8 @@ DiffpeftError                       1
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
 |   |-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
-|   `-- NoWeightError (NotImplementedError) 4 what an adapter adds is no change of a weight
+|   |-- NoWeightError (NotImplementedError) 4 what an adapter adds is no change of a weight
+|   `-- UnfitError (RuntimeError)   4   a layer whose weight cannot take an adapter in
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
 |   |-- WrongKindError (TypeError)  2   a value of a kind that the field cannot have
 |   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
@@ -187,6 +188,10 @@ class MixedBatchError(AdapterStateError, TypeError):
 
 class NoWeightError(AdapterStateError, NotImplementedError):
     """What an adapter adds to a layer's output is no change of the layer's weight."""
+
+
+class UnfitError(AdapterStateError, RuntimeError):
+    """A layer whose weight cannot take an adapter in."""
 
 
 class ConfigError(DiffpeftError, ValueError):

@@ -25,6 +25,7 @@ from diffpeft.llm.cards import README, CardFacts, completed, tags_of
 from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
 from diffpeft.llm.distributed import gathered, in_units, unwrapped
 from diffpeft.llm.hub import pushed
+from diffpeft.llm.injection import targeting
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.prompts import POSITIONAL, Arguments, Prepare
@@ -281,14 +282,9 @@ class PeftModel(Passing, Counted, nn.Module):
     def _mixed_batch(
         self, names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object], copies: int = 1
     ) -> AbstractContextManager[None]:
-        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises ConfigError for a batch of another size."""
+        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises what `Tuner.rows` raises."""
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), len(names))
-        if batch != len(names):
-            raise ConfigError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {batch} respectively.",
-                remedy="Give one name a row.",
-            )
-        return self.tuner.rows(names, copies)
+        return self.tuner.rows(names, copies, batch)
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
@@ -710,7 +706,7 @@ def inject_adapter_in_model(
     """
     config = PeftConfig.of(peft_config)
     if state_dict is not None:
-        config = state.targeting(config, state_dict)
+        config = targeting(model, config, state_dict)
     inject(model, config, adapter_name, Precision(False, low_cpu_mem_usage))
     return model
 

@@ -317,7 +317,7 @@ def test_a_model_without_a_wrapper_has_it_too():
 
 
 REFUSED = {
-    "no list": (dict(target_parameters="mlp.experts.down_proj"), "list of names"),
+    "no list": (dict(target_parameters="mlp.experts.down_proj"), "list of strings"),
     "dropout": (dict(lora_dropout=0.1), "lora_dropout"),
     "dora": (dict(use_dora=True), "use_dora"),
     "a bias": (dict(lora_bias=True), "lora_bias"),
