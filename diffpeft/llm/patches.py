@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -145,12 +146,26 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
         targeted = [name for name, key in by_name.items() if any(_names(target, key) for target in targets)]
         if targeted and not where:
             raise ConfigError(
-                f"target_parameters names {shown(targeted[0])} of the model itself", remedy="Put it into a module."
+                f"Targeting an nn.Parameter on the top-level module is not supported (parameter {targeted[0]!r})",
+                remedy="Put it into a module.",
             )
         if targeted:
             patches[where] = module, factors_on(module, where, targeted, config)
+    _refuse_parametrised(model, targets)
     _check_named(targets, keys, needed=not others)
     return patches
+
+
+def _refuse_parametrised(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise AdapterStateError for a target that is no parameter any more, since another library computes it from others."""
+    for where, (module, _) in modules_of(model, lambda m: "parametrizations" in m._modules).items():
+        computed: Any = module._modules["parametrizations"]
+        for name in computed:
+            if any(_names(target, f"{where}.{name}") for target in targets):
+                raise AdapterStateError(
+                    f"parameter {shown(f'{where}.{name}')} cannot be adapted: it is parametrised",
+                    remedy="Call torch.nn.utils.parametrize.remove_parametrizations first.",
+                )
 
 
 def _check_named(targets: Sequence[str], keys: Collection[str], needed: bool) -> None:

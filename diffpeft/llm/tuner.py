@@ -323,9 +323,11 @@ class Tuner(nn.Module):
         merged = fused_of(self.model)
         todo = [name for name in names if name not in merged]
         if len(todo) < len(names):
+            before = ",".join(n for n in names if n in merged)
             warnings.warn(
-                f"Already following adapters were merged {','.join(n for n in names if n in merged)}. "
-                f"You are now additionally merging {','.join(todo) or 'none'}.",
+                f"Already following adapters were merged {before}. You are now additionally merging {','.join(todo)}."
+                if todo
+                else f"All adapters are already merged, nothing to do: {before}.",
                 stacklevel=2,
             )
         if todo:

@@ -174,7 +174,7 @@ def test_every_method_merges_and_comes_out_exactly(name):
     with ours.disable_adapter():  # the base, though merged
         assert torch.equal(run(ours), run(model()))
     torch.testing.assert_close(run(ours), want, **SAME)
-    with pytest.warns(UserWarning, match="Already following adapters were merged default"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         ours.merge_adapter()
     with pytest.raises(ValueError, match="while they are merged"):
         ours.delete_adapter("default")
