@@ -37,7 +37,7 @@ from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
+from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
 from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
 from diffpeft.model.fuse import plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
@@ -69,11 +69,14 @@ class LoadOptions:
 def inject(
     model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
 ) -> PeftConfig:
-    """Add a fresh adapter to a model; the resolved config. The base is frozen.
+    """Add a fresh adapter to a model, `active` alone or not at all; the resolved config. The base is frozen.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
-    with planned({"": model}) as plan:
+    parts = {"": model}
+    with planned(parts) as plan:
+        if active:
+            plan_mix(plan, model, parts, {})
         return plan_injected(plan, model, config, name, active=active, precision=precision)
 
 
@@ -161,6 +164,7 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Strength] | None = None  # the mix that disable_adapter_layers has put aside
+        self._resting: list[nn.Parameter] = []  # what was trained then
         self._head: Place | None = None  # where the model's head is, if adapters are on it
         configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
         with planned(self._parts) as plan:
@@ -243,7 +247,7 @@ class Tuner(nn.Module):
     ) -> None:
         """Plan to make adapters the active ones of all of these, and those that are trained."""
         plan_mix(plan, self.model, self._parts, dict.fromkeys(names, 1.0))
-        plan.set(self, _off=None)
+        plan.set(self, _off=None, _resting=[])
         plan_trained(plan, self.model, {name: name in names and not inference_mode for name in configs})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -377,19 +381,23 @@ class Tuner(nn.Module):
         return self.model
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
+        """Switch all adapters off until `enable_adapter_layers`, and train nothing of them."""
         if self._off is None:
             with planned(self._parts) as plan:
                 mixes = mixes_of(self._parts).values()
-                plan.set(self, _off={name: strength for mix in mixes for name, strength in mix.choice.given.items()})
+                off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
+                trained = trained_of(self.model)
+                plan.set(self, _off=off, _resting=trained)
                 plan_mix(plan, self.model, self._parts, {})
+                plan.require_grad(trained, False)
 
     def enable_adapter_layers(self) -> None:
-        """Switch on what was active before `disable_adapter_layers`."""
+        """Switch on what was active before `disable_adapter_layers`, and train what was trained."""
         if self._off is not None:
             with planned(self._parts) as plan:
                 plan_mix(plan, self.model, self._parts, self._off)
-                plan.set(self, _off=None)
+                plan.require_grad(self._resting, True)
+                plan.set(self, _off=None, _resting=[])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -349,7 +349,7 @@ def test_unknown_names_are_named():
 def test_a_parameter_that_is_computed_from_others_is_refused_by_name():
     net = nn.Sequential(nn.Linear(4, 4))
     torch.nn.utils.parametrizations.spectral_norm(net[0])
-    with pytest.raises(AdapterStateError, match="'0.weight' cannot be adapted: it is parametrised"):
+    with pytest.raises(AdapterStateError, match="weight' cannot be adapted: it is parametrised"):
         get_peft_model(net, LoraConfig(target_parameters=["0.weight"]))
 
 
@@ -398,7 +398,7 @@ def test_a_parameter_that_another_module_holds_is_untied_while_merged():
 def test_weighted_adapters_refuse_it():
     wrapped, _ = filled(diffpeft, "mixtral")
     second(wrapped, "mixtral")
-    with pytest.raises(ConfigError, match="does not support targeting nn.Parameter"):
+    with pytest.raises(ConfigError, match=r"does not support targeting nn\.Parameter"):
         wrapped.add_weighted_adapter(["default", "b"], [0.5, 0.5], "both")
 
 
