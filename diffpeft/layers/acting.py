@@ -72,8 +72,8 @@ def _container(held: Mapping[str, nn.Module]) -> nn.ModuleDict:
 _adapted: dict[Class, Class] = {}
 _carrying: dict[Class, Class] = {}
 _TABLES = ("_parameters", "_buffers", "_modules")
-# methods of containers, which read `_modules` themselves
-_ITEMS = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
+# methods of an nn.Sequential, which read `_modules` themselves
+_ITEMS = ("__iter__", "__len__", "__getitem__")
 _ABSENT = object()
 
 
@@ -302,7 +302,7 @@ def _attribute(module: nn.Module, steps: Sequence[Step], name: str) -> object:
 
 
 def _of_what_acts(name: str) -> Callable[..., object]:
-    """A container's method on what acts: the copy, or the module without its copies."""
+    """A Sequential's method on what acts: the copy, or the module without its copies."""
 
     def method(self: nn.Module, *args: object) -> object:
         record = record_of(self)

@@ -225,8 +225,11 @@ def _renamed(
 ) -> dict[str, Tensor] | Opened:
     """The source with the names that the model has now; opened files stay so where they have them, and need no patch."""
     if not isinstance(source, Opened):
-        known = (PREFIX, *FORMATS["peft"].shared_keys.values())
-        source = {key if key.startswith(known) else PREFIX + key: tensor for key, tensor in source.items()}
+        shared = FORMATS["peft"].shared_keys  # on a module without wrapper they go by their roles
+        known = (PREFIX, *shared.values())
+        source = {
+            key if key.startswith(known) else shared.get(key, PREFIX + key): tensor for key, tensor in source.items()
+        }
     names = renames.known_names(model, source.tensors if isinstance(source, Opened) else source)
     if not patches and not names:
         return source

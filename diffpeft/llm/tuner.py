@@ -47,7 +47,7 @@ from diffpeft.llm.weighted import SumOptions, plan_weighted
 from diffpeft.methods import LoKrConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
+from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
 from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_listed, plan_removed
 from diffpeft.model.fuse import plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
@@ -81,10 +81,14 @@ def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
-    with planned({"": model}) as plan:
+    parts = {"": model}
+    with planned(parts) as plan:
+        merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
+        plan_mix(
+            plan, model, parts, merged
+        )  # what is in the weights stays in them, and nothing clashes with the others
         config = plan_injected(plan, model, config, name, active=True, precision=precision)
-        for mix in mixes_of({"": model}).values():  # what is in the weights stays in them
-            plan_mix(plan, model, {"": model}, {**mix.fused, name: 1.0})
+        plan_mix(plan, model, parts, {**merged, name: 1.0})
         plan_listed(plan, model, name, config)
     return config
 
@@ -177,6 +181,7 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Strength] | None = None  # the mix that disable_adapter_layers has put aside
+        self._resting: list[nn.Parameter] = []  # what was trained then
         self._head: Place | None = None  # where the model's head is, if adapters are on it
         configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
         with planned(self._parts) as plan:
@@ -259,7 +264,7 @@ class Tuner(nn.Module):
     ) -> None:
         """Plan to make adapters the active ones of all of these, and those that are trained."""
         plan_mix(plan, self.model, self._parts, dict.fromkeys(names, 1.0))
-        plan.set(self, _off=None)
+        plan.set(self, _off=None, _resting=[])
         plan_trained(plan, self.model, {name: name in names and not inference_mode for name in configs})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -338,11 +343,12 @@ class Tuner(nn.Module):
         known(names, self.peft_config)
         merged = fused_of(self.model)
         todo = [name for name in names if name not in merged]
-        if merged:
+        if len(todo) < len(names):
+            before = ",".join(n for n in names if n in merged)
             warnings.warn(
-                f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(todo)}."
+                f"Already following adapters were merged {before}. You are now additionally merging {','.join(todo)}."
                 if todo
-                else "All adapters are already merged, nothing to do.",
+                else f"All adapters are already merged, nothing to do: {before}.",
                 stacklevel=2,
             )
         if todo:
@@ -392,21 +398,25 @@ class Tuner(nn.Module):
         return self.model
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
+        """Switch all adapters off until `enable_adapter_layers`, and train nothing of them."""
         if self._off is None:
             with planned(self._parts) as plan:
                 mixes = list(mixes_of(self._parts).values())
-                plan.set(self, _off={name: strength for mix in mixes for name, strength in mix.choice.given.items()})
+                off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
+                trained = trained_of(self.model)
+                plan.set(self, _off=off, _resting=trained)
                 plan_mix(plan, self.model, self._parts, {})
                 for mix in mixes:
                     plan.set(mix, choice=OFF)
+                plan.require_grad(trained, False)
 
     def enable_adapter_layers(self) -> None:
-        """Switch on what was active before `disable_adapter_layers`."""
+        """Switch on what was active before `disable_adapter_layers`, and train what was trained."""
         if self._off is not None:
             with planned(self._parts) as plan:
                 plan_mix(plan, self.model, self._parts, self._off)
-                plan.set(self, _off=None)
+                plan.require_grad(self._resting, True)
+                plan.set(self, _off=None, _resting=[])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diffpeft.bundle import dotted
-from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, UnknownNameError, shown
 from diffpeft.layers.backends import Backend, backend_of
 from diffpeft.layers.carried import Copy, Parameters, Record, Step, bare, effective, op_of
 from diffpeft.layers.patches import Patch
@@ -28,7 +28,7 @@ from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import based, computed_in, no_bias, refuse_changed, unfit, unfused
+from diffpeft.model.weights import based, computed_in, no_bias, not_finite, refuse_changed, unfit, unfused
 
 
 def merge_for_good(
@@ -229,12 +229,9 @@ def _merged(
         if exact.keys() - like.keys():
             raise no_bias(layer, steps)
         stored = {name: torch.empty_like(t).copy_(exact[name]) for name, t in like.items()}
-        if not all(map(is_finite, stored.values())):
-            raise NonFiniteError(
-                "NaNs detected in the merged weights",
-                where=f"Layer {shown(layer)} would get values that are not finite",
-                remedy=f"An adapter seems to be broken, or too strong for {next(iter(like.values())).dtype}.",
-            )
+        for name, t in stored.items():
+            if not is_finite(t):
+                raise not_finite(layer, module, steps, name, t.dtype)
         name, W = next(iter(exact.items()))
         W = W.to(dtype)
         error = torch.linalg.vector_norm(stored[name].to(W) - W) / torch.linalg.vector_norm(W).clamp_min(1e-30)
