@@ -57,7 +57,7 @@ def check(config: TrainConfig) -> Checked:
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     name = _name(config, config.output())
-    check_model(config.model, config.base)
+    check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
     account = data.survey(str(config.data), config.instance_prompt, config.resolution or known.resolution)
     return Checked(name, account, prior.planned(config))
