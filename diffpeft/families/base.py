@@ -8,6 +8,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Frame(NamedTuple):
+    """Where the pixels of an example are from: (height, width) of the picture as it was, (top, left) of the crop in the picture as it was scaled,
+    (height, width) that is trained on.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
 class Noised(NamedTuple):
     """Noised latents, the model's time, what the model shall predict, the signal-to-noise ratio [b], and the kind of prediction."""
 

@@ -21,9 +21,11 @@ from diffpeft.model.target import PRESETS, components, select
 from diffpeft.pipeline.load import save_lora
 from diffpeft.pipeline.open import default_device, default_dtype, open_pipeline
 from diffpeft.train import data, draw, prior
+from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts
-from diffpeft.train.check import Checked, check, resized
+from diffpeft.train.check import Checked, check, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
+from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.loop import LearningRate, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, check_weighted, denoising, with_prior
@@ -31,7 +33,6 @@ from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt, resc
 from diffpeft.train.watch import Quiet, Watch
 
 FORMATS = ("diffusers", "kohya")
-Images = tuple[Sequence[data.Example], Latents]  # with their latents, in the same order
 
 
 @dataclass
@@ -61,20 +62,18 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     dtype = config.dtype or default_dtype(device)
     watch.phase("loading the model")
     family = _opened(config, dtype, device)
-    config = resolved(config, checked.name, dtype, family)
-    if checked.account.resolution != config.resolution:  # the configs did not tell
-        checked = resized(checked, resolution(config, family))
-        if checked.account.small:
-            watch.note(checked.account.notes()[0])
-    examples, name = checked.account.examples, checked.name
-    watch.phase("encoding the images")
-    latents = Latents(family, examples, resolution(config, family), config.flip, watch.tick)
+    config, sizing = resolved(config, checked.name, dtype, family), sizing_of(config, family)
+    checked, name = _resized(checked, sizing, watch), checked.name
     adapt(config, family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS))
     with diffpeft.adapters(family.pipe, {name: 0.0}):
         classes = class_examples(config, family, checked.prior, watch)
-    class_latents = Latents(family, classes, resolution(config, family), config.flip, watch.tick)
-    loss_at = _loss(config, family, (examples, latents), (classes, class_latents))
+    watch.phase("encoding the images")
+    kinds = {"instance": checked.account.examples, "class": classes}
+    batches = [batches_of(config, examples, sizing, kind) for kind, examples in kinds.items()]
+    assembly = Assembly(batches, Latents(family))
+    assembly.learn(range(config.steps), watch.tick)
+    loss_at = _loss(config, family, assembly)
     watch.phase("training")
     losses = fit(
         parameters_of(family.pipe, name),
@@ -111,17 +110,36 @@ def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> Trai
         config,
         name=name,
         dtype=dtype,
-        resolution=resolution(config, family),
+        resolution=config.resolution or family.resolution,
         alpha=config.rank if config.alpha is None else config.alpha,
     )
 
 
-def resolution(config: TrainConfig, family: Family) -> int:
-    """The side of the training images; it must suit the model's latents."""
-    size = config.resolution or family.resolution
-    if size % family.multiple:
-        raise ConfigError(f"resolution is {size}", remedy=f"For this model it is a multiple of {family.multiple}.")
-    return size
+def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
+    """How the sizes of training pictures follow from those of images; they must suit the model's latents."""
+    sides = sides_of(config, family.resolution)
+    for side in sides:
+        if side % family.multiple:
+            raise ConfigError(f"resolution is {side}", remedy=f"For this model it is a multiple of {family.multiple}.")
+    return data.Sizing(sides, config.buckets, family.multiple)
+
+
+def _resized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
+    """The account with the sizes that the model can have; what the configs did not tell is said."""
+    sized = resized(checked, sizing)
+    before = checked.account.lines()
+    for line in sized.account.lines():
+        if line not in before:
+            watch.note(line)
+    return sized
+
+
+def batches_of(config: TrainConfig, examples: Sequence[data.Example], sizing: data.Sizing, kind: str) -> Batches:
+    """The batches of a kind of examples, by step."""
+    showing = Showing(
+        config.flip, config.crop, config.caption_dropout, config.shuffle_captions, config.keep_tokens or 0
+    )
+    return Batches(examples, sizing, config.batch_size, config.seed, kind, showing)
 
 
 def adapt(config: TrainConfig, family: Family, name: str) -> None:
@@ -166,41 +184,19 @@ def class_examples(
     return data.captioned(plan.paths(), plan.provenance.prompt)
 
 
-def _loss(
-    config: TrainConfig,
-    family: Family,
-    instances: Images,
-    classes: Images,
-) -> Callable[[int], Tensor]:
+def _loss(config: TrainConfig, family: Family, assembly: Assembly) -> Callable[[int], Tensor]:
     """The loss [] by step. Every draw is a function of seed, step and place in the batch."""
     texts = Texts(family, live=config.train_text_encoder)
     device = getattr(family.pipe, family.denoiser).device
 
-    def loss_at(step: int) -> Tensor:
-        batch = _batch(config, step, instances, classes)
-        batch = Batch(batch.latents.to(device), batch.noise.to(device), batch.u, batch.prompts, batch.is_class)
+    def loss_of(batch: Batch) -> Tensor:
         losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
         return with_prior(losses, batch.is_class.to(losses.device), config.prior_weight or prior.WEIGHT)
 
+    def loss_at(step: int) -> Tensor:
+        return torch.stack([loss_of(batch.to(device)) for batch in assembly.at(step)]).sum()
+
     return loss_at
-
-
-def _batch(config: TrainConfig, step: int, instances: Images, classes: Images) -> Batch:
-    """The batch of a step: instance images, and as many class images if there are any."""
-    latents, noise, u, prompts, is_class = [], [], [], [], []
-    for kind, (examples, cached) in (("instance", instances), ("class", classes)):
-        if not examples:
-            continue
-        for place, index in enumerate(
-            draw.order(len(examples), step * config.batch_size, config.batch_size, config.seed, kind)
-        ):
-            key = (config.seed, step, kind, place)
-            latents.append(cached.draw(index, config.flip and draw.uniform(*key, "flip") < 0.5, *key))
-            noise.append(torch.randn(latents[-1].shape, generator=draw.generator(*key, "noise")))
-            u.append(draw.uniform(*key, "level"))
-            prompts.append("" if draw.uniform(*key, "caption") < config.caption_dropout else examples[index].caption)
-            is_class.append(kind == "class")
-    return Batch(torch.stack(latents), torch.stack(noise), torch.tensor(u), prompts, torch.tensor(is_class))
 
 
 def save(run: TrainRun) -> list[Path]:
