@@ -25,7 +25,8 @@ from diffpeft.llm.sft_config import SftConfig
 from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
 from diffpeft.model.target import targets_of
-from diffpeft.pipeline.open import complete_model, default_device, default_dtype, dtype_of, not_loaded
+from diffpeft.pipeline.complete import complete_model, not_loaded
+from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
 from diffpeft.train import draw, report
 from diffpeft.train.config import target_names
 from diffpeft.train.loop import LearningRate, fit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +21,14 @@ class Assembly:
     kinds: Sequence[Batches]
     latents: Latents
 
-    def learn(self, steps: range, tick: Callable[[], None]) -> list[str]:
-        """Compute the latents of all that these steps show; the captions that they show."""
-        captions: dict[str, None] = {}
+    def captions(self, steps: Iterable[int]) -> list[str]:
+        """The captions of these steps, each once."""
+        return list(dict.fromkeys(caption for batches in self.kinds for caption in batches.needed(steps)[1]))
+
+    def learn(self, steps: Iterable[int], tick: Callable[[], None] = lambda: None) -> None:
+        """Compute the latents of all that these steps show."""
         for batches in self.kinds:
-            views, said = batches.needed(steps)
-            self.latents.learn(batches.examples, views, tick)
-            captions |= said
-        return list(captions)
+            self.latents.learn(batches.examples, batches.needed(steps)[0], tick)
 
     def at(self, step: int) -> list[Batch]:
         """The batches of a step: one with instance and class images, or if these are of other sizes one of each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffpeft.families import Family
+from diffpeft.families import Conditions, Family
 from diffpeft.train.data import Example, View
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
@@ -62,17 +62,35 @@ class Latents:
 
 
 class Texts:
-    """Embeddings by prompt, computed when first asked for; `live` ones (the text encoder is being trained) are computed anew each time."""
+    """What text encoders make of prompts, computed when first asked for; of `live` ones (they are being trained) anew each time."""
 
-    def __init__(self, family: Family, live: bool):
-        self.family, self.live, self.known = family, live, dict[str, Tensor]()
+    def __init__(self, family: Family, live: Collection[str] = ()):
+        self.family, self.live = family, tuple(live)
+        self.known: dict[tuple[str, str], Conditions] = {}  # {(encoder, prompt): without the batch's axis}
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """What the denoiser reads of these prompts, [b, tokens, width]."""
-        if self.live:
-            return self.family.embed(prompts)
-        with torch.no_grad():
-            for prompt in dict.fromkeys(prompts):
-                if prompt not in self.known:
-                    self.known[prompt] = self.family.embed([prompt])[0]
-        return torch.stack([self.known[prompt] for prompt in prompts])
+    def learn(self, prompts: Iterable[str]) -> None:
+        """Compute what these prompts need, an encoder after the other, and give up those that are not trained."""
+        for encoder in self._frozen():
+            self._compute(encoder, prompts)
+        self.family.parts.free(*self._frozen())
+
+    def __call__(self, prompts: Sequence[str]) -> Conditions:
+        """What the denoiser reads of these prompts, each [b, ...]."""
+        conditions: Conditions = {}
+        for encoder in self.live:
+            conditions |= self.family.embed(encoder, prompts)
+        for encoder in self._frozen():
+            self._compute(encoder, prompts)
+            rows = [self.known[encoder, prompt] for prompt in prompts]
+            conditions |= {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return conditions
+
+    def _frozen(self) -> list[str]:
+        return [encoder for encoder in self.family.text_encoders if encoder not in self.live]
+
+    @torch.no_grad()
+    def _compute(self, encoder: str, prompts: Iterable[str]) -> None:
+        for prompt in dict.fromkeys(prompts):
+            if (encoder, prompt) not in self.known:
+                row = self.family.embed(encoder, [prompt])
+                self.known[encoder, prompt] = {name: t[0] for name, t in row.items()}

@@ -15,11 +15,12 @@ import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of, open_family
+from diffpeft.families.densities import DENSITIES
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.model.target import PRESETS, components, select
 from diffpeft.pipeline.load import save_lora
-from diffpeft.pipeline.open import default_device, default_dtype, open_pipeline
+from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts
@@ -60,20 +61,16 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     start = time.perf_counter()
     checked, device = checked or check(config), default_device()
     dtype = config.dtype or default_dtype(device)
-    watch.phase("loading the model")
+    watch.phase("looking at the model")
     family = _opened(config, dtype, device)
     config, sizing = resolved(config, checked.name, dtype, family), sizing_of(config, family)
     checked, name = _resized(checked, sizing, watch), checked.name
+    chosen_layers(config, family)
+    assembly, texts = _encoded(config, family, checked, sizing, watch)
+    watch.phase("loading the model")
     adapt(config, family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS))
-    with diffpeft.adapters(family.pipe, {name: 0.0}):
-        classes = class_examples(config, family, checked.prior, watch)
-    watch.phase("encoding the images")
-    kinds = {"instance": checked.account.examples, "class": classes}
-    batches = [batches_of(config, examples, sizing, kind) for kind, examples in kinds.items()]
-    assembly = Assembly(batches, Latents(family))
-    assembly.learn(range(config.steps), watch.tick)
-    loss_at = _loss(config, family, assembly)
+    loss_at = _loss(config, family, assembly, texts)
     watch.phase("training")
     losses = fit(
         parameters_of(family.pipe, name),
@@ -90,10 +87,13 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
 
 
 def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
-    """The model to train, without progress bars. Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have."""
-    family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
+    """The model to train, none of it loaded yet, without progress bars.
+
+    Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
+    """
+    family = open_family(open_parts(config.model, config.base, dtype=dtype, device=device))
     if config.snr_gamma is not None:
-        check_weighted(family.kind)
+        check_weighted(family.levels.kind)
     family.pipe.set_progress_bar_config(disable=True)
     return family
 
@@ -142,24 +142,56 @@ def batches_of(config: TrainConfig, examples: Sequence[data.Example], sizing: da
     return Batches(examples, sizing, config.batch_size, config.seed, kind, showing)
 
 
-def adapt(config: TrainConfig, family: Family, name: str) -> None:
-    """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
-    for module in family.pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False)
-    settings = CONFIGS[config.method](config)
-    parts = [family.denoiser, *(family.text_encoders if config.train_text_encoder else ())]
+def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
+    """The text encoders that are trained."""
+    return family.adaptable if config.train_text_encoder else ()
+
+
+def _encoded(
+    config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch
+) -> tuple[Assembly, Texts]:
+    """The batches of a run, and its texts: all that its steps will need is computed, and what computed it is given up."""
+    steps, texts = range(config.steps), Texts(family, live=_live(config, family))
+    watch.phase("encoding the captions")
+    instances = batches_of(config, checked.account.examples, sizing, "instance")
+    prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
+    texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
+    classes = class_examples(config, family, checked.prior, watch, texts)
+    assembly = Assembly([instances, batches_of(config, classes, sizing, "class")], Latents(family))
+    texts.learn(assembly.captions(steps))
+    watch.phase("encoding the images")
+    assembly.learn(steps, watch.tick)
+    family.parts.free("vae")
+    return assembly, texts
+
+
+def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
+    """{component that is trained: which of its layers}. Loads nothing.
+
+    Raises UnknownNameError for names that no layer has, ConfigError for a rank that is above both sides of all of them.
+    """
+    parts = [family.denoiser, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
     chosen = {
         part: targets if part == family.denoiser or preset else "attn" for part in parts
     }  # names are the denoiser's
-    layers = {part: select({part: getattr(family.pipe, part)}, chosen[part])[part] for part in parts}
+    layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
-    for component in parts:
+    return chosen
+
+
+def adapt(config: TrainConfig, family: Family, name: str) -> None:
+    """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
+    chosen = chosen_layers(config, family)
+    models = {part: family.parts(part) for part in chosen}
+    for module in family.pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    for component, model in models.items():
         attach(
-            getattr(family.pipe, component),
-            settings,
+            model,
+            CONFIGS[config.method](config),
             name,
             targets=chosen[component],
             generator=draw.generator(config.seed, "init", component),
@@ -170,7 +202,7 @@ def adapt(config: TrainConfig, family: Family, name: str) -> None:
 
 
 def class_examples(
-    config: TrainConfig, family: Family, plan: prior.ClassImages | None, watch: Watch
+    config: TrainConfig, family: Family, plan: prior.ClassImages | None, watch: Watch, texts: Texts
 ) -> list[data.Example]:
     """The class images; missing ones are generated by the base model and kept for the next run."""
     if plan is None:
@@ -180,21 +212,21 @@ def class_examples(
     if plan.missing:
         watch.phase(f"generating {len(plan.missing)} class images")
     seed = draw.generator(config.seed, "class").initial_seed() % 2**31
-    plan = prior.draw_missing(plan, family, seed, watch.tick)
+    plan = prior.draw_missing(plan, family, seed, watch.tick, texts)
     return data.captioned(plan.paths(), plan.provenance.prompt)
 
 
-def _loss(config: TrainConfig, family: Family, assembly: Assembly) -> Callable[[int], Tensor]:
+def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts) -> Callable[[int], Tensor]:
     """The loss [] by step. Every draw is a function of seed, step and place in the batch."""
-    texts = Texts(family, live=config.train_text_encoder)
-    device = getattr(family.pipe, family.denoiser).device
+    device, density = family.parts(family.denoiser).device, DENSITIES[family.levels.density]
 
     def loss_of(batch: Batch) -> Tensor:
+        batch = replace(batch.to(device), u=density(batch.u))
         losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
         return with_prior(losses, batch.is_class.to(losses.device), config.prior_weight or prior.WEIGHT)
 
     def loss_at(step: int) -> Tensor:
-        return torch.stack([loss_of(batch.to(device)) for batch in assembly.at(step)]).sum()
+        return torch.stack([loss_of(batch) for batch in assembly.at(step)]).sum()
 
     return loss_at
 
@@ -244,12 +276,14 @@ def _metadata(run: TrainRun) -> dict[str, object]:
         "ss_seed": config.seed,
         "ss_batch_size_per_device": config.batch_size,
         "ss_optimizer": "AdamW",
+        "ss_base_model_version": run.family.base_version,
         "ss_sd_model_name": Path(config.model or "").name,
         "ss_min_snr_gamma": config.snr_gamma,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": run.name,
         "modelspec.implementation": "diffusers",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.architecture": f"{run.family.architecture}/lora",
+        "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
         "modelspec.trigger_phrase": config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,
     }

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from diffpeft.errors import ConfigError, shown
-from diffpeft.families import Family, Noised
-from diffpeft.families.base import Frame
+from diffpeft.families import Conditions, Family, Frame, Noised
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,11 @@ class Batch:
         return replace(self, latents=self.latents.to(device), noise=self.noise.to(device), mask=mask)
 
 
-def denoising(family: Family, batch: Batch, text: Tensor, snr_gamma: float | None = None) -> Tensor:
-    """Mean squared error of the prediction by sample [b], weighted. `text` [b, tokens, width] is what the denoiser reads."""
-    noised = family.noised(batch.latents, batch.noise, batch.u)
-    error = (family.predict(noised.x, noised.t, text) - noised.target.float()).square()
+def denoising(family: Family, batch: Batch, texts: Conditions, snr_gamma: float | None = None) -> Tensor:
+    """Mean squared error of the prediction by sample [b], weighted. `texts` is what the denoiser reads of the prompts."""
+    noised = family.levels.noised(batch.latents, batch.noise, batch.u)
+    prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
+    error = (prediction - noised.target.float()).square()
     error = (error if batch.mask is None else error * batch.mask).flatten(1).mean(1)
     return error if snr_gamma is None else error * min_snr(noised, snr_gamma)
 

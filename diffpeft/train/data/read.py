@@ -86,18 +86,25 @@ def looked_at(path: Path) -> Look:
     try:
         with _opened(path) as file:
             width, height = file.size
-            turned = file.format != "TIFF" and file.getexif().get(_ORIENTATION) in _TURNED  # Pillow turns those itself
+            upright = _upright(file)
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's JPEG with a depth map
             file.seek(0)
             file.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             file.load()
             if file.mode.startswith(_DEEP):
                 white_of(file)
-            return Look((height, width) if turned else (width, height), frames, profiled=_profile(file) is not False)
+            return Look(upright, frames, profiled=_profile(file) is not False)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise what they like for a damaged file
         return Look(error=str(error) or type(error).__name__)
+
+
+def _upright(file: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture that was just opened, as it will be turned. Pillow turns TIFFs itself."""
+    turned = file.format != "TIFF" and file.getexif().get(_ORIENTATION) in _TURNED
+    width, height = file.size
+    return (height, width) if turned else (width, height)
 
 
 def pixels(path: Path, size: int) -> Tensor:
