@@ -14,6 +14,8 @@ from diffpeft.train.config import TrainConfig
 _READ = (
     "model",
     "base",
+    "vae",
+    "text_encoder",
     "instance_prompt",
     "trigger",
     "mask",

@@ -30,7 +30,8 @@ def assigned(files: Sequence[str], encoders: Mapping[str, nn.Module]) -> dict[st
                 "a text encoder in fp8 with scales cannot be read", where=file, remedy="Pass it in fp16 or bf16."
             )
         shapes = {_plain(name): tuple(handle.shape) for name, handle in handles.items()}
-        owner = next((name for name, model in encoders.items() if _holds(shapes, model)), None)
+        fitting = [name for name, model in encoders.items() if _holds(shapes, model)]
+        owner = max(fitting, key=lambda name: len(encoders[name].state_dict()), default=None)
         if owner is None:
             raise CheckpointError(
                 "this is none of the model's text encoders, or not with all weights",

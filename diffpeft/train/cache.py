@@ -72,7 +72,7 @@ class Texts:
         """Compute what these prompts need, an encoder after the other, and give up those that are not trained."""
         for encoder in self._frozen():
             self._compute(encoder, prompts)
-        self.family.parts.free(*self._frozen())
+            self.family.parts.free(encoder)
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         """What the denoiser reads of these prompts, each [b, ...]."""

@@ -57,7 +57,7 @@ def check(config: TrainConfig) -> Checked:
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     name = _name(config, config.output())
-    check_model(config.model, config.base)
+    check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
     return Checked(name, surveyed(config, known), prior.planned(config))
 
@@ -70,7 +70,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
     config.check_values()
     known = Sizes(None, None)
     if config.model:
-        check_model(config.model, config.base)
+        check_model(config.model, config.base, config.vae, config.text_encoders())
         known = _trainable(config)
     account = surveyed(config, known)
     return account if steps else replace(account, steps=None)

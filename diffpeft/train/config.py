@@ -123,6 +123,10 @@ class TrainConfig(Options):
         None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.", required=True
     )
     base: str | None = option(None, "The folder or Hub id with the configs and the tokenizer of a single-file model.")
+    vae: str | None = option(None, "The file of the VAE, where the single file is a denoiser alone.", needs="base")
+    text_encoder: str | Sequence[str] | None = option(
+        None, "The files of the text encoders, with commas, where the single file has none.", needs="base"
+    )
     data: str | Sequence[str] | None = option(
         None,
         "A folder of images, with those below it, or a .jsonl or .csv of file_name and text; NAME.txt or NAME.caption beside NAME.png is its caption. "
@@ -174,6 +178,11 @@ class TrainConfig(Options):
     snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", above=0)
     prior_weight: float | None = option(None, "Weight of the class images; default: 1.", above=0, needs="class_prompt")
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+
+    def text_encoders(self) -> list[str]:
+        """The files of text encoders, which stand in a list, or in one text with commas."""
+        files = self.text_encoder.split(",") if isinstance(self.text_encoder, str) else self.text_encoder or ()
+        return [file.strip() for file in files]
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -250,7 +259,7 @@ def target_names(targets: str | Iterable[str], presets: Iterable[str]) -> str | 
     return names
 
 
-PATHS = {"model", "base", "data", "out", "class_data", "heldout", "mask"}  # the options that are paths
+PATHS = {"model", "base", "vae", "text_encoder", "data", "out", "class_data", "heldout", "mask"}  # that are paths
 # {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
 OTHER_NAMES: dict[str, str] = {
     "learning_rate": "lr",

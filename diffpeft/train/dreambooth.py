@@ -91,7 +91,10 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
     """
-    family = open_family(open_parts(config.model, config.base, dtype=dtype, device=device))
+    parts = open_parts(
+        config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
+    )
+    family = open_family(parts)
     if config.snr_gamma is not None:
         check_weighted(family.levels.kind)
     family.pipe.set_progress_bar_config(disable=True)
@@ -284,6 +287,7 @@ def _metadata(run: TrainRun) -> dict[str, object]:
         "modelspec.implementation": "diffusers",
         "modelspec.architecture": f"{run.family.architecture}/lora",
         "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
         "modelspec.trigger_phrase": config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,
     }
