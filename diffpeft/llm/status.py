@@ -14,6 +14,7 @@ from diffpeft.layers.carried import Record
 from diffpeft.layers.slot import Slot
 from diffpeft.layers.tokens import Tokens
 from diffpeft.methods.peft_config import PeftConfig
+from diffpeft.model.mix import Mix
 from diffpeft.model.target import adapted, kind_of
 
 Value = TypeVar("Value")
@@ -173,7 +174,7 @@ def _status(
     return TunerLayerStatus(
         name=name,
         module_type=kind,
-        enabled=off is None and (bool(mix.standing().order) or not mix.choice.order),
+        enabled=off is None and _is_acting(mix),
         active_adapters=[n for n in active if everywhere or n in parameters],
         merged_adapters=[n for n in mix.fused if n in merged and n in parameters],
         requires_grad={n: _common(p.requires_grad for p in of_adapter) for n, of_adapter in parameters.items()},
@@ -181,6 +182,11 @@ def _status(
         devices={n: _devices(of_adapter) for n, of_adapter in parameters.items()},
         quantization_backend=None if backend is None else backend.name,
     )
+
+
+def _is_acting(mix: Mix) -> bool:
+    """Whether what is active acts: not inside a block that does without."""
+    return bool(mix.standing().order) or not mix.choice.order
 
 
 def _devices(parameters: Iterable[nn.Parameter]) -> list[str]:

@@ -130,6 +130,13 @@ class _Merger:
                     remedy="Pass dequantize=True to get a plain layer, or leave the adapter unmerged; it acts all the same.",
                 )
             return self._replace(plan, layer, module, backend, steps)
+        error = self._direct(plan, layer, module, record, base, steps)
+        return error if slots else None
+
+    def _direct(
+        self, plan: Plan, layer: str, module: nn.Module, record: Record, base: Parameters, steps: Sequence[Step]
+    ) -> float | None:
+        """Plan to give a module the numbers that its adapters make of `base`. -> the relative error of its weight."""
         refuse_unfit(layer, module, record, self.owners, self.untie)
         like = {name: module._parameters[name].data for name in base}  # type: ignore[union-attr]
         weights, error = _merged(layer, module, base, like, steps)
@@ -140,7 +147,7 @@ class _Merger:
             name = parameter_names(module)[0]
             weights[name] = self.shared.setdefault(id(module._parameters[name]), weights[name])
             plan.carry(module, None, weights)
-        return error if slots else None
+        return error
 
     def _taken(self, plan: Plan, layer: str, module: nn.Module, steps: Sequence[Step]) -> float | None:
         """Plan to give a module the numbers of its acting copy, with what acts after that in them."""
