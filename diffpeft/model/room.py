@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError, ShapeMismatchError
 from diffpeft.layers.slot import Piece, Slot, pieces_of
-from diffpeft.methods.lora import Lora, is_across
+from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted
 
@@ -98,18 +98,20 @@ def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, wh
         raise ShapeMismatchError(
             f"rank {A.shape[0]} is above {rank}", where=where, remedy="Load the first adapter with a higher max_rank=."
         )
-    if room and is_across(tensors):
-        raise ShapeMismatchError(
-            f"a branch beside a convolution with groups has rank {A.shape[0]}, and no room for {rank}",
-            where=where,
-            remedy="Use adapters of one rank.",
-        )
     if scale != to and not to:
         raise ShapeMismatchError(
             "the first adapter has scale 0", where=where, remedy="Unload it, and load the new one."
         )
     if scale != to:
         B = (B.double() * (scale / to)).to(B.dtype)
-    A = torch.cat([A, A.new_zeros(room, *A.shape[1:])])
-    B = torch.cat([B, B.new_zeros(B.shape[0], room, *B.shape[2:])], 1)
+    groups = len(A) // B.shape[1]  # of a branch beside a convolution: B's ranks are those of a group
+    if rank % groups:
+        raise ShapeMismatchError(
+            f"Trying to pad a Conv{A.dim() - 2}d LoRA adapter with groups={groups} to target rank {rank}, but the target rank "
+            f"is not divisible by {groups}. Please choose a target rank that is divisible by {groups}.",
+            where=where,
+        )
+    A = A.unflatten(0, (groups, -1))
+    A = torch.cat([A, A.new_zeros(groups, room // groups, *A.shape[2:])], 1).flatten(0, 1)
+    B = torch.cat([B, B.new_zeros(B.shape[0], room // groups, *B.shape[2:])], 1)
     return {**tensors, "lora_A": A, "lora_B": B}
