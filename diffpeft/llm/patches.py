@@ -12,6 +12,7 @@ from diffpeft.errors import (
     AdapterStateError,
     ConfigError,
     MissingKeysError,
+    NoMatchingPeftModuleError,
     NonFiniteError,
     ShapeMismatchError,
     UnknownNameError,
@@ -149,11 +150,11 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
 
 
 def _check_named(targets: Sequence[str], keys: Collection[str], needed: bool) -> None:
-    """Warn of targets that no parameter is called. Raises UnknownNameError if none is, and one is `needed`."""
+    """Warn of targets that no parameter is called. Raises NoMatchingPeftModuleError if none is, and one is `needed`."""
     unknown = [target for target in targets if not any(_names(target, key) for key in keys)]
     ends = {".".join(key.split(".")[-n:]) for key in keys for n in (1, 2)} | {*keys} if unknown else ()
     if needed and len(unknown) == len(targets):
-        raise UnknownNameError(
+        raise NoMatchingPeftModuleError(
             f"target_parameters {listed(targets)} not found in the base model", remedy=near(unknown[0], ends)
         )
     for target in unknown:
