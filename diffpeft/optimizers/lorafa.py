@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,14 +20,15 @@ from diffpeft.methods.linalg import wide_dtype
 from diffpeft.optimizers.pairs import pairs_of
 
 _DAMPING = 1e-8
+Group = Mapping[str, Any]  # as torch.optim has it
 
 
 class LoraFAOptimizer(Optimizer):
     """AdamW that projects the gradients of LoRAs' B.
 
     Args:
-        params: parameters, or groups of them. A group may have `scaling_factors`: for each parameter alpha / r of the LoRA whose B it is, the A of which stands
-            before it; None for any other parameter. `create_lorafa_optimizer` makes such groups.
+        params: parameters, or groups of them. A group may have `names` and `scaling_factors`, one a parameter: those of a LoRA have its alpha / r, and a
+            name that ends in lora_B is of a B, the A of which stands before it. `create_lorafa_optimizer` makes such groups.
         lr, betas, eps, weight_decay: AdamW's.
         correct_bias: whether the averages are corrected for having begun at zero.
 
@@ -60,15 +61,14 @@ class LoraFAOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            factors: Sequence[float | None] = group.get("scaling_factors") or [None] * len(group["params"])
             before = None
-            for p, factor in zip(group["params"], factors, strict=True):
+            for p, scale in zip(group["params"], _scales(group), strict=True):
                 if p.grad is not None:
-                    self._adam(p, p.grad if factor is None else _projected(p.grad, before, factor), group)
+                    self._adam(p, p.grad if scale is None else _projected(p.grad, before, scale), group)
                 before = p
         return loss
 
-    def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _adam(self, p: Tensor, grad: Tensor, group: Group) -> None:
         """One step of AdamW for one parameter with this gradient."""
         state, (beta1, beta2) = self.state[p], group["betas"]
         if not state:
@@ -82,6 +82,13 @@ class LoraFAOptimizer(Optimizer):
         p.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
         if group["weight_decay"] > 0:
             p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+
+
+def _scales(group: Group) -> list[float | None]:
+    """For each parameter of a group the scale of the LoRA whose B it is, otherwise None. PEFT has `.weight` behind the role."""
+    nothing = [None] * len(group["params"])
+    named = zip(group.get("names") or [""] * len(nothing), group.get("scaling_factors") or nothing, strict=True)
+    return [scale if name.removesuffix(".weight").endswith("lora_B") else None for name, scale in named]
 
 
 def _projected(grad: Tensor, A: Tensor | None, scale: float) -> Tensor:
@@ -107,19 +114,18 @@ def create_lorafa_optimizer(
     Raises ConfigError if it does not.
     """
     _check_rslora(model, use_rslora)
-    pairs = [pair for pair in pairs_of(model) if not pair.lookup]
-    for pair in pairs:
-        pair.A.requires_grad_(False)
-    of_pairs = {id(p) for pair in pairs for p in (pair.A, pair.B)}
+    pairs = pairs_of(model)
+    scales = {id(p): pair.scale for pair in pairs for p in (pair.A, pair.B)}
     names = {id(p): name for name, p in model.named_parameters()}
-    others = [p for p in model.parameters() if id(p) not in of_pairs]
-    params: list[tuple[nn.Parameter, float | None]] = [(p, None) for p in others]
+    params = [p for p in model.parameters() if id(p) not in scales]
     for pair in pairs:
-        params += [(pair.A, None), (pair.B, pair.scale)]
+        params += [pair.A, pair.B]
+        if not pair.lookup:
+            pair.A.requires_grad_(False)
     group = {
-        "params": [p for p, _ in params],
-        "names": [names[id(p)] for p, _ in params],
-        "scaling_factors": [factor for _, factor in params],
+        "params": params,
+        "names": [names[id(p)] for p in params],
+        "scaling_factors": [scales.get(id(p)) for p in params],
         "lr": lr,
         "weight_decay": weight_decay,
     }

@@ -180,7 +180,12 @@ def test_lorafa_projects_onto_the_gradient_of_the_whole_weight():
     A, G, s = torch.randn(3, 6).double(), torch.randn(5, 6).double(), 1.5
     B = nn.Parameter(torch.zeros(5, 3).double())
     B.grad = s * G @ A.T  # by the chain rule
-    group = {"params": [nn.Parameter(A, requires_grad=False), B], "scaling_factors": [None, s], "betas": (0.0, 0.0)}
+    group = {
+        "params": [nn.Parameter(A, requires_grad=False), B],
+        "names": ["x.lora_A", "x.lora_B"],
+        "scaling_factors": [s, s],
+        "betas": (0.0, 0.0),
+    }
     optimizer = LoraFAOptimizer([group], lr=1.0, correct_bias=False, eps=0.0)
     best = torch.linalg.lstsq(A.T, G.T).solution.T / s
     optimizer.step()
@@ -195,7 +200,7 @@ def test_lorafa_arguments():
     with pytest.warns(FutureWarning):
         optimizer = create_lorafa_optimizer(model, 2, 3, 1e-3, use_rslora=True)
     factors = [f for f in optimizer.param_groups[0]["scaling_factors"] if f is not None]
-    assert factors == pytest.approx([3 / math.sqrt(2)] * 2)
+    assert factors == pytest.approx([3 / math.sqrt(2)] * 4)
     for options in ({"lr": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}):
         with pytest.raises(ValueError, match="Invalid"):
             LoraFAOptimizer([nn.Parameter(torch.ones(1))], **options)
