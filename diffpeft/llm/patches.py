@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -159,8 +158,8 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
 def _refuse_parametrised(model: nn.Module, targets: Sequence[str]) -> None:
     """Raise AdapterStateError for a target that is no parameter any more, since another library computes it from others."""
     for where, (module, _) in modules_of(model, lambda m: "parametrizations" in m._modules).items():
-        computed: Any = module._modules["parametrizations"]
-        for name in computed:
+        computed = module._modules["parametrizations"]
+        for name in computed._modules if computed is not None else ():
             if any(_names(target, f"{where}.{name}") for target in targets):
                 raise AdapterStateError(
                     f"parameter {shown(f'{where}.{name}')} cannot be adapted: it is parametrised",

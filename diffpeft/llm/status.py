@@ -12,7 +12,6 @@ from diffpeft.errors import ConfigError, WrongKindError
 from diffpeft.layers.backends import backend_of, numbers
 from diffpeft.layers.carried import Record
 from diffpeft.layers.slot import Slot
-from diffpeft.layers.tokens import Tokens
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.target import adapted, kind_of
 
@@ -130,8 +129,8 @@ _KINDS = ("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")  # of
 def _statuses(name: str, module: nn.Module, record: Record, off: Iterable[str] | None) -> Iterator[TunerLayerStatus]:
     """The states of what a module carries, as PEFT has it: adapters on it or on its parameters, copies, and rows of it. `off` as in `_status`."""
     slots = {n: slot for n, slot in record.slots.items() if slot.parts}
-    factors = {n: patch for n, patch in record.patches.items() if not isinstance(patch, Tokens)}
-    rows = {n: patch for n, patch in record.patches.items() if isinstance(patch, Tokens)}
+    factors = {n: patch for n, patch in record.patches.items() if not patch.shows}
+    rows = {n: patch for n, patch in record.patches.items() if patch.shows}
     copies = {n: held.module for n, held in record.copies.items() if not held.still}
     if slots or factors:
         kind = _kind_of(module, slots) if slots else "lora.ParamWrapper"
@@ -173,7 +172,7 @@ def _status(
     return TunerLayerStatus(
         name=name,
         module_type=kind,
-        enabled=off is None and (bool(mix.standing().order) or not mix.choice.order),
+        enabled=off is None and _is_on(record),
         active_adapters=[n for n in active if everywhere or n in parameters],
         merged_adapters=[n for n in mix.fused if n in merged and n in parameters],
         requires_grad={n: _common(p.requires_grad for p in of_adapter) for n, of_adapter in parameters.items()},
@@ -181,6 +180,11 @@ def _status(
         devices={n: _devices(of_adapter) for n, of_adapter in parameters.items()},
         quantization_backend=None if backend is None else backend.name,
     )
+
+
+def _is_on(record: Record) -> bool:
+    """Whether the adapters that are set act here and now: in a block without adapters none do."""
+    return bool(record.mix.standing().order) or not record.mix.choice.order
 
 
 def _devices(parameters: Iterable[nn.Parameter]) -> list[str]:
