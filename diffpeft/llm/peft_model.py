@@ -669,7 +669,7 @@ def _say_base(config: PeftConfig, model: nn.Module, revision: str | None) -> Non
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
             stacklevel=3,
         )
