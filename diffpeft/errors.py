@@ -14,6 +14,7 @@ DiffpeftError                       1
 |-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
+|   `-- UnfitError (RuntimeError)   4   a layer whose weight cannot take an adapter in
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
 |   |-- WrongKindError (TypeError)  2   a value of a kind that the field cannot have
 |   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
@@ -177,6 +178,10 @@ class AdapterStateError(DiffpeftError, ValueError):
     """The adapter or layer is in a state that does not allow this."""
 
     exit_code = 4
+
+
+class UnfitError(AdapterStateError, RuntimeError):
+    """A layer whose weight cannot take an adapter in."""
 
 
 class ConfigError(DiffpeftError, ValueError):

@@ -161,7 +161,7 @@ class PromptTuner(Prompts):
             return prepare(*args, **kwargs)
         return self._steps(self.active_adapter, self.peft_config[self.active_adapter], prepare)(*args, **kwargs)
 
-    def rows(self, adapter_names: Sequence[str], copies: int = 1) -> Any:
+    def rows(self, adapter_names: Sequence[str], copies: int = 1, batch: int | None = None) -> Any:
         """Prompts of several adapters do not fit in one batch."""
         raise AdapterStateError("a batch has one prompt", remedy="Leave out adapter_names, and call set_adapter.")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import converters
 from converters.formats import FORMATS
-from converters.formats.base import dotted_role, suffix
+from converters.formats.base import suffix
 from converters.formats.fields import whole_scale
 from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS
 from converters.formats.schema import check_fields
@@ -46,7 +46,7 @@ from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
 from diffpeft.llm.targets import ending
-from diffpeft.methods import IA3Config, LoraConfig
+from diffpeft.methods import LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType
@@ -351,21 +351,6 @@ def plan_read(
     embedded.fill(copy_wholes(plan, mix, name, copied_tables, still=True), file.embeddings)
     put_patches(plan, mix, name, patches)
     plan.root(model, mix)
-
-
-def targeting(config: PeftConfig, tensors: Mapping[str, Tensor]) -> PeftConfig:
-    """A copy of a config that means the layers of which there are tensors."""
-    if config.target_parameters:
-        raise ConfigError(
-            f"target_parameters is {shown(config.target_parameters)}", remedy="Inject the adapter without state_dict=."
-        )
-    roles = {key: place for key in tensors if (place := dotted_role(key.removeprefix(PREFIX)))}
-    config = copy.deepcopy(config)
-    config.target_modules = sorted({layer for layer, _ in roles.values()})
-    if isinstance(config, IA3Config) and config.feedforward_modules is None:
-        rows = (layer for key, (layer, _) in roles.items() if len(tensors[key]) == 1 < tensors[key].shape[-1])
-        config.feedforward_modules = sorted(rows)  # a row scales inputs, a column outputs
-    return config
 
 
 def overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Incompatible:

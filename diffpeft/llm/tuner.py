@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from converters.formats.peft import CONFIG, PREFIX
 from converters.opening import Opened
 from diffpeft import patterns
-from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside
+from diffpeft.errors import (
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    UnknownNameError,
+    WrongKindError,
+    inside,
+    near,
+)
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot
-from diffpeft.llm import adalora
+from diffpeft.llm import adalora, discrepancies
 from diffpeft.llm.conversion import unconvertible
+from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.renames import mapped
@@ -28,7 +37,6 @@ from diffpeft.llm.state import (
     plan_read,
     read,
     spelt,
-    targeting,
     tensors_in,
     wholes_of,
 )
@@ -102,6 +110,7 @@ def _plan_fresh(
     layers, ties = twinned(chosen(model, config), model, config)
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
     check_tying(model, config, wholes, layers)
+    discrepancies.warn(model, config, layers, patches)
     precision.settle_patches(patches)
 
     def finish(modules: Mapping[str, nn.Module], slots: dict[str, Slot]) -> dict[str, Slot]:
@@ -169,7 +178,7 @@ class Tuner(nn.Module):
         configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
         with planned(self._parts) as plan:
             for name, config in configs.items():
-                config = config if state_dict is None else targeting(config, state_dict)
+                config = config if state_dict is None else targeting(model, config, state_dict)
                 self.plan_injected(plan, name, config, active=True, precision=Precision(False, low_cpu_mem_usage))
 
     @property
@@ -326,12 +335,11 @@ class Tuner(nn.Module):
         known(names, self.peft_config)
         merged = fused_of(self.model)
         todo = [name for name in names if name not in merged]
-        if len(todo) < len(names):
-            before = ",".join(n for n in names if n in merged)
+        if merged:
             warnings.warn(
-                f"Already following adapters were merged {before}. You are now additionally merging {','.join(todo)}."
+                f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(todo)}."
                 if todo
-                else f"All adapters are already merged, nothing to do: {before}.",
+                else "All adapters are already merged, nothing to do.",
                 stacklevel=2,
             )
         if todo:
@@ -424,19 +432,35 @@ class Tuner(nn.Module):
             self._put_back(merged)
             raise
 
-    def rows(self, adapter_names: Sequence[str], copies: int = 1) -> AbstractContextManager[None]:
-        """A mixed batch: row i has the adapter `adapter_names[i // copies]`, or none where that is `__base__`."""
+    def rows(
+        self, adapter_names: Sequence[str], copies: int = 1, batch: int | None = None
+    ) -> AbstractContextManager[None]:
+        """A mixed batch: row i has the adapter `adapter_names[i // copies]`, or none where that is `__base__`. `batch`: how many rows there are.
+
+        Raises, in PEFT's order: AdapterStateError in training, WrongKindError or UnknownNameError for the names, ConfigError for a batch of another size,
+        AdapterStateError for merged adapters.
+        """
         if self.model.training:
             raise AdapterStateError(
                 "Cannot pass `adapter_names` when the model is in training mode.", remedy="Call model.eval() first."
             )
+        if isinstance(adapter_names, str):
+            raise WrongKindError("Got adapter names of type <class 'str'>, expected a list of str.")
+        if unknown := sorted({*adapter_names} - {BASE, *self.peft_config}):
+            raise UnknownNameError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}",
+                remedy=near(unknown[0], self.peft_config) or f"There are {', '.join(self.peft_config)}.",
+            )
+        if batch not in (None, len(adapter_names)):
+            raise ConfigError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(adapter_names)} and {batch} respectively.",
+                remedy="Give one name a row.",
+            )
         if fused_of(self.model):
             raise AdapterStateError(
-                "Cannot pass `adapter_names` when there are merged adapters", remedy="Call `unmerge_adapter` first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        unknown = sorted(set(adapter_names) - {BASE, *self.peft_config})
-        if unknown:
-            raise UnknownNameError.of("adapter", unknown[0], self.peft_config)
         if self._off is not None or any(mix.standing() is OFF for mix in mixes_of({"": self.model}).values()):
             return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
@@ -508,11 +532,14 @@ class Tuner(nn.Module):
     def _plan_loaded(
         self, plan: Plan, name: str, config: PeftConfig, source: Opened | dict[str, Tensor], how: LoadOptions
     ) -> list[str]:
+        adalora.trained({**self.peft_config, name: config})
         config = resolved(self.model, config)
         config.validate()
         with _replicated(plan, self.model, config, lambda: self.peft_config):
-            file = read(self.model, source, config, trainable=how.trainable, chosen=chosen(self.model, config))
+            layers = chosen(self.model, config)
+            file = read(self.model, source, config, trainable=how.trainable, chosen=layers)
             check_tying(self.model, config, file.wholes, file.slots)
+            discrepancies.warn(self.model, config, layers, file.patches)
             if file.missing:
                 warnings.warn(
                     f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.", stacklevel=5

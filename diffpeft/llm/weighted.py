@@ -249,7 +249,7 @@ def _ia3(plan: Plan, request: Request, origin: float) -> PeftConfig:
     config = _changed(config, **_targets(model, config, request.configs, layers))
     if not isinstance(inner, str) and not {*inner} <= {*config.target_modules}:
         ends = tuple(inner)
-        config = _changed(config, feedforward_modules=[t for t in config.target_modules if t.endswith(ends)])
+        config = _changed(config, feedforward_modules={t for t in config.target_modules if t.endswith(ends)})
     return _plan_fresh(plan, request, config, layers, summed_factors(model, request.weighted, origin))
 
 
@@ -344,8 +344,8 @@ def _changed(config: PeftConfig, **values: object) -> Any:
     return config
 
 
-def _joined(field: str, values: Sequence[Any]) -> str | list[str]:
-    """Expressions as alternatives, or lists as one."""
+def _joined(field: str, values: Sequence[Any]) -> str | set[str]:
+    """Expressions as alternatives, or names as one set."""
     if all(isinstance(v, str) for v in values):
         return "|".join(f"({v})" for v in values)
     if any(isinstance(v, str) for v in values):
@@ -353,7 +353,7 @@ def _joined(field: str, values: Sequence[Any]) -> str | list[str]:
             f"all adapter configs should follow the same target modules type: {field} is a string in some and a list in others",
             remedy="Give all as lists, or all as expressions.",
         )
-    return sorted({name for v in values for name in v or ()})
+    return {name for v in values for name in v or ()}
 
 
 def _targets(
@@ -366,4 +366,4 @@ def _targets(
     if {n for n in names if matches(like_them, n) and not excludes(like_them, n)} == {*layers}:
         return joined
     others = {f.name for f in fields(config)} & {"exclude_modules", "layers_to_transform", "layers_pattern"}
-    return {"target_modules": sorted(layers), **dict.fromkeys(others)}
+    return {"target_modules": set(layers), **dict.fromkeys(others)}

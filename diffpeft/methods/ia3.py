@@ -79,7 +79,7 @@ class IA3(Method):
 
     @classmethod
     def init(cls, config: IA3Config, site: Site, **_: object) -> Fresh:
-        g, inner = site.geometry, _is_feedforward(config.feedforward_modules, site.name)
+        g, inner = site.geometry, is_feedforward(config.feedforward_modules, site.name)
         n, ones = g.in_ if inner else g.out, [1] * len(g.kernel)
         l = torch.ones(1, n, *ones) if g.kernel or inner else torch.ones(n, 1)
         if not config.init_ia3_weights:
@@ -187,7 +187,7 @@ def _along_inputs(shape: Sequence[int], g: Geometry) -> bool:
     return shape[0] == 1 and (shape[1] != 1 or g.out != 1)
 
 
-def _is_feedforward(modules: str | Collection[str] | None, layer: str) -> bool:
+def is_feedforward(modules: str | Collection[str] | None, layer: str) -> bool:
     """PEFT's rule: an expression for the whole name, or what it ends with."""
     if isinstance(modules, str):
         return patterns.fullmatch(modules, layer)

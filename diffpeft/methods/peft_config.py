@@ -211,8 +211,9 @@ class PeftConfig(Passing):
         return {f.name: _copied(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
 
     def to_json(self) -> str:
-        """The text of adapter_config.json: lists sorted, so that it does not depend on the hash seed."""
-        return json.dumps(_plain(self.to_dict()), indent=2, sort_keys=True)
+        """The text of adapter_config.json. Fields and names are sorted, so that it does not depend on the hash seed; patterns stay in their order."""
+        table = self.to_dict()
+        return json.dumps({name: _plain(table[name]) for name in sorted(table)}, indent=2)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json into a folder, which is made. `auto_mapping_dict` replaces auto_mapping in the file."""
@@ -310,7 +311,7 @@ def _without_run(table: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in table.items() if name != "runtime_config"}
 
 
-def _copied(value: Any) -> object:
+def _copied(value: object) -> object:
     """A field's value, apart from the config."""
     if isinstance(value, Enum):
         return value.value

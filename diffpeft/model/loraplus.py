@@ -19,7 +19,7 @@ _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")  # opt
 
 def loraplus_groups(
     model: nn.Module, lr: float, ratio: float, *, embedding_lr: float = 1e-6, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Four groups of the trainable parameters, some perhaps empty, in PEFT's order.
 
     A and everything else at `lr`; A and B of embeddings at `embedding_lr`; B and vectors at `ratio * lr`; and of these the biases and what is in a
@@ -80,7 +80,7 @@ def _keep_embeddings(model: nn.Module) -> None:
     """Let optimizers of bitsandbytes keep 32 bits for the state of embeddings."""
     from bitsandbytes.optim import GlobalOptimManager
 
-    manager: Any = GlobalOptimManager
+    manager = GlobalOptimManager.get_instance()  # type: ignore[no-untyped-call]
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            manager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+            manager.register_module_override(module, "weight", {"optim_bits": 32})

@@ -28,7 +28,7 @@ from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import based, computed_in, not_finite, refuse_changed, unfit, unfused
+from diffpeft.model.weights import based, computed_in, no_bias, not_finite, refuse_changed, unfit, unfused
 
 
 def merge_for_good(
@@ -228,7 +228,7 @@ def _merged(
         dtype = computed_in(base)
         exact = effective(module, steps, dtype, start)
         if exact.keys() - like.keys():
-            raise unfit(layer, "an adapter adds a bias and the layer has none")
+            raise no_bias(layer, steps)
         stored = {name: torch.empty_like(t).copy_(exact[name]) for name, t in like.items()}
         for name, t in stored.items():
             if not is_finite(t):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, NonFiniteError, shown
+from diffpeft.errors import AdapterStateError, NonFiniteError, UnfitError, shown
 from diffpeft.layers.carried import (
     FUSED,
     LAYER_PARAMETERS,
@@ -72,7 +72,7 @@ def fused_weights(
         by_rows = {} if total is None else {**start, "weight": total.into(empty(present["weight"]), scratch)}
         exact = by_rows or effective(module, steps, dtype, start)
     if "bias" in exact and "bias" not in present:
-        raise unfit(layer, "an adapter adds a bias and the layer has none")
+        raise no_bias(layer, steps)
     out = {
         name: laid_out(exact[name], t, empty if name == "weight" else torch.empty_like) for name, t in present.items()
     }
@@ -306,8 +306,15 @@ def _same(t: Tensor, expected: Tensor) -> bool:
     )
 
 
-def unfit(layer: str, why: str) -> AdapterStateError:
+def unfit(layer: str, why: str) -> UnfitError:
     """The error for a layer that cannot be fused."""
-    return AdapterStateError(
+    return UnfitError(
         f"layer {shown(layer)} cannot be fused: {why}", remedy="Leave the adapter unfused; it acts all the same."
     )
+
+
+def no_bias(layer: str, steps: Sequence[Step]) -> UnfitError:
+    """The error for a layer whose adapters add a bias that it has no place for; PEFT's words for one of its own."""
+    of_lora = any(isinstance(thing, Slot) and "lora_B_bias" in thing.tensors for thing, _ in steps)
+    why = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+    return unfit(layer, why if of_lora else "an adapter adds a bias and the layer has none")

@@ -7,7 +7,9 @@ import warnings
 
 import peft
 import pytest
+import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import diffpeft
 from diffpeft.llm.targets import chosen, matches, resolved, shortest
@@ -186,9 +188,36 @@ def test_no_default():
         diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["self_attn"]))
 
 
-def test_all_linear_is_written_as_the_shortest_names():
-    ours = resolved(model(), diffpeft.LoraConfig(target_modules="all-linear"))
-    assert ours.target_modules == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+SMALL = dict(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, vocab_size=8)
+NAMED = {
+    "all linear, few": (1, dict(target_modules="all-linear")),
+    "all linear, 14": (2, dict(target_modules="all-linear")),
+    "all linear, 21": (3, dict(target_modules="ALL-linear")),
+    "default": (1, dict()),
+    "many names": (10, dict(target_modules=[f"model.layers.{i}.self_attn.{p}_proj" for i in range(10) for p in "qv"])),
+    "19 names": (10, dict(target_modules=[f"model.layers.{i}.mlp.up_proj" for i in range(9)] + ["self_attn.q_proj"] * 9)),
+    "many, one layer left out": (21, dict(target_modules=[f"model.layers.{i}.mlp.up_proj" for i in range(20)])),
+    "many, of no model": (1, dict(target_modules=[f"nowhere.{i}.q" for i in range(30)] + ["q_proj"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", ["LoraConfig", "LoHaConfig", "IA3Config", "AdaLoraConfig", "VeraConfig"])
+@pytest.mark.parametrize("case", NAMED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_config_names_layers_as_pefts_does_afterwards(case, cls):
+    layers, fields = NAMED[case]
+    configs = []
+    for lib in (peft, diffpeft):
+        more = {"LoHaConfig": {"target_modules": ["v_proj"]}, "AdaLoraConfig": {"total_step": 9}}.get(cls, {})
+        with torch.device("meta"):
+            base = LlamaForCausalLM(LlamaConfig(**SMALL | {"num_hidden_layers": layers}))
+        wrapped = lib.get_peft_model(base, getattr(lib, cls)(**more | fields), low_cpu_mem_usage=lib is peft)
+        configs.append(wrapped.peft_config["default"].to_dict())
+    assert configs[1]["target_modules"] == configs[0]["target_modules"]
+    assert configs[1].get("feedforward_modules") == configs[0].get("feedforward_modules")
+
+
+def test_the_shortest_ends_of_names_mean_no_others():
     assert shortest(["a.x", "b.x", "c.y"], ["d.y"]) == ["c.y", "x"]
 
 
