@@ -703,12 +703,13 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name.
 
-    The adapter has the base's dtype. `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
+    It is the active one, which the others are no more; `model.peft_config` has its config. The adapter has the base's dtype.
+    `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
     """
     config = PeftConfig.of(peft_config)
     if state_dict is not None:
         config = targeting(model, config, state_dict)
-    inject(model, config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
+    inject(model, config, adapter_name, Precision(False, low_cpu_mem_usage))
     return model
 
 

@@ -369,9 +369,8 @@ def plan_overwritten(
     others = [layer for layer in file.slots if layer not in slots]
     for layer, slot in file.slots.items():
         if layer in slots:
-            _plan_slot(
-                plan, layer, slots[layer], slot.tensors, resized.get(layer, {}), model.get_submodule(layer).weight
-            )
+            tensors = _at_the_scale_of(slots[layer], slot)
+            _plan_slot(plan, layer, slots[layer], tensors, resized.get(layer, {}), model.get_submodule(layer).weight)
     for bank, role, tensor in _into_bank(slots, file.slots):
         plan.fill(bank.get_buffer(role), tensor)
     for where, of_module in {**file.wholes, **file.patches}.items():
@@ -382,6 +381,14 @@ def plan_overwritten(
             plan_into(plan, copy, key, tensor, weight)
     _plan_embeddings(plan, model, name, file.embeddings, slots)
     return Incompatible(list(file.missing), [*file.unexpected, *others], [])
+
+
+def _at_the_scale_of(present: Slot, new: Slot) -> dict[str, Tensor]:
+    """The tensors of a slot that was read, for one that is there: where a file's LoKr of two whole halves has a scale, the first half gets it."""
+    tensors, by = new.tensors, new.scale / present.scale if present.scale else 1.0
+    if by != 1 and {"lokr_w1", "lokr_w2"} <= tensors.keys():
+        tensors["lokr_w1"] = tensors["lokr_w1"] * by
+    return tensors
 
 
 def _plan_slot(

@@ -46,7 +46,7 @@ from diffpeft.llm.weighted import SumOptions, plan_weighted
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
-from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
+from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_listed, plan_removed
 from diffpeft.model.fuse import plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import Choice, Strength, check_name, claim, forced
@@ -61,7 +61,7 @@ from diffpeft.pipeline.adapters import adapters, plan_mix
 
 BASE = "__base__"  # in a mixed batch: no adapter
 WENT = "Adapter {} was active which is now deleted. Setting active adapter to {}."
-OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the base too
+OFF = Choice(enabled=False)  # the mix of a `disable_adapter` block, where batches are of the base too
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,17 @@ class LoadOptions:
     key_mapping: Mapping[str, str] | None = None
 
 
-def inject(
-    model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
-) -> PeftConfig:
-    """Add a fresh adapter to a model, `active` alone or not at all; the resolved config. The base is frozen.
+def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
+    """Add a fresh adapter to a bare model as the active one; the resolved config. The first freezes the base, and none changes what else is trained.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
-    parts = {"": model}
-    with planned(parts) as plan:
-        if active:
-            plan_mix(plan, model, parts, {})
-        return plan_injected(plan, model, config, name, active=active, precision=precision)
+    with planned({"": model}) as plan:
+        config = plan_injected(plan, model, config, name, active=True, precision=precision)
+        for mix in mixes_of({"": model}).values():  # what is in the weights stays in them
+            plan_mix(plan, model, {"": model}, {**mix.fused, name: 1.0})
+        plan_listed(plan, model, name, config)
+    return config
 
 
 def plan_injected(
@@ -392,11 +391,13 @@ class Tuner(nn.Module):
         """Switch all adapters off until `enable_adapter_layers`, and train nothing of them."""
         if self._off is None:
             with planned(self._parts) as plan:
-                mixes = mixes_of(self._parts).values()
-                off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
+                mixes = list(mixes_of(self._parts).values())
                 trained = trained_of(self.model)
+                off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
                 plan.set(self, _off=off, _resting=trained)
                 plan_mix(plan, self.model, self._parts, {})
+                for mix in mixes:
+                    plan.set(mix, choice=OFF)
                 plan.require_grad(trained, False)
 
     def enable_adapter_layers(self) -> None:

@@ -22,7 +22,7 @@ from diffpeft.layers.patches import Patch
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite
-from diffpeft.model.attach import Walk, mixes_of, refuse_foreign
+from diffpeft.model.attach import Walk, mixes_of, plan_unlisted, refuse_foreign
 from diffpeft.model.fuse import check_order, is_tied, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.plan import Plan, Put, planned
@@ -78,6 +78,7 @@ def plan_merged(
         of_layers = merger.plan_all(plan, [carried for carried in walks[component] if carried[2].mix is mix])
         errors |= {dotted(component, layer): error for layer, error in of_layers.items()}
         plan.set(mix, adapters={}, choice=Choice(), fused={})
+        plan_unlisted(plan, parts[component], mix.adapters, False)
         plan.root(parts[component], mix)
     return errors
 
