@@ -29,6 +29,7 @@ from diffpeft.llm.conversion import unconvertible
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
+from diffpeft.llm.prompts import Arguments, Prepare
 from diffpeft.llm.renames import mapped
 from diffpeft.llm.state import (
     Incompatible,
@@ -43,6 +44,7 @@ from diffpeft.llm.state import (
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
+from diffpeft.methods import LoKrConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
@@ -126,6 +128,7 @@ def _plan_fresh(
         wholes=wholes,
         ties=ties_of(model, config, wholes),
         patches=patches,
+        options={"scaled": True} if isinstance(config, LoKrConfig) else {},
         finish=finish,
         metadata={CONFIG: config.to_json()},
     )
@@ -485,9 +488,7 @@ class Tuner(nn.Module):
         """The model's output."""
         return self(*args, **kwargs)
 
-    def prepared(
-        self, prepare: Callable[..., dict[str, Any]], args: Sequence[object], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def prepared(self, prepare: Prepare, args: Sequence[object], kwargs: Arguments) -> Arguments:
         """The arguments of a step of generation that a model prepares. `task_ids` are for prompts."""
         kwargs.pop("task_ids", None)
         return prepare(*args, **kwargs)
