@@ -25,6 +25,7 @@ from diffpeft.llm.cards import README, CardFacts, completed, tags_of
 from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
 from diffpeft.llm.distributed import gathered, in_units, unwrapped
 from diffpeft.llm.hub import pushed
+from diffpeft.llm.injection import targeting
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.prompts import POSITIONAL, Arguments, Prepare
@@ -281,14 +282,9 @@ class PeftModel(Passing, Counted, nn.Module):
     def _mixed_batch(
         self, names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object], copies: int = 1
     ) -> AbstractContextManager[None]:
-        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises ConfigError for a batch of another size."""
+        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises what `Tuner.rows` raises."""
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), len(names))
-        if batch != len(names):
-            raise ConfigError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {batch} respectively.",
-                remedy="Give one name a row.",
-            )
-        return self.tuner.rows(names, copies)
+        return self.tuner.rows(names, copies, batch)
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
@@ -671,7 +667,7 @@ def _say_base(config: PeftConfig, model: nn.Module, revision: str | None) -> Non
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
             stacklevel=3,
         )
@@ -705,12 +701,13 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name.
 
-    The adapter has the base's dtype. `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
+    It is the active one, which the others are no more; `model.peft_config` has its config. The adapter has the base's dtype.
+    `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
     """
     config = PeftConfig.of(peft_config)
     if state_dict is not None:
-        config = state.targeting(config, state_dict)
-    inject(model, config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
+        config = targeting(model, config, state_dict)
+    inject(model, config, adapter_name, Precision(False, low_cpu_mem_usage))
     return model
 
 

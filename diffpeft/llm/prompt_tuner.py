@@ -6,13 +6,13 @@ import copy as copying
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from converters.opening import Opened
-from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
+from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, WrongKindError, inside
 from diffpeft.llm.prompt import EMBEDDINGS, PromptLearningConfig, VirtualTokens
 from diffpeft.llm.prompts import Arguments, Prepare, Prompts, encoder_of
 from diffpeft.llm.state import Incompatible, check_module, tensors_in, wholes_of
@@ -93,11 +93,13 @@ class PromptTuner(Prompts):
             plan.set(self.mix, choice=self.mix.chosen({names[0]: 1.0}))
             self._plan_trained(plan, {name: name == names[0] and not inference_mode for name in self.peft_config})
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Whether adapters are trained, active or not."""
-        known(named(adapter_names), self.peft_config)
-        with planned(self._parts) as plan:
-            self._plan_trained(plan, dict.fromkeys(named(adapter_names), requires_grad))
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> NoReturn:
+        """Prompts are trained while they are active. Raises WrongKindError."""
+        kind = next(iter(self.peft_config.values())).peft_type
+        raise WrongKindError(
+            f"Setting `requires_grad` is not supported for prompt learning methods like {kind}",
+            remedy="set_adapter(name, inference_mode=) says which prompt is trained.",
+        )
 
     def _plan_trained(self, plan: Plan, flags: Mapping[str, bool]) -> None:
         for name, flag in flags.items():
@@ -157,7 +159,7 @@ class PromptTuner(Prompts):
             return prepare(*args, **kwargs)
         return self._steps(self.active_adapter, self.peft_config[self.active_adapter], prepare)(*args, **kwargs)
 
-    def rows(self, adapter_names: Sequence[str], copies: int = 1) -> Any:
+    def rows(self, adapter_names: Sequence[str], copies: int = 1, batch: int | None = None) -> Any:
         """Prompts of several adapters do not fit in one batch."""
         raise AdapterStateError("a batch has one prompt", remedy="Leave out adapter_names, and call set_adapter.")
 

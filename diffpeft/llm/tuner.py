@@ -14,11 +14,20 @@ from torch import Tensor, nn
 from converters.formats.peft import CONFIG, PREFIX
 from converters.opening import Opened
 from diffpeft import patterns
-from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside
+from diffpeft.errors import (
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    UnknownNameError,
+    WrongKindError,
+    inside,
+    near,
+)
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot
-from diffpeft.llm import adalora
+from diffpeft.llm import adalora, discrepancies
 from diffpeft.llm.conversion import unconvertible
+from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.prompts import Arguments, Prepare
@@ -30,7 +39,6 @@ from diffpeft.llm.state import (
     plan_read,
     read,
     spelt,
-    targeting,
     tensors_in,
     wholes_of,
 )
@@ -40,9 +48,9 @@ from diffpeft.llm.weighted import SumOptions, plan_weighted
 from diffpeft.methods import LoKrConfig, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
-from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
-from diffpeft.model.fuse import fuse, plan_fused, unfuse
+from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
+from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_listed, plan_removed
+from diffpeft.model.fuse import plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import Choice, Strength, check_name, claim, forced
 from diffpeft.model.plan import Plan, planned
@@ -56,7 +64,7 @@ from diffpeft.pipeline.adapters import adapters, plan_mix
 
 BASE = "__base__"  # in a mixed batch: no adapter
 WENT = "Adapter {} was active which is now deleted. Setting active adapter to {}."
-OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the base too
+OFF = Choice(enabled=False)  # the mix of a `disable_adapter` block, where batches are of the base too
 
 
 @dataclass(frozen=True)
@@ -69,15 +77,17 @@ class LoadOptions:
     key_mapping: Mapping[str, str] | None = None
 
 
-def inject(
-    model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
-) -> PeftConfig:
-    """Add a fresh adapter to a model; the resolved config. The base is frozen.
+def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
+    """Add a fresh adapter to a bare model as the active one; the resolved config. The first freezes the base, and none changes what else is trained.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
     with planned({"": model}) as plan:
-        return plan_injected(plan, model, config, name, active=active, precision=precision)
+        config = plan_injected(plan, model, config, name, active=True, precision=precision)
+        for mix in mixes_of({"": model}).values():  # what is in the weights stays in them
+            plan_mix(plan, model, {"": model}, {**mix.fused, name: 1.0})
+        plan_listed(plan, model, name, config)
+    return config
 
 
 def plan_injected(
@@ -101,7 +111,8 @@ def _plan_fresh(
 ) -> None:
     layers, ties = twinned(chosen(model, config), model, config)
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
-    check_tying(model, config, (*wholes, *layers))
+    check_tying(model, config, wholes, layers)
+    discrepancies.warn(model, config, layers, patches)
     precision.settle_patches(patches)
 
     def finish(modules: Mapping[str, nn.Module], slots: dict[str, Slot]) -> dict[str, Slot]:
@@ -165,11 +176,12 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Strength] | None = None  # the mix that disable_adapter_layers has put aside
+        self._resting: list[nn.Parameter] = []  # what was trained then
         self._head: Place | None = None  # where the model's head is, if adapters are on it
         configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
         with planned(self._parts) as plan:
             for name, config in configs.items():
-                config = config if state_dict is None else targeting(config, state_dict)
+                config = config if state_dict is None else targeting(model, config, state_dict)
                 self.plan_injected(plan, name, config, active=True, precision=Precision(False, low_cpu_mem_usage))
 
     @property
@@ -247,7 +259,7 @@ class Tuner(nn.Module):
     ) -> None:
         """Plan to make adapters the active ones of all of these, and those that are trained."""
         plan_mix(plan, self.model, self._parts, dict.fromkeys(names, 1.0))
-        plan.set(self, _off=None)
+        plan.set(self, _off=None, _resting=[])
         plan_trained(plan, self.model, {name: name in names and not inference_mode for name in configs})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -326,10 +338,11 @@ class Tuner(nn.Module):
         known(names, self.peft_config)
         merged = fused_of(self.model)
         todo = [name for name in names if name not in merged]
-        if len(todo) < len(names):
+        if merged:
             warnings.warn(
-                f"Already following adapters were merged {','.join(n for n in names if n in merged)}. "
-                f"You are now additionally merging {','.join(todo) or 'none'}.",
+                f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(todo)}."
+                if todo
+                else "All adapters are already merged, nothing to do.",
                 stacklevel=2,
             )
         if todo:
@@ -339,7 +352,7 @@ class Tuner(nn.Module):
                 if inactive:
                     refuse_clashing(self.model, [*active, *inactive])
                     plan_mix(plan, self.model, self._parts, dict.fromkeys([*active, *inactive], 1.0))
-                plan_fused(plan, self._parts, todo)
+                plan_fused(plan, self._parts, todo, untie=True)
 
     def unmerge_adapter(self) -> None:
         """Take the adapters out of the weights again, to the last bit."""
@@ -362,7 +375,7 @@ class Tuner(nn.Module):
         known(names or (), self.peft_config)
         refuse_clashing(self.model, names or ())
         with planned(self._parts) as plan:
-            report = plan_merged(plan, self._parts, names, dequantize=dequantize)
+            report = plan_merged(plan, self._parts, names, dequantize=dequantize, untie=True)
             loosen(plan, self.model)
             plan.set(self, peft_config={}, _head=None, last_merge_report=report)
             if dequantize:
@@ -379,19 +392,25 @@ class Tuner(nn.Module):
         return self.model
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
+        """Switch all adapters off until `enable_adapter_layers`, and train nothing of them."""
         if self._off is None:
             with planned(self._parts) as plan:
-                mixes = mixes_of(self._parts).values()
-                plan.set(self, _off={name: strength for mix in mixes for name, strength in mix.choice.given.items()})
+                mixes = list(mixes_of(self._parts).values())
+                trained = trained_of(self.model)
+                off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
+                plan.set(self, _off=off, _resting=trained)
                 plan_mix(plan, self.model, self._parts, {})
+                for mix in mixes:
+                    plan.set(mix, choice=OFF)
+                plan.require_grad(trained, False)
 
     def enable_adapter_layers(self) -> None:
-        """Switch on what was active before `disable_adapter_layers`."""
+        """Switch on what was active before `disable_adapter_layers`, and train what was trained."""
         if self._off is not None:
             with planned(self._parts) as plan:
                 plan_mix(plan, self.model, self._parts, self._off)
-                plan.set(self, _off=None)
+                plan.require_grad(self._resting, True)
+                plan.set(self, _off=None, _resting=[])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -412,24 +431,41 @@ class Tuner(nn.Module):
         if not todo:
             return
         try:
-            fuse(self.model, todo)
+            with planned(self._parts) as plan:
+                plan_fused(plan, self._parts, todo, untie=True)
         except BaseException:
             self._put_back(merged)
             raise
 
-    def rows(self, adapter_names: Sequence[str], copies: int = 1) -> AbstractContextManager[None]:
-        """A mixed batch: row i has the adapter `adapter_names[i // copies]`, or none where that is `__base__`."""
+    def rows(
+        self, adapter_names: Sequence[str], copies: int = 1, batch: int | None = None
+    ) -> AbstractContextManager[None]:
+        """A mixed batch: row i has the adapter `adapter_names[i // copies]`, or none where that is `__base__`. `batch`: how many rows there are.
+
+        Raises, in PEFT's order: AdapterStateError in training, WrongKindError or UnknownNameError for the names, ConfigError for a batch of another size,
+        AdapterStateError for merged adapters.
+        """
         if self.model.training:
             raise AdapterStateError(
                 "Cannot pass `adapter_names` when the model is in training mode.", remedy="Call model.eval() first."
             )
+        if isinstance(adapter_names, str):
+            raise WrongKindError("Got adapter names of type <class 'str'>, expected a list of str.")
+        if unknown := sorted({*adapter_names} - {BASE, *self.peft_config}):
+            raise UnknownNameError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}",
+                remedy=near(unknown[0], self.peft_config) or f"There are {', '.join(self.peft_config)}.",
+            )
+        if batch not in (None, len(adapter_names)):
+            raise ConfigError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(adapter_names)} and {batch} respectively.",
+                remedy="Give one name a row.",
+            )
         if fused_of(self.model):
             raise AdapterStateError(
-                "Cannot pass `adapter_names` when there are merged adapters", remedy="Call `unmerge_adapter` first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        unknown = sorted(set(adapter_names) - {BASE, *self.peft_config})
-        if unknown:
-            raise UnknownNameError.of("adapter", unknown[0], self.peft_config)
         if self._off is not None or any(mix.standing() is OFF for mix in mixes_of({"": self.model}).values()):
             return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
@@ -508,11 +544,14 @@ class Tuner(nn.Module):
     def _plan_loaded(
         self, plan: Plan, name: str, config: PeftConfig, source: Opened | dict[str, Tensor], how: LoadOptions
     ) -> list[str]:
+        adalora.trained({**self.peft_config, name: config})
         config = resolved(self.model, config)
         config.validate()
         with _replicated(plan, self.model, config, lambda: self.peft_config):
-            file = read(self.model, source, config, trainable=how.trainable, chosen=chosen(self.model, config))
-            check_tying(self.model, config, (*file.wholes, *file.slots))
+            layers = chosen(self.model, config)
+            file = read(self.model, source, config, trainable=how.trainable, chosen=layers)
+            check_tying(self.model, config, file.wholes, file.slots)
+            discrepancies.warn(self.model, config, layers, file.patches)
             if file.missing:
                 warnings.warn(
                     f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.", stacklevel=5

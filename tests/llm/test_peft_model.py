@@ -174,7 +174,7 @@ def test_every_method_merges_and_comes_out_exactly(name):
     with ours.disable_adapter():  # the base, though merged
         assert torch.equal(run(ours), run(model()))
     torch.testing.assert_close(run(ours), want, **SAME)
-    with pytest.warns(UserWarning, match="Already following adapters were merged default"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         ours.merge_adapter()
     with pytest.raises(ValueError, match="while they are merged"):
         ours.delete_adapter("default")
@@ -524,8 +524,12 @@ def test_a_tie_is_named_and_kept():
     with pytest.warns(UserWarning, match=r"'transformer\.wte' share their weight"):
         ours = get_peft_model(base, LoraConfig(target_modules=["wte", "c_attn"], init_lora_weights=False)).eval()
     assert base.lm_head.weight is base.transformer.wte.weight
-    with pytest.raises(ValueError, match="tied"):
-        ours.merge_adapter()
+    want = run(ours, "gpt2")
+    ours.merge_adapter()
+    torch.testing.assert_close(run(ours, "gpt2"), want, **SAME)
+    assert base.lm_head.weight is not base.transformer.wte.weight
+    ours.unmerge_adapter()
+    assert base.lm_head.weight is base.transformer.wte.weight
     ours.unload()
     assert torch.equal(run(base, "gpt2"), run(model("gpt2"), "gpt2"))
 
