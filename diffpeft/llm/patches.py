@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -171,8 +171,8 @@ def _raise_none(model: nn.Module, config: PeftConfig, targets: Sequence[str], ke
 def _refuse_parametrised(model: nn.Module, targets: Sequence[str]) -> None:
     """Raise AdapterStateError for a target that is no parameter any more, since another library computes it from others."""
     for where, (module, _) in modules_of(model, lambda m: "parametrizations" in m._modules).items():
-        computed: Any = module._modules["parametrizations"]
-        for name in computed:
+        computed = module._modules["parametrizations"]
+        for name in computed._modules if computed is not None else ():
             if any(names_parameter(target, f"{where}.{name}") for target in targets):
                 raise AdapterStateError(
                     f"parameter {shown(f'{where}.{name}')} cannot be adapted: it is parametrised",

@@ -375,7 +375,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
     def _config_to_save(self, name: str) -> PeftConfig:
         """An adapter's config as its file has it: for inference, with the names of the base model and of its class."""
-        config = state.saved(self.peft_config[name])
+        config = state.saved(self.tuner.with_ranks(name, self.peft_config[name]))
         config.base_model_name_or_path = config.base_model_name_or_path or self._name()
         config.inference_mode = True
         if config.task_type is None and config.auto_mapping is None:
@@ -667,7 +667,7 @@ def _say_base(config: PeftConfig, model: nn.Module, revision: str | None) -> Non
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
             stacklevel=3,
         )
