@@ -37,6 +37,8 @@ def targeting(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor
     _warn_others(model, config, layers)
     config = copy.deepcopy(config)
     config.target_modules = layers
+    if config.exclude_modules:
+        config.exclude_modules = None
     if isinstance(config, IA3Config):
         vectors = {layer: tensors[key] for key, (layer, role) in roles.items() if role == FACTORS}
         config.feedforward_modules = _on_inputs(model, resolved(model, config), vectors)
