@@ -20,13 +20,13 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.lin, self.inner = nn.Linear(4, 4), nn.ModuleDict({"lin": nn.Linear(4, 4), "up": nn.Linear(4, 6)})
-        self.conv, self.wide = nn.Conv1d(6, 6, 1), nn.Conv1d(6, 3, 1)
+        self.conv, self.wide, self.blin = nn.Conv1d(6, 6, 1), nn.Conv1d(6, 3, 1), nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.wide(self.conv(self.inner["up"](self.inner["lin"](self.lin(x)))[:, :, None]))
+        return self.wide(self.conv(self.inner["up"](self.inner["lin"](self.blin(self.lin(x))))[:, :, None]))
 
 
-LAYERS = ["lin", "inner.lin", "inner.up", "conv", "wide"]
+LAYERS = ["lin", "blin", "inner.lin", "inner.up", "conv", "wide"]
 X = torch.randn(3, 4)
 
 
