@@ -108,6 +108,8 @@ REFUSED = [
         for init in ("gaussian", "pissa", "olora", "orthogonal")
     ),
     ("IA3Config", dict(target_modules=["k"], feedforward_modules=["q"]), "`feedforward_modules` should be a subset of"),
+    *(("OFTConfig", dict(r=r, oft_block_size=size), "oft_block_size") for r, size in ((8, 32), (0, 0))),
+    *(("BOFTConfig", dict(boft_block_num=n, boft_block_size=size), "boft_block_") for n, size in ((2, 4), (0, 0))),
     ("AdaLoraConfig", dict(use_dora=True), "ADALORA does not support DoRA"),
     ("AdaLoraConfig", dict(total_step=None), "AdaLoRA does not work when `total_step` is None, supply a value > 0."),
     ("AdaLoraConfig", dict(total_step=0), "AdaLoRA does not work when `total_step` is None, supply a value > 0."),
