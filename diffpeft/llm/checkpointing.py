@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffpeft.model.plan import Plan
 
@@ -16,11 +16,11 @@ _IN_BITS = (
 )  # prepare_model_for_kbit_training does it for these
 
 
-def _ask(module: nn.Module, inputs: object, output: Any) -> None:
+def _ask(module: nn.Module, inputs: object, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
-def _ask_while_adapted(module: nn.Module, inputs: object, output: Any) -> None:
+def _ask_while_adapted(module: nn.Module, inputs: object, output: Tensor) -> None:
     """The same, as a hook that goes with the adapters."""
     output.requires_grad_(True)
 
@@ -38,7 +38,7 @@ def is_in_bits(model: object) -> bool:
     return any(getattr(model, name, False) for name in _IN_BITS)
 
 
-def plan_input_grads(plan: Plan, model: Any) -> None:
+def plan_input_grads(plan: Plan, model: nn.Module) -> None:
     """Plan `require_input_grads` for a model that checkpoints, or does not say whether it does, and is not quantised; as PEFT when it wraps one."""
     checkpoints = getattr(model, "is_activation_checkpointing", getattr(model, "is_gradient_checkpointing", True))
     if checkpoints and not is_in_bits(model):
@@ -49,6 +49,6 @@ def plan_input_grads(plan: Plan, model: Any) -> None:
 def plan_no_hook(plan: Plan, model: nn.Module) -> None:
     """Plan to take the hook of `plan_input_grads` away again."""
     for module in model.modules():
-        hooks: dict[Any, Any] = module._forward_hooks
+        hooks = cast("dict[str, object]", module._forward_hooks)
         for number in [number for number, hook in hooks.items() if hook is _ask_while_adapted]:
             plan.entry(hooks, number)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from converters.formats.peft import PREFIX
 from diffpeft import io
-from diffpeft.errors import ConfigError, UnknownNameError, shown
+from diffpeft.errors import ConfigError, UnknownNameError
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import state
@@ -29,6 +29,7 @@ from diffpeft.model.target import adapted
 
 _OTHERS = "diffpeft.to_lora(model, adapter, name=...) makes a LoRA of any method on any layer."
 Factors = tuple[Tensor, Tensor]
+CompileOptions = Mapping[str, Any]
 
 
 class NotConvertibleError(ConfigError, TypeError):
@@ -40,7 +41,7 @@ def convert_to_lora(
     rank: int | float,
     adapter_name: str = "default",
     progressbar: bool = False,
-    compile_kwargs: Mapping[str, Any] | None = None,
+    compile_kwargs: CompileOptions | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The LoRA that is closest to an adapter of another method: its config and {PEFT's key: tensor}. The model stays as it is.
 
@@ -90,7 +91,7 @@ def save_as_lora(
     rank: int | float,
     adapter_name: str = "default",
     progressbar: bool = False,
-    compile_kwargs: Mapping[str, Any] | None = None,
+    compile_kwargs: CompileOptions | None = None,
 ) -> None:
     """`convert_to_lora` into a folder, which is made, as an adapter that PEFT loads."""
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
@@ -123,7 +124,7 @@ def _check_rank(rank: object) -> None:
                 f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}"
             )
     elif isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"Passing a rank of {shown(rank)} doesn't make sense", remedy="Please pass a valid value.")
+        raise ConfigError(f"Passing a rank of {rank!r} doesn't make sense", remedy="Please pass a valid value.")
 
 
 def _config_of(base: nn.Module, name: str) -> PeftConfig | None:

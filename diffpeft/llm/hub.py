@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from diffpeft.llm.cards import README
 
@@ -21,7 +20,7 @@ def pushed(
     revision: str | None = None,
     create_pr: bool = False,
     tags: Iterable[str] | None = None,
-) -> Any:
+) -> object:
     """Upload what `save` writes into a folder to a repository, which is made if it is not there. A model card that the repository has is kept and completed.
 
     Args:
@@ -32,13 +31,18 @@ def pushed(
 
     api = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    asked = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision}
-    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         _fetch_card(repository, folder, revision, token)
         save(Path(folder))
         _tag(Path(folder, README), tags)
-        return api.upload_folder(repo_id=repository, folder_path=folder, create_pr=create_pr, **options)
+        return api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def _fetch_card(repository: str, folder: str, revision: str | None, token: bool | str | None) -> None:

@@ -119,7 +119,7 @@ def _tables(model: nn.Module, name: str) -> dict[str, nn.Module]:
     if not meant:
         known = {n for n, _ in model.named_modules()}
         raise UnknownNameError(
-            f"Target modules {{{name!r}}} not found in the base model",
+            f"Target modules {{{name!r}}} not found in the base model.",
             where="trainable_token_indices",
             remedy=near(name, {n.rpartition(".")[2] for n in known} | known) or "Name an embedding.",
         )
@@ -148,10 +148,12 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
         targeted = [name for name, key in by_name.items() if any(names_parameter(target, key) for target in targets)]
         if targeted and not where:
             raise ConfigError(
-                f"target_parameters names {shown(targeted[0])} of the model itself", remedy="Put it into a module."
+                f"Targeting an nn.Parameter on the top-level module is not supported (parameter {targeted[0]!r})",
+                remedy="Put it into a module.",
             )
         if targeted:
             patches[where] = module, factors_on(module, where, targeted, config)
+    _refuse_parametrised(model, targets)
     if not patches and not others:
         _raise_none(model, config, targets, keys)
     return patches
@@ -164,6 +166,18 @@ def _raise_none(model: nn.Module, config: PeftConfig, targets: Sequence[str], ke
         with inside(where, config=True):
             raise_none(config, [name for name, _ in model.named_modules()])
     raise NoMatchingPeftModuleError(NOTHING, where=where, remedy=near(targets[0], ends_of(keys)))
+
+
+def _refuse_parametrised(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise AdapterStateError for a target that is no parameter any more, since another library computes it from others."""
+    for where, (module, _) in modules_of(model, lambda m: "parametrizations" in m._modules).items():
+        computed = module._modules["parametrizations"]
+        for name in computed._modules if computed is not None else ():
+            if any(names_parameter(target, f"{where}.{name}") for target in targets):
+                raise AdapterStateError(
+                    f"parameter {shown(f'{where}.{name}')} cannot be adapted: it is parametrised",
+                    remedy="Call torch.nn.utils.parametrize.remove_parametrizations first.",
+                )
 
 
 def ends_of(keys: Collection[str]) -> set[str]:
@@ -224,7 +238,7 @@ def _check(where: str, patch: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, place in patch.state_dict().items():
         if tensors[name].shape != place.shape:
             raise ShapeMismatchError(
-                f"{name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}",
+                f"size mismatch: {name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}",
                 where=where,
                 remedy="It is for another model or config.",
             )

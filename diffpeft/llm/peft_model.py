@@ -9,7 +9,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -26,9 +26,10 @@ from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_inp
 from diffpeft.llm.distributed import gathered, in_units, unwrapped
 from diffpeft.llm.hub import pushed
 from diffpeft.llm.injection import targeting
+from diffpeft.llm.mismatched import Mismatch, fitting
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompt_tuner import PromptTuner
-from diffpeft.llm.prompts import POSITIONAL
+from diffpeft.llm.prompts import POSITIONAL, Arguments, Prepare
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
 from diffpeft.llm.status import get_layer_status as get_layer_status
@@ -187,7 +188,7 @@ class PeftModel(Passing, Counted, nn.Module):
         """The user's model, with the adapters on it."""
         return self.tuner.inner
 
-    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let what the frozen embedding of a model gives ask for gradients, unless its weights are quantised; the model."""
         if not is_in_bits(model):
             require_input_grads(model)
@@ -211,16 +212,20 @@ class PeftModel(Passing, Counted, nn.Module):
             raise AdapterStateError(
                 f"Adapter with name {adapter_name!r} already exists.", remedy="Choose another name."
             )
-        if config.is_prompt_learning != (self.__dict__["_prompts"] is not None):
-            raise ConfigError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}.",
-                remedy="Prompts and adapters on layers need a PeftModel each.",
-            )
+        self._check_kind(config)
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
         if peft_config is None:
             config = copy.deepcopy(config)
         with planned({"": self.get_base_model()}) as plan:
             self._plan_injected(plan, adapter_name, config, active=False, precision=precision)
+
+    def _check_kind(self, config: PeftConfig) -> None:
+        """Raise ConfigError for a config of prompts where adapters are on layers, and the other way round."""
+        if config.is_prompt_learning != (self.__dict__["_prompts"] is not None):
+            raise ConfigError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}.",
+                remedy="Prompts and adapters on layers need a PeftModel each.",
+            )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -382,7 +387,7 @@ class PeftModel(Passing, Counted, nn.Module):
     def _name(self) -> str | None:
         return self.get_base_model().__dict__.get("name_or_path") or None
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: object = None, **options: Any) -> Any:
+    def push_to_hub(self, repo_id: str, *, max_shard_size: object = None, **options: Any) -> object:
         """Save into a repository on the Hub, which is made. Its own model card is kept and completed.
 
         Args:
@@ -403,21 +408,25 @@ class PeftModel(Passing, Counted, nn.Module):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
 
         Args:
             autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
-            low_cpu_mem_usage: changes nothing: tensors go straight from the file to their place.
+            ephemeral_gpu_offload, low_cpu_mem_usage: change nothing: tensors go straight from the file to their place.
             key_mapping: {expression: replacement} for the file's keys beyond `base_model.model.`, the first that is found in a key; by default the
                 model's `_checkpoint_conversion_mapping`, if it has one.
+            ignore_mismatched_sizes: what the file has in other sizes stays as a fresh adapter has it.
 
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
         check_name(adapter_name)
+        config = None if config is None else PeftConfig.of(config)
         config, folder = (
             state.adapter_at(model_id, **kwargs) if config is None else (config, state.located(model_id, **kwargs))
         )
@@ -426,7 +435,7 @@ class PeftModel(Passing, Counted, nn.Module):
         config.base_model_name_or_path = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping)
+        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping, ignore_mismatched_sizes)
         wrapper = cls._around(model, config)
         with inside(folder.where), planned({"": model}) as plan:
             settled = config if config.is_prompt_learning else copy.copy(config)
@@ -462,14 +471,15 @@ class PeftModel(Passing, Counted, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
-        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping)
+        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
             tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
             with planned({"": self.get_base_model()}) as plan:
-                result = self.tuner.plan_overwritten(plan, adapter_name, tensors)
+                result = _plan_overwritten(plan, self, adapter_name, tensors, ignore_mismatched_sizes)
                 if not is_trainable:
                     plan.evaluate(self)
             return result
@@ -487,16 +497,16 @@ class GeneratingPeftModel(PeftModel):
     """A PeftModel whose steps of generation can be prepared by itself."""
 
     @property
-    def base_model_prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
+    def base_model_prepare_inputs_for_generation(self) -> Prepare:
         """The user's model's `prepare_inputs_for_generation`, unless another was set here."""
-        chosen: Callable[..., dict[str, Any]] | None = self.__dict__.get("_prepare_inputs")
+        chosen: Prepare | None = self.__dict__.get("_prepare_inputs")
         return chosen or self.base_model.prepare_inputs_for_generation
 
     @base_model_prepare_inputs_for_generation.setter
-    def base_model_prepare_inputs_for_generation(self, prepare: Callable[..., dict[str, Any]]) -> None:
+    def base_model_prepare_inputs_for_generation(self, prepare: Prepare) -> None:
         self.__dict__["_prepare_inputs"] = prepare
 
-    def prepare_inputs_for_generation(self, *args: object, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Arguments:
         """The arguments of a step of generation: the model's, with the active prompt where it goes."""
         return self.tuner.prepared(self.base_model_prepare_inputs_for_generation, args, kwargs)
 
@@ -505,7 +515,7 @@ class PeftModelForCausalLM(GeneratingPeftModel, task=TaskType.CAUSAL_LM): ...
 
 
 class PeftModelForSeq2SeqLM(GeneratingPeftModel, task=TaskType.SEQ_2_SEQ_LM):
-    def generate(self, *, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def generate(self, *, adapter_names: Sequence[str] | None = None, **kwargs: object) -> object:  # type: ignore[override]
         """The model's, for arguments by name. `adapter_names` as in forward, one a prompt."""
         return super().generate(adapter_names=adapter_names, **kwargs)
 
@@ -536,18 +546,20 @@ class PeftMixedModel(PeftModel):
 
     def _adopt(self, model: nn.Module, config: PeftConfig) -> None:
         self.__dict__["_prompts"] = None
-        _check_compatible(config)
+        self._check_kind(config)
         self.base_model = MixedModel(model, {})
+
+    def _check_kind(self, config: PeftConfig) -> None:
+        """Raise ConfigError for a method that is not for layers."""
+        if config.is_prompt_learning:
+            raise ConfigError(
+                f"The provided `peft_type` '{config.peft_type}' is not compatible with the `PeftMixedModel`.",
+                remedy=f"Compatible types are: {', '.join(TUNERS)}",
+            )
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         return cls
-
-    def add_adapter(self, adapter_name: str, peft_config: object = None, *args: Any, **kwargs: Any) -> None:
-        """As PeftModel's. Raises ConfigError for a prompt method."""
-        if peft_config is not None:
-            _check_compatible(PeftConfig.of(peft_config))
-        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active, in this order, and the only ones that are trained."""
@@ -578,17 +590,7 @@ class PeftMixedModel(PeftModel):
         )
 
 
-def _check_compatible(config: PeftConfig) -> None:
-    """Raise ConfigError for a method that is not for layers."""
-    if config.is_prompt_learning:
-        kinds = ", ".join(kind for kind, made in PeftConfig.types.items() if not made().is_prompt_learning)
-        raise ConfigError(
-            f"The provided `peft_type` '{config.peft_type}' is not compatible with the `PeftMixedModel`.",
-            remedy=f"Compatible types are: {kinds}",
-        )
-
-
-_LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
+LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
 
 
 def mapping_of(config: PeftConfig) -> tuple[str, str]:
@@ -597,9 +599,9 @@ def mapping_of(config: PeftConfig) -> tuple[str, str]:
     return str(mapping.get("parent_library") or ""), str(mapping.get("base_model_class") or "")
 
 
-def foreign(library: str) -> bool:
-    """Whether a library that a config names is not to be imported."""
-    return library.partition(".")[0] not in _LIBRARIES
+def foreign(library: str, allowed: Sequence[str] = LIBRARIES) -> bool:
+    """Whether a library that a config names is not to be imported: none of those that are allowed, nor inside one."""
+    return not any(library == name or library.startswith(f"{name}.") for name in allowed)
 
 
 def _warn_foreign(config: PeftConfig, model: nn.Module, where: str) -> None:
@@ -703,12 +705,13 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name.
 
-    The adapter has the base's dtype. `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
+    It is the active one, which the others are no more; `model.peft_config` has its config. The adapter has the base's dtype.
+    `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
     """
     config = PeftConfig.of(peft_config)
     if state_dict is not None:
         config = targeting(model, config, state_dict)
-    inject(model, config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
+    inject(model, config, adapter_name, Precision(False, low_cpu_mem_usage))
     return model
 
 
@@ -753,9 +756,23 @@ def set_peft_model_state_dict(
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         known([adapter_name], model.peft_config)
-        with planned({"": model.get_base_model()}) as plan:
-            return model.tuner.plan_overwritten(plan, adapter_name, peft_model_state_dict)
-    return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
+    with planned({"": model.get_base_model() if isinstance(model, PeftModel) else model}) as plan:
+        return _plan_overwritten(plan, model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes)
+
+
+def _plan_overwritten(
+    plan: Plan, model: nn.Module, name: str, tensors: Mapping[str, Tensor], ignore_mismatched: bool
+) -> Incompatible:
+    """Plan to put tensors into an adapter that is there, on a wrapped or a bare model; with `ignore_mismatched` those that fit."""
+    mismatched: list[Mismatch] = []
+    if ignore_mismatched:
+        present = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
+        tensors, mismatched = fitting(tensors, present, type(model).__name__)
+    if isinstance(model, PeftModel):
+        result = model.tuner.plan_overwritten(plan, name, tensors)
+    else:
+        result = state.plan_overwritten(plan, model, name, state.config_of(model, name), tensors)
+    return result._replace(mismatched_keys=mismatched)
 
 
 def load_peft_weights(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, WrongKindError, inside
 from diffpeft.llm.prompt import EMBEDDINGS, PromptLearningConfig, VirtualTokens
-from diffpeft.llm.prompts import Prompts, encoder_of
+from diffpeft.llm.prompts import Arguments, Prepare, Prompts, encoder_of
 from diffpeft.llm.state import Incompatible, check_module, tensors_in, wholes_of
 from diffpeft.llm.tuner import OFF, WENT, LoadOptions, known, named
 from diffpeft.methods.peft_config import PeftConfig
@@ -153,9 +153,7 @@ class PromptTuner(Prompts):
             return self.base_model.generate(*args, **kwargs)
         return self.generate(self.active_adapter, self.peft_config[self.active_adapter], args, kwargs)
 
-    def prepared(
-        self, prepare: Callable[..., dict[str, Any]], args: Sequence[object], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def prepared(self, prepare: Prepare, args: Sequence[object], kwargs: Arguments) -> Arguments:
         """The arguments of a step of generation that a model prepares, with the active prompt where it goes."""
         if not self.active_adapters:
             return prepare(*args, **kwargs)

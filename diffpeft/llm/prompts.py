@@ -30,6 +30,7 @@ PROMPTS: dict[PeftType, type[VirtualTokens]] = {
 }
 
 Arguments = dict[str, Any]  # of a model's call, by name
+Prepare = Callable[..., Arguments]  # a model's prepare_inputs_for_generation
 _START, _END = ("input_ids", "attention_mask"), ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 _LABELLED = (*_START, "inputs_embeds", "labels", *_END)
 POSITIONAL: dict[TaskType, tuple[str, ...]] = {  # the order of a call's arguments
@@ -286,9 +287,7 @@ class Prompts(nn.Module):
         _extend(arguments, "attention_mask", n, 1)
         return model.generate(inputs_embeds=self._joined(prompt[:, :n], ids, None), **arguments)
 
-    def _steps(
-        self, active: str, config: PromptLearningConfig, prepare: Callable[..., Arguments]
-    ) -> Callable[..., Arguments]:
+    def _steps(self, active: str, config: PromptLearningConfig, prepare: Prepare) -> Prepare:
         """`prepare_inputs_for_generation` that puts the prompt before the first step, and before all where nothing is kept between steps."""
         n, decodes = config.length, self.task_type == TaskType.SEQ_2_SEQ_LM
 

@@ -54,7 +54,7 @@ from diffpeft.model import embeddings as embedded
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.banks import shared_by
 from diffpeft.model.mix import Adapter, check_name
-from diffpeft.model.plan import Plan, planned
+from diffpeft.model.plan import Plan
 from diffpeft.model.precision import Precision, plan_into
 from diffpeft.model.state import beside_slots, entries_of, gathered_slot, slots_in, tensors_of, whole_tensors
 from diffpeft.model.target import layers_of
@@ -222,8 +222,11 @@ def _renamed(
 ) -> dict[str, Tensor] | Opened:
     """The source with the names that the model has now; opened files stay so where they have them, and need no patch."""
     if not isinstance(source, Opened):
-        known = (PREFIX, *FORMATS["peft"].shared_keys.values())
-        source = {key if key.startswith(known) else PREFIX + key: tensor for key, tensor in source.items()}
+        shared = FORMATS["peft"].shared_keys  # on a module without wrapper they go by their roles
+        known = (PREFIX, *shared.values())
+        source = {
+            key if key.startswith(known) else shared.get(key, PREFIX + key): tensor for key, tensor in source.items()
+        }
     names = renames.known_names(model, source.tensors if isinstance(source, Opened) else source)
     if not patches and not names:
         return source
@@ -305,7 +308,7 @@ def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -
         old, new = present[wrong[0]], tensors[wrong[0]]
         resized = isinstance(module, (nn.Embedding, nn.Linear)) and old.shape[1:] == new.shape[1:] and len(new)
         raise ShapeMismatchError(
-            "; ".join(shapes),
+            f"size mismatch: {'; '.join(shapes)}",
             where=where,
             remedy=f"If the vocabulary was resized, call model.resize_token_embeddings({len(new)}) first."
             if resized
@@ -350,25 +353,18 @@ def plan_read(
     plan.root(model, mix)
 
 
-def overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Incompatible:
-    """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
-    with planned({"": model}) as plan:
-        return plan_overwritten(plan, model, name, config, tensors)
-
-
 def plan_overwritten(
     plan: Plan, model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> Incompatible:
-    """Plan what `overwrite` does. Raises ShapeMismatchError, or what `read` raises."""
+    """Plan to put PEFT's tensors into an adapter that is there. Raises ShapeMismatchError, or what `read` raises."""
     slots = slots_in(model, name)
     resized = adalora.plan_resized(plan, model, name, config) if isinstance(config, AdaLoraConfig) else {}
     file = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
     others = [layer for layer in file.slots if layer not in slots]
     for layer, slot in file.slots.items():
         if layer in slots:
-            _plan_slot(
-                plan, layer, slots[layer], slot.tensors, resized.get(layer, {}), model.get_submodule(layer).weight
-            )
+            tensors = _at_the_scale_of(slots[layer], slot)
+            _plan_slot(plan, layer, slots[layer], tensors, resized.get(layer, {}), model.get_submodule(layer).weight)
     for bank, role, tensor in _into_bank(slots, file.slots):
         plan.fill(bank.get_buffer(role), tensor)
     for where, of_module in {**file.wholes, **file.patches}.items():
@@ -379,6 +375,14 @@ def plan_overwritten(
             plan_into(plan, copy, key, tensor, weight)
     _plan_embeddings(plan, model, name, file.embeddings, slots)
     return Incompatible(list(file.missing), [*file.unexpected, *others], [])
+
+
+def _at_the_scale_of(present: Slot, new: Slot) -> dict[str, Tensor]:
+    """The tensors of a slot that was read, for one that is there: where a file's LoKr of two whole halves has a scale, the first half gets it."""
+    tensors, by = new.tensors, new.scale / present.scale if present.scale else 1.0
+    if by != 1 and {"lokr_w1", "lokr_w2"} <= tensors.keys():
+        tensors["lokr_w1"] = tensors["lokr_w1"] * by
+    return tensors
 
 
 def _plan_slot(
@@ -395,7 +399,7 @@ def _plan_slot(
         before = present.get(role)
         if before is None or before.shape != new.shape:
             raise ShapeMismatchError(
-                f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if before is None else tuple(before.shape)}",
+                f"size mismatch: layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if before is None else tuple(before.shape)}",
                 remedy="Load it under another name.",
             )
         if role in resized:

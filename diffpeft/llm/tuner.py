@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,7 +29,9 @@ from diffpeft.llm import adalora, discrepancies
 from diffpeft.llm.conversion import unconvertible
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
+from diffpeft.llm.mismatched import fitting
 from diffpeft.llm.patches import patches_of
+from diffpeft.llm.prompts import Arguments, Prepare
 from diffpeft.llm.renames import mapped
 from diffpeft.llm.state import (
     Incompatible,
@@ -43,10 +46,11 @@ from diffpeft.llm.state import (
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
+from diffpeft.methods import LoKrConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
-from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
+from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
+from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_listed, plan_removed
 from diffpeft.model.fuse import plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import Choice, Strength, check_name, claim, forced
@@ -55,34 +59,37 @@ from diffpeft.model.precision import AUTOCAST, PLAIN, Precision
 from diffpeft.model.replication import plan_replicated, same_spans
 from diffpeft.model.resize import Place, head_of, plan_resized, refuse_replaced
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import adapted
+from diffpeft.model.target import adapted, kind_of
 from diffpeft.model.ties import loosen, twins_of
 from diffpeft.pipeline.adapters import adapters, plan_mix
 
 BASE = "__base__"  # in a mixed batch: no adapter
 WENT = "Adapter {} was active which is now deleted. Setting active adapter to {}."
-OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the base too
+OFF = Choice(enabled=False)  # the mix of a `disable_adapter` block, where batches are of the base too
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, and with its keys renamed."""
+    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, with its keys renamed, whatever their sizes."""
 
     trainable: bool
     active: bool
     precision: Precision = AUTOCAST
     key_mapping: Mapping[str, str] | None = None
+    ignore_mismatched: bool = False
 
 
-def inject(
-    model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
-) -> PeftConfig:
-    """Add a fresh adapter to a model; the resolved config. The base is frozen.
+def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
+    """Add a fresh adapter to a bare model as the active one; the resolved config. The first freezes the base, and none changes what else is trained.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
     with planned({"": model}) as plan:
-        return plan_injected(plan, model, config, name, active=active, precision=precision)
+        config = plan_injected(plan, model, config, name, active=True, precision=precision)
+        for mix in mixes_of({"": model}).values():  # what is in the weights stays in them
+            plan_mix(plan, model, {"": model}, {**mix.fused, name: 1.0})
+        plan_listed(plan, model, name, config)
+    return config
 
 
 def plan_injected(
@@ -124,6 +131,7 @@ def _plan_fresh(
         wholes=wholes,
         ties=ties_of(model, config, wholes),
         patches=patches,
+        options={"scaled": True} if isinstance(config, LoKrConfig) else {},
         finish=finish,
         metadata={CONFIG: config.to_json()},
     )
@@ -170,6 +178,7 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Strength] | None = None  # the mix that disable_adapter_layers has put aside
+        self._resting: list[nn.Parameter] = []  # what was trained then
         self._head: Place | None = None  # where the model's head is, if adapters are on it
         configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
         with planned(self._parts) as plan:
@@ -252,7 +261,7 @@ class Tuner(nn.Module):
     ) -> None:
         """Plan to make adapters the active ones of all of these, and those that are trained."""
         plan_mix(plan, self.model, self._parts, dict.fromkeys(names, 1.0))
-        plan.set(self, _off=None)
+        plan.set(self, _off=None, _resting=[])
         plan_trained(plan, self.model, {name: name in names and not inference_mode for name in configs})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -385,19 +394,25 @@ class Tuner(nn.Module):
         return self.model
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
+        """Switch all adapters off until `enable_adapter_layers`, and train nothing of them."""
         if self._off is None:
             with planned(self._parts) as plan:
-                mixes = mixes_of(self._parts).values()
-                plan.set(self, _off={name: strength for mix in mixes for name, strength in mix.choice.given.items()})
+                mixes = list(mixes_of(self._parts).values())
+                trained = trained_of(self.model)
+                off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
+                plan.set(self, _off=off, _resting=trained)
                 plan_mix(plan, self.model, self._parts, {})
+                for mix in mixes:
+                    plan.set(mix, choice=OFF)
+                plan.require_grad(trained, False)
 
     def enable_adapter_layers(self) -> None:
-        """Switch on what was active before `disable_adapter_layers`."""
+        """Switch on what was active before `disable_adapter_layers`, and train what was trained."""
         if self._off is not None:
             with planned(self._parts) as plan:
                 plan_mix(plan, self.model, self._parts, self._off)
-                plan.set(self, _off=None)
+                plan.require_grad(self._resting, True)
+                plan.set(self, _off=None, _resting=[])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -476,9 +491,7 @@ class Tuner(nn.Module):
         """The model's output."""
         return self(*args, **kwargs)
 
-    def prepared(
-        self, prepare: Callable[..., dict[str, Any]], args: Sequence[object], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def prepared(self, prepare: Prepare, args: Sequence[object], kwargs: Arguments) -> Arguments:
         """The arguments of a step of generation that a model prepares. `task_ids` are for prompts."""
         kwargs.pop("task_ids", None)
         return prepare(*args, **kwargs)
@@ -519,7 +532,17 @@ class Tuner(nn.Module):
         where = folder.where
         with patterns.limited(CheckpointError, where), inside(where, config=True):
             source = mapped(tensors_in(folder), how.key_mapping) if how.key_mapping else folder
+            if how.ignore_mismatched:
+                tensors = tensors_in(source) if isinstance(source, Opened) else source
+                source, _ = fitting(tensors, self._fresh(name, config), kind_of(self.model).__name__)
             return self._plan_loaded(plan, name, config, source, how)
+
+    def _fresh(self, name: str, config: PeftConfig) -> dict[str, Tensor]:
+        """{PEFT's key: tensor} of a fresh adapter, and of the model's embeddings. The model stays as it is."""
+        trial = Plan()
+        config = plan_injected(trial, self.model, copy.deepcopy(config), name, active=False)
+        with trial.tentative():
+            return spelt(self.model, name, config, prefix=PREFIX, embeddings=True)
 
     def _plan_loaded(
         self, plan: Plan, name: str, config: PeftConfig, source: Opened | dict[str, Tensor], how: LoadOptions

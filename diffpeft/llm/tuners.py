@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from diffpeft.llm.tuner import Tuner
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -67,7 +66,7 @@ class MixedModel(Tuner):
 
     def _check_beside(self, configs: Mapping[str, PeftConfig]) -> None: ...
 
-    def forward(self, *args: object, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """The model's."""
         refuse_replaced(self._head)
         return self.model(*args, **kwargs)

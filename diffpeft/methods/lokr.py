@@ -99,7 +99,10 @@ class LoKr(Additive):
     options = frozenset({"tucker"})
 
     @classmethod
-    def init(cls, config: LoKrConfig, site: Site, *, tucker: bool = False, **options: object) -> Fresh:
+    def init(
+        cls, config: LoKrConfig, site: Site, *, tucker: bool = False, scaled: bool = False, **options: object
+    ) -> Fresh:
+        """`scaled`: two whole halves have a scale too, as PEFT has it."""
         g, r = site.geometry, patterns.first(config.rank_pattern, (site.name,), config.r)
         (o1, o2), (i1, i2) = (factorization(n, config.decompose_factor) for n in g.shape[:2])
         q = r if config.decompose_both and r < max(o1, i1) / 2 else 0
@@ -114,7 +117,9 @@ class LoKr(Additive):
             for role, shape in shapes.items()
         }
         alpha = float(patterns.first(config.alpha_pattern, (site.name,), config.alpha))
-        return Fresh(tensors, alpha, checks.chosen(config, "rank_dropout", "module_dropout", "rank_dropout_scale"))
+        chosen = checks.chosen(config, "rank_dropout", "module_dropout", "rank_dropout_scale")
+        whole = scaled and alpha != r and {"lokr_w1", "lokr_w2"} <= shapes.keys()
+        return Fresh(tensors, alpha, {**chosen, "scale": alpha / r} if whole else chosen)
 
     @classmethod
     def rank(cls, p: Mapping[str, Shaped]) -> int:

@@ -23,6 +23,12 @@ def fused_of(model: nn.Module) -> list[str]:
     return [name for mix in mixes_of({"": model}).values() for name in mix.fused]
 
 
+def trained_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of adapters that get gradients."""
+    held = (module for _, _, record in adapted(model) for name in record.names for module in record.modules(name))
+    return [*dict.fromkeys(p for module in held for p in module.parameters() if p.requires_grad)]
+
+
 def plan_trained(plan: Plan, model: nn.Module, flags: Mapping[str, bool]) -> None:
     """Plan whether the tensors of these adapters get gradients, copies of modules among them; what came with a file to stay as it is does not."""
     for _, module, _ in adapted(model):

@@ -85,6 +85,20 @@ def plan_fused(
         warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=3)
 
 
+def plan_layer_fused(plan: Plan, model: nn.Module, mix: Mix, module: nn.Module, names: Sequence[str]) -> None:
+    """Plan to put active adapters into the weight of one layer of a component. Raises what `fuse` raises."""
+    now, record = plan.view(mix), plan.record_of(module)
+    assert record is not None
+    refuse_changing(now, set(names))
+    refuse_hooked(module)
+    fuser = _Fuser(plan, mix, now.choice, True, owners_of(model), set(), Arena(mix.arena), untie=True)
+    job = fuser.job(record.where, module, [*(name for name in now.fused if name in record.fused), *names])
+    if job is not None:
+        fuser.plan_job(job)
+    fuser.plan_patched()
+    plan.set(mix, fused={**now.fused, **{name: now.choice.given[name] for name in names}}, arena=fuser.arena)
+
+
 def unfuse(target: object) -> None:
     """Take all fused adapters out of the weights again, to the last bit; they stay active. With nothing fused it does nothing.
 

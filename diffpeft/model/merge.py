@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from diffpeft.bundle import dotted
-from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, UnknownNameError, shown
 from diffpeft.layers.backends import Backend, backend_of
 from diffpeft.layers.carried import LAYER_PARAMETERS, Copy, Parameters, Record, Step, bare, effective, op_of
 from diffpeft.layers.patches import Patch
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite
-from diffpeft.model.attach import Walk, mixes_of, refuse_foreign
+from diffpeft.model.attach import Walk, mixes_of, plan_unlisted, refuse_foreign
 from diffpeft.model.fuse import check_order, is_tied, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import based, computed_in, no_bias, refuse_changed, unfit, unfused
+from diffpeft.model.weights import based, computed_in, no_bias, not_finite, refuse_changed, unfit, unfused
 
 
 def merge_for_good(
@@ -78,6 +78,7 @@ def plan_merged(
         of_layers = merger.plan_all(plan, [carried for carried in walks[component] if carried[2].mix is mix])
         errors |= {dotted(component, layer): error for layer, error in of_layers.items()}
         plan.set(mix, adapters={}, choice=Choice(), fused={})
+        plan_unlisted(plan, parts[component], mix.adapters, False)
         plan.root(parts[component], mix)
     return errors
 
@@ -116,12 +117,15 @@ class _Merger:
         steps = record.steps(self.choice)
         if steps and isinstance(steps[0][0], Copy):
             return self._taken(plan, layer, module, steps)
-        slots = record.slots.keys() & {*inside}
-        if not slots and not record.patches.keys() & {*inside}:
+        if not (record.slots.keys() | record.patches.keys()) & {*inside}:
             plan.carry(module, None, unfused(layer, module, record)[1] if record.fused else None)
             return None
+        return self._merge(plan, layer, module, record, inside)
+
+    def _merge(self, plan: Plan, layer: str, module: nn.Module, record: Record, inside: Sequence[str]) -> float | None:
+        """Plan to put slots and patches of the adapters `inside` into a module's parameters. -> as `plan`."""
         base, steps = self._start(layer, module, record, inside)
-        backend = backend_of(module)
+        slots, backend = record.slots.keys() & {*inside}, backend_of(module)
         if slots and backend is not None:
             if not self.dequantize:
                 raise AdapterStateError(
@@ -227,12 +231,9 @@ def _merged(
         if exact.keys() - like.keys():
             raise no_bias(layer, steps)
         stored = {name: torch.empty_like(t).copy_(exact[name]) for name, t in like.items()}
-        if not all(map(is_finite, stored.values())):
-            raise NonFiniteError(
-                "NaNs detected in the merged weights",
-                where=f"Layer {shown(layer)} would get values that are not finite",
-                remedy=f"An adapter seems to be broken, or too strong for {next(iter(like.values())).dtype}.",
-            )
+        for name, t in stored.items():
+            if not is_finite(t):
+                raise not_finite(layer, module, steps, name, t.dtype)
         name, W = next(iter(exact.items()))
         W = W.to(dtype)
         error = torch.linalg.vector_norm(stored[name].to(W) - W) / torch.linalg.vector_norm(W).clamp_min(1e-30)

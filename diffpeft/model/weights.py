@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, NonFiniteError, UnfitError, shown
-from diffpeft.layers.carried import FUSED, LAYER_PARAMETERS, Parameters, Record, Step, base_class, effective, stamps_of
+from diffpeft.layers.carried import (
+    FUSED,
+    LAYER_PARAMETERS,
+    Parameters,
+    Record,
+    Step,
+    base_class,
+    effective,
+    record_of,
+    stamps_of,
+)
 from diffpeft.layers.chain import factors_of
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import Slot
@@ -68,13 +78,22 @@ def fused_weights(
     }
     for name, t in out.items():
         if not is_finite(t):
-            raise NonFiniteError(
-                f"layer {shown(layer)} would get a {name} that is not finite",
-                remedy="An adapter is broken, or too strong for the dtype.",
-            )
+            raise not_finite(layer, module, steps, name, t.dtype)
     return {
         name: t.clone() if t.data_ptr() == base[name].data_ptr() and name != "bias" else t for name, t in out.items()
     }
+
+
+def not_finite(layer: str, module: nn.Module, steps: Sequence[Step], name: str, dtype: torch.dtype) -> NonFiniteError:
+    """The error for a parameter that would not be finite with what acts in it: in PEFT's words, which name an adapter."""
+    record, things = record_of(module), [thing for thing, _ in steps]
+    inside = [n for n in record.names if any(m in things for m in record.modules(n))] if record else []
+    broken = [n for n in inside if not all(is_finite(p.data) for m in record.modules(n) for p in m.parameters())]  # type: ignore[union-attr]
+    return NonFiniteError(
+        f"NaNs detected in the merged weights. The adapter {(broken or inside or ['?'])[-1]} seems to be broken",
+        where=f"layer {shown(layer)} would get a {name} that is not finite",
+        remedy="" if broken else f"It may be too strong for {dtype}.",
+    )
 
 
 def computed_in(present: Parameters) -> torch.dtype:

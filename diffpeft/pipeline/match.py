@@ -178,8 +178,8 @@ def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], layers:
         wrong += _misfits(bundle, entry, spec)
     if wrong:
         raise ShapeMismatchError(
-            f"{len(wrong)} of {len(placed)} layers have other shapes",
-            where=f"{bundle.source}: {wrong[0]}",
+            f"size mismatch in {len(wrong)} of {len(placed)} layers: {wrong[0]}",
+            where=bundle.source,
             remedy="It is for another model.",
         )
     refused = [

@@ -230,7 +230,6 @@ def test_names_and_states_that_are_refused():
         (UnknownNameError, "does not exist", lambda: ours.delete_adapter("nope")),
         (UnknownNameError, "nope", lambda: run(ours, adapter_names=["nope", "default"])),
         (ConfigError, "Length of `adapter_names`", lambda: run(ours, adapter_names=["default"])),
-        (AdapterStateError, "PeftModel already", lambda: get_peft_model(ours, LoraConfig())),
         (ConfigError, "Invalid task type", lambda: LoraConfig(task_type="CAUSAL")),
         (
             ConfigError,
