@@ -46,7 +46,7 @@ from diffpeft.llm.state import (
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
-from diffpeft.methods import LoKrConfig
+from diffpeft.methods import LoKrConfig, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
@@ -504,6 +504,15 @@ class Tuner(nn.Module):
     def tensors(self, name: str, gathered: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
         return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=gathered, embeddings=embeddings)
+
+    def with_ranks(self, name: str, config: PeftConfig) -> PeftConfig:
+        """A config with the ranks that the adapter's tensors have, where it was told those that there is room for."""
+        if all(slot.stored_rank is None for slot in slots_in(self.model, name).values()):
+            return config
+        config, made = copy.copy(config), config_of(self.model, name)
+        assert isinstance(config, LoraConfig) and isinstance(made, LoraConfig)
+        config.r, config.rank_pattern = made.r, made.rank_pattern
+        return config
 
     def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Plan to put a file's tensors into an adapter that is there."""

@@ -14,7 +14,7 @@ from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped, is_adapted
 from diffpeft.layers.hooks import present
-from diffpeft.layers.slot import Slot
+from diffpeft.layers.slot import Piece, Slot, as_stored
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.layout import DROPOUTS
 from diffpeft.model.attach import mixes_of
@@ -143,7 +143,8 @@ def entries_of(layer: str, slot: Slot) -> list[Entry]:
     for part in slot.parts:
         of_part = {role: tensors.pop(role) for role in part.roles}
         if slot.source is None:
-            entries.append(_entry(layer, part.method, of_part, part.alpha, part.spec))
+            piece = as_stored(slot, Piece(part.method.name, of_part, part.alpha, part.spec))
+            entries.append(_entry(layer, part.method, dict(piece.tensors), piece.alpha, piece.spec))
     for piece in slot.source or ():
         entries.append(_entry(layer, METHODS[piece.method], dict(piece.tensors), piece.alpha, piece.spec))
     if slot.source == ():
