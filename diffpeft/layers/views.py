@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, MethodType
-from typing import Any, ClassVar, Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class Views:
     @View
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The modules inside that hold adapters by their names."""
-        modules = cast(Any, self)._modules
+        modules = cast(nn.Module, self)._modules
         return tuple(name for name in (ADAPTERS, COPIES) if name in modules)
 
     @View
