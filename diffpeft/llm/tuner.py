@@ -29,6 +29,7 @@ from diffpeft.llm import adalora, attentions, discrepancies
 from diffpeft.llm.conversion import unconvertible
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
+from diffpeft.llm.mismatched import fitting
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.prompts import Arguments, Prepare
 from diffpeft.llm.renames import mapped
@@ -58,7 +59,7 @@ from diffpeft.model.precision import AUTOCAST, PLAIN, Precision
 from diffpeft.model.replication import plan_replicated, same_spans
 from diffpeft.model.resize import Place, head_of, plan_resized, refuse_replaced
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import adapted
+from diffpeft.model.target import adapted, kind_of
 from diffpeft.model.ties import loosen, twins_of
 from diffpeft.pipeline.adapters import adapters, plan_mix
 
@@ -69,12 +70,13 @@ OFF = Choice(enabled=False)  # the mix of a `disable_adapter` block, where batch
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, and with its keys renamed."""
+    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, with its keys renamed, whatever their sizes."""
 
     trainable: bool
     active: bool
     precision: Precision = AUTOCAST
     key_mapping: Mapping[str, str] | None = None
+    ignore_mismatched: bool = False
 
 
 def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
@@ -545,7 +547,17 @@ class Tuner(nn.Module):
         where = folder.where
         with patterns.limited(CheckpointError, where), inside(where, config=True):
             source = mapped(tensors_in(folder), how.key_mapping) if how.key_mapping else folder
+            if how.ignore_mismatched:
+                tensors = tensors_in(source) if isinstance(source, Opened) else source
+                source, _ = fitting(tensors, self._fresh(name, config), kind_of(self.model).__name__)
             return self._plan_loaded(plan, name, config, source, how)
+
+    def _fresh(self, name: str, config: PeftConfig) -> dict[str, Tensor]:
+        """{PEFT's key: tensor} of a fresh adapter, and of the model's embeddings. The model stays as it is."""
+        trial = Plan()
+        config = plan_injected(trial, self.model, copy.deepcopy(config), name, active=False)
+        with trial.tentative():
+            return spelt(self.model, name, config, prefix=PREFIX, embeddings=True)
 
     def _plan_loaded(
         self, plan: Plan, name: str, config: PeftConfig, source: Opened | dict[str, Tensor], how: LoadOptions
