@@ -36,6 +36,16 @@ class Sizes(NamedTuple):
         return self.resolution, self.multiple
 
 
+class Reading(NamedTuple):
+    """How captions are read: how many tokens at most (None: what is usual for the model), and which of CLIP's last layers, 1 the last."""
+
+    max_length: int | None = None
+    clip_skip: int = 1
+
+
+USUAL = Reading()
+
+
 class Noised(NamedTuple):
     """Noised latents, the time as the denoiser reads it, what it shall predict, the signal-to-noise ratio [b], and the kind of prediction.
 
@@ -94,8 +104,10 @@ class Family(Protocol):
     base_version: str  # what sd-scripts calls it: ss_base_model_version
     resolution: int
     multiple: int
+    max_length: int  # tokens of a caption that are read
 
-    def __init__(self, parts: Parts): ...
+    def __init__(self, parts: Parts, reading: Reading):
+        """Raises WrongBaseError for a model that cannot be trained, ConfigError for a way to read captions that it cannot."""
 
     @classmethod
     def sizes(cls, configs: Configs) -> Sizes:

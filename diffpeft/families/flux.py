@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffpeft.families.base import Conditions, Frame, Levels, Sizes
+from diffpeft.errors import ConfigError
+from diffpeft.families.base import Conditions, Frame, Levels, Reading, Sizes
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
-from diffpeft.families.prompts import tokens
+from diffpeft.families.prompts import refuse_skip, tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,11 @@ class Flux:
     packing = _PATCH
     base_version = "flux1"
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, reading: Reading):
+        refuse_skip(reading, "of CLIP Flux.1 reads what it pools")
+        self.max_length = _TOKENS if reading.max_length is None else reading.max_length
+        if self.max_length > _TOKENS:
+            raise ConfigError(f"max_length is {self.max_length}", remedy=f"Flux.1 reads {_TOKENS} tokens at most.")
         self.parts, self.pipe = parts, parts.pipe
         self.levels: Levels = Flow.of(parts.pipe.scheduler, _PATCH)
         self.guided: bool = parts.configs[self.denoiser]["guidance_embeds"]
@@ -56,7 +61,7 @@ class Flux:
         if encoder == "text_encoder":
             ids = tokens(pipe.tokenizer, prompts, pipe.tokenizer.model_max_length, model.device)
             return {"pooled": model(ids).pooler_output}
-        return {"text": model(tokens(pipe.tokenizer_2, prompts, _TOKENS, model.device))[0]}
+        return {"text": model(tokens(pipe.tokenizer_2, prompts, self.max_length, model.device))[0]}
 
     def framed(self, frames: Sequence[Frame]) -> Conditions:
         """Nothing: the transformer reads no sizes but that of its latents."""

@@ -14,7 +14,7 @@ import converters
 import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import Family, family_of, open_family
+from diffpeft.families import Family, Reading, family_of, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
@@ -103,7 +103,7 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
     parts = open_parts(
         config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
     )
-    family = open_family(parts)
+    family = open_family(parts, Reading(config.max_length, config.clip_skip or 1))
     if config.snr_gamma is not None:
         check_weighted(family.levels.kind)
     family.pipe.set_progress_bar_config(disable=True)
@@ -123,6 +123,7 @@ def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> Trai
         name=name,
         dtype=dtype,
         resolution=resolution(config, family),
+        max_length=family.max_length,
         alpha=config.rank if config.alpha is None else config.alpha,
     )
 
@@ -282,6 +283,8 @@ def _metadata(run: TrainRun) -> dict[str, object]:
         "ss_optimizer": "AdamW",
         "ss_base_model_version": run.family.base_version,
         "ss_sd_model_name": Path(config.model or "").name,
+        "ss_max_token_length": config.max_length,
+        "ss_clip_skip": config.clip_skip,
         "ss_min_snr_gamma": config.snr_gamma,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": run.name,
