@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from diffpeft.errors import WrongBaseError
-from diffpeft.families.base import USUAL, Conditions, Family, Frame, Noised, Reading
+from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.flux import Flux
 from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
@@ -155,7 +155,7 @@ def _names(groups: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(name for group in groups for name in group))
 
 
-def open_family(target: object, reading: Reading = USUAL) -> Family:
+def open_family(target: object, reading: CaptionReading = USUAL) -> Family:
     """The training side of a pipeline, or of Parts of one.
 
     Raises WrongBaseError for one that cannot be trained yet, ConfigError for a way to read captions that it cannot.
@@ -172,7 +172,7 @@ __all__ = [
     "Frame",
     "Noised",
     "Parts",
-    "Reading",
+    "CaptionReading",
     "family_of",
     "is_unnamed",
     "open_family",

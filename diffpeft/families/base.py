@@ -36,14 +36,14 @@ class Sizes(NamedTuple):
         return self.resolution, self.multiple
 
 
-class Reading(NamedTuple):
+class CaptionReading(NamedTuple):
     """How captions are read: how many tokens at most (None: what is usual for the model), and which of CLIP's last layers, 1 the last."""
 
     max_length: int | None = None
     clip_skip: int = 1
 
 
-USUAL = Reading()
+USUAL = CaptionReading()
 
 
 class Noised(NamedTuple):
@@ -106,7 +106,7 @@ class Family(Protocol):
     multiple: int
     max_length: int  # tokens of a caption that are read
 
-    def __init__(self, parts: Parts, reading: Reading):
+    def __init__(self, parts: Parts, reading: CaptionReading):
         """Raises WrongBaseError for a model that cannot be trained, ConfigError for a way to read captions that it cannot."""
 
     @classmethod

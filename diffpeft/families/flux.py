@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
-from diffpeft.families.base import Conditions, Frame, Levels, Reading, Sizes
+from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import refuse_skip, tokens
@@ -34,7 +34,7 @@ class Flux:
     packing = _PATCH
     base_version = "flux1"
 
-    def __init__(self, parts: Parts, reading: Reading):
+    def __init__(self, parts: Parts, reading: CaptionReading):
         refuse_skip(reading, "of CLIP Flux.1 reads what it pools")
         self.max_length = _TOKENS if reading.max_length is None else reading.max_length
         if self.max_length > _TOKENS:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffpeft.families.base import Conditions, Family, Reading
+    from diffpeft.families.base import CaptionReading, Conditions, Family
     from diffpeft.families.parts import Component
 
 
@@ -41,7 +41,7 @@ def length_of(tokenizer: Component) -> int:
     return tokenizer.model_max_length - 2
 
 
-def chunks_of(tokenizer: Component, reading: Reading) -> int:
+def chunks_of(tokenizer: Component, reading: CaptionReading) -> int:
     """How many chunks captions are read in. Raises ConfigError for a length that is not so many whole ones."""
     per = length_of(tokenizer)
     length = per if reading.max_length is None else reading.max_length
@@ -53,7 +53,7 @@ def chunks_of(tokenizer: Component, reading: Reading) -> int:
     return length // per
 
 
-def refuse_skip(reading: Reading, why: str) -> None:
+def refuse_skip(reading: CaptionReading, why: str) -> None:
     """Raise ConfigError for a clip_skip that would do nothing."""
     if reading.clip_skip != 1:
         raise ConfigError(f"clip_skip is {reading.clip_skip}, and {why}", remedy="Leave --clip-skip out.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
-from diffpeft.families.base import Conditions, Frame, Levels, Reading, Sizes
+from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import chunks, chunks_of, length_of
@@ -28,7 +28,7 @@ class StableDiffusion:
     architecture = "stable-diffusion-v1"
     base_version = "sd_v1"
 
-    def __init__(self, parts: Parts, reading: Reading):
+    def __init__(self, parts: Parts, reading: CaptionReading):
         self.parts, self.pipe = parts, parts.pipe
         self.chunks, self.layer = chunks_of(parts.pipe.tokenizer, reading), -self._skipped(reading)
         self.max_length = self.chunks * length_of(parts.pipe.tokenizer)
@@ -45,7 +45,7 @@ class StableDiffusion:
             pixels * 2 ** (len(levels) - 1) if levels and pixels else None,
         )
 
-    def _skipped(self, reading: Reading) -> int:
+    def _skipped(self, reading: CaptionReading) -> int:
         """Which of the text encoder's layers is read, 1 the last."""
         layers = self.parts.outline("text_encoder").config.num_hidden_layers
         if not 1 <= reading.clip_skip <= layers:
@@ -81,7 +81,7 @@ class StableDiffusion:
 class StableDiffusion2(StableDiffusion):
     """The training side of a StableDiffusionPipeline with a Stable Diffusion 2.x, which predicts epsilon or v."""
 
-    def __init__(self, parts: Parts, reading: Reading):
+    def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
         predicts_v = self.levels.kind == "v_prediction"  # at 768 pixels, and epsilon at 512
         self.architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffpeft.families.base import Conditions, Frame, Reading
+from diffpeft.families.base import CaptionReading, Conditions, Frame
 from diffpeft.families.latents import precise
 from diffpeft.families.prompts import chunks, refuse_skip
 from diffpeft.families.sd import StableDiffusion
@@ -35,7 +35,7 @@ class StableDiffusionXL(StableDiffusion):
         states = {encoder: out.hidden_states[-2].unflatten(0, (len(prompts), self.chunks)).flatten(1, 2)}
         return states | {"pooled": out.text_embeds[:: self.chunks]} if "text_embeds" in out else states
 
-    def _skipped(self, reading: Reading) -> int:
+    def _skipped(self, reading: CaptionReading) -> int:
         refuse_skip(reading, "SDXL always reads the last layer but one")
         return reading.clip_skip
 

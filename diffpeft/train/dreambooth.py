@@ -14,7 +14,7 @@ import converters
 import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import Family, Reading, family_of, open_family
+from diffpeft.families import CaptionReading, Family, family_of, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
@@ -103,7 +103,7 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
     parts = open_parts(
         config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
     )
-    family = open_family(parts, Reading(config.max_length, config.clip_skip or 1))
+    family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
     if config.snr_gamma is not None:
         check_weighted(family.levels.kind)
     family.pipe.set_progress_bar_config(disable=True)

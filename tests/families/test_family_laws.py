@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffpeft.errors import ConfigError, WrongBaseError
-from diffpeft.families import FAMILIES, Frame, Reading, family_of, open_family
+from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.families.flow import Flow
 from diffpeft.families.prompts import embedded
@@ -251,7 +251,7 @@ CLIPS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
 def test_a_long_caption_is_read_in_chunks(kind):
     """Each chunk as a prompt of its own; a caption without a second chunk has a blank one; what is pooled is the first's."""
     pipe = pipeline(kind)
-    one, two = open_family(pipe), open_family(pipe, Reading(max_length=2 * PER))
+    one, two = open_family(pipe), open_family(pipe, CaptionReading(max_length=2 * PER))
     assert (one.max_length, two.max_length) == (PER, 2 * PER)
     assert len(pipe.tokenizer(LONG, add_special_tokens=False).input_ids) == len(LONG.split())
     words = LONG.split()
@@ -267,7 +267,9 @@ def test_a_long_caption_is_read_in_chunks(kind):
 @torch.no_grad()
 def test_an_earlier_layer_of_clip_is_the_last_of_one_without_those_after_it():
     pipe = pipeline("sd15")
-    ours = [open_family(pipe, Reading(clip_skip=n)).embed("text_encoder", PROMPTS)["text_encoder"] for n in (1, 2, 3)]
+    ours = [
+        open_family(pipe, CaptionReading(clip_skip=n)).embed("text_encoder", PROMPTS)["text_encoder"] for n in (1, 2, 3)
+    ]
     layers = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder.layers
     for states in ours:
         theirs, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
@@ -278,12 +280,12 @@ def test_an_earlier_layer_of_clip_is_the_last_of_one_without_those_after_it():
 @pytest.mark.parametrize(
     "kind, reading, says",
     [
-        ("sd15", Reading(max_length=PER + 1), "30, 60"),
-        ("sdxl", Reading(max_length=PER + 2), "30, 60"),
-        ("flux dev", Reading(max_length=513), "512"),
-        ("sd15", Reading(clip_skip=4), "to 3"),
-        ("sdxl", Reading(clip_skip=2), "Leave --clip-skip out"),
-        ("flux dev", Reading(clip_skip=2), "Leave --clip-skip out"),
+        ("sd15", CaptionReading(max_length=PER + 1), "30, 60"),
+        ("sdxl", CaptionReading(max_length=PER + 2), "30, 60"),
+        ("flux dev", CaptionReading(max_length=513), "512"),
+        ("sd15", CaptionReading(clip_skip=4), "to 3"),
+        ("sdxl", CaptionReading(clip_skip=2), "Leave --clip-skip out"),
+        ("flux dev", CaptionReading(clip_skip=2), "Leave --clip-skip out"),
     ],
 )
 def test_a_way_to_read_captions_that_a_model_cannot_is_refused(kind, reading, says):
@@ -292,6 +294,6 @@ def test_a_way_to_read_captions_that_a_model_cannot_is_refused(kind, reading, sa
 
 
 def test_flux_reads_as_many_tokens_of_t5_as_it_is_told():
-    family = open_family(pipeline("flux schnell"), Reading(max_length=256))
+    family = open_family(pipeline("flux schnell"), CaptionReading(max_length=256))
     theirs, _, _ = family.pipe.encode_prompt(PROMPTS, None, max_sequence_length=256)
     torch.testing.assert_close(family.embed("text_encoder_2", PROMPTS)["text"], theirs, rtol=0, atol=1e-12)
