@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from diffpeft.families.parts import Configs, Parts, Pipeline
@@ -95,6 +95,9 @@ class Family(Protocol):
     denoiser: str
     text_encoders: tuple[str, ...]  # in the order in which `embed` is asked
     adaptable: tuple[str, ...]  # those of them that an adapter is trained on
+    presets: Mapping[
+        str, str
+    ]  # {preset: the regular expression for its layers}, where suffixes that all models share would be others
     packing: int  # latent pixels, the side of the square that the denoiser reads as one
 
     parts: Parts

@@ -5,7 +5,8 @@ Its dev model was distilled to be told a guidance. Training tells it 1: no guida
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 _PATCH = 2
 _RESOLUTION = 1024  # no config says it
 _TOKENS = 512  # of T5
+# layers in the blocks of both kinds: of images and texts side by side, and of both in one
+_BLOCKS = r"(single_)?transformer_blocks\.\d+\.({})"
+_ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+_MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 
 
 class Flux:
@@ -31,6 +36,9 @@ class Flux:
     denoiser = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     adaptable: tuple[str, ...] = ("text_encoder",)
+    presets: Mapping[str, str] = MappingProxyType(
+        {"attn": _BLOCKS.format(_ATTENTION), "attn-mlp": _BLOCKS.format(f"{_ATTENTION}|{_MLP}")}
+    )
     packing = _PATCH
     base_version = "flux1"
 

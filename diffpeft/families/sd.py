@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
@@ -24,6 +25,7 @@ class StableDiffusion:
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     adaptable: tuple[str, ...] = text_encoders
+    presets: Mapping[str, str] = MappingProxyType({})
     packing = 1
     architecture = "stable-diffusion-v1"
     base_version = "sd_v1"

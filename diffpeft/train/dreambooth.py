@@ -155,9 +155,8 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[s
     parts = [family.denoiser, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
-    chosen = {
-        part: targets if part == family.denoiser or preset else "attn" for part in parts
-    }  # names are the denoiser's
+    chosen = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
+    chosen[family.denoiser] = family.presets.get(str(targets), targets)
     layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
     return chosen
