@@ -9,8 +9,12 @@ from typing import Any
 import click
 
 from diffpeft.errors import UnknownNameError, near
-from diffpeft.train.config import PATHS, AnyOptions, from_toml, hint
+from diffpeft.files import Json
+from diffpeft.train.checkpoints import LATEST
+from diffpeft.train.config import PATHS, AnyOptions, hint, values_of
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.optimizers import OPTIMIZERS
+from diffpeft.train.resume import remembered
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
@@ -20,6 +24,9 @@ Command = Callable[..., None]
 def completed(words: Collection[str]) -> Callable[..., list[str]]:
     """What a shell completes to one of these words."""
     return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
+
+
+_COMPLETE = {"method": completed(list(CONFIGS)), "optimizer": completed(list(OPTIMIZERS))}
 
 
 def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
@@ -46,9 +53,15 @@ def options_of(kind: type) -> Callable[[Command], Command]:
             shown = "" if f.default is None or boolean else f" [default: {f.default}]"
             choice = click.Choice(meta["choices"]) if meta["choices"] else click.Path() if f.name in PATHS else None
             type_ = None if boolean else choice or _TYPES[type_name]
-            complete = completed(CONFIGS) if f.name == "method" else None
+            alone: Json = {"is_flag": False, "flag_value": LATEST} if f.name == "resume" else {}
             command = click.option(
-                *names, f.name, type=type_, default=None, help=meta["help"] + shown, shell_complete=complete
+                *names,
+                f.name,
+                type=type_,
+                default=None,
+                help=meta["help"] + shown,
+                shell_complete=_COMPLETE.get(f.name),
+                **alone,
             )(command)
         return command
 
@@ -56,8 +69,8 @@ def options_of(kind: type) -> Callable[[Command], Command]:
 
 
 def options_from(kind: type[AnyOptions], config: str | None, typed: Mapping[str, Any]) -> AnyOptions:
-    """The options of a file, replaced by what was typed; checked."""
+    """The options of a file, replaced by what was typed; where a run goes on, those of neither are the run's. Checked."""
     values = {name: value for name, value in typed.items() if value is not None}
-    options = from_toml(config, values, kind) if config else kind(**values)
+    options = kind(**remembered(kind, (values_of(config, kind) if config else {}) | values))
     options.validate()
     return options

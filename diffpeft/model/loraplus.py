@@ -29,7 +29,7 @@ def loraplus_groups(
     roles = {id(p): role for m in model.modules() if isinstance(m, Slot) for role, p in m.named_parameters()}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[_kind(roles.get(id(p), name), p)].append(p)
+            groups[kind_of(roles.get(id(p), name), p)].append(p)
     return [
         {"params": groups[kind], "lr": rate, "weight_decay": 0.0 if kind == "bias" else weight_decay}
         for kind, rate in rates.items()
@@ -37,7 +37,8 @@ def loraplus_groups(
     ]
 
 
-def _kind(role: str, p: nn.Parameter) -> str:
+def kind_of(role: str, p: nn.Parameter) -> str:
+    """What a tensor of this role in its layer is: A, B, bias or embedding. All that is none of the others is A."""
     if role in _EMBEDDINGS:
         return "embedding"
     return "bias" if p.dim() == 1 else "B" if role in _UPS else "A"

@@ -11,10 +11,13 @@ from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongB
 from diffpeft.families import check_trainable
 from diffpeft.pipeline.open import Facts, check_model, facts
 from diffpeft.train import data, prior
+from diffpeft.train.checkpoints import Checkpoint
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
 from diffpeft.train.method import ADAPTERS
+from diffpeft.train.resume import begin
 
+FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # {a layer of an original checkpoint: what the file is}; the first that is there tells
 _CHECKPOINTS = {
@@ -27,11 +30,12 @@ _FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may begin: the adapter's name, the account of its images, and its class images, if it has any."""
+    """A run that may begin: the adapter's name, the account of its images, its class images, if it has any, and the state that it goes on from."""
 
     name: str
     account: Account
     prior: prior.ClassImages | None
+    checkpoint: Checkpoint | None = None
 
 
 def check(config: TrainConfig) -> Checked:
@@ -39,11 +43,18 @@ def check(config: TrainConfig) -> Checked:
     config.validate()
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
-    name = _name(config, config.output())
+    out = config.output()
+    name = _name(config, out)
+    checkpoint = begin(config, out, [file_of(name, format) for format in FORMATS])
     check_model(config.model, config.base)
     known = _trainable(config)
     account = data.survey(str(config.data), config.instance_prompt, config.resolution or known.resolution)
-    return Checked(name, account, prior.planned(config))
+    return Checked(name, account, prior.planned(config), checkpoint)
+
+
+def file_of(name: str, format: str) -> str:
+    """What the file of an adapter is called in a format."""
+    return f"{name}.{format}.safetensors"
 
 
 def _name(config: TrainConfig, out: Path) -> str:

@@ -63,8 +63,14 @@ def min_snr(noised: Noised, gamma: float) -> Tensor:
 def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
     """The loss of a batch from those of its samples [b]: mean over the instance images plus prior_weight x mean over the class images.
 
-    So the prior weighs the same however many class images there are.
+    So the prior weighs the same however many class images there are. `is_class` [b] is on the CPU: nobody waits for the losses' device.
     """
     if not is_class.any():
         return losses.mean()
-    return losses[~is_class].mean() + prior_weight * losses[is_class].mean()
+    weights = torch.where(is_class, prior_weight / is_class.sum(), 1 / (~is_class).sum())
+    return (losses * sent(weights.to(losses.dtype), losses.device)).sum()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what that is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
