@@ -16,8 +16,9 @@ _HOMES = {
     "diffpeft.errors": (
         "DiffpeftError CheckpointError UnreadableFileError UnsafeFileError UnknownKeysError MissingKeysError ShapeMismatchError "
         "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError "
-        "NothingLearntError"
+        "NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning"
     ),
+    "diffpeft.alias": "as_peft",
     "diffpeft.bundle": "Bundle Entry",
     "diffpeft.llm.auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
@@ -25,17 +26,26 @@ _HOMES = {
     ),
     "diffpeft.llm.config": (
         "LoftQConfig LoraRuntimeConfig MultitaskPromptTuningConfig MultitaskPromptTuningInit PeftConfig PeftType PrefixTuningConfig "
-        f"PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig PromptTuningInit TaskType {' '.join(CONFIGS)}"
+        f"PromptEncoderConfig PromptEncoderReparameterizationType PromptLearningConfig PromptTuningConfig PromptTuningInit TaskType {' '.join(CONFIGS)}"
     ),
     "diffpeft.llm.peft_model": (
         "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model get_peft_model_state_dict "
         "inject_adapter_in_model load_peft_weights set_peft_model_state_dict"
     ),
+    "diffpeft.llm.base_state": "get_base_model_state_dict set_base_model_state_dict",
     "diffpeft.llm.distributed": "fsdp_auto_wrap_policy",
     "diffpeft.llm.hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap",
     "diffpeft.llm.kbit": "prepare_model_for_kbit_training replace_lora_weights_loftq",
+    "diffpeft.llm.mapping": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING get_peft_config"
+    ),
+    "diffpeft.llm.mixed_model": "PeftMixedModel",
+    "diffpeft.llm.p_tuning": "PromptEncoder",
+    "diffpeft.llm.prefix_tuning": "PrefixEncoder",
+    "diffpeft.llm.prompt_tuning": "PromptEmbedding",
     "diffpeft.llm.status": "get_layer_status get_model_status",
+    "diffpeft.llm.tuners": "AdaLoraModel BOFTModel HRAModel IA3Model LoHaModel LoKrModel LoraModel OFTModel VeraModel",
     "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
@@ -45,12 +55,15 @@ _HOMES = {
     "diffpeft.pipeline.hotswap": "replace",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
     "diffpeft.train.config": "TrainConfig",
+    "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
+    "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 _MODULES = {"schedule": "diffpeft.model.schedule"}
 __all__ = sorted([*_HOME, *_MODULES])
 
 if TYPE_CHECKING:
+    from diffpeft.alias import as_peft as as_peft
     from diffpeft.bundle import Bundle as Bundle
     from diffpeft.bundle import Entry as Entry
     from diffpeft.errors import *  # noqa: F403
@@ -61,6 +74,8 @@ if TYPE_CHECKING:
     from diffpeft.llm.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
     from diffpeft.llm.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
     from diffpeft.llm.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from diffpeft.llm.base_state import get_base_model_state_dict as get_base_model_state_dict
+    from diffpeft.llm.base_state import set_base_model_state_dict as set_base_model_state_dict
     from diffpeft.llm.config import LoftQConfig as LoftQConfig
     from diffpeft.llm.config import LoraRuntimeConfig as LoraRuntimeConfig
     from diffpeft.llm.config import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
@@ -70,6 +85,7 @@ if TYPE_CHECKING:
     from diffpeft.llm.config import PrefixTuningConfig as PrefixTuningConfig
     from diffpeft.llm.config import PromptEncoderConfig as PromptEncoderConfig
     from diffpeft.llm.config import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from diffpeft.llm.config import PromptLearningConfig as PromptLearningConfig
     from diffpeft.llm.config import PromptTuningConfig as PromptTuningConfig
     from diffpeft.llm.config import PromptTuningInit as PromptTuningInit
     from diffpeft.llm.config import TaskType as TaskType
@@ -78,6 +94,13 @@ if TYPE_CHECKING:
     from diffpeft.llm.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from diffpeft.llm.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from diffpeft.llm.kbit import replace_lora_weights_loftq as replace_lora_weights_loftq
+    from diffpeft.llm.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    from diffpeft.llm.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+    from diffpeft.llm.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    from diffpeft.llm.mapping import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
+    from diffpeft.llm.mapping import get_peft_config as get_peft_config
+    from diffpeft.llm.mixed_model import PeftMixedModel as PeftMixedModel
+    from diffpeft.llm.p_tuning import PromptEncoder as PromptEncoder
     from diffpeft.llm.peft_model import PeftModel as PeftModel
     from diffpeft.llm.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
     from diffpeft.llm.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
@@ -90,8 +113,19 @@ if TYPE_CHECKING:
     from diffpeft.llm.peft_model import inject_adapter_in_model as inject_adapter_in_model
     from diffpeft.llm.peft_model import load_peft_weights as load_peft_weights
     from diffpeft.llm.peft_model import set_peft_model_state_dict as set_peft_model_state_dict
+    from diffpeft.llm.prefix_tuning import PrefixEncoder as PrefixEncoder
+    from diffpeft.llm.prompt_tuning import PromptEmbedding as PromptEmbedding
     from diffpeft.llm.status import get_layer_status as get_layer_status
     from diffpeft.llm.status import get_model_status as get_model_status
+    from diffpeft.llm.tuners import AdaLoraModel as AdaLoraModel
+    from diffpeft.llm.tuners import BOFTModel as BOFTModel
+    from diffpeft.llm.tuners import HRAModel as HRAModel
+    from diffpeft.llm.tuners import IA3Model as IA3Model
+    from diffpeft.llm.tuners import LoHaModel as LoHaModel
+    from diffpeft.llm.tuners import LoKrModel as LoKrModel
+    from diffpeft.llm.tuners import LoraModel as LoraModel
+    from diffpeft.llm.tuners import OFTModel as OFTModel
+    from diffpeft.llm.tuners import VeraModel as VeraModel
     from diffpeft.methods import METHODS as METHODS
     from diffpeft.model import schedule as schedule
     from diffpeft.model.attach import AttachReport as AttachReport
@@ -112,6 +146,14 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
     from diffpeft.train.config import TrainConfig as TrainConfig
+    from diffpeft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+    )
+    from diffpeft.utils.constants import (
+        bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value,
+    )
+    from diffpeft.utils.other import cast_mixed_precision_params as cast_mixed_precision_params
+    from diffpeft.utils.other import shift_tokens_right as shift_tokens_right
 
 
 def __getattr__(name: str) -> Any:

@@ -12,11 +12,13 @@ DiffpeftError                       1
 |   `-- WrongBaseError              4   made for another model family
 |-- CannotConvertError              4   the target format cannot hold this
 |-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
+|   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
-`-- NothingLearntError              6   training changed nothing
+|-- NothingLearntError              6   training changed nothing
+`-- PeftError                       1   PEFT's root, of what it has a type for: NoMatchingPeftModuleError
 
 Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
 """
@@ -161,6 +163,14 @@ class UnknownNameError(DiffpeftError, ValueError):
             raise cls.of(kind, name, known)
 
 
+class PeftError(DiffpeftError):
+    """The root of PEFT's own types of errors."""
+
+
+class PeftWarning(UserWarning):
+    """PEFT's kind of warning."""
+
+
 class AdapterStateError(DiffpeftError, ValueError):
     """The adapter or layer is in a state that does not allow this."""
 
@@ -171,6 +181,10 @@ class ConfigError(DiffpeftError, ValueError):
     """A setting has a value that is not allowed."""
 
     exit_code = 2
+
+
+class NoMatchingPeftModuleError(UnknownNameError, ConfigError, PeftError):
+    """A config chooses no layer of the model."""
 
 
 class DataError(DiffpeftError):

@@ -32,6 +32,14 @@ FLOORS = {  # each package of ours: what it may import besides itself
     "train": (*LOW, "layers", "model", "families", "pipeline", "converters"),
     "llm": (*LOW, "layers", "model", "families", "pipeline", "train", "converters"),
     "cli": (*LOW, "layers", "model", "families", "pipeline", "train", "llm", "converters"),
+    # PEFT's modules under their own names: they hand on what is below
+    "utils": (*LOW, "layers", "llm", "converters"),
+    "functional": (*LOW, "layers", "model", "pipeline", "llm"),
+    "tuners": (*LOW, "layers", "llm", "functional"),
+    "optimizers": (*LOW, "layers", "model", "llm"),
+    "helpers": (*LOW, "layers", "model", "pipeline", "llm"),
+    "import_utils": (),
+    "alias": ("errors", "methods"),
 }
 HEAVY = {"diffusers", "transformers", "accelerate", "bitsandbytes", "click", "peft"}
 FILES = sorted(

@@ -10,6 +10,7 @@ from diffpeft import methods
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from diffpeft.llm.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from diffpeft.llm.prefix_tuning import PrefixTuningConfig
+from diffpeft.llm.prompt import PromptLearningConfig
 from diffpeft.llm.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from diffpeft.methods.layout import CONFIGS
 from diffpeft.methods.loftq import LoftQConfig
@@ -29,6 +30,7 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",

@@ -24,8 +24,11 @@ from diffpeft.llm import renames, state
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
+from diffpeft.llm.status import get_layer_status as get_layer_status
+from diffpeft.llm.status import get_model_status as get_model_status
 from diffpeft.llm.tasks import TASKS, heads_of
 from diffpeft.llm.tuner import LoadOptions, Tuner, inject, known
+from diffpeft.llm.tuners import TUNERS
 from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import check_name
@@ -85,7 +88,7 @@ class PeftModel(Passing, Counted, nn.Module):
         """Stand around a model: with a Tuner between for adapters on layers, beside it for prompts, as in PEFT."""
         self.__dict__["_prompts"] = None
         if not config.is_prompt_learning:
-            self.base_model: Any = Tuner(model, {})
+            self.base_model: Any = TUNERS.get(str(config.peft_type), Tuner)(model, {})
         else:
             prompts = PromptTuner(model, config.task_type)
             self.__dict__["_prompts"] = prompts  # past nn.Module: its parts are this module's

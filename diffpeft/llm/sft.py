@@ -26,9 +26,9 @@ from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
 from diffpeft.model.state import trained_parameters
 from diffpeft.model.target import targets_of
-from diffpeft.pipeline.open import complete_model, default_device, default_dtype, dtype_of, not_loaded
+from diffpeft.pipeline.complete import complete_model, not_loaded
+from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
 from diffpeft.train import draw, report
-from diffpeft.train.checkpoints import prune
 from diffpeft.train.config import target_names
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
@@ -116,12 +116,9 @@ def _fitted(
     check_room(config.output(), list(trained.values()), 1, config)
     reads = {"data": fingerprint([[example.ids for example in sequence] for sequence in sequences])}
     keeper = keeper_of(
-        typed, config, reads, lambda folder, step: model.save_pretrained(folder / "adapter"), checked.checkpoint, "sft"
+        typed, config, reads, lambda folder, step: model.save_pretrained(folder / "adapter"), checked.state, "sft"
     )
-    if checked.checkpoint is None:
-        prune(keeper.out, 0)
-    events = Events(step=lambda done, mean: watch.step(done, config.steps, mean), note=watch.note)
-    losses = fit(job_of(config, trained, StepLoss(config, loss, sequences)), keeper, events)
+    losses = fit(job_of(config, trained, StepLoss(config, loss, sequences)), keeper, Events.of(watch, config.steps))
     refuse_unlearnt([model.get_base_model()], model.active_adapters[0])
     return losses
 

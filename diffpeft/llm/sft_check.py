@@ -10,7 +10,7 @@ from diffpeft.errors import CheckpointError, ConfigError, UnknownNameError
 from diffpeft.llm import texts
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import check_exists
-from diffpeft.train.checkpoints import Checkpoint
+from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.resume import begin
 
@@ -24,7 +24,7 @@ class CheckedTexts:
 
     rows: list[texts.Row]
     heldout: list[texts.Row]
-    checkpoint: Checkpoint | None = None
+    state: SavedState | None = None
 
 
 def check(config: SftConfig) -> CheckedTexts:

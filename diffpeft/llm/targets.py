@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.errors import ConfigError, NoMatchingPeftModuleError, listed, near, shown
 from diffpeft.llm import renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
@@ -75,7 +75,19 @@ query_proj key_proj value_proj dense: deberta-v2
 in_proj: deberta
 q_proj k_proj v_proj o_proj: nemotron_h
 """)
-_DEFAULTS: Mapping[str, dict[str, list[str]]] = {PeftType.IA3: _IA3, PeftType.ADALORA: _ADALORA}
+_GEMMA4 = r".*language_model\..*\.(q_proj|v_proj)"
+LORA_TARGETS: dict[str, list[str] | str] = {**_LORA, "gemma4": _GEMMA4}
+VERA_TARGETS = {**LORA_TARGETS, "phi": ["q_proj", "v_proj"]}
+ADALORA_TARGETS: dict[str, list[str] | str] = {**_ADALORA, "gemma4": _GEMMA4}
+IA3_TARGETS: dict[str, list[str] | str] = {
+    kind: [name.removeprefix("*") for name in names] for kind, names in _IA3.items()
+}
+IA3_FEEDFORWARD = {kind: [name[1:] for name in names if name.startswith("*")] for kind, names in _IA3.items()}
+_TARGETS: Mapping[str, dict[str, list[str] | str]] = {
+    PeftType.IA3: IA3_TARGETS,
+    PeftType.ADALORA: ADALORA_TARGETS,
+    PeftType.VERA: VERA_TARGETS,
+}
 
 
 def resolved(model: nn.Module, config: Config) -> Config:
@@ -92,16 +104,16 @@ def resolved(model: nn.Module, config: Config) -> Config:
 
 def _set_default(model: nn.Module, config: PeftConfig) -> None:
     """Set the target modules to PEFT's default for the type of model. Raises ConfigError where there is none."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    names = _DEFAULTS.get(str(config.peft_type), _LORA).get(str(kind))
-    if names is None:
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    targets = _TARGETS.get(str(config.peft_type), LORA_TARGETS).get(kind)
+    if targets is None:
         raise ConfigError(
             "Please specify `target_modules` or `target_parameters` in `peft_config`",
             remedy=f'There is no default for {shown(kind)}. For example target_modules="all-linear".',
         )
-    config.target_modules = [name.removeprefix("*") for name in names]
+    config.target_modules = copy.copy(targets)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
-        config.feedforward_modules = [name[1:] for name in names if name.startswith("*")]
+        config.feedforward_modules = list(IA3_FEEDFORWARD[kind])
 
 
 def _is_all_linear(config: PeftConfig) -> bool:
@@ -111,7 +123,7 @@ def _is_all_linear(config: PeftConfig) -> bool:
 def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     """{name: layer} that a resolved config chooses, in the order of the model.
 
-    Raises UnknownNameError if no name fits, ConfigError or AdapterStateError for a module that cannot carry the method.
+    Raises NoMatchingPeftModuleError if no name fits, ConfigError or AdapterStateError for a module that cannot carry the method.
     """
     _check_patterns(config)
     modules = _modules(model)
@@ -210,7 +222,7 @@ def shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
 def _raise_none(config: PeftConfig, names: list[str], excluded: list[str]) -> None:
     """Raise for targets that choose nothing: because all are excluded, because of the numbers of layers, or because no module is called so."""
     if excluded:
-        raise ConfigError(
+        raise NoMatchingPeftModuleError(
             "All modules were excluded: none of the targets is left",
             where=listed(excluded[:5]),
             remedy="Loosen exclude_modules or modules_to_save.",
@@ -220,7 +232,7 @@ def _raise_none(config: PeftConfig, names: list[str], excluded: list[str]) -> No
     if not entries:
         return
     _raise_left_out(config, names)
-    raise UnknownNameError(
+    raise NoMatchingPeftModuleError(
         f"Target modules {shown(targets if isinstance(targets, str) else set(entries))} not found in the base model",
         remedy=near(entries[0], _ends(names)) or "Check target_modules, layers_to_transform and the model.",
     )
@@ -235,7 +247,7 @@ def _raise_left_out(config: PeftConfig, names: list[str]) -> None:
     if not left_out:
         return
     block = "" if pattern else _list_in(left_out)
-    raise UnknownNameError(
+    raise NoMatchingPeftModuleError(
         f"Target modules {shown(set(config.target_modules or ()))} not found in the base model: "
         f"layers_to_transform={layers!r} leaves out {listed(left_out[:3])}",
         where=f"layers_pattern={pattern!r}"

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,17 @@ from diffpeft.llm import adalora
 from diffpeft.llm.kbit import plan_forgotten
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.renames import mapped
-from diffpeft.llm.state import Incompatible, config_of, plan_overwritten, plan_read, read, spelt, tensors_in, wholes_of
+from diffpeft.llm.state import (
+    Incompatible,
+    config_of,
+    plan_overwritten,
+    plan_read,
+    read,
+    spelt,
+    targeting,
+    tensors_in,
+    wholes_of,
+)
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
@@ -122,15 +132,37 @@ def _replicated(
 
 
 class Tuner(nn.Module):
-    """The user's model with adapters on it. What it does not have itself is the model's."""
+    """The user's model with adapters on it. What it does not have itself is the model's.
 
-    def __init__(self, model: nn.Module, configs: dict[str, PeftConfig]):
+    Args:
+        model: it is adapted in place.
+        peft_config: of the first adapter, or of several by their names; none: the adapters come later.
+        adapter_name: the first adapter's name.
+        low_cpu_mem_usage: make its tensors on the meta device, until they are loaded.
+        state_dict: adapt the layers that its keys name.
+    """
+
+    prefix: ClassVar[str] = ""  # what the names of the method's tensors begin with
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ):
         super().__init__()
         self.model = model
-        self.peft_config = configs
+        self.peft_config: dict[str, PeftConfig] = {}
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Strength] | None = None  # the mix that disable_adapter_layers has put aside
         self._head: Place | None = None  # where the model's head is, if adapters are on it
+        configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
+        with planned(self._parts) as plan:
+            for name, config in configs.items():
+                config = config if state_dict is None else targeting(config, state_dict)
+                self.plan_injected(plan, name, config, active=True, precision=Precision(False, low_cpu_mem_usage))
 
     @property
     def _parts(self) -> dict[str, nn.Module]:

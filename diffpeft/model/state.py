@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
-from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped
+from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped, is_adapted
 from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import Slot
 from diffpeft.methods import METHODS, Spec
@@ -50,6 +50,13 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """{name: tensor} of a module without what it carries."""
     state: dict[str, Tensor] = bare(module).state_dict()
     return state
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict without what its adapters hold in it: the keys that it has without them, and its own tensors."""
+    carrying = [name for name, module in model.named_modules(remove_duplicate=False) if is_adapted(module)]
+    inside = tuple(f"{name}.{part}.".lstrip(".") for name in carrying for part in (ADAPTERS, COPIES))
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
 
 
 def whole_tensors(

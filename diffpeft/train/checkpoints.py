@@ -27,7 +27,7 @@ _REMEDY = "Pass --resume with another folder of checkpoints, or leave it out and
 
 
 @dataclass(frozen=True, order=True)
-class Checkpoint:
+class SavedState:
     """The state of a run after `step` steps, in a folder."""
 
     step: int
@@ -73,15 +73,15 @@ def _json(path: Path) -> Json:
     return table
 
 
-def checkpoints_in(out: Path) -> list[Checkpoint]:
+def checkpoints_in(out: Path) -> list[SavedState]:
     """The states in an output folder, the oldest first. Whether they are whole is not asked."""
     home = out / FOLDER
     folders = home.iterdir() if home.is_dir() else ()
     numbered = ((match, path) for path in folders if (match := _NAME.fullmatch(path.name)))
-    return sorted(Checkpoint(int(match[1]), path) for match, path in numbered if (path / MANIFEST).is_file())
+    return sorted(SavedState(int(match[1]), path) for match, path in numbered if (path / MANIFEST).is_file())
 
 
-def chosen(resume: str, out: Path | None) -> Checkpoint:
+def chosen(resume: str, out: Path | None) -> SavedState:
     """The state that `resume` means: `latest` in `out`, the latest of an output folder, or one checkpoint.
 
     A latest one that is damaged is passed over for the one before. Raises CheckpointError if none is whole, ConfigError for a folder that holds none.
@@ -90,7 +90,7 @@ def chosen(resume: str, out: Path | None) -> Checkpoint:
     if path is None:
         raise ConfigError("--resume without --out", remedy="Pass the output folder of the run: --resume FOLDER.")
     if (path / MANIFEST).is_file() and (match := _NAME.fullmatch(path.resolve().name)):
-        candidates = [Checkpoint(int(match[1]), path.resolve())]
+        candidates = [SavedState(int(match[1]), path.resolve())]
     else:
         candidates = checkpoints_in(path.parent if path.name == FOLDER else path)
     if not candidates:

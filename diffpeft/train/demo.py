@@ -71,7 +71,7 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
     """Train, measure, draw, write; the paths of the files written."""
     start = time.perf_counter()
     run = dreambooth.train(config(out, method, steps), watch)
-    pipe = run.family.pipe
+    pipe = run.family.parts.whole()
     truth = heldout()
     watch.phase("drawing held-out prompts")
     drawn = {

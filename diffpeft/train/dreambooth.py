@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,29 +17,29 @@ import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of, open_family
+from diffpeft.families.densities import DENSITIES
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.load import save_lora
-from diffpeft.pipeline.open import default_device, default_dtype, open_pipeline
+from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, prior
+from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts
-from diffpeft.train.check import FORMATS, Checked, check, file_of, resized
-from diffpeft.train.checkpoints import prune
+from diffpeft.train.check import FORMATS, Checked, check, file_of, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
+from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, check_weighted, denoising, sent, with_prior
+from diffpeft.train.objective import Batch, check_weighted, denoising, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
 from diffpeft.train.start import adopt, assist, bake, dismiss
 from diffpeft.train.state import fingerprint
 from diffpeft.train.watch import Quiet, Watch
-
-Images = tuple[Sequence[data.Example], Latents]  # with their latents, in the same order
 
 
 @dataclass
@@ -72,32 +72,23 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     start, device = time.perf_counter(), default_device()
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
-    watch.phase("loading the model")
+    watch.phase("looking at the model")
     family = _opened(typed, dtype, device)
-    config = resolved(typed, checked.name, dtype, family)
-    if checked.account.resolution != config.resolution:  # the configs did not tell
-        checked = resized(checked, resolution(config, family))
-        if checked.account.small:
-            watch.note(checked.account.notes()[0])
-    examples, name = checked.account.examples, checked.name
-    watch.phase("encoding the images")
-    latents = Latents(family, examples, resolution(config, family), config.flip, watch.tick)
+    config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
+    checked, name = _resized(checked, sizing, watch), checked.name
+    if not config.init_from:
+        chosen_layers(config, family)
+    assembly, texts = _encoded(config, family, checked, sizing, watch)
+    watch.phase("loading the model")
     config = adapt(config, family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
-    with diffpeft.adapters(family.pipe, {name: 0.0}):
-        classes = class_examples(config, family, checked.prior, watch)
-    class_latents = Latents(family, classes, resolution(config, family), config.flip, watch.tick)
     run = TrainRun(config, family, name, [], 0.0, checked.account)
-    keeper = keeper_of(typed, config, _reads(checked), partial(_exported, run), checked.checkpoint, "train")
-    loss = _loss(config, family, (examples, latents), (classes, class_latents))
+    keeper = keeper_of(typed, config, _reads(checked), partial(_exported, run), checked.state, "train")
     with prepared(config, family):
         assist(family.pipe, config.training_adapter, name)
-        job = job_of(config, trained_parameters(family.pipe, name), loss, strict=True)
+        job = job_of(config, trained_parameters(family.pipe, name), _loss(config, family, assembly, texts), strict=True)
         watch.phase("training")
-        if checked.checkpoint is None:
-            prune(keeper.out, 0)
-        events = Events(step=lambda done, value: watch.step(done, config.steps, value), note=watch.note)
-        run.losses = fit(job, keeper, events)
+        run.losses = fit(job, keeper, Events.of(watch, config.steps))
         dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
@@ -133,17 +124,20 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
             )
 
 
-def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
-    """The text encoders that are trained."""
-    return family.text_encoders if config.train_text_encoder else ()
-
-
 def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
-    """The model to train, without progress bars. Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have."""
-    family = open_family(open_pipeline(config.model, config.base, dtype=dtype, device=device))
+    """The model to train, none of it loaded yet, without progress bars.
+
+    Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
+    """
+    parts = open_parts(
+        config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
+    )
+    family = open_family(parts)
     if config.snr_gamma is not None:
-        check_weighted(family.kind)
-    bake(family.pipe, config.base_lora)
+        check_weighted(family.levels.kind)
+    if config.base_lora:
+        bake(family.parts.whole(), config.base_lora)
+        family.parts.pin(family.denoiser, *family.text_encoders)
     family.pipe.set_progress_bar_config(disable=True)
     return family
 
@@ -161,17 +155,76 @@ def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> Trai
         name=name,
         dtype=dtype,
         lr=rate_of(config),
-        resolution=resolution(config, family),
+        resolution=config.resolution or family.resolution,
         alpha=config.rank if config.alpha is None else config.alpha,
     )
 
 
-def resolution(config: TrainConfig, family: Family) -> int:
-    """The side of the training images; it must suit the model's latents."""
-    size = config.resolution or family.resolution
-    if size % family.multiple:
-        raise ConfigError(f"resolution is {size}", remedy=f"For this model it is a multiple of {family.multiple}.")
-    return size
+def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
+    """How the sizes of training pictures follow from those of images; they must suit the model's latents."""
+    sides = sides_of(config, family.resolution)
+    for side in sides:
+        if side % family.multiple:
+            raise ConfigError(f"resolution is {side}", remedy=f"For this model it is a multiple of {family.multiple}.")
+    return data.Sizing(sides, config.buckets, family.multiple)
+
+
+def _resized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
+    """The account with the sizes that the model can have; what the configs did not tell is said."""
+    sized = resized(checked, sizing)
+    before = checked.account.lines()
+    for line in sized.account.lines():
+        if line not in before:
+            watch.note(line)
+    return sized
+
+
+def batches_of(config: TrainConfig, examples: Sequence[data.Example], sizing: data.Sizing, kind: str) -> Batches:
+    """The batches of a kind of examples, by step."""
+    showing = Showing(
+        config.flip, config.crop, config.caption_dropout, config.shuffle_captions, config.keep_tokens or 0
+    )
+    return Batches(examples, sizing, config.batch_size * config.accumulate, config.seed, kind, showing)
+
+
+def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
+    """The text encoders that are trained."""
+    return family.adaptable if config.train_text_encoder else ()
+
+
+def _encoded(
+    config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch
+) -> tuple[Assembly, Texts]:
+    """The batches of a run, and its texts: all that its steps will need is computed, and what computed it is given up."""
+    steps, texts = range(config.steps), Texts(family, live=_live(config, family))
+    watch.phase("encoding the captions")
+    instances = batches_of(config, checked.account.examples, sizing, "instance")
+    prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
+    texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
+    classes = class_examples(config, family, checked.prior, watch, texts)
+    assembly = Assembly([instances, batches_of(config, classes, sizing, "class")], Latents(family))
+    texts.learn(assembly.captions(steps))
+    watch.phase("encoding the images")
+    assembly.learn(steps, watch.tick)
+    family.parts.free("vae")
+    return assembly, texts
+
+
+def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
+    """{component that is trained: which of its layers}. Loads nothing.
+
+    Raises UnknownNameError for names that no layer has, ConfigError for a rank that is above both sides of all of them.
+    """
+    parts = [family.denoiser, *_live(config, family)]
+    targets = target_names(config.targets, PRESETS)
+    preset = isinstance(targets, str) and targets in PRESETS
+    chosen = {
+        part: targets if part == family.denoiser or preset else "attn" for part in parts
+    }  # names are the denoiser's
+    layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
+    check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
+    set_ranks(CONFIGS[config.method](config), config, [name for by_name in layers.values() for name in by_name])
+    return chosen
 
 
 def adapt(config: TrainConfig, family: Family, name: str) -> TrainConfig:
@@ -179,32 +232,27 @@ def adapt(config: TrainConfig, family: Family, name: str) -> TrainConfig:
 
     A fresh one's initial values follow from the seed; `init_from` brings its values, method, ranks and layers along.
     """
+    models = {part: family.parts(part) for part in (family.denoiser, *_live(config, family))}
     for module in family.pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
     if config.init_from:
-        config = replace(config, **adopt(family.pipe, config.init_from, name))
+        config = replace(config, **adopt(family.pipe, config.init_from, name, models))
     else:
-        _attach(config, family, name)
+        _attach(config, family, name, models)
     for slot in slots_of(family.pipe, name).values():
         slot.train()
     return config
 
 
-def _attach(config: TrainConfig, family: Family, name: str) -> None:
-    settings = CONFIGS[config.method](config)
-    parts = [family.denoiser, *_live(config, family)]
-    targets = target_names(config.targets, PRESETS)
-    preset = isinstance(targets, str) and targets in PRESETS
-    chosen = {
-        part: targets if part == family.denoiser or preset else "attn" for part in parts
-    }  # names are the denoiser's
-    layers = {part: select({part: getattr(family.pipe, part)}, chosen[part])[part] for part in parts}
-    check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
-    set_ranks(settings, config, [name for by_name in layers.values() for name in by_name])
-    for component in parts:
+def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str, torch.nn.Module]) -> None:
+    """Attach a fresh adapter to these components."""
+    chosen, settings = chosen_layers(config, family), CONFIGS[config.method](config)
+    layers = [layer for part, model in models.items() for layer in select({part: model}, chosen[part])[part]]
+    set_ranks(settings, config, layers)
+    for component, model in models.items():
         attach(
-            getattr(family.pipe, component),
+            model,
             settings,
             name,
             targets=chosen[component],
@@ -214,7 +262,7 @@ def _attach(config: TrainConfig, family: Family, name: str) -> None:
 
 
 def class_examples(
-    config: TrainConfig, family: Family, plan: prior.ClassImages | None, watch: Watch
+    config: TrainConfig, family: Family, plan: prior.ClassImages | None, watch: Watch, texts: Texts
 ) -> list[data.Example]:
     """The class images; missing ones are generated by the base model and kept for the next run."""
     if plan is None:
@@ -224,49 +272,27 @@ def class_examples(
     if plan.missing:
         watch.phase(f"generating {len(plan.missing)} class images")
     seed = draw.generator(config.seed, "class").initial_seed() % 2**31
-    plan = prior.draw_missing(plan, family, seed, watch.tick)
+    plan = prior.draw_missing(plan, family, seed, watch.tick, texts)
     return data.captioned(plan.paths(), plan.provenance.prompt)
 
 
-def _loss(
-    config: TrainConfig,
-    family: Family,
-    instances: Images,
-    classes: Images,
-) -> Callable[[int, int], Tensor]:
+def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts) -> Callable[[int, int], Tensor]:
     """The loss [] by step and part. Every draw is a function of seed, step and place in the step.
 
-    A step has batch_size x accumulate places for instance images and as many for class images; each part has its share of both, so that the parts'
-    losses add up to the loss of one batch of that size.
+    A step has batch_size x accumulate places for instance images and as many for class images; a part has its share of both, so that the parts' losses
+    add up to the loss of one batch of that size.
     """
-    texts = Texts(family, live=config.train_text_encoder)
-    device = getattr(family.pipe, family.denoiser).device
+    device, density = family.parts(family.denoiser).device, DENSITIES[family.levels.density]
 
-    def loss_at(step: int, part: int) -> Tensor:
-        batch = _batch(config, step, part, instances, classes)
-        batch = replace(batch, latents=sent(batch.latents, device), noise=sent(batch.noise, device))
+    def loss_of(batch: Batch) -> Tensor:
+        batch = replace(batch.to(device), u=density(batch.u))
         losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
         return with_prior(losses, batch.is_class, config.prior_weight or prior.WEIGHT) / config.accumulate
 
+    def loss_at(step: int, part: int) -> Tensor:
+        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
+
     return loss_at
-
-
-def _batch(config: TrainConfig, step: int, part: int, instances: Images, classes: Images) -> Batch:
-    """A part of a step: instance images, and as many class images if there are any."""
-    latents, noise, u, prompts, is_class = [], [], [], [], []
-    for kind, (examples, cached) in (("instance", instances), ("class", classes)):
-        if not examples:
-            continue
-        start = (step * config.accumulate + part) * config.batch_size
-        indices = draw.order(len(examples), start, config.batch_size, config.seed, kind)
-        for place, index in enumerate(indices, part * config.batch_size):
-            key = (config.seed, step, kind, place)
-            latents.append(cached.draw(index, config.flip and draw.uniform(*key, "flip") < 0.5, *key))
-            noise.append(torch.randn(latents[-1].shape, generator=draw.generator(*key, "noise")))
-            u.append(draw.uniform(*key, "level"))
-            prompts.append("" if draw.uniform(*key, "caption") < config.caption_dropout else examples[index].caption)
-            is_class.append(kind == "class")
-    return Batch(torch.stack(latents), torch.stack(noise), torch.tensor(u), prompts, torch.tensor(is_class))
 
 
 def save(run: TrainRun) -> list[Path]:
@@ -311,7 +337,7 @@ def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
 
 
 def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
-    """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part. `step`: of a checkpoint."""
+    """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part. `step`: of a state."""
     config = run.config
     return {
         "ss_output_name": run.name,
@@ -326,12 +352,15 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "ss_batch_size_per_device": config.batch_size,
         "ss_optimizer": row_of(config.optimizer).path,
         "ss_gradient_accumulation_steps": config.accumulate,
+        "ss_base_model_version": run.family.base_version,
         "ss_sd_model_name": Path(config.model or "").name,
         "ss_min_snr_gamma": config.snr_gamma,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": run.name,
         "modelspec.implementation": "diffusers",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.architecture": f"{run.family.architecture}/lora",
+        "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
         "modelspec.trigger_phrase": config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,
     }

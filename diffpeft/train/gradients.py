@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 
-class Numbers:
-    """Numbers [n] on their way from the device. A late one is copied without waiting; `numbers` waits for this copy and for nothing after it."""
+class Readout:
+    """Readout [n] on their way from the device. A late one is copied without waiting; `numbers` waits for this copy and for nothing after it."""
 
     def __init__(self, step: int, values: Tensor, late: bool):
         self.step = step

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError
 from diffpeft.train import optimizers
-from diffpeft.train.checkpoints import Checkpoint
+from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import Options
 from diffpeft.train.ema import Ema
 from diffpeft.train.gradients import LossScale
@@ -51,7 +51,7 @@ def keeper_of(
     resolved: Options,
     reads: Mapping[str, str],
     export: Callable[[Path, int], object],
-    checkpoint: Checkpoint | None,
+    checkpoint: SavedState | None,
     command: str,
 ) -> Keeper:
     """Who keeps the state of a run in its output folder.

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from diffpeft.errors import DivergedError
 from diffpeft.train import checkpoints, draw, state
-from diffpeft.train.checkpoints import Checkpoint
+from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.ema import Ema, average, averaged
-from diffpeft.train.gradients import LossScale, Numbers, clip, norms_of
+from diffpeft.train.gradients import LossScale, Readout, clip, norms_of
 from diffpeft.train.outcome import check_any_gradient, check_every_gradient
 from diffpeft.train.schedules import LearningRate
 from diffpeft.train.signals import Interrupted, Stop, stopping
+from diffpeft.train.watch import Watch
 
 _LOWER = "Lower --lr, or use --dtype fp32."
 
@@ -73,7 +74,7 @@ class Keeper:
     keep: int
     facts: Mapping[str, object] = field(default_factory=dict)
     export: Callable[[Path, int], object] = lambda folder, step: None
-    resume: Checkpoint | None = None
+    resume: SavedState | None = None
     command: str = ""
 
 
@@ -84,6 +85,11 @@ class Events:
     step: Callable[[int, float], None] = lambda done, loss: None
     note: Callable[[str], None] = lambda text: None
     at: Sequence[tuple[int, Callable[[int], None]]] = ()
+
+    @classmethod
+    def of(cls, watch: Watch, steps: int) -> Events:
+        """What a Watch is told of a run of so many steps."""
+        return cls(step=lambda done, loss: watch.step(done, steps, loss), note=watch.note)
 
 
 @dataclass
@@ -104,7 +110,7 @@ class Loop:
         late = self.device.type != "cpu" if self.reads_late is None else self.reads_late
         self.late = late and self.job.scale is None
         self.largest = np.zeros(len(self.parameters))  # the gradients' norms, the largest of all steps
-        self.readings: list[Numbers] = []
+        self.readings: list[Readout] = []
         self.saved: Path | None = None
         self.good = True  # whether the parameters are those of `done` steps
         self.begun = time.monotonic()
@@ -135,7 +141,7 @@ class Loop:
         total = torch.linalg.vector_norm(norms)
         loss = torch.stack(shares).sum()
         self.readings.append(
-            Numbers(step, torch.cat([loss.to(norms.device).reshape(1), total.reshape(1), norms]), self.late)
+            Readout(step, torch.cat([loss.to(norms.device).reshape(1), total.reshape(1), norms]), self.late)
         )
         if job.scale is None or self._fits(job.scale):
             self._read(self.readings[:-1] if self.late else self.readings[:])
@@ -174,7 +180,7 @@ class Loop:
             job.ema.update(step + 1)
         self.good = True
 
-    def _read(self, readings: Sequence[Numbers]) -> None:
+    def _read(self, readings: Sequence[Readout]) -> None:
         """Look at what has come from the device. Raises DivergedError or NothingLearntError."""
         for reading in readings:
             self.readings.remove(reading)
@@ -243,7 +249,10 @@ class Loop:
 
     def _restore(self) -> None:
         """Go on from the keeper's checkpoint, if there is one."""
-        if self.keeper is None or self.keeper.resume is None:
+        if self.keeper is None:
+            return
+        if self.keeper.resume is None:
+            checkpoints.prune(self.keeper.out, 0)  # those of a run that is overwritten
             return
         folder, facts, job = self.keeper.resume.folder, self.keeper.resume.facts(), self.job
         state.restore(job.parameters, folder / state.ADAPTER)

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffpeft.errors import ConfigError, UnknownNameError, listed, shown
 from diffpeft.files import Json
 from diffpeft.train import optimizers
-from diffpeft.train.checkpoints import Checkpoint, checkpoints_in, chosen
+from diffpeft.train.checkpoints import SavedState, checkpoints_in, chosen
 from diffpeft.train.config import Options
 from diffpeft.train.groups import entries_of
 
@@ -77,7 +77,7 @@ def check_same(options: Options, before: Mapping[str, object], now: Mapping[str,
         )
 
 
-def begin(options: Options, out: Path, files: Iterable[str]) -> Checkpoint | None:
+def begin(options: Options, out: Path, files: Iterable[str]) -> SavedState | None:
     """The state to go on from, None for a run that begins anew. `files` are the names of what a run writes.
 
     Raises what optimizers.check raises, and ConfigError for options that cannot differ, and for an output folder with another run's files, unless

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from diffpeft.errors import ConfigError, inside, shown
+from diffpeft.errors import ConfigError, inside, listed, shown
 from diffpeft.files import Json
 from diffpeft.model.fuse import fuse
 from diffpeft.model.state import slots_of
@@ -44,10 +44,20 @@ def bake(pipe: object, said: str | Sequence[str] | None) -> None:
         unload(pipe, names)
 
 
-def adopt(pipe: object, source: str, name: str) -> Json:
-    """Load the adapter to go on with, as one to be trained; {option of the run: what it has}. Raises as `load_lora`."""
+def adopt(pipe: object, source: str, name: str, trained: Collection[str]) -> Json:
+    """Load the adapter to go on with, as one to be trained; {option of the run: what it has}. `trained` are the components that may be.
+
+    Raises as `load_lora`, and ConfigError for an adapter of a component that is not trained.
+    """
     with inside("--init-from", config=True):
         report = load_lora(pipe, source, name=name, trainable=True)
+    if others := {layer.partition(".")[0] for layer in slots_of(pipe, name)} - set(trained):
+        unload(pipe, name)
+        raise ConfigError(
+            f"the adapter changes the {listed(sorted(others))} too, which is not trained",
+            where=source,
+            remedy="Pass --train-text-encoder.",
+        )
     ranks = [slot.rank for slot in slots_of(pipe, name).values() if slot.parts]
     alphas = [
         part.spec.alpha for slot in slots_of(pipe, name).values() for part in slot.parts if part.spec.alpha is not None

@@ -42,7 +42,7 @@ def split(value: object, tensors: dict[str, Tensor], where: str) -> object:
     raise ConfigError(f"it holds a {type(value).__qualname__}", where=where)
 
 
-def joined(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+def joined(value: object, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
     """What `split` took apart; tensors on `device`, but for those that were on the CPU."""
     if not isinstance(value, dict):
         return value

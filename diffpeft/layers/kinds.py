@@ -1,0 +1,155 @@
+"""PEFT's classes of layers, for `isinstance`: what a module carries decides, for it keeps a class of its own."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from diffpeft.layers.carried import Record, record_of
+from diffpeft.layers.parameters import ParameterFactors
+from diffpeft.layers.tokens import Tokens
+
+
+class _Carrying(type):
+    """A class whose instances are the modules that carry what it names."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        record = record_of(instance) if isinstance(instance, nn.Module) else None
+        return record is not None and cls.carried_by(instance, record)  # type: ignore[attr-defined]
+
+
+class BaseTunerLayer(metaclass=_Carrying):
+    """A layer, or a module whose parameters are adapted, with adapters on it."""
+
+    methods: ClassVar[frozenset[str]] = frozenset()  # of a layer's adapters; of none: any
+
+    @classmethod
+    def carried_by(cls, module: nn.Module, record: Record) -> bool:
+        """Whether a module with this record is one of these."""
+        held = {method for slot in record.slots.values() for method in slot.methods}
+        held |= {"lora" for patch in record.patches.values() if isinstance(patch, ParameterFactors)}
+        return not held.isdisjoint(cls.methods) if cls.methods else bool(held)
+
+
+class LoraLayer(BaseTunerLayer):
+    """A layer with a LoRA, a DoRA or an AdaLoRA."""
+
+    methods = frozenset({"lora", "dora", "adalora"})
+
+
+class _LoraOn(LoraLayer):
+    """A layer of some classes with a LoRA."""
+
+    classes: ClassVar[tuple[type[nn.Module], ...]]
+
+    @classmethod
+    def carried_by(cls, module: nn.Module, record: Record) -> bool:
+        return isinstance(module, cls.classes) and super().carried_by(module, record)
+
+
+class LoraLinear(_LoraOn):
+    """A linear layer with a LoRA."""
+
+    classes = (nn.Linear,)
+
+
+class LoraEmbedding(_LoraOn):
+    """An embedding with a LoRA."""
+
+    classes = (nn.Embedding,)
+
+
+class LoraConv2d(_LoraOn):
+    """A convolution of two dimensions with a LoRA."""
+
+    classes = (nn.Conv2d,)
+
+
+class LoraConv3d(_LoraOn):
+    """A convolution of three dimensions with a LoRA."""
+
+    classes = (nn.Conv3d,)
+
+
+class ParamWrapper(LoraLayer):
+    """A module with a LoRA on parameters themselves."""
+
+    @classmethod
+    def carried_by(cls, module: nn.Module, record: Record) -> bool:
+        return any(isinstance(patch, ParameterFactors) for patch in record.patches.values())
+
+
+class AdaLoraLayer(LoraLayer):
+    """A layer with an AdaLoRA."""
+
+    methods = frozenset({"adalora"})
+
+
+class LoHaLayer(BaseTunerLayer):
+    """A layer with a LoHa."""
+
+    methods = frozenset({"loha"})
+
+
+class LoKrLayer(BaseTunerLayer):
+    """A layer with a LoKr."""
+
+    methods = frozenset({"lokr"})
+
+
+class OFTLayer(BaseTunerLayer):
+    """A layer with an OFT."""
+
+    methods = frozenset({"oft"})
+
+
+class BOFTLayer(BaseTunerLayer):
+    """A layer with a BOFT."""
+
+    methods = frozenset({"boft"})
+
+
+class IA3Layer(BaseTunerLayer):
+    """A layer with an (IA)^3."""
+
+    methods = frozenset({"ia3"})
+
+
+class HRALayer(BaseTunerLayer):
+    """A layer with an HRA."""
+
+    methods = frozenset({"hra"})
+
+
+class VeraLayer(BaseTunerLayer):
+    """A layer with a VeRA."""
+
+    methods = frozenset({"vera"})
+
+
+class AuxiliaryTrainingWrapper(metaclass=_Carrying):
+    """A module that is trained beside layers: whole, or rows of it."""
+
+    @classmethod
+    def carried_by(cls, module: nn.Module, record: Record) -> bool:
+        """Whether a module with this record is one of these."""
+        return isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper))
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module that is trained whole, in a copy for each adapter."""
+
+    @classmethod
+    def carried_by(cls, module: nn.Module, record: Record) -> bool:
+        """Whether a module with this record is one of these."""
+        return bool(record.copies)
+
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """A table or a head of which rows are trained."""
+
+    @classmethod
+    def carried_by(cls, module: nn.Module, record: Record) -> bool:
+        """Whether a module with this record is one of these."""
+        return any(isinstance(patch, Tokens) for patch in record.patches.values())
