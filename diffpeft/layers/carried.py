@@ -130,13 +130,13 @@ class Record:
         """`steps` of what is not in the parameters already."""
         return self.steps(moment, [name for name in moment.order if name not in self.fused])
 
-    def clashing(self, one: str, other: str) -> bool:
-        """Whether two adapters cannot act together: each has the module, or the same rows of it, for itself."""
+    def clashing(self, one: str, other: str) -> str:
+        """What two adapters that cannot act together both have for themselves: "copies" of the module, or the same "rows" of it; empty if they can."""
         a, b = self.copies.get(one), self.copies.get(other)
         if a is not None and b is not None and not a.same(b):
-            return True
+            return "copies"
         p, q = self.patches.get(one), self.patches.get(other)
-        return p is not None and q is not None and type(p) is type(q) and p.overlaps(q)
+        return "rows" if p is not None and q is not None and type(p) is type(q) and p.overlaps(q) else ""
 
 
 class State(NamedTuple):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, NoWeightError
+from diffpeft.errors import ConfigError, NoWeightError, WrongKindError
 from diffpeft.methods import config as checks
 from diffpeft.methods import loftq, shapes
 from diffpeft.methods.base import Additive, Alpha, Fresh, Shaped, Site, Spec, Tensors
@@ -65,36 +66,36 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = 8
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
     lora_alpha: float = 8
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
-    bias: str = "none"
-    lora_bias: bool = False
-    use_rslora: bool = False
-    use_dora: bool = field(default=False, metadata=_VARIANT)
-    init_lora_weights: bool | str = field(default=True, metadata=_INITS)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = field(default=True, metadata=_INITS)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = None
-    layer_replication: list[tuple[int, int]] | None = None
-    loftq_config: loftq.LoftQConfig | dict[str, int] | None = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     megatron_config: dict[str, object] | None = None
     megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: loftq.LoftQConfig | dict[str, int] | None = field(default_factory=dict)
     eva_config: object = None
     corda_config: object = None
     lora_ga_config: object = None
+    use_dora: bool = field(default=False, metadata=_VARIANT)
     velora_config: object = field(default=None, metadata=_VARIANT)
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=_VARIANT)
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: object = field(default=None, metadata=_VARIANT)
+    layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
     use_bdlora: object = field(default=None, metadata=_VARIANT)
     arrow_config: object = field(default=None, metadata=_VARIANT)
     kasa_config: object = field(default=None, metadata=_VARIANT)
@@ -125,6 +126,42 @@ class LoraConfig(PeftConfig):
             raise ConfigError("custom modules are {class: class}", remedy="For example {MyLayer: MyLora}.")
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
+    def __post_init__(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise WrongKindError(
+                "`target_parameters` must be a list of strings or None.", remedy=f"Give [{self.target_parameters!r}]."
+            )
+        super().__post_init__()
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.lower() in ("gaussian", "olora"):  # PEFT takes these two in any case
+            init = self.init_lora_weights = init.lower()
+        if self.loftq_config and init != "loftq":
+            warnings.warn(
+                "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.", stacklevel=3
+            )
+            self.loftq_config = {}
+        if isinstance(self.loftq_config, loftq.LoftQConfig):
+            self.loftq_config = self.loftq_config.to_dict()
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ConfigError for two settings that exclude each other."""
+        if self.use_dora and self.megatron_config:
+            raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
+        if not self.lora_bias:
+            return
+        if self.init_lora_weights not in (True, False):
+            raise ConfigError(
+                "The argument lora_bias=True is only supported with init_lora_weights=True or False, "
+                f"got init_lora_weights={self.init_lora_weights!r}",
+                remedy="Leave one of the two out.",
+            )
+        if self.use_dora:
+            raise ConfigError(
+                "The argument lora_bias=True is not supported for DoRA",
+                remedy="Pass use_dora=False, or lora_bias=False.",
+            )
+
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
         super().validate()
@@ -139,7 +176,11 @@ class LoraConfig(PeftConfig):
             return
         checks.check_choice("init_lora_weights", init, INITS)
         if init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
-            raise ConfigError(f"r is {self.r!r}", remedy="An orthogonal init needs an even rank.")
+            odd = next(r for r in (self.r, *self.rank_pattern.values()) if r % 2)
+            raise ConfigError(
+                f"Orthogonal initialization requires the LoRA rank to be even, got {odd} instead.",
+                remedy="Choose an even rank.",
+            )
 
 
 class Lora(Additive):
@@ -181,7 +222,9 @@ class Lora(Additive):
                 frozen = {"initial_A": A.clone(), "initial_B": B.clone()}
         if config.lora_bias:
             if g.lookup:
-                raise ConfigError("lora_bias is True", where=site.name, remedy="An embedding has no bias.")
+                raise ConfigError(
+                    "lora_bias=True is not supported for Embedding", where=site.name, remedy="It has no bias."
+                )
             tensors["lora_B_bias"] = torch.zeros(o)
         options = {"dropout": config.lora_dropout} if config.lora_dropout else {}
         return Fresh(tensors, alpha, options, frozen)

@@ -23,6 +23,7 @@ from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.methods.lora import is_across
 from diffpeft.model.banks import share
+from diffpeft.model.journal import ABSENT
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select
@@ -474,6 +475,7 @@ def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str])
         before.layers, adapters, lambda strengths: {n: s for n, s in strengths.items() if n not in names}
     )
     plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else before.fused)
+    plan_unlisted(plan, model, names, bool(adapters))
     plan.root(model, mix)
     for layer, module, _ in walk:
         record = plan.record_of(module)
@@ -486,6 +488,29 @@ def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str])
         if weights is not None or remaining is not record:
             refuse_foreign(layer, module)
             plan.carry(module, remaining, weights)
+
+
+class Listed(dict[str, object]):
+    """`peft_config` of a bare model: {adapter: its config}, which goes with the last adapter."""
+
+
+def plan_listed(plan: Plan, model: nn.Module, name: str, config: object) -> None:
+    """Plan an entry in `model.peft_config`, where transformers and diffusers look for a bare model's adapters."""
+    configs = model.__dict__.get("peft_config")
+    if not isinstance(configs, Listed):
+        configs = Listed(configs or {})
+        plan.set(model, peft_config=configs)
+    plan.entry(configs, name, config)
+
+
+def plan_unlisted(plan: Plan, model: nn.Module, names: Iterable[str], remain: bool) -> None:
+    """Plan that adapters are no longer in `model.peft_config`; without any that `remain` it goes."""
+    configs = model.__dict__.get("peft_config")
+    if isinstance(configs, Listed):
+        for name in names:
+            plan.entry(configs, name)
+        if not remain:
+            plan.set(model, peft_config=ABSENT)
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

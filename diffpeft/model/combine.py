@@ -84,7 +84,7 @@ def _plan_lora(
             continue
         slots = {}
         for layer, module, old in _slots(parts[component], adapter):
-            update = _update(module, old)
+            update = update_of(module, old)
             factors = update.factors if update.factors is not None else _full_rank(update.delta)
             if len(factors[0]) and (rank is not None or energy is not None):
                 factors = _shortened(factors, rank, energy)
@@ -181,7 +181,7 @@ def _updates(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[
     by_layer: dict[str, tuple[nn.Module, Updates]] = {}
     for adapter, weight in weights.items():
         for layer, module, slot in _slots(model, adapter):
-            by_layer.setdefault(layer, (module, []))[1].append((weight, _update(module, slot)))
+            by_layer.setdefault(layer, (module, []))[1].append((weight, update_of(module, slot)))
     return by_layer
 
 
@@ -220,7 +220,7 @@ def _slots(model: nn.Module, name: str) -> Iterable[tuple[str, nn.Module, Slot]]
 
 
 @torch.no_grad()
-def _update(module: nn.Module, slot: Slot) -> Update:
+def update_of(module: nn.Module, slot: Slot) -> Update:
     """What an adapter does to a layer's own weight, in fp32 or better."""
     op, record = op_of(module), record_of(module)
     assert record is not None

@@ -13,7 +13,9 @@ from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class
 from diffpeft.layers.hooks import refusal
 from diffpeft.layers.sites import site_of
 
-COMPILED = "_orig_mod"  # the level that torch.compile puts around a module; names go without it
+COMPILED = "_orig_mod"  # the level that torch.compile puts around a module
+FSDP_UNIT = "_fsdp_wrapped_module"  # FSDP 1's
+_LEVELS = frozenset({COMPILED, FSDP_UNIT, "_checkpoint_wrapped_module"})  # names go without these
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -142,7 +144,7 @@ def _walk(model: nn.Module) -> list[_Step]:
             level = f"{name}." if name else ""
             for inner, child in reversed(inside.items()):
                 if child is not None:
-                    todo.append((name if inner == COMPILED else level + inner, child, module))
+                    todo.append((name if inner in _LEVELS else level + inner, child, module))
     return steps
 
 

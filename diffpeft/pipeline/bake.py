@@ -40,9 +40,10 @@ from diffpeft.layers.carried import Record, effective
 from diffpeft.layers.sites import parameter_names
 from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.model.target import adapted, layers_of, spellings
+from diffpeft.pipeline.complete import class_of
 from diffpeft.pipeline.load import load_lora
 from diffpeft.pipeline.locate import located
-from diffpeft.pipeline.open import check_model, class_of
+from diffpeft.pipeline.open import check_model
 
 Adapters = Sequence[tuple[str | os.PathLike[str] | Mapping[str, Tensor], float]]  # what is fused, and how strong
 INDEX = "model_index.json"

@@ -66,7 +66,8 @@ def matched(
         where = "" if max_rank is None else f"{bundle.source}: {dotted(component, layer)}"
         slots[component][layer] = _slot(made, layers[component][layer][0], trainable, max_rank, where)
     for component, by_layer in slots.items():
-        _share(by_layer, [entry for entry, place in placed if place[0] == component], bundle.source)
+        in_order = {layer: by_layer[layer] for layer in layers[component] if layer in by_layer} if by_layer else {}
+        _share(in_order, [entry for entry, place in placed if place[0] == component], bundle.source)
     return slots, absent
 
 
@@ -182,8 +183,8 @@ def _checked(
         wrong += _misfits(bundle, entry, spec)
     if wrong:
         raise ShapeMismatchError(
-            f"{len(wrong)} of {len(placed)} layers have other shapes",
-            where=f"{bundle.source}: {wrong[0]}",
+            f"size mismatch in {len(wrong)} of {len(placed)} layers: {wrong[0]}",
+            where=bundle.source,
             remedy="It is for another model.",
         )
     refused = [

@@ -31,10 +31,7 @@ class Reader(nn.Module):
         self.head = {
             "weight": lambda: nn.Linear(6, 4),
             "buffer": lambda: nn.BatchNorm1d(6),
-            "inside": lambda: nn.ModuleDict({"dense": nn.Linear(6, 4)}),
-            "values": lambda: nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 4)}),
             "items": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)),
-            "list": lambda: nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 4)]),
             "attribute": lambda: nn.Sequential(),
         }[way]()
         if way == "attribute":
@@ -46,12 +43,6 @@ class Reader(nn.Module):
             return F.linear(x, self.head.weight, self.head.bias)
         if self.way == "buffer":
             return x * self.head.running_var + self.head.weight
-        if self.way == "values":
-            for part in self.head.values():
-                x = part(x)
-            return x
-        if self.way == "inside":
-            return self.head["dense"](x)
         if self.way == "attribute":
             return F.linear(x, self.head.dense.weight)
         for i, part in enumerate(self.head):
@@ -59,7 +50,7 @@ class Reader(nn.Module):
         return x
 
 
-WAYS = ["weight", "buffer", "inside", "values", "items", "list", "attribute"]
+WAYS = ["weight", "buffer", "items", "attribute"]
 x = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
 
 
@@ -106,6 +97,45 @@ def test_who_reads_a_module_reads_the_acting_copy(way):
 
 def base_of(wrapped):
     return {k: p for k, p in wrapped.get_base_model().head.named_parameters() if not k.startswith("copies.")}
+
+
+CONTAINERS = {
+    "dict": lambda: nn.ModuleDict({"a": nn.Linear(6, 4)}),
+    "list": lambda: nn.ModuleList([nn.Linear(6, 4)]),
+    "parameters": lambda: nn.ParameterList([nn.Parameter(torch.zeros(3))]),
+    "parameters by name": lambda: nn.ParameterDict({"a": nn.Parameter(torch.zeros(3))}),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_container_has_no_copies(kind, second):
+    for lib in (peft, diffpeft):
+        model = Reader("weight")
+        model.head = CONTAINERS[kind]()
+        config = lib.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+        if second:
+            model = lib.get_peft_model(model, lib.LoraConfig(r=2, target_modules=["body"]))
+        with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
+            model.add_adapter("b", config) if second else lib.get_peft_model(model, config)
+        if lib is diffpeft:
+            assert not any("copies" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("names", [["head"], ["ead"], ["body.head"], ["1.head", "x"], ["no"]])
+def test_the_modules_whose_names_end_so_are_trained_whole_as_in_peft(names):
+    def made():
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"head": nn.Linear(4, 4), "forehead": nn.Linear(4, 4), "headless": nn.Linear(4, 4)})
+        return nn.ModuleDict(
+            {"body": inner, "1": copy.deepcopy(inner), "body_head": nn.Linear(4, 4), "w": nn.Linear(4, 4)}
+        )
+
+    keys = []
+    for lib in (peft, diffpeft):
+        wrapped = lib.get_peft_model(made(), lib.LoraConfig(r=2, target_modules=["w"], modules_to_save=list(names)))
+        keys.append({*lib.get_peft_model_state_dict(wrapped)})
+    assert keys[0] == keys[1]
 
 
 def test_gradients_are_peft_s():
