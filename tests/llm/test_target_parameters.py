@@ -596,3 +596,17 @@ def test_a_parametrised_parameter_is_not_merged():
     assert torch.equal(model(torch.ones(1, 6).double()), want)
     plain = model.unload()
     assert type(plain.lin).__name__ == "ParametrizedTwice" and "copies" not in plain.lin._modules
+
+
+def test_rows_of_a_parametrised_table_are_refused_and_others_are_not_looked_at():
+    def make():
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+        nn.utils.parametrizations.spectral_norm(model[2])
+        return model
+
+    fields = dict(r=2, target_modules=["1"], trainable_token_indices={"0": [1]})
+    assert get_peft_model(make(), LoraConfig(**fields))(torch.tensor([1, 2])).shape == (2, 3)
+    model = make()
+    nn.utils.parametrizations.spectral_norm(model[0])
+    with pytest.raises(AdapterStateError, match="parametrised, and has no rows"):
+        get_peft_model(model, LoraConfig(**fields))
