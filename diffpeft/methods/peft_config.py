@@ -145,6 +145,7 @@ class PeftConfig(Passing):
     fetch: ClassVar[Callable[..., str] | None] = (
         None  # (repository, file name, ...) -> path; where there is no network, none
     )
+    push: ClassVar[Callable[..., object] | None] = None  # (save, repository, ...): what `save` writes goes there
     check: ClassVar[Callable[[Mapping[str, object], object], None] | None] = (
         None  # of a file's fields, and of which file
     )
@@ -224,6 +225,12 @@ class PeftConfig(Passing):
         config.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
         with files.replacing(folder / FILE) as f:
             f.write(config.to_json().encode())
+
+    def push_to_hub(self, repo_id: str, **options: object) -> object:
+        """Save into a repository on the Hub, which is made. `options` are the Hub's: `commit_message`, `private`, `token`, `revision`, `create_pr` ..."""
+        if PeftConfig.push is None:
+            raise ConfigError("there is no way to the Hub", remedy="Import diffpeft.llm.config.")
+        return PeftConfig.push(self.save_pretrained, repo_id, **options)
 
     @classmethod
     def from_pretrained(
