@@ -47,5 +47,5 @@ def fetch(repository: str, name: str, subfolder: str | None = None, **options: A
 
 
 PeftConfig.fetch = staticmethod(fetch)
-PeftConfig.push = staticmethod(pushed)
+PeftConfig.upload = staticmethod(pushed)
 PeftConfig.check = staticmethod(check_fields)

@@ -119,7 +119,7 @@ def _tables(model: nn.Module, name: str) -> dict[str, nn.Module]:
     if not meant:
         known = {n for n, _ in model.named_modules()}
         raise UnknownNameError(
-            f"Target modules {{{name!r}}} not found in the base model",
+            f"Target modules {{{name!r}}} not found in the base model.",
             where="trainable_token_indices",
             remedy=near(name, {n.rpartition(".")[2] for n in known} | known) or "Name an embedding.",
         )
@@ -238,7 +238,7 @@ def _check(where: str, patch: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, place in patch.state_dict().items():
         if tensors[name].shape != place.shape:
             raise ShapeMismatchError(
-                f"{name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}",
+                f"size mismatch: {name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}",
                 where=where,
                 remedy="It is for another model or config.",
             )

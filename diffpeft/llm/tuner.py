@@ -25,11 +25,12 @@ from diffpeft.errors import (
 )
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot
-from diffpeft.llm import adalora, discrepancies
+from diffpeft.llm import adalora, attentions, discrepancies
 from diffpeft.llm.checkpointing import plan_no_hook
 from diffpeft.llm.conversion import unconvertible
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
+from diffpeft.llm.mismatched import fitting
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.prompts import Arguments, Prepare
 from diffpeft.llm.renames import mapped
@@ -59,7 +60,7 @@ from diffpeft.model.precision import AUTOCAST, PLAIN, Precision
 from diffpeft.model.replication import plan_replicated, same_spans
 from diffpeft.model.resize import Place, head_of, plan_resized, refuse_replaced
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import adapted
+from diffpeft.model.target import adapted, kind_of
 from diffpeft.model.ties import loosen, twins_of
 from diffpeft.pipeline.adapters import adapters, plan_mix
 
@@ -70,12 +71,13 @@ OFF = Choice(enabled=False)  # the mix of a `disable_adapter` block, where batch
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, and with its keys renamed."""
+    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, with its keys renamed, whatever their sizes."""
 
     trainable: bool
     active: bool
     precision: Precision = AUTOCAST
     key_mapping: Mapping[str, str] | None = None
+    ignore_mismatched: bool = False
 
 
 def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
@@ -83,10 +85,14 @@ def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
-    with planned({"": model}) as plan:
+    parts = {"": model}
+    with planned(parts) as plan:
+        merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
+        plan_mix(
+            plan, model, parts, merged
+        )  # what is in the weights stays in them, and nothing clashes with the others
         config = plan_injected(plan, model, config, name, active=True, precision=precision)
-        for mix in mixes_of({"": model}).values():  # what is in the weights stays in them
-            plan_mix(plan, model, {"": model}, {**mix.fused, name: 1.0})
+        plan_mix(plan, model, parts, {**merged, name: 1.0})
         plan_listed(plan, model, name, config)
     return config
 
@@ -111,13 +117,14 @@ def _plan_fresh(
     plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision
 ) -> None:
     layers, ties = twinned(chosen(model, config), model, config)
+    attentions.refuse_dora(layers, config)
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
     check_tying(model, config, wholes, layers)
     discrepancies.warn(model, config, layers, patches)
     precision.settle_patches(patches)
 
     def finish(modules: Mapping[str, nn.Module], slots: dict[str, Slot]) -> dict[str, Slot]:
-        precision.settle(modules, slots)
+        precision.settle(modules, attentions.doubled(slots))
         return slots | twins_of(modules, ties, slots)
 
     addition = Addition(
@@ -133,6 +140,7 @@ def _plan_fresh(
         options={"scaled": True} if isinstance(config, LoKrConfig) else {},
         finish=finish,
         metadata={CONFIG: config.to_json()},
+        as_in_peft=True,
     )
     plan_attached(plan, {"": model}, {"": layers}, addition)
 
@@ -569,7 +577,17 @@ class Tuner(nn.Module):
         where = folder.where
         with patterns.limited(CheckpointError, where), inside(where, config=True):
             source = mapped(tensors_in(folder), how.key_mapping) if how.key_mapping else folder
+            if how.ignore_mismatched:
+                tensors = tensors_in(source) if isinstance(source, Opened) else source
+                source, _ = fitting(tensors, self._fresh(name, config), kind_of(self.model).__name__)
             return self._plan_loaded(plan, name, config, source, how)
+
+    def _fresh(self, name: str, config: PeftConfig) -> dict[str, Tensor]:
+        """{PEFT's key: tensor} of a fresh adapter, and of the model's embeddings. The model stays as it is."""
+        trial = Plan()
+        config = plan_injected(trial, self.model, copy.deepcopy(config), name, active=False)
+        with trial.tentative():
+            return spelt(self.model, name, config, prefix=PREFIX, embeddings=True)
 
     def _plan_loaded(
         self, plan: Plan, name: str, config: PeftConfig, source: Opened | dict[str, Tensor], how: LoadOptions

@@ -145,7 +145,7 @@ class PeftConfig(Passing):
     fetch: ClassVar[Callable[..., str] | None] = (
         None  # (repository, file name, ...) -> path; where there is no network, none
     )
-    push: ClassVar[Callable[..., object] | None] = None  # (save, repository, ...): what `save` writes goes there
+    upload: ClassVar[Callable[..., object] | None] = None  # (what writes into a folder, repository, ...)
     check: ClassVar[Callable[[Mapping[str, object], object], None] | None] = (
         None  # of a file's fields, and of which file
     )
@@ -226,11 +226,18 @@ class PeftConfig(Passing):
         with files.replacing(folder / FILE) as f:
             f.write(config.to_json().encode())
 
-    def push_to_hub(self, repo_id: str, **options: object) -> object:
-        """Save into a repository on the Hub, which is made. `options` are the Hub's: `commit_message`, `private`, `token`, `revision`, `create_pr` ..."""
-        if PeftConfig.push is None:
-            raise ConfigError("there is no way to the Hub", remedy="Import diffpeft.llm.config.")
-        return PeftConfig.push(self.save_pretrained, repo_id, **options)
+    def push_to_hub(self, repo_id: str, *, max_shard_size: object = None, **options: object) -> object:
+        """Write adapter_config.json into a repository on the Hub, which is made.
+
+        Args:
+            options: the Hub's: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`; and `tags`, for a model card.
+            max_shard_size: changes nothing: a config is one file.
+
+        Raises ConfigError where there is no way to the Hub.
+        """
+        if PeftConfig.upload is None:
+            raise ConfigError("there is no way to the Hub", remedy="Import diffpeft.")
+        return PeftConfig.upload(self.save_pretrained, repo_id, **options)
 
     @classmethod
     def from_pretrained(
