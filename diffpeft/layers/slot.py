@@ -217,6 +217,23 @@ class Slot(nn.Module):
             self._kept[key] = stamp, p
         return p
 
+    def kept_beside(
+        self, part: Part, weight: Tensor, dtype: torch.dtype, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """`make()`, which depends on the part's tensors and a weight alone and has no gradient: made anew when one of them is another or has other numbers.
+
+        Torch does not count what is written through `.data`; on a CPU the adapter's numbers are compared as well.
+        """
+        tensors = list(self.tensors_of(part).values())
+        stamp, key = [stamp_of(t) for t in (weight, *tensors)], (part.roles, dtype, "beside")
+        before = self._kept.get(key)
+        if before is not None and before[0] == stamp and all(map(torch.equal, before[1], tensors)):
+            return cast(dict[str, Tensor], before[2])
+        made = make()
+        numbers = [t.detach().clone() for t in tensors] if weight.device.type == "cpu" else []
+        self._kept[key] = stamp, numbers, made
+        return made
+
     def _prepared(self, part: Part, p: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         device = next(iter(p.values())).device.type
         if torch.is_autocast_enabled(device):  # what is prepared keeps its precision

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Set
 
 from torch import Tensor, nn
 
+from converters.formats import attention
 from converters.formats.base import dotted_role
 from converters.formats.peft import PREFIX
 from diffpeft.errors import ConfigError, shown
@@ -31,7 +32,8 @@ def targeting(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor
             remedy="Inject the adapter without state_dict=.",
         )
     roles = {key: place for key in tensors if (place := dotted_role(_plain(key)))}
-    layers = {layer for layer, _ in roles.values()}
+    read = {attention.read(layer) for layer, _ in roles.values()}
+    layers = {layer for layer in read if attention.around(layer, read) is None}
     _warn_others(model, config, layers)
     config = copy.deepcopy(config)
     config.target_modules = _exactly(layers, modules_of(model, lambda module: module is not model))

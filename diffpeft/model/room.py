@@ -101,6 +101,14 @@ def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, wh
         )
     if scale != to:
         B = (B.double() * (scale / to)).to(B.dtype)
-    A = torch.cat([A, A.new_zeros(room, *A.shape[1:])])
-    B = torch.cat([B, B.new_zeros(B.shape[0], room, *B.shape[2:])], 1)
+    groups = len(A) // B.shape[1]  # of a branch beside a convolution: B's ranks are those of a group
+    if rank % groups:
+        raise ShapeMismatchError(
+            f"Trying to pad a Conv{A.dim() - 2}d LoRA adapter with groups={groups} to target rank {rank}, but the target rank "
+            f"is not divisible by {groups}. Please choose a target rank that is divisible by {groups}.",
+            where=where,
+        )
+    A = A.unflatten(0, (groups, -1))
+    A = torch.cat([A, A.new_zeros(groups, room // groups, *A.shape[2:])], 1).flatten(0, 1)
+    B = torch.cat([B, B.new_zeros(B.shape[0], room // groups, *B.shape[2:])], 1)
     return {**tensors, "lora_A": A, "lora_B": B}

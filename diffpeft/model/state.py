@@ -102,6 +102,17 @@ def parameters_of(target: object, name: str) -> list[nn.Parameter]:
     return [p for slot in slots_of(target, name).values() for p in slot.parameters() if p.requires_grad]
 
 
+def trained_parameters(target: object, name: str) -> dict[str, nn.Parameter]:
+    """{layer.role: parameter} of all that has gradients, over all components; an adapter's names are without the adapter's."""
+    inside = f".{ADAPTERS}.{escaped(name)}."
+    return {
+        canonical(component, where.replace(inside, ".")): p
+        for component, model in components(target).items()
+        for where, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
 def _tensors(slot: Slot) -> dict[str, Tensor]:
     """The slot's tensors by role; those that an offloading hook keeps elsewhere are fetched."""
     return present(slot, lambda: {role: p.detach() for role, p in slot.tensors.items()})
