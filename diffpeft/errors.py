@@ -14,6 +14,8 @@ DiffpeftError                       1
 |-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
+|   |-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
+|   |-- NoWeightError (NotImplementedError) 4 what an adapter adds is no change of a weight
 |   `-- UnfitError (RuntimeError)   4   a layer whose weight cannot take an adapter in
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
 |   |-- WrongKindError (TypeError)  2   a value of a kind that the field cannot have
@@ -178,6 +180,14 @@ class AdapterStateError(DiffpeftError, ValueError):
     """The adapter or layer is in a state that does not allow this."""
 
     exit_code = 4
+
+
+class MixedBatchError(AdapterStateError, TypeError):
+    """The rows of a batch have different adapters on a module that cannot be divided by rows."""
+
+
+class NoWeightError(AdapterStateError, NotImplementedError):
+    """What an adapter adds to a layer's output is no change of the layer's weight."""
 
 
 class UnfitError(AdapterStateError, RuntimeError):

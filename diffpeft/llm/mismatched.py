@@ -1,4 +1,4 @@
-"""`ignore_mismatched_sizes`: an adapter's file, or a dict of tensors, some of which are for a model of other sizes; the adapter keeps its own there."""
+"""`ignore_mismatched_sizes`: an adapter's file, or a dict of tensors, some of which are for a model of other sizes; the adapter keeps its plain there."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def fitting(
         tensors, present: by PEFT's keys, with `base_model.model.` or without.
         model: what the warning calls the model.
     """
-    own = {key.removeprefix(PREFIX): tensor for key, tensor in present.items()}
+    plain = {key.removeprefix(PREFIX): tensor for key, tensor in present.items()}
     mismatched = [
-        (key, tuple(tensor.shape), tuple(mine.shape))
+        (key, tuple(tensor.shape), tuple(here.shape))
         for key, tensor in tensors.items()
-        if (mine := own.get(key.removeprefix(PREFIX))) is not None and mine.shape != tensor.shape
+        if (here := plain.get(key.removeprefix(PREFIX))) is not None and here.shape != tensor.shape
     ]
     if mismatched:
         told = "\n".join(
@@ -38,4 +38,4 @@ def fitting(
             f"`ignore_mismatched_sizes=True`: {told}.",
             stacklevel=5,
         )
-    return {**tensors, **{key: own[key.removeprefix(PREFIX)] for key, _, _ in mismatched}}, mismatched
+    return {**tensors, **{key: plain[key.removeprefix(PREFIX)] for key, _, _ in mismatched}}, mismatched

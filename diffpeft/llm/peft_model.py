@@ -376,7 +376,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
     def _config_to_save(self, name: str) -> PeftConfig:
         """An adapter's config as its file has it: for inference, with the names of the base model and of its class."""
-        config = state.saved(self.peft_config[name])
+        config = state.saved(self.tuner.with_ranks(name, self.peft_config[name]))
         config.base_model_name_or_path = config.base_model_name_or_path or self._name()
         config.inference_mode = True
         if config.task_type is None and config.auto_mapping is None:

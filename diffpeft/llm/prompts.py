@@ -69,14 +69,14 @@ def _word_embeddings(model: Any) -> Any:
     if hasattr(model, "get_input_embeddings"):
         return model.get_input_embeddings()
     words = getattr(getattr(model, "config", None), "vocab_size", None)
-    first = next((name for name, p in model.named_parameters() if p.dim() and len(p) == words), None)
-    return None if first is None else model.get_submodule(first.rpartition(".")[0])
+    table = next((name for name, p in model.named_parameters() if p.dim() and len(p) == words), None)
+    return None if table is None else model.get_submodule(table.rpartition(".")[0])
 
 
 def _device_of(model: nn.Module) -> torch.device:
     """Where a model is, by what it says or by its first parameter."""
-    first = next(model.parameters(), None)
-    return getattr(model, "device", torch.device("cpu") if first is None else first.device)
+    devices = {parameter.device: None for parameter in model.parameters()}
+    return getattr(model, "device", next(iter(devices), torch.device("cpu")))
 
 
 class Prompts(nn.Module):

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import converters
-from converters.formats import FORMATS
+from converters.formats import FORMATS, attention
 from converters.formats.base import suffix
 from converters.formats.fields import whole_scale
 from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS
@@ -41,6 +41,7 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.files import config_in
+from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import BIAS, Bank, Slot
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
@@ -62,6 +63,7 @@ from diffpeft.model.ties import twins
 from diffpeft.pipeline.match import LayersByComponent, matched
 
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
+Layers = Mapping[str, tuple[nn.Module, nn.Module | None]]  # {name: (layer, its parent)}
 _INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of the weight
 
 
@@ -107,7 +109,7 @@ def spelt(
     for layer, slot in slots.items():
         for entry in entries_of(layer, gathered_slot(layer, name, slot, gathered or {})):
             for key, tensor in _spelt(entry, fields, name, model.get_submodule(layer), bool(slot.parts)).items():
-                tensors[f"{prefix}{layer}{key}"] = tensor
+                tensors[f"{prefix}{attention.spelt(layer, slots)}{key}"] = tensor
     if getattr(config, "save_projection", True):
         keys = FORMATS["peft"].shared_keys if prefix else {}
         tensors |= {keys.get(role, role): tensor for role, tensor in shared_by(slots).items()}
@@ -131,7 +133,8 @@ def _spelt(
             tensors[f".{role}"] = tensor / by if by not in (0, 1) else tensor
         elif role == BIAS:
             # PEFT keeps an adapted layer one level below
-            tensors[".base_layer.bias" if adapted else ".bias"] = _full_bias(entry.layer, name, module, tensor)
+            bias = op_of(module).bias_name
+            tensors[f".base_layer.{bias}" if adapted else f".{bias}"] = _full_bias(entry.layer, name, module, tensor)
         elif role == embedded.WHOLE:
             tensors[".base_layer.weight"] = tensor
         else:
@@ -141,7 +144,7 @@ def _spelt(
 
 def _full_bias(layer: str, name: str, module: nn.Module, change: Tensor) -> Tensor:
     """A layer's bias [o] with an adapter's change of it. Raises AdapterStateError where the layer has none."""
-    bias: Any = module.bias
+    bias = op_of(module).bias
     if bias is None:
         raise AdapterStateError(
             f"adapter {shown(name)} adds a bias on layer {shown(layer)}, which has none",
@@ -234,7 +237,7 @@ def _renamed(
 
 
 def _divided(
-    model: nn.Module, carried: Mapping[str, Handle], modules: Mapping[str, nn.Module], biased: Mapping[str, object]
+    model: nn.Module, carried: Mapping[str, Handle], modules: Mapping[str, nn.Module], biased: Layers
 ) -> _Beside:
     """What of a file is for `modules` that are trained whole, for the biases of the layers `biased`, and for embeddings."""
     known, beside = embedded.embedding_layers(model), _Beside()
@@ -244,7 +247,7 @@ def _divided(
         module = next((where for where in modules if name.startswith(f"{where}.")), None)
         if module is not None:
             beside.wholes.setdefault(module, {})[name.removeprefix(f"{module}.")] = handle
-        elif last == "bias" and layer in biased:
+        elif layer in biased and last == op_of(biased[layer][0]).bias_name:
             beside.biases[layer] = handle
         elif at := tables.place(known, name):
             beside.embeddings.setdefault(at[0], {})[at[1]] = handle
@@ -276,14 +279,12 @@ def _bundle(source: dict[str, Tensor] | Opened, config: PeftConfig, layers: Laye
         ) from error
 
 
-def _with_biases(
-    bundle: Bundle, biases: Mapping[str, Handle], layers: Mapping[str, tuple[nn.Module, object]]
-) -> list[Entry]:
+def _with_biases(bundle: Bundle, biases: Mapping[str, Handle], layers: Layers) -> list[Entry]:
     """The entries, with the change of the bias where PEFT has the whole trained bias."""
     shifts = {}
     for layer, handle in biases.items():
         (bias,) = io.load([handle])
-        present: Any = layers[layer][0].bias
+        present = op_of(layers[layer][0]).bias
         if present is None or present.shape != bias.shape:
             raise ShapeMismatchError(
                 f"layer {shown(layer)} has no bias of shape {tuple(bias.shape)}", where=bundle.source
@@ -363,16 +364,17 @@ def plan_overwritten(
     others = [layer for layer in file.slots if layer not in slots]
     for layer, slot in file.slots.items():
         if layer in slots:
+            weight = op_of(model.get_submodule(layer)).parameter
             tensors = _at_the_scale_of(slots[layer], slot)
-            _plan_slot(plan, layer, slots[layer], tensors, resized.get(layer, {}), model.get_submodule(layer).weight)
+            _plan_slot(plan, layer, slots[layer], tensors, resized.get(layer, {}), weight)
     for bank, role, tensor in _into_bank(slots, file.slots):
         plan.fill(bank.get_buffer(role), tensor)
     for where, of_module in {**file.wholes, **file.patches}.items():
-        weight = next(iter(model.get_submodule(where)._parameters.values()), None)
+        parameter = next(iter(model.get_submodule(where)._parameters.values()), None)
         copy = beside_slots(plan, model, where, name)
         assert copy is not None
         for key, tensor in of_module.items():
-            plan_into(plan, copy, key, tensor, weight)
+            plan_into(plan, copy, key, tensor, parameter)
     _plan_embeddings(plan, model, name, file.embeddings, slots)
     return Incompatible(list(file.missing), [*file.unexpected, *others], [])
 

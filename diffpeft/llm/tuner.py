@@ -25,7 +25,7 @@ from diffpeft.errors import (
 )
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot
-from diffpeft.llm import adalora, discrepancies
+from diffpeft.llm import adalora, attentions, discrepancies
 from diffpeft.llm.conversion import unconvertible
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
@@ -46,7 +46,7 @@ from diffpeft.llm.state import (
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
-from diffpeft.methods import LoKrConfig
+from diffpeft.methods import LoKrConfig, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
@@ -84,10 +84,14 @@ def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
-    with planned({"": model}) as plan:
+    parts = {"": model}
+    with planned(parts) as plan:
+        merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
+        plan_mix(
+            plan, model, parts, merged
+        )  # what is in the weights stays in them, and nothing clashes with the others
         config = plan_injected(plan, model, config, name, active=True, precision=precision)
-        for mix in mixes_of({"": model}).values():  # what is in the weights stays in them
-            plan_mix(plan, model, {"": model}, {**mix.fused, name: 1.0})
+        plan_mix(plan, model, parts, {**merged, name: 1.0})
         plan_listed(plan, model, name, config)
     return config
 
@@ -112,13 +116,14 @@ def _plan_fresh(
     plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision
 ) -> None:
     layers, ties = twinned(chosen(model, config), model, config)
+    attentions.refuse_dora(layers, config)
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
     check_tying(model, config, wholes, layers)
     discrepancies.warn(model, config, layers, patches)
     precision.settle_patches(patches)
 
     def finish(modules: Mapping[str, nn.Module], slots: dict[str, Slot]) -> dict[str, Slot]:
-        precision.settle(modules, slots)
+        precision.settle(modules, attentions.doubled(slots))
         return slots | twins_of(modules, ties, slots)
 
     addition = Addition(
@@ -134,6 +139,7 @@ def _plan_fresh(
         options={"scaled": True} if isinstance(config, LoKrConfig) else {},
         finish=finish,
         metadata={CONFIG: config.to_json()},
+        as_in_peft=True,
     )
     plan_attached(plan, {"": model}, {"": layers}, addition)
 
@@ -398,8 +404,8 @@ class Tuner(nn.Module):
         if self._off is None:
             with planned(self._parts) as plan:
                 mixes = list(mixes_of(self._parts).values())
-                trained = trained_of(self.model)
                 off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
+                trained = trained_of(self.model)
                 plan.set(self, _off=off, _resting=trained)
                 plan_mix(plan, self.model, self._parts, {})
                 for mix in mixes:
@@ -504,6 +510,15 @@ class Tuner(nn.Module):
     def tensors(self, name: str, gathered: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
         return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=gathered, embeddings=embeddings)
+
+    def with_ranks(self, name: str, config: PeftConfig) -> PeftConfig:
+        """A config with the ranks that the adapter's tensors have, where it was told those that there is room for."""
+        if all(slot.stored_rank is None for slot in slots_in(self.model, name).values()):
+            return config
+        config, made = copy.copy(config), config_of(self.model, name)
+        assert isinstance(config, LoraConfig) and isinstance(made, LoraConfig)
+        config.r, config.rank_pattern = made.r, made.rank_pattern
+        return config
 
     def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Plan to put a file's tensors into an adapter that is there."""

@@ -19,10 +19,12 @@ from torch import nn
 
 from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.llm import attentions
 from diffpeft.llm.state import saved
 from diffpeft.llm.targets import excludes, matches
 from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.config import check_choice, check_rank
+from diffpeft.methods.lora import is_across
 from diffpeft.methods.merging import HOW
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import clashes
@@ -31,7 +33,7 @@ from diffpeft.model.combine import combined, exact_sum
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.patches import Patched, rows_of
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import modules_of, with_inner
 from diffpeft.model.weighted import (
     Recipe,
     Values,
@@ -43,6 +45,7 @@ from diffpeft.model.weighted import (
     merged_loras,
     plan_summed_copies,
     same_sides,
+    slots_on,
     summed_factors,
     summed_rows,
     with_biases,
@@ -265,8 +268,11 @@ def _plan_fresh(
         strength=None,
         trainable=False,
         quiet=True,
-        finish=filled(values),
+        finish=lambda modules, slots: filled(values)(modules, attentions.doubled(slots)),
         metadata={CONFIG: config.to_json()},
+        as_in_peft=any(
+            is_across(slots_on(m)[n].tensors) for m in layers.values() for n in request.adapters if n in slots_on(m)
+        ),
     )
     with torch.random.fork_rng(devices=[]):
         plan_attached(plan, {"": request.model}, {"": layers}, addition)
@@ -284,9 +290,9 @@ def _sum(plan: Plan, request: Request) -> PeftConfig:
         weights[adapter] = weights.get(adapter, 0.0) + weight
     _joined("target_modules", [c.target_modules for c in request.configs])  # before what takes long
     slots, _ = combined({"": model}, weights, name, exact_sum)
-    biases, named = with_biases(slots[""])
+    biases, named = with_biases(attentions.as_in_files(slots[""]))
     modules, rows = copied_by(model, weights), summed_rows(model, weights)
-    ranks = {layer: slot.rank for layer, slot in named.items() if slot.parts}
+    ranks = {layer: slot.rank for layer, slot in attentions.said(named).items() if slot.parts}
     config = _config_of_sum(request, ranks, _BIASES[biases], modules, rows)
     (mix,) = mixes_of({"": model}).values()
     adapter_ = Adapter(name, tuple(named), {CONFIG: config.to_json()}, modules=(*modules, *rows))
@@ -363,7 +369,9 @@ def _targets(
     joined = {"target_modules": _joined("target_modules", [c.target_modules for c in configs])}
     like_them = _changed(config, **joined)
     names = modules_of(model, lambda m: m is not model)
-    if {n for n in names if matches(like_them, n) and not excludes(like_them, n)} == {*layers}:
+    meant = {n: m for n, (m, _) in names.items() if matches(like_them, n) and not excludes(like_them, n)}
+    if {*with_inner(meant)} == {*layers}:
         return joined
     others = {f.name for f in fields(config)} & {"exclude_modules", "layers_to_transform", "layers_pattern"}
-    return {"target_modules": set(layers), **dict.fromkeys(others)}
+    spoken = attentions.said(dict.fromkeys(layers))
+    return {"target_modules": set(spoken), **dict.fromkeys(others)}

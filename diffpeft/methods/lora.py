@@ -1,9 +1,9 @@
 """LoRA: dW = (alpha / r) B A.  Hu et al. 2021, arXiv:2106.09685.
 
 rsLoRA divides alpha by sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732). On a convolution A [r, in / groups, *k] filters and B mixes;
-with groups, A is shared by them and the same equation holds for every row of W. LoCon's Tucker form puts a core between: dW = B (core) A
-(Yeh et al. 2023, arXiv:2309.14859). PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of W: the base keeps W, and their
-initial product is subtracted as a frozen second term.
+with groups, A is shared by them and the same equation holds for every row of W; PEFT's A sees all groups, in a branch beside the layer (`Branch`).
+LoCon's Tucker form puts a core between: dW = B (core) A (Yeh et al. 2023, arXiv:2309.14859). PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775)
+start from factors of W: the base keeps W, and their initial product is subtracted as a frozen second term.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, WrongKindError
+from diffpeft.errors import ConfigError, NoWeightError, WrongKindError
 from diffpeft.methods import config as checks
-from diffpeft.methods import loftq
-from diffpeft.methods.base import Additive, Alpha, Fresh, Site, Spec, Tensors
-from diffpeft.methods.forms import Factors
+from diffpeft.methods import loftq, shapes
+from diffpeft.methods.base import Additive, Alpha, Fresh, Shaped, Site, Spec, Tensors
+from diffpeft.methods.forms import Branch, Factors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import kaiming, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -117,7 +118,13 @@ class LoraConfig(PeftConfig):
         )
     )
 
-    _custom_modules = None  # peft asks for it when it builds from one of these
+    _custom_modules = cast("dict[type, type] | None", None)  # peft asks for it when it builds from one of these
+
+    def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
+        """PEFT's experimental way to say {class of modules: class of LoRA layers}; what that means here is in `diffpeft/llm/custom.py`. Of no file."""
+        if not all(isinstance(cls, type) for pair in mapping.items() for cls in pair):
+            raise ConfigError("custom modules are {class: class}", remedy="For example {MyLayer: MyLora}.")
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
     def __post_init__(self) -> None:
         if isinstance(self.target_parameters, str):
@@ -182,12 +189,13 @@ class Lora(Additive):
     name = "lora"
     config = LoraConfig
     roles = (*LAYOUTS["lora"].roles, "initial_A", "initial_B")  # the last two are frozen, and of no file
-    options = frozenset({"tucker"})
+    options = frozenset({"tucker", "across"})
     thin = True
     shifts = frozenset({"lora_B_bias"})
 
     @classmethod
-    def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, **_: object) -> Fresh:
+    def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, across: bool = False, **_: object) -> Fresh:
+        """`across`: on a convolution with groups PEFT's form."""
         r = patterns.first(config.rank_pattern, (site.name,), config.r)
         alpha = float(patterns.first(config.alpha_pattern, (site.name,), config.lora_alpha))
         if config.use_rslora:
@@ -204,6 +212,8 @@ class Lora(Additive):
             }
             if init is False:
                 tensors["lora_B"] = kaiming(o, r, *ones, generator=site.generator)
+        elif across:
+            tensors = dict(zip(("lora_A", "lora_B"), _initial_branch(config, site, r), strict=True))
         else:
             A, B = _initial(config, site, r, alpha / r)
             names = ("lora_embedding_A", "lora_embedding_B") if g.lookup else ("lora_A", "lora_B")
@@ -232,6 +242,12 @@ class Lora(Additive):
     @classmethod
     def factors(cls, p: Tensors, spec: Spec) -> Factors:
         A, B = _factors(p)
+        if is_across(p):
+            raise NoWeightError(
+                "Merging is not supported for _ConvNd layers with groups > 1! PEFT's LoRA of one is a branch beside it",
+                where=f"a convolution with {spec.geometry.groups} groups",
+                remedy="Leave the adapter unmerged: it acts all the same. diffpeft.attach makes one that can be merged.",
+            )
         if "lora_mid" in p:
             A, _ = tucker_factors(p["lora_mid"], B.flatten(1).T, A.flatten(1))
         if "initial_A" in p:
@@ -239,8 +255,8 @@ class Lora(Additive):
         return Factors(A, B)
 
     @classmethod
-    def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors:
-        return cls.factors(p, spec)
+    def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors | Branch:
+        return Branch(*_factors(p)) if is_across(p) else cls.factors(p, spec)
 
     @classmethod
     def bias(cls, b: Tensor | None, p: Tensors, spec: Spec) -> Tensor | None:
@@ -253,6 +269,27 @@ PAIR = (*LAYOUTS["lora"].twins, *LAYOUTS["lora"].twins.values())  # A and B, und
 def _factors(p: Tensors) -> tuple[Tensor, Tensor]:
     """A and B, under PEFT's two names for them."""
     return (p["lora_A"], p["lora_B"]) if "lora_A" in p else (p["lora_embedding_A"], p["lora_embedding_B"])
+
+
+def is_across(p: Mapping[str, Shaped]) -> bool:
+    """Whether tensors are PEFT's for a convolution with groups: B [out, r / groups, *1] mixes the ranks by group."""
+    return shapes.is_across({role: p[role].shape for role in ("lora_A", "lora_B", "lora_mid") if role in p})
+
+
+def _initial_branch(config: LoraConfig, site: Site, r: int) -> tuple[Tensor, Tensor]:
+    """A [r, in, *k] and B [o, r / groups, *1] of a convolution with groups, as PEFT draws them."""
+    g, init = site.geometry, config.init_lora_weights
+    if r % g.groups:
+        raise ConfigError(
+            f"Targeting a Conv{len(g.kernel)}d with groups={g.groups} and rank {r}. Currently, support is limited to conv layers "
+            "where the rank is divisible by groups. Either choose a different rank or do not target this specific layer.",
+            where=site.name,
+        )
+    checks.check_choice("init_lora_weights", init, (True, False, "gaussian"))
+    shape, up = (r, g.in_, *g.kernel), (g.out, r // g.groups, *(1 for _ in g.kernel))
+    normal = torch.empty(shape).normal_(std=1 / r, generator=site.generator) if init == "gaussian" else None
+    A = kaiming(*shape, generator=site.generator) if normal is None else normal
+    return A, torch.zeros(up) if init else kaiming(*up, generator=site.generator)
 
 
 def _from_weight(init: bool | str) -> bool:

@@ -237,8 +237,8 @@ def update_of(module: nn.Module, slot: Slot) -> Update:
                 remedy="Load the model again to get its own weights.",
             )
         base = record.base if record.base is not None else weights_of(module)
-        W = (op.weight() if op.backend else op.canonical(base["weight"])).to(slot.weight.device, dtype)
-        bias = base["bias"].to(W) if "bias" in base else None
+        W = (op.weight() if op.backend else op.canonical(base[op.weight_name])).to(slot.weight.device, dtype)
+        bias = base[op.bias_name].to(W) if op.bias_name in base else None
         whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
         return Update(delta, factors, slot.rank, whole.shift(dtype, bias))

@@ -20,6 +20,7 @@ from diffpeft.layers.backends import backend_of
 from diffpeft.layers.carried import Parameters, Record, Step
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
 from diffpeft.layers.patches import Patch
+from diffpeft.layers.sites import parameter_names
 from diffpeft.model.arena import Arena
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, Mix
@@ -220,12 +221,13 @@ class _Fuser:
             self.patched.append((job.module, fused))
             self.puts += [(job.module._parameters, name, t) for name, t in weights.items()]
         else:
-            weights["weight"] = self.shared.setdefault(id(job.module._parameters["weight"]), weights["weight"])
+            name = parameter_names(job.module)[0]
+            weights[name] = self.shared.setdefault(id(job.module._parameters[name]), weights[name])
             self.plan.carry(job.module, fused, weights)
 
     def rewritten(self, job: _Job, steps: Sequence[Step]) -> bool:
         """Plan to write a layer's weight where it lies, if its base goes; False, and nothing is planned, where that might fail or reach others."""
-        weight = job.module._parameters.get("weight")
+        weight = job.module._parameters.get(parameter_names(job.module)[0])
         if self.keep or job.record.fused or job.record.patches or weight is None or id(weight) not in self.alone:
             return False
         total = bounded_sum(job.module, job.base, steps)

@@ -17,9 +17,9 @@ from torch import nn
 from diffpeft.bundle import dotted
 from diffpeft.errors import AdapterStateError, UnknownNameError, shown
 from diffpeft.layers.backends import Backend, backend_of
-from diffpeft.layers.carried import LAYER_PARAMETERS, Copy, Parameters, Record, Step, bare, effective, op_of
+from diffpeft.layers.carried import Copy, Parameters, Record, Step, bare, effective, op_of
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import parameter_names, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite
 from diffpeft.model.attach import Walk, mixes_of, plan_unlisted, refuse_foreign
@@ -133,6 +133,13 @@ class _Merger:
                     remedy="Pass dequantize=True to get a plain layer, or leave the adapter unmerged; it acts all the same.",
                 )
             return self._replace(plan, layer, module, backend, steps)
+        error = self._direct(plan, layer, module, record, base, steps)
+        return error if slots else None
+
+    def _direct(
+        self, plan: Plan, layer: str, module: nn.Module, record: Record, base: Parameters, steps: Sequence[Step]
+    ) -> float | None:
+        """Plan to give a module the numbers that its adapters make of `base`. -> the relative error of its weight."""
         refuse_unfit(layer, module, record, self.owners, self.untie)
         like = {name: module._parameters[name].data for name in base}  # type: ignore[union-attr]
         weights, error = _merged(layer, module, base, like, steps)
@@ -140,9 +147,10 @@ class _Merger:
             plan.carry(module, None)
             self.puts += [(module._parameters, name, t) for name, t in weights.items()]
         else:
-            weights["weight"] = self.shared.setdefault(id(module._parameters["weight"]), weights["weight"])
+            name = parameter_names(module)[0]
+            weights[name] = self.shared.setdefault(id(module._parameters[name]), weights[name])
             plan.carry(module, None, weights)
-        return error if slots else None
+        return error
 
     def _taken(self, plan: Plan, layer: str, module: nn.Module, steps: Sequence[Step]) -> float | None:
         """Plan to give a module the numbers of its acting copy, with what acts after that in them."""
@@ -158,7 +166,7 @@ class _Merger:
         if len(steps) == 1:
             return None
         names = dict.fromkeys(
-            n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else LAYER_PARAMETERS)
+            n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else parameter_names(module))
         )
         base = {n: p.data for n in names if (p := copy.module._parameters.get(n)) is not None}
         weights, error = _merged(layer, module, base, base, steps[1:])

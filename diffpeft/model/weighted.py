@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converters.formats.attention import times
 from diffpeft.errors import ConfigError, shown
 from diffpeft.layers.carried import Copy, Record, bare, bare_copy, op_of, record_of
 from diffpeft.layers.hooks import present
@@ -24,7 +25,7 @@ from diffpeft.methods import LoraConfig
 from diffpeft.methods.base import Geometry
 from diffpeft.methods.ia3 import FACTORS
 from diffpeft.methods.linalg import kaiming
-from diffpeft.methods.lora import PAIR, Lora
+from diffpeft.methods.lora import PAIR, Lora, is_across
 from diffpeft.methods.merging import merged
 from diffpeft.model.patches import Patched
 from diffpeft.model.plan import Plan
@@ -89,9 +90,10 @@ def filled(values: Values) -> Callable[[Mapping[str, nn.Module], dict[str, Slot]
 
 def merged_loras(model: nn.Module, weighted: Weighted, recipe: Recipe) -> Values:
     """The values of a LoRA that is made of others by a recipe. Raises ConfigError."""
+    layers = layers_with(model, [adapter for adapter, _ in weighted])
     factors = {
-        layer: _MADE[recipe.what](recipe, _sources(module, weighted), op_of(module))
-        for layer, module in layers_with(model, [adapter for adapter, _ in weighted]).items()
+        layer: _MADE[recipe.what](recipe, _sources(module, weighted, times(layer, layers), recipe), op_of(module))
+        for layer, module in layers.items()
     }
 
     def values(layer: str, slot: Slot) -> Mapping[str, Tensor]:
@@ -101,19 +103,21 @@ def merged_loras(model: nn.Module, weighted: Weighted, recipe: Recipe) -> Values
     return values
 
 
-def _sources(module: nn.Module, weighted: Weighted) -> list[Source]:
-    """Those of the adapters that are on a layer, in their order, in fp32 or better."""
+def _sources(module: nn.Module, weighted: Weighted, by: int, recipe: Recipe) -> list[Source]:
+    """Those of the adapters that are on a layer, in their order, in fp32 or better; `by` how many times they act in PEFT."""
     slots = slots_on(module)
-    return [_source(slots[adapter], weight) for adapter, weight in weighted if adapter in slots]
+    return [_source(slots[adapter], weight, by, recipe) for adapter, weight in weighted if adapter in slots]
 
 
-def _source(slot: Slot, weight: float) -> Source:
+def _source(slot: Slot, weight: float, by: int, recipe: Recipe) -> Source:
     (part,) = slot.parts
 
     def read() -> Source:
         p = {role: t.detach() for role, t in slot.tensors_of(part).items()}
-        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in Lora.factors(p, part.spec))
-        return Source(weight, Lora.scale(p, part.spec), A, B)
+        apart = recipe.what == "factors" and is_across(p)  # then nothing asks what their product is
+        pair = (p["lora_A"], p["lora_B"]) if apart else Lora.factors(p, part.spec)
+        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in pair)
+        return Source(weight, Lora.scale(p, part.spec) / by, A, B)
 
     return present(slot, read)
 
@@ -160,6 +164,8 @@ _MADE = {"factors": _of_factors, "sides": _of_sides, "deltas": _of_deltas}
 
 def _padded(factors: Factors, likeA: Tensor, likeB: Tensor) -> Factors:
     """Factors in the shapes of a slot's, with zeros up to its rank."""
+    if tuple(t.shape for t in factors) == (likeA.shape, likeB.shape):
+        return factors
     k = len(factors[0])
     A, B = torch.zeros_like(likeA, dtype=factors[0].dtype), torch.zeros_like(likeB, dtype=factors[1].dtype)
     A[:k] = factors[0].reshape(k, *A.shape[1:])

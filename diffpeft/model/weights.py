@@ -11,19 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, NonFiniteError, UnfitError, shown
-from diffpeft.layers.carried import (
-    FUSED,
-    LAYER_PARAMETERS,
-    Parameters,
-    Record,
-    Step,
-    base_class,
-    effective,
-    record_of,
-    stamps_of,
-)
+from diffpeft.layers.carried import FUSED, Parameters, Record, Step, base_class, effective, record_of, stamps_of
 from diffpeft.layers.chain import factors_of
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import parameter_names, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide, wide_dtype
 
@@ -41,7 +31,7 @@ Empty = Callable[[Tensor], Tensor]  # a tensor with anything in it that lies in 
 def touched(module: nn.Module, record: Record) -> list[str]:
     """The parameters of a module that its adapters may change. A layer has a weight, and may have a bias."""
     parameters = module._parameters
-    names = [name for name in LAYER_PARAMETERS if record.slots and parameters.get(name) is not None]
+    names = [name for name in parameter_names(module) if record.slots and parameters.get(name) is not None]
     return list(dict.fromkeys((*names, *(name for patch in record.patches.values() for name in patch.names))))
 
 
@@ -65,23 +55,19 @@ def fused_weights(
     `empty`: finds memory for the weight.
     """
     present = like or {name: module._parameters[name].data for name in base}
-    dtype = computed_in(present)
+    dtype, (weight, bias) = computed_in(present), parameter_names(module)
     with torch.no_grad():
         start = {name: t.to(present[name].device) for name, t in base.items()}
         total = thin_sum(module, steps, dtype, start)
-        by_rows = {} if total is None else {**start, "weight": total.into(empty(present["weight"]), scratch)}
+        by_rows = {} if total is None else {**start, weight: total.into(empty(present[weight]), scratch)}
         exact = by_rows or effective(module, steps, dtype, start)
-    if "bias" in exact and "bias" not in present:
+    if bias in exact and bias not in present:
         raise no_bias(layer, steps)
-    out = {
-        name: laid_out(exact[name], t, empty if name == "weight" else torch.empty_like) for name, t in present.items()
-    }
+    out = {name: laid_out(exact[name], t, empty if name == weight else torch.empty_like) for name, t in present.items()}
     for name, t in out.items():
         if not is_finite(t):
             raise not_finite(layer, module, steps, name, t.dtype)
-    return {
-        name: t.clone() if t.data_ptr() == base[name].data_ptr() and name != "bias" else t for name, t in out.items()
-    }
+    return {name: t.clone() if t.data_ptr() == base[name].data_ptr() and name != bias else t for name, t in out.items()}
 
 
 def not_finite(layer: str, module: nn.Module, steps: Sequence[Step], name: str, dtype: torch.dtype) -> NonFiniteError:
@@ -210,12 +196,13 @@ def thin_sum(module: nn.Module, steps: Sequence[Step], dtype: torch.dtype, base:
         or site is None
         or not site.in_order
         or not all(map(_is_thin, steps))
-        or base["weight"].numel() < LARGE
+        or base[site.weight_name].numel() < LARGE
     ):
         return None
+    W = base[site.weight_name]
     factors = [(slot(factors_of, dtype), s) for slot, s in steps]  # type: ignore[operator]
     A, B = [A for (A, _), _ in factors], [B * s for (_, B), s in factors]
-    return Sum(base["weight"], A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1))
+    return Sum(W, A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1))
 
 
 def _is_thin(step: Step) -> bool:

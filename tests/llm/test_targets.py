@@ -8,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -226,3 +227,22 @@ def test_a_config_can_be_used_twice():
     for kind in ("llama", "bert"):
         diffpeft.get_peft_model(model(kind), config)
     assert config.target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
+def test_what_mambas_kernel_reads_is_refused_in_peft_s_words(kind):
+    config = getattr(transformers, f"{kind}Config")(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
+    make = lambda: getattr(transformers, f"{kind}ForCausalLM")(config)  # noqa: E731
+    for targets in (["out_proj"], ["conv1d"], ["in_proj", "out_proj"], "all-linear"):
+        for library in (peft, diffpeft):
+            with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
+                library.get_peft_model(make(), library.LoraConfig(target_modules=targets))
+    base = make()
+    for of_method in (
+        diffpeft.AdaLoraConfig(total_step=1),
+        diffpeft.LoHaConfig(),
+    ):  # their effect would be lost as well
+        with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
+            diffpeft.attach(base, of_method, targets=["conv1d"])
+    assert not any("conv1d" in layer for layer in diffpeft.attach(base, diffpeft.LoraConfig(), targets="full").layers)
+    assert diffpeft.get_peft_model(make(), diffpeft.LoraConfig(target_modules=["in_proj", "x_proj"]))

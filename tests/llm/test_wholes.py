@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import pickle
 
 import peft
@@ -10,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_flatten
+from transformers.utils import ModelOutput
 
 import diffpeft
 from diffpeft import AdapterStateError, LoraConfig, get_peft_model
@@ -220,3 +224,123 @@ def test_multi_head_attention_reads_the_copy_of_its_projection():
     assert all(g is not None for grads in found for g in grads)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, **SAME)
+
+
+Pair = collections.namedtuple("Pair", "y z")
+
+
+@dataclasses.dataclass
+class Record:
+    y: torch.Tensor
+    z: object = None
+
+
+@dataclasses.dataclass
+class Output(ModelOutput):
+    y: torch.Tensor | None = None
+    z: object = None
+
+
+class Giving(nn.Module):
+    """A module that gives what a function makes of its two results."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.a, self.b, self.make = nn.Linear(6, 6), nn.Linear(6, 4), make
+
+    def forward(self, x):
+        return self.make(self.a(x), self.b(x))
+
+
+GIVEN = {
+    "a tuple": lambda y, z: (y, z),
+    "a list": lambda y, z: [y, z],
+    "a named tuple": Pair,
+    "a dict": lambda y, z: {"y": y, "z": z},
+    "a data class": Record,
+    "an output of transformers": lambda y, z: Output(y=y, z=(z, None)),
+    "nested": lambda y, z: (y, {"z": [z, None, 3, "x"]}),
+}
+NOT_GIVEN = {
+    "a number": lambda y, z: (y, z.mean()),
+    "other rows": lambda y, z: (y, z[:1].repeat(7, 1)),
+    "an object": lambda y, z: (y, object()),
+    "numbers that differ": lambda y, z: (y, float(z.sum())),
+}
+
+
+def mixed(make, module=None):
+    """A model that trains a module whole in two adapters, and what it holds: outputs of the parts, if they have names."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.proj, self.part = nn.Linear(6, 6), module or Giving(make)
+
+        def forward(self, x):
+            return self.part(self.proj(x))
+
+    wrapped = get_peft_model(Net(), LoraConfig(target_modules=["proj"], modules_to_save=["part"]), "a")
+    wrapped.add_adapter("b", LoraConfig(target_modules=["proj"], modules_to_save=["part"]))
+    for name, p in wrapped.named_parameters():
+        if "copies" in name or "adapters" in name:
+            nn.init.normal_(p)
+    return wrapped.double().eval()
+
+
+NAMES = ["a", "b", "__base__", "b"]
+ROWS = torch.randn(4, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", GIVEN.values(), ids=GIVEN)
+def test_a_batch_with_an_adapter_a_row_is_mixed_in_whatever_holds_tensors(make):
+    wrapped = mixed(make)
+    together = wrapped(ROWS, adapter_names=NAMES)
+    alone = [wrapped(ROWS[row : row + 1], adapter_names=[name]) for row, name in enumerate(NAMES)]
+    assert type(together) is type(alone[0])
+    leaves, shape = tree_flatten(together)
+    for row, other in enumerate(alone):
+        others, its_shape = tree_flatten(other)
+        assert its_shape == shape
+        for leaf, its in zip(leaves, others, strict=True):
+            if isinstance(leaf, Record):
+                leaf, its = torch.cat([leaf.y, leaf.z], 1), torch.cat([its.y, its.z], 1)
+            if isinstance(leaf, torch.Tensor):
+                torch.testing.assert_close(leaf[row : row + 1], its, **SAME)
+            else:
+                assert leaf == its
+
+
+@pytest.mark.parametrize("make", NOT_GIVEN.values(), ids=NOT_GIVEN)
+def test_what_has_no_rows_is_refused_in_peft_s_words(make):
+    with pytest.raises(
+        TypeError, match="Mixed batching is only supported for the following modules: Linear, Embedding"
+    ):
+        mixed(make)(ROWS, adapter_names=NAMES)
+    assert mixed(make)(ROWS, adapter_names=["a"] * 4)  # nothing to divide
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: nn.GRU(6, 5, batch_first=True),
+        lambda: nn.LSTM(6, 5),
+        lambda: nn.RNN(6, 5, num_layers=2, batch_first=True),
+        lambda: SequenceFirst(6, 2),
+    ],
+)
+def test_modules_whose_states_have_rows_elsewhere_are_refused(module, number):
+    """Each of two rows is as long as the states of one layer are: an axis of the right length need not be that of the rows."""
+    wrapped = mixed(None, module())
+    x = torch.randn(number, 3, 6).double()
+    with pytest.raises(
+        TypeError, match=r"supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d\."
+    ):
+        wrapped(x, adapter_names=(["a", "b"] * 2)[:number])
+
+
+class SequenceFirst(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)
