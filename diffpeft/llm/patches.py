@@ -31,6 +31,7 @@ from diffpeft.model.patches import (
     Patched,
     factors_on,
     input_table,
+    parameters_of,
     refusal_of,
     rows_of,
     tokens_on,
@@ -142,8 +143,8 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
     _check_factors(config, targets)
     patches: Patched = {}
     keys: set[str] = set()
-    for where, (module, _) in modules_of(model, lambda m: bool(m._parameters)).items():
-        by_name = {name: f"{where}.{name}" for name, p in module._parameters.items() if p is not None}
+    for where, (module, _) in modules_of(model, lambda m: bool(parameters_of(m))).items():
+        by_name = {name: f"{where}.{name}" for name in parameters_of(module)}
         keys |= set(by_name.values())
         targeted = [name for name, key in by_name.items() if any(names_parameter(target, key) for target in targets)]
         if targeted and not where:

@@ -13,7 +13,7 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError, shown
 from diffpeft.layers.hooks import held_forwards, refusal
 from diffpeft.layers.parameters import ParameterFactors, Stack
-from diffpeft.layers.patches import Patch
+from diffpeft.layers.patches import Patch, parametrised
 from diffpeft.layers.tokens import Tokens
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.linalg import kaiming
@@ -24,11 +24,34 @@ Patched = dict[str, tuple[nn.Module, Patch]]  # {name: (module, its patch)}
 
 def refusal_of(module: nn.Module, where: str) -> str:
     """Why a module's parameters cannot be changed; empty if they can."""
-    if isinstance(module, (nn.Embedding, nn.Linear)):
+    if isinstance(module, (nn.Embedding, nn.Linear)) and not parametrised(module):
         return refusal(module, None, where)
     if "forward" in vars(module) and not held_forwards(module):
         return "another library has replaced its forward"
-    return "it is parametrised" if "parametrizations" in module._modules else ""
+    return ""
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """What a module's parameters are called, those among them that are parametrised last."""
+    return [*(name for name, p in module._parameters.items() if p is not None), *parametrised(module)]
+
+
+def numbers_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module; of a parametrised one what it is in evaluation, where nothing is changed by reading it."""
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        return parameter
+    inner = list(module.get_submodule(f"parametrizations.{name}").modules())
+    training = [m.training for m in inner]
+    try:
+        for m in inner:
+            m.training = False
+        with torch.no_grad():
+            worked_out: Tensor = getattr(module, name)
+            return worked_out
+    finally:
+        for m, was in zip(inner, training, strict=True):
+            m.training = was
 
 
 # Rows of embeddings
@@ -92,8 +115,8 @@ def factors_on(module: nn.Module, where: str, names: Sequence[str], config: Lora
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     scales: dict[str, float] = {}
     for name in names:
-        key, parameter, stack = f"{where}.{name}", module._parameters[name], Stack.of(module, name)
-        assert parameter is not None
+        key, parameter = f"{where}.{name}", numbers_of(module, name)
+        stack = Stack.of(module, name, parameter.shape)
         if stack is None or not parameter.is_floating_point():
             raise ConfigError(
                 f"target_parameters has {shown(key)}, of shape {tuple(parameter.shape)} and {parameter.dtype}",
