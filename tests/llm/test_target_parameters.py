@@ -347,13 +347,6 @@ def test_unknown_names_are_named():
         get_peft_model(net, LoraConfig(target_modules=[], target_parameters=["flat"]))
 
 
-def test_a_parameter_that_is_computed_from_others_is_refused_by_name():
-    net = nn.Sequential(nn.Linear(4, 4))
-    torch.nn.utils.parametrizations.spectral_norm(net[0])
-    with pytest.raises(AdapterStateError, match="weight' cannot be adapted: it is parametrised"):
-        get_peft_model(net, LoraConfig(target_parameters=["0.weight"]))
-
-
 def test_other_methods_refuse_it():
     with pytest.raises(ConfigError, match="target_parameters"):
         get_peft_model(
