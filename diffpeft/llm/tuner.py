@@ -87,11 +87,8 @@ def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision
     parts = {"": model}
     with planned(parts) as plan:
         merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
-        plan_mix(
-            plan, model, parts, merged
-        )  # what is in the weights stays in them, and nothing clashes with the others
+        plan_mix(plan, model, parts, merged)  # what is in the weights stays in them; the new one comes after it
         config = plan_injected(plan, model, config, name, active=True, precision=precision)
-        plan_mix(plan, model, parts, {**merged, name: 1.0})
         plan_listed(plan, model, name, config)
     return config
 
