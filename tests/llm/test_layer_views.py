@@ -281,7 +281,7 @@ def test_copies_and_rows_are_seen_as_in_peft(active):
         assert rows.trainable_tokens_delta.c is rows.trainable_tokens_delta["c"]
         return {
             "active": [list(part.active_adapters) for part in (lin, head)],
-            "rows": active in rows.active_adapters and "c" == active,
+            "rows": active in rows.active_adapters and active == "c",
             "copies": list(head.modules_to_save),
             "index": {name: list(index) for name, index in rows.token_indices.items()},
             "deltas": {name: tuple(delta.shape) for name, delta in rows.trainable_tokens_delta.items()},
