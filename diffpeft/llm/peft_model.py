@@ -172,7 +172,7 @@ class PeftModel(Passing, Counted, nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """False inside `disable_adapter`, in this thread, and after the adapters were switched off; True also where there is none to switch off."""
-        return self.tuner.enabled or not self.active_adapters
+        return self.tuner.enabled or not (self.__dict__["_prompts"] or self.active_adapters)
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -389,13 +389,12 @@ class PeftModel(Passing, Counted, nn.Module):
     def _name(self) -> str | None:
         return self.get_base_model().__dict__.get("name_or_path") or None
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: object = None, **options: Any) -> object:
+    def push_to_hub(self, repo_id: str, **options: Any) -> object:
         """Save into a repository on the Hub, which is made. Its own model card is kept and completed.
 
         Args:
             options: the Hub's (`commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`), `tags` for the model card, and
                 those of `save_pretrained`.
-            max_shard_size: changes nothing: an adapter is one file.
         """
         names = inspect.signature(pushed).parameters
         hub = {name: options.pop(name) for name in names if name in options}
