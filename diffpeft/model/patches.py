@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, shown
+from diffpeft.errors import AdapterStateError, ConfigError, shown
 from diffpeft.layers.hooks import held_forwards, refusal
 from diffpeft.layers.parameters import ParameterFactors, Stack
 from diffpeft.layers.patches import Patch, parametrised
@@ -77,9 +77,13 @@ def _table_rows(where: str, module: nn.Module, index: object) -> Tensor:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A table's weight [tokens, dim] as it is without adapters."""
-    weight = module._parameters["weight"]
-    assert weight is not None
+    """A table's weight [tokens, dim] as it is without adapters. Raises AdapterStateError for a parametrised one."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise AdapterStateError(
+            f"the weight of a {type(module).__name__} is parametrised, and has no rows of its own",
+            remedy="Leave it out of trainable_token_indices.",
+        )
     return weight
 
 
@@ -89,8 +93,10 @@ def with_tied(model: nn.Module, patches: Patched) -> Patched:
     source = next(((where, patch) for where, (module, patch) in patches.items() if module is table), None)
     if table is None or source is None:
         return patches
-    where, patch = source
-    same = modules_of(model, lambda m: isinstance(m, (nn.Embedding, nn.Linear)) and weight_of(m) is weight_of(table))
+    (where, patch), shared = source, weight_of(table)
+    same = modules_of(
+        model, lambda m: isinstance(m, (nn.Embedding, nn.Linear)) and m._parameters.get("weight") is shared
+    )
     tied = {n: (m, patch) for n, (m, _) in same.items() if n not in patches or rows_of(patches[n][1]) == rows_of(patch)}
     return {where: (table, patch), **{n: pair for n, pair in patches.items() if n not in tied}, **tied}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -589,3 +590,17 @@ def test_a_parametrised_parameter_is_not_merged():
     assert torch.equal(model(torch.ones(1, 6).double()), want)
     plain = model.unload()
     assert type(plain.lin).__name__ == "ParametrizedTwice" and "copies" not in plain.lin._modules
+
+
+def test_rows_of_a_parametrised_table_are_refused_and_others_are_not_looked_at():
+    def make():
+        model = nn.Sequential(OrderedDict(emb=nn.Embedding(5, 4), lin=nn.Linear(4, 4), out=nn.Linear(4, 3)))
+        nn.utils.parametrizations.spectral_norm(model.out)
+        return model
+
+    fields = dict(r=2, target_modules=["lin"], trainable_token_indices={"emb": [1]})
+    assert get_peft_model(make(), LoraConfig(**fields))(torch.tensor([1, 2])).shape == (2, 3)
+    model = make()
+    nn.utils.parametrizations.spectral_norm(model.emb)
+    with pytest.raises(AdapterStateError, match="parametrised, and has no rows"):
+        get_peft_model(model, LoraConfig(**fields))
