@@ -81,7 +81,7 @@ class Base:
 
     def squares(self, axis: int) -> Tensor:
         """Kept while the weight is frozen and the same."""
-        W = self.op.module.weight
+        W = self.op.parameter
         if self.W is not None or W.requires_grad or self.op.backend or traced():
             return squares(self.weight(), axis)
         stamp = stamp_of(W)

@@ -50,7 +50,7 @@ class Geometry:
     @property
     def layer(self) -> LayerShape:
         """What of it decides which tensors fit."""
-        return LayerShape(self.shape, self.lookup)
+        return LayerShape(self.shape, self.lookup, self.groups)
 
     @property
     def columns(self) -> int:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from diffpeft.methods import layout
 from diffpeft.methods.base import Additive, Alpha, Fresh, Link, Method, Shaped, Site, Spec, Strength, Tensors
-from diffpeft.methods.forms import Factors
+from diffpeft.methods.forms import Branch, Factors
 from diffpeft.methods.linalg import squares, wide
 from diffpeft.methods.loha import LoHa
 from diffpeft.methods.lokr import LoKr
-from diffpeft.methods.lora import Lora, LoraConfig
+from diffpeft.methods.lora import Lora, LoraConfig, is_across
 from diffpeft.methods.peft_config import PeftConfig
 
 INNER: tuple[type[Additive], ...] = (Lora, LoHa, LoKr)
@@ -50,7 +50,7 @@ class Dora(Method):
     name = "dora"
     config = LoraConfig
     roles = tuple(dict.fromkeys((*layout.LAYOUTS["dora"].roles, *Lora.roles)))
-    options = frozenset({"dora", "tucker"})
+    options = frozenset({"dora", "tucker", "across"})
     precise = frozenset({PEFT, LYCORIS})
     shifts = Lora.shifts
 
@@ -60,7 +60,8 @@ class Dora(Method):
         fresh = method.init(config, site, **options)
         W = site.weight()
         p = {role: t.to(W) for role, t in {**fresh.tensors, **fresh.frozen}.items()}
-        V = method.weight(W, p, Spec(site.geometry, fresh.alpha, fresh.options))
+        spec = Spec(site.geometry, fresh.alpha, fresh.options)
+        V = _beside(W, p, spec) if is_across(p) else method.weight(W, p, spec)
         m, ones = norms(V, 0 if dora == "out" else 1), [1] * len(site.geometry.kernel)
         if dora == "in":
             magnitude = {LYCORIS: m.view(1, -1, *ones)}
@@ -100,6 +101,8 @@ class Dora(Method):
     def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
         method, q, axis = inner(p), _rest(p), axis_of(p, spec)
         g = spec.geometry
+        if is_across(q):
+            return _with_branch(before, x, p, spec, s, bias)
         thin = method is Lora and (axis == 0 or not (g.lookup or g.groups > 1))
         if not thin:
             return super().apply(before, x, p, spec, s, bias)
@@ -116,6 +119,23 @@ class Dora(Method):
             return op.plus(y, op.scaled(x, c.to(before.dtype)), Factors(A, B), s * scale)
         rows = (s * scale * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
         return before.plus(x, Factors(A, B * rows), 1.0, bias, k)
+
+
+def _beside(W: Tensor, p: Tensors, spec: Spec) -> Tensor:
+    """W with what PEFT's norm of a branch takes for its change: all numbers of B and A as one product of rank r.  W [o, i / groups, *k]."""
+    A, B = p["lora_A"], p["lora_B"]
+    return W + Lora.scale(p, spec) * (B.reshape(-1, len(A)) @ A.flatten(1)).reshape(W.shape)
+
+
+def _with_branch(before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
+    """W x, and a branch beside it, by the ratio of magnitude and norm; at strength s that share of the way there."""
+    q = _rest(p)
+    with torch.no_grad():
+        norm = norms(_beside(before.weight(), q, spec), 0)
+    c = _ratio(p, norm)
+    A, B = q["lora_A"], q["lora_B"]
+    rows = (s * Lora.scale(q, spec) * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
+    return before.plus(x, Branch(A, B * rows), 1.0, bias, (1 + s * (c - 1)).to(before.dtype))
 
 
 def _rest(p: Mapping[str, T]) -> dict[str, T]:

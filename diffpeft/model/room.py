@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError, ShapeMismatchError
 from diffpeft.layers.slot import Piece, Slot, pieces_of
-from diffpeft.methods.lora import Lora
+from diffpeft.methods.lora import Lora, is_across
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted
 
@@ -97,6 +97,12 @@ def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, wh
     if room < 0:
         raise ShapeMismatchError(
             f"rank {A.shape[0]} is above {rank}", where=where, remedy="Load the first adapter with a higher max_rank=."
+        )
+    if room and is_across(tensors):
+        raise ShapeMismatchError(
+            f"a branch beside a convolution with groups has rank {A.shape[0]}, and no room for {rank}",
+            where=where,
+            remedy="Use adapters of one rank.",
         )
     if scale != to and not to:
         raise ShapeMismatchError(

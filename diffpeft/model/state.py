@@ -20,7 +20,7 @@ from diffpeft.methods.layout import DROPOUTS
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.banks import shared_by
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import adapted, components
+from diffpeft.model.target import FSDP_UNIT, adapted, components
 
 TRAINING = DROPOUTS | {"adjusted", "rank_dropout_scale"}  # no part of what f is
 
@@ -37,7 +37,8 @@ def slots_of(target: object, name: str) -> dict[str, Slot]:
 def slots_in(model: nn.Module, name: str, plan: Plan | None = None) -> dict[str, Slot]:
     """{layer: slot} of one adapter on one module, as it is or as a plan will have it."""
     records = ((layer, plan.record_of(m) if plan else record) for layer, m, record in adapted(model))
-    return {layer: record.slots[name] for layer, record in records if record is not None and name in record.slots}
+    slots = {layer: record.slots[name] for layer, record in records if record is not None and name in record.slots}
+    return {layer: getattr(slot, FSDP_UNIT, slot) for layer, slot in slots.items()}
 
 
 def beside_slots(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Module | None:
@@ -67,6 +68,7 @@ def whole_tensors(
     for where, _, record in adapted(model):
         for module in record.beside(name, hidden=False):
             at = f"{where}.{COPIES}.{escaped(name)}."
+            module = getattr(module, FSDP_UNIT, module)
             for key, tensor in module.state_dict().items():
                 tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
     return tensors

@@ -59,8 +59,49 @@ def check(config: TrainConfig) -> Checked:
     name = _name(config, config.output())
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
-    account = data.survey(str(config.data), config.instance_prompt, config.resolution or known.resolution)
-    return Checked(name, account, prior.planned(config))
+    return Checked(name, surveyed(config, known), prior.planned(config))
+
+
+def account_of(config: TrainConfig, steps: bool) -> Account:
+    """The account of data alone: of a config that may lack a model and an output. `steps`: whether its steps were asked for.
+
+    Raises ConfigError, DataError or CheckpointError.
+    """
+    config.check_values()
+    known = Sizes(None, None)
+    if config.model:
+        check_model(config.model, config.base, config.vae, config.text_encoders())
+        known = _trainable(config)
+    account = surveyed(config, known)
+    return account if steps else replace(account, steps=None)
+
+
+def surveyed(config: TrainConfig, known: Sizes) -> Account:
+    """The account of a run's data. `known` is what configs tell of the model's sizes. Raises DataError or ConfigError."""
+    out = Path(config.out).resolve() if config.out else None
+    sources = data.sources_of(config.data or ())
+    if out and any(source.path.resolve() == out for source in sources):
+        raise ConfigError(
+            "the output folder is the folder of the images",
+            where=out,
+            remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
+        )
+    sides = sides_of(config, known.resolution)
+    account = data.survey(
+        config.data or (),
+        config.instance_prompt,
+        data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
+        trigger=config.trigger,
+        mask=config.mask,
+        skip=[Path(folder) for folder in (config.out, config.class_data) if folder],
+    )
+    return replace(account, steps=(config.steps, config.batch_size))
+
+
+def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:
+    """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
+    sides = config.resolution or resolution or ()
+    return (sides,) if isinstance(sides, int) else tuple(sides)
 
 
 def _name(config: TrainConfig, out: Path) -> str:
@@ -108,6 +149,6 @@ def _check_checkpoint(path: Path, family: str, base: Facts) -> None:
             trainable(base.pipeline, {**base.configs, component: read}, path)
 
 
-def resized(checked: Checked, resolution: int) -> Checked:
-    """The same for training images of `resolution` pixels."""
-    return replace(checked, account=replace(checked.account, resolution=resolution))
+def resized(checked: Checked, sizing: data.Sizing) -> Checked:
+    """The same with other sizes of training pictures."""
+    return replace(checked, account=replace(checked.account, sizing=sizing))

@@ -26,12 +26,23 @@ def option(
     at_most: float | None = None,
     needs: str = "",
     required: bool = False,
+    several: str = "",
 ) -> Any:
-    """A field with what the command line says of it, the values that are allowed, and the option without which it would do nothing."""
+    """A field with what the command line says of it, the values that are allowed, and the option without which it would do nothing.
+
+    `several` says how several values are typed: `repeated`, each after the option's name, or `commas`.
+    """
     limits = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     return field(
         default=default,
-        metadata={"help": help, "choices": choices, "limits": limits, "needs": needs, "required": required},
+        metadata={
+            "help": help,
+            "choices": choices,
+            "limits": limits,
+            "needs": needs,
+            "required": required,
+            "several": several,
+        },
     )
 
 
@@ -40,7 +51,7 @@ class Options:
     """The options that every training run has, and the checks of all."""
 
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
-    data: str | None = option(None, "What to train on.", required=True)
+    data: str | Sequence[str] | None = option(None, "What to train on.", required=True)
     out: str | None = option(None, "The folder for what is written.", required=True)
     dtype: str | None = option(
         None,
@@ -66,16 +77,21 @@ class Options:
     seed: int = option(0, "Everything random follows from it.", at_least=0)
 
     def validate(self) -> None:
+        """Raise ConfigError for the first option that is missing, has a value that is not allowed, or would change nothing."""
+        for f in fields(self):
+            if getattr(self, f.name) is None and f.metadata["required"]:
+                raise ConfigError(f"--{f.name} is missing", remedy=f"Pass --{f.name}. {f.metadata['help']}")
+        self.check_values()
+
+    def check_values(self) -> None:
         """Raise ConfigError for the first option with a value that is not allowed, or that would change nothing."""
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
             if value is None:
-                if meta["required"]:
-                    raise ConfigError(f"--{f.name} is missing", remedy=f"Pass --{f.name}. {meta['help']}")
                 continue
             _check_type(f.name, value, str(f.type))
             _check_value(f.name, value, meta)
-            if meta["needs"] and getattr(self, meta["needs"]) is None:
+            if meta["needs"] and getattr(self, meta["needs"]) in (None, False):
                 raise ConfigError(
                     f"{f.name} without {meta['needs']}, and so it would do nothing",
                     remedy=f"Pass --{_flag(meta['needs'])} too, or leave --{_flag(f.name)} out.",
@@ -111,10 +127,19 @@ class TrainConfig(Options):
     text_encoder: str | Sequence[str] | None = option(
         None, "The files of the text encoders, with commas, where the single file has none.", needs="base"
     )
-    data: str | None = option(
-        None, "A folder of images; NAME.txt or NAME.caption beside NAME.png is its caption.", required=True
+    data: str | Sequence[str] | None = option(
+        None,
+        "A folder of images, with those below it, or a .jsonl or .csv of file_name and text; NAME.txt or NAME.caption beside NAME.png is its caption. "
+        "May be repeated; DIR:3 counts three times.",
+        required=True,
+        several="repeated",
     )
-    instance_prompt: str | None = option(None, "The caption of images without a caption file.")
+    instance_prompt: str | None = option(None, "The caption of images without a caption of their own.")
+    trigger: str | None = option(None, "The word for what is learnt: [trigger] in captions and prompts stands for it.")
+    mask: str | None = option(
+        None,
+        "What counts in an image: alpha (its transparency), or a folder of masks with the images' names; white counts.",
+    )
     class_prompt: str | None = option(
         None, "Switches prior preservation on: what the class is called, without the new word."
     )
@@ -124,12 +149,25 @@ class TrainConfig(Options):
     num_class_images: int | None = option(
         None, "How many class images there shall be; default: 100.", at_least=1, needs="class_prompt"
     )
-    resolution: int | None = option(
-        None, "Side of the training images in pixels; default: what the model was made for.", at_least=8
+    resolution: int | Sequence[int] | None = option(
+        None,
+        "Side of the square that training images have the area of, in pixels; default: what the model was made for. "
+        "With several, as in 512,768, an image is used in each that does not enlarge it.",
+        at_least=8,
+        several="commas",
     )
+    buckets: bool = option(True, "Keep the shapes of images, by sd-scripts' buckets; else all are cropped to squares.")
     flip: bool = option(False, "Mirror images at random.")
+    crop: str = option("center", "What of an image is used where it is too long.", choices=("center", "random"))
     caption_dropout: float = option(
         0.0, "Probability of an empty caption, which guidance needs.", at_least=0, at_most=1
+    )
+    shuffle_captions: bool = option(False, "Put the parts of captions between commas in another order each time.")
+    keep_tokens: int | None = option(
+        None,
+        "How many parts of a caption stay in front when they are shuffled; default: 0.",
+        at_least=0,
+        needs="shuffle_captions",
     )
     targets: str | Sequence[str] = option(
         "attn",
@@ -170,9 +208,10 @@ def _flag(name: str) -> str:
 
 def _check_type(name: str, value: object, declared: str) -> None:
     """Raise ConfigError for a value that is not of the declared type, or no finite number."""
-    if isinstance(value, (list, tuple)) and "Sequence[str]" in declared:
+    entries = next((kind for kind in _KINDS if f"Sequence[{kind}]" in declared), None)
+    if isinstance(value, (list, tuple)) and entries:
         for entry in value:
-            _check_type(name, entry, "str")
+            _check_type(name, entry, entries)
         return
     kinds, words = _KINDS[declared.partition(" ")[0]]
     if (
@@ -185,8 +224,9 @@ def _check_type(name: str, value: object, declared: str) -> None:
 
 
 def _check_value(name: str, value: object, meta: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a value that is empty, not among the choices, or beyond a limit."""
-    for text in (value or [""]) if isinstance(value, (list, tuple)) else [value]:
+    """Raise ConfigError for a value that is empty, not among the choices, or beyond a limit; of several values, for any."""
+    values = (value or [""]) if isinstance(value, (list, tuple)) else [value]
+    for text in values:
         if isinstance(text, str) and not text.strip():
             raise ConfigError(f"{name} is empty", remedy=f"Give it a value, or leave --{_flag(name)} out.")
     if meta["choices"] and value not in meta["choices"]:
@@ -195,7 +235,7 @@ def _check_value(name: str, value: object, meta: Mapping[str, Any]) -> None:
             remedy=f"{near(str(value), meta['choices'])} Allowed: {', '.join(meta['choices'])}.".strip(),
         )
     limits = {words: limit for words, limit in meta["limits"].items() if limit is not None}
-    if any(not _WITHIN[words](value, limit) for words, limit in limits.items()):
+    if any(not _WITHIN[words](number, limit) for words, limit in limits.items() for number in values):
         bounds = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
         raise ConfigError(f"{name} is {value}", remedy=f"It is {bounds}.")
 
@@ -227,7 +267,7 @@ def target_names(targets: str | Iterable[str], presets: Iterable[str]) -> str | 
     return names
 
 
-PATHS = {"model", "base", "vae", "text_encoder", "data", "out", "class_data", "heldout"}  # the options that are paths
+PATHS = {"model", "base", "vae", "text_encoder", "data", "out", "class_data", "heldout", "mask"}  # that are paths
 # {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
 OTHER_NAMES: dict[str, str] = {
     "learning_rate": "lr",
@@ -277,6 +317,18 @@ OTHER_NAMES: dict[str, str] = {
     "with_prior_preservation": "class_prompt, which switches it on",
     "caption_dropout_rate": "caption_dropout",
     "random_flip": "flip",
+    "shuffle_caption": "shuffle_captions",
+    "enable_bucket": "buckets, which are on",
+    "trigger_word": "trigger",
+    "random_crop": "crop, which is center or random",
+    "center_crop": "crop, which is center or random",
+    "alpha_mask": "mask, which is alpha or a folder",
+    "masked_loss": "mask, which is alpha or a folder",
+    "conditioning_data_dir": "mask",
+    "class_tokens": "instance_prompt",
+    "dataset_repeats": "data, as DIR:3",
+    "num_repeats": "data, as DIR:3",
+    "repeats": "data, as DIR:3",
     "flip_aug": "flip",
     "output_dir": "out",
     "output_name": "name",
@@ -308,7 +360,10 @@ def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyO
             raise UnknownNameError(error.what, where=path, remedy=f"{hint(name, known)} {error.remedy}".strip())
     values = {name.replace("-", "_"): value for name, value in values.items()}
     for name in PATHS & values.keys():
-        if re.search(r"[\a\b\f\n\r\t\v]", str(values[name])):  # "C:\temp" in double quotes: its \t is a tab
+        paths = values[name] if isinstance(values[name], list) else [values[name]]
+        if any(
+            re.search(r"[\a\b\f\n\r\t\v]", str(path)) for path in paths
+        ):  # "C:\temp" in double quotes: its \t is a tab
             raise ConfigError(f"{name} is {shown(values[name])}", where=path, remedy=_BACKSLASHES)
     return kind(**values | dict(overrides))
 

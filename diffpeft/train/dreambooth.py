@@ -22,9 +22,11 @@ from diffpeft.model.target import PRESETS, components, select
 from diffpeft.pipeline.load import save_lora
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, prior
+from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts
-from diffpeft.train.check import Checked, check, resized
+from diffpeft.train.check import Checked, check, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
+from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.loop import LearningRate, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, check_weighted, denoising, with_prior
@@ -32,7 +34,6 @@ from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt, resc
 from diffpeft.train.watch import Quiet, Watch
 
 FORMATS = ("diffusers", "kohya")
-Images = tuple[Sequence[data.Example], Latents]  # with their latents, in the same order
 
 
 @dataclass
@@ -62,24 +63,14 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     dtype = config.dtype or default_dtype(device)
     watch.phase("looking at the model")
     family = _opened(config, dtype, device)
-    config = resolved(config, checked.name, dtype, family)
-    if checked.account.resolution != config.resolution:  # the configs did not tell
-        checked = resized(checked, resolution(config, family))
-        if checked.account.small:
-            watch.note(checked.account.notes()[0])
-    name, size = checked.name, resolution(config, family)
+    config, sizing = resolved(config, checked.name, dtype, family), sizing_of(config, family)
+    checked, name = _resized(checked, sizing, watch), checked.name
     chosen_layers(config, family)
-    texts = Texts(family, live=_live(config, family))
-    watch.phase("encoding the captions")
-    texts.learn(_prompts(config, checked))
-    examples = (checked.account.examples, class_examples(config, family, checked.prior, watch, texts))
-    watch.phase("encoding the images")
-    images = [(part, Latents(family, part, size, config.flip, watch.tick)) for part in examples]
-    family.parts.free("vae")
+    assembly, texts = _encoded(config, family, checked, sizing, watch)
     watch.phase("loading the model")
     adapt(config, family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS))
-    loss_at = _loss(config, family, texts, images[0], images[1])
+    loss_at = _loss(config, family, assembly, texts)
     watch.phase("training")
     losses = fit(
         parameters_of(family.pipe, name),
@@ -122,18 +113,37 @@ def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> Trai
         config,
         name=name,
         dtype=dtype,
-        resolution=resolution(config, family),
+        resolution=config.resolution or family.resolution,
         max_length=family.max_length,
         alpha=config.rank if config.alpha is None else config.alpha,
     )
 
 
-def resolution(config: TrainConfig, family: Family) -> int:
-    """The side of the training images; it must suit the model's latents."""
-    size = config.resolution or family.resolution
-    if size % family.multiple:
-        raise ConfigError(f"resolution is {size}", remedy=f"For this model it is a multiple of {family.multiple}.")
-    return size
+def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
+    """How the sizes of training pictures follow from those of images; they must suit the model's latents."""
+    sides = sides_of(config, family.resolution)
+    for side in sides:
+        if side % family.multiple:
+            raise ConfigError(f"resolution is {side}", remedy=f"For this model it is a multiple of {family.multiple}.")
+    return data.Sizing(sides, config.buckets, family.multiple)
+
+
+def _resized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
+    """The account with the sizes that the model can have; what the configs did not tell is said."""
+    sized = resized(checked, sizing)
+    before = checked.account.lines()
+    for line in sized.account.lines():
+        if line not in before:
+            watch.note(line)
+    return sized
+
+
+def batches_of(config: TrainConfig, examples: Sequence[data.Example], sizing: data.Sizing, kind: str) -> Batches:
+    """The batches of a kind of examples, by step."""
+    showing = Showing(
+        config.flip, config.crop, config.caption_dropout, config.shuffle_captions, config.keep_tokens or 0
+    )
+    return Batches(examples, sizing, config.batch_size, config.seed, kind, showing)
 
 
 def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
@@ -141,10 +151,22 @@ def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
     return family.adaptable if config.train_text_encoder else ()
 
 
-def _prompts(config: TrainConfig, checked: Checked) -> list[str]:
-    """Every prompt of a run."""
+def _encoded(
+    config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch
+) -> tuple[Assembly, Texts]:
+    """The batches of a run, and its texts: all that its steps will need is computed, and what computed it is given up."""
+    steps, texts = range(config.steps), Texts(family, live=_live(config, family))
+    watch.phase("encoding the captions")
+    instances = batches_of(config, checked.account.examples, sizing, "instance")
     prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    return ["", *(example.caption for example in checked.account.examples), *prior_prompts]
+    texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
+    classes = class_examples(config, family, checked.prior, watch, texts)
+    assembly = Assembly([instances, batches_of(config, classes, sizing, "class")], Latents(family))
+    texts.learn(assembly.captions(steps))
+    watch.phase("encoding the images")
+    assembly.learn(steps, watch.tick)
+    family.parts.free("vae")
+    return assembly, texts
 
 
 def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
@@ -197,42 +219,19 @@ def class_examples(
     return data.captioned(plan.paths(), plan.provenance.prompt)
 
 
-def _loss(
-    config: TrainConfig,
-    family: Family,
-    texts: Texts,
-    instances: Images,
-    classes: Images,
-) -> Callable[[int], Tensor]:
+def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts) -> Callable[[int], Tensor]:
     """The loss [] by step. Every draw is a function of seed, step and place in the batch."""
     device, density = family.parts(family.denoiser).device, DENSITIES[family.levels.density]
 
-    def loss_at(step: int) -> Tensor:
-        batch = _batch(config, step, instances, classes)
-        batch = replace(batch, latents=batch.latents.to(device), noise=batch.noise.to(device), u=density(batch.u))
+    def loss_of(batch: Batch) -> Tensor:
+        batch = replace(batch.to(device), u=density(batch.u))
         losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
         return with_prior(losses, batch.is_class.to(losses.device), config.prior_weight or prior.WEIGHT)
 
+    def loss_at(step: int) -> Tensor:
+        return torch.stack([loss_of(batch) for batch in assembly.at(step)]).sum()
+
     return loss_at
-
-
-def _batch(config: TrainConfig, step: int, instances: Images, classes: Images) -> Batch:
-    """The batch of a step: instance images, and as many class images if there are any."""
-    latents, noise, u, prompts, is_class, frames = [], [], [], [], [], []
-    for kind, (examples, cached) in (("instance", instances), ("class", classes)):
-        if not examples:
-            continue
-        for place, index in enumerate(
-            draw.order(len(examples), step * config.batch_size, config.batch_size, config.seed, kind)
-        ):
-            key = (config.seed, step, kind, place)
-            latents.append(cached.draw(index, config.flip and draw.uniform(*key, "flip") < 0.5, *key))
-            noise.append(torch.randn(latents[-1].shape, generator=draw.generator(*key, "noise")))
-            u.append(draw.uniform(*key, "level"))
-            prompts.append("" if draw.uniform(*key, "caption") < config.caption_dropout else examples[index].caption)
-            is_class.append(kind == "class")
-            frames.append(cached.frames[index])
-    return Batch(torch.stack(latents), torch.stack(noise), torch.tensor(u), prompts, torch.tensor(is_class), frames)
 
 
 def save(run: TrainRun) -> list[Path]:
@@ -289,7 +288,7 @@ def _metadata(run: TrainRun) -> dict[str, object]:
         "modelspec.title": run.name,
         "modelspec.implementation": "diffusers",
         "modelspec.architecture": f"{run.family.architecture}/lora",
-        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
         "modelspec.trigger_phrase": config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,

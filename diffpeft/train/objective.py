@@ -6,7 +6,7 @@ min-SNR: Hang et al. 2023, arXiv:2303.09556. Prior preservation: DreamBooth, Rui
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from diffpeft.families import Conditions, Family, Frame, Noised
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from."""
+    """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
+
+    `mask` [b, 1, h, w] says how much each place counts.
+    """
 
     latents: Tensor
     noise: Tensor
@@ -25,13 +28,20 @@ class Batch:
     prompts: list[str]
     is_class: Tensor  # [b] bool
     frames: Sequence[Frame]
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, latents=self.latents.to(device), noise=self.noise.to(device), mask=mask)
 
 
 def denoising(family: Family, batch: Batch, texts: Conditions, snr_gamma: float | None = None) -> Tensor:
     """Mean squared error of the prediction by sample [b], weighted. `texts` is what the denoiser reads of the prompts."""
     noised = family.levels.noised(batch.latents, batch.noise, batch.u)
     prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
-    error = (prediction - noised.target.float()).square().flatten(1).mean(1)
+    error = (prediction - noised.target.float()).square()
+    error = (error if batch.mask is None else error * batch.mask).flatten(1).mean(1)
     return error if snr_gamma is None else error * min_snr(noised, snr_gamma)
 
 
@@ -65,8 +75,7 @@ def min_snr(noised: Noised, gamma: float) -> Tensor:
 def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
     """The loss of a batch from those of its samples [b]: mean over the instance images plus prior_weight x mean over the class images.
 
-    So the prior weighs the same however many class images there are.
+    So the prior weighs the same however many class images there are. A batch may have images of one kind only.
     """
-    if not is_class.any():
-        return losses.mean()
-    return losses[~is_class].mean() + prior_weight * losses[is_class].mean()
+    kinds = ((1.0, ~is_class), (prior_weight, is_class))
+    return torch.stack([weight * losses[mask].mean() for weight, mask in kinds if mask.any()]).sum()

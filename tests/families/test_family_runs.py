@@ -20,6 +20,7 @@ from diffpeft.model.state import slots_of
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
+from diffpeft.train.data import View
 from diffpeft.train.draw import generator
 from diffpeft.train.objective import Batch, denoising
 from tests.families.pipelines import pipeline
@@ -68,17 +69,19 @@ def run(request, tmp_path_factory):
 def losses(run, strength):
     """The loss of every image at eight levels [8 x 4], with the same noise whatever the strength."""
     family, examples = run.family, run.account.examples
-    latents = dreambooth.Latents(family, examples, run.config.resolution, flip=False)
-    z, prompts = torch.stack([mean for ((mean, _),) in latents.moments]), [e.caption for e in examples]
+    latents = dreambooth.Latents(family)
+    views = [View.centred(e.size, (run.config.resolution,) * 2) for e in examples]
+    z = torch.stack([latents(e, view).mean for e, view in zip(examples, views, strict=True)])
+    prompts, frames = [e.caption for e in examples], [v.frame(e.size) for e, v in zip(examples, views, strict=True)]
     with diffpeft.adapters(family.pipe, {run.name: strength}):
         texts = embedded(family, prompts)
-        return torch.cat([denoising(family, batch(family, z, prompts, level, latents), texts) for level in range(8)])
+        return torch.cat([denoising(family, batch(family, z, prompts, level, frames), texts) for level in range(8)])
 
 
-def batch(family, z, prompts, level, latents):
+def batch(family, z, prompts, level, frames):
     u = DENSITIES[family.levels.density](torch.full((len(z),), (level + 0.5) / 8))
     noise = torch.randn(z.shape, generator=generator("paired", level))
-    return Batch(z, noise, u, prompts, torch.zeros(len(z), dtype=torch.bool), latents.frames)
+    return Batch(z, noise, u, prompts, torch.zeros(len(z), dtype=torch.bool), frames)
 
 
 def test_sixty_steps_on_four_images_lower_the_paired_loss_by_more_than_three_standard_errors(run):

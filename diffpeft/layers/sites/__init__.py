@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from diffpeft.layers.backends import Kind
+from diffpeft.layers.sites.attention import AttentionSite
 from diffpeft.layers.sites.base import LayerSite
 from diffpeft.layers.sites.conv import ConvSite, TransposedConvSite
 from diffpeft.layers.sites.embedding import EmbeddingSite
@@ -21,6 +22,7 @@ SITES: tuple[type[LayerSite], ...] = (
     ConvSite,
     TransposedConvSite,
     NormSite,
+    AttentionSite,
 )
 
 
@@ -43,7 +45,14 @@ def _site(cls: type[nn.Module]) -> type[LayerSite] | None:
     return next((s for s in SITES if any(map(fits, s.kinds)) or cls.__name__.endswith(s.endings)), None)
 
 
+def parameter_names(module: nn.Module) -> tuple[str, str]:
+    """What a module calls its weight and its bias, adapted or not."""
+    site = site_of(getattr(type(module), "_diffpeft_base", type(module)))
+    return ("weight", "bias") if site is None else (site.weight_name, site.bias_name)
+
+
 __all__ = [
+    "AttentionSite",
     "ConvSite",
     "EmbeddingSite",
     "LinearSite",
@@ -52,5 +61,6 @@ __all__ = [
     "LayerSite",
     "TransposedConvSite",
     "TransposedLinearSite",
+    "parameter_names",
     "site_of",
 ]
