@@ -62,6 +62,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 _MODULES = {"schedule": "diffpeft.model.schedule"}
 __all__ = sorted([*_HOME, *_MODULES])
+_PEFTS = ("functional", "helpers", "optimizers", "tuners", "utils")  # its modules, which are attributes of it
 
 if TYPE_CHECKING:
     from diffpeft.alias import as_peft as as_peft
@@ -162,6 +163,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value: Any = importlib.import_module(_MODULES[name])
+    elif name in _PEFTS:
+        value = importlib.import_module(f"diffpeft.{name}")
     elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     else:

@@ -120,7 +120,9 @@ def carrying_class(base: Class) -> Class:
 
         def attribute(self: nn.Module, name: str) -> object:
             record = record_of(self)
-            value = _ABSENT if record is None or name in (ADAPTERS, COPIES) else _read(self, record, name)
+            # FSDP 1 takes a parameter away and looks whether it is gone
+            known = name not in (ADAPTERS, COPIES) and any(name in self.__dict__[kind] for kind in _TABLES)
+            value = _ABSENT if record is None or not known else _read(self, record, name)
             return base.__getattr__(self, name) if value is _ABSENT else value
 
         items = {name: _of_what_acts(name) for name in _ITEMS if hasattr(base, name)}

@@ -27,14 +27,20 @@ class BaseTunerLayer(metaclass=_Carrying):
     other_param_names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
+    def names(cls, record: Record) -> set[str]:
+        """The adapters by which a module with this record is one of these."""
+        held = {name: set(slot.methods) for name, slot in record.slots.items()}
+        for name, patch in record.patches.items():
+            if isinstance(patch, ParameterFactors):
+                held[name] = {"lora"}
+            elif isinstance(patch, Tokens) and name not in record.hidden:
+                held.setdefault(name, {"rows"})
+        return {name for name, methods in held.items() if not cls.methods or methods & cls.methods}
+
+    @classmethod
     def carried_by(cls, module: nn.Module, record: Record) -> bool:
         """Whether a module with this record is one of these."""
-        held = {method for slot in record.slots.values() for method in slot.methods}
-        held |= {"lora" for patch in record.patches.values() if isinstance(patch, ParameterFactors)}
-        held |= {
-            "rows" for name, patch in record.patches.items() if isinstance(patch, Tokens) and name not in record.hidden
-        }
-        return not held.isdisjoint(cls.methods) if cls.methods else bool(held)
+        return bool(cls.names(record))
 
 
 class LoraLayer(BaseTunerLayer):

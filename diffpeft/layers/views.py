@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType, MethodType
-from typing import Any, ClassVar, Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Copy, Record, bare
 from diffpeft.layers.mixes import ChoiceLike, SingleLike
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot, at_rest
+from diffpeft.layers.tokens import Tokens
 from diffpeft.methods.linalg import wide_dtype
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -81,6 +83,20 @@ class ReadAttribute:
 action = functools.partial(ReadAttribute, bound=True)
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of a table that adapters train, by their names."""
+
+    trainable_tokens_delta: Mapping[str, Tensor]
+    token_indices: Mapping[str, list[int]]
+    active_adapters: list[str]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The adapters that are active."""
+        return self.active_adapters
+
+
 class Views:
     """The attributes and methods of PEFT's layers, and of its modules that are trained whole."""
 
@@ -89,7 +105,7 @@ class Views:
     @ReadAttribute
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The modules inside that hold adapters by their names."""
-        modules = cast(Any, self)._modules
+        modules = cast(nn.Module, self)._modules
         return tuple(name for name in (ADAPTERS, COPIES) if name in modules)
 
     @ReadAttribute
@@ -146,9 +162,22 @@ class Views:
 
     @ReadAttribute
     def original_module(self) -> nn.Module:
-        """The module that copies stand for."""
-        _copies(self._diffpeft)
+        """The module that copies stand for, or whose rows are trained."""
+        if not _rows(self._diffpeft):
+            _copies(self._diffpeft)
         return bare(cast(nn.Module, self))
+
+    @ReadAttribute
+    def token_adapter(self) -> TokenRows:
+        """The rows of the module that adapters train."""
+        rows = _rows(self._diffpeft)
+        if not rows:
+            raise AttributeError(f"of module {self._diffpeft.where!r} no rows are trained")
+        return TokenRows(
+            MappingProxyType({name: patch.delta for name, patch in rows.items()}),
+            {name: patch.rows.tolist() for name, patch in rows.items()},
+            [name for name in _single(self._diffpeft).active if name in rows],
+        )
 
     @ReadAttribute
     def modules_to_save(self) -> Mapping[str, nn.Module]:
@@ -263,6 +292,11 @@ def _held(record: Record) -> dict[str, Slot | ParameterFactors]:
     if not (record.slots or factors):
         raise AttributeError(f"module {record.where!r} has no adapter on its weight")
     return {**record.slots, **factors}
+
+
+def _rows(record: Record) -> dict[str, Tokens]:
+    """The rows of a module that adapters train."""
+    return {name: patch for name, patch in record.patches.items() if isinstance(patch, Tokens)}
 
 
 def _copies(record: Record) -> Mapping[str, Copy]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from torch import Tensor, nn
 
@@ -38,7 +38,9 @@ def targeting(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor
     layers = {layer for layer in read if attention.around(layer, read) is None}
     _warn_others(model, config, layers)
     config = copy.deepcopy(config)
-    config.target_modules = layers
+    config.target_modules = _exactly(layers, modules_of(model, lambda module: module is not model))
+    if config.exclude_modules:
+        config.exclude_modules = None
     if isinstance(config, IA3Config):
         vectors = {layer: tensors[key] for key, (layer, role) in roles.items() if role == FACTORS}
         config.feedforward_modules = _on_inputs(model, resolved(model, config), vectors)
@@ -50,7 +52,7 @@ def _plain(key: str) -> str:
     return key.removeprefix(PREFIX).removeprefix(f"{COMPILED}.")
 
 
-def _warn_others(model: nn.Module, config: PeftConfig, layers: Collection[str]) -> None:
+def _warn_others(model: nn.Module, config: PeftConfig, layers: Set[str]) -> None:
     """Say which modules of a model a config means, and the keys do not, and the other way round."""
     try:
         config = resolved(model, config)
@@ -71,17 +73,26 @@ def _warn_others(model: nn.Module, config: PeftConfig, layers: Collection[str]) 
         warnings.warn(" ".join((told, *more, "")), RuntimeWarning, stacklevel=4)
 
 
+def _exactly(layers: Set[str], names: Iterable[str]) -> set[str] | str:
+    """Layers, so that none of the other names is meant: an expression where one ends as a layer is called."""
+    ends = tuple(f".{layer}" for layer in layers)
+    return _either(layers) if any(name.endswith(ends) for name in names if name not in layers) else {*layers}
+
+
+def _either(layers: Iterable[str]) -> str:
+    """The expression for whole names that means these."""
+    return "|".join(map(re.escape, sorted(layers)))
+
+
 def _on_inputs(model: nn.Module, config: IA3Config, vectors: Mapping[str, Tensor]) -> set[str] | str:
-    """What `feedforward_modules` has to be for layers with these vectors: names, or an expression where a name is the end of another layer's."""
+    """What `feedforward_modules` has to be for layers with these vectors: those on whose inputs one is."""
     modules = layers_of(model)
     inner = {
         layer
         for layer, vector in vectors.items()
         if layer in modules and _is_inner(modules[layer][0], layer, vector, config)
     }
-    if any(is_feedforward(inner, layer) for layer in vectors if layer not in inner):
-        return "|".join(map(re.escape, sorted(inner)))
-    return inner
+    return _either(inner) if any(is_feedforward(inner, layer) for layer in vectors if layer not in inner) else inner
 
 
 def _is_inner(module: nn.Module, layer: str, vector: Tensor, config: IA3Config) -> bool:

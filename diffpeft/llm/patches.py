@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -119,7 +119,7 @@ def _tables(model: nn.Module, name: str) -> dict[str, nn.Module]:
     if not meant:
         known = {n for n, _ in model.named_modules()}
         raise UnknownNameError(
-            f"Target modules {{{name!r}}} not found in the base model",
+            f"Target modules {{{name!r}}} not found in the base model.",
             where="trainable_token_indices",
             remedy=near(name, {n.rpartition(".")[2] for n in known} | known) or "Name an embedding.",
         )
@@ -171,8 +171,8 @@ def _raise_none(model: nn.Module, config: PeftConfig, targets: Sequence[str], ke
 def _refuse_parametrised(model: nn.Module, targets: Sequence[str]) -> None:
     """Raise AdapterStateError for a target that is no parameter any more, since another library computes it from others."""
     for where, (module, _) in modules_of(model, lambda m: "parametrizations" in m._modules).items():
-        computed: Any = module._modules["parametrizations"]
-        for name in computed:
+        computed = module._modules["parametrizations"]
+        for name in computed._modules if computed is not None else ():
             if any(names_parameter(target, f"{where}.{name}") for target in targets):
                 raise AdapterStateError(
                     f"parameter {shown(f'{where}.{name}')} cannot be adapted: it is parametrised",
@@ -238,7 +238,7 @@ def _check(where: str, patch: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, place in patch.state_dict().items():
         if tensors[name].shape != place.shape:
             raise ShapeMismatchError(
-                f"{name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}",
+                f"size mismatch: {name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}",
                 where=where,
                 remedy="It is for another model or config.",
             )

@@ -26,6 +26,7 @@ from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_inp
 from diffpeft.llm.distributed import gathered, in_units, unwrapped
 from diffpeft.llm.hub import pushed
 from diffpeft.llm.injection import targeting
+from diffpeft.llm.mismatched import Mismatch, fitting
 from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompt_tuner import PromptTuner
 from diffpeft.llm.prompts import POSITIONAL, Arguments, Prepare
@@ -375,7 +376,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
     def _config_to_save(self, name: str) -> PeftConfig:
         """An adapter's config as its file has it: for inference, with the names of the base model and of its class."""
-        config = state.saved(self.peft_config[name])
+        config = state.saved(self.tuner.with_ranks(name, self.peft_config[name]))
         config.base_model_name_or_path = config.base_model_name_or_path or self._name()
         config.inference_mode = True
         if config.task_type is None and config.auto_mapping is None:
@@ -410,6 +411,7 @@ class PeftModel(Passing, Counted, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
@@ -419,6 +421,7 @@ class PeftModel(Passing, Counted, nn.Module):
             ephemeral_gpu_offload, low_cpu_mem_usage: change nothing: tensors go straight from the file to their place.
             key_mapping: {expression: replacement} for the file's keys beyond `base_model.model.`, the first that is found in a key; by default the
                 model's `_checkpoint_conversion_mapping`, if it has one.
+            ignore_mismatched_sizes: what the file has in other sizes stays as a fresh adapter has it.
 
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
@@ -432,7 +435,7 @@ class PeftModel(Passing, Counted, nn.Module):
         config.base_model_name_or_path = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping)
+        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping, ignore_mismatched_sizes)
         wrapper = cls._around(model, config)
         with inside(folder.where), planned({"": model}) as plan:
             settled = config if config.is_prompt_learning else copy.copy(config)
@@ -468,14 +471,15 @@ class PeftModel(Passing, Counted, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
-        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping)
+        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
             tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
             with planned({"": self.get_base_model()}) as plan:
-                result = self.tuner.plan_overwritten(plan, adapter_name, tensors)
+                result = _plan_overwritten(plan, self, adapter_name, tensors, ignore_mismatched_sizes)
                 if not is_trainable:
                     plan.evaluate(self)
             return result
@@ -667,7 +671,7 @@ def _say_base(config: PeftConfig, model: nn.Module, revision: str | None) -> Non
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
             stacklevel=3,
         )
@@ -752,9 +756,23 @@ def set_peft_model_state_dict(
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         known([adapter_name], model.peft_config)
-        with planned({"": model.get_base_model()}) as plan:
-            return model.tuner.plan_overwritten(plan, adapter_name, peft_model_state_dict)
-    return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
+    with planned({"": model.get_base_model() if isinstance(model, PeftModel) else model}) as plan:
+        return _plan_overwritten(plan, model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes)
+
+
+def _plan_overwritten(
+    plan: Plan, model: nn.Module, name: str, tensors: Mapping[str, Tensor], ignore_mismatched: bool
+) -> Incompatible:
+    """Plan to put tensors into an adapter that is there, on a wrapped or a bare model; with `ignore_mismatched` those that fit."""
+    mismatched: list[Mismatch] = []
+    if ignore_mismatched:
+        present = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
+        tensors, mismatched = fitting(tensors, present, type(model).__name__)
+    if isinstance(model, PeftModel):
+        result = model.tuner.plan_overwritten(plan, name, tensors)
+    else:
+        result = state.plan_overwritten(plan, model, name, state.config_of(model, name), tensors)
+    return result._replace(mismatched_keys=mismatched)
 
 
 def load_peft_weights(

@@ -170,6 +170,10 @@ class PromptTuner(Prompts):
             **whole_tensors(self.base_model, name, PREFIX, gathered),
         }
 
+    def with_ranks(self, name: str, config: PeftConfig) -> PeftConfig:
+        """A config as it is: prompts have no ranks."""
+        return config
+
     def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Plan to put a file's tensors into an adapter that is there."""
         return self._plan_tensors(plan, name, self.encoder(name), self.peft_config[name], tensors)

@@ -64,6 +64,21 @@ LABELLED = (
 )  # tasks with a label for each token; PEFT forgets those of the prompt in the second and fails
 
 
+def _word_embeddings(model: Any) -> Any:
+    """A model's; of one that does not tell, the first module with as many rows as the vocabulary has words, which is PEFT's guess, or None."""
+    if hasattr(model, "get_input_embeddings"):
+        return model.get_input_embeddings()
+    words = getattr(getattr(model, "config", None), "vocab_size", None)
+    table = next((name for name, p in model.named_parameters() if p.dim() and len(p) == words), None)
+    return None if table is None else model.get_submodule(table.rpartition(".")[0])
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model is, by what it says or by its first parameter."""
+    devices = {parameter.device: None for parameter in model.parameters()}
+    return getattr(model, "device", next(iter(devices), torch.device("cpu")))
+
+
 class Prompts(nn.Module):
     """The model, frozen by the first adapter, and its prompt adapters by name. Its state dict is that of PEFT's model with the same adapters.
 
@@ -79,14 +94,10 @@ class Prompts(nn.Module):
                 f"task_type is {task_type}", remedy=f"A prompt method needs one of {', '.join(POSITIONAL)}."
             )
         self.task_type = TaskType(task_type)
-        if not hasattr(base_model, "get_input_embeddings"):
-            raise ConfigError(
-                f"{type(base_model).__name__} has no get_input_embeddings", remedy="Use a model of transformers."
-            )
         self.base_model = base_model
         self.prompt_encoder = nn.ModuleDict()
         self.prompt_tokens: dict[str, Tensor] = {}
-        self.word_embeddings = base_model.get_input_embeddings()
+        self.word_embeddings = _word_embeddings(base_model)
 
     def add(self, name: str, config: PromptLearningConfig) -> VirtualTokens:
         """Complete `config` from the model and make its encoder, on the model's device and in fp32. Anything wrong: nothing is added."""
@@ -106,7 +117,11 @@ class Prompts(nn.Module):
             )
         config.validate()
         self.completed(config)
-        encoder = kind(config, self.word_embeddings).to(self.base_model.device)
+        if self.word_embeddings is None and config.peft_type != PeftType.PREFIX_TUNING:
+            raise ConfigError(
+                f"{type(self.base_model).__name__} has no get_input_embeddings", remedy="Use a model of transformers."
+            )
+        encoder = kind(config, self.word_embeddings).to(_device_of(self.base_model))
         if not self.prompt_encoder:
             plan.require_grad(self.base_model.parameters(), False)
         nn.ModuleDict({name: encoder})  # which says what name it cannot hold
@@ -117,7 +132,7 @@ class Prompts(nn.Module):
 
     def completed(self, config: PromptConfig) -> PromptConfig:
         """`config`, with what it leaves to the model and the task filled in."""
-        complete(config, self.base_model.config)
+        complete(config, getattr(self.base_model, "config", {}))
         if config.num_transformer_submodules is None:
             config.num_transformer_submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
         return config

@@ -55,7 +55,7 @@ from diffpeft.model import embeddings as embedded
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.banks import shared_by
 from diffpeft.model.mix import Adapter, check_name
-from diffpeft.model.plan import Plan, planned
+from diffpeft.model.plan import Plan
 from diffpeft.model.precision import Precision, plan_into
 from diffpeft.model.state import beside_slots, entries_of, gathered_slot, slots_in, tensors_of, whole_tensors
 from diffpeft.model.target import layers_of
@@ -309,7 +309,7 @@ def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -
         old, new = present[wrong[0]], tensors[wrong[0]]
         resized = isinstance(module, (nn.Embedding, nn.Linear)) and old.shape[1:] == new.shape[1:] and len(new)
         raise ShapeMismatchError(
-            "; ".join(shapes),
+            f"size mismatch: {'; '.join(shapes)}",
             where=where,
             remedy=f"If the vocabulary was resized, call model.resize_token_embeddings({len(new)}) first."
             if resized
@@ -354,16 +354,10 @@ def plan_read(
     plan.root(model, mix)
 
 
-def overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Incompatible:
-    """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
-    with planned({"": model}) as plan:
-        return plan_overwritten(plan, model, name, config, tensors)
-
-
 def plan_overwritten(
     plan: Plan, model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> Incompatible:
-    """Plan what `overwrite` does. Raises ShapeMismatchError, or what `read` raises."""
+    """Plan to put PEFT's tensors into an adapter that is there. Raises ShapeMismatchError, or what `read` raises."""
     slots = slots_in(model, name)
     resized = adalora.plan_resized(plan, model, name, config) if isinstance(config, AdaLoraConfig) else {}
     file = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
@@ -407,7 +401,7 @@ def _plan_slot(
         before = present.get(role)
         if before is None or before.shape != new.shape:
             raise ShapeMismatchError(
-                f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if before is None else tuple(before.shape)}",
+                f"size mismatch: layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if before is None else tuple(before.shape)}",
                 remedy="Load it under another name.",
             )
         if role in resized:

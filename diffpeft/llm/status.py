@@ -12,9 +12,7 @@ from diffpeft.errors import ConfigError, WrongKindError
 from diffpeft.layers.backends import backend_of, numbers
 from diffpeft.layers.carried import Record
 from diffpeft.layers.slot import Slot
-from diffpeft.layers.tokens import Tokens
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.mix import Mix
 from diffpeft.model.target import adapted, kind_of
 
 Value = TypeVar("Value")
@@ -131,8 +129,8 @@ _KINDS = ("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")  # of
 def _statuses(name: str, module: nn.Module, record: Record, off: Iterable[str] | None) -> Iterator[TunerLayerStatus]:
     """The states of what a module carries, as PEFT has it: adapters on it or on its parameters, copies, and rows of it. `off` as in `_status`."""
     slots = {n: slot for n, slot in record.slots.items() if slot.parts}
-    factors = {n: patch for n, patch in record.patches.items() if not isinstance(patch, Tokens)}
-    rows = {n: patch for n, patch in record.patches.items() if isinstance(patch, Tokens)}
+    factors = {n: patch for n, patch in record.patches.items() if not patch.shows}
+    rows = {n: patch for n, patch in record.patches.items() if patch.shows}
     copies = {n: held.module for n, held in record.copies.items() if not held.still}
     if slots or factors:
         kind = _kind_of(module, slots) if slots else "lora.ParamWrapper"
@@ -168,13 +166,13 @@ def _status(
     """
     parameters = {n: list(inner.parameters()) for n, inner in held.items()}
     mix, backend = record.mix, backend_of(module) if everywhere else None
-    active = mix.choice.order if off is None else off
+    active = mix.choice.single(record.index).active if off is None else off
     # a module that is trained whole is not merged before the others are for good
     merged = record.fused | record.copies.keys()
     return TunerLayerStatus(
         name=name,
         module_type=kind,
-        enabled=off is None and _is_acting(mix),
+        enabled=off is None and mix.standing().single(record.index).enabled,
         active_adapters=[n for n in active if everywhere or n in parameters],
         merged_adapters=[n for n in mix.fused if n in merged and n in parameters],
         requires_grad={n: _common(p.requires_grad for p in of_adapter) for n, of_adapter in parameters.items()},
@@ -182,11 +180,6 @@ def _status(
         devices={n: _devices(of_adapter) for n, of_adapter in parameters.items()},
         quantization_backend=None if backend is None else backend.name,
     )
-
-
-def _is_acting(mix: Mix) -> bool:
-    """Whether what is active acts: not inside a block that does without."""
-    return bool(mix.standing().order) or not mix.choice.order
 
 
 def _devices(parameters: Iterable[nn.Parameter]) -> list[str]:
@@ -215,13 +208,20 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_common(s.enabled for s in layers),
-        active_adapters=max((s.active_adapters for s in layers), key=len),
+        active_adapters=_active(layers),
         merged_adapters=_merged(layers),
         requires_grad={n: _common(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},
         available_adapters=names,
         devices={n: sorted({d for s in layers for d in s.devices.get(n, ())}) for n in names},
         quantization_backend=_common(s.quantization_backend for s in layers),
     )
+
+
+def _active(layers: Sequence[TunerLayerStatus]) -> list[str] | str:
+    """The active adapters, of which a copy, or rows, has those that it is of; or `irregular`."""
+    active = max((s.active_adapters for s in layers), key=len)
+    alike = all(s.active_adapters in (active, [n for n in active if n in s.available_adapters]) for s in layers)
+    return active if alike else IRREGULAR
 
 
 def _merged(layers: Sequence[TunerLayerStatus]) -> list[str] | str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, NoMatchingPeftModuleError, WrongKindError, listed, near, shown
-from diffpeft.llm import renames
+from diffpeft.llm import custom, renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
 from diffpeft.model.target import check_target, kind_of, modules_of, with_inner
@@ -155,8 +155,10 @@ def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
         raise_none(config, list(modules), list(excluded))
     _warn_unmatched(config, list(modules), list(excluded))
     _warn_tied(model, {name: module for name, (module, _) in modules.items()}, fitting)
+    unknown = custom.settle(config, {name: module for name, (module, _) in fitting.items()})
     for name, (module, parent) in fitting.items():
         check_target(model, module, parent, name)
+    custom.warn(unknown)
     return with_inner({name: module for name, (module, _) in fitting.items()})
 
 

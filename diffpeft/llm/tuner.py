@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +29,7 @@ from diffpeft.llm import adalora, attentions, discrepancies
 from diffpeft.llm.conversion import unconvertible
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
+from diffpeft.llm.mismatched import fitting
 from diffpeft.llm.patches import patches_of
 from diffpeft.llm.prompts import Arguments, Prepare
 from diffpeft.llm.renames import mapped
@@ -44,7 +46,7 @@ from diffpeft.llm.state import (
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
-from diffpeft.methods import LoKrConfig
+from diffpeft.methods import LoKrConfig, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
@@ -57,7 +59,7 @@ from diffpeft.model.precision import AUTOCAST, PLAIN, Precision
 from diffpeft.model.replication import plan_replicated, same_spans
 from diffpeft.model.resize import Place, head_of, plan_resized, refuse_replaced
 from diffpeft.model.state import slots_in
-from diffpeft.model.target import adapted
+from diffpeft.model.target import adapted, kind_of
 from diffpeft.model.ties import loosen, twins_of
 from diffpeft.pipeline.adapters import adapters, plan_mix
 
@@ -68,12 +70,13 @@ OFF = Choice(enabled=False)  # the mix of a `disable_adapter` block, where batch
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, and with its keys renamed."""
+    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, with its keys renamed, whatever their sizes."""
 
     trainable: bool
     active: bool
     precision: Precision = AUTOCAST
     key_mapping: Mapping[str, str] | None = None
+    ignore_mismatched: bool = False
 
 
 def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
@@ -343,12 +346,11 @@ class Tuner(nn.Module):
         known(names, self.peft_config)
         merged = fused_of(self.model)
         todo = [name for name in names if name not in merged]
-        if len(todo) < len(names):
-            before = ",".join(n for n in names if n in merged)
+        if merged:
             warnings.warn(
-                f"Already following adapters were merged {before}. You are now additionally merging {','.join(todo)}."
+                f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(todo)}."
                 if todo
-                else f"All adapters are already merged, nothing to do: {before}.",
+                else "All adapters are already merged, nothing to do.",
                 stacklevel=2,
             )
         if todo:
@@ -509,6 +511,15 @@ class Tuner(nn.Module):
         """{PEFT's key: tensor} of one adapter's file."""
         return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=gathered, embeddings=embeddings)
 
+    def with_ranks(self, name: str, config: PeftConfig) -> PeftConfig:
+        """A config with the ranks that the adapter's tensors have, where it was told those that there is room for."""
+        if all(slot.stored_rank is None for slot in slots_in(self.model, name).values()):
+            return config
+        config, made = copy.copy(config), config_of(self.model, name)
+        assert isinstance(config, LoraConfig) and isinstance(made, LoraConfig)
+        config.r, config.rank_pattern = made.r, made.rank_pattern
+        return config
+
     def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Plan to put a file's tensors into an adapter that is there."""
         with patterns.limited(ConfigError, name):
@@ -536,7 +547,17 @@ class Tuner(nn.Module):
         where = folder.where
         with patterns.limited(CheckpointError, where), inside(where, config=True):
             source = mapped(tensors_in(folder), how.key_mapping) if how.key_mapping else folder
+            if how.ignore_mismatched:
+                tensors = tensors_in(source) if isinstance(source, Opened) else source
+                source, _ = fitting(tensors, self._fresh(name, config), kind_of(self.model).__name__)
             return self._plan_loaded(plan, name, config, source, how)
+
+    def _fresh(self, name: str, config: PeftConfig) -> dict[str, Tensor]:
+        """{PEFT's key: tensor} of a fresh adapter, and of the model's embeddings. The model stays as it is."""
+        trial = Plan()
+        config = plan_injected(trial, self.model, copy.deepcopy(config), name, active=False)
+        with trial.tentative():
+            return spelt(self.model, name, config, prefix=PREFIX, embeddings=True)
 
     def _plan_loaded(
         self, plan: Plan, name: str, config: PeftConfig, source: Opened | dict[str, Tensor], how: LoadOptions

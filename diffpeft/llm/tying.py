@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -51,9 +50,9 @@ def check_tying(model: nn.Module, config: object, wholes: Iterable[str], layers:
         )
 
 
-def _why_loose(config: Any) -> str:
+def _why_loose(config: object) -> str:
     """Why what an adapter has on tied modules is not tied, in PEFT's words."""
-    if "ensure_weight_tying" in {f.name for f in fields(config)}:
+    if "ensure_weight_tying" in getattr(config, "__dataclass_fields__", ()):
         return "`ensure_weight_tying` is not set to True"
     return "no implementation exists to tie the adapters"
 

@@ -247,6 +247,11 @@ class Method:
         return dict(p)
 
     @classmethod
+    def ahead(cls, before: Link, p: Tensors, spec: Spec) -> dict[str, Tensor]:
+        """What `apply` would work out of the weight before it and `p` in any case, without gradient: it takes it from `p` where it is among that."""
+        return {}
+
+    @classmethod
     def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
         """W(s) x with W(s) = W + s (f(W) - W), and the layer's bias if `bias`. `p` is prepared."""
         W = before.weight()

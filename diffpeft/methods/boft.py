@@ -70,10 +70,13 @@ class BOFTConfig(PeftConfig):
 
     TYPE = PeftType(LAYOUTS["boft"].peft)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        configs.check_either(self, "boft_block_size", "boft_block_num")
+
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
         super().validate()
-        configs.check_either(self, "boft_block_size", "boft_block_num")
         configs.check_whole("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
         configs.check_probability("boft_dropout", self.boft_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))

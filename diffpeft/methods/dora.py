@@ -27,6 +27,7 @@ INNER: tuple[type[Additive], ...] = (Lora, LoHa, LoKr)
 _METHODS = {method.name: method for method in INNER}
 T = TypeVar("T")
 PEFT, LYCORIS = "lora_magnitude_vector", "dora_scale"
+NORM = "norm"  # among prepared tensors: |V|, worked out ahead
 
 
 def norms(V: Tensor, axis: int) -> Tensor:
@@ -98,20 +99,19 @@ class Dora(Method):
         return V * _ratio(p, norms(V, axis)).view(shape).to(W.dtype)
 
     @classmethod
+    def ahead(cls, before: Link, p: Tensors, spec: Spec) -> dict[str, Tensor]:
+        return {NORM: _norm(before, p, spec)} if _is_thin(p, spec) else {}
+
+    @classmethod
     def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
         method, q, axis = inner(p), _rest(p), axis_of(p, spec)
-        g = spec.geometry
         if is_across(q):
             return _with_branch(before, x, p, spec, s, bias)
-        thin = method is Lora and (axis == 0 or not (g.lookup or g.groups > 1))
-        if not thin:
+        if not _is_thin(p, spec):
             return super().apply(before, x, p, spec, s, bias)
         scale = method.scale(q, spec)
         A, B = Lora.factors(q, spec)
-        with torch.no_grad():
-            change = (_rows if axis == 0 else _columns)(before.weight(), A, B, scale)
-            norm = (before.squares(axis) + change).clamp_min(0).sqrt()
-        c = _ratio(p, norm)
+        c = _ratio(p, _norm(before, p, spec))
         k = (1 + s * (c - 1)).to(before.dtype)
         op = before.op
         if axis == 1:
@@ -119,6 +119,23 @@ class Dora(Method):
             return op.plus(y, op.scaled(x, c.to(before.dtype)), Factors(A, B), s * scale)
         rows = (s * scale * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
         return before.plus(x, Factors(A, B * rows), 1.0, bias, k)
+
+
+def _is_thin(p: Tensors, spec: Spec) -> bool:
+    """Whether the norm needs no V."""
+    return inner(p) is Lora and (axis_of(p, spec) == 0 or not (spec.geometry.lookup or spec.geometry.groups > 1))
+
+
+@torch.no_grad()
+def _norm(before: Link, p: Tensors, spec: Spec) -> Tensor:
+    """|V| of a LoRA on what was before, or what was worked out of that ahead."""
+    if NORM in p:
+        return p[NORM]
+    q, axis = _rest(p), axis_of(p, spec)
+    if is_across(q):
+        return norms(_beside(before.weight(), q, spec), 0)
+    change = (_rows if axis == 0 else _columns)(before.weight(), *Lora.factors(q, spec), Lora.scale(q, spec))
+    return (before.squares(axis) + change).clamp_min(0).sqrt()
 
 
 def _beside(W: Tensor, p: Tensors, spec: Spec) -> Tensor:
@@ -130,9 +147,7 @@ def _beside(W: Tensor, p: Tensors, spec: Spec) -> Tensor:
 def _with_branch(before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
     """W x, and a branch beside it, by the ratio of magnitude and norm; at strength s that share of the way there."""
     q = _rest(p)
-    with torch.no_grad():
-        norm = norms(_beside(before.weight(), q, spec), 0)
-    c = _ratio(p, norm)
+    c = _ratio(p, _norm(before, p, spec))
     A, B = q["lora_A"], q["lora_B"]
     rows = (s * Lora.scale(q, spec) * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
     return before.plus(x, Branch(A, B * rows), 1.0, bias, (1 + s * (c - 1)).to(before.dtype))

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -117,7 +118,13 @@ class LoraConfig(PeftConfig):
         )
     )
 
-    _custom_modules = None  # peft asks for it when it builds from one of these
+    _custom_modules = cast("dict[type, type] | None", None)  # peft asks for it when it builds from one of these
+
+    def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
+        """PEFT's experimental way to say {class of modules: class of LoRA layers}; what that means here is in `diffpeft/llm/custom.py`. Of no file."""
+        if not all(isinstance(cls, type) for pair in mapping.items() for cls in pair):
+            raise ConfigError("custom modules are {class: class}", remedy="For example {MyLayer: MyLora}.")
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
     def __post_init__(self) -> None:
         if isinstance(self.target_parameters, str):

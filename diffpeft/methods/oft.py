@@ -64,10 +64,13 @@ class OFTConfig(PeftConfig):
 
     TYPE = PeftType(LAYOUTS["oft"].peft)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        configs.check_either(self, "r", "oft_block_size")
+
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
         super().validate()
-        configs.check_either(self, "r", "oft_block_size")
         configs.check_probability("module_dropout", self.module_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))
         configs.check_choice("bias", self.bias, ("none", "all", "oft_only"))

@@ -145,6 +145,7 @@ class PeftConfig(Passing):
     fetch: ClassVar[Callable[..., str] | None] = (
         None  # (repository, file name, ...) -> path; where there is no network, none
     )
+    upload: ClassVar[Callable[..., object] | None] = None  # (what writes into a folder, repository, ...)
     check: ClassVar[Callable[[Mapping[str, object], object], None] | None] = (
         None  # of a file's fields, and of which file
     )
@@ -224,6 +225,19 @@ class PeftConfig(Passing):
         config.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
         with files.replacing(folder / FILE) as f:
             f.write(config.to_json().encode())
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: object = None, **options: object) -> object:
+        """Write adapter_config.json into a repository on the Hub, which is made.
+
+        Args:
+            options: the Hub's: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`; and `tags`, for a model card.
+            max_shard_size: changes nothing: a config is one file.
+
+        Raises ConfigError where there is no way to the Hub.
+        """
+        if PeftConfig.upload is None:
+            raise ConfigError("there is no way to the Hub", remedy="Import diffpeft.")
+        return PeftConfig.upload(self.save_pretrained, repo_id, **options)
 
     @classmethod
     def from_pretrained(

@@ -490,7 +490,7 @@ def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str])
             plan.carry(module, remaining, weights)
 
 
-class Listed(dict[str, Any]):
+class Listed(dict[str, object]):
     """`peft_config` of a bare model: {adapter: its config}, which goes with the last adapter."""
 
 

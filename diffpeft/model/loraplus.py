@@ -35,15 +35,15 @@ def loraplus_groups(
     normed = {id(p) for m in model.modules() if m is not model and isinstance(m, nn.LayerNorm) for p in m.parameters()}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[_kind(roles.get(id(p), name), p, id(p) in normed)].append(p)
+            groups[kind_of(roles.get(id(p), name), p, id(p) in normed)].append(p)
     return [
         {"params": groups[kind], "lr": rate, "weight_decay": 0.0 if kind == "no decay" else weight_decay}
         for kind, rate in rates.items()
     ]
 
 
-def _kind(role: str, p: nn.Parameter, normed: bool) -> str:
-    """The group of a parameter, by its role in an adapter or its name in the model."""
+def kind_of(role: str, p: nn.Parameter, normed: bool = False) -> str:
+    """The group of a parameter, by its role in an adapter or its name in the model: A, embedding, B or no decay."""
     if any(part in role for part in _EMBEDDINGS):
         return "embedding"
     if p.dim() > 1 and not any(part in role for part in _UPS):

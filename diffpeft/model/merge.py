@@ -117,12 +117,15 @@ class _Merger:
         steps = record.steps(self.choice)
         if steps and isinstance(steps[0][0], Copy):
             return self._taken(plan, layer, module, steps)
-        slots = record.slots.keys() & {*inside}
-        if not slots and not record.patches.keys() & {*inside}:
+        if not (record.slots.keys() | record.patches.keys()) & {*inside}:
             plan.carry(module, None, unfused(layer, module, record)[1] if record.fused else None)
             return None
+        return self._merge(plan, layer, module, record, inside)
+
+    def _merge(self, plan: Plan, layer: str, module: nn.Module, record: Record, inside: Sequence[str]) -> float | None:
+        """Plan to put slots and patches of the adapters `inside` into a module's parameters. -> as `plan`."""
         base, steps = self._start(layer, module, record, inside)
-        backend = backend_of(module)
+        slots, backend = record.slots.keys() & {*inside}, backend_of(module)
         if slots and backend is not None:
             if not self.dequantize:
                 raise AdapterStateError(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from diffpeft.errors import AdapterStateError, UnknownNameError, listed, shown
 from diffpeft.layers.carried import Record, record_of
-from diffpeft.model.attach import refuse_foreign
+from diffpeft.model.attach import mixes_of, refuse_foreign
 from diffpeft.model.fuse import check_order, plan_layer_fused
-from diffpeft.model.mix import Adapter, Choice, Mix, Single, check_idle, check_strength, scaled_level
+from diffpeft.model.mix import Adapter, Choice, Level, Mix, Single, check_idle, check_strength, scaled_level
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.root import model_of
 from diffpeft.model.target import adapted
@@ -59,6 +60,41 @@ def scale(module: nn.Module, by: float) -> None:
         single = _single(record)
         scaled = {name: scaled_level(single.strengths.get(name, 1.0), by) for name in single.active}
         _plan_single(plan, record, replace(single, strengths={**single.strengths, **scaled}))
+
+
+@contextlib.contextmanager
+def rescaled(model: nn.Module, names: Callable[[Record], Collection[str]], by: float) -> Iterator[None]:
+    """A block in which the adapters that `names` chooses on each module act `by` times as strongly, active or not. What it merged stays as it is.
+
+    Raises ConfigError, or AdapterStateError for what is in the weight already.
+    """
+    check_strength("adapters", by)
+    before: dict[nn.Module, dict[str, Level]] = {}
+
+    def strengths(module: nn.Module, record: Record) -> dict[str, Level]:
+        present = _single(record).strengths
+        before[module] = {name: present.get(name, 1.0) for name in names(record)}
+        return {name: scaled_level(level, by) for name, level in before[module].items()}
+
+    _set_strengths(model, strengths)
+    try:
+        yield
+    finally:
+        _set_strengths(model, lambda module, record: {} if record.fused else before.get(module, {}))
+
+
+def _set_strengths(model: nn.Module, strengths: Callable[[nn.Module, Record], Mapping[str, Level]]) -> None:
+    """Let adapters act otherwise on each module of a model for which there is something new."""
+    with planned({"": model}) as plan:
+        for mix in mixes_of({"": model}).values():
+            records = [(record, strengths(module, record)) for _, module, record in adapted(model) if record.mix is mix]
+            changed = [
+                (record, replace(single, strengths={**single.strengths, **new}))
+                for record, new in records
+                if new
+                for single in [_single(record)]
+            ]
+            _plan_singles(plan, mix, changed)
 
 
 def train(module: nn.Module, names: Sequence[str], flag: bool) -> None:
@@ -149,21 +185,33 @@ def _plan_forgotten(plan: Plan, mix: Mix, where: str, name: str) -> None:
 
 def _plan_single(plan: Plan, record: Record, single: Single) -> None:
     """Plan another setting of one module. Raises AdapterStateError where it would change what is in the weight, or rows have a mix each."""
-    mix = record.mix
+    _plan_singles(plan, record.mix, [(record, single)])
+
+
+def _plan_singles(plan: Plan, mix: Mix, singles: Sequence[tuple[Record, Single]]) -> None:
+    """Plan other settings of modules of one component."""
     if mix.choice.rows:
         raise AdapterStateError(
-            "a list of mixes is set, one a prompt", where=record.where, remedy="Call set_adapters with one mix first."
+            "a list of mixes is set, one a prompt",
+            where=", ".join(record.where for record, _ in singles[:1]),
+            remedy="Call set_adapters with one mix first.",
         )
-    choice = mix.choice.with_singles({record.index: single}, mix.layers, mix.adapters)
-    if any(single.level(name) != mix.choice.levels[name][record.index] for name in record.fused):
+    choice = mix.choice.with_singles({record.index: single for record, single in singles}, mix.layers, mix.adapters)
+    for record, single in singles:
+        _refuse_fused(record, single, choice)
+    plan.set(mix, choice=choice)
+
+
+def _refuse_fused(record: Record, single: Single, choice: Choice) -> None:
+    """Raise AdapterStateError for a setting that is not what is in a module's weight."""
+    if any(single.level(name) != record.mix.choice.levels[name][record.index] for name in record.fused):
         raise AdapterStateError(
             f"adapters {listed(sorted(record.fused))} are merged into this layer",
             where=record.where,
             remedy="Unmerge them first.",
         )
     if record.fused:
-        check_order(record.where, record, [name for name in mix.fused if name in record.fused], choice)
-    plan.set(mix, choice=choice)
+        check_order(record.where, record, [name for name in record.mix.fused if name in record.fused], choice)
 
 
 def _plan_trained(plan: Plan, record: Record, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped, is_adapted
 from diffpeft.layers.hooks import present
-from diffpeft.layers.slot import Slot
+from diffpeft.layers.slot import Piece, Slot, as_stored
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.layout import DROPOUTS
 from diffpeft.model.attach import mixes_of
@@ -102,6 +102,17 @@ def parameters_of(target: object, name: str) -> list[nn.Parameter]:
     return [p for slot in slots_of(target, name).values() for p in slot.parameters() if p.requires_grad]
 
 
+def trained_parameters(target: object, name: str) -> dict[str, nn.Parameter]:
+    """{layer.role: parameter} of all that has gradients, over all components; an adapter's names are without the adapter's."""
+    inside = f".{ADAPTERS}.{escaped(name)}."
+    return {
+        canonical(component, where.replace(inside, ".")): p
+        for component, model in components(target).items()
+        for where, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
 def _tensors(slot: Slot) -> dict[str, Tensor]:
     """The slot's tensors by role; those that an offloading hook keeps elsewhere are fetched."""
     return present(slot, lambda: {role: p.detach() for role, p in slot.tensors.items()})
@@ -143,7 +154,8 @@ def entries_of(layer: str, slot: Slot) -> list[Entry]:
     for part in slot.parts:
         of_part = {role: tensors.pop(role) for role in part.roles}
         if slot.source is None:
-            entries.append(_entry(layer, part.method, of_part, part.alpha, part.spec))
+            piece = as_stored(slot, Piece(part.method.name, of_part, part.alpha, part.spec))
+            entries.append(_entry(layer, part.method, dict(piece.tensors), piece.alpha, piece.spec))
     for piece in slot.source or ():
         entries.append(_entry(layer, METHODS[piece.method], dict(piece.tensors), piece.alpha, piece.spec))
     if slot.source == ():

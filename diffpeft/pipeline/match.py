@@ -183,8 +183,8 @@ def _checked(
         wrong += _misfits(bundle, entry, spec)
     if wrong:
         raise ShapeMismatchError(
-            f"{len(wrong)} of {len(placed)} layers have other shapes",
-            where=f"{bundle.source}: {wrong[0]}",
+            f"size mismatch in {len(wrong)} of {len(placed)} layers: {wrong[0]}",
+            where=bundle.source,
             remedy="It is for another model.",
         )
     refused = [

@@ -30,11 +30,12 @@ class Assembly:
         for batches in self.kinds:
             self.latents.learn(batches.examples, batches.needed(steps)[0], tick)
 
-    def at(self, step: int) -> list[Batch]:
-        """The batches of a step: one with instance and class images, or if these are of other sizes one of each."""
+    def at(self, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
+        """The batches of a part of a step: one with instance and class images, or if these are of other sizes one of each."""
         by_size: dict[tuple[int, int], list[tuple[Batches, Shown]]] = {}
         for batches in self.kinds:
-            for shown in batches.at(step):
+            share = batches.size // parts
+            for shown in batches.at(step)[part * share : (part + 1) * share]:
                 by_size.setdefault(shown.view.target, []).append((batches, shown))
         return [self._batch(places) for places in by_size.values()]
 

@@ -13,10 +13,13 @@ from diffpeft.families import FAMILIES, trainable
 from diffpeft.families.base import Sizes
 from diffpeft.pipeline.open import Facts, check_model, facts
 from diffpeft.train import data, prior
+from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
 from diffpeft.train.method import ADAPTERS
+from diffpeft.train.resume import begin
 
+FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -44,11 +47,12 @@ _FIRST_LAYERS = {
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may begin: the adapter's name, the account of its images, and its class images, if it has any."""
+    """A run that may begin: the adapter's name, the account of its images, its class images, if it has any, and the state that it goes on from."""
 
     name: str
     account: Account
     prior: prior.ClassImages | None
+    state: SavedState | None = None
 
 
 def check(config: TrainConfig) -> Checked:
@@ -56,10 +60,17 @@ def check(config: TrainConfig) -> Checked:
     config.validate()
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
-    name = _name(config, config.output())
+    out = config.output()
+    name = _name(config, out)
+    state = begin(config, out, [file_of(name, format) for format in FORMATS])
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
-    return Checked(name, surveyed(config, known), prior.planned(config))
+    return Checked(name, surveyed(config, known), prior.planned(config), state)
+
+
+def file_of(name: str, format: str) -> str:
+    """What the file of an adapter is called in a format."""
+    return f"{name}.{format}.safetensors"
 
 
 def account_of(config: TrainConfig, steps: bool) -> Account:
@@ -95,7 +106,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         mask=config.mask,
         skip=[Path(folder) for folder in (config.out, config.class_data) if folder],
     )
-    return replace(account, steps=(config.steps, config.batch_size))
+    return replace(account, steps=(config.steps, config.batch_size * config.accumulate))
 
 
 def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:

@@ -32,8 +32,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, latents=self.latents.to(device), noise=self.noise.to(device), mask=mask)
+        mask = None if self.mask is None else sent(self.mask, device)
+        return replace(self, latents=sent(self.latents, device), noise=sent(self.noise, device), mask=mask)
 
 
 def denoising(family: Family, batch: Batch, texts: Conditions, snr_gamma: float | None = None) -> Tensor:
@@ -75,7 +75,17 @@ def min_snr(noised: Noised, gamma: float) -> Tensor:
 def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
     """The loss of a batch from those of its samples [b]: mean over the instance images plus prior_weight x mean over the class images.
 
-    So the prior weighs the same however many class images there are. A batch may have images of one kind only.
+    So the prior weighs the same however many class images there are. A batch may have images of one kind only. `is_class` [b] is on the CPU: nobody
+    waits for the losses' device.
     """
-    kinds = ((1.0, ~is_class), (prior_weight, is_class))
-    return torch.stack([weight * losses[mask].mean() for weight, mask in kinds if mask.any()]).sum()
+    if not is_class.any():
+        return losses.mean()
+    weights = torch.zeros(len(is_class), dtype=losses.dtype)
+    for weight, mask in ((1.0, ~is_class), (prior_weight, is_class)):
+        weights[mask] = weight / max(int(mask.sum()), 1)
+    return (losses * sent(weights, losses.device)).sum()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what that is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

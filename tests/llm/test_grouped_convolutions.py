@@ -228,3 +228,28 @@ def test_layers_that_peft_has_none_for_keep_that_form_too():
         model = get_peft_model(nn.Sequential(conv), LoraConfig(target_modules=["0"], r=3, init_lora_weights=False))
         x = torch.randn(1, 8, 9, 9)
         torch.testing.assert_close(model(x), copy.deepcopy(model).merge_and_unload()(x), **CLOSE)
+
+
+@pytest.mark.parametrize("ranks", [(4, 8), (8, 4)])
+def test_adapters_of_other_ranks_take_each_others_place(ranks, tmp_path):
+    outputs = []
+    for r in ranks:
+        model, x = wrapped(diffpeft, "four groups", r=r)
+        with torch.no_grad():
+            outputs.append(model(x))
+        model.save_pretrained(tmp_path / str(r))
+    swapped = PeftModel.from_pretrained(made("four groups")[0], tmp_path / str(ranks[0])).eval()
+    with pytest.raises(
+        ValueError, match=r"Conv2d LoRA adapter with groups=4 to target rank 9, but .* is not divisible by 4"
+    ):
+        diffpeft.prepare_model_for_compiled_hotswap(swapped, target_rank=9)
+    diffpeft.prepare_model_for_compiled_hotswap(swapped, target_rank=8)
+    for r, want in zip((ranks[0], *reversed(ranks)), (outputs[0], *reversed(outputs)), strict=True):
+        diffpeft.hotswap_adapter(swapped, tmp_path / str(r), "default")
+        torch.testing.assert_close(swapped(x), want, **CLOSE)
+    base = made("four groups")[0]
+    diffpeft.load_lora(base, tmp_path / "4", name="a", max_rank=8)
+    diffpeft.replace(base, "a", tmp_path / "8")
+    torch.testing.assert_close(base(x), outputs[ranks.index(8)], **CLOSE)
+    diffpeft.save_lora(base, tmp_path / "again", name="a", format="peft")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "8" / WEIGHTS).read_bytes()

@@ -20,13 +20,13 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.lin, self.inner = nn.Linear(4, 4), nn.ModuleDict({"lin": nn.Linear(4, 4), "up": nn.Linear(4, 6)})
-        self.conv, self.wide = nn.Conv1d(6, 6, 1), nn.Conv1d(6, 3, 1)
+        self.conv, self.wide, self.blin = nn.Conv1d(6, 6, 1), nn.Conv1d(6, 3, 1), nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.wide(self.conv(self.inner["up"](self.inner["lin"](self.lin(x)))[:, :, None]))
+        return self.wide(self.conv(self.inner["up"](self.inner["lin"](self.blin(self.lin(x))))[:, :, None]))
 
 
-LAYERS = ["lin", "inner.lin", "inner.up", "conv", "wide"]
+LAYERS = ["lin", "blin", "inner.lin", "inner.up", "conv", "wide"]
 X = torch.randn(3, 4)
 
 
@@ -108,8 +108,9 @@ def test_a_state_dict_that_disagrees_with_the_config_is_warned_of_as_in_peft(cas
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             config = lib.LoraConfig(r=2, target_modules=targets, exclude_modules=excluded)
-            lib.inject_adapter_in_model(config, Net(), state_dict=lora(names))
+            model = lib.inject_adapter_in_model(config, Net(), state_dict=lora(names))
         told.append([str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)])
+        assert {*lib.get_peft_model_state_dict(model)} == {*lora(set(names) - {"other"})}
     assert told[0] == told[1]
     assert bool(told[0]) == (case not in ("the same layers", "keys of no layer"))
 

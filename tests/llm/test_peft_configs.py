@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -107,6 +108,8 @@ REFUSED = [
         for init in ("gaussian", "pissa", "olora", "orthogonal")
     ),
     ("IA3Config", dict(target_modules=["k"], feedforward_modules=["q"]), "`feedforward_modules` should be a subset of"),
+    *(("OFTConfig", dict(r=r, oft_block_size=size), "oft_block_size") for r, size in ((8, 32), (0, 0))),
+    *(("BOFTConfig", dict(boft_block_num=n, boft_block_size=size), "boft_block_") for n, size in ((2, 4), (0, 0))),
     ("AdaLoraConfig", dict(use_dora=True), "ADALORA does not support DoRA"),
     ("AdaLoraConfig", dict(total_step=None), "AdaLoRA does not work when `total_step` is None, supply a value > 0."),
     ("AdaLoraConfig", dict(total_step=0), "AdaLoRA does not work when `total_step` is None, supply a value > 0."),
@@ -170,3 +173,25 @@ def test_what_is_not_built_is_a_not_implemented_error():
         with pytest.raises(NotImplementedError, match=next(iter(fields))) as caught:
             diffpeft.LoraConfig(**fields).validate()
         assert isinstance(caught.value, diffpeft.ConfigError)
+
+
+def test_a_config_is_pushed_as_it_is_saved(monkeypatch):
+    sent = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private=None, **options):
+            sent["private"] = private
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, commit_message=None, **options):
+            files = {path.name: json.loads(path.read_text()) for path in Path(folder_path).iterdir()}
+            sent.update(repo=repo_id, files=files, message=commit_message)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    config = diffpeft.LoraConfig(r=3, target_modules=["b", "a"])
+    config.push_to_hub("me/adapter", commit_message="hello", private=True)
+    assert sent.pop("files") == {"adapter_config.json": json.loads(config.to_json())}
+    assert sent == {"repo": "me/adapter", "message": "hello", "private": True}

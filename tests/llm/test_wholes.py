@@ -286,11 +286,11 @@ def mixed(make, module=None):
     for name, p in wrapped.named_parameters():
         if "copies" in name or "adapters" in name:
             nn.init.normal_(p)
-    return wrapped.eval()
+    return wrapped.double().eval()
 
 
 NAMES = ["a", "b", "__base__", "b"]
-ROWS = torch.randn(4, 6)
+ROWS = torch.randn(4, 6, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("make", GIVEN.values(), ids=GIVEN)
@@ -334,7 +334,7 @@ def test_what_has_no_rows_is_refused_in_peft_s_words(make):
 def test_modules_whose_states_have_rows_elsewhere_are_refused(module, number):
     """Each of two rows is as long as the states of one layer are: an axis of the right length need not be that of the rows."""
     wrapped = mixed(None, module())
-    x = torch.randn(number, 3, 6)
+    x = torch.randn(number, 3, 6).double()
     with pytest.raises(
         TypeError, match=r"supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d\."
     ):

@@ -33,10 +33,26 @@ def site_of(cls: type[nn.Module]) -> type[LayerSite] | None:
     return _known[cls]
 
 
+def register(cls: type[nn.Module], like: type[nn.Module]) -> None:
+    """Let modules of a class, and of those derived from it, be layers as those of another are: of the same attributes and shapes. In this process."""
+    site = site_of(like)
+    assert site is not None, like
+    _registered[cls] = site
+    _known.clear()
+
+
 _known: dict[type[nn.Module], type[LayerSite] | None] = {}
+_registered: dict[type[nn.Module], type[LayerSite]] = {}
+
+
+def is_registered(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class are layers because somebody said so."""
+    return any(base in _registered for base in cls.__mro__)
 
 
 def _site(cls: type[nn.Module]) -> type[LayerSite] | None:
+    if is_registered(cls):
+        return next(_registered[base] for base in cls.__mro__ if base in _registered)
     names = {(c.__module__, c.__name__) for c in cls.__mro__}
 
     def fits(kind: type[nn.Module] | Kind) -> bool:
@@ -61,6 +77,8 @@ __all__ = [
     "LayerSite",
     "TransposedConvSite",
     "TransposedLinearSite",
+    "is_registered",
     "parameter_names",
+    "register",
     "site_of",
 ]
