@@ -12,4 +12,4 @@ if TYPE_CHECKING:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. One that comes from the CPU comes out of pinned memory."""
     pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-    return pinned.to(device, non_blocking=True)
+    return pinned.to(device, non_blocking=device.type != "cpu")
