@@ -59,6 +59,11 @@ def check(config: TrainConfig) -> Checked:
     name = _name(config, config.output())
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
+    if config.cache_dir and config.cache != "disk":
+        raise ConfigError(
+            f"cache_dir without cache disk (it is {config.cache}), and so it would do nothing",
+            remedy="Pass --cache disk too, or leave --cache-dir out.",
+        )
     return Checked(name, surveyed(config, known), prior.planned(config))
 
 
@@ -93,7 +98,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
         trigger=config.trigger,
         mask=config.mask,
-        skip=[Path(folder) for folder in (config.out, config.class_data) if folder],
+        skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir) if folder],
     )
     return replace(account, steps=(config.steps, config.batch_size))
 
