@@ -230,6 +230,14 @@ class TrainConfig(Options):
         "attn",
         "Which layers: attn, attn-mlp, full, names with commas (to_q,to_v), or a regular expression for whole names.",
     )
+    max_length: int | None = option(
+        None,
+        "Tokens of a caption that are read; CLIP reads longer ones in chunks: 75 (the default), 150, 225 ...",
+        at_least=1,
+    )
+    clip_skip: int | None = option(
+        None, "Read captions off an earlier layer of CLIP: 1 is the last, 2 the one before it.", at_least=1
+    )
     train_text_encoder: bool = option(False, "Adapt the text encoder too.")
     batch_size: int = option(1, "Images a pass (as many class images come on top).", at_least=1)
     base_lora: str | Sequence[str] | None = option(

@@ -16,7 +16,7 @@ import converters
 import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import Family, family_of, open_family
+from diffpeft.families import CaptionReading, Family, family_of, open_family
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
@@ -132,7 +132,7 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
     parts = open_parts(
         config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
     )
-    family = open_family(parts)
+    family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
     if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
@@ -156,6 +156,7 @@ def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> Trai
         dtype=dtype,
         lr=rate_of(config),
         resolution=config.resolution or family.resolution,
+        max_length=family.max_length,
         alpha=config.rank if config.alpha is None else config.alpha,
     )
 
@@ -220,9 +221,8 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[s
     parts = [family.denoiser, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
-    chosen = {
-        part: targets if part == family.denoiser or preset else "attn" for part in parts
-    }  # names are the denoiser's
+    chosen = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
+    chosen[family.denoiser] = family.presets.get(str(targets), targets)
     layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
     set_ranks(CONFIGS[config.method](config), config, [name for by_name in layers.values() for name in by_name])
@@ -370,6 +370,8 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "ss_gradient_accumulation_steps": config.accumulate,
         "ss_base_model_version": run.family.base_version,
         "ss_sd_model_name": Path(config.model or "").name,
+        "ss_max_token_length": config.max_length,
+        "ss_clip_skip": config.clip_skip,
         "ss_min_snr_gamma": config.snr_gamma,
         "ss_noise_offset": config.noise_offset,
         "ss_loss_type": config.loss,

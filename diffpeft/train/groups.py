@@ -126,4 +126,4 @@ def _plus(options: Options, role: str, parameter: nn.Parameter, rate: float) -> 
         return 1.0, True
     kind = kind_of(role, parameter)
     factor = {"A": 1.0, "embedding": EMBEDDING_LR / rate}.get(kind, options.lora_plus_ratio)
-    return factor, kind != "bias"
+    return factor, kind != "no decay"
