@@ -121,6 +121,7 @@ def test_a_run_is_the_same_wherever_its_latents_are_kept(live, photos, tmp_path)
         "shuffle_captions": True,
         "caption_dropout": 0.5,
         "train_text_encoder": live,
+        "overwrite": True,
     }
     disk = {"cache": "disk", "cache_dir": str(tmp_path / "cache")}
     runs = [
