@@ -105,6 +105,11 @@ class NoConfigError(ConfigError, TypeError):
     """A table of fields that is no config: PEFT raises a TypeError."""
 
 
+def is_served() -> bool:
+    """Whether `peft` is ours here (`diffpeft.as_peft`)."""
+    return getattr(sys.modules.get("peft"), "PeftConfig", None) is PeftConfig
+
+
 def _rebuild(cls: type[Instance]) -> Instance:
     return cls.__new__(cls)
 
