@@ -8,6 +8,7 @@ import click
 
 from diffpeft import __version__
 from diffpeft.cli.convert import convert
+from diffpeft.cli.data import data
 from diffpeft.cli.demo import demo
 from diffpeft.cli.errors import run
 from diffpeft.cli.fuse import fuse
@@ -31,6 +32,7 @@ def cli() -> None:
     \b
     diffpeft demo                              learn a style on the embedded base, offline, in minutes
     diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
+    diffpeft data check IMAGES                 say what training would take from them
     diffpeft sft -m MODEL -d TEXTS -o OUT      fine-tune a language model
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
     diffpeft fuse -m MODEL --lora FILE -o OUT  put adapters into a model's weights for good
@@ -41,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, train, sft, generate, fuse, inspect, convert):
+for command in (demo, train, data, sft, generate, fuse, inspect, convert):
     cli.add_command(command)
 
 

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 import click
 
 from diffpeft.errors import UnknownNameError, near
-from diffpeft.train.config import PATHS, AnyOptions, from_toml, hint
+from diffpeft.files import Json
+from diffpeft.train.checkpoints import LATEST
+from diffpeft.train.config import PATHS, AnyOptions, hint, values_of
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.optimizers import OPTIMIZERS
+from diffpeft.train.resume import remembered
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
 Command = Callable[..., None]
 
 
+class Numbers(click.ParamType):
+    """One whole number, or several with commas."""
+
+    name = "numbers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        """512 as it is, 512,768 as both."""
+        try:
+            numbers = tuple(int(number) for number in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no whole number, and no numbers with commas.", param, ctx)
+        return numbers if len(numbers) > 1 else numbers[0]
+
+
 def completed(words: Collection[str]) -> Callable[..., list[str]]:
     """What a shell completes to one of these words."""
     return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
+
+
+_COMPLETE = {"method": completed(list(CONFIGS)), "optimizer": completed(list(OPTIMIZERS))}
 
 
 def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
@@ -35,29 +56,45 @@ def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
     return UnknownNameError(f"no option {error.option_name}", remedy=called or close or help_)
 
 
-def options_of(kind: type) -> Callable[[Command], Command]:
-    """One option a field. Defaults stay None here, so that what was typed can be told from what was not."""
+def options_of(kind: type, only: Collection[str] | None = None) -> Callable[[Command], Command]:
+    """One option a field, or a field of `only`. Defaults stay None here, so that what was typed can be told from what was not."""
 
     def add(command: Command) -> Command:
-        for f in reversed(fields(kind)):
-            flag, type_name, meta = "--" + f.name.replace("_", "-"), str(f.type).partition(" ")[0], f.metadata
-            boolean = type_name == "bool"
-            names = [n for n in (_SHORT.get(f.name), f"{flag}/--no-{flag[2:]}" if boolean else flag) if n]
-            shown = "" if f.default is None or boolean else f" [default: {f.default}]"
-            choice = click.Choice(meta["choices"]) if meta["choices"] else click.Path() if f.name in PATHS else None
-            type_ = None if boolean else choice or _TYPES[type_name]
-            complete = completed(CONFIGS) if f.name == "method" else None
+        for f in reversed([f for f in fields(kind) if only is None or f.name in only]):
+            flag, meta, type_ = "--" + f.name.replace("_", "-"), f.metadata, _type_of(f)
+            names = [n for n in (_SHORT.get(f.name), flag if type_ else f"{flag}/--no-{flag[2:]}") if n]
+            shown = "" if f.default is None or type_ is None else f" [default: {f.default}]"
+            alone: Json = {"is_flag": False, "flag_value": LATEST} if f.name == "resume" else {}
             command = click.option(
-                *names, f.name, type=type_, default=None, help=meta["help"] + shown, shell_complete=complete
+                *names,
+                f.name,
+                type=type_,
+                default=None,
+                multiple=meta["several"] == "repeated",
+                help=meta["help"] + shown,
+                shell_complete=_COMPLETE.get(f.name),
+                **alone,
             )(command)
         return command
 
     return add
 
 
+def _type_of(option: Field[Any]) -> Any:
+    """How click reads an option's value; None for one that is on or off."""
+    kind = str(option.type).partition(" ")[0]
+    if kind == "bool":
+        return None
+    if option.metadata["choices"]:
+        return click.Choice(option.metadata["choices"])
+    if option.name in PATHS:
+        return click.Path()
+    return Numbers() if option.metadata["several"] == "commas" else _TYPES[kind]
+
+
 def options_from(kind: type[AnyOptions], config: str | None, typed: Mapping[str, Any]) -> AnyOptions:
-    """The options of a file, replaced by what was typed; checked."""
-    values = {name: value for name, value in typed.items() if value is not None}
-    options = from_toml(config, values, kind) if config else kind(**values)
+    """The options of a file, replaced by what was typed; where a run goes on, those of neither are the run's. Checked."""
+    values = {name: value for name, value in typed.items() if value not in (None, ())}
+    options = kind(**remembered(kind, (values_of(config, kind) if config else {}) | values))
     options.validate()
     return options

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from diffpeft.errors import WrongBaseError
-from diffpeft.families.base import Family, Noised
-from diffpeft.families.sd import StableDiffusion
+from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
+from diffpeft.families.flux import Flux
+from diffpeft.families.parts import Configs, Parts
+from diffpeft.families.sd import StableDiffusion, StableDiffusion2
+from diffpeft.families.sdxl import StableDiffusionXL
 
-FAMILIES: dict[str, type[Family]] = {
+FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sd15": StableDiffusion,
-    "sd2": StableDiffusion,
+    "sd2": StableDiffusion2,
+    "sdxl": StableDiffusionXL,
+    "flux": Flux,
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -78,8 +83,9 @@ def family_of(target: object) -> str | None:
     family = _by_class(denoiser)
     width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
     if denoiser is None or (family == "sd15" and isinstance(getattr(target, "components", None), Mapping)):
-        family = _by_name(target) if denoiser is None or width not in _UNETS else _by_name(target) or _UNETS[width]
-    return _WIDTHS.get(family or "", {}).get(width, family) if isinstance(width, int) else family
+        by_name = _by_name(base.__name__ for base in type(target).__mro__)
+        family = by_name if denoiser is None or width not in _UNETS else by_name or _UNETS[width]
+    return _by_width(family, width)
 
 
 def is_unnamed(target: object) -> bool:
@@ -99,12 +105,17 @@ def _denoiser(target: object) -> object:
     return getattr(target, "_orig_mod", target)
 
 
-def _by_name(pipe: object) -> str | None:
+def _by_name(pipelines: Iterable[str]) -> str | None:
     """The family of a pipeline's class by its name, or of one that it is derived from."""
-    for base in type(pipe).__mro__:
-        if starts := [start for start in _PIPELINES if base.__name__.startswith(start)]:
+    for name in pipelines:
+        if starts := [start for start in _PIPELINES if name.startswith(start)]:
             return _PIPELINES[max(starts, key=len)]
     return None
+
+
+def _by_width(family: str | None, width: object) -> str | None:
+    """The family among those with one class that has this cross-attention width."""
+    return _WIDTHS.get(family or "", {}).get(width, family) if isinstance(width, int) else family
 
 
 def _by_class(model: object) -> str | None:
@@ -112,37 +123,58 @@ def _by_class(model: object) -> str | None:
     return next((_MODELS[base.__name__] for base in type(model).__mro__ if base.__name__ in _MODELS), None)
 
 
-def check_trainable(pipeline: str, input_channels: int | None, image_channels: int | None, where: object = "") -> None:
-    """Raise WrongBaseError for a class of pipelines that cannot be trained yet, or a denoiser that reads more than the latents of one image.
+def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
+    """The family in FAMILIES of a pipeline, by the name of its class and its components' configs, which may lack anything.
 
-    Channels that are not known are None.
+    Raises WrongBaseError for one that cannot be trained yet, and for a denoiser that reads more than the latents of one image.
     """
-    classes = dict.fromkeys(name for family in FAMILIES.values() for name in family.pipelines)
-    if pipeline not in classes:
+    unet, vae = configs.get("unet", {}), configs.get("vae", {})
+    family = _by_width(_by_name([pipeline]), unet.get("cross_attention_dim"))
+    classes = {id: cls.pipelines for id, cls in FAMILIES.items()}
+    if pipeline not in classes.get(family or "", ()):
+        known = any(pipeline in names for names in classes.values())
         raise WrongBaseError(
-            f"a {pipeline} cannot be trained",
+            f"a {pipeline}{f' with the text width of {family}' if known else ''} cannot be trained",
             where=where,
-            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(classes)}.",
+            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(_names(classes.values()))}.",
         )
-    if input_channels and image_channels and input_channels != image_channels:
+    assert family is not None
+    kind = FAMILIES[family]
+    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels")
+    if read and made and read != made * kind.packing**2:
         raise WrongBaseError(
-            f"its denoiser reads {input_channels} channels and not the {image_channels} of an image: it cannot be trained",
+            f"its denoiser reads {read} channels and not the {made * kind.packing**2} of an image: it cannot be trained",
             where=where,
             remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
         )
+    return family
 
 
-def open_family(pipe: object) -> Family:
-    """The training side of a pipeline. Raises WrongBaseError for one that cannot be trained yet."""
-    denoiser, vae = (getattr(getattr(pipe, part, None), "config", None) for part in ("unet", "vae"))
-    check_trainable(type(pipe).__name__, getattr(denoiser, "in_channels", None), getattr(vae, "latent_channels", None))
-    family = family_of(pipe)
-    if family not in FAMILIES:
-        raise WrongBaseError(
-            f"a {type(pipe).__name__} with the text width of {family} cannot be trained",
-            remedy=f"The families that can are {', '.join(FAMILIES)}.",
-        )
-    return FAMILIES[family](pipe)  # type: ignore[call-arg]
+def _names(groups: Iterable[Iterable[str]]) -> list[str]:
+    """Each name once."""
+    return list(dict.fromkeys(name for group in groups for name in group))
 
 
-__all__ = ["FAMILIES", "Family", "Noised", "check_trainable", "family_of", "open_family"]
+def open_family(target: object, reading: CaptionReading = USUAL) -> Family:
+    """The training side of a pipeline, or of Parts of one.
+
+    Raises WrongBaseError for one that cannot be trained yet, ConfigError for a way to read captions that it cannot.
+    """
+    parts = target if isinstance(target, Parts) else Parts(target)
+    return FAMILIES[trainable(type(parts.pipe).__name__, parts.configs)](parts, reading)
+
+
+__all__ = [
+    "FAMILIES",
+    "Conditions",
+    "Configs",
+    "Family",
+    "Frame",
+    "Noised",
+    "Parts",
+    "CaptionReading",
+    "family_of",
+    "is_unnamed",
+    "open_family",
+    "trainable",
+]

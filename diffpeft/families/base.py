@@ -2,41 +2,131 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from diffpeft.families.parts import Configs, Parts, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What a denoiser reads beside latents and time, by name, each [b, ...]. Those of a caption and those of an example's frame have no name in common.
+Conditions = dict[str, "Tensor"]
+
+
+class Frame(NamedTuple):
+    """Where the pixels of an example are from: (height, width) of the picture as it was, (top, left) of the crop in the picture as it was scaled,
+    (height, width) that is trained on.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+class Sizes(NamedTuple):
+    """Pixels: the side of the square that a model was made for, and what a side must be a multiple of. None where the configs do not tell."""
+
+    resolution: int | None
+    multiple: int | None
+
+    def known(self) -> tuple[int, int]:
+        """Both, of configs that lack nothing."""
+        assert self.resolution and self.multiple
+        return self.resolution, self.multiple
+
+
+class CaptionReading(NamedTuple):
+    """How captions are read: how many tokens at most (None: what is usual for the model), and which of CLIP's last layers, 1 the last."""
+
+    max_length: int | None = None
+    clip_skip: int = 1
+
+
+USUAL = CaptionReading()
+
 
 class Noised(NamedTuple):
-    """Noised latents, the model's time, what the model shall predict, the signal-to-noise ratio [b], and the kind of prediction."""
+    """Noised latents, the time as the denoiser reads it, what it shall predict, the signal-to-noise ratio [b], and the kind of prediction.
+
+    x = signal z + sigma n, and snr = (signal / sigma)^2: it says all of a level, whatever the family.
+    """
 
     x: Tensor
     t: Tensor
     target: Tensor
     snr: Tensor
-    kind: str  # epsilon, v_prediction, sample, or what else a family's models predict
+    kind: str  # epsilon, v_prediction, sample, or flow
+
+    @property
+    def sigma(self) -> Tensor:
+        """The share of the noise in x [b], from 0 to 1. The signal's is 1 - sigma on a flow, and sqrt(1 - sigma^2) elsewhere."""
+        return 1 / (1 + self.snr.sqrt()) if self.kind == "flow" else (1 + self.snr).rsqrt()
+
+
+class Levels(Protocol):
+    """The levels of noise that a family has. A level is u in [0, 1), 0 the cleanest; what it comes to may depend on the size of the latents."""
+
+    @property
+    def kind(self) -> str:
+        """What the denoiser predicts, as in Noised."""
+
+    @property
+    def density(self) -> str:
+        """How u is drawn where nothing is said: a name in DENSITIES."""
+
+    def sigma(self, u: Tensor, shape: Sequence[int]) -> Tensor:
+        """The share of noise [b] at levels u [b], for latents [b, c, h, w] of this shape."""
+
+    def place(self, sigma: Tensor, shape: Sequence[int]) -> Tensor:
+        """The level u [b] that has a share of noise: the inverse of `sigma`."""
+
+    def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
+        """Latents z with noise n, both [b, c, h, w], at levels u [b]."""
 
 
 class Family(Protocol):
-    """A pipeline seen from the training side. `denoiser` and `text_encoders` name its components."""
+    """A pipeline seen from the training side. `denoiser`, `text_encoders` and the VAE name its components.
+
+    The components but the denoiser may leave the device once what they compute is kept: `parts.free`. They come back when they are asked for.
+    """
 
     pipelines: tuple[str, ...]  # the classes that are trained as they are
     denoiser: str
-    text_encoders: tuple[str, ...]
-    pipe: Any
-    kind: str  # what the denoiser predicts, as in Noised
-    resolution: int  # pixels, the side of the square that the model was made for
-    multiple: int  # pixels, what a side must be a multiple of
+    text_encoders: tuple[str, ...]  # in the order in which `embed` is asked
+    adaptable: tuple[str, ...]  # those of them that an adapter is trained on
+    presets: Mapping[
+        str, str
+    ]  # {preset: the regular expression for its layers}, where suffixes that all models share would be others
+    packing: int  # latent pixels, the side of the square that the denoiser reads as one
+
+    parts: Parts
+    pipe: Pipeline  # the pipeline of `parts`; components that have left the device are None in it
+    levels: Levels
+    architecture: str  # what ModelSpec calls the model
+    base_version: str  # what sd-scripts calls it: ss_base_model_version
+    resolution: int
+    multiple: int
+    max_length: int  # tokens of a caption that are read
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        """Raises WrongBaseError for a model that cannot be trained, ConfigError for a way to read captions that it cannot."""
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """What the configs tell of the sizes of images. They may lack anything."""
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents, fp32."""
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents as the denoiser reads them, fp32. Uses the VAE alone."""
 
-    def embed(self, prompts: list[str]) -> Tensor:
-        """What the denoiser reads of the prompts, [b, ...]."""
+    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+        """What the denoiser reads of the prompts through one of the text encoders. Uses that alone; all of them together make a caption's conditions."""
 
-    def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
-        """Latents z with noise n at noise levels u [b] in [0, 1), 0 the cleanest."""
+    def framed(self, frames: Sequence[Frame]) -> Conditions:
+        """What the denoiser reads of where the pixels are from; empty for a family whose does not."""
 
-    def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The denoiser's prediction [b, c, h, w] in fp32, of noised latents x [b, c, h, w] at times t [b], with what it reads of the prompts."""
+    def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The denoiser's prediction [b, c, h, w] in fp32, of noised latents x [b, c, h, w] at times t [b]. Uses the denoiser alone."""
+
+    def prompted(self, prompts: Conditions, blank: Conditions) -> dict[str, Tensor]:
+        """Conditions of prompts, and of as many blank ones for guidance, as the pipeline takes them instead of texts."""

@@ -1,66 +1,90 @@
-"""Stable Diffusion 1.x and 2.x: a UNet on latents, one CLIP text encoder, discrete noise levels, epsilon or v prediction.
-
-x_t = sqrt(a_t) z + sqrt(1 - a_t) n; the target is n, or v = sqrt(a_t) n - sqrt(1 - a_t) z (Ho et al. 2020; Salimans and Ho 2022).
-"""
+"""Stable Diffusion 1.x and 2.x: a UNet on latents, one CLIP text encoder, discrete noise levels."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from diffpeft.errors import WrongBaseError, shown
-from diffpeft.families.base import Noised
+from diffpeft.errors import ConfigError
+from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
+from diffpeft.families.discrete import Discrete
+from diffpeft.families.latents import encoded, factor, precise
+from diffpeft.families.prompts import chunks, chunks_of, length_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffpeft.families.parts import Component, Configs, Parts
+
 
 class StableDiffusion:
-    """The training side of a StableDiffusionPipeline."""
+    """The training side of a StableDiffusionPipeline with a Stable Diffusion 1.x."""
 
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    adaptable: tuple[str, ...] = text_encoders
+    presets: Mapping[str, str] = MappingProxyType({})
+    packing = 1
+    architecture = "stable-diffusion-v1"
+    base_version = "sd_v1"
 
-    def __init__(self, pipe: Any):
-        from diffusers import DDPMScheduler
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        self.parts, self.pipe = parts, parts.pipe
+        self.chunks, self.layer = chunks_of(parts.pipe.tokenizer, reading), -self._skipped(reading)
+        self.max_length = self.chunks * length_of(parts.pipe.tokenizer)
+        self.levels: Levels = Discrete(parts.pipe.scheduler)
+        self.resolution, self.multiple = self.sizes(parts.configs).known()
 
-        self.pipe = pipe
-        self.kind: str = pipe.scheduler.config.prediction_type
-        if self.kind not in ("epsilon", "v_prediction", "sample"):
-            raise WrongBaseError(
-                f"the model predicts {shown(self.kind)} and cannot be trained",
-                where="prediction_type of its scheduler",
-                remedy="Models that predict epsilon, v_prediction or sample can.",
-            )
-        self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
-        self.resolution: int = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        self.multiple: int = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.down_block_types) - 1)
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """The UNet halves its latents at every level but the last."""
+        unet, pixels = configs.get(cls.denoiser, {}), factor(configs.get("vae", {}))
+        size, levels = unet.get("sample_size"), unet.get("down_block_types")
+        return Sizes(
+            size * pixels if isinstance(size, int) and pixels else None,
+            pixels * 2 ** (len(levels) - 1) if levels and pixels else None,
+        )
+
+    def _skipped(self, reading: CaptionReading) -> int:
+        """Which of the text encoder's layers is read, 1 the last."""
+        layers = self.parts.outline("text_encoder").config.num_hidden_layers
+        if not 1 <= reading.clip_skip <= layers:
+            raise ConfigError(f"clip_skip is {reading.clip_skip}", remedy=f"It is 1, the last layer, to {layers}.")
+        return reading.clip_skip
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the scaled latents, [b, c, h / f, w / f], fp32."""
-        import torch
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
+        return encoded(self.parts("vae"), pixels)
 
-        vae = self.pipe.vae
-        with torch.no_grad():
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return tuple(t.float() * vae.config.scaling_factor for t in (posterior.mean, posterior.std))
+    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+        """The text encoder's hidden states [b, tokens, width], the last or an earlier layer's through the last norm."""
+        model = self.parts(encoder)
+        out = model(chunks(self.pipe.tokenizer, prompts, self.chunks, model.device), output_hidden_states=True)
+        inner: Component = getattr(model, "text_model", model)  # older transformers have that level
+        states = out[0] if self.layer == -1 else inner.final_layer_norm(out.hidden_states[self.layer])
+        return {encoder: states.unflatten(0, (len(prompts), self.chunks)).flatten(1, 2)}
 
-    def embed(self, prompts: list[str]) -> Tensor:
-        """Prompts -> the text encoder's last hidden states [b, tokens, width]."""
-        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        ids = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return encoder(ids.to(encoder.device))[0]
+    def framed(self, frames: Sequence[Frame]) -> Conditions:
+        """Nothing: the UNet reads no sizes."""
+        return {}
 
-    def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
-        """Latents and noise [b, c, h, w] at noise levels u [b] in [0, 1)."""
-        t = (u * self.noise.config.num_train_timesteps).long().to(z.device)
-        a = self.noise.alphas_cumprod.to(z.device)[t]
-        target = n if self.kind == "epsilon" else z if self.kind == "sample" else self.noise.get_velocity(z, n, t)
-        return Noised(self.noise.add_noise(z, n, t), t, target, a / (1 - a), self.kind)
+    def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The UNet's prediction [b, c, h, w]."""
+        unet = self.parts(self.denoiser)
+        return precise(unet(x.to(unet.dtype), t, conditions["text_encoder"].to(unet.dtype)).sample)
 
-    def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The UNet's prediction [b, c, h, w] in fp32."""
-        unet = self.pipe.unet
-        return unet(x.to(unet.dtype), t, text.to(unet.dtype)).sample.float()
+    def prompted(self, prompts: Conditions, blank: Conditions) -> dict[str, Tensor]:
+        """As a StableDiffusionPipeline takes prompts."""
+        return {"prompt_embeds": prompts["text_encoder"], "negative_prompt_embeds": blank["text_encoder"]}
+
+
+class StableDiffusion2(StableDiffusion):
+    """The training side of a StableDiffusionPipeline with a Stable Diffusion 2.x, which predicts epsilon or v."""
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        predicts_v = self.levels.kind == "v_prediction"  # at 768 pixels, and epsilon at 512
+        self.architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
+        self.base_version = "sd_v2_v" if predicts_v else "sd_v2"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType, MethodType
 from typing import ClassVar, Protocol, cast
 
@@ -18,6 +19,7 @@ from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Copy, Record, bare
 from diffpeft.layers.mixes import ChoiceLike, SingleLike
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot, at_rest
+from diffpeft.layers.tokens import Tokens
 from diffpeft.methods.linalg import wide_dtype
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -57,7 +59,7 @@ class Above:
     actions: ClassVar[Actions]
 
 
-class View:
+class ReadAttribute:
     """An attribute that is read of a module that carries something, or with `bound` a method of it. It yields to what the module has itself."""
 
     def __init__(self, read: Callable[..., object], bound: bool = False):
@@ -78,7 +80,21 @@ class View:
         return MethodType(self.read, module) if self.bound else self.read(module)
 
 
-action = functools.partial(View, bound=True)
+action = functools.partial(ReadAttribute, bound=True)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of a table that adapters train, by their names."""
+
+    trainable_tokens_delta: Mapping[str, Tensor]
+    token_indices: Mapping[str, list[int]]
+    active_adapters: list[str]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The adapters that are active."""
+        return self.active_adapters
 
 
 class Views:
@@ -86,71 +102,84 @@ class Views:
 
     _diffpeft: Record
 
-    @View
+    @ReadAttribute
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The modules inside that hold adapters by their names."""
         modules = cast(nn.Module, self)._modules
         return tuple(name for name in (ADAPTERS, COPIES) if name in modules)
 
-    @View
+    @ReadAttribute
     def other_param_names(self) -> tuple[str, ...]:
         """Further tables of adapters: none."""
         return ()
 
-    @View
+    @ReadAttribute
     def active_adapters(self) -> list[str]:
         """The adapters that are active here, in order, whether they are enabled or not."""
         return list(_single(self._diffpeft).active)
 
-    @View
+    @ReadAttribute
     def active_adapter(self) -> list[str]:
         """The same."""
         return list(_single(self._diffpeft).active)
 
-    @View
+    @ReadAttribute
     def disable_adapters(self) -> bool:
         """Whether no adapter acts here because they are switched off."""
         return not _single(self._diffpeft).enabled
 
-    @View
+    @ReadAttribute
     def merged_adapters(self) -> list[str]:
         """The adapters that are in the weights, in order."""
         return [name for name in self._diffpeft.mix.fused if name in self._diffpeft.fused]
 
-    @View
+    @ReadAttribute
     def merged(self) -> bool:
         """Whether adapters are in the weights."""
         return bool(self._diffpeft.fused)
 
-    @View
+    @ReadAttribute
     def r(self) -> Mapping[str, int]:
         """{adapter: rank}."""
         return MappingProxyType({name: _rank(held) for name, held in _held(self._diffpeft).items()})
 
-    @View
+    @ReadAttribute
     def scaling(self) -> Mapping[str, float]:
         """{adapter: alpha / r times how strong it is when it is active}. To change it: `set_scale`."""
         record = self._diffpeft
         return MappingProxyType({name: held.scale * _strength(record, name) for name, held in _held(record).items()})
 
-    @View
+    @ReadAttribute
     def lora_alpha(self) -> Mapping[str, float]:
         """{adapter: the alpha by which alpha / r is its scale}."""
         return MappingProxyType({name: held.scale * _rank(held) for name, held in _held(self._diffpeft).items()})
 
-    @View
+    @ReadAttribute
     def base_layer(self) -> nn.Module:
         """The layer as it is without adapters: the same parameters in a module that carries nothing."""
         _held(self._diffpeft)
         return bare(cast(nn.Module, self))
 
-    @View
+    @ReadAttribute
     def original_module(self) -> nn.Module:
-        """The module that copies stand for."""
-        _copies(self._diffpeft)
+        """The module that copies stand for, or whose rows are trained."""
+        if not _rows(self._diffpeft):
+            _copies(self._diffpeft)
         return bare(cast(nn.Module, self))
 
-    @View
+    @ReadAttribute
+    def token_adapter(self) -> TokenRows:
+        """The rows of the module that adapters train."""
+        rows = _rows(self._diffpeft)
+        if not rows:
+            raise AttributeError(f"of module {self._diffpeft.where!r} no rows are trained")
+        return TokenRows(
+            MappingProxyType({name: patch.delta for name, patch in rows.items()}),
+            {name: patch.rows.tolist() for name, patch in rows.items()},
+            [name for name in _single(self._diffpeft).active if name in rows],
+        )
+
+    @ReadAttribute
     def modules_to_save(self) -> Mapping[str, nn.Module]:
         """{adapter: its copy of the module}."""
         return MappingProxyType({name: held.module for name, held in _copies(self._diffpeft).items()})
@@ -227,7 +256,7 @@ class Views:
         return {key: f"{COPIES}.{escaped(adapter_name)}.{key}" for module in held for key in module.state_dict()}
 
 
-READ_ONLY = frozenset(name for name, view in vars(Views).items() if isinstance(view, View))
+READ_ONLY = frozenset(name for name, view in vars(Views).items() if isinstance(view, ReadAttribute))
 
 
 def refuse_written(module: nn.Module, name: str) -> None:
@@ -263,6 +292,11 @@ def _held(record: Record) -> dict[str, Slot | ParameterFactors]:
     if not (record.slots or factors):
         raise AttributeError(f"module {record.where!r} has no adapter on its weight")
     return {**record.slots, **factors}
+
+
+def _rows(record: Record) -> dict[str, Tokens]:
+    """The rows of a module that adapters train."""
+    return {name: patch for name, patch in record.patches.items() if isinstance(patch, Tokens)}
 
 
 def _copies(record: Record) -> Mapping[str, Copy]:

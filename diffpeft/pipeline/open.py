@@ -5,18 +5,29 @@ Nothing heavy is imported before something is loaded, so that what can be seen o
 
 from __future__ import annotations
 
-import importlib
-import json
-import traceback
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING
 
-from diffpeft.errors import CheckpointError, ConfigError, listed, near
+from diffpeft import io
+from diffpeft.errors import CheckpointError, ConfigError, DiffpeftError, near
+from diffpeft.families.parts import Component, Parts, Pipeline, configs_of
 from diffpeft.files import Json
 from diffpeft.io import refuse_pickle
+from diffpeft.pipeline.complete import (
+    class_of,
+    complete_model,
+    models_in,
+    not_loaded,
+    read_json,
+    refuse_placeholders,
+)
 from diffpeft.pipeline.locate import HUB_ID, on_hub
+from diffpeft.pipeline.split import assigned, filled
 
 if TYPE_CHECKING:
     import torch
@@ -25,17 +36,6 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
 INDEX = "model_index.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_SAVED_BY = {"transformers_version": "transformers", "_diffusers_version": "diffusers"}
-
-
-Value = TypeVar("Value")
-
-
-class Loading(TypedDict):
-    """What diffusers and transformers report of loading a model, as far as it is asked for."""
-
-    missing_keys: Collection[str]
-    mismatched_keys: Collection[tuple[str, Sequence[int], Sequence[int]]]  # (name, stored shape, the model's)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -57,8 +57,8 @@ def default_dtype(device: str) -> str:
     return "fp32" if device == "cpu" else "bf16"
 
 
-def check_model(model: str | None, base: str | None) -> None:
-    """Raise CheckpointError if `model` can be seen to be no model without loading anything, ConfigError for a `base` that nothing would read."""
+def check_model(model: str | None, base: str | None, vae: str | None = None, text_encoders: Sequence[str] = ()) -> None:
+    """Raise CheckpointError if `model` or a part of it can be seen to be none without loading anything, ConfigError for what nothing would read."""
     path = Path(model) if model else EMBEDDED
     if path.is_dir() and not (path / INDEX).is_file():
         raise CheckpointError("this folder holds no diffusers pipeline (no model_index.json)", where=path)
@@ -76,6 +76,23 @@ def check_model(model: str | None, base: str | None) -> None:
             where=path,
             remedy="Leave --base out.",
         )
+    for part, file in (("vae", vae), *(("text encoder", encoder) for encoder in text_encoders)):
+        _check_part(part, file, path)
+
+
+def _check_part(part: str, file: str | None, model: Path) -> None:
+    """Raise ConfigError for the file of a VAE or a text encoder beside a model that has its own, CheckpointError if it is none."""
+    if file is None:
+        return
+    if not model.is_file():
+        raise ConfigError(
+            f"a file of the {part} is for a model that is a single file, and this one has its own",
+            where=model,
+            remedy=f"Leave --{part.replace(' ', '-')} out.",
+        )
+    if not Path(file).is_file():
+        raise CheckpointError(f"no such file of the {part}", where=file, remedy="Pass a .safetensors file.")
+    refuse_pickle(Path(file))
 
 
 def check_exists(model: str, remedy: str) -> None:
@@ -95,181 +112,178 @@ def check_exists(model: str, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a pipeline's configs say of it without loading anything. None, where they do not tell."""
+    """What a pipeline's files say of it without loading anything: the name of its class, and the configs of its denoiser and its VAE."""
 
-    pipeline: str | None = None  # the name of its class
-    image_channels: int | None = None  # of the latents that its VAE makes
-    input_channels: int | None = None  # that its UNet or transformer reads
-    resolution: int | None = None  # pixels, the side of the square that it was made for
+    pipeline: str | None = None
+    configs: Mapping[str, Json] = field(default_factory=dict)
 
 
 def facts(model: str | None) -> Facts:
-    """The facts of a diffusers folder or a Hub id. Of a Hub id three small files are fetched, or nothing is known."""
+    """The facts of a diffusers folder or a Hub id. Of a Hub id a few small files are fetched, or nothing is known."""
     index = _config(model, INDEX)
-    if not index:  # or there is no network, which is asked once
-        return Facts()
-    denoiser, vae = (_config(model, name) for name in ("unet/config.json", "vae/config.json"))
-    levels = len(vae.get("block_out_channels") or ())
-    size = denoiser.get("sample_size")
+    name = index.get("_class_name")
+    names = [part for part in ("unet", "transformer", "vae") if part in index]
+    # without an index there is no network, which is asked once
     return Facts(
-        pipeline=_typed(index.get("_class_name"), str),
-        image_channels=_typed(vae.get("latent_channels"), int),
-        input_channels=_typed(denoiser.get("in_channels"), int),
-        resolution=size * 2 ** (levels - 1) if isinstance(size, int) and levels else None,
+        name if isinstance(name, str) else None, {part: _config(model, f"{part}/config.json") for part in names}
     )
-
-
-def _typed(value: object, kind: type[Value]) -> Value | None:
-    """The value, if it is of this type."""
-    return value if isinstance(value, kind) else None
 
 
 def _config(model: str | None, name: str) -> Json:
     """One of a pipeline's JSON files; empty if there is none, or if it cannot be read."""
     path = (Path(model) if model else EMBEDDED) / name
-    try:
-        if model and not Path(model).exists() and HUB_ID.fullmatch(model):
+    if model and not Path(model).exists() and HUB_ID.fullmatch(model):
+        try:
             from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
             cached = try_to_load_from_cache(model, name)
             path = Path(cached if isinstance(cached, str) else hf_hub_download(model, name))
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except Exception:  # loading will say what is wrong
-        return {}
-    return config if isinstance(config, dict) else {}
+        except Exception:  # loading will say what is wrong
+            return {}
+    return read_json(path)
 
 
 def open_pipeline(
     model: str | None = None, base: str | None = None, *, dtype: str = "fp32", device: str = "cpu"
-) -> Any:
+) -> Pipeline:
     """The pipeline behind `model`, on `device`; the embedded base without one. `base` names the configs and the tokenizer of a single file.
 
     Raises CheckpointError if it cannot be loaded, and if it could be only with weights that no file holds, which the libraries make up.
     """
-    check_model(model, base)
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
-
-    source = Path(model) if model else EMBEDDED
-    kind = dtype_of(dtype)
-    try:
-        if source.is_file():
-            pipe: Any = StableDiffusionPipeline.from_single_file(
-                str(source), config=str(base), dtype=kind, safety_checker=None
-            )
-        else:
-            folder = source if source.exists() else Path(DiffusionPipeline.download(str(model)))
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=kind, **_components(folder, kind))
-    except (MemoryError, CheckpointError):
-        raise
-    except Exception as error:  # diffusers and its libraries raise all kinds for a model that cannot be read
-        for module in _models_in(error):
-            _refuse_placeholders(type(module).__name__, module, source)
-        raise not_loaded(error, source) from error
-    for component, part in pipe.components.items():
-        _refuse_placeholders(component, part, source)
-    return pipe.to(device)
+    return open_parts(model, base, dtype=dtype, device=device).whole().to(device)
 
 
-def _components(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The models of a pipeline's folder, each loaded by itself and whole. Those of other libraries are left to diffusers."""
-    import torch
+def open_parts(
+    model: str | None = None,
+    base: str | None = None,
+    *,
+    vae: str | None = None,
+    text_encoders: Sequence[str] = (),
+    dtype: str = "fp32",
+    device: str = "cpu",
+) -> Parts:
+    """The same, but each model is loaded when it is first asked for.
 
-    models = {}
-    for name, entry in _config(str(folder), INDEX).items():
-        cls = class_of(*map(str, entry)) if isinstance(entry, list) and len(entry) == 2 else None
-        if cls is not None and issubclass(cls, torch.nn.Module) and (folder / name).is_dir():
-            models[name] = complete_model(cls, folder / name, name, dtype=dtype)
-    return models
-
-
-def class_of(library: str, name: str) -> Any:
-    """A class of transformers, of diffusers, or of one of its pipelines, by the two names that model_index.json gives it."""
-    if library not in ("transformers", "diffusers"):
-        import diffusers.pipelines
-
-        return getattr(getattr(diffusers.pipelines, library, None), name, None)
-    return getattr(importlib.import_module(library), name, None)
-
-
-def complete_model(cls: Any, source: str | Path, component: str, **options: Any) -> Any:
-    """A model of diffusers or transformers by its class's `from_pretrained`, with every weight from its files.
-
-    Both libraries go on with random numbers where a weight is missing, and say so in a log. Raises CheckpointError, which names the component
-    and some of the weights.
+    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone. Raises CheckpointError if there is no such pipeline;
+    what is wrong with the weights of a model is told when it is loaded.
     """
-    theirs = cls.__module__.startswith(
-        "transformers"
-    )  # its error for another shape names no weight, so it is asked to go on
-    model, info = cls.from_pretrained(
-        source, output_loading_info=True, **options, **({"ignore_mismatched_sizes": True} if theirs else {})
-    )
-    refuse_made_up(model, info, component, source)
-    return model
+    check_model(model, base, vae, text_encoders)
+    from diffusers import DiffusionPipeline
+
+    source, kind = Path(model) if model else EMBEDDED, dtype_of(dtype)
+    with _told(source):
+        folder = _folder(source, base)
+        skeletons = {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
+        unused = {"safety_checker": None} if source.is_file() and "safety_checker" in skeletons else {}
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=kind, **skeletons | unused)
+        configs = configs_of(pipe)
+        for name in skeletons:
+            setattr(pipe, name, None)
+        if source.is_file():
+            _mark(pipe, source)
+    encoders = {name: model for name, model in skeletons.items() if name.startswith("text_encoder")}
+    files = assigned(text_encoders, encoders)
+    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files)
+    loaders = {name: functools.partial(opened.load, name) for name in skeletons.keys() - unused.keys()}
+    return Parts(pipe, loaders, skeletons, configs)
 
 
-def refuse_made_up(model: object, info: Loading, component: str, source: object) -> None:
-    """Raise CheckpointError if a library's report of loading a model names weights that are missing or of another shape."""
-    shapes = [
-        f"{name} is {list(stored)} and not {list(wanted)}" for name, stored, wanted in sorted(info["mismatched_keys"])
-    ]
-    missing = sorted(info["missing_keys"])
-    for names, what in ((missing, "lacks {} of its weights"), (shapes, "has {} of its weights in another shape")):
-        if names:
-            raise CheckpointError(
-                f"{component} ({type(model).__name__}) {what.format(len(names))}: {listed(names, 3)}",
-                where=source,
-                remedy=_version_remedy(_config(str(source), "config.json")),
-            )
+@contextlib.contextmanager
+def _told(source: Path) -> Iterator[None]:
+    """Whatever diffusers and its libraries raise for a model that cannot be read is a CheckpointError, which names what is missing if it can."""
+    try:
+        yield
+    except (MemoryError, DiffpeftError):
+        raise
+    except Exception as error:
+        for module in models_in(error):
+            refuse_placeholders(type(module).__name__, module, source)
+        raise not_loaded(error, source) from error
 
 
-def _version_remedy(config: Mapping[str, object]) -> str:
-    """What to do about weights that a library does not find: take a version of it that is not older than the one that saved them."""
-    from importlib.metadata import version
+def _folder(source: Path, base: str | None) -> Path:
+    """The folder with the configs of a model, and with its weights if it is no single file. What is on the Hub is fetched."""
+    from diffusers import DiffusionPipeline
 
-    from packaging.version import Version
+    if not source.is_file():
+        return source if source.exists() else Path(DiffusionPipeline.download(str(source)))
+    if Path(str(base)).exists():
+        return Path(str(base))
+    from huggingface_hub import snapshot_download
 
-    for key, library in _SAVED_BY.items():
-        saved, installed = config.get(key), version(library)
-        try:
-            if saved and Version(str(saved)) > Version(installed):
-                return f"It was saved by {library} {saved}, and {installed} is installed: install the newer one."
-        except ValueError:
-            continue
-    return "The files are incomplete, or another model's: get them again."
+    return Path(snapshot_download(str(base), allow_patterns=["**.json", "**.txt", "**.model"]))
 
 
-def _refuse_placeholders(component: str, model: object, source: Path) -> None:
-    """Raise CheckpointError for weights without numbers: diffusers leaves those so that a single file does not hold."""
-    state_dict = getattr(model, "state_dict", None)
-    if state_dict is not None:
-        empty = sorted(name for name, t in state_dict().items() if t.is_meta)
-        refuse_made_up(model, {"missing_keys": empty, "mismatched_keys": ()}, component, source)
-
-
-def _models_in(error: BaseException) -> list[nn.Module]:
-    """The models that a library was at work on when it raised, the outermost first: its error for placeholders names neither model nor weight."""
+def _models(folder: Path) -> dict[str, type[Component]]:
+    """{component: class} of the models in a pipeline's folder. Those of other libraries are left to diffusers."""
     import torch
 
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return [value for frame in frames for value in frame.f_locals.values() if isinstance(value, torch.nn.Module)]
+    entries = {name: e for name, e in read_json(folder / INDEX).items() if isinstance(e, list) and len(e) == 2}
+    classes = {name: class_of(*map(str, entry)) for name, entry in entries.items()}
+    return {
+        name: cls
+        for name, cls in classes.items()
+        if cls is not None and issubclass(cls, torch.nn.Module) and (folder / name).is_dir()
+    }
 
 
-def not_loaded(error: Exception, source: object) -> CheckpointError:
-    """What a library said of a model that it could not load, as an error of ours."""
-    first_line = next(iter(str(error).strip().splitlines()), "")[:300]
-    return CheckpointError(
-        f"cannot load the model ({type(error).__name__}: {first_line})", where=source, remedy=_remedy(error)
-    )
+def _skeleton(cls: type[Component], folder: Path) -> nn.Module:
+    """A model without numbers, by its config."""
+    import torch
+
+    with torch.device("meta"):
+        if hasattr(cls, "config_class"):  # of transformers
+            return cls(cls.config_class.from_pretrained(folder))
+        return cls.from_config(cls.load_config(folder))
 
 
-def _remedy(error: BaseException) -> str:
-    """What to do about an error of a library: install the package that it misses, else look at the path."""
-    if isinstance(error, ImportError):
-        text = f"{error} {error.name}".lower()
-        extra = next((f"diffpeft[{name}]" for package, name in _EXTRAS.items() if package in text), None)
-        package = extra or (error.name or "").partition(".")[0]
-        return f"pip install {package}" if package else "Install the package that it names."
-    return "Check the path or the id, and the network if it is an id."
+def _mark(pipe: Pipeline, file: Path) -> None:
+    """Give a pipeline the scheduler that a single file asks for: marks in it say that it predicts v, and that its last level is pure noise."""
+    from diffusers import DDIMScheduler
+
+    names, scheduler = io.header(file)[0], pipe.scheduler
+    changes: dict[str, object] = {"prediction_type": "v_prediction"} if _PREDICTS_V in names else {}
+    if _ZERO_SNR in names:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if changes:
+        knows = changes.keys() <= inspect.signature(type(scheduler).__init__).parameters.keys()
+        pipe.scheduler = (type(scheduler) if knows else DDIMScheduler).from_config(scheduler.config, **changes)
 
 
-_EXTRAS = {"gguf": "llm"}  # {a package that is not always there: our extra that installs it}
+_PREDICTS_V, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors in single files
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where the weights of a pipeline are, and how one of its models is loaded."""
+
+    source: Path
+    folder: Path
+    pipeline: type[Pipeline]
+    skeletons: Mapping[str, nn.Module]
+    dtype: torch.dtype
+    device: str
+    vae: str | None
+    text_encoders: Mapping[str, str]
+
+    def load(self, name: str) -> Component:
+        """One model with every weight, on its device. Raises CheckpointError if there is none."""
+        with _told(self.source):
+            cls = type(self.skeletons[name])
+            if not self.source.is_file():
+                return complete_model(cls, self.folder / name, name, dtype=self.dtype).to(self.device).eval()
+            if name in self.text_encoders:
+                model: Component = filled(self.skeletons[name], self.text_encoders[name], self.dtype)
+            else:
+                model = self._from_single_file(name)
+            refuse_placeholders(name, model, self.source)
+            return model.to(self.device).eval()
+
+    def _from_single_file(self, name: str) -> Component:
+        """A model out of the checkpoint of a whole pipeline, or of a denoiser or a VAE alone."""
+        file = self.vae if name == "vae" and self.vae else self.source
+        others = {other: model for other, model in self.skeletons.items() if other != name}
+        pipe = self.pipeline.from_single_file(
+            str(file), config=str(self.folder), dtype=self.dtype, **others | {"safety_checker": None}
+        )
+        return getattr(pipe, name)

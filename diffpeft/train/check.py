@@ -5,33 +5,54 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from diffpeft import io
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, shown
-from diffpeft.families import check_trainable
+from diffpeft.families import FAMILIES, trainable
+from diffpeft.families.base import Sizes
 from diffpeft.pipeline.open import Facts, check_model, facts
 from diffpeft.train import data, prior
+from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
 from diffpeft.train.method import ADAPTERS
+from diffpeft.train.resume import begin
 
+FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint is of: the model's name, and the id of its family."""
+
+    name: str
+    family: str
+
+
 # {a layer of an original checkpoint: what the file is}; the first that is there tells
 _CHECKPOINTS = {
-    "double_blocks.": "Flux",
-    "joint_blocks.": "Stable Diffusion 3",
-    "conditioner.embedders.": "Stable Diffusion XL",
+    "distilled_guidance_layer.": Checkpoint("Chroma", "chroma"),
+    "double_blocks.": Checkpoint("Flux", "flux"),
+    "joint_blocks.": Checkpoint("Stable Diffusion 3", "sd3"),
+    "conditioner.embedders.": Checkpoint("Stable Diffusion XL", "sdxl"),
 }
-_FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
+# {the layer of it that reads the latents: the component}; its second axis has the channels
+_FIRST_LAYERS = {
+    "model.diffusion_model.input_blocks.0.0.weight": "unet",
+    "model.diffusion_model.img_in.weight": "transformer",
+    "img_in.weight": "transformer",
+}
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may begin: the adapter's name, the account of its images, and its class images, if it has any."""
+    """A run that may begin: the adapter's name, the account of its images, its class images, if it has any, and the state that it goes on from."""
 
     name: str
     account: Account
     prior: prior.ClassImages | None
+    state: SavedState | None = None
 
 
 def check(config: TrainConfig) -> Checked:
@@ -39,11 +60,59 @@ def check(config: TrainConfig) -> Checked:
     config.validate()
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
-    name = _name(config, config.output())
-    check_model(config.model, config.base)
+    out = config.output()
+    name = _name(config, out)
+    state = begin(config, out, [file_of(name, format) for format in FORMATS])
+    check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
-    account = data.survey(str(config.data), config.instance_prompt, config.resolution or known.resolution)
-    return Checked(name, account, prior.planned(config))
+    return Checked(name, surveyed(config, known), prior.planned(config), state)
+
+
+def file_of(name: str, format: str) -> str:
+    """What the file of an adapter is called in a format."""
+    return f"{name}.{format}.safetensors"
+
+
+def account_of(config: TrainConfig, steps: bool) -> Account:
+    """The account of data alone: of a config that may lack a model and an output. `steps`: whether its steps were asked for.
+
+    Raises ConfigError, DataError or CheckpointError.
+    """
+    config.check_values()
+    known = Sizes(None, None)
+    if config.model:
+        check_model(config.model, config.base, config.vae, config.text_encoders())
+        known = _trainable(config)
+    account = surveyed(config, known)
+    return account if steps else replace(account, steps=None)
+
+
+def surveyed(config: TrainConfig, known: Sizes) -> Account:
+    """The account of a run's data. `known` is what configs tell of the model's sizes. Raises DataError or ConfigError."""
+    out = Path(config.out).resolve() if config.out else None
+    sources = data.sources_of(config.data or ())
+    if out and any(source.path.resolve() == out for source in sources):
+        raise ConfigError(
+            "the output folder is the folder of the images",
+            where=out,
+            remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
+        )
+    sides = sides_of(config, known.resolution)
+    account = data.survey(
+        config.data or (),
+        config.instance_prompt,
+        data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
+        trigger=config.trigger,
+        mask=config.mask,
+        skip=[Path(folder) for folder in (config.out, config.class_data) if folder],
+    )
+    return replace(account, steps=(config.steps, config.batch_size * config.accumulate))
+
+
+def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:
+    """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
+    sides = config.resolution or resolution or ()
+    return (sides,) if isinstance(sides, int) else tuple(sides)
 
 
 def _name(config: TrainConfig, out: Path) -> str:
@@ -57,32 +126,40 @@ def _name(config: TrainConfig, out: Path) -> str:
     return config.name
 
 
-def _trainable(config: TrainConfig) -> Facts:
-    """What the configs tell of the model. Raises WrongBaseError if it cannot be trained."""
+def _trainable(config: TrainConfig) -> Sizes:
+    """What the configs tell of the sizes of the model's images. Raises WrongBaseError if it cannot be trained."""
     path = Path(str(config.model))
-    known = facts(config.base if path.is_file() else config.model)
-    where = (config.base if path.is_file() else config.model) or ""
-    if known.pipeline:
-        check_trainable(known.pipeline, known.input_channels, known.image_channels, where)
+    source = (config.base if path.is_file() else config.model) or ""
+    known = facts(source)
+    if not known.pipeline:
+        return Sizes(None, None)
+    family = trainable(known.pipeline, known.configs, source)
     if path.is_file():
-        _check_checkpoint(path, known)
-    return known
+        _check_checkpoint(path, family, known)
+    return FAMILIES[family].sizes(known.configs)
 
 
-def _check_checkpoint(path: Path, known: Facts) -> None:
-    """Raise WrongBaseError if the names and shapes in a single file are those of a model that cannot be trained."""
+def _check_checkpoint(path: Path, family: str, base: Facts) -> None:
+    """Raise WrongBaseError if the names and shapes in a single file are those of another model than its base's."""
     try:
         handles, _ = io.header(path)
     except DiffpeftError:  # loading it will say what is wrong
         return
     kind = next((kind for part, kind in _CHECKPOINTS.items() if any(part in key for key in handles)), None)
-    if kind:
-        raise WrongBaseError(f"this is a checkpoint of {kind}, which cannot be trained", where=path)
-    conv_in = handles.get(_FIRST_LAYER)
-    if conv_in is not None and len(conv_in.shape) > 1:
-        check_trainable("StableDiffusionPipeline", conv_in.shape[1], known.image_channels, path)
+    if kind and kind.family != family:
+        raise WrongBaseError(
+            f"this is a checkpoint of {kind.name}, and its base is a {base.pipeline}",
+            where=path,
+            remedy=f"Pass with --base a folder or a Hub id of {kind.name}."
+            if kind.family in FAMILIES
+            else f"It cannot be trained. The families that can are {', '.join(FAMILIES)}.",
+        )
+    for layer, component in _FIRST_LAYERS.items():
+        if base.pipeline and layer in handles and len(handles[layer].shape) > 1:
+            read = {**base.configs.get(component, {}), "in_channels": handles[layer].shape[1]}
+            trainable(base.pipeline, {**base.configs, component: read}, path)
 
 
-def resized(checked: Checked, resolution: int) -> Checked:
-    """The same for training images of `resolution` pixels."""
-    return replace(checked, account=replace(checked.account, resolution=resolution))
+def resized(checked: Checked, sizing: data.Sizing) -> Checked:
+    """The same with other sizes of training pictures."""
+    return replace(checked, account=replace(checked.account, sizing=sizing))

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from diffpeft.errors import ConfigError, UnknownNameError, near, shown
 from diffpeft.files import Json
@@ -26,12 +26,23 @@ def option(
     at_most: float | None = None,
     needs: str = "",
     required: bool = False,
+    several: str = "",
 ) -> Any:
-    """A field with what the command line says of it, the values that are allowed, and the option without which it would do nothing."""
+    """A field with what the command line says of it, the values that are allowed, and the option without which it would do nothing.
+
+    `several` says how several values are typed: `repeated`, each after the option's name, or `commas`.
+    """
     limits = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     return field(
         default=default,
-        metadata={"help": help, "choices": choices, "limits": limits, "needs": needs, "required": required},
+        metadata={
+            "help": help,
+            "choices": choices,
+            "limits": limits,
+            "needs": needs,
+            "required": required,
+            "several": several,
+        },
     )
 
 
@@ -39,13 +50,15 @@ def option(
 class Options:
     """The options that every training run has, and the checks of all."""
 
+    LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
+
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
-    data: str | None = option(None, "What to train on.", required=True)
+    data: str | Sequence[str] | None = option(None, "What to train on.", required=True)
     out: str | None = option(None, "The folder for what is written.", required=True)
     dtype: str | None = option(
         None,
-        "What the base computes in; default fp32 on a CPU, else bf16. The adapter is fp32.",
-        choices=("fp32", "bf16"),
+        "What the base computes in; default fp32 on a CPU, else bf16. fp16 needs a GPU, and its loss is scaled. The adapter is fp32.",
+        choices=("fp32", "bf16", "fp16"),
     )
     method: str = option("lora", "The adapter method.")
     rank: int = option(16, "Rank of the adapter.", at_least=1)
@@ -54,31 +67,91 @@ class Options:
     dropout: float = option(
         0.0, "Probability with which an input feature of the adapter is dropped.", at_least=0, below=1
     )
-    lr: float = option(1e-4, "Learning rate.", above=0)
+    rank_pattern: str | Sequence[str] | None = option(
+        None, "Other ranks for some layers: up_blocks.1=32,mid_block=8. Their scale stays that of the others."
+    )
+    init_from: str | None = option(
+        None, "An adapter to go on with, instead of a fresh one: its method, ranks and layers."
+    )
+    optimizer: str = option(
+        "adamw", "adamw, adamw8bit, adafactor, prodigy, lion, schedulefree, or a class by its path: torch.optim.SGD."
+    )
+    optimizer_args: str | Sequence[str] | None = option(None, "What it is made with: 'betas=0.9,0.99 eps=1e-8'.")
+    lr: float | None = option(
+        None,
+        "Learning rate; default: 1e-4 for images, 2e-4 for texts; prodigy 1, lion 3e-5, schedulefree 1e-3.",
+        above=0,
+    )
     lr_scheduler: str = option(
-        "constant", "How it goes on after the warm-up.", choices=("constant", "linear", "cosine")
+        "constant",
+        "How it goes on after the warm-up.",
+        choices=("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    )
+    lr_cycles: int | None = option(None, "How often cosine_with_restarts starts; default: 1.", at_least=1)
+    lr_power: float | None = option(None, "The power of polynomial; default: 1.", above=0)
+    lr_pattern: str | Sequence[str] | None = option(
+        None, "Factors for the learning rate of some layers: up_blocks=0.5,mid_block=2."
+    )
+    lora_plus_ratio: float | None = option(
+        None, "LoRA+: how much faster than A the factors B learn; the paper has 16.", above=0
     )
     warmup: int = option(0, "Steps in which the learning rate rises.", at_least=0)
     steps: int = option(500, "Optimiser steps.", at_least=1)
-    batch_size: int = option(1, "Examples a step.", at_least=1)
-    weight_decay: float = option(0.01, "AdamW's weight decay.", at_least=0)
+    batch_size: int = option(1, "Examples a pass.", at_least=1)
+    accumulate: int = option(1, "Passes a step, whose gradients are added up.", at_least=1)
+    weight_decay: float = option(0.01, "The optimiser's weight decay.", at_least=0)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
+    ema: float | None = option(
+        None,
+        "Save and draw with an average of the adapter over the steps, with this decay; 0.99 is usual.",
+        above=0,
+        below=1,
+    )
+    gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them.")
     seed: int = option(0, "Everything random follows from it.", at_least=0)
+    save_every: int = option(
+        500, "Steps between two states that a run can go on from; 0: only when it is stopped.", at_least=0
+    )
+    keep: int = option(2, "How many of them stay.", at_least=1)
+    resume: str | None = option(
+        None,
+        "Go on from a state: --resume alone from the latest in --out, or from a folder. Other options need not be repeated.",
+    )
+    overwrite: bool = option(False, "Begin anew where another run's files are, and replace them.")
+    allow: str | Sequence[str] | None = option(
+        None,
+        "With --resume, names of options that may have other values than the run was started with.",
+        needs="resume",
+    )
+    allow_unchanged: str | Sequence[str] | None = option(
+        None, "Layers that may end without a change, by names or patterns; any other is an error."
+    )
 
     def validate(self) -> None:
+        """Raise ConfigError for the first option that is missing, has a value that is not allowed, or would change nothing."""
+        for f in fields(self):
+            if getattr(self, f.name) is None and f.metadata["required"]:
+                raise ConfigError(f"--{f.name} is missing", remedy=f"Pass --{f.name}. {f.metadata['help']}")
+        self.check_values()
+
+    def check_values(self) -> None:
         """Raise ConfigError for the first option with a value that is not allowed, or that would change nothing."""
         for f in fields(self):
             value, meta = getattr(self, f.name), f.metadata
             if value is None:
-                if meta["required"]:
-                    raise ConfigError(f"--{f.name} is missing", remedy=f"Pass --{f.name}. {meta['help']}")
                 continue
             _check_type(f.name, value, str(f.type))
             _check_value(f.name, value, meta)
-            if meta["needs"] and getattr(self, meta["needs"]) is None:
+            if meta["needs"] and getattr(self, meta["needs"]) in (None, False):
                 raise ConfigError(
                     f"{f.name} without {meta['needs']}, and so it would do nothing",
                     remedy=f"Pass --{_flag(meta['needs'])} too, or leave --{_flag(f.name)} out.",
+                )
+        for name, needed in (("lr_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            if getattr(self, name) is not None and self.lr_scheduler != needed:
+                raise ConfigError(
+                    f"{name} with lr_scheduler {self.lr_scheduler}, and so it would do nothing",
+                    remedy=f"Pass --lr-scheduler {needed}, or leave --{_flag(name)} out.",
                 )
         if self.warmup > self.steps:
             raise ConfigError(
@@ -107,10 +180,23 @@ class TrainConfig(Options):
         None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.", required=True
     )
     base: str | None = option(None, "The folder or Hub id with the configs and the tokenizer of a single-file model.")
-    data: str | None = option(
-        None, "A folder of images; NAME.txt or NAME.caption beside NAME.png is its caption.", required=True
+    vae: str | None = option(None, "The file of the VAE, where the single file is a denoiser alone.", needs="base")
+    text_encoder: str | Sequence[str] | None = option(
+        None, "The files of the text encoders, with commas, where the single file has none.", needs="base"
     )
-    instance_prompt: str | None = option(None, "The caption of images without a caption file.")
+    data: str | Sequence[str] | None = option(
+        None,
+        "A folder of images, with those below it, or a .jsonl or .csv of file_name and text; NAME.txt or NAME.caption beside NAME.png is its caption. "
+        "May be repeated; DIR:3 counts three times.",
+        required=True,
+        several="repeated",
+    )
+    instance_prompt: str | None = option(None, "The caption of images without a caption of their own.")
+    trigger: str | None = option(None, "The word for what is learnt: [trigger] in captions and prompts stands for it.")
+    mask: str | None = option(
+        None,
+        "What counts in an image: alpha (its transparency), or a folder of masks with the images' names; white counts.",
+    )
     class_prompt: str | None = option(
         None, "Switches prior preservation on: what the class is called, without the new word."
     )
@@ -120,22 +206,55 @@ class TrainConfig(Options):
     num_class_images: int | None = option(
         None, "How many class images there shall be; default: 100.", at_least=1, needs="class_prompt"
     )
-    resolution: int | None = option(
-        None, "Side of the training images in pixels; default: what the model was made for.", at_least=8
+    resolution: int | Sequence[int] | None = option(
+        None,
+        "Side of the square that training images have the area of, in pixels; default: what the model was made for. "
+        "With several, as in 512,768, an image is used in each that does not enlarge it.",
+        at_least=8,
+        several="commas",
     )
+    buckets: bool = option(True, "Keep the shapes of images, by sd-scripts' buckets; else all are cropped to squares.")
     flip: bool = option(False, "Mirror images at random.")
+    crop: str = option("center", "What of an image is used where it is too long.", choices=("center", "random"))
     caption_dropout: float = option(
         0.0, "Probability of an empty caption, which guidance needs.", at_least=0, at_most=1
+    )
+    shuffle_captions: bool = option(False, "Put the parts of captions between commas in another order each time.")
+    keep_tokens: int | None = option(
+        None,
+        "How many parts of a caption stay in front when they are shuffled; default: 0.",
+        at_least=0,
+        needs="shuffle_captions",
     )
     targets: str | Sequence[str] = option(
         "attn",
         "Which layers: attn, attn-mlp, full, names with commas (to_q,to_v), or a regular expression for whole names.",
     )
+    max_length: int | None = option(
+        None,
+        "Tokens of a caption that are read; CLIP reads longer ones in chunks: 75 (the default), 150, 225 ...",
+        at_least=1,
+    )
+    clip_skip: int | None = option(
+        None, "Read captions off an earlier layer of CLIP: 1 is the last, 2 the one before it.", at_least=1
+    )
     train_text_encoder: bool = option(False, "Adapt the text encoder too.")
-    batch_size: int = option(1, "Images a step (as many class images come on top).", at_least=1)
+    batch_size: int = option(1, "Images a pass (as many class images come on top).", at_least=1)
+    base_lora: str | Sequence[str] | None = option(
+        None, "Adapters that the base is trained with, FILE:STRENGTH with commas; what is learnt is without them."
+    )
+    training_adapter: str | None = option(
+        None, "An adapter, FILE:STRENGTH, that is on while training and off in what is drawn, measured and saved."
+    )
+    compile: bool = option(False, "Compile the denoiser: slow first steps, and faster ones then.")
     snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", above=0)
     prior_weight: float | None = option(None, "Weight of the class images; default: 1.", above=0, needs="class_prompt")
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+
+    def text_encoders(self) -> list[str]:
+        """The files of text encoders, which stand in a list, or in one text with commas."""
+        files = self.text_encoder.split(",") if isinstance(self.text_encoder, str) else self.text_encoder or ()
+        return [file.strip() for file in files]
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -153,9 +272,10 @@ def _flag(name: str) -> str:
 
 def _check_type(name: str, value: object, declared: str) -> None:
     """Raise ConfigError for a value that is not of the declared type, or no finite number."""
-    if isinstance(value, (list, tuple)) and "Sequence[str]" in declared:
+    entries = next((kind for kind in _KINDS if f"Sequence[{kind}]" in declared), None)
+    if isinstance(value, (list, tuple)) and entries:
         for entry in value:
-            _check_type(name, entry, "str")
+            _check_type(name, entry, entries)
         return
     kinds, words = _KINDS[declared.partition(" ")[0]]
     if (
@@ -168,8 +288,9 @@ def _check_type(name: str, value: object, declared: str) -> None:
 
 
 def _check_value(name: str, value: object, meta: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a value that is empty, not among the choices, or beyond a limit."""
-    for text in (value or [""]) if isinstance(value, (list, tuple)) else [value]:
+    """Raise ConfigError for a value that is empty, not among the choices, or beyond a limit; of several values, for any."""
+    values = (value or [""]) if isinstance(value, (list, tuple)) else [value]
+    for text in values:
         if isinstance(text, str) and not text.strip():
             raise ConfigError(f"{name} is empty", remedy=f"Give it a value, or leave --{_flag(name)} out.")
     if meta["choices"] and value not in meta["choices"]:
@@ -178,7 +299,7 @@ def _check_value(name: str, value: object, meta: Mapping[str, Any]) -> None:
             remedy=f"{near(str(value), meta['choices'])} Allowed: {', '.join(meta['choices'])}.".strip(),
         )
     limits = {words: limit for words, limit in meta["limits"].items() if limit is not None}
-    if any(not _WITHIN[words](value, limit) for words, limit in limits.items()):
+    if any(not _WITHIN[words](number, limit) for words, limit in limits.items() for number in values):
         bounds = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
         raise ConfigError(f"{name} is {value}", remedy=f"It is {bounds}.")
 
@@ -210,7 +331,18 @@ def target_names(targets: str | Iterable[str], presets: Iterable[str]) -> str | 
     return names
 
 
-PATHS = {"model", "base", "data", "out", "class_data", "heldout"}  # the options that are paths
+PATHS = {  # the options that are paths
+    "model",
+    "base",
+    "vae",
+    "text_encoder",
+    "data",
+    "out",
+    "class_data",
+    "heldout",
+    "mask",
+    "init_from",
+}
 # {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
 OTHER_NAMES: dict[str, str] = {
     "learning_rate": "lr",
@@ -260,11 +392,44 @@ OTHER_NAMES: dict[str, str] = {
     "with_prior_preservation": "class_prompt, which switches it on",
     "caption_dropout_rate": "caption_dropout",
     "random_flip": "flip",
+    "shuffle_caption": "shuffle_captions",
+    "enable_bucket": "buckets, which are on",
+    "trigger_word": "trigger",
+    "random_crop": "crop, which is center or random",
+    "center_crop": "crop, which is center or random",
+    "alpha_mask": "mask, which is alpha or a folder",
+    "masked_loss": "mask, which is alpha or a folder",
+    "conditioning_data_dir": "mask",
+    "class_tokens": "instance_prompt",
+    "dataset_repeats": "data, as DIR:3",
+    "num_repeats": "data, as DIR:3",
+    "repeats": "data, as DIR:3",
     "flip_aug": "flip",
+    "num_cycles": "lr_cycles",
+    "lr_num_cycles": "lr_cycles",
+    "lr_scheduler_num_cycles": "lr_cycles",
+    "lr_scheduler_power": "lr_power",
+    "optimizer_type": "optimizer",
+    "optim": "optimizer",
+    "optim_args": "optimizer_args",
+    "use_8bit_adam": "optimizer, which adamw8bit is one of",
+    "loraplus_lr_ratio": "lora_plus_ratio",
+    "use_ema": "ema, which is the decay",
+    "ema_decay": "ema",
+    "checkpointing_steps": "save_every",
+    "save_every_n_steps": "save_every",
+    "save_steps": "save_every",
+    "checkpoints_total_limit": "keep",
+    "save_last_n_steps": "keep, which is a number of states",
+    "save_total_limit": "keep",
+    "resume_from_checkpoint": "resume",
+    "overwrite_output_dir": "overwrite",
+    "network_weights": "init_from",
+    "lora_weights": "init_from",
     "output_dir": "out",
     "output_name": "name",
-    "mixed_precision": "dtype, which is fp32 or bf16",
-    "bf16": "dtype, which is fp32 or bf16",
+    "mixed_precision": "dtype, which is fp32, bf16 or fp16",
+    "bf16": "dtype, which is fp32, bf16 or fp16",
     "max_seq_length": "max_length",
     "max_token_length": "max_length",
     "load_in_4bit": "quantize, which is nf4 or int8",
@@ -282,6 +447,11 @@ def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyOptions] = TrainConfig) -> AnyOptions:  # type: ignore[assignment]
     """The options in a TOML file, replaced by `overrides`. Raises ConfigError or UnknownNameError."""
+    return kind(**values_of(path, kind) | dict(overrides))
+
+
+def values_of(path: str | Path, kind: type[Options]) -> Json:
+    """{option: value} of a TOML file. Raises ConfigError or UnknownNameError."""
     path = Path(path)
     values = _read_toml(path)
     known = {f.name for f in fields(kind)}
@@ -291,9 +461,12 @@ def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyO
             raise UnknownNameError(error.what, where=path, remedy=f"{hint(name, known)} {error.remedy}".strip())
     values = {name.replace("-", "_"): value for name, value in values.items()}
     for name in PATHS & values.keys():
-        if re.search(r"[\a\b\f\n\r\t\v]", str(values[name])):  # "C:\temp" in double quotes: its \t is a tab
+        paths = values[name] if isinstance(values[name], list) else [values[name]]
+        if any(
+            re.search(r"[\a\b\f\n\r\t\v]", str(path)) for path in paths
+        ):  # "C:\temp" in double quotes: its \t is a tab
             raise ConfigError(f"{name} is {shown(values[name])}", where=path, remedy=_BACKSLASHES)
-    return kind(**values | dict(overrides))
+    return values
 
 
 _BACKSLASHES = "Between double quotes a backslash is doubled; or use single quotes: 'C:\\photos'."

@@ -42,6 +42,8 @@ def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
         flip=True,
         caption_dropout=0.1,
         snr_gamma=5.0,
+        save_every=0,
+        overwrite=True,
     )
 
 
@@ -69,7 +71,7 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
     """Train, measure, draw, write; the paths of the files written."""
     start = time.perf_counter()
     run = dreambooth.train(config(out, method, steps), watch)
-    pipe = run.family.pipe
+    pipe = run.family.parts.whole()
     truth = heldout()
     watch.phase("drawing held-out prompts")
     drawn = {

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffpeft.families import Family
+from diffpeft.families import Family, Frame
+from diffpeft.families.prompts import embedded
 from diffpeft.train.draw import generator
 from diffpeft.train.objective import Batch, denoising
 
@@ -66,15 +67,15 @@ def heldout_loss(
 ) -> float:
     """Mean denoising error on images [n, 3, h, w], with fixed noise at fixed levels: for a paired comparison call it with the adapter off and on."""
     z, _ = family.encode(pixels)
-    text = family.embed(prompts)
+    height, width = pixels.shape[-2:]
+    frames = [Frame((height, width), (0, 0), (height, width))] * len(z)
+    texts, none = embedded(family, prompts), torch.zeros(len(z), dtype=torch.bool)
     losses = []
     for level in range(levels):
         noise = torch.stack(
             [torch.randn(z.shape[1:], generator=generator(seed, "heldout", i, level)) for i in range(len(z))]
         ).to(z.device)
         u = torch.full((len(z),), (level + 0.5) / levels)
-        losses.append(
-            denoising(family, Batch(z, noise, u, prompts, torch.zeros(len(z), dtype=torch.bool)), text).mean().item()
-        )
+        losses.append(denoising(family, Batch(z, noise, u, prompts, none, frames), texts).mean().item())
         tick()
     return float(np.mean(losses))

@@ -5,31 +5,43 @@ min-SNR: Hang et al. 2023, arXiv:2303.09556. Prior preservation: DreamBooth, Rui
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffpeft.errors import ConfigError, shown
-from diffpeft.families import Family, Noised
+from diffpeft.families import Conditions, Family, Frame, Noised
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, and which of them are class images."""
+    """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
+
+    `mask` [b, 1, h, w] says how much each place counts.
+    """
 
     latents: Tensor
     noise: Tensor
     u: Tensor
     prompts: list[str]
     is_class: Tensor  # [b] bool
+    frames: Sequence[Frame]
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        mask = None if self.mask is None else sent(self.mask, device)
+        return replace(self, latents=sent(self.latents, device), noise=sent(self.noise, device), mask=mask)
 
 
-def denoising(family: Family, batch: Batch, text: Tensor, snr_gamma: float | None = None) -> Tensor:
-    """Mean squared error of the prediction by sample [b], weighted. `text` [b, tokens, width] is what the denoiser reads."""
-    noised = family.noised(batch.latents, batch.noise, batch.u)
-    error = (family.predict(noised.x, noised.t, text) - noised.target.float()).square().flatten(1).mean(1)
+def denoising(family: Family, batch: Batch, texts: Conditions, snr_gamma: float | None = None) -> Tensor:
+    """Mean squared error of the prediction by sample [b], weighted. `texts` is what the denoiser reads of the prompts."""
+    noised = family.levels.noised(batch.latents, batch.noise, batch.u)
+    prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
+    error = (prediction - noised.target.float()).square()
+    error = (error if batch.mask is None else error * batch.mask).flatten(1).mean(1)
     return error if snr_gamma is None else error * min_snr(noised, snr_gamma)
 
 
@@ -63,8 +75,17 @@ def min_snr(noised: Noised, gamma: float) -> Tensor:
 def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
     """The loss of a batch from those of its samples [b]: mean over the instance images plus prior_weight x mean over the class images.
 
-    So the prior weighs the same however many class images there are.
+    So the prior weighs the same however many class images there are. A batch may have images of one kind only. `is_class` [b] is on the CPU: nobody
+    waits for the losses' device.
     """
     if not is_class.any():
         return losses.mean()
-    return losses[~is_class].mean() + prior_weight * losses[is_class].mean()
+    weights = torch.zeros(len(is_class), dtype=losses.dtype)
+    for weight, mask in ((1.0, ~is_class), (prior_weight, is_class)):
+        weights[mask] = weight / max(int(mask.sum()), 1)
+    return (losses * sent(weights, losses.device)).sum()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what that is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -6,6 +6,7 @@ images of another prompt or model have a folder of their own. Nothing that is th
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from diffpeft.train.data.read import looked_at
 
 if TYPE_CHECKING:
     from diffpeft.families import Family
+    from diffpeft.train.cache import Texts
 
 IMAGES, WEIGHT = 100, 1.0  # how many, and how much they count, where nothing is said
 STEPS, GUIDANCE = 25, 4.0
@@ -169,11 +171,17 @@ def _drawn(images: Mapping[int, Path], used: Iterable[int]) -> tuple[dict[int, P
     return {number: path for number, path in drawn.items() if number not in damaged}, tuple(damaged.values())
 
 
-def draw_missing(plan: ClassImages, family: Family, seed: int, tick: Callable[[], None]) -> ClassImages:
-    """Draw and write the images that are missing, each as a whole file; the plan with the seed and the sampler that its folder has."""
+def draw_missing(
+    plan: ClassImages, family: Family, seed: int, tick: Callable[[], None], texts: Texts | None = None
+) -> ClassImages:
+    """Draw and write the images that are missing, each as a whole file; the plan with the seed and the sampler that its folder has.
+
+    `texts` may know the prompt already.
+    """
     from PIL import Image
 
-    from diffpeft.train.sample import pictures
+    from diffpeft.train.cache import Texts
+    from diffpeft.train.sample import pictures, prompted
 
     known = plan.provenance
     provenance = known if known.seed is not None else replace(known, seed=seed, sampler=_sampler(family))
@@ -182,7 +190,9 @@ def draw_missing(plan: ClassImages, family: Family, seed: int, tick: Callable[[]
         return plan
     with replacing(plan.folder / RECORD) as f:  # first: images without it are taken for the user's
         f.write(json.dumps(asdict(provenance), indent=1, ensure_ascii=False).encode())
-    chunk = CHUNK.get(family.pipe.device.type, 8)
+    texts = texts or Texts(family)
+    family.parts("vae")
+    chunk = CHUNK.get(family.parts(family.denoiser).device.type, 8)
     for at in range(0, len(plan.missing), chunk):
         numbers = plan.missing[at : at + chunk]
         images = pictures(
@@ -192,6 +202,7 @@ def draw_missing(plan: ClassImages, family: Family, seed: int, tick: Callable[[]
             steps=provenance.steps,
             guidance=provenance.guidance,
             tick=tick,
+            asked=functools.partial(prompted, family, texts),
         )
         for number, image in zip(numbers, images, strict=True):
             with replacing(plan.path(number)) as f:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from diffpeft.families import Conditions, Family
 
 STRENGTHS = (0.0, 0.5, 1.0)
 _CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
@@ -23,8 +26,12 @@ def pictures(
     guidance: float,
     batch: int = 16,
     tick: Callable[[], None] = lambda: None,
+    asked: Callable[[list[str]], Mapping[str, object]] = lambda prompts: {"prompt": prompts},
 ) -> np.ndarray:
-    """One image a prompt, [n, h, w, 3] uint8. Each starts from the noise of its seed, whatever the batch size."""
+    """One image a prompt, [n, h, w, 3] uint8. Each starts from the noise of its seed, whatever the batch size.
+
+    `asked` says prompts in the pipeline's keywords: as texts, or as what its text encoders made of them (`prompted`).
+    """
 
     def told(*_: object) -> dict[str, object]:
         tick()
@@ -35,7 +42,7 @@ def pictures(
         chunk = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
         images = pipe(
-            chunk,
+            **asked(chunk),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
@@ -44,6 +51,13 @@ def pictures(
         ).images
         out.append((images * 255).round().astype(np.uint8))
     return np.concatenate(out)
+
+
+def prompted(family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts as a family's pipeline takes them when its text encoders are not there."""
+    dtype = family.parts(family.denoiser).dtype
+    keywords = family.prompted(texts(prompts), texts([""] * len(prompts)))
+    return {name: t.to(dtype) for name, t in keywords.items()}
 
 
 @dataclass(frozen=True)

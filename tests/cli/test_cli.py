@@ -209,7 +209,11 @@ def test_train_says_what_it_found_and_who_reads_its_files_on_one_display(photos,
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     said = [line.partition("] ")[2] for line in lines]
     assert said[0] == "1 image of 64x64 in photos; captions: 1 from .caption"
-    assert said[1] == "not used: 1 .heic ('b.heic')" and said[2] == "folders are not entered: '10_sks'"
+    assert said[1:4] == [
+        "1 step of 1 picture: 1 pass through 1",
+        "not used: 1 .heic ('b.heic')",
+        "folders of which nothing is used: '10_sks'",
+    ]
     assert any(line.startswith("out.kohya.safetensors: read by A1111") for line in said)
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(text in page for text in ("1 image of 64x64 in photos", "b.heic", "10_sks", "read by A1111"))

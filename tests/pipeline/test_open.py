@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffpeft import CheckpointError, ConfigError
+from diffpeft.families.sd import StableDiffusion
 from diffpeft.llm import sft
 from diffpeft.llm.sft_config import SftConfig
-from diffpeft.pipeline.open import EMBEDDED, Facts, check_model, facts, not_loaded, open_pipeline
+from diffpeft.pipeline.complete import not_loaded
+from diffpeft.pipeline.open import EMBEDDED, Facts, check_model, facts, open_pipeline
 from tests.llm import chat
 from tests.single_file import original
 
@@ -102,7 +104,10 @@ def test_the_embedded_base_has_clips_names_as_every_version_of_transformers_read
 
 
 def test_the_configs_tell_what_a_pipeline_is_without_loading_it(folder):
-    assert facts(None) == facts(str(folder)) == Facts("StableDiffusionPipeline", 4, 4, 64)
+    known = facts(None)
+    assert known == facts(str(folder)) and known.pipeline == "StableDiffusionPipeline"
+    unet, vae = known.configs["unet"], known.configs["vae"]
+    assert (unet["in_channels"], vae["latent_channels"]) == (4, 4) and StableDiffusion.sizes(known.configs) == (64, 16)
     (folder / "model_index.json").write_text("[]")
     assert facts(str(folder)).pipeline is None and facts("/nowhere") == Facts()
 

@@ -11,6 +11,8 @@ from PIL import Image
 from diffpeft import DataError
 from diffpeft.train import data
 
+SQUARE = data.Sizing((64,), buckets=False)
+
 
 def jpeg(size=(8, 8), colour=(255, 0, 0), format="JPEG"):
     buffer = io.BytesIO()
@@ -77,7 +79,7 @@ def test_a_jpeg_is_read_whatever_its_ending(ending, folder):
 
 UNREAD = {
     "d.heic": b"\0\0\0\x18ftypheic", "e.HEIC": b"", "f.jxl": b"\xff\x0a", "g.psd": b"8BPS", "h.cr2": b"II",
-    "metadata.jsonl": "{}", "captions.csv": "a,b", "other.txt": "a dog", "a.caption": "a cat", "README": "words",
+    "rows.jsonl": "{}", "captions.csv": "a,b", "other.txt": "a dog", "a.caption": "a cat", "README": "words",
 }  # fmt: skip
 JUNK = {".DS_Store": "x", "Thumbs.db": "x", "desktop.ini": "x", "._a.png": b"\0", ".ipynb_checkpoints/a.png": jpeg()}
 
@@ -91,15 +93,18 @@ def test_what_is_not_used_is_counted_by_ending_and_junk_is_not(folder):
     assert all(name in text for name in UNREAD) and not any(name in text for name in ("DS_Store", "._a", "ipynb"))
 
 
-def test_folders_are_named_with_their_images(folder):
-    account = data.survey(
-        folder({"a.png": jpeg(), "10_sks dog/b.png": jpeg(), "10_sks dog/deep/c.png": jpeg(), "e/f": ""}), "x"
+def test_folders_are_entered_and_named_with_their_images(folder):
+    root = folder(
+        {"a.png": jpeg(), "10_sks dog/b.png": jpeg(), "10_sks dog/deep/c.png": jpeg(), "e/f": "", "out/d.png": jpeg()}
     )
-    assert account.folders == {"10_sks dog": 2, "e": 0}
-    assert "10_sks dog (2 images)" in str(account)
-    with pytest.raises(DataError, match=r"10_sks dog \(2 images\).*10_sks dog"):
-        (account.folder / "a.png").unlink()
-        data.survey(account.folder, "x")
+    account = data.survey(root, "x", skip=[root / "out"])
+    assert [(e.name, e.repeats) for e in account.examples] == [
+        ("a.png", 1),
+        ("10_sks dog/b.png", 10),
+        ("10_sks dog/deep/c.png", 10),
+    ]
+    assert account.folders == {"out": 1, "e": 0} and account.unread == {"without an ending": ["f"]}
+    assert "'10_sks dog' 1 image x 10" in str(account) and "out (1 image)" in str(account)
 
 
 def test_small_extreme_and_animated_pictures_and_copies_are_named(folder):
@@ -111,7 +116,7 @@ def test_small_extreme_and_animated_pictures_and_copies_are_named(folder):
         "dot.png": jpeg((1, 1)), "half.png": jpeg((32, 40)), "strip.png": jpeg((400, 80), (0, 9, 9)), "small.png": jpeg((80, 31)),
         "move.gif": buffer.getvalue(), "x.png": same, "y.png": same, "z.png": jpeg((80, 80), (3, 2, 1)),
     })  # fmt: skip
-    account = data.survey(root, "x", 64)
+    account = data.survey(root, "x", SQUARE)
     assert account.small == ("dot.png", "small.png") and account.extreme == ("strip.png",)
     assert account.animated == ("move.gif",) and account.duplicates == (("x.png", "y.png"),)
     assert data.survey(root, "x").small == ()  # what is small is not known yet
@@ -120,7 +125,7 @@ def test_small_extreme_and_animated_pictures_and_copies_are_named(folder):
 
 
 def test_a_folder_that_is_wholly_used_has_nothing_to_note(folder):
-    account = data.survey(folder({"a.png": jpeg((64, 64)), "a.txt": "a dog", "b.jpg": jpeg((70, 80))}), "sks", 64)
+    account = data.survey(folder({"a.png": jpeg((64, 64)), "a.txt": "a dog", "b.jpg": jpeg((70, 80))}), "sks", SQUARE)
     assert account.lines() == [
         f"2 images of 64x64 to 70x80 in {account.folder}; captions: 1 from .txt, 1 from the prompt"
     ]
@@ -153,8 +158,12 @@ def test_every_file_that_cannot_be_read_is_named_at_once(folder):
 
 
 def test_the_counts_are_data(folder):
-    table = data.survey(folder({"a.png": jpeg(), "a.txt": "", "b.heic": "x", "c/d.png": jpeg()}), None, 64).table()
+    table = data.survey(
+        folder({"a.png": jpeg(), "a.txt": "", "b.heic": "x", "c/d.png": jpeg(), "c/d.png.txt": "d"}), None, SQUARE
+    ).table()
     assert table == {
-        "images": 1, "captions": {".txt": 1}, "unread": {".heic": 1}, "folders": {"c": 1}, "duplicates": [],
-        "empty": ["a.png"], "small": ["a.png"], "extreme": [], "animated": [],
+        "images": 2, "pictures": 2, "captions": {".txt": 1, "NAME.png.txt": 1}, "unread": {".heic": 1}, "folders": {}, "duplicates": [["a.png", "c/d.png"]],
+        "empty": ["a.png"], "small": ["a.png", "c/d.png"], "extreme": [], "animated": [], "unprofiled": [], "unmasked": [], "black": [], "cut": None,
+        "groups": [{"folder": ".", "images": 1, "repeats": 1}, {"folder": "c", "images": 1, "repeats": 1}],
+        "buckets": [{"width": 64, "height": 64, "images": 2}], "masks": 0, "passes": None,
     }  # fmt: skip

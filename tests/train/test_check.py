@@ -193,9 +193,11 @@ def test_what_a_value_is_and_should_be_is_said_in_words(wrong, says, config):
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 CLASSES = (
-    "StableDiffusionXLPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusion3Pipeline",
-    "FluxPipeline",
+    "FluxFillPipeline",
+    "FluxKontextPipeline",
     "Flux2KleinPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
@@ -219,7 +221,7 @@ def folder_of(tmp_path, index=None, unet=None):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_pipeline_that_cannot_be_trained_is_told_by_its_class(name, config, tmp_path):
-    with pytest.raises(WrongBaseError, match=f"{name}.*sd15, sd2"):
+    with pytest.raises(WrongBaseError, match=f"{name}.*sd15, sd2, sdxl, flux"):
         check(replace(config, model=folder_of(tmp_path, {"_class_name": name})))
 
 
@@ -280,7 +282,7 @@ def test_no_mistake_that_needs_no_model_waits_for_torch(config, tmp_path):
         [*base, "--method", "lorra"],
         [*base, "--learning-rate", "1"],
         [*base, "--class-prompt", "x", "--class-data", str(tmp_path / "bad")],
-        [*base, "-m", folder_of(tmp_path, {"_class_name": "FluxPipeline"})],
+        [*base, "-m", folder_of(tmp_path, {"_class_name": "FluxFillPipeline"})],
         [*base, "-m", str(tmp_path / "nothing")],
         [*sft, str(tmp_path / "rows.jsonl")],
         [*sft, str(tmp_path / "nothing.jsonl")],

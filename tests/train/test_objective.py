@@ -5,38 +5,28 @@ from diffusers.training_utils import compute_snr
 
 from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families.base import Noised
-from diffpeft.families.sd import StableDiffusion
+from diffpeft.families.discrete import Discrete
 from diffpeft.train.objective import min_snr, with_prior
 
 LEVELS = torch.tensor([0.0, 0.3, 0.999])
 
 
-class Pipe:
-    """What the family reads of a pipeline before it predicts anything."""
-
-    vae_scale_factor = 8
-
-    def __init__(self, kind):
-        self.scheduler = DDPMScheduler(
-            prediction_type=kind, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-        )
-        self.unet = type(
-            "Unet", (), {"config": type("Config", (), {"sample_size": 64, "down_block_types": ("D",) * 4})}
-        )
+def scheduler(kind):
+    return DDPMScheduler(prediction_type=kind, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_noise_and_target_are_the_papers(kind):
-    family = StableDiffusion(Pipe(kind))
+    levels, noise = Discrete(scheduler(kind)), scheduler(kind)
     z, n = torch.randn(3, 4, 5, 6, dtype=torch.float64), torch.randn(3, 4, 5, 6, dtype=torch.float64)
-    out = family.noised(z, n, LEVELS)
+    out = levels.noised(z, n, LEVELS)
     assert out.t.tolist() == [0, 300, 999]
-    a = family.noise.alphas_cumprod[out.t].double().view(3, 1, 1, 1)
+    a = noise.alphas_cumprod[out.t].double().view(3, 1, 1, 1)
     # diffusers keeps alphas_cumprod in fp32 and takes roots there: 1e-6 is its rounding
     torch.testing.assert_close(out.x, a.sqrt() * z + (1 - a).sqrt() * n, rtol=0, atol=1e-6)
     want = {"epsilon": n, "v_prediction": a.sqrt() * n - (1 - a).sqrt() * z, "sample": z}[kind]
     torch.testing.assert_close(out.target, want, rtol=0, atol=1e-6)
-    torch.testing.assert_close(out.snr, compute_snr(family.noise, out.t), rtol=1e-4, atol=0)  # fp32: 1 - a cancels
+    torch.testing.assert_close(out.snr, compute_snr(noise, out.t), rtol=1e-4, atol=0)  # fp32: 1 - a cancels
 
 
 @pytest.mark.parametrize(
@@ -59,7 +49,7 @@ def test_what_min_snr_has_no_weight_for_is_refused_by_name_with_a_remedy(kind):
 
 def test_a_model_whose_target_is_not_known_is_not_trained_on_another():
     with pytest.raises(WrongBaseError, match="flow_prediction"):
-        StableDiffusion(Pipe("flow_prediction"))
+        Discrete(scheduler("flow_prediction"))
 
 
 def test_the_prior_weighs_the_same_however_many_class_images_there_are():

@@ -1,76 +1,173 @@
-"""The account of a folder: what training takes from it, and what it passes over."""
+"""The account of a data set: what training takes from it, and what it passes over."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffpeft.errors import listed
+from diffpeft.errors import listed, shown
+from diffpeft.train.data.buckets import Size, Sizing, share
 
-EXTREME = 4  # times as long as wide: the crop at the centre keeps less than a quarter
 SHOWN = 3  # names of each kind
+_LITTLE = 0.25  # of an image is seen
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image file and its caption."""
+    """An image file and its caption.
+
+    Args:
+        size: (width, height), upright.
+        repeats: how often it counts.
+        mask: the picture whose brightness, or the image itself if it is its transparency, says how much each place counts.
+        name: what it is called in the account.
+        trigger: what `[trigger]` in the caption stood for.
+    """
 
     path: Path
     caption: str
+    size: Size = (0, 0)
+    repeats: int = 1
+    mask: Path | None = None
+    name: str = ""
+    trigger: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A folder of images: how many they are, and how often each counts."""
+
+    name: str
+    images: int
+    repeats: int = 1
+
+    def __str__(self) -> str:
+        return f"{shown(self.name)} {_count(self.images, 'image')}" + (f" x {self.repeats}" if self.repeats > 1 else "")
 
 
 @dataclass(frozen=True)
 class Account:
-    """What a folder holds. Files are named by their names in it.
+    """What a data set holds. Files are named by their names in it.
 
     Args:
+        folder: the first folder that was asked for, and `where` all of it in words.
         examples: the images that are trained on, with their captions.
-        sizes: {image: (width, height)}, upright.
         captions: {where captions are from: images}.
+        groups: the folders with images.
         empty: images whose caption file holds nothing.
+        cut: images whose captions are longer than the tokenizer takes, of `tokens` tokens; None where it is not known.
         animated: images with several frames or pages, of which the first is taken.
+        unprofiled: images with a colour profile that cannot be read, which are taken as sRGB.
         duplicates: groups of images that are the same file.
+        unmasked: images without a mask, where there are masks; `black` those whose mask leaves nothing.
         unread: {ending: the files that end so and are not used}.
-        folders: {folder that is not entered: the images in it}.
-        resolution: the side of the training images in pixels, if it is known.
+        folders: {folder of which nothing is used: the images in it}; it is not entered, or has none.
+        sizing: how the sizes of training pictures follow, if that is known.
+        steps: how many steps of how many pictures a run takes, if that is known.
     """
 
     folder: Path
     examples: tuple[Example, ...]
-    sizes: Mapping[str, tuple[int, int]]
     captions: Mapping[str, int]
+    where: str = ""
+    groups: tuple[Group, ...] = ()
     empty: tuple[str, ...] = ()
+    cut: tuple[str, ...] | None = None
+    tokens: int = 0
     animated: tuple[str, ...] = ()
+    unprofiled: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, ...], ...] = ()
+    unmasked: tuple[str, ...] = ()
+    black: tuple[str, ...] = ()
     unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
     folders: Mapping[str, int] = field(default_factory=dict)
-    resolution: int | None = None
+    sizing: Sizing | None = None
+    steps: tuple[int, int] | None = None
+
+    @property
+    def resolution(self) -> int | None:
+        """The side of the training images in pixels, the least of several; None if it is not known."""
+        return min(self.sizing.resolutions) if self.sizing else None
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        """{image: (width, height)}, upright."""
+        return {example.name: example.size for example in self.examples}
+
+    @property
+    def targets(self) -> dict[str, tuple[Size, ...]]:
+        """{image: the sizes of the pictures that are made of it}."""
+        return {name: self.sizing.targets(size) for name, size in self.sizes.items()} if self.sizing else {}
+
+    @property
+    def buckets(self) -> dict[Size, int]:
+        """{size of pictures: how many images are shown in it}, the most first."""
+        counts = Counter(target for targets in self.targets.values() for target in targets)
+        return dict(sorted(counts.items(), key=lambda row: (-row[1], row[0])))
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures a pass through the data has: images, as often as they count, in each of their sizes."""
+        targets = self.targets
+        return sum(example.repeats * len(targets.get(example.name, ("one",))) for example in self.examples)
 
     @property
     def small(self) -> tuple[str, ...]:
-        """Images whose shorter side is less than half of the resolution."""
-        return tuple(name for name, size in self.sizes.items() if 2 * min(size) < (self.resolution or 0))
+        """Images that are more than doubled in size."""
+        sizes = self.sizes
+        doubled = {
+            name: any(t > 2 * side for t, side in zip(ts[0], sizes[name], strict=True))
+            for name, ts in self.targets.items()
+        }
+        return tuple(name for name, enlarged in doubled.items() if enlarged)
 
     @property
     def extreme(self) -> tuple[str, ...]:
-        """Images of which less than a quarter is left when they are cropped to a square."""
-        return tuple(name for name, size in self.sizes.items() if max(size) > EXTREME * min(size))
+        """Images of which less than a quarter is seen in a picture."""
+        sizes = self.sizes
+        return tuple(name for name, ts in self.targets.items() if min(share(sizes[name], t) for t in ts) < _LITTLE)
 
     def summary(self) -> str:
         """How many images of what sizes, and where their captions are from."""
         sizes = sorted(set(self.sizes.values()), key=lambda size: (size[0] * size[1], size))
         ends = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
         captions = ", ".join(f"{n} from {source}" for source, n in self.captions.items())
-        return f"{_count(len(self.examples), 'image')} of {ends} in {self.folder}; captions: {captions}"
+        where = self.where or self.folder
+        return f"{_count(len(self.examples), 'image')} of {ends} in {where}; captions: {captions}"
+
+    def plan(self) -> list[str]:
+        """How the images are used: how often, in what sizes, with which masks."""
+        lines, sizes = [], self.buckets
+        if len(self.groups) > 1 or any(group.repeats > 1 for group in self.groups):
+            lines.append("folders: " + ", ".join(map(str, self.groups)))
+        if self.sizing and (
+            len(sizes) > 1 or (self.sizing.buckets and sizes.keys() - {(r, r) for r in self.sizing.resolutions})
+        ):
+            lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
+        if masked := sum(example.mask is not None for example in self.examples):
+            lines.append(f"masks weigh the loss of {_count(masked, 'image')}")
+        if self.steps:
+            steps, batch = self.steps
+            times = f"{steps * batch / self.pictures:.3g}"
+            passes = "pass" if times == "1" else "passes"
+            lines.append(
+                f"{_count(steps, 'step')} of {_count(batch, 'picture')}: {times} {passes} through {self.pictures}"
+            )
+        return lines
 
     def notes(self) -> list[str]:
         """What may not be as it was meant, a sentence each; none for a folder that is wholly used."""
         kinds = {
             f"smaller than half of {self.resolution} pixels, and scaled up": self.small,
-            f"more than {EXTREME} times as long as wide, of which the middle is used": self.extreme,
+            "so long that less than a quarter is seen, the middle": self.extreme,
             "with an empty caption file, and trained without a caption": self.empty,
+            f"with captions longer than {self.tokens} tokens, and cut there": self.cut or (),
             "with several frames, of which the first is used": self.animated,
+            "with a colour profile that cannot be read, and taken as sRGB": self.unprofiled,
+            "without a mask, and wholly used": self.unmasked,
+            "with a mask that leaves nothing": self.black,
         }
         notes = [
             f"{_count(len(names), 'image')} {what}: {listed(names, SHOWN)}" for what, names in kinds.items() if names
@@ -81,12 +178,12 @@ class Account:
         if self.unread:
             notes.append("not used: " + ", ".join(_ending(end, names) for end, names in self.unread.items()))
         if self.folders:
-            notes.append("folders are not entered: " + folders_text(self.folders))
+            notes.append("folders of which nothing is used: " + folders_text(self.folders))
         return notes
 
     def lines(self) -> list[str]:
         """The whole account as text."""
-        return [self.summary(), *self.notes()]
+        return [self.summary(), *self.plan(), *self.notes()]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -95,11 +192,22 @@ class Account:
         """The counts, for a file of measurements."""
         return {
             "images": len(self.examples),
+            "pictures": self.pictures,
             "captions": dict(self.captions),
+            "groups": [
+                {"folder": group.name, "images": group.images, "repeats": group.repeats} for group in self.groups
+            ],
+            "buckets": [{"width": w, "height": h, "images": n} for (w, h), n in self.buckets.items()],
+            "masks": sum(example.mask is not None for example in self.examples),
+            "passes": self.steps and self.steps[0] * self.steps[1] / self.pictures,
             "unread": {ending: len(names) for ending, names in self.unread.items()},
             "folders": dict(self.folders),
             "duplicates": [list(group) for group in self.duplicates],
-            **{name: list(getattr(self, name)) for name in ("empty", "small", "extreme", "animated")},
+            "cut": None if self.cut is None else list(self.cut),
+            **{
+                name: list(getattr(self, name))
+                for name in ("empty", "small", "extreme", "animated", "unprofiled", "unmasked", "black")
+            },
         }
 
 

@@ -1,17 +1,20 @@
-"""One image file as pixels: upright, in 8 bits, on white."""
+"""One image file as pixels: upright, in 8 bits, in sRGB, on white."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from diffpeft.errors import DataError
+from diffpeft.families.base import Frame
+from diffpeft.train.data.buckets import Size, covering
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,11 +27,51 @@ _SCALES = {"I": (2**8 - 1, 2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at an image file tells: its size upright, how many frames it has, and why it cannot be read, if so."""
+    """What one look at an image file tells: its size upright, how many frames it has, and why it cannot be read, if so.
 
-    size: tuple[int, int] = (0, 0)
+    `profiled` is False for a colour profile that cannot be read, `brightest` the largest value of a mask.
+    """
+
+    size: Size = (0, 0)
     frames: int = 1
     error: str = ""
+    profiled: bool = True
+    brightest: int = 255
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to show an image: scaled to cover `target`, cropped to it from `left` and `top`, and then mirrored or not. Pixels, width before height."""
+
+    target: Size
+    left: int = 0
+    top: int = 0
+    flipped: bool = False
+
+    @classmethod
+    def centred(cls, size: Size, target: Size, flipped: bool = False) -> View:
+        """The middle of an image of `size`."""
+        return cls.at(size, target, 0.5, 0.5, flipped)
+
+    @classmethod
+    def at(cls, size: Size, target: Size, x: float, y: float, flipped: bool = False) -> View:
+        """Where `x` and `y` from 0 to 1 say how far from the left and from the top."""
+        width, height = covering(size, target)
+        return cls(target, int((width - target[0]) * x), int((height - target[1]) * y), flipped)
+
+    def frame(self, size: Size) -> Frame:
+        """What it shows of an image of `size`, as a model may be told."""
+        (width, height), (w, h) = size, self.target
+        left = covering(size, self.target)[0] - w - self.left if self.flipped else self.left
+        return Frame((height, width), (self.top, left), (h, w))
+
+    def of(self, image: Image.Image) -> Image.Image:
+        """It, of an image."""
+        (w, h), scaled = self.target, covering(image.size, self.target)
+        if scaled != image.size:
+            image = image.resize(scaled, Image.Resampling.LANCZOS)
+        shown = image.crop((self.left, self.top, self.left + w, self.top + h))
+        return ImageOps.mirror(shown) if self.flipped else shown
 
 
 @contextlib.contextmanager
@@ -43,33 +86,31 @@ def looked_at(path: Path) -> Look:
     try:
         with _opened(path) as file:
             width, height = file.size
-            turned = file.format != "TIFF" and file.getexif().get(_ORIENTATION) in _TURNED  # Pillow turns those itself
+            upright = _upright(file)
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's JPEG with a depth map
             file.seek(0)
             file.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             file.load()
             if file.mode.startswith(_DEEP):
                 white_of(file)
-            return Look((height, width) if turned else (width, height), frames)
+            return Look(upright, frames, profiled=_profile(file) is not False)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise what they like for a damaged file
         return Look(error=str(error) or type(error).__name__)
 
 
-def pixels(path: Path, size: int) -> Tensor:
-    """The image as [3, size, size] in [-1, 1]: turned upright, transparent parts white, scaled to cover the square, cropped at the centre."""
-    import torch
+def _upright(file: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture that was just opened, as it will be turned. Pillow turns TIFFs itself."""
+    turned = file.format != "TIFF" and file.getexif().get(_ORIENTATION) in _TURNED
+    width, height = file.size
+    return (height, width) if turned else (width, height)
 
-    try:
-        with _opened(path) as file:
-            image = _on_white(ImageOps.exif_transpose(eight_bit(file)))
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    except MemoryError:
-        raise
-    except Exception as error:  # as above
-        raise DataError(f"cannot read an image ({error})", where=path, remedy="Remove it, or save it again.") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+def pixels(path: Path, size: int) -> Tensor:
+    """The middle of an image as [3, size, size] in [-1, 1], scaled to cover the square."""
+    image = picture(path)
+    return numbers(View.centred(image.size, (size, size)).of(image))
 
 
 def stacked(paths: Sequence[Path], size: int) -> Tensor:
@@ -77,6 +118,89 @@ def stacked(paths: Sequence[Path], size: int) -> Tensor:
     import torch
 
     return torch.stack([pixels(path, size) for path in paths])
+
+
+def numbers(image: Image.Image) -> Tensor:
+    """A picture in RGB as [3, h, w] in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def picture(path: Path) -> Image.Image:
+    """The whole image in RGB: turned upright, in sRGB, transparent parts white. Raises DataError if it cannot be read."""
+    with _readable(path), _opened(path) as file:
+        return _on_white(_in_srgb(ImageOps.exif_transpose(eight_bit(file))))
+
+
+def mask(path: Path, alpha: bool) -> Image.Image | None:
+    """The whole image as a mask, in 8 bits: its transparency, None if it has none, or else its brightness."""
+    with _readable(path), _opened(path) as file:
+        image = ImageOps.exif_transpose(eight_bit(file))
+        if not alpha:
+            return _on_white(image).convert("L")
+        if not image.has_transparency_data:
+            return None
+        band = image.convert("RGBA").getchannel("A")
+        return None if band.getextrema()[0] == 255 else band
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a decoder raises in this block is a DataError."""
+    try:
+        yield
+    except (MemoryError, DataError):
+        raise
+    except Exception as error:  # as above
+        raise DataError(f"cannot read an image ({error})", where=path, remedy="Remove it, or save it again.") from error
+
+
+_SPACES = {
+    "RGB ": ("RGB",),
+    "GRAY": ("L",),
+    "CMYK": ("CMYK",),
+}  # {colour space of a profile: Pillow's modes that have it}
+_SRGB = ImageCms.createProfile("sRGB")
+
+
+def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | bool | None:
+    """The colour profile of an image, None if it is sRGB or has none, False if it cannot be read."""
+    data = image.info.get("icc_profile")
+    if not data:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        return None if ImageCms.getProfileDescription(profile).startswith("sRGB") else profile
+    except (ImageCms.PyCMSError, OSError):
+        return False
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """An image in sRGB, if it has a colour profile that fits its colours."""
+    profile = _profile(image)
+    if not isinstance(profile, ImageCms.ImageCmsProfile):
+        return image
+    clear = image.has_transparency_data
+    plain = (
+        image.convert("RGB")
+        if image.mode in ("P", "RGBA", "PA", "1")
+        else image.convert("L")
+        if image.mode == "LA"
+        else image
+    )
+    if plain.mode not in _SPACES.get(profile.profile.xcolor_space, ()):
+        return image
+    alpha = image.convert("RGBA").getchannel("A") if clear else None
+    try:
+        transform = ImageCms.buildTransform(profile, _SRGB, plain.mode, "RGB")
+        turned = ImageCms.applyTransform(plain, transform)
+    except ImageCms.PyCMSError:  # it has the head of a profile and not its tables
+        return image
+    assert turned is not None  # it is, if not in place
+    if alpha is not None:
+        turned.putalpha(alpha)
+    return turned
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
@@ -97,6 +221,8 @@ def eight_bit(image: Image.Image) -> Image.Image:
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         scaled.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    if profile := image.info.get("icc_profile"):
+        scaled.info["icc_profile"] = profile
     exif = Image.Exif()
     exif[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
     scaled.info["exif"] = exif.tobytes()
@@ -129,7 +255,7 @@ def _tag(image: Image.Image, tag: int) -> int | None:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """A picture without transparency: what is clear is white."""
+    """A picture in RGB without transparency: what is clear is white."""
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")

@@ -1,0 +1,118 @@
+"""Flux.1 (Black Forest Labs 2024): a transformer on 2 x 2 patches of latents, T5's hidden states, what CLIP pools, and flow matching.
+
+Its dev model was distilled to be told a guidance. Training tells it 1: no guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from diffpeft.errors import ConfigError
+from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
+from diffpeft.families.flow import Flow
+from diffpeft.families.latents import encoded, factor, precise
+from diffpeft.families.prompts import refuse_skip, tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffpeft.families.parts import Configs, Parts
+
+_PATCH = 2
+_RESOLUTION = 1024  # no config says it
+_TOKENS = 512  # of T5
+# layers in the blocks of both kinds: of images and texts side by side, and of both in one
+_BLOCKS = r"(single_)?transformer_blocks\.\d+\.({})"
+_ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+_MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
+
+
+class Flux:
+    """The training side of a FluxPipeline."""
+
+    pipelines: tuple[str, ...] = ("FluxPipeline",)
+    denoiser = "transformer"
+    text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    adaptable: tuple[str, ...] = ("text_encoder",)
+    presets: Mapping[str, str] = MappingProxyType(
+        {"attn": _BLOCKS.format(_ATTENTION), "attn-mlp": _BLOCKS.format(f"{_ATTENTION}|{_MLP}")}
+    )
+    packing = _PATCH
+    base_version = "flux1"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        refuse_skip(reading, "of CLIP Flux.1 reads what it pools")
+        self.max_length = _TOKENS if reading.max_length is None else reading.max_length
+        if self.max_length > _TOKENS:
+            raise ConfigError(f"max_length is {self.max_length}", remedy=f"Flux.1 reads {_TOKENS} tokens at most.")
+        self.parts, self.pipe = parts, parts.pipe
+        self.levels: Levels = Flow.of(parts.pipe.scheduler, _PATCH)
+        self.guided: bool = parts.configs[self.denoiser]["guidance_embeds"]
+        self.architecture = "flux-1-dev" if self.guided else "flux-1-schnell"
+        self.resolution, self.multiple = self.sizes(parts.configs).known()
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """Whole patches."""
+        pixels = factor(configs.get("vae", {}))
+        return Sizes(_RESOLUTION, pixels * _PATCH if pixels else None)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
+        return encoded(self.parts("vae"), pixels)
+
+    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+        """What CLIP pools [b, width], or T5's hidden states [b, tokens, width]."""
+        pipe, model = self.parts.pipe, self.parts(encoder)
+        if encoder == "text_encoder":
+            ids = tokens(pipe.tokenizer, prompts, pipe.tokenizer.model_max_length, model.device)
+            return {"pooled": model(ids).pooler_output}
+        return {"text": model(tokens(pipe.tokenizer_2, prompts, self.max_length, model.device))[0]}
+
+    def framed(self, frames: Sequence[Frame]) -> Conditions:
+        """Nothing: the transformer reads no sizes but that of its latents."""
+        return {}
+
+    def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's velocity [b, c, h, w]."""
+        import torch
+
+        model = self.parts(self.denoiser)
+        text, pooled = (conditions[name].to(model.dtype) for name in ("text", "pooled"))
+        velocity = model(
+            hidden_states=packed(x.to(model.dtype)),
+            timestep=t.to(model.dtype),
+            guidance=torch.ones(len(x), device=x.device) if self.guided else None,
+            pooled_projections=pooled,
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3).to(text),
+            img_ids=places(x),
+        ).sample
+        return precise(unpacked(velocity, x.shape))
+
+    def prompted(self, prompts: Conditions, blank: Conditions) -> dict[str, Tensor]:
+        """As a FluxPipeline takes prompts; it has no blank ones."""
+        return {"prompt_embeds": prompts["text"], "pooled_prompt_embeds": prompts["pooled"]}
+
+
+def packed(x: Tensor) -> Tensor:
+    """Latents [b, c, h, w] as tokens [b, h / 2 w / 2, 4 c], one a patch."""
+    return x.unfold(2, _PATCH, _PATCH).unfold(3, _PATCH, _PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """Tokens [b, h / 2 w / 2, 4 c] as latents [b, c, h, w] of this shape."""
+    b, c, h, w = shape
+    patches = tokens.view(b, h // _PATCH, w // _PATCH, c, _PATCH, _PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def places(x: Tensor) -> Tensor:
+    """0, row and column of every patch of latents [b, c, h, w]: [h / 2 w / 2, 3]."""
+    import torch
+
+    h, w = (side // _PATCH for side in x.shape[-2:])
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack([torch.zeros(h, w), rows, columns], dim=-1).flatten(0, 1).to(x)

@@ -1,0 +1,63 @@
+"""The batches of a run as tensors: examples of both kinds with their latents, noise, levels and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffpeft.train import draw
+from diffpeft.train.cache import Latents
+from diffpeft.train.data.batches import Batches, Shown
+from diffpeft.train.objective import Batch
+
+
+@dataclass
+class Assembly:
+    """What makes the batches of a run. `kinds` are the instance images, and the class images if there are any."""
+
+    kinds: Sequence[Batches]
+    latents: Latents
+
+    def captions(self, steps: Iterable[int]) -> list[str]:
+        """The captions of these steps, each once."""
+        return list(dict.fromkeys(caption for batches in self.kinds for caption in batches.needed(steps)[1]))
+
+    def learn(self, steps: Iterable[int], tick: Callable[[], None] = lambda: None) -> None:
+        """Compute the latents of all that these steps show."""
+        for batches in self.kinds:
+            self.latents.learn(batches.examples, batches.needed(steps)[0], tick)
+
+    def at(self, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
+        """The batches of a part of a step: one with instance and class images, or if these are of other sizes one of each."""
+        by_size: dict[tuple[int, int], list[tuple[Batches, Shown]]] = {}
+        for batches in self.kinds:
+            share = batches.size // parts
+            for shown in batches.at(step)[part * share : (part + 1) * share]:
+                by_size.setdefault(shown.view.target, []).append((batches, shown))
+        return [self._batch(places) for places in by_size.values()]
+
+    def _batch(self, places: Sequence[tuple[Batches, Shown]]) -> Batch:
+        examples = [batches.examples[shown.index] for batches, shown in places]
+        keys = [shown.key for _, shown in places]
+        moments = [self.latents(example, shown.view) for example, (_, shown) in zip(examples, places, strict=True)]
+        latents = torch.stack([m.draw(*key) for m, key in zip(moments, keys, strict=True)])
+        return Batch(
+            latents,
+            torch.stack([torch.randn(latents.shape[1:], generator=draw.generator(*key, "noise")) for key in keys]),
+            torch.tensor([draw.uniform(*key, "level") for key in keys]),
+            [shown.caption for _, shown in places],
+            torch.tensor([batches.kind == "class" for batches, _ in places]),
+            [shown.view.frame(example.size) for example, (_, shown) in zip(examples, places, strict=True)],
+            _stacked([m.mask for m in moments], latents),
+        )
+
+
+def _stacked(masks: Sequence[Tensor | None], latents: Tensor) -> Tensor | None:
+    """The masks of a batch [b, 1, h, w], with ones for those that have none; None if none has."""
+    if all(mask is None for mask in masks):
+        return None
+    whole = latents.new_ones(1, *latents.shape[-2:])
+    return torch.stack([whole if mask is None else mask for mask in masks])

@@ -1,0 +1,138 @@
+"""Where the images of a data set lie: what was asked for, the folders below, and how often each image counts. No torch, and no image is opened."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from diffpeft.errors import ConfigError, DataError, near, shown
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+TABLES = (".jsonl", ".csv")  # of captions
+MASK = "-masklabel"  # what OneTrainer adds to an image's name
+RECORD = "class.json"  # in a folder of class images that we drew
+_JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+_REPEATED = re.compile(r"([1-9]\d{0,2})_(\S.*)")  # sd-scripts' name of a folder: repeats and class tokens
+_TIMES = re.compile(r"(.+):(\d+)")
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A folder of images or a table of captions, and how often each of its images counts."""
+
+    path: Path
+    repeats: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.path}" + (f" ({self.repeats} times)" if self.repeats > 1 else "")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that names are relative to."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What one folder holds, without the folders in it.
+
+    `tokens` and `repeats` are those of sd-scripts' `10_sks dog`, the nearest of its own and its parents' names.
+    """
+
+    path: Path
+    source: ImageSource
+    repeats: int = 1
+    tokens: str | None = None
+    files: tuple[Path, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def images(self) -> tuple[Path, ...]:
+        """The image files in name order, by their endings; without masks that lie beside them (NAME-masklabel.png)."""
+        paths = [path for path in self.files if path.suffix.lower() in ENDINGS]
+        masks = {path.stem + MASK for path in paths}
+        return tuple(path for path in paths if path.stem not in masks)
+
+
+def sources_of(data: str | Path | Sequence[str | Path]) -> list[ImageSource]:
+    """What was asked for: folders and tables, `PATH:3` for one whose images count three times. Raises DataError for what is not there."""
+    return [_source(entry) for entry in ([data] if isinstance(data, (str, Path)) else data)]
+
+
+def _source(entry: str | Path) -> ImageSource:
+    path, repeats = Path(entry), 1
+    times = None if path.exists() else _TIMES.fullmatch(str(entry))
+    if times:
+        path, repeats = Path(times[1]), int(times[2])
+        if not repeats:
+            raise ConfigError(f"data is {shown(entry)}: its images would not be used", remedy="Leave it out.")
+    if path.is_dir() or (path.is_file() and path.suffix.lower() in TABLES):
+        return ImageSource(path, repeats)
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    raise DataError(
+        "not a folder" if path.exists() else "no such folder",
+        where=path,
+        remedy=near(path.name, siblings) or "Pass a folder of images.",
+    )
+
+
+def is_junk(path: Path) -> bool:
+    """What file managers and notebooks leave behind."""
+    return path.name.startswith((".", "__MACOSX")) or path.name.lower() in _JUNK
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path names an image, by its ending."""
+    return path.suffix.lower() in ENDINGS and not is_junk(path) and path.is_file()
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder in name order, by their endings."""
+    return sorted(path for path in folder.iterdir() if is_image(path))
+
+
+def walked(source: ImageSource, skip: Collection[Path]) -> Iterator[Folder | Path]:
+    """The folders of a source, itself first, in name order; of those that are not entered the path alone.
+
+    `skip` are such, as resolved paths; so are folders of class images that were drawn here. A link is followed once.
+    """
+    if not source.path.is_dir():
+        yield Folder(source.folder, source)
+        return
+    name = _REPEATED.fullmatch(source.path.resolve().name)
+    yield from _below(Folder(source.path, source, *_named(name, 1, None)), skip, {source.path.resolve()})
+
+
+def _below(folder: Folder, skip: Collection[Path], entered: set[Path]) -> Iterator[Folder | Path]:
+    inside = sorted(path for path in _listed(folder.path) if not is_junk(path))
+    yield Folder(
+        folder.path, folder.source, folder.repeats, folder.tokens, tuple(path for path in inside if path.is_file())
+    )
+    for path in (path for path in inside if path.is_dir()):
+        resolved = path.resolve()
+        if resolved in skip or (path / RECORD).is_file():
+            yield path
+        elif resolved not in entered:
+            entered.add(resolved)
+            repeats, tokens = _named(_REPEATED.fullmatch(path.name), folder.repeats, folder.tokens)
+            yield from _below(Folder(path, folder.source, repeats, tokens), skip, entered)
+
+
+def _named(name: re.Match[str] | None, repeats: int, tokens: str | None) -> tuple[int, str | None]:
+    return (int(name[1]), name[2]) if name else (repeats, tokens)
+
+
+def _listed(folder: Path) -> Iterable[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot look into a folder ({error.strerror or error})", where=folder) from error
+
+
+def compared(path: str | Path) -> str:
+    """A path as it is compared: composed letters (macOS writes them apart), slashes, and an ending in lower case."""
+    stem, dot, ending = unicodedata.normalize("NFC", Path(path).as_posix()).rpartition(".")
+    return f"{stem}{dot}{ending.lower()}"

@@ -1,0 +1,148 @@
+"""Tiny random pipelines of every family that can be trained, by the kinds of configs that published models have."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from diffpeft.pipeline.open import EMBEDDED
+
+_CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 24,
+    "max_position_embeddings": 77,
+}
+_T5 = {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+_UNET = {
+    "sample_size": 16,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+_XL = {
+    **_UNET,
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 64,
+    "transformer_layers_per_block": (1, 1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 24,
+}
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+_ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+_DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
+
+
+def _clip(projected: bool = False) -> Any:
+    t = _tokenizer()
+    ids = {"vocab_size": len(t), "bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id}
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return kind(transformers.CLIPTextConfig(**_CLIP, **ids))
+
+
+def _vae(**config: Any) -> Any:
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **kinds, **config)
+
+
+def _sd(**scheduler: Any) -> Any:
+    return diffusers.StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_clip(),
+        tokenizer=_tokenizer(),
+        unet=diffusers.UNet2DConditionModel(**_UNET),
+        scheduler=diffusers.DDIMScheduler(**_BETAS, **scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sd2(**scheduler: Any) -> Any:
+    pipe = _sd(**scheduler)
+    pipe.unet = diffusers.UNet2DConditionModel(**{**_UNET, "cross_attention_dim": 1024})
+    wide = {**pipe.text_encoder.config.to_dict(), "hidden_size": 1024, "num_hidden_layers": 1}
+    pipe.text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**wide))
+    return pipe
+
+
+def _sdxl(vae: dict[str, Any] | None = None, zeros: bool = True, **scheduler: Any) -> Any:
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(**(vae or {"scaling_factor": 0.13025})),
+        text_encoder=_clip(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer=_tokenizer(),
+        tokenizer_2=_tokenizer(),
+        unet=diffusers.UNet2DConditionModel(**_XL),
+        scheduler=diffusers.DDIMScheduler(**_BETAS, **scheduler),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+
+
+def _flux(guided: bool, **scheduler: Any) -> Any:
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_clip(),
+        tokenizer=_tokenizer(),
+        text_encoder_2=transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(_tokenizer()), **_T5)),
+        tokenizer_2=_tokenizer(),
+        transformer=diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=guided,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+_STATISTICS = {"scaling_factor": 0.5, "latents_mean": [0.1, -1, 2, 0], "latents_std": [1.0, 2, 0.5, 3]}
+# {kind: (family, makes a pipeline)}
+KINDS: dict[str, tuple[str, Any]] = {
+    "sd15": ("sd15", _sd),
+    "sd15, x0": ("sd15", lambda: _sd(prediction_type="sample")),
+    "sd2, v": ("sd2", lambda: _sd2(prediction_type="v_prediction")),
+    "sdxl": ("sdxl", _sdxl),
+    "sdxl, v and zero-terminal SNR": ("sdxl", lambda: _sdxl(**_ZERO)),
+    "sdxl, latent statistics and blank prompts": ("sdxl", lambda: _sdxl(_STATISTICS, zeros=False)),
+    "flux dev": ("flux", lambda: _flux(True, **_DYNAMIC)),
+    "flux dev, linear shift": ("flux", lambda: _flux(True, **_DYNAMIC, time_shift_type="linear")),
+    "flux schnell": ("flux", lambda: _flux(False, shift=1.0)),
+    "flux, fixed shift": ("flux", lambda: _flux(False, shift=3.0)),
+}
+
+
+def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny pipeline with the same random weights each time."""
+    torch.manual_seed(0)
+    pipe = KINDS[kind][1]()
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype).eval()
+    return pipe

@@ -1,0 +1,299 @@
+"""Every family against its pipeline's own sampler: what the pipeline hands its denoiser is what training hands it, and the true target leads back."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from diffpeft.errors import ConfigError, WrongBaseError
+from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, open_family
+from diffpeft.families.densities import DENSITIES
+from diffpeft.families.flow import Flow
+from diffpeft.families.prompts import embedded
+from tests.families.pipelines import KINDS, pipeline
+
+HEIGHT, WIDTH = 32, 48
+UNREAD = ("self", "return_dict", "joint_attention_kwargs")  # by the denoiser
+PROMPTS = ["a red cat", "dog, very small, on a long wooden table"]
+FRAMES = [Frame((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH))] * 2
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(kind):
+    """A pipeline whose one step ends at no noise."""
+    pipe = pipeline(kind)
+    if isinstance(pipe.scheduler, DDIMScheduler):
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, set_alpha_to_one=True, timestep_spacing="trailing"
+        )
+    return pipe
+
+
+@pytest.fixture
+def family(pipe):
+    return open_family(pipe)
+
+
+@pytest.fixture
+def latents(family):
+    """Pixels, the VAE's own mean of their latents, those that are trained on, and noise."""
+    pixels = torch.rand(2, 3, HEIGHT, WIDTH, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        raw = family.pipe.vae.encode(pixels).latent_dist.mean
+    z, _ = family.encode(pixels)
+    return raw, z, torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def as_given(pipe, x):
+    """Latents as the pipeline takes them: Flux wants them packed."""
+    return pipe._pack_latents(x, *x.shape) if hasattr(pipe, "_pack_latents") else x
+
+
+def draw(pipe, x, **options):
+    """One step of the pipeline from noised latents, without guidance; its decoder is asked for nothing but what it was given."""
+    decoded = []
+    pipe.vae.decode = lambda z, **_: decoded.append(z) or (torch.zeros(len(z), 3, HEIGHT, WIDTH),)
+    try:
+        pipe(
+            PROMPTS,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            latents=as_given(pipe, x),
+            output_type="pt",
+            **options,
+        )
+    finally:
+        del pipe.vae.decode
+    return decoded[0]
+
+
+def calls(model, run):
+    """[{argument: value}] of every call of a model while `run` runs; what is not given or None is left out."""
+    seen = []
+
+    def note(_, args, kwargs):
+        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        seen.append({k: v for k, v in bound.items() if v is not None and k not in UNREAD})
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        handle.remove()
+    return seen
+
+
+def first_level(family, shape):
+    """The level at which the pipeline's first step begins, once it has run: its place, and the time it said."""
+    scheduler = family.pipe.scheduler
+    if isinstance(family.levels, Flow):
+        return family.levels.place(scheduler.sigmas[:1].double(), shape).repeat(2)
+    return (scheduler.timesteps[:1].double() + 0.5).repeat(2) / len(family.levels.alphas)
+
+
+SIGMAS = {"flow": [{"sigmas": [0.6]}, {"sigmas": [0.15]}]}  # of a pipeline that takes where to begin
+
+
+def test_every_family_is_known_by_its_pipeline(kind, pipe):
+    assert family_of(pipe) == KINDS[kind][0] and type(open_family(pipe)) is FAMILIES[KINDS[kind][0]]
+    assert {family for family, _ in KINDS.values()} == set(FAMILIES)
+
+
+def test_the_denoiser_reads_what_the_pipeline_hands_it(family, latents):
+    _, z, n = latents
+    options = SIGMAS.get(family.levels.kind, [{}])[0]
+    denoiser = family.parts(family.denoiser)
+    (theirs,) = calls(denoiser, lambda: draw(family.pipe, n, **options))
+    u = first_level(family, z.shape)
+    time = family.levels.noised(z, n, u).t
+    conditions = embedded(family, PROMPTS) | family.framed(FRAMES)
+    (ours,) = calls(denoiser, lambda: family.predict(n, time, conditions))
+    assert ours.keys() == theirs.keys()
+    compare(ours, theirs)
+
+
+def compare(ours, theirs):
+    for name, value in theirs.items():
+        if isinstance(value, dict):
+            assert ours[name].keys() == value.keys()
+            compare(ours[name], value)
+        else:  # times are in fp32 in the schedulers
+            torch.testing.assert_close(
+                ours[name].double(), value.double().expand(ours[name].shape), rtol=1e-6, atol=1e-9
+            )
+
+
+def test_one_step_with_the_true_target_leads_back_to_the_picture(family, latents, monkeypatch):
+    """Normalisation of the latents, time, sign and target at once: what the pipeline decodes is what the VAE had encoded."""
+    raw, z, n = latents
+    for options in SIGMAS.get(family.levels.kind, [{}]):
+        denoiser, target = family.parts(family.denoiser), [n]
+        monkeypatch.setattr(denoiser, "forward", lambda *_, target=target, **__: (as_given(family.pipe, target[0]),))
+        draw(family.pipe, n, **options)  # sets the scheduler's times
+        noised = family.levels.noised(z, n, first_level(family, z.shape))
+        target[0] = noised.target
+        torch.testing.assert_close(draw(family.pipe, noised.x, **options), raw, rtol=0, atol=2e-5)  # fp32 schedulers
+        target[0] = noised.target + 0.1  # a test that can fail
+        assert (draw(family.pipe, noised.x, **options) - raw).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.97])
+def test_every_level_leads_back(place, family, latents):
+    _, z, n = latents
+    noised = family.levels.noised(z, n, torch.full((2,), place, dtype=torch.float64))
+    scheduler = type(family.pipe.scheduler).from_config(family.pipe.scheduler.config)
+    if noised.kind == "flow":
+        sigma = noised.sigma.view(-1, 1, 1, 1)
+        back = noised.x - sigma * noised.target  # Euler's step to 0
+    else:
+        scheduler.set_timesteps(1)
+        back = scheduler.step(noised.target, noised.t[0], noised.x).prev_sample
+    torch.testing.assert_close(back, z, rtol=0, atol=2e-5)
+    signal = {"flow": 1 - noised.sigma}.get(noised.kind, (1 - noised.sigma**2).sqrt())
+    torch.testing.assert_close(
+        signal.view(-1, 1, 1, 1) * z + noised.sigma.view(-1, 1, 1, 1) * n, noised.x, rtol=0, atol=1e-5
+    )
+    snr = signal**2 / noised.sigma**2  # 1 - sigma^2 cancels in fp32
+    torch.testing.assert_close(snr, noised.snr.to(signal), rtol=1e-4, atol=1e-6)
+
+
+def test_a_level_and_its_share_of_noise_are_inverse(family):
+    shape, u = (1, 4, HEIGHT // 2, WIDTH // 2), torch.linspace(0.0005, 0.9995, 40, dtype=torch.float64)
+    sigma = family.levels.sigma(u, shape)
+    assert (sigma.diff() > 0).all()
+    torch.testing.assert_close(family.levels.sigma(family.levels.place(sigma, shape), shape), sigma, rtol=1e-6, atol=0)
+    z = torch.zeros(len(u), *shape[1:], dtype=torch.float64)
+    torch.testing.assert_close(
+        family.levels.noised(z, z, u).sigma.double(), sigma.double(), rtol=1e-3, atol=1e-4
+    )  # 1 - a cancels in fp32
+
+
+def test_a_flow_is_shifted_by_the_size_as_the_sampler_shifts_it(family):
+    if family.levels.kind != "flow":
+        assert family.levels.density == "uniform"
+        return
+    assert family.levels.density == "logit_normal"
+    for side in (8, 64):
+        mu = {"mu": 0.5 + 0.65 * ((side // 2) ** 2 - 256) / (4096 - 256)} if family.levels.shift is None else {}
+        scheduler = type(family.pipe.scheduler).from_config(family.pipe.scheduler.config)
+        scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.2], **mu)
+        want = scheduler.sigmas[:3].double()
+        got = family.levels.sigma(torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64), (1, 4, side, side))
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+def test_prompts_as_embeddings_draw_what_the_texts_draw(family):
+    pipe, seed = family.pipe, lambda: torch.Generator().manual_seed(0)
+    options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+    with torch.no_grad():
+        want = pipe(PROMPTS, generator=seed(), **options).images
+        keywords = family.prompted(embedded(family, PROMPTS), embedded(family, ["", ""]))
+        encoders = {name: getattr(pipe, name) for name in family.text_encoders}
+        for name in encoders:
+            setattr(pipe, name, None)  # they have left the device
+        got = pipe(**keywords, generator=seed(), **options).images
+        for name, encoder in encoders.items():
+            setattr(pipe, name, encoder)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+def test_conditions_of_encoders_and_frames_have_names_of_their_own(family):
+    names = [name for encoder in family.text_encoders for name in family.embed(encoder, PROMPTS)]
+    names += family.framed(FRAMES)
+    assert len(names) == len(set(names))
+    for conditions in (embedded(family, PROMPTS), family.framed(FRAMES)):
+        assert all(len(t) == 2 for t in conditions.values())
+
+
+def test_sdxl_reads_the_height_before_the_width():
+    family = open_family(pipeline("sdxl"))
+    frame = Frame(original=(700, 500), crop=(30, 0), target=(512, 448))
+    assert family.framed([frame])["time_ids"].tolist() == [[700, 500, 30, 0, 512, 448]]
+    want = family.pipe._get_add_time_ids(frame.original, frame.crop, frame.target, torch.float64, 24)
+    assert torch.equal(family.framed([frame])["time_ids"].double(), want)
+
+
+def test_densities_are_distributed_as_they_say():
+    u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
+    normal = torch.logit(DENSITIES["logit_normal"](u))
+    assert abs(normal.mean()) < 1e-6 and abs(normal.std() - 1) < 1e-3 and torch.equal(DENSITIES["uniform"](u), u)
+    assert DENSITIES["logit_normal"](torch.zeros(1)) == 0
+
+
+def test_a_scheduler_with_levels_of_its_own_is_refused():
+    from diffusers import EDMEulerScheduler
+
+    pipe = pipeline("sdxl")
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(WrongBaseError, match="EDMEulerScheduler"):
+        open_family(pipe)
+
+
+# -- captions ------------------------------------------------------------------------------------------------------------
+
+PER = 30  # tokens that fit into a chunk: the tokenizer has 32
+LONG = " ".join(["cat", "dog", "red", "car"] * 12)
+CLIPS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+def test_a_long_caption_is_read_in_chunks(kind):
+    """Each chunk as a prompt of its own; a caption without a second chunk has a blank one; what is pooled is the first's."""
+    pipe = pipeline(kind)
+    one, two = open_family(pipe), open_family(pipe, CaptionReading(max_length=2 * PER))
+    assert (one.max_length, two.max_length) == (PER, 2 * PER)
+    assert len(pipe.tokenizer(LONG, add_special_tokens=False).input_ids) == len(LONG.split())
+    words = LONG.split()
+    prompts = [LONG, "a cat", " ".join(words * 3)]
+    chunks = [words[:PER], words[PER:], ["a", "cat"], [], words[:PER], (words * 3)[PER : 2 * PER]]
+    for encoder in CLIPS[kind]:
+        got = two.embed(encoder, prompts)
+        want = one.embed(encoder, [" ".join(chunk) for chunk in chunks])
+        assert torch.equal(got[encoder], want[encoder].unflatten(0, (3, 2)).flatten(1, 2))
+        assert "pooled" not in got or torch.equal(got["pooled"], want["pooled"][::2])
+
+
+@torch.no_grad()
+def test_an_earlier_layer_of_clip_is_the_last_of_one_without_those_after_it():
+    pipe = pipeline("sd15")
+    ours = [
+        open_family(pipe, CaptionReading(clip_skip=n)).embed("text_encoder", PROMPTS)["text_encoder"] for n in (1, 2, 3)
+    ]
+    layers = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder.layers
+    for states in ours:
+        theirs, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
+        torch.testing.assert_close(states, theirs, rtol=0, atol=1e-12)
+        del layers[-1]
+
+
+@pytest.mark.parametrize(
+    "kind, reading, says",
+    [
+        ("sd15", CaptionReading(max_length=PER + 1), "30, 60"),
+        ("sdxl", CaptionReading(max_length=PER + 2), "30, 60"),
+        ("flux dev", CaptionReading(max_length=513), "512"),
+        ("sd15", CaptionReading(clip_skip=4), "to 3"),
+        ("sdxl", CaptionReading(clip_skip=2), "Leave --clip-skip out"),
+        ("flux dev", CaptionReading(clip_skip=2), "Leave --clip-skip out"),
+    ],
+)
+def test_a_way_to_read_captions_that_a_model_cannot_is_refused(kind, reading, says):
+    with pytest.raises(ConfigError, match=says):
+        open_family(pipeline(kind), reading)
+
+
+def test_flux_reads_as_many_tokens_of_t5_as_it_is_told():
+    family = open_family(pipeline("flux schnell"), CaptionReading(max_length=256))
+    theirs, _, _ = family.pipe.encode_prompt(PROMPTS, None, max_sequence_length=256)
+    torch.testing.assert_close(family.embed("text_encoder_2", PROMPTS)["text"], theirs, rtol=0, atol=1e-12)

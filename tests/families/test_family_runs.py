@@ -1,0 +1,151 @@
+"""A run of every family, from a folder to files: it learns, more than by chance, and its files do in other programs what they do here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import diffpeft
+from diffpeft import TrainConfig
+from diffpeft.families import Frame, open_family
+from diffpeft.families.densities import DENSITIES
+from diffpeft.families.prompts import embedded
+from diffpeft.model.state import slots_of
+from diffpeft.model.target import PRESETS, select
+from diffpeft.pipeline.open import EMBEDDED, open_pipeline
+from diffpeft.train import dreambooth
+from diffpeft.train.data import View
+from diffpeft.train.draw import generator
+from diffpeft.train.objective import Batch, denoising
+from tests.families.pipelines import pipeline
+
+IMAGES = ("cat_face", "airplane", "automobile", "alarm_clock")
+RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scripts' version)}
+    "sd15": (1e-2, "stable-diffusion-v1", "sd_v1"),
+    "sd2, v": (1e-2, "stable-diffusion-v2-768-v", "sd_v2_v"),
+    "sdxl, v and zero-terminal SNR": (1e-2, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "flux dev": (1e-2, "flux-1-dev", "flux1"),
+}
+ENCODERS = {  # {kind: what else is trained}
+    "sdxl, v and zero-terminal SNR": {"text_encoder", "text_encoder_2"},
+    "flux dev": {"text_encoder"},
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, tmp_path_factory):
+    """A finished run of 60 steps on 4 images."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline(request.param, torch.float32).save_pretrained(folder / "model")
+    (folder / "photos").mkdir()
+    for name in IMAGES:
+        (folder / "photos" / f"{name}.png").write_bytes((EMBEDDED.parent / "demo/train" / f"{name}.png").read_bytes())
+        (folder / "photos" / f"{name}.txt").write_text(f"a picture of {name}")
+    config = TrainConfig(
+        model=str(folder / "model"),
+        data=str(folder / "photos"),
+        out=str(folder / "out"),
+        name="style",
+        resolution=32,
+        steps=60,
+        batch_size=4,
+        rank=4,
+        targets="attn-mlp",
+        lr=RUNS[request.param][0],
+        train_text_encoder=request.param in ENCODERS,
+    )
+    torch.manual_seed(0)
+    finished = dreambooth.train(config)
+    return request.param, finished, dreambooth.save(finished)
+
+
+@torch.no_grad()
+def losses(run, strength):
+    """The loss of every image at eight levels [8 x 4], with the same noise whatever the strength."""
+    family, examples = run.family, run.account.examples
+    latents = dreambooth.Latents(family)
+    views = [View.centred(e.size, (run.config.resolution,) * 2) for e in examples]
+    z = torch.stack([latents(e, view).mean for e, view in zip(examples, views, strict=True)])
+    prompts, frames = [e.caption for e in examples], [v.frame(e.size) for e, v in zip(examples, views, strict=True)]
+    with diffpeft.adapters(family.pipe, {run.name: strength}):
+        texts = embedded(family, prompts)
+        return torch.cat([denoising(family, batch(family, z, prompts, level, frames), texts) for level in range(8)])
+
+
+def batch(family, z, prompts, level, frames):
+    u = DENSITIES[family.levels.density](torch.full((len(z),), (level + 0.5) / 8))
+    noise = torch.randn(z.shape, generator=generator("paired", level))
+    return Batch(z, noise, u, prompts, torch.zeros(len(z), dtype=torch.bool), frames)
+
+
+def test_sixty_steps_on_four_images_lower_the_paired_loss_by_more_than_three_standard_errors(run):
+    _, finished, _ = run
+    gain = losses(finished, 0.0) - losses(finished, 1.0)
+    assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
+    assert losses(finished, 0.0).equal(losses(finished, 0.0))  # the noise is the same
+
+
+def test_the_files_say_what_model_they_are_for(run):
+    kind, _, files = run
+    _, architecture, version = RUNS[kind]
+    assert [file.name for file in files] == ["style.diffusers.safetensors", "style.kohya.safetensors"]
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            said = opened.metadata()
+        assert said["modelspec.architecture"] == f"{architecture}/lora" and said["ss_base_model_version"] == version
+        assert said["modelspec.resolution"] == "32x32" and said["modelspec.title"] == "style"
+
+
+@torch.no_grad()
+def answer(family):
+    """What the denoiser says to a fixed input."""
+    g = torch.Generator().manual_seed(3)
+    x, prompts = torch.randn(2, 4, 16, 16, generator=g), ["a picture of cat_face", ""]
+    frames = [Frame((40, 60), (0, 4), (32, 32))] * 2
+    t = family.levels.noised(x, x, torch.tensor([0.3, 0.8])).t
+    return family.predict(x, t, embedded(family, prompts) | family.framed(frames))
+
+
+def test_every_file_does_on_a_fresh_pipeline_what_was_trained(run):
+    _, finished, files = run
+    finished.family.parts.whole()
+    want = answer(finished.family)
+    for file in files:
+        fresh = open_pipeline(finished.config.model)
+        base = answer(open_family(fresh))
+        assert (want - base).abs().max() > 1e-2
+        diffpeft.load_lora(fresh, file)
+        torch.testing.assert_close(answer(open_family(fresh)), want, rtol=0, atol=1e-4)  # fp32
+    stock = diffusers.DiffusionPipeline.from_pretrained(finished.config.model)
+    stock.load_lora_weights(str(files[0].parent), weight_name=files[0].name)
+    torch.testing.assert_close(answer(open_family(stock)), want, rtol=0, atol=1e-4)
+
+
+def test_presets_choose_what_the_diffusers_example_and_sd_scripts_train(run):
+    """The example's list for Flux.1 is attention and MLPs of both streams; single blocks have theirs beside; nothing outside of blocks."""
+    _, finished, _ = run
+    family, config = finished.family, replace(finished.config, train_text_encoder=False)
+    model = family.parts(family.denoiser)
+    chosen = {preset: dreambooth.chosen_layers(replace(config, targets=preset), family) for preset in PRESETS}
+    names = {preset: set(select({"m": model}, of[family.denoiser])["m"]) for preset, of in chosen.items()}
+    assert names["attn"] < names["attn-mlp"] < names["full"]
+    assert all("attentions." in name or "transformer_blocks." in name for name in names["attn-mlp"])
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and ".attn" in name:
+            assert name in names["attn"]
+        if isinstance(layer, nn.Linear) and "transformer_blocks." in name and ".norm" not in name:
+            assert name in names["attn-mlp"]
+
+
+def test_the_clips_are_trained_on_request_and_t5_never(run):
+    kind, finished, files = run
+    prefixes = {key.partition("_encoder")[0] for key in load_file(files[1]) if key.startswith("lora_te")}
+    components = {layer.partition(".")[0] for layer in slots_of(finished.family.pipe, "style")}
+    assert components == {finished.family.denoiser} | ENCODERS.get(kind, set())
+    assert bool(prefixes) == (kind in ENCODERS)
