@@ -289,8 +289,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
-    @property
-    def _prompt_tuner(self) -> PromptTuner:
+    def _with_prompts(self) -> PromptTuner:
         """What has the prompts. Raises AdapterStateError for adapters on layers."""
         prompts: PromptTuner | None = self.__dict__["_prompts"]
         if prompts is None:
@@ -301,20 +300,23 @@ class PeftModel(Passing, Counted, nn.Module):
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
-        """{adapter: the numbers of its virtual tokens}."""
-        return self._prompt_tuner.prompt_tokens
+        """{adapter: the numbers of its virtual tokens}. Raises AttributeError for adapters on layers, which have none."""
+        prompts: PromptTuner | None = self.__dict__["_prompts"]
+        if prompts is None:
+            raise AttributeError("prompt_tokens")
+        return prompts.prompt_tokens
 
     def get_prompt(
         self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
     ) -> Tensor | Cache | EncoderDecoderCache:
         """The active prompt for a batch: vectors [b, tokens, dim], or a cache that holds a prefix. `max_cache_len` changes nothing: the cache grows."""
-        prompts = self._prompt_tuner
+        prompts = self._with_prompts()
         return prompts.given(self.active_adapters[0], self.active_peft_config, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The vectors [tokens, dim] that a prompt's file holds, on the CPU."""
         config = self.peft_config[adapter_name]
-        return self._prompt_tuner.state(adapter_name, config)[EMBEDDINGS].detach().cpu()
+        return self._with_prompts().state(adapter_name, config)[EMBEDDINGS].detach().cpu()
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

@@ -88,11 +88,8 @@ def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision
     parts = {"": model}
     with planned(parts) as plan:
         merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
-        plan_mix(
-            plan, model, parts, merged
-        )  # what is in the weights stays in them, and nothing clashes with the others
+        plan_mix(plan, model, parts, merged)  # what is in the weights stays in them; the new one comes after it
         config = plan_injected(plan, model, config, name, active=True, precision=precision)
-        plan_mix(plan, model, parts, {**merged, name: 1.0})
         plan_listed(plan, model, name, config)
     return config
 
@@ -171,6 +168,9 @@ class Tuner(nn.Module):
     """
 
     prefix: ClassVar[str] = ""  # what the names of the method's tensors begin with
+    uses_shared_state: ClassVar[bool] = (
+        False  # no adapter needs what another brought, so that each goes on bare modules
+    )
 
     def __init__(
         self,
