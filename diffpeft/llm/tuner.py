@@ -170,7 +170,9 @@ class Tuner(nn.Module):
     """
 
     prefix: ClassVar[str] = ""  # what the names of the method's tensors begin with
-    uses_shared_state: ClassVar[bool] = False  # no adapter needs what another brought, so that each goes on bare modules
+    uses_shared_state: ClassVar[bool] = (
+        False  # no adapter needs what another brought, so that each goes on bare modules
+    )
 
     def __init__(
         self,
