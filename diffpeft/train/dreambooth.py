@@ -17,7 +17,7 @@ import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
-from diffpeft.model.attach import attach
+from diffpeft.model.attach import attach, detach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.load import save_lora
@@ -81,19 +81,21 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         chosen_layers(config, family)
     assembly, texts = _encoded(config, family, checked, sizing, watch)
     watch.phase("loading the model")
-    config = adapt(config, family, name)
+    config, unread = adapt(config, family, name), unread_layers(family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
     run = TrainRun(config, family, name, [], 0.0, checked.account)
     keeper = keeper_of(typed, config, _reads(checked), partial(_exported, run), checked.state, "train")
     with prepared(config, family):
         assist(family.pipe, config.training_adapter, name)
-        job = job_of(config, trained_parameters(family.pipe, name), _loss(config, family, assembly, texts), strict=True)
+        parameters = trained_parameters(family.pipe, name)
+        strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
+        job = job_of(config, parameters, _loss(config, family, assembly, texts), strict=strict)
         watch.phase("training")
         run.losses = fit(job, keeper, Events.of(watch, config.steps))
         dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
-    refuse_idle(family.pipe, name, config.allow_unchanged)
+    refuse_idle(family.pipe, name, config.allow_unchanged, unread)
     run.seconds = time.perf_counter() - start
     return run
 
@@ -275,14 +277,25 @@ def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str,
     layers = [layer for part, model in models.items() for layer in select({part: model}, chosen[part])[part]]
     set_ranks(settings, config, layers)
     for component, model in models.items():
-        attach(
-            model,
-            settings,
-            name,
-            targets=chosen[component],
-            generator=draw.generator(config.seed, "init", component),
-            **ADAPTERS[config.method],
-        )
+        put = partial(attach, model, settings, name, targets=chosen[component], **ADAPTERS[config.method])
+        put(generator=draw.generator(config.seed, "init", component))
+        if unread := [layer.partition(".")[2] for layer in unread_layers(family, name, component)]:
+            detach(model, name)
+            put(exclude=unread, generator=draw.generator(config.seed, "init", component))
+
+
+def unread_layers(family: Family, name: str, component: str | None = None) -> set[str]:
+    """The adapted layers of the text encoders, or of one, that nothing reads: those after the last states that the denoiser gets."""
+    slots, unread = slots_of(family.pipe, name), set[str]()
+    for encoder in family.text_encoders if component is None else {component} & {*family.text_encoders}:
+        layers = {layer: slot for layer, slot in slots.items() if layer.partition(".")[0] == encoder}
+        if layers:
+            total = torch.stack([t.float().sum() for t in family.embed(encoder, [""]).values()]).sum()
+            places = [(layer, p) for layer, slot in layers.items() for p in slot.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(total, [p for _, p in places], allow_unused=True)
+            read = {layer for (layer, _), gradient in zip(places, gradients, strict=True) if gradient is not None}
+            unread |= layers.keys() - read
+    return unread
 
 
 def class_examples(
