@@ -285,10 +285,14 @@ def test_a_second_adapter_takes_the_place_of_one_of_its_name_with_a_warning():
     with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
         second = get_peft_model(net, LoraConfig(target_modules=["1"]))
     torch.testing.assert_close(second(x), plain)  # fresh, and alone
-    assert second.active_adapters == ["default"] and second.targeted_module_names == ["1"]
+    assert second.active_adapters == ["default"] and {*second.peft_config} == {"default", "other"}
+    assert second.targeted_module_names == ["1", "0"] and second.peft_config["default"].target_modules == {"1"}
+    second.set_adapter("other")
+    assert not torch.allclose(second(x), plain)
     with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
         third = get_peft_model(second, LoraConfig(target_modules="base_model.model.0"), "third")
-    assert third.targeted_module_names == ["0"] and third.get_base_model() is net
+    assert third.active_adapters == ["third"] and third.get_base_model() is net
+    torch.testing.assert_close(third(x), plain)
     third.unload()
     assert type(net[0]) is nn.Linear and torch.equal(net[0].weight, want)
 
