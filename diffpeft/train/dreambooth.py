@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -211,7 +212,14 @@ def _encoded(
     return assembly, texts
 
 
-def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
+class ChosenLayers(TypedDict):
+    """Which layers of a component are trained, as `attach` and `select` take it."""
+
+    targets: str | list[str]
+    exclude: str | None
+
+
+def chosen_layers(config: TrainConfig, family: Family) -> dict[str, ChosenLayers]:
     """{component that is trained: which of its layers}. Loads nothing.
 
     Raises UnknownNameError for names that no layer has, ConfigError for a rank that is above both sides of all of them.
@@ -219,9 +227,10 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[s
     parts = [family.denoiser, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
-    chosen = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
-    chosen[family.denoiser] = family.presets.get(str(targets), targets)
-    layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
+    by_part = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
+    by_part[family.denoiser] = family.presets.get(str(targets), targets)
+    chosen = {part: ChosenLayers(targets=by_part[part], exclude=family.unread.get(part)) for part in parts}
+    layers = {part: select({part: family.parts.outline(part)}, **chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
     set_ranks(CONFIGS[config.method](config), config, [name for by_name in layers.values() for name in by_name])
     return chosen
@@ -248,14 +257,14 @@ def adapt(config: TrainConfig, family: Family, name: str) -> TrainConfig:
 def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str, torch.nn.Module]) -> None:
     """Attach a fresh adapter to these components."""
     chosen, settings = chosen_layers(config, family), CONFIGS[config.method](config)
-    layers = [layer for part, model in models.items() for layer in select({part: model}, chosen[part])[part]]
+    layers = [layer for part, model in models.items() for layer in select({part: model}, **chosen[part])[part]]
     set_ranks(settings, config, layers)
     for component, model in models.items():
         attach(
             model,
             settings,
             name,
-            targets=chosen[component],
+            **chosen[component],
             generator=draw.generator(config.seed, "init", component),
             **ADAPTERS[config.method],
         )
