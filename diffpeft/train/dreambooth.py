@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
-from diffpeft.model.attach import attach, detach
+from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.load import save_lora
@@ -237,7 +238,14 @@ def _stores(config: TrainConfig, family: Family) -> Callable[[str], Store]:
     return store_of
 
 
-def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
+class ChosenLayers(TypedDict):
+    """Which layers of a component are trained, as `attach` and `select` take it."""
+
+    targets: str | list[str]
+    exclude: str | None
+
+
+def chosen_layers(config: TrainConfig, family: Family) -> dict[str, ChosenLayers]:
     """{component that is trained: which of its layers}. Loads nothing.
 
     Raises UnknownNameError for names that no layer has, ConfigError for a rank that is above both sides of all of them.
@@ -245,9 +253,10 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[s
     parts = [family.denoiser, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
-    chosen = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
-    chosen[family.denoiser] = family.presets.get(str(targets), targets)
-    layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
+    by_part = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
+    by_part[family.denoiser] = family.presets.get(str(targets), targets)
+    chosen = {part: ChosenLayers(targets=by_part[part], exclude=family.unread.get(part)) for part in parts}
+    layers = {part: select({part: family.parts.outline(part)}, **chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
     set_ranks(CONFIGS[config.method](config), config, [name for by_name in layers.values() for name in by_name])
     return chosen
@@ -274,20 +283,17 @@ def adapt(config: TrainConfig, family: Family, name: str) -> TrainConfig:
 def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str, torch.nn.Module]) -> None:
     """Attach a fresh adapter to these components."""
     chosen, settings = chosen_layers(config, family), CONFIGS[config.method](config)
-    layers = [layer for part, model in models.items() for layer in select({part: model}, chosen[part])[part]]
+    layers = [layer for part, model in models.items() for layer in select({part: model}, **chosen[part])[part]]
     set_ranks(settings, config, layers)
     for component, model in models.items():
-        put = partial(attach, model, settings, name, targets=chosen[component], **ADAPTERS[config.method])
-        put(generator=draw.generator(config.seed, "init", component))
-        if unread := [layer.partition(".")[2] for layer in unread_layers(family, name, component)]:
-            detach(model, name)
-            put(exclude=unread, generator=draw.generator(config.seed, "init", component))
+        generator = draw.generator(config.seed, "init", component)
+        attach(model, settings, name, **chosen[component], generator=generator, **ADAPTERS[config.method])
 
 
-def unread_layers(family: Family, name: str, component: str | None = None) -> set[str]:
-    """The adapted layers of the text encoders, or of one, that nothing reads: those after the last states that the denoiser gets."""
+def unread_layers(family: Family, name: str) -> set[str]:
+    """The adapted layers of the text encoders that nothing reads: those after the last states that the denoiser gets."""
     slots, unread = slots_of(family.pipe, name), set[str]()
-    for encoder in family.text_encoders if component is None else {component} & {*family.text_encoders}:
+    for encoder in family.text_encoders:
         layers = {layer: slot for layer, slot in slots.items() if layer.partition(".")[0] == encoder}
         if layers:
             total = torch.stack([t.float().sum() for t in family.embed(encoder, [""]).values()]).sum()
