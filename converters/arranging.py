@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from converters.families import Table
-from converters.formats import Format
+from converters.formats import Format, attention
 from converters.formats.base import table_of
 from converters.formats.fields import without_scale
 from converters.provenance import KEY, blocks_in, places_in
@@ -70,8 +70,8 @@ def arranged(bundle: Bundle, fmt: Format) -> Arranged:
     """A bundle's entries as a format needs them. Layers that the file had before, if it was of this format, become these again."""
     table, record = table_of(fmt, bundle.family), bundle.metadata.get(KEY, "")
     layers, blocks = Layers(table, fmt.original(table), places_in(record, fmt.name)), blocks_in(record)
-    scaled = bundle.entries if fmt.folder else [without_scale(entry) for entry in bundle.entries]
-    apart = _apart(scaled, layers, blocks)
+    here = attention.adjusted(bundle.entries) if fmt.folder else [without_scale(entry) for entry in bundle.entries]
+    apart = _apart(here, layers, blocks)
     together = _together(apart.entries, layers)
     entries = [_named(entry, table) for entry in together.entries] if fmt.folder else together.entries
     failed, blocks = {**apart.failed, **together.failed}, {**apart.blocks, **together.blocks}

@@ -13,6 +13,7 @@ from converters.formats.base import table_of
 from converters.rows import aspect
 from diffpeft.bundle import Bundle, Entry, parted
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
+from diffpeft.methods.shapes import is_across
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,16 @@ def _answers(bundle: Bundle, fmt: Format, order: Arranged, names: Sequence[KeyPa
     unnamed = [entry.layer for entry, name in zip(order.entries, names, strict=True) if name is None]
     yield Answer.unless(unnamed, "it has no name for them" if table.components else _UNKNOWN)
     yield Answer.unless(_twice(order.entries, fmt), "it has room for one adapter of a kind on a layer")
+    branches = [entry.layer for entry in order.entries if fmt.name not in _OF_PEFT and is_across(entry.shapes)]
+    yield Answer.unless(
+        branches, "PEFT's LoRA of a convolution with groups is a branch beside it, which others have not"
+    )
     yield fmt.holds(order.entries)
     foreign = [key for key in bundle.carried if bundle.format != fmt.name and fmt.split(key)]
     yield Answer.unless(foreign, "there are keys that are no adapter's, and would be one's in this format")
 
 
+_OF_PEFT = frozenset({"peft", "diffusers"})  # whose readers make PEFT's layers
 _UNKNOWN = "what other programs call the layers of a model of an unknown family is not known"
 
 

@@ -16,7 +16,7 @@ _HOMES = {
     "diffpeft.errors": (
         "DiffpeftError CheckpointError UnreadableFileError UnsafeFileError UnknownKeysError MissingKeysError ShapeMismatchError "
         "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError "
-        "NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning"
+        "NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning UnfitError NotBuiltError WrongKindError"
     ),
     "diffpeft.alias": "as_peft",
     "diffpeft.bundle": "Bundle Entry",
@@ -34,6 +34,7 @@ _HOMES = {
         "inject_adapter_in_model load_peft_weights set_peft_model_state_dict"
     ),
     "diffpeft.llm.base_state": "get_base_model_state_dict set_base_model_state_dict",
+    "diffpeft.llm.conversion": "convert_to_lora save_as_lora",
     "diffpeft.llm.distributed": "fsdp_auto_wrap_policy",
     "diffpeft.llm.hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap",
     "diffpeft.llm.kbit": "prepare_model_for_kbit_training replace_lora_weights_loftq",
@@ -61,6 +62,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 _MODULES = {"schedule": "diffpeft.model.schedule"}
 __all__ = sorted([*_HOME, *_MODULES])
+_PEFTS = ("functional", "helpers", "optimizers", "tuners", "utils")  # its modules, which are attributes of it
 
 if TYPE_CHECKING:
     from diffpeft.alias import as_peft as as_peft
@@ -89,6 +91,8 @@ if TYPE_CHECKING:
     from diffpeft.llm.config import PromptTuningConfig as PromptTuningConfig
     from diffpeft.llm.config import PromptTuningInit as PromptTuningInit
     from diffpeft.llm.config import TaskType as TaskType
+    from diffpeft.llm.conversion import convert_to_lora as convert_to_lora
+    from diffpeft.llm.conversion import save_as_lora as save_as_lora
     from diffpeft.llm.distributed import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
     from diffpeft.llm.hotswap import hotswap_adapter as hotswap_adapter
     from diffpeft.llm.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
@@ -159,6 +163,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value: Any = importlib.import_module(_MODULES[name])
+    elif name in _PEFTS:
+        value = importlib.import_module(f"diffpeft.{name}")
     elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     else:

@@ -42,7 +42,9 @@ PLACES = {  # {module of peft: ours with its names}
     "peft.mapping_func": "diffpeft.llm.mapping",
     "peft.mixed_model": "diffpeft.llm.mixed_model",
     "peft.optimizers": "diffpeft.optimizers",
-    "peft.optimizers.loraplus": "diffpeft.optimizers",
+    "peft.optimizers.lorafa": "diffpeft.optimizers.lorafa",
+    "peft.optimizers.loraplus": "diffpeft.model.loraplus",
+    "peft.optimizers.riemannian": "diffpeft.optimizers.riemannian",
     "peft.peft_model": "diffpeft.llm.peft_model",
     "peft.tuners": "diffpeft.tuners",
     **_parts("diffpeft.tuners", "adalora boft hra ia3 loha oft vera", "config layer model"),
@@ -57,6 +59,7 @@ PLACES = {  # {module of peft: ours with its names}
     "peft.utils.other": "diffpeft.utils.other",
     "peft.utils.peft_types": "diffpeft.methods.peft_config",
     "peft.utils.save_and_load": "diffpeft.utils.save_and_load",
+    "peft.utils.transformers_weight_conversion": "diffpeft.utils.transformers_weight_conversion",
     "peft.utils.warning": "diffpeft.errors",
 }
 
@@ -142,7 +145,7 @@ class Served(ModuleType):
             return importlib.import_module(inner)
         if name == "__all__":
             return _public(self.__name__, self._home)
-        if not name.startswith("_") and (self.__name__ != PEFT or name in PUBLIC):
+        if not name.startswith("__") and (self.__name__ != PEFT or name in PUBLIC):
             home = self._home
             if name in dir(home):
                 return getattr(home, name)

@@ -14,7 +14,12 @@ DiffpeftError                       1
 |-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
+|   |-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
+|   |-- NoWeightError (NotImplementedError) 4 what an adapter adds is no change of a weight
+|   `-- UnfitError (RuntimeError)   4   a layer whose weight cannot take an adapter in
 |-- ConfigError (ValueError)        2   a field, its value, what is allowed
+|   |-- WrongKindError (TypeError)  2   a value of a kind that the field cannot have
+|   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
 |-- NothingLearntError              6   training changed nothing
@@ -177,10 +182,30 @@ class AdapterStateError(DiffpeftError, ValueError):
     exit_code = 4
 
 
+class MixedBatchError(AdapterStateError, TypeError):
+    """The rows of a batch have different adapters on a module that cannot be divided by rows."""
+
+
+class NoWeightError(AdapterStateError, NotImplementedError):
+    """What an adapter adds to a layer's output is no change of the layer's weight."""
+
+
+class UnfitError(AdapterStateError, RuntimeError):
+    """A layer whose weight cannot take an adapter in."""
+
+
 class ConfigError(DiffpeftError, ValueError):
     """A setting has a value that is not allowed."""
 
     exit_code = 2
+
+
+class WrongKindError(ConfigError, TypeError):
+    """A setting, or what it names, is of a kind that is not allowed."""
+
+
+class NotBuiltError(ConfigError, NotImplementedError):
+    """A setting has a value that nothing is built for."""
 
 
 class NoMatchingPeftModuleError(UnknownNameError, ConfigError, PeftError):

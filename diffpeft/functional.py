@@ -56,8 +56,11 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> lis
         return model.active_adapters or None
     active = [name for name in order_of(model) if name != adapter_name]
     remaining = [name for name in _names(model) if name != adapter_name]
+    configs = model.__dict__.get("peft_config")
     with planned({"": model}) as plan:
         plan_removed(plan, {"": model}, {adapter_name})
+        if configs is not None:
+            plan.set(model, peft_config=type(configs)(configs))
         if remaining and not active:
             active = remaining[:1]
             _plan_active(plan, model, active, remaining)

@@ -12,12 +12,15 @@ from types import MethodType
 from torch import nn
 
 from diffpeft.errors import ConfigError, shown
+from diffpeft.layers.kinds import LoraLayer
 from diffpeft.llm.config import PeftConfig
 from diffpeft.llm.peft_model import PeftModel
+from diffpeft.model.single import rescaled
 
 __all__ = [
     "check_if_peft_model",
     "disable_input_dtype_casting",
+    "rescale_adapter_scale",
     "update_forward_signature",
     "update_generate_signature",
     "update_signature",
@@ -31,6 +34,23 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
     except Exception:  # whatever the Hub's client raises
         return False
     return True
+
+
+@contextlib.contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """A block in which all LoRAs of a model, wrapped or not, act `multiplier` times as strongly, merges included.
+
+    Raises TypeError for what is no number, ConfigError (a ValueError) for a model without LoRAs, AdapterStateError for LoRAs that are merged already.
+    """
+    if not isinstance(multiplier, (float, int)):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not any(isinstance(module, LoraLayer) for module in base.modules()):
+        raise ConfigError(
+            "scaling is only supported for models with `LoraLayer`s", remedy="Use diffpeft.adapters for other methods."
+        )
+    with rescaled(base, LoraLayer.names, multiplier):
+        yield
 
 
 @contextlib.contextmanager

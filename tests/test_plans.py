@@ -11,8 +11,18 @@ ROOT = Path(diffpeft.__file__).parent
 TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
 # what llm/ takes of layers/: types, and what tells one layer from another; it edits none
-TYPES = {"Bank", "Slot", "Record", "ParameterFactors"}
-QUESTIONS = {"base_class", "op_of", "BIAS", "BACKENDS", "FOUR_BITS", "backend_of", "backend_of_weight", "numbers"}
+TYPES = {"Bank", "Slot", "Record", "ParameterFactors", "Tokens"}
+QUESTIONS = {
+    "base_class",
+    "op_of",
+    "BIAS",
+    "BACKENDS",
+    "FOUR_BITS",
+    "backend_of",
+    "backend_of_weight",
+    "numbers",
+    "site_of",
+}
 
 # `except BaseException`: the commit itself, blocks that end whatever happens, files that appear whole, and the weights that a block has taken adapters out of
 BY_HAND = {"model/plan.py", "model/mix.py", "model/root.py", "files/commits.py", "llm/tuner.py"}

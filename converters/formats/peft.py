@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from converters.families import TABLES, Table
+from converters.formats import attention
 from converters.formats import config as configs
 from converters.formats.base import Answer, KeyParts, OneModel, dotted_role, magnitude_axis, suffix
 from converters.formats.diffusers import peft_magnitude
@@ -45,7 +46,7 @@ class Peft(OneModel):
     def split(self, key: str) -> KeyParts | None:
         """A PeftModel's prefix, the layer, the role."""
         named = dotted_role(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
-        return KeyParts("", *named) if named else None
+        return KeyParts("", attention.read(named[0]), named[1]) if named else None
 
     def join(self, part: KeyParts, entry: Entry) -> str:
         """The layer's name as the model has it."""
@@ -53,15 +54,18 @@ class Peft(OneModel):
 
     def configured(self, entries: Sequence[Entry], metadata: Mapping[str, str]) -> list[Entry]:
         if CONFIG not in metadata:
-            return _unconfigured(entries)
+            return attention.doubled(_unconfigured(entries))
         config = config_in(metadata[CONFIG], FILE)
         check_fields({"peft_type": config.get("peft_type")}, FILE)
         _check_type(config, entries)
         check_fields(config, FILE)
         try:
             with patterns.limited(UnsafeFileError, FILE):
-                _check(config, entries)
-                return [dialect_of(entry.method).configured(entry, config) for entry in entries]
+                spoken = attention.spoken(entries)
+                _check(config, spoken)
+                configured = [dialect_of(entry.method).configured(entry, config) for entry in spoken]
+                named = zip(configured, entries, strict=True)
+                return attention.doubled([replace(c, layer=e.layer, keys=e.keys, own=e.own) for c, e in named])
         except KeyError as error:
             raise CheckpointError(f"{FILE} lacks the field {error}") from error
         except ConfigError as error:  # a pattern that is none
@@ -90,7 +94,7 @@ class Peft(OneModel):
         if CONFIG in before and self._says(before[CONFIG], entries):
             return {CONFIG: before[CONFIG]}
         config = {"base_model_name_or_path": None, "task_type": None, **self._fields(entries)}
-        config |= {"target_modules": sorted({own_name(e) for e in entries})}
+        config |= {"target_modules": sorted({own_name(e) for e in attention.said(entries)})}
         return {CONFIG: json.dumps(config, indent=2, sort_keys=True)}
 
     def _says(self, config: str, entries: Sequence[Entry]) -> bool:
@@ -114,7 +118,7 @@ class Peft(OneModel):
         """The fields of a config with which PEFT makes these tensors. Raises Unsayable."""
         if trouble := next(self._troubles(entries), None):
             raise Unsayable(*trouble)
-        return fields(entries)
+        return fields(attention.said(entries))
 
     def _troubles(self, entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:
         """Why a folder cannot hold entries, and the layers that are to blame."""
@@ -128,8 +132,9 @@ class Peft(OneModel):
         if len(methods := Counter(e.method for e in entries)) > 1:
             fewest = min(sorted(methods), key=methods.__getitem__)
             yield f"a folder holds one method, not {' and '.join(sorted(methods))}", layers_of(entries, fewest)
-        if trouble := configs.unsayable(entries):
-            yield trouble
+        for trouble in (attention.troubles(entries), configs.unsayable(entries)):
+            if trouble:
+                yield trouble
 
     def _unheld(self, entries: Sequence[Entry]) -> Iterator[tuple[str, list[str]]]:
         """The tensors that PEFT does not have."""

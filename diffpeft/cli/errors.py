@@ -28,9 +28,11 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
         _quieten()
     try:
         return command.main([a for a in args if a != "--debug"], prog_name="diffpeft", standalone_mode=False) or 0
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         click.echo("interrupted", err=True)
-        return INTERRUPTED
+        for note in getattr(error, "notes", ()):
+            click.echo(f"  {note}", err=True)
+        return getattr(error, "exit_code", INTERRUPTED)
     except click.ClickException as error:
         _show_usage(error)
         return error.exit_code
@@ -57,8 +59,7 @@ def _show_usage(error: click.ClickException) -> None:
 def _show_system(error: OSError) -> None:
     """An error of the system, with the file that it is about."""
     click.echo(f"Error: {error.strerror or error}\n  in: {error.filename or 'this machine'}", err=True)
-    for note in getattr(error, "__notes__", ()):
-        click.echo(f"  but: {note}", err=True)
+    _show_notes(error)
 
 
 @contextlib.contextmanager
@@ -76,6 +77,13 @@ def show(error: DiffpeftError) -> None:
     for label, text in (("Error:", error.what), ("  in:", error.where), ("  try:", error.remedy)):
         if text:
             click.echo(f"{label} {text}", err=True)
+    _show_notes(error)
+
+
+def _show_notes(error: Exception) -> None:
+    """What was added to an error on its way: where something was saved in spite of it."""
+    for note in getattr(error, "__notes__", ()):
+        click.echo(f"  but: {note}", err=True)
 
 
 def _quieten() -> None:

@@ -9,8 +9,12 @@ from typing import Any
 import click
 
 from diffpeft.errors import UnknownNameError, near
-from diffpeft.train.config import PATHS, AnyOptions, from_toml, hint
+from diffpeft.files import Json
+from diffpeft.train.checkpoints import LATEST
+from diffpeft.train.config import PATHS, AnyOptions, hint, values_of
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.optimizers import OPTIMIZERS
+from diffpeft.train.resume import remembered
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
@@ -36,6 +40,9 @@ def completed(words: Collection[str]) -> Callable[..., list[str]]:
     return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
 
 
+_COMPLETE = {"method": completed(list(CONFIGS)), "optimizer": completed(list(OPTIMIZERS))}
+
+
 def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
     """An option that a command does not have: what it is called here, or the near matches."""
     command = error.ctx.command if error.ctx else None
@@ -57,7 +64,7 @@ def options_of(kind: type, only: Collection[str] | None = None) -> Callable[[Com
             flag, meta, type_ = "--" + f.name.replace("_", "-"), f.metadata, _type_of(f)
             names = [n for n in (_SHORT.get(f.name), flag if type_ else f"{flag}/--no-{flag[2:]}") if n]
             shown = "" if f.default is None or type_ is None else f" [default: {f.default}]"
-            complete = completed(CONFIGS) if f.name == "method" else None
+            alone: Json = {"is_flag": False, "flag_value": LATEST} if f.name == "resume" else {}
             command = click.option(
                 *names,
                 f.name,
@@ -65,14 +72,15 @@ def options_of(kind: type, only: Collection[str] | None = None) -> Callable[[Com
                 default=None,
                 multiple=meta["several"] == "repeated",
                 help=meta["help"] + shown,
-                shell_complete=complete,
+                shell_complete=_COMPLETE.get(f.name),
+                **alone,
             )(command)
         return command
 
     return add
 
 
-def _type_of(option: Field[Any]) -> Any:
+def _type_of(option: Field[object]) -> click.ParamType | type | None:
     """How click reads an option's value; None for one that is on or off."""
     kind = str(option.type).partition(" ")[0]
     if kind == "bool":
@@ -85,8 +93,8 @@ def _type_of(option: Field[Any]) -> Any:
 
 
 def options_from(kind: type[AnyOptions], config: str | None, typed: Mapping[str, Any]) -> AnyOptions:
-    """The options of a file, replaced by what was typed; checked."""
+    """The options of a file, replaced by what was typed; where a run goes on, those of neither are the run's. Checked."""
     values = {name: value for name, value in typed.items() if value not in (None, ())}
-    options = from_toml(config, values, kind) if config else kind(**values)
+    options = kind(**remembered(kind, (values_of(config, kind) if config else {}) | values))
     options.validate()
     return options

@@ -25,8 +25,10 @@ def sft(config: str | None, **typed: object) -> None:
 
     from diffpeft.cli.progress import Progress
     from diffpeft.llm.sft_check import check
+    from diffpeft.train.lock import occupied
+    from diffpeft.train.signals import ending
 
-    with Progress() as progress:
+    with ending(), Progress() as progress, occupied(options.output()):
         progress.phase("looking at the data")
         checked = check(options)
 

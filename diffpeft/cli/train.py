@@ -22,14 +22,18 @@ def train(config: str | None, **typed: object) -> None:
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins.
 
+    Ctrl-C finishes the step and saves the state; diffpeft train --resume OUT goes on from it.
+
     Example: diffpeft train -m MODEL -d photos -o out --instance-prompt "a photo of sks dog"
     """
     options = options_from(TrainConfig, config, typed)
 
     from diffpeft.cli.progress import Progress
     from diffpeft.train.check import check
+    from diffpeft.train.lock import occupied
+    from diffpeft.train.signals import ending
 
-    with Progress() as progress:
+    with ending(), Progress() as progress, occupied(options.output()):
         progress.phase("looking at the data")
         checked = check(options)
         for line in checked.account.lines():

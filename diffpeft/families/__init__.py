@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from diffpeft.errors import WrongBaseError
-from diffpeft.families.base import Conditions, Family, Frame, Noised
+from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.flux import Flux
 from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
@@ -155,10 +155,13 @@ def _names(groups: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(name for group in groups for name in group))
 
 
-def open_family(target: object) -> Family:
-    """The training side of a pipeline, or of Parts of one. Raises WrongBaseError for one that cannot be trained yet."""
+def open_family(target: object, reading: CaptionReading = USUAL) -> Family:
+    """The training side of a pipeline, or of Parts of one.
+
+    Raises WrongBaseError for one that cannot be trained yet, ConfigError for a way to read captions that it cannot.
+    """
     parts = target if isinstance(target, Parts) else Parts(target)
-    return FAMILIES[trainable(type(parts.pipe).__name__, parts.configs)](parts)
+    return FAMILIES[trainable(type(parts.pipe).__name__, parts.configs)](parts, reading)
 
 
 __all__ = [
@@ -169,6 +172,7 @@ __all__ = [
     "Frame",
     "Noised",
     "Parts",
+    "CaptionReading",
     "family_of",
     "is_unnamed",
     "open_family",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from diffpeft.families.parts import Configs, Parts, Pipeline
@@ -34,6 +34,16 @@ class Sizes(NamedTuple):
         """Both, of configs that lack nothing."""
         assert self.resolution and self.multiple
         return self.resolution, self.multiple
+
+
+class CaptionReading(NamedTuple):
+    """How captions are read: how many tokens at most (None: what is usual for the model), and which of CLIP's last layers, 1 the last."""
+
+    max_length: int | None = None
+    clip_skip: int = 1
+
+
+USUAL = CaptionReading()
 
 
 class Noised(NamedTuple):
@@ -85,6 +95,9 @@ class Family(Protocol):
     denoiser: str
     text_encoders: tuple[str, ...]  # in the order in which `embed` is asked
     adaptable: tuple[str, ...]  # those of them that an adapter is trained on
+    presets: Mapping[
+        str, str
+    ]  # {preset: the regular expression for its layers}, where suffixes that all models share would be others
     packing: int  # latent pixels, the side of the square that the denoiser reads as one
 
     parts: Parts
@@ -94,8 +107,10 @@ class Family(Protocol):
     base_version: str  # what sd-scripts calls it: ss_base_model_version
     resolution: int
     multiple: int
+    max_length: int  # tokens of a caption that are read
 
-    def __init__(self, parts: Parts): ...
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        """Raises WrongBaseError for a model that cannot be trained, ConfigError for a way to read captions that it cannot."""
 
     @classmethod
     def sizes(cls, configs: Configs) -> Sizes:

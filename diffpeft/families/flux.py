@@ -5,13 +5,15 @@ Its dev model was distilled to be told a guidance. Training tells it 1: no guida
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from diffpeft.families.base import Conditions, Frame, Levels, Sizes
+from diffpeft.errors import ConfigError
+from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
-from diffpeft.families.prompts import tokens
+from diffpeft.families.prompts import refuse_skip, tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 _PATCH = 2
 _RESOLUTION = 1024  # no config says it
 _TOKENS = 512  # of T5
+# layers in the blocks of both kinds: of images and texts side by side, and of both in one
+_BLOCKS = r"(single_)?transformer_blocks\.\d+\.({})"
+_ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+_MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 
 
 class Flux:
@@ -30,10 +36,17 @@ class Flux:
     denoiser = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     adaptable: tuple[str, ...] = ("text_encoder",)
+    presets: Mapping[str, str] = MappingProxyType(
+        {"attn": _BLOCKS.format(_ATTENTION), "attn-mlp": _BLOCKS.format(f"{_ATTENTION}|{_MLP}")}
+    )
     packing = _PATCH
     base_version = "flux1"
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        refuse_skip(reading, "of CLIP Flux.1 reads what it pools")
+        self.max_length = _TOKENS if reading.max_length is None else reading.max_length
+        if self.max_length > _TOKENS:
+            raise ConfigError(f"max_length is {self.max_length}", remedy=f"Flux.1 reads {_TOKENS} tokens at most.")
         self.parts, self.pipe = parts, parts.pipe
         self.levels: Levels = Flow.of(parts.pipe.scheduler, _PATCH)
         self.guided: bool = parts.configs[self.denoiser]["guidance_embeds"]
@@ -56,7 +69,7 @@ class Flux:
         if encoder == "text_encoder":
             ids = tokens(pipe.tokenizer, prompts, pipe.tokenizer.model_max_length, model.device)
             return {"pooled": model(ids).pooler_output}
-        return {"text": model(tokens(pipe.tokenizer_2, prompts, _TOKENS, model.device))[0]}
+        return {"text": model(tokens(pipe.tokenizer_2, prompts, self.max_length, model.device))[0]}
 
     def framed(self, frames: Sequence[Frame]) -> Conditions:
         """Nothing: the transformer reads no sizes but that of its latents."""

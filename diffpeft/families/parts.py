@@ -42,6 +42,11 @@ class Parts:
         """A component if it is there, else one with its layers and shapes and no numbers. Loads nothing."""
         return getattr(self.pipe, name, None) or self._skeletons[name]
 
+    def pin(self, *names: str) -> None:
+        """Have these components for good, as they are now: they were changed, and loading them again would undo it."""
+        for name in names:
+            self._loaders.pop(name, None)
+
     def free(self, *names: str) -> None:
         """Give up these components, as far as they can be loaded again."""
         for name in names:

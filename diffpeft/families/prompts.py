@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from diffpeft.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffpeft.families.base import Conditions, Family
+    from diffpeft.families.base import CaptionReading, Conditions, Family
     from diffpeft.families.parts import Component
 
 
@@ -19,6 +21,42 @@ def tokens(tokenizer: Component, prompts: Sequence[str], length: int, device: to
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
     return ids.to(device)
+
+
+def chunks(tokenizer: Component, prompts: Sequence[str], number: int, device: torch.device) -> Tensor:
+    """Token ids [b number, length] of prompts, each in so many chunks as long as the encoder reads, with a beginning and an end of their own."""
+    import torch
+
+    texts = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
+    per, ids = length_of(tokenizer), []
+    for text in texts:
+        for start in range(0, per * number, per):
+            chunk = [tokenizer.bos_token_id, *text[start : min(start + per, per * number)], tokenizer.eos_token_id]
+            ids.append(chunk + [tokenizer.pad_token_id] * (per + 2 - len(chunk)))
+    return torch.tensor(ids, device=device)
+
+
+def length_of(tokenizer: Component) -> int:
+    """The tokens of a text that fit beside its beginning and its end."""
+    return tokenizer.model_max_length - 2
+
+
+def chunks_of(tokenizer: Component, reading: CaptionReading) -> int:
+    """How many chunks captions are read in. Raises ConfigError for a length that is not so many whole ones."""
+    per = length_of(tokenizer)
+    length = per if reading.max_length is None else reading.max_length
+    if length % per:
+        raise ConfigError(
+            f"max_length is {length}",
+            remedy=f"This model reads captions in chunks of {per}: {per}, {2 * per}, {3 * per} ...",
+        )
+    return length // per
+
+
+def refuse_skip(reading: CaptionReading, why: str) -> None:
+    """Raise ConfigError for a clip_skip that would do nothing."""
+    if reading.clip_skip != 1:
+        raise ConfigError(f"clip_skip is {reading.clip_skip}, and {why}", remedy="Leave --clip-skip out.")
 
 
 def embedded(family: Family, prompts: Sequence[str]) -> Conditions:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffpeft.families.base import Conditions, Frame
+from diffpeft.families.base import CaptionReading, Conditions, Frame
 from diffpeft.families.latents import precise
-from diffpeft.families.prompts import tokens
+from diffpeft.families.prompts import chunks, refuse_skip
 from diffpeft.families.sd import StableDiffusion
 
 if TYPE_CHECKING:
@@ -29,12 +29,15 @@ class StableDiffusionXL(StableDiffusion):
     base_version = "sdxl_base_v1-0"
 
     def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
-        """The last hidden states but one [b, tokens, width], and of the encoder with a projection what it pools [b, width]."""
-        tokenizer, model = getattr(self.parts.pipe, _TOKENIZERS[encoder]), self.parts(encoder)
-        ids = tokens(tokenizer, prompts, tokenizer.model_max_length, model.device)
-        out = model(ids, output_hidden_states=True)
-        states = {encoder: out.hidden_states[-2]}
-        return states | {"pooled": out.text_embeds} if "text_embeds" in out else states
+        """The last hidden states but one [b, tokens, width], and of the encoder with a projection what it pools of the first chunk [b, width]."""
+        tokenizer, model = getattr(self.pipe, _TOKENIZERS[encoder]), self.parts(encoder)
+        out = model(chunks(tokenizer, prompts, self.chunks, model.device), output_hidden_states=True)
+        states = {encoder: out.hidden_states[-2].unflatten(0, (len(prompts), self.chunks)).flatten(1, 2)}
+        return states | {"pooled": out.text_embeds[:: self.chunks]} if "text_embeds" in out else states
+
+    def _skipped(self, reading: CaptionReading) -> int:
+        refuse_skip(reading, "SDXL always reads the last layer but one")
+        return reading.clip_skip
 
     def framed(self, frames: Sequence[Frame]) -> Conditions:
         """Original size, crop and target size, each with the height before the width [b, 6]."""

@@ -34,10 +34,12 @@ from diffpeft.layers.hooks import is_cast
 from diffpeft.layers.mixed import Ambiguous, ambiguous, by_rows, different
 from diffpeft.layers.mixes import ChoiceLike, MomentLike
 from diffpeft.layers.patches import Patch, input_of, patched
+from diffpeft.layers.readers import as_read, reading
 from diffpeft.layers.rows import Rows
 from diffpeft.layers.sites import LayerSite
 from diffpeft.layers.slot import Slot, blank, with_own_dtype
 from diffpeft.layers.swap import Class, sized, subclass
+from diffpeft.layers.views import Views, refuse_written
 from diffpeft.methods.linalg import traced, wide_dtype
 
 
@@ -70,29 +72,36 @@ def _container(held: Mapping[str, nn.Module]) -> nn.ModuleDict:
 _adapted: dict[Class, Class] = {}
 _carrying: dict[Class, Class] = {}
 _TABLES = ("_parameters", "_buffers", "_modules")
-# methods of containers, which read `_modules` themselves
-_ITEMS = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
+# methods of an nn.Sequential, which read `_modules` themselves
+_ITEMS = ("__iter__", "__len__", "__getitem__")
 _ABSENT = object()
 
 
 def adapted_class(base: Class) -> Class:
     """The subclass of a layer's class that applies slots."""
     if base not in _adapted:
-        site = layer_site(base)
-
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
-            record = self.__dict__.get(RECORD)
-            if record is None:  # another thread has just taken the last adapter off
-                return base.forward(self, *args, **kwargs)
-            x, others, named = input_of(args, kwargs)
-            dtype = _dtype(self, x, site)
-            link = _link(self, record, base, site, others, named, dtype)
-            if link is None:
-                return base.forward(self, *args, **kwargs)
-            return link(x.to(dtype) if x.dtype != dtype and x.is_floating_point() and site.targets else x)
-
-        _adapted[base] = subclass(base, adapted_class, "_diffpeft_base", forward=forward, **_members(base))
+        forward = reading(base) or _chained(base)
+        members = {"forward": forward, **_members(base)}
+        _adapted[base] = subclass(base, adapted_class, "_diffpeft_base", beside=(Views,), **members)
     return _adapted[base]
+
+
+def _chained(base: Class) -> Callable[..., object]:
+    """The forward of a layer of this class that applies slots."""
+    site = layer_site(base)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
+        record = self.__dict__.get(RECORD)
+        if record is None:  # another thread has just taken the last adapter off
+            return base.forward(self, *args, **kwargs)
+        x, others, named = input_of(args, kwargs)
+        dtype = _dtype(self, x, site)
+        link = _link(self, record, base, site, others, named, dtype)
+        if link is None:
+            return base.forward(self, *args, **kwargs)
+        return link(x.to(dtype) if x.dtype != dtype and x.is_floating_point() and site.targets else x)
+
+    return forward
 
 
 def carrying_class(base: Class) -> Class:
@@ -111,12 +120,14 @@ def carrying_class(base: Class) -> Class:
 
         def attribute(self: nn.Module, name: str) -> object:
             record = record_of(self)
-            value = _ABSENT if record is None or name in (ADAPTERS, COPIES) else _read(self, record, name)
+            # FSDP 1 takes a parameter away and looks whether it is gone
+            known = name not in (ADAPTERS, COPIES) and any(name in self.__dict__[kind] for kind in _TABLES)
+            value = _ABSENT if record is None or not known else _read(self, record, name)
             return base.__getattr__(self, name) if value is _ABSENT else value
 
         items = {name: _of_what_acts(name) for name in _ITEMS if hasattr(base, name)}
         members = {"forward": forward, "__getattr__": attribute, **_members(base), **items}
-        _carrying[base] = subclass(base, carrying_class, "_diffpeft_base", **members)
+        _carrying[base] = subclass(base, carrying_class, "_diffpeft_base", beside=(Views,), **members)
     return _carrying[base]
 
 
@@ -139,7 +150,13 @@ def _members(base: Class) -> dict[str, Any]:
     def extra_repr(self: nn.Module) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), *_shown(self.__dict__[RECORD]))))
 
-    members = {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": sized(base)}
+    set_sized = sized(base)
+
+    def set_(self: nn.Module, name: str, value: object) -> None:
+        refuse_written(self, name)
+        set_sized(self, name, value)
+
+    members = {"_apply": _apply, "extra_repr": extra_repr, "__setattr__": set_}
     return {**members, KNOWN: backend_of_class(base)}
 
 
@@ -238,6 +255,8 @@ def _run(
     module: nn.Module, base: Class, steps: Sequence[Step], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> object:
     """A module's forward (of its class `base`) with what acts."""
+    if issubclass(base, nn.MultiheadAttention):
+        return cast(Class, base).forward(as_read(module, steps), *args, **kwargs)
     ground = bare(module)
     if steps and isinstance(steps[0][0], Copy):
         ground, steps = steps[0][0].module, steps[1:]
@@ -285,7 +304,7 @@ def _attribute(module: nn.Module, steps: Sequence[Step], name: str) -> object:
 
 
 def _of_what_acts(name: str) -> Callable[..., object]:
-    """A container's method on what acts: the copy, or the module without its copies."""
+    """A Sequential's method on what acts: the copy, or the module without its copies."""
 
     def method(self: nn.Module, *args: object) -> object:
         record = record_of(self)

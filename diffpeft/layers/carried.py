@@ -22,13 +22,12 @@ from diffpeft.layers.chain import Base, Whole
 from diffpeft.layers.hooks import held_forwards
 from diffpeft.layers.mixes import ActiveLike
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.sites import LayerSite, site_of
+from diffpeft.layers.sites import LayerSite, parameter_names, site_of
 from diffpeft.layers.slot import Slot, at_rest, stamp_of
 from diffpeft.layers.swap import Class
 
 RECORD = "_diffpeft"  # where a module keeps its record
 ADAPTERS, COPIES = "adapters", "copies"  # the names under which a module holds its slots, and its copies and patches
-LAYER_PARAMETERS = ("weight", "bias")  # what a slot may change of its layer
 SHARED = "%shared"  # behind an adapter's name: the module of the tensors that its layers share
 _RESERVED = set(dir(nn.ModuleDict()))
 
@@ -131,13 +130,13 @@ class Record:
         """`steps` of what is not in the parameters already."""
         return self.steps(moment, [name for name in moment.order if name not in self.fused])
 
-    def clashing(self, one: str, other: str) -> bool:
-        """Whether two adapters cannot act together: each has the module, or the same rows of it, for itself."""
+    def clashing(self, one: str, other: str) -> str:
+        """What two adapters that cannot act together both have for themselves: "copies" of the module, or the same "rows" of it; empty if they can."""
         a, b = self.copies.get(one), self.copies.get(other)
         if a is not None and b is not None and not a.same(b):
-            return True
+            return "copies"
         p, q = self.patches.get(one), self.patches.get(other)
-        return p is not None and q is not None and type(p) is type(q) and p.overlaps(q)
+        return "rows" if p is not None and q is not None and type(p) is type(q) and p.overlaps(q) else ""
 
 
 class State(NamedTuple):
@@ -178,18 +177,17 @@ def state_of(module: nn.Module, weights: bool = True) -> State:
 def weights_of(module: nn.Module) -> Parameters:
     """The numbers of a layer's weight and bias."""
     parameters = module._parameters
-    return {name: p.data for name in LAYER_PARAMETERS if (p := parameters.get(name)) is not None}
+    return {name: p.data for name in parameter_names(module) if (p := parameters.get(name)) is not None}
 
 
 def enter(module: Any, state: State) -> None:
     """Put a module into `state`. Plain assignments: given a prepared state it cannot fail."""
-    held = held_forwards(module)
     old, new = record_of(module), state.record
     if old is not None and old is not new:
         _forget(old, new)
     if new is not None:
         module.__dict__[RECORD] = new  # first: whoever undoes this sees that it was begun
-    object.__setattr__(module, "__class__", state.cls)
+    put_class(module, state.cls)
     for name, container in ((ADAPTERS, state.adapters), (COPIES, state.copies)):
         if container is not None:
             module._modules[name] = container
@@ -201,8 +199,14 @@ def enter(module: Any, state: State) -> None:
         module._parameters[name].data = numbers
     if state.weights is not None and new is not None and new.fused:
         new.kept[FUSED] = stamps_of(module)
+
+
+def put_class(module: nn.Module, cls: Class) -> None:
+    """Give a module another class, and its forward to those who keep it. Done again it changes nothing."""
+    held = held_forwards(module)
+    object.__setattr__(module, "__class__", cls)
     for place, key in held:
-        place[key] = state.cls.forward.__get__(module)
+        place[key] = cls.forward.__get__(module)
 
 
 def _forget(old: Record, new: Record | None) -> None:
@@ -265,6 +269,12 @@ def effective(module: nn.Module, steps: Sequence[Step], dtype: torch.dtype, weig
 
     There is a bias where an adapter adds one, also if the layer has no place for it.
     """
+    with at_rest(*(thing for thing, _ in steps if isinstance(thing, Slot))):
+        return with_acting(module, steps, dtype, weights)
+
+
+def with_acting(module: nn.Module, steps: Sequence[Step], dtype: torch.dtype, weights: Parameters) -> Parameters:
+    """`effective`, but for adapters that are trained as they are in training."""
     out = dict(weights)
     for are_patches, group in itertools.groupby(cast(Any, steps), key=lambda step: isinstance(step[0], Patch)):
         if not are_patches:
@@ -278,11 +288,11 @@ def effective(module: nn.Module, steps: Sequence[Step], dtype: torch.dtype, weig
 def _with_slots(
     module: nn.Module, steps: Sequence[tuple[Slot, float]], dtype: torch.dtype, weights: Parameters
 ) -> Parameters:
-    site = layer_site(base_class(module))
-    op, bias = site(module), weights.get("bias")
-    whole = Whole(Base(op, None, dtype, {}, op.canonical(weights["weight"])), steps)
-    with at_rest(*(slot for slot, _ in steps)):
-        W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
+    op = layer_site(base_class(module))(module)
+    bias = weights.get(op.bias_name)
+    whole = Whole(Base(op, None, dtype, {}, op.canonical(weights[op.weight_name])), steps)
+    W, shift = op.stored(whole.weight()), whole.shift(dtype, bias)
     if shift is None:
-        return {"weight": W}
-    return {"weight": W, "bias": shift if bias is None else bias.to(shift) + shift.reshape(bias.shape)}
+        return {op.weight_name: W}
+    b = shift if bias is None else bias.to(shift) + shift.reshape(bias.shape)
+    return {op.weight_name: W, op.bias_name: b}

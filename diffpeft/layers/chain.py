@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffpeft.layers.caching import is_enabled
 from diffpeft.layers.mixes import MixLike
 from diffpeft.layers.sites import LayerSite
 from diffpeft.layers.slot import BIAS, Part, Slot, stamp_of
@@ -81,7 +82,7 @@ class Base:
 
     def squares(self, axis: int) -> Tensor:
         """Kept while the weight is frozen and the same."""
-        W = self.op.module.weight
+        W = self.op.parameter
         if self.W is not None or W.requires_grad or self.op.backend or traced():
             return squares(self.weight(), axis)
         stamp = stamp_of(W)
@@ -327,12 +328,22 @@ def _applied(slot: Slot, before: Link, x: Tensor, s: Strength, bias: bool) -> Te
     """The one part of a slot applied to what was before; in training with dropout only the change sees the dropped input."""
     (part,) = slot.parts
     p, spec = slot.prepared(part, before.dtype), part.spec
+    if is_enabled():
+        p = {**p, **_ahead(slot, part, before, p)}
     if not (slot.training and spec.options.get("dropout")):
         y: Tensor = part.method.apply(before, x, p, spec, s, bias)
         return y
     thin = F.dropout(x, spec.options["dropout"])
     change: Tensor = part.method.apply(before, thin, p, spec, s, False) - before(thin, False)
     return before(x, bias) + change
+
+
+def _ahead(slot: Slot, part: Part, before: Link, p: Tensors) -> dict[str, Tensor]:
+    """What a method works out of the layer's own weight, if it may be kept from one forward to the next."""
+    if slot.training or traced() or not isinstance(before, Base) or before.op.backend:
+        return {}
+    weight = before.op.parameter if before.W is None else before.W
+    return slot.kept_beside(part, weight, before.dtype, lambda: part.method.ahead(before, p, part.spec))
 
 
 class Whole:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.backends import backend_of, backend_of_weight
+from diffpeft.layers.sites import parameter_names, site_of
 
 
 def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
     """Why this layer cannot be adapted although its kind can; empty if it can."""
-    weight, backend = getattr(module, "weight", None), backend_of(module)
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"{type(parent).__name__} reads its weight directly and would not see the adapter"
+    weight, backend = getattr(module, parameter_names(module)[0], None), backend_of(module)
+    if why := _unread(module, parent):
+        return why
     if getattr(parent, "__dict__", {}).get("fused_projections") and name.rpartition(".")[2] in {"to_q", "to_k", "to_v"}:
         return "its projections are fused (call unfuse_qkv_projections first)"
     if "parametrizations" in module._modules:
@@ -33,6 +34,16 @@ def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
         return f"diffusers' hook {min(unknown)} is on it (load adapters before it is enabled)"
     if "forward" in vars(module) and not held_forwards(module):
         return "another library has replaced its forward"
+    return ""
+
+
+def _unread(module: nn.Module, parent: nn.Module | None) -> str:
+    """Why a layer is not made so that an adapter's numbers can be put into its weight, where that is read; empty if it is, or is not read."""
+    site = site_of(getattr(type(module), "_diffpeft_base", type(module)))
+    if site is not None and (why := site.unfit(module)):
+        return why
+    if backend_of(module) and isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"{type(parent).__name__} reads its weight directly, which is quantised, and would not see the adapter"
     return ""
 
 
@@ -72,7 +83,7 @@ def computing_dtype(module: nn.Module) -> torch.dtype:
     if hook := diffusers_hooks(module).get(CASTING):
         computing: torch.dtype = hook.compute_dtype
         return computing
-    dtype = cast(Tensor, module.weight).dtype
+    dtype = cast(Tensor, getattr(module, parameter_names(module)[0])).dtype
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float16
 
 
@@ -107,7 +118,7 @@ def device_of(module: nn.Module) -> torch.device:
     if device is not None:
         return torch.device(device)
     weight = module._parameters.get("weight")  # torch is slow to find it
-    return (cast(Tensor, module.weight) if weight is None else weight).device
+    return (cast(Tensor, getattr(module, parameter_names(module)[0])) if weight is None else weight).device
 
 
 def present(module: nn.Module, read: Callable[[], Result]) -> Result:

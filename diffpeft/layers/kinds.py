@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from diffpeft.layers.carried import Record, record_of
+from diffpeft.layers.carried import ADAPTERS, Record, record_of
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.tokens import Tokens
 
@@ -20,16 +20,27 @@ class _Carrying(type):
 
 
 class BaseTunerLayer(metaclass=_Carrying):
-    """A layer, or a module whose parameters are adapted, with adapters on it."""
+    """A layer, or a module whose parameters or rows are adapted, with adapters on it."""
 
     methods: ClassVar[frozenset[str]] = frozenset()  # of a layer's adapters; of none: any
+    adapter_layer_names: ClassVar[tuple[str, ...]] = (ADAPTERS,)  # what its adapters lie under
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def names(cls, record: Record) -> set[str]:
+        """The adapters by which a module with this record is one of these."""
+        held = {name: set(slot.methods) for name, slot in record.slots.items()}
+        for name, patch in record.patches.items():
+            if isinstance(patch, ParameterFactors):
+                held[name] = {"lora"}
+            elif isinstance(patch, Tokens) and name not in record.hidden:
+                held.setdefault(name, {"rows"})
+        return {name for name, methods in held.items() if not cls.methods or methods & cls.methods}
 
     @classmethod
     def carried_by(cls, module: nn.Module, record: Record) -> bool:
         """Whether a module with this record is one of these."""
-        held = {method for slot in record.slots.values() for method in slot.methods}
-        held |= {"lora" for patch in record.patches.values() if isinstance(patch, ParameterFactors)}
-        return not held.isdisjoint(cls.methods) if cls.methods else bool(held)
+        return bool(cls.names(record))
 
 
 class LoraLayer(BaseTunerLayer):

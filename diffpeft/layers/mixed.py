@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diffpeft.errors import AdapterStateError, ShapeMismatchError, shown
+from diffpeft.errors import AdapterStateError, MixedBatchError, ShapeMismatchError, shown
 from diffpeft.layers.mixes import CarrierLike, MomentLike
 
 Value = TypeVar("Value")
@@ -45,7 +46,7 @@ class Ambiguous(Tensor):
 
 
 def ambiguous(what: str) -> AdapterStateError:
-    """The error for what the model reads and rows differ in."""
+    """The error for what the model reads and rows differ in. No TypeError, which an operator would take for a tensor that it does not know."""
     return AdapterStateError(
         f"the rows of this batch have different adapters, and the model reads {what} that adapters train whole",
         remedy="Run a batch for each adapter.",
@@ -104,7 +105,7 @@ def by_rows(
 ) -> object:
     """Each row of the batch through a module (of the class `base`) as its mix says. `run(module, base, what acts, args, kwargs)` runs some.
 
-    Raises ShapeMismatchError or AdapterStateError.
+    Raises ShapeMismatchError or MixedBatchError.
     """
     x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
     rows, batch = len(x), moment.batch or len(x)
@@ -117,22 +118,32 @@ def by_rows(
     groups = different(owner)
     if len(groups) == 1:
         return run(module, base, groups[0], args, kwargs)
-    if not _in_order(module, x, batch):
-        raise AdapterStateError(
-            f"module {shown(record.where)} sees the tokens of a batch of {batch} as {rows} rows in an order of its own, "
-            "and cannot tell which of its adapters each is for",
-            remedy="Run a batch for each adapter.",
-        )
+    _refuse_undivided(module, base, record, x, batch)
     parts = []
     for steps in groups:
         at = torch.tensor([i for i, other in enumerate(owner) if other == steps])
-
-        def rows_of(t: object, at: Tensor = at) -> object:
-            return t[at.to(t.device)] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t
-
-        named = {name: rows_of(t) for name, t in kwargs.items()}
-        parts.append((at, run(module, base, steps, tuple(rows_of(t) for t in args), named)))
+        named = {name: _rows_of(t, at, rows) for name, t in kwargs.items()}
+        parts.append((at, run(module, base, steps, tuple(_rows_of(t, at, rows) for t in args), named)))
     return _together(parts, rows, base)
+
+
+def _rows_of(value: object, at: Tensor, rows: int) -> object:
+    """Some rows of an argument that has as many as the batch; any other as it is."""
+    return value[at.to(value.device)] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+
+
+def _refuse_undivided(
+    module: nn.Module, base: type[nn.Module], record: CarrierLike[Value], x: Tensor, batch: int
+) -> None:
+    """Raise MixedBatchError for a module whose rows are not on the first axis, or are others than the batch's."""
+    if issubclass(base, nn.RNNBase) or not getattr(module, "batch_first", True):
+        raise _undivided(base, "not all that it gives has its rows on the first axis")
+    if not _in_order(module, x, batch):
+        raise MixedBatchError(
+            f"module {shown(record.where)} sees the tokens of a batch of {batch} as {len(x)} rows in an order of its own, "
+            "and cannot tell which of its adapters each is for",
+            remedy="Run a batch for each adapter.",
+        )
 
 
 def _in_order(module: nn.Module, x: Tensor, batch: int) -> bool:
@@ -153,20 +164,67 @@ def _in_order(module: nn.Module, x: Tensor, batch: int) -> bool:
     )
 
 
-def _together(parts: Sequence[tuple[Tensor, Any]], rows: int, base: type[nn.Module]) -> object:
-    """What a module gave for parts of its rows, as for all of them: a tensor, or several."""
+def _together(parts: Sequence[tuple[Tensor, object]], rows: int, base: type[nn.Module]) -> object:
+    """What a module gave for parts of its rows, as for all of them: tensors, and what holds tensors. Raises MixedBatchError for what has no rows."""
     sample = parts[0][1]
-    if isinstance(sample, Tensor) and all(t.dim() and len(t) == len(at) for at, t in parts):
-        out = sample.new_empty(rows, *sample.shape[1:])
-        for at, t in parts:
-            out = out.index_copy(0, at.to(out.device), t.to(out.dtype))
-        return out
-    if sample is None:
-        return None
-    if type(sample) in (tuple, list):
-        return type(sample)(_together([(at, f[i]) for at, f in parts], rows, base) for i in range(len(sample)))
-    raise AdapterStateError(
-        f"a {base.__name__} that adapters change gives {shown(type(sample).__name__)}, which has no rows",
+    tensors = [(at, t) for at, t in parts if isinstance(t, Tensor) and t.dim() and len(t) == len(at)]
+    if len(tensors) == len(parts):
+        return _stacked(tensors, rows)
+    held = [(at, inside) for at, value in parts if (inside := _held(value)) is not None]
+    if len(held) == len(parts) and all(inside.keys() == held[0][1].keys() for _, inside in held):
+        whole = {key: _together([(at, inside[key]) for at, inside in held], rows, base) for key in held[0][1]}
+        return _holding(sample, whole)
+    if _is_plain([value for _, value in parts]):
+        return sample
+    raise _undivided(base, f"it gives {_told(sample)}, which has no rows")
+
+
+def _is_plain(values: Sequence[object]) -> bool:
+    """Whether values are no tensors and all the same."""
+    return all(value is None or isinstance(value, (bool, int, float, str)) for value in values) and len({*values}) == 1
+
+
+def _stacked(parts: Sequence[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """Rows of a tensor in their places."""
+    sample = parts[0][1]
+    out = sample.new_empty(rows, *sample.shape[1:])
+    for at, t in parts:
+        out = out.index_copy(0, at.to(out.device), t.to(out.dtype))
+    return out
+
+
+def _held(value: object) -> dict[object, object] | None:
+    """What a container holds; None for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+    return None
+
+
+def _holding(sample: Any, inside: Mapping[Any, object]) -> object:
+    """A container like another one that holds something else."""
+    if isinstance(sample, Mapping):
+        return type(sample)(**inside) if is_dataclass(sample) else type(sample)(inside)  # type: ignore[call-arg]
+    if is_dataclass(sample):
+        return replace(sample, **inside)  # type: ignore[type-var]
+    return type(sample)(*inside.values()) if hasattr(sample, "_fields") else type(sample)(inside.values())
+
+
+def _told(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+_PEFTS = "Linear, Embedding, Conv1d, Conv2d, Conv3d"
+
+
+def _undivided(base: type[nn.Module], why: str) -> MixedBatchError:
+    """The error for a module that cannot be divided by rows. Its first words are PEFT's."""
+    return MixedBatchError(
+        f"Mixed batching is only supported for the following modules: {_PEFTS}. Others are divided where all they give has rows",
+        where=f"a {base.__name__}: {why}",
         remedy="Run a batch for each adapter.",
     )
 

@@ -22,8 +22,27 @@ class ActiveLike(Protocol):
         """By adapter, of each layer."""
 
 
+class SingleLike(Protocol):
+    """What holds on one layer."""
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that are active, in order."""
+
+    @property
+    def strengths(self) -> Mapping[str, object]:
+        """How strong adapters are when they are active: a number, or what changes from step to step. 1 if it is not said."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any acts."""
+
+
 class ChoiceLike(ActiveLike, Protocol):
     """What was set."""
+
+    def single(self, index: int) -> SingleLike:
+        """What holds on one layer."""
 
     @property
     def levels(self) -> Mapping[str, Sequence[object]]:

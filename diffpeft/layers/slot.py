@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -111,12 +111,13 @@ class Slot(nn.Module):
     """The tensors of one adapter on one layer, as parameters named by their roles, in the dtype they are stored in.
 
     An adapter is usually one method; a file may hold several for a layer, which then act in order as one. A piece without tensors
-    is nothing but what lies beside it: a change of the bias. Where the parameters are not what the adapter's file holds (a rank padded, or another
-    adapter put into them) `source` is that.
+    is nothing but what lies beside it: a change of the bias. Where the parameters are not what the adapter's file holds (another adapter was put
+    into them) `source` is that; a LoRA with room for more ranks, filled up with zeros, has `stored_rank` of them in its file.
     """
 
     parts: tuple[Part, ...]
     source: tuple[Piece, ...] | None
+    stored_rank: int | None
     shifts: bool
     bank: Bank | None  # what it shares with the adapter's other layers; no module of the slot's
     hosts: bool  # whether the bank is held by this slot's layer
@@ -143,6 +144,7 @@ class Slot(nn.Module):
         self.__dict__.update(
             parts=parts,
             source=None,
+            stored_rank=None,
             bank=None,
             hosts=False,
             # whether the layer's bias may change
@@ -181,6 +183,8 @@ class Slot(nn.Module):
     @property
     def rank(self) -> int:
         """The rank on this layer, of the first part if there are several."""
+        if self.stored_rank is not None and self.source is None:
+            return self.stored_rank
         if self.source is None and self.parts:
             return int(self.parts[0].method.rank(self.tensors_of(self.parts[0])))
         pieces = pieces_of(self)
@@ -212,6 +216,23 @@ class Slot(nn.Module):
         if not any(t.requires_grad for t in self.parameters()):
             self._kept[key] = stamp, p
         return p
+
+    def kept_beside(
+        self, part: Part, weight: Tensor, dtype: torch.dtype, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """`make()`, which depends on the part's tensors and a weight alone and has no gradient: made anew when one of them is another or has other numbers.
+
+        Torch does not count what is written through `.data`; on a CPU the adapter's numbers are compared as well.
+        """
+        tensors = list(self.tensors_of(part).values())
+        stamp, key = [stamp_of(t) for t in (weight, *tensors)], (part.roles, dtype, "beside")
+        before = self._kept.get(key)
+        if before is not None and before[0] == stamp and all(map(torch.equal, before[1], tensors)):
+            return cast(dict[str, Tensor], before[2])
+        made = make()
+        numbers = [t.detach().clone() for t in tensors] if weight.device.type == "cpu" else []
+        self._kept[key] = stamp, numbers, made
+        return made
 
     def _prepared(self, part: Part, p: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         device = next(iter(p.values())).device.type
@@ -281,4 +302,15 @@ def pieces_of(slot: Slot) -> tuple[Piece, ...]:
     """What the adapter is made of on this layer, as its file holds it."""
     if slot.source is not None:
         return slot.source
-    return tuple(Piece(p.method.name, slot.own_of(p), p.alpha, p.spec) for p in slot.parts)
+    return tuple(as_stored(slot, Piece(p.method.name, slot.own_of(p), p.alpha, p.spec)) for p in slot.parts)
+
+
+def as_stored(slot: Slot, piece: Piece) -> Piece:
+    """A part of a slot without the ranks that are room for others."""
+    rank = slot.stored_rank
+    if rank is None or "lora_A" not in piece.tensors:
+        return piece
+    A, B = piece.tensors["lora_A"], piece.tensors["lora_B"]
+    alpha = cast(float, piece.alpha) * rank / len(A)
+    tensors = {**piece.tensors, "lora_A": A[:rank], "lora_B": B[:, :rank]}
+    return replace(piece, tensors=tensors, alpha=alpha, spec=replace(piece.spec, alpha=alpha))

@@ -50,13 +50,21 @@ def sized(base: Class) -> Callable[[nn.Module, str, object], None]:
     return set_
 
 
-def subclass(base: Class, made: Callable[[Class], Class], mark: str, pickles: bool = True, **members: object) -> Class:
+def subclass(
+    base: Class,
+    made: Callable[[Class], Class],
+    mark: str,
+    pickles: bool = True,
+    beside: tuple[type, ...] = (),
+    **members: object,
+) -> Class:
     """A subclass of `base` that carries its name (accelerate compares names) and pickles as base plus state.
 
     Args:
         made: the function of a module that gives this class for `base`: pickle calls it.
         mark: the attribute that holds `base`.
         pickles: False where the class has a way to pickle itself.
+        beside: further bases, which yield to `base`.
     """
 
     def reduce(self: nn.Module, protocol: object) -> tuple[object, ...]:
@@ -64,7 +72,7 @@ def subclass(base: Class, made: Callable[[Class], Class], mark: str, pickles: bo
         return _rebuilt, (made, base), self.__getstate__()
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, mark: base}
-    return type(base.__name__, (base,), {**names, **({"__reduce_ex__": reduce} if pickles else {}), **members})
+    return type(base.__name__, (base, *beside), {**names, **({"__reduce_ex__": reduce} if pickles else {}), **members})
 
 
 def _rebuilt(made: Callable[[Class], Class], base: Class) -> nn.Module:

@@ -33,8 +33,8 @@ def trained(configs: Mapping[str, object]) -> str | None:
     names = [name for name, c in configs.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
     if len(names) > 1:
         raise ConfigError(
-            f"AdaLoRA supports only 1 trainable adapter, not {listed(names)}",
-            remedy="Give the others inference_mode=True.",
+            f"AdaLoraModel supports only 1 trainable adapter, not {listed(names)}",
+            remedy="Give all but one inference_mode=True.",
         )
     return names[0] if names else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from converters.formats.schema import check_fields
 from diffpeft import methods
+from diffpeft.llm.hub import pushed
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from diffpeft.llm.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from diffpeft.llm.prefix_tuning import PrefixTuningConfig
@@ -46,4 +47,5 @@ def fetch(repository: str, name: str, subfolder: str | None = None, **options: A
 
 
 PeftConfig.fetch = staticmethod(fetch)
+PeftConfig.upload = staticmethod(pushed)
 PeftConfig.check = staticmethod(check_fields)

@@ -7,17 +7,53 @@ therefore units, and layers have to call what they were put into.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from diffpeft.errors import UnknownNameError
 from diffpeft.llm.prompt import VirtualTokens
+from diffpeft.model.target import COMPILED, FSDP_UNIT
 from diffpeft.model.units import follow_units
 
 ASKED = "FSDP_TRANSFORMER_CLS_TO_WRAP"
+# {class that training puts around a model: where it has the model}
+_WRAPPERS = {
+    "OptimizedModule": COMPILED,
+    "FullyShardedDataParallel": FSDP_UNIT,
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside all that training has put around it: torch.compile, DDP, FSDP 1, DeepSpeed, one in another."""
+    names = (_WRAPPERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _WRAPPERS)
+    inner = getattr(model, next(names, ""), None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def in_units(model: nn.Module) -> bool:
+    """Whether FSDP 1 has shards of a model, or of a part of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[bool]:
+    """A block in which the tensors of all units of FSDP 1 in a model are whole, if it has any (yields whether); all processes have to enter it."""
+    if not in_units(model):
+        yield False
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        yield True
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:

@@ -107,7 +107,7 @@ def _check(layer: str, module: nn.Module, tensors: Mapping[str, Tensor], source:
         shape = parameter_of(module, name).shape
         if shape != tensor.shape:
             raise ShapeMismatchError(
-                f"{shown(f'{layer}.{name}')} is {tuple(shape)} in the model, the file has {tuple(tensor.shape)}",
+                f"size mismatch: {shown(f'{layer}.{name}')} is {tuple(shape)} in the model, the file has {tuple(tensor.shape)}",
                 where=source,
                 remedy=f"Call model.resize_token_embeddings({len(tensor)}) first.",
             )

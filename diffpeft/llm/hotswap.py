@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import converters
+from converters.formats.base import dotted_role
 from converters.formats.peft import CONFIG, PREFIX
 from diffpeft import io
 from diffpeft.bundle import Bundle, canonical
@@ -21,9 +22,10 @@ from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, 
 from diffpeft.layers.slot import Slot
 from diffpeft.llm.peft_model import PeftModel
 from diffpeft.llm.state import adapter_at, config_of, tensors_in
-from diffpeft.methods.config import check_choice, check_rank
+from diffpeft.methods.config import check_rank
 from diffpeft.methods.lora import Lora
 from diffpeft.methods.peft_config import PeftConfig, PeftType
+from diffpeft.model.activation import fused_of
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.room import is_lora, plan_room, plan_slots, rank_and_scale, room_of
@@ -63,9 +65,15 @@ def hotswap_adapter_from_state_dict(
     A trainable adapter stays so if neither ranks nor alpha change; else it is frozen, with a warning.
     Raises ShapeMismatchError (a RuntimeError) for keys that the adapter in place has not.
     """
-    base, before = _parts(model, adapter_name)
+    base, _ = _parts(model, adapter_name)
+    if adapter_name in fused_of(base):
+        raise AdapterStateError(
+            f"Cannot hot-swap adapter {shown(adapter_name)} because it is currently merged into the base weights: it is fused",
+            remedy="Call unmerge_adapter first.",
+        )
     parts = components(base)
     with planned(parts) as plan:
+        _refuse_keys(base, state_dict, adapter_name)
         bundle = _bundle(base, state_dict, adapter_name, config, parameter_prefix)
         _refuse_others(base, adapter_name, bundle)
         slots = slots_in(base, adapter_name)
@@ -73,7 +81,8 @@ def hotswap_adapter_from_state_dict(
         _plan_room(plan, model, base, adapter_name, bundle)
         plan_replaced(plan, parts, adapter_name, bundle)
         slots = slots_in(base, adapter_name, plan)
-        lasting = all(getattr(config, name) == getattr(before, name) for name in _RANKED)
+        trained_with = config_of(base, adapter_name)
+        lasting = all(getattr(config, name) == getattr(trained_with, name) for name in _RANKED)
         for layer in trained:
             plan.require_grad(slots[layer].parameters(), lasting)
             if lasting:
@@ -83,6 +92,19 @@ def hotswap_adapter_from_state_dict(
         wrapper = getattr(model, COMPILED, model)
         if isinstance(wrapper, PeftModel):
             plan.entry(wrapper.peft_config, adapter_name, PeftConfig.from_peft_type(**config.to_dict()))
+
+
+def _refuse_keys(base: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise ShapeMismatchError for keys of layers that the adapter in place is not on."""
+    slots, plain = slots_in(base, name), {_without_name(key, name): key for key in tensors}
+    places = {key: dotted_role(key.removeprefix(PREFIX)) for key in plain}
+    unexpected = [key for key, place in places.items() if place and place[0] not in slots]
+    if unexpected:
+        told = ", ".join(shown(_with_name(key, name))[1:-1] for key in unexpected[:20])
+        raise ShapeMismatchError(
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {told}",
+            remedy="The new adapter may be on fewer layers than the one in place, not on others.",
+        )
 
 
 def _refuse_others(base: nn.Module, name: str, bundle: Bundle) -> None:
@@ -122,12 +144,15 @@ def prepare_model_for_compiled_hotswap(
     """Give the LoRAs of a model room for ranks up to `target_rank`: after the first adapter is there, before the model is compiled.
 
     Args:
-        config: a LoraConfig, or a dict of them, whose ranks become `target_rank`. Those of the model itself stay: they say what a file would hold.
+        config: a LoraConfig, or a dict of them, whose ranks become `target_rank`; `model.peft_config` too. A file says the ranks that it has.
         check_compiled: what to do about a compiled model: "error", "warn" or "ignore".
 
-    Adapters on embeddings keep their ranks. Trainable adapters are frozen, with a warning. The outputs and the files are as before.
+    Adapters on embeddings keep their ranks. What is trained stays so. The outputs and the files are as before.
     """
-    check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ConfigError(
+            f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead."
+        )
     if target_rank is not None:
         check_rank("target_rank", target_rank)
     _check_not_compiled(model, check_compiled)
@@ -136,12 +161,10 @@ def prepare_model_for_compiled_hotswap(
     slots = _slots_by_adapter(base)
     if target_rank is None:
         return
-    live = wrapper.peft_config if isinstance(wrapper, PeftModel) else {}
     with planned({"": base}) as plan:
         ranks = {name: dict.fromkeys(of_adapter, target_rank) for name, of_adapter in slots.items()}
-        _warn_frozen(plan_room(plan, base, ranks))
-        configs = config.values() if isinstance(config, Mapping) else filter(None, [config])
-        for other in (c for c in configs if not any(c is known for known in live.values())):
+        plan_room(plan, base, ranks)
+        for other in config.values() if isinstance(config, Mapping) else filter(None, [config]):
             plan.set(other, r=target_rank, rank_pattern=dict.fromkeys(other.rank_pattern or {}, target_rank))
 
 
@@ -159,10 +182,13 @@ def _slots_by_adapter(base: nn.Module) -> dict[str, dict[str, Slot]]:
 def _check_not_compiled(model: object, check_compiled: str) -> None:
     """Raise ConfigError, or warn, for a model that is compiled already."""
     if _is_compiled(model) and check_compiled != "ignore":
-        message = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
-            raise ConfigError(message)
-        warnings.warn(f"{message}: it will be compiled again", stacklevel=3)
+            raise ConfigError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+        warnings.warn(
+            "prepare_model_for_compiled_hotswap was called with a model that is already compiled. It will be compiled again: "
+            "call the function before compiling the model.",
+            stacklevel=3,
+        )
 
 
 def _parts(model: nn.Module, name: str) -> tuple[nn.Module, PeftConfig]:
@@ -187,8 +213,7 @@ def _canonical(base: nn.Module, layers: Iterable[str]) -> set[str]:
 
 def _bundle(base: nn.Module, tensors: Mapping[str, Tensor], name: str, config: PeftConfig, prefix: str) -> Bundle:
     """The new adapter. Weights of the base that are the model's own (embeddings are saved with adapters on them) are left out."""
-    infix = re.compile(rf"(\.{prefix}[^.]+)\.{re.escape(name)}(?=\.|$)")
-    plain = {infix.sub(r"\1", key).removeprefix(PREFIX): t for key, t in tensors.items()}
+    plain = {_without_name(key, name, prefix).removeprefix(PREFIX): t for key, t in tensors.items()}
     layers = layers_of(base)
     for key in list(plain):
         layer, _, last = key.replace(".base_layer.", ".").rpartition(".")
@@ -202,6 +227,17 @@ def _bundle(base: nn.Module, tensors: Mapping[str, Tensor], name: str, config: P
     names = {component: list(layers) for component in components(base)}
     spelt = {f"{PREFIX}{key}": t for key, t in plain.items()}
     return converters.read(spelt, format="peft", names=names, metadata={CONFIG: config.to_json()})
+
+
+def _without_name(key: str, name: str, prefix: str = "lora_") -> str:
+    """PEFT's key without the adapter's name in it."""
+    return re.sub(rf"(\.{prefix}[^.]+)\.{re.escape(name)}(?=\.|$)", r"\1", key)
+
+
+def _with_name(key: str, name: str) -> str:
+    """PEFT's key as a module has it."""
+    layer, _, last = key.rpartition(".")
+    return f"{layer}.{name}.{last}" if last in ("weight", "bias") else f"{key}.{name}"
 
 
 def _plan_room(plan: Plan, model: nn.Module, base: nn.Module, name: str, bundle: Bundle) -> None:
@@ -218,7 +254,7 @@ def _plan_room(plan: Plan, model: nn.Module, base: nn.Module, name: str, bundle:
             where=listed([*small, *other]),
             remedy="Call prepare_model_for_compiled_hotswap(model, target_rank=...) before compiling.",
         )
-    _warn_frozen(plan_room(plan, base, {name: small}))
+    plan_room(plan, base, {name: small})
     if other:
         fresh, _ = matched(bundle, parts, {component: layers_of(base)}, strict=True, trainable=False)
         plan_slots(plan, base, name, {layer: fresh[component][layer] for layer in other})
@@ -239,8 +275,3 @@ def _unfit(component: str, base: nn.Module, name: str, bundle: Bundle) -> tuple[
         elif not room and (rank, (io.number(entry.alpha) or 0) / rank) != rank_and_scale(slot):
             other.append(layer)
     return small, other
-
-
-def _warn_frozen(names: Iterable[str]) -> None:
-    for name in sorted(names):
-        warnings.warn(_FROZEN.format(shown(name)), stacklevel=3)

@@ -22,6 +22,7 @@ from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError, lis
 from diffpeft.layers.backends import FOUR_BITS, backend_of, backend_of_weight
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.slot import Slot
+from diffpeft.llm.checkpointing import require_input_grads
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan, planned
@@ -68,10 +69,7 @@ def prepare_model_for_kbit_training(
 def _checkpoint(model: Any, options: dict[str, object]) -> None:
     """Enable gradient checkpointing, with those of the options that the model takes."""
     if options.get("use_reentrant", True):
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        else:
-            model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.requires_grad_(True))
+        require_input_grads(model)
     if "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return

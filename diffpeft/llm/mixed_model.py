@@ -1,9 +1,5 @@
-"""PEFT's class for several methods on one model. Here every PeftModel may have them."""
+"""PEFT's name for the module of PeftMixedModel."""
 
 from __future__ import annotations
 
-from diffpeft.llm.peft_model import PeftModel
-
-
-class PeftMixedModel(PeftModel):
-    """A model with adapters of several methods."""
+from diffpeft.llm.peft_model import PeftMixedModel as PeftMixedModel

@@ -72,7 +72,9 @@ class PromptEncoder(VirtualTokens):
         else:
             if config.encoder_num_layers != MLP_LAYERS:
                 warnings.warn(
-                    f"encoder_num_layers is ignored for MLP. Exactly {MLP_LAYERS} MLP layers are used.", stacklevel=2
+                    f"for {PromptEncoderReparameterizationType.MLP}, the argument `encoder_num_layers` is ignored. "
+                    f"Exactly {MLP_LAYERS} MLP layers are used.",
+                    stacklevel=2,
                 )
             widths = [dim, hidden, hidden, dim]
         layers = [layer for i, o in pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -12,14 +12,18 @@ from diffpeft.errors import (
     AdapterStateError,
     ConfigError,
     MissingKeysError,
+    NoMatchingPeftModuleError,
     NonFiniteError,
     ShapeMismatchError,
     UnknownNameError,
+    WrongKindError,
+    inside,
     listed,
     near,
     shown,
 )
 from diffpeft.io import finite
+from diffpeft.llm.targets import NOTHING, ending, raise_none
 from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -59,7 +63,8 @@ def patches_of(model: nn.Module, config: PeftConfig, layers: Iterable[str] = ())
     for where, (module, _) in patches.items():
         if where in layers and where in factors:
             raise ConfigError(
-                f"module {shown(where)} is in target_modules and in target_parameters, which have the same keys in a file",
+                f"Trying to wrap an `nn.Parameter` of layer {shown(where)} of type {kind_of(module).__name__}, which is not a valid target.",
+                where="It is in target_modules and in target_parameters, which have the same keys in a file",
                 remedy="Leave it out of one of them.",
             )
         if why := refusal_of(module, where):
@@ -77,10 +82,11 @@ def _tokens(model: nn.Module, config: PeftConfig, rows: list[int] | Mapping[str,
     for name, index in tables.items():
         if name in (config.modules_to_save or ()):
             raise ConfigError(
+                "The embedding layer is already marked to be trained fully: "
                 f"{shown(name)} is in modules_to_save and in trainable_token_indices",
-                remedy="The embedding is trained whole, or some rows of it.",
+                remedy="Leave it out of one of them.",
             )
-        for where, module in _named(model, name).items():
+        for where, module in _tables(model, name).items():
             if where in patches and rows_of(patches[where][1]) != list(index):
                 raise ConfigError(f"{shown(where)} is named twice, with other indices", remedy="Name it once.")
             patches[where] = module, tokens_on(where, module, index)
@@ -107,22 +113,24 @@ def _input_embeddings(model: nn.Module) -> str:
     return next((n for n, module in model.named_modules() if table is not None and module is table), "embed_tokens")
 
 
-def _named(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The modules with this name, or with a name that ends so. Raises UnknownNameError or ConfigError."""
-    modules = {n: m for n, (m, _) in modules_of(model, lambda m: m is not model).items()}
-    named = {n: m for n, m in modules.items() if n == name or n.endswith(f".{name}")}
-    if not named:
-        ends = {n.rpartition(".")[2] for n in modules} | {*modules}
+def _tables(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The embeddings, and heads, that a name means. Raises UnknownNameError, or WrongKindError for other modules."""
+    meant = ending(model, [name], "trainable_token_indices")
+    if not meant:
+        known = {n for n, _ in model.named_modules()}
         raise UnknownNameError(
-            f"trainable_token_indices names {shown(name)}, which no module is called", remedy=near(name, ends)
+            f"Target modules {{{name!r}}} not found in the base model.",
+            where="trainable_token_indices",
+            remedy=near(name, {n.rpartition(".")[2] for n in known} | known) or "Name an embedding.",
         )
-    for where, module in named.items():
+    for where, module in meant.items():
         if not isinstance(module, (nn.Embedding, nn.Linear)) or not weight_of(module).is_floating_point():
-            raise ConfigError(
-                f"trainable_token_indices names {shown(where)}, a {kind_of(module).__name__}",
+            raise WrongKindError(
+                f"trainable_token_indices cannot be applied to modules of type {kind_of(module)}",
+                where=where,
                 remedy="Rows of embeddings are trained, and of heads that share their weight.",
             )
-    return named
+    return meant
 
 
 # Parameters themselves
@@ -137,33 +145,47 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
     for where, (module, _) in modules_of(model, lambda m: bool(m._parameters)).items():
         by_name = {name: f"{where}.{name}" for name, p in module._parameters.items() if p is not None}
         keys |= set(by_name.values())
-        targeted = [name for name, key in by_name.items() if any(_names(target, key) for target in targets)]
+        targeted = [name for name, key in by_name.items() if any(names_parameter(target, key) for target in targets)]
         if targeted and not where:
             raise ConfigError(
-                f"target_parameters names {shown(targeted[0])} of the model itself", remedy="Put it into a module."
+                f"Targeting an nn.Parameter on the top-level module is not supported (parameter {targeted[0]!r})",
+                remedy="Put it into a module.",
             )
         if targeted:
             patches[where] = module, factors_on(module, where, targeted, config)
-    _check_named(targets, keys, needed=not others)
+    _refuse_parametrised(model, targets)
+    if not patches and not others:
+        _raise_none(model, config, targets, keys)
     return patches
 
 
-def _check_named(targets: Sequence[str], keys: Collection[str], needed: bool) -> None:
-    """Warn of targets that no parameter is called. Raises UnknownNameError if none is, and one is `needed`."""
-    unknown = [target for target in targets if not any(_names(target, key) for key in keys)]
-    ends = {".".join(key.split(".")[-n:]) for key in keys for n in (1, 2)} | {*keys} if unknown else ()
-    if needed and len(unknown) == len(targets):
-        raise UnknownNameError(
-            f"target_parameters {listed(targets)} not found in the base model", remedy=near(unknown[0], ends)
-        )
-    for target in unknown:
-        hint = near(target, ends)
-        warnings.warn(
-            f"target_parameters has {shown(target)}, which no parameter is called. {hint}".strip(), stacklevel=6
-        )
+def _raise_none(model: nn.Module, config: PeftConfig, targets: Sequence[str], keys: Collection[str]) -> NoReturn:
+    """Raise NoMatchingPeftModuleError for parameters that a model has not, nor the layers that are wanted beside them."""
+    where = f"target_parameters {listed(targets)} not found in the base model"
+    if config.target_modules:
+        with inside(where, config=True):
+            raise_none(config, [name for name, _ in model.named_modules()])
+    raise NoMatchingPeftModuleError(NOTHING, where=where, remedy=near(targets[0], ends_of(keys)))
 
 
-def _names(target: str, key: str) -> bool:
+def _refuse_parametrised(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise AdapterStateError for a target that is no parameter any more, since another library computes it from others."""
+    for where, (module, _) in modules_of(model, lambda m: "parametrizations" in m._modules).items():
+        computed = module._modules["parametrizations"]
+        for name in computed._modules if computed is not None else ():
+            if any(names_parameter(target, f"{where}.{name}") for target in targets):
+                raise AdapterStateError(
+                    f"parameter {shown(f'{where}.{name}')} cannot be adapted: it is parametrised",
+                    remedy="Call torch.nn.utils.parametrize.remove_parametrizations first.",
+                )
+
+
+def ends_of(keys: Collection[str]) -> set[str]:
+    """The names of parameters, and what is after the last dot or two of them."""
+    return {".".join(key.split(".")[-n:]) for key in keys for n in (1, 2)} | {*keys}
+
+
+def names_parameter(target: str, key: str) -> bool:
     """Whether a target is a parameter's whole name, or its end."""
     return key == target or key.endswith(f".{target}")
 
@@ -216,7 +238,7 @@ def _check(where: str, patch: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, place in patch.state_dict().items():
         if tensors[name].shape != place.shape:
             raise ShapeMismatchError(
-                f"{name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}",
+                f"size mismatch: {name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}",
                 where=where,
                 remedy="It is for another model or config.",
             )

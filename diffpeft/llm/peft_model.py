@@ -6,13 +6,13 @@ Where peft is loaded too, these pass for its classes (`isinstance`), because tra
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,33 +21,32 @@ from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, inside, shown
 from diffpeft.llm import renames, state
+from diffpeft.llm.cards import README, CardFacts, completed, tags_of
+from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
+from diffpeft.llm.distributed import gathered, in_units, unwrapped
+from diffpeft.llm.hub import pushed
+from diffpeft.llm.injection import targeting
+from diffpeft.llm.mismatched import Mismatch, fitting
+from diffpeft.llm.prompt import EMBEDDINGS
 from diffpeft.llm.prompt_tuner import PromptTuner
+from diffpeft.llm.prompts import POSITIONAL, Arguments, Prepare
 from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
 from diffpeft.llm.status import get_layer_status as get_layer_status
 from diffpeft.llm.status import get_model_status as get_model_status
 from diffpeft.llm.tasks import TASKS, heads_of
-from diffpeft.llm.tuner import LoadOptions, Tuner, inject, known
-from diffpeft.llm.tuners import TUNERS
+from diffpeft.llm.tuner import LoadOptions, Tuner, inject, known, named
+from diffpeft.llm.tuners import TUNERS, MixedModel
 from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
-from diffpeft.model.attach import mixes_of
+from diffpeft.model.activation import plan_trained
+from diffpeft.model.attach import mixes_of, plan_removed
 from diffpeft.model.mix import check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.precision import Precision
+from diffpeft.pipeline.adapters import plan_mix
 
-_README = "README.md"
-_CARD = """---
-base_model: {base}
-library_name: peft
-tags:
-- diffpeft
-- {method}
----
-
-# An adapter for {base}
-
-Load it with `PeftModel.from_pretrained(base_model, "this folder")` of diffpeft or PEFT {version}.
-"""
+if TYPE_CHECKING:
+    from transformers import Cache, EncoderDecoderCache
 
 
 class PeftModel(Passing, Counted, nn.Module):
@@ -80,9 +79,9 @@ class PeftModel(Passing, Counted, nn.Module):
         self._adopt(model, peft_config)
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
         with planned({"": self.get_base_model()}) as plan:
-            config = self._with_heads(peft_config)
-            self.tuner.plan_injected(plan, adapter_name, config, active=True, precision=precision)
-            self._plan_checkpoint(plan)
+            with self._alone(plan, adapter_name):
+                self._plan_injected(plan, adapter_name, peft_config, active=True, precision=precision)
+            plan_input_grads(plan, self.get_base_model())
 
     def _adopt(self, model: nn.Module, config: PeftConfig) -> None:
         """Stand around a model: with a Tuner between for adapters on layers, beside it for prompts, as in PEFT."""
@@ -95,17 +94,38 @@ class PeftModel(Passing, Counted, nn.Module):
             self.base_model = model
             self.prompt_encoder, self.word_embeddings = prompts.prompt_encoder, prompts.word_embeddings
 
-    def _plan_checkpoint(self, plan: Plan) -> None:
-        """Where activations are computed again, plan to let a frozen embedding's output ask for gradients."""
-        base: Any = self.get_base_model()
-        if getattr(base, "is_activation_checkpointing", False) and hasattr(base, "enable_input_require_grads"):
-            with plan.recorded(base):
-                base.enable_input_require_grads()
-
     @property
     def tuner(self) -> Tuner | PromptTuner:
         """What has the adapters: a Tuner, or a PromptTuner."""
         return self.__dict__["_prompts"] or self.base_model
+
+    @contextmanager
+    def _alone(self, plan: Plan, name: str) -> Iterator[None]:
+        """For planning on: a model that has adapters without any of this name, and without an active one."""
+        base = self.get_base_model()
+        others = [other for mix in mixes_of({"": base}).values() for other in mix.adapters]
+        if not others:
+            yield
+            return
+        if name in others:
+            plan_removed(plan, {"": base}, {name})
+        plan_mix(plan, base, {"": base}, {})
+        plan_trained(plan, base, dict.fromkeys(others, False))
+        with plan.tentative():
+            yield
+
+    def _plan_injected(self, plan: Plan, name: str, config: PeftConfig, *, active: bool, precision: Precision) -> None:
+        """Plan to add a fresh adapter. Its config stays the object that it is: what the model settles is put into it."""
+        settled = config if config.is_prompt_learning else copy.copy(config)
+        self.tuner.plan_injected(plan, name, self._with_heads(settled), active=active, precision=precision)
+        self._plan_kept(plan, name, config)
+
+    def _plan_kept(self, plan: Plan, name: str, config: PeftConfig) -> None:
+        """Plan that the config of an adapter which has been planned is this object."""
+        configs = self.tuner.peft_config
+        settled = plan.entries[id(configs), name]
+        plan.set(config, **{f: value for f, value in vars(settled).items() if vars(config).get(f) is not value})
+        plan.entry(configs, name, config)
 
     @classmethod
     def _with_heads(cls, config: Config) -> Config:
@@ -150,6 +170,16 @@ class PeftModel(Passing, Counted, nn.Module):
         return self.peft_config[(self.active_adapters or list(self.peft_config))[0]]
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """False inside `disable_adapter`, in this thread, and after the adapters were switched off; True also where there is none to switch off."""
+        return self.tuner.enabled or not self.active_adapters
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The user's model's dtype, if it says one."""
+        return getattr(self.base_model, "dtype", None)
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         """The names of the modules that adapters train whole."""
         return {n for c in self.peft_config.values() for n in c.modules_to_save or ()} or None
@@ -157,6 +187,16 @@ class PeftModel(Passing, Counted, nn.Module):
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters on it."""
         return self.tuner.inner
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let what the frozen embedding of a model gives ask for gradients, unless its weights are quantised; the model."""
+        if not is_in_bits(model):
+            require_input_grads(model)
+        return model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes an adapter (of another name than `adapter_name` if there is none of that): one that adds to linear layers."""
+        return self.tuner.supports_lora_conversion(adapter_name)
 
     def add_adapter(
         self,
@@ -172,15 +212,20 @@ class PeftModel(Passing, Counted, nn.Module):
             raise AdapterStateError(
                 f"Adapter with name {adapter_name!r} already exists.", remedy="Choose another name."
             )
+        self._check_kind(config)
+        precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
+        if peft_config is None:
+            config = copy.deepcopy(config)
+        with planned({"": self.get_base_model()}) as plan:
+            self._plan_injected(plan, adapter_name, config, active=False, precision=precision)
+
+    def _check_kind(self, config: PeftConfig) -> None:
+        """Raise ConfigError for a config of prompts where adapters are on layers, and the other way round."""
         if config.is_prompt_learning != (self.__dict__["_prompts"] is not None):
             raise ConfigError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}.",
                 remedy="Prompts and adapters on layers need a PeftModel each.",
             )
-        precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage)
-        config = self._with_heads(copy.deepcopy(config))
-        with planned({"": self.get_base_model()}) as plan:
-            self.tuner.plan_injected(plan, adapter_name, config, active=False, precision=precision)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter active (or several, in this order) and the only one that is trained."""
@@ -190,8 +235,8 @@ class PeftModel(Passing, Counted, nn.Module):
         """Whether adapters are trained, active or not."""
         self.tuner.set_requires_grad(adapter_names, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the first that is left becomes so, with a warning."""
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several. If none is active then, the first that is left becomes so, with a warning."""
         self.tuner.delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
@@ -209,8 +254,18 @@ class PeftModel(Passing, Counted, nn.Module):
     def forward(self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's. `adapter_names` has an adapter's name, or `__base__`, for each row of the batch."""
         kwargs.pop("alora_offsets", None)
+        args, kwargs = self._named(args, kwargs)
         with nullcontext() if adapter_names is None else self._mixed_batch(adapter_names, args, kwargs):
             return self.tuner.call(args, kwargs)
+
+    def _named(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        """A call's arguments with PEFT's names of a task's third and further ones, which are not the models'."""
+        names = POSITIONAL.get(self.task, ()) if self.task else ()
+        if len(args) <= 2 or not names:
+            return args, kwargs
+        return args[:2], {**kwargs, **{name: value for name, value in zip(names[2:], args[2:], strict=False)}}
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's. `adapter_names` as in forward, one a prompt."""
@@ -228,14 +283,38 @@ class PeftModel(Passing, Counted, nn.Module):
     def _mixed_batch(
         self, names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object], copies: int = 1
     ) -> AbstractContextManager[None]:
-        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises ConfigError for a batch of another size."""
+        """A block in which row i of the batch has the adapter `names[i // copies]`. Raises what `Tuner.rows` raises."""
         batch = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), len(names))
-        if batch != len(names):
-            raise ConfigError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {batch} respectively.",
-                remedy="Give one name a row.",
+        return self.tuner.rows(names, copies, batch)
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _prompt_tuner(self) -> PromptTuner:
+        """What has the prompts. Raises AdapterStateError for adapters on layers."""
+        prompts: PromptTuner | None = self.__dict__["_prompts"]
+        if prompts is None:
+            raise AdapterStateError(
+                f"{self.peft_type} has no prompts", remedy="Use a prompt method, such as PromptTuningConfig."
             )
-        return self.tuner.rows(names, copies)
+        return prompts
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """{adapter: the numbers of its virtual tokens}."""
+        return self._prompt_tuner.prompt_tokens
+
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> Tensor | Cache | EncoderDecoderCache:
+        """The active prompt for a batch: vectors [b, tokens, dim], or a cache that holds a prefix. `max_cache_len` changes nothing: the cache grows."""
+        prompts = self._prompt_tuner
+        return prompts.given(self.active_adapters[0], self.active_peft_config, batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The vectors [tokens, dim] that a prompt's file holds, on the CPU."""
+        config = self.peft_config[adapter_name]
+        return self._prompt_tuner.state(adapter_name, config)[EMBEDDINGS].detach().cpu()
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -264,7 +343,7 @@ class PeftModel(Passing, Counted, nn.Module):
         for name in names:
             if name not in self.peft_config:
                 raise UnknownNameError.of("adapter", name, self.peft_config)
-            if name in (WEIGHTS, FILE, _README) or name.startswith(".diffpeft-"):
+            if name in (WEIGHTS, FILE, README) or name.startswith(".diffpeft-"):
                 raise ConfigError(f"adapter {name!r} has a file's name", remedy="Save it under another name.")
         files = {
             name: get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
@@ -275,22 +354,29 @@ class PeftModel(Passing, Counted, nn.Module):
         with io.folder(folder) as staged:
             for name, tensors in files.items():
                 state.write(staged if name == "default" else staged / name, tensors, self._config_to_save(name))
-            if not os.path.lexists(folder / _README):
-                with io.replacing(staged / _README) as f:
-                    f.write(self._card().encode())
+            self._write_card(staged, self._card(folder))
 
-    def _card(self) -> str:
-        """The text of the README.md that is written beside an adapter."""
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the README.md of a folder: what it says stays; base model, tags, library and version are completed."""
+        self._write_card(Path(output_dir), self._card(Path(output_dir)))
+
+    @staticmethod
+    def _write_card(folder: Path, text: str | None) -> None:
+        if text is not None:
+            with io.replacing(folder / README) as f:
+                f.write(text.encode())
+
+    def _card(self, folder: Path) -> str | None:
+        """The text of the README.md for a folder; None if the one that is there has to stay as it is."""
         config = self.active_peft_config
-        return _CARD.format(
-            base=config.base_model_name_or_path or self._name() or "a model",
-            method=str(config.peft_type).lower(),
-            version=config.peft_version,
-        )
+        base = self._name() or config.base_model_name_or_path
+        tags = tags_of(self.get_base_model(), str(config.peft_type), base)
+        pipeline = TASKS[self.task].pipeline if self.task else None
+        return completed(folder, CardFacts(base, tags, pipeline, config.peft_version))
 
     def _config_to_save(self, name: str) -> PeftConfig:
         """An adapter's config as its file has it: for inference, with the names of the base model and of its class."""
-        config = state.saved(self.peft_config[name])
+        config = state.saved(self.tuner.with_ranks(name, self.peft_config[name]))
         config.base_model_name_or_path = config.base_model_name_or_path or self._name()
         config.inference_mode = True
         if config.task_type is None and config.auto_mapping is None:
@@ -301,16 +387,17 @@ class PeftModel(Passing, Counted, nn.Module):
     def _name(self) -> str | None:
         return self.get_base_model().__dict__.get("name_or_path") or None
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Save into a repository on the Hub, which is made. `private`, `token`, `revision`, `commit_message` are the Hub's; the rest is save_pretrained's."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id: str, *, max_shard_size: object = None, **options: Any) -> object:
+        """Save into a repository on the Hub, which is made. Its own model card is kept and completed.
 
-        options = {k: kwargs.pop(k) for k in ("commit_message", "revision", "create_pr") if k in kwargs}
-        api = HfApi(token=kwargs.pop("token", None))
-        repo = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            return api.upload_folder(repo_id=repo, folder_path=folder, **options)
+        Args:
+            options: the Hub's (`commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`), `tags` for the model card, and
+                those of `save_pretrained`.
+            max_shard_size: changes nothing: an adapter is one file.
+        """
+        names = inspect.signature(pushed).parameters
+        hub = {name: options.pop(name) for name in names if name in options}
+        return pushed(lambda folder: self.save_pretrained(folder, **options), repo_id, **hub)
 
     @classmethod
     def from_pretrained(
@@ -321,21 +408,25 @@ class PeftModel(Passing, Counted, nn.Module):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
 
         Args:
             autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
-            low_cpu_mem_usage: changes nothing: tensors go straight from the file to their place.
+            ephemeral_gpu_offload, low_cpu_mem_usage: change nothing: tensors go straight from the file to their place.
             key_mapping: {expression: replacement} for the file's keys beyond `base_model.model.`, the first that is found in a key; by default the
                 model's `_checkpoint_conversion_mapping`, if it has one.
+            ignore_mismatched_sizes: what the file has in other sizes stays as a fresh adapter has it.
 
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
         check_name(adapter_name)
+        config = None if config is None else PeftConfig.of(config)
         config, folder = (
             state.adapter_at(model_id, **kwargs) if config is None else (config, state.located(model_id, **kwargs))
         )
@@ -344,11 +435,13 @@ class PeftModel(Passing, Counted, nn.Module):
         config.base_model_name_or_path = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping)
+        how = LoadOptions(is_trainable, True, Precision(autocast_adapter_dtype), key_mapping, ignore_mismatched_sizes)
         wrapper = cls._around(model, config)
         with inside(folder.where), planned({"": model}) as plan:
-            wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(config), folder, how)
-            wrapper._plan_checkpoint(plan)
+            settled = config if config.is_prompt_learning else copy.copy(config)
+            wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(settled), folder, how)
+            wrapper._plan_kept(plan, adapter_name, config)
+            plan_input_grads(plan, model)
             if not is_trainable:
                 plan.evaluate(wrapper)
         return wrapper
@@ -356,12 +449,17 @@ class PeftModel(Passing, Counted, nn.Module):
     @classmethod
     def _around(cls, model: nn.Module, config: PeftConfig) -> PeftModel:
         """A PeftModel without adapters, of the class that the config's task says, or of this one if it is of that kind."""
-        task_class = MODELS.get(config.task_type, cls)
-        made = cls if issubclass(cls, task_class) else task_class
+        made = cls._class_for(config)
         wrapper = made.__new__(made)
         nn.Module.__init__(wrapper)
         wrapper._adopt(model, config)
         return wrapper
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        """The class for a config's task, or this one if it is of that kind."""
+        task_class = MODELS.get(config.task_type, cls)
+        return cls if issubclass(cls, task_class) else task_class
 
     def load_adapter(
         self,
@@ -373,14 +471,15 @@ class PeftModel(Passing, Counted, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Incompatible:
         """Add an adapter from a folder or the Hub, inactive; or put its tensors into the one that has this name already. Options as in `from_pretrained`."""
-        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping)
+        how = LoadOptions(is_trainable, False, Precision(autocast_adapter_dtype), key_mapping, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
             tensors = load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
             with planned({"": self.get_base_model()}) as plan:
-                result = self.tuner.plan_overwritten(plan, adapter_name, tensors)
+                result = _plan_overwritten(plan, self, adapter_name, tensors, ignore_mismatched_sizes)
                 if not is_trainable:
                     plan.evaluate(self)
             return result
@@ -394,10 +493,31 @@ class PeftModel(Passing, Counted, nn.Module):
         return Incompatible(missing, [], [])
 
 
-class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM): ...
+class GeneratingPeftModel(PeftModel):
+    """A PeftModel whose steps of generation can be prepared by itself."""
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Prepare:
+        """The user's model's `prepare_inputs_for_generation`, unless another was set here."""
+        chosen: Prepare | None = self.__dict__.get("_prepare_inputs")
+        return chosen or self.base_model.prepare_inputs_for_generation
+
+    @base_model_prepare_inputs_for_generation.setter
+    def base_model_prepare_inputs_for_generation(self, prepare: Prepare) -> None:
+        self.__dict__["_prepare_inputs"] = prepare
+
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Arguments:
+        """The arguments of a step of generation: the model's, with the active prompt where it goes."""
+        return self.tuner.prepared(self.base_model_prepare_inputs_for_generation, args, kwargs)
 
 
-class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM): ...
+class PeftModelForCausalLM(GeneratingPeftModel, task=TaskType.CAUSAL_LM): ...
+
+
+class PeftModelForSeq2SeqLM(GeneratingPeftModel, task=TaskType.SEQ_2_SEQ_LM):
+    def generate(self, *, adapter_names: Sequence[str] | None = None, **kwargs: object) -> object:  # type: ignore[override]
+        """The model's, for arguments by name. `adapter_names` as in forward, one a prompt."""
+        return super().generate(adapter_names=adapter_names, **kwargs)
 
 
 class PeftModelForSequenceClassification(PeftModel, task=TaskType.SEQ_CLS): ...
@@ -412,7 +532,65 @@ class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS): ...
 class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION): ...
 
 
-_LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
+class NoStatusError(ConfigError, TypeError):
+    """A report that PEFT's class has not: it raises a TypeError."""
+
+
+class PeftMixedModel(PeftModel):
+    """A model with adapters of several methods, as every PeftModel may have them; with PEFT's words and checks for it.
+
+    `set_adapter` and `delete_adapter` take lists.
+
+    Raises ConfigError for a prompt method; no head is trained by itself, whatever the task. It can be saved, which PEFT's cannot.
+    """
+
+    def _adopt(self, model: nn.Module, config: PeftConfig) -> None:
+        self.__dict__["_prompts"] = None
+        self._check_kind(config)
+        self.base_model = MixedModel(model, {})
+
+    def _check_kind(self, config: PeftConfig) -> None:
+        """Raise ConfigError for a method that is not for layers."""
+        if config.is_prompt_learning:
+            raise ConfigError(
+                f"The provided `peft_type` '{config.peft_type}' is not compatible with the `PeftMixedModel`.",
+                remedy=f"Compatible types are: {', '.join(TUNERS)}",
+            )
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        return cls
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, in this order, and the only ones that are trained."""
+        self._check_known(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove adapters, all or none. If none is active then, the first that is left becomes so, with a warning."""
+        self._check_known(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _check_known(self, names: str | Sequence[str]) -> None:
+        if unknown := sorted({*named(names)} - {*self.peft_config}):
+            raise UnknownNameError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}")
+
+    def get_layer_status(self) -> NoReturn:
+        """Raises a TypeError, as PEFT's: `diffpeft.get_layer_status(model.get_base_model())` knows."""
+        raise NoStatusError(
+            f"get_layer_status is not supported for {type(self).__name__}",
+            remedy="Ask diffpeft.get_layer_status(model.get_base_model()).",
+        )
+
+    def get_model_status(self) -> NoReturn:
+        """Raises a TypeError, as PEFT's: `diffpeft.get_model_status(model.get_base_model())` knows."""
+        raise NoStatusError(
+            f"get_model_status is not supported for {type(self).__name__}",
+            remedy="Ask diffpeft.get_model_status(model.get_base_model()).",
+        )
+
+
+LIBRARIES = ("transformers", "diffusers")  # a config names a class; only of these will one be imported
 
 
 def mapping_of(config: PeftConfig) -> tuple[str, str]:
@@ -421,9 +599,9 @@ def mapping_of(config: PeftConfig) -> tuple[str, str]:
     return str(mapping.get("parent_library") or ""), str(mapping.get("base_model_class") or "")
 
 
-def foreign(library: str) -> bool:
-    """Whether a library that a config names is not to be imported."""
-    return library.partition(".")[0] not in _LIBRARIES
+def foreign(library: str, allowed: Sequence[str] = LIBRARIES) -> bool:
+    """Whether a library that a config names is not to be imported: none of those that are allowed, nor inside one."""
+    return not any(library == name or library.startswith(f"{name}.") for name in allowed)
 
 
 def _warn_foreign(config: PeftConfig, model: nn.Module, where: str) -> None:
@@ -435,7 +613,17 @@ def _warn_foreign(config: PeftConfig, model: nn.Module, where: str) -> None:
         )
 
 
-MODELS: dict[str | None, type[PeftModel]] = {cls.task: cls for cls in PeftModel.__subclasses__()}
+MODELS: dict[str | None, type[PeftModel]] = {
+    cls.task: cls
+    for cls in (
+        PeftModelForCausalLM,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        PeftModelForQuestionAnswering,
+        PeftModelForFeatureExtraction,
+    )
+}
 
 
 def _plain_class(model: nn.Module) -> type:
@@ -454,33 +642,58 @@ def get_peft_model(
 ) -> PeftModel:
     """A model with a fresh, trainable adapter, wrapped as its config's task type says. The base is frozen.
 
+    The adapter is the only active one. Another one of its name on the model is replaced, with a warning, and a PeftModel's base is what is adapted further.
+
     Args:
+        mixed: wrap it as a PeftMixedModel.
+        revision: of the base model, for who loads the adapter.
         autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
         low_cpu_mem_usage: make its tensors on the meta device, until they are loaded.
 
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
     config = PeftConfig.of(peft_config)
-    old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
-    if old is not None and old != new:
-        warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from {old!r} to {new!r}. "
-            "Please ensure that the correct base model is loaded when loading this checkpoint.",
-            stacklevel=2,
-        )
-    config.base_model_name_or_path = new
-    config.revision = revision or config.revision
-    if isinstance(model, PeftModel):
-        raise AdapterStateError("the model is a PeftModel already", remedy="Call its add_adapter, or unload() first.")
-    if mixes_of({"": model}):
+    _say_base(config, model, revision)
+    if isinstance(model, PeftModel) or mixes_of({"": model}):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different config, "
             "make sure to call `.unload()` before.",
             stacklevel=2,
         )
-    return MODELS.get(config.task_type, PeftModel)(
-        model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-    )
+    if isinstance(model, PeftModel):
+        model, config = model.get_base_model(), _from_inside(config)
+    made = PeftMixedModel if mixed else MODELS.get(config.task_type, PeftModel)
+    return made(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def _say_base(config: PeftConfig, model: nn.Module, revision: str | None) -> None:
+    """Put a base model's name, and its revision if that is said, into a config. What was another is warned of."""
+    old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    if old is not None and old != new:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            stacklevel=3,
+        )
+    config.base_model_name_or_path = new
+    if revision is not None and config.revision not in (None, revision):
+        warnings.warn(
+            f"peft config has already set base model revision to {config.revision}, overwriting with revision {revision}",
+            stacklevel=3,
+        )
+    config.revision = revision or config.revision
+
+
+def _from_inside(config: Config) -> Config:
+    """A config for a PeftModel's own base, where its layers go without `base_model.model.`."""
+    config = copy.copy(config)
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        entries = getattr(config, name)
+        if isinstance(entries, str):
+            setattr(config, name, entries.removeprefix(PREFIX).removeprefix(PREFIX.replace(".", r"\.")))
+        elif entries:
+            setattr(config, name, [entry.removeprefix(PREFIX) for entry in entries])
+    return config
 
 
 def inject_adapter_in_model(
@@ -492,12 +705,13 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name.
 
-    The adapter has the base's dtype. `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
+    It is the active one, which the others are no more; `model.peft_config` has its config. The adapter has the base's dtype.
+    `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
     """
     config = PeftConfig.of(peft_config)
     if state_dict is not None:
-        config = state.targeting(config, state_dict)
-    inject(model, config, adapter_name, active=True, precision=Precision(False, low_cpu_mem_usage))
+        config = targeting(model, config, state_dict)
+    inject(model, config, adapter_name, Precision(False, low_cpu_mem_usage))
     return model
 
 
@@ -508,14 +722,25 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """{key: tensor} of one adapter as its file has it: of a PeftModel with `base_model.model.`, of a bare module without."""
-    model = getattr(model, "_orig_mod", model)
-    gathered = None if state_dict is None else {k.removeprefix(PREFIX): t for k, t in state_dict.items()}
+    """{key: tensor} of one adapter as its file has it: of a PeftModel with `base_model.model.`, of a bare module without.
+
+    The model may be inside DDP, FSDP 1 or torch.compile. Of FSDP 1 all processes have to ask; `state_dict`, if it is given, has the tensors that were gathered.
+    """
+    known_tensors = None if state_dict is None else {k.removeprefix(PREFIX): t for k, t in state_dict.items()}
+    with gathered(model) if state_dict is None else nullcontext() as passing:
+        tensors = _tensors(unwrapped(model), known_tensors, adapter_name, save_embedding_layers)
+        return {key: tensor.clone() for key, tensor in tensors.items()} if passing else tensors
+
+
+def _tensors(
+    model: nn.Module, known_tensors: Mapping[str, Tensor] | None, name: str, embeddings: bool | str
+) -> dict[str, Tensor]:
+    """{key: tensor} of one adapter of a model that nothing is around."""
     if isinstance(model, PeftModel):
-        known([adapter_name], model.peft_config)
-        return model.tuner.tensors(adapter_name, gathered, save_embedding_layers)
-    config = state.config_of(model, adapter_name)
-    return state.spelt(model, adapter_name, config, gathered=gathered, embeddings=save_embedding_layers)
+        known([name], model.peft_config)
+        return model.tuner.tensors(name, known_tensors, embeddings)
+    config = state.config_of(model, name)
+    return state.spelt(model, name, config, gathered=known_tensors, embeddings=embeddings)
 
 
 def set_peft_model_state_dict(
@@ -526,12 +751,28 @@ def set_peft_model_state_dict(
     low_cpu_mem_usage: bool = False,
 ) -> Incompatible:
     """Put tensors with PEFT's keys into an adapter that is there: all or nothing. -> missing_keys, unexpected_keys, mismatched_keys."""
-    model = getattr(model, "_orig_mod", model)
+    if in_units(model):
+        raise AdapterStateError("the model is in units of FSDP 1", remedy="Load the adapter before it is wrapped.")
+    model = unwrapped(model)
     if isinstance(model, PeftModel):
         known([adapter_name], model.peft_config)
-        with planned({"": model.get_base_model()}) as plan:
-            return model.tuner.plan_overwritten(plan, adapter_name, peft_model_state_dict)
-    return state.overwrite(model, adapter_name, state.config_of(model, adapter_name), peft_model_state_dict)
+    with planned({"": model.get_base_model() if isinstance(model, PeftModel) else model}) as plan:
+        return _plan_overwritten(plan, model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes)
+
+
+def _plan_overwritten(
+    plan: Plan, model: nn.Module, name: str, tensors: Mapping[str, Tensor], ignore_mismatched: bool
+) -> Incompatible:
+    """Plan to put tensors into an adapter that is there, on a wrapped or a bare model; with `ignore_mismatched` those that fit."""
+    mismatched: list[Mismatch] = []
+    if ignore_mismatched:
+        present = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
+        tensors, mismatched = fitting(tensors, present, type(model).__name__)
+    if isinstance(model, PeftModel):
+        result = model.tuner.plan_overwritten(plan, name, tensors)
+    else:
+        result = state.plan_overwritten(plan, model, name, state.config_of(model, name), tensors)
+    return result._replace(mismatched_keys=mismatched)
 
 
 def load_peft_weights(

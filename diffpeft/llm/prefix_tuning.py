@@ -118,7 +118,7 @@ def _fitted(pairs: Sequence[tuple[Tensor, Tensor]], model_config: Any) -> Cache:
     if len(skipped) == len(pairs):
         k, _ = pairs[0]
         raise ConfigError(
-            f"no layer's keys fit {k.shape[1]} heads of {k.shape[3]}",
+            f"Prefix tuning skipped every layer: no layer's keys fit {k.shape[1]} heads of {k.shape[3]}",
             remedy="Set token_dim and num_attention_heads of the config to those of a layer.",
         )
     if skipped:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy as copying
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from converters.opening import Opened
-from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, inside
+from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, WrongKindError, inside
 from diffpeft.llm.prompt import EMBEDDINGS, PromptLearningConfig, VirtualTokens
-from diffpeft.llm.prompts import Prompts, encoder_of
+from diffpeft.llm.prompts import Arguments, Prepare, Prompts, encoder_of
 from diffpeft.llm.state import Incompatible, check_module, tensors_in, wholes_of
-from diffpeft.llm.tuner import LoadOptions, known, named
+from diffpeft.llm.tuner import OFF, WENT, LoadOptions, known, named
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import plan_trained
 from diffpeft.model.attach import copy_wholes
-from diffpeft.model.mix import Adapter, Choice, Mix, check_name, choose, claim, forced
+from diffpeft.model.mix import Adapter, Mix, check_name, choose, claim, forced
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.state import beside_slots, whole_tensors
 from diffpeft.model.target import adapted
@@ -50,6 +51,15 @@ class PromptTuner(Prompts):
         """The active adapter's name; an empty list if there is none."""
         names = self.active_adapters
         return names[0] if names else []
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the active adapter acts here and now."""
+        return self.mix.standing() is not OFF
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes an adapter: prompts are no LoRA."""
+        return False
 
     @property
     def _parts(self) -> dict[str, nn.Module]:
@@ -83,22 +93,29 @@ class PromptTuner(Prompts):
             plan.set(self.mix, choice=self.mix.chosen({names[0]: 1.0}))
             self._plan_trained(plan, {name: name == names[0] and not inference_mode for name in self.peft_config})
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Whether adapters are trained, active or not."""
-        known(named(adapter_names), self.peft_config)
-        with planned(self._parts) as plan:
-            self._plan_trained(plan, dict.fromkeys(named(adapter_names), requires_grad))
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> NoReturn:
+        """Prompts are trained while they are active. Raises WrongKindError."""
+        kind = next(iter(self.peft_config.values())).peft_type
+        raise WrongKindError(
+            f"Setting `requires_grad` is not supported for prompt learning methods like {kind}",
+            remedy="set_adapter(name, inference_mode=) says which prompt is trained.",
+        )
 
     def _plan_trained(self, plan: Plan, flags: Mapping[str, bool]) -> None:
         for name, flag in flags.items():
             plan.require_grad(self.encoder(name).parameters(), flag)
         plan_trained(plan, self.base_model, flags)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the first that is left becomes so."""
-        known([adapter_name], self.peft_config)
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several. If none is active then, the first that is left becomes so, with a warning."""
+        names = named(adapter_name)
+        known(names, self.peft_config, "does not exist")
+        gone = [name for name in self.active_adapters if name in names]
+        remaining = [name for name in self.peft_config if name not in names]
         with planned(self._parts) as plan:
-            self._plan_removed(plan, {adapter_name})
+            self._plan_removed(plan, {*names})
+        if gone and remaining:
+            warnings.warn(WENT.format(", ".join(gone), remaining[0]), stacklevel=3)
 
     def unload(self) -> nn.Module:
         """The model without any adapter, as it was."""
@@ -121,7 +138,7 @@ class PromptTuner(Prompts):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone, for this thread inside this block."""
-        with forced(claim({self.mix.key: Choice()})):
+        with forced(claim({self.mix.key: OFF})):
             yield
 
     def call(self, args: Any, kwargs: dict[str, object]) -> Any:
@@ -136,7 +153,13 @@ class PromptTuner(Prompts):
             return self.base_model.generate(*args, **kwargs)
         return self.generate(self.active_adapter, self.peft_config[self.active_adapter], args, kwargs)
 
-    def rows(self, adapter_names: Sequence[str], copies: int = 1) -> Any:
+    def prepared(self, prepare: Prepare, args: Sequence[object], kwargs: Arguments) -> Arguments:
+        """The arguments of a step of generation that a model prepares, with the active prompt where it goes."""
+        if not self.active_adapters:
+            return prepare(*args, **kwargs)
+        return self._steps(self.active_adapter, self.peft_config[self.active_adapter], prepare)(*args, **kwargs)
+
+    def rows(self, adapter_names: Sequence[str], copies: int = 1, batch: int | None = None) -> Any:
         """Prompts of several adapters do not fit in one batch."""
         raise AdapterStateError("a batch has one prompt", remedy="Leave out adapter_names, and call set_adapter.")
 
@@ -146,6 +169,10 @@ class PromptTuner(Prompts):
             **self.state(name, self.peft_config[name]),
             **whole_tensors(self.base_model, name, PREFIX, gathered),
         }
+
+    def with_ranks(self, name: str, config: PeftConfig) -> PeftConfig:
+        """A config as it is: prompts have no ranks."""
+        return config
 
     def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Plan to put a file's tensors into an adapter that is there."""

@@ -46,12 +46,12 @@ class PromptTuningConfig(PromptLearningConfig):
         is_text = self.prompt_tuning_init == PromptTuningInit.TEXT
         if is_text and not self.tokenizer_name_or_path:
             raise ConfigError(
-                f"tokenizer_name_or_path can't be {self.tokenizer_name_or_path}",
-                remedy="With prompt_tuning_init='TEXT' it names the tokenizer.",
+                f"When prompt_tuning_init='TEXT', tokenizer_name_or_path can't be {self.tokenizer_name_or_path}",
+                remedy="It names the tokenizer.",
             )
         if is_text and self.prompt_tuning_init_text is None:
             raise ConfigError(
-                "prompt_tuning_init_text can't be None", remedy="With prompt_tuning_init='TEXT' it is the text."
+                "When prompt_tuning_init='TEXT', prompt_tuning_init_text can't be None", remedy="It is the text."
             )
         if self.tokenizer_kwargs and not is_text:
             raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'", remedy="Remove them.")

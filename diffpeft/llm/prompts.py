@@ -30,6 +30,7 @@ PROMPTS: dict[PeftType, type[VirtualTokens]] = {
 }
 
 Arguments = dict[str, Any]  # of a model's call, by name
+Prepare = Callable[..., Arguments]  # a model's prepare_inputs_for_generation
 _START, _END = ("input_ids", "attention_mask"), ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
 _LABELLED = (*_START, "inputs_embeds", "labels", *_END)
 POSITIONAL: dict[TaskType, tuple[str, ...]] = {  # the order of a call's arguments
@@ -63,6 +64,21 @@ LABELLED = (
 )  # tasks with a label for each token; PEFT forgets those of the prompt in the second and fails
 
 
+def _word_embeddings(model: Any) -> Any:
+    """A model's; of one that does not tell, the first module with as many rows as the vocabulary has words, which is PEFT's guess, or None."""
+    if hasattr(model, "get_input_embeddings"):
+        return model.get_input_embeddings()
+    words = getattr(getattr(model, "config", None), "vocab_size", None)
+    table = next((name for name, p in model.named_parameters() if p.dim() and len(p) == words), None)
+    return None if table is None else model.get_submodule(table.rpartition(".")[0])
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model is, by what it says or by its first parameter."""
+    devices = {parameter.device: None for parameter in model.parameters()}
+    return getattr(model, "device", next(iter(devices), torch.device("cpu")))
+
+
 class Prompts(nn.Module):
     """The model, frozen by the first adapter, and its prompt adapters by name. Its state dict is that of PEFT's model with the same adapters.
 
@@ -78,14 +94,10 @@ class Prompts(nn.Module):
                 f"task_type is {task_type}", remedy=f"A prompt method needs one of {', '.join(POSITIONAL)}."
             )
         self.task_type = TaskType(task_type)
-        if not hasattr(base_model, "get_input_embeddings"):
-            raise ConfigError(
-                f"{type(base_model).__name__} has no get_input_embeddings", remedy="Use a model of transformers."
-            )
         self.base_model = base_model
         self.prompt_encoder = nn.ModuleDict()
         self.prompt_tokens: dict[str, Tensor] = {}
-        self.word_embeddings = base_model.get_input_embeddings()
+        self.word_embeddings = _word_embeddings(base_model)
 
     def add(self, name: str, config: PromptLearningConfig) -> VirtualTokens:
         """Complete `config` from the model and make its encoder, on the model's device and in fp32. Anything wrong: nothing is added."""
@@ -105,7 +117,11 @@ class Prompts(nn.Module):
             )
         config.validate()
         self.completed(config)
-        encoder = kind(config, self.word_embeddings).to(self.base_model.device)
+        if self.word_embeddings is None and config.peft_type != PeftType.PREFIX_TUNING:
+            raise ConfigError(
+                f"{type(self.base_model).__name__} has no get_input_embeddings", remedy="Use a model of transformers."
+            )
+        encoder = kind(config, self.word_embeddings).to(_device_of(self.base_model))
         if not self.prompt_encoder:
             plan.require_grad(self.base_model.parameters(), False)
         nn.ModuleDict({name: encoder})  # which says what name it cannot hold
@@ -116,7 +132,7 @@ class Prompts(nn.Module):
 
     def completed(self, config: PromptConfig) -> PromptConfig:
         """`config`, with what it leaves to the model and the task filled in."""
-        complete(config, self.base_model.config)
+        complete(config, getattr(self.base_model, "config", {}))
         if config.num_transformer_submodules is None:
             config.num_transformer_submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
         return config
@@ -166,6 +182,14 @@ class Prompts(nn.Module):
         """An adapter's vectors for a batch, [batch, tokens, dim]; of a prefix [batch, tokens, 2 layers dim]."""
         return self.encoder(active).prompt(batch, config.inference_mode, task_ids)
 
+    def given(
+        self, active: str, config: PromptLearningConfig, batch: int, task_ids: Tensor | None = None
+    ) -> Tensor | Cache | EncoderDecoderCache:
+        """What an adapter puts before a batch: vectors [b, tokens, dim], or a fresh cache that holds a prefix."""
+        if isinstance(config, PrefixTuningConfig):
+            return self._prefix(active, config, batch)
+        return self.prompt(active, config, batch, task_ids)
+
     def _prefix(self, active: str, config: PrefixTuningConfig, batch: int) -> Cache | EncoderDecoderCache:
         """A fresh cache that holds an adapter's keys and values."""
         vectors = self.prompt(active, config, batch)
@@ -203,9 +227,9 @@ class Prompts(nn.Module):
         """The output with a prefix, which goes before the layers of the decoder, or of the only transformer."""
         past = self._prefix(active, config, batch)
         if self.task_type == TaskType.SEQ_2_SEQ_LM:
-            _extend(arguments, "decoder_attention_mask", config.length, 1)
+            _extend(arguments, "decoder_attention_mask", config.length, 1, cached=True)
             return self.base_model(past_key_values=past, **arguments)
-        _extend(arguments, "attention_mask", config.length, 1)
+        _extend(arguments, "attention_mask", config.length, 1, cached=True)
         return call(self.base_model, self.task_type, config, past, arguments)
 
     def _joined(self, prompt: Tensor, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
@@ -263,9 +287,7 @@ class Prompts(nn.Module):
         _extend(arguments, "attention_mask", n, 1)
         return model.generate(inputs_embeds=self._joined(prompt[:, :n], ids, None), **arguments)
 
-    def _steps(
-        self, active: str, config: PromptLearningConfig, prepare: Callable[..., Arguments]
-    ) -> Callable[..., Arguments]:
+    def _steps(self, active: str, config: PromptLearningConfig, prepare: Prepare) -> Prepare:
         """`prepare_inputs_for_generation` that puts the prompt before the first step, and before all where nothing is kept between steps."""
         n, decodes = config.length, self.task_type == TaskType.SEQ_2_SEQ_LM
 
@@ -294,9 +316,19 @@ class Prompts(nn.Module):
             arguments = kwargs | {"attention_mask": attention_mask}
             if not decodes:
                 _move(arguments, config)
-            _extend(arguments, "decoder_attention_mask" if decodes else "attention_mask", n, 1)
+            cached = not fresh or isinstance(config, PrefixTuningConfig)
+            _extend(arguments, "decoder_attention_mask" if decodes else "attention_mask", n, 1, cached)
             arguments |= {"next_sequence_length": next_sequence_length, "past_key_values": past_key_values}
-            return prepare(input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **arguments)
+            step = prepare(input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **arguments)
+            if fresh and not isinstance(config, PrefixTuningConfig) and step.get("inputs_embeds") is None:
+                # the model has prepared a step of the text alone
+                step |= {
+                    "input_ids": None,
+                    "inputs_embeds": inputs_embeds,
+                    "attention_mask": arguments["attention_mask"],
+                }
+                step.pop("cache_position", None)
+            return step
 
         return prepared
 
@@ -340,10 +372,26 @@ def _longer(past: Cache | EncoderDecoderCache | None, n: int, config: Any) -> Ca
     return StaticCache(config=config, max_cache_len=size, offloading=past.offloading)
 
 
-def _extend(arguments: Arguments, name: str, n: int, value: int) -> None:
-    """Put n times `value` before each row of an argument [b, t], if it is there."""
-    if (t := arguments.get(name)) is not None:
-        arguments[name] = torch.cat((t.new_full((len(t), n), value), t), dim=1)
+def _extend(arguments: Arguments, name: str, n: int, value: int, cached: bool = False) -> None:
+    """Put n times `value` before each row of an argument [b, t], if it is there.
+
+    A mask [b, heads, q, k] gets n columns, and n rows for tokens that are not `cached`.
+    """
+    if (t := arguments.get(name)) is None:
+        return
+    arguments[name] = torch.cat((t.new_full((len(t), n), value), t), dim=1) if t.dim() == 2 else _widened(t, n, cached)
+
+
+def _widened(mask: Tensor, n: int, cached: bool) -> Tensor:
+    """A mask [b, heads, q, k], of truths or added to the scores, with n tokens before those that it has: all see them, and they see each other in order."""
+    sees, not_sees = (0.0, torch.finfo(mask.dtype).min) if mask.is_floating_point() else (1, 0)
+    b, heads, q, k = mask.shape
+    wide = torch.cat((mask.new_full((b, heads, q, n), sees), mask), dim=3)
+    if cached:
+        return wide
+    above = mask.new_full((n, n + k), not_sees)
+    above[:, :n] = torch.where(torch.ones(n, n, device=mask.device).tril() > 0, sees, not_sees).to(mask.dtype)
+    return torch.cat((above.expand(b, heads, n, n + k), wide), dim=2)
 
 
 def _drop(arguments: Arguments, config: PromptLearningConfig, typed: bool = False) -> None:

@@ -71,7 +71,7 @@ def stacked(model: nn.Module, config: PeftConfig, linear: Iterable[str], chosen:
     for parameter in parameters:
         _multiply(config, parameter, parts, set(part_of.values()))
     config.target_parameters = sorted({*(config.target_parameters or ()), *parameters}) or None
-    config.target_modules = sorted(target for target in targets if target not in part_of)
+    config.target_modules = {target for target in targets if target not in part_of}
 
 
 def _is_lora(config: PeftConfig) -> TypeGuard[LoraConfig]:
@@ -89,7 +89,7 @@ def _targets(
     """The names that a config means, those of former layers among them; none where it names none."""
     if not isinstance(config.target_modules, str):
         return config.target_modules or ()
-    return {*linear, *parts} if linear else _meant(model, parts, chosen)
+    return {*(name.rpartition(".")[2] for name in linear), *parts} if linear else _meant(model, parts, chosen)
 
 
 def _part(target: str, parts: Iterable[str]) -> str | None:

@@ -14,24 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffpeft.errors import CheckpointError
+from diffpeft.errors import CheckpointError, inside
 from diffpeft.io import replacing
 from diffpeft.layers.backends import BACKENDS
 from diffpeft.llm import texts
 from diffpeft.llm.kbit import prepare_model_for_kbit_training
 from diffpeft.llm.peft_model import PeftModel, get_peft_model
-from diffpeft.llm.sft_check import GGUF, TrainAndHeldout, check
+from diffpeft.llm.sft_check import GGUF, CheckedTexts, check
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
+from diffpeft.model.state import trained_parameters
 from diffpeft.model.target import targets_of
 from diffpeft.pipeline.complete import complete_model, not_loaded
 from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
 from diffpeft.train import draw, report
 from diffpeft.train.config import target_names
-from diffpeft.train.loop import LearningRate, fit
+from diffpeft.train.groups import set_ranks
+from diffpeft.train.job import checked_dtype, job_of, keeper_of
+from diffpeft.train.lock import occupied
+from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.optimizers import rate_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt, rescued
+from diffpeft.train.state import fingerprint
 from diffpeft.train.watch import Quiet, Watch
 
 ANSWER = 48  # tokens of an answer that is shown in the report
@@ -52,22 +58,30 @@ class SftRun:
     seconds: float
 
 
-def train(config: SftConfig, watch: Watch | None = None, checked: TrainAndHeldout | None = None) -> SftRun:
-    """Train an adapter. Writes nothing; `save` does. `checked` are the rows, where `check` has been asked for them already.
+def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts | None = None) -> SftRun:
+    """Train an adapter. Writes states of the run; `save` writes the adapter. `checked` is what `check` said, where that has been asked already.
 
-    Raises ConfigError, DataError, CheckpointError, UnknownNameError, DivergedError or NothingLearntError.
+    Raises ConfigError, DataError, CheckpointError, UnknownNameError, AdapterStateError (another run writes there), DivergedError or
+    NothingLearntError; Interrupted after a signal.
     """
-    watch, start = watch or Quiet(), time.perf_counter()
-    rows = checked or check(config)
-    device = default_device()
+    checked = checked or check(config)
+    with occupied(config.output()):
+        return _trained(config, checked, watch or Quiet())
+
+
+def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
+    start, device = time.perf_counter(), default_device()
     config = replace(
-        config, dtype=config.dtype or default_dtype(device), alpha=config.rank if config.alpha is None else config.alpha
+        typed,
+        dtype=checked_dtype(typed.dtype or default_dtype(device), device),
+        alpha=typed.rank if typed.alpha is None else typed.alpha,
+        lr=rate_of(typed),
     )
     watch.phase("loading the model")
     tokenizer, model = open_model(config, device)
     examples, heldout = (
         texts.examples(part, tokenizer, where=where, max_length=config.max_length, loss=config.loss)
-        for part, where in zip(rows, (config.data, config.heldout), strict=True)
+        for part, where in zip((checked.rows, checked.heldout), (config.data, config.heldout), strict=True)
     )
     sequences = texts.packed(examples, config.max_length) if config.packing else [[e] for e in examples]
     with torch.random.fork_rng():
@@ -77,7 +91,7 @@ def train(config: SftConfig, watch: Watch | None = None, checked: TrainAndHeldou
         questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)][: config.samples]
         measure = Measure(loss, tokenizer, heldout, questions, config.batch_size, watch)
         loss_before, before = measure()
-        losses = _fitted(config, loss, sequences, watch)
+        losses = _fitted(typed, config, loss, sequences, checked, watch)
         loss_after, after = measure()
     return SftRun(
         config,
@@ -91,23 +105,37 @@ def train(config: SftConfig, watch: Watch | None = None, checked: TrainAndHeldou
     )
 
 
-def _fitted(config: SftConfig, loss: Loss, sequences: Sequences, watch: Watch) -> list[float]:
-    """Train the adapter; the losses by step. Raises OSError without room for its file, DivergedError or NothingLearntError."""
+def _fitted(
+    typed: SftConfig, config: SftConfig, loss: Loss, sequences: Sequences, checked: CheckedTexts, watch: Watch
+) -> list[float]:
+    """Train the adapter; the losses by step. Raises OSError without room for its files, DivergedError or NothingLearntError."""
     watch.phase("training")
     model = loss.model
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    check_room(config.output(), trained, 1)
-    losses = fit(
-        trained,
-        lambda step: loss.parts(drawn(config, sequences, step), config.batch_size),
-        LearningRate(config.lr, config.steps, config.warmup, config.lr_scheduler),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        on_step=lambda done, mean: watch.step(done, config.steps, mean),
+    trained = trained_parameters(model.get_base_model(), model.active_adapters[0])
+    check_room(config.output(), list(trained.values()), 1, config)
+    reads = {"data": fingerprint([[example.ids for example in sequence] for sequence in sequences])}
+    keeper = keeper_of(
+        typed, config, reads, lambda folder, step: model.save_pretrained(folder / "adapter"), checked.state, "sft"
     )
+    losses = fit(job_of(config, trained, StepLoss(config, loss, sequences)), keeper, Events.of(watch, config.steps))
     refuse_unlearnt([model.get_base_model()], model.active_adapters[0])
     return losses
+
+
+class StepLoss:
+    """The loss by step and part: a step is a draw of batch_size x accumulate sequences, a part of it is as many as are computed at once.
+
+    The loss of a part is its sum over the tokens that are learnt, divided by how many the whole step has: accumulating changes nothing.
+    """
+
+    def __init__(self, config: SftConfig, loss: Loss, sequences: Sequences):
+        self.config, self.loss, self.sequences = config, loss, sequences
+
+    def __call__(self, step: int, part: int) -> Tensor:
+        """The share [] of a part in the loss of a step."""
+        rows, size = drawn(self.config, self.sequences, step), self.config.batch_size
+        return self.loss.total(rows[part * size : (part + 1) * size]) / texts.tokens(rows)
 
 
 def open_model(config: SftConfig, device: str) -> tuple[texts.Tokenizer, nn.Module]:
@@ -145,10 +173,20 @@ def adapt(config: SftConfig, model: Any) -> PeftModel:
         prepare_model_for_kbit_training(model, config.gradient_checkpointing, checkpointing)
     elif config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-    check_rank(config, [layer for layer, _ in targets_of(model).values()])
+    layers = targets_of(model)
+    check_rank(config, [layer for layer, _ in layers.values()])
+    if config.init_from:
+        return adopted(config.init_from, model)
     settings = CONFIGS[config.method](config)
+    set_ranks(settings, config, list(layers))
     settings.task_type, settings.target_modules = TaskType.CAUSAL_LM, targets(config.targets)
     return get_peft_model(model, settings)
+
+
+def adopted(folder: str, model: nn.Module) -> PeftModel:
+    """The model with the adapter of a PEFT folder, to go on with. Raises CheckpointError and its kin."""
+    with inside("--init-from", config=True):
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def targets(names: str | Sequence[str]) -> str | Sequence[str] | None:
@@ -244,7 +282,8 @@ def save(run: SftRun) -> list[Path]:
     If that cannot be written, the files go into a temporary folder, which the OSError names.
     """
     out = Path(run.config.out or "")
-    return rescued(lambda folder: _written(run, folder), out, out.resolve().name)
+    with occupied(out):
+        return rescued(lambda folder: _written(run, folder), out, out.resolve().name)
 
 
 def _written(run: SftRun, out: Path) -> list[Path]:

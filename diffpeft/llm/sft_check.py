@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,18 +10,29 @@ from diffpeft.errors import CheckpointError, ConfigError, UnknownNameError
 from diffpeft.llm import texts
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import check_exists
+from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.resume import begin
 
 GGUF = ".gguf"
-TrainAndHeldout = tuple[list[texts.Row], list[texts.Row]]
+FILES = ("adapter_model.safetensors", "adapter_config.json")  # what a run writes
 
 
-def check(config: SftConfig) -> TrainAndHeldout:
-    """All checks that need no model; the rows to train on and those to measure on."""
+@dataclass(frozen=True)
+class CheckedTexts:
+    """A run that may begin: the rows to train on, those to measure on, and the state that it goes on from."""
+
+    rows: list[texts.Row]
+    heldout: list[texts.Row]
+    state: SavedState | None = None
+
+
+def check(config: SftConfig) -> CheckedTexts:
+    """All checks that need no model."""
     config.validate()
     if config.method not in CONFIGS:
         raise UnknownNameError.of("method", config.method, CONFIGS)
-    config.output()
+    checkpoint = begin(config, config.output(), FILES)
     model = str(config.model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise CheckpointError("this folder holds no language model (no config.json)", where=model)
@@ -33,4 +45,4 @@ def check(config: SftConfig) -> TrainAndHeldout:
         raise ConfigError(
             "quantize with a .gguf file", remedy="Save the model as a folder first, or leave --quantize out."
         )
-    return texts.read(str(config.data)), texts.read(config.heldout) if config.heldout else []
+    return CheckedTexts(texts.read(str(config.data)), texts.read(config.heldout) if config.heldout else [], checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from diffpeft.train.config import Options, option
 
@@ -11,6 +12,8 @@ from diffpeft.train.config import Options, option
 @dataclass
 class SftConfig(Options):
     """A supervised fine-tuning run. Defaults are QLoRA's (Dettmers et al. 2023, arXiv:2305.14314) where it has one."""
+
+    LR: ClassVar[float] = 2e-4
 
     model: str | None = option(None, "A folder with a language model, a .gguf file, or a Hub id.", required=True)
     data: str | None = option(
@@ -21,12 +24,9 @@ class SftConfig(Options):
         "all-linear",
         "Which layers: all-linear, default (PEFT's for the model), names with commas, or a regular expression for whole names.",
     )
-    lr: float = option(2e-4, "Learning rate.", above=0)
     batch_size: int = option(4, "Sequences a pass.", at_least=1)
-    accumulate: int = option(1, "Passes a step, whose gradients are added up.", at_least=1)
     max_length: int = option(512, "Tokens of a sequence; what is longer is cut.", at_least=2)
     packing: bool = option(False, "Put several rows into a sequence instead of padding.")
     loss: str = option("completion", "What is learnt: answers only, or prompts too.", choices=("completion", "all"))
     quantize: str | None = option(None, "Hold the base in 4 or 8 bits (QLoRA).", choices=("nf4", "int8"))
-    gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them.")
     samples: int = option(3, "How many answers to show before and after in the report.", at_least=0)

@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import converters
-from converters.formats import FORMATS
-from converters.formats.base import dotted_role, suffix
+from converters.formats import FORMATS, attention
+from converters.formats.base import suffix
 from converters.formats.fields import whole_scale
 from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS
 from converters.formats.schema import check_fields
@@ -41,11 +41,13 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.files import config_in
+from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import BIAS, Bank, Slot
 from diffpeft.llm import adalora, renames, tying
 from diffpeft.llm import embeddings as tables
 from diffpeft.llm import patches as patching
-from diffpeft.methods import IA3Config, LoraConfig
+from diffpeft.llm.targets import ending
+from diffpeft.methods import LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType
@@ -53,28 +55,24 @@ from diffpeft.model import embeddings as embedded
 from diffpeft.model.attach import copy_wholes, install, mixes_of, put_patches, refuse_duplicate
 from diffpeft.model.banks import shared_by
 from diffpeft.model.mix import Adapter, check_name
-from diffpeft.model.plan import Plan, planned
+from diffpeft.model.plan import Plan
 from diffpeft.model.precision import Precision, plan_into
 from diffpeft.model.state import beside_slots, entries_of, gathered_slot, slots_in, tensors_of, whole_tensors
-from diffpeft.model.target import layers_of, modules_of
+from diffpeft.model.target import layers_of
 from diffpeft.model.ties import twins
 from diffpeft.pipeline.match import LayersByComponent, matched
 
 Incompatible = namedtuple("Incompatible", ["missing_keys", "unexpected_keys", "mismatched_keys"])
+Layers = Mapping[str, tuple[nn.Module, nn.Module | None]]  # {name: (layer, its parent)}
 _INITS = re.compile(r"pissa.*|olora|loftq")  # inits that start from a part of the weight
 
 
 def wholes_of(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
-    """{name: module} of those that `modules_to_save` names by a whole name or its end. Those inside another are that one's."""
-    names = config.modules_to_save
-    if not names:
+    """{name: module} of those that `modules_to_save` means. Those inside another are that one's. Raises WrongKindError for a container."""
+    if not config.modules_to_save:
         return {}
-    named = {
-        name: module
-        for name, (module, _) in modules_of(model, lambda m: m is not model).items()
-        if any(name == n or name.endswith(f".{n}") for n in names)
-    }
-    outer = {n: m for n, m in named.items() if not any(n.startswith(f"{other}.") for other in named)}
+    meant = ending(model, config.modules_to_save, "modules_to_save")
+    outer = {n: m for n, m in meant.items() if not any(n.startswith(f"{other}.") for other in meant)}
     ties = tying.ties_of(model, config, outer)
     return outer | {name: model.get_submodule(name) for name in (*ties.values(), *ties)}
 
@@ -111,7 +109,7 @@ def spelt(
     for layer, slot in slots.items():
         for entry in entries_of(layer, gathered_slot(layer, name, slot, gathered or {})):
             for key, tensor in _spelt(entry, fields, name, model.get_submodule(layer), bool(slot.parts)).items():
-                tensors[f"{prefix}{layer}{key}"] = tensor
+                tensors[f"{prefix}{attention.spelt(layer, slots)}{key}"] = tensor
     if getattr(config, "save_projection", True):
         keys = FORMATS["peft"].shared_keys if prefix else {}
         tensors |= {keys.get(role, role): tensor for role, tensor in shared_by(slots).items()}
@@ -135,7 +133,8 @@ def _spelt(
             tensors[f".{role}"] = tensor / by if by not in (0, 1) else tensor
         elif role == BIAS:
             # PEFT keeps an adapted layer one level below
-            tensors[".base_layer.bias" if adapted else ".bias"] = _full_bias(entry.layer, name, module, tensor)
+            bias = op_of(module).bias_name
+            tensors[f".base_layer.{bias}" if adapted else f".{bias}"] = _full_bias(entry.layer, name, module, tensor)
         elif role == embedded.WHOLE:
             tensors[".base_layer.weight"] = tensor
         else:
@@ -145,7 +144,7 @@ def _spelt(
 
 def _full_bias(layer: str, name: str, module: nn.Module, change: Tensor) -> Tensor:
     """A layer's bias [o] with an adapter's change of it. Raises AdapterStateError where the layer has none."""
-    bias: Any = module.bias
+    bias = op_of(module).bias
     if bias is None:
         raise AdapterStateError(
             f"adapter {shown(name)} adds a bias on layer {shown(layer)}, which has none",
@@ -226,8 +225,11 @@ def _renamed(
 ) -> dict[str, Tensor] | Opened:
     """The source with the names that the model has now; opened files stay so where they have them, and need no patch."""
     if not isinstance(source, Opened):
-        known = (PREFIX, *FORMATS["peft"].shared_keys.values())
-        source = {key if key.startswith(known) else PREFIX + key: tensor for key, tensor in source.items()}
+        shared = FORMATS["peft"].shared_keys  # on a module without wrapper they go by their roles
+        known = (PREFIX, *shared.values())
+        source = {
+            key if key.startswith(known) else shared.get(key, PREFIX + key): tensor for key, tensor in source.items()
+        }
     names = renames.known_names(model, source.tensors if isinstance(source, Opened) else source)
     if not patches and not names:
         return source
@@ -235,7 +237,7 @@ def _renamed(
 
 
 def _divided(
-    model: nn.Module, carried: Mapping[str, Handle], modules: Mapping[str, nn.Module], biased: Mapping[str, object]
+    model: nn.Module, carried: Mapping[str, Handle], modules: Mapping[str, nn.Module], biased: Layers
 ) -> _Beside:
     """What of a file is for `modules` that are trained whole, for the biases of the layers `biased`, and for embeddings."""
     known, beside = embedded.embedding_layers(model), _Beside()
@@ -245,7 +247,7 @@ def _divided(
         module = next((where for where in modules if name.startswith(f"{where}.")), None)
         if module is not None:
             beside.wholes.setdefault(module, {})[name.removeprefix(f"{module}.")] = handle
-        elif last == "bias" and layer in biased:
+        elif layer in biased and last == op_of(biased[layer][0]).bias_name:
             beside.biases[layer] = handle
         elif at := tables.place(known, name):
             beside.embeddings.setdefault(at[0], {})[at[1]] = handle
@@ -277,14 +279,12 @@ def _bundle(source: dict[str, Tensor] | Opened, config: PeftConfig, layers: Laye
         ) from error
 
 
-def _with_biases(
-    bundle: Bundle, biases: Mapping[str, Handle], layers: Mapping[str, tuple[nn.Module, object]]
-) -> list[Entry]:
+def _with_biases(bundle: Bundle, biases: Mapping[str, Handle], layers: Layers) -> list[Entry]:
     """The entries, with the change of the bias where PEFT has the whole trained bias."""
     shifts = {}
     for layer, handle in biases.items():
         (bias,) = io.load([handle])
-        present: Any = layers[layer][0].bias
+        present = op_of(layers[layer][0]).bias
         if present is None or present.shape != bias.shape:
             raise ShapeMismatchError(
                 f"layer {shown(layer)} has no bias of shape {tuple(bias.shape)}", where=bundle.source
@@ -309,7 +309,7 @@ def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -
         old, new = present[wrong[0]], tensors[wrong[0]]
         resized = isinstance(module, (nn.Embedding, nn.Linear)) and old.shape[1:] == new.shape[1:] and len(new)
         raise ShapeMismatchError(
-            "; ".join(shapes),
+            f"size mismatch: {'; '.join(shapes)}",
             where=where,
             remedy=f"If the vocabulary was resized, call model.resize_token_embeddings({len(new)}) first."
             if resized
@@ -354,50 +354,37 @@ def plan_read(
     plan.root(model, mix)
 
 
-def targeting(config: PeftConfig, tensors: Mapping[str, Tensor]) -> PeftConfig:
-    """A copy of a config that means the layers of which there are tensors."""
-    if config.target_parameters:
-        raise ConfigError(
-            f"target_parameters is {shown(config.target_parameters)}", remedy="Inject the adapter without state_dict=."
-        )
-    roles = {key: place for key in tensors if (place := dotted_role(key.removeprefix(PREFIX)))}
-    config = copy.deepcopy(config)
-    config.target_modules = sorted({layer for layer, _ in roles.values()})
-    if isinstance(config, IA3Config) and config.feedforward_modules is None:
-        rows = (layer for key, (layer, _) in roles.items() if len(tensors[key]) == 1 < tensors[key].shape[-1])
-        config.feedforward_modules = sorted(rows)  # a row scales inputs, a column outputs
-    return config
-
-
-def overwrite(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Incompatible:
-    """Put PEFT's tensors into an adapter that is there. Raises before anything has changed."""
-    with planned({"": model}) as plan:
-        return plan_overwritten(plan, model, name, config, tensors)
-
-
 def plan_overwritten(
     plan: Plan, model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> Incompatible:
-    """Plan what `overwrite` does. Raises ShapeMismatchError, or what `read` raises."""
+    """Plan to put PEFT's tensors into an adapter that is there. Raises ShapeMismatchError, or what `read` raises."""
     slots = slots_in(model, name)
     resized = adalora.plan_resized(plan, model, name, config) if isinstance(config, AdaLoraConfig) else {}
     file = read(model, tensors, config, trainable=False, chosen={layer: model for layer in slots})
     others = [layer for layer in file.slots if layer not in slots]
     for layer, slot in file.slots.items():
         if layer in slots:
-            _plan_slot(
-                plan, layer, slots[layer], slot.tensors, resized.get(layer, {}), model.get_submodule(layer).weight
-            )
+            weight = op_of(model.get_submodule(layer)).parameter
+            tensors = _at_the_scale_of(slots[layer], slot)
+            _plan_slot(plan, layer, slots[layer], tensors, resized.get(layer, {}), weight)
     for bank, role, tensor in _into_bank(slots, file.slots):
         plan.fill(bank.get_buffer(role), tensor)
     for where, of_module in {**file.wholes, **file.patches}.items():
-        weight = next(iter(model.get_submodule(where)._parameters.values()), None)
+        parameter = next(iter(model.get_submodule(where)._parameters.values()), None)
         copy = beside_slots(plan, model, where, name)
         assert copy is not None
         for key, tensor in of_module.items():
-            plan_into(plan, copy, key, tensor, weight)
+            plan_into(plan, copy, key, tensor, parameter)
     _plan_embeddings(plan, model, name, file.embeddings, slots)
     return Incompatible(list(file.missing), [*file.unexpected, *others], [])
+
+
+def _at_the_scale_of(present: Slot, new: Slot) -> dict[str, Tensor]:
+    """The tensors of a slot that was read, for one that is there: where a file's LoKr of two whole halves has a scale, the first half gets it."""
+    tensors, by = new.tensors, new.scale / present.scale if present.scale else 1.0
+    if by != 1 and {"lokr_w1", "lokr_w2"} <= tensors.keys():
+        tensors["lokr_w1"] = tensors["lokr_w1"] * by
+    return tensors
 
 
 def _plan_slot(
@@ -414,7 +401,7 @@ def _plan_slot(
         before = present.get(role)
         if before is None or before.shape != new.shape:
             raise ShapeMismatchError(
-                f"layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if before is None else tuple(before.shape)}",
+                f"size mismatch: layer {shown(layer)}: {role} is {tuple(new.shape)}, the adapter's is {None if before is None else tuple(before.shape)}",
                 remedy="Load it under another name.",
             )
         if role in resized:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
-from diffpeft.errors import ConfigError
+from diffpeft.errors import ConfigError, WrongKindError
 from diffpeft.layers.backends import backend_of, numbers
 from diffpeft.layers.carried import Record
+from diffpeft.layers.slot import Slot
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.target import adapted
+from diffpeft.model.target import adapted, kind_of
 
 Value = TypeVar("Value")
 IRREGULAR = "irregular"
@@ -95,29 +96,85 @@ def counts(model: nn.Module) -> tuple[int, int]:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The state of each adapted layer of a model, wrapped or not. Raises ConfigError if there is none."""
+    """The state of each adapted layer of a model, wrapped or not.
+
+    Raises ConfigError if there is none, WrongKindError for a PeftModel whose adapters are prompts.
+    """
+    _refuse_prompts(model, "get_layer_status")
     tuner = getattr(model, "base_model", None) if isinstance(model, Counted) else None
+    off = getattr(tuner, "_off", None)
     carrying = adapted(model if tuner is None else tuner)
-    if not carrying:
+    layers = [s for name, module, record in carrying for s in _statuses(name, module, record, off)]
+    if not layers:
         raise ConfigError(
             "No adapter layers found in the model", remedy="Use get_peft_model or inject_adapter_in_model."
         )
-    off = getattr(tuner, "_off", None)
-    return [_status(name, module, record, off) for name, module, record in carrying]
+    return layers
 
 
-def _status(name: str, module: nn.Module, record: Record, off: Iterable[str] | None) -> TunerLayerStatus:
-    """The state of one module. `off`: the adapters that were active before all were switched off."""
-    parameters = {n: [p for m in record.modules(n) for p in m.parameters()] for n in record.names}
-    mix, backend = record.mix, backend_of(module) if record.slots else None
+def _refuse_prompts(model: nn.Module, what: str) -> None:
+    """Raise WrongKindError for a PeftModel whose adapters are not on layers."""
+    if isinstance(model, Counted) and any(c.is_prompt_learning for c in model.peft_config.values()):
+        raise WrongKindError(
+            f"{what}() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported",
+            remedy="Prompts are on no layer.",
+        )
+
+
+# what begins PEFT's name of a layer with a method's adapter, where that is not `method.`
+_PREFIXES = {"dora": "lora.", "adalora": "adalora.SVD", "ia3": "", "hra": "hra.HRA"}
+_KINDS = ("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")  # of layers; all others are Linear in PEFT
+
+
+def _statuses(name: str, module: nn.Module, record: Record, off: Iterable[str] | None) -> Iterator[TunerLayerStatus]:
+    """The states of what a module carries, as PEFT has it: adapters on it or on its parameters, copies, and rows of it. `off` as in `_status`."""
+    slots = {n: slot for n, slot in record.slots.items() if slot.parts}
+    factors = {n: patch for n, patch in record.patches.items() if not patch.shows}
+    rows = {n: patch for n, patch in record.patches.items() if patch.shows}
+    copies = {n: held.module for n, held in record.copies.items() if not held.still}
+    if slots or factors:
+        kind = _kind_of(module, slots) if slots else "lora.ParamWrapper"
+        yield _status(name, kind, module, record, {**factors, **slots}, off, everywhere=True)
+    if rows:
+        yield _status(f"{name}.token_adapter", "TrainableTokensLayer", module, record, rows, off)
+    if copies:
+        yield _status(name, "ModulesToSaveWrapper", module, record, copies, off)
+
+
+def _kind_of(module: nn.Module, slots: Mapping[str, Slot]) -> str:
+    """PEFT's name for a layer with adapters, by the first of them, for example `lora.Linear`."""
+    method = next(method for slot in slots.values() for method in slot.methods)
+    names = {c.__name__ for c in kind_of(module).__mro__}
+    return _PREFIXES.get(method, f"{method}.") + next((kind for kind in _KINDS if kind in names), "Linear")
+
+
+def _status(
+    name: str,
+    kind: str,
+    module: nn.Module,
+    record: Record,
+    held: Mapping[str, nn.Module],
+    off: Iterable[str] | None,
+    *,
+    everywhere: bool = False,
+) -> TunerLayerStatus:
+    """The state of what adapters hold on one module.
+
+    Args:
+        off: the adapters that were active before all were switched off.
+        everywhere: whether adapters count as active that are on other layers alone.
+    """
+    parameters = {n: list(inner.parameters()) for n, inner in held.items()}
+    mix, backend = record.mix, backend_of(module) if everywhere else None
+    active = mix.choice.single(record.index).active if off is None else off
     # a module that is trained whole is not merged before the others are for good
     merged = record.fused | record.copies.keys()
     return TunerLayerStatus(
         name=name,
-        module_type=type(module).__name__,
-        enabled=off is None,
-        active_adapters=[n for n in (mix.choice.order if off is None else off) if n in parameters],
-        merged_adapters=[n for n in mix.fused if n in merged],
+        module_type=kind,
+        enabled=off is None and mix.standing().single(record.index).enabled,
+        active_adapters=[n for n in active if everywhere or n in parameters],
+        merged_adapters=[n for n in mix.fused if n in merged and n in parameters],
         requires_grad={n: _common(p.requires_grad for p in of_adapter) for n, of_adapter in parameters.items()},
         available_adapters=sorted(parameters),
         devices={n: _devices(of_adapter) for n, of_adapter in parameters.items()},
@@ -137,20 +194,21 @@ def _common(values: Iterable[Value]) -> Any:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The state of all adapted layers of a model together. Raises ConfigError if there is none."""
+    """The state of all adapted layers of a model together. Raises what `get_layer_status` raises."""
+    _refuse_prompts(model, "get_model_status")
     layers = get_layer_status(model)
     base, configs = (model.get_base_model(), model.peft_config) if isinstance(model, Counted) else (model, {})
     trainable, total = counts(model)
     names = sorted({n for status in layers for n in status.available_adapters})
     return TunerModelStatus(
-        base_model_type=type(base).__name__,
+        base_model_type=_name_of(model, base),
         adapter_model_type=_tuner_name(configs),
         peft_types={name: str(getattr(c.peft_type, "value", c.peft_type)) for name, c in configs.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_common(s.enabled for s in layers),
-        active_adapters=_active(layers, names),
+        active_adapters=_active(layers),
         merged_adapters=_merged(layers),
         requires_grad={n: _common(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},
         available_adapters=names,
@@ -159,11 +217,11 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-def _active(layers: Iterable[TunerLayerStatus], names: Sequence[str]) -> list[str] | str:
-    """The active adapters, as layers that have all `names` agree on them; else what all layers have in common."""
-    layers = list(layers)
-    active = {tuple(n for n in names if n in s.active_adapters) for s in layers if s.available_adapters == names}
-    return list(active.pop()) if len(active) == 1 else _common(s.active_adapters for s in layers)
+def _active(layers: Sequence[TunerLayerStatus]) -> list[str] | str:
+    """The active adapters, of which a copy, or rows, has those that it is of; or `irregular`."""
+    active = max((s.active_adapters for s in layers), key=len)
+    alike = all(s.active_adapters in (active, [n for n in active if n in s.available_adapters]) for s in layers)
+    return active if alike else IRREGULAR
 
 
 def _merged(layers: Sequence[TunerLayerStatus]) -> list[str] | str:
@@ -171,6 +229,12 @@ def _merged(layers: Sequence[TunerLayerStatus]) -> list[str] | str:
     merged = {name for status in layers for name in status.merged_adapters}
     partly = any(({*s.available_adapters} - {*s.merged_adapters}) & merged for s in layers)
     return IRREGULAR if partly else sorted(merged)
+
+
+def _name_of(model: nn.Module, base: nn.Module) -> str:
+    """The class of the user's model; `other` for one that is neither wrapped nor of transformers, as in PEFT."""
+    known = isinstance(model, Counted) or any(c.__name__ == "PreTrainedModel" for c in type(base).__mro__)
+    return type(base).__name__ if known else "other"
 
 
 def _tuner_name(configs: Mapping[str, object]) -> str:

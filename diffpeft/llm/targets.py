@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from torch import nn
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, NoMatchingPeftModuleError, listed, near, shown
-from diffpeft.llm import renames
+from diffpeft.errors import ConfigError, NoMatchingPeftModuleError, WrongKindError, listed, near, shown
+from diffpeft.llm import custom, renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
-from diffpeft.model.target import check_target, kind_of, modules_of
+from diffpeft.model.target import check_target, kind_of, modules_of, with_inner
+from diffpeft.model.ties import tied_to_embedding
 
 ALL_LINEAR = "all-linear"
+NOTHING = (
+    "No `target_modules` passed but also no `target_parameters` found. Please check the values for these arguments."
+)
+MANY = 20  # so many names are written as the shortest that mean the same
 HEADS = ("score", "classifier")  # what transformers calls the heads of classifiers
 _LINEAR = ("Linear", "Conv1D")
 
@@ -91,29 +96,46 @@ _TARGETS: Mapping[str, dict[str, list[str] | str]] = {
 
 
 def resolved(model: nn.Module, config: Config) -> Config:
-    """A copy of a config in which defaults and `all-linear` have become names."""
+    """A copy of a config in which defaults and `all-linear` have become names, and many names few, as in PEFT."""
     config = copy.deepcopy(config)
     linear = _linear(model, config) if _is_all_linear(config) else []
     renames.stacked(model, config, linear, lambda name: matches(config, name) and not excludes(config, name))
     if _is_all_linear(config):
-        config.target_modules = linear
+        config.target_modules = set(linear)
     elif config.target_modules is None and not config.target_parameters:
         _set_default(model, config)
+    if isinstance(config, IA3Config) and config.feedforward_modules is None:
+        config.feedforward_modules = set(IA3_FEEDFORWARD.get(_kind(model), ()))
+    _condense(model, config)
     return config
+
+
+def _condense(model: nn.Module, config: PeftConfig) -> None:
+    """Say what many names mean by few. Not of (IA)^3, whose `feedforward_modules` are among them."""
+    targets = config.target_modules
+    if not targets or isinstance(targets, str) or len(targets) < MANY or config.peft_type == PeftType.IA3:
+        return
+    ends = tuple(f".{target}" for target in targets)
+    few = shortest(targets, (name for name in _modules(model) if name not in targets and not name.endswith(ends)))
+    if len(few) < len(targets):
+        config.target_modules = set(few)
 
 
 def _set_default(model: nn.Module, config: PeftConfig) -> None:
     """Set the target modules to PEFT's default for the type of model. Raises ConfigError where there is none."""
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    kind = _kind(model)
     targets = _TARGETS.get(str(config.peft_type), LORA_TARGETS).get(kind)
     if targets is None:
         raise ConfigError(
             "Please specify `target_modules` or `target_parameters` in `peft_config`",
             remedy=f'There is no default for {shown(kind)}. For example target_modules="all-linear".',
         )
-    config.target_modules = copy.copy(targets)
-    if isinstance(config, IA3Config) and config.feedforward_modules is None:
-        config.feedforward_modules = list(IA3_FEEDFORWARD[kind])
+    config.target_modules = targets if isinstance(targets, str) else set(targets)
+
+
+def _kind(model: nn.Module) -> str:
+    """The type of a model of transformers, `None` of others."""
+    return str(getattr(getattr(model, "config", None), "model_type", None))
 
 
 def _is_all_linear(config: PeftConfig) -> bool:
@@ -127,16 +149,17 @@ def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     """
     _check_patterns(config)
     modules = _modules(model)
-    targeted = [name for name in modules if matches(config, name)]
-    excluded = {name: None for name in targeted if excludes(config, name)}
-    fitting = {name: modules[name] for name in targeted if name not in excluded}
-    if not fitting:
-        _raise_none(config, list(modules), list(excluded))
+    excluded = dict.fromkeys(name for name in modules if excludes(config, name))
+    fitting = {name: place for name, place in modules.items() if name not in excluded and matches(config, name)}
+    if not fitting and not config.target_parameters:
+        raise_none(config, list(modules), list(excluded))
     _warn_unmatched(config, list(modules), list(excluded))
-    _warn_tied({name: module for name, (module, _) in modules.items()}, fitting)
+    _warn_tied(model, {name: module for name, (module, _) in modules.items()}, fitting)
+    unknown = custom.settle(config, {name: module for name, (module, _) in fitting.items()})
     for name, (module, parent) in fitting.items():
-        check_target(module, parent, name)
-    return {name: module for name, (module, _) in fitting.items()}
+        check_target(model, module, parent, name)
+    custom.warn(unknown)
+    return with_inner({name: module for name, (module, _) in fitting.items()})
 
 
 def _check_patterns(config: PeftConfig) -> None:
@@ -170,6 +193,26 @@ def excludes(config: PeftConfig, name: str) -> bool:
     return any(patterns.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
 
 
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+def ending(model: nn.Module, names: Iterable[str], field: str) -> dict[str, nn.Module]:
+    """{name: module} of those whose names end as one of `names`, as PEFT finds what is trained beside layers: in the middle of a word too.
+
+    Raises WrongKindError for a container, which has no forward. `field` is what the names are of.
+    """
+    ends = tuple(names)
+    modules = {n: m for n, (m, _) in modules_of(model, lambda m: m is not model).items() if n.endswith(ends)}
+    for where, module in modules.items():
+        if isinstance(module, _CONTAINERS):
+            raise WrongKindError(
+                f"{field} cannot be applied to modules of type {kind_of(module)}",
+                where=where,
+                remedy="Name what is inside.",
+            )
+    return modules
+
+
 def _in_layers(config: PeftConfig, name: str) -> bool:
     """Whether the first number in a name is among `layers_to_transform`. A name before the list of blocks is needed."""
     wanted = config.layers_to_transform
@@ -188,15 +231,14 @@ def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
 
 
 def _linear(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Every linear layer but the head, as the shortest names that mean these and no others."""
+    """The names of every linear layer but the head."""
     head = _head(model, config)
     inside = {id(m) for m in head.modules()} if head is not None else set()
-    linear: list[str] = []
-    others: list[str] = []
-    for name, (module, _) in _modules(model).items():
-        kinds = {c.__name__ for c in kind_of(module).__mro__}
-        (linear if kinds & {*_LINEAR} and id(module) not in inside else others).append(name)
-    return shortest(linear, others)
+    return [
+        name
+        for name, (module, _) in _modules(model).items()
+        if {*_LINEAR} & {c.__name__ for c in kind_of(module).__mro__} and id(module) not in inside
+    ]
 
 
 def _head(model: Any, config: PeftConfig) -> nn.Module | None:
@@ -219,26 +261,36 @@ def shortest(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
     return sorted(shorter)
 
 
-def _raise_none(config: PeftConfig, names: list[str], excluded: list[str]) -> None:
+def raise_none(config: PeftConfig, names: Sequence[str], excluded: Sequence[str] = ()) -> NoReturn:
     """Raise for targets that choose nothing: because all are excluded, because of the numbers of layers, or because no module is called so."""
     if excluded:
+        targeted = [name for name in excluded if matches(config, name)]
         raise NoMatchingPeftModuleError(
-            "All modules were excluded: none of the targets is left",
-            where=listed(excluded[:5]),
+            "All modules were excluded"
+            if len(excluded) == len(names)
+            else "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules and "
+            f"excluded modules: {_said(config)} means nothing that is left",
+            where=f"excluded are {listed(targeted[:5])}" if targeted else "",
             remedy="Loosen exclude_modules or modules_to_save.",
         )
     targets = config.target_modules
-    entries = [targets] if isinstance(targets, str) else sorted(targets or ())
-    if not entries:
-        return
+    if not targets:
+        raise NoMatchingPeftModuleError(NOTHING)
     _raise_left_out(config, names)
     raise NoMatchingPeftModuleError(
-        f"Target modules {shown(targets if isinstance(targets, str) else set(entries))} not found in the base model",
-        remedy=near(entries[0], _ends(names)) or "Check target_modules, layers_to_transform and the model.",
+        f"Target modules {_said(config)} not found in the base model.",
+        remedy=near(targets if isinstance(targets, str) else min(targets), _ends(names))
+        or "Check target_modules, layers_to_transform and the model.",
     )
 
 
-def _raise_left_out(config: PeftConfig, names: list[str]) -> None:
+def _said(config: PeftConfig) -> str:
+    """The targets as PEFT writes them in messages."""
+    targets = config.target_modules
+    return shown(targets)[1:-1] if isinstance(targets, str) else f"{{{listed(sorted(targets or ()))}}}"
+
+
+def _raise_left_out(config: PeftConfig, names: Iterable[str]) -> None:
     """Raise if it is `layers_to_transform` that leaves out all that the names mean."""
     layers, pattern = config.layers_to_transform, config.layers_pattern
     anywhere = copy.copy(config)
@@ -248,7 +300,7 @@ def _raise_left_out(config: PeftConfig, names: list[str]) -> None:
         return
     block = "" if pattern else _list_in(left_out)
     raise NoMatchingPeftModuleError(
-        f"Target modules {shown(set(config.target_modules or ()))} not found in the base model: "
+        f"Target modules {_said(config)} not found in the base model: "
         f"layers_to_transform={layers!r} leaves out {listed(left_out[:3])}",
         where=f"layers_pattern={pattern!r}"
         if pattern
@@ -269,7 +321,9 @@ def _list_in(names: Iterable[str]) -> str:
 def _warn_unmatched(config: PeftConfig, names: list[str], excluded: list[str]) -> None:
     """Say which entries of a list chose nothing."""
     if config.exclude_modules and not excluded:
-        warnings.warn(f"exclude_modules {shown(config.exclude_modules)} excludes nothing", stacklevel=4)
+        warnings.warn(
+            f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded.", stacklevel=4
+        )
     if isinstance(config.target_modules, str):
         return
     unmatched = [t for t in config.target_modules or () if not any(n == t or n.endswith(f".{t}") for n in names)]
@@ -278,16 +332,18 @@ def _warn_unmatched(config: PeftConfig, names: list[str], excluded: list[str]) -
         warnings.warn(f"target_modules has {shown(target)}, which no module is called. {hint}".strip(), stacklevel=4)
 
 
-def _warn_tied(modules: Mapping[str, nn.Module], fitting: Collection[str]) -> None:
-    """Say which chosen layers share their weight with another module."""
+def _warn_tied(model: nn.Module, modules: Mapping[str, nn.Module], fitting: Collection[str]) -> None:
+    """Say which chosen layers share their weight with another module, apart from ties to the embeddings, of which `check_tying` tells."""
+    ties = tied_to_embedding(model)
     holders: dict[int, list[str]] = {}
     for name, module in modules.items():
         if module._parameters.get("weight") is not None:
             holders.setdefault(id(module._parameters["weight"]), []).append(name)
-    tied = [n for names in holders.values() if len(names) > 1 for n in names if n in fitting]
+    embeddings = {*ties, *ties.values()}
+    tied = [n for names in holders.values() if len(names) > 1 for n in names if n in fitting and n not in embeddings]
     if tied:
         warnings.warn(
-            f"{listed(tied)} share their weight with another module. The adapter acts on the ones named alone, and cannot be merged.",
+            f"{listed(tied)} share their weight with another module. The adapter acts on the ones named alone, and merging unties them.",
             stacklevel=4,
         )
 

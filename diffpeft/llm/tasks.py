@@ -8,16 +8,18 @@ from diffpeft.methods.peft_config import TaskType
 
 
 class Task(NamedTuple):
-    """`does`: what a model with it does. `auto`: the Auto class of transformers. `heads`: what its last layer may be called, where it is trained whole."""
+    """`does`: what a model with it does. `auto`: the Auto class of transformers. `heads`: what its last layer may be called, where it is trained whole.
+    `pipeline`: the Hub's name for it, where that is certain."""
 
     does: str
     auto: str
     heads: tuple[str, ...] = ()
+    pipeline: str | None = None
 
 
 _CLASSIFIERS = ("classifier", "score")
 TASKS = {
-    TaskType.CAUSAL_LM: Task("continues text", "AutoModelForCausalLM"),
+    TaskType.CAUSAL_LM: Task("continues text", "AutoModelForCausalLM", pipeline="text-generation"),
     TaskType.SEQ_2_SEQ_LM: Task("turns a text into another", "AutoModelForSeq2SeqLM"),
     TaskType.SEQ_CLS: Task("classifies texts", "AutoModelForSequenceClassification", _CLASSIFIERS),
     TaskType.TOKEN_CLS: Task("classifies tokens", "AutoModelForTokenClassification", _CLASSIFIERS),

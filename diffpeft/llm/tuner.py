@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,11 +14,24 @@ from torch import Tensor, nn
 from converters.formats.peft import CONFIG, PREFIX
 from converters.opening import Opened
 from diffpeft import patterns
-from diffpeft.errors import AdapterStateError, CheckpointError, ConfigError, UnknownNameError, inside, shown
+from diffpeft.errors import (
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    UnknownNameError,
+    WrongKindError,
+    inside,
+    near,
+)
+from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot
-from diffpeft.llm import adalora
+from diffpeft.llm import adalora, attentions, discrepancies
+from diffpeft.llm.conversion import unconvertible
+from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
+from diffpeft.llm.mismatched import fitting
 from diffpeft.llm.patches import patches_of
+from diffpeft.llm.prompts import Arguments, Prepare
 from diffpeft.llm.renames import mapped
 from diffpeft.llm.state import (
     Incompatible,
@@ -26,18 +40,18 @@ from diffpeft.llm.state import (
     plan_read,
     read,
     spelt,
-    targeting,
     tensors_in,
     wholes_of,
 )
 from diffpeft.llm.targets import chosen, resolved
 from diffpeft.llm.tying import check_tying, ties_of, twinned
 from diffpeft.llm.weighted import SumOptions, plan_weighted
+from diffpeft.methods import LoKrConfig, LoraConfig
 from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing
-from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_removed
-from diffpeft.model.fuse import fuse, plan_fused, unfuse
+from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
+from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_listed, plan_removed
+from diffpeft.model.fuse import plan_fused, unfuse
 from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import Choice, Strength, check_name, claim, forced
 from diffpeft.model.plan import Plan, planned
@@ -45,32 +59,41 @@ from diffpeft.model.precision import AUTOCAST, PLAIN, Precision
 from diffpeft.model.replication import plan_replicated, same_spans
 from diffpeft.model.resize import Place, head_of, plan_resized, refuse_replaced
 from diffpeft.model.state import slots_in
+from diffpeft.model.target import adapted, kind_of
 from diffpeft.model.ties import loosen, twins_of
 from diffpeft.pipeline.adapters import adapters, plan_mix
 
 BASE = "__base__"  # in a mixed batch: no adapter
-OFF = Choice()  # the mix of a `disable_adapter` block, where batches are of the base too
+WENT = "Adapter {} was active which is now deleted. Setting active adapter to {}."
+OFF = Choice(enabled=False)  # the mix of a `disable_adapter` block, where batches are of the base too
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, and with its keys renamed."""
+    """How the adapter in a folder is loaded: to be trained or not, active or not, in which dtype, with its keys renamed, whatever their sizes."""
 
     trainable: bool
     active: bool
     precision: Precision = AUTOCAST
     key_mapping: Mapping[str, str] | None = None
+    ignore_mismatched: bool = False
 
 
-def inject(
-    model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
-) -> PeftConfig:
-    """Add a fresh adapter to a model; the resolved config. The base is frozen.
+def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
+    """Add a fresh adapter to a bare model as the active one; the resolved config. The first freezes the base, and none changes what else is trained.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
-    with planned({"": model}) as plan:
-        return plan_injected(plan, model, config, name, active=active, precision=precision)
+    parts = {"": model}
+    with planned(parts) as plan:
+        merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
+        plan_mix(
+            plan, model, parts, merged
+        )  # what is in the weights stays in them, and nothing clashes with the others
+        config = plan_injected(plan, model, config, name, active=True, precision=precision)
+        plan_mix(plan, model, parts, {**merged, name: 1.0})
+        plan_listed(plan, model, name, config)
+    return config
 
 
 def plan_injected(
@@ -93,12 +116,14 @@ def _plan_fresh(
     plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision
 ) -> None:
     layers, ties = twinned(chosen(model, config), model, config)
+    attentions.refuse_dora(layers, config)
     wholes, patches = wholes_of(model, config), patches_of(model, config, layers)
-    check_tying(model, config, (*wholes, *layers))
+    check_tying(model, config, wholes, layers)
+    discrepancies.warn(model, config, layers, patches)
     precision.settle_patches(patches)
 
     def finish(modules: Mapping[str, nn.Module], slots: dict[str, Slot]) -> dict[str, Slot]:
-        precision.settle(modules, slots)
+        precision.settle(modules, attentions.doubled(slots))
         return slots | twins_of(modules, ties, slots)
 
     addition = Addition(
@@ -111,8 +136,10 @@ def _plan_fresh(
         wholes=wholes,
         ties=ties_of(model, config, wholes),
         patches=patches,
+        options={"scaled": True} if isinstance(config, LoKrConfig) else {},
         finish=finish,
         metadata={CONFIG: config.to_json()},
+        as_in_peft=True,
     )
     plan_attached(plan, {"": model}, {"": layers}, addition)
 
@@ -157,11 +184,12 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Strength] | None = None  # the mix that disable_adapter_layers has put aside
+        self._resting: list[nn.Parameter] = []  # what was trained then
         self._head: Place | None = None  # where the model's head is, if adapters are on it
         configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
         with planned(self._parts) as plan:
             for name, config in configs.items():
-                config = config if state_dict is None else targeting(config, state_dict)
+                config = config if state_dict is None else targeting(model, config, state_dict)
                 self.plan_injected(plan, name, config, active=True, precision=Precision(False, low_cpu_mem_usage))
 
     @property
@@ -205,8 +233,26 @@ class Tuner(nn.Module):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """The layers that carry adapters."""
-        return list(dict.fromkeys(layer for name in self.peft_config for layer in slots_in(self.model, name)))
+        """The layers that carry adapters, in the order in which they came."""
+        slots = [(layer, slot) for name in self.peft_config for layer, slot in slots_in(self.model, name).items()]
+        return list(dict.fromkeys(layer for layer, slot in slots if slot.parts))  # others have a bias that is trained
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The parameters that carry adapters themselves (`target_parameters`)."""
+        carried = [(where, p) for where, _, record in adapted(self.model) for p in record.patches.values()]
+        patches = [(where, patch) for where, patch in carried if isinstance(patch, ParameterFactors)]
+        return list(dict.fromkeys(f"{where}.{name}" for where, patch in patches for name in patch.names))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether active adapters act: neither switched off nor, in this thread, inside a block that does without."""
+        return self._off is None and not any(mix.standing() is OFF for mix in mixes_of(self._parts).values())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes an adapter: one that adds to linear layers."""
+        name = adapter_name if adapter_name in self.peft_config else next(iter(self.active_adapters), adapter_name)
+        return not unconvertible(self.model, name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active, in this order; they are trained (unless `inference_mode`), the others are not."""
@@ -221,7 +267,7 @@ class Tuner(nn.Module):
     ) -> None:
         """Plan to make adapters the active ones of all of these, and those that are trained."""
         plan_mix(plan, self.model, self._parts, dict.fromkeys(names, 1.0))
-        plan.set(self, _off=None)
+        plan.set(self, _off=None, _resting=[])
         plan_trained(plan, self.model, {name: name in names and not inference_mode for name in configs})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -236,25 +282,23 @@ class Tuner(nn.Module):
         with planned(self._parts) as plan:
             self.plan_injected(plan, adapter_name, self.peft_config[adapter_name], active=False)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was active, the first that is left becomes so, with a warning."""
-        known([adapter_name], self.peft_config)
-        if adapter_name in fused_of(self.model):
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several. If none is active then, the first that is left becomes so, with a warning."""
+        names = named(adapter_name)
+        known(names, self.peft_config, "does not exist")
+        if merged := [name for name in names if name in fused_of(self.model)]:
             raise AdapterStateError(
-                f"Cannot delete adapter(s) {shown(adapter_name)} while they are merged",
-                remedy="Call unmerge_adapter first.",
+                f"Cannot delete adapter(s) {sorted(merged)} while they are merged", remedy="Please unmerge them first."
             )
         active = self.active_adapters
-        remaining = [name for name in self.peft_config if name != adapter_name]
+        remaining = [name for name in self.peft_config if name not in names]
         with planned(self._parts) as plan:
-            plan_removed(plan, self._parts, {adapter_name})
-            plan.entry(self.peft_config, adapter_name)
+            plan_removed(plan, self._parts, {*names})
+            for name in names:
+                plan.entry(self.peft_config, name)
             plan.set(self, _head=head_of(self.model, plan))
-            if active == [adapter_name] and remaining:
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {remaining[0]}.",
-                    stacklevel=3,
-                )
+            if active and {*active} <= {*names} and remaining:
+                warnings.warn(WENT.format(", ".join(active), remaining[0]), stacklevel=3)
                 self._plan_active(plan, remaining[:1], remaining)
 
     def add_weighted_adapter(
@@ -302,10 +346,11 @@ class Tuner(nn.Module):
         known(names, self.peft_config)
         merged = fused_of(self.model)
         todo = [name for name in names if name not in merged]
-        if len(todo) < len(names):
+        if merged:
             warnings.warn(
-                f"Already following adapters were merged {','.join(n for n in names if n in merged)}. "
-                f"You are now additionally merging {','.join(todo) or 'none'}.",
+                f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(todo)}."
+                if todo
+                else "All adapters are already merged, nothing to do.",
                 stacklevel=2,
             )
         if todo:
@@ -315,7 +360,7 @@ class Tuner(nn.Module):
                 if inactive:
                     refuse_clashing(self.model, [*active, *inactive])
                     plan_mix(plan, self.model, self._parts, dict.fromkeys([*active, *inactive], 1.0))
-                plan_fused(plan, self._parts, todo)
+                plan_fused(plan, self._parts, todo, untie=True)
 
     def unmerge_adapter(self) -> None:
         """Take the adapters out of the weights again, to the last bit."""
@@ -338,7 +383,7 @@ class Tuner(nn.Module):
         known(names or (), self.peft_config)
         refuse_clashing(self.model, names or ())
         with planned(self._parts) as plan:
-            report = plan_merged(plan, self._parts, names, dequantize=dequantize)
+            report = plan_merged(plan, self._parts, names, dequantize=dequantize, untie=True)
             loosen(plan, self.model)
             plan.set(self, peft_config={}, _head=None, last_merge_report=report)
             if dequantize:
@@ -355,19 +400,25 @@ class Tuner(nn.Module):
         return self.model
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
+        """Switch all adapters off until `enable_adapter_layers`, and train nothing of them."""
         if self._off is None:
             with planned(self._parts) as plan:
-                mixes = mixes_of(self._parts).values()
-                plan.set(self, _off={name: strength for mix in mixes for name, strength in mix.choice.given.items()})
+                mixes = list(mixes_of(self._parts).values())
+                off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
+                trained = trained_of(self.model)
+                plan.set(self, _off=off, _resting=trained)
                 plan_mix(plan, self.model, self._parts, {})
+                for mix in mixes:
+                    plan.set(mix, choice=OFF)
+                plan.require_grad(trained, False)
 
     def enable_adapter_layers(self) -> None:
-        """Switch on what was active before `disable_adapter_layers`."""
+        """Switch on what was active before `disable_adapter_layers`, and train what was trained."""
         if self._off is not None:
             with planned(self._parts) as plan:
                 plan_mix(plan, self.model, self._parts, self._off)
-                plan.set(self, _off=None)
+                plan.require_grad(self._resting, True)
+                plan.set(self, _off=None, _resting=[])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -388,24 +439,41 @@ class Tuner(nn.Module):
         if not todo:
             return
         try:
-            fuse(self.model, todo)
+            with planned(self._parts) as plan:
+                plan_fused(plan, self._parts, todo, untie=True)
         except BaseException:
             self._put_back(merged)
             raise
 
-    def rows(self, adapter_names: Sequence[str], copies: int = 1) -> AbstractContextManager[None]:
-        """A mixed batch: row i has the adapter `adapter_names[i // copies]`, or none where that is `__base__`."""
+    def rows(
+        self, adapter_names: Sequence[str], copies: int = 1, batch: int | None = None
+    ) -> AbstractContextManager[None]:
+        """A mixed batch: row i has the adapter `adapter_names[i // copies]`, or none where that is `__base__`. `batch`: how many rows there are.
+
+        Raises, in PEFT's order: AdapterStateError in training, WrongKindError or UnknownNameError for the names, ConfigError for a batch of another size,
+        AdapterStateError for merged adapters.
+        """
         if self.model.training:
             raise AdapterStateError(
                 "Cannot pass `adapter_names` when the model is in training mode.", remedy="Call model.eval() first."
             )
+        if isinstance(adapter_names, str):
+            raise WrongKindError("Got adapter names of type <class 'str'>, expected a list of str.")
+        if unknown := sorted({*adapter_names} - {BASE, *self.peft_config}):
+            raise UnknownNameError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}",
+                remedy=near(unknown[0], self.peft_config) or f"There are {', '.join(self.peft_config)}.",
+            )
+        if batch not in (None, len(adapter_names)):
+            raise ConfigError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(adapter_names)} and {batch} respectively.",
+                remedy="Give one name a row.",
+            )
         if fused_of(self.model):
             raise AdapterStateError(
-                "Cannot pass `adapter_names` when there are merged adapters", remedy="Call `unmerge_adapter` first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        unknown = sorted(set(adapter_names) - {BASE, *self.peft_config})
-        if unknown:
-            raise UnknownNameError.of("adapter", unknown[0], self.peft_config)
         if self._off is not None or any(mix.standing() is OFF for mix in mixes_of({"": self.model}).values()):
             return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
@@ -429,6 +497,11 @@ class Tuner(nn.Module):
         """The model's output."""
         return self(*args, **kwargs)
 
+    def prepared(self, prepare: Prepare, args: Sequence[object], kwargs: Arguments) -> Arguments:
+        """The arguments of a step of generation that a model prepares. `task_ids` are for prompts."""
+        kwargs.pop("task_ids", None)
+        return prepare(*args, **kwargs)
+
     def generated(self, args: Any, kwargs: dict[str, object]) -> Any:
         """What the model generates."""
         refuse_replaced(self._head)
@@ -437,6 +510,15 @@ class Tuner(nn.Module):
     def tensors(self, name: str, gathered: Mapping[str, Tensor] | None, embeddings: bool | str) -> dict[str, Tensor]:
         """{PEFT's key: tensor} of one adapter's file."""
         return spelt(self.model, name, self.peft_config[name], prefix=PREFIX, gathered=gathered, embeddings=embeddings)
+
+    def with_ranks(self, name: str, config: PeftConfig) -> PeftConfig:
+        """A config with the ranks that the adapter's tensors have, where it was told those that there is room for."""
+        if all(slot.stored_rank is None for slot in slots_in(self.model, name).values()):
+            return config
+        config, made = copy.copy(config), config_of(self.model, name)
+        assert isinstance(config, LoraConfig) and isinstance(made, LoraConfig)
+        config.r, config.rank_pattern = made.r, made.rank_pattern
+        return config
 
     def plan_overwritten(self, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> Incompatible:
         """Plan to put a file's tensors into an adapter that is there."""
@@ -447,9 +529,13 @@ class Tuner(nn.Module):
         self, plan: Plan, name: str, config: PeftConfig, *, active: bool, precision: Precision = AUTOCAST
     ) -> None:
         """Plan to add a fresh adapter."""
-        adalora.trained({**self.peft_config, name: config})
+        self._check_beside({**self.peft_config, name: config})
         config = plan_injected(plan, self.model, config, name, active=active, precision=precision)
         self._plan_known(plan, name, config)
+
+    def _check_beside(self, configs: Mapping[str, PeftConfig]) -> None:
+        """Raise ConfigError for adapters that cannot be on one model."""
+        adalora.trained(configs)
 
     def _plan_known(self, plan: Plan, name: str, config: PeftConfig) -> None:
         """Plan what this remembers of an adapter that has been planned."""
@@ -461,16 +547,29 @@ class Tuner(nn.Module):
         where = folder.where
         with patterns.limited(CheckpointError, where), inside(where, config=True):
             source = mapped(tensors_in(folder), how.key_mapping) if how.key_mapping else folder
+            if how.ignore_mismatched:
+                tensors = tensors_in(source) if isinstance(source, Opened) else source
+                source, _ = fitting(tensors, self._fresh(name, config), kind_of(self.model).__name__)
             return self._plan_loaded(plan, name, config, source, how)
+
+    def _fresh(self, name: str, config: PeftConfig) -> dict[str, Tensor]:
+        """{PEFT's key: tensor} of a fresh adapter, and of the model's embeddings. The model stays as it is."""
+        trial = Plan()
+        config = plan_injected(trial, self.model, copy.deepcopy(config), name, active=False)
+        with trial.tentative():
+            return spelt(self.model, name, config, prefix=PREFIX, embeddings=True)
 
     def _plan_loaded(
         self, plan: Plan, name: str, config: PeftConfig, source: Opened | dict[str, Tensor], how: LoadOptions
     ) -> list[str]:
+        adalora.trained({**self.peft_config, name: config})
         config = resolved(self.model, config)
         config.validate()
         with _replicated(plan, self.model, config, lambda: self.peft_config):
-            file = read(self.model, source, config, trainable=how.trainable, chosen=chosen(self.model, config))
-            check_tying(self.model, config, (*file.wholes, *file.slots))
+            layers = chosen(self.model, config)
+            file = read(self.model, source, config, trainable=how.trainable, chosen=layers)
+            check_tying(self.model, config, file.wholes, file.slots)
+            discrepancies.warn(self.model, config, layers, file.patches)
             if file.missing:
                 warnings.warn(
                     f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.", stacklevel=5
@@ -496,13 +595,11 @@ def named(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def known(names: Iterable[str], configs: Mapping[str, PeftConfig]) -> None:
-    """Raise UnknownNameError for a name that no adapter has."""
+def known(names: Iterable[str], configs: Mapping[str, PeftConfig], told: str = "not found") -> None:
+    """Raise UnknownNameError for a name that no adapter has; PEFT's words, which differ by what is done."""
     for name in names:
         if name not in configs:
-            raise UnknownNameError(
-                f"Adapter {name} not found: it does not exist", remedy=f"There are {', '.join(configs) or 'none'}."
-            )
+            raise UnknownNameError(f"Adapter {name} {told}", remedy=f"There are {', '.join(configs) or 'none'}.")
 
 
 def found_configs(model: nn.Module) -> dict[str, PeftConfig]:

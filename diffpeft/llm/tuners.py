@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from diffpeft.llm.tuner import Tuner
-from diffpeft.methods.peft_config import PeftType
+from diffpeft.methods.peft_config import PeftConfig, PeftType
+from diffpeft.model.resize import refuse_replaced
 
 
 class LoraModel(Tuner):
@@ -56,6 +59,17 @@ class VeraModel(Tuner):
     """A model with VeRAs on it."""
 
     prefix = "vera_lambda_"
+
+
+class MixedModel(Tuner):
+    """A model with adapters of several methods; several AdaLoRAs may be trained, for their ranks stay as they are."""
+
+    def _check_beside(self, configs: Mapping[str, PeftConfig]) -> None: ...
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The model's."""
+        refuse_replaced(self._head)
+        return self.model(*args, **kwargs)
 
 
 TUNERS: dict[str, type[Tuner]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpeft.errors import CheckpointError, ConfigError, shown
+from diffpeft.errors import CheckpointError, ConfigError, listed, shown
 from diffpeft.methods.peft_config import PeftType
 from diffpeft.model.ties import FIELD, tied_to_embedding
 
@@ -24,26 +24,37 @@ def ties_of(model: nn.Module, config: object, names: Iterable[str]) -> dict[str,
     return ties if {*names} & ({*ties} | {*ties.values()}) else {}
 
 
-def check_tying(model: nn.Module, config: object, names: Iterable[str]) -> None:
-    """Warn, as PEFT does, where `ensure_weight_tying` has nothing to do, or is not set where it might be. `names` are trained whole or adapted."""
+def check_tying(model: nn.Module, config: object, wholes: Iterable[str], layers: Iterable[str]) -> None:
+    """Warn, as PEFT does, where `ensure_weight_tying` has nothing to do, or is not set where it might be. `wholes` are trained in copies, `layers` adapted."""
     ties = tied_to_embedding(model)
-    tied = bool({*names} & ({*ties} | {*ties.values()}))
+    tied = {*ties, *ties.values()}
     if not getattr(config, "ensure_weight_tying", False):
-        if tied and getattr(config, "modules_to_save", None):
-            warnings.warn(
-                f"Model has `{FIELD}=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True: "
-                "its copy is trained apart, and merging unties it.",
-                stacklevel=5,
-            )
+        for names, what in ((wholes, "their copies are"), (layers, "what adapts them is")):
+            if loose := [name for name in names if name in tied]:
+                warnings.warn(
+                    f"Model has `{FIELD}=True` and a tied layer is part of the adapter, but {_why_loose(config)}: {listed(loose)} share "
+                    f"their weight with another module, {what} trained apart, and merging unties them.",
+                    stacklevel=5,
+                )
     elif not ties:
+        rows = ": ensure_weight_tying=True but the model does not have tied weights"
         warnings.warn(
-            "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=5
+            "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
+            + (rows if getattr(config, "trainable_token_indices", None) else ""),
+            stacklevel=5,
         )
-    elif not tied and not getattr(config, "trainable_token_indices", None):
+    elif tied.isdisjoint({*wholes, *layers}) and not getattr(config, "trainable_token_indices", None):
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or `target_modules`",
             stacklevel=5,
         )
+
+
+def _why_loose(config: object) -> str:
+    """Why what an adapter has on tied modules is not tied, in PEFT's words."""
+    if "ensure_weight_tying" in getattr(config, "__dataclass_fields__", ()):
+        return "`ensure_weight_tying` is not set to True"
+    return "no implementation exists to tie the adapters"
 
 
 def twinned(

@@ -19,18 +19,21 @@ from torch import nn
 
 from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.llm import attentions
 from diffpeft.llm.state import saved
 from diffpeft.llm.targets import excludes, matches
 from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.config import check_choice, check_rank
+from diffpeft.methods.lora import is_across
 from diffpeft.methods.merging import HOW
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import clashes
-from diffpeft.model.attach import Addition, install, method_of, mixes_of, plan_attached
+from diffpeft.model.attach import Addition, install, method_of, mixes_of, plan_attached, put_patches
 from diffpeft.model.combine import combined, exact_sum
 from diffpeft.model.mix import Adapter, check_name
+from diffpeft.model.patches import Patched, rows_of
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import modules_of, with_inner
 from diffpeft.model.weighted import (
     Recipe,
     Values,
@@ -42,7 +45,9 @@ from diffpeft.model.weighted import (
     merged_loras,
     plan_summed_copies,
     same_sides,
+    slots_on,
     summed_factors,
+    summed_rows,
     with_biases,
 )
 
@@ -138,12 +143,11 @@ def _checked(
             raise UnknownNameError(
                 f"Adapter {adapter} does not exist", remedy=near(adapter, configs) or f"There are {', '.join(configs)}."
             )
-        for field in ("trainable_token_indices", "target_parameters"):
-            if value := getattr(configs[adapter], field, None):
-                raise ConfigError(
-                    f"add_weighted_adapter does not support {field}, and adapter {shown(adapter)} has {shown(value)}",
-                    remedy="Merge the adapters one after the other.",
-                )
+        if configs[adapter].target_parameters:
+            raise ConfigError(
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter {adapter!r})",
+                remedy="Merge the adapters one after the other.",
+            )
     if not adapters:
         raise ConfigError(f"Found no adapter matching the names in {list(adapters)}", remedy="Name one at least.")
     if len(weights) != len(adapters):
@@ -151,7 +155,7 @@ def _checked(
     numbers = [float(w) for w in weights]
     if not all(map(math.isfinite, numbers)):
         raise ConfigError(f"weights is {shown(numbers)}", remedy="A weight is a finite number.")
-    shared = [*dict.fromkeys(where for where, _, _ in clashes(model, adapters))]
+    shared = [*dict.fromkeys(where for where, _, _, what in clashes(model, adapters) if what == "copies")]
     if shared:
         raise ConfigError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
@@ -216,16 +220,18 @@ def _lora(plan: Plan, request: Request, configs: Sequence[LoraConfig], recipe: R
         alpha_pattern={},
         init_lora_weights=True,
         modules_to_save=None,
+        trainable_token_indices=None,
     )
     config = _changed(config, **_targets(model, config, request.configs, layers))
     left_out = [
         adapter
         for adapter, c in zip(request.adapters, configs, strict=True)
-        if c.lora_bias or _has_copies(model, adapter)
+        if c.lora_bias or _has_more(model, adapter)
     ]
     if left_out:
         warnings.warn(
-            f"what adapters train beside the weights of their layers (lora_bias, modules_to_save) is left out: {listed(left_out)}",
+            "what adapters train beside the weights of their layers (lora_bias, modules_to_save, trainable_token_indices) "
+            f"is left out: {listed(left_out)}",
             stacklevel=6,
         )
     draw_on(model, request.adapters, leading, recipe.rank)
@@ -246,7 +252,7 @@ def _ia3(plan: Plan, request: Request, origin: float) -> PeftConfig:
     config = _changed(config, **_targets(model, config, request.configs, layers))
     if not isinstance(inner, str) and not {*inner} <= {*config.target_modules}:
         ends = tuple(inner)
-        config = _changed(config, feedforward_modules=[t for t in config.target_modules if t.endswith(ends)])
+        config = _changed(config, feedforward_modules={t for t in config.target_modules if t.endswith(ends)})
     return _plan_fresh(plan, request, config, layers, summed_factors(model, request.weighted, origin))
 
 
@@ -262,8 +268,11 @@ def _plan_fresh(
         strength=None,
         trainable=False,
         quiet=True,
-        finish=filled(values),
+        finish=lambda modules, slots: filled(values)(modules, attentions.doubled(slots)),
         metadata={CONFIG: config.to_json()},
+        as_in_peft=any(
+            is_across(slots_on(m)[n].tensors) for m in layers.values() for n in request.adapters if n in slots_on(m)
+        ),
     )
     with torch.random.fork_rng(devices=[]):
         plan_attached(plan, {"": request.model}, {"": layers}, addition)
@@ -281,14 +290,17 @@ def _sum(plan: Plan, request: Request) -> PeftConfig:
         weights[adapter] = weights.get(adapter, 0.0) + weight
     _joined("target_modules", [c.target_modules for c in request.configs])  # before what takes long
     slots, _ = combined({"": model}, weights, name, exact_sum)
-    biases, named = with_biases(slots[""])
-    modules = copied_by(model, weights)
-    ranks = {layer: slot.rank for layer, slot in named.items() if slot.parts}
-    config = _config_of_sum(request, ranks, _BIASES[biases], modules)
+    biases, named = with_biases(attentions.as_in_files(slots[""]))
+    modules, rows = copied_by(model, weights), summed_rows(model, weights)
+    ranks = {layer: slot.rank for layer, slot in attentions.said(named).items() if slot.parts}
+    config = _config_of_sum(request, ranks, _BIASES[biases], modules, rows)
     (mix,) = mixes_of({"": model}).values()
-    adapter_ = Adapter(name, tuple(named), {CONFIG: config.to_json()}, modules=tuple(modules))
+    adapter_ = Adapter(name, tuple(named), {CONFIG: config.to_json()}, modules=(*modules, *rows))
     install(plan, "", layers_with(model, weights), named, mix, adapter_, None)
     plan_summed_copies(plan, model, name, weights)
+    put_patches(plan, mix, name, rows)
+    for _, patch in rows.values():
+        patch.requires_grad_(False)
     plan.root(model, mix)
     return config
 
@@ -303,7 +315,7 @@ _COMMON = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "
 
 
 def _config_of_sum(
-    request: Request, ranks: Mapping[str, int], biases: Mapping[str, object], modules: Sequence[str]
+    request: Request, ranks: Mapping[str, int], biases: Mapping[str, object], modules: Sequence[str], rows: Patched
 ) -> Any:
     """The config with which PEFT makes a LoRA of these ranks on these layers."""
     leading = request.configs[0]
@@ -311,14 +323,23 @@ def _config_of_sum(
     pattern = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != r}
     ranked = {"r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
     common = {field: getattr(leading, field) for field in _COMMON if hasattr(leading, field)}
-    config = _changed(LoraConfig(), **common, **biases, **ranked, modules_to_save=sorted(modules) or None)
+    index = {where: rows_of(patch) for where, (_, patch) in rows.items()}
+    config = _changed(
+        LoraConfig(),
+        **common,
+        **biases,
+        **ranked,
+        modules_to_save=sorted(modules) or None,
+        trainable_token_indices=index or None,
+    )
     return _changed(config, **_targets(request.model, config, request.configs, ranks))
 
 
 # What they have in common
 
 
-def _has_copies(model: nn.Module, adapter: str) -> bool:
+def _has_more(model: nn.Module, adapter: str) -> bool:
+    """Whether an adapter has copies of modules, or rows of tables."""
     return any(adapter in mix.adapters and mix.adapters[adapter].modules for mix in mixes_of({"": model}).values())
 
 
@@ -329,8 +350,8 @@ def _changed(config: PeftConfig, **values: object) -> Any:
     return config
 
 
-def _joined(field: str, values: Sequence[Any]) -> str | list[str]:
-    """Expressions as alternatives, or lists as one."""
+def _joined(field: str, values: Sequence[Any]) -> str | set[str]:
+    """Expressions as alternatives, or names as one set."""
     if all(isinstance(v, str) for v in values):
         return "|".join(f"({v})" for v in values)
     if any(isinstance(v, str) for v in values):
@@ -338,7 +359,7 @@ def _joined(field: str, values: Sequence[Any]) -> str | list[str]:
             f"all adapter configs should follow the same target modules type: {field} is a string in some and a list in others",
             remedy="Give all as lists, or all as expressions.",
         )
-    return sorted({name for v in values for name in v or ()})
+    return {name for v in values for name in v or ()}
 
 
 def _targets(
@@ -348,7 +369,9 @@ def _targets(
     joined = {"target_modules": _joined("target_modules", [c.target_modules for c in configs])}
     like_them = _changed(config, **joined)
     names = modules_of(model, lambda m: m is not model)
-    if {n for n in names if matches(like_them, n) and not excludes(like_them, n)} == {*layers}:
+    meant = {n: m for n, (m, _) in names.items() if matches(like_them, n) and not excludes(like_them, n)}
+    if {*with_inner(meant)} == {*layers}:
         return joined
     others = {f.name for f in fields(config)} & {"exclude_modules", "layers_to_transform", "layers_pattern"}
-    return {"target_modules": sorted(layers), **dict.fromkeys(others)}
+    spoken = attentions.said(dict.fromkeys(layers))
+    return {"target_modules": set(spoken), **dict.fromkeys(others)}

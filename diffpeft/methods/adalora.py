@@ -59,25 +59,40 @@ class AdaLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in {"use_dora": True, "init_lora_weights": "loftq"}.items():
-            if getattr(self, name) == value:
-                raise ConfigError(f"{name} is {value!r}", remedy="AdaLoRA has no such form; use LoraConfig.")
-        unused = [name for name, standard in _UNUSED.items() if getattr(self, name) != standard]
-        if unused:
-            warnings.warn(
-                f"{', '.join(unused)} mean nothing to AdaLoRA, whose rank at the start is init_r and scale alpha / init_r",
-                stacklevel=3,
-            )
+        for name, there in {"DoRA": self.use_dora, "LOFTQ": self.init_lora_weights == "loftq"}.items():
+            if there:
+                raise ConfigError(f"{self.TYPE} does not support {name}.", remedy="Use LoraConfig.")
+        self._warn_unused()
         if self.total_step is None or self.total_step <= 0:
             raise ConfigError(
-                f"total_step is {self.total_step}", remedy="AdaLoRA needs the number of training steps, at least 1."
+                "AdaLoRA does not work when `total_step` is None, supply a value > 0.",
+                where=f"It is {self.total_step}",
+                remedy="It is the number of training steps.",
             )
         if self.orth_reg_weight < 0:
-            raise ConfigError(f"orth_reg_weight is {self.orth_reg_weight}", remedy="It is a number of at least 0.")
+            raise ConfigError(
+                "`orth_reg_weight` should be greater than or equal to 0, "
+                f"but the value passed is {self.orth_reg_weight}"
+            )
         if self.tinit >= self.last_step:
             raise ConfigError(
+                "The supplied schedule values don't allow for a budgeting phase: "
                 f"tinit={self.tinit} and tfinal={self.tfinal} leave none of total_step={self.total_step} steps to prune in",
                 remedy="Make them smaller, or total_step larger.",
+            )
+
+    def _warn_unused(self) -> None:
+        """Say which of LoRA's settings were made that mean nothing to AdaLoRA."""
+        unused = [name for name, standard in _UNUSED.items() if getattr(self, name) != standard]
+        if "r" in unused:
+            warnings.warn(
+                "Note that `r` is not used in AdaLora and will be ignored. The rank at the start is `init_r`.",
+                stacklevel=4,
+            )
+        if others := [name for name in unused if name != "r"]:
+            warnings.warn(
+                f"{', '.join(others)} mean nothing to AdaLoRA, whose rank at the start is init_r and scale alpha / init_r",
+                stacklevel=4,
             )
 
     def validate(self) -> None:

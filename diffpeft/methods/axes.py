@@ -36,6 +36,7 @@ class Form:
         shared: whether one block may stand for all.
         peft: whether PEFT has it.
         lookup: whether it is for embeddings alone (True), for other layers alone (False), or for both (None).
+        across: whether it is for convolutions with `g` groups, and sees the channels of all.
     """
 
     axes: Mapping[str, str]
@@ -46,6 +47,7 @@ class Form:
     shared: bool = False
     peft: bool = True
     lookup: bool | None = None
+    across: bool = False
 
     @functools.cached_property
     def needed(self) -> frozenset[str]:

@@ -50,7 +50,7 @@ class Geometry:
     @property
     def layer(self) -> LayerShape:
         """What of it decides which tensors fit."""
-        return LayerShape(self.shape, self.lookup)
+        return LayerShape(self.shape, self.lookup, self.groups)
 
     @property
     def columns(self) -> int:
@@ -245,6 +245,11 @@ class Method:
     def prepare(cls, p: Tensors, spec: Spec, training: bool) -> dict[str, Tensor]:
         """What can be computed from the tensors alone, in their precision (a rotation from its generator). Kept for frozen adapters."""
         return dict(p)
+
+    @classmethod
+    def ahead(cls, before: Link, p: Tensors, spec: Spec) -> dict[str, Tensor]:
+        """What `apply` would work out of the weight before it and `p` in any case, without gradient: it takes it from `p` where it is among that."""
+        return {}
 
     @classmethod
     def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:

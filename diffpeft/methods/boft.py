@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,22 +58,25 @@ class BOFTConfig(PeftConfig):
     boft_block_size: int = 4
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = 1
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
-    bias: str = "none"
-    fan_in_fan_out: bool = False
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
     boft_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
     init_weights: bool = True
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
 
     TYPE = PeftType(LAYOUTS["boft"].peft)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        configs.check_either(self, "boft_block_size", "boft_block_num")
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
         super().validate()
-        configs.check_either(self, "boft_block_size", "boft_block_num")
         configs.check_whole("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
         configs.check_probability("boft_dropout", self.boft_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from diffpeft.errors import ConfigError
+from diffpeft.errors import ConfigError, NotBuiltError
 from diffpeft.patterns import check as compiled
 
 
@@ -53,7 +53,7 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     allowed = list(allowed)
     if value not in allowed:
         *others, last = map(repr, allowed)
-        raise ConfigError(f"{name} is {value!r}", remedy=f"It is {', '.join(others)} or {last}.")
+        raise NotBuiltError(f"{name} is {value!r}", remedy=f"It is {', '.join(others)} or {last}.")
 
 
 def check_patterns(name: str, patterns: Mapping[str, object], check: Callable[[str, object], None]) -> None:

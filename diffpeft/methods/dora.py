@@ -16,17 +16,18 @@ from torch import Tensor
 
 from diffpeft.methods import layout
 from diffpeft.methods.base import Additive, Alpha, Fresh, Link, Method, Shaped, Site, Spec, Strength, Tensors
-from diffpeft.methods.forms import Factors
+from diffpeft.methods.forms import Branch, Factors
 from diffpeft.methods.linalg import squares, wide
 from diffpeft.methods.loha import LoHa
 from diffpeft.methods.lokr import LoKr
-from diffpeft.methods.lora import Lora, LoraConfig
+from diffpeft.methods.lora import Lora, LoraConfig, is_across
 from diffpeft.methods.peft_config import PeftConfig
 
 INNER: tuple[type[Additive], ...] = (Lora, LoHa, LoKr)
 _METHODS = {method.name: method for method in INNER}
 T = TypeVar("T")
 PEFT, LYCORIS = "lora_magnitude_vector", "dora_scale"
+NORM = "norm"  # among prepared tensors: |V|, worked out ahead
 
 
 def norms(V: Tensor, axis: int) -> Tensor:
@@ -50,7 +51,7 @@ class Dora(Method):
     name = "dora"
     config = LoraConfig
     roles = tuple(dict.fromkeys((*layout.LAYOUTS["dora"].roles, *Lora.roles)))
-    options = frozenset({"dora", "tucker"})
+    options = frozenset({"dora", "tucker", "across"})
     precise = frozenset({PEFT, LYCORIS})
     shifts = Lora.shifts
 
@@ -60,7 +61,8 @@ class Dora(Method):
         fresh = method.init(config, site, **options)
         W = site.weight()
         p = {role: t.to(W) for role, t in {**fresh.tensors, **fresh.frozen}.items()}
-        V = method.weight(W, p, Spec(site.geometry, fresh.alpha, fresh.options))
+        spec = Spec(site.geometry, fresh.alpha, fresh.options)
+        V = _beside(W, p, spec) if is_across(p) else method.weight(W, p, spec)
         m, ones = norms(V, 0 if dora == "out" else 1), [1] * len(site.geometry.kernel)
         if dora == "in":
             magnitude = {LYCORIS: m.view(1, -1, *ones)}
@@ -97,18 +99,19 @@ class Dora(Method):
         return V * _ratio(p, norms(V, axis)).view(shape).to(W.dtype)
 
     @classmethod
+    def ahead(cls, before: Link, p: Tensors, spec: Spec) -> dict[str, Tensor]:
+        return {NORM: _norm(before, p, spec)} if _is_thin(p, spec) else {}
+
+    @classmethod
     def apply(cls, before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
         method, q, axis = inner(p), _rest(p), axis_of(p, spec)
-        g = spec.geometry
-        thin = method is Lora and (axis == 0 or not (g.lookup or g.groups > 1))
-        if not thin:
+        if is_across(q):
+            return _with_branch(before, x, p, spec, s, bias)
+        if not _is_thin(p, spec):
             return super().apply(before, x, p, spec, s, bias)
         scale = method.scale(q, spec)
         A, B = Lora.factors(q, spec)
-        with torch.no_grad():
-            change = (_rows if axis == 0 else _columns)(before.weight(), A, B, scale)
-            norm = (before.squares(axis) + change).clamp_min(0).sqrt()
-        c = _ratio(p, norm)
+        c = _ratio(p, _norm(before, p, spec))
         k = (1 + s * (c - 1)).to(before.dtype)
         op = before.op
         if axis == 1:
@@ -116,6 +119,38 @@ class Dora(Method):
             return op.plus(y, op.scaled(x, c.to(before.dtype)), Factors(A, B), s * scale)
         rows = (s * scale * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
         return before.plus(x, Factors(A, B * rows), 1.0, bias, k)
+
+
+def _is_thin(p: Tensors, spec: Spec) -> bool:
+    """Whether the norm needs no V."""
+    return inner(p) is Lora and (axis_of(p, spec) == 0 or not (spec.geometry.lookup or spec.geometry.groups > 1))
+
+
+@torch.no_grad()
+def _norm(before: Link, p: Tensors, spec: Spec) -> Tensor:
+    """|V| of a LoRA on what was before, or what was worked out of that ahead."""
+    if NORM in p:
+        return p[NORM]
+    q, axis = _rest(p), axis_of(p, spec)
+    if is_across(q):
+        return norms(_beside(before.weight(), q, spec), 0)
+    change = (_rows if axis == 0 else _columns)(before.weight(), *Lora.factors(q, spec), Lora.scale(q, spec))
+    return (before.squares(axis) + change).clamp_min(0).sqrt()
+
+
+def _beside(W: Tensor, p: Tensors, spec: Spec) -> Tensor:
+    """W with what PEFT's norm of a branch takes for its change: all numbers of B and A as one product of rank r.  W [o, i / groups, *k]."""
+    A, B = p["lora_A"], p["lora_B"]
+    return W + Lora.scale(p, spec) * (B.reshape(-1, len(A)) @ A.flatten(1)).reshape(W.shape)
+
+
+def _with_branch(before: Link, x: Tensor, p: Tensors, spec: Spec, s: Strength, bias: bool) -> Tensor:
+    """W x, and a branch beside it, by the ratio of magnitude and norm; at strength s that share of the way there."""
+    q = _rest(p)
+    c = _ratio(p, _norm(before, p, spec))
+    A, B = q["lora_A"], q["lora_B"]
+    rows = (s * Lora.scale(q, spec) * c).to(before.dtype).view(-1, *(1 for _ in B.shape[1:]))
+    return before.plus(x, Branch(A, B * rows), 1.0, bias, (1 + s * (c - 1)).to(before.dtype))
 
 
 def _rest(p: Mapping[str, T]) -> dict[str, T]:

@@ -29,10 +29,11 @@ Items = tuple[tuple[str, Shape], ...]  # shapes by role, as a key
 
 
 class LayerShape(NamedTuple):
-    """What of a layer decides which tensors fit it: the shape of its canonical weight, and whether it looks rows up."""
+    """What of a layer decides which tensors fit it: the shape of its canonical weight, whether it looks rows up, and the groups of its channels."""
 
     shape: Shape
     lookup: bool = False
+    groups: int = 1
 
     @property
     def kernel(self) -> Shape:
@@ -102,7 +103,7 @@ def fresh(form: Form, sizes: Mapping[str, int], kernel: Shape) -> dict[str, Shap
 
 def bound(form: Form, shapes: Shapes, layer: LayerShape) -> dict[str, int] | str:
     """{letter: size} on a layer: its own, what follows from them, and what the shapes choose; or why there is none."""
-    sizes = {"o": layer.shape[0], "i": layer.shape[1]}
+    sizes = {"o": layer.shape[0], "i": layer.shape[1], "I": layer.groups * layer.shape[1]}
     products = {factor: (total, second) for total, (factor, second) in form.products.items()}
     letters = _letters(form, shapes)
     for role, name, _ in letters:
@@ -143,6 +144,8 @@ def _incomplete(layout: Layout, shapes: Shapes) -> str:
 def _elsewhere(form: Form, layer: LayerShape, side: str) -> str:
     """Why tensors of a form are not for such a layer, or for this side of it."""
     roles = " and ".join(sorted(form.needed))
+    if form.across and layer.groups == 1:
+        return f"{roles} of other ranks are for convolutions with groups"
     if form.lookup not in (None, layer.lookup):
         return f"{roles} is for {'embeddings' if form.lookup else 'layers that are no embeddings'}"
     return f"{roles} is for the {form.side} side, not the {side} side" if side and form.side not in ("", side) else ""
@@ -159,7 +162,14 @@ def _unfit(form: Form, shapes: Shapes, layer: LayerShape, pruned: bool) -> str:
     wanted = {role: _shape(form.axes[role], sizes, shape, layer.kernel) for role, shape in shapes.items()}
     if wrong := [f"{role} {shape}, not {shapes[role]}" for role, (shape, fits) in wanted.items() if not fits]:
         return f"the layer takes {', '.join(wrong)}"
-    return _unturned(form, sizes, shapes, layer) if form.turns else ""
+    return _ungrouped(form, sizes, shapes, layer) or _unturned(form, sizes, shapes, layer)
+
+
+def _ungrouped(form: Form, sizes: Mapping[str, int], shapes: Shapes, layer: LayerShape) -> str:
+    """That tensors are for another number of groups than the layer has, if they are for groups."""
+    if not form.across or sizes["g"] == layer.groups:
+        return ""
+    return f"{shown(shapes, shapes)} is for {sizes['g']} groups, the layer has {layer.groups}"
 
 
 def _is_unread(text: str, shape: Shape) -> bool:
@@ -167,7 +177,9 @@ def _is_unread(text: str, shape: Shape) -> bool:
 
 
 def _unturned(form: Form, sizes: Mapping[str, int], shapes: Shapes, layer: LayerShape) -> str:
-    """What keeps blocks from turning a layer's features."""
+    """What keeps blocks from turning a layer's features, if they are to."""
+    if not form.turns:
+        return ""
     n, b = sizes["n"], sizes["b"]
     features = sizes["o"] if form.turns == "o" else math.prod(layer.shape[1:])
     if n * b == features or (form.shared and n == 1 and b and features % b == 0):

@@ -31,7 +31,17 @@ class Hadamard(NamedTuple):
     second: Factors
 
 
-Form = Factors | Kronecker | Hadamard
+class Branch(NamedTuple):
+    """A path beside a convolution with groups, PEFT's LoRA of one: A [r, in, *kernel] sees the channels of all groups, B [out, r / groups, *1] mixes by group.
+
+    What it adds is no change of the layer's weight, in which no output sees another group's channels.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+Form = Factors | Kronecker | Hadamard | Branch
 
 
 class Stage(NamedTuple):

@@ -9,7 +9,7 @@ W is flat(W) [out, in / groups * prod(kernel)], as in OFT. The features of an em
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +39,8 @@ class HRAConfig(PeftConfig):
 
     r: int = 8
     apply_GS: bool = False
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None

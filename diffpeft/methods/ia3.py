@@ -7,7 +7,7 @@ PEFT stores the factors, `ia3_l`, and on the outputs multiplies the layer's bias
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -38,26 +38,31 @@ class IA3Config(PeftConfig):
         modules_to_save: as in LoraConfig.
     """
 
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
-    feedforward_modules: str | Sequence[str] | None = None
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    feedforward_modules: str | Collection[str] | None = None
     fan_in_fan_out: bool = False
-    init_ia3_weights: bool = True
     modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
 
     TYPE = PeftType(LAYOUTS["ia3"].peft)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner, outer = self.feedforward_modules, self.target_modules
+        if isinstance(inner, set) and isinstance(outer, set) and not inner <= outer:
+            raise ConfigError(
+                "`feedforward_modules` should be a subset of `target_modules`",
+                where=f"It also has {', '.join(sorted(inner - outer))}",
+                remedy="Name these in target_modules too.",
+            )
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
         super().validate()
         checks.check_choice("init_ia3_weights", self.init_ia3_weights, (True, False))
-        inner, outer = self.feedforward_modules, self.target_modules
-        if isinstance(inner, str):
-            checks.check_patterns("feedforward_modules", {inner: None}, lambda *_: None)
-        elif inner and outer and not isinstance(outer, str) and (foreign := set(inner) - set(outer)):
-            raise ConfigError(
-                f"feedforward_modules has {', '.join(sorted(foreign))}", remedy="It must be a part of target_modules."
-            )
+        if isinstance(self.feedforward_modules, str):
+            checks.check_patterns("feedforward_modules", {self.feedforward_modules: None}, lambda *_: None)
 
 
 class IA3(Method):
@@ -74,7 +79,7 @@ class IA3(Method):
 
     @classmethod
     def init(cls, config: IA3Config, site: Site, **_: object) -> Fresh:
-        g, inner = site.geometry, _is_feedforward(config.feedforward_modules, site.name)
+        g, inner = site.geometry, is_feedforward(config.feedforward_modules, site.name)
         n, ones = g.in_ if inner else g.out, [1] * len(g.kernel)
         l = torch.ones(1, n, *ones) if g.kernel or inner else torch.ones(n, 1)
         if not config.init_ia3_weights:
@@ -182,7 +187,7 @@ def _along_inputs(shape: Sequence[int], g: Geometry) -> bool:
     return shape[0] == 1 and (shape[1] != 1 or g.out != 1)
 
 
-def _is_feedforward(modules: str | Sequence[str] | None, layer: str) -> bool:
+def is_feedforward(modules: str | Collection[str] | None, layer: str) -> bool:
     """PEFT's rule: an expression for the whole name, or what it ends with."""
     if isinstance(modules, str):
         return patterns.fullmatch(modules, layer)

@@ -175,6 +175,7 @@ _LORA = (
     form("lora_A: r i *k; lora_B: o r *1; lora_B_bias?: o"),
     form("lora_A: r i *1; lora_mid: p r *k; lora_B: o p *1; lora_B_bias?: o", peft=False),
     form("lora_embedding_A: r i; lora_embedding_B: o r"),
+    form("lora_A: r I *k; lora_B: o q *1; lora_B_bias?: o", products={"r": ("q", "g")}, across=True),
 )
 _EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 _LOHA = (

@@ -5,7 +5,7 @@ Tucker, its Proposition 3, for kernels: the two factors are sum_pq T[p, q, *k] W
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -39,16 +39,16 @@ class LoHaConfig(PeftConfig):
         layers_to_transform, layers_pattern, modules_to_save: as in LoraConfig.
     """
 
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None

@@ -6,7 +6,7 @@ Yeh et al. 2023, arXiv:2309.14859 (LyCORIS). Either of W1 and W2 is one tensor o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -44,19 +44,19 @@ class LoKrConfig(PeftConfig):
         layers_to_transform, layers_pattern, modules_to_save: as in LoraConfig.
     """
 
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
-    rank_dropout_scale: bool = False
     use_effective_conv2d: bool = False
     decompose_both: bool = False
     decompose_factor: int = -1
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
+    rank_dropout_scale: bool = False
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     modules_to_save: list[str] | None = None
@@ -99,7 +99,10 @@ class LoKr(Additive):
     options = frozenset({"tucker"})
 
     @classmethod
-    def init(cls, config: LoKrConfig, site: Site, *, tucker: bool = False, **options: object) -> Fresh:
+    def init(
+        cls, config: LoKrConfig, site: Site, *, tucker: bool = False, scaled: bool = False, **options: object
+    ) -> Fresh:
+        """`scaled`: two whole halves have a scale too, as PEFT has it."""
         g, r = site.geometry, patterns.first(config.rank_pattern, (site.name,), config.r)
         (o1, o2), (i1, i2) = (factorization(n, config.decompose_factor) for n in g.shape[:2])
         q = r if config.decompose_both and r < max(o1, i1) / 2 else 0
@@ -114,7 +117,9 @@ class LoKr(Additive):
             for role, shape in shapes.items()
         }
         alpha = float(patterns.first(config.alpha_pattern, (site.name,), config.alpha))
-        return Fresh(tensors, alpha, checks.chosen(config, "rank_dropout", "module_dropout", "rank_dropout_scale"))
+        chosen = checks.chosen(config, "rank_dropout", "module_dropout", "rank_dropout_scale")
+        whole = scaled and alpha != r and {"lokr_w1", "lokr_w2"} <= shapes.keys()
+        return Fresh(tensors, alpha, {**chosen, "scale": alpha / r} if whole else chosen)
 
     @classmethod
     def rank(cls, p: Mapping[str, Shaped]) -> int:

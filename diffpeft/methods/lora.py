@@ -1,27 +1,29 @@
 """LoRA: dW = (alpha / r) B A.  Hu et al. 2021, arXiv:2106.09685.
 
 rsLoRA divides alpha by sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732). On a convolution A [r, in / groups, *k] filters and B mixes;
-with groups, A is shared by them and the same equation holds for every row of W. LoCon's Tucker form puts a core between: dW = B (core) A
-(Yeh et al. 2023, arXiv:2309.14859). PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of W: the base keeps W, and their
-initial product is subtracted as a frozen second term.
+with groups, A is shared by them and the same equation holds for every row of W; PEFT's A sees all groups, in a branch beside the layer (`Branch`).
+LoCon's Tucker form puts a core between: dW = B (core) A (Yeh et al. 2023, arXiv:2309.14859). PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775)
+start from factors of W: the base keeps W, and their initial product is subtracted as a frozen second term.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError
+from diffpeft.errors import ConfigError, NoWeightError, WrongKindError
 from diffpeft.methods import config as checks
-from diffpeft.methods import loftq
-from diffpeft.methods.base import Additive, Alpha, Fresh, Site, Spec, Tensors
-from diffpeft.methods.forms import Factors
+from diffpeft.methods import loftq, shapes
+from diffpeft.methods.base import Additive, Alpha, Fresh, Shaped, Site, Spec, Tensors
+from diffpeft.methods.forms import Branch, Factors
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.linalg import kaiming, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -64,36 +66,36 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = 8
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
     lora_alpha: float = 8
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
-    bias: str = "none"
-    lora_bias: bool = False
-    use_rslora: bool = False
-    use_dora: bool = field(default=False, metadata=_VARIANT)
-    init_lora_weights: bool | str = field(default=True, metadata=_INITS)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = field(default=True, metadata=_INITS)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    target_parameters: list[str] | None = None
-    layer_replication: list[tuple[int, int]] | None = None
-    loftq_config: loftq.LoftQConfig | dict[str, int] | None = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     megatron_config: dict[str, object] | None = None
     megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: loftq.LoftQConfig | dict[str, int] | None = field(default_factory=dict)
     eva_config: object = None
     corda_config: object = None
     lora_ga_config: object = None
+    use_dora: bool = field(default=False, metadata=_VARIANT)
     velora_config: object = field(default=None, metadata=_VARIANT)
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=_VARIANT)
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: object = field(default=None, metadata=_VARIANT)
+    layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
     use_bdlora: object = field(default=None, metadata=_VARIANT)
     arrow_config: object = field(default=None, metadata=_VARIANT)
     kasa_config: object = field(default=None, metadata=_VARIANT)
@@ -116,7 +118,49 @@ class LoraConfig(PeftConfig):
         )
     )
 
-    _custom_modules = None  # peft asks for it when it builds from one of these
+    _custom_modules = cast("dict[type, type] | None", None)  # peft asks for it when it builds from one of these
+
+    def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
+        """PEFT's experimental way to say {class of modules: class of LoRA layers}; what that means here is in `diffpeft/llm/custom.py`. Of no file."""
+        if not all(isinstance(cls, type) for pair in mapping.items() for cls in pair):
+            raise ConfigError("custom modules are {class: class}", remedy="For example {MyLayer: MyLora}.")
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise WrongKindError(
+                "`target_parameters` must be a list of strings or None.", remedy=f"Give [{self.target_parameters!r}]."
+            )
+        super().__post_init__()
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.lower() in ("gaussian", "olora"):  # PEFT takes these two in any case
+            init = self.init_lora_weights = init.lower()
+        if self.loftq_config and init != "loftq":
+            warnings.warn(
+                "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.", stacklevel=3
+            )
+            self.loftq_config = {}
+        if isinstance(self.loftq_config, loftq.LoftQConfig):
+            self.loftq_config = self.loftq_config.to_dict()
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ConfigError for two settings that exclude each other."""
+        if self.use_dora and self.megatron_config:
+            raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
+        if not self.lora_bias:
+            return
+        if self.init_lora_weights not in (True, False):
+            raise ConfigError(
+                "The argument lora_bias=True is only supported with init_lora_weights=True or False, "
+                f"got init_lora_weights={self.init_lora_weights!r}",
+                remedy="Leave one of the two out.",
+            )
+        if self.use_dora:
+            raise ConfigError(
+                "The argument lora_bias=True is not supported for DoRA",
+                remedy="Pass use_dora=False, or lora_bias=False.",
+            )
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
@@ -132,7 +176,11 @@ class LoraConfig(PeftConfig):
             return
         checks.check_choice("init_lora_weights", init, INITS)
         if init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
-            raise ConfigError(f"r is {self.r!r}", remedy="An orthogonal init needs an even rank.")
+            odd = next(r for r in (self.r, *self.rank_pattern.values()) if r % 2)
+            raise ConfigError(
+                f"Orthogonal initialization requires the LoRA rank to be even, got {odd} instead.",
+                remedy="Choose an even rank.",
+            )
 
 
 class Lora(Additive):
@@ -141,12 +189,13 @@ class Lora(Additive):
     name = "lora"
     config = LoraConfig
     roles = (*LAYOUTS["lora"].roles, "initial_A", "initial_B")  # the last two are frozen, and of no file
-    options = frozenset({"tucker"})
+    options = frozenset({"tucker", "across"})
     thin = True
     shifts = frozenset({"lora_B_bias"})
 
     @classmethod
-    def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, **_: object) -> Fresh:
+    def init(cls, config: LoraConfig, site: Site, *, tucker: bool = False, across: bool = False, **_: object) -> Fresh:
+        """`across`: on a convolution with groups PEFT's form."""
         r = patterns.first(config.rank_pattern, (site.name,), config.r)
         alpha = float(patterns.first(config.alpha_pattern, (site.name,), config.lora_alpha))
         if config.use_rslora:
@@ -163,6 +212,8 @@ class Lora(Additive):
             }
             if init is False:
                 tensors["lora_B"] = kaiming(o, r, *ones, generator=site.generator)
+        elif across:
+            tensors = dict(zip(("lora_A", "lora_B"), _initial_branch(config, site, r), strict=True))
         else:
             A, B = _initial(config, site, r, alpha / r)
             names = ("lora_embedding_A", "lora_embedding_B") if g.lookup else ("lora_A", "lora_B")
@@ -171,7 +222,9 @@ class Lora(Additive):
                 frozen = {"initial_A": A.clone(), "initial_B": B.clone()}
         if config.lora_bias:
             if g.lookup:
-                raise ConfigError("lora_bias is True", where=site.name, remedy="An embedding has no bias.")
+                raise ConfigError(
+                    "lora_bias=True is not supported for Embedding", where=site.name, remedy="It has no bias."
+                )
             tensors["lora_B_bias"] = torch.zeros(o)
         options = {"dropout": config.lora_dropout} if config.lora_dropout else {}
         return Fresh(tensors, alpha, options, frozen)
@@ -189,6 +242,12 @@ class Lora(Additive):
     @classmethod
     def factors(cls, p: Tensors, spec: Spec) -> Factors:
         A, B = _factors(p)
+        if is_across(p):
+            raise NoWeightError(
+                "Merging is not supported for _ConvNd layers with groups > 1! PEFT's LoRA of one is a branch beside it",
+                where=f"a convolution with {spec.geometry.groups} groups",
+                remedy="Leave the adapter unmerged: it acts all the same. diffpeft.attach makes one that can be merged.",
+            )
         if "lora_mid" in p:
             A, _ = tucker_factors(p["lora_mid"], B.flatten(1).T, A.flatten(1))
         if "initial_A" in p:
@@ -196,8 +255,8 @@ class Lora(Additive):
         return Factors(A, B)
 
     @classmethod
-    def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors:
-        return cls.factors(p, spec)
+    def form(cls, p: Tensors, spec: Spec, positions: int) -> Factors | Branch:
+        return Branch(*_factors(p)) if is_across(p) else cls.factors(p, spec)
 
     @classmethod
     def bias(cls, b: Tensor | None, p: Tensors, spec: Spec) -> Tensor | None:
@@ -210,6 +269,27 @@ PAIR = (*LAYOUTS["lora"].twins, *LAYOUTS["lora"].twins.values())  # A and B, und
 def _factors(p: Tensors) -> tuple[Tensor, Tensor]:
     """A and B, under PEFT's two names for them."""
     return (p["lora_A"], p["lora_B"]) if "lora_A" in p else (p["lora_embedding_A"], p["lora_embedding_B"])
+
+
+def is_across(p: Mapping[str, Shaped]) -> bool:
+    """Whether tensors are PEFT's for a convolution with groups: B [out, r / groups, *1] mixes the ranks by group."""
+    return shapes.is_across({role: p[role].shape for role in ("lora_A", "lora_B", "lora_mid") if role in p})
+
+
+def _initial_branch(config: LoraConfig, site: Site, r: int) -> tuple[Tensor, Tensor]:
+    """A [r, in, *k] and B [o, r / groups, *1] of a convolution with groups, as PEFT draws them."""
+    g, init = site.geometry, config.init_lora_weights
+    if r % g.groups:
+        raise ConfigError(
+            f"Targeting a Conv{len(g.kernel)}d with groups={g.groups} and rank {r}. Currently, support is limited to conv layers "
+            "where the rank is divisible by groups. Either choose a different rank or do not target this specific layer.",
+            where=site.name,
+        )
+    checks.check_choice("init_lora_weights", init, (True, False, "gaussian"))
+    shape, up = (r, g.in_, *g.kernel), (g.out, r // g.groups, *(1 for _ in g.kernel))
+    normal = torch.empty(shape).normal_(std=1 / r, generator=site.generator) if init == "gaussian" else None
+    A = kaiming(*shape, generator=site.generator) if normal is None else normal
+    return A, torch.zeros(up) if init else kaiming(*up, generator=site.generator)
 
 
 def _from_weight(init: bool | str) -> bool:

@@ -11,7 +11,7 @@ overlapping patches and is no identity for R = I. Its merge is this definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -48,26 +48,29 @@ class OFTConfig(PeftConfig):
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = 0.0
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
-    bias: str = "none"
+    target_modules: str | Collection[str] | None = None
     fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
 
     TYPE = PeftType(LAYOUTS["oft"].peft)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        configs.check_either(self, "r", "oft_block_size")
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""
         super().validate()
-        configs.check_either(self, "r", "oft_block_size")
         configs.check_probability("module_dropout", self.module_dropout)
         configs.check_choice("init_weights", self.init_weights, (True, False))
         configs.check_choice("bias", self.bias, ("none", "all", "oft_only"))

@@ -7,17 +7,18 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from diffpeft import files
-from diffpeft.errors import CheckpointError, ConfigError, inside, near, shown
+from diffpeft.errors import CheckpointError, ConfigError, NotBuiltError, WrongKindError, inside, near, shown
 
 FILE = "adapter_config.json"
 DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
+_SETS = ("target_modules", "exclude_modules", "feedforward_modules")  # fields whose lists become sets, as in PEFT
 Config = TypeVar("Config", bound="PeftConfig")
 Instance = TypeVar("Instance")
 
@@ -101,10 +102,6 @@ class Passing:
         return _rebuild, (type(self),), self.__getstate__()
 
 
-class NoConfigError(ConfigError, TypeError):
-    """A table of fields that is no config: PEFT raises a TypeError."""
-
-
 def _rebuild(cls: type[Instance]) -> Instance:
     return cls.__new__(cls)
 
@@ -131,8 +128,8 @@ class PeftConfig(Passing):
     inference_mode: bool = False
 
     # What fields that only some methods have are for the others. No annotations, so that these are no fields of a file.
-    target_modules = cast("str | Sequence[str] | None", None)
-    exclude_modules = cast("str | Sequence[str] | None", None)
+    target_modules = cast("str | Collection[str] | None", None)
+    exclude_modules = cast("str | Collection[str] | None", None)
     modules_to_save = cast("list[str] | None", None)
     layers_to_transform = cast("int | list[int] | None", None)
     layers_pattern = cast("str | list[str] | None", None)
@@ -148,6 +145,7 @@ class PeftConfig(Passing):
     fetch: ClassVar[Callable[..., str] | None] = (
         None  # (repository, file name, ...) -> path; where there is no network, none
     )
+    upload: ClassVar[Callable[..., object] | None] = None  # (what writes into a folder, repository, ...)
     check: ClassVar[Callable[[Mapping[str, object], object], None] | None] = (
         None  # of a file's fields, and of which file
     )
@@ -162,30 +160,39 @@ class PeftConfig(Passing):
         if self.task_type is not None and self.task_type not in kinds:
             raise ConfigError(
                 f"Invalid task type: {shown(self.task_type)}",
-                remedy=near(str(self.task_type), kinds) or f"It is one of {', '.join(kinds)}.",
+                where=f"Must be one of the following task types: {', '.join(kinds)}",
+                remedy=near(str(self.task_type), kinds),
             )
+        self._check_layers()
+        self.task_type = None if self.task_type is None else TaskType(self.task_type)
+        self.peft_version = self.peft_version or DIALECT
+        if self.TYPE is not None:
+            self.peft_type = self.TYPE
+        for name in _SETS:
+            if isinstance(names := getattr(self, name, None), list):
+                setattr(self, name, set(names))
+
+    def _check_layers(self) -> None:
+        """Raise ConfigError for numbers of layers where they mean nothing, or that are missing."""
         layers, blocks = self.layers_to_transform, self.layers_pattern
-        if isinstance(self.target_modules, str) and (layers is not None or blocks):
-            raise ConfigError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str.",
-                remedy="Say the layers in the expression, or give target_modules as a list.",
-            )
+        for name, value in {"layers_to_transform": layers, "layers_pattern": blocks or None}.items():
+            if isinstance(self.target_modules, str) and value is not None:
+                raise ConfigError(
+                    f"`{name}` cannot be used when `target_modules` is a str.",
+                    remedy="Say the layers in the expression, or give target_modules as a list.",
+                )
         if blocks and layers is None:
             raise ConfigError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
                 remedy="Give layers_to_transform=, the numbers of the layers.",
             )
-        self.task_type = None if self.task_type is None else TaskType(self.task_type)
-        self.peft_version = self.peft_version or DIALECT
-        if self.TYPE is not None:
-            self.peft_type = self.TYPE
 
     def validate(self) -> None:
         """Raise ConfigError for a field whose value is not allowed, or that means nothing here."""
         for field in fields(self):
             name, factory = field.name, field.default_factory
             if name in self.UNSUPPORTED and getattr(self, name) != (field.default if factory is MISSING else factory()):
-                raise ConfigError(
+                raise NotBuiltError(
                     f"{name} is {shown(getattr(self, name))}",
                     remedy="PEFT has this field; here it must stay at its default.",
                 )
@@ -201,12 +208,13 @@ class PeftConfig(Passing):
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
+        """A copy of the fields, as PEFT's: sets stay sets, configs in them become tables. What is of the run alone is left out."""
+        return {f.name: _copied(getattr(self, f.name)) for f in fields(self) if f.name != "runtime_config"}
 
     def to_json(self) -> str:
-        """The text of adapter_config.json: lists sorted, so that it does not depend on the hash seed."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        """The text of adapter_config.json. Fields and names are sorted, so that it does not depend on the hash seed; patterns stay in their order."""
+        table = self.to_dict()
+        return json.dumps({name: _plain(table[name]) for name in sorted(table)}, indent=2)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write adapter_config.json into a folder, which is made. `auto_mapping_dict` replaces auto_mapping in the file."""
@@ -217,6 +225,19 @@ class PeftConfig(Passing):
         config.auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
         with files.replacing(folder / FILE) as f:
             f.write(config.to_json().encode())
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: object = None, **options: object) -> object:
+        """Write adapter_config.json into a repository on the Hub, which is made.
+
+        Args:
+            options: the Hub's: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`; and `tags`, for a model card.
+            max_shard_size: changes nothing: a config is one file.
+
+        Raises ConfigError where there is no way to the Hub.
+        """
+        if PeftConfig.upload is None:
+            raise ConfigError("there is no way to the Hub", remedy="Import diffpeft.")
+        return PeftConfig.upload(self.save_pretrained, repo_id, **options)
 
     @classmethod
     def from_pretrained(
@@ -267,7 +288,7 @@ class PeftConfig(Passing):
         known = {field.name for field in fields(made)}
         unknown = sorted(set(kwargs) - known)
         if unknown and kind is None:
-            raise NoConfigError(
+            raise WrongKindError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}",
                 where=f"It has {', '.join(map(shown, unknown[:5]))}",
                 remedy=f"peft_type is one of {', '.join(PeftConfig.types)}.",
@@ -304,6 +325,13 @@ def _without_run(table: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in table.items() if name != "runtime_config"}
 
 
+def _copied(value: object) -> object:
+    """A field's value, apart from the config."""
+    if isinstance(value, Enum):
+        return value.value
+    return value.to_dict() if hasattr(value, "to_dict") else copy.deepcopy(value)
+
+
 def _plain(value: object) -> object:
     """A field as JSON has it."""
     if isinstance(value, Enum):
@@ -315,6 +343,4 @@ def _plain(value: object) -> object:
         return sorted(plain, key=str) if all(isinstance(v, str) for v in plain) else plain
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
     return value

@@ -130,7 +130,7 @@ def _conflict(form: Form, shapes: Shapes, pruned: bool) -> str:
     sizes, misread = read(Form(axes), {role: shapes[role] for role in axes if role in shapes})
     if misread:
         return _misread(misread, axes, shapes)
-    for roles, why in (*_unequal_letters(sizes), *_unequal_products(form, sizes)):
+    for roles, why in (*_unequal_letters(sizes), *_unequal_products(form, sizes), *_undivided(form, sizes)):
         return f"{shown(roles, shapes)} {why}"
     return "" if pruned else _empty(sizes, shapes)
 
@@ -163,6 +163,24 @@ def _unequal_letters(sizes: Sizes) -> list[Unequal]:
 def _of_different(name: str) -> str:
     kinds = {"k": "have different kernels", **dict.fromkeys(RANKS, "have different ranks")}
     return kinds.get(name, "are of different layers")
+
+
+def is_across(shapes: Shapes) -> bool:
+    """Whether a LoRA's tensors are PEFT's for a convolution with groups: B [out, r / groups, *1] mixes the ranks by group."""
+    if not {"lora_A", "lora_B"} <= shapes.keys() or "lora_mid" in shapes:
+        return False
+    return shapes["lora_A"][:1] != shapes["lora_B"][1:2]
+
+
+def _undivided(form: Form, sizes: Sizes) -> list[Unequal]:
+    """What is across groups and does not divide into several of them, as channels and features do, or has no kernel."""
+    if not form.across:
+        return []
+    o, c, r, q = (sizes[name][0][1] for name in ("o", "I", "r", "q"))
+    assert isinstance(o, int) and isinstance(c, int) and isinstance(r, int) and isinstance(q, int)
+    groups, over = divmod(r, q) if q else (0, 0)
+    fits = groups > 1 and not over and o % groups == c % groups == 0 and sizes["k"][0][1]
+    return [] if fits else [(sorted(form.needed), "have different ranks")]
 
 
 def _unequal_products(form: Form, sizes: Sizes) -> list[Unequal]:

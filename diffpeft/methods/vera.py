@@ -7,7 +7,8 @@ trains d [r] and b [out]. They come from a seed (`projection_prng_key`), so that
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class VeraConfig(PeftConfig):
     """
 
     r: int = 256
-    target_modules: str | Sequence[str] | None = None
+    target_modules: str | Collection[str] | None = None
     projection_prng_key: int = 0
     save_projection: bool = True
     vera_dropout: float = 0.0
@@ -51,6 +52,15 @@ class VeraConfig(PeftConfig):
 
     TYPE = PeftType(LAYOUTS["vera"].peft)
     exclude_modules = None  # PEFT has no such field here
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.save_projection:
+            warnings.warn(
+                "Specified to not save vera_A and vera_B: a file without them is right only where torch draws the same "
+                "numbers from `projection_prng_key`",
+                stacklevel=3,
+            )
 
     def validate(self) -> None:
         """Raise ConfigError for the first field whose value is not allowed."""

@@ -23,6 +23,12 @@ def fused_of(model: nn.Module) -> list[str]:
     return [name for mix in mixes_of({"": model}).values() for name in mix.fused]
 
 
+def trained_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of adapters that get gradients."""
+    held = (module for _, _, record in adapted(model) for name in record.names for module in record.modules(name))
+    return [*dict.fromkeys(p for module in held for p in module.parameters() if p.requires_grad)]
+
+
 def plan_trained(plan: Plan, model: nn.Module, flags: Mapping[str, bool]) -> None:
     """Plan whether the tensors of these adapters get gradients, copies of modules among them; what came with a file to stay as it is does not."""
     for _, module, _ in adapted(model):
@@ -41,19 +47,30 @@ def plan_frozen(plan: Plan, model: nn.Module) -> None:
         plan.require_grad(model.parameters(), False)
 
 
+# what adapters cannot share: PEFT's name for a module that has it, and why
+_CLASHES = {
+    "copies": ("ModulesToSaveWrapper", "each has values of its own there"),
+    "rows": (
+        "TrainableTokensWrapper",
+        "rows that both train are already defined and would result in undefined merging behavior",
+    ),
+}
+
+
 def refuse_clashing(model: nn.Module, names: Sequence[str]) -> None:
     """Raise AdapterStateError if two of these adapters train the same module whole, or the same rows of an embedding."""
-    for where, one, other in clashes(model, names):
+    for where, one, other, what in clashes(model, names):
+        kind, why = _CLASHES[what]
         raise AdapterStateError(
-            f"Only one adapter can be set at a time for {shown(where)}, got {one} and {other}: each has values of its own there",
+            f"Only one adapter can be set at a time for {kind} {shown(where)}, got {one} and {other}: {why}",
             remedy="Activate one of them.",
         )
 
 
-def clashes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """(module, one adapter, another) of those that cannot act together there."""
+def clashes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
+    """(module, one adapter, another, what both have) of those that cannot act together there."""
     for where, _, record in adapted(model):
         having = [name for name in dict.fromkeys(names) if name in record.names]
         for one, other in itertools.combinations(having, 2):
-            if record.clashing(one, other):
-                yield where, one, other
+            if what := record.clashing(one, other):
+                yield where, one, other, what

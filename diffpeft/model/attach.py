@@ -15,16 +15,18 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, li
 from diffpeft.layers.carried import ADAPTERS, COPIES, Copy, Record, bare_copy, base_class, is_adapted, op_of
 from diffpeft.layers.hooks import device_of, present, refusal
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import LayerSite, site_of
 from diffpeft.layers.slot import BIAS, Piece, Slot
 from diffpeft.methods import METHODS, Additive, Dora, Method, Site, Spec
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.dora import INNER
 from diffpeft.methods.linalg import wide_dtype
+from diffpeft.methods.lora import is_across
 from diffpeft.model.banks import share
+from diffpeft.model.journal import ABSENT
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.target import adapted, components, is_preset, layers_of, select
+from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select
 from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
@@ -163,6 +165,7 @@ class Addition:
         patches: {name: (module, patch)} of modules whose parameters it changes, all of one component.
         finish: gets a component's layers and their fresh slots, and gives the slots to take.
         metadata: what a file of the adapter is to hold.
+        as_in_peft: whether tensors are PEFT's where it has other ones than everybody: a branch beside a convolution with groups.
     """
 
     name: str
@@ -178,6 +181,7 @@ class Addition:
     patches: Mapping[str, tuple[nn.Module, Patch]] = field(default_factory=dict)
     finish: Callable[[Mapping[str, nn.Module], dict[str, Slot]], dict[str, Slot]] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    as_in_peft: bool = False
 
     @property
     def biases(self) -> str:
@@ -222,10 +226,7 @@ def _fresh_slots(
     """The chosen layers, and those whose bias alone is trained; and a fresh slot for each. In a dry run on the meta device."""
     refuse_duplicate(new.name, mixes.values())
     layers = {component: dict(of_component) for component, of_component in chosen.items()}
-    slots = {
-        component: {layer: _fresh(new, layer, module, dry_run) for layer, module in of_component.items()}
-        for component, of_component in layers.items()
-    }
+    slots = {component: _fresh_on(of_component, new, dry_run) for component, of_component in layers.items()}
     if new.biases == "all":
         _add_biases(parts, new, layers, slots, dry_run)
     if new.finish is not None:
@@ -233,6 +234,12 @@ def _fresh_slots(
     for of_component in slots.values():
         share(of_component)
     _warn_adjusted(new.name, slots)
+    branches = [dotted(c, layer) for c, of in slots.items() for layer, slot in of.items() if is_across(slot.tensors)]
+    if branches:
+        warnings.warn(
+            f"LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported. {listed(branches[:5])}",
+            stacklevel=5,
+        )
     large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
         warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=4)
@@ -345,12 +352,18 @@ def refuse_duplicate(name: str, mixes: Iterable[Mix]) -> None:
         )
 
 
+def _fresh_on(layers: Mapping[str, nn.Module], new: Addition, dry_run: bool) -> dict[str, Slot]:
+    """A fresh adapter for each layer, under the name by which a config speaks of it."""
+    spoken = along(layers)
+    return {layer: _fresh(new, spoken.get(layer, layer), module, dry_run) for layer, module in layers.items()}
+
+
 def _fresh(new: Addition, layer: str, module: nn.Module, dry_run: bool) -> Slot:
     """A fresh adapter for one layer."""
     op = op_of(module)
     site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else new.generator)
     with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
-        fresh = new.method.init(new.config, site, **new.options)
+        fresh = new.method.init(new.config, site, **new.options, **_across(new, op))
         shift = {BIAS: torch.zeros(op.geometry.out)} if new.biases != "none" and op.bias is not None else {}
     spec = Spec(op.geometry, fresh.alpha, fresh.options)
     piece = Piece(new.method.name, fresh.tensors, fresh.alpha, spec, fresh.frozen)
@@ -358,18 +371,24 @@ def _fresh(new: Addition, layer: str, module: nn.Module, dry_run: bool) -> Slot:
     return slot if dry_run else slot.to(device_of(module))
 
 
+def _across(new: Addition, op: LayerSite) -> dict[str, bool]:
+    """The keyword of methods that have PEFT's form of a convolution with groups, where that is wanted."""
+    wanted = new.as_in_peft and "across" in new.method.options and op.takes_branches
+    return {"across": True} if wanted else {}
+
+
 def _biased(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that have a bias which can be changed."""
     return {
         name: module
         for name, (module, parent) in layers_of(model).items()
-        if getattr(module, "bias", None) is not None and not refusal(module, parent, name)
+        if op_of(module).bias is not None and not refusal(module, parent, name)
     }
 
 
 def _bias_alone(module: Any, dry_run: bool) -> Slot:
     """An adapter that only changes the layer's bias."""
-    shift = torch.zeros(module.bias.numel(), device="meta" if dry_run else device_of(module))
+    shift = torch.zeros(op_of(module).geometry.out, device="meta" if dry_run else device_of(module))
     return Slot([], {BIAS: shift}, trainable=True).train(module.training)
 
 
@@ -456,6 +475,7 @@ def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str])
         before.layers, adapters, lambda strengths: {n: s for n, s in strengths.items() if n not in names}
     )
     plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else before.fused)
+    plan_unlisted(plan, model, names, bool(adapters))
     plan.root(model, mix)
     for layer, module, _ in walk:
         record = plan.record_of(module)
@@ -468,6 +488,29 @@ def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str])
         if weights is not None or remaining is not record:
             refuse_foreign(layer, module)
             plan.carry(module, remaining, weights)
+
+
+class Listed(dict[str, object]):
+    """`peft_config` of a bare model: {adapter: its config}, which goes with the last adapter."""
+
+
+def plan_listed(plan: Plan, model: nn.Module, name: str, config: object) -> None:
+    """Plan an entry in `model.peft_config`, where transformers and diffusers look for a bare model's adapters."""
+    configs = model.__dict__.get("peft_config")
+    if not isinstance(configs, Listed):
+        configs = Listed(configs or {})
+        plan.set(model, peft_config=configs)
+    plan.entry(configs, name, config)
+
+
+def plan_unlisted(plan: Plan, model: nn.Module, names: Iterable[str], remain: bool) -> None:
+    """Plan that adapters are no longer in `model.peft_config`; without any that `remain` it goes."""
+    configs = model.__dict__.get("peft_config")
+    if isinstance(configs, Listed):
+        for name in names:
+            plan.entry(configs, name)
+        if not remain:
+            plan.set(model, peft_config=ABSENT)
 
 
 def refuse_foreign(layer: str, module: nn.Module) -> None:

@@ -84,7 +84,7 @@ def _plan_lora(
             continue
         slots = {}
         for layer, module, old in _slots(parts[component], adapter):
-            update = _update(module, old)
+            update = update_of(module, old)
             factors = update.factors if update.factors is not None else _full_rank(update.delta)
             if len(factors[0]) and (rank is not None or energy is not None):
                 factors = _shortened(factors, rank, energy)
@@ -181,7 +181,7 @@ def _updates(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[
     by_layer: dict[str, tuple[nn.Module, Updates]] = {}
     for adapter, weight in weights.items():
         for layer, module, slot in _slots(model, adapter):
-            by_layer.setdefault(layer, (module, []))[1].append((weight, _update(module, slot)))
+            by_layer.setdefault(layer, (module, []))[1].append((weight, update_of(module, slot)))
     return by_layer
 
 
@@ -220,7 +220,7 @@ def _slots(model: nn.Module, name: str) -> Iterable[tuple[str, nn.Module, Slot]]
 
 
 @torch.no_grad()
-def _update(module: nn.Module, slot: Slot) -> Update:
+def update_of(module: nn.Module, slot: Slot) -> Update:
     """What an adapter does to a layer's own weight, in fp32 or better."""
     op, record = op_of(module), record_of(module)
     assert record is not None
@@ -237,8 +237,8 @@ def _update(module: nn.Module, slot: Slot) -> Update:
                 remedy="Load the model again to get its own weights.",
             )
         base = record.base if record.base is not None else weights_of(module)
-        W = (op.weight() if op.backend else op.canonical(base["weight"])).to(slot.weight.device, dtype)
-        bias = base["bias"].to(W) if "bias" in base else None
+        W = (op.weight() if op.backend else op.canonical(base[op.weight_name])).to(slot.weight.device, dtype)
+        bias = base[op.bias_name].to(W) if op.bias_name in base else None
         whole = Whole(Base(op, None, dtype, {}, W), [(slot, 1.0)])
         delta = (whole.weight() - W).flatten(1) if factors is None else factors[1] @ factors[0]
         return Update(delta, factors, slot.rank, whole.shift(dtype, bias))

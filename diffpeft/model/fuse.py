@@ -20,6 +20,7 @@ from diffpeft.layers.backends import backend_of
 from diffpeft.layers.carried import Parameters, Record, Step
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
 from diffpeft.layers.patches import Patch
+from diffpeft.layers.sites import parameter_names
 from diffpeft.model.arena import Arena
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, Mix
@@ -61,9 +62,14 @@ def fuse(target: object, names: str | Sequence[str] | None = None, keep_base: st
 
 
 def plan_fused(
-    plan: Plan, parts: Mapping[str, nn.Module], names: str | Sequence[str] | None = None, keep_base: str = "cpu"
+    plan: Plan,
+    parts: Mapping[str, nn.Module],
+    names: str | Sequence[str] | None = None,
+    keep_base: str = "cpu",
+    *,
+    untie: bool = False,
 ) -> None:
-    """Plan what `fuse` does. Raises what it raises."""
+    """Plan what `fuse` does; with `untie` layers that share their weight with another get one of their own while they are fused. Raises what `fuse` raises."""
     mixes = mixes_of(parts)
     before = {component: plan.view(mix) for component, mix in mixes.items()}
     chosen = _chosen(names, before)
@@ -73,11 +79,25 @@ def plan_fused(
         refuse_changing(now, chosen)
         fresh = {n: now.choice.given[n] for n in now.choice.order if n in chosen and n not in now.fused}
         if fresh:
-            _plan_component(plan, parts[component], mix, [*now.fused, *fresh], keep_base)
+            _plan_component(plan, parts[component], mix, [*now.fused, *fresh], keep_base, untie)
             plan.set(mix, fused={**now.fused, **fresh})
             idle = False
     if idle:
         warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=3)
+
+
+def plan_layer_fused(plan: Plan, model: nn.Module, mix: Mix, module: nn.Module, names: Sequence[str]) -> None:
+    """Plan to put active adapters into the weight of one layer of a component. Raises what `fuse` raises."""
+    now, record = plan.view(mix), plan.record_of(module)
+    assert record is not None
+    refuse_changing(now, set(names))
+    refuse_hooked(module)
+    fuser = _Fuser(plan, mix, now.choice, True, owners_of(model), set(), Arena(mix.arena), untie=True)
+    job = fuser.job(record.where, module, [*(name for name in now.fused if name in record.fused), *names])
+    if job is not None:
+        fuser.plan_job(job)
+    fuser.plan_patched()
+    plan.set(mix, fused={**now.fused, **{name: now.choice.given[name] for name in names}}, arena=fuser.arena)
 
 
 def unfuse(target: object) -> None:
@@ -132,13 +152,13 @@ def refuse_changing(mix: Mix, names: set[str]) -> None:
             )
 
 
-def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str) -> None:
+def _plan_component(plan: Plan, model: nn.Module, mix: Mix, names: Sequence[str], keep_base: str, untie: bool) -> None:
     """Plan the weights of one component with exactly `names` in them."""
     refuse_hooked(model)
     owners, walk = owners_of(model), adapted(model)
     count_twins_once(walk, owners)
     alone = _alone(model) if keep_base == "none" else set()
-    fuser = _Fuser(plan, mix, plan.view(mix).choice, keep_base == "cpu", owners, alone, Arena(mix.arena))
+    fuser = _Fuser(plan, mix, plan.view(mix).choice, keep_base == "cpu", owners, alone, Arena(mix.arena), untie)
     for layer, module, _ in walk:
         job = fuser.job(layer, module, names)
         if job is not None:
@@ -169,6 +189,7 @@ class _Fuser:
     owners: dict[int, int]
     alone: set[int]  # the ids of parameters that may be written where they lie
     arena: Arena  # where weights lie whose base is kept
+    untie: bool  # whether a layer that shares its weight gets one of its own
     scratch: Scratch = field(default_factory=Scratch)
     shared: dict[int, Tensor] = field(default_factory=dict)  # new weights by the parameter's id
     patched: list[tuple[nn.Module, Record]] = field(default_factory=list)
@@ -182,7 +203,7 @@ class _Fuser:
         if record.mix is not self.mix or not set(inside) - record.fused:
             return None
         check_order(layer, record, inside, self.choice)
-        refuse_unfit(layer, module, record, self.owners)
+        refuse_unfit(layer, module, record, self.owners, self.untie)
         _refuse_baseless(layer, record)
         refuse_changed(layer, module, record)
         return _Job(layer, module, record, inside, based(module, record))
@@ -196,16 +217,17 @@ class _Fuser:
         weights = fused_weights(job.layer, job.module, job.base, steps, self.scratch, empty=empty)
         kept_base = {name: t.to("cpu") for name, t in job.base.items()} if self.keep else None
         fused = job.record.changed(fused=frozenset(job.inside), base=kept_base, sample=sampled(weights))
-        if job.record.patches:
+        if job.record.patches or is_tied(job.module, job.record, self.owners):
             self.patched.append((job.module, fused))
             self.puts += [(job.module._parameters, name, t) for name, t in weights.items()]
         else:
-            weights["weight"] = self.shared.setdefault(id(job.module._parameters["weight"]), weights["weight"])
+            name = parameter_names(job.module)[0]
+            weights[name] = self.shared.setdefault(id(job.module._parameters[name]), weights[name])
             self.plan.carry(job.module, fused, weights)
 
     def rewritten(self, job: _Job, steps: Sequence[Step]) -> bool:
         """Plan to write a layer's weight where it lies, if its base goes; False, and nothing is planned, where that might fail or reach others."""
-        weight = job.module._parameters.get("weight")
+        weight = job.module._parameters.get(parameter_names(job.module)[0])
         if self.keep or job.record.fused or job.record.patches or weight is None or id(weight) not in self.alone:
             return False
         total = bounded_sum(job.module, job.base, steps)
@@ -216,7 +238,7 @@ class _Fuser:
         return True
 
     def plan_patched(self) -> None:
-        """Plan the layers that patches change: what they shared with layers that nothing changes is parted from those."""
+        """Plan the layers that patches change, and tied ones: what they shared with layers that nothing changes is parted from those."""
         parted = spread(self.plan, self.puts, self.owners)
         for module, fused in self.patched:
             table = module._parameters
@@ -284,10 +306,15 @@ def refuse_hooked(model: nn.Module) -> None:
             raise unfit(name, f"diffusers' {min(hooks).replace('_', ' ')} holds its weight")
 
 
-def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[int, int]) -> None:
+def is_tied(module: nn.Module, record: Record, owners: Mapping[int, int]) -> bool:
+    """Whether a layer shares a parameter that adapters change with another. `owners` as `owners_of` gives them."""
+    return any(owners.get(id(module._parameters.get(name)), 0) > 1 for name in touched(module, record))
+
+
+def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[int, int], untie: bool = False) -> None:
     """Raise AdapterStateError for a module whose parameters cannot take anything in. `owners` as `owners_of` gives them.
 
-    What only slots change has to be its layer's alone; patches untie it.
+    What only slots change has to be its layer's alone, unless it may be untied; patches untie it.
     """
     if backend_of(module) is not None:
         raise unfit(layer, "its weight is quantised, and rounding it again would lose more than the adapter adds")
@@ -295,7 +322,7 @@ def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[
         parameter = module._parameters.get(name)
         if hasattr(module, "_hf_hook") or (parameter is not None and parameter.is_meta):
             raise unfit(layer, f"its {name} is offloaded")
-        if owners.get(id(parameter), 0) > 1 and not record.patches:
+        if owners.get(id(parameter), 0) > 1 and not record.patches and not untie:
             raise unfit(layer, f"its {name} is tied to another layer's")
         if not isinstance(parameter, nn.Parameter) or type(parameter.data) is not Tensor:
             raise unfit(layer, f"its {name} is sharded or of a kind that is not known here")

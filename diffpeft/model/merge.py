@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from diffpeft.bundle import dotted
-from diffpeft.errors import AdapterStateError, NonFiniteError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, UnknownNameError, shown
 from diffpeft.layers.backends import Backend, backend_of
-from diffpeft.layers.carried import LAYER_PARAMETERS, Copy, Parameters, Record, Step, bare, effective, op_of
+from diffpeft.layers.carried import Copy, Parameters, Record, Step, bare, effective, op_of
 from diffpeft.layers.patches import Patch
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import parameter_names, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite
-from diffpeft.model.attach import Walk, mixes_of, refuse_foreign
-from diffpeft.model.fuse import check_order, owners_of, refuse_changing, refuse_hooked, refuse_unfit
+from diffpeft.model.attach import Walk, mixes_of, plan_unlisted, refuse_foreign
+from diffpeft.model.fuse import check_order, is_tied, owners_of, refuse_changing, refuse_hooked, refuse_unfit
 from diffpeft.model.mix import Choice, Mix, check_idle, choose
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.target import adapted, components
 from diffpeft.model.tied import count_twins_once, spread
-from diffpeft.model.weights import based, computed_in, refuse_changed, unfit, unfused
+from diffpeft.model.weights import based, computed_in, no_bias, not_finite, refuse_changed, unfit, unfused
 
 
 def merge_for_good(
@@ -61,8 +61,9 @@ def plan_merged(
     names: str | Sequence[str] | None = None,
     *,
     dequantize: bool = False,
+    untie: bool = False,
 ) -> dict[str, float]:
-    """Plan `merge_for_good` of these components. -> the relative error of each layer."""
+    """Plan `merge_for_good` of these components. `untie`: layers that share their weight get one of their own. -> the relative error of each layer."""
     walks = {component: adapted(part) for component, part in parts.items()}
     mixes = mixes_of(parts, walks)
     known = {n for mix in mixes.values() for n in mix.adapters}
@@ -72,11 +73,12 @@ def plan_merged(
             raise UnknownNameError.of("adapter", name, known)
     errors: dict[str, float] = {}
     for component, mix in mixes.items():
-        merger = _merger(parts[component], plan.view(mix), wanted, dequantize)
+        merger = _merger(parts[component], plan.view(mix), wanted, dequantize, untie)
         count_twins_once(walks[component], merger.owners)
         of_layers = merger.plan_all(plan, [carried for carried in walks[component] if carried[2].mix is mix])
         errors |= {dotted(component, layer): error for layer, error in of_layers.items()}
         plan.set(mix, adapters={}, choice=Choice(), fused={})
+        plan_unlisted(plan, parts[component], mix.adapters, False)
         plan.root(parts[component], mix)
     return errors
 
@@ -88,6 +90,7 @@ class _Merger:
     model: nn.Module
     choice: Choice  # with the chosen adapters alone
     dequantize: bool
+    untie: bool
     owners: dict[int, int]
     shared: dict[int, torch.Tensor]  # the new numbers of weights, by the parameter's id: layers may share one
     dtype: torch.dtype | None  # of plain layers in place of quantised ones
@@ -114,12 +117,15 @@ class _Merger:
         steps = record.steps(self.choice)
         if steps and isinstance(steps[0][0], Copy):
             return self._taken(plan, layer, module, steps)
-        slots = record.slots.keys() & {*inside}
-        if not slots and not record.patches.keys() & {*inside}:
+        if not (record.slots.keys() | record.patches.keys()) & {*inside}:
             plan.carry(module, None, unfused(layer, module, record)[1] if record.fused else None)
             return None
+        return self._merge(plan, layer, module, record, inside)
+
+    def _merge(self, plan: Plan, layer: str, module: nn.Module, record: Record, inside: Sequence[str]) -> float | None:
+        """Plan to put slots and patches of the adapters `inside` into a module's parameters. -> as `plan`."""
         base, steps = self._start(layer, module, record, inside)
-        backend = backend_of(module)
+        slots, backend = record.slots.keys() & {*inside}, backend_of(module)
         if slots and backend is not None:
             if not self.dequantize:
                 raise AdapterStateError(
@@ -127,16 +133,24 @@ class _Merger:
                     remedy="Pass dequantize=True to get a plain layer, or leave the adapter unmerged; it acts all the same.",
                 )
             return self._replace(plan, layer, module, backend, steps)
-        refuse_unfit(layer, module, record, self.owners)
+        error = self._direct(plan, layer, module, record, base, steps)
+        return error if slots else None
+
+    def _direct(
+        self, plan: Plan, layer: str, module: nn.Module, record: Record, base: Parameters, steps: Sequence[Step]
+    ) -> float | None:
+        """Plan to give a module the numbers that its adapters make of `base`. -> the relative error of its weight."""
+        refuse_unfit(layer, module, record, self.owners, self.untie)
         like = {name: module._parameters[name].data for name in base}  # type: ignore[union-attr]
         weights, error = _merged(layer, module, base, like, steps)
-        if record.patches:
+        if record.patches or is_tied(module, record, self.owners):
             plan.carry(module, None)
             self.puts += [(module._parameters, name, t) for name, t in weights.items()]
         else:
-            weights["weight"] = self.shared.setdefault(id(module._parameters["weight"]), weights["weight"])
+            name = parameter_names(module)[0]
+            weights[name] = self.shared.setdefault(id(module._parameters[name]), weights[name])
             plan.carry(module, None, weights)
-        return error if slots else None
+        return error
 
     def _taken(self, plan: Plan, layer: str, module: nn.Module, steps: Sequence[Step]) -> float | None:
         """Plan to give a module the numbers of its acting copy, with what acts after that in them."""
@@ -152,7 +166,7 @@ class _Merger:
         if len(steps) == 1:
             return None
         names = dict.fromkeys(
-            n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else LAYER_PARAMETERS)
+            n for held, _ in steps[1:] for n in (held.names if isinstance(held, Patch) else parameter_names(module))
         )
         base = {n: p.data for n in names if (p := copy.module._parameters.get(n)) is not None}
         weights, error = _merged(layer, module, base, base, steps[1:])
@@ -200,7 +214,7 @@ class _Merger:
         return error
 
 
-def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize: bool) -> _Merger:
+def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize: bool, untie: bool) -> _Merger:
     check_idle(mix, mix.adapters)
     active = mix.choice.order
     chosen = {*active} if names is None else {*names}
@@ -211,7 +225,7 @@ def _merger(model: nn.Module, mix: Mix, names: Sequence[str] | None, dequantize:
     strengths |= {n: 1.0 for n in names or () if n in mix.adapters and n not in strengths}
     choice = choose(mix.component, mix.layers, mix.adapters, strengths)
     refuse_hooked(model)
-    return _Merger(model, choice, dequantize, owners_of(model), {}, _activations(model))
+    return _Merger(model, choice, dequantize, untie, owners_of(model), {}, _activations(model))
 
 
 def _merged(
@@ -223,14 +237,11 @@ def _merged(
         dtype = computed_in(base)
         exact = effective(module, steps, dtype, start)
         if exact.keys() - like.keys():
-            raise unfit(layer, "an adapter adds a bias and the layer has none")
+            raise no_bias(layer, steps)
         stored = {name: torch.empty_like(t).copy_(exact[name]) for name, t in like.items()}
-        if not all(map(is_finite, stored.values())):
-            raise NonFiniteError(
-                "NaNs detected in the merged weights",
-                where=f"Layer {shown(layer)} would get values that are not finite",
-                remedy=f"An adapter seems to be broken, or too strong for {next(iter(like.values())).dtype}.",
-            )
+        for name, t in stored.items():
+            if not is_finite(t):
+                raise not_finite(layer, module, steps, name, t.dtype)
         name, W = next(iter(exact.items()))
         W = W.to(dtype)
         error = torch.linalg.vector_norm(stored[name].to(W) - W) / torch.linalg.vector_norm(W).clamp_min(1e-30)

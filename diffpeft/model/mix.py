@@ -65,6 +65,19 @@ class Moment:
         return self.of.images
 
 
+@dataclass(frozen=True)
+class Single:
+    """What was set on one layer by itself: its active adapters in order, how strong adapters are (1 where it is not said), and whether any acts."""
+
+    active: tuple[str, ...]
+    strengths: Mapping[str, Level] = field(default_factory=dict)
+    enabled: bool = True
+
+    def level(self, name: str) -> Level:
+        """How strong an adapter acts on the layer."""
+        return self.strengths.get(name, 1.0) if self.enabled and name in self.active else 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Choice:
     """What was set: active adapters in activation order, and the strength of each on each layer, a number or a schedule."""
@@ -76,6 +89,8 @@ class Choice:
     rows: tuple[Choice, ...] = ()  # one a prompt; `levels` are of the first that has an adapter then, `asked` of each
     images: int = 1  # how many rows of a batch a prompt has
     live: bool = False  # whether layers read another moment from call to call
+    enabled: bool = True  # whether it is what was set, or adapters are switched off for a while
+    singles: Mapping[int, Single] = field(default_factory=dict)  # of layers by themselves, which `levels` have in them
     first: Moment = field(init=False)  # that of the first step
     kept: dict[Any, Any] = field(default_factory=dict, init=False)  # what was made of this choice before
 
@@ -90,12 +105,43 @@ class Choice:
         """The levels as numbers: always, or in the first step."""
         return self.first.strengths
 
+    def single(self, index: int) -> Single:
+        """What holds on one layer, as if it had been set there. Adapters that are not on it may be among the active ones, as in PEFT."""
+        if index in self.singles:
+            return self.singles[index]
+        active = tuple(name for name in self.order if not self.singles or self.levels[name][index] != 0)
+        return Single(active, {name: self.levels[name][index] for name in active}, self.enabled)
+
+    def with_singles(
+        self, singles: Mapping[int, Single], layers: Sequence[str], adapters: Mapping[str, Adapter]
+    ) -> Choice:
+        """This choice with other settings of some layers by themselves. An adapter that is active on none of its layers is so nowhere."""
+        if not singles:
+            return self
+        of_adapter = _columns_of(layers, adapters)
+        here = [[name for name in single.active if i in of_adapter[name]] for i, single in singles.items()]
+        order = dict.fromkeys((*_merged(self.order, here), *(n for single in singles.values() for n in single.active)))
+        together = {**self.singles, **singles}
+        levels = {name: _with_levels(self.levels.get(name, [0.0] * len(layers)), name, together) for name in order}
+
+        def acts(name: str, index: int) -> bool:
+            return name in together[index].active if index in together else levels[name][index] != 0
+
+        active = tuple(name for name in order if any(acts(name, index) for index in of_adapter[name]))
+        return replace(
+            self,
+            order=active,
+            given={name: _said(layers, levels[name], of_adapter[name]) for name in active},
+            levels={name: levels[name] for name in active},
+            singles=together,
+        )
+
     def scaled(self, by: float) -> Choice:
         """This choice with all strengths times a number."""
         return self if by == 1 else self._remembered(("scaled", by), lambda: self._scaled(by))
 
     def _scaled(self, by: float) -> Choice:
-        levels = {name: [_times(level, by) for level in column] for name, column in self.levels.items()}
+        levels = {name: [scaled_level(level, by) for level in column] for name, column in self.levels.items()}
         return replace(self, levels=levels, rows=tuple(row.scaled(by) for row in self.rows))
 
     def moment(self, fraction: float | None, batch: int = 0) -> Moment:
@@ -114,6 +160,33 @@ class Choice:
     def _moment(self, fraction: float | None, batch: int) -> Moment:
         strengths, table = _numbers(self.order, self.levels, fraction or 0.0)
         return Moment(self, strengths, table, tuple(row.moment(fraction) for row in self.rows), batch)
+
+
+def _columns_of(layers: Sequence[str], adapters: Mapping[str, Adapter]) -> dict[str, list[int]]:
+    """{adapter: the columns of the layers that it is on}."""
+    places = {layer: index for index, layer in enumerate(layers)}
+    return {name: sorted({places[layer] for layer in (*a.layers, *a.modules)}) for name, a in adapters.items()}
+
+
+def _with_levels(column: Sequence[Level], name: str, singles: Mapping[int, Single]) -> list[Level]:
+    """An adapter's strengths by layer, with those of single layers."""
+    return [singles[index].level(name) if index in singles else level for index, level in enumerate(column)]
+
+
+def _merged(order: Sequence[str], others: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """An order with further names behind it; where one of the other orders contradicts it, that one comes first."""
+    for other in others:
+        together = dict.fromkeys((*order, *other))
+        agrees = [name for name in together if name in other] == list(other)
+        order = tuple(together if agrees else dict.fromkeys((*other, *order)))
+    return tuple(order)
+
+
+def _said(layers: Sequence[str], column: Sequence[Level], indices: Sequence[int]) -> Strength:
+    """An adapter's strength as a user would say it: one number, or one for each of its layers."""
+    if len({column[index] for index in indices}) == 1:
+        return column[indices[0]]
+    return {layers[index]: column[index] for index in indices}
 
 
 _KEPT = 256  # moments: those of a few numbers of steps
@@ -205,7 +278,13 @@ class Mix:
         """The choice that was set, with what was given edited (that of every prompt) and for these layers and adapters."""
         choice = self.choice
         asked = [edit(row.given) for row in choice.rows] if choice.rows else edit(choice.given)
-        return choose(self.component, layers, adapters, asked, choice.clock, choice.images)
+        new = choose(self.component, layers, adapters, asked, choice.clock, choice.images)
+        added = tuple(name for name in new.order if name not in choice.order)
+        singles = {
+            index: replace(single, active=(*(name for name in single.active if name in adapters), *added))
+            for index, single in choice.singles.items()
+        }
+        return new.with_singles(singles, layers, adapters)
 
     def used(self, asked: Mapping[str, Strength]) -> set[str]:
         """The patterns in `asked` that match a layer of their adapter here."""
@@ -304,12 +383,15 @@ def _level(strength: Level) -> Level:
     return strength if isinstance(strength, Schedule) else float(strength)
 
 
-def _times(level: Level, by: float) -> Level:
+def scaled_level(level: Level, by: float) -> Level:
+    """A strength times a number."""
     return ScaledSchedule(level, by) if isinstance(level, Schedule) else level * by
 
 
 def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Level:
     """The value of the pattern with most literal segments that matches, then the longer, then the later; 1 if none does."""
+    if layer in patterns and not (component and dotted(component, layer) in patterns):  # the whole name
+        return _level(patterns[layer])
     best, value = (-1, -1), _level(1.0)
     for pattern, strength in patterns.items():
         segments = [

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from diffpeft.layers.acting import state_with
 from diffpeft.layers.carried import Parameters, Record, State, enter, record_of, state_of
 from diffpeft.layers.hooks import reapply_offloading
+from diffpeft.layers.readers import is_reader, settle_reader
 from diffpeft.model.journal import ABSENT, Journal, put_back
 from diffpeft.model.lock import exclusive
 from diffpeft.model.mix import Mix
 from diffpeft.model.root import settle
-from diffpeft.model.target import COMPILED
+from diffpeft.model.target import COMPILED, modules_of
 
 # a module's table of parameters or buffers, a name in it, and new numbers or another parameter
 Put = tuple[dict[str, Any], str, Any]
@@ -300,6 +301,9 @@ class Plan:
     def _finish(self) -> None:
         """Let the models, and who offloads them, know what is on their layers now."""
         changed = self.changed
+        for model in {id(model): model for model, _ in self.roots}.values() if changed else ():
+            for reader, _ in modules_of(model, is_reader).values():
+                settle_reader(reader)
         for model, mix in self.roots:
             settle(model, mix)
             if changed:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpeft.layers.carried import op_of
 from diffpeft.layers.patches import Patch
 from diffpeft.layers.tokens import Tokens
 from diffpeft.model.plan import Plan
@@ -31,8 +32,7 @@ class Precision:
     def settle(self, layers: Mapping[str, nn.Module], adapters: Mapping[str, nn.Module]) -> None:
         """Put fresh adapters on layers, {name: layer} and {name: its adapter}, into their dtype."""
         for name, adapter in adapters.items():
-            weight: Any = layers[name].weight
-            self._settle(adapter, weight)
+            self._settle(adapter, op_of(layers[name]).parameter)
 
     def settle_patches(self, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
         """Put patches into the dtype of the first parameter that they change."""

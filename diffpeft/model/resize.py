@@ -97,7 +97,11 @@ def _check(where: str, module: nn.Module, total: int | None) -> None:
     if record is None:
         return
     for name, slot in record.slots.items():
-        fits = all(p.method is Lora or set(p.roles) == {WHOLE} for p in slot.parts) and slot.source is None
+        fits = (
+            all(p.method is Lora or set(p.roles) == {WHOLE} for p in slot.parts)
+            and slot.source is None
+            and slot.stored_rank is None
+        )
         if not fits or set(slot.tensors) - {*axes, *_FIXED}:
             raise AdapterStateError(
                 f"adapter {shown(name)} is a {'+'.join(slot.methods)} on {shown(where)}, which cannot get other rows",

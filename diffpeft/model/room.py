@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import ConfigError, ShapeMismatchError
-from diffpeft.layers.slot import Piece, Slot, pieces_of
+from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted
@@ -17,12 +17,11 @@ from diffpeft.model.target import adapted
 LORAS = ("lora", "dora")
 
 
-def plan_room(plan: Plan, model: nn.Module, ranks: Mapping[str, Mapping[str, int]]) -> set[str]:
-    """Plan to give slots room for ranks, {adapter: {layer: rank}}; nothing else changes. -> the trained adapters that are frozen by it.
+def plan_room(plan: Plan, model: nn.Module, ranks: Mapping[str, Mapping[str, int]]) -> None:
+    """Plan to give slots room for ranks, {adapter: {layer: rank}}; nothing else changes.
 
-    Raises ConfigError for a rank below the one that is there.
+    What is trained stays so: zeros in both factors get no gradients. Raises ConfigError for a rank below the one that is there.
     """
-    frozen: set[str] = set()
     for layer, module, _ in adapted(model):
         record = plan.record_of(module)
         assert record is not None
@@ -38,10 +37,8 @@ def plan_room(plan: Plan, model: nn.Module, ranks: Mapping[str, Mapping[str, int
                     remedy="Give target_rank=, the highest rank of all adapters.",
                 )
             roomy[name] = _roomy(slot, rank, layer)
-            frozen |= {name} if slot.weight.requires_grad else set()
         if roomy:
             plan.carry(module, record.changed(slots={**record.slots, **roomy}))
-    return frozen
 
 
 def room_of(slot: Slot) -> int:
@@ -76,8 +73,8 @@ def _roomy(slot: Slot, rank: int, where: str) -> Slot:
         tensors = {role: t.detach() for role, t in slot.tensors_of(part).items()}
         parts.append(padded(Piece(part.method.name, tensors, part.alpha, part.spec), rank, where))
     beside = {role: t.detach() for role, t in slot.tensors.items() if not any(role in p.roles for p in slot.parts)}
-    roomy = Slot(parts, beside, trainable=False)
-    roomy.source = pieces_of(slot)
+    roomy = Slot(parts, beside, trainable=slot.weight.requires_grad)
+    roomy.source, roomy.stored_rank = slot.source, slot.rank
     return roomy.train(slot.training)
 
 
@@ -104,6 +101,14 @@ def fitted(tensors: Mapping[str, Tensor], rank: int, scale: float, to: float, wh
         )
     if scale != to:
         B = (B.double() * (scale / to)).to(B.dtype)
-    A = torch.cat([A, A.new_zeros(room, *A.shape[1:])])
-    B = torch.cat([B, B.new_zeros(B.shape[0], room, *B.shape[2:])], 1)
+    groups = len(A) // B.shape[1]  # of a branch beside a convolution: B's ranks are those of a group
+    if rank % groups:
+        raise ShapeMismatchError(
+            f"Trying to pad a Conv{A.dim() - 2}d LoRA adapter with groups={groups} to target rank {rank}, but the target rank "
+            f"is not divisible by {groups}. Please choose a target rank that is divisible by {groups}.",
+            where=where,
+        )
+    A = A.unflatten(0, (groups, -1))
+    A = torch.cat([A, A.new_zeros(groups, room // groups, *A.shape[2:])], 1).flatten(0, 1)
+    B = torch.cat([B, B.new_zeros(B.shape[0], room // groups, *B.shape[2:])], 1)
     return {**tensors, "lora_A": A, "lora_B": B}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,12 +28,14 @@ _REASON = (
     "the strengths of adapters depend on the call; compile the model that set_adapters is given and not what calls it"
 )
 _lock = threading.RLock()
+_models: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()  # by mix key
 _classes: dict[type, type] = {}
 
 
 def settle(model: nn.Module, mix: Mix) -> None:
     """Make `model` a root if strengths of `mix` may depend on the call, and what it was if not. Plain assignments: it cannot fail."""
     with _lock:
+        _models[mix.key] = model
         want = _depends_on_the_call(model, mix)
         inner = model._modules.get(COMPILED)  # may have become a root before it was compiled
         for module in (model,) if want or inner is None else (model, inner):
@@ -49,6 +52,11 @@ def settle(model: nn.Module, mix: Mix) -> None:
                 module.__dict__[ROOT] = mix
             else:
                 module.__dict__.pop(ROOT, None)
+
+
+def model_of(mix: Mix) -> nn.Module | None:
+    """The model whose strengths a mix holds; None for one that was copied or unpickled and had no operation since."""
+    return _models.get(mix.key)
 
 
 def _depends_on_the_call(model: nn.Module, mix: Mix) -> bool:

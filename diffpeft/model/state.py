@@ -14,13 +14,13 @@ from diffpeft.bundle import Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped, is_adapted
 from diffpeft.layers.hooks import present
-from diffpeft.layers.slot import Slot
+from diffpeft.layers.slot import Piece, Slot, as_stored
 from diffpeft.methods import METHODS, Spec
 from diffpeft.methods.layout import DROPOUTS
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.banks import shared_by
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import adapted, components
+from diffpeft.model.target import FSDP_UNIT, adapted, components
 
 TRAINING = DROPOUTS | {"adjusted", "rank_dropout_scale"}  # no part of what f is
 
@@ -37,7 +37,8 @@ def slots_of(target: object, name: str) -> dict[str, Slot]:
 def slots_in(model: nn.Module, name: str, plan: Plan | None = None) -> dict[str, Slot]:
     """{layer: slot} of one adapter on one module, as it is or as a plan will have it."""
     records = ((layer, plan.record_of(m) if plan else record) for layer, m, record in adapted(model))
-    return {layer: record.slots[name] for layer, record in records if record is not None and name in record.slots}
+    slots = {layer: record.slots[name] for layer, record in records if record is not None and name in record.slots}
+    return {layer: getattr(slot, FSDP_UNIT, slot) for layer, slot in slots.items()}
 
 
 def beside_slots(plan: Plan, model: nn.Module, where: str, name: str) -> nn.Module | None:
@@ -67,6 +68,7 @@ def whole_tensors(
     for where, _, record in adapted(model):
         for module in record.beside(name, hidden=False):
             at = f"{where}.{COPIES}.{escaped(name)}."
+            module = getattr(module, FSDP_UNIT, module)
             for key, tensor in module.state_dict().items():
                 tensors[f"{prefix}{where}.{key}"] = (gathered or {}).get(at + key, tensor).detach()
     return tensors
@@ -98,6 +100,17 @@ def _with(slot: Slot, tensors: Mapping[str, Tensor]) -> Slot:
 def parameters_of(target: object, name: str) -> list[nn.Parameter]:
     """The trainable parameters of one adapter."""
     return [p for slot in slots_of(target, name).values() for p in slot.parameters() if p.requires_grad]
+
+
+def trained_parameters(target: object, name: str) -> dict[str, nn.Parameter]:
+    """{layer.role: parameter} of all that has gradients, over all components; an adapter's names are without the adapter's."""
+    inside = f".{ADAPTERS}.{escaped(name)}."
+    return {
+        canonical(component, where.replace(inside, ".")): p
+        for component, model in components(target).items()
+        for where, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def _tensors(slot: Slot) -> dict[str, Tensor]:
@@ -141,7 +154,8 @@ def entries_of(layer: str, slot: Slot) -> list[Entry]:
     for part in slot.parts:
         of_part = {role: tensors.pop(role) for role in part.roles}
         if slot.source is None:
-            entries.append(_entry(layer, part.method, of_part, part.alpha, part.spec))
+            piece = as_stored(slot, Piece(part.method.name, of_part, part.alpha, part.spec))
+            entries.append(_entry(layer, part.method, dict(piece.tensors), piece.alpha, piece.spec))
     for piece in slot.source or ():
         entries.append(_entry(layer, METHODS[piece.method], dict(piece.tensors), piece.alpha, piece.spec))
     if slot.source == ():

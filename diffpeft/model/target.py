@@ -13,7 +13,9 @@ from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class
 from diffpeft.layers.hooks import refusal
 from diffpeft.layers.sites import site_of
 
-COMPILED = "_orig_mod"  # the level that torch.compile puts around a module; names go without it
+COMPILED = "_orig_mod"  # the level that torch.compile puts around a module
+FSDP_UNIT = "_fsdp_wrapped_module"  # FSDP 1's
+_LEVELS = frozenset({COMPILED, FSDP_UNIT, "_checkpoint_wrapped_module"})  # names go without these
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -142,7 +144,7 @@ def _walk(model: nn.Module) -> list[_Step]:
             level = f"{name}." if name else ""
             for inner, child in reversed(inside.items()):
                 if child is not None:
-                    todo.append((name if inner == COMPILED else level + inner, child, module))
+                    todo.append((name if inner in _LEVELS else level + inner, child, module))
     return steps
 
 
@@ -188,13 +190,33 @@ def select(
             for n, (m, parent) in modules.items()
             if _match(_for(m, entries), component, n)
             and not _match(excluded, component, n)
-            and _usable(n, m, parent, quiet=preset)
+            and _usable(parts[component], n, m, parent, quiet=preset)
         }
+        inside = {n: m for n, m in with_inner(chosen[component]).items() if not _match(excluded, component, n)}
+        chosen[component] |= inside
     if not any(chosen.values()):
         raise UnknownNameError(
             f"{shown(targets)} chooses no layer that can be adapted", remedy="Loosen targets, or exclude less."
         )
     return chosen
+
+
+def with_inner(chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Layers, and those inside that are adapted where these are: an attention's output projection goes with it, as in PEFT."""
+    inside = {
+        inner: chosen[outer].get_submodule(inner[len(outer) :].lstrip(".")) for inner, outer in along(chosen).items()
+    }
+    return {**chosen, **inside}
+
+
+def along(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """{layer: the one around it} of the layers that are adapted where others are, and of which configs speak by these."""
+    sites = {name: site_of(base_class(module)) for name, module in layers.items()}
+    return {
+        f"{name}.{inner}" if name else inner: name
+        for name, site in sites.items()
+        for inner in (site.along if site is not None else ())
+    }
 
 
 def _for(module: nn.Module, entries: str | Sequence[str]) -> str | Sequence[str]:
@@ -210,16 +232,36 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return base_class(module)
 
 
-def check_target(module: nn.Module, parent: nn.Module | None, name: str) -> None:
-    """Raise ConfigError for a module that methods do not fit, AdapterStateError for a layer that cannot be adapted."""
+def check_target(model: nn.Module, module: nn.Module, parent: nn.Module | None, name: str) -> None:
+    """Raise ConfigError for a module of a model that methods do not fit, AdapterStateError for a layer that cannot be adapted."""
     site = site_of(base_class(module))
     if site is None or not site.targets:
         raise ConfigError(
             f"Target module {shown(name)} is not supported: it is a {base_class(module).__name__}",
             remedy="Adapters go on linear, convolution and embedding layers.",
         )
+    if why := site.unfit(module) or unseen(model, name):
+        raise ConfigError(why, where=f"layer {shown(name)}", remedy="Exclude it.")
     if why := refusal(module, parent, name):
         raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
+
+
+# {types of models: (what they are called, layers whose weights their fused kernels read)}; PEFT's table
+_READ_BY_KERNELS = {
+    frozenset(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")): ("Mamba-based", ("conv1d", "out_proj")),
+}
+
+
+def unseen(model: nn.Module, name: str) -> str:
+    """Why adapters on a layer would not be seen by the model, whose kernels read its weight on a GPU; empty if they would."""
+    kind, last = getattr(getattr(model, "config", None), "model_type", None), name.rpartition(".")[2]
+    for kinds, (family, names) in _READ_BY_KERNELS.items():
+        if kind in kinds and last in names:
+            return (
+                f"Module {shown(last)} is incompatible with {family} models (model_type={kind!r}): "
+                "their fused kernel reads its weight and would not see the adapter"
+            )
+    return ""
 
 
 def is_preset(targets: object) -> bool:
@@ -262,9 +304,9 @@ def _check_entries(entries: str | Sequence[str], names: Sequence[tuple[str, str]
         raise UnknownNameError(f"no layer matches {shown(unmatched[0])}", remedy=remedy)
 
 
-def _usable(name: str, module: nn.Module, parent: nn.Module | None, quiet: bool) -> bool:
+def _usable(model: nn.Module, name: str, module: nn.Module, parent: nn.Module | None, quiet: bool) -> bool:
     """Whether the layer can be adapted. A preset passes over layers that cannot; one that was named raises."""
-    why = refusal(module, parent, name)
+    why = refusal(module, parent, name) or unseen(model, name)
     if why and not quiet:
         raise AdapterStateError(f"layer {shown(name)} cannot be adapted: {why}", remedy="Exclude it.")
     return not why

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.layers.carried import Record
+from diffpeft.layers.sites import parameter_names
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan, Put
@@ -49,7 +50,7 @@ def count_twins_once(walk: Iterable[tuple[str, nn.Module, Record]], owners: dict
     """Let layers that share a weight count as one where all of them have the same adapters, those of an embedding turned: their weights come out equal."""
     sharing: dict[int, list[Record]] = {}
     for _, module, record in walk:
-        weight = module._parameters.get("weight")
+        weight = module._parameters.get(parameter_names(module)[0])
         if record.slots and weight is not None and owners.get(id(weight), 0) > 1:
             sharing.setdefault(id(weight), []).append(record)
     for key, (record, *others) in sharing.items():

@@ -16,7 +16,7 @@ from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.methods import Spec
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import modules_of
+from diffpeft.model.target import adapted, modules_of
 from diffpeft.model.tied import same_product
 
 FIELD = "tie_word_embeddings"
@@ -24,7 +24,12 @@ Holder = tuple[dict[str, object], str]  # a module's table of parameters, and a 
 
 
 def tied_to_embedding(model: Any) -> dict[str, str]:
-    """{module: the input embeddings} of the modules that share the weight of a language model's input embeddings, by name."""
+    """{module: the input embeddings} of the modules that share the weight of a language model's input embeddings, by name.
+
+    None do where the model's config says `tie_word_embeddings=False`.
+    """
+    if getattr(getattr(model, "config", None), FIELD, True) is False:
+        return {}
     table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     shared = getattr(table, "_parameters", {}).get("weight")
     if shared is None:
@@ -64,13 +69,13 @@ def loosen(plan: Plan, model: nn.Module) -> None:
     Where some declared ties remain, or the config's class does not let the field be False (T5), it stays True: transformers leaves weights alone that
     a file holds apart.
     """
-    later = plan.entries
+    later, before = plan.entries, _parted(model)
     for prefix, module in model.named_modules():
         ties = list(_declared(module))
         broken = [
             target
             for target, one, other in ties
-            if one[0][one[1]] is other[0][other[1]] and _then(later, one) is not _then(later, other)
+            if _then(before, one) is _then(before, other) and _then(later, one) is not _then(later, other)
         ]
         if not broken:
             continue
@@ -84,6 +89,15 @@ def loosen(plan: Plan, model: nn.Module) -> None:
         if whole:
             plan.set(config, **{FIELD: False})
     _forget(plan, model, later)
+
+
+def _parted(model: nn.Module) -> dict[tuple[int, str], object]:
+    """The parameters that modules had in common until adapters were fused, by their places."""
+    return {
+        (id(module._parameters), name): parameter
+        for _, module, record in adapted(model)
+        for name, parameter in record.parted.items()
+    }
 
 
 def _declared(module: Any) -> Iterator[tuple[str, Holder, Holder]]:
@@ -113,7 +127,7 @@ def _holder(model: nn.Module, name: str) -> Holder | None:
 
 
 def _then(later: Mapping[tuple[int, str], object], holder: Holder) -> object:
-    """The parameter that will be there."""
+    """The parameter that will be there, or has been: `later` are those that are others."""
     table, name = holder
     return later.get((id(table), name), table[name])
 

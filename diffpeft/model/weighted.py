@@ -15,18 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converters.formats.attention import times
 from diffpeft.errors import ConfigError, shown
-from diffpeft.layers.carried import Copy, bare, bare_copy, op_of, record_of
+from diffpeft.layers.carried import Copy, Record, bare, bare_copy, op_of, record_of
 from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import BIAS, Slot, pieces_of
+from diffpeft.layers.tokens import Tokens
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.base import Geometry
 from diffpeft.methods.ia3 import FACTORS
 from diffpeft.methods.linalg import kaiming
-from diffpeft.methods.lora import PAIR, Lora
+from diffpeft.methods.lora import PAIR, Lora, is_across
 from diffpeft.methods.merging import merged
+from diffpeft.model.patches import Patched
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted
+from diffpeft.model.weights import based
 
 Weighted = Sequence[tuple[str, float]]  # adapters and their weights
 Factors = tuple[Tensor, Tensor]  # A [r, i, *k], B [o, r, *1], or both as matrices
@@ -86,9 +90,10 @@ def filled(values: Values) -> Callable[[Mapping[str, nn.Module], dict[str, Slot]
 
 def merged_loras(model: nn.Module, weighted: Weighted, recipe: Recipe) -> Values:
     """The values of a LoRA that is made of others by a recipe. Raises ConfigError."""
+    layers = layers_with(model, [adapter for adapter, _ in weighted])
     factors = {
-        layer: _MADE[recipe.what](recipe, _sources(module, weighted), op_of(module))
-        for layer, module in layers_with(model, [adapter for adapter, _ in weighted]).items()
+        layer: _MADE[recipe.what](recipe, _sources(module, weighted, times(layer, layers), recipe), op_of(module))
+        for layer, module in layers.items()
     }
 
     def values(layer: str, slot: Slot) -> Mapping[str, Tensor]:
@@ -98,19 +103,21 @@ def merged_loras(model: nn.Module, weighted: Weighted, recipe: Recipe) -> Values
     return values
 
 
-def _sources(module: nn.Module, weighted: Weighted) -> list[Source]:
-    """Those of the adapters that are on a layer, in their order, in fp32 or better."""
+def _sources(module: nn.Module, weighted: Weighted, by: int, recipe: Recipe) -> list[Source]:
+    """Those of the adapters that are on a layer, in their order, in fp32 or better; `by` how many times they act in PEFT."""
     slots = slots_on(module)
-    return [_source(slots[adapter], weight) for adapter, weight in weighted if adapter in slots]
+    return [_source(slots[adapter], weight, by, recipe) for adapter, weight in weighted if adapter in slots]
 
 
-def _source(slot: Slot, weight: float) -> Source:
+def _source(slot: Slot, weight: float, by: int, recipe: Recipe) -> Source:
     (part,) = slot.parts
 
     def read() -> Source:
         p = {role: t.detach() for role, t in slot.tensors_of(part).items()}
-        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in Lora.factors(p, part.spec))
-        return Source(weight, Lora.scale(p, part.spec), A, B)
+        apart = recipe.what == "factors" and is_across(p)  # then nothing asks what their product is
+        pair = (p["lora_A"], p["lora_B"]) if apart else Lora.factors(p, part.spec)
+        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in pair)
+        return Source(weight, Lora.scale(p, part.spec) / by, A, B)
 
     return present(slot, read)
 
@@ -157,6 +164,8 @@ _MADE = {"factors": _of_factors, "sides": _of_sides, "deltas": _of_deltas}
 
 def _padded(factors: Factors, likeA: Tensor, likeB: Tensor) -> Factors:
     """Factors in the shapes of a slot's, with zeros up to its rank."""
+    if tuple(t.shape for t in factors) == (likeA.shape, likeB.shape):
+        return factors
     k = len(factors[0])
     A, B = torch.zeros_like(likeA, dtype=factors[0].dtype), torch.zeros_like(likeB, dtype=factors[1].dtype)
     A[:k] = factors[0].reshape(k, *A.shape[1:])
@@ -255,3 +264,36 @@ def copied_by(model: nn.Module, adapters: Iterable[str]) -> list[str]:
     """The modules that one of the adapters has a copy of."""
     names = {*adapters}
     return [where for where, _, record in adapted(model) if names & record.copies.keys()]
+
+
+def summed_rows(model: nn.Module, weights: Mapping[str, float]) -> Patched:
+    """W + w (W_i - W) for the rows W_i of tables that one of the adapters trains: {module: (itself, a fresh patch)}, one patch for modules that shared one."""
+    made: dict[tuple[int, ...], Tokens] = {}
+    summed: Patched = {}
+    carrying = [(where, module, record, _rows_in(record, weights)) for where, module, record in adapted(model)]
+    # those whose rows are another module's too come after it
+    for where, module, record, patches in sorted(carrying, key=lambda row: any(n in row[2].hidden for n in row[3])):
+        if not patches:
+            continue
+        key = tuple(map(id, patches.values()))
+        if key not in made:
+            made[key] = _sum_of_rows(based(module, record)["weight"], patches, weights)
+        summed[where] = module, made[key]
+    return summed
+
+
+def _rows_in(record: Record, adapters: Iterable[str]) -> dict[str, Tokens]:
+    """The rows that these adapters train of a module."""
+    patches = {name: record.patches.get(name) for name in adapters}
+    return {name: patch for name, patch in patches.items() if isinstance(patch, Tokens)}
+
+
+def _sum_of_rows(W: Tensor, patches: Mapping[str, Tokens], weights: Mapping[str, float]) -> Tokens:
+    index = sorted({row for patch in patches.values() for row in patch.rows.tolist()})
+    at = {row: n for n, row in enumerate(index)}
+    base = W[torch.tensor(index, device=W.device)].float()
+    total = base.clone()
+    for name, patch in patches.items():
+        places = torch.tensor([at[row] for row in patch.rows.tolist()], device=W.device)
+        total[places] += weights[name] * (patch.delta.detach().to(base) - base[places])
+    return Tokens(index, total)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, NonFiniteError, shown
-from diffpeft.layers.carried import FUSED, LAYER_PARAMETERS, Parameters, Record, Step, base_class, effective, stamps_of
+from diffpeft.errors import AdapterStateError, NonFiniteError, UnfitError, shown
+from diffpeft.layers.carried import FUSED, Parameters, Record, Step, base_class, effective, record_of, stamps_of
 from diffpeft.layers.chain import factors_of
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import parameter_names, site_of
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.linalg import is_finite, wide, wide_dtype
 
@@ -31,7 +31,7 @@ Empty = Callable[[Tensor], Tensor]  # a tensor with anything in it that lies in 
 def touched(module: nn.Module, record: Record) -> list[str]:
     """The parameters of a module that its adapters may change. A layer has a weight, and may have a bias."""
     parameters = module._parameters
-    names = [name for name in LAYER_PARAMETERS if record.slots and parameters.get(name) is not None]
+    names = [name for name in parameter_names(module) if record.slots and parameters.get(name) is not None]
     return list(dict.fromkeys((*names, *(name for patch in record.patches.values() for name in patch.names))))
 
 
@@ -55,26 +55,31 @@ def fused_weights(
     `empty`: finds memory for the weight.
     """
     present = like or {name: module._parameters[name].data for name in base}
-    dtype = computed_in(present)
+    dtype, (weight, bias) = computed_in(present), parameter_names(module)
     with torch.no_grad():
         start = {name: t.to(present[name].device) for name, t in base.items()}
         total = thin_sum(module, steps, dtype, start)
-        by_rows = {} if total is None else {**start, "weight": total.into(empty(present["weight"]), scratch)}
+        by_rows = {} if total is None else {**start, weight: total.into(empty(present[weight]), scratch)}
         exact = by_rows or effective(module, steps, dtype, start)
-    if "bias" in exact and "bias" not in present:
-        raise unfit(layer, "an adapter adds a bias and the layer has none")
-    out = {
-        name: laid_out(exact[name], t, empty if name == "weight" else torch.empty_like) for name, t in present.items()
-    }
+    if bias in exact and bias not in present:
+        raise no_bias(layer, steps)
+    out = {name: laid_out(exact[name], t, empty if name == weight else torch.empty_like) for name, t in present.items()}
     for name, t in out.items():
         if not is_finite(t):
-            raise NonFiniteError(
-                f"layer {shown(layer)} would get a {name} that is not finite",
-                remedy="An adapter is broken, or too strong for the dtype.",
-            )
-    return {
-        name: t.clone() if t.data_ptr() == base[name].data_ptr() and name != "bias" else t for name, t in out.items()
-    }
+            raise not_finite(layer, module, steps, name, t.dtype)
+    return {name: t.clone() if t.data_ptr() == base[name].data_ptr() and name != bias else t for name, t in out.items()}
+
+
+def not_finite(layer: str, module: nn.Module, steps: Sequence[Step], name: str, dtype: torch.dtype) -> NonFiniteError:
+    """The error for a parameter that would not be finite with what acts in it: in PEFT's words, which name an adapter."""
+    record, things = record_of(module), [thing for thing, _ in steps]
+    inside = [n for n in record.names if any(m in things for m in record.modules(n))] if record else []
+    broken = [n for n in inside if not all(is_finite(p.data) for m in record.modules(n) for p in m.parameters())]  # type: ignore[union-attr]
+    return NonFiniteError(
+        f"NaNs detected in the merged weights. The adapter {(broken or inside or ['?'])[-1]} seems to be broken",
+        where=f"layer {shown(layer)} would get a {name} that is not finite",
+        remedy="" if broken else f"It may be too strong for {dtype}.",
+    )
 
 
 def computed_in(present: Parameters) -> torch.dtype:
@@ -191,12 +196,13 @@ def thin_sum(module: nn.Module, steps: Sequence[Step], dtype: torch.dtype, base:
         or site is None
         or not site.in_order
         or not all(map(_is_thin, steps))
-        or base["weight"].numel() < LARGE
+        or base[site.weight_name].numel() < LARGE
     ):
         return None
+    W = base[site.weight_name]
     factors = [(slot(factors_of, dtype), s) for slot, s in steps]  # type: ignore[operator]
     A, B = [A for (A, _), _ in factors], [B * s for (_, B), s in factors]
-    return Sum(base["weight"], A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1))
+    return Sum(W, A[0] if len(A) == 1 else torch.cat(A), B[0] if len(B) == 1 else torch.cat(B, 1))
 
 
 def _is_thin(step: Step) -> bool:
@@ -287,8 +293,15 @@ def _same(t: Tensor, expected: Tensor) -> bool:
     )
 
 
-def unfit(layer: str, why: str) -> AdapterStateError:
+def unfit(layer: str, why: str) -> UnfitError:
     """The error for a layer that cannot be fused."""
-    return AdapterStateError(
+    return UnfitError(
         f"layer {shown(layer)} cannot be fused: {why}", remedy="Leave the adapter unfused; it acts all the same."
     )
+
+
+def no_bias(layer: str, steps: Sequence[Step]) -> UnfitError:
+    """The error for a layer whose adapters add a bias that it has no place for; PEFT's words for one of its own."""
+    of_lora = any(isinstance(thing, Slot) and "lora_B_bias" in thing.tensors for thing, _ in steps)
+    why = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+    return unfit(layer, why if of_lora else "an adapter adds a bias and the layer has none")

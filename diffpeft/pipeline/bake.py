@@ -36,7 +36,8 @@ from diffpeft.errors import (
 )
 from diffpeft.families import family_of
 from diffpeft.files import Json
-from diffpeft.layers.carried import LAYER_PARAMETERS, Record, effective
+from diffpeft.layers.carried import Record, effective
+from diffpeft.layers.sites import parameter_names
 from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.model.target import adapted, layers_of, spellings
 from diffpeft.pipeline.complete import class_of
@@ -311,13 +312,14 @@ def _changes(component: str, model: nn.Module, stored: ComponentFiles) -> list[_
         if not record.steps(record.mix.choice):
             continue
         name, handles = dotted(component, layer), dict[str, Handle]()
+        weight, bias = parameter_names(module)
         for key, parameter in module._parameters.items():
-            if key not in LAYER_PARAMETERS or parameter is None:
+            if key not in (weight, bias) or parameter is None:
                 continue
             handles[key] = _fitting(name, key, parameter, stored.tensor(dotted(layer, key)))
             if owners[parameter] > 1:
                 raise AdapterStateError(f"layer {shown(name)} cannot be fused: its {key} is tied to another layer's")
-        changes.append(_Change(name, module, record, handles["weight"], handles.get("bias")))
+        changes.append(_Change(name, module, record, handles[weight], handles.get(bias)))
     return changes
 
 
@@ -342,10 +344,12 @@ def _computed(change: _Change) -> list[tuple[Handle, Tensor]]:
     """The tensors of a layer with the adapters in them, computed in fp32 or better and rounded once: `fuse` on what is stored."""
     weight, bias = io.load([change.weight])[0], io.load([change.bias])[0] if change.bias else None
     dtype = wide_dtype(weight.dtype)
-    stored = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    names = parameter_names(change.module)
+    stored = {name: t for name, t in zip(names, (weight, bias), strict=True) if t is not None}
     with torch.no_grad():
         computed = effective(change.module, change.record.steps(change.record.mix.choice), dtype, stored)
-    W, b = computed["weight"], computed.get("bias")
+    W, b = (computed.get(name) for name in names)
+    assert W is not None
     if b is not None and bias is None:
         raise AdapterStateError(f"layer {shown(change.name)} cannot be fused: an adapter adds a bias, and it has none")
     tensors = [(change.weight, W.to(weight.dtype))]

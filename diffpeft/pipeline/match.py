@@ -31,7 +31,7 @@ from diffpeft.methods.fit import too_small
 from diffpeft.methods.linalg import is_finite
 from diffpeft.model.banks import share
 from diffpeft.model.room import padded
-from diffpeft.model.target import spellings
+from diffpeft.model.target import spellings, unseen
 
 WRAPPED = "base_model.model."  # what a PeftModel's keys begin with
 HandleOrNumber = TypeVar("HandleOrNumber", Handle, Handle | float | None)  # a tensor, an alpha
@@ -60,13 +60,14 @@ def matched(
     """
     _refuse_base_keys(bundle, parts)
     placed, absent = _placed(bundle, parts, layers, strict)
-    specs = _checked(bundle, placed, layers)
+    specs = _checked(bundle, placed, parts, layers)
     slots: Slots = {component: {} for component in parts}
     for (component, layer), made in _pieces(bundle, placed, specs, layers, trainable).items():
         where = "" if max_rank is None else f"{bundle.source}: {dotted(component, layer)}"
         slots[component][layer] = _slot(made, layers[component][layer][0], trainable, max_rank, where)
     for component, by_layer in slots.items():
-        _share(by_layer, [entry for entry, place in placed if place[0] == component], bundle.source)
+        in_order = {layer: by_layer[layer] for layer in layers[component] if layer in by_layer} if by_layer else {}
+        _share(in_order, [entry for entry, place in placed if place[0] == component], bundle.source)
     return slots, absent
 
 
@@ -167,7 +168,12 @@ def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], layers: LayersByComponent) -> list[Spec]:
+def _checked(
+    bundle: Bundle,
+    placed: Sequence[tuple[Entry, LayerPlace]],
+    parts: Mapping[str, nn.Module],
+    layers: LayersByComponent,
+) -> list[Spec]:
     """What each entry's method must know beside its tensors. Raises if one does not fit its layer."""
     _refuse_two(bundle, placed)
     modules = [layers[component][layer] for _, (component, layer) in placed]
@@ -177,14 +183,14 @@ def _checked(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]], layers:
         wrong += _misfits(bundle, entry, spec)
     if wrong:
         raise ShapeMismatchError(
-            f"{len(wrong)} of {len(placed)} layers have other shapes",
-            where=f"{bundle.source}: {wrong[0]}",
+            f"size mismatch in {len(wrong)} of {len(placed)} layers: {wrong[0]}",
+            where=bundle.source,
             remedy="It is for another model.",
         )
     refused = [
         f"{entry.layer}: {why}"
-        for (entry, (_, layer)), (module, parent) in zip(placed, modules, strict=True)
-        if (why := refusal(module, parent, layer))
+        for (entry, (component, layer)), (module, parent) in zip(placed, modules, strict=True)
+        if (why := refusal(module, parent, layer) or unseen(parts[component], layer))
     ]
     if refused:
         raise AdapterStateError(f"{len(refused)} layers cannot be adapted", where=refused[0])

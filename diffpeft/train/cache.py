@@ -19,7 +19,7 @@ from diffpeft.train.data import Example, View
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
 from diffpeft.train.draw import generator
-from diffpeft.train.store import Key, Memory, Store, fingerprint
+from diffpeft.train.store import Key, Memory, Store, identity_of
 
 
 class Moments(NamedTuple):
@@ -123,9 +123,9 @@ class Texts:
         return row
 
 
-def text_identity(family: Family, encoder: str) -> str:
-    """All that embeddings depend on but their prompts: the encoder, and how the pipeline's tokenizers make tokens of words."""
-    pipe, digest = family.parts.pipe, hashlib.blake2b(type(family).__name__.encode(), digest_size=16)
+def text_identity(family: Family, encoder: str, reading: str) -> str:
+    """All that embeddings depend on but their prompts: the encoder, `reading` (how much of a caption and off which layer), and the tokenizers."""
+    pipe, digest = family.parts.pipe, hashlib.blake2b(f"{type(family).__name__} {reading}".encode(), digest_size=16)
     for name in sorted(name for name in pipe.components if name.startswith("tokenizer")):
         tokenizer = getattr(pipe, name)
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -134,4 +134,4 @@ def text_identity(family: Family, encoder: str) -> str:
             rule: value for rule, value in rules.items() if rule not in ("truncation", "padding")
         }  # of the last call
         digest.update(f"{name} {tokenizer.model_max_length} {json.dumps(rules, sort_keys=True)}".encode())
-    return f"{encoder} {digest.hexdigest()} {fingerprint(family.parts(encoder))}"
+    return f"{encoder} {digest.hexdigest()} {identity_of(family.parts(encoder))}"

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from diffpeft.errors import ConfigError, UnknownNameError, near, shown
 from diffpeft.files import Json
@@ -50,13 +50,15 @@ def option(
 class Options:
     """The options that every training run has, and the checks of all."""
 
+    LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
+
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
     data: str | Sequence[str] | None = option(None, "What to train on.", required=True)
     out: str | None = option(None, "The folder for what is written.", required=True)
     dtype: str | None = option(
         None,
-        "What the base computes in; default fp32 on a CPU, else bf16. The adapter is fp32.",
-        choices=("fp32", "bf16"),
+        "What the base computes in; default fp32 on a CPU, else bf16. fp16 needs a GPU, and its loss is scaled. The adapter is fp32.",
+        choices=("fp32", "bf16", "fp16"),
     )
     method: str = option("lora", "The adapter method.")
     rank: int = option(16, "Rank of the adapter.", at_least=1)
@@ -65,16 +67,65 @@ class Options:
     dropout: float = option(
         0.0, "Probability with which an input feature of the adapter is dropped.", at_least=0, below=1
     )
-    lr: float = option(1e-4, "Learning rate.", above=0)
+    rank_pattern: str | Sequence[str] | None = option(
+        None, "Other ranks for some layers: up_blocks.1=32,mid_block=8. Their scale stays that of the others."
+    )
+    init_from: str | None = option(
+        None, "An adapter to go on with, instead of a fresh one: its method, ranks and layers."
+    )
+    optimizer: str = option(
+        "adamw", "adamw, adamw8bit, adafactor, prodigy, lion, schedulefree, or a class by its path: torch.optim.SGD."
+    )
+    optimizer_args: str | Sequence[str] | None = option(None, "What it is made with: 'betas=0.9,0.99 eps=1e-8'.")
+    lr: float | None = option(
+        None,
+        "Learning rate; default: 1e-4 for images, 2e-4 for texts; prodigy 1, lion 3e-5, schedulefree 1e-3.",
+        above=0,
+    )
     lr_scheduler: str = option(
-        "constant", "How it goes on after the warm-up.", choices=("constant", "linear", "cosine")
+        "constant",
+        "How it goes on after the warm-up.",
+        choices=("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    )
+    lr_cycles: int | None = option(None, "How often cosine_with_restarts starts; default: 1.", at_least=1)
+    lr_power: float | None = option(None, "The power of polynomial; default: 1.", above=0)
+    lr_pattern: str | Sequence[str] | None = option(
+        None, "Factors for the learning rate of some layers: up_blocks=0.5,mid_block=2."
+    )
+    lora_plus_ratio: float | None = option(
+        None, "LoRA+: how much faster than A the factors B learn; the paper has 16.", above=0
     )
     warmup: int = option(0, "Steps in which the learning rate rises.", at_least=0)
     steps: int = option(500, "Optimiser steps.", at_least=1)
-    batch_size: int = option(1, "Examples a step.", at_least=1)
-    weight_decay: float = option(0.01, "AdamW's weight decay.", at_least=0)
+    batch_size: int = option(1, "Examples a pass.", at_least=1)
+    accumulate: int = option(1, "Passes a step, whose gradients are added up.", at_least=1)
+    weight_decay: float = option(0.01, "The optimiser's weight decay.", at_least=0)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", above=0)
+    ema: float | None = option(
+        None,
+        "Save and draw with an average of the adapter over the steps, with this decay; 0.99 is usual.",
+        above=0,
+        below=1,
+    )
+    gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them.")
     seed: int = option(0, "Everything random follows from it.", at_least=0)
+    save_every: int = option(
+        500, "Steps between two states that a run can go on from; 0: only when it is stopped.", at_least=0
+    )
+    keep: int = option(2, "How many of them stay.", at_least=1)
+    resume: str | None = option(
+        None,
+        "Go on from a state: --resume alone from the latest in --out, or from a folder. Other options need not be repeated.",
+    )
+    overwrite: bool = option(False, "Begin anew where another run's files are, and replace them.")
+    allow: str | Sequence[str] | None = option(
+        None,
+        "With --resume, names of options that may have other values than the run was started with.",
+        needs="resume",
+    )
+    allow_unchanged: str | Sequence[str] | None = option(
+        None, "Layers that may end without a change, by names or patterns; any other is an error."
+    )
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that is missing, has a value that is not allowed, or would change nothing."""
@@ -95,6 +146,12 @@ class Options:
                 raise ConfigError(
                     f"{f.name} without {meta['needs']}, and so it would do nothing",
                     remedy=f"Pass --{_flag(meta['needs'])} too, or leave --{_flag(f.name)} out.",
+                )
+        for name, needed in (("lr_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            if getattr(self, name) is not None and self.lr_scheduler != needed:
+                raise ConfigError(
+                    f"{name} with lr_scheduler {self.lr_scheduler}, and so it would do nothing",
+                    remedy=f"Pass --lr-scheduler {needed}, or leave --{_flag(name)} out.",
                 )
         if self.warmup > self.steps:
             raise ConfigError(
@@ -143,6 +200,18 @@ class TrainConfig(Options):
     class_prompt: str | None = option(
         None, "Switches prior preservation on: what the class is called, without the new word."
     )
+    prior: str | None = option(
+        None,
+        "How the model's idea of the class is kept: on class images (the default with --class-prompt), or by the base's own predictions for the "
+        "training images under other prompts, which needs none.",
+        choices=("images", "base"),
+    )
+    prior_prompts: str | None = option(
+        None,
+        "With --prior base, how often which prompts are asked: class:2,blank:1,caption:1; caption is an image's own without the trigger. "
+        "Default: those that there are, equally often.",
+        needs="prior",
+    )
     class_data: str | None = option(
         None, "A folder of class images; missing ones are generated into it. Default: OUT/class.", needs="class_prompt"
     )
@@ -182,11 +251,45 @@ class TrainConfig(Options):
         "attn",
         "Which layers: attn, attn-mlp, full, names with commas (to_q,to_v), or a regular expression for whole names.",
     )
+    max_length: int | None = option(
+        None,
+        "Tokens of a caption that are read; CLIP reads longer ones in chunks: 75 (the default), 150, 225 ...",
+        at_least=1,
+    )
+    clip_skip: int | None = option(
+        None, "Read captions off an earlier layer of CLIP: 1 is the last, 2 the one before it.", at_least=1
+    )
     train_text_encoder: bool = option(False, "Adapt the text encoder too.")
-    batch_size: int = option(1, "Images a step (as many class images come on top).", at_least=1)
+    batch_size: int = option(1, "Images a pass (as many class images come on top).", at_least=1)
+    base_lora: str | Sequence[str] | None = option(
+        None, "Adapters that the base is trained with, FILE:STRENGTH with commas; what is learnt is without them."
+    )
+    training_adapter: str | None = option(
+        None, "An adapter, FILE:STRENGTH, that is on while training and off in what is drawn, measured and saved."
+    )
+    compile: bool = option(False, "Compile the denoiser: slow first steps, and faster ones then.")
     snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", above=0)
-    prior_weight: float | None = option(None, "Weight of the class images; default: 1.", above=0, needs="class_prompt")
+    prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+
+    def check_values(self) -> None:
+        """As for all runs, and that no option of prior preservation is without the others that it needs."""
+        super().check_values()
+        base = self.prior == "base"
+        idle = {
+            "prior_weight": not (base or self.class_prompt) and "class_prompt or prior base",
+            "prior": self.prior == "images" and not self.class_prompt and "class_prompt",
+            "prior_prompts": not base and "prior base",
+            "class_data": base and "prior images",
+            "num_class_images": base and "prior images",
+            "cache_dir": self.cache != "disk" and "cache disk",
+        }
+        for name, needed in idle.items():
+            if needed and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} without {needed}, and so it would do nothing",
+                    remedy=f"Leave --{_flag(name)} out, or pass what it needs.",
+                )
 
     def text_encoders(self) -> list[str]:
         """The files of text encoders, which stand in a list, or in one text with commas."""
@@ -268,7 +371,7 @@ def target_names(targets: str | Iterable[str], presets: Iterable[str]) -> str | 
     return names
 
 
-PATHS = {
+PATHS = {  # the options that are paths
     "model",
     "base",
     "vae",
@@ -279,7 +382,8 @@ PATHS = {
     "heldout",
     "mask",
     "cache_dir",
-}  # that are paths
+    "init_from",
+}
 # {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
 OTHER_NAMES: dict[str, str] = {
     "learning_rate": "lr",
@@ -345,10 +449,31 @@ OTHER_NAMES: dict[str, str] = {
     "num_repeats": "data, as DIR:3",
     "repeats": "data, as DIR:3",
     "flip_aug": "flip",
+    "num_cycles": "lr_cycles",
+    "lr_num_cycles": "lr_cycles",
+    "lr_scheduler_num_cycles": "lr_cycles",
+    "lr_scheduler_power": "lr_power",
+    "optimizer_type": "optimizer",
+    "optim": "optimizer",
+    "optim_args": "optimizer_args",
+    "use_8bit_adam": "optimizer, which adamw8bit is one of",
+    "loraplus_lr_ratio": "lora_plus_ratio",
+    "use_ema": "ema, which is the decay",
+    "ema_decay": "ema",
+    "checkpointing_steps": "save_every",
+    "save_every_n_steps": "save_every",
+    "save_steps": "save_every",
+    "checkpoints_total_limit": "keep",
+    "save_last_n_steps": "keep, which is a number of states",
+    "save_total_limit": "keep",
+    "resume_from_checkpoint": "resume",
+    "overwrite_output_dir": "overwrite",
+    "network_weights": "init_from",
+    "lora_weights": "init_from",
     "output_dir": "out",
     "output_name": "name",
-    "mixed_precision": "dtype, which is fp32 or bf16",
-    "bf16": "dtype, which is fp32 or bf16",
+    "mixed_precision": "dtype, which is fp32, bf16 or fp16",
+    "bf16": "dtype, which is fp32, bf16 or fp16",
     "max_seq_length": "max_length",
     "max_token_length": "max_length",
     "load_in_4bit": "quantize, which is nf4 or int8",
@@ -366,6 +491,11 @@ def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyOptions] = TrainConfig) -> AnyOptions:  # type: ignore[assignment]
     """The options in a TOML file, replaced by `overrides`. Raises ConfigError or UnknownNameError."""
+    return kind(**values_of(path, kind) | dict(overrides))
+
+
+def values_of(path: str | Path, kind: type[Options]) -> Json:
+    """{option: value} of a TOML file. Raises ConfigError or UnknownNameError."""
     path = Path(path)
     values = _read_toml(path)
     known = {f.name for f in fields(kind)}
@@ -380,7 +510,7 @@ def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyO
             re.search(r"[\a\b\f\n\r\t\v]", str(path)) for path in paths
         ):  # "C:\temp" in double quotes: its \t is a tab
             raise ConfigError(f"{name} is {shown(values[name])}", where=path, remedy=_BACKSLASHES)
-    return kind(**values | dict(overrides))
+    return values
 
 
 _BACKSLASHES = "Between double quotes a backslash is doubled; or use single quotes: 'C:\\photos'."

@@ -42,6 +42,8 @@ def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
         flip=True,
         caption_dropout=0.1,
         snr_gamma=5.0,
+        save_every=0,
+        overwrite=True,
     )
 
 

@@ -27,3 +27,8 @@ def order(n: int, start: int, count: int, *key: int | str) -> list[int]:
 @functools.lru_cache(maxsize=64)
 def _pass(n: int, number: int, key: tuple[int | str, ...]) -> list[int]:
     return torch.randperm(n, generator=generator(*key, "pass", number)).tolist()
+
+
+def reseed(*key: int | str) -> None:
+    """Let torch's default generators, from which layers drop features, depend on `key` alone."""
+    torch.manual_seed(generator(*key).initial_seed())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,27 +16,32 @@ import converters
 import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import Family, family_of, open_family
+from diffpeft.families import CaptionReading, Family, family_of, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.model.attach import attach
-from diffpeft.model.state import bundle_of, parameters_of, slots_of
-from diffpeft.model.target import PRESETS, components, select
+from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
+from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.load import save_lora
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import Checked, check, resized, sides_of
+from diffpeft.train.check import FORMATS, Checked, check, file_of, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
-from diffpeft.train.loop import LearningRate, fit
+from diffpeft.train.groups import set_ranks
+from diffpeft.train.job import checked_dtype, job_of, keeper_of
+from diffpeft.train.lock import occupied
+from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, check_weighted, denoising, with_prior
-from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt, rescued
-from diffpeft.train.store import Disk, Memory, Nowhere, Store, fingerprint, pruned
+from diffpeft.train.objective import Batch, check_weighted, denoising, preserved, with_prior
+from diffpeft.train.optimizers import rate_of, row_of
+from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
+from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.start import adopt, assist, bake, dismiss, without
+from diffpeft.train.state import fingerprint
+from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.watch import Quiet, Watch
-
-FORMATS = ("diffusers", "kohya")
 
 
 @dataclass
@@ -53,38 +60,71 @@ class TrainRun:
 
 
 def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | None = None) -> TrainRun:
-    """Train an adapter. Writes nothing but missing class images; `save` writes the adapter.
+    """Train an adapter. Writes missing class images and states of the run; `save` writes the adapter.
 
     `checked` is what `check` said of the config, where that has been asked already.
-    Raises ConfigError, DataError, CheckpointError, UnknownNameError, DivergedError or NothingLearntError.
+    Raises ConfigError, DataError, CheckpointError, UnknownNameError, AdapterStateError (another run writes there), DivergedError or
+    NothingLearntError; Interrupted after a signal.
     """
-    watch = watch or Quiet()
-    start = time.perf_counter()
-    checked, device = checked or check(config), default_device()
-    dtype = config.dtype or default_dtype(device)
+    checked = checked or check(config)
+    with occupied(config.output()):
+        return _trained(config, checked, watch or Quiet())
+
+
+def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
+    start, device = time.perf_counter(), default_device()
+    dtype = checked_dtype(typed.dtype or default_dtype(device), device)
     watch.phase("looking at the model")
-    family = _opened(config, dtype, device)
-    config, sizing = resolved(config, checked.name, dtype, family), sizing_of(config, family)
+    family = _opened(typed, dtype, device)
+    config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
     checked, name = _resized(checked, sizing, watch), checked.name
-    chosen_layers(config, family)
+    if not config.init_from:
+        chosen_layers(config, family)
     assembly, texts = _encoded(config, family, checked, sizing, watch)
     watch.phase("loading the model")
-    adapt(config, family, name)
-    check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS))
-    loss_at = _loss(config, family, assembly, texts)
-    watch.phase("training")
-    losses = fit(
-        parameters_of(family.pipe, name),
-        loss_at,
-        LearningRate(config.lr, config.steps, config.warmup, config.lr_scheduler),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        on_step=lambda done, loss: watch.step(done, config.steps, loss),
-    )
+    config = adapt(config, family, name)
+    check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
+    run = TrainRun(config, family, name, [], 0.0, checked.account)
+    keeper = keeper_of(typed, config, _reads(checked), partial(_exported, run), checked.state, "train")
+    with prepared(config, family):
+        assist(family.pipe, config.training_adapter, name)
+        job = job_of(config, trained_parameters(family.pipe, name), _loss(config, family, assembly, texts), strict=True)
+        watch.phase("training")
+        run.losses = fit(job, keeper, Events.of(watch, config.steps))
+        dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
-    refuse_unlearnt(components(family.pipe).values(), name)
-    return TrainRun(config, family, name, losses, time.perf_counter() - start, checked.account)
+    refuse_idle(family.pipe, name, config.allow_unchanged)
+    run.seconds = time.perf_counter() - start
+    return run
+
+
+def _reads(checked: Checked) -> dict[str, str]:
+    """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files and masks."""
+    files = [(e, [p for p in (e.path, e.mask) if p]) for e in checked.account.examples]
+    examples = [(e.caption, e.repeats, *((p.name, p.stat().st_size) for p in paths)) for e, paths in files]
+    return {"data": fingerprint(examples)}
+
+
+@contextlib.contextmanager
+def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
+    """The models as they are while training: with gradient checkpointing, and compiled."""
+    models = [getattr(family.pipe, part) for part in (family.denoiser, *_live(config, family))]
+    checkpointed = models if config.gradient_checkpointing else []
+    for model in checkpointed:
+        model.enable_gradient_checkpointing() if hasattr(model, "enable_gradient_checkpointing") else (
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        )
+    if config.compile:
+        models[0].compile()
+    try:
+        yield
+    finally:
+        models[0]._compiled_call_impl = None
+        for model in checkpointed:
+            model.disable_gradient_checkpointing() if hasattr(model, "disable_gradient_checkpointing") else (
+                model.gradient_checkpointing_disable()
+            )
 
 
 def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
@@ -95,26 +135,29 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
     parts = open_parts(
         config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
     )
-    family = open_family(parts)
+    family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
     if config.snr_gamma is not None:
         check_weighted(family.levels.kind)
+    if config.base_lora:
+        bake(family.parts.whole(), config.base_lora)
+        family.parts.pin(family.denoiser, *family.text_encoders)
     family.pipe.set_progress_bar_config(disable=True)
     return family
 
 
 def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
     """The options with what their defaults come to."""
-    if config.class_prompt is not None:
-        config = replace(
-            config,
-            num_class_images=config.num_class_images or prior.IMAGES,
-            prior_weight=config.prior_weight or prior.WEIGHT,
-        )
+    if config.class_prompt is not None and config.prior != "base":
+        config = replace(config, prior="images", num_class_images=config.num_class_images or prior.IMAGES)
+    if config.prior is not None:
+        config = replace(config, prior_weight=config.prior_weight or prior.WEIGHT)
     return replace(
         config,
         name=name,
         dtype=dtype,
+        lr=rate_of(config),
         resolution=config.resolution or family.resolution,
+        max_length=family.max_length,
         alpha=config.rank if config.alpha is None else config.alpha,
     )
 
@@ -143,7 +186,7 @@ def batches_of(config: TrainConfig, examples: Sequence[data.Example], sizing: da
     showing = Showing(
         config.flip, config.crop, config.caption_dropout, config.shuffle_captions, config.keep_tokens or 0
     )
-    return Batches(examples, sizing, config.batch_size, config.seed, kind, showing)
+    return Batches(examples, sizing, config.batch_size * config.accumulate, config.seed, kind, showing)
 
 
 def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
@@ -159,10 +202,11 @@ def _encoded(
     texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
-    prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
+    drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
+    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts])
     classes = class_examples(config, family, checked.prior, watch, texts)
-    assembly = Assembly([instances, batches_of(config, classes, sizing, "class")], Latents(family, stores("vae")))
+    kinds = [instances, batches_of(config, classes, sizing, "class")]
+    assembly = Assembly(kinds, Latents(family, stores("vae")), prior_prompts(config))
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
     assembly.learn(steps, watch.tick)
@@ -182,8 +226,9 @@ def _stores(config: TrainConfig, family: Family) -> Callable[[str], Store]:
         if config.cache != "disk":
             return Memory() if config.cache == "ram" else Nowhere()
         if component == "vae":
-            return Disk(_cache_dir(config), lambda: fingerprint(family.parts("vae")))
-        return Disk(_cache_dir(config), lambda: text_identity(family, component))
+            return Disk(_cache_dir(config), lambda: identity_of(family.parts("vae")))
+        reading = f"{config.max_length} {config.clip_skip}"
+        return Disk(_cache_dir(config), lambda: text_identity(family, component, reading))
 
     return store_of
 
@@ -196,32 +241,46 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[s
     parts = [family.denoiser, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
-    chosen = {
-        part: targets if part == family.denoiser or preset else "attn" for part in parts
-    }  # names are the denoiser's
+    chosen = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
+    chosen[family.denoiser] = family.presets.get(str(targets), targets)
     layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
+    set_ranks(CONFIGS[config.method](config), config, [name for by_name in layers.values() for name in by_name])
     return chosen
 
 
-def adapt(config: TrainConfig, family: Family, name: str) -> None:
-    """Attach a fresh adapter; its initial values follow from the seed. The base is frozen."""
-    chosen = chosen_layers(config, family)
-    models = {part: family.parts(part) for part in chosen}
+def adapt(config: TrainConfig, family: Family, name: str) -> TrainConfig:
+    """Attach an adapter, and freeze the base; the options with what the adapter has of its own.
+
+    A fresh one's initial values follow from the seed; `init_from` brings its values, method, ranks and layers along.
+    """
+    models = {part: family.parts(part) for part in (family.denoiser, *_live(config, family))}
     for module in family.pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
+    if config.init_from:
+        config = replace(config, **adopt(family.pipe, config.init_from, name, models))
+    else:
+        _attach(config, family, name, models)
+    for slot in slots_of(family.pipe, name).values():
+        slot.train()
+    return config
+
+
+def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str, torch.nn.Module]) -> None:
+    """Attach a fresh adapter to these components."""
+    chosen, settings = chosen_layers(config, family), CONFIGS[config.method](config)
+    layers = [layer for part, model in models.items() for layer in select({part: model}, chosen[part])[part]]
+    set_ranks(settings, config, layers)
     for component, model in models.items():
         attach(
             model,
-            CONFIGS[config.method](config),
+            settings,
             name,
             targets=chosen[component],
             generator=draw.generator(config.seed, "init", component),
             **ADAPTERS[config.method],
         )
-    for slot in slots_of(family.pipe, name).values():
-        slot.train()
 
 
 def class_examples(
@@ -239,17 +298,26 @@ def class_examples(
     return data.captioned(plan.paths(), plan.provenance.prompt)
 
 
-def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts) -> Callable[[int], Tensor]:
-    """The loss [] by step. Every draw is a function of seed, step and place in the batch."""
+def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts) -> Callable[[int, int], Tensor]:
+    """The loss [] by step and part. Every draw is a function of seed, step and place in the step.
+
+    A step has batch_size x accumulate places for instance images and as many for class images; a part has its share of both, so that the parts' losses
+    add up to the loss of one batch of that size.
+    """
     device, density = family.parts(family.denoiser).device, DENSITIES[family.levels.density]
+    weight = config.prior_weight or prior.WEIGHT
+    base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
 
     def loss_of(batch: Batch) -> Tensor:
         batch = replace(batch.to(device), u=density(batch.u))
         losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
-        return with_prior(losses, batch.is_class.to(losses.device), config.prior_weight or prior.WEIGHT)
+        loss = with_prior(losses, batch.is_class, weight)
+        if batch.prior_prompts is not None:
+            loss = loss + weight * preserved(family, batch, texts, base).mean()
+        return loss / config.accumulate
 
-    def loss_at(step: int) -> Tensor:
-        return torch.stack([loss_of(batch) for batch in assembly.at(step)]).sum()
+    def loss_at(step: int, part: int) -> Tensor:
+        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
 
     return loss_at
 
@@ -257,22 +325,33 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
 def save(run: TrainRun) -> list[Path]:
     """Write the adapter, one file for each format that can hold it, into the output folder.
 
-    If that cannot be written, the files go into a temporary folder, which the OSError names.
+    Each is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
+    Raises NothingLearntError if a file changes less than was learnt.
     """
-    return rescued(lambda folder: _written(run, folder), Path(run.config.out or ""), run.name)
+    out = Path(run.config.out or "")
+    with occupied(out):
+        files = rescued(lambda folder: _written(run, folder), out, run.name)
+    for file in files:
+        refuse_unread(run.family.pipe, file, run.name, run.config.allow_unchanged)
+    return files
+
+
+def _exported(run: TrainRun, folder: Path, step: int) -> None:
+    """Write the adapter as it is after so many steps into the folder of a checkpoint."""
+    _written(run, folder, step)
 
 
 def _bundle(run: TrainRun) -> Bundle:
     return bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
 
 
-def _written(run: TrainRun, folder: Path) -> list[Path]:
+def _written(run: TrainRun, folder: Path, step: int | None = None) -> list[Path]:
     """Write the adapter in every format that can hold it; the paths."""
     bundle = _bundle(run)
     formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
-    paths = [folder / f"{run.name}.{format}.safetensors" for format in formats]
+    paths = [folder / file_of(run.name, format) for format in formats]
     for format, path in zip(formats, paths, strict=True):
-        save_lora(run.family.pipe, path, name=run.name, format=format, metadata=_metadata(run))
+        save_lora(run.family.pipe, path, name=run.name, format=format, metadata=_metadata(run, step))
     return paths
 
 
@@ -284,8 +363,8 @@ def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
     return read_by | {f"no {format} file": refusal.what for format, refusal in refused.items()}
 
 
-def _metadata(run: TrainRun) -> dict[str, object]:
-    """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part."""
+def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
+    """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part. `step`: of a state."""
     config = run.config
     return {
         "ss_output_name": run.name,
@@ -294,13 +373,16 @@ def _metadata(run: TrainRun) -> dict[str, object]:
         "ss_learning_rate": config.lr,
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_lr_warmup_steps": config.warmup,
-        "ss_steps": len(run.losses),
+        "ss_steps": len(run.losses) if step is None else step,
         "ss_max_train_steps": config.steps,
         "ss_seed": config.seed,
         "ss_batch_size_per_device": config.batch_size,
-        "ss_optimizer": "AdamW",
+        "ss_optimizer": row_of(config.optimizer).path,
+        "ss_gradient_accumulation_steps": config.accumulate,
         "ss_base_model_version": run.family.base_version,
         "ss_sd_model_name": Path(config.model or "").name,
+        "ss_max_token_length": config.max_length,
+        "ss_clip_skip": config.clip_skip,
         "ss_min_snr_gamma": config.snr_gamma,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": run.name,
@@ -308,6 +390,6 @@ def _metadata(run: TrainRun) -> dict[str, object]:
         "modelspec.architecture": f"{run.family.architecture}/lora",
         "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
-        "modelspec.trigger_phrase": config.instance_prompt or "",
+        "modelspec.trigger_phrase": config.trigger or config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,
     }

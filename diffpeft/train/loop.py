@@ -1,80 +1,305 @@
-"""The training loop. It knows parameters and a loss by step, and no model."""
+"""The training loop, one for images and texts. It knows parameters, a loss by step and part, an optimiser and a place for its state, and no model.
+
+Everything random in a step is a function of (seed, step, sample), dropout in layers of (seed, step, part): a run that was killed goes on from its last
+checkpoint to the same bytes.
+
+No step waits for an accelerator: loss and norms are copied without waiting and read one step later. What is not finite cannot reach the parameters
+meanwhile, for such gradients become zeros on the device. On a CPU, and with a loss scale, they are read at once, before the optimiser's step.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import DivergedError, NothingLearntError
+from diffpeft.errors import DivergedError
+from diffpeft.train import checkpoints, draw, state
+from diffpeft.train.checkpoints import SavedState
+from diffpeft.train.ema import Ema, average, averaged
+from diffpeft.train.gradients import LossScale, Readout, clip, norms_of
+from diffpeft.train.outcome import check_any_gradient, check_every_gradient
+from diffpeft.train.schedules import LearningRate
+from diffpeft.train.signals import Interrupted, Stop, stopping
+from diffpeft.train.watch import Watch
+
+_LOWER = "Lower --lr, or use --dtype fp32."
 
 
-@dataclass(frozen=True)
-class LearningRate:
-    """The learning rate by step: `warmup` steps up, then constant, or down along a line or a cosine."""
+@dataclass
+class Job:
+    """What is trained.
 
-    lr: float
-    steps: int
-    warmup: int = 0
-    kind: str = "constant"
-
-    def at(self, step: int) -> float:
-        """The rate of step 0 .. steps - 1."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return (
-            self.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.kind]
-        )
-
-
-def fit(
-    parameters: Sequence[nn.Parameter],
-    loss_at: Callable[[int], Tensor | Iterable[Tensor]],
-    schedule: LearningRate,
-    *,
-    weight_decay: float,
-    max_grad_norm: float,
-    on_step: Callable[[int, float], None],
-) -> list[float]:
-    """Minimise `loss_at(step)` with AdamW; the losses by step. `on_step(steps done, loss)` is called after each.
-
-    A loss may come in parts whose sum it is: gradients are accumulated, and a generator holds one part's graph at a time.
-
-    Raises DivergedError for a loss that is not finite, before it reaches the parameters, and for a last gradient that is not finite;
-    NothingLearntError if no gradient was ever other than zero.
+    Args:
+        parameters: by name; a name ends with the role of the tensor in its layer: layer.lora_A.
+        loss: (step, part) -> a number []. The loss of a step is the sum of its parts', and so are its gradients.
+        schedule: the rate by step; a group of the optimiser may have a `factor` for it.
+        strict: in the first two steps every tensor must get a gradient, else the run is refused.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=weight_decay, fused=True)
-    losses: list[float] = []
-    largest = torch.zeros((), device=parameters[0].device)  # of the gradients' norms; read once, at the end
-    for step in range(schedule.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.at(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss, parts = 0.0, loss_at(step)
-        for part in [parts] if isinstance(parts, Tensor) else parts:
-            loss += part.item()
-            if not math.isfinite(loss):
-                raise DivergedError(f"the loss is {loss} at step {step + 1}", remedy="Lower --lr, or use --dtype fp32.")
-            part.backward()
-        losses.append(loss)
-        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        largest = torch.maximum(largest, norm.to(largest))
-        optimizer.step()
-        on_step(step + 1, losses[-1])
-    _check_gradients(largest.item())
-    return losses
+
+    parameters: Mapping[str, nn.Parameter]
+    loss: Callable[[int, int], Tensor]
+    optimizer: torch.optim.Optimizer
+    schedule: LearningRate
+    parts: int = 1
+    seed: int = 0
+    max_grad_norm: float = 1.0
+    ema: Ema | None = None
+    scale: LossScale | None = None
+    strict: bool = False
 
 
-def _check_gradients(largest: float) -> None:
-    """Raise if the largest norm of a run's gradients says that it diverged, or that nothing was learnt."""
-    if not math.isfinite(largest):
-        raise DivergedError("the gradient is not finite", remedy="Lower --lr, or use --dtype fp32.")
-    if not largest:
-        raise NothingLearntError(
-            "nothing was learnt: no gradient reached the adapter",
-            remedy="The loss does not depend on its layers: choose others with --targets.",
+@dataclass
+class Keeper:
+    """Where the state of a run is kept.
+
+    Args:
+        every: steps between two states; 0: one only when the run is stopped.
+        keep: how many of them stay.
+        facts: what is written beside: options, what the run reads.
+        export: writes the adapter as it is after so many steps into a folder, in the formats of the run.
+        resume: the state to go on from.
+        command: what a user types to go on.
+    """
+
+    out: Path
+    every: int
+    keep: int
+    facts: Mapping[str, object] = field(default_factory=dict)
+    export: Callable[[Path, int], object] = lambda folder, step: None
+    resume: SavedState | None = None
+    command: str = ""
+
+
+@dataclass
+class Events:
+    """Who is told: of each step (steps done, its loss), of what people should know, and every so many steps of the adapter as it would be saved."""
+
+    step: Callable[[int, float], None] = lambda done, loss: None
+    note: Callable[[str], None] = lambda text: None
+    at: Sequence[tuple[int, Callable[[int], None]]] = ()
+
+    @classmethod
+    def of(cls, watch: Watch, steps: int) -> Events:
+        """What a Watch is told of a run of so many steps."""
+        return cls(step=lambda done, loss: watch.step(done, steps, loss), note=watch.note)
+
+
+@dataclass
+class Loop:
+    """A run under way. `done` steps are in the parameters; `losses` are those that were read."""
+
+    job: Job
+    keeper: Keeper | None = None
+    events: Events = field(default_factory=Events)
+    reads_late: bool | None = None  # whether numbers are read one step late; None: as the device likes
+    losses: list[float] = field(default_factory=list)
+    done: int = 0
+    seconds: float = 0.0  # of earlier sessions
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.job.parameters.values())
+        self.device = self.parameters[0].device
+        late = self.device.type != "cpu" if self.reads_late is None else self.reads_late
+        self.late = late and self.job.scale is None
+        self.largest = np.zeros(len(self.parameters))  # the gradients' norms, the largest of all steps
+        self.readings: list[Readout] = []
+        self.saved: Path | None = None
+        self.good = True  # whether the parameters are those of `done` steps
+        self.begun = time.monotonic()
+
+    def run(self) -> list[float]:
+        """All steps that are left; the losses by step. Afterwards the parameters are the averages, if there are such.
+
+        Raises DivergedError for a loss or a gradient that is not finite, NothingLearntError where none reached the parameters, Interrupted after a
+        signal. What is raised says in a note where the last good state is.
+        """
+        with _own_randomness(self.device), stopping(self.events.note) as stop, self._explained():
+            self._restore()
+            self._tell()
+            while self.done < self.job.schedule.steps:
+                self._step(self.done)
+                self._between(stop)
+            if self.keeper is not None and self.saved is not None:
+                checkpoints.prune(self.keeper.out, self.keeper.keep, self.done)
+            average(self.job.parameters, self.job.ema, self.job.optimizer)
+        return self.losses
+
+    def _step(self, step: int) -> None:
+        """The gradients of a step, and the parameters after it."""
+        job = self.job
+        job.optimizer.zero_grad(set_to_none=True)
+        shares = [self._share(step, part) for part in range(job.parts)]
+        norms = norms_of(self.parameters)
+        total = torch.linalg.vector_norm(norms)
+        loss = torch.stack(shares).sum()
+        self.readings.append(
+            Readout(step, torch.cat([loss.to(norms.device).reshape(1), total.reshape(1), norms]), self.late)
         )
+        if job.scale is None or self._fits(job.scale):
+            self._read(self.readings[:-1] if self.late else self.readings[:])
+            clip(self.parameters, total, job.max_grad_norm, guarded=self.late)
+            self._update(step)
+        self.done = step + 1
+
+    def _share(self, step: int, part: int) -> Tensor:
+        """The loss [] of a part of a step, whose gradients are added to the others'."""
+        job = self.job
+        draw.reseed(job.seed, step, part, "layers")
+        loss = job.loss(step, part)
+        (loss if job.scale is None else loss * job.scale.value).backward()
+        return loss.detach()
+
+    def _fits(self, scale: LossScale) -> bool:
+        """Undo the loss scale; whether the step can be taken."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        loss, total = self.readings[-1].numbers()[:2]
+        torch._foreach_div_(gradients, scale.value)
+        self.readings[-1].host[1:] /= scale.value
+        if scale.fits(float(loss), float(total)):
+            return True
+        self.readings[-1].host[1:] = 0
+        self._read(self.readings[:])
+        return False
+
+    def _update(self, step: int) -> None:
+        """Take the optimiser's step, and let the averages follow."""
+        job, factor = self.job, self.job.schedule.factor(step)
+        self.good = False
+        for group in job.optimizer.param_groups:
+            group["lr"] = job.schedule.lr * group.get("factor", 1.0) * factor
+        job.optimizer.step()
+        if job.ema is not None:
+            job.ema.update(step + 1)
+        self.good = True
+
+    def _read(self, readings: Sequence[Readout]) -> None:
+        """Look at what has come from the device. Raises DivergedError or NothingLearntError."""
+        for reading in readings:
+            self.readings.remove(reading)
+            loss, total, *_ = numbers = reading.numbers()
+            for what, number in (("loss", loss), ("gradient", total)):
+                if not math.isfinite(number):
+                    self.good = self.good and not self.late
+                    raise DivergedError(f"the {what} is {number} at step {reading.step + 1}", remedy=_LOWER)
+            self.largest = np.maximum(self.largest, numbers[2:])
+            if self.job.strict and reading.step < 2:
+                check_every_gradient(list(self.job.parameters), self.largest, reading.step)
+            self.losses.append(float(loss))
+            self.events.step(reading.step + 1, float(loss))
+
+    # Between two steps
+
+    def _between(self, stop: Stop) -> None:
+        """Save and tell where it is time. Raises Interrupted after a signal."""
+        keeper, last = self.keeper, self.done == self.job.schedule.steps
+        if last:
+            self._read(self.readings[:])
+            check_any_gradient(self.largest)
+        if keeper is not None:
+            if self.done == 1 or (keeper.resume and self.done == keeper.resume.step + 1):
+                state.optimizer_state(self.job.optimizer)  # one that cannot be saved is told at once
+            if stop.number is not None or (keeper.every and (last or self.done % keeper.every == 0)):
+                self._save(keeper)
+        self._tell()
+        if stop.number is not None:
+            raise Interrupted(stop.number, *self._where())
+
+    def _tell(self) -> None:
+        """Show the adapter as it would be saved to whom it is due."""
+        due = [call for every, call in self.events.at if self.done % every == 0]
+        if due:
+            with averaged(self.job.parameters, self.job.ema, self.job.optimizer):
+                for call in due:
+                    call(self.done)
+
+    # The state on disk
+
+    def _save(self, keeper: Keeper) -> None:
+        """Write the state. Raises OSError, and DivergedError if it is none to keep."""
+        self._read(self.readings[:])
+        job = self.job
+        table, tensors = state.optimizer_state(job.optimizer)
+        facts = {
+            **keeper.facts,
+            "step": self.done,
+            "optimizer": table,
+            "scale": None if job.scale is None else asdict(job.scale),
+            "seconds": round(self.seconds + time.monotonic() - self.begun, 1),
+        }
+        with checkpoints.writing(keeper.out, self.done) as folder:
+            state.write(folder / state.ADAPTER, job.parameters)
+            state.write(folder / state.OPTIMIZER, tensors)
+            if job.ema is not None:
+                state.write(folder / state.EMA, job.ema.shadow)
+            numbers = {"losses": self.losses[: self.done], "largest": self.largest}
+            state.write(folder / state.RUN, {n: torch.tensor(v, dtype=torch.float64) for n, v in numbers.items()})
+            checkpoints.write_facts(folder, facts)
+            with averaged(job.parameters, job.ema, job.optimizer):
+                keeper.export(folder, self.done)
+        self.saved = checkpoints.place_of(keeper.out, self.done)
+        checkpoints.prune(keeper.out, keeper.keep, self.done)
+
+    def _restore(self) -> None:
+        """Go on from the keeper's checkpoint, if there is one."""
+        if self.keeper is None:
+            return
+        if self.keeper.resume is None:
+            checkpoints.prune(self.keeper.out, 0)  # those of a run that is overwritten
+            return
+        folder, facts, job = self.keeper.resume.folder, self.keeper.resume.facts(), self.job
+        state.restore(job.parameters, folder / state.ADAPTER)
+        state.restore_optimizer(job.optimizer, facts["optimizer"], state.read(folder / state.OPTIMIZER))
+        if job.ema is not None:
+            state.restore(job.ema.shadow, folder / state.EMA)
+        if job.scale is not None and facts["scale"]:
+            job.scale = LossScale(**facts["scale"])
+        numbers = state.read(folder / state.RUN)
+        self.losses, self.largest = numbers["losses"].tolist(), numbers["largest"].numpy()
+        self.done, self.seconds, self.saved = facts["step"], facts["seconds"], folder
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An error keeps the state of the last good step, and says where it is."""
+        try:
+            yield
+        except Exception as error:
+            if self.keeper is not None:
+                self._rescue(self.keeper)
+                for note in self._where():
+                    error.add_note(note)
+            raise
+
+    def _rescue(self, keeper: Keeper) -> None:
+        """Save the state, if it is good and not saved yet. What cannot be saved is left."""
+        saved_already = self.saved == checkpoints.place_of(keeper.out, self.done)
+        if self.good and self.largest.any() and not saved_already:
+            with contextlib.suppress(Exception):
+                self._save(keeper)
+
+    def _where(self) -> tuple[str, ...]:
+        """Where the last state is, and how the run goes on; a line each."""
+        if self.keeper is None or self.saved is None:
+            return ()
+        step = int(self.saved.name.rpartition("-")[2])
+        where = f"The state after step {step} of {self.job.schedule.steps} is in {self.saved}."
+        return (where, f"It goes on with: {self.keeper.command}") if self.keeper.command else (where,)
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """What torch's default generators do in this block changes nothing outside it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def fit(job: Job, keeper: Keeper | None = None, events: Events | None = None) -> list[float]:
+    """Minimise: see `Loop.run`."""
+    return Loop(job, keeper, events or Events()).run()

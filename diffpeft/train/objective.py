@@ -6,6 +6,7 @@ min-SNR: Hang et al. 2023, arXiv:2303.09556. Prior preservation: DreamBooth, Rui
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ from diffpeft.families import Conditions, Family, Frame, Noised
 class Batch:
     """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
 
-    `mask` [b, 1, h, w] says how much each place counts.
+    `mask` [b, 1, h, w] says how much each place counts, `prior_prompts` under which prompts the base's predictions are to be kept.
     """
 
     latents: Tensor
@@ -29,11 +30,12 @@ class Batch:
     is_class: Tensor  # [b] bool
     frames: Sequence[Frame]
     mask: Tensor | None = None
+    prior_prompts: list[str] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, latents=self.latents.to(device), noise=self.noise.to(device), mask=mask)
+        mask = None if self.mask is None else sent(self.mask, device)
+        return replace(self, latents=sent(self.latents, device), noise=sent(self.noise, device), mask=mask)
 
 
 def denoising(family: Family, batch: Batch, texts: Conditions, snr_gamma: float | None = None) -> Tensor:
@@ -75,7 +77,32 @@ def min_snr(noised: Noised, gamma: float) -> Tensor:
 def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
     """The loss of a batch from those of its samples [b]: mean over the instance images plus prior_weight x mean over the class images.
 
-    So the prior weighs the same however many class images there are. A batch may have images of one kind only.
+    So the prior weighs the same however many class images there are. A batch may have images of one kind only. `is_class` [b] is on the CPU: nobody
+    waits for the losses' device.
     """
-    kinds = ((1.0, ~is_class), (prior_weight, is_class))
-    return torch.stack([weight * losses[mask].mean() for weight, mask in kinds if mask.any()]).sum()
+    if not is_class.any():
+        return losses.mean()
+    weights = torch.zeros(len(is_class), dtype=losses.dtype)
+    for weight, mask in ((1.0, ~is_class), (prior_weight, is_class)):
+        weights[mask] = weight / max(int(mask.sum()), 1)
+    return (losses * sent(weights, losses.device)).sum()
+
+
+def preserved(
+    family: Family,
+    batch: Batch,
+    texts: Callable[[Sequence[str]], Conditions],
+    base: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """|model(x_t, t, p) - base(x_t, t, p)|^2 [b] under the batch's prior prompts p, for its noised latents x_t. The base is the model inside `base()`."""
+    noised, frames = family.levels.noised(batch.latents, batch.noise, batch.u), family.framed(batch.frames)
+    assert batch.prior_prompts is not None
+    with torch.no_grad(), base():
+        target = family.predict(noised.x, noised.t, texts(batch.prior_prompts) | frames)
+    prediction = family.predict(noised.x, noised.t, texts(batch.prior_prompts) | frames)
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what that is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -9,14 +9,21 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from diffpeft.errors import ConfigError, NothingLearntError
+from diffpeft import patterns
+from diffpeft.bundle import canonical
+from diffpeft.errors import ConfigError, NothingLearntError, listed
 from diffpeft.layers.carried import effective, op_of
 from diffpeft.layers.slot import Slot
-from diffpeft.model.target import adapted
+from diffpeft.model.state import slots_of
+from diffpeft.model.target import adapted, components
+from diffpeft.pipeline.adapters import unload
+from diffpeft.pipeline.load import load_lora
 from diffpeft.train.config import Options
+from diffpeft.train.groups import entries_of, pattern_of
 from diffpeft.train.method import RANKED
 
 
@@ -31,9 +38,18 @@ def check_rank(config: Options, layers: Iterable[nn.Module]) -> None:
         )
 
 
-def check_room(out: Path, parameters: Sequence[nn.Parameter], files: int) -> None:
-    """Raise OSError if the disk of `out` has no room for so many files of these parameters."""
-    needed = files * sum(p.numel() * p.element_size() for p in parameters)
+def check_room(out: Path, parameters: Sequence[nn.Parameter], files: int, options: Options | None = None) -> None:
+    """Raise OSError if the disk of `out` has no room for so many files of these parameters, and for the states that the options ask for."""
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    states = (
+        0
+        if options is None or not options.save_every
+        else min(options.keep + 1, -(-options.steps // options.save_every))
+    )
+    of_state = (
+        3 + files + (options is not None and options.ema is not None)
+    )  # the adapter, two moments, its files, its average
+    needed = files * size + states * of_state * size
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -52,14 +68,102 @@ def refuse_unlearnt(models: Iterable[nn.Module], name: str) -> None:
     )
 
 
+def idle_layers(target: object, name: str) -> list[str]:
+    """The layers of an adapter that it does not change at all, in float64."""
+    return [
+        canonical(component, layer)
+        for component, model in components(target).items()
+        for layer, module, record in adapted(model)
+        if name in record.slots and not _changes(module, record.slots[name])
+    ]
+
+
+def refuse_idle(target: object, name: str, allowed: str | Sequence[str] | None = None) -> None:
+    """Raise NothingLearntError for layers without a change, but for those that are `allowed` to have none: names or patterns of layers."""
+    refuse_unlearnt(components(target).values(), name)
+    patterns_ = [pattern_of(entry) for entry in entries_of(allowed)]
+    with patterns.limited(where="allow_unchanged"):
+        idle = [layer for layer in idle_layers(target, name) if not any(patterns.ends(p, layer) for p in patterns_)]
+    if idle:
+        raise NothingLearntError(
+            f"the adapter changes nothing in {len(idle)} of its layers: {listed(idle)}",
+            remedy="Leave them out with --targets, or say that it may be so: --allow-unchanged.",
+        )
+
+
+def refuse_unread(target: object, file: Path, name: str, allowed: str | Sequence[str] | None = None) -> None:
+    """Raise NothingLearntError if a file, read again, does not change every layer that adapter `name` changes.
+
+    Where it gives back the same tensors it changes the same; elsewhere its change is computed.
+    """
+    again = f"{name}-read-again"[-128:]
+    load_lora(target, file, name=again)
+    try:
+        before, after = slots_of(target, name), slots_of(target, again)
+        if before.keys() == after.keys() and all(_equal(slot, after[layer]) for layer, slot in before.items()):
+            return
+        idle = {*idle_layers(target, again), *before.keys() - after.keys()} - {*idle_layers(target, name)}
+        if idle:
+            raise NothingLearntError(
+                f"the file changes nothing in {len(idle)} layers that were trained: {listed(sorted(idle))}",
+                where=file,
+                remedy="Save it in another format.",
+            )
+    finally:
+        unload(target, again)
+
+
+def _equal(slot: Slot, other: Slot) -> bool:
+    mine, theirs = slot.tensors, other.tensors
+    return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[role]) for role, t in mine.items())
+
+
 @torch.no_grad()
 def _changes(module: nn.Module, slot: Slot) -> bool:
     """Whether an adapter changes a layer's weight or bias, in float64."""
+    if _surely(slot):
+        return True
     op = op_of(module)
     base = {"weight": op.stored(op.weight()).double()}  # a quantised weight as numbers
     base |= {} if op.bias is None else {"bias": op.bias.double()}
     after = effective(module, [(slot, 1.0)], torch.float64, base)
     return any(name not in base or not torch.equal(t, base[name]) for name, t in after.items())
+
+
+def _surely(slot: Slot) -> bool:
+    """Whether a LoRA changes a weight for sure: B A times a vector is not zero. Else it must be computed."""
+    if slot.methods != ("lora",) or {*slot.tensors} != {"lora_A", "lora_B"}:
+        return False
+    A, B = (slot.tensors[role].double().flatten(1) for role in ("lora_A", "lora_B"))
+    probe = torch.linspace(1, 2, A.shape[1], dtype=A.dtype, device=A.device)
+    return bool((B @ (A @ probe)).any()) and all(part.spec.alpha != 0 for part in slot.parts)
+
+
+def check_any_gradient(largest: np.ndarray) -> None:
+    """Raise NothingLearntError if the largest norms [n] of a run's gradients say that none ever reached the adapter."""
+    if not largest.any():
+        raise NothingLearntError(
+            "nothing was learnt: no gradient reached the adapter",
+            remedy="The loss does not depend on its layers: choose others with --targets.",
+        )
+
+
+def check_every_gradient(names: Sequence[str], largest: np.ndarray, step: int) -> None:
+    """Raise NothingLearntError for layers without a gradient in step 0, and for tensors without one by step 1.
+
+    In the first step a factor has none whose partner begins as zero. Names are layer.role; `largest` [n] are the largest norms until now.
+    """
+    without = [name for name, norm in zip(names, largest, strict=True) if not norm]
+    if step == 0:
+        reached = {name.rpartition(".")[0] for name, norm in zip(names, largest, strict=True) if norm}
+        without = sorted({name.rpartition(".")[0] for name in without} - reached)
+    if without:
+        raise NothingLearntError(
+            f"no gradient reaches {len(without)} of {len(names)} tensors: {listed(without)}"
+            if step
+            else f"no gradient reaches {listed(without)}",
+            remedy="The loss does not depend on them: leave them out with --targets.",
+        )
 
 
 def rescued(write: Callable[[Path], list[Path]], out: Path, name: str) -> list[Path]:

@@ -143,7 +143,7 @@ def pruned(folder: Path, most: float) -> int:
     return removed
 
 
-def fingerprint(model: nn.Module) -> str:
+def identity_of(model: nn.Module) -> str:
     """What tells a model from others: its class, its config but where it is from, and every bit of its weights."""
     config = getattr(model, "config", {})
     values: Mapping[str, object] = config if isinstance(config, Mapping) else config.to_dict()

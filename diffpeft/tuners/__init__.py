@@ -11,6 +11,7 @@ from diffpeft.layers.kinds import (
     OFTLayer,
     VeraLayer,
 )
+from diffpeft.llm.conversion import convert_to_lora, save_as_lora
 from diffpeft.llm.multitask_prompt_tuning import (
     MultitaskPromptEmbedding,
     MultitaskPromptTuningConfig,
@@ -82,4 +83,6 @@ __all__ = [
     "VeraConfig",
     "VeraLayer",
     "VeraModel",
+    "convert_to_lora",
+    "save_as_lora",
 ]

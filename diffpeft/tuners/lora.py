@@ -5,6 +5,7 @@ from diffpeft.layers.kinds import LoraConv3d as Conv3d
 from diffpeft.layers.kinds import LoraEmbedding as Embedding
 from diffpeft.layers.kinds import LoraLayer, ParamWrapper
 from diffpeft.layers.kinds import LoraLinear as Linear
+from diffpeft.llm.conversion import convert_to_lora, save_as_lora
 from diffpeft.llm.tuners import LoraModel
 from diffpeft.methods.loftq import LoftQConfig
 from diffpeft.methods.lora import LoraConfig, LoraRuntimeConfig
@@ -20,4 +21,6 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "ParamWrapper",
+    "convert_to_lora",
+    "save_as_lora",
 ]

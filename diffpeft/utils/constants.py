@@ -43,6 +43,8 @@ TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Callable[...
 
 
 def bloom_model_postprocess_past_key_value(past_key_values: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
-    """A prefix, [layers, b, heads, n, dim] of keys and then values in pieces, as BLOOM's cache once was: keys [b heads, dim, n], values [b heads, n, dim]."""
-    keys, values = torch.cat(tuple(past_key_values)).flatten(1, 2).chunk(2)
-    return tuple(zip(keys.transpose(2, 3), values, strict=True))
+    """A prefix, [layers, b, heads, n, dim] of keys and then of values in pieces, as BLOOM's cache once was: [b heads, dim, n] and [b heads, n, dim]."""
+    keys, values = torch.cat(tuple(past_key_values)).chunk(2)
+    layers, b, heads, n, dim = keys.shape
+    keys = keys.transpose(2, 3).reshape(layers, b * heads, dim, n)  # PEFT's order, in which dim and n are not turned
+    return tuple(zip(keys, values.reshape(layers, b * heads, n, dim), strict=True))

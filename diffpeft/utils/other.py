@@ -82,6 +82,12 @@ def get_quantization_config(model: nn.Module, method: str) -> object:
     return getattr(getattr(model, "config", None), "quantization_config", None)
 
 
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, its name in the parent) of a dotted name: diffusers asks for it."""
+    path, _, name = key.rpartition(".")
+    return model.get_submodule(path), model.get_submodule(key), name
+
+
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     """What tensors with the same memory have in common: the device, the address and the size of it."""
     storage = tensor.untyped_storage()

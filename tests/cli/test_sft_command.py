@@ -71,7 +71,10 @@ def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, model
     done = quick(*given, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr and 1 <= len(done.stderr.strip().splitlines()) <= 6
-    assert sorted(tmp_path.rglob("*")) == before
+    if code == 5:  # the last good state is kept, and named
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["checkpoints"] and "checkpoints" in done.stderr
+    else:
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_help_names_every_option_without_loading_torch(tmp_path):

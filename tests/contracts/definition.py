@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 import diffpeft
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import parameter_names, site_of
 from diffpeft.model.state import slots_of
 
 
@@ -38,4 +38,5 @@ def defined(model: nn.Module, x: Tensor, order, plain: nn.Module | None = None) 
         plain = copy.deepcopy(model)
         diffpeft.unload(plain)
     W, b = effective(model, order)
-    return functional_call(plain, {"0.weight": W} if b is None else {"0.weight": W, "0.bias": b}, x)
+    weight, bias = (f"0.{name}" for name in parameter_names(plain[0]))
+    return functional_call(plain, {weight: W} if b is None else {weight: W, bias: b}, x)

@@ -13,13 +13,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diffpeft.layers.carried import base_class
-from diffpeft.layers.sites import site_of
+from diffpeft.layers.sites import parameter_names, site_of
 from diffpeft.layers.slot import Piece, Slot
 from diffpeft.methods import METHODS, Spec
 from diffpeft.model.attach import AttachReport, attach, install, mix_of
 from diffpeft.model.mix import Adapter
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import components
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """PyTorch's attention of a sequence to itself."""
+
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
 
 # name: how to make the layer, and the shape of an input
 KINDS = {
@@ -49,6 +57,7 @@ KINDS = {
     "transposed conv2d grouped": (lambda: nn.ConvTranspose2d(4, 8, 2, stride=2, groups=2), (2, 4, 4, 4)),
     "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 4, (1, 2, 2), dilation=2), (1, 2, 3, 3, 3)),
     "embedding": (lambda: nn.Embedding(10, 6, padding_idx=0), (2, 5)),
+    "attention": (lambda: SelfAttention(6, 2, batch_first=True), (2, 3, 6)),
 }
 LINEAR = "linear"
 # the kinds by what a formula may see of them: each has a path, or an order of axes, of its own somewhere
@@ -56,6 +65,7 @@ CLASSES = {
     "matrix": ("linear", "linear without bias", "linear tall", "linear wide"),
     "stored turned": ("gpt-2's Conv1D",),
     "rows looked up": ("embedding",),
+    "matrix that is read": ("attention",),
     "1x1 kernel": ("conv2d 1x1", "conv2d 1x1 strided"),
     "kernel of one or three axes": ("conv1d padded", "conv1d circular", "conv3d"),
     "kernel of two axes": (
@@ -72,8 +82,13 @@ CLASSES = {
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
 
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """A layer's own weight."""
+    return module.get_parameter(parameter_names(module)[0])
+
+
 def has_bias(module: nn.Module) -> bool:
-    return getattr(module, "bias", None) is not None
+    return _op(module).bias is not None
 
 
 def has_kernel(module: nn.Module) -> bool:
@@ -218,7 +233,8 @@ def give(model, form="lora", name="default", targets=("0",), **fields) -> Attach
     """A fresh adapter of this form."""
     chosen = FORMS[form]
     if chosen.tensors is None:
-        return attach(model, config(form, **fields), name, targets=list(targets), **chosen.keywords)
+        inside = ["out_proj"]  # of an attention
+        return attach(model, config(form, **fields), name, list(targets), inside, **chosen.keywords)
     tensors = {layer: chosen.tensors(_op(model.get_submodule(layer))) for layer in targets}
     return put(model, chosen.method, tensors, name)
 

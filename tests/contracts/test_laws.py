@@ -73,7 +73,7 @@ def test_a_first_half_that_is_large_is_linear_in_its_strength(second):
 def test_a_layer_keeps_its_identity(kind):
     model, _ = layer(kind)
     base, parameters = type(model[0]), dict(model.named_parameters())
-    attach(model, config("lora"), targets=["0"])
+    give(model)
     assert isinstance(model[0], base) and type(model[0]).__name__ == base.__name__
     after = dict(model.named_parameters())
     assert all(after[name] is p for name, p in parameters.items())

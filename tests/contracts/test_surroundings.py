@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from diffpeft import AdapterStateError, LoraConfig, attach, fuse, set_adapters, unfuse, unload
 from diffpeft.methods.linalg import traced
-from tests.contracts.kinds import give, layer
+from tests.contracts.kinds import give, layer, weight_of
 from tests.contracts.pairs import every_method, every_method_cell, turn
 
 
@@ -38,7 +38,7 @@ def test_fusing_knows_every_memory_layout(form, kind, randomize, subtests):
     for name, laid in LAYOUTS.items():
         with subtests.test(name):
             model, x = layer(kind)
-            weight = model[0].weight
+            weight = weight_of(model[0])
             weight.data = laid(weight.data)
             stride, before = weight.stride(), weight.clone()
             give(model, form)
@@ -50,7 +50,7 @@ def test_fusing_knows_every_memory_layout(form, kind, randomize, subtests):
             if name != "apart":  # which leaves holes that new memory does not have
                 assert weight.stride() == stride
             unfuse(model)
-            assert weight.stride() == stride and torch.equal(weight, before) and model[0].weight is weight
+            assert weight.stride() == stride and torch.equal(weight, before) and weight_of(model[0]) is weight
 
 
 def test_channels_last_models_fuse(pipe, randomize, image):
@@ -70,23 +70,23 @@ def test_channels_last_models_fuse(pipe, randomize, image):
 def test_a_float8_base_is_fused_with_one_rounding(form, kind, randomize):
     dtype = turn((torch.float8_e4m3fn, torch.float8_e5m2), form, kind)
     model, _ = layer(kind, torch.float32)
-    model[0].weight.data = model[0].weight.data.to(dtype)
+    weight_of(model[0]).data = weight_of(model[0]).data.to(dtype)
     twin = copy.deepcopy(model)
-    twin[0].weight.data = twin[0].weight.data.float()
+    weight_of(twin[0]).data = weight_of(twin[0]).data.float()
     give(model, form)
     randomize(model, dtype=torch.float32)
     tensors = [p for name, p in model.named_parameters() if "adapters" in name]
     give(twin, form)
     for mine, theirs in zip((p for n, p in twin.named_parameters() if "adapters" in n), tensors, strict=True):
         mine.data.copy_(theirs)
-    before = model[0].weight.clone()
+    before = weight_of(model[0]).clone()
     for net in (model, twin):
         set_adapters(net, {"default": 0.5})
         fuse(net)
-    assert model[0].weight.dtype == dtype
-    assert torch.equal(model[0].weight.float(), twin[0].weight.to(dtype).float())
+    assert weight_of(model[0]).dtype == dtype
+    assert torch.equal(weight_of(model[0]).float(), weight_of(twin[0]).to(dtype).float())
     unfuse(model)
-    assert torch.equal(model[0].weight.view(torch.uint8), before.view(torch.uint8))
+    assert torch.equal(weight_of(model[0]).view(torch.uint8), before.view(torch.uint8))
 
 
 @every_method

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffpeft.errors import WrongBaseError
-from diffpeft.families import FAMILIES, Frame, family_of, open_family
+from diffpeft.errors import ConfigError, WrongBaseError
+from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.families.flow import Flow
 from diffpeft.families.prompts import embedded
@@ -238,3 +238,62 @@ def test_a_scheduler_with_levels_of_its_own_is_refused():
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(WrongBaseError, match="EDMEulerScheduler"):
         open_family(pipe)
+
+
+# -- captions ------------------------------------------------------------------------------------------------------------
+
+PER = 30  # tokens that fit into a chunk: the tokenizer has 32
+LONG = " ".join(["cat", "dog", "red", "car"] * 12)
+CLIPS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+def test_a_long_caption_is_read_in_chunks(kind):
+    """Each chunk as a prompt of its own; a caption without a second chunk has a blank one; what is pooled is the first's."""
+    pipe = pipeline(kind)
+    one, two = open_family(pipe), open_family(pipe, CaptionReading(max_length=2 * PER))
+    assert (one.max_length, two.max_length) == (PER, 2 * PER)
+    assert len(pipe.tokenizer(LONG, add_special_tokens=False).input_ids) == len(LONG.split())
+    words = LONG.split()
+    prompts = [LONG, "a cat", " ".join(words * 3)]
+    chunks = [words[:PER], words[PER:], ["a", "cat"], [], words[:PER], (words * 3)[PER : 2 * PER]]
+    for encoder in CLIPS[kind]:
+        got = two.embed(encoder, prompts)
+        want = one.embed(encoder, [" ".join(chunk) for chunk in chunks])
+        assert torch.equal(got[encoder], want[encoder].unflatten(0, (3, 2)).flatten(1, 2))
+        assert "pooled" not in got or torch.equal(got["pooled"], want["pooled"][::2])
+
+
+@torch.no_grad()
+def test_an_earlier_layer_of_clip_is_the_last_of_one_without_those_after_it():
+    pipe = pipeline("sd15")
+    ours = [
+        open_family(pipe, CaptionReading(clip_skip=n)).embed("text_encoder", PROMPTS)["text_encoder"] for n in (1, 2, 3)
+    ]
+    layers = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder.layers
+    for states in ours:
+        theirs, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
+        torch.testing.assert_close(states, theirs, rtol=0, atol=1e-12)
+        del layers[-1]
+
+
+@pytest.mark.parametrize(
+    "kind, reading, says",
+    [
+        ("sd15", CaptionReading(max_length=PER + 1), "30, 60"),
+        ("sdxl", CaptionReading(max_length=PER + 2), "30, 60"),
+        ("flux dev", CaptionReading(max_length=513), "512"),
+        ("sd15", CaptionReading(clip_skip=4), "to 3"),
+        ("sdxl", CaptionReading(clip_skip=2), "Leave --clip-skip out"),
+        ("flux dev", CaptionReading(clip_skip=2), "Leave --clip-skip out"),
+    ],
+)
+def test_a_way_to_read_captions_that_a_model_cannot_is_refused(kind, reading, says):
+    with pytest.raises(ConfigError, match=says):
+        open_family(pipeline(kind), reading)
+
+
+def test_flux_reads_as_many_tokens_of_t5_as_it_is_told():
+    family = open_family(pipeline("flux schnell"), CaptionReading(max_length=256))
+    theirs, _, _ = family.pipe.encode_prompt(PROMPTS, None, max_sequence_length=256)
+    torch.testing.assert_close(family.embed("text_encoder_2", PROMPTS)["text"], theirs, rtol=0, atol=1e-12)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import diffpeft
 from diffpeft import TrainConfig
@@ -14,6 +17,7 @@ from diffpeft.families import Frame, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.families.prompts import embedded
 from diffpeft.model.state import slots_of
+from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
 from diffpeft.train.data import View
@@ -121,6 +125,22 @@ def test_every_file_does_on_a_fresh_pipeline_what_was_trained(run):
     stock = diffusers.DiffusionPipeline.from_pretrained(finished.config.model)
     stock.load_lora_weights(str(files[0].parent), weight_name=files[0].name)
     torch.testing.assert_close(answer(open_family(stock)), want, rtol=0, atol=1e-4)
+
+
+def test_presets_choose_what_the_diffusers_example_and_sd_scripts_train(run):
+    """The example's list for Flux.1 is attention and MLPs of both streams; single blocks have theirs beside; nothing outside of blocks."""
+    _, finished, _ = run
+    family, config = finished.family, replace(finished.config, train_text_encoder=False)
+    model = family.parts(family.denoiser)
+    chosen = {preset: dreambooth.chosen_layers(replace(config, targets=preset), family) for preset in PRESETS}
+    names = {preset: set(select({"m": model}, of[family.denoiser])["m"]) for preset, of in chosen.items()}
+    assert names["attn"] < names["attn-mlp"] < names["full"]
+    assert all("attentions." in name or "transformer_blocks." in name for name in names["attn-mlp"])
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and ".attn" in name:
+            assert name in names["attn"]
+        if isinstance(layer, nn.Linear) and "transformer_blocks." in name and ".norm" not in name:
+            assert name in names["attn-mlp"]
 
 
 def test_the_clips_are_trained_on_request_and_t5_never(run):

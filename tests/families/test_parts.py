@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from diffpeft.families import open_family
 from diffpeft.families.parts import Parts
 from diffpeft.pipeline import open as opening
 from diffpeft.pipeline.open import EMBEDDED, check_model, open_parts, open_pipeline
-from diffpeft.train import dreambooth
+from diffpeft.train import dreambooth, prior
 from tests.families.pipelines import KINDS, pipeline
 from tests.single_file import original
 
@@ -78,10 +79,11 @@ def config(tmp_path, **options):
     return TrainConfig(**fixed, resolution=32, steps=2, rank=2, **options)
 
 
-def test_a_run_has_room_for_one_model_at_a_time(kind, folder, tmp_path, monkeypatch):
-    """Neither of the text encoders, the VAE and the denoiser is there while another is."""
+@pytest.fixture
+def together(monkeypatch):
+    """The models that are there whenever one is loaded, with that one."""
     alive: list[tuple[str, weakref.ref]] = []
-    together = []
+    together: list[set[str]] = []
     load = opening._Files.load
 
     def noted(files, name):
@@ -92,8 +94,23 @@ def test_a_run_has_room_for_one_model_at_a_time(kind, folder, tmp_path, monkeypa
         return model
 
     monkeypatch.setattr(opening._Files, "load", noted)
+    return together
+
+
+def test_a_run_has_room_for_one_model_at_a_time(kind, folder, tmp_path, together):
+    """Neither of the text encoders, the VAE and the denoiser is there while another is."""
     dreambooth.train(config(tmp_path, model=folder))
     assert together == [{name} for name in [*MODELS[kind][1:], MODELS[kind][0]]]
+
+
+def test_class_images_are_drawn_without_text_encoders(kind, folder, tmp_path, together, monkeypatch):
+    monkeypatch.setattr(prior, "STEPS", 1)
+    options = config(tmp_path, model=folder, class_prompt="a dog", num_class_images=2, dtype="bf16")
+    run = dreambooth.train(options)
+    denoiser, *encoders, vae = MODELS[kind]
+    assert together == [*({name} for name in encoders), {vae}, {vae, denoiser}]
+    assert len(list((tmp_path / "out" / "class").glob("*.png"))) == 2
+    assert all(math.isfinite(loss) for loss in run.losses) and dreambooth.train(options).losses == run.losses
 
 
 # -- single files --------------------------------------------------------------------------------------------------------

@@ -189,7 +189,6 @@ OPERATIONS = {
     "prompts: get_peft_model": (base, lambda m, d: get_peft_model(m, copy.deepcopy(PREFIX))),
     "prompts: add_adapter": (prompts, lambda m, d: m.add_adapter("c", copy.deepcopy(PROMPT))),
     "prompts: set_adapter": (prompts, lambda m, d: m.set_adapter("b")),
-    "prompts: set_requires_grad": (prompts, lambda m, d: m.set_requires_grad("a", False)),
     "prompts: delete_adapter": (prompts, lambda m, d: m.delete_adapter("a")),
     "prompts: unload": (prompts, lambda m, d: m.unload()),
     "prompts: from_pretrained": (base, lambda m, d: PeftModel.from_pretrained(m, d / "prompt")),

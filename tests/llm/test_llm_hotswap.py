@@ -198,7 +198,7 @@ def theirs_compiled(folder):
     return torch.compile(peft.PeftModel.from_pretrained(model(), str(folder)), backend="eager")
 
 
-def test_the_target_rank_is_the_highest(folders):
+def test_the_target_rank_is_the_highest(folders, tmp_path):
     it = loaded(folders["first"])
     it.load_adapter(folders["large"], "large")
     keys = {key: p.shape for key, p in it.named_parameters()}
@@ -212,8 +212,11 @@ def test_the_target_rank_is_the_highest(folders):
         config.r = 4
         prepare_model_for_compiled_hotswap(it, target_rank=9, config=given)
         assert (config.r, config.rank_pattern) == (9, {"q_proj": 9})
-    prepare_model_for_compiled_hotswap(it, target_rank=9, config=it.peft_config)  # what its files say stays right
-    assert it.peft_config["default"].r == 4
+    prepare_model_for_compiled_hotswap(it, target_rank=9, config=it.peft_config)
+    assert it.peft_config["default"].r == 9
+    it.save_pretrained(tmp_path)  # what its files say stays right
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 4
+    torch.testing.assert_close(run(loaded(tmp_path)), run(it), rtol=1e-5, atol=1e-5)
     it = peft.PeftModel.from_pretrained(model(), str(folders["first"]))
     theirs.prepare_model_for_compiled_hotswap(it, target_rank=9, config=other)
     assert (other.r, other.rank_pattern) == (9, {"q_proj": 9})
@@ -259,6 +262,35 @@ def test_a_trained_adapter_stays_so_if_ranks_and_alpha_do(folders, tmp_path):
         p.requires_grad for slot in slots_in(it.get_base_model(), "default").values() for p in slot.parameters()
     )
     torch.testing.assert_close(run(it), run(loaded(folders["large"])), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("room_first", [True, False])
+def test_room_for_ranks_leaves_what_is_trained_trained_and_the_file_small(folders, tmp_path, room_first):
+    it = PeftModel.from_pretrained(model(), folders["first"], is_trainable=room_first)
+    prepare_model_for_compiled_hotswap(it, target_rank=9)
+    if not room_first:
+        it.set_adapter("default")
+    slots = slots_in(it.get_base_model(), "default").values()
+    assert all(p.requires_grad for slot in slots for p in slot.parameters())
+    before, optimizer = run(it), torch.optim.AdamW([p for p in it.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        it(**batch()).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.allclose(run(it), before, atol=1e-3)
+    it.save_pretrained(tmp_path, save_embedding_layers=False)
+    shapes = {key: t.shape for key, t in load_file(tmp_path / WEIGHTS).items()}
+    assert shapes == {k: t.shape for k, t in load_file(folders["first"] / WEIGHTS).items() if "lora_" in k}
+    torch.testing.assert_close(run(loaded(tmp_path)), run(it), rtol=1e-5, atol=1e-5)
+
+
+def test_a_key_of_a_layer_that_the_first_lacks_is_named_as_a_module_has_it(folders):
+    it, tensors = loaded(folders["first"]), load_file(folders["first"] / WEIGHTS)
+    before, config = state(it), PeftConfig.from_pretrained(folders["first"])
+    half = {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)}
+    with pytest.raises(RuntimeError, match=r"unexpected keys found: base_model\.\S*up_proj\.lora_A\.default\.weight"):
+        hotswap_adapter_from_state_dict(it, tensors | half, "default", config)
+    assert unchanged(it, before)
 
 
 # Errors

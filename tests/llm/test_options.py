@@ -129,25 +129,63 @@ CLASHES = {
 }
 
 
+SAID = {
+    "copies": "Only one adapter can be set at a time for ModulesToSaveWrapper",
+    "rows": "Only one adapter can be set at a time for TrainableTokensWrapper",
+}
+UNDEFINED = "are already defined and would result in undefined merging behavior"
+# ways to have two adapters act together, or in the weights together
+TOGETHER = {
+    "set_adapter": lambda m: m.base_model.set_adapter(["a", "b"]),
+    "merge both": lambda m: m.merge_adapter(["a", "b"]),
+    "merge one after the other": lambda m: (m.merge_adapter(["a"]), m.merge_adapter(["b"])),
+    "merge both for good": lambda m: m.merge_and_unload(adapter_names=["a", "b"]),
+}
+
+
 @pytest.mark.parametrize("case", CLASHES)
-def test_two_that_share_a_copy_or_a_row_are_not_active_together(case):
+@pytest.mark.parametrize("way", TOGETHER)
+def test_two_that_share_a_copy_or_a_row_are_not_active_together(case, way):
     first, second, clash = CLASHES[case]
     for model in two(first, second):
+        ours = isinstance(model, diffpeft.PeftModel)
         before = run(model)
-        if clash:
-            with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
-                model.base_model.set_adapter(["a", "b"])
-            if isinstance(model, diffpeft.PeftModel):
-                for merge in (
-                    model.merge_adapter,
-                    lambda adapter_names, own=model: own.merge_and_unload(adapter_names=adapter_names),
-                ):
-                    with pytest.raises(diffpeft.AdapterStateError, match="Only one adapter"):
-                        merge(adapter_names=["a", "b"])
+        if not clash:
+            if ours or way == "set_adapter":
+                TOGETHER[way](model)
+                assert not torch.allclose(run(model) if way != "merge both for good" else before + 1, before)
+        elif ours or way == "set_adapter":
+            with pytest.raises(ValueError, match=SAID[case]):
+                TOGETHER[way](model)
+            if ours and "one after" not in way:
                 assert torch.equal(run(model), before) and model.active_adapters == ["a"]
-        else:
-            model.base_model.set_adapter(["a", "b"])
-            assert not torch.allclose(run(model), before)
+        elif case == "rows":
+            with pytest.raises(ValueError, match=UNDEFINED):
+                TOGETHER[way](model)
+    if clash and case == "rows":
+        with pytest.raises(ValueError, match=UNDEFINED):
+            TOGETHER[way](two(first, second)[1])
+
+
+@pytest.mark.parametrize("names", ["ab", "b"])
+@pytest.mark.parametrize("copied", [[], ["lm_head"]])
+def test_an_adapter_that_is_injected_acts_alone(names, copied):
+    """PEFT leaves the copy of a second one aside."""
+    outputs = []
+    for lib in (diffpeft, *([] if copied and len(names) > 1 else [peft])):
+        fields = dict(r=4, target_modules=["q_proj"], modules_to_save=copied or None)
+        model = llama().eval()
+        for name in names:
+            lib.inject_adapter_in_model(lib.LoraConfig(**fields), model, name)
+        tensors = lib.get_peft_model_state_dict(model, adapter_name="b")
+        generator = torch.Generator().manual_seed(1)
+        filled = {k: torch.randn(tensors[k].shape, generator=generator) * 0.2 for k in sorted(tensors)}
+        lib.set_peft_model_state_dict(model, filled, "b")
+        outputs.append(run(model))
+    alone = diffpeft.inject_adapter_in_model(LoraConfig(**fields), llama(), "b").eval()
+    diffpeft.set_peft_model_state_dict(alone, filled, "b")
+    for logits in outputs:
+        torch.testing.assert_close(logits, run(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_other_rows_of_one_table_act_together():

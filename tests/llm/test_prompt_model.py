@@ -113,3 +113,38 @@ def test_several_prompts_and_what_is_refused(tmp_path):
     assert torch.equal(run(base), run(model())) and {n for n, _ in base.named_modules()} == {
         n for n, _ in model().named_modules()
     }
+
+
+class Bare(torch.nn.Module):
+    """A model that does not say where its embeddings are, nor on which device it is."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.config = {"vocab_size": 10}
+        self.layers = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in names})
+
+    def prepare_inputs_for_generation(self):
+        return
+
+
+def test_a_prefix_needs_no_embeddings_and_its_keys_no_mapping(tmp_path):
+    fields = dict(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=8, num_attention_heads=2)
+    wrapped = diffpeft.get_peft_model(Bare(["old"]), diffpeft.PrefixTuningConfig(**fields))
+    with torch.no_grad():
+        wrapped.prompt_encoder.default.embedding.weight.fill_(1.5)
+    wrapped.save_pretrained(tmp_path)
+    again = diffpeft.PeftModel.from_pretrained(Bare(["new"]), tmp_path, key_mapping={"^old": "new"})
+    assert (again.prompt_encoder.default.embedding.weight == 1.5).all()
+    with pytest.raises(diffpeft.ConfigError, match="has no get_input_embeddings"):
+        diffpeft.get_peft_model(Bare(["old"]), diffpeft.PromptTuningConfig(**fields))
+    with pytest.raises(diffpeft.ConfigError, match="Please specify `num_layers`"):
+        diffpeft.get_peft_model(Bare(["old"]), diffpeft.PrefixTuningConfig(**{**fields, "num_layers": None}))
+
+
+def test_another_base_than_the_config_names_is_said():
+    for lib, name in ((peft, None), (diffpeft, None), (peft, "mine"), (diffpeft, "mine")):
+        base = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        if name:
+            base.name_or_path = name
+        with pytest.warns(UserWarning, match=f"was renamed from 'other' to '{name}'"):
+            lib.get_peft_model(base, lib.LoraConfig(target_modules=["0"], base_model_name_or_path="other"))

@@ -46,6 +46,7 @@ def config(folder, tmp_path):
         model=str(folder),
         data=str(chat.write_rows(tmp_path / "rows.jsonl")),
         out=str(tmp_path / "out"),
+        overwrite=True,
         rank=4,
         lr=1e-2,
         steps=4,
@@ -237,7 +238,7 @@ def test_what_is_held_out_is_measured_and_not_learnt(config, model, tokenizer, t
 
 def test_the_folder_holds_the_adapter_the_numbers_and_a_report(config, tmp_path):
     run = sft.train(replace(config, heldout=config.data))
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["checkpoints"]
     files = sft.save(run)
     assert [f.name for f in files] == [
         "adapter_model.safetensors",
@@ -303,7 +304,8 @@ def test_a_mistake_is_named_and_nothing_is_written(mistake, config, tmp_path, mo
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=says):
         sft.train(replace(config, **options))
-    assert sorted(tmp_path.rglob("*")) == before
+    kept = ["checkpoints"] if error is DivergedError else []  # the last good state
+    assert sorted(tmp_path.rglob("*")) == before or [p.name for p in (tmp_path / "out").iterdir()] == kept
 
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'

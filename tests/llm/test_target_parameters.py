@@ -317,7 +317,7 @@ def test_a_model_without_a_wrapper_has_it_too():
 
 
 REFUSED = {
-    "no list": (dict(target_parameters="mlp.experts.down_proj"), "list of names"),
+    "no list": (dict(target_parameters="mlp.experts.down_proj"), "list of strings"),
     "dropout": (dict(lora_dropout=0.1), "lora_dropout"),
     "dora": (dict(use_dora=True), "use_dora"),
     "a bias": (dict(lora_bias=True), "lora_bias"),
@@ -341,9 +341,16 @@ def test_unknown_names_are_named():
         get_peft_model(mixtral(), LoraConfig(target_modules=[], target_parameters=["experts.gate_up_prj"]))
     with pytest.warns(UserWarning, match="gate_up_prj.*Did you mean"):
         get_peft_model(mixtral(), LoraConfig(target_modules=[], target_parameters=[*EXPERTS, "experts.gate_up_prj"]))
-    with pytest.raises(ConfigError, match="of the model itself"):
+    with pytest.raises(ConfigError, match="top-level module is not supported"):
         net = toy().part
         get_peft_model(net, LoraConfig(target_modules=[], target_parameters=["flat"]))
+
+
+def test_a_parameter_that_is_computed_from_others_is_refused_by_name():
+    net = nn.Sequential(nn.Linear(4, 4))
+    torch.nn.utils.parametrizations.spectral_norm(net[0])
+    with pytest.raises(AdapterStateError, match="weight' cannot be adapted: it is parametrised"):
+        get_peft_model(net, LoraConfig(target_parameters=["0.weight"]))
 
 
 def test_other_methods_refuse_it():
@@ -391,7 +398,7 @@ def test_a_parameter_that_another_module_holds_is_untied_while_merged():
 def test_weighted_adapters_refuse_it():
     wrapped, _ = filled(diffpeft, "mixtral")
     second(wrapped, "mixtral")
-    with pytest.raises(ConfigError, match="target_parameters"):
+    with pytest.raises(ConfigError, match=r"does not support targeting nn\.Parameter"):
         wrapped.add_weighted_adapter(["default", "b"], [0.5, 0.5], "both")
 
 

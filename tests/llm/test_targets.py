@@ -7,7 +7,10 @@ import warnings
 
 import peft
 import pytest
+import torch
+import transformers
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import diffpeft
 from diffpeft.llm.targets import chosen, matches, resolved, shortest
@@ -129,20 +132,93 @@ def test_a_typo_beside_what_matches_is_named():
         diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["v_proj", "q_prj"]))
 
 
-def test_everything_excluded_and_no_default():
-    with pytest.raises(ValueError, match="All modules were excluded"):
-        diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+# what a config chooses nothing with, and what is said of it
+NOTHING = {
+    "all are excluded": (dict(target_modules=["q_proj"], exclude_modules=".*"), "All modules were excluded"),
+    "those that are meant": (
+        dict(target_modules=["q_proj"], exclude_modules=["q_proj"]),
+        "No modules were targeted for adaptation. This might be caused by a combination",
+    ),
+    "one, and one is none": (
+        dict(target_modules=["q_proj", "typo"], exclude_modules=["q_proj"]),
+        "No modules were targeted for adaptation",
+    ),
+    "a copy, and one is none": (
+        dict(target_modules=["typo"], modules_to_save=["lm_head"]),
+        "No modules were targeted for adaptation",
+    ),
+    "a copy of those that are meant": (
+        dict(target_modules=["lm_head"], modules_to_save=["lm_head"]),
+        "No modules were targeted for adaptation",
+    ),
+    "no module": (dict(target_modules=["typo"]), "not found in the base model"),
+}
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("case", NOTHING)
+def test_what_is_said_where_nothing_is_chosen_is_what_peft_says(case, second):
+    fields, said = NOTHING[case]
+    for lib in (peft, diffpeft):
+        base = model()
+        if second:
+            wrapped = lib.get_peft_model(base, lib.LoraConfig(target_modules=["v_proj"]))
+        with pytest.raises(ValueError, match=said):
+            if second:
+                wrapped.add_adapter("second", lib.LoraConfig(**fields))
+            else:
+                lib.get_peft_model(base, lib.LoraConfig(**fields))
+
+
+@pytest.mark.parametrize("exclude", [["typo"], "typo", ["q_proj"], ["lm_head"]])
+def test_an_exclusion_of_nothing_is_named(exclude):
+    """PEFT counts what is excluded of the model, be it targeted or not."""
+    said = []
+    for lib in (peft, diffpeft):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lib.get_peft_model(model(), lib.LoraConfig(target_modules=["v_proj"], exclude_modules=exclude))
+        said.append([w for w in caught if "You have passed exclude_modules=" in str(w.message)])
+    assert bool(said[0]) == bool(said[1]) == ("typo" in exclude)
+
+
+def test_no_default():
     with pytest.raises(ValueError, match="Please specify `target_modules`"):
         diffpeft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), diffpeft.LoraConfig())
     with pytest.raises(ValueError, match="is not supported"):
         diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["self_attn"]))
-    with pytest.warns(UserWarning, match="excludes nothing"):
-        diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["q_proj"], exclude_modules=["typo"]))
 
 
-def test_all_linear_is_written_as_the_shortest_names():
-    ours = resolved(model(), diffpeft.LoraConfig(target_modules="all-linear"))
-    assert ours.target_modules == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+SMALL = dict(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, vocab_size=8)
+NAMED = {
+    "all linear, few": (1, dict(target_modules="all-linear")),
+    "all linear, 14": (2, dict(target_modules="all-linear")),
+    "all linear, 21": (3, dict(target_modules="ALL-linear")),
+    "default": (1, dict()),
+    "many names": (10, dict(target_modules=[f"model.layers.{i}.self_attn.{p}_proj" for i in range(10) for p in "qv"])),
+    "19 names": (10, dict(target_modules=[f"model.layers.{i}.mlp.up_proj" for i in range(9)] + ["self_attn.q_proj"] * 9)),
+    "many, one layer left out": (21, dict(target_modules=[f"model.layers.{i}.mlp.up_proj" for i in range(20)])),
+    "many, of no model": (1, dict(target_modules=[f"nowhere.{i}.q" for i in range(30)] + ["q_proj"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", ["LoraConfig", "LoHaConfig", "IA3Config", "AdaLoraConfig", "VeraConfig"])
+@pytest.mark.parametrize("case", NAMED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_config_names_layers_as_pefts_does_afterwards(case, cls):
+    layers, fields = NAMED[case]
+    configs = []
+    for lib in (peft, diffpeft):
+        more = {"LoHaConfig": {"target_modules": ["v_proj"]}, "AdaLoraConfig": {"total_step": 9}}.get(cls, {})
+        with torch.device("meta"):
+            base = LlamaForCausalLM(LlamaConfig(**SMALL | {"num_hidden_layers": layers}))
+        wrapped = lib.get_peft_model(base, getattr(lib, cls)(**more | fields), low_cpu_mem_usage=lib is peft)
+        configs.append(wrapped.peft_config["default"].to_dict())
+    assert configs[1]["target_modules"] == configs[0]["target_modules"]
+    assert configs[1].get("feedforward_modules") == configs[0].get("feedforward_modules")
+
+
+def test_the_shortest_ends_of_names_mean_no_others():
     assert shortest(["a.x", "b.x", "c.y"], ["d.y"]) == ["c.y", "x"]
 
 
@@ -151,3 +227,22 @@ def test_a_config_can_be_used_twice():
     for kind in ("llama", "bert"):
         diffpeft.get_peft_model(model(kind), config)
     assert config.target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
+def test_what_mambas_kernel_reads_is_refused_in_peft_s_words(kind):
+    config = getattr(transformers, f"{kind}Config")(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
+    make = lambda: getattr(transformers, f"{kind}ForCausalLM")(config)  # noqa: E731
+    for targets in (["out_proj"], ["conv1d"], ["in_proj", "out_proj"], "all-linear"):
+        for library in (peft, diffpeft):
+            with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
+                library.get_peft_model(make(), library.LoraConfig(target_modules=targets))
+    base = make()
+    for of_method in (
+        diffpeft.AdaLoraConfig(total_step=1),
+        diffpeft.LoHaConfig(),
+    ):  # their effect would be lost as well
+        with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
+            diffpeft.attach(base, of_method, targets=["conv1d"])
+    assert not any("conv1d" in layer for layer in diffpeft.attach(base, diffpeft.LoraConfig(), targets="full").layers)
+    assert diffpeft.get_peft_model(make(), diffpeft.LoraConfig(target_modules=["in_proj", "x_proj"]))

@@ -290,6 +290,68 @@ def test_what_is_said_of_ties_is_what_peft_says(tied, fields, said):
         assert any(said in str(w.message) for w in caught), lib
 
 
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("state", ["tied", "said not to be", "loose"])
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoraConfig, ensured", "LoKrConfig"])
+def test_what_is_said_and_done_about_ties_is_as_in_peft(kind, state, how, names):
+    """The ties that count are those that the model's config says."""
+    config_class, _, ensured_ = kind.partition(", ")
+    # PEFT has no LoKr on embeddings
+    meant = [n for n in names if how == "modules_to_save" or kind != "LoKrConfig" or n != "embed_tokens"]
+    ensure = {"ensure_weight_tying": True} if ensured_ else {}
+    phrases = ("no tied modules were found", "is not set to True", "no implementation exists to tie", "no tied modules")
+    said, tied = [], []
+    for lib in (peft, diffpeft):
+        base = llama(state != "loose")
+        base.config.tie_word_embeddings = state == "tied"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fields = {"target_modules": ["q_proj"], how: [*(["q_proj"] if how == "target_modules" else []), *meant]}
+            wrapped = lib.get_peft_model(base, getattr(lib, config_class)(r=4, **fields, **ensure))
+        told = " ".join(str(w.message) for w in caught)
+        said.append([phrase for phrase in phrases if phrase in told])
+        tensors = lib.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        tied.append(sum("lm_head" in key or "embed_tokens" in key for key in tensors))
+    assert said[0] == said[1] and tied[0] == tied[1]
+
+
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_merge_unties_layers_that_adapters_are_on(names, tmp_path):
+    """PEFT would change the other layer too."""
+    with pytest.warns(UserWarning, match="merging unties"):
+        wrapped = get_peft_model(llama(True), LoraConfig(r=4, target_modules=names, init_lora_weights=False)).eval()
+    plain, want = wrapped.get_base_model(), run(wrapped)
+    assert not torch.allclose(want, run(llama(True)), **SAME)
+    for _ in range(2):
+        wrapped.merge_adapter()
+        one, other = tables(plain)
+        assert one is not other
+        torch.testing.assert_close(run(wrapped), want, **SAME)
+        with wrapped.disable_adapter():
+            assert torch.equal(run(wrapped), run(llama(True)))
+        torch.testing.assert_close(run(wrapped), want, **SAME)
+        wrapped.unmerge_adapter()
+        one, other = tables(plain)
+        assert one is other and torch.equal(run(wrapped), want)
+    for start in ("plain", "merged"):
+        if start == "merged":
+            wrapped.merge_adapter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            merged = copy.deepcopy(wrapped).merge_and_unload()
+        assert any("no longer tied" in str(w.message) for w in caught) and not merged.config.tie_word_embeddings
+        torch.testing.assert_close(run(merged), want, **SAME)
+        merged.save_pretrained(tmp_path / start)
+        torch.testing.assert_close(run(AutoModelForCausalLM.from_pretrained(tmp_path / start)), want, **SAME)
+
+
+def test_fuse_still_refuses_to_untie():
+    wrapped = get_peft_model(llama(True), LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    with pytest.raises(diffpeft.AdapterStateError, match="tied"):
+        diffpeft.fuse(wrapped.get_base_model())
+
+
 @pytest.mark.filterwarnings("ignore:.*share their weight")
 def test_what_cannot_be_tied_is_refused():
     for fields in (dict(use_dora=True), dict(init_lora_weights="pissa")):

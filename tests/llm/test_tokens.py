@@ -414,10 +414,3 @@ def test_a_part_of_the_tensors_is_named():
     own.pop(next(key for key in own if key.endswith("lora_B.weight")))
     with pytest.raises(MissingKeysError, match="lora_B"):
         set_peft_model_state_dict(wrapped, own)
-
-
-def test_weighted_adapters_refuse_it():
-    wrapped, _ = filled(diffpeft, llama())
-    second(wrapped)
-    with pytest.raises(ConfigError, match="trainable_token_indices"):
-        wrapped.add_weighted_adapter(["default", "b"], [0.5, 0.5], "both")

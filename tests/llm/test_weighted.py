@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import diffpeft
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
 from diffpeft.layers.carried import effective, weights_of
 from diffpeft.llm.peft_model import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -343,6 +344,46 @@ def test_a_module_trained_whole_is_summed_or_named():
     it.add_adapter("z", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(ConfigError, match="same module with modules_to_save"):
         it.add_weighted_adapter(["a", "z"], [0.5, 1.0], "both")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [([1, 5], [3]), ([1, 5, 3], [3, 7]), ([2], None)], ids=str)
+def test_rows_of_tables_are_summed_or_named(rows, tied, tmp_path):
+    """An fp64 sum is the oracle; PEFT's types leave rows out, as PEFT does without a word."""
+    kind = "gpt2" if tied else "llama"
+    fields = [dict(r=4) if index is None else dict(r=4, trainable_token_indices=index) for index in rows]
+    ours, theirs = loras(kind, *fields, common={"target_modules": KINDS[kind][:1]})
+    both = None not in rows  # PEFT cannot load an adapter without rows beside one that has some
+    it, other = pair(kind, ours, theirs) if both else (adapted(ours, kind), None)
+    plain = it.get_base_model()
+    table, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    W = table._parameters["weight"].detach().double()
+    want = W.clone()
+    table.copies["a"].token_adapter.trainable_tokens_delta.data += 0.25 * (other is None)
+    for name, weight, index in zip("ab", WEIGHTS, rows, strict=True):
+        if index is not None:
+            delta = table.copies[name].token_adapter.trainable_tokens_delta.detach().double()
+            want[index] += weight * (delta - W[index])
+    it.add_weighted_adapter(["a", "b"], WEIGHTS, "sum")
+    assert not any(p.requires_grad for key, p in it.named_parameters() if ".sum." in key)
+    it.set_adapter("sum")
+    torch.testing.assert_close(table.weight.detach().double(), want, rtol=1e-6, atol=1e-6)
+    assert (head._parameters["weight"] is table._parameters["weight"]) == tied
+    if tied:
+        torch.testing.assert_close(head.weight.detach().double(), want, rtol=1e-6, atol=1e-6)
+    summed = run(it, kind)
+    it.save_pretrained(tmp_path, selected_adapters=["sum"])
+    for lib in (peft, diffpeft):
+        again = lib.PeftModel.from_pretrained(model(kind), tmp_path / "sum")
+        torch.testing.assert_close(run(again, kind), summed, rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="left out: 'a'"):
+        it.add_weighted_adapter(["a", "b"], WEIGHTS, "named", "cat")
+    if other is None:
+        return
+    other.add_weighted_adapter(["a", "b"], WEIGHTS, "named", "cat")
+    for module in (it, other):
+        module.set_adapter("named")
+    torch.testing.assert_close(run(it, kind), run(other, kind), rtol=1e-4, atol=1e-5)
 
 
 # IA3

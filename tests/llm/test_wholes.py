@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import pickle
 
 import peft
@@ -10,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_flatten
+from transformers.utils import ModelOutput
 
 import diffpeft
 from diffpeft import AdapterStateError, LoraConfig, get_peft_model
@@ -27,10 +31,7 @@ class Reader(nn.Module):
         self.head = {
             "weight": lambda: nn.Linear(6, 4),
             "buffer": lambda: nn.BatchNorm1d(6),
-            "inside": lambda: nn.ModuleDict({"dense": nn.Linear(6, 4)}),
-            "values": lambda: nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 4)}),
             "items": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)),
-            "list": lambda: nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 4)]),
             "attribute": lambda: nn.Sequential(),
         }[way]()
         if way == "attribute":
@@ -42,12 +43,6 @@ class Reader(nn.Module):
             return F.linear(x, self.head.weight, self.head.bias)
         if self.way == "buffer":
             return x * self.head.running_var + self.head.weight
-        if self.way == "values":
-            for part in self.head.values():
-                x = part(x)
-            return x
-        if self.way == "inside":
-            return self.head["dense"](x)
         if self.way == "attribute":
             return F.linear(x, self.head.dense.weight)
         for i, part in enumerate(self.head):
@@ -55,7 +50,7 @@ class Reader(nn.Module):
         return x
 
 
-WAYS = ["weight", "buffer", "inside", "values", "items", "list", "attribute"]
+WAYS = ["weight", "buffer", "items", "attribute"]
 x = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
 
 
@@ -102,6 +97,45 @@ def test_who_reads_a_module_reads_the_acting_copy(way):
 
 def base_of(wrapped):
     return {k: p for k, p in wrapped.get_base_model().head.named_parameters() if not k.startswith("copies.")}
+
+
+CONTAINERS = {
+    "dict": lambda: nn.ModuleDict({"a": nn.Linear(6, 4)}),
+    "list": lambda: nn.ModuleList([nn.Linear(6, 4)]),
+    "parameters": lambda: nn.ParameterList([nn.Parameter(torch.zeros(3))]),
+    "parameters by name": lambda: nn.ParameterDict({"a": nn.Parameter(torch.zeros(3))}),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_container_has_no_copies(kind, second):
+    for lib in (peft, diffpeft):
+        model = Reader("weight")
+        model.head = CONTAINERS[kind]()
+        config = lib.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+        if second:
+            model = lib.get_peft_model(model, lib.LoraConfig(r=2, target_modules=["body"]))
+        with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
+            model.add_adapter("b", config) if second else lib.get_peft_model(model, config)
+        if lib is diffpeft:
+            assert not any("copies" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("names", [["head"], ["ead"], ["body.head"], ["1.head", "x"], ["no"]])
+def test_the_modules_whose_names_end_so_are_trained_whole_as_in_peft(names):
+    def made():
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"head": nn.Linear(4, 4), "forehead": nn.Linear(4, 4), "headless": nn.Linear(4, 4)})
+        return nn.ModuleDict(
+            {"body": inner, "1": copy.deepcopy(inner), "body_head": nn.Linear(4, 4), "w": nn.Linear(4, 4)}
+        )
+
+    keys = []
+    for lib in (peft, diffpeft):
+        wrapped = lib.get_peft_model(made(), lib.LoraConfig(r=2, target_modules=["w"], modules_to_save=list(names)))
+        keys.append({*lib.get_peft_model_state_dict(wrapped)})
+    assert keys[0] == keys[1]
 
 
 def test_gradients_are_peft_s():
@@ -190,3 +224,123 @@ def test_multi_head_attention_reads_the_copy_of_its_projection():
     assert all(g is not None for grads in found for g in grads)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, **SAME)
+
+
+Pair = collections.namedtuple("Pair", "y z")
+
+
+@dataclasses.dataclass
+class Record:
+    y: torch.Tensor
+    z: object = None
+
+
+@dataclasses.dataclass
+class Output(ModelOutput):
+    y: torch.Tensor | None = None
+    z: object = None
+
+
+class Giving(nn.Module):
+    """A module that gives what a function makes of its two results."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.a, self.b, self.make = nn.Linear(6, 6), nn.Linear(6, 4), make
+
+    def forward(self, x):
+        return self.make(self.a(x), self.b(x))
+
+
+GIVEN = {
+    "a tuple": lambda y, z: (y, z),
+    "a list": lambda y, z: [y, z],
+    "a named tuple": Pair,
+    "a dict": lambda y, z: {"y": y, "z": z},
+    "a data class": Record,
+    "an output of transformers": lambda y, z: Output(y=y, z=(z, None)),
+    "nested": lambda y, z: (y, {"z": [z, None, 3, "x"]}),
+}
+NOT_GIVEN = {
+    "a number": lambda y, z: (y, z.mean()),
+    "other rows": lambda y, z: (y, z[:1].repeat(7, 1)),
+    "an object": lambda y, z: (y, object()),
+    "numbers that differ": lambda y, z: (y, float(z.sum())),
+}
+
+
+def mixed(make, module=None):
+    """A model that trains a module whole in two adapters, and what it holds: outputs of the parts, if they have names."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.proj, self.part = nn.Linear(6, 6), module or Giving(make)
+
+        def forward(self, x):
+            return self.part(self.proj(x))
+
+    wrapped = get_peft_model(Net(), LoraConfig(target_modules=["proj"], modules_to_save=["part"]), "a")
+    wrapped.add_adapter("b", LoraConfig(target_modules=["proj"], modules_to_save=["part"]))
+    for name, p in wrapped.named_parameters():
+        if "copies" in name or "adapters" in name:
+            nn.init.normal_(p)
+    return wrapped.double().eval()
+
+
+NAMES = ["a", "b", "__base__", "b"]
+ROWS = torch.randn(4, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", GIVEN.values(), ids=GIVEN)
+def test_a_batch_with_an_adapter_a_row_is_mixed_in_whatever_holds_tensors(make):
+    wrapped = mixed(make)
+    together = wrapped(ROWS, adapter_names=NAMES)
+    alone = [wrapped(ROWS[row : row + 1], adapter_names=[name]) for row, name in enumerate(NAMES)]
+    assert type(together) is type(alone[0])
+    leaves, shape = tree_flatten(together)
+    for row, other in enumerate(alone):
+        others, its_shape = tree_flatten(other)
+        assert its_shape == shape
+        for leaf, its in zip(leaves, others, strict=True):
+            if isinstance(leaf, Record):
+                leaf, its = torch.cat([leaf.y, leaf.z], 1), torch.cat([its.y, its.z], 1)
+            if isinstance(leaf, torch.Tensor):
+                torch.testing.assert_close(leaf[row : row + 1], its, **SAME)
+            else:
+                assert leaf == its
+
+
+@pytest.mark.parametrize("make", NOT_GIVEN.values(), ids=NOT_GIVEN)
+def test_what_has_no_rows_is_refused_in_peft_s_words(make):
+    with pytest.raises(
+        TypeError, match="Mixed batching is only supported for the following modules: Linear, Embedding"
+    ):
+        mixed(make)(ROWS, adapter_names=NAMES)
+    assert mixed(make)(ROWS, adapter_names=["a"] * 4)  # nothing to divide
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: nn.GRU(6, 5, batch_first=True),
+        lambda: nn.LSTM(6, 5),
+        lambda: nn.RNN(6, 5, num_layers=2, batch_first=True),
+        lambda: SequenceFirst(6, 2),
+    ],
+)
+def test_modules_whose_states_have_rows_elsewhere_are_refused(module, number):
+    """Each of two rows is as long as the states of one layer are: an axis of the right length need not be that of the rows."""
+    wrapped = mixed(None, module())
+    x = torch.randn(number, 3, 6).double()
+    with pytest.raises(
+        TypeError, match=r"supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d\."
+    ):
+        wrapped(x, adapter_names=(["a", "b"] * 2)[:number])
+
+
+class SequenceFirst(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)

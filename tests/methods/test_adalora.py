@@ -243,13 +243,13 @@ def test_a_wrong_value_is_named(fields):
 
 
 def test_loftq_is_refused():
-    with pytest.raises(ConfigError, match="loftq"):
-        AdaLoraConfig(**STEPS, init_lora_weights="loftq")
+    with pytest.raises(ConfigError, match="ADALORA does not support LOFTQ"):
+        AdaLoraConfig(**STEPS, init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
 
 
 @pytest.mark.parametrize("fields", [{"r": 4}, {"use_rslora": True}, {"lora_bias": True}, {"alpha_pattern": {"q": 4}}])
 def test_a_field_of_loras_that_means_nothing_is_named_in_a_warning(fields):
-    with pytest.warns(UserWarning, match=f"{next(iter(fields))} mean nothing") as said:
+    with pytest.warns(UserWarning, match="`r` is not used|mean nothing") as said:
         config = AdaLoraConfig(**STEPS, **fields)
     assert said[0].filename == __file__
     model = nn.Sequential(nn.Linear(16, 16))

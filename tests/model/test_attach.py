@@ -1,9 +1,8 @@
-"""What attach makes of a config: biases, keywords, seeds, bad values, LoRA+."""
+"""What attach makes of a config: biases, keywords, seeds, bad values."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -187,31 +186,3 @@ def test_a_transposed_convolution_takes_an_output_size():
     attach(nn.Sequential(model), LoraConfig(r=2, init_lora_weights=False), targets=["0"])
     for size in ((11, 11), (12, 11)):
         assert model(x, output_size=size).shape[2:] == size == model(x, size).shape[2:]
-
-
-def test_loraplus_groups_are_pefts():
-    import peft
-    from peft.optimizers import create_loraplus_optimizer as theirs
-
-    def net():
-        return nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 4))
-
-    fields = dict(r=2, target_modules=["0", "1"])
-    ours, model = net().requires_grad_(False), peft.get_peft_model(net(), peft.LoraConfig(**fields))
-    attach(ours, LoraConfig(**fields))
-    common = dict(lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1, loraplus_lr_embedding=1e-5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        want = theirs(model, torch.optim.AdamW, **common)
-
-    def rates(optimizer, named):
-        names = {id(p): n.replace(".default", "").replace(".weight", "").rpartition(".")[2] for n, p in named}
-        return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-
-    got = diffpeft.create_loraplus_optimizer(ours, torch.optim.AdamW, **common)
-    expected = rates(want, model.named_parameters())
-    assert {role: lr for role, (lr, _) in rates(got, ours.named_parameters()).items()} == {
-        role: lr for role, (lr, _) in expected.items()
-    }
-    with pytest.raises(ConfigError):
-        diffpeft.create_loraplus_optimizer(ours, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=0)

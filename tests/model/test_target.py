@@ -78,13 +78,21 @@ def test_both_spellings_of_clip_choose(targets, pipe):
     )
 
 
-def test_what_reads_weights_directly_is_refused_by_name():
+def test_an_attention_brings_its_output_projection_along():
     model = nn.TransformerEncoderLayer(4, 2, 8)
-    for layer, why in {"self_attn.out_proj": "MultiheadAttention", "linear1": "TransformerEncoderLayer"}.items():
-        with pytest.raises(AdapterStateError, match=why):
-            attach(model, LoraConfig(), targets=[layer])
-    with pytest.raises(UnknownNameError):
-        attach(model, LoraConfig(), targets="full")  # a preset passes over them, and nothing is left
+    both = ("self_attn", "self_attn.out_proj")
+    assert attach(model, LoraConfig(), targets=["self_attn"], dry_run=True).layers == both
+    assert attach(model, LoraConfig(), targets=["self_attn"], exclude=["out_proj"], dry_run=True).layers == both[:1]
+    assert attach(model, LoraConfig(), targets=["out_proj"], dry_run=True).layers == both[1:]
+    assert {*attach(model, LoraConfig(), targets="full", dry_run=True).layers} == {*both, "linear1", "linear2"}
+
+
+def test_an_attention_without_one_projection_for_all_is_refused():
+    model = nn.TransformerEncoderLayer(4, 2, 8)
+    model.self_attn = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+    with pytest.raises(AdapterStateError, match="Only same embed for query/key/value"):
+        attach(model, LoraConfig(), targets=["self_attn"])
+    assert attach(model, LoraConfig(), targets=["out_proj"], dry_run=True).layers == ("self_attn.out_proj",)
 
 
 def test_a_parametrised_layer_is_refused():

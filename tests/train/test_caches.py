@@ -17,7 +17,7 @@ from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
 from diffpeft.train.check import check
 from diffpeft.train.data import View
-from diffpeft.train.store import Disk, Memory, Nowhere, fingerprint, pruned
+from diffpeft.train.store import Disk, Memory, Nowhere, identity_of, pruned
 from tests.pairwise import covering
 
 OPTIONS = {
@@ -121,6 +121,7 @@ def test_a_run_is_the_same_wherever_its_latents_are_kept(live, photos, tmp_path)
         "shuffle_captions": True,
         "caption_dropout": 0.5,
         "train_text_encoder": live,
+        "overwrite": True,
     }
     disk = {"cache": "disk", "cache_dir": str(tmp_path / "cache")}
     runs = [
@@ -218,7 +219,7 @@ def test_prompts_are_encoded_once_for_an_encoder(family, tmp_path, monkeypatch):
     calls = counted(family, monkeypatch)
 
     def stores(encoder):
-        return Disk(tmp_path, lambda: text_identity(family, encoder))
+        return Disk(tmp_path, lambda: text_identity(family, encoder, "75 1"))
 
     for prompts, n in ((["a", "b", "a"], 2), (["b", "c"], 1), (["a", "c"], 0)):
         before = len(calls)
@@ -233,15 +234,15 @@ def test_prompts_are_encoded_once_for_an_encoder(family, tmp_path, monkeypatch):
 
 def test_a_model_with_another_bit_or_dtype_or_config_is_another(tiny_base):
     vae = tiny_base.vae
-    was, weight = fingerprint(vae), next(vae.parameters())
-    assert fingerprint(vae) == was
+    was, weight = identity_of(vae), next(vae.parameters())
+    assert identity_of(vae) == was
     old = weight.data.clone()
     weight.data.flatten()[0] = torch.nextafter(weight.data.flatten()[0], torch.tensor(9.0, dtype=weight.dtype))
-    assert fingerprint(vae) != was
+    assert identity_of(vae) != was
     weight.data.copy_(old)
-    assert fingerprint(vae) == was
+    assert identity_of(vae) == was
     scaling = vae.config.scaling_factor
     vae.register_to_config(scaling_factor=scaling * 2)
-    assert fingerprint(vae) != was
+    assert identity_of(vae) != was
     vae.register_to_config(scaling_factor=scaling, _name_or_path="elsewhere")
-    assert fingerprint(vae) == was
+    assert identity_of(vae) == was

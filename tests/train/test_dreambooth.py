@@ -9,6 +9,7 @@ import diffpeft
 from diffpeft import ConfigError, DivergedError, TrainConfig
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
+from diffpeft.train.checkpoints import checkpoints_in
 
 DATA = EMBEDDED.parent / "demo" / "train"
 
@@ -34,6 +35,7 @@ def config(photos, **options):
             "batch_size": 2,
             "flip": True,
             "caption_dropout": 0.3,
+            "overwrite": True,
             **options,
         }
     )
@@ -108,11 +110,14 @@ def test_bf16_trains_an_fp32_adapter(photos):
     assert {t.dtype for t in tensors.values()} == {torch.float32} and np.isfinite(run.losses).all()
 
 
-def test_a_run_that_diverges_writes_nothing(photos):
-    with pytest.raises(DivergedError), warnings.catch_warnings():
+def test_a_run_that_diverges_keeps_the_last_good_state_and_nothing_else(photos):
+    with pytest.raises(DivergedError) as raised, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dreambooth.train(config(photos, lr=1e30, steps=5, max_grad_norm=1e30))
-    assert not (photos.parent / "out").exists()
+    (checkpoint,) = checkpoints_in(photos.parent / "out")
+    assert not checkpoint.damage() and str(checkpoint.folder) in raised.value.__notes__[0]
+    assert all(t.isfinite().all() for t in load_file(checkpoint.folder / "adapter.safetensors").values())
+    assert [path.name for path in (photos.parent / "out").iterdir()] == ["checkpoints"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ class LayerSite:
     endings: ClassVar[tuple[str, ...]] = ()  # of the names of further classes
     targets: ClassVar[bool] = True  # whether `attach` may choose it
     in_order: ClassVar[bool] = False  # whether the layer stores its weight as the canonical one is, output by output
+    weight_name: ClassVar[str] = "weight"
+    bias_name: ClassVar[str] = "bias"
+    along: ClassVar[tuple[str, ...]] = ()  # layers inside that are adapted where this one is
 
     def __init__(self, module: Any, *arguments: object, **keywords: object):
         self.module, self.arguments, self.keywords = module, arguments, keywords
@@ -47,10 +50,21 @@ class LayerSite:
         """The geometry of a layer of this kind."""
         raise NotImplementedError
 
+    @staticmethod
+    def unfit(module: nn.Module) -> str:
+        """Why a layer of this kind cannot be adapted as it is made; empty if it can."""
+        return ""
+
+    @property
+    def parameter(self) -> Tensor:
+        """The layer's own weight, as it stores it."""
+        weight: Tensor = getattr(self.module, self.weight_name)
+        return weight
+
     @property
     def bias(self) -> Tensor | None:
         """The layer's own bias."""
-        bias: Tensor | None = getattr(self.module, "bias", None)
+        bias: Tensor | None = getattr(self.module, self.bias_name, None)
         return bias
 
     def forward(self, base: type[nn.Module], x: Tensor) -> Tensor:
@@ -62,7 +76,7 @@ class LayerSite:
 
     def weight(self) -> Tensor:
         """The layer's weight seen as [out, in / groups, *kernel]; for quantised layers a copy."""
-        return self.canonical(self.module.weight if self.backend is None else self.backend.dequantised(self.module))
+        return self.canonical(self.parameter if self.backend is None else self.backend.dequantised(self.module))
 
     def canonical(self, weight: Tensor) -> Tensor:
         """A weight in the layer's own order as [out, in / groups, *kernel]: the inverse of `stored`."""
@@ -71,6 +85,11 @@ class LayerSite:
     def stored(self, weight: Tensor) -> Tensor:
         """A canonical weight in the layer's own order: the inverse of `canonical`."""
         return weight
+
+    @property
+    def takes_branches(self) -> bool:
+        """Whether PEFT's LoRA of this layer is a branch beside it (`forms.Branch`)."""
+        return False
 
     def has_batch(self, x: Tensor) -> bool:
         """Whether the first axis of an input counts rows of a batch."""

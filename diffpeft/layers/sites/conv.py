@@ -14,7 +14,7 @@ from diffpeft.layers import kernels
 from diffpeft.layers.backends import Kind
 from diffpeft.layers.sites.base import LayerSite
 from diffpeft.methods import Geometry, Strength
-from diffpeft.methods.forms import Stage
+from diffpeft.methods.forms import Branch, Form, Stage
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -45,6 +45,19 @@ class ConvSite(LayerSite):
         """[b, in, *n] -> [b, groups * r, *m]: every group is filtered by the same r filters."""
         groups = self.geometry.groups
         return self._convolve(x, weight if groups == 1 else weight.repeat(groups, *(1 for _ in weight.shape[1:])), None)
+
+    @property
+    def takes_branches(self) -> bool:
+        """PEFT's has the layer's stride and padding, and no dilation."""
+        return type(self) is ConvSite and self.geometry.groups > 1 and set(self.module.dilation) == {1}
+
+    def plus(self, y: Tensor, x: Tensor, form: Form, gate: Strength) -> Tensor:
+        if not isinstance(form, Branch):
+            return super().plus(y, x, form, gate)
+        m, convolve = self.module, _CONVOLUTIONS[len(self.geometry.kernel) - 1]
+        h = convolve(x, form.A, None, m.stride, m.padding)
+        change = convolve(h, form.B, groups=self.geometry.groups)
+        return y + gate * change if isinstance(gate, Tensor) else torch.add(y, change, alpha=gate)
 
     def add(self, y: Tensor, h: Tensor, weight: Tensor, gate: Strength) -> Tensor:
         """y + gate * (1x1 convolution of h by group). y [b, out, *m], h [b, groups * r, *m]; a plain contiguous one as a product into y."""
