@@ -17,14 +17,14 @@ from diffpeft.train.prior_prompts import PriorPrompts
 
 @dataclass
 class Assembly:
-    """What makes the batches of a run.
+    """What makes the batches of a run. `kinds` are the instance images, and the class images if there are any.
 
-    `kinds` are the instance images, and the class images if there are any; `prior` is what the base
-    is asked, if it is.
+    `offset`: the noise of each channel has a mean, of this standard deviation. `prior`: what the base is asked, if it is.
     """
 
     kinds: Sequence[Batches]
     latents: Latents
+    offset: float = 0.0
     prior: PriorPrompts | None = None
 
     def captions(self, steps: Iterable[int]) -> list[str]:
@@ -54,7 +54,7 @@ class Assembly:
         latents = torch.stack([m.draw(*key) for m, key in zip(moments, keys, strict=True)])
         return Batch(
             latents,
-            torch.stack([torch.randn(latents.shape[1:], generator=draw.generator(*key, "noise")) for key in keys]),
+            torch.stack([self._noise(latents.shape[1:], key) for key in keys]),
             torch.tensor([draw.uniform(*key, "level") for key in keys]),
             [shown.caption for _, shown in places],
             torch.tensor([batches.kind == "class" for batches, _ in places]),
@@ -62,6 +62,13 @@ class Assembly:
             _stacked([m.mask for m in moments], latents),
             [self.prior.at(e, *key) for e, key in zip(examples, keys, strict=True)] if self.prior else None,
         )
+
+    def _noise(self, shape: Sequence[int], key: Sequence[int | str]) -> Tensor:
+        """The noise [c, h, w] of an example."""
+        noise = torch.randn(tuple(shape), generator=draw.generator(*key, "noise"))
+        if not self.offset:
+            return noise
+        return noise + self.offset * torch.randn(shape[0], 1, 1, generator=draw.generator(*key, "offset"))
 
 
 def _stacked(masks: Sequence[Tensor | None], latents: Tensor) -> Tensor | None:

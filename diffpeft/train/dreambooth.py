@@ -17,7 +17,6 @@ import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
-from diffpeft.families.densities import DENSITIES
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
@@ -31,10 +30,11 @@ from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
+from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, check_weighted, denoising, preserved, with_prior
+from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
 from diffpeft.train.prior_prompts import prior_prompts
@@ -136,7 +136,7 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
         config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
-    if config.snr_gamma is not None:
+    if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
         bake(family.parts.whole(), config.base_lora)
@@ -205,8 +205,12 @@ def _encoded(
     drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
     texts.learn(["", *instances.needed(steps)[1], *drawn_prompts])
     classes = class_examples(config, family, checked.prior, watch, texts)
-    kinds = [instances, batches_of(config, classes, sizing, "class")]
-    assembly = Assembly(kinds, Latents(family, stores("vae")), prior_prompts(config))
+    assembly = Assembly(
+        [instances, batches_of(config, classes, sizing, "class")],
+        Latents(family, stores("vae")),
+        config.noise_offset or 0.0,
+        prior_prompts(config),
+    )
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
     assembly.learn(steps, watch.tick)
@@ -304,13 +308,13 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     A step has batch_size x accumulate places for instance images and as many for class images; a part has its share of both, so that the parts' losses
     add up to the loss of one batch of that size.
     """
-    device, density = family.parts(family.denoiser).device, DENSITIES[family.levels.density]
-    weight = config.prior_weight or prior.WEIGHT
+    device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
+    objective, weight = objective_of(config), config.prior_weight or prior.WEIGHT
     base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
 
     def loss_of(batch: Batch) -> Tensor:
-        batch = replace(batch.to(device), u=density(batch.u))
-        losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
+        batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
+        losses = denoising(family, batch, texts(batch.prompts), objective)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
             loss = loss + weight * preserved(family, batch, texts, base).mean()
@@ -320,6 +324,19 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
         return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
 
     return loss_at
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """What is minimised."""
+    c, schedule = config.huber_c or Objective.huber_c, config.huber_schedule or Objective.huber_schedule
+    return Objective(config.loss, c, schedule, config.snr_gamma, config.debiased)
+
+
+def sampling_of(config: TrainConfig, family: Family) -> Sampling:
+    """How levels of noise are drawn."""
+    said = {"mean": config.density_mean, "std": config.density_std, "scale": config.density_scale}
+    parameters = {name: number for name, number in said.items() if number is not None}
+    return Sampling(family.levels, config.density, parameters, config.shift, config.span())
 
 
 def save(run: TrainRun) -> list[Path]:
@@ -384,6 +401,8 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "ss_max_token_length": config.max_length,
         "ss_clip_skip": config.clip_skip,
         "ss_min_snr_gamma": config.snr_gamma,
+        "ss_noise_offset": config.noise_offset,
+        "ss_loss_type": config.loss,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": run.name,
         "modelspec.implementation": "diffusers",

@@ -86,8 +86,8 @@ def test_what_is_asked_of_the_base(options, want, config):
         ({"prior_prompts": "blank:x"}, ConfigError, "above 0"),
         ({"prior_prompts": "blank", "prior": None}, ConfigError, "prior"),
         ({"prior": "images"}, ConfigError, "class_prompt"),
-        ({"num_class_images": 3, "class_prompt": "x"}, ConfigError, "prior images"),
-        ({"class_data": "c", "class_prompt": "x"}, ConfigError, "prior images"),
+        ({"num_class_images": 3, "class_prompt": "x"}, ConfigError, "prior base"),
+        ({"class_data": "c", "class_prompt": "x"}, ConfigError, "prior base"),
         ({"prior": None, "prior_weight": 1.0}, ConfigError, "class_prompt or prior base"),
     ],
 )
