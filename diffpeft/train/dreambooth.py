@@ -35,10 +35,11 @@ from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, with_prior
+from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
-from diffpeft.train.start import adopt, assist, bake, dismiss
+from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.watch import Quiet, Watch
@@ -102,8 +103,9 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
 
 
 def _reads(checked: Checked) -> dict[str, str]:
-    """What a run reads, by fingerprint: names, sizes and captions of its images."""
-    examples = [(e.path.name, e.path.stat().st_size, e.caption) for e in checked.account.examples]
+    """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files and masks."""
+    files = [(e, [p for p in (e.path, e.mask) if p]) for e in checked.account.examples]
+    examples = [(e.caption, e.repeats, *((p.name, p.stat().st_size) for p in paths)) for e, paths in files]
     return {"data": fingerprint(examples)}
 
 
@@ -148,12 +150,10 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
 def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
     """The options with what their defaults come to."""
-    if config.class_prompt is not None:
-        config = replace(
-            config,
-            num_class_images=config.num_class_images or prior.IMAGES,
-            prior_weight=config.prior_weight or prior.WEIGHT,
-        )
+    if config.class_prompt is not None and config.prior != "base":
+        config = replace(config, prior="images", num_class_images=config.num_class_images or prior.IMAGES)
+    if config.prior is not None:
+        config = replace(config, prior_weight=config.prior_weight or prior.WEIGHT)
     return replace(
         config,
         name=name,
@@ -205,13 +205,14 @@ def _encoded(
     texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
-    prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
+    drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
+    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts])
     classes = class_examples(config, family, checked.prior, watch, texts)
     assembly = Assembly(
         [instances, batches_of(config, classes, sizing, "class")],
         Latents(family, stores("vae")),
         config.noise_offset or 0.0,
+        prior_prompts(config),
     )
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
@@ -233,7 +234,8 @@ def _stores(config: TrainConfig, family: Family) -> Callable[[str], Store]:
             return Memory() if config.cache == "ram" else Nowhere()
         if component == "vae":
             return Disk(_cache_dir(config), lambda: identity_of(family.parts("vae")))
-        return Disk(_cache_dir(config), lambda: text_identity(family, component))
+        reading = f"{config.max_length} {config.clip_skip}"
+        return Disk(_cache_dir(config), lambda: text_identity(family, component, reading))
 
     return store_of
 
@@ -326,12 +328,16 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     add up to the loss of one batch of that size.
     """
     device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
-    objective = objective_of(config)
+    objective, weight = objective_of(config), config.prior_weight or prior.WEIGHT
+    base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
 
     def loss_of(batch: Batch) -> Tensor:
         batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
         losses = denoising(family, batch, texts(batch.prompts), objective)
-        return with_prior(losses, batch.is_class, config.prior_weight or prior.WEIGHT) / config.accumulate
+        loss = with_prior(losses, batch.is_class, weight)
+        if batch.prior_prompts is not None:
+            loss = loss + weight * preserved(family, batch, texts, base).mean()
+        return loss / config.accumulate
 
     def loss_at(step: int, part: int) -> Tensor:
         return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
@@ -422,6 +428,6 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "modelspec.architecture": f"{run.family.architecture}/lora",
         "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
-        "modelspec.trigger_phrase": config.instance_prompt or "",
+        "modelspec.trigger_phrase": config.trigger or config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,
     }
