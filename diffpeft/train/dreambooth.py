@@ -34,7 +34,7 @@ from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, with_prior
+from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, sent, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
 from diffpeft.train.start import adopt, assist, bake, dismiss
@@ -301,7 +301,7 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     objective = objective_of(config)
 
     def loss_of(batch: Batch) -> Tensor:
-        batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
+        batch = replace(batch.to(device), u=sent(sampling(batch.u, batch.latents.shape), device))
         losses = denoising(family, batch, texts(batch.prompts), objective)
         return with_prior(losses, batch.is_class, config.prior_weight or prior.WEIGHT) / config.accumulate
 
