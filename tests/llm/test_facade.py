@@ -469,3 +469,37 @@ def test_a_fresh_lokr_is_as_strong_as_pefts(fields):
         files.append(lib.get_peft_model_state_dict(wrapped))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
     assert all(torch.equal(files[1][key], t) for key, t in files[0].items())
+
+
+def test_the_revision_of_a_file_is_not_the_base_models(tmp_path, monkeypatch):
+    """One is asked of the Hub, the other stands in the config; a tokenizer is of the adapter's."""
+    from tests.llm.chat import tokenizer
+
+    base, words, asked = model(), tokenizer(), []
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(len(words))
+    get_peft_model(base, LoraConfig(target_modules=["q_proj", "embed_tokens"])).save_pretrained(tmp_path / "a")
+    words.save_pretrained(tmp_path / "a")
+
+    def fetch(repository, name, revision=None, **options):
+        asked.append((repository, name, revision))
+        return str(tmp_path / "a" / name)
+
+    monkeypatch.setattr(diffpeft.PeftConfig, "fetch", staticmethod(fetch))
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained",
+        lambda where, **options: asked.append((where, "tokenizer", options["revision"])) or words,
+    )
+    loaded = diffpeft.AutoPeftModelForCausalLM.from_pretrained("someone/adapter", revision="v2")
+    assert loaded.peft_config["default"].revision is None
+    assert {(where, revision) for where, _, revision in asked} == {("someone/adapter", "v2")}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", "tokenizer"} == {
+        n for _, n, _ in asked
+    }
+    assert loaded.get_input_embeddings().weight.shape[0] == len(words)
+    assert diffpeft.PeftConfig.from_pretrained("someone/adapter", revision="v2").revision is None
+    config = LoraConfig(target_modules=["q_proj"])
+    assert get_peft_model(model(), config, revision="v3").peft_config["default"].revision == "v3"
+    with pytest.warns(UserWarning, match="already set base model revision to v3, overwriting with revision v4"):
+        get_peft_model(model(), config, revision="v4")
