@@ -197,7 +197,7 @@ class Tuner(nn.Module):
         """A model's config as a dict; of a model that has none `{"model_type": "custom"}`, as in PEFT."""
         config: Any = getattr(model, "config", None)
         if hasattr(config, "to_dict"):
-            return config.to_dict()  # type: ignore[no-any-return]
+            return dict(config.to_dict())
         if is_dataclass(config) and not isinstance(config, type):
             return asdict(config)
         return {"model_type": "custom"} if config is None else config
