@@ -641,5 +641,6 @@ def known(names: Iterable[str], configs: Mapping[str, PeftConfig], told: str = "
 
 
 def found_configs(model: nn.Module) -> dict[str, PeftConfig]:
-    """{name: config} of the adapters that are on a model already."""
-    return {name: config_of(model, name) for mix in mixes_of({"": model}).values() for name in mix.adapters}
+    """{name: config} of the adapters that are on a model already, and were made from one."""
+    adapters_of = (adapter for mix in mixes_of({"": model}).values() for adapter in mix.adapters.values())
+    return {adapter.name: config_of(model, adapter.name) for adapter in adapters_of if CONFIG in adapter.metadata}

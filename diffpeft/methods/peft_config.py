@@ -264,7 +264,9 @@ class PeftConfig(Passing):
     @classmethod
     def from_fields(cls, table: Mapping[str, object], **kwargs: object) -> Self:
         """A config from the fields of a file, as its method's class; `kwargs` are fields for what the file does not say. Null is a field's default."""
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - {
+            "revision"
+        }  # which is asked of the Hub is the file's, not the base model's
         defaults = {key: value for key, value in kwargs.items() if key in names}
         told = {key: value for key, value in _without_run(table).items() if value is not None}
         return cls.from_peft_type(**{**defaults, **told})
