@@ -15,6 +15,7 @@ from torch import Tensor
 
 import converters
 import diffpeft
+from diffpeft import patterns
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
@@ -35,7 +36,7 @@ from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, with_prior
+from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, sent, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
 from diffpeft.train.start import adopt, assist, bake, dismiss
@@ -82,19 +83,21 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         chosen_layers(config, family)
     assembly, texts = _encoded(config, family, checked, sizing, watch)
     watch.phase("loading the model")
-    config = adapt(config, family, name)
+    config, unread = adapt(config, family, name), unread_layers(family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
     run = TrainRun(config, family, name, [], 0.0, checked.account)
     keeper = keeper_of(typed, config, _reads(checked), partial(_exported, run), checked.state, "train")
     with prepared(config, family):
         assist(family.pipe, config.training_adapter, name)
-        job = job_of(config, trained_parameters(family.pipe, name), _loss(config, family, assembly, texts), strict=True)
+        parameters = trained_parameters(family.pipe, name)
+        strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
+        job = job_of(config, parameters, _loss(config, family, assembly, texts), strict=strict)
         watch.phase("training")
         run.losses = fit(job, keeper, Events.of(watch, config.steps))
         dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
-    refuse_idle(family.pipe, name, config.allow_unchanged)
+    refuse_idle(family.pipe, name, config.allow_unchanged, unread)
     run.seconds = time.perf_counter() - start
     return run
 
@@ -294,6 +297,16 @@ def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str,
         )
 
 
+def unread_layers(family: Family, name: str) -> set[str]:
+    """The adapted layers of the text encoders that nothing reads: an adapter that a run begins with may have some."""
+    places = {layer: layer.partition(".") for layer in slots_of(family.pipe, name)}
+    return {
+        layer
+        for layer, (component, _, inner) in places.items()
+        if component in family.unread and patterns.fullmatch(family.unread[component], inner)
+    }
+
+
 def class_examples(
     config: TrainConfig, family: Family, plan: prior.ClassImages | None, watch: Watch, texts: Texts
 ) -> list[data.Example]:
@@ -319,7 +332,7 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     objective = objective_of(config)
 
     def loss_of(batch: Batch) -> Tensor:
-        batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
+        batch = replace(batch.to(device), u=sent(sampling(batch.u, batch.latents.shape), device))
         losses = denoising(family, batch, texts(batch.prompts), objective)
         return with_prior(losses, batch.is_class, config.prior_weight or prior.WEIGHT) / config.accumulate
 
