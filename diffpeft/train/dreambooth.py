@@ -335,7 +335,7 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
 
     def loss_of(batch: Batch) -> Tensor:
-        batch = replace(batch.to(device), u=sent(sampling(batch.u, batch.latents.shape), device))
+        batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
         losses = denoising(family, batch, texts(batch.prompts), objective)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
