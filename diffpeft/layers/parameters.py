@@ -7,7 +7,6 @@ A [experts * r, in] goes expert by expert, B [out, r * experts] rank by rank. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,8 @@ class Stack:
     turned: bool = False
 
     @classmethod
-    def of(cls, module: nn.Module, name: str) -> Stack | None:
-        """How to see a module's parameter; None if it has another number of axes."""
-        shape = cast(Tensor, module._parameters[name]).shape
+    def of(cls, module: nn.Module, name: str, shape: torch.Size) -> Stack | None:
+        """How to see a module's parameter of a shape; None if it has another number of axes."""
         if len(shape) not in (2, 3):
             return None
         turned = len(shape) == 3 and bool(getattr(module, "is_transposed", False))

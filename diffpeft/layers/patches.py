@@ -49,7 +49,9 @@ class Patch(nn.Module, Other):
     ) -> object:
         """The module's forward (of its class `base`) with these patches in order."""
         names = dict.fromkeys(name for patch, _ in steps for name in patch.names)
-        return base.forward(stand_in(module, base, {n: patched(cast(Tensor, module._parameters[n]), n, steps) for n in names}), *args, **kwargs)  # fmt: skip
+        module, base = unparametrised(module, base)
+        numbers = {name: patched(cast(Tensor, module._parameters[name]), name, steps) for name in names}
+        return base.forward(stand_in(module, base, numbers), *args, **kwargs)
 
     def link(self, before: Chained, s: Given) -> Patched:
         """The layer with this patch as the last of a chain, at a strength that is a number now (acting.py asks at each call)."""
@@ -86,6 +88,21 @@ def patched(W: Tensor, name: str, steps: Steps) -> Tensor:
         if name in patch.names:
             W = patch.changed(name, W, s)
     return W
+
+
+def parametrised(module: nn.Module) -> list[str]:
+    """The parameters of a module that torch's parametrisations work out when they are read."""
+    held = module._modules.get("parametrizations")
+    return [] if held is None else list(held._modules)
+
+
+def unparametrised(module: nn.Module, base: Class) -> tuple[nn.Module, Class]:
+    """A module of the class `base`, whose parametrised parameters are what is worked out now: as a stand-in of the class that it had before."""
+    names = parametrised(module)
+    if not names:
+        return module, base
+    plain = base.__bases__[0]
+    return stand_in(module, plain, {name: getattr(module, name) for name in names}), plain
 
 
 def stand_in(

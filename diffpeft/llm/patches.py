@@ -31,6 +31,7 @@ from diffpeft.model.patches import (
     Patched,
     factors_on,
     input_table,
+    parameters_of,
     refusal_of,
     rows_of,
     tokens_on,
@@ -142,8 +143,8 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
     _check_factors(config, targets)
     patches: Patched = {}
     keys: set[str] = set()
-    for where, (module, _) in modules_of(model, lambda m: bool(m._parameters)).items():
-        by_name = {name: f"{where}.{name}" for name, p in module._parameters.items() if p is not None}
+    for where, (module, _) in modules_of(model, lambda m: bool(parameters_of(m))).items():
+        by_name = {name: f"{where}.{name}" for name in parameters_of(module)}
         keys |= set(by_name.values())
         targeted = [name for name, key in by_name.items() if any(names_parameter(target, key) for target in targets)]
         if targeted and not where:
@@ -153,7 +154,6 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
             )
         if targeted:
             patches[where] = module, factors_on(module, where, targeted, config)
-    _refuse_parametrised(model, targets)
     if not patches and not others:
         _raise_none(model, config, targets, keys)
     return patches
@@ -166,18 +166,6 @@ def _raise_none(model: nn.Module, config: PeftConfig, targets: Sequence[str], ke
         with inside(where, config=True):
             raise_none(config, [name for name, _ in model.named_modules()])
     raise NoMatchingPeftModuleError(NOTHING, where=where, remedy=near(targets[0], ends_of(keys)))
-
-
-def _refuse_parametrised(model: nn.Module, targets: Sequence[str]) -> None:
-    """Raise AdapterStateError for a target that is no parameter any more, since another library computes it from others."""
-    for where, (module, _) in modules_of(model, lambda m: "parametrizations" in m._modules).items():
-        computed = module._modules["parametrizations"]
-        for name in computed._modules if computed is not None else ():
-            if any(names_parameter(target, f"{where}.{name}") for target in targets):
-                raise AdapterStateError(
-                    f"parameter {shown(f'{where}.{name}')} cannot be adapted: it is parametrised",
-                    remedy="Call torch.nn.utils.parametrize.remove_parametrizations first.",
-                )
 
 
 def ends_of(keys: Collection[str]) -> set[str]:

@@ -19,7 +19,7 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, sh
 from diffpeft.layers.backends import backend_of
 from diffpeft.layers.carried import Parameters, Record, Step
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
-from diffpeft.layers.patches import Patch
+from diffpeft.layers.patches import Patch, parametrised
 from diffpeft.layers.sites import parameter_names
 from diffpeft.model.arena import Arena
 from diffpeft.model.attach import mixes_of
@@ -320,6 +320,8 @@ def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[
         raise unfit(layer, "its weight is quantised, and rounding it again would lose more than the adapter adds")
     for name in touched(module, record):
         parameter = module._parameters.get(name)
+        if name in parametrised(module):
+            raise unfit(layer, f"its {name} is parametrised, and what that gives has no numbers of its own")
         if hasattr(module, "_hf_hook") or (parameter is not None and parameter.is_meta):
             raise unfit(layer, f"its {name} is offloaded")
         if owners.get(id(parameter), 0) > 1 and not record.patches and not untie:

@@ -177,6 +177,8 @@ class _Merger:
         self, layer: str, module: nn.Module, record: Record, inside: Sequence[str]
     ) -> tuple[Parameters, list[Step]]:
         """The parameters to start from, and what is not in them, with its strengths."""
+        if record.patches:  # of which there may be no numbers
+            refuse_unfit(layer, module, record, self.owners)
         if not record.fused or record.base is not None:
             if record.fused:
                 refuse_changed(layer, module, record)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, shown
+from diffpeft.errors import AdapterStateError, ConfigError, shown
 from diffpeft.layers.hooks import held_forwards, refusal
 from diffpeft.layers.parameters import ParameterFactors, Stack
-from diffpeft.layers.patches import Patch
+from diffpeft.layers.patches import Patch, parametrised
 from diffpeft.layers.tokens import Tokens
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.linalg import kaiming
@@ -24,11 +24,34 @@ Patched = dict[str, tuple[nn.Module, Patch]]  # {name: (module, its patch)}
 
 def refusal_of(module: nn.Module, where: str) -> str:
     """Why a module's parameters cannot be changed; empty if they can."""
-    if isinstance(module, (nn.Embedding, nn.Linear)):
+    if isinstance(module, (nn.Embedding, nn.Linear)) and not parametrised(module):
         return refusal(module, None, where)
     if "forward" in vars(module) and not held_forwards(module):
         return "another library has replaced its forward"
-    return "it is parametrised" if "parametrizations" in module._modules else ""
+    return ""
+
+
+def parameters_of(module: nn.Module) -> list[str]:
+    """What a module's parameters are called, those among them that are parametrised last."""
+    return [*(name for name, p in module._parameters.items() if p is not None), *parametrised(module)]
+
+
+def numbers_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module; of a parametrised one what it is in evaluation, where nothing is changed by reading it."""
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        return parameter
+    inner = list(module.get_submodule(f"parametrizations.{name}").modules())
+    training = [m.training for m in inner]
+    try:
+        for m in inner:
+            m.training = False
+        with torch.no_grad():
+            worked_out: Tensor = getattr(module, name)
+            return worked_out
+    finally:
+        for m, was in zip(inner, training, strict=True):
+            m.training = was
 
 
 # Rows of embeddings
@@ -54,9 +77,13 @@ def _table_rows(where: str, module: nn.Module, index: object) -> Tensor:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A table's weight [tokens, dim] as it is without adapters."""
-    weight = module._parameters["weight"]
-    assert weight is not None
+    """A table's weight [tokens, dim] as it is without adapters. Raises AdapterStateError for a parametrised one."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise AdapterStateError(
+            f"the weight of a {type(module).__name__} is parametrised, and has no rows of its own",
+            remedy="Leave it out of trainable_token_indices.",
+        )
     return weight
 
 
@@ -66,8 +93,10 @@ def with_tied(model: nn.Module, patches: Patched) -> Patched:
     source = next(((where, patch) for where, (module, patch) in patches.items() if module is table), None)
     if table is None or source is None:
         return patches
-    where, patch = source
-    same = modules_of(model, lambda m: isinstance(m, (nn.Embedding, nn.Linear)) and weight_of(m) is weight_of(table))
+    (where, patch), shared = source, weight_of(table)
+    same = modules_of(
+        model, lambda m: isinstance(m, (nn.Embedding, nn.Linear)) and m._parameters.get("weight") is shared
+    )
     tied = {n: (m, patch) for n, (m, _) in same.items() if n not in patches or rows_of(patches[n][1]) == rows_of(patch)}
     return {where: (table, patch), **{n: pair for n, pair in patches.items() if n not in tied}, **tied}
 
@@ -92,8 +121,8 @@ def factors_on(module: nn.Module, where: str, names: Sequence[str], config: Lora
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     scales: dict[str, float] = {}
     for name in names:
-        key, parameter, stack = f"{where}.{name}", module._parameters[name], Stack.of(module, name)
-        assert parameter is not None
+        key, parameter = f"{where}.{name}", numbers_of(module, name)
+        stack = Stack.of(module, name, parameter.shape)
         if stack is None or not parameter.is_floating_point():
             raise ConfigError(
                 f"target_parameters has {shown(key)}, of shape {tuple(parameter.shape)} and {parameter.dtype}",

@@ -12,6 +12,7 @@ from torch import nn
 from diffpeft.layers.carried import op_of
 from diffpeft.layers.patches import Patch
 from diffpeft.layers.tokens import Tokens
+from diffpeft.model.patches import numbers_of
 from diffpeft.model.plan import Plan
 
 
@@ -37,7 +38,7 @@ class Precision:
     def settle_patches(self, patches: Mapping[str, tuple[nn.Module, Patch]]) -> None:
         """Put patches into the dtype of the first parameter that they change."""
         for module, patch in patches.values():
-            weight: Any = module._parameters[patch.names[0]]
+            weight = numbers_of(module, patch.names[0])
             if isinstance(patch, Tokens):
                 patch.to("meta" if self.empty_rows else None, self.dtype_for(weight))
             else:

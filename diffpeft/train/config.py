@@ -226,6 +226,15 @@ class TrainConfig(Options):
         at_least=0,
         needs="shuffle_captions",
     )
+    cache: str = option(
+        "ram",
+        "Where latents and text embeddings are kept: for this run, for others too, or nowhere (all is encoded at each step).",
+        choices=("ram", "disk", "none"),
+    )
+    cache_dir: str | None = option(None, "The folder of --cache disk; default: OUT/cache. Runs may share one.")
+    cache_limit: float = option(
+        20.0, "GiB that the folder of --cache disk may grow to; what was not used for longest goes first.", above=0
+    )
     targets: str | Sequence[str] = option(
         "attn",
         "Which layers: attn, attn-mlp, full, names with commas (to_q,to_v), or a regular expression for whole names.",
@@ -399,6 +408,7 @@ PATHS = {  # the options that are paths
     "heldout",
     "mask",
     "init_from",
+    "cache_dir",
 }
 # {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
 OTHER_NAMES: dict[str, str] = {
@@ -465,6 +475,9 @@ OTHER_NAMES: dict[str, str] = {
     "shuffle_caption": "shuffle_captions",
     "enable_bucket": "buckets, which are on",
     "trigger_word": "trigger",
+    "cache_latents": "cache, which is ram, disk or none",
+    "cache_latents_to_disk": "cache, which is ram, disk or none",
+    "cache_text_encoder_outputs": "cache, which is ram, disk or none",
     "random_crop": "crop, which is center or random",
     "center_crop": "crop, which is center or random",
     "alpha_mask": "mask, which is alpha or a folder",

@@ -24,7 +24,7 @@ from diffpeft.pipeline.load import save_lora
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, prior
 from diffpeft.train.assembly import Assembly
-from diffpeft.train.cache import Latents, Texts
+from diffpeft.train.cache import Latents, Texts, text_identity
 from diffpeft.train.check import FORMATS, Checked, check, file_of, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
@@ -34,11 +34,12 @@ from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, sent, with_prior
+from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
 from diffpeft.train.start import adopt, assist, bake, dismiss
 from diffpeft.train.state import fingerprint
+from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.watch import Quiet, Watch
 
 
@@ -199,20 +200,41 @@ def _encoded(
     config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch
 ) -> tuple[Assembly, Texts]:
     """The batches of a run, and its texts: all that its steps will need is computed, and what computed it is given up."""
-    steps, texts = range(config.steps), Texts(family, live=_live(config, family))
+    steps, stores = range(config.steps), _stores(config, family)
+    texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
     prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
     texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
     classes = class_examples(config, family, checked.prior, watch, texts)
     assembly = Assembly(
-        [instances, batches_of(config, classes, sizing, "class")], Latents(family), config.noise_offset or 0.0
+        [instances, batches_of(config, classes, sizing, "class")],
+        Latents(family, stores("vae")),
+        config.noise_offset or 0.0,
     )
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
     assembly.learn(steps, watch.tick)
-    family.parts.free("vae")
+    if config.cache == "disk" and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
+        watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
     return assembly, texts
+
+
+def _cache_dir(config: TrainConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else config.output() / "cache"
+
+
+def _stores(config: TrainConfig, family: Family) -> Callable[[str], Store]:
+    """Where what a component computes is kept."""
+
+    def store_of(component: str) -> Store:
+        if config.cache != "disk":
+            return Memory() if config.cache == "ram" else Nowhere()
+        if component == "vae":
+            return Disk(_cache_dir(config), lambda: identity_of(family.parts("vae")))
+        return Disk(_cache_dir(config), lambda: text_identity(family, component))
+
+    return store_of
 
 
 def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
@@ -301,7 +323,7 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     objective = objective_of(config)
 
     def loss_of(batch: Batch) -> Tensor:
-        batch = replace(batch.to(device), u=sent(sampling(batch.u, batch.latents.shape), device))
+        batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
         losses = denoising(family, batch, texts(batch.prompts), objective)
         return with_prior(losses, batch.is_class, config.prior_weight or prior.WEIGHT) / config.accumulate
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffpeft.errors import ConfigError, shown
 from diffpeft.families import Conditions, Family, Frame, Noised
+from diffpeft.families.devices import sent
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,3 @@ def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
     for weight, mask in ((1.0, ~is_class), (prior_weight, is_class)):
         weights[mask] = weight / max(int(mask.sum()), 1)
     return (losses * sent(weights, losses.device)).sum()
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting for what that is doing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
