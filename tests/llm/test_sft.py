@@ -15,6 +15,7 @@ from diffpeft.llm.sft_config import SftConfig
 from diffpeft.train.checkpoints import checkpoints_in, sha256
 from diffpeft.train.method import CONFIGS
 from tests.llm import chat
+from tests.train.stops import StopsAt
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -399,17 +400,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bytes(config, tmp_path):
         config, overwrite=False, dropout=0.3, accumulate=2, batch_size=2, save_every=2, lr_scheduler="linear"
     )
     straight = sft.train(replace(config, out=str(tmp_path / "straight")))
-
-    class Stop:
-        def __getattr__(self, name):
-            return lambda *args: None
-
-        def step(self, done, total, loss):
-            if done == 4:
-                raise RuntimeError
-
     with pytest.raises(RuntimeError):
-        sft.train(config, Stop())
+        sft.train(config, StopsAt(4))
     assert [c.step for c in checkpoints_in(tmp_path / "out")] == [2, 3]
     run = sft.train(replace(config, resume="latest"))
     assert run.losses == straight.losses
