@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffpeft.errors import CheckpointError, inside
+from diffpeft.errors import CheckpointError, NothingLearntError, inside, listed
 from diffpeft.io import replacing
 from diffpeft.layers.backends import BACKENDS
 from diffpeft.llm import texts
 from diffpeft.llm.kbit import prepare_model_for_kbit_training
-from diffpeft.llm.peft_model import PeftModel, get_peft_model
+from diffpeft.llm.peft_model import PeftModel, get_peft_model, get_peft_model_state_dict
 from diffpeft.llm.sft_check import GGUF, CheckedTexts, check
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.llm.texts import IGNORED, TokenExample
@@ -37,7 +37,7 @@ from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import rate_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, rescued
-from diffpeft.train.state import fingerprint
+from diffpeft.train.state import fingerprint, read
 from diffpeft.train.watch import Quiet, Watch
 
 ANSWER = 48  # tokens of an answer that is shown in the report
@@ -283,7 +283,18 @@ def save(run: SftRun) -> list[Path]:
     """
     out = Path(run.config.out or "")
     with occupied(out):
-        return rescued(lambda folder: _written(run, folder), out, out.resolve().name)
+        files = rescued(lambda folder: _written(run, folder), out, out.resolve().name)
+    _refuse_other(run.model, files[0])
+    return files
+
+
+def _refuse_other(model: PeftModel, file: Path) -> None:
+    """Raise NothingLearntError if a file, read again, does not hold the tensors of the adapter."""
+    learnt, written = get_peft_model_state_dict(model), read(file)
+    other = [n for n in learnt.keys() | written.keys() if n not in written or n not in learnt]
+    other += [n for n in learnt.keys() & written.keys() if not torch.equal(learnt[n].cpu(), written[n])]
+    if other:
+        raise NothingLearntError(f"the file does not hold what was learnt: {listed(sorted(other))}", where=file)
 
 
 def _written(run: SftRun, out: Path) -> list[Path]:

@@ -137,6 +137,8 @@ class Loop:
         job = self.job
         job.optimizer.zero_grad(set_to_none=True)
         shares = [self._share(step, part) for part in range(job.parts)]
+        if job.scale is not None:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], job.scale.value)
         norms = norms_of(self.parameters)
         total = torch.linalg.vector_norm(norms)
         loss = torch.stack(shares).sum()
@@ -158,11 +160,8 @@ class Loop:
         return loss.detach()
 
     def _fits(self, scale: LossScale) -> bool:
-        """Undo the loss scale; whether the step can be taken."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        """Whether a step can be taken whose gradients passed through fp16; one that overflowed is read, and left out."""
         loss, total = self.readings[-1].numbers()[:2]
-        torch._foreach_div_(gradients, scale.value)
-        self.readings[-1].host[1:] /= scale.value
         if scale.fits(float(loss), float(total)):
             return True
         self.readings[-1].host[1:] = 0

@@ -86,7 +86,7 @@ def planned(config: TrainConfig) -> ClassImages | None:
     """
     if config.class_prompt is None or config.prior == "base":
         return None
-    wanted = Provenance(config.class_prompt, _identity(str(config.model)))
+    wanted = Provenance(config.class_prompt, _base(config))
     total = config.num_class_images or IMAGES
     if not config.class_data:
         folders = _numbered(Path(config.out or "") / "class")
@@ -105,6 +105,12 @@ def planned(config: TrainConfig) -> ClassImages | None:
             remedy="Pass another --class-data, which may be empty, or what they were drawn with.",
         )
     return _in_folder(folder, wanted, total)
+
+
+def _base(config: TrainConfig) -> str:
+    """The model that draws them, with the adapters that are put into it."""
+    loras = [config.base_lora] if isinstance(config.base_lora, str) else config.base_lora or ()
+    return " with ".join([_identity(str(config.model)), *loras])
 
 
 def _identity(model: str) -> str:

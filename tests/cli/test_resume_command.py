@@ -59,6 +59,9 @@ def test_a_run_that_is_terminated_says_how_it_goes_on_and_does(tmp_path):
         p.name for p in (tmp_path / "out dir").iterdir()
     }
     assert [c.step for c in checkpoints_in(tmp_path / "out dir")] == [step, step + 2]
+    average = quick("average", "out dir", "-o", "averaged", cwd=tmp_path)
+    assert average.returncode == 0, average.stderr
+    assert sorted(average.stdout.split()) == ["averaged/a.diffusers.safetensors", "averaged/a.kohya.safetensors"]
     finished = quick("train", *options, cwd=tmp_path)
     assert finished.returncode == 2 and "--overwrite" in finished.stderr
 

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import diffpeft
 from diffpeft import CheckpointError, ConfigError, DataError, DivergedError, UnknownNameError
 from diffpeft.llm import sft, texts
 from diffpeft.llm.sft_config import SftConfig
+from diffpeft.train.checkpoints import checkpoints_in, sha256
 from diffpeft.train.method import CONFIGS
 from tests.llm import chat
+from tests.train.stops import StopsAt
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -388,3 +390,49 @@ def test_the_python_of_the_page_runs(folder, tmp_path, monkeypatch):
         exec(block, names)
     pirate, lawyer, base = names["logits"]  # a fresh adapter changes nothing
     assert torch.allclose(pirate, base) and not torch.allclose(lawyer, base)
+
+
+# -- going on --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bytes(config, tmp_path):
+    config = replace(
+        config, overwrite=False, dropout=0.3, accumulate=2, batch_size=2, save_every=2, lr_scheduler="linear"
+    )
+    straight = sft.train(replace(config, out=str(tmp_path / "straight")))
+    with pytest.raises(RuntimeError):
+        sft.train(config, StopsAt(4))
+    assert [c.step for c in checkpoints_in(tmp_path / "out")] == [2, 3]
+    run = sft.train(replace(config, resume="latest"))
+    assert run.losses == straight.losses
+    one, two = (checkpoints_in(tmp_path / out)[-1].folder for out in ("straight", "out"))
+    for name in (
+        "adapter.safetensors",
+        "optimizer.safetensors",
+        "run.safetensors",
+        "adapter/adapter_model.safetensors",
+    ):
+        assert sha256(one / name) == sha256(two / name)
+
+
+def test_an_adapter_is_gone_on_with(config, tmp_path):
+    sft.save(sft.train(config))
+    before = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    run = sft.train(replace(config, init_from=str(tmp_path / "out"), out=str(tmp_path / "more"), steps=1, lr=1e-6))
+    sft.save(run)
+    after = load_file(tmp_path / "more" / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(0 < (after[n] - t).abs().max() <= 2e-6 for n, t in before.items())  # one of Adam's steps
+
+
+def test_a_file_that_does_not_hold_what_was_learnt_is_an_error(config, tmp_path, monkeypatch):
+    run, written = sft.train(config), sft._written
+
+    def other(run, out):
+        files = written(run, out)
+        save_file({n: t * 0 for n, t in load_file(files[0]).items()}, files[0])
+        return files
+
+    monkeypatch.setattr(sft, "_written", other)
+    with pytest.raises(diffpeft.NothingLearntError, match="does not hold"):
+        sft.save(run)

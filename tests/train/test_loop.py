@@ -202,6 +202,15 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_halved():
         fit(job(lambda x, step, part: x.sum() * float("inf"), scale=LossScale())[1])
 
 
+def test_gradients_are_clipped_at_what_they_are_without_the_scale():
+    def learnt(scale):
+        x, run = job(lambda x, step, part: (x * 3).sum(), make=torch.optim.SGD, scale=scale, max_grad_norm=0.5)
+        return fit(run), x
+
+    (losses, x), (others, y) = learnt(None), learnt(LossScale(8.0))
+    assert losses == others and torch.equal(x, y) and x.item() == pytest.approx(3 - 5 * 0.1 * 0.5, rel=1e-5)
+
+
 # -- averages --------------------------------------------------------------------------------------------------------------
 
 

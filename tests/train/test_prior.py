@@ -101,6 +101,7 @@ def test_another_prompt_has_another_folder_and_finds_it_again(config, drawn, tmp
     assert planned(config).folder == tmp_path / "out" / "class" and not planned(config).missing
     assert not any(np.array_equal(apples[name], cars[name]) for name in apples)
     assert planned(replace(config, class_prompt="a third")).folder.name == "class-3"
+    assert planned(replace(config, base_lora="style.safetensors:0.5")).folder.name == "class-3"  # another base
 
 
 def test_in_a_folder_that_was_given_another_prompt_or_model_is_refused_with_both(config, drawn, tmp_path):

@@ -23,6 +23,7 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.outcome import idle_layers, refuse_idle, refuse_unread
 from diffpeft.train.resume import FREE, begin, check_same, may_differ, remembered
 from diffpeft.train.start import weighted
+from tests.train.stops import StopsAt
 
 DATA = EMBEDDED.parent / "demo" / "train"
 
@@ -317,17 +318,8 @@ def test_a_run_that_goes_on_ends_with_the_same_bytes(config, tmp_path):
     config = replace(config, overwrite=False, dropout=0.3, ema=0.9, train_text_encoder=True, steps=4, save_every=2)
     straight = dreambooth.train(replace(config, out=str(tmp_path / "straight")))
     files = [sha256(f) for f in dreambooth.save(straight)]
-
-    class Stop:
-        def __getattr__(self, name):
-            return lambda *args: None
-
-        def step(self, done, total, loss):
-            if done == 4:
-                raise RuntimeError
-
     with pytest.raises(RuntimeError):
-        dreambooth.train(config, Stop())
+        dreambooth.train(config, StopsAt(4))
     assert [c.step for c in checkpoints_in(tmp_path / "out")] == [2, 3]
     (tmp_path / "out" / "checkpoints" / "step-00000003" / "manifest.json").unlink()
     run = dreambooth.train(replace(config, resume="latest"))
