@@ -27,6 +27,17 @@ def pairwise(rows: Iterable[Row], together: Sequence[tuple[int, ...]] = ()) -> l
     return chosen
 
 
+def covering(*columns: Sequence[Any]) -> list[Row]:
+    """Rows that show each pair of values of any two columns, about as few as will do: always the one that shows most that is new."""
+    rows = list(itertools.product(*columns))
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    missing, chosen = set().union(*pairs.values()), list[Row]()
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(pairs[row] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
 def params(rows: Iterable[Row], chosen: Iterable[Row]) -> list[Any]:
     """All rows as parameters of a test; those that are not chosen are slow."""
     quick = set(chosen)

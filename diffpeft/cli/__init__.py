@@ -7,6 +7,7 @@ import sys
 import click
 
 from diffpeft import __version__
+from diffpeft.cli.average import average
 from diffpeft.cli.convert import convert
 from diffpeft.cli.data import data
 from diffpeft.cli.demo import demo
@@ -34,6 +35,7 @@ def cli() -> None:
     diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
     diffpeft data check IMAGES                 say what training would take from them
     diffpeft sft -m MODEL -d TEXTS -o OUT      fine-tune a language model
+    diffpeft average RUN -o OUT                average an adapter over a run's states
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
     diffpeft fuse -m MODEL --lora FILE -o OUT  put adapters into a model's weights for good
     diffpeft inspect FILE                      say what an adapter file is
@@ -43,7 +45,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, train, data, sft, generate, fuse, inspect, convert):
+for command in (demo, train, data, sft, average, generate, fuse, inspect, convert):
     cli.add_command(command)
 
 

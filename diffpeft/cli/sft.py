@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from diffpeft.cli.groups import Grouped
 from diffpeft.cli.options import options_from, options_of
 from diffpeft.llm.sft_config import SftConfig
 
 
-@click.command()
+@click.command(cls=Grouped)
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @options_of(SftConfig)
 def sft(config: str | None, **typed: object) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from diffpeft.cli.groups import Grouped
 from diffpeft.cli.options import options_from, options_of
 from diffpeft.train.config import TrainConfig
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from diffpeft.train.dreambooth import TrainRun
 
 
-@click.command()
+@click.command(cls=Grouped)
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @options_of(TrainConfig)
 def train(config: str | None, **typed: object) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.errors import WrongBaseError, shown
 from diffpeft.families.base import Noised
+from diffpeft.families.devices import sent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,11 +53,11 @@ class Discrete:
 
     def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
         """Latents z with noise n, both [b, c, h, w], at levels u [b]."""
-        t = self._number(u)
-        a = self.alphas[t].to(z.device)
+        t, device = self._number(u), z.device
+        a = sent(self.alphas[t], device)
         signal, sigma = (root.to(z.dtype).view(-1, 1, 1, 1) for root in (a.sqrt(), (1 - a).sqrt()))
         target = {"epsilon": n, "sample": z}.get(self.kind, signal * n - sigma * z)
-        return Noised(signal * z + sigma * n, t.to(z.device), target, a / (1 - a), self.kind)
+        return Noised(signal * z + sigma * n, sent(t, device), target, a / (1 - a), self.kind)
 
     def _number(self, u: Tensor) -> Tensor:
         return (u * len(self.alphas)).long().to(self.alphas.device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Noised
+from diffpeft.families.devices import sent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,6 @@ class Flow:
 
     def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
         """Latents z with noise n, both [b, c, h, w], at levels u [b]. Time is s."""
-        s = self.sigma(u, z.shape).to(z.device, z.dtype)
+        s = sent(self.sigma(u, z.shape), z.device).to(z.dtype)
         share = s.view(-1, 1, 1, 1)
         return Noised((1 - share) * z + share * n, s, n - z, ((1 - s) / s).square(), self.kind)

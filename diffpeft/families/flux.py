@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
+from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import refuse_skip, tokens
@@ -80,14 +81,14 @@ class Flux:
         import torch
 
         model = self.parts(self.denoiser)
-        text, pooled = (conditions[name].to(model.dtype) for name in ("text", "pooled"))
+        text, pooled = (sent(conditions[name], model.device).to(model.dtype) for name in ("text", "pooled"))
         velocity = model(
             hidden_states=packed(x.to(model.dtype)),
             timestep=t.to(model.dtype),
             guidance=torch.ones(len(x), device=x.device) if self.guided else None,
             pooled_projections=pooled,
             encoder_hidden_states=text,
-            txt_ids=torch.zeros(text.shape[1], 3).to(text),
+            txt_ids=text.new_zeros(text.shape[1], 3),
             img_ids=places(x),
         ).sample
         return precise(unpacked(velocity, x.shape))
@@ -114,5 +115,5 @@ def places(x: Tensor) -> Tensor:
     import torch
 
     h, w = (side // _PATCH for side in x.shape[-2:])
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack([torch.zeros(h, w), rows, columns], dim=-1).flatten(0, 1).to(x)
+    rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in (h, w)), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
+from diffpeft.families.devices import sent
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import chunks, chunks_of, length_of
@@ -73,7 +74,8 @@ class StableDiffusion:
     def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The UNet's prediction [b, c, h, w]."""
         unet = self.parts(self.denoiser)
-        return precise(unet(x.to(unet.dtype), t, conditions["text_encoder"].to(unet.dtype)).sample)
+        text = sent(conditions["text_encoder"], unet.device).to(unet.dtype)
+        return precise(unet(x.to(unet.dtype), t, text).sample)
 
     def prompted(self, prompts: Conditions, blank: Conditions) -> dict[str, Tensor]:
         """As a StableDiffusionPipeline takes prompts."""

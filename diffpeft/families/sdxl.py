@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Frame
+from diffpeft.families.devices import sent
 from diffpeft.families.latents import precise
 from diffpeft.families.prompts import chunks, refuse_skip
 from diffpeft.families.sd import StableDiffusion
@@ -48,7 +49,7 @@ class StableDiffusionXL(StableDiffusion):
     def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The UNet's prediction [b, c, h, w]."""
         unet = self.parts(self.denoiser)
-        read = {name: value.to(unet.device, unet.dtype) for name, value in conditions.items()}
+        read = {name: sent(value, unet.device).to(unet.dtype) for name, value in conditions.items()}
         added = {"text_embeds": read["pooled"], "time_ids": read["time_ids"]}
         return precise(unet(x.to(unet.dtype), t, _text(read), added_cond_kwargs=added).sample)
 

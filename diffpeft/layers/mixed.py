@@ -142,7 +142,7 @@ def _refuse_undivided(
         raise MixedBatchError(
             f"module {shown(record.where)} sees the tokens of a batch of {batch} as {len(x)} rows in an order of its own, "
             "and cannot tell which of its adapters each is for",
-            remedy="Run a batch for each adapter.",
+            remedy="Run a batch for each adapter; in PEFT, too, lora.ParamWrapper does not support mixed adapter batches yet.",
         )
 
 

@@ -43,9 +43,9 @@ class Rows:
             else:
                 self.groups[known][0].append(row)
             self._gather(row, steps)
-        slots = [slot for slot, _, _ in self.terms]
+        shifting = any(slot.shifts for steps in prompts for slot, _ in steps)  # also a slot that has only a bias
         self.thin = (
-            base.op.targets and all(part.additive for _, part, _ in self.terms) and not any(s.shifts for s in slots)
+            base.op.targets and not shifting and bool(self.terms) and all(part.additive for _, part, _ in self.terms)
         )
 
     def _gather(self, row: int, steps: Steps) -> None:

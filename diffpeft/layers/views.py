@@ -83,6 +83,15 @@ class ReadAttribute:
 action = functools.partial(ReadAttribute, bound=True)
 
 
+class _ByName(dict[str, Tensor]):
+    """Tensors by adapters' names, which are attributes too."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """Rows of a table that adapters train, by their names."""
@@ -90,6 +99,7 @@ class TokenRows:
     trainable_tokens_delta: Mapping[str, Tensor]
     token_indices: Mapping[str, list[int]]
     active_adapters: list[str]
+    trainable_tokens_original: Mapping[str, Tensor]  # these rows as they are without adapters
 
     @property
     def active_adapter(self) -> list[str]:
@@ -115,13 +125,13 @@ class Views:
 
     @ReadAttribute
     def active_adapters(self) -> list[str]:
-        """The adapters that are active here, in order, whether they are enabled or not."""
-        return list(_single(self._diffpeft).active)
+        """The adapters that are active here, in order, whether they are enabled or not: on a layer all, else those that have copies or rows."""
+        return _active(self._diffpeft)
 
     @ReadAttribute
     def active_adapter(self) -> list[str]:
         """The same."""
-        return list(_single(self._diffpeft).active)
+        return _active(self._diffpeft)
 
     @ReadAttribute
     def disable_adapters(self) -> bool:
@@ -174,15 +184,18 @@ class Views:
         if not rows:
             raise AttributeError(f"of module {self._diffpeft.where!r} no rows are trained")
         return TokenRows(
-            MappingProxyType({name: patch.delta for name, patch in rows.items()}),
+            _ByName({name: patch.delta for name, patch in rows.items()}),
             {name: patch.rows.tolist() for name, patch in rows.items()},
             [name for name in _single(self._diffpeft).active if name in rows],
+            {name: _base_rows(cast(nn.Module, self), patch) for name, patch in rows.items()},
         )
 
     @ReadAttribute
-    def modules_to_save(self) -> Mapping[str, nn.Module]:
-        """{adapter: its copy of the module}."""
-        return MappingProxyType({name: held.module for name, held in _copies(self._diffpeft).items()})
+    def modules_to_save(self) -> nn.ModuleDict:
+        """The copies of the module, by adapters' names."""
+        copies = nn.ModuleDict()
+        copies._modules.update({name: held.module for name, held in _copies(self._diffpeft).items()})
+        return copies
 
     @action
     def get_base_layer(self) -> nn.Module:
@@ -292,6 +305,20 @@ def _held(record: Record) -> dict[str, Slot | ParameterFactors]:
     if not (record.slots or factors):
         raise AttributeError(f"module {record.where!r} has no adapter on its weight")
     return {**record.slots, **factors}
+
+
+def _active(record: Record) -> list[str]:
+    """The adapters that are active on a module: on a layer all, as in PEFT, else those that have copies of it, or rows."""
+    active = _single(record).active
+    everywhere = record.slots or any(isinstance(patch, ParameterFactors) for patch in record.patches.values())
+    return [name for name in active if everywhere or name in record.names]
+
+
+def _base_rows(module: nn.Module, patch: Tokens) -> Tensor:
+    """The rows of a table that a patch is for, without adapters."""
+    record: Record = module.__dict__[RECORD]
+    W = record.base["weight"] if record.base else cast(Tensor, module._parameters["weight"]).detach()
+    return W[patch.rows.to(W.device)]
 
 
 def _rows(record: Record) -> dict[str, Tokens]:

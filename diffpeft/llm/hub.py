@@ -19,11 +19,13 @@ def pushed(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    max_shard_size: object = None,
     tags: Iterable[str] | None = None,
 ) -> object:
     """Upload what `save` writes into a folder to a repository, which is made if it is not there. A model card that the repository has is kept and completed.
 
     Args:
+        max_shard_size: changes nothing: an adapter is one file.
         tags: more of them, for the model card.
         commit_message, commit_description, private, token, revision, create_pr: the Hub's.
     """

@@ -13,13 +13,11 @@ from converters.formats import attention
 from converters.formats.base import dotted_role
 from converters.formats.peft import PREFIX
 from diffpeft.errors import ConfigError, shown
-from diffpeft.layers.carried import base_class
-from diffpeft.layers.sites import site_of
 from diffpeft.llm.targets import excludes, matches, resolved
 from diffpeft.methods import IA3Config
 from diffpeft.methods.ia3 import FACTORS, is_feedforward
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.target import COMPILED, layers_of, modules_of
+from diffpeft.model.target import COMPILED, geometry_of, layers_of, modules_of
 
 
 def targeting(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor]) -> PeftConfig:
@@ -97,9 +95,7 @@ def _on_inputs(model: nn.Module, config: IA3Config, vectors: Mapping[str, Tensor
 
 def _is_inner(module: nn.Module, layer: str, vector: Tensor, config: IA3Config) -> bool:
     """Whether a vector multiplies a layer's inputs. What its shape does not tell, the config says."""
-    site = site_of(base_class(module))
-    assert site is not None
-    g = site.geometry_of(module)
+    g = geometry_of(module)
     ones = [1] * len(g.kernel)
     inner, outer = (1, g.in_, *ones), (1, g.out, *ones) if g.kernel else (g.out, 1)
     if inner == outer or tuple(vector.shape) not in (inner, outer):

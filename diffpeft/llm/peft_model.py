@@ -172,7 +172,7 @@ class PeftModel(Passing, Counted, nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """False inside `disable_adapter`, in this thread, and after the adapters were switched off; True also where there is none to switch off."""
-        return self.tuner.enabled or not self.active_adapters
+        return self.tuner.enabled or not (self.__dict__["_prompts"] or self.active_adapters)
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -289,8 +289,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
-    @property
-    def _prompt_tuner(self) -> PromptTuner:
+    def _with_prompts(self) -> PromptTuner:
         """What has the prompts. Raises AdapterStateError for adapters on layers."""
         prompts: PromptTuner | None = self.__dict__["_prompts"]
         if prompts is None:
@@ -301,20 +300,23 @@ class PeftModel(Passing, Counted, nn.Module):
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
-        """{adapter: the numbers of its virtual tokens}."""
-        return self._prompt_tuner.prompt_tokens
+        """{adapter: the numbers of its virtual tokens}. Raises AttributeError for adapters on layers, which have none."""
+        prompts: PromptTuner | None = self.__dict__["_prompts"]
+        if prompts is None:
+            raise AttributeError("prompt_tokens")
+        return prompts.prompt_tokens
 
     def get_prompt(
         self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
     ) -> Tensor | Cache | EncoderDecoderCache:
         """The active prompt for a batch: vectors [b, tokens, dim], or a cache that holds a prefix. `max_cache_len` changes nothing: the cache grows."""
-        prompts = self._prompt_tuner
+        prompts = self._with_prompts()
         return prompts.given(self.active_adapters[0], self.active_peft_config, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The vectors [tokens, dim] that a prompt's file holds, on the CPU."""
         config = self.peft_config[adapter_name]
-        return self._prompt_tuner.state(adapter_name, config)[EMBEDDINGS].detach().cpu()
+        return self._with_prompts().state(adapter_name, config)[EMBEDDINGS].detach().cpu()
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -387,13 +389,12 @@ class PeftModel(Passing, Counted, nn.Module):
     def _name(self) -> str | None:
         return self.get_base_model().__dict__.get("name_or_path") or None
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: object = None, **options: Any) -> object:
+    def push_to_hub(self, repo_id: str, **options: Any) -> object:
         """Save into a repository on the Hub, which is made. Its own model card is kept and completed.
 
         Args:
             options: the Hub's (`commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`), `tags` for the model card, and
                 those of `save_pretrained`.
-            max_shard_size: changes nothing: an adapter is one file.
         """
         names = inspect.signature(pushed).parameters
         hub = {name: options.pop(name) for name in names if name in options}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, WrongKindError, inside
+from diffpeft.llm.checkpointing import plan_no_hook
 from diffpeft.llm.prompt import EMBEDDINGS, PromptLearningConfig, VirtualTokens
 from diffpeft.llm.prompts import Arguments, Prepare, Prompts, encoder_of
 from diffpeft.llm.state import Incompatible, check_module, tensors_in, wholes_of
@@ -121,6 +122,7 @@ class PromptTuner(Prompts):
         """The model without any adapter, as it was."""
         with planned(self._parts) as plan:
             self._plan_removed(plan, {*self.peft_config})
+            plan_no_hook(plan, self.base_model)
         return self.base_model
 
     def _plan_removed(self, plan: Plan, names: set[str]) -> None:

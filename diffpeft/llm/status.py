@@ -102,9 +102,12 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     _refuse_prompts(model, "get_layer_status")
     tuner = getattr(model, "base_model", None) if isinstance(model, Counted) else None
-    off = getattr(tuner, "_off", None)
+    off = getattr(model if tuner is None else tuner, "_off", None)
     carrying = adapted(model if tuner is None else tuner)
     layers = [s for name, module, record in carrying for s in _statuses(name, module, record, off)]
+    lent = getattr(model if tuner is None else tuner, "_lent", ())  # only merged, and active for that
+    for status in layers:
+        status.active_adapters = [name for name in status.active_adapters if name not in lent]
     if not layers:
         raise ConfigError(
             "No adapter layers found in the model", remedy="Use get_peft_model or inject_adapter_in_model."

@@ -26,6 +26,7 @@ from diffpeft.errors import (
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import adalora, attentions, discrepancies
+from diffpeft.llm.checkpointing import plan_no_hook
 from diffpeft.llm.conversion import unconvertible
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.kbit import plan_forgotten
@@ -51,7 +52,7 @@ from diffpeft.methods.adalora import AdaLoraConfig
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.activation import fused_of, order_of, plan_frozen, plan_trained, refuse_clashing, trained_of
 from diffpeft.model.attach import Addition, method_of, mixes_of, plan_attached, plan_listed, plan_removed
-from diffpeft.model.fuse import plan_fused, unfuse
+from diffpeft.model.fuse import plan_fused, plan_unfused, unfuse
 from diffpeft.model.merge import plan_merged
 from diffpeft.model.mix import Choice, Strength, check_name, claim, forced
 from diffpeft.model.plan import Plan, planned
@@ -87,11 +88,8 @@ def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision
     parts = {"": model}
     with planned(parts) as plan:
         merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
-        plan_mix(
-            plan, model, parts, merged
-        )  # what is in the weights stays in them, and nothing clashes with the others
+        plan_mix(plan, model, parts, merged)  # what is in the weights stays in them; the new one comes after it
         config = plan_injected(plan, model, config, name, active=True, precision=precision)
-        plan_mix(plan, model, parts, {**merged, name: 1.0})
         plan_listed(plan, model, name, config)
     return config
 
@@ -170,6 +168,9 @@ class Tuner(nn.Module):
     """
 
     prefix: ClassVar[str] = ""  # what the names of the method's tensors begin with
+    uses_shared_state: ClassVar[bool] = (
+        False  # no adapter needs what another brought, so that each goes on bare modules
+    )
 
     def __init__(
         self,
@@ -185,6 +186,7 @@ class Tuner(nn.Module):
         self.last_merge_report: dict[str, float] = {}
         self._off: Mapping[str, Strength] | None = None  # the mix that disable_adapter_layers has put aside
         self._resting: list[nn.Parameter] = []  # what was trained then
+        self._lent: tuple[str, ...] = ()  # adapters that are active only because they are merged
         self._head: Place | None = None  # where the model's head is, if adapters are on it
         configs = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
         with planned(self._parts) as plan:
@@ -223,7 +225,8 @@ class Tuner(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The names of the active adapters, in order."""
-        return list(self._off) if self._off is not None else order_of(self.model)
+        names = order_of(self.model) if self._off is None else list(self._off)
+        return [name for name in names if name not in self._lent]
 
     @property
     def active_adapter(self) -> Any:
@@ -255,19 +258,30 @@ class Tuner(nn.Module):
         return not unconvertible(self.model, name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active, in this order; they are trained (unless `inference_mode`), the others are not."""
+        """Make these adapters active, in this order; they are trained (unless `inference_mode`), the others are not.
+
+        Adapters that are merged are taken out of the weights, with a warning; those that are switched off stay so.
+        """
         names = named(adapter_name)
         known(names, self.peft_config)
         refuse_clashing(self.model, names)
         with planned(self._parts) as plan:
+            if fused_of(self.model):
+                warnings.warn(
+                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+                )
+                self._plan_unmerged(plan)
             self._plan_active(plan, names, self.peft_config, inference_mode)
 
     def _plan_active(
         self, plan: Plan, names: Sequence[str], configs: Iterable[str], inference_mode: bool = False
     ) -> None:
-        """Plan to make adapters the active ones of all of these, and those that are trained."""
-        plan_mix(plan, self.model, self._parts, dict.fromkeys(names, 1.0))
-        plan.set(self, _off=None, _resting=[])
+        """Plan to make adapters the active ones of all of these, as soon as they are switched on, and those that are trained."""
+        strengths: dict[str, Strength] = dict.fromkeys(names, 1.0)
+        if self._off is None:
+            plan_mix(plan, self.model, self._parts, strengths)
+        else:
+            plan.set(self, _off=strengths, _resting=[])
         plan_trained(plan, self.model, {name: name in names and not inference_mode for name in configs})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -297,6 +311,8 @@ class Tuner(nn.Module):
             for name in names:
                 plan.entry(self.peft_config, name)
             plan.set(self, _head=head_of(self.model, plan))
+            if self._off is not None:
+                plan.set(self, _off={name: strength for name, strength in self._off.items() if name not in names})
             if active and {*active} <= {*names} and remaining:
                 warnings.warn(WENT.format(", ".join(active), remaining[0]), stacklevel=3)
                 self._plan_active(plan, remaining[:1], remaining)
@@ -353,20 +369,29 @@ class Tuner(nn.Module):
                 else "All adapters are already merged, nothing to do.",
                 stacklevel=2,
             )
-        if todo:
+        if todo and self._off is None:  # what is switched off acts in no way
             active = order_of(self.model)
             inactive = [name for name in todo if name not in active]
             with planned(self._parts) as plan:
                 if inactive:
                     refuse_clashing(self.model, [*active, *inactive])
                     plan_mix(plan, self.model, self._parts, dict.fromkeys([*active, *inactive], 1.0))
+                    plan.set(self, _lent=(*self._lent, *inactive))
                 plan_fused(plan, self._parts, todo, untie=True)
 
     def unmerge_adapter(self) -> None:
         """Take the adapters out of the weights again, to the last bit."""
         if not fused_of(self.model):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        unfuse(self.model)
+        with planned(self._parts) as plan:
+            self._plan_unmerged(plan)
+
+    def _plan_unmerged(self, plan: Plan) -> None:
+        """Plan to take the adapters out of the weights, and to leave those active that were."""
+        plan_unfused(plan, self._parts)
+        if self._lent:
+            plan_mix(plan, self.model, self._parts, {name: 1.0 for name in self.active_adapters})
+            plan.set(self, _lent=())
 
     def merge_and_unload(
         self,
@@ -380,11 +405,14 @@ class Tuner(nn.Module):
         `dequantize` makes plain layers of quantised ones. `last_merge_report` has the relative error of each layer afterwards.
         """
         names = None if adapter_names is None else list(adapter_names)
+        if names is None and self._off is not None:
+            names = list(self._off)
         known(names or (), self.peft_config)
         refuse_clashing(self.model, names or ())
         with planned(self._parts) as plan:
             report = plan_merged(plan, self._parts, names, dequantize=dequantize, untie=True)
             loosen(plan, self.model)
+            plan_no_hook(plan, self.model)
             plan.set(self, peft_config={}, _head=None, last_merge_report=report)
             if dequantize:
                 plan_forgotten(plan, self.model)
@@ -394,6 +422,7 @@ class Tuner(nn.Module):
         """The model without any adapter, as it was."""
         with planned(self._parts) as plan:
             plan_removed(plan, self._parts, None)
+            plan_no_hook(plan, self.model)
             plan.set(self, _head=None)
             for name in self.peft_config:
                 plan.entry(self.peft_config, name)
@@ -404,8 +433,9 @@ class Tuner(nn.Module):
         if self._off is None:
             with planned(self._parts) as plan:
                 mixes = list(mixes_of(self._parts).values())
-                off = {name: strength for mix in mixes for name, strength in mix.choice.given.items()}
+                self._plan_unmerged(plan)
                 trained = trained_of(self.model)
+                off = {name: strength for mix in mixes for name, strength in plan.view(mix).choice.given.items()}
                 plan.set(self, _off=off, _resting=trained)
                 plan_mix(plan, self.model, self._parts, {})
                 for mix in mixes:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffpeft.errors import ConfigError
-from diffpeft.layers.slot import Slot
+from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.methods.layout import LAYOUTS
 
 _LORA = LAYOUTS["lora"]
@@ -48,7 +48,7 @@ def kind_of(role: str, p: nn.Parameter, normed: bool = False) -> str:
         return "embedding"
     if p.dim() > 1 and not any(part in role for part in _UPS):
         return "A"
-    return "no decay" if normed or "bias" in role else "B"
+    return "no decay" if normed or "bias" in role or role == BIAS else "B"
 
 
 def create_loraplus_optimizer(

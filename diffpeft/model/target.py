@@ -12,6 +12,7 @@ from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, li
 from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class
 from diffpeft.layers.hooks import refusal
 from diffpeft.layers.sites import site_of
+from diffpeft.methods.base import Geometry
 
 COMPILED = "_orig_mod"  # the level that torch.compile puts around a module
 FSDP_UNIT = "_fsdp_wrapped_module"  # FSDP 1's
@@ -225,6 +226,13 @@ def _for(module: nn.Module, entries: str | Sequence[str]) -> str | Sequence[str]
     if isinstance(entries, str) or site is None or not site.geometry_of(module).lookup:
         return entries
     return [entry for entry in entries if entry != "*"]
+
+
+def geometry_of(module: nn.Module) -> Geometry:
+    """The geometry of a layer, one of `layers_of`."""
+    site = site_of(base_class(module))
+    assert site is not None
+    return site.geometry_of(module)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

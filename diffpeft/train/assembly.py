@@ -16,10 +16,14 @@ from diffpeft.train.objective import Batch
 
 @dataclass
 class Assembly:
-    """What makes the batches of a run. `kinds` are the instance images, and the class images if there are any."""
+    """What makes the batches of a run. `kinds` are the instance images, and the class images if there are any.
+
+    `offset`: the noise of each channel has a mean, of this standard deviation.
+    """
 
     kinds: Sequence[Batches]
     latents: Latents
+    offset: float = 0.0
 
     def captions(self, steps: Iterable[int]) -> list[str]:
         """The captions of these steps, each once."""
@@ -46,13 +50,20 @@ class Assembly:
         latents = torch.stack([m.draw(*key) for m, key in zip(moments, keys, strict=True)])
         return Batch(
             latents,
-            torch.stack([torch.randn(latents.shape[1:], generator=draw.generator(*key, "noise")) for key in keys]),
+            torch.stack([self._noise(latents.shape[1:], key) for key in keys]),
             torch.tensor([draw.uniform(*key, "level") for key in keys]),
             [shown.caption for _, shown in places],
             torch.tensor([batches.kind == "class" for batches, _ in places]),
             [shown.view.frame(example.size) for example, (_, shown) in zip(examples, places, strict=True)],
             _stacked([m.mask for m in moments], latents),
         )
+
+    def _noise(self, shape: Sequence[int], key: Sequence[int | str]) -> Tensor:
+        """The noise [c, h, w] of an example."""
+        noise = torch.randn(tuple(shape), generator=draw.generator(*key, "noise"))
+        if not self.offset:
+            return noise
+        return noise + self.offset * torch.randn(shape[0], 1, 1, generator=draw.generator(*key, "offset"))
 
 
 def _stacked(masks: Sequence[Tensor | None], latents: Tensor) -> Tensor | None:

@@ -1,9 +1,13 @@
-"""What does not change while an adapter trains is computed once: latents, and text embeddings if the text encoder is frozen."""
+"""What does not change while an adapter trains is computed once: latents, and text embeddings of text encoders that are frozen.
+
+Every view of an image and every caption is encoded by itself: what it comes to does not depend on what else a run shows, nor on where it is kept.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +19,7 @@ from diffpeft.train.data import Example, View
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
 from diffpeft.train.draw import generator
+from diffpeft.train.store import Key, Memory, Store, identity_of
 
 
 class Moments(NamedTuple):
@@ -30,67 +35,103 @@ class Moments(NamedTuple):
 
 
 class Latents:
-    """The latents of views of images. A draw from the posterior costs two small operations, where they are kept.
+    """The latents of views of images. A draw from the posterior costs two small operations, where they are kept."""
 
-    Every view is encoded by itself: what it comes to does not depend on what else a run shows.
-    """
-
-    def __init__(self, family: Family, keep: bool = True):
-        self.family, self.keep = family, keep
-        self.known: dict[tuple[Path, View], Moments] = {}
+    def __init__(self, family: Family, store: Store | None = None):
+        self.family, self.store = family, store or Memory()
 
     def learn(self, examples: Sequence[Example], views: Iterable[tuple[int, View]], tick: Callable[[], None]) -> None:
-        """Compute the latents of views (example, view), each image read once."""
-        by_example: dict[int, list[View]] = {}
-        for index, view in views if self.keep else ():
-            if (examples[index].path, view) not in self.known:
-                by_example.setdefault(index, []).append(view)
-        for index, missing in by_example.items():
+        """Compute the latents of views (example, view), each image read once, and give up the VAE."""
+        if not self.store.keeps:
+            return
+        missing: dict[int, list[View]] = {}
+        for index, view in views:
+            if self.store.get(self._key(examples[index], view)) is None:
+                missing.setdefault(index, []).append(view)
+        for index, unknown in missing.items():
             image = picture(examples[index].path)
-            for view in missing:
-                self.known[examples[index].path, view] = self._encoded(examples[index], view, image)
+            for view in unknown:
+                self._compute(examples[index], view, image)
             tick()
-
-    def _encoded(self, example: Example, view: View, image: Image.Image) -> Moments:
-        mean, std = (t[0].cpu() for t in self.family.encode(numbers(view.of(image))[None]))
-        return Moments(mean, std, masked(example, view, (mean.shape[-2], mean.shape[-1])))
+        self.family.parts.free("vae")
 
     def __call__(self, example: Example, view: View) -> Moments:
         """The latents of a view, which are computed if they are not kept."""
-        moments = self.known.get((example.path, view))
-        return self._encoded(example, view, picture(example.path)) if moments is None else moments
+        tensors = self.store.get(self._key(example, view))
+        if tensors is None:
+            return self._compute(example, view, picture(example.path))
+        return Moments(tensors["mean"], tensors["std"], tensors.get("mask"))
+
+    def _key(self, example: Example, view: View) -> Key:
+        mask = "" if example.mask is None else "alpha"
+        if example.mask not in (None, example.path):
+            mask = self.store.of_file(example.mask)
+        return ("latents", self.store.of_file(example.path), mask, view.target, view.left, view.top, view.flipped)
+
+    def _compute(self, example: Example, view: View, image: Image.Image) -> Moments:
+        mean, std = (t[0].cpu() for t in self.family.encode(numbers(view.of(image))[None]))
+        mask = masked(example, view, (mean.shape[-2], mean.shape[-1]))
+        self.store.put(self._key(example, view), {"mean": mean, "std": std} | ({} if mask is None else {"mask": mask}))
+        return Moments(mean, std, mask)
 
 
 class Texts:
-    """What text encoders make of prompts, computed when first asked for; of `live` ones (they are being trained) anew each time."""
+    """What text encoders make of prompts; of `live` ones (they are being trained) anew each time."""
 
-    def __init__(self, family: Family, live: Collection[str] = ()):
-        self.family, self.live = family, tuple(live)
-        self.known: dict[tuple[str, str], Conditions] = {}  # {(encoder, prompt): without the batch's axis}
+    def __init__(
+        self,
+        family: Family,
+        live: Collection[str] = (),
+        stores: Callable[[str], Store] | None = None,
+        device: str | None = None,
+    ):
+        self.family, self.live, self.device = family, tuple(live), device
+        frozen = [encoder for encoder in family.text_encoders if encoder not in self.live]
+        self.stores: dict[str, Store] = {encoder: stores(encoder) if stores else Memory() for encoder in frozen}
 
     def learn(self, prompts: Iterable[str]) -> None:
         """Compute what these prompts need, an encoder after the other, and give up those that are not trained."""
-        for encoder in self._frozen():
-            self._compute(encoder, prompts)
-            self.family.parts.free(encoder)
+        for encoder, store in self.stores.items():
+            if store.keeps:
+                for prompt in dict.fromkeys(prompts):
+                    if store.get((encoder, prompt)) is None:
+                        self._compute(encoder, prompt)
+                self.family.parts.free(encoder)
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         """What the denoiser reads of these prompts, each [b, ...]."""
         conditions: Conditions = {}
         for encoder in self.live:
             conditions |= self.family.embed(encoder, prompts)
-        for encoder in self._frozen():
-            self._compute(encoder, prompts)
-            rows = [self.known[encoder, prompt] for prompt in prompts]
-            conditions |= {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        for encoder in self.stores:
+            rows = {prompt: self._row(encoder, prompt) for prompt in prompts}
+            names = rows[prompts[0]]
+            conditions |= {
+                name: torch.stack([rows[prompt][name] for prompt in prompts]).to(self.device) for name in names
+            }
         return conditions
 
-    def _frozen(self) -> list[str]:
-        return [encoder for encoder in self.family.text_encoders if encoder not in self.live]
+    def _row(self, encoder: str, prompt: str) -> Conditions:
+        """What an encoder makes of one prompt, without the batch's axis."""
+        kept_row = self.stores[encoder].get((encoder, prompt))
+        return self._compute(encoder, prompt) if kept_row is None else kept_row
 
     @torch.no_grad()
-    def _compute(self, encoder: str, prompts: Iterable[str]) -> None:
-        for prompt in dict.fromkeys(prompts):
-            if (encoder, prompt) not in self.known:
-                row = self.family.embed(encoder, [prompt])
-                self.known[encoder, prompt] = {name: t[0] for name, t in row.items()}
+    def _compute(self, encoder: str, prompt: str) -> Conditions:
+        row = {name: t[0] for name, t in self.family.embed(encoder, [prompt]).items()}
+        self.stores[encoder].put((encoder, prompt), row)
+        return row
+
+
+def text_identity(family: Family, encoder: str) -> str:
+    """All that embeddings depend on but their prompts: the encoder, and how the pipeline's tokenizers make tokens of words."""
+    pipe, digest = family.parts.pipe, hashlib.blake2b(type(family).__name__.encode(), digest_size=16)
+    for name in sorted(name for name in pipe.components if name.startswith("tokenizer")):
+        tokenizer = getattr(pipe, name)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+        rules = {
+            rule: value for rule, value in rules.items() if rule not in ("truncation", "padding")
+        }  # of the last call
+        digest.update(f"{name} {tokenizer.model_max_length} {json.dumps(rules, sort_keys=True)}".encode())
+    return f"{encoder} {digest.hexdigest()} {identity_of(family.parts(encoder))}"

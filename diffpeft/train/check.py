@@ -65,6 +65,11 @@ def check(config: TrainConfig) -> Checked:
     state = begin(config, out, [file_of(name, format) for format in FORMATS])
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
+    if config.cache_dir and config.cache != "disk":
+        raise ConfigError(
+            f"cache_dir without cache disk (it is {config.cache}), and so it would do nothing",
+            remedy="Pass --cache disk too, or leave --cache-dir out.",
+        )
     return Checked(name, surveyed(config, known), prior.planned(config), state)
 
 
@@ -104,7 +109,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
         trigger=config.trigger,
         mask=config.mask,
-        skip=[Path(folder) for folder in (config.out, config.class_data) if folder],
+        skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir) if folder],
     )
     return replace(account, steps=(config.steps, config.batch_size * config.accumulate))
 

@@ -226,6 +226,15 @@ class TrainConfig(Options):
         at_least=0,
         needs="shuffle_captions",
     )
+    cache: str = option(
+        "ram",
+        "Where latents and text embeddings are kept: for this run, for others too, or nowhere (all is encoded at each step).",
+        choices=("ram", "disk", "none"),
+    )
+    cache_dir: str | None = option(None, "The folder of --cache disk; default: OUT/cache. Runs may share one.")
+    cache_limit: float = option(
+        20.0, "GiB that the folder of --cache disk may grow to; what was not used for longest goes first.", above=0
+    )
     targets: str | Sequence[str] = option(
         "attn",
         "Which layers: attn, attn-mlp, full, names with commas (to_q,to_v), or a regular expression for whole names.",
@@ -248,8 +257,57 @@ class TrainConfig(Options):
     )
     compile: bool = option(False, "Compile the denoiser: slow first steps, and faster ones then.")
     snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", above=0)
+    debiased: bool = option(False, "Weight the loss as errors of the noise over the root of the signal-to-noise ratio.")
+    loss: str = option("l2", "How far a prediction is from its target.", choices=("l2", "huber", "smooth_l1"))
+    huber_c: float | None = option(None, "Where squares go over to absolute values; default: 0.1.", above=0)
+    huber_schedule: str | None = option(
+        None, "Whether that depends on the noise; default: constant.", choices=("constant", "snr")
+    )
+    noise_offset: float | None = option(
+        None,
+        "Noise has a random mean for each channel, of this size: darker and brighter pictures; 0.05 is usual.",
+        above=0,
+    )
+    density: str | None = option(
+        None,
+        "How levels of noise are drawn; default: uniform, and logit_normal for flows.",
+        choices=("uniform", "logit_normal", "mode"),
+    )
+    density_mean: float | None = option(None, "Of logit_normal; above 0 is noisier; default: 0.", needs="density")
+    density_std: float | None = option(None, "Of logit_normal; default: 1.", above=0, needs="density")
+    density_scale: float | None = option(None, "Of mode; default: 1.29.", at_least=-1, at_most=1.75, needs="density")
+    shift: float | None = option(
+        None, "Shifts levels towards noise, in the place of the model's own; above 1 is noisier.", above=0
+    )
+    sigma_range: str | Sequence[float] | None = option(None, "Train only where the share of noise lies between: 0.5,1.")
     prior_weight: float | None = option(None, "Weight of the class images; default: 1.", above=0, needs="class_prompt")
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+
+    def check_values(self) -> None:
+        """Beside what all runs check: options that only go with others, and the range of noise."""
+        super().check_values()
+        self.span()
+        if self.debiased and self.snr_gamma is not None:
+            raise ConfigError("debiased with snr_gamma: both weight the loss", remedy="Leave one of them out.")
+        for name, of, needed in _ONLY_WITH:
+            if getattr(self, name) is not None and getattr(self, of) not in needed:
+                raise ConfigError(
+                    f"{name} with {of} {getattr(self, of)}, and so it would do nothing",
+                    remedy=f"Pass --{_flag(of)} {needed[0]}, or leave --{_flag(name)} out.",
+                )
+
+    def span(self) -> tuple[float, float]:
+        """The lowest and the highest share of noise. Raises ConfigError."""
+        said = self.sigma_range
+        try:
+            low, high = (float(end) for end in (said.split(",") if isinstance(said, str) else said or (0, 1)))
+        except ValueError:
+            low, high = 1.0, 0.0
+        if not 0 <= low < high <= 1:
+            raise ConfigError(
+                f"sigma_range is {shown(said)}", remedy="It is two numbers from 0 to 1, the lower one first: 0.5,1."
+            )
+        return low, high
 
     def text_encoders(self) -> list[str]:
         """The files of text encoders, which stand in a list, or in one text with commas."""
@@ -257,6 +315,14 @@ class TrainConfig(Options):
         return [file.strip() for file in files]
 
 
+# (option, the option that it belongs to, the values of it that it belongs to)
+_ONLY_WITH = (
+    ("huber_c", "loss", ("huber", "smooth_l1")),
+    ("huber_schedule", "loss", ("huber", "smooth_l1")),
+    ("density_mean", "density", ("logit_normal",)),
+    ("density_std", "density", ("logit_normal",)),
+    ("density_scale", "density", ("mode",)),
+)
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # {declared type: what is accepted, in words}
     "int": ((int,), "a whole number"),
@@ -342,6 +408,7 @@ PATHS = {  # the options that are paths
     "heldout",
     "mask",
     "init_from",
+    "cache_dir",
 }
 # {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
 OTHER_NAMES: dict[str, str] = {
@@ -375,6 +442,19 @@ OTHER_NAMES: dict[str, str] = {
     "adam_weight_decay": "weight_decay",
     "max_norm": "max_grad_norm",
     "min_snr_gamma": "snr_gamma",
+    "debiased_estimation_loss": "debiased",
+    "loss_type": "loss",
+    "huber_delta": "huber_c",
+    "offset_noise": "noise_offset",
+    "weighting_scheme": "density",
+    "timestep_sampling": "density",
+    "logit_mean": "density_mean, where above 0 is noisier: diffusers' has the other sign",
+    "logit_std": "density_std",
+    "mode_scale": "density_scale",
+    "discrete_flow_shift": "shift",
+    "training_shift": "shift",
+    "base_weights": "base_lora",
+    "assistant_lora_path": "training_adapter",
     "pretrained_model_name_or_path": "model",
     "model_name_or_path": "model",
     "base_model": "model",
@@ -395,6 +475,9 @@ OTHER_NAMES: dict[str, str] = {
     "shuffle_caption": "shuffle_captions",
     "enable_bucket": "buckets, which are on",
     "trigger_word": "trigger",
+    "cache_latents": "cache, which is ram, disk or none",
+    "cache_latents_to_disk": "cache, which is ram, disk or none",
+    "cache_text_encoder_outputs": "cache, which is ram, disk or none",
     "random_crop": "crop, which is center or random",
     "center_crop": "crop, which is center or random",
     "alpha_mask": "mask, which is alpha or a folder",

@@ -17,7 +17,6 @@ import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
-from diffpeft.families.densities import DENSITIES
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
@@ -25,20 +24,22 @@ from diffpeft.pipeline.load import save_lora
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, prior
 from diffpeft.train.assembly import Assembly
-from diffpeft.train.cache import Latents, Texts
+from diffpeft.train.cache import Latents, Texts, text_identity
 from diffpeft.train.check import FORMATS, Checked, check, file_of, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
+from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, check_weighted, denoising, with_prior
+from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
 from diffpeft.train.start import adopt, assist, bake, dismiss
 from diffpeft.train.state import fingerprint
+from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.watch import Quiet, Watch
 
 
@@ -133,7 +134,7 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
         config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
-    if config.snr_gamma is not None:
+    if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
         bake(family.parts.whole(), config.base_lora)
@@ -197,18 +198,41 @@ def _encoded(
     config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch
 ) -> tuple[Assembly, Texts]:
     """The batches of a run, and its texts: all that its steps will need is computed, and what computed it is given up."""
-    steps, texts = range(config.steps), Texts(family, live=_live(config, family))
+    steps, stores = range(config.steps), _stores(config, family)
+    texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
     prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
     texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
     classes = class_examples(config, family, checked.prior, watch, texts)
-    assembly = Assembly([instances, batches_of(config, classes, sizing, "class")], Latents(family))
+    assembly = Assembly(
+        [instances, batches_of(config, classes, sizing, "class")],
+        Latents(family, stores("vae")),
+        config.noise_offset or 0.0,
+    )
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
     assembly.learn(steps, watch.tick)
-    family.parts.free("vae")
+    if config.cache == "disk" and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
+        watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
     return assembly, texts
+
+
+def _cache_dir(config: TrainConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else config.output() / "cache"
+
+
+def _stores(config: TrainConfig, family: Family) -> Callable[[str], Store]:
+    """Where what a component computes is kept."""
+
+    def store_of(component: str) -> Store:
+        if config.cache != "disk":
+            return Memory() if config.cache == "ram" else Nowhere()
+        if component == "vae":
+            return Disk(_cache_dir(config), lambda: identity_of(family.parts("vae")))
+        return Disk(_cache_dir(config), lambda: text_identity(family, component))
+
+    return store_of
 
 
 def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
@@ -282,17 +306,31 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     A step has batch_size x accumulate places for instance images and as many for class images; a part has its share of both, so that the parts' losses
     add up to the loss of one batch of that size.
     """
-    device, density = family.parts(family.denoiser).device, DENSITIES[family.levels.density]
+    device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
+    objective = objective_of(config)
 
     def loss_of(batch: Batch) -> Tensor:
-        batch = replace(batch.to(device), u=density(batch.u))
-        losses = denoising(family, batch, texts(batch.prompts), config.snr_gamma)
+        batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
+        losses = denoising(family, batch, texts(batch.prompts), objective)
         return with_prior(losses, batch.is_class, config.prior_weight or prior.WEIGHT) / config.accumulate
 
     def loss_at(step: int, part: int) -> Tensor:
         return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
 
     return loss_at
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """What is minimised."""
+    c, schedule = config.huber_c or Objective.huber_c, config.huber_schedule or Objective.huber_schedule
+    return Objective(config.loss, c, schedule, config.snr_gamma, config.debiased)
+
+
+def sampling_of(config: TrainConfig, family: Family) -> Sampling:
+    """How levels of noise are drawn."""
+    said = {"mean": config.density_mean, "std": config.density_std, "scale": config.density_scale}
+    parameters = {name: number for name, number in said.items() if number is not None}
+    return Sampling(family.levels, config.density, parameters, config.shift, config.span())
 
 
 def save(run: TrainRun) -> list[Path]:
@@ -357,6 +395,8 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "ss_max_token_length": config.max_length,
         "ss_clip_skip": config.clip_skip,
         "ss_min_snr_gamma": config.snr_gamma,
+        "ss_noise_offset": config.noise_offset,
+        "ss_loss_type": config.loss,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": run.name,
         "modelspec.implementation": "diffusers",

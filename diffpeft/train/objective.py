@@ -1,6 +1,10 @@
-"""The loss of a batch: denoise at random noise levels, weighted by min-SNR, with prior preservation.
+"""The loss of a batch: how far predictions are from their targets, weighted by the signal-to-noise ratio, with prior preservation.
 
-min-SNR: Hang et al. 2023, arXiv:2303.09556. Prior preservation: DreamBooth, Ruiz et al. 2023, arXiv:2208.12242.
+A weight is one of the error of the clean image that a prediction comes to. So it means the same whatever a model predicts: a squared error e of a
+prediction is one of the clean image of e / SNR (epsilon), e / (SNR + 1) (v), e / (1 + sqrt(SNR))^2 (the velocity of a flow), or e (sample).
+
+min-SNR: Hang et al. 2023, arXiv:2303.09556. Debiased: Yu et al. 2023, arXiv:2310.08442. Prior preservation: DreamBooth, Ruiz et al. 2023,
+arXiv:2208.12242.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from diffpeft.errors import ConfigError, shown
 from diffpeft.families import Conditions, Family, Frame, Noised
+from diffpeft.families.devices import sent
 
 
 @dataclass(frozen=True)
@@ -36,25 +41,75 @@ class Batch:
         return replace(self, latents=sent(self.latents, device), noise=sent(self.noise, device), mask=mask)
 
 
-def denoising(family: Family, batch: Batch, texts: Conditions, snr_gamma: float | None = None) -> Tensor:
-    """Mean squared error of the prediction by sample [b], weighted. `texts` is what the denoiser reads of the prompts."""
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Args:
+        loss: a name in LOSSES.
+        huber_c: where the two Huber losses go over from squares to absolute values.
+        huber_schedule: constant, or snr: near 1 on clean images, huber_c on noise.
+        snr_gamma: min-SNR's gamma; None: no such weight.
+        debiased: weight as errors of the noise over sqrt(SNR).
+    """
+
+    loss: str = "l2"
+    huber_c: float = 0.1
+    huber_schedule: str = "constant"
+    snr_gamma: float | None = None
+    debiased: bool = False
+
+    def distance(self, error: Tensor, snr: Tensor) -> Tensor:
+        """The loss [b, c, h, w] of errors [b, c, h, w] at signal-to-noise ratios [b]."""
+        return LOSSES[self.loss](error, self._c(snr).view(-1, 1, 1, 1))
+
+    def _c(self, snr: Tensor) -> Tensor:
+        c = self.huber_c
+        if self.huber_schedule == "constant":
+            return torch.full_like(snr, c)
+        noise = snr.clamp(min=LEAST).rsqrt()  # over the signal
+        return (1 - c) / (1 + noise).square() + c
+
+    def weighted(self, losses: Tensor, noised: Noised) -> Tensor:
+        """The losses [b] of samples, weighted."""
+        if self.snr_gamma is not None:
+            return losses * min_snr(noised, self.snr_gamma)
+        return losses * debiased(noised) if self.debiased else losses
+
+
+def denoising(family: Family, batch: Batch, texts: Conditions, objective: Objective | None = None) -> Tensor:
+    """The loss of the prediction by sample [b], weighted; without an objective the mean squared error. `texts` is what the denoiser reads of prompts."""
+    objective = objective or Objective()
     noised = family.levels.noised(batch.latents, batch.noise, batch.u)
     prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
-    error = (prediction - noised.target.float()).square()
-    error = (error if batch.mask is None else error * batch.mask).flatten(1).mean(1)
-    return error if snr_gamma is None else error * min_snr(noised, snr_gamma)
+    losses = objective.distance(prediction - noised.target.float(), noised.snr)
+    losses = (losses if batch.mask is None else losses * batch.mask).flatten(1).mean(1)
+    return objective.weighted(losses, noised)
 
 
-# {what a model predicts: what divides min(SNR, gamma), the weight of an error in the clean image}
+def _roots(error: Tensor, c: Tensor) -> Tensor:
+    return (error.square() + c.square()).sqrt() - c
+
+
+# {loss: of an error and of the c of Huber's}; the two Huber losses are smooth everywhere, as sd-scripts has them
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": lambda error, c: error.square(),
+    "huber": lambda error, c: 2 * c * _roots(error, c),
+    "smooth_l1": lambda error, c: 2 * _roots(error, c),
+}
+LEAST, MOST = 1e-8, 1e8  # of the signal-to-noise ratio: at pure noise it is 0, on a clean image infinite
+DEBIASED = 1000.0  # of the signal-to-noise ratio, above which a debiased weight falls no more
+# {what a model predicts: what divides a weight of the clean image's error}
 _OVER: dict[str, Callable[[Tensor], Tensor]] = {
     "epsilon": lambda snr: snr,
     "v_prediction": lambda snr: snr + 1,
     "sample": torch.ones_like,
+    "flow": lambda snr: (1 + snr.sqrt()).square(),
 }
 
 
 def check_weighted(kind: str) -> None:
-    """Raise ConfigError for a kind of prediction that min-SNR has no weight for: a velocity of a flow, for example."""
+    """Raise ConfigError for a kind of prediction that no weight is known for."""
     if kind not in _OVER:
         raise ConfigError(
             f"min-SNR has no weight for {shown(kind)} predictions",
@@ -63,13 +118,17 @@ def check_weighted(kind: str) -> None:
 
 
 def min_snr(noised: Noised, gamma: float) -> Tensor:
-    """The weight [b] of each sample's error: min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v, as it is for x0.
-
-    Raises ConfigError for other predictions.
-    """
+    """The weight [b] of each sample's error: min(SNR, gamma) for the clean image's. Raises ConfigError for predictions that are not known."""
     check_weighted(noised.kind)
-    snr = noised.snr.clamp(min=1e-8)
+    snr = noised.snr.clamp(LEAST, MOST)
     return snr.clamp(max=gamma) / _OVER[noised.kind](snr)
+
+
+def debiased(noised: Noised) -> Tensor:
+    """The weight [b] of each sample's error: 1 / sqrt(SNR) for the noise's, and so sqrt(SNR) for the clean image's."""
+    check_weighted(noised.kind)
+    snr = noised.snr.clamp(LEAST, MOST)
+    return snr / snr.clamp(max=DEBIASED).sqrt() / _OVER[noised.kind](snr)
 
 
 def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
@@ -84,8 +143,3 @@ def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
     for weight, mask in ((1.0, ~is_class), (prior_weight, is_class)):
         weights[mask] = weight / max(int(mask.sum()), 1)
     return (losses * sent(weights, losses.device)).sum()
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting for what that is doing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

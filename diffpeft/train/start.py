@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
+
 from diffpeft.errors import ConfigError, inside, listed, shown
 from diffpeft.files import Json
 from diffpeft.model.fuse import fuse
 from diffpeft.model.state import slots_of
+from diffpeft.model.target import adapted, components
 from diffpeft.pipeline.adapters import set_adapters, unload
 from diffpeft.pipeline.load import load_lora
 
@@ -39,9 +42,17 @@ def bake(pipe: object, said: str | Sequence[str] | None) -> None:
         names.append(f"base-lora-{number}")
         with inside("--base-lora", config=True):
             load_lora(pipe, source, name=names[-1], weight=strength)
-    if names:
-        fuse(pipe, names, keep_base="none")
-        unload(pipe, names)
+    if not names:
+        return
+    fuse(pipe, names)
+    layers = [module for model in components(pipe).values() for _, module, _ in adapted(model)]
+    fused = [
+        (module, name, p.detach().clone()) for module in layers for name, p in module.named_parameters(recurse=False)
+    ]
+    unload(pipe, names)
+    with torch.no_grad():
+        for module, name, weight in fused:
+            module.get_parameter(name).copy_(weight)
 
 
 def adopt(pipe: object, source: str, name: str, trained: Collection[str]) -> Json:

@@ -35,7 +35,7 @@ _XL = {
     "block_out_channels": (16, 32, 32),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 64,
+    "cross_attention_dim": 32 + 40,
     "transformer_layers_per_block": (1, 1, 2),
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
@@ -56,7 +56,8 @@ def _clip(projected: bool = False) -> Any:
     t = _tokenizer()
     ids = {"vocab_size": len(t), "bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id}
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    return kind(transformers.CLIPTextConfig(**_CLIP, **ids))
+    width = {"hidden_size": 40} if projected else {}  # single files are told apart by it
+    return kind(transformers.CLIPTextConfig(**{**_CLIP, **width}, **ids))
 
 
 def _vae(**config: Any) -> Any:

@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, open_family
@@ -238,6 +239,34 @@ def test_a_scheduler_with_levels_of_its_own_is_refused():
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(WrongBaseError, match="EDMEulerScheduler"):
         open_family(pipe)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Notes what comes from the CPU to a device in a way that waits for the device. Values are read off the meta device by nobody."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, kwargs = func(*args, **(kwargs or {})), kwargs or {}
+        moved = isinstance(out, torch.Tensor) and out.is_meta and args and isinstance(args[0], torch.Tensor)
+        if moved and not args[0].is_meta and not kwargs.get("non_blocking") and out.numel() > 1:
+            self.waits.append((str(func), args[0].shape))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl, v and zero-terminal SNR", "flux dev"])
+def test_a_step_waits_for_no_device(kind):
+    """On the meta device, whose numbers cannot be read."""
+    family = open_family(pipeline(kind))
+    conditions = {name: t.detach() for name, t in embedded(family, PROMPTS).items()}
+    family.parts(family.denoiser).to("meta")
+    z = torch.zeros(2, 4, 16, 16, device="meta", dtype=torch.float64)
+    with NoWaiting() as mode:
+        noised = family.levels.noised(z, z, torch.tensor([0.2, 0.9]))
+        family.predict(noised.x, noised.t, conditions | family.framed(FRAMES))
+    assert noised.snr.is_meta and not mode.waits
 
 
 # -- captions ------------------------------------------------------------------------------------------------------------

@@ -172,11 +172,13 @@ def test_a_run_from_split_files_is_the_run_from_the_folder(kind, folder, tmp_pat
     assert dreambooth.train(run).losses == dreambooth.train(split).losses
 
 
-def test_a_whole_single_file_is_opened_one_by_one(tmp_path):
-    base = without_weights(EMBEDDED, tmp_path)
-    parts = open_parts(single_file("sd15", None, tmp_path), base)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"], indirect=True)
+def test_a_whole_single_file_is_opened_one_by_one(kind, folder, tmp_path):
+    base, whole = without_weights(folder, tmp_path), open_pipeline(folder)
+    save_file(original(whole), tmp_path / "model.safetensors")
+    parts = open_parts(str(tmp_path / "model.safetensors"), base)
     assert not any(isinstance(part, torch.nn.Module) for part in parts.pipe.components.values())
-    assert all(same(parts(name), getattr(open_pipeline(), name)) for name in MODELS["sd15"])
+    assert all(same(parts(name), getattr(whole, name)) for name in MODELS[kind])
 
 
 @pytest.mark.parametrize("scheduler", ["as it is", "PNDMScheduler"])

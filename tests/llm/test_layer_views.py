@@ -257,3 +257,35 @@ def test_a_second_injection_is_the_only_active_adapter_and_configs_are_listed():
     assert list(ours.peft_config) == ["b"]
     diffpeft.unload(ours)
     assert "peft_config" not in vars(ours) and vars(ours).keys() == vars(Net()).keys()
+
+
+@pytest.mark.parametrize("active", ["a", "b", "c"])
+def test_copies_and_rows_are_seen_as_in_peft(active):
+    """An adapter that has no copy, or no rows, of a module is not active there."""
+
+    def seen(lib):
+        net = nn.ModuleDict({"lin": nn.Linear(4, 4), "head": nn.Linear(4, 4), "emb": nn.Embedding(6, 4)})
+        fields = dict(r=2, target_modules=["lin"])
+        more = {"a": {"modules_to_save": ["head"]}, "b": {}, "c": {"trainable_token_indices": {"emb": [1, 3]}}}
+        wrapped = lib.get_peft_model(net, lib.LoraConfig(**fields, **more["a"]), adapter_name="a")
+        for name in "bc":
+            wrapped.add_adapter(name, lib.LoraConfig(**fields, **more[name]))
+        wrapped.set_adapter(active)
+        lin, head, rows = (
+            net[name] if lib is diffpeft else wrapped.base_model.model[name] for name in ("lin", "head", "emb")
+        )
+        assert head.modules_to_save.a is head.modules_to_save["a"] and isinstance(head.modules_to_save.a, nn.Linear)
+        rows = rows.token_adapter
+        base = wrapped.base_model.model["emb"].original_module.weight
+        assert torch.equal(rows.trainable_tokens_original["c"], base[[1, 3]])
+        assert rows.trainable_tokens_delta.c is rows.trainable_tokens_delta["c"]
+        return {
+            "active": [list(part.active_adapters) for part in (lin, head)],
+            "rows": active in rows.active_adapters and active == "c",
+            "copies": list(head.modules_to_save),
+            "index": {name: list(index) for name, index in rows.token_indices.items()},
+            "deltas": {name: tuple(delta.shape) for name, delta in rows.trainable_tokens_delta.items()},
+            "without": [hasattr(part, "token_adapter") for part in (lin, head)],
+        }
+
+    assert seen(diffpeft) == seen(peft)

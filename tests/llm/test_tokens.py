@@ -414,3 +414,47 @@ def test_a_part_of_the_tensors_is_named():
     own.pop(next(key for key in own if key.endswith("lora_B.weight")))
     with pytest.raises(MissingKeysError, match="lora_B"):
         set_peft_model_state_dict(wrapped, own)
+
+
+# what `trainable_token_indices` cannot name: PEFT's kind of error, and its words
+UNFIT = {
+    "no module": ({"no": [1]}, ValueError, r"Target modules {'no'} not found in the base model\."),
+    "a module that is trained whole": (
+        {"embed_tokens": [1]},
+        ValueError,
+        "The embedding layer is already marked to be trained fully",
+    ),
+    "a list of modules": ({"layers": [1]}, TypeError, "trainable_token_indices cannot be applied to modules of type"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_has_no_rows_to_train_is_refused_as_in_peft(case):
+    rows, kind, said = UNFIT[case]
+    copied = ["embed_tokens"] if "whole" in case else None
+    for lib in (diffpeft, *([] if "list" in case else [peft])):  # in which a list has no weight
+        base = llama()
+        with pytest.raises(kind, match=said):
+            lib.get_peft_model(
+                base, lib.LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows, modules_to_save=copied)
+            )
+        if lib is diffpeft:
+            assert not any("adapters" in name or "copies" in name for name, _ in base.named_modules())
+
+
+def test_the_tables_whose_names_end_so_are_meant_as_in_peft():
+    keys = []
+    for lib in (peft, diffpeft):
+        net = nn.ModuleDict(
+            {
+                "emb": nn.Embedding(6, 4),
+                "my_emb": nn.Embedding(6, 4),
+                "embed": nn.Embedding(6, 4),
+                "lin": nn.Linear(4, 4),
+            }
+        )
+        wrapped = lib.get_peft_model(
+            net, lib.LoraConfig(target_modules=["lin"], trainable_token_indices={"emb": [1, 3]})
+        )
+        keys.append({*lib.get_peft_model_state_dict(wrapped)})
+    assert keys[0] == keys[1]

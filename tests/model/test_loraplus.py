@@ -17,6 +17,7 @@ CASES = [
     ("LoraConfig", dict(r=2, **BOTH)),
     ("LoraConfig", dict(r=2, target_modules=["lin"], lora_bias=True)),
     ("LoraConfig", dict(r=2, use_dora=True, **BOTH)),
+    ("LoraConfig", dict(r=2, target_modules=["lin"], bias="all")),
     ("LoraConfig", dict(r=2, target_modules=["lin"], modules_to_save=["norm", "head", "emb"])),
     ("LoraConfig", dict(r=2, target_modules=["lin"], target_parameters=["head.weight"])),
     ("AdaLoraConfig", dict(init_r=2, target_r=1, total_step=9, target_modules=["lin"])),

@@ -1,0 +1,95 @@
+"""The options of a long command under headings, in its help."""
+
+from __future__ import annotations
+
+import click
+
+GROUPS = {  # {heading: options}; those that are in none stand last
+    "Model": ("model", "base", "vae", "text_encoder", "dtype", "quantize", "base_lora", "training_adapter"),
+    "Data": (
+        "data",
+        "heldout",
+        "instance_prompt",
+        "trigger",
+        "resolution",
+        "buckets",
+        "crop",
+        "flip",
+        "mask",
+        "caption_dropout",
+        "shuffle_captions",
+        "keep_tokens",
+        "max_length",
+        "clip_skip",
+        "packing",
+        "class_prompt",
+        "class_data",
+        "num_class_images",
+        "prior_weight",
+    ),
+    "Adapter": (
+        "method",
+        "rank",
+        "alpha",
+        "rank_pattern",
+        "dropout",
+        "targets",
+        "train_text_encoder",
+        "init_from",
+        "allow_unchanged",
+    ),
+    "Objective": (
+        "loss",
+        "huber_c",
+        "huber_schedule",
+        "snr_gamma",
+        "debiased",
+        "noise_offset",
+        "density",
+        "density_mean",
+        "density_std",
+        "density_scale",
+        "shift",
+        "sigma_range",
+    ),
+    "Steps": (
+        "steps",
+        "batch_size",
+        "accumulate",
+        "optimizer",
+        "optimizer_args",
+        "lr",
+        "lr_scheduler",
+        "lr_cycles",
+        "lr_power",
+        "lr_pattern",
+        "lora_plus_ratio",
+        "warmup",
+        "weight_decay",
+        "max_grad_norm",
+        "ema",
+        "gradient_checkpointing",
+        "compile",
+        "seed",
+    ),
+    "Output and state": ("out", "name", "samples", "overwrite", "save_every", "keep", "resume", "allow"),
+}
+OTHERS = "Other options"
+_HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}
+
+
+class Grouped(click.Command):
+    """A command whose help has its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write them, each heading's in the order of its list."""
+        rows: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*GROUPS, OTHERS)}
+        order = list(_HEADINGS)
+        names = {p.name: p for p in self.get_params(ctx)}
+        for name in sorted(names, key=lambda name: order.index(name) if name in order else len(order)):
+            if (record := names[name].get_help_record(ctx)) is not None:
+                rows[_HEADINGS.get(name or "", OTHERS)].append(record)
+        for heading, records in rows.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
