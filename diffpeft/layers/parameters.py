@@ -26,8 +26,9 @@ class Stack:
     turned: bool = False
 
     @classmethod
-    def of(cls, module: nn.Module, name: str, shape: torch.Size) -> Stack | None:
-        """How to see a module's parameter of a shape; None if it has another number of axes."""
+    def of(cls, module: nn.Module, name: str, shape: torch.Size | None = None) -> Stack | None:
+        """How to see a module's parameter, of this shape if it is parametrised; None if it has another number of axes."""
+        shape = module.get_parameter(name).shape if shape is None else shape
         if len(shape) not in (2, 3):
             return None
         turned = len(shape) == 3 and bool(getattr(module, "is_transposed", False))

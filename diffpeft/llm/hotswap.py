@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import converters
+from converters.formats import attention
 from converters.formats.base import dotted_role
 from converters.formats.peft import CONFIG, PREFIX
 from diffpeft import io
@@ -98,7 +99,7 @@ def _refuse_keys(base: nn.Module, tensors: Mapping[str, Tensor], name: str) -> N
     """Raise ShapeMismatchError for keys of layers that the adapter in place is not on."""
     slots, plain = slots_in(base, name), {_without_name(key, name): key for key in tensors}
     places = {key: dotted_role(key.removeprefix(PREFIX)) for key in plain}
-    unexpected = [key for key, place in places.items() if place and place[0] not in slots]
+    unexpected = [key for key, place in places.items() if place and attention.read(place[0]) not in slots]
     if unexpected:
         told = ", ".join(shown(_with_name(key, name))[1:-1] for key in unexpected[:20])
         raise ShapeMismatchError(
