@@ -289,3 +289,34 @@ def test_copies_and_rows_are_seen_as_in_peft(active):
         }
 
     assert seen(diffpeft) == seen(peft)
+
+
+def test_settings_of_layers_outlive_what_comes_and_goes():
+    """Another adapter, a block, the whole model's own ways to switch and to merge."""
+    _, ours = pair("lora")
+    ours.first.set_adapter(["b", "a"])
+    ours.first.set_scale("a", 0.5)
+    ours.last.enable_adapters(False)
+    before, scaling = ours(INPUT).detach(), dict(ours.first.scaling)
+
+    def unchanged():
+        assert ours.first.active_adapters[:2] == ["b", "a"] and dict(ours.first.scaling) == scaling
+        assert ours.last.disable_adapters and not ours.first.disable_adapters
+        torch.testing.assert_close(ours(INPUT), before, rtol=1e-5, atol=1e-6)
+
+    unchanged()
+    diffpeft.attach(ours, diffpeft.LoraConfig(r=2), name="c", targets=["conv"])
+    unchanged()
+    diffpeft.detach(ours, "c")
+    unchanged()
+    with diffpeft.adapters(ours, {}):
+        torch.testing.assert_close(ours(INPUT), Net()(INPUT), rtol=0, atol=0)
+    unchanged()
+    diffpeft.fuse(ours)
+    torch.testing.assert_close(ours(INPUT), before, rtol=1e-4, atol=1e-5)
+    diffpeft.unfuse(ours)
+    unchanged()
+    ours.last.enable_adapters(True)
+    assert not torch.allclose(ours(INPUT), before)
+    diffpeft.set_adapters(ours, {"a": 1.0})
+    assert ours.first.active_adapters == ours.last.active_adapters == ["a"]
