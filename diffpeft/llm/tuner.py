@@ -168,9 +168,7 @@ class Tuner(nn.Module):
     """
 
     prefix: ClassVar[str] = ""  # what the names of the method's tensors begin with
-    uses_shared_state: ClassVar[bool] = (
-        False  # no adapter needs what another brought, so that each goes on bare modules
-    )
+    uses_shared_state: ClassVar[bool] = False  # whether its adapters need a PeftModel: none does here
 
     def __init__(
         self,

@@ -121,6 +121,7 @@ def test_a_run_is_the_same_wherever_its_latents_are_kept(live, photos, tmp_path)
         "shuffle_captions": True,
         "caption_dropout": 0.5,
         "train_text_encoder": live,
+        "overwrite": True,
     }
     disk = {"cache": "disk", "cache_dir": str(tmp_path / "cache")}
     runs = [
@@ -218,7 +219,7 @@ def test_prompts_are_encoded_once_for_an_encoder(family, tmp_path, monkeypatch):
     calls = counted(family, monkeypatch)
 
     def stores(encoder):
-        return Disk(tmp_path, lambda: text_identity(family, encoder))
+        return Disk(tmp_path, lambda: text_identity(family, encoder, "75 1"))
 
     for prompts, n in ((["a", "b", "a"], 2), (["b", "c"], 1), (["a", "c"], 0)):
         before = len(calls)
