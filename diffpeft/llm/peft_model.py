@@ -21,6 +21,7 @@ from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, inside, shown
 from diffpeft.llm import renames, state
+from diffpeft.llm.beams import encoder_inside
 from diffpeft.llm.cards import README, CardFacts, completed, tags_of
 from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
 from diffpeft.llm.distributed import gathered, in_units, unwrapped
@@ -280,7 +281,11 @@ class PeftModel(Passing, Counted, nn.Module):
         beams, several = (
             kwargs.get(k) or getattr(options, k, None) or 1 for k in ("num_beams", "num_return_sequences")
         )
-        with self._mixed_batch(adapter_names, args, kwargs, max(beams, several)):
+        copies = max(beams, several)
+        with (
+            self._mixed_batch(adapter_names, args, kwargs, copies),
+            encoder_inside(base, lambda: self._mixed_batch(adapter_names, args, kwargs)),
+        ):
             return self.tuner.generated(args, kwargs)
 
     def _mixed_batch(

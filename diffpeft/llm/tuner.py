@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -191,6 +191,16 @@ class Tuner(nn.Module):
             for name, config in configs.items():
                 config = config if state_dict is None else targeting(model, config, state_dict)
                 self.plan_injected(plan, name, config, active=True, precision=Precision(False, low_cpu_mem_usage))
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, object]:
+        """A model's config as a dict; of a model that has none `{"model_type": "custom"}`, as in PEFT."""
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "to_dict"):
+            return dict(config.to_dict())
+        if is_dataclass(config) and not isinstance(config, type):
+            return asdict(config)
+        return {"model_type": "custom"} if config is None else config
 
     @property
     def _parts(self) -> dict[str, nn.Module]:

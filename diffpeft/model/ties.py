@@ -16,7 +16,7 @@ from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.methods import Spec
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import adapted, modules_of
+from diffpeft.model.target import modules_of
 from diffpeft.model.tied import same_product
 
 FIELD = "tie_word_embeddings"
@@ -64,19 +64,16 @@ def twins(model: nn.Module, ties: Mapping[str, str], slots: Mapping[str, Slot], 
 
 
 def loosen(plan: Plan, model: nn.Module) -> None:
-    """Add to a plan what a model must know of the ties that the plan undoes, so that it can be saved and loaded: `tie_word_embeddings=False`. Warns.
+    """Add to a plan what a model must know of the ties that the plan undoes, or that are none, so that it can be saved and loaded:
+    `tie_word_embeddings=False`. Warns.
 
     Where some declared ties remain, or the config's class does not let the field be False (T5), it stays True: transformers leaves weights alone that
     a file holds apart.
     """
-    later, before = plan.entries, _parted(model)
+    later = plan.entries
     for prefix, module in model.named_modules():
         ties = list(_declared(module))
-        broken = [
-            target
-            for target, one, other in ties
-            if _then(before, one) is _then(before, other) and _then(later, one) is not _then(later, other)
-        ]
+        broken = [target for target, one, other in ties if _apart(_then(later, one), _then(later, other))]
         if not broken:
             continue
         config: Any = module.config
@@ -91,13 +88,9 @@ def loosen(plan: Plan, model: nn.Module) -> None:
     _forget(plan, model, later)
 
 
-def _parted(model: nn.Module) -> dict[tuple[int, str], object]:
-    """The parameters that modules had in common until adapters were fused, by their places."""
-    return {
-        (id(module._parameters), name): parameter
-        for _, module, record in adapted(model)
-        for name, parameter in record.parted.items()
-    }
+def _apart(one: object, other: object) -> bool:
+    """Whether two parameters are different ones, as far as that can be told: not of what is stored elsewhere."""
+    return one is not other and not any(isinstance(p, nn.Parameter) and p.is_meta for p in (one, other))
 
 
 def _declared(module: Any) -> Iterator[tuple[str, Holder, Holder]]:
@@ -127,7 +120,7 @@ def _holder(model: nn.Module, name: str) -> Holder | None:
 
 
 def _then(later: Mapping[tuple[int, str], object], holder: Holder) -> object:
-    """The parameter that will be there, or has been: `later` are those that are others."""
+    """The parameter that will be there."""
     table, name = holder
     return later.get((id(table), name), table[name])
 

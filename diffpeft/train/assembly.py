@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +27,17 @@ class Assembly:
     offset: float = 0.0
     prior: PriorPrompts | None = None
 
-    def captions(self, steps: Iterable[int]) -> list[str]:
+    def captions(self, steps: range) -> list[str]:
         """The captions of these steps, each once, and the prompts of the prior."""
         captions = [caption for batches in self.kinds for caption in batches.needed(steps)[1]]
         examples = [example for batches in self.kinds for example in batches.examples]
         return list(dict.fromkeys([*captions, *(self.prior.all(examples) if self.prior else ())]))
 
-    def learn(self, steps: Iterable[int], tick: Callable[[], None] = lambda: None) -> None:
-        """Compute the latents of all that these steps show."""
+    def learn(self, steps: range, tick: Callable[[], None] = lambda: None) -> None:
+        """Compute the latents of all that these steps show, and give up what computed them."""
         for batches in self.kinds:
             self.latents.learn(batches.examples, batches.needed(steps)[0], tick)
+        self.latents.free()
 
     def at(self, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
         """The batches of a part of a step: one with instance and class images, or if these are of other sizes one of each."""

@@ -41,7 +41,7 @@ class Latents:
         self.family, self.store = family, store or Memory()
 
     def learn(self, examples: Sequence[Example], views: Iterable[tuple[int, View]], tick: Callable[[], None]) -> None:
-        """Compute the latents of views (example, view), each image read once, and give up the VAE."""
+        """Compute the latents of views (example, view), each image read once."""
         if not self.store.keeps:
             return
         missing: dict[int, list[View]] = {}
@@ -53,7 +53,11 @@ class Latents:
             for view in unknown:
                 self._compute(examples[index], view, image)
             tick()
-        self.family.parts.free("vae")
+
+    def free(self) -> None:
+        """Give up the VAE, if what it computed is kept."""
+        if self.store.keeps:
+            self.family.parts.free("vae")
 
     def __call__(self, example: Example, view: View) -> Moments:
         """The latents of a view, which are computed if they are not kept."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import converters
 import diffpeft
+from diffpeft import patterns
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
-from diffpeft.families.devices import sent
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
@@ -289,22 +289,24 @@ def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str,
     layers = [layer for part, model in models.items() for layer in select({part: model}, **chosen[part])[part]]
     set_ranks(settings, config, layers)
     for component, model in models.items():
-        generator = draw.generator(config.seed, "init", component)
-        attach(model, settings, name, **chosen[component], generator=generator, **ADAPTERS[config.method])
+        attach(
+            model,
+            settings,
+            name,
+            **chosen[component],
+            generator=draw.generator(config.seed, "init", component),
+            **ADAPTERS[config.method],
+        )
 
 
 def unread_layers(family: Family, name: str) -> set[str]:
-    """The adapted layers of the text encoders that nothing reads: those after the last states that the denoiser gets."""
-    slots, unread = slots_of(family.pipe, name), set[str]()
-    for encoder in family.text_encoders:
-        layers = {layer: slot for layer, slot in slots.items() if layer.partition(".")[0] == encoder}
-        if layers:
-            total = torch.stack([t.float().sum() for t in family.embed(encoder, [""]).values()]).sum()
-            places = [(layer, p) for layer, slot in layers.items() for p in slot.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(total, [p for _, p in places], allow_unused=True)
-            read = {layer for (layer, _), gradient in zip(places, gradients, strict=True) if gradient is not None}
-            unread |= layers.keys() - read
-    return unread
+    """The adapted layers of the text encoders that nothing reads: an adapter that a run begins with may have some."""
+    places = {layer: layer.partition(".") for layer in slots_of(family.pipe, name)}
+    return {
+        layer
+        for layer, (component, _, inner) in places.items()
+        if component in family.unread and patterns.fullmatch(family.unread[component], inner)
+    }
 
 
 def class_examples(
@@ -333,7 +335,7 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
 
     def loss_of(batch: Batch) -> Tensor:
-        batch = replace(batch.to(device), u=sent(sampling(batch.u, batch.latents.shape), device))
+        batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
         losses = denoising(family, batch, texts(batch.prompts), objective)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:

@@ -19,6 +19,7 @@ from diffpeft.errors import ConfigError, DataError, shown
 from diffpeft.io import replacing
 from diffpeft.train import data
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.data.layout import RECORD
 from diffpeft.train.data.read import looked_at
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ STEPS, GUIDANCE = 25, 4.0
 CHUNK = {
     "cpu": 1
 }  # images drawn at a time; alone each has the same bytes whatever else is missing, and a CPU is hardly slower
-RECORD = "class.json"
 _NAME = re.compile(r"class-(\d+)\.png")
 _FREE = ("seed", "sampler", "first")  # what the folder's own record says, whatever a run would choose
 

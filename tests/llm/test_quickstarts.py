@@ -188,11 +188,13 @@ def test_generation(lib):
         assert torch.equal(found, wrapped.eval().generate(ids, max_new_tokens=5, do_sample=False))
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_with_an_adapter_a_prompt(lib, beams):
-    wrapped = seeded(lib.get_peft_model(model(), lib.LoraConfig(task_type="CAUSAL_LM"), adapter_name="a")).eval()
-    wrapped.add_adapter("b", lib.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
-    data = batch(rows=3)
+def test_generation_with_an_adapter_a_prompt(lib, beams, kind):
+    fields = dict(task_type=TASKS[kind], target_modules=["v_proj", "q_proj"] if kind == "llama" else ["q", "wi"])
+    wrapped = seeded(lib.get_peft_model(model(kind), lib.LoraConfig(**fields), adapter_name="a")).eval()
+    wrapped.add_adapter("b", lib.LoraConfig(**fields, r=4, init_lora_weights=False))
+    data = {key: t for key, t in batch(kind, rows=3).items() if "labels" not in key and "decoder" not in key}
     options = dict(max_new_tokens=4, do_sample=False, num_beams=beams)
     with torch.no_grad():
         mixed = wrapped.generate(**data, adapter_names=["a", "__base__", "b"], **options)
@@ -205,6 +207,9 @@ def test_generation_with_an_adapter_a_prompt(lib, beams):
                 alone = wrapped.generate(**data, **options)
             n = min(mixed.shape[1], alone.shape[1])
             assert torch.equal(mixed[row, :n], alone[row, :n]), name
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks for m in wrapped.get_base_model().modules()
+    )  # they are gone
 
 
 def test_the_low_level_api(tmp_path):

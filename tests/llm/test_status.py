@@ -195,3 +195,16 @@ def test_prompts_are_on_no_layer():
                 getattr(wrapped, status)()
         with pytest.raises(TypeError, match="Setting `requires_grad` is not supported for prompt learning methods"):
             wrapped.set_requires_grad("no such adapter")
+
+
+def test_a_model_s_config_is_a_dict():
+    @dataclasses.dataclass
+    class Config:
+        hidden_size: int = 4
+
+    from tests.llm.models import model
+
+    nets = [nn.Linear(2, 2) for _ in range(3)]
+    nets[1].config, nets[2].config = {"a": 1}, Config()
+    for net in (*nets, model()):
+        assert diffpeft.LoraModel.get_model_config(net) == peft.LoraModel.get_model_config(net)

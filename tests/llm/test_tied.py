@@ -346,6 +346,19 @@ def test_a_merge_unties_layers_that_adapters_are_on(names, tmp_path):
         torch.testing.assert_close(run(AutoModelForCausalLM.from_pretrained(tmp_path / start)), want, **SAME)
 
 
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["q_proj"]])
+def test_a_tie_that_only_the_config_knows_of_is_taken_out_of_it_by_a_merge(names):
+    """So transformers leaves a model whose files have other weights for embedding and head."""
+    configs = []
+    for lib in (peft, diffpeft):
+        base = llama(False)
+        base.config.tie_word_embeddings = True
+        wrapped = lib.get_peft_model(base, lib.LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+        with pytest.warns(UserWarning, match="Setting.*tie_word_embeddings"):
+            configs.append(wrapped.merge_and_unload().config.tie_word_embeddings)
+    assert configs == [False, False]
+
+
 def test_fuse_still_refuses_to_untie():
     wrapped = get_peft_model(llama(True), LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
     with pytest.raises(diffpeft.AdapterStateError, match="tied"):

@@ -26,7 +26,7 @@ LAYOUTS = {  # {case: (files, prompt, {image: (caption, repeats)})}
         {"a.png": ("dog", 1), "b.png": ("", 1)},
     ),
     "jsonl of folders below": (
-        {"x/a.png": DOG, "metadata.jsonl": json.dumps({"file_name": "x/a.png", "caption": "döggö"}, ensure_ascii=False)}, "p", {"x/a.png": ("döggö", 1)},
+        {"x/a.png": DOG, "metadata.jsonl": json.dumps({"file_name": "x\\a.png", "caption": "döggö"}, ensure_ascii=False)}, "p", {"x/a.png": ("döggö", 1)},
     ),
     "the inner table wins": (
         {"x/a.png": DOG, "metadata.jsonl": '{"file_name": "x/a.png", "text": "outer"}', "x/metadata.jsonl": '{"file_name": "a.png", "text": "inner"}'},

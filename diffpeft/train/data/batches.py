@@ -8,7 +8,7 @@ pictures of every size, exactly so often.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +83,7 @@ class Batches:
                 by_target.setdefault(target, []).extend([index] * (example.repeats // common))
         self.buckets = sorted(by_target.items())
         self.epochs: dict[int, list[int]] = {}  # the one that was asked for last
+        self.known: dict[range, tuple[dict[tuple[int, View], None], dict[str, None]]] = {}  # what was needed, likewise
 
     def at(self, step: int) -> list[Shown]:
         """The batch of a step 0, 1, ...: `size` examples, or none if there are no examples at all."""
@@ -127,7 +128,11 @@ class Batches:
             self.epochs = {epoch: [turns[i] for i in torch.randperm(len(turns), generator=key).tolist()]}
         return self.epochs[epoch]
 
-    def needed(self, steps: Iterable[int]) -> tuple[dict[tuple[int, View], None], dict[str, None]]:
+    def needed(self, steps: range) -> tuple[dict[tuple[int, View], None], dict[str, None]]:
         """(example, view) and captions of all batches of these steps, each once, in the order in which they are first asked for."""
-        shown = [place for step in steps for place in self.at(step)]
-        return dict.fromkeys((s.index, s.view) for s in shown), dict.fromkeys(s.caption for s in shown)
+        if steps not in self.known:
+            views, captions = dict[tuple[int, View], None](), dict[str, None]()
+            for shown in (place for step in steps for place in self.at(step)):
+                views[shown.index, shown.view] = captions[shown.caption] = None
+            self.known = {steps: (views, captions)}
+        return self.known[steps]

@@ -7,6 +7,7 @@ At 512 the sides go from 256 to 1024, which is sd-scripts' default; larger resol
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,15 +33,20 @@ class Sizing:
 
     def targets(self, size: Size) -> tuple[Size, ...]:
         """The sizes of the pictures that are made of an image of `size`: one for each resolution, or for the least, if all are larger than the image."""
-        width, height = size
-        within = [side for side in self.resolutions if side * side <= width * height] or [min(self.resolutions)]
-        return tuple(dict.fromkeys(nearest(size, self.sizes(side)) for side in within))
+        return _targets(self, size)
 
-    def sizes(self, resolution: int) -> list[Size]:
+    def sizes(self, resolution: int) -> tuple[Size, ...]:
         """The sizes that pictures of a resolution may have."""
         if not self.buckets:
-            return [(resolution, resolution)]
+            return ((resolution, resolution),)
         return buckets(resolution, *bounds(resolution, self.multiple))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _targets(sizing: Sizing, size: Size) -> tuple[Size, ...]:
+    width, height = size
+    within = [side for side in sizing.resolutions if side * side <= width * height] or [min(sizing.resolutions)]
+    return tuple(dict.fromkeys(nearest(size, sizing.sizes(side)) for side in within))
 
 
 def bounds(resolution: int, multiple: int = 1) -> tuple[int, int, int]:
@@ -50,7 +56,8 @@ def bounds(resolution: int, multiple: int = 1) -> tuple[int, int, int]:
     return step, least, max(MOST, 2 * resolution) if resolution >= LEAST else 2 * resolution
 
 
-def buckets(resolution: int, step: int, least: int, most: int) -> list[Size]:
+@functools.lru_cache
+def buckets(resolution: int, step: int, least: int, most: int) -> tuple[Size, ...]:
     """The buckets of a resolution, in order of width."""
     square = resolution // step * step or step
     sizes = {(square, square)}
@@ -58,7 +65,7 @@ def buckets(resolution: int, step: int, least: int, most: int) -> list[Size]:
         height = min(most // step * step, resolution * resolution // width // step * step)
         if height >= least:
             sizes |= {(width, height), (height, width)}
-    return sorted(sizes)
+    return tuple(sorted(sizes))
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:

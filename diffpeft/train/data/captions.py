@@ -43,7 +43,7 @@ class Tables:
         """Add a table's rows. Its paths are relative to its folder."""
         try:
             for name, caption in _rows(path):
-                image = path.parent / name
+                image = path.parent / name.replace("\\", "/")  # written on Windows
                 if is_image(image):
                     self.captions[compared(image)] = caption, path.name
                     self.images.setdefault(path, []).append(image)
