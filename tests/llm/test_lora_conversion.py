@@ -28,7 +28,6 @@ KINDS = {
 }
 OURS = {  # methods and layers that PEFT does not convert, or not as they act
     "dora": ("LoraConfig", dict(r=6, use_dora=True, init_lora_weights=False)),
-    "adalora": ("AdaLoraConfig", dict(init_r=6, target_r=2, total_step=10, init_lora_weights=False)),
 }
 
 
@@ -95,7 +94,7 @@ def test_expressions_and_turned_weights(base, targets, rank):
 
 @pytest.mark.parametrize("kind", [*KINDS, *OURS])
 def test_at_the_full_rank_nothing_is_lost_and_peft_loads_it(kind, tmp_path):
-    ours = made(diffpeft, kind, modules_to_save=["lm_head"] if kind not in ("vera", "adalora") else None)
+    ours = made(diffpeft, kind, modules_to_save=["lm_head"] if kind != "vera" else None)
     with torch.no_grad():
         ours.get_base_model().lm_head.weight.mul_(-1.5)
     want = run(ours)
@@ -105,7 +104,7 @@ def test_at_the_full_rank_nothing_is_lost_and_peft_loads_it(kind, tmp_path):
     for lib in (diffpeft, peft):
         base = model()
         with torch.no_grad():
-            base.lm_head.weight.mul_(-1.5 if kind in ("vera", "adalora") else 1)
+            base.lm_head.weight.mul_(-1.5 if kind == "vera" else 1)
         loaded = lib.PeftModel.from_pretrained(base, str(tmp_path / "new" / "folder")).eval()
         with torch.no_grad():
             torch.testing.assert_close(run(loaded), want, rtol=1e-3, atol=1e-4)
@@ -190,7 +189,7 @@ def test_who_can_be_converted_is_said_before():
         fields |= {"feedforward_modules": []} if name == "IA3Config" else {}
         fields |= {"oft_block_size": 4} if name == "OFTConfig" else {}
         wrapped = get_peft_model(model(), config(**fields))
-        additive = {"LoraConfig", "LoHaConfig", "LoKrConfig", "VeraConfig", "AdaLoraConfig"}
+        additive = {"LoraConfig", "LoHaConfig", "LoKrConfig", "VeraConfig"}
         assert wrapped.supports_lora_conversion() == (name in additive), name
         assert wrapped.base_model.supports_lora_conversion("default") == (name in additive)
 
