@@ -111,4 +111,6 @@ def stand_in(
     """A module of the class `base` that shares everything with `module` but these parameters and attributes."""
     other = base.__new__(base)
     other.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters}, **attributes)
+    for name in parameters:
+        other.__dict__.pop(name, None)  # where FSDP 1 puts what it has gathered, and which is found first
     return other

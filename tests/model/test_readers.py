@@ -293,3 +293,51 @@ def test_a_quantised_weight_that_is_read_is_refused():
     torchao.quantize_(model.linear1, torchao.Int8WeightOnlyConfig())
     with pytest.raises(AdapterStateError, match="TransformerEncoderLayer reads its weight directly"):
         diffpeft.attach(model, LoraConfig(), targets=["linear1"])
+
+
+class Mixed(nn.Module):
+    """An attention, a transformer, a norm and a parameter of a layer's own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.norm(self.encoder(self.attention(x, x, x)[0])))
+
+
+FIELDS = {
+    "attention": {"target_modules": ["attention"]},
+    "encoder": {"target_modules": ["self_attn", "linear1", "linear2"]},
+    "biases": {"target_modules": ["out"], "bias": "all"},
+    "parameter": {"target_modules": [], "target_parameters": ["out.weight", "attention.in_proj_weight"]},
+}
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/g", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_fsdp_puts_beside_parameters_are_not_read_past_adapters(fields, training, process_group):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = diffpeft.get_peft_model(Mixed(), LoraConfig(r=2, init_lora_weights=False, **fields)).train(training)
+    for name, p in model.named_parameters():
+        if name.endswith("diff_b"):
+            nn.init.normal_(p)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        want = model(x)
+        assert not torch.allclose(want, Mixed().train(training)(x), atol=1e-3)
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        torch.testing.assert_close(sharded(x), want)

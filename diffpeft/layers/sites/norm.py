@@ -42,6 +42,8 @@ class NormSite(LayerSite):
         changed = {"weight": self.stored(weight).to(m.weight.dtype), "bias": self.bias if bias else None}
         other = base.__new__(base)
         other.__dict__.update(m.__dict__, _parameters={**m._parameters, **changed})
+        for name in changed:
+            other.__dict__.pop(name, None)  # where FSDP 1 puts what it has gathered, and which is found first
         y: Tensor = base.forward(other, x, *self.arguments, **self.keywords)
         return y
 
