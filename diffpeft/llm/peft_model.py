@@ -425,6 +425,8 @@ class PeftModel(Passing, Counted, nn.Module):
     ) -> PeftModel:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
 
+        The adapter is the only active one; another one of its name on the model is replaced.
+
         Args:
             autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
             ephemeral_gpu_offload, low_cpu_mem_usage: change nothing: tensors go straight from the file to their place.
@@ -448,7 +450,8 @@ class PeftModel(Passing, Counted, nn.Module):
         wrapper = cls._around(model, config)
         with inside(folder.where), planned({"": model}) as plan:
             settled = config if config.is_prompt_learning else copy.copy(config)
-            wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(settled), folder, how)
+            with wrapper._alone(plan, adapter_name):
+                wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(settled), folder, how)
             wrapper._plan_kept(plan, adapter_name, config)
             plan_input_grads(plan, model)
             if not is_trainable:
@@ -697,7 +700,7 @@ def _from_inside(config: Config) -> Config:
         if isinstance(entries, str):
             setattr(config, name, entries.removeprefix(PREFIX).removeprefix(PREFIX.replace(".", r"\.")))
         elif entries:
-            setattr(config, name, [entry.removeprefix(PREFIX) for entry in entries])
+            setattr(config, name, type(entries)(entry.removeprefix(PREFIX) for entry in entries))
     return config
 
 
