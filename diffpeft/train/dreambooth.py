@@ -19,6 +19,7 @@ from diffpeft import patterns
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
+from diffpeft.families.devices import sent
 from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
@@ -36,10 +37,11 @@ from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, sent, with_prior
+from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
-from diffpeft.train.start import adopt, assist, bake, dismiss
+from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.watch import Quiet, Watch
@@ -103,8 +105,9 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
 
 
 def _reads(checked: Checked) -> dict[str, str]:
-    """What a run reads, by fingerprint: names, sizes and captions of its images."""
-    examples = [(e.path.name, e.path.stat().st_size, e.caption) for e in checked.account.examples]
+    """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files and masks."""
+    files = [(e, [p for p in (e.path, e.mask) if p]) for e in checked.account.examples]
+    examples = [(e.caption, e.repeats, *((p.name, p.stat().st_size) for p in paths)) for e, paths in files]
     return {"data": fingerprint(examples)}
 
 
@@ -149,12 +152,10 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
 def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
     """The options with what their defaults come to."""
-    if config.class_prompt is not None:
-        config = replace(
-            config,
-            num_class_images=config.num_class_images or prior.IMAGES,
-            prior_weight=config.prior_weight or prior.WEIGHT,
-        )
+    if config.class_prompt is not None and config.prior != "base":
+        config = replace(config, prior="images", num_class_images=config.num_class_images or prior.IMAGES)
+    if config.prior is not None:
+        config = replace(config, prior_weight=config.prior_weight or prior.WEIGHT)
     return replace(
         config,
         name=name,
@@ -206,13 +207,14 @@ def _encoded(
     texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
-    prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
+    drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
+    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts])
     classes = class_examples(config, family, checked.prior, watch, texts)
     assembly = Assembly(
         [instances, batches_of(config, classes, sizing, "class")],
         Latents(family, stores("vae")),
         config.noise_offset or 0.0,
+        prior_prompts(config),
     )
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
@@ -234,7 +236,8 @@ def _stores(config: TrainConfig, family: Family) -> Callable[[str], Store]:
             return Memory() if config.cache == "ram" else Nowhere()
         if component == "vae":
             return Disk(_cache_dir(config), lambda: identity_of(family.parts("vae")))
-        return Disk(_cache_dir(config), lambda: text_identity(family, component))
+        reading = f"{config.max_length} {config.clip_skip}"
+        return Disk(_cache_dir(config), lambda: text_identity(family, component, reading))
 
     return store_of
 
@@ -287,14 +290,8 @@ def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str,
     layers = [layer for part, model in models.items() for layer in select({part: model}, **chosen[part])[part]]
     set_ranks(settings, config, layers)
     for component, model in models.items():
-        attach(
-            model,
-            settings,
-            name,
-            **chosen[component],
-            generator=draw.generator(config.seed, "init", component),
-            **ADAPTERS[config.method],
-        )
+        generator = draw.generator(config.seed, "init", component)
+        attach(model, settings, name, **chosen[component], generator=generator, **ADAPTERS[config.method])
 
 
 def unread_layers(family: Family, name: str) -> set[str]:
@@ -329,12 +326,16 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     add up to the loss of one batch of that size.
     """
     device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
-    objective = objective_of(config)
+    objective, weight = objective_of(config), config.prior_weight or prior.WEIGHT
+    base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
 
     def loss_of(batch: Batch) -> Tensor:
         batch = replace(batch.to(device), u=sent(sampling(batch.u, batch.latents.shape), device))
         losses = denoising(family, batch, texts(batch.prompts), objective)
-        return with_prior(losses, batch.is_class, config.prior_weight or prior.WEIGHT) / config.accumulate
+        loss = with_prior(losses, batch.is_class, weight)
+        if batch.prior_prompts is not None:
+            loss = loss + weight * preserved(family, batch, texts, base).mean()
+        return loss / config.accumulate
 
     def loss_at(step: int, part: int) -> Tensor:
         return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
@@ -425,6 +426,6 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "modelspec.architecture": f"{run.family.architecture}/lora",
         "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
-        "modelspec.trigger_phrase": config.instance_prompt or "",
+        "modelspec.trigger_phrase": config.trigger or config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,
     }
