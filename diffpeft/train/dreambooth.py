@@ -289,14 +289,8 @@ def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str,
     layers = [layer for part, model in models.items() for layer in select({part: model}, **chosen[part])[part]]
     set_ranks(settings, config, layers)
     for component, model in models.items():
-        attach(
-            model,
-            settings,
-            name,
-            **chosen[component],
-            generator=draw.generator(config.seed, "init", component),
-            **ADAPTERS[config.method],
-        )
+        generator = draw.generator(config.seed, "init", component)
+        attach(model, settings, name, **chosen[component], generator=generator, **ADAPTERS[config.method])
 
 
 def unread_layers(family: Family, name: str) -> set[str]:
