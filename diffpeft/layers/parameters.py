@@ -7,6 +7,7 @@ A [experts * r, in] goes expert by expert, B [out, r * experts] rank by rank. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Stack:
     @classmethod
     def of(cls, module: nn.Module, name: str, shape: torch.Size | None = None) -> Stack | None:
         """How to see a module's parameter, of this shape if it is parametrised; None if it has another number of axes."""
-        shape = module.get_parameter(name).shape if shape is None else shape
+        shape = cast(Tensor, module._parameters[name]).shape if shape is None else shape
         if len(shape) not in (2, 3):
             return None
         turned = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
