@@ -29,7 +29,6 @@ ABSENT = {
     "BaseTuner": {
         "tuner_layer_cls": "layers keep their classes",
         "target_module_mapping": "peft.utils.constants has the tables",
-        "get_model_config": "of a model of transformers, model.config.to_dict() is that",
         "subtract_mutated_init": "inits never change the base, and save_pretrained writes a LoRA of twice the rank",
     },
 }
