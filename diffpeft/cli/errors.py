@@ -29,10 +29,7 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
     try:
         return command.main([a for a in args if a != "--debug"], prog_name="diffpeft", standalone_mode=False) or 0
     except (KeyboardInterrupt, click.Abort) as error:
-        click.echo("interrupted", err=True)
-        for note in getattr(error, "notes", ()):
-            click.echo(f"  {note}", err=True)
-        return getattr(error, "exit_code", INTERRUPTED)
+        return _interrupted(error)
     except click.ClickException as error:
         _show_usage(error)
         return error.exit_code
@@ -44,6 +41,15 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
             return error.exit_code
         _show_system(error)
         return SYSTEM
+
+
+def _interrupted(error: BaseException) -> int:
+    """Say that a command was interrupted, and where it left its state; the exit code. click makes its own exception of it."""
+    cause = error.__cause__ or error
+    click.echo("interrupted", err=True)
+    for note in getattr(cause, "notes", ()):
+        click.echo(f"  {note}", err=True)
+    return getattr(cause, "exit_code", INTERRUPTED)
 
 
 def _show_usage(error: click.ClickException) -> None:

@@ -14,6 +14,7 @@ from diffpeft.families.base import Noised
 from diffpeft.families.devices import sent
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -39,10 +40,11 @@ class Discrete:
                 remedy="Models that predict epsilon, v_prediction or sample, at levels by betas, can.",
             )
         self.alphas: Tensor = DDPMScheduler.from_config(config).alphas_cumprod  # [T], falling, fp32
+        self._copies: dict[torch.device, Tensor] = {}  # of it, on the devices that it was asked for on
 
     def sigma(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """sqrt(1 - a_t) [b] at levels u [b]."""
-        return (1 - self.alphas[self._number(u)]).sqrt()
+        return (1 - self._on(u.device)[self._number(u)]).sqrt()
 
     def place(self, sigma: Tensor, shape: Sequence[int]) -> Tensor:
         """The first level u [b] with at least this much noise; the last, if none has."""
@@ -54,10 +56,16 @@ class Discrete:
     def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
         """Latents z with noise n, both [b, c, h, w], at levels u [b]."""
         t, device = self._number(u), z.device
-        a = sent(self.alphas[t], device)
+        a = self._on(u.device)[t].to(device)
         signal, sigma = (root.to(z.dtype).view(-1, 1, 1, 1) for root in (a.sqrt(), (1 - a).sqrt()))
         target = {"epsilon": n, "sample": z}.get(self.kind, signal * n - sigma * z)
         return Noised(signal * z + sigma * n, sent(t, device), target, a / (1 - a), self.kind)
 
     def _number(self, u: Tensor) -> Tensor:
-        return (u * len(self.alphas)).long().to(self.alphas.device)
+        return (u * len(self.alphas)).long()
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The table on a device, copied once: a step does not wait for it."""
+        if device not in self._copies:
+            self._copies[device] = self.alphas.to(device)
+        return self._copies[device]

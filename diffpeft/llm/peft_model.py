@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, inside, shown
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, inside, shown
 from diffpeft.llm import renames, state
 from diffpeft.llm.cards import README, CardFacts, completed, tags_of
 from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
@@ -35,7 +35,7 @@ from diffpeft.llm.status import Counted
 from diffpeft.llm.status import get_layer_status as get_layer_status
 from diffpeft.llm.status import get_model_status as get_model_status
 from diffpeft.llm.tasks import TASKS, heads_of
-from diffpeft.llm.tuner import LoadOptions, Tuner, inject, known, named
+from diffpeft.llm.tuner import LoadOptions, Tuner, found_configs, inject, known, named
 from diffpeft.llm.tuners import TUNERS, MixedModel
 from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
 from diffpeft.model.activation import plan_trained
@@ -109,6 +109,9 @@ class PeftModel(Passing, Counted, nn.Module):
             return
         if name in others:
             plan_removed(plan, {"": base}, {name})
+        if isinstance(self.tuner, Tuner):
+            for other, config in found_configs(base).items():
+                plan.entry(self.tuner.peft_config, other, config)
         plan_mix(plan, base, {"": base}, {})
         plan_trained(plan, base, dict.fromkeys(others, False))
         with plan.tentative():
@@ -536,10 +539,6 @@ class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS): ...
 class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION): ...
 
 
-class NoStatusError(ConfigError, TypeError):
-    """A report that PEFT's class has not: it raises a TypeError."""
-
-
 class PeftMixedModel(PeftModel):
     """A model with adapters of several methods, as every PeftModel may have them; with PEFT's words and checks for it.
 
@@ -581,14 +580,14 @@ class PeftMixedModel(PeftModel):
 
     def get_layer_status(self) -> NoReturn:
         """Raises a TypeError, as PEFT's: `diffpeft.get_layer_status(model.get_base_model())` knows."""
-        raise NoStatusError(
+        raise WrongKindError(
             f"get_layer_status is not supported for {type(self).__name__}",
             remedy="Ask diffpeft.get_layer_status(model.get_base_model()).",
         )
 
     def get_model_status(self) -> NoReturn:
         """Raises a TypeError, as PEFT's: `diffpeft.get_model_status(model.get_base_model())` knows."""
-        raise NoStatusError(
+        raise WrongKindError(
             f"get_model_status is not supported for {type(self).__name__}",
             remedy="Ask diffpeft.get_model_status(model.get_base_model()).",
         )

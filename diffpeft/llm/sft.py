@@ -36,7 +36,7 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import rate_of
-from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt, rescued
+from diffpeft.train.outcome import check_rank, check_room, refuse_idle, rescued
 from diffpeft.train.state import fingerprint
 from diffpeft.train.watch import Quiet, Watch
 
@@ -119,7 +119,7 @@ def _fitted(
         typed, config, reads, lambda folder, step: model.save_pretrained(folder / "adapter"), checked.state, "sft"
     )
     losses = fit(job_of(config, trained, StepLoss(config, loss, sequences)), keeper, Events.of(watch, config.steps))
-    refuse_unlearnt([model.get_base_model()], model.active_adapters[0])
+    refuse_idle(model.get_base_model(), model.active_adapters[0], config.allow_unchanged)
     return losses
 
 

@@ -102,6 +102,11 @@ class Passing:
         return _rebuild, (type(self),), self.__getstate__()
 
 
+def is_served() -> bool:
+    """Whether `peft` is ours here (`diffpeft.as_peft`)."""
+    return getattr(sys.modules.get("peft"), "PeftConfig", None) is PeftConfig
+
+
 def _rebuild(cls: type[Instance]) -> Instance:
     return cls.__new__(cls)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def job_of(
     parameters: Mapping[str, nn.Parameter],
     loss: Callable[[int, int], Tensor],
     *,
-    strict: bool = False,
+    strict: Collection[str] = (),
 ) -> Job:
     """What the loop needs. Raises ConfigError or UnknownNameError for options that do not fit the parameters."""
     rate = optimizers.rate_of(options)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import DivergedError
+from diffpeft.errors import DivergedError, NothingLearntError
 from diffpeft.train import checkpoints, draw, state
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.ema import Ema, average, averaged
@@ -41,7 +41,7 @@ class Job:
         parameters: by name; a name ends with the role of the tensor in its layer: layer.lora_A.
         loss: (step, part) -> a number []. The loss of a step is the sum of its parts', and so are its gradients.
         schedule: the rate by step; a group of the optimiser may have a `factor` for it.
-        strict: in the first two steps every tensor must get a gradient, else the run is refused.
+        strict: the tensors that must get a gradient in the first two steps, else the run is refused.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -53,7 +53,7 @@ class Job:
     max_grad_norm: float = 1.0
     ema: Ema | None = None
     scale: LossScale | None = None
-    strict: bool = False
+    strict: Collection[str] = ()
 
 
 @dataclass
@@ -191,7 +191,8 @@ class Loop:
                     raise DivergedError(f"the {what} is {number} at step {reading.step + 1}", remedy=_LOWER)
             self.largest = np.maximum(self.largest, numbers[2:])
             if self.job.strict and reading.step < 2:
-                check_every_gradient(list(self.job.parameters), self.largest, reading.step)
+                norms = dict(zip(self.job.parameters, self.largest, strict=True))
+                check_every_gradient({name: norms[name] for name in self.job.strict}, reading.step)
             self.losses.append(float(loss))
             self.events.step(reading.step + 1, float(loss))
 
@@ -271,7 +272,7 @@ class Loop:
         try:
             yield
         except Exception as error:
-            if self.keeper is not None:
+            if self.keeper is not None and not isinstance(error, NothingLearntError):
                 self._rescue(self.keeper)
                 for note in self._where():
                     error.add_note(note)
@@ -280,7 +281,7 @@ class Loop:
     def _rescue(self, keeper: Keeper) -> None:
         """Save the state, if it is good and not saved yet. What cannot be saved is left."""
         saved_already = self.saved == checkpoints.place_of(keeper.out, self.done)
-        if self.good and self.largest.any() and not saved_already:
+        if self.good and self.done and self.largest.any() and not saved_already:
             with contextlib.suppress(Exception):
                 self._save(keeper)
 

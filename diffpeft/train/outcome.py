@@ -6,7 +6,8 @@ import contextlib
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +79,18 @@ def idle_layers(target: object, name: str) -> list[str]:
     ]
 
 
-def refuse_idle(target: object, name: str, allowed: str | Sequence[str] | None = None) -> None:
-    """Raise NothingLearntError for layers without a change, but for those that are `allowed` to have none: names or patterns of layers."""
+def refuse_idle(
+    target: object, name: str, allowed: str | Sequence[str] | None = None, unread: Collection[str] = ()
+) -> None:
+    """Raise NothingLearntError for layers without a change, but for those that are `allowed` to have none: names or patterns of layers; or are unread."""
     refuse_unlearnt(components(target).values(), name)
     patterns_ = [pattern_of(entry) for entry in entries_of(allowed)]
     with patterns.limited(where="allow_unchanged"):
-        idle = [layer for layer in idle_layers(target, name) if not any(patterns.ends(p, layer) for p in patterns_)]
+        idle = [
+            layer
+            for layer in idle_layers(target, name)
+            if layer not in unread and not any(patterns.ends(p, layer) for p in patterns_)
+        ]
     if idle:
         raise NothingLearntError(
             f"the adapter changes nothing in {len(idle)} of its layers: {listed(idle)}",
@@ -97,7 +104,9 @@ def refuse_unread(target: object, file: Path, name: str, allowed: str | Sequence
     Where it gives back the same tensors it changes the same; elsewhere its change is computed.
     """
     again = f"{name}-read-again"[-128:]
-    load_lora(target, file, name=again)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to be said of the adapter was said when it was made
+        load_lora(target, file, name=again)
     try:
         before, after = slots_of(target, name), slots_of(target, again)
         if before.keys() == after.keys() and all(_equal(slot, after[layer]) for layer, slot in before.items()):
@@ -148,18 +157,18 @@ def check_any_gradient(largest: np.ndarray) -> None:
         )
 
 
-def check_every_gradient(names: Sequence[str], largest: np.ndarray, step: int) -> None:
+def check_every_gradient(largest: Mapping[str, float], step: int) -> None:
     """Raise NothingLearntError for layers without a gradient in step 0, and for tensors without one by step 1.
 
-    In the first step a factor has none whose partner begins as zero. Names are layer.role; `largest` [n] are the largest norms until now.
+    In the first step a factor has none whose partner begins as zero. `largest` are the largest norms until now of layer.role.
     """
-    without = [name for name, norm in zip(names, largest, strict=True) if not norm]
+    without = [name for name, norm in largest.items() if not norm]
     if step == 0:
-        reached = {name.rpartition(".")[0] for name, norm in zip(names, largest, strict=True) if norm}
+        reached = {name.rpartition(".")[0] for name, norm in largest.items() if norm}
         without = sorted({name.rpartition(".")[0] for name in without} - reached)
     if without:
         raise NothingLearntError(
-            f"no gradient reaches {len(without)} of {len(names)} tensors: {listed(without)}"
+            f"no gradient reaches {len(without)} of {len(largest)} tensors: {listed(without)}"
             if step
             else f"no gradient reaches {listed(without)}",
             remedy="The loss does not depend on them: leave them out with --targets.",

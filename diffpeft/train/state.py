@@ -6,6 +6,7 @@ the losses.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft import io
-from diffpeft.errors import CheckpointError, ConfigError, listed, shown
+from diffpeft.errors import CheckpointError, ConfigError, listed
 
 ADAPTER, OPTIMIZER, EMA, RUN = (f"{name}.safetensors" for name in ("adapter", "optimizer", "ema", "run"))
 _PLAIN = (bool, int, float, str, type(None))
@@ -119,19 +120,6 @@ def _other(path: Path, names: Iterable[str]) -> CheckpointError:
     )
 
 
-def losses_of(folder: Path) -> list[float]:
-    """The losses by step."""
-    losses: list[float] = read(folder / RUN)["losses"].tolist()
-    return losses
-
-
 def fingerprint(*parts: object) -> str:
     """A short hash of what a run reads, to tell whether it reads the same when it goes on."""
-    import hashlib
-
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def describe(differences: Mapping[str, tuple[object, object]]) -> str:
-    """Options that differ, with both values."""
-    return ", ".join(f"{name} was {shown(old)} and is {shown(new)}" for name, (old, new) in differences.items())

@@ -76,6 +76,7 @@ def config(tmp_path, **options):
     photo.parent.mkdir()
     photo.write_bytes((EMBEDDED.parent / "demo/train/cat_face.png").read_bytes())
     fixed = {"data": str(photo.parent), "out": str(tmp_path / "out"), "instance_prompt": "x", "caption_dropout": 0.5}
+    fixed["overwrite"] = True
     return TrainConfig(**fixed, resolution=32, steps=2, rank=2, **options)
 
 

@@ -59,8 +59,9 @@ def trained(config):
 # -- passes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"class_prompt": "an emoji", "num_class_images": 2}])
-def test_passes_of_a_step_are_one_batch(options, config, tmp_path):
+@pytest.mark.parametrize("prior", [False, True])
+def test_passes_of_a_step_are_one_batch(prior, config, tmp_path):
+    options = {"class_prompt": "an emoji", "num_class_images": 2, "class_data": str(config.data)} if prior else {}
     config = replace(config, flip=True, caption_dropout=0.3, noise_offset=0.1, **options)
     whole, parts = (dreambooth.train(replace(config, batch_size=b, accumulate=a)) for b, a in ((4, 1), (2, 2)))
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
@@ -75,12 +76,31 @@ def test_activations_that_are_computed_twice_give_the_same_numbers(config):
         torch.testing.assert_close(twice[name], t, rtol=1e-3, atol=1e-6)  # Adam's first steps are signs
 
 
-def test_a_compiled_denoiser_gives_the_same_numbers_and_is_left_as_it_was(config, monkeypatch):
-    compile_ = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_(self, backend="eager"))
-    run = dreambooth.train(replace(config, steps=1, compile=True))
+def compiled(model):
+    """As torch leaves a module that it has compiled, without compiling: dynamo takes half a minute for a UNet."""
+
+    def call(*args, **keywords):
+        calls.append(type(model).__name__)
+        return model._call_impl(*args, **keywords)
+
+    calls = []
+    model.__dict__["_compiled_call_impl"] = call
+    model.__dict__["compiled_calls"] = calls
+
+
+real = nn.Module.compile
+
+
+@pytest.mark.parametrize(
+    "compile_", [compiled, pytest.param(lambda model: real(model, backend="eager"), marks=pytest.mark.slow)]
+)
+def test_a_compiled_denoiser_gives_the_same_numbers_and_is_left_as_it_was(compile_, config, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    run = dreambooth.train(replace(config, steps=2, compile=True))
     assert run.family.pipe.unet._compiled_call_impl is None
-    for name, t in trained(replace(config, steps=1)).items():
+    if compile_ is compiled:
+        assert run.family.pipe.unet.compiled_calls == [type(run.family.pipe.unet).__name__] * 2
+    for name, t in trained(config).items():
         torch.testing.assert_close(tensors(run)[name], t, rtol=1e-3, atol=1e-6)
 
 
