@@ -632,8 +632,9 @@ def test_errors_of_use():
         prompts.add("default", config)
         with pytest.raises(ConfigError, match="past key values"):
             prompts("default", config, (), inputs("bert-seq", labels=False))
-    with pytest.raises(ConfigError, match="Linear"):
-        Prompts(nn.Linear(2, 2), "CAUSAL_LM")
+    with pytest.raises(ConfigError, match="Linear has no get_input_embeddings"):
+        sizes = dict(num_virtual_tokens=2, num_layers=1, token_dim=2, num_attention_heads=1)
+        Prompts(nn.Linear(2, 2), "CAUSAL_LM").add("default", PromptTuningConfig(**sizes))
 
 
 def test_files_that_do_not_fit():

@@ -223,10 +223,12 @@ def test_the_shortest_ends_of_names_mean_no_others():
 
 
 def test_a_config_can_be_used_twice():
-    config = diffpeft.LoraConfig(target_modules="all-linear")
-    for kind in ("llama", "bert"):
-        diffpeft.get_peft_model(model(kind), config)
-    assert config.target_modules == "all-linear"
+    """Of the second model it chooses what it chose of the first, for it is the first's: what `all-linear` meant stands in it."""
+    configs = [lib.LoraConfig(target_modules="all-linear") for lib in (peft, diffpeft)]
+    for lib, config in zip((peft, diffpeft), configs, strict=True):
+        for kind in ("llama", "llama"):
+            assert lib.get_peft_model(model(kind), config).peft_config["default"] is config
+    assert configs[0].target_modules == configs[1].target_modules != "all-linear"
 
 
 @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
