@@ -56,7 +56,7 @@ class Discrete:
     def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
         """Latents z with noise n, both [b, c, h, w], at levels u [b]."""
         t, device = self._number(u), z.device
-        a = self._on(u.device)[t].to(device)
+        a = sent(self._on(u.device)[t], device)
         signal, sigma = (root.to(z.dtype).view(-1, 1, 1, 1) for root in (a.sqrt(), (1 - a).sqrt()))
         target = {"epsilon": n, "sample": z}.get(self.kind, signal * n - sigma * z)
         return Noised(signal * z + sigma * n, sent(t, device), target, a / (1 - a), self.kind)

@@ -26,18 +26,19 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint is of: the model's name, and the id of its family."""
+    """What a checkpoint is of: the model's name, and the ids of the families that it may be."""
 
     name: str
-    family: str
+    families: tuple[str, ...]
 
 
 # {a layer of an original checkpoint: what the file is}; the first that is there tells
 _CHECKPOINTS = {
-    "distilled_guidance_layer.": Checkpoint("Chroma", "chroma"),
-    "double_blocks.": Checkpoint("Flux", "flux"),
-    "joint_blocks.": Checkpoint("Stable Diffusion 3", "sd3"),
-    "conditioner.embedders.": Checkpoint("Stable Diffusion XL", "sdxl"),
+    "distilled_guidance_layer.": Checkpoint("Chroma", ("chroma",)),
+    "double_blocks.": Checkpoint("Flux", ("flux",)),
+    "joint_blocks.": Checkpoint("Stable Diffusion 3", ("sd3",)),
+    "conditioner.embedders.": Checkpoint("Stable Diffusion XL", ("sdxl",)),
+    "cond_stage_model.": Checkpoint("Stable Diffusion 1 or 2", ("sd15", "sd2")),
 }
 # {the layer of it that reads the latents: the component}; its second axis has the channels
 _FIRST_LAYERS = {
@@ -147,33 +148,41 @@ def _trainable(config: TrainConfig) -> Sizes:
     path = Path(str(config.model))
     source = (config.base if path.is_file() else config.model) or ""
     known = facts(source)
-    if not known.pipeline:
-        return Sizes(None, None)
-    family = trainable(known.pipeline, known.configs, source)
+    family = trainable(known.pipeline, known.configs, source) if known.pipeline else None
     if path.is_file():
         _check_checkpoint(path, family, known)
-    return FAMILIES[family].sizes(known.configs)
+    return FAMILIES[family].sizes(known.configs) if family else Sizes(None, None)
 
 
-def _check_checkpoint(path: Path, family: str, base: Facts) -> None:
-    """Raise WrongBaseError if the names and shapes in a single file are those of another model than its base's."""
+def _check_checkpoint(path: Path, family: str | None, base: Facts) -> None:
+    """Raise WrongBaseError if the names and shapes in a single file are those of another model than its base's, or of one that cannot be trained."""
     try:
         handles, _ = io.header(path)
     except DiffpeftError:  # loading it will say what is wrong
         return
     kind = next((kind for part, kind in _CHECKPOINTS.items() if any(part in key for key in handles)), None)
-    if kind and kind.family != family:
-        raise WrongBaseError(
-            f"this is a checkpoint of {kind.name}, and its base is a {base.pipeline}",
-            where=path,
-            remedy=f"Pass with --base a folder or a Hub id of {kind.name}."
-            if kind.family in FAMILIES
-            else f"It cannot be trained. The families that can are {', '.join(FAMILIES)}.",
-        )
+    if kind:
+        _refuse_other(kind, family, base, path)
     for layer, component in _FIRST_LAYERS.items():
         if base.pipeline and layer in handles and len(handles[layer].shape) > 1:
             read = {**base.configs.get(component, {}), "in_channels": handles[layer].shape[1]}
             trainable(base.pipeline, {**base.configs, component: read}, path)
+
+
+def _refuse_other(kind: Checkpoint, family: str | None, base: Facts, path: Path) -> None:
+    """Raise WrongBaseError if a checkpoint is of a model that cannot be trained, or of another than its base's family, where that is known."""
+    if FAMILIES.keys().isdisjoint(kind.families):
+        raise WrongBaseError(
+            f"this is a checkpoint of {kind.name}, which cannot be trained",
+            where=path,
+            remedy=f"The families that can are {', '.join(FAMILIES)}.",
+        )
+    if family and family not in kind.families:
+        raise WrongBaseError(
+            f"this is a checkpoint of {kind.name}, and its base is a {base.pipeline}",
+            where=path,
+            remedy=f"Pass with --base a folder or a Hub id of {kind.name}.",
+        )
 
 
 def resized(checked: Checked, sizing: data.Sizing) -> Checked:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import converters
 import diffpeft
+from diffpeft import patterns
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
@@ -294,17 +295,13 @@ def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str,
 
 
 def unread_layers(family: Family, name: str) -> set[str]:
-    """The adapted layers of the text encoders that nothing reads: those after the last states that the denoiser gets."""
-    slots, unread = slots_of(family.pipe, name), set[str]()
-    for encoder in family.text_encoders:
-        layers = {layer: slot for layer, slot in slots.items() if layer.partition(".")[0] == encoder}
-        if layers:
-            total = torch.stack([t.float().sum() for t in family.embed(encoder, [""]).values()]).sum()
-            places = [(layer, p) for layer, slot in layers.items() for p in slot.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(total, [p for _, p in places], allow_unused=True)
-            read = {layer for (layer, _), gradient in zip(places, gradients, strict=True) if gradient is not None}
-            unread |= layers.keys() - read
-    return unread
+    """The adapted layers of the text encoders that nothing reads: an adapter that a run begins with may have some."""
+    places = {layer: layer.partition(".") for layer in slots_of(family.pipe, name)}
+    return {
+        layer
+        for layer, (component, _, inner) in places.items()
+        if component in family.unread and patterns.fullmatch(family.unread[component], inner)
+    }
 
 
 def class_examples(

@@ -16,6 +16,7 @@ from diffpeft import TrainConfig
 from diffpeft.families import Frame, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.families.prompts import embedded
+from diffpeft.model.attach import attach
 from diffpeft.model.state import slots_of
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
@@ -143,6 +144,18 @@ def test_presets_choose_what_the_diffusers_example_and_sd_scripts_train(run):
             assert name in names["attn"]
         if isinstance(layer, nn.Linear) and "transformer_blocks." in name and ".norm" not in name:
             assert name in names["attn-mlp"]
+
+
+@pytest.mark.parametrize("run", ["sdxl, v and zero-terminal SNR"], indirect=True)
+def test_a_run_goes_on_with_layers_that_nothing_reads(run, tmp_path):
+    """Other programs adapt them too: such an adapter is no run that learns nothing."""
+    _, finished, _ = run
+    fresh = open_pipeline(finished.config.model)
+    attach(fresh, diffpeft.LoraConfig(r=2), "all", targets="attn")
+    diffpeft.save_lora(fresh, tmp_path / "all.safetensors", name="all")
+    again = replace(finished.config, init_from=str(tmp_path / "all.safetensors"), out=str(tmp_path / "out"), steps=3)
+    layers = set(slots_of(dreambooth.train(again).family.pipe, "style"))
+    assert any("layers.2." in layer for layer in layers if layer.startswith("text_encoder."))
 
 
 def test_the_clips_are_trained_on_request_and_t5_never(run):

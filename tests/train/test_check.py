@@ -236,7 +236,8 @@ CHECKPOINTS = {
     "inpainting": ({FIRST: torch.zeros(8, 9, 3, 3)}, "9 channels"),
     "SDXL": ({FIRST: torch.zeros(8, 4, 3, 3), "conditioner.embedders.0.x": torch.zeros(1)}, "Diffusion XL"),
     "SD3": ({"model.diffusion_model.joint_blocks.0.x": torch.zeros(1)}, "Diffusion 3"),
-    "Flux": ({"double_blocks.0.x": torch.zeros(1)}, "Flux"),
+    "Flux": ({"double_blocks.0.x": torch.zeros(1)}, "Flux.*--base"),
+    "Chroma": ({"double_blocks.0.x": torch.zeros(1), "distilled_guidance_layer.x": torch.zeros(1)}, "Chroma.*cannot"),
 }
 
 
@@ -246,6 +247,43 @@ def test_a_single_file_of_another_kind_is_told_by_its_names(kind, config, tmp_pa
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(WrongBaseError, match=says):
         check(replace(config, model=str(tmp_path / "model.safetensors"), base=str(EMBEDDED)))
+
+
+FOREIGN = {  # {what a single file is: (its tensors, what is said with the base of a Flux)}
+    "of Stable Diffusion": ({"cond_stage_model.x": torch.zeros(1)}, "Stable Diffusion 1 or 2.*FluxPipeline.*--base"),
+    "for filling": ({"double_blocks.0.x": torch.zeros(1), "img_in.weight": torch.zeros(8, 384)}, "384 channels"),
+    "right": ({"double_blocks.0.x": torch.zeros(1), "img_in.weight": torch.zeros(8, 16)}, None),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_single_file_is_compared_with_its_base(kind, config, tmp_path):
+    tensors, says = FOREIGN[kind]
+    save_file(tensors, tmp_path / "model.safetensors")
+    base = tmp_path / "base"
+    for name, values in {
+        "model_index.json": {
+            "_class_name": "FluxPipeline",
+            "transformer": ["diffusers", "x"],
+            "vae": ["diffusers", "x"],
+        },
+        "transformer/config.json": {"in_channels": 16},
+        "vae/config.json": {"latent_channels": 4, "block_out_channels": [8, 8, 8, 8]},
+    }.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(json.dumps(values))
+    single = replace(config, model=str(tmp_path / "model.safetensors"), base=str(base))
+    if says is None:
+        assert check(single).account.examples
+        return
+    with pytest.raises(WrongBaseError, match=says):
+        check(single)
+
+
+def test_a_refiner_is_told_from_its_model_by_its_text_width(config, tmp_path):
+    folder = folder_of(tmp_path, {"_class_name": "StableDiffusionXLPipeline"}, {"cross_attention_dim": 1280})
+    with pytest.raises(WrongBaseError, match="sdxl_refiner"):
+        check(replace(config, model=folder))
 
 
 def test_the_account_knows_the_models_resolution(config):
