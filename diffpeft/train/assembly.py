@@ -34,10 +34,10 @@ class Assembly:
         return list(dict.fromkeys([*captions, *(self.prior.all(examples) if self.prior else ())]))
 
     def learn(self, steps: range, tick: Callable[[], None] = lambda: None) -> None:
-        """Compute the latents of all that these steps show, and give up what computed them."""
+        """Compute the latents of all that these steps show, and give up the VAE."""
         for batches in self.kinds:
             self.latents.learn(batches.examples, batches.needed(steps)[0], tick)
-        self.latents.free()
+        self.latents.done()
 
     def at(self, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
         """The batches of a part of a step: one with instance and class images, or if these are of other sizes one of each."""

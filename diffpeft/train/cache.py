@@ -54,8 +54,8 @@ class Latents:
                 self._compute(examples[index], view, image)
             tick()
 
-    def free(self) -> None:
-        """Give up the VAE, if what it computed is kept."""
+    def done(self) -> None:
+        """Give up the VAE, if latents are kept."""
         if self.store.keeps:
             self.family.parts.free("vae")
 
