@@ -49,6 +49,7 @@ PLACES = {  # {module of peft: ours with its names}
     "peft.tuners": "diffpeft.tuners",
     **_parts("diffpeft.tuners", "adalora boft hra ia3 loha oft vera", "config layer model"),
     **_parts("diffpeft.tuners.{}", "lora lokr", "config layer model"),
+    "peft.tuners.lora.conversion": "diffpeft.llm.conversion",
     **_parts("diffpeft.tuners", "multitask_prompt_tuning p_tuning prefix_tuning prompt_tuning", "config model"),
     "peft.tuners.tuners_utils": "diffpeft.tuners.tuners_utils",
     "peft.utils": "diffpeft.utils",

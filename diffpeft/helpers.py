@@ -12,12 +12,14 @@ from types import MethodType
 from torch import nn
 
 from diffpeft.errors import ConfigError, shown
+from diffpeft.layers.caching import DoraCaching
 from diffpeft.layers.kinds import LoraLayer
 from diffpeft.llm.config import PeftConfig
 from diffpeft.llm.peft_model import PeftModel
 from diffpeft.model.single import rescaled
 
 __all__ = [
+    "DoraCaching",
     "check_if_peft_model",
     "disable_input_dtype_casting",
     "rescale_adapter_scale",

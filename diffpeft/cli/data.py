@@ -21,6 +21,7 @@ _READ = (
     "mask",
     "resolution",
     "buckets",
+    "max_length",
     "batch_size",
     "steps",
 )

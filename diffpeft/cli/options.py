@@ -80,7 +80,7 @@ def options_of(kind: type, only: Collection[str] | None = None) -> Callable[[Com
     return add
 
 
-def _type_of(option: Field[Any]) -> Any:
+def _type_of(option: Field[object]) -> click.ParamType | type | None:
     """How click reads an option's value; None for one that is on or off."""
     kind = str(option.type).partition(" ")[0]
     if kind == "bool":

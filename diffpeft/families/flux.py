@@ -40,6 +40,7 @@ class Flux:
     presets: Mapping[str, str] = MappingProxyType(
         {"attn": _BLOCKS.format(_ATTENTION), "attn-mlp": _BLOCKS.format(f"{_ATTENTION}|{_MLP}")}
     )
+    unread: Mapping[str, str] = MappingProxyType({})
     packing = _PATCH
     base_version = "flux1"
 

@@ -53,6 +53,11 @@ def chunks_of(tokenizer: Component, reading: CaptionReading) -> int:
     return length // per
 
 
+def after(layer: int, total: int) -> str:
+    """The regular expression for the layers of a CLIP after one of so many, 1 the last."""
+    return rf".*layers\.({'|'.join(str(n) for n in range(total - layer + 1, total))})\..*"
+
+
 def refuse_skip(reading: CaptionReading, why: str) -> None:
     """Raise ConfigError for a clip_skip that would do nothing."""
     if reading.clip_skip != 1:

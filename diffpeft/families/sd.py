@@ -11,7 +11,7 @@ from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Si
 from diffpeft.families.devices import sent
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.latents import encoded, factor, precise
-from diffpeft.families.prompts import chunks, chunks_of, length_of
+from diffpeft.families.prompts import after, chunks, chunks_of, length_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,10 @@ class StableDiffusion:
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         self.parts, self.pipe = parts, parts.pipe
-        self.chunks, self.layer = chunks_of(parts.pipe.tokenizer, reading), -self._skipped(reading)
+        self.chunks, layer = chunks_of(parts.pipe.tokenizer, reading), self._layer(reading)
+        layers = parts.outline("text_encoder").config.num_hidden_layers
+        self.layer = -layer
+        self.unread: Mapping[str, str] = {"text_encoder": after(layer, layers)} if layer > 1 else {}
         self.max_length = self.chunks * length_of(parts.pipe.tokenizer)
         self.levels: Levels = Discrete(parts.pipe.scheduler)
         self.resolution, self.multiple = self.sizes(parts.configs).known()
@@ -48,7 +51,7 @@ class StableDiffusion:
             pixels * 2 ** (len(levels) - 1) if levels and pixels else None,
         )
 
-    def _skipped(self, reading: CaptionReading) -> int:
+    def _layer(self, reading: CaptionReading) -> int:
         """Which of the text encoder's layers is read, 1 the last."""
         layers = self.parts.outline("text_encoder").config.num_hidden_layers
         if not 1 <= reading.clip_skip <= layers:

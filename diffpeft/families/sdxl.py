@@ -33,12 +33,13 @@ class StableDiffusionXL(StableDiffusion):
         """The last hidden states but one [b, tokens, width], and of the encoder with a projection what it pools of the first chunk [b, width]."""
         tokenizer, model = getattr(self.pipe, _TOKENIZERS[encoder]), self.parts(encoder)
         out = model(chunks(tokenizer, prompts, self.chunks, model.device), output_hidden_states=True)
-        states = {encoder: out.hidden_states[-2].unflatten(0, (len(prompts), self.chunks)).flatten(1, 2)}
+        states = {encoder: out.hidden_states[self.layer].unflatten(0, (len(prompts), self.chunks)).flatten(1, 2)}
         return states | {"pooled": out.text_embeds[:: self.chunks]} if "text_embeds" in out else states
 
-    def _skipped(self, reading: CaptionReading) -> int:
+    def _layer(self, reading: CaptionReading) -> int:
+        """The last but one; of the encoder that pools, the last is read too."""
         refuse_skip(reading, "SDXL always reads the last layer but one")
-        return reading.clip_skip
+        return 2
 
     def framed(self, frames: Sequence[Frame]) -> Conditions:
         """Original size, crop and target size, each with the height before the width [b, 6]."""

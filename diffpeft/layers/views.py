@@ -20,6 +20,7 @@ from diffpeft.layers.mixes import ChoiceLike, SingleLike
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.slot import Slot, at_rest
 from diffpeft.layers.tokens import Tokens
+from diffpeft.methods.base import Geometry
 from diffpeft.methods.linalg import wide_dtype
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -165,6 +166,16 @@ class Views:
         return MappingProxyType({name: held.scale * _rank(held) for name, held in _held(self._diffpeft).items()})
 
     @ReadAttribute
+    def in_features(self) -> int:
+        """The features, channels or tokens that the layer takes."""
+        return _geometry(cast(nn.Module, self)).in_
+
+    @ReadAttribute
+    def out_features(self) -> int:
+        """The features or channels that it gives."""
+        return _geometry(cast(nn.Module, self)).out
+
+    @ReadAttribute
     def base_layer(self) -> nn.Module:
         """The layer as it is without adapters: the same parameters in a module that carries nothing."""
         _held(self._diffpeft)
@@ -305,6 +316,13 @@ def _held(record: Record) -> dict[str, Slot | ParameterFactors]:
     if not (record.slots or factors):
         raise AttributeError(f"module {record.where!r} has no adapter on its weight")
     return {**record.slots, **factors}
+
+
+def _geometry(module: nn.Module) -> Geometry:
+    """The sizes of a layer with adapters on it. Raises AttributeError for other modules."""
+    if not module.__dict__[RECORD].slots:
+        raise AttributeError(f"module {module.__dict__[RECORD].where!r} has no adapter on its weight")
+    return op_of(module).geometry
 
 
 def _active(record: Record) -> list[str]:

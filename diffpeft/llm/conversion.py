@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from converters.formats.peft import PREFIX
 from diffpeft import io
-from diffpeft.errors import ConfigError, UnknownNameError
+from diffpeft.errors import ConfigError, UnknownNameError, WrongKindError
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import state
@@ -32,10 +32,6 @@ Factors = tuple[Tensor, Tensor]
 CompileOptions = Mapping[str, Any]
 
 
-class NotConvertibleError(ConfigError, TypeError):
-    """An adapter that is no sum with linear weights: PEFT raises a TypeError."""
-
-
 def convert_to_lora(
     model: nn.Module,
     rank: int | float,
@@ -51,7 +47,7 @@ def convert_to_lora(
         compile_kwargs: compile the decomposition with these options of `torch.compile`.
 
     For methods that add to the weights of linear layers (LoRA, DoRA, LoHa, LoKr, VeRA, AdaLoRA); a DoRA is taken as it acts on the base. The scale is 1.
-    Raises ConfigError for a rank that cannot be and for trained biases, NotConvertibleError (a TypeError) for other methods and layers, UnknownNameError.
+    Raises ConfigError for a rank that cannot be and for trained biases, WrongKindError (a TypeError) for other methods and layers, UnknownNameError.
     """
     _check_rank(rank)
     wrapper = unwrapped(model)
@@ -74,14 +70,14 @@ def convert_to_lora(
 
 
 def _convertible(base: nn.Module, name: str) -> dict[str, Slot]:
-    """{layer: slot} of an adapter that can be converted. Raises NotConvertibleError."""
+    """{layer: slot} of an adapter that can be converted. Raises WrongKindError."""
     if odd := unconvertible(base, name):
-        raise NotConvertibleError(
+        raise WrongKindError(
             f"Some module types on this model do not support LoRA conversion: {', '.join(odd)}", remedy=_OTHERS
         )
     slots = slots_in(base, name)
     if not slots:
-        raise NotConvertibleError("Could not detect any layer that supports LoRA conversion", remedy=_OTHERS)
+        raise WrongKindError("Could not detect any layer that supports LoRA conversion", remedy=_OTHERS)
     return slots
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, inside, shown
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, inside, shown
 from diffpeft.llm import renames, state
 from diffpeft.llm.cards import README, CardFacts, completed, tags_of
 from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
@@ -35,7 +35,7 @@ from diffpeft.llm.status import Counted
 from diffpeft.llm.status import get_layer_status as get_layer_status
 from diffpeft.llm.status import get_model_status as get_model_status
 from diffpeft.llm.tasks import TASKS, heads_of
-from diffpeft.llm.tuner import LoadOptions, Tuner, inject, known, named
+from diffpeft.llm.tuner import LoadOptions, Tuner, found_configs, inject, known, named
 from diffpeft.llm.tuners import TUNERS, MixedModel
 from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
 from diffpeft.model.activation import plan_trained
@@ -109,6 +109,9 @@ class PeftModel(Passing, Counted, nn.Module):
             return
         if name in others:
             plan_removed(plan, {"": base}, {name})
+        if isinstance(self.tuner, Tuner):
+            for other, config in found_configs(base).items():
+                plan.entry(self.tuner.peft_config, other, config)
         plan_mix(plan, base, {"": base}, {})
         plan_trained(plan, base, dict.fromkeys(others, False))
         with plan.tentative():
@@ -417,6 +420,8 @@ class PeftModel(Passing, Counted, nn.Module):
     ) -> PeftModel:
         """A model with the adapter in a folder or a repository on the Hub, of the class that its task type says.
 
+        The adapter is the only active one; another one of its name on the model is replaced.
+
         Args:
             autocast_adapter_dtype: keep the adapter in float32 where the base has fewer bits; else it has the base's dtype.
             ephemeral_gpu_offload, low_cpu_mem_usage: change nothing: tensors go straight from the file to their place.
@@ -440,7 +445,8 @@ class PeftModel(Passing, Counted, nn.Module):
         wrapper = cls._around(model, config)
         with inside(folder.where), planned({"": model}) as plan:
             settled = config if config.is_prompt_learning else copy.copy(config)
-            wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(settled), folder, how)
+            with wrapper._alone(plan, adapter_name):
+                wrapper.tuner.plan_loaded(plan, adapter_name, wrapper._with_heads(settled), folder, how)
             wrapper._plan_kept(plan, adapter_name, config)
             plan_input_grads(plan, model)
             if not is_trainable:
@@ -533,10 +539,6 @@ class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS): ...
 class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION): ...
 
 
-class NoStatusError(ConfigError, TypeError):
-    """A report that PEFT's class has not: it raises a TypeError."""
-
-
 class PeftMixedModel(PeftModel):
     """A model with adapters of several methods, as every PeftModel may have them; with PEFT's words and checks for it.
 
@@ -578,14 +580,14 @@ class PeftMixedModel(PeftModel):
 
     def get_layer_status(self) -> NoReturn:
         """Raises a TypeError, as PEFT's: `diffpeft.get_layer_status(model.get_base_model())` knows."""
-        raise NoStatusError(
+        raise WrongKindError(
             f"get_layer_status is not supported for {type(self).__name__}",
             remedy="Ask diffpeft.get_layer_status(model.get_base_model()).",
         )
 
     def get_model_status(self) -> NoReturn:
         """Raises a TypeError, as PEFT's: `diffpeft.get_model_status(model.get_base_model())` knows."""
-        raise NoStatusError(
+        raise WrongKindError(
             f"get_model_status is not supported for {type(self).__name__}",
             remedy="Ask diffpeft.get_model_status(model.get_base_model()).",
         )
@@ -693,7 +695,7 @@ def _from_inside(config: Config) -> Config:
         if isinstance(entries, str):
             setattr(config, name, entries.removeprefix(PREFIX).removeprefix(PREFIX.replace(".", r"\.")))
         elif entries:
-            setattr(config, name, [entry.removeprefix(PREFIX) for entry in entries])
+            setattr(config, name, type(entries)(entry.removeprefix(PREFIX) for entry in entries))
     return config
 
 

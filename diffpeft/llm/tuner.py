@@ -168,9 +168,7 @@ class Tuner(nn.Module):
     """
 
     prefix: ClassVar[str] = ""  # what the names of the method's tensors begin with
-    uses_shared_state: ClassVar[bool] = (
-        False  # no adapter needs what another brought, so that each goes on bare modules
-    )
+    uses_shared_state: ClassVar[bool] = False  # whether its adapters need a PeftModel: none does here
 
     def __init__(
         self,
@@ -633,5 +631,6 @@ def known(names: Iterable[str], configs: Mapping[str, PeftConfig], told: str = "
 
 
 def found_configs(model: nn.Module) -> dict[str, PeftConfig]:
-    """{name: config} of the adapters that are on a model already."""
-    return {name: config_of(model, name) for mix in mixes_of({"": model}).values() for name in mix.adapters}
+    """{name: config} of the adapters that are on a model already, and were made from one."""
+    adapters_of = (adapter for mix in mixes_of({"": model}).values() for adapter in mix.adapters.values())
+    return {adapter.name: config_of(model, adapter.name) for adapter in adapters_of if CONFIG in adapter.metadata}

@@ -102,6 +102,11 @@ class Passing:
         return _rebuild, (type(self),), self.__getstate__()
 
 
+def is_served() -> bool:
+    """Whether `peft` is ours here (`diffpeft.as_peft`)."""
+    return getattr(sys.modules.get("peft"), "PeftConfig", None) is PeftConfig
+
+
 def _rebuild(cls: type[Instance]) -> Instance:
     return cls.__new__(cls)
 
@@ -263,11 +268,14 @@ class PeftConfig(Passing):
 
     @classmethod
     def from_fields(cls, table: Mapping[str, object], **kwargs: object) -> Self:
-        """A config from the fields of a file, as its method's class; `kwargs` are fields for what the file does not say. Null is a field's default."""
-        names = {f.name for f in fields(cls)}
-        defaults = {key: value for key, value in kwargs.items() if key in names}
-        told = {key: value for key, value in _without_run(table).items() if value is not None}
-        return cls.from_peft_type(**{**defaults, **told})
+        """A config from the fields of a file, as its method's class. Null is a field's default.
+
+        `kwargs` are fields that the file does not have at all; a `revision` among them is of the adapter's repository, and not the base model's.
+        """
+        names = {f.name for f in fields(cls)} - {"revision"}
+        absent = {key: value for key, value in kwargs.items() if key in names}
+        told = {**absent, **_without_run(table)}
+        return cls.from_peft_type(**{key: value for key, value in told.items() if value is not None})
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> dict[str, object]:

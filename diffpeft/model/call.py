@@ -17,6 +17,7 @@ from torch import nn
 
 from diffpeft.errors import ConfigError, shown
 from diffpeft.methods.config import is_fp32
+from diffpeft.methods.peft_config import is_served
 
 # the arguments in which diffusers' pipelines and models take {"scale": s}
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -73,6 +74,8 @@ def asked_scale(early: bool, arguments: Mapping[str, object]) -> float:
 
     Raises ConfigError for a scale that is no finite number.
     """
+    if early and is_served():  # diffusers has scaled its layers
+        return 1.0
     scale = _encoders_scale() if early else _scale_in(arguments)
     if scale is None:
         return 1.0
@@ -83,12 +86,12 @@ def asked_scale(early: bool, arguments: Mapping[str, object]) -> float:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model's call without a scale, where diffusers could do nothing with it but warn: it scales peft's layers alone."""
+    """The arguments of a model's call without a scale, where diffusers could do nothing with it but warn, or do again what is done: it scales peft's layers."""
     if _scale_in(arguments) is None:
         return arguments
     from diffusers.utils import USE_PEFT_BACKEND
 
-    if USE_PEFT_BACKEND:
+    if USE_PEFT_BACKEND and not is_served():
         return arguments
     scaled = {name: arguments[name] for name in ATTENTION_KWARGS if isinstance(arguments.get(name), Mapping)}
     return {**arguments, **{name: {k: v for k, v in told.items() if k != "scale"} for name, told in scaled.items()}}

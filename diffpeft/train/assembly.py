@@ -12,22 +12,26 @@ from diffpeft.train import draw
 from diffpeft.train.cache import Latents
 from diffpeft.train.data.batches import Batches, Shown
 from diffpeft.train.objective import Batch
+from diffpeft.train.prior_prompts import PriorPrompts
 
 
 @dataclass
 class Assembly:
     """What makes the batches of a run. `kinds` are the instance images, and the class images if there are any.
 
-    `offset`: the noise of each channel has a mean, of this standard deviation.
+    `offset`: the noise of each channel has a mean, of this standard deviation. `prior`: what the base is asked, if it is.
     """
 
     kinds: Sequence[Batches]
     latents: Latents
     offset: float = 0.0
+    prior: PriorPrompts | None = None
 
     def captions(self, steps: Iterable[int]) -> list[str]:
-        """The captions of these steps, each once."""
-        return list(dict.fromkeys(caption for batches in self.kinds for caption in batches.needed(steps)[1]))
+        """The captions of these steps, each once, and the prompts of the prior."""
+        captions = [caption for batches in self.kinds for caption in batches.needed(steps)[1]]
+        examples = [example for batches in self.kinds for example in batches.examples]
+        return list(dict.fromkeys([*captions, *(self.prior.all(examples) if self.prior else ())]))
 
     def learn(self, steps: Iterable[int], tick: Callable[[], None] = lambda: None) -> None:
         """Compute the latents of all that these steps show."""
@@ -56,6 +60,7 @@ class Assembly:
             torch.tensor([batches.kind == "class" for batches, _ in places]),
             [shown.view.frame(example.size) for example, (_, shown) in zip(examples, places, strict=True)],
             _stacked([m.mask for m in moments], latents),
+            [self.prior.at(e, *key) for e, key in zip(examples, keys, strict=True)] if self.prior else None,
         )
 
     def _noise(self, shape: Sequence[int], key: Sequence[int | str]) -> Tensor:

@@ -123,9 +123,9 @@ class Texts:
         return row
 
 
-def text_identity(family: Family, encoder: str) -> str:
-    """All that embeddings depend on but their prompts: the encoder, and how the pipeline's tokenizers make tokens of words."""
-    pipe, digest = family.parts.pipe, hashlib.blake2b(type(family).__name__.encode(), digest_size=16)
+def text_identity(family: Family, encoder: str, reading: str) -> str:
+    """All that embeddings depend on but their prompts: the encoder, `reading` (how much of a caption and off which layer), and the tokenizers."""
+    pipe, digest = family.parts.pipe, hashlib.blake2b(f"{type(family).__name__} {reading}".encode(), digest_size=16)
     for name in sorted(name for name in pipe.components if name.startswith("tokenizer")):
         tokenizer = getattr(pipe, name)
         backend = getattr(tokenizer, "backend_tokenizer", None)

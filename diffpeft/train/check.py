@@ -16,7 +16,9 @@ from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
+from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.method import ADAPTERS
+from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.resume import begin
 
 FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
@@ -65,12 +67,20 @@ def check(config: TrainConfig) -> Checked:
     state = begin(config, out, [file_of(name, format) for format in FORMATS])
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
-    if config.cache_dir and config.cache != "disk":
-        raise ConfigError(
-            f"cache_dir without cache disk (it is {config.cache}), and so it would do nothing",
-            remedy="Pass --cache disk too, or leave --cache-dir out.",
-        )
-    return Checked(name, surveyed(config, known), prior.planned(config), state)
+    prior_prompts(config)
+    account, planned = surveyed(config, known), prior.planned(config)
+    return Checked(name, _with_cut(account, config), planned, state)
+
+
+def _with_cut(account: Account, config: TrainConfig) -> Account:
+    """The account with the captions that the model's tokenizers would cut, where these can be had."""
+    path = Path(str(config.model))
+    tokenizers = tokenizers_of(str(config.base if path.is_file() else config.model))
+    if not tokenizers:
+        return account
+    cut, most = too_long([example.caption for example in account.examples], tokenizers, config.max_length)
+    names = tuple(example.name for example, is_cut in zip(account.examples, cut, strict=True) if is_cut)
+    return replace(account, cut=names, tokens=most)
 
 
 def file_of(name: str, format: str) -> str:
@@ -89,6 +99,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
         check_model(config.model, config.base, config.vae, config.text_encoders())
         known = _trainable(config)
     account = surveyed(config, known)
+    account = _with_cut(account, config) if config.model else account
     return account if steps else replace(account, steps=None)
 
 

@@ -200,6 +200,18 @@ class TrainConfig(Options):
     class_prompt: str | None = option(
         None, "Switches prior preservation on: what the class is called, without the new word."
     )
+    prior: str | None = option(
+        None,
+        "How the model's idea of the class is kept: on class images (the default with --class-prompt), or by the base's own predictions for the "
+        "training images under other prompts, which needs none.",
+        choices=("images", "base"),
+    )
+    prior_prompts: str | None = option(
+        None,
+        "With --prior base, how often which prompts are asked: class:2,blank:1,caption:1; caption is an image's own without the trigger. "
+        "Default: those that there are, equally often.",
+        needs="prior",
+    )
     class_data: str | None = option(
         None, "A folder of class images; missing ones are generated into it. Default: OUT/class.", needs="class_prompt"
     )
@@ -280,13 +292,20 @@ class TrainConfig(Options):
         None, "Shifts levels towards noise, in the place of the model's own; above 1 is noisier.", above=0
     )
     sigma_range: str | Sequence[float] | None = option(None, "Train only where the share of noise lies between: 0.5,1.")
-    prior_weight: float | None = option(None, "Weight of the class images; default: 1.", above=0, needs="class_prompt")
+    prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
 
     def check_values(self) -> None:
         """Beside what all runs check: options that only go with others, and the range of noise."""
         super().check_values()
         self.span()
+        if self.class_prompt is None and self.prior != "base":
+            for name in ("prior", "prior_weight"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} without class_prompt or prior base, and so it would do nothing",
+                        remedy=f"Pass --class-prompt or --prior base, or leave --{_flag(name)} out.",
+                    )
         if self.debiased and self.snr_gamma is not None:
             raise ConfigError("debiased with snr_gamma: both weight the loss", remedy="Leave one of them out.")
         for name, of, needed in _ONLY_WITH:
@@ -322,6 +341,10 @@ _ONLY_WITH = (
     ("density_mean", "density", ("logit_normal",)),
     ("density_std", "density", ("logit_normal",)),
     ("density_scale", "density", ("mode",)),
+    ("prior_prompts", "prior", ("base",)),
+    ("class_data", "prior", ("images", None)),
+    ("num_class_images", "prior", ("images", None)),
+    ("cache_dir", "cache", ("disk",)),
 )
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # {declared type: what is accepted, in words}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ import diffpeft
 from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, family_of, open_family
-from diffpeft.model.attach import attach, detach
+from diffpeft.model.attach import attach
 from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.load import save_lora
@@ -34,10 +35,11 @@ from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, with_prior
+from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
 from diffpeft.train.optimizers import rate_of, row_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
-from diffpeft.train.start import adopt, assist, bake, dismiss
+from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.watch import Quiet, Watch
@@ -101,8 +103,9 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
 
 
 def _reads(checked: Checked) -> dict[str, str]:
-    """What a run reads, by fingerprint: names, sizes and captions of its images."""
-    examples = [(e.path.name, e.path.stat().st_size, e.caption) for e in checked.account.examples]
+    """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files and masks."""
+    files = [(e, [p for p in (e.path, e.mask) if p]) for e in checked.account.examples]
+    examples = [(e.caption, e.repeats, *((p.name, p.stat().st_size) for p in paths)) for e, paths in files]
     return {"data": fingerprint(examples)}
 
 
@@ -147,12 +150,10 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
 def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
     """The options with what their defaults come to."""
-    if config.class_prompt is not None:
-        config = replace(
-            config,
-            num_class_images=config.num_class_images or prior.IMAGES,
-            prior_weight=config.prior_weight or prior.WEIGHT,
-        )
+    if config.class_prompt is not None and config.prior != "base":
+        config = replace(config, prior="images", num_class_images=config.num_class_images or prior.IMAGES)
+    if config.prior is not None:
+        config = replace(config, prior_weight=config.prior_weight or prior.WEIGHT)
     return replace(
         config,
         name=name,
@@ -204,13 +205,14 @@ def _encoded(
     texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
-    prior_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    texts.learn(["", *instances.needed(steps)[1], *prior_prompts])
+    drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
+    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts])
     classes = class_examples(config, family, checked.prior, watch, texts)
     assembly = Assembly(
         [instances, batches_of(config, classes, sizing, "class")],
         Latents(family, stores("vae")),
         config.noise_offset or 0.0,
+        prior_prompts(config),
     )
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
@@ -232,12 +234,20 @@ def _stores(config: TrainConfig, family: Family) -> Callable[[str], Store]:
             return Memory() if config.cache == "ram" else Nowhere()
         if component == "vae":
             return Disk(_cache_dir(config), lambda: identity_of(family.parts("vae")))
-        return Disk(_cache_dir(config), lambda: text_identity(family, component))
+        reading = f"{config.max_length} {config.clip_skip}"
+        return Disk(_cache_dir(config), lambda: text_identity(family, component, reading))
 
     return store_of
 
 
-def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[str]]:
+class ChosenLayers(TypedDict):
+    """Which layers of a component are trained, as `attach` and `select` take it."""
+
+    targets: str | list[str]
+    exclude: str | None
+
+
+def chosen_layers(config: TrainConfig, family: Family) -> dict[str, ChosenLayers]:
     """{component that is trained: which of its layers}. Loads nothing.
 
     Raises UnknownNameError for names that no layer has, ConfigError for a rank that is above both sides of all of them.
@@ -245,9 +255,10 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, str | list[s
     parts = [family.denoiser, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
-    chosen = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
-    chosen[family.denoiser] = family.presets.get(str(targets), targets)
-    layers = {part: select({part: family.parts.outline(part)}, chosen[part])[part] for part in parts}
+    by_part = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
+    by_part[family.denoiser] = family.presets.get(str(targets), targets)
+    chosen = {part: ChosenLayers(targets=by_part[part], exclude=family.unread.get(part)) for part in parts}
+    layers = {part: select({part: family.parts.outline(part)}, **chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
     set_ranks(CONFIGS[config.method](config), config, [name for by_name in layers.values() for name in by_name])
     return chosen
@@ -274,20 +285,17 @@ def adapt(config: TrainConfig, family: Family, name: str) -> TrainConfig:
 def _attach(config: TrainConfig, family: Family, name: str, models: Mapping[str, torch.nn.Module]) -> None:
     """Attach a fresh adapter to these components."""
     chosen, settings = chosen_layers(config, family), CONFIGS[config.method](config)
-    layers = [layer for part, model in models.items() for layer in select({part: model}, chosen[part])[part]]
+    layers = [layer for part, model in models.items() for layer in select({part: model}, **chosen[part])[part]]
     set_ranks(settings, config, layers)
     for component, model in models.items():
-        put = partial(attach, model, settings, name, targets=chosen[component], **ADAPTERS[config.method])
-        put(generator=draw.generator(config.seed, "init", component))
-        if unread := [layer.partition(".")[2] for layer in unread_layers(family, name, component)]:
-            detach(model, name)
-            put(exclude=unread, generator=draw.generator(config.seed, "init", component))
+        generator = draw.generator(config.seed, "init", component)
+        attach(model, settings, name, **chosen[component], generator=generator, **ADAPTERS[config.method])
 
 
-def unread_layers(family: Family, name: str, component: str | None = None) -> set[str]:
-    """The adapted layers of the text encoders, or of one, that nothing reads: those after the last states that the denoiser gets."""
+def unread_layers(family: Family, name: str) -> set[str]:
+    """The adapted layers of the text encoders that nothing reads: those after the last states that the denoiser gets."""
     slots, unread = slots_of(family.pipe, name), set[str]()
-    for encoder in family.text_encoders if component is None else {component} & {*family.text_encoders}:
+    for encoder in family.text_encoders:
         layers = {layer: slot for layer, slot in slots.items() if layer.partition(".")[0] == encoder}
         if layers:
             total = torch.stack([t.float().sum() for t in family.embed(encoder, [""]).values()]).sum()
@@ -320,12 +328,16 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     add up to the loss of one batch of that size.
     """
     device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
-    objective = objective_of(config)
+    objective, weight = objective_of(config), config.prior_weight or prior.WEIGHT
+    base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
 
     def loss_of(batch: Batch) -> Tensor:
         batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
         losses = denoising(family, batch, texts(batch.prompts), objective)
-        return with_prior(losses, batch.is_class, config.prior_weight or prior.WEIGHT) / config.accumulate
+        loss = with_prior(losses, batch.is_class, weight)
+        if batch.prior_prompts is not None:
+            loss = loss + weight * preserved(family, batch, texts, base).mean()
+        return loss / config.accumulate
 
     def loss_at(step: int, part: int) -> Tensor:
         return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
@@ -416,6 +428,6 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "modelspec.architecture": f"{run.family.architecture}/lora",
         "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
         "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
-        "modelspec.trigger_phrase": config.instance_prompt or "",
+        "modelspec.trigger_phrase": config.trigger or config.instance_prompt or "",
         "diffpeft.version": diffpeft.__version__,
     }

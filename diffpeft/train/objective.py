@@ -10,6 +10,7 @@ arXiv:2208.12242.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from diffpeft.families.devices import sent
 class Batch:
     """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
 
-    `mask` [b, 1, h, w] says how much each place counts.
+    `mask` [b, 1, h, w] says how much each place counts, `prior_prompts` under which prompts the base's predictions are to be kept.
     """
 
     latents: Tensor
@@ -34,6 +35,7 @@ class Batch:
     is_class: Tensor  # [b] bool
     frames: Sequence[Frame]
     mask: Tensor | None = None
+    prior_prompts: list[str] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
@@ -143,3 +145,18 @@ def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
     for weight, mask in ((1.0, ~is_class), (prior_weight, is_class)):
         weights[mask] = weight / max(int(mask.sum()), 1)
     return (losses * sent(weights, losses.device)).sum()
+
+
+def preserved(
+    family: Family,
+    batch: Batch,
+    texts: Callable[[Sequence[str]], Conditions],
+    base: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """|model(x_t, t, p) - base(x_t, t, p)|^2 [b] under the batch's prior prompts p, for its noised latents x_t. The base is the model inside `base()`."""
+    noised, frames = family.levels.noised(batch.latents, batch.noise, batch.u), family.framed(batch.frames)
+    assert batch.prior_prompts is not None
+    with torch.no_grad(), base():
+        target = family.predict(noised.x, noised.t, texts(batch.prior_prompts) | frames)
+    prediction = family.predict(noised.x, noised.t, texts(batch.prior_prompts) | frames)
+    return (prediction - target).square().flatten(1).mean(1)

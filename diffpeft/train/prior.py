@@ -79,11 +79,12 @@ class ClassImages:
 
 
 def planned(config: TrainConfig) -> ClassImages | None:
-    """Which class images a run uses, and which of them are to be drawn; None without a class prompt. Writes nothing, loads nothing.
+    """Which class images a run uses, and which of them are to be drawn; None without a class prompt, or where the base
+    itself is asked. Writes nothing, loads nothing.
 
     Raises ConfigError if the folder's images were drawn for something else, DataError for images of the user's that cannot be read.
     """
-    if config.class_prompt is None:
+    if config.class_prompt is None or config.prior == "base":
         return None
     wanted = Provenance(config.class_prompt, _base(config))
     total = config.num_class_images or IMAGES

@@ -24,6 +24,9 @@ FREE = {
     "allow_unchanged": "what is an error at the end",
     "save_every": "how often the state is saved",
     "keep": "how many states stay",
+    "cache": "where is kept what would be computed again to the same bits",
+    "cache_dir": "in which folder",
+    "cache_limit": "and how much of it",
     "heldout": "what is measured on",
     "samples": "how many answers are shown",
 }

@@ -91,6 +91,12 @@ def assist(pipe: object, said: str | None, name: str) -> None:
     set_adapters(pipe, {TRAINING: strength, name: 1.0})
 
 
+def without(name: str, said: str | None) -> dict[str, float]:
+    """The strengths of what is on while training but for the adapter that is trained."""
+    strengths = [strength for _, strength in weighted("training_adapter", said)]
+    return {name: 0.0, **dict.fromkeys([TRAINING] * len(strengths), sum(strengths))}
+
+
 def dismiss(pipe: object, said: str | None) -> None:
     """Take that adapter off again: what is drawn and measured is without it."""
     if said is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -304,6 +305,19 @@ def test_an_earlier_layer_of_clip_is_the_last_of_one_without_those_after_it():
         theirs, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
         torch.testing.assert_close(states, theirs, rtol=0, atol=1e-12)
         del layers[-1]
+
+
+@pytest.mark.parametrize("kind, reading", [("sd15", {}), ("sd15", {"clip_skip": 2}), ("sdxl", {}), ("flux dev", {})])
+def test_what_no_gradient_would_reach_is_said(kind, reading):
+    """Of the layers of the encoders that can be trained, those that the denoiser's conditions do not depend on."""
+    family = open_family(pipeline(kind, torch.float32), CaptionReading(**reading))
+    for encoder in family.adaptable:
+        model = family.parts(encoder)
+        sum(t.square().sum() for t in family.embed(encoder, PROMPTS).values()).backward()
+        idle = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.weight.grad is None}
+        assert idle == {n for n in idle if encoder in family.unread and re.fullmatch(family.unread[encoder], n)}
+        reached = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - idle
+        assert not any(re.fullmatch(family.unread.get(encoder, ""), n) for n in reached)
 
 
 @pytest.mark.parametrize(

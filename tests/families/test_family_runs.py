@@ -113,7 +113,7 @@ def answer(family):
 
 
 def test_every_file_does_on_a_fresh_pipeline_what_was_trained(run):
-    _, finished, files = run
+    kind, finished, files = run
     finished.family.parts.whole()
     want = answer(finished.family)
     for file in files:
@@ -122,9 +122,11 @@ def test_every_file_does_on_a_fresh_pipeline_what_was_trained(run):
         assert (want - base).abs().max() > 1e-2
         diffpeft.load_lora(fresh, file)
         torch.testing.assert_close(answer(open_family(fresh)), want, rtol=0, atol=1e-4)  # fp32
-    stock = diffusers.DiffusionPipeline.from_pretrained(finished.config.model)
-    stock.load_lora_weights(str(files[0].parent), weight_name=files[0].name)
-    torch.testing.assert_close(answer(open_family(stock)), want, rtol=0, atol=1e-4)
+        if "kohya" in file.name and not kind.startswith("sd1"):
+            continue  # diffusers reads those of SDXL and Flux.1 in the published depths alone
+        stock = diffusers.DiffusionPipeline.from_pretrained(finished.config.model)
+        stock.load_lora_weights(str(file.parent), weight_name=file.name)
+        torch.testing.assert_close(answer(open_family(stock)), want, rtol=0, atol=1e-4)
 
 
 def test_presets_choose_what_the_diffusers_example_and_sd_scripts_train(run):
@@ -133,7 +135,7 @@ def test_presets_choose_what_the_diffusers_example_and_sd_scripts_train(run):
     family, config = finished.family, replace(finished.config, train_text_encoder=False)
     model = family.parts(family.denoiser)
     chosen = {preset: dreambooth.chosen_layers(replace(config, targets=preset), family) for preset in PRESETS}
-    names = {preset: set(select({"m": model}, of[family.denoiser])["m"]) for preset, of in chosen.items()}
+    names = {preset: set(select({"m": model}, **of[family.denoiser])["m"]) for preset, of in chosen.items()}
     assert names["attn"] < names["attn-mlp"] < names["full"]
     assert all("attentions." in name or "transformer_blocks." in name for name in names["attn-mlp"])
     for name, layer in model.named_modules():

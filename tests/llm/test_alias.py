@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,13 @@ def test_the_tables_of_target_modules_are_pefts():
     names = [name for name in dir(ours) if name.isupper() and hasattr(theirs, name)]
     assert len(names) > 15
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
+
+
+def test_the_page_names_the_modules():
+    page = (Path(diffpeft.__file__).parent.parent / "docs" / "llm.md").read_text()
+    named = [name for name in PLACES if not name.startswith("peft.tuners.")]  # of these there is a line for all methods
+    assert len(named) > 20
+    assert not [name for name in named if f"`{name}`" not in page and f"`.{name.rpartition('.')[2]}`" not in page]
 
 
 def test_every_name_has_one_value_wherever_it_is():

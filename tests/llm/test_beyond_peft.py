@@ -112,3 +112,22 @@ def test_any_name_of_an_adapter_will_do(name, tmp_path):
     folder = tmp_path if name == "default" else tmp_path / name
     again = diffpeft.PeftModel.from_pretrained(Net(), folder, adapter_name=name).eval()
     torch.testing.assert_close(again(X), model(X), **SAME)
+
+
+def test_an_adapter_is_loaded_in_the_place_of_one_that_was_injected_under_its_name(tmp_path):
+    """As where transformers has loaded the adapter of a folder already. The other layers of the old one are without adapters; those of others stay."""
+    wrapped = diffpeft.get_peft_model(Net(), diffpeft.LoraConfig(**LORA, target_modules=["lin"])).eval()
+    wrapped.save_pretrained(tmp_path)
+    base = diffpeft.inject_adapter_in_model(diffpeft.LoraConfig(**LORA, target_modules=["lin", "up"]), Net())
+    diffpeft.inject_adapter_in_model(diffpeft.LoraConfig(**LORA, target_modules=["down"]), base, "other")
+    again = diffpeft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(again(X), wrapped(X), **SAME)
+    assert (
+        again.active_adapters == ["default"]
+        and len(diffpeft.get_peft_model_state_dict(base, adapter_name="other")) == 2
+    )
+    before = [name for name, _ in base.named_parameters()]
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(diffpeft.CheckpointError):
+        diffpeft.PeftModel.from_pretrained(base, tmp_path)
+    assert [name for name, _ in base.named_parameters()] == before

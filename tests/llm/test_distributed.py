@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from diffpeft import LoHaConfig, LoraConfig, PeftModel, attach, get_peft_model
+from diffpeft import LoHaConfig, LoraConfig, PeftModel, attach, get_peft_model, get_peft_model_state_dict
 from diffpeft.errors import UnknownNameError
 from diffpeft.layers.carried import record_of
 from diffpeft.layers.slot import Slot
@@ -49,6 +50,12 @@ def build():
     attach(model, LoraConfig(r=4, init_lora_weights=False), targets=TARGETS)
     attach(model, LoHaConfig(r=2, init_weights=False), "other", targets=TARGETS[:1])
     return model
+
+
+def wrapped():
+    """A PeftModel with a LoRA."""
+    torch.manual_seed(1)
+    return get_peft_model(llama(), LoraConfig(r=4, init_lora_weights=False, target_modules=TARGETS))
 
 
 def sharded(model, kind):
@@ -104,6 +111,10 @@ def worker(rank, folder):
     for kind in KINDS:
         model = train(sharded(build(), kind), [x[2 * rank : 2 * rank + 2]])
         torch.save(gathered(model, kind), f"{folder}/{kind}-{rank}.pt")
+    for kind in ("fsdp1", "fsdp1, own parameters"):
+        model = sharded(wrapped(), kind)
+        model(input_ids=x)
+        torch.save(get_peft_model_state_dict(model), f"{folder}/of a PeftModel, {kind}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -112,6 +123,10 @@ def ends(tmp_path_factory):
     """{kind: [parameters at the end, of each process]}."""
     folder = tmp_path_factory.mktemp("ends")
     mp.spawn(worker, (str(folder),), nprocs=2)
+    want = get_peft_model_state_dict(wrapped())
+    for kind, rank in itertools.product(("fsdp1", "fsdp1, own parameters"), (0, 1)):
+        tensors = torch.load(folder / f"of a PeftModel, {kind}-{rank}.pt")
+        assert tensors.keys() == want.keys() and all(torch.equal(tensors[key], t) for key, t in want.items())
     return {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in (0, 1)] for kind in KINDS}
 
 

@@ -30,7 +30,6 @@ ABSENT = {
         "tuner_layer_cls": "layers keep their classes",
         "target_module_mapping": "peft.utils.constants has the tables",
         "get_model_config": "of a model of transformers, model.config.to_dict() is that",
-        "uses_shared_state": "of authors of methods",
         "subtract_mutated_init": "inits never change the base, and save_pretrained writes a LoRA of twice the rank",
     },
 }
@@ -286,10 +285,14 @@ def test_a_second_adapter_takes_the_place_of_one_of_its_name_with_a_warning():
     with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
         second = get_peft_model(net, LoraConfig(target_modules=["1"]))
     torch.testing.assert_close(second(x), plain)  # fresh, and alone
-    assert second.active_adapters == ["default"] and second.targeted_module_names == ["1"]
+    assert second.active_adapters == ["default"] and {*second.peft_config} == {"default", "other"}
+    assert second.targeted_module_names == ["1", "0"] and second.peft_config["default"].target_modules == {"1"}
+    second.set_adapter("other")
+    assert not torch.allclose(second(x), plain)
     with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
         third = get_peft_model(second, LoraConfig(target_modules="base_model.model.0"), "third")
-    assert third.targeted_module_names == ["0"] and third.get_base_model() is net
+    assert third.active_adapters == ["third"] and third.get_base_model() is net
+    torch.testing.assert_close(third(x), plain)
     third.unload()
     assert type(net[0]) is nn.Linear and torch.equal(net[0].weight, want)
 
@@ -448,3 +451,21 @@ def test_rows_beyond_a_tokenizers_stay(tmp_path):
     words.save_pretrained(tmp_path / "a")
     loaded = diffpeft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a")
     assert loaded.get_input_embeddings().weight.shape[0] == len(words) + 21
+
+
+@pytest.mark.parametrize(
+    "fields", [{"r": 64, "alpha": 5}, {"r": 2, "alpha": 5}, {"r": 64, "alpha": 5, "decompose_both": True}]
+)
+def test_a_fresh_lokr_is_as_strong_as_pefts(fields):
+    """Of two whole halves too: PEFT multiplies these by alpha / r."""
+    outputs, files = [], []
+    for lib in (peft, diffpeft):
+        torch.manual_seed(0)
+        base = model()
+        torch.manual_seed(1)
+        config = lib.LoKrConfig(target_modules=["q_proj"], init_weights=False, **fields)
+        wrapped = lib.get_peft_model(base, config).eval()
+        outputs.append(run(wrapped))
+        files.append(lib.get_peft_model_state_dict(wrapped))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(files[1][key], t) for key, t in files[0].items())

@@ -168,13 +168,20 @@ def test_taking_the_adapter_off_leaves_the_deeper_model():
     assert not any("adapters" in name for name, _ in plain.named_parameters())
 
 
-def test_layers_that_share_weights_cannot_be_merged():
+def test_a_merge_gives_layers_that_share_weights_weights_of_their_own():
+    """PEFT adds what all of them learnt to the one weight that they share."""
     wrapped, _ = filled(diffpeft, "llama")
-    before = out(wrapped)
-    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
-        with pytest.raises(AdapterStateError, match="tied"):
-            merge()
-    assert torch.equal(out(wrapped), before)
+    before, parameters = out(wrapped), len(list(wrapped.get_base_model().parameters()))
+    for _ in range(2):
+        wrapped.merge_adapter()
+        torch.testing.assert_close(out(wrapped), before, **SAME)
+        wrapped.unmerge_adapter()
+        assert torch.equal(out(wrapped), before) and len(list(wrapped.get_base_model().parameters())) == parameters
+    plain = wrapped.merge_and_unload()
+    torch.testing.assert_close(out(plain), before, **SAME)
+    assert not any("adapters" in name for name, _ in plain.named_parameters())
+    with pytest.raises(AdapterStateError, match="tied"):  # `fuse` unties nothing
+        diffpeft.fuse(filled(diffpeft, "llama")[0].get_base_model())
 
 
 def test_a_model_without_a_wrapper_has_it_too():

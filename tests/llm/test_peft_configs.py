@@ -91,6 +91,22 @@ def test_what_a_run_sets_is_in_no_file(lib, tmp_path):
         assert not lib.PeftConfig.from_pretrained(tmp_path).runtime_config.ephemeral_gpu_offload
 
 
+@pytest.mark.parametrize(
+    "options", [dict(revision="x"), dict(task_type="SEQ_CLS"), dict(r=9), dict(foo=1, token="t")], ids=str
+)
+def test_options_of_the_way_to_a_file_change_nothing_that_it_says(options, tmp_path):
+    """A `revision` is of the adapter's repository; the base's stands in the file, or is not known."""
+    diffpeft.LoraConfig(r=3).save_pretrained(tmp_path)
+    for _ in range(2):
+        theirs, ours = (lib.LoraConfig.from_pretrained(tmp_path, **options).to_dict() for lib in (peft, diffpeft))
+        if "task_type" not in options:  # PEFT takes those of LoRA's own fields alone
+            assert ours == theirs
+        path = tmp_path / "adapter_config.json"
+        table = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in table.items() if key not in ("revision", "r")}))
+    assert ours["revision"] is None and ours["r"] == options.get("r", 8)
+
+
 STR = dict(target_modules=".*q")
 REFUSED = [
     ("LoraConfig", dict(task_type="x"), "Invalid task type: 'x'. Must be one of the following task types: SEQ_CLS, SEQ_2"),

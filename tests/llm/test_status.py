@@ -21,6 +21,14 @@ LAYERS = {
     "conv3d": lambda: nn.Conv3d(16, 16, 1),
     "embedding": lambda: nn.Embedding(16, 16),
 }
+SIZES = {
+    "linear": lambda: nn.Linear(6, 8),
+    "gpt2": lambda: Conv1D(8, 6),
+    "conv1d": lambda: nn.Conv1d(6, 8, 1),
+    "conv2d": lambda: nn.Conv2d(6, 8, 3, padding=1),
+    "conv3d": lambda: nn.Conv3d(6, 8, 1),
+    "embedding": lambda: nn.Embedding(6, 8),
+}
 METHODS = {
     "lora": ("LoraConfig", {}),
     "dora": ("LoraConfig", {"use_dora": True}),
@@ -92,6 +100,15 @@ def test_layers_are_called_what_peft_calls_them(method, kind):
         ) and ours.active_adapters == ["default"]
         return
     assert layer(ours) == layer(theirs)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_layers_tell_their_sizes(kind):
+    sizes = []
+    for lib in (peft, diffpeft):
+        model = lib.get_peft_model(Net(l=SIZES[kind]()), lib.LoraConfig(r=2, target_modules=["l"]))
+        sizes.append((model.base_model.model.l.in_features, model.base_model.model.l.out_features))
+    assert sizes[0] == sizes[1] == (6, 8)
 
 
 MODELS = {

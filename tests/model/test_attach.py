@@ -131,7 +131,6 @@ def test_an_init_from_the_weight_leaves_the_base_and_the_output(init):
         (OFTConfig(), {"dora": "out"}, "dora"),
         (OFTConfig(), {"side": "left"}, "side"),
         (OFTConfig(), {"constraint": 1.0}, "output"),
-        (OFTConfig(r=2), {}, "oft_block_size"),
         (LoHaConfig(r=0), {}, "r is 0"),
         (LoHaConfig(r=1, rank_dropout=1.0), {}, "rank_dropout"),
         (LoKrConfig(r=-2), {}, "r is -2"),

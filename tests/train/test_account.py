@@ -1,6 +1,7 @@
 """What a folder holds is trained on, or said not to be."""
 
 import io
+import json
 import unicodedata
 import warnings
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffpeft import DataError
+from diffpeft import DataError, TrainConfig
+from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import data
+from diffpeft.train.check import account_of, check
+from diffpeft.train.data.tokens import tokenizers_of, too_long
 
 SQUARE = data.Sizing((64,), buckets=False)
 
@@ -167,3 +171,55 @@ def test_the_counts_are_data(folder):
         "groups": [{"folder": ".", "images": 1, "repeats": 1}, {"folder": "c", "images": 1, "repeats": 1}],
         "buckets": [{"width": 64, "height": 64, "images": 2}], "masks": 0, "passes": None,
     }  # fmt: skip
+
+
+# -- captions that are too long ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux_like(tmp_path_factory):
+    """A folder with two tokenizers, CLIP's and one without a beginning that takes more, like T5's."""
+    from transformers import AutoTokenizer, T5Tokenizer
+
+    root = tmp_path_factory.mktemp("flux")
+    AutoTokenizer.from_pretrained(EMBEDDED / "tokenizer").save_pretrained(root / "tokenizer")
+    T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁dog", -1.0)], model_max_length=100, extra_ids=0
+    ).save_pretrained(root / "tokenizer_2")
+    kinds = {
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5Tokenizer"],
+        "vae": ["diffusers", "X"],
+    }
+    (root / "model_index.json").write_text(json.dumps(kinds))
+    return root
+
+
+@pytest.mark.parametrize(
+    "most, words, cut",
+    [(None, 30, False), (None, 31, True), (60, 31, False), (60, 60, False), (60, 61, True)],
+)
+def test_captions_that_clip_would_cut_are_counted(most, words, cut):
+    (tokenizer,) = tokenizers_of(str(EMBEDDED))
+    assert too_long(["x", " ".join(["a"] * words)], [tokenizer], most) == (
+        [False, cut],
+        most or 30,
+    )  # its CLIP has room for 32
+
+
+@pytest.mark.parametrize(
+    "most, words, cut", [(None, 76, False), (None, 99, False), (None, 100, True), (50, 49, False), (50, 51, True)]
+)
+def test_what_one_of_several_tokenizers_reads_is_not_cut(most, words, cut, flux_like):
+    tokenizers = tokenizers_of(str(flux_like))
+    assert len(tokenizers) == 2
+    assert too_long([" ".join(["dog"] * words)], tokenizers, most)[0] == [cut]
+
+
+def test_a_cut_caption_is_said_before_training(folder, tmp_path):
+    root = folder({"a.png": jpeg(), "a.txt": "tag, " * 200, "b.png": jpeg(colour=(0, 9, 9)), "b.txt": "a dog"})
+    options = {"model": str(EMBEDDED), "data": str(root), "out": str(tmp_path / "out")}
+    account = check(TrainConfig(**options)).account
+    assert account.cut == ("a.png",) and "1 image with captions longer than 30 tokens" in str(account)
+    assert check(TrainConfig(**options, max_length=3000)).account.cut == ()
+    assert account_of(TrainConfig(data=str(root)), steps=False).cut is None  # no model, no tokenizer

@@ -219,7 +219,7 @@ def test_prompts_are_encoded_once_for_an_encoder(family, tmp_path, monkeypatch):
     calls = counted(family, monkeypatch)
 
     def stores(encoder):
-        return Disk(tmp_path, lambda: text_identity(family, encoder))
+        return Disk(tmp_path, lambda: text_identity(family, encoder, "75 1"))
 
     for prompts, n in ((["a", "b", "a"], 2), (["b", "c"], 1), (["a", "c"], 0)):
         before = len(calls)

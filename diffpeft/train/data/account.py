@@ -163,7 +163,7 @@ class Account:
             f"smaller than half of {self.resolution} pixels, and scaled up": self.small,
             "so long that less than a quarter is seen, the middle": self.extreme,
             "with an empty caption file, and trained without a caption": self.empty,
-            f"with captions longer than {self.tokens} tokens, and cut there": self.cut or (),
+            f"with captions longer than {self.tokens} tokens, and cut there (see --max-length)": self.cut or (),
             "with several frames, of which the first is used": self.animated,
             "with a colour profile that cannot be read, and taken as sRGB": self.unprofiled,
             "without a mask, and wholly used": self.unmasked,
