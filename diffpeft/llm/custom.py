@@ -45,8 +45,9 @@ def settle(config: PeftConfig, layers: Mapping[str, nn.Module]) -> list[type[nn.
         if not is_known(key):
             register_like(name, module, key, like)
             unknown.append(kind_of(module))
-            if hasattr(custom, "classes"):  # of which its instances are
-                custom.classes = (key,)
+        classes: tuple[type, ...] = getattr(custom, "classes", (key,))
+        if key not in classes:  # of which its instances are
+            custom.classes = (*classes, key)  # type: ignore[attr-defined]
     return list(dict.fromkeys(unknown))
 
 
