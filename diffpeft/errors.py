@@ -13,6 +13,7 @@ DiffpeftError                       1
 |-- CannotConvertError              4   the target format cannot hold this
 |-- UnknownNameError (ValueError)   2   adapter, method, format, layer pattern ...
 |   `-- NoMatchingPeftModuleError   2   (ConfigError, PeftError) no layer is one that a config asks for
+|-- PeftError                       1   PEFT's root, of what it has a type for: NoMatchingPeftModuleError
 |-- AdapterStateError (ValueError)  4   duplicate name, not attached, busy
 |   |-- MixedBatchError (TypeError)   4   rows of a batch have different adapters where they cannot
 |   |-- NoWeightError (NotImplementedError) 4 what an adapter adds is no change of a weight
@@ -22,8 +23,7 @@ DiffpeftError                       1
 |   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
-|-- NothingLearntError              6   training changed nothing
-`-- PeftError                       1   PEFT's root, of what it has a type for: NoMatchingPeftModuleError
+`-- NothingLearntError              6   training changed nothing
 
 Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
 """
