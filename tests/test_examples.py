@@ -91,14 +91,3 @@ def test_the_pages_python_runs(block, fresh, tmp_path, monkeypatch):
     quick = block.replace('pipe("a castle")', 'pipe("a castle", num_inference_steps=1)')
     names = {"pipe": pipe, "unet": pipe.unet, "diffpeft": diffpeft, "torch": torch}
     exec(quick, names | ({"base_model": model()} if "base_model" in block else {}))
-
-
-def test_the_page_of_language_models_runs(tmp_path, monkeypatch):
-    """Its blocks go on from one to the next."""
-    monkeypatch.chdir(tmp_path)
-    model().save_pretrained("base")
-    diffpeft.get_peft_model(model(), diffpeft.LoraConfig(target_modules=["q_proj"])).save_pretrained("other")
-    names = {"folder": "base"}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "llm.md").read_text(), re.S):
-        exec(block, names)
-    assert names["logits"].shape[:2] == (3, 3) and names["model"].active_adapters == ["both"]

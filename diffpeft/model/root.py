@@ -35,7 +35,10 @@ _classes: dict[type, type] = {}
 def settle(model: nn.Module, mix: Mix) -> None:
     """Make `model` a root if strengths of `mix` may depend on the call, and what it was if not. Plain assignments: it cannot fail."""
     with _lock:
-        _models[mix.key] = model
+        if mix.adapters:
+            _models[mix.key] = model
+        else:  # the last one went
+            _models.pop(mix.key, None)
         want = _depends_on_the_call(model, mix)
         inner = model._modules.get(COMPILED)  # may have become a root before it was compiled
         for module in (model,) if want or inner is None else (model, inner):
