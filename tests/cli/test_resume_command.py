@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train.checkpoints import checkpoints_in
 from tests.cli.process import quick
 
 
+@pytest.mark.slow  # whole runs, in processes of their own
 def test_a_run_that_is_terminated_says_how_it_goes_on_and_does(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes((EMBEDDED.parent / "demo" / "train" / "airplane.png").read_bytes())

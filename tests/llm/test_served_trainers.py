@@ -127,6 +127,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.slow  # whole runs, in processes of their own
 def test_trainers_print_and_write_what_they_do_with_peft():
     expected, found = (json.loads(run.splitlines()[-1]) for run in (process(PROGRAM), served(PROGRAM, MODES[1])))
     assert [name for name, *_ in found] == [name for name, *_ in expected] and len(found) > 9

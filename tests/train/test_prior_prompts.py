@@ -131,7 +131,7 @@ def drift(run, prompt="an emoji"):
             return (on - family.predict(x, t, conditions)).square().mean().item()
 
 
-@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_base_is_kept_under_other_prompts(live, config):
     options = {"steps": 25, "lr": 3e-3, "class_prompt": "an emoji", "overwrite": True, "train_text_encoder": live}
     free = dreambooth.train(
