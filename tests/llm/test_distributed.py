@@ -249,6 +249,7 @@ def run_example(rank, folder, port):
     Path(folder, f"losses-{rank}.json").write_text(json.dumps(losses))
 
 
+@pytest.mark.slow  # the processes of the other tests do the same
 def test_the_example_trains_in_two_processes_and_saves_one_adapter(tmp_path):
     import socket
 

@@ -163,6 +163,7 @@ print("done")
 """
 
 
+@pytest.mark.slow  # a process of its own
 def test_diffusers_own_methods_do_what_ours_do():
     """Loading, weights, scales, switching off, fusing and unloading by a pipeline's methods, which ask peft for all of it."""
     assert served(PIPELINE, MODES[1]).split()[-1] == "done"

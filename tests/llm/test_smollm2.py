@@ -92,6 +92,7 @@ def learnt(run):
     return sum(a["after"].strip() == a["expected"].strip() for a in run.answers)
 
 
+@pytest.mark.slow  # a minute; its parts are tested on small models
 def test_a_lora_learns_what_it_can_answer_in_other_words(run):
     assert run.heldout_loss["after"] < 0.2 * run.heldout_loss["before"]
     assert learnt(run) >= FACTS / 2
@@ -124,6 +125,7 @@ def test_without_its_adapter_it_is_the_base(run, folder):
         assert "Paris" in run.tokenizer.decode(run.model.generate(ids, max_new_tokens=12, do_sample=False)[0])
 
 
+@pytest.mark.slow
 def test_a_qlora_learns_on_four_bits(config, ids, tmp_path):
     run = sft.train(replace(config, quantize="nf4", out=str(tmp_path / "nf4"), steps=18, samples=3))
     assert run.heldout_loss["after"] < 0.3 * run.heldout_loss["before"]
