@@ -9,10 +9,11 @@ from torch import nn
 
 from diffpeft import patterns
 from diffpeft.errors import PeftWarning, near, shown
-from diffpeft.llm.patches import ends_of, names_parameter
+from diffpeft.llm.patches import ends_of, names_parameter, parameter_keys
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
-from diffpeft.model.target import kind_of, modules_of
+from diffpeft.model.patches import parameters_of
+from diffpeft.model.target import kind_of
 
 
 def warn(model: nn.Module, config: PeftConfig, layers: Mapping[str, nn.Module], patched: Iterable[str]) -> None:
@@ -23,7 +24,7 @@ def warn(model: nn.Module, config: PeftConfig, layers: Mapping[str, nn.Module], 
         )
     if config.target_parameters:
         _warn_parameters(model, config.target_parameters)
-    names = [*layers, *(f"{where}.{name}" for where in patched for name in model.get_submodule(where)._parameters)]
+    names = [*layers, *(f"{where}.{name}" for where in patched for name in parameters_of(model.get_submodule(where)))]
     for field in ("rank_pattern", "alpha_pattern"):
         _warn_patterns(field, _patterns(config, field), names)
     if isinstance(config, LoraConfig) and config.lora_bias and config.peft_type == PeftType.LORA:
@@ -32,7 +33,7 @@ def warn(model: nn.Module, config: PeftConfig, layers: Mapping[str, nn.Module], 
 
 def _warn_parameters(model: nn.Module, targets: Sequence[str]) -> None:
     """Name the targets that no parameter is called."""
-    keys = [f"{where}.{name}" for where, (m, _) in modules_of(model, _has_parameters).items() for name in m._parameters]
+    keys = parameter_keys(model)
     unknown = [target for target in targets if not any(names_parameter(target, key) for key in keys)]
     if len(unknown) == len(targets):
         warnings.warn(
@@ -43,10 +44,6 @@ def _warn_parameters(model: nn.Module, targets: Sequence[str]) -> None:
         warnings.warn(
             f"target_parameters has {shown(target)}, which no parameter is called. {hint}".strip(), stacklevel=7
         )
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return bool(module._parameters)
 
 
 def _patterns(config: PeftConfig, field: str) -> Collection[str]:

@@ -142,10 +142,8 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
     assert isinstance(config, LoraConfig)
     _check_factors(config, targets)
     patches: Patched = {}
-    keys: set[str] = set()
     for where, (module, _) in modules_of(model, lambda m: bool(parameters_of(m))).items():
         by_name = {name: f"{where}.{name}" for name in parameters_of(module)}
-        keys |= set(by_name.values())
         targeted = [name for name, key in by_name.items() if any(names_parameter(target, key) for target in targets)]
         if targeted and not where:
             raise ConfigError(
@@ -155,17 +153,23 @@ def _factors(model: nn.Module, config: PeftConfig, targets: Sequence[str], other
         if targeted:
             patches[where] = module, factors_on(module, where, targeted, config)
     if not patches and not others:
-        _raise_none(model, config, targets, keys)
+        _raise_none(model, config, targets)
     return patches
 
 
-def _raise_none(model: nn.Module, config: PeftConfig, targets: Sequence[str], keys: Collection[str]) -> NoReturn:
+def _raise_none(model: nn.Module, config: PeftConfig, targets: Sequence[str]) -> NoReturn:
     """Raise NoMatchingPeftModuleError for parameters that a model has not, nor the layers that are wanted beside them."""
     where = f"target_parameters {listed(targets)} not found in the base model"
     if config.target_modules:
         with inside(where, config=True):
             raise_none(config, [name for name, _ in model.named_modules()])
-    raise NoMatchingPeftModuleError(NOTHING, where=where, remedy=near(targets[0], ends_of(keys)))
+    raise NoMatchingPeftModuleError(NOTHING, where=where, remedy=near(targets[0], ends_of(parameter_keys(model))))
+
+
+def parameter_keys(model: nn.Module) -> list[str]:
+    """The names of all parameters that may be targets, those of the model itself with a dot before them."""
+    modules = modules_of(model, lambda m: bool(parameters_of(m)))
+    return [f"{where}.{name}" for where, (module, _) in modules.items() for name in parameters_of(module)]
 
 
 def ends_of(keys: Collection[str]) -> set[str]:

@@ -82,6 +82,14 @@ def test_what_a_config_says_in_vain_is_warned_of_as_in_peft(case, tmp_path):
         compared(lambda lib: second[lib].add_adapter("other", getattr(lib, name)(**fields)))
 
 
+def test_a_parametrised_parameter_is_named_like_any_other():
+    """Spectral norm takes `weight` out of a layer's parameters; it may be a target all the same."""
+    net = Net()
+    nn.utils.parametrizations.spectral_norm(net.lin)
+    config = diffpeft.LoraConfig(target_parameters=["lin.weight"], target_modules=[], rank_pattern={"lin.weight": 2})
+    assert told(diffpeft, lambda _: diffpeft.get_peft_model(net, config)) == []
+
+
 def test_a_hint_follows():
     with pytest.warns(RuntimeWarning, match=r"ignored: \['ln'\]. Did you mean 'lin'"):
         diffpeft.get_peft_model(Net(), diffpeft.LoraConfig(target_modules=["lin"], rank_pattern={"ln": 2}))
