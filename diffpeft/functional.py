@@ -12,6 +12,7 @@ from diffpeft.llm.peft_model import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
+    users_model,
 )
 from diffpeft.llm.tuner import named
 from diffpeft.model.activation import order_of, plan_trained, refuse_clashing
@@ -41,7 +42,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Whether adapters are trained, active or not."""
-    base = _base(model)
+    base = users_model(model)
     with planned({"": base}) as plan:
         plan_trained(plan, base, dict.fromkeys(named(adapter_names), requires_grad))
 
@@ -69,7 +70,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> lis
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Put an adapter's tensors of fewer bits than float32 into float32."""
-    base = _base(model)
+    base = users_model(model)
     with planned({"": base}) as plan:
         for _, _, record in adapted(base) if autocast_adapter_dtype else ():
             for held in record.modules(adapter_name) if adapter_name in record.names else ():
@@ -90,7 +91,3 @@ def _plan_active(
 def _names(model: nn.Module) -> list[str]:
     """The adapters on a bare model."""
     return [name for mix in mixes_of({"": model}).values() for name in mix.adapters]
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -15,7 +15,7 @@ from diffpeft.errors import ConfigError, shown
 from diffpeft.layers.caching import DoraCaching
 from diffpeft.layers.kinds import LoraLayer
 from diffpeft.llm.config import PeftConfig
-from diffpeft.llm.peft_model import PeftModel
+from diffpeft.llm.peft_model import PeftModel, users_model
 from diffpeft.model.single import rescaled
 
 __all__ = [
@@ -46,7 +46,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = users_model(model)
     if not any(isinstance(module, LoraLayer) for module in base.modules()):
         raise ConfigError(
             "scaling is only supported for models with `LoraLayer`s", remedy="Use diffpeft.adapters for other methods."

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, MissingKeysError, UnknownKeysError, listed, near
-from diffpeft.llm.peft_model import PeftModel
+from diffpeft.llm.peft_model import users_model
 from diffpeft.model.activation import fused_of
 from diffpeft.model.state import base_tensors
+from diffpeft.model.target import COMPILED
 
 
 class BaseKeys(NamedTuple):
@@ -58,5 +59,4 @@ class UnexpectedBaseKeysError(UnknownKeysError, RuntimeError):
 
 def _base(model: nn.Module) -> nn.Module:
     """The user's model in a PeftModel, or with adapters on it."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return users_model(getattr(model, COMPILED, model))

@@ -21,7 +21,7 @@ from diffpeft import io
 from diffpeft.bundle import Bundle, canonical
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, listed, shown
 from diffpeft.layers.slot import Slot
-from diffpeft.llm.peft_model import PeftModel
+from diffpeft.llm.peft_model import PeftModel, users_model
 from diffpeft.llm.state import adapter_at, config_of, tensors_in
 from diffpeft.methods.config import check_rank
 from diffpeft.methods.lora import Lora
@@ -158,7 +158,7 @@ def prepare_model_for_compiled_hotswap(
         check_rank("target_rank", target_rank)
     _check_not_compiled(model, check_compiled)
     wrapper = getattr(model, COMPILED, model)
-    base = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
+    base = users_model(wrapper)
     slots = _slots_by_adapter(base)
     if target_rank is None:
         return

@@ -13,11 +13,11 @@ from converters.formats import attention
 from converters.formats.base import dotted_role
 from converters.formats.peft import PREFIX
 from diffpeft.errors import ConfigError, shown
-from diffpeft.llm.targets import excludes, matches, resolved
+from diffpeft.llm.targets import inner_modules, meant, resolved
 from diffpeft.methods import IA3Config
 from diffpeft.methods.ia3 import FACTORS, is_feedforward
 from diffpeft.methods.peft_config import PeftConfig
-from diffpeft.model.target import COMPILED, geometry_of, layers_of, modules_of
+from diffpeft.model.target import COMPILED, geometry_of, layers_of
 
 
 def targeting(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor]) -> PeftConfig:
@@ -36,7 +36,7 @@ def targeting(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor
     layers = {layer for layer in read if attention.around(layer, read) is None}
     _warn_others(model, config, layers)
     config = copy.deepcopy(config)
-    config.target_modules = _exactly(layers, modules_of(model, lambda module: module is not model))
+    config.target_modules = _exactly(layers, inner_modules(model))
     if config.exclude_modules:
         config.exclude_modules = None
     if isinstance(config, IA3Config):
@@ -56,9 +56,8 @@ def _warn_others(model: nn.Module, config: PeftConfig, layers: Set[str]) -> None
         config = resolved(model, config)
     except ConfigError:  # there is no default for the model: the keys are all there is
         return
-    names = modules_of(model, lambda module: module is not model)
-    meant = {name for name in names if matches(config, name) and not excludes(config, name)}
-    sides = {"The PEFT config": meant - {*layers}, "The state_dict": {*layers}.intersection(names) - meant}
+    targeted = meant(model, config).keys()
+    sides = {"The PEFT config": targeted - layers, "The state_dict": (layers & inner_modules(model).keys()) - targeted}
     if more := [
         f"{side} contained these additional target modules: {sorted(others)}."
         for side, others in sides.items()

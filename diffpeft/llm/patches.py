@@ -23,7 +23,7 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.io import finite
-from diffpeft.llm.targets import NOTHING, ending, raise_none
+from diffpeft.llm.targets import NOTHING, ending, last_parts, raise_none
 from diffpeft.llm.tying import tied_to_embedding
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -118,11 +118,10 @@ def _tables(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The embeddings, and heads, that a name means. Raises UnknownNameError, or WrongKindError for other modules."""
     meant = ending(model, [name], "trainable_token_indices")
     if not meant:
-        known = {n for n, _ in model.named_modules()}
         raise UnknownNameError(
             f"Target modules {{{name!r}}} not found in the base model.",
             where="trainable_token_indices",
-            remedy=near(name, {n.rpartition(".")[2] for n in known} | known) or "Name an embedding.",
+            remedy=near(name, last_parts([n for n, _ in model.named_modules()])) or "Name an embedding.",
         )
     for where, module in meant.items():
         if not isinstance(module, (nn.Embedding, nn.Linear)) or not weight_of(module).is_floating_point():

@@ -639,6 +639,11 @@ def _plain_class(model: nn.Module) -> type:
     return next(c for c in type(model).__mro__ if not any(k.startswith("_diffpeft") for k in vars(c)))
 
 
+def users_model(model: nn.Module) -> nn.Module:
+    """The user's model: that in a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: object,
@@ -764,7 +769,7 @@ def set_peft_model_state_dict(
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         known([adapter_name], model.peft_config)
-    with planned({"": model.get_base_model() if isinstance(model, PeftModel) else model}) as plan:
+    with planned({"": users_model(model)}) as plan:
         return _plan_overwritten(plan, model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes)
 
 

@@ -116,7 +116,7 @@ def _condense(model: nn.Module, config: PeftConfig) -> None:
     if not targets or isinstance(targets, str) or len(targets) < MANY or config.peft_type == PeftType.IA3:
         return
     ends = tuple(f".{target}" for target in targets)
-    few = shortest(targets, (name for name in _modules(model) if name not in targets and not name.endswith(ends)))
+    few = shortest(targets, (name for name in inner_modules(model) if name not in targets and not name.endswith(ends)))
     if len(few) < len(targets):
         config.target_modules = set(few)
 
@@ -148,7 +148,7 @@ def chosen(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     Raises NoMatchingPeftModuleError if no name fits, ConfigError or AdapterStateError for a module that cannot carry the method.
     """
     _check_patterns(config)
-    modules = _modules(model)
+    modules = inner_modules(model)
     excluded = dict.fromkeys(name for name in modules if excludes(config, name))
     fitting = {name: place for name, place in modules.items() if name not in excluded and matches(config, name)}
     if not fitting and not config.target_parameters:
@@ -202,7 +202,7 @@ def ending(model: nn.Module, names: Iterable[str], field: str) -> dict[str, nn.M
     Raises WrongKindError for a container, which has no forward. `field` is what the names are of.
     """
     ends = tuple(names)
-    modules = {n: m for n, (m, _) in modules_of(model, lambda m: m is not model).items() if n.endswith(ends)}
+    modules = {n: m for n, (m, _) in inner_modules(model).items() if n.endswith(ends)}
     for where, module in modules.items():
         if isinstance(module, _CONTAINERS):
             raise WrongKindError(
@@ -225,7 +225,12 @@ def _in_layers(config: PeftConfig, name: str) -> bool:
     return match is not None and int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
-def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+def meant(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
+    """{name: module} of those that a config means, of whatever kind they are."""
+    return {n: m for n, (m, _) in inner_modules(model).items() if matches(config, n) and not excludes(config, n)}
+
+
+def inner_modules(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """{name: (module, its parent)} of all below the model, each once."""
     return modules_of(model, lambda module: module is not model)
 
@@ -236,7 +241,7 @@ def _linear(model: nn.Module, config: PeftConfig) -> list[str]:
     inside = {id(m) for m in head.modules()} if head is not None else set()
     return [
         name
-        for name, (module, _) in _modules(model).items()
+        for name, (module, _) in inner_modules(model).items()
         if {*_LINEAR} & {c.__name__ for c in kind_of(module).__mro__} and id(module) not in inside
     ]
 
@@ -279,7 +284,7 @@ def raise_none(config: PeftConfig, names: Sequence[str], excluded: Sequence[str]
     _raise_left_out(config, names)
     raise NoMatchingPeftModuleError(
         f"Target modules {_said(config)} not found in the base model.",
-        remedy=near(targets if isinstance(targets, str) else min(targets), _ends(names))
+        remedy=near(targets if isinstance(targets, str) else min(targets), last_parts(names))
         or "Check target_modules, layers_to_transform and the model.",
     )
 
@@ -328,7 +333,7 @@ def _warn_unmatched(config: PeftConfig, names: list[str], excluded: list[str]) -
         return
     unmatched = [t for t in config.target_modules or () if not any(n == t or n.endswith(f".{t}") for n in names)]
     for target in sorted(unmatched):
-        hint = near(target, _ends(names))
+        hint = near(target, last_parts(names))
         warnings.warn(f"target_modules has {shown(target)}, which no module is called. {hint}".strip(), stacklevel=4)
 
 
@@ -348,5 +353,6 @@ def _warn_tied(model: nn.Module, modules: Mapping[str, nn.Module], fitting: Coll
         )
 
 
-def _ends(names: Iterable[str]) -> set[str]:
+def last_parts(names: Collection[str]) -> set[str]:
+    """Names, and what follows the last dot of each: what a name that is not known is compared with."""
     return {name.rpartition(".")[2] for name in names} | set(names)

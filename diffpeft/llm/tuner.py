@@ -510,7 +510,7 @@ class Tuner(nn.Module):
             raise AdapterStateError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if self._off is not None or any(mix.standing() is OFF for mix in mixes_of({"": self.model}).values()):
+        if not self.enabled:
             return nullcontext()
         return adapters(self.model, [{} if n == BASE else {n: 1.0} for n in adapter_names], images_per_prompt=copies)
 

@@ -21,7 +21,7 @@ from converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.llm import attentions
 from diffpeft.llm.state import saved
-from diffpeft.llm.targets import excludes, matches
+from diffpeft.llm.targets import meant
 from diffpeft.methods import IA3Config, LoraConfig
 from diffpeft.methods.config import check_choice, check_rank
 from diffpeft.methods.lora import is_across
@@ -33,7 +33,7 @@ from diffpeft.model.combine import combined, exact_sum
 from diffpeft.model.mix import Adapter, check_name
 from diffpeft.model.patches import Patched, rows_of
 from diffpeft.model.plan import Plan
-from diffpeft.model.target import modules_of, with_inner
+from diffpeft.model.target import with_inner
 from diffpeft.model.weighted import (
     Recipe,
     Values,
@@ -155,7 +155,7 @@ def _checked(
     numbers = [float(w) for w in weights]
     if not all(map(math.isfinite, numbers)):
         raise ConfigError(f"weights is {shown(numbers)}", remedy="A weight is a finite number.")
-    shared = [*dict.fromkeys(where for where, _, _, what in clashes(model, adapters) if what == "copies")]
+    shared = [*dict.fromkeys(where for where, what in clashes(model, adapters) if what == "copies")]
     if shared:
         raise ConfigError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
@@ -368,9 +368,7 @@ def _targets(
     """The fields with which a config means these layers: those of the adapters' configs joined if that does, else all names."""
     joined = {"target_modules": _joined("target_modules", [c.target_modules for c in configs])}
     like_them = _changed(config, **joined)
-    names = modules_of(model, lambda m: m is not model)
-    meant = {n: m for n, (m, _) in names.items() if matches(like_them, n) and not excludes(like_them, n)}
-    if {*with_inner(meant)} == {*layers}:
+    if {*with_inner(meant(model, like_them))} == {*layers}:
         return joined
     others = {f.name for f in fields(config)} & {"exclude_modules", "layers_to_transform", "layers_pattern"}
     spoken = attentions.said(dict.fromkeys(layers))

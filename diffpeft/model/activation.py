@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from diffpeft.errors import AdapterStateError, shown
+from diffpeft.layers.carried import Record
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.plan import Plan
 from diffpeft.model.target import adapted
@@ -59,18 +60,29 @@ _CLASHES = {
 
 def refuse_clashing(model: nn.Module, names: Sequence[str]) -> None:
     """Raise AdapterStateError if two of these adapters train the same module whole, or the same rows of an embedding."""
-    for where, one, other, what in clashes(model, names):
+    for _, _, record in adapted(model):
+        refuse_clashing_on(record, names)
+
+
+def refuse_clashing_on(record: Record, names: Sequence[str]) -> None:
+    """The same for one module."""
+    for one, other, what in _clashing(record, names):
         kind, why = _CLASHES[what]
         raise AdapterStateError(
-            f"Only one adapter can be set at a time for {kind} {shown(where)}, got {one} and {other}: {why}",
+            f"Only one adapter can be set at a time for {kind} {shown(record.where)}, got {one} and {other}: {why}",
             remedy="Activate one of them.",
         )
 
 
-def clashes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
-    """(module, one adapter, another, what both have) of those that cannot act together there."""
+def clashes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(module, what two of the adapters both have for themselves) of those that cannot act together there."""
     for where, _, record in adapted(model):
-        having = [name for name in dict.fromkeys(names) if name in record.names]
-        for one, other in itertools.combinations(having, 2):
-            if what := record.clashing(one, other):
-                yield where, one, other, what
+        yield from ((where, what) for _, _, what in _clashing(record, names))
+
+
+def _clashing(record: Record, names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """(one adapter, another, what both have) of those that cannot act together on a module."""
+    having = [name for name in dict.fromkeys(names) if name in record.names]
+    for one, other in itertools.combinations(having, 2):
+        if what := record.clashing(one, other):
+            yield one, other, what

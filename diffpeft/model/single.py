@@ -11,6 +11,7 @@ from torch import nn
 
 from diffpeft.errors import AdapterStateError, UnknownNameError, listed, shown
 from diffpeft.layers.carried import Record, record_of
+from diffpeft.model.activation import refuse_clashing_on
 from diffpeft.model.attach import mixes_of, refuse_foreign
 from diffpeft.model.fuse import check_order, plan_layer_fused
 from diffpeft.model.mix import Adapter, Choice, Level, Mix, Single, check_idle, check_strength, scaled_level
@@ -28,7 +29,7 @@ def set_adapter(module: nn.Module, names: Sequence[str], inference_mode: bool) -
     record = _record(module)
     for name in names:
         UnknownNameError.check("adapter", name, record.mix.adapters)
-    _refuse_clashing(record, [name for name in names if name in record.names])
+    refuse_clashing_on(record, names)
     with planned(_parts(record.mix)) as plan:
         _plan_single(plan, record, replace(_single(record), active=tuple(names)))
         _plan_trained(plan, record, () if inference_mode else names)
@@ -142,7 +143,8 @@ def unmerge(module: nn.Module) -> None:
 
 def delete(module: nn.Module, name: str) -> None:
     """Remove an adapter from a module; with the last module it is gone. Raises AdapterStateError for one that is in the weight, or in use."""
-    record, mix = _record(module), _record(module).mix
+    record = _record(module)
+    mix = record.mix
     if name in record.fused:
         raise AdapterStateError(
             f"Cannot delete adapter(s) {shown(name)} while they are merged",
@@ -224,17 +226,6 @@ def _plan_gradients(plan: Plan, record: Record, name: str, flag: bool) -> None:
     if not (name in record.copies and record.copies[name].still):
         for held in record.modules(name):
             plan.require_grad(held.parameters(), flag)
-
-
-def _refuse_clashing(record: Record, names: Sequence[str]) -> None:
-    """Raise AdapterStateError for adapters that have a module, or the same rows of it, for themselves."""
-    for number, one in enumerate(names):
-        for other in names[number + 1 :]:
-            if record.clashing(one, other):
-                raise AdapterStateError(
-                    f"Only one adapter can be set at a time for {shown(record.where)}, got {one} and {other}: each has values of its own there",
-                    remedy="Activate one of them.",
-                )
 
 
 def _single(record: Record) -> Single:
