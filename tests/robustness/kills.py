@@ -138,7 +138,7 @@ def check(way: Writes, place: Path, versions: tuple[int, int], k: int) -> list[s
     return wrong
 
 
-def _forked(job: Callable[[], None]) -> int:
+def forked(job: Callable[[], None]) -> int:
     """The id of a process that does a job and ends."""
     pid = os.fork()
     if pid == 0:
@@ -171,7 +171,7 @@ def killed_at(way: Writes, place: Path, event: int, k: int) -> bool:
             setattr(os, name, patched(getattr(os, name)))
         way.write(place, k)
 
-    _, status = os.waitpid(_forked(job), 0)
+    _, status = os.waitpid(forked(job), 0)
     return os.WIFSIGNALED(status)
 
 
@@ -193,7 +193,7 @@ def at_random(way: Writes, n: int, rng: random.Random) -> Iterator[list[str]]:
         way.write(place, 1)
         usual = (time.perf_counter() - start) / 2
         for _ in range(n):
-            pid = _forked(lambda: [way.write(place, k) for k in range(2, 10_000)] and None)
+            pid = forked(lambda: [way.write(place, k) for k in range(2, 10_000)] and None)
             time.sleep(rng.uniform(0, 10 * usual))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -211,7 +211,7 @@ def beside(way: Writes, seconds: float) -> tuple[int, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         place, reads, wrong = Path(folder), 0, []
         way.write(place, 1)
-        pid = _forked(lambda: [way.write(place, k) for k in range(2, 1_000_000)] and None)
+        pid = forked(lambda: [way.write(place, k) for k in range(2, 1_000_000)] and None)
         try:
             end = time.perf_counter() + seconds
             while time.perf_counter() < end:

@@ -1,9 +1,22 @@
-"""Picture files that Pillow cannot write, made by hand."""
+"""Picture files: a few photographs, and what Pillow cannot write, made by hand."""
 
 import struct
 import zlib
 
 import numpy as np
+
+from diffpeft.pipeline.open import EMBEDDED
+
+DATA = EMBEDDED.parent / "demo" / "train"
+
+
+def photos_in(place, names=("cat_face", "airplane", "automobile")):
+    """A folder of pictures without captions."""
+    folder = place / "photos"
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}.png").write_bytes((DATA / f"{name}.png").read_bytes())
+    return folder
 
 
 def png16(path, values):

@@ -10,17 +10,12 @@ from diffpeft import ConfigError, DivergedError, TrainConfig
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
 from diffpeft.train.checkpoints import checkpoints_in
-
-DATA = EMBEDDED.parent / "demo" / "train"
+from tests.train.pictures import DATA, photos_in
 
 
 @pytest.fixture
 def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for name in ("cat_face", "airplane", "automobile"):
-        (folder / f"{name}.png").write_bytes((DATA / f"{name}.png").read_bytes())
-    return folder
+    return photos_in(tmp_path)
 
 
 def config(photos, **options):

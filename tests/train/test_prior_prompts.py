@@ -19,15 +19,12 @@ from diffpeft.train.data import Example
 from diffpeft.train.data.captions import without_trigger
 from diffpeft.train.objective import Batch, preserved
 from diffpeft.train.prior_prompts import PriorPrompts, prior_prompts
-
-DATA = EMBEDDED.parent / "demo" / "train"
+from tests.train.pictures import photos_in
 
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "photos").mkdir()
-    for name in ("cat_face", "airplane"):
-        (tmp_path / "photos" / f"{name}.png").write_bytes((DATA / f"{name}.png").read_bytes())
+    photos_in(tmp_path, ("cat_face", "airplane"))
     (tmp_path / "photos" / "airplane.txt").write_text("an emoji of airplane, [trigger] style")
     return TrainConfig(
         model=str(EMBEDDED), data=str(tmp_path / "photos"), out=str(tmp_path / "out"), instance_prompt="an emoji of cat", trigger="sks",

@@ -19,7 +19,7 @@ from diffpeft.train.job import job_of
 from diffpeft.train.lock import NAME, occupied
 from diffpeft.train.loop import Events, Keeper, Loop
 from diffpeft.train.signals import Interrupted
-from tests.robustness.kills import EVENTS
+from tests.robustness.kills import EVENTS, forked
 
 STEPS, EVERY, BATCH, EXAMPLES = 8, 3, 3, 5
 FILES = (state.ADAPTER, state.OPTIMIZER, state.EMA, state.RUN)
@@ -65,17 +65,9 @@ def straight(tmp_path_factory):
     return digests(out)
 
 
-def forked(job):
+def ended(job):
     """The signal or the exit code with which a process ends that does a job."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            job()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
+    _, status = os.waitpid(forked(job), 0)
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
@@ -110,7 +102,7 @@ def moments(tmp_path_factory):
         run.run()
         (folder / "names.json").write_text(json.dumps(counting.names))
 
-    assert forked(job) == 0
+    assert ended(job) == 0
     return json.loads((folder / "names.json").read_text())
 
 
@@ -123,8 +115,8 @@ def killed_and_resumed(out, places):
             Moments(run, place)
             run.run()
 
-        assert forked(job) in (-signal.SIGKILL, 0)
-    assert forked(lambda: Run(out).run()) == 0
+        assert ended(job) in (-signal.SIGKILL, 0)
+    assert ended(lambda: Run(out).run()) == 0
 
 
 # Of 20 places, these stand for the others: within accumulation, during a save, between its files, at its rename, and after it.
@@ -353,19 +345,19 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_ones_lock_taken_over(tmp
             os._exit(7)
 
     with occupied(tmp_path), occupied(tmp_path):  # within a run it may be asked for again
-        assert forked(second) == 7
+        assert ended(second) == 7
         refused = []
         thread = threading.Thread(target=lambda: refused.append(_refused(tmp_path)))
         thread.start()
         thread.join()
         assert refused == [True]
-    assert forked(second) == 0 and not (tmp_path / NAME).exists()
+    assert ended(second) == 0 and not (tmp_path / NAME).exists()
 
     def dies():
         with occupied(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert forked(dies) == -signal.SIGKILL and (tmp_path / NAME).exists()
+    assert ended(dies) == -signal.SIGKILL and (tmp_path / NAME).exists()
     with occupied(tmp_path):
         pass
 

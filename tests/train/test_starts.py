@@ -23,17 +23,13 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.outcome import idle_layers, refuse_idle, refuse_unread
 from diffpeft.train.resume import FREE, begin, check_same, may_differ, remembered
 from diffpeft.train.start import weighted
+from tests.train.pictures import photos_in
 from tests.train.stops import StopsAt
-
-DATA = EMBEDDED.parent / "demo" / "train"
 
 
 @pytest.fixture
 def config(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for name in ("cat_face", "airplane", "automobile"):
-        (folder / f"{name}.png").write_bytes((DATA / f"{name}.png").read_bytes())
+    folder = photos_in(tmp_path)
     return TrainConfig(
         model=str(EMBEDDED),
         data=str(folder),
