@@ -72,7 +72,18 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "compile",
         "seed",
     ),
-    "Output and state": ("out", "name", "samples", "overwrite", "save_every", "keep", "resume", "allow"),
+    "Watch": (
+        "sample_prompt",
+        "sample_prompts",
+        "sample_every",
+        "sample_steps",
+        "sample_guidance",
+        "sample_seed",
+        "sample_first",
+        "sample_model",
+        "samples",
+    ),
+    "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
 }
 OTHERS = "Other options"
 _HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}

@@ -294,11 +294,39 @@ class TrainConfig(Options):
     sigma_range: str | Sequence[float] | None = option(None, "Train only where the share of noise lies between: 0.5,1.")
     prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+    sample_prompt: str | Sequence[str] | None = option(
+        None,
+        "A prompt that is drawn while training, beside the instance prompt or a caption, which is always; may be repeated. sd-scripts' flags may "
+        "follow it: --n not this --w 512 --h 768 --d 7 --l 7.5 --g 3.5 --s 30.",
+        several="repeated",
+    )
+    sample_prompts: str | None = option(
+        None, "A file of such prompts, a line each (# for remarks), or a .toml or .json of them."
+    )
+    sample_every: int | None = option(
+        None,
+        "Steps between two times that they are drawn; also at the beginning and the end. 0: never. Default: as --save-every.",
+        at_least=0,
+    )
+    sample_steps: int | None = option(
+        None, "Denoising steps of a sample; default: 25, or 4 for a model that was made for few.", at_least=1
+    )
+    sample_guidance: float | None = option(
+        None, "Guidance scale of samples; default: the pipeline's own.", at_least=0
+    )
+    sample_seed: int = option(42, "Seed of the noise that samples begin with, the same each time.", at_least=0)
+    sample_first: bool = option(True, "Draw before the first step too: how the base does it.")
+    sample_model: str | None = option(
+        None,
+        "Another checkpoint of the model's family that samples are drawn with: the one that the adapter will be used on. "
+        "It is loaded beside the model each time.",
+    )
 
     def check_values(self) -> None:
         """Beside what all runs check: options that only go with others, and the range of noise."""
         super().check_values()
         self.span()
+        self.check_samples()
         if self.class_prompt is None and self.prior != "base":
             for name in ("prior", "prior_weight"):
                 if getattr(self, name) is not None:
@@ -314,6 +342,15 @@ class TrainConfig(Options):
                     f"{name} with {of} {getattr(self, of)}, and so it would do nothing",
                     remedy=f"Pass --{_flag(of)} {needed[0]}, or leave --{_flag(name)} out.",
                 )
+
+    def check_samples(self) -> None:
+        """Raise ConfigError for what would be said of samples that are never drawn."""
+        said = {f.name for f in fields(self) if f.name.startswith("sample_") and getattr(self, f.name) != f.default}
+        if self.sample_every == 0 and (idle := sorted(said - {"sample_every"})):
+            raise ConfigError(
+                f"{idle[0]} with sample_every 0, and so it would do nothing",
+                remedy=f"Pass another --sample-every, or leave --{_flag(idle[0])} out.",
+            )
 
     def span(self) -> tuple[float, float]:
         """The lowest and the highest share of noise. Raises ConfigError."""
@@ -432,6 +469,8 @@ PATHS = {  # the options that are paths
     "mask",
     "init_from",
     "cache_dir",
+    "sample_prompts",
+    "sample_model",
 }
 # {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
 OTHER_NAMES: dict[str, str] = {
@@ -477,6 +516,18 @@ OTHER_NAMES: dict[str, str] = {
     "discrete_flow_shift": "shift",
     "training_shift": "shift",
     "base_weights": "base_lora",
+    "validation_prompt": "sample_prompt",
+    "validation_prompts": "sample_prompt",
+    "sample_every_n_steps": "sample_every",
+    "validation_steps": "sample_every",
+    "sample_every_n_epochs": "sample_every, in steps",
+    "validation_epochs": "sample_every, in steps",
+    "sample_at_first": "sample_first, which is on",
+    "num_inference_steps": "sample_steps",
+    "validation_num_inference_steps": "sample_steps",
+    "validation_guidance": "sample_guidance",
+    "guidance_scale": "sample_guidance, of what is drawn: training tells a model that reads one a guidance of 1",
+    "validation_seed": "sample_seed",
     "assistant_lora_path": "training_adapter",
     "pretrained_model_name_or_path": "model",
     "model_name_or_path": "model",

@@ -124,6 +124,7 @@ class Loop:
         with _own_randomness(self.device), stopping(self.events.note) as stop, self._explained():
             self._restore()
             self._tell()
+            self._stopped(stop)
             while self.done < self.job.schedule.steps:
                 self._step(self.done)
                 self._between(stop)
@@ -209,8 +210,15 @@ class Loop:
             if stop.number is not None or (keeper.every and (last or self.done % keeper.every == 0)):
                 self._save(keeper)
         self._tell()
-        if stop.number is not None:
-            raise Interrupted(stop.number, *self._where())
+        self._stopped(stop)
+
+    def _stopped(self, stop: Stop) -> None:
+        """Raise Interrupted after a signal, with the state saved: one that came while somebody was shown the adapter too."""
+        if stop.number is None:
+            return
+        if self.keeper is not None and self.done and self.saved != checkpoints.place_of(self.keeper.out, self.done):
+            self._save(self.keeper)
+        raise Interrupted(stop.number, *self._where())
 
     def _tell(self) -> None:
         """Show the adapter as it would be saved to whom it is due."""

@@ -29,6 +29,14 @@ FREE = {
     "cache_limit": "and how much of it",
     "heldout": "what is measured on",
     "samples": "how many answers are shown",
+    "sample_prompt": "what is drawn meanwhile",
+    "sample_prompts": "and from which file",
+    "sample_every": "how often",
+    "sample_steps": "how finely",
+    "sample_guidance": "under how much guidance",
+    "sample_seed": "from which noise",
+    "sample_first": "whether at the beginning",
+    "sample_model": "and with which model",
 }
 STEPS = "More steps are possible with --lr-scheduler constant, whose past does not depend on its end."
 
