@@ -87,7 +87,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     config, unread = adapt(config, family, name), unread_layers(family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
     run = TrainRun(config, family, name, [], 0.0, checked.account)
-    keeper = keeper_of(typed, config, _reads(checked), partial(_exported, run), checked.state, "train")
+    keeper = keeper_of(typed, config, name, _reads(checked), partial(_exported, run), checked.state, "train")
     with prepared(config, family):
         assist(family.pipe, config.training_adapter, name)
         parameters = trained_parameters(family.pipe, name)
