@@ -116,7 +116,13 @@ def _fitted(
     check_room(config.output(), list(trained.values()), 1, config)
     reads = {"data": fingerprint([[example.ids for example in sequence] for sequence in sequences])}
     keeper = keeper_of(
-        typed, config, reads, lambda folder, step: model.save_pretrained(folder / "adapter"), checked.state, "sft"
+        typed,
+        config,
+        config.name_by_output(),
+        reads,
+        lambda folder, step: model.save_pretrained(folder / "adapter"),
+        checked.state,
+        "sft",
     )
     losses = fit(job_of(config, trained, StepLoss(config, loss, sequences)), keeper, Events.of(watch, config.steps))
     refuse_idle(model.get_base_model(), model.active_adapters[0], config.allow_unchanged)

@@ -64,7 +64,7 @@ def check(config: TrainConfig) -> Checked:
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
-    name = _name(config, out)
+    name = _name(config)
     state = begin(config, out, [file_of(name, format) for format in FORMATS])
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
@@ -132,10 +132,10 @@ def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:
     return (sides,) if isinstance(sides, int) else tuple(sides)
 
 
-def _name(config: TrainConfig, out: Path) -> str:
+def _name(config: TrainConfig) -> str:
     """The adapter's name, which begins the names of its files."""
     if config.name is None:
-        return re.sub(r"[^A-Za-z0-9._-]", "_", out.name)[:128].strip(".") or "adapter"
+        return config.name_by_output()
     if not _NAME.fullmatch(config.name) or not config.name.strip("."):
         raise ConfigError(
             f"name is {shown(config.name)}", remedy="It is 1 to 128 letters, digits, dots, underscores and hyphens."

@@ -171,6 +171,10 @@ class Options:
             raise ConfigError("the output folder cannot be written", where=existing, remedy="Pass another --out.")
         return out
 
+    def name_by_output(self) -> str:
+        """What an adapter is called that has no other name: as the output folder, with letters that every program takes."""
+        return re.sub(r"[^A-Za-z0-9._-]", "_", self.output().name)[:128].strip(".") or "adapter"
+
 
 @dataclass
 class TrainConfig(Options):

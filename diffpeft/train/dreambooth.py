@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
@@ -13,21 +13,18 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-import converters
 import diffpeft
 from diffpeft import patterns
-from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import CaptionReading, Family, family_of, open_family
+from diffpeft.families import CaptionReading, Family, open_family
 from diffpeft.model.attach import attach
-from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
+from diffpeft.model.state import parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
-from diffpeft.pipeline.load import save_lora
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import FORMATS, Checked, check, file_of, resized, sides_of
+from diffpeft.train.check import FORMATS, Checked, check, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
@@ -37,28 +34,17 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
-from diffpeft.train.optimizers import rate_of, row_of
-from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
+from diffpeft.train.optimizers import rate_of
+from diffpeft.train.outcome import check_rank, check_room, refuse_idle
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.run import TrainRun
+from diffpeft.train.save import exported
+from diffpeft.train.save import readers as readers
+from diffpeft.train.save import save as save
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.watch import Quiet, Watch
-
-
-@dataclass
-class TrainRun:
-    """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
-
-    `account` says what the data held.
-    """
-
-    config: TrainConfig
-    family: Family
-    name: str
-    losses: list[float]
-    seconds: float
-    account: data.Account
 
 
 def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | None = None) -> TrainRun:
@@ -87,7 +73,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     config, unread = adapt(config, family, name), unread_layers(family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
     run = TrainRun(config, family, name, [], 0.0, checked.account)
-    keeper = keeper_of(typed, config, _reads(checked), partial(_exported, run), checked.state, "train")
+    keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
     with prepared(config, family):
         assist(family.pipe, config.training_adapter, name)
         parameters = trained_parameters(family.pipe, name)
@@ -353,78 +339,3 @@ def sampling_of(config: TrainConfig, family: Family) -> Sampling:
     said = {"mean": config.density_mean, "std": config.density_std, "scale": config.density_scale}
     parameters = {name: number for name, number in said.items() if number is not None}
     return Sampling(family.levels, config.density, parameters, config.shift, config.span())
-
-
-def save(run: TrainRun) -> list[Path]:
-    """Write the adapter, one file for each format that can hold it, into the output folder.
-
-    Each is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
-    Raises NothingLearntError if a file changes less than was learnt.
-    """
-    out = Path(run.config.out or "")
-    with occupied(out):
-        files = rescued(lambda folder: _written(run, folder), out, run.name)
-    for file in files:
-        refuse_unread(run.family.pipe, file, run.name, run.config.allow_unchanged)
-    return files
-
-
-def _exported(run: TrainRun, folder: Path, step: int) -> None:
-    """Write the adapter as it is after so many steps into the folder of a checkpoint."""
-    _written(run, folder, step)
-
-
-def _bundle(run: TrainRun) -> Bundle:
-    return bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
-
-
-def _written(run: TrainRun, folder: Path, step: int | None = None) -> list[Path]:
-    """Write the adapter in every format that can hold it; the paths."""
-    bundle = _bundle(run)
-    formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
-    paths = [folder / file_of(run.name, format) for format in formats]
-    for format, path in zip(formats, paths, strict=True):
-        save_lora(run.family.pipe, path, name=run.name, format=format, metadata=_metadata(run, step))
-    return paths
-
-
-def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
-    """{file: which programs read it}, and {format: why there is no such file}."""
-    bundle = _bundle(run)
-    read_by = {path.name: f"read by {', '.join(converters.inspect(path).readable_by)}" for path in files}
-    refused = {format: refusal for format in FORMATS if (refusal := converters.refusal(bundle, format))}
-    return read_by | {f"no {format} file": refusal.what for format, refusal in refused.items()}
-
-
-def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
-    """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part. `step`: of a state."""
-    config = run.config
-    return {
-        "ss_output_name": run.name,
-        "ss_network_dim": config.rank,
-        "ss_network_alpha": config.alpha,
-        "ss_learning_rate": config.lr,
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_lr_warmup_steps": config.warmup,
-        "ss_steps": len(run.losses) if step is None else step,
-        "ss_max_train_steps": config.steps,
-        "ss_seed": config.seed,
-        "ss_batch_size_per_device": config.batch_size,
-        "ss_optimizer": row_of(config.optimizer).path,
-        "ss_gradient_accumulation_steps": config.accumulate,
-        "ss_base_model_version": run.family.base_version,
-        "ss_sd_model_name": Path(config.model or "").name,
-        "ss_max_token_length": config.max_length,
-        "ss_clip_skip": config.clip_skip,
-        "ss_min_snr_gamma": config.snr_gamma,
-        "ss_noise_offset": config.noise_offset,
-        "ss_loss_type": config.loss,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": run.name,
-        "modelspec.implementation": "diffusers",
-        "modelspec.architecture": f"{run.family.architecture}/lora",
-        "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
-        "modelspec.trigger_phrase": config.trigger or config.instance_prompt or "",
-        "diffpeft.version": diffpeft.__version__,
-    }

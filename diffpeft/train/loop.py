@@ -61,6 +61,7 @@ class Keeper:
     """Where the state of a run is kept.
 
     Args:
+        name: the adapter's, which begins the names of the states.
         every: steps between two states; 0: one only when the run is stopped.
         keep: how many of them stay.
         facts: what is written beside: options, what the run reads.
@@ -70,6 +71,7 @@ class Keeper:
     """
 
     out: Path
+    name: str
     every: int
     keep: int
     facts: Mapping[str, object] = field(default_factory=dict)
@@ -242,17 +244,19 @@ class Loop:
             "scale": None if job.scale is None else asdict(job.scale),
             "seconds": round(self.seconds + time.monotonic() - self.begun, 1),
         }
-        with checkpoints.writing(keeper.out, self.done) as folder:
-            state.write(folder / state.ADAPTER, job.parameters)
-            state.write(folder / state.OPTIMIZER, tensors)
-            if job.ema is not None:
-                state.write(folder / state.EMA, job.ema.shadow)
-            numbers = {"losses": self.losses[: self.done], "largest": self.largest}
-            state.write(folder / state.RUN, {n: torch.tensor(v, dtype=torch.float64) for n, v in numbers.items()})
+        numbers = {"losses": self.losses[: self.done], "largest": self.largest}
+        parts = {
+            state.ADAPTER: job.parameters,
+            state.OPTIMIZER: tensors,
+            state.EMA: {} if job.ema is None else job.ema.shadow,
+            state.RUN: {name: torch.tensor(column, dtype=torch.float64) for name, column in numbers.items()},
+        }
+        with checkpoints.writing(keeper.out, keeper.name, self.done) as folder:
+            state.write_parts(folder / state.FILE, parts)
             checkpoints.write_facts(folder, facts)
             with averaged(job.parameters, job.ema, job.optimizer):
                 keeper.export(folder, self.done)
-        self.saved = checkpoints.place_of(keeper.out, self.done)
+        self.saved = checkpoints.place_of(keeper.out, keeper.name, self.done)
         checkpoints.prune(keeper.out, keeper.keep, self.done)
 
     def _restore(self) -> None:
@@ -263,13 +267,15 @@ class Loop:
             checkpoints.prune(self.keeper.out, 0)  # those of a run that is overwritten
             return
         folder, facts, job = self.keeper.resume.folder, self.keeper.resume.facts(), self.job
-        state.restore(job.parameters, folder / state.ADAPTER)
-        state.restore_optimizer(job.optimizer, facts["optimizer"], state.read(folder / state.OPTIMIZER))
+        path = folder / state.FILE
+        parts = state.read_parts(path)
+        state.restore(job.parameters, parts[state.ADAPTER], path)
+        state.restore_optimizer(job.optimizer, facts["optimizer"], parts[state.OPTIMIZER])
         if job.ema is not None:
-            state.restore(job.ema.shadow, folder / state.EMA)
+            state.restore(job.ema.shadow, parts[state.EMA], path)
         if job.scale is not None and facts["scale"]:
             job.scale = LossScale(**facts["scale"])
-        numbers = state.read(folder / state.RUN)
+        numbers = parts[state.RUN]
         self.losses, self.largest = numbers["losses"].tolist(), numbers["largest"].numpy()
         self.done, self.seconds, self.saved = facts["step"], facts["seconds"], folder
 
@@ -287,7 +293,7 @@ class Loop:
 
     def _rescue(self, keeper: Keeper) -> None:
         """Save the state, if it is good and not saved yet. What cannot be saved is left."""
-        saved_already = self.saved == checkpoints.place_of(keeper.out, self.done)
+        saved_already = self.saved == checkpoints.place_of(keeper.out, keeper.name, self.done)
         if self.good and self.done and self.largest.any() and not saved_already:
             with contextlib.suppress(Exception):
                 self._save(keeper)
@@ -296,7 +302,7 @@ class Loop:
         """Where the last state is, and how the run goes on; a line each."""
         if self.keeper is None or self.saved is None:
             return ()
-        step = int(self.saved.name.rpartition("-")[2])
+        step = checkpoints.step_of(self.saved)
         where = f"The state after step {step} of {self.job.schedule.steps} is in {self.saved}."
         return (where, f"It goes on with: {self.keeper.command}") if self.keeper.command else (where,)
 

@@ -19,9 +19,9 @@ from diffpeft.errors import ConfigError
 from diffpeft.files import folder
 from diffpeft.handles import Handle
 from diffpeft.train.checkpoints import FACTS, MANIFEST, SavedState, checkpoints_in
-from diffpeft.train.state import ADAPTER, EMA, OPTIMIZER, RUN, read
+from diffpeft.train.state import FILE, read
 
-_STATE = {ADAPTER, EMA, FACTS, MANIFEST, OPTIMIZER, RUN}  # the files of a state that are no adapter's
+_STATE = {FILE, FACTS, MANIFEST}  # the files of a state that are no adapter's
 
 
 def exponent(width: float) -> float:

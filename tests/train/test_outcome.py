@@ -15,7 +15,7 @@ from diffpeft.families import open_family
 from diffpeft.model.attach import attach
 from diffpeft.model.state import slots_of
 from diffpeft.pipeline.open import EMBEDDED
-from diffpeft.train import dreambooth
+from diffpeft.train import dreambooth, save
 from diffpeft.train.data import Account
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt
@@ -119,14 +119,14 @@ def test_an_adapter_that_cannot_be_written_is_saved_elsewhere(config, pipe, rand
     run = dreambooth.TrainRun(config, open_family(pipe), "a", [1.0], 0.0, Account(tmp_path, (), {}, {}))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
     (tmp_path / "rescue").mkdir()
-    real = dreambooth.save_lora
+    real = save.save_lora
 
     def full(target, path, **options):
         if path.is_relative_to(tmp_path / "out"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(target, path, **options)
 
-    monkeypatch.setattr(dreambooth, "save_lora", full)
+    monkeypatch.setattr(save, "save_lora", full)
     with pytest.raises(OSError, match="No space") as caught:
         dreambooth.save(run)
     assert caught.value.filename == config.out

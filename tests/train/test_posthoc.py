@@ -48,11 +48,11 @@ def test_the_files_of_states_are_averaged_tensor_by_tensor(tmp_path):
     alpha, number, states = torch.tensor(4.0), torch.tensor([3]), []
     for step in (10, 20, 30):
         states.append({"w": torch.randn(3, 2), "h": torch.randn(2).half(), "alpha": alpha, "number": number})
-        with writing(tmp_path / "run", step) as folder:
+        with writing(tmp_path / "run", "a", step) as folder:
             (folder / "adapter").mkdir()
             save_file(states[-1], folder / "adapter" / "a.safetensors", {"ss_steps": str(step)})
             (folder / "adapter" / "a.json").write_text(str(step))
-            save_file({"x": torch.zeros(1)}, folder / "optimizer.safetensors")
+            save_file({"x": torch.zeros(1)}, folder / "state.safetensors")
     files = average(tmp_path / "run", tmp_path / "out", 0.15)
     assert [str(f.relative_to(tmp_path / "out")) for f in files] == ["adapter/a.json", "adapter/a.safetensors"]
     tensors, shares = load_file(files[1]), weights([10, 20, 30], 0.15)
@@ -69,7 +69,7 @@ def test_the_files_of_states_are_averaged_tensor_by_tensor(tmp_path):
 
 
 def test_one_state_is_no_average(tmp_path):
-    with writing(tmp_path, 5) as folder:
+    with writing(tmp_path, "a", 5) as folder:
         (folder / "a.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="1 states"):
         average(tmp_path, tmp_path / "out", 0.1)

@@ -1,0 +1,24 @@
+"""A finished training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffpeft.families import Family
+from diffpeft.train import data
+from diffpeft.train.config import TrainConfig
+
+
+@dataclass
+class TrainRun:
+    """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
+
+    `account` says what the data held.
+    """
+
+    config: TrainConfig
+    family: Family
+    name: str
+    losses: list[float]
+    seconds: float
+    account: data.Account
