@@ -22,7 +22,7 @@ def sft(config: str | None, **typed: object) -> None:
     Example: diffpeft sft -m MODEL -d train.jsonl --heldout test.jsonl -o out
              diffpeft sft examples/llm_sft.toml --quantize nf4
     """
-    options, _ = options_from(SftConfig, config, typed)
+    options, origins = options_from(SftConfig, config, typed)
 
     from diffpeft.cli.progress import Progress
     from diffpeft.llm.sft_check import check
@@ -31,7 +31,7 @@ def sft(config: str | None, **typed: object) -> None:
 
     with ending(), Progress() as progress, occupied(options.output()):
         progress.phase("looking at the data")
-        checked = check(options)
+        checked = check(options, origins)
 
         from diffpeft.cli.errors import quiet_bars
         from diffpeft.llm import sft as job

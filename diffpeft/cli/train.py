@@ -54,21 +54,8 @@ def train(config: str | None, **typed: object) -> None:
 
 
 def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:
-    """Write the adapter and the report; the files, and which programs read them."""
-    from diffpeft.cli.errors import naming
-    from diffpeft.train import dreambooth, report
+    """Write the adapter and the page; the files, and which programs read them."""
+    from diffpeft.train import dreambooth
 
     files = dreambooth.save(run)
-    readers = dreambooth.readers(run, files)
-    page = Path(run.config.out or "") / "report.html"
-    with naming(page):
-        report.write(
-            page,
-            title=f"diffpeft: {run.name}",
-            losses=run.losses,
-            options=run.config.resolved(),
-            files=[*files, page],
-            data=run.account.lines(),
-            readers=readers,
-        )
-    return [*files, page], readers
+    return [*files, Path(run.config.out or "") / "report.html"], dreambooth.readers(run, files)

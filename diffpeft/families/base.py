@@ -99,7 +99,9 @@ class Family(Protocol):
         str, str
     ]  # {preset: the regular expression for its layers}, where suffixes that all models share would be others
     unread: Mapping[str, str]  # {text encoder: the regular expression for its layers after the last one that is read}
-    guidance: Mapping[str, str]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
+    guidance: Mapping[
+        str, str
+    ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
     drawing_steps: int  # in which it draws well
     packing: int  # latent pixels, the side of the square that the denoiser reads as one
 

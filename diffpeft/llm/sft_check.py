@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,10 +26,11 @@ class CheckedTexts:
     rows: list[texts.Row]
     heldout: list[texts.Row]
     state: SavedState | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)  # where options are from
 
 
-def check(config: SftConfig) -> CheckedTexts:
-    """All checks that need no model."""
+def check(config: SftConfig, origins: Mapping[str, str] | None = None) -> CheckedTexts:
+    """All checks that need no model. `origins`: where options are from."""
     config.validate()
     if config.method not in CONFIGS:
         raise UnknownNameError.of("method", config.method, CONFIGS)
@@ -45,4 +47,5 @@ def check(config: SftConfig) -> CheckedTexts:
         raise ConfigError(
             "quantize with a .gguf file", remedy="Save the model as a folder first, or leave --quantize out."
         )
-    return CheckedTexts(texts.read(str(config.data)), texts.read(config.heldout) if config.heldout else [], checkpoint)
+    heldout = texts.read(config.heldout) if config.heldout else []
+    return CheckedTexts(texts.read(str(config.data)), heldout, checkpoint, origins or {})

@@ -318,9 +318,7 @@ class TrainConfig(Options):
     sample_steps: int | None = option(
         None, "Denoising steps of a sample; default: 25, or 4 for a model that was made for few.", at_least=1
     )
-    sample_guidance: float | None = option(
-        None, "Guidance scale of samples; default: the pipeline's own.", at_least=0
-    )
+    sample_guidance: float | None = option(None, "Guidance scale of samples; default: the pipeline's own.", at_least=0)
     sample_seed: int = option(42, "Seed of the noise that samples begin with, the same each time.", at_least=0)
     sample_first: bool = option(True, "Draw before the first step too: how the base does it.")
     sample_model: str | None = option(

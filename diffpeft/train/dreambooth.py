@@ -41,6 +41,7 @@ from diffpeft.train.run import TrainRun
 from diffpeft.train.save import exported
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
+from diffpeft.train.showing import Drawing, drawing_of, events_of, interval, live_of, removed_beyond, sampler_of
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
@@ -66,27 +67,35 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     family = _opened(typed, dtype, device)
     config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
     checked, name = _resized(checked, sizing, watch), checked.name
-    if not config.init_from:
-        chosen_layers(config, family)
+    chosen = {} if config.init_from else chosen_layers(config, family)
+    texts = Texts(family, _live(config, family), _stores(config, family), device)
+    drawing = drawing_of(config, family, checked.prompts, chosen, texts, device)
     origins.record(config.output(), config, origins.origins_of(typed, config, checked.origins), checked.account.table())
-    assembly, texts = _encoded(config, family, checked, sizing, watch)
+    assembly = _encoded(config, family, checked, sizing, texts, drawing, watch)
     watch.phase("loading the model")
     config, unread = adapt(config, family, name), unread_layers(family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
     said = origins.origins_of(typed, config, checked.origins)
     run = TrainRun(config, family, name, [], 0.0, checked.account, said)
     keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
+    sampler = sampler_of(config, family, name, drawing, watch) if drawing.prompts else None
     with prepared(config, family):
         assist(family.pipe, config.training_adapter, name)
         parameters = trained_parameters(family.pipe, name)
         strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
         job = job_of(config, parameters, _loss(config, family, assembly, texts), strict=strict)
+        run.live = live_of(run, sampler, checked.state, job.schedule.at, keeper.command)
         watch.phase("training")
-        run.losses = fit(job, keeper, Events.of(watch, config.steps))
+        events = events_of(Events.of(watch, config.steps), config.steps, interval(config), sampler, run.live)
+        with run.live.told():
+            removed_beyond(config.output(), checked.state)
+            run.live.renew()
+            run.losses = fit(job, keeper, events)
         dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
-    refuse_idle(family.pipe, name, config.allow_unchanged, unread)
+    with run.live.told():
+        refuse_idle(family.pipe, name, config.allow_unchanged, unread)
     run.seconds = time.perf_counter() - start
     return run
 
@@ -187,15 +196,21 @@ def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
 
 
 def _encoded(
-    config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch
-) -> tuple[Assembly, Texts]:
-    """The batches of a run, and its texts: all that its steps will need is computed, and what computed it is given up."""
+    config: TrainConfig,
+    family: Family,
+    checked: Checked,
+    sizing: data.Sizing,
+    texts: Texts,
+    drawing: Drawing,
+    watch: Watch,
+) -> Assembly:
+    """The batches of a run: all that its steps and samples will need is computed, and what computed it is given up."""
     steps, stores = range(config.steps), _stores(config, family)
-    texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
     drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts])
+    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts, *drawing.read_by(family)])
+    drawing.learn(family)
     classes = class_examples(config, family, checked.prior, watch, texts)
     assembly = Assembly(
         [instances, batches_of(config, classes, sizing, "class")],
@@ -208,7 +223,7 @@ def _encoded(
     assembly.learn(steps, watch.tick)
     if config.cache == "disk" and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
-    return assembly, texts
+    return assembly
 
 
 def _cache_dir(config: TrainConfig) -> Path:

@@ -218,7 +218,11 @@ class Loop:
         """Raise Interrupted after a signal, with the state saved: one that came while somebody was shown the adapter too."""
         if stop.number is None:
             return
-        if self.keeper is not None and self.done and self.saved != checkpoints.place_of(self.keeper.out, self.done):
+        if (
+            self.keeper is not None
+            and self.done
+            and self.saved != checkpoints.place_of(self.keeper.out, self.keeper.name, self.done)
+        ):
             self._save(self.keeper)
         raise Interrupted(stop.number, *self._where())
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from diffpeft.families import Family
 from diffpeft.train import data
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.report.live import Live
 
 
 @dataclass
@@ -24,3 +26,9 @@ class TrainRun:
     seconds: float
     account: data.Account
     origins: Mapping[str, str] = field(default_factory=dict)
+    live: Live | None = None  # its page
+
+    @property
+    def report(self) -> Path | None:
+        """The page that shows the run."""
+        return self.live.path if self.live else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import diffpeft
 from diffpeft.errors import WrongBaseError, inside, listed
 from diffpeft.families import CaptionReading, family_of, open_family
-from diffpeft.model.state import bundle_of
+from diffpeft.model.state import bundle_of, slots_of
 from diffpeft.model.target import select
 from diffpeft.pipeline.open import open_parts
 
@@ -69,7 +69,7 @@ def _shapes(layer: nn.Module) -> dict[str, Sequence[int]]:
 def other_stage(family: Family, name: str, other: Family) -> Iterator[Family]:
     """The other model with the adapter as it is now; it is loaded, and given up afterwards."""
     bundle = bundle_of(family.pipe, name, family_of(family.pipe) or "")
-    components = {layer.partition(".")[0] for layer in bundle.layers}
+    components = {layer.partition(".")[0] for layer in slots_of(family.pipe, name)}
     try:
         for component in {other.denoiser, "vae", *components}:
             other.parts(component)

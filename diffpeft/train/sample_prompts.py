@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffpeft.errors import ConfigError, UnknownNameError, shown
+from diffpeft.files import Json
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data.captions import TRIGGER, with_trigger
 
@@ -78,7 +79,7 @@ def of_line(line: str, where: str) -> SamplePrompt:
     prompt, *flags = (part.strip() for part in _FLAG.split(line))
     if not prompt:
         raise ConfigError("there is no prompt before the flags", where=where, remedy="PROMPT --w 512 --h 512 ...")
-    values: dict[str, object] = {}
+    values: Json = {}
     for flag in flags:
         name, _, text = flag.partition(" ")
         if name not in FLAGS:
@@ -143,7 +144,7 @@ def _of_row(row: object, where: str) -> SamplePrompt:
         return of_line(row, where)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ConfigError("there is no prompt", where=where, remedy='It is a text, or a table with prompt = "...".')
-    values: dict[str, object] = {}
+    values: Json = {}
     for name, said in row.items():
         if name not in _SPELT and name != "prompt":
             raise _unknown(name, {*_SPELT, "prompt"}, where)

@@ -49,7 +49,9 @@ class Spot(NamedTuple):
 # -- what is drawn ---------------------------------------------------------------------------------------------------------
 
 
-def settled(config: TrainConfig, family: Family, prompts: Sequence[SamplePrompt], side: int) -> tuple[SamplePrompt, ...]:
+def settled(
+    config: TrainConfig, family: Family, prompts: Sequence[SamplePrompt], side: int
+) -> tuple[SamplePrompt, ...]:
     """The prompts with all that is not said of them: sizes of the training resolution, the run's seed and steps, the pipeline's guidance.
 
     `family` is the model that draws. Raises ConfigError for sizes that it cannot draw, and for settings that it would not read.

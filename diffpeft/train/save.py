@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import converters
@@ -16,6 +17,7 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.optimizers import row_of
 from diffpeft.train.outcome import refuse_unread, rescued
 from diffpeft.train.run import TrainRun
+from diffpeft.train.showing import finish
 
 
 def save(run: TrainRun) -> list[Path]:
@@ -25,10 +27,12 @@ def save(run: TrainRun) -> list[Path]:
     Raises NothingLearntError if a file changes less than was learnt.
     """
     out = Path(run.config.out or "")
-    with occupied(out):
-        files = rescued(lambda folder: _written(run, folder), out, run.name)
-    for file in files:
-        refuse_unread(run.family.pipe, file, run.name, run.config.allow_unchanged)
+    with run.live.told() if run.live else nullcontext():
+        with occupied(out):
+            files = rescued(lambda folder: _written(run, folder), out, run.name)
+        for file in files:
+            refuse_unread(run.family.pipe, file, run.name, run.config.allow_unchanged)
+        finish(run, files, readers(run, files))
     return files
 
 

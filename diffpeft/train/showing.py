@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpeft.train import state
 from diffpeft.train.cache import Texts
-from diffpeft.train.report import Page, Pictures, Row, Status, Use
+from diffpeft.train.check import sides_of
+from diffpeft.train.report import FINISHED, Page, Pictures, Row, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.report.page import STRENGTHS
 from diffpeft.train.sample_model import open_other, other_stage
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from diffpeft.families import Family
     from diffpeft.train.checkpoints import SavedState
     from diffpeft.train.config import Options, TrainConfig
+    from diffpeft.train.loop import Events
+    from diffpeft.train.run import TrainRun
     from diffpeft.train.sample_prompts import SamplePrompt
     from diffpeft.train.watch import Watch
 
@@ -34,6 +37,16 @@ class Drawing:
     prompts: tuple[SamplePrompt, ...]
     family: Family
     texts: Texts
+
+    def read_by(self, family: Family) -> list[str]:
+        """The texts that the encoders of a family must read for it."""
+        return texts_of(self.prompts) if family is self.family and self.prompts else []
+
+    def learn(self, trained: Family) -> None:
+        """Read the prompts where that is for another model than the one that is trained; its encoders are given up again."""
+        if self.family is not trained and self.prompts:
+            self.texts.learn(texts_of(self.prompts))
+            self.family.parts.free(*self.family.text_encoders)
 
 
 def interval(config: TrainConfig) -> int:
@@ -57,28 +70,25 @@ def drawing_of(
     if config.sample_model is not None and prompts:
         drawer = open_other(config, family, chosen, device)
         drawn_texts = Texts(drawer, texts.live, None, device)
-    sides = config.resolution if isinstance(config.resolution, Sequence) else [config.resolution]
-    return Drawing(settled(config, drawer, prompts, max(sides)), drawer, drawn_texts)  # type: ignore[type-var]
-
-
-def learn(drawing: Drawing, family: Family) -> None:
-    """Read the prompts, where another model's text encoders do; they are given up again."""
-    if drawing.family is not family and drawing.prompts:
-        drawing.texts.learn(texts_of(drawing.prompts))
-        drawing.family.parts.free(*drawing.family.text_encoders)
+    side = max(sides_of(config, family.resolution))
+    return Drawing(settled(config, drawer, prompts, side), drawer, drawn_texts)
 
 
 def sampler_of(config: TrainConfig, family: Family, name: str, drawing: Drawing, watch: Watch) -> Sampler:
     """What draws the samples of a run, whose adapter is on the model by now. Samples of steps that this run has not done are removed."""
     other = drawing.family is not family
-    ready = functools.partial(other_stage, family, name, drawing.family) if other else functools.partial(stage, family, name)
+    ready = (
+        functools.partial(other_stage, family, name, drawing.family)
+        if other
+        else functools.partial(stage, family, name)
+    )
     gallery = Gallery(config.output(), drawing.prompts, Path(str(config.sample_model or config.model)).name)
     return Sampler(gallery, name, drawing.texts, ready, config.init_from is not None, config.sample_first, watch.tick)
 
 
-def removed_beyond(config: Options, resumed: SavedState | None) -> None:
+def removed_beyond(out: Path, resumed: SavedState | None) -> None:
     """Remove the samples of steps that a run has not done, of one that begins anew all of them."""
-    forget(config.output(), resumed.step if resumed else -1)
+    forget(out, resumed.step if resumed else -1)
 
 
 def page_of(config: Options, title: str, data: Sequence[str] = (), origins: Mapping[str, str] | None = None) -> Page:
@@ -96,7 +106,7 @@ def page_of(config: Options, title: str, data: Sequence[str] = (), origins: Mapp
 
 def losses_until(resumed: SavedState | None) -> list[float]:
     """The losses of the steps that a run goes on from."""
-    return state.read(resumed.folder / state.RUN)["losses"].tolist() if resumed else []
+    return state.read_parts(resumed.folder / state.FILE)[state.RUN]["losses"].tolist() if resumed else []
 
 
 def pictures_of(gallery: Gallery, drawn_on: str) -> dict[str, object]:
@@ -124,20 +134,26 @@ def _by_step(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pict
     return Pictures([str(step) for step in shown], rows)
 
 
-def uses_of(config: TrainConfig, files: Sequence[Path], readers: Mapping[str, str], prompt: str, family: Family) -> list[Use]:
+def uses_of(
+    config: TrainConfig, files: Sequence[Path], readers: Mapping[str, str], prompt: str, family: Family
+) -> list[Use]:
     """The commands that use the adapter, for the programs that read its files."""
+    model = str(Path(str(config.model)).resolve()) if Path(str(config.model)).exists() else str(config.model)
+    files = [file.resolve() for file in files]
     by = {program: next((f for f in files if program in readers.get(f.name, "")), None) for program in _PROGRAMS}
     base = ["--base", config.base] if config.base else []
     words = ["-p", prompt or "...", "--lora", str(files[0]), "-o", "picture.png"] if files else []
-    ours = shlex.join(["diffpeft", "generate", "-m", str(config.model), *base, *words])
+    ours = shlex.join(["diffpeft", "generate", "-m", model, *base, *words])
     uses = [Use("diffpeft", ours)] if files else []
     if (file := by["diffusers"]) is not None:
         load = f'pipe.load_lora_weights("{file.parent}", weight_name="{file.name}")'
-        uses.append(Use("diffusers", f"pipe = {type(family.pipe).__name__}.from_pretrained({str(config.model)!r})\n{load}"))
+        uses.append(Use("diffusers", f"pipe = {type(family.pipe).__name__}.from_pretrained({model!r})\n{load}"))
     if (file := by["ComfyUI"]) is not None:
         uses.append(Use("ComfyUI", f"cp {shlex.quote(str(file))} ComfyUI/models/loras/   # then the node Load LoRA"))
     if (file := by["A1111"]) is not None:
-        uses.append(Use("A1111, Forge", f"cp {shlex.quote(str(file))} models/Lora/   # then in a prompt: <lora:{file.stem}:1>"))
+        uses.append(
+            Use("A1111, Forge", f"cp {shlex.quote(str(file))} models/Lora/   # then in a prompt: <lora:{file.stem}:1>")
+        )
     return uses
 
 
@@ -145,15 +161,38 @@ _PROGRAMS = ("diffusers", "ComfyUI", "A1111")
 
 
 def live_of(
-    config: TrainConfig,
-    name: str,
-    data: Sequence[str],
-    sampler: Sampler | None,
-    resumed: SavedState | None,
-    rate: functools.partial[float],
+    run: TrainRun, sampler: Sampler | None, resumed: SavedState | None, rate: Callable[[int], float], command: str
 ) -> Live:
-    """The page of a training run on images."""
+    """The page of a training run on images, which goes on from a state if there is one."""
+    config = run.config
     drawn_on = Path(config.sample_model).name if config.sample_model else ""
-    page = page_of(config, f"diffpeft: {name}", data)
-    page_changes = functools.partial(pictures_of, sampler.gallery, drawn_on) if sampler else dict
-    return Live(config.output() / PAGE, page, rate, page_changes)
+    page = page_of(config, f"diffpeft: {run.name}", run.account.lines(), run.origins)
+    pictures = functools.partial(pictures_of, sampler.gallery, drawn_on) if sampler else dict
+    return Live(config.output() / PAGE, replace(page, losses=losses_until(resumed)), rate, pictures, command)
+
+
+def events_of(events: Events, steps: int, every: int, sampler: Sampler | None, live: Live) -> Events:
+    """The events of a run that is shown: samples at the beginning, every so many steps and at the end, each time with a new page; the page at least
+    at both ends.
+    """
+
+    def point(step: int) -> None:
+        if sampler is not None:
+            sampler(step)
+        live.renew()
+
+    def step(done: int, loss: float) -> None:
+        events.step(done, loss)
+        live.step(done, loss)
+
+    ends = [] if every and steps % every == 0 else [(steps, point)]
+    return replace(events, step=step, at=[*events.at, *([(every, point)] if every else []), *ends])
+
+
+def finish(run: TrainRun, files: Sequence[Path], readers: Mapping[str, str]) -> None:
+    """Write the page of a run that has ended well, and whose files are written."""
+    if run.live is None:
+        return
+    prompt = next((row.label for row in run.live.page.before_after.rows), "") if run.live.page.before_after else ""
+    uses = uses_of(run.config, files, readers, prompt or run.config.instance_prompt or "", run.family)
+    run.live.renew(status=FINISHED, files=[*files, run.live.path], readers=readers, uses=uses)

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from diffpeft.train.heldout import HeldoutLoss
 from diffpeft.train.report.words import number
 
-_WIDTH, _HEIGHT = 720, 250
+_WIDTH, _HEIGHT, _LOW = 720, 250, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 16, 14, 40
 _POINTS = 600  # of a line, at most
 _SEEN = 0.97  # the share of the losses that an axis has room for, at least
@@ -24,12 +24,14 @@ class Plot:
 
     x: tuple[float, float]
     y: tuple[float, float]
+    height: int = _HEIGHT
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where a point is, in units of the picture."""
         across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
         up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1)
-        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
+        foot = self.height - _BOTTOM
+        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), foot - up * (foot - _TOP)
 
     def line(self, points: Iterable[tuple[float, float]], kind: str) -> str:
         """A line through points."""
@@ -54,17 +56,17 @@ class Plot:
     def grid(self, unit: str = "") -> str:
         """Horizontal lines with their values."""
         out = []
-        for tick in ticks(*self.y):
+        for tick in ticks(*self.y, 5 if self.height > _LOW else 2):
             x, y = self.at(self.x[0], tick)
             out.append(f'<path class="grid" d="M{x:.1f} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-            out.append(self.text(x - 8, y + 4, f"{tick:.4g}{unit}", "end"))
+            out.append(self.text(x - 8, y + 4, f"{_short(tick)}{unit}", "end"))
         return "".join(out)
 
     def steps(self) -> str:
         """The numbers of steps below."""
         low, high = (round(end) for end in self.x)
         marks = sorted({low, high, *(round(t) for t in ticks(low, high) if t - low > (high - low) / 9 < high - t)})
-        return "".join(self.text(self.at(mark, 0)[0], _HEIGHT - 14, str(mark)) for mark in marks)
+        return "".join(self.text(self.at(mark, 0)[0], self.height - 14, str(mark)) for mark in marks)
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -77,9 +79,17 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _svg(label: str, *parts: str) -> Markup:
+def _short(tick: float) -> str:
+    """A number for an axis; a very small one as 2.5e-4."""
+    if not tick or abs(tick) >= 0.001:
+        return f"{tick:.4g}"
+    exponent = math.floor(math.log10(abs(tick)) + 1e-9)
+    return f"{tick / 10.0**exponent:.3g}e{exponent}"
+
+
+def _svg(label: str, *parts: str, height: int = _HEIGHT) -> Markup:
     """A picture with a label for those who cannot see it."""
-    head = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{Markup.escape(label)}">'
+    head = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{Markup.escape(label)}">'
     return Markup(head + "".join(parts) + "</svg>")
 
 
@@ -135,8 +145,8 @@ def _mark(plot: Plot, step: int) -> str:
 def rate_chart(rates: Sequence[float]) -> Markup:
     """The learning rate of each step."""
     values = np.asarray(rates, dtype=float)
-    plot = Plot((1, max(len(values), 2)), (0.0, values.max() * 1.06 or 1.0))
-    return _svg("Learning rate by step", plot.grid(), plot.steps(), plot.line(_thinned(values), "smooth"))
+    plot = Plot((1, max(len(values), 2)), (0.0, values.max() * 1.06 or 1.0), _LOW)
+    return _svg("Learning rate by step", plot.grid(), plot.steps(), plot.line(_thinned(values), "smooth"), height=_LOW)
 
 
 def heldout_chart(losses: Sequence[HeldoutLoss], total: int, best: int | None = None) -> Markup:
@@ -154,7 +164,9 @@ def heldout_chart(losses: Sequence[HeldoutLoss], total: int, best: int | None = 
 
 def band_chart(loss: HeldoutLoss) -> Markup:
     """How the loss on held-out pictures changed in each band of noise, in percent of the base's, with standard errors."""
-    rows = [(b, 100 * (b.after - b.before) / b.before, 100 * b.standard_error / b.before) for b in loss.bands if b.before]
+    rows = [
+        (b, 100 * (b.after - b.before) / b.before, 100 * b.standard_error / b.before) for b in loss.bands if b.before
+    ]
     ends = [0.0, *(end for _, change, error in rows for end in (change - error, change + error))]
     room = 0.1 * (max(ends) - min(ends)) or 1.0
     plot = Plot((0, len(rows)), (min(ends) - room, max(ends) + room))

@@ -14,9 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from diffpeft.files import Json
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.report.page import Page, Status
 from diffpeft.train.signals import Interrupted
@@ -40,6 +42,7 @@ class Live:
         page: what is known of the run before it begins.
         rate: the learning rate of a step.
         changes: what else there is to show, asked for each page: {field of Page: value}.
+        command: what goes on with the run, where a state of it is in the page's folder.
     """
 
     def __init__(
@@ -47,9 +50,10 @@ class Live:
         path: Path,
         page: Page,
         rate: Callable[[int], float] = lambda step: 0.0,
-        changes: Callable[[], dict[str, object]] = dict,
+        changes: Callable[[], Json] = dict,
+        command: str = "",
     ):
-        self.path, self.page, self.rate, self.changes = path, page, rate, changes
+        self.path, self.page, self.rate, self.changes, self.command = path, page, rate, changes, command
         self.losses, self.rates = list[float](page.losses), list[float]()
         self.begun = self.last_step = self.written = time.monotonic()
         self.took: deque[float] = deque(maxlen=_STEPS)
@@ -64,10 +68,16 @@ class Live:
             with contextlib.suppress(OSError):
                 self.renew()
 
-    def renew(self, **changes: object) -> Page:
+    def renew(self, **changes: Any) -> Page:
         """Write the page with these changes. Raises OSError."""
+        self.current(**changes).write(self.path)
+        self.written = time.monotonic()
+        return self.page
+
+    def current(self, **changes: Any) -> Page:
+        """The page as it is now, with these changes."""
         self.rates += [self.rate(step) for step in range(len(self.rates), len(self.losses))]
-        facts = {
+        facts: Json = {
             "losses": tuple(self.losses),
             "rates": tuple(self.rates) if any(self.rates) else (),
             "seconds": time.monotonic() - self.begun,
@@ -75,8 +85,6 @@ class Live:
             "memory": peak_memory(),
         }
         self.page = replace(self.page, **facts | self.changes() | changes)
-        self.page.write(self.path)
-        self.written = time.monotonic()
         return self.page
 
     @property
@@ -86,19 +94,19 @@ class Live:
         return 1 / took if took else 0.0
 
     @contextlib.contextmanager
-    def told(self, out: Path, command: str) -> Iterator[None]:
-        """Whatever ends the block before its time is said on the page, with the command that goes on if `out` has a state of the run."""
+    def told(self) -> Iterator[None]:
+        """Whatever ends the block before its time is said on the page, with the command that goes on if there is a state of the run."""
         try:
             yield
         except BaseException as error:
             with contextlib.suppress(Exception):
-                self.renew(status=_ended(error, command if checkpoints_in(out) else ""))
+                self.renew(status=_ended(error, self.command if checkpoints_in(self.path.parent) else ""))
             raise
 
 
 def _ended(error: BaseException, command: str) -> Status:
     """What a page says of a run that ended before its time."""
-    notes: Sequence[str] = getattr(error, "notes", None) or getattr(error, "__notes__", ())
+    notes: Sequence[str] = error.notes if isinstance(error, Interrupted) else getattr(error, "__notes__", ())
     said = [note for note in notes if not command or command not in note]
     if isinstance(error, KeyboardInterrupt):
         signal = "SIGTERM" if isinstance(error, Interrupted) and error.exit_code == 143 else "Ctrl-C"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 REFRESH = 15  # seconds after which an open page looks again, while the run is under way
 COLUMNS = 8  # steps whose samples are in the page, at most; all are in the folder
 STRENGTHS = (0.0, 0.5, 1.0)
+USUAL = "default"  # the origin of an option of which nothing is said
 
 
 class Status(NamedTuple):
@@ -31,6 +32,9 @@ class Status(NamedTuple):
     kind: str  # running, finished, stopped or failed
     text: str = ""
     command: str = ""
+
+
+FINISHED = Status("finished")
 
 
 class Row(NamedTuple):
@@ -69,7 +73,7 @@ class Page:
         answers: rows of prompt, expected, before and after.
         data: the lines of the account of what is trained on.
         options: {name: value} as they came to be.
-        origins: {option: where its value is from}, of those that somebody said.
+        origins: {option: where its value is from}.
         defaults: {option: what it is where nothing is said}.
         files: what was written.
         readers: {file: which programs read it}, and for one that was not written, why.
@@ -79,7 +83,7 @@ class Page:
     """
 
     title: str
-    status: Status = Status("finished")
+    status: Status = FINISHED
     total: int = 0
     losses: Sequence[float] = ()
     rates: Sequence[float] = ()
@@ -148,7 +152,8 @@ def _options(page: Page) -> tuple[list[tuple[str, object, str]], list[tuple[str,
     said = [
         name
         for name, value in page.options.items()
-        if name in page.origins or (value not in (None, False) and value != page.defaults.get(name))
+        if page.origins.get(name, USUAL) != USUAL
+        or (value is not None and value is not False and value != page.defaults.get(name))
     ]
     others = [(name, value) for name, value in page.options.items() if name not in said]
     return [(name, page.options[name], page.origins.get(name, "")) for name in said], others

@@ -17,7 +17,9 @@ _LOWER, _HIGHER = "lower is better", "higher is better"
 MEASURES: Mapping[str, Measure] = {
     "heldout_loss": Measure("Loss on what was not trained on", _LOWER),
     "distance_to_target": Measure("Distance of small patches to true pictures in the new style", _LOWER),
-    "distance_to_original": Measure("Distance of small patches to pictures in the old style", "higher: further from it"),
+    "distance_to_original": Measure(
+        "Distance of small patches to pictures in the old style", "higher: further from it"
+    ),
     "shape_kept": Measure("Overlap of shapes with and without the adapter", _HIGHER),
 }
 
