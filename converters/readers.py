@@ -58,18 +58,26 @@ def readers(
 
     What they make of a model of an unknown family nobody knows, but that PEFT asks the model itself.
     """
-    low_rank, others = READERS[format]
     if not family and not FORMATS[format].folder:
         return ()
-    low_rank, others = (tuple(n for n in names if family in _FAMILIES.get(n, {family})) for names in (low_rank, others))
-    if not {*methods} <= {"lora", "dora"}:
-        return others
-    cannot = {
-        "diffusers": format != "diffusers" and ("dora" in methods or _partly(format, family, layers or {})),
-        "sd-scripts": "dora" in methods or (format == "kohya-diffusers" and family not in _SAME),
-        "ComfyUI": format == "diffusers" and ("dora" in methods or _unlike(layers or {}, metadata or {})),
+    low_rank, others = READERS[format]
+    plain = {*methods} <= {"lora", "dora"}
+    cannot = _failing(format, methods, family, layers or {}, metadata or {}) if plain else set[str]()
+    names = low_rank if plain else others
+    return tuple(n for n in names if n not in cannot and family in _FAMILIES.get(n, {family}))
+
+
+def _failing(
+    format: str, methods: Collection[str], family: str, layers: Shapes, metadata: Mapping[str, str]
+) -> set[str]:
+    """The programs that read the format, and not these LoRAs or DoRAs."""
+    magnitudes, theirs = "dora" in methods, format == "diffusers"
+    failing = {
+        "diffusers": not theirs and (magnitudes or _partly(format, family, layers)),
+        "sd-scripts": magnitudes or (format == "kohya-diffusers" and family not in _SAME),
+        "ComfyUI": theirs and (magnitudes or _unlike(layers, metadata)),
     }
-    return tuple(name for name in low_rank if not cannot.get(name))
+    return {name for name, fails in failing.items() if fails}
 
 
 def _partly(format: str, family: str, layers: Shapes) -> bool:

@@ -1,4 +1,4 @@
-"""What is said of who reads a file, against the program itself: stock diffusers gives every file of which it is said the effect that it has here, and no other."""
+"""What is said of who reads a file, against the program itself: stock diffusers gives the effect that a file has here to those alone that it is said to read."""
 
 from __future__ import annotations
 
