@@ -54,6 +54,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
     ),
     "Steps": (
         "steps",
+        "epochs",
         "batch_size",
         "accumulate",
         "optimizer",

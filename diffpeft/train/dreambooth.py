@@ -21,7 +21,7 @@ from diffpeft.model.attach import attach
 from diffpeft.model.state import parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
-from diffpeft.train import data, draw, prior
+from diffpeft.train import data, draw, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
 from diffpeft.train.check import FORMATS, Checked, check, resized, sides_of
@@ -56,7 +56,7 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     """
     checked = checked or check(config)
     with occupied(config.output()):
-        return _trained(config, checked, watch or Quiet())
+        return _trained(checked.config, checked, watch or Quiet())
 
 
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
@@ -68,11 +68,13 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     checked, name = _resized(checked, sizing, watch), checked.name
     if not config.init_from:
         chosen_layers(config, family)
+    origins.record(config.output(), config, origins.origins_of(typed, config, checked.origins), checked.account.table())
     assembly, texts = _encoded(config, family, checked, sizing, watch)
     watch.phase("loading the model")
     config, unread = adapt(config, family, name), unread_layers(family, name)
     check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
-    run = TrainRun(config, family, name, [], 0.0, checked.account)
+    said = origins.origins_of(typed, config, checked.origins)
+    run = TrainRun(config, family, name, [], 0.0, checked.account, said)
     keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
     with prepared(config, family):
         assist(family.pipe, config.training_adapter, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from diffpeft.families import Family
 from diffpeft.train import data
@@ -13,7 +14,7 @@ from diffpeft.train.config import TrainConfig
 class TrainRun:
     """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
 
-    `account` says what the data held.
+    `account` says what the data held, and `origins` where the value of each option is from.
     """
 
     config: TrainConfig
@@ -22,3 +23,4 @@ class TrainRun:
     losses: list[float]
     seconds: float
     account: data.Account
+    origins: Mapping[str, str] = field(default_factory=dict)

@@ -60,7 +60,7 @@ class Account:
         cut: images whose captions are longer than the tokenizer takes, of `tokens` tokens; None where it is not known.
         animated: images with several frames or pages, of which the first is taken.
         unprofiled: images with a colour profile that cannot be read, which are taken as sRGB.
-        duplicates: groups of images that are the same file.
+        duplicates: groups of images that show the same.
         unmasked: images without a mask, where there are masks; `black` those whose mask leaves nothing.
         unread: {ending: the files that end so and are not used}.
         folders: {folder of which nothing is used: the images in it}; it is not entered, or has none.

@@ -9,10 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
-from diffpeft.errors import ConfigError, DataError, shown
+from diffpeft.errors import ConfigError, DataError, joined, listed, shown
 from diffpeft.train.data import captions, masks
 from diffpeft.train.data.account import Account, Example, folders_text
 from diffpeft.train.data.buckets import Sizing
@@ -99,7 +98,7 @@ def _account(contents: Contents, trigger: str | None) -> Account:
         empty=tuple(e.name for e in examples if not e.caption),
         animated=tuple(e.name for e in examples if looks[e.path].frames > 1),
         unprofiled=tuple(e.name for e in examples if not looks[e.path].profiled),
-        duplicates=_duplicates(examples),
+        duplicates=_duplicates(examples, looks),
         unread=contents.unread(),
         folders=contents.closed,
     )
@@ -110,7 +109,7 @@ def _refuse_uncaptioned(contents: Contents, prompt: str | None) -> None:
     bare = [item.name for item in contents.items if item.origin == PROMPT]
     if bare and prompt is None:
         raise DataError(
-            f"{len(bare)} of {len(contents.items)} images have no caption: {', '.join(map(shown, bare[:3]))}",
+            f"{len(bare)} of {len(contents.items)} images have no caption: {listed(bare, 3)}",
             where=contents.items[0].path.parent,
             remedy="Pass --instance-prompt, or put a text file beside each image: NAME.txt or NAME.caption.",
         )
@@ -198,23 +197,19 @@ def _refuse_unreadable(folder: Path, broken: Mapping[Path, str], total: int) -> 
     if not broken:
         return
     texts = any(path.suffix.lower() in captions.BESIDE for path in broken)
-    names = ", ".join(f"{shown(path.name)} ({why[:80]})" for path, why in islice(broken.items(), 10))
+    names = joined((f"{shown(path.name)} ({why[:80]})" for path, why in broken.items()), 10)
     raise DataError(
-        f"{len(broken)} files of {total} images cannot be read: {names}"
-        + (f" and {len(broken) - 10} more" if len(broken) > 10 else ""),
+        f"{len(broken)} files of {total} images cannot be read: {names}",
         where=folder,
         remedy="Remove them, or save them again." + (" Captions are UTF-8 text." if texts else ""),
     )
 
 
-def _duplicates(examples: Sequence[Example]) -> tuple[tuple[str, ...], ...]:
-    """Groups of files with the same bytes. Only files of one length are read."""
-    sizes = [example.path.stat().st_size for example in examples]
-    lengths = Counter(sizes)
+def _duplicates(examples: Sequence[Example], looks: Mapping[Path, Look]) -> tuple[tuple[str, ...], ...]:
+    """Groups of images that show the same pixels, whatever their files are."""
     groups = defaultdict(list)
-    for example, size in zip(examples, sizes, strict=True):
-        if lengths[size] > 1:
-            groups[digest_of(example.path)].append(example.name)
+    for example in examples:
+        groups[looks[example.path].size, looks[example.path].digest].append(example.name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
