@@ -35,7 +35,7 @@ def demo(tmp_path_factory):
     return folder / "out", done
 
 
-TRAIN = ("train", "-m", EMBEDDED, "-d", "photos", "-o", "out", "--instance-prompt", "x", "--steps", 1)
+TRAIN = ("train", "-m", EMBEDDED, "-d", "photos", "-o", "out", "--instance-prompt", "x", "--steps", 1, "--sample-every", 0)
 MISTAKES = {
     "an unknown command": (("trian",), 2, "train"),
     "an unknown option": (("demo", "--metod", "lora"), 2, "--method"),

@@ -49,6 +49,7 @@ def run(request, tmp_path_factory):
         (folder / "photos" / f"{name}.png").write_bytes((EMBEDDED.parent / "demo/train" / f"{name}.png").read_bytes())
         (folder / "photos" / f"{name}.txt").write_text(f"a picture of {name}")
     config = TrainConfig(
+        sample_every=0,
         model=str(folder / "model"),
         data=str(folder / "photos"),
         out=str(folder / "out"),

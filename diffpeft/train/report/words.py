@@ -57,5 +57,7 @@ def change(before: float, after: float, error: float | None = None) -> str:
     """How much a measure changed, in percent of what it was, with its standard error."""
     if not before:
         return ""
+    if after > 4 * before > 0:
+        return f"{after / before:.1f} times"
     said = f"{100 * (after - before) / abs(before):+.1f} %"
     return said if error is None else f"{said} ± {100 * error / abs(before):.1f}"
