@@ -22,7 +22,7 @@ from diffpeft.llm.kbit import prepare_model_for_kbit_training
 from diffpeft.llm.peft_model import PeftModel, get_peft_model, get_peft_model_state_dict
 from diffpeft.llm.sft_check import GGUF, CheckedTexts, check
 from diffpeft.llm.sft_config import SftConfig
-from diffpeft.llm.sft_page import Measured, Shown
+from diffpeft.llm.sft_page import Measured, SftPage
 from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
 from diffpeft.model.state import trained_parameters
@@ -59,7 +59,7 @@ class SftRun:
     answers: list[dict[str, str]]
     learnt_tokens: int
     seconds: float
-    shown: Shown
+    shown: SftPage
 
     @property
     def report(self) -> Path:
@@ -101,7 +101,7 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
         measure = Measure(loss, tokenizer, heldout, questions, config.batch_size, watch)
         said = origins_of(typed, config, checked.origins)
         watch.phase("measuring")
-        shown = Shown(config, said, measure, measure.rows, bool(heldout))
+        shown = SftPage(config, said, measure, measure.rows, bool(heldout))
         with shown.live.told():
             losses = _fitted(typed, config, loss, sequences, checked, shown, watch)
             watch.phase("measuring")
@@ -126,7 +126,7 @@ def _fitted(
     loss: Loss,
     sequences: Sequences,
     checked: CheckedTexts,
-    shown: Shown,
+    shown: SftPage,
     watch: Watch,
 ) -> list[float]:
     """Train the adapter; the losses by step. Raises OSError without room for its files, DivergedError or NothingLearntError."""

@@ -26,7 +26,7 @@ class Measured(NamedTuple):
     answers: list[str]
 
 
-class Shown:
+class SftPage:
     """Who shows a run. It is measured before the first step, where states are saved, and at the end.
 
     Args:

@@ -18,7 +18,7 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import data, dreambooth
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features
-from diffpeft.train.report import Pictures, Row
+from diffpeft.train.report import Pictures, PictureRow
 from diffpeft.train.sample import STRENGTHS, Grid, grid, pictures
 
 IMAGES = EMBEDDED.parent / "demo"
@@ -97,7 +97,7 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
     cells = zip(*(drawn[s][0] for s in STRENGTHS), truth.target, strict=True)
     shown = Pictures(
         [*(f"strength {s:g}" for s in STRENGTHS), "true target"],
-        [Row(name, pictures) for name, pictures in zip(names, cells, strict=True)],
+        [PictureRow(name, pictures) for name, pictures in zip(names, cells, strict=True)],
     )
     return _write(run, picture, shown, metrics, time.perf_counter() - start)
 

@@ -135,7 +135,7 @@ def _lines(text: str, path: Path) -> list[SamplePrompt]:
     return [of_line(line, f"{path}, line {n}") for n, line in numbered if line and not line.startswith("#")]
 
 
-Row = tuple[str, object]  # where in the file, and what is there
+Line = tuple[str, object]  # where in the file, and what is there
 
 
 def _of_row(row: object, where: str) -> SamplePrompt:
@@ -154,7 +154,7 @@ def _of_row(row: object, where: str) -> SamplePrompt:
     return replace(SamplePrompt(row["prompt"].strip(), where=where), **values)
 
 
-def _json_rows(text: str, path: Path) -> list[Row]:
+def _json_rows(text: str, path: Path) -> list[Line]:
     try:
         rows = json.loads(text)
     except ValueError as error:
@@ -164,7 +164,7 @@ def _json_rows(text: str, path: Path) -> list[Row]:
     return [(f"prompt {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _toml_rows(text: str, path: Path) -> list[Row]:
+def _toml_rows(text: str, path: Path) -> list[Line]:
     """sd-scripts' shape, [prompt] with what all have and [[prompt.subset]] for each, or a list [[prompt]]."""
     try:
         table = tomllib.loads(text)
@@ -181,7 +181,7 @@ def _toml_rows(text: str, path: Path) -> list[Row]:
     return [(f"prompt {number}", row) for number, row in enumerate(said, 1)]
 
 
-_TABLES: Mapping[str, Callable[[str, Path], list[Row]]] = {".json": _json_rows, ".toml": _toml_rows}
+_TABLES: Mapping[str, Callable[[str, Path], list[Line]]] = {".json": _json_rows, ".toml": _toml_rows}
 
 
 def typed_prompts(config: TrainConfig) -> list[SamplePrompt]:

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,33 +61,47 @@ def settled(
 
 
 def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: int) -> SamplePrompt:
-    main = "guidance" if "guidance" in family.guidance else "cfg"
-    for field, flag in (("cfg", "--l"), ("guidance", "--g")):
-        if getattr(prompt, field) is not None and field not in family.guidance:
-            raise ConfigError(
-                f"{flag}, and this model reads no guidance, and so it would do nothing",
-                where=prompt.where,
-                remedy=f"Leave {flag} out; --l is how far it is led away from the negative prompt.",
-            )
-    values = asdict(prompt)
-    if values[main] is None and config.sample_guidance is not None:
-        values[main] = config.sample_guidance
-    defaults = inspect.signature(type(family.pipe).__call__).parameters
-    for field, keyword in family.guidance.items():
-        if values[field] is None:
-            values[field] = float(defaults[keyword].default)
-    if prompt.negative is not None and values["cfg"] <= 1:
+    cfg, guidance = _scales(config, family, prompt)
+    led_away = cfg is not None and cfg > 1
+    if prompt.negative is not None and not led_away:
         raise ConfigError(
-            f"a negative prompt with a guidance of {values['cfg']:g}, and so it would do nothing",
+            f"a negative prompt with a guidance of {cfg:g}, and so it would do nothing",
             where=prompt.where,
             remedy="Pass --l above 1 with it, or leave it out.",
         )
-    if main == "guidance" and values["cfg"] > 1 and prompt.negative is None:
-        values["negative"] = ""  # its pipeline is led away from nothing unless it is told
-    values["width"], values["height"] = prompt.width or side, prompt.height or side
-    values["seed"] = config.sample_seed if prompt.seed is None else prompt.seed
-    values["steps"] = prompt.steps or config.sample_steps or family.drawing_steps
-    return SamplePrompt(**values)
+    return replace(
+        prompt,
+        # the pipelines of models that are told a guidance are led away from nothing unless they are asked
+        negative="" if led_away and prompt.negative is None and _main(family) == "guidance" else prompt.negative,
+        cfg=cfg,
+        guidance=guidance,
+        width=prompt.width or side,
+        height=prompt.height or side,
+        seed=config.sample_seed if prompt.seed is None else prompt.seed,
+        steps=prompt.steps or config.sample_steps or family.drawing_steps,
+    )
+
+
+def _main(family: Family) -> str:
+    """What people mean by the guidance of a model."""
+    return "guidance" if "guidance" in family.guidance else "cfg"
+
+
+def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[float | None, float | None]:
+    """cfg and guidance of a prompt; None for what the model does not read. Raises ConfigError if that was asked for."""
+    defaults = inspect.signature(type(family.pipe).__call__).parameters
+    said = {"cfg": prompt.cfg, "guidance": prompt.guidance}
+    if said[_main(family)] is None:
+        said[_main(family)] = config.sample_guidance
+    if said["guidance"] is not None and "guidance" not in family.guidance:
+        raise ConfigError(
+            "--g, and this model is told no guidance, and so it would do nothing",
+            where=prompt.where,
+            remedy="Leave --g out; --l is how far it is led away from the negative prompt.",
+        )
+    for field, keyword in family.guidance.items():
+        said[field] = float(defaults[keyword].default) if said[field] is None else said[field]
+    return said["cfg"], said["guidance"]
 
 
 def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from diffpeft.train import state
 from diffpeft.train.cache import Texts
 from diffpeft.train.check import sides_of
-from diffpeft.train.report import FINISHED, Page, Pictures, Row, Status, Use
+from diffpeft.train.report import FINISHED, Page, Pictures, PictureRow, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.report.page import STRENGTHS
 from diffpeft.train.sample_model import open_other, other_stage
@@ -121,14 +121,14 @@ def _strengths(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pi
     """The first prompt at each strength, of the newest step that has it."""
     newest = {spot: path for pictures in steps.values() for spot, path in pictures.items()}
     heads = [f"strength {strength:g}" for strength in STRENGTHS]
-    return Pictures(heads, [Row(gallery.prompts[0].prompt, [newest.get(Spot(0, s)) for s in STRENGTHS])])
+    return Pictures(heads, [PictureRow(gallery.prompts[0].prompt, [newest.get(Spot(0, s)) for s in STRENGTHS])])
 
 
 def _by_step(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pictures:
     """All prompts at strength 1, by step."""
     shown = [step for step, pictures in steps.items() if any(spot.strength == 1 for spot in pictures)]
     rows = [
-        Row(prompt.prompt, [steps[step].get(Spot(number, 1.0)) for step in shown])
+        PictureRow(prompt.prompt, [steps[step].get(Spot(number, 1.0)) for step in shown])
         for number, prompt in enumerate(gallery.prompts)
     ]
     return Pictures([str(step) for step in shown], rows)

@@ -27,7 +27,13 @@ def test_a_line_is_a_prompt_with_sd_scripts_flags_in_any_order():
 
 
 def test_files_of_lines_and_tables_say_the_same(tmp_path):
-    table = {"prompt": "a cat -- in a hat", "negative_prompt": "dog, low quality", "width": 512, "height": 768, "seed": 7}
+    table = {
+        "prompt": "a cat -- in a hat",
+        "negative_prompt": "dog, low quality",
+        "width": 512,
+        "height": 768,
+        "seed": 7,
+    }
     table |= {"scale": 7.5, "guidance_scale": 3.5, "sample_steps": 30}
     rows = "\n".join(f"{name} = {json.dumps(value)}" for name, value in table.items())
     common = "\n".join(f"{name} = {json.dumps(value)}" for name, value in table.items() if name != "prompt")

@@ -98,7 +98,7 @@ class Live:
         """Whatever ends the block before its time is said on the page, with the command that goes on if there is a state of the run."""
         try:
             yield
-        except BaseException as error:
+        except (Exception, KeyboardInterrupt) as error:
             with contextlib.suppress(Exception):
                 self.renew(status=_ended(error, self.command if checkpoints_in(self.path.parent) else ""))
             raise

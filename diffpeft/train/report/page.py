@@ -37,7 +37,7 @@ class Status(NamedTuple):
 FINISHED = Status("finished")
 
 
-class Row(NamedTuple):
+class PictureRow(NamedTuple):
     """A row of pictures: what they show, and files, pictures or numbers [h, w, 3]; None for one that is not there."""
 
     label: str
@@ -48,7 +48,7 @@ class Pictures(NamedTuple):
     """A table of pictures."""
 
     heads: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[PictureRow]
 
 
 class Use(NamedTuple):
@@ -164,7 +164,7 @@ def _thinned(samples: Pictures | None) -> Pictures | None:
     if samples is None or len(samples.heads) <= COLUMNS:
         return samples
     places = np.linspace(0, len(samples.heads) - 1, COLUMNS).round().astype(int).tolist()
-    rows = [Row(row.label, [row.pictures[place] for place in places]) for row in samples.rows]
+    rows = [PictureRow(row.label, [row.pictures[place] for place in places]) for row in samples.rows]
     return Pictures([samples.heads[place] for place in places], rows)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class Measure(NamedTuple):
+class Worded(NamedTuple):
     """What a measure of metrics.json is, in words, and which way is better."""
 
     words: str
@@ -14,19 +14,17 @@ class Measure(NamedTuple):
 
 
 _LOWER, _HIGHER = "lower is better", "higher is better"
-MEASURES: Mapping[str, Measure] = {
-    "heldout_loss": Measure("Loss on what was not trained on", _LOWER),
-    "distance_to_target": Measure("Distance of small patches to true pictures in the new style", _LOWER),
-    "distance_to_original": Measure(
-        "Distance of small patches to pictures in the old style", "higher: further from it"
-    ),
-    "shape_kept": Measure("Overlap of shapes with and without the adapter", _HIGHER),
+MEASURES: Mapping[str, Worded] = {
+    "heldout_loss": Worded("Loss on what was not trained on", _LOWER),
+    "distance_to_target": Worded("Distance of small patches to true pictures in the new style", _LOWER),
+    "distance_to_original": Worded("Distance of small patches to pictures in the old style", "higher: further from it"),
+    "shape_kept": Worded("Overlap of shapes with and without the adapter", _HIGHER),
 }
 
 
-def measure(name: str) -> Measure:
+def measure(name: str) -> Worded:
     """A measure in words; one that is not known by its name."""
-    return MEASURES.get(name, Measure(name.replace("_", " ").capitalize()))
+    return MEASURES.get(name, Worded(name.replace("_", " ").capitalize()))
 
 
 def duration(seconds: float) -> str:
