@@ -18,7 +18,7 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import data, dreambooth
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features
-from diffpeft.train.report import Pictures, PictureRow
+from diffpeft.train.report import PictureRow, Pictures
 from diffpeft.train.sample import STRENGTHS, Grid, grid, pictures
 
 IMAGES = EMBEDDED.parent / "demo"

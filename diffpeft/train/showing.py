@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from diffpeft.train import state
 from diffpeft.train.cache import Texts
 from diffpeft.train.check import sides_of
-from diffpeft.train.report import FINISHED, Page, Pictures, PictureRow, Status, Use
+from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.report.page import STRENGTHS
 from diffpeft.train.sample_model import open_other, other_stage

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffpeft.train.checkpoints import writing
 from diffpeft.train.heldout import Band, Best, HeldoutLoss
-from diffpeft.train.report import Page, Pictures, PictureRow, Status, Use, charts, live, words
+from diffpeft.train.report import Page, PictureRow, Pictures, Status, Use, charts, live, words
 from diffpeft.train.report.live import Live
 from diffpeft.train.report.page import COLUMNS, render
 from diffpeft.train.report.thumbnails import data_uri
