@@ -16,6 +16,7 @@ from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
+from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
@@ -115,15 +116,27 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
             remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
         )
     sides = sides_of(config, known.resolution)
+    part = part_of(config.heldout) if config.heldout is not None else None
+    others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
         config.data or (),
         config.instance_prompt,
         data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
         trigger=config.trigger,
         mask=config.mask,
-        skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir) if folder],
+        skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
     )
-    return replace(account, steps=(config.steps, config.batch_size * config.accumulate))
+    account = replace(account, steps=(config.steps, config.batch_size * config.accumulate))
+    return account if part is None else _with_heldout(account, part, config)
+
+
+def _with_heldout(account: Account, part: float | int | Path, config: TrainConfig) -> Account:
+    """The account with images that are held out. Raises DataError or ConfigError."""
+    if not isinstance(part, Path):
+        return split(account, part, config.seed)
+    others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
+    entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
+    return beside(replace(account, folders=entered), others)
 
 
 def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:

@@ -123,6 +123,11 @@ class Options:
         "With --resume, names of options that may have other values than the run was started with.",
         needs="resume",
     )
+    log: str | Sequence[str] = option(
+        "csv",
+        "Where the numbers of each step go, with commas: csv (OUT/metrics.csv), tensorboard, wandb or another tracker of accelerate's; none.",
+    )
+    log_every: int = option(1, "Steps between two rows of them.", at_least=1)
     allow_unchanged: str | Sequence[str] | None = option(
         None, "Layers that may end without a change, by names or patterns; any other is an error."
     )
@@ -194,6 +199,22 @@ class TrainConfig(Options):
         "May be repeated; DIR:3 counts three times.",
         required=True,
         several="repeated",
+    )
+    heldout: str | float | None = option(
+        None,
+        "Images that are measured on and not trained on: a share of the data (0.1), how many of it (3), or a folder of others.",
+    )
+    heldout_every: int | None = option(
+        None,
+        "Steps between two measurements; default: ten in a run, less where they would take more than a fifth of its time.",
+        at_least=1,
+        needs="heldout",
+    )
+    best: str | None = option(
+        None,
+        "Which step's adapter a run ends with: that of the lowest held-out loss (the default with --heldout), or the last.",
+        choices=("heldout", "last"),
+        needs="heldout",
     )
     instance_prompt: str | None = option(None, "The caption of images without a caption of their own.")
     trigger: str | None = option(None, "The word for what is learnt: [trigger] in captions and prompts stands for it.")
@@ -370,7 +391,9 @@ def _check_type(name: str, value: object, declared: str) -> None:
         for entry in value:
             _check_type(name, entry, entries)
         return
-    kinds, words = _KINDS[declared.partition(" ")[0]]
+    known = [_KINDS[kind] for kind in declared.split(" | ") if kind in _KINDS]
+    kinds = tuple(kind for accepted, _ in known for kind in accepted)
+    words = ", or ".join(said for _, said in known)
     if (
         not isinstance(value, kinds)
         or (isinstance(value, bool) and bool not in kinds)
@@ -492,6 +515,18 @@ OTHER_NAMES: dict[str, str] = {
     "dataset_name": "data",
     "train_file": "data",
     "validation_file": "heldout",
+    "validation_split": "heldout",
+    "val_split": "heldout",
+    "validation_data_dir": "heldout",
+    "eval_data_dir": "heldout",
+    "validate_every_n_steps": "heldout_every",
+    "eval_every": "heldout_every",
+    "eval_steps": "heldout_every",
+    "load_best_model_at_end": "best, which is heldout or last",
+    "keep_best": "best, which is heldout or last",
+    "log_with": "log",
+    "report_to": "log",
+    "logging_steps": "log_every",
     "eval_file": "heldout",
     "class_data_dir": "class_data",
     "reg_data_dir": "class_data",

@@ -69,7 +69,7 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "ss_learning_rate": config.lr,
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_lr_warmup_steps": config.warmup,
-        "ss_steps": len(run.losses) if step is None else step,
+        "ss_steps": run.step if step is None else step,
         "ss_max_train_steps": config.steps,
         "ss_seed": config.seed,
         "ss_batch_size_per_device": config.batch_size,

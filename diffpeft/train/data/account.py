@@ -24,6 +24,7 @@ class Example:
         mask: the picture whose brightness, or the image itself if it is its transparency, says how much each place counts.
         name: what it is called in the account.
         trigger: what `[trigger]` in the caption stood for.
+        digest: a hash of its pixels.
     """
 
     path: Path
@@ -33,6 +34,12 @@ class Example:
     mask: Path | None = None
     name: str = ""
     trigger: str | None = None
+    digest: str = ""
+
+    @property
+    def look(self) -> tuple[object, ...]:
+        """What copies of an image have in common: its size and its pixels."""
+        return (self.size, self.digest or self.path)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Account:
         folders: {folder of which nothing is used: the images in it}; it is not entered, or has none.
         sizing: how the sizes of training pictures follow, if that is known.
         steps: how many steps of how many pictures a run takes, if that is known.
+        heldout: images that are measured on and not trained on, each once; `heldout_from` the folder that they are from, if that is another, and `copies`
+            how many images in it are copies of these or of what is trained on.
     """
 
     folder: Path
@@ -85,6 +94,9 @@ class Account:
     folders: Mapping[str, int] = field(default_factory=dict)
     sizing: Sizing | None = None
     steps: tuple[int, int] | None = None
+    heldout: tuple[Example, ...] = ()
+    heldout_from: str = ""
+    copies: int = 0
 
     @property
     def resolution(self) -> int | None:
@@ -148,6 +160,13 @@ class Account:
             lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
         if masked := sum(example.mask is not None for example in self.examples):
             lines.append(f"masks weigh the loss of {_count(masked, 'image')}")
+        if self.heldout:
+            names = (
+                f" of {self.heldout_from}"
+                if self.heldout_from
+                else f": {listed([e.name for e in self.heldout], SHOWN)}"
+            )
+            lines.append(f"held out, measured on and not trained on: {_count(len(self.heldout), 'image')}{names}")
         if self.steps:
             steps, batch = self.steps
             times = f"{steps * batch / self.pictures:.3g}"
@@ -175,6 +194,8 @@ class Account:
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
             notes.append(f"{_count(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+        if self.copies:
+            notes.append(f"{_count(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
         if self.unread:
             notes.append("not used: " + ", ".join(_ending(end, names) for end, names in self.unread.items()))
         if self.folders:
@@ -198,6 +219,7 @@ class Account:
                 {"folder": group.name, "images": group.images, "repeats": group.repeats} for group in self.groups
             ],
             "buckets": [{"width": w, "height": h, "images": n} for (w, h), n in self.buckets.items()],
+            "heldout": [example.name for example in self.heldout],
             "masks": sum(example.mask is not None for example in self.examples),
             "passes": self.steps and self.steps[0] * self.steps[1] / self.pictures,
             "unread": {ending: len(names) for ending, names in self.unread.items()},
