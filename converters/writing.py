@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,14 +22,23 @@ if TYPE_CHECKING:
     import torch
 
 
-def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: torch.dtype | None = None) -> None:
+def write(
+    bundle: Bundle,
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    dtype: torch.dtype | None = None,
+    finish: Callable[[Draft], Draft] = lambda draft: draft,
+) -> None:
     """Write a Bundle as a file or folder of another format, whole or not at all. `dtype` casts the factors; alphas keep theirs.
+
+    `finish` is asked for the last word on each file: what else its metadata say.
 
     Raises CannotConvertError, which names the layers, the reason and the formats that can hold the adapter.
     """
     UnknownNameError.check("format", format, FORMATS)
     check_path(path)
-    plans = {component: planned(part, dtype) for component, part in files(bundle, format, path).items()}
+    plans = {component: finish(planned(part, dtype)) for component, part in files(bundle, format, path).items()}
     store(plans, path, format)
 
 

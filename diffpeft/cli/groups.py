@@ -53,6 +53,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
     ),
     "Steps": (
         "steps",
+        "epochs",
         "batch_size",
         "accumulate",
         "optimizer",

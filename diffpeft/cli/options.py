@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ from diffpeft.train.checkpoints import LATEST
 from diffpeft.train.config import PATHS, AnyOptions, hint, values_of
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import OPTIMIZERS
+from diffpeft.train.origins import COMMAND, RESUMED
 from diffpeft.train.resume import remembered
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
@@ -92,9 +94,15 @@ def _type_of(option: Field[object]) -> click.ParamType | type | None:
     return Numbers() if option.metadata["several"] == "commas" else _TYPES[kind]
 
 
-def options_from(kind: type[AnyOptions], config: str | None, typed: Mapping[str, Any]) -> AnyOptions:
-    """The options of a file, replaced by what was typed; where a run goes on, those of neither are the run's. Checked."""
+def options_from(
+    kind: type[AnyOptions], config: str | None, typed: Mapping[str, Any]
+) -> tuple[AnyOptions, dict[str, str]]:
+    """The options of a file, replaced by what was typed; where a run goes on, those of neither are the run's. Checked. And where each is from."""
     values = {name: value for name, value in typed.items() if value not in (None, ())}
-    options = kind(**remembered(kind, (values_of(config, kind) if config else {}) | values))
+    in_file = values_of(config, kind) if config else {}
+    all_values = remembered(kind, in_file | values)
+    origins = dict.fromkeys(all_values, RESUMED)
+    origins |= dict.fromkeys(in_file, f"file {Path(config or '').name}") | dict.fromkeys(values, COMMAND)
+    options = kind(**all_values)
     options.validate()
-    return options
+    return options, origins

@@ -27,7 +27,7 @@ def train(config: str | None, **typed: object) -> None:
 
     Example: diffpeft train -m MODEL -d photos -o out --instance-prompt "a photo of sks dog"
     """
-    options = options_from(TrainConfig, config, typed)
+    options, origins = options_from(TrainConfig, config, typed)
 
     from diffpeft.cli.progress import Progress
     from diffpeft.train.check import check
@@ -36,7 +36,7 @@ def train(config: str | None, **typed: object) -> None:
 
     with ending(), Progress() as progress, occupied(options.output()):
         progress.phase("looking at the data")
-        checked = check(options)
+        checked = check(options, origins)
         for line in checked.account.lines():
             progress.note(line)
 

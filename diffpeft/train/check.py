@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.resume import begin
+from diffpeft.train.trackers import logs_of
 
 FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -51,27 +53,48 @@ _FIRST_LAYERS = {
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may begin: the adapter's name, the account of its images, its class images, if it has any, and the state that it goes on from."""
+    """A run that may begin: the adapter's name, the account of its images, its class images, if it has any, and the state that it goes on from.
+
+    `config` are its options, with the steps that its epochs come to; `origins` says where those that were said are from.
+    """
 
     name: str
     account: Account
     prior: prior.ClassImages | None
-    state: SavedState | None = None
+    state: SavedState | None
+    config: TrainConfig
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
-def check(config: TrainConfig) -> Checked:
-    """All checks that need no model. Raises ConfigError, UnknownNameError, DataError or CheckpointError."""
+def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Checked:
+    """All checks that need no model. `origins`: where options are from. Raises ConfigError, UnknownNameError, DataError or CheckpointError."""
     config.validate()
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
     name = _name(config)
-    state = begin(config, out, [file_of(name, format) for format in FORMATS])
+    files = [file_of(name, format) for format in FORMATS]
+    if not config.resume:  # told before the data is read
+        begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = _trainable(config)
     prior_prompts(config)
-    account, planned = surveyed(config, known), prior.planned(config)
-    return Checked(name, _with_cut(account, config), planned, state)
+    logs_of(config)
+    account = surveyed(config, known)
+    config = with_steps(config, account)
+    state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
+    account = replace(_with_cut(account, config), steps=(config.steps, config.batch_size * config.accumulate))
+    return Checked(name, account, planned, state, config, origins or {})
+
+
+def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
+    """The options with the steps that their epochs come to, as sd-scripts counts them: steps for all pictures, rounded up, for each epoch."""
+    if config.epochs is None:
+        return config
+    steps = -(-account.pictures // (config.batch_size * config.accumulate)) * config.epochs
+    config = replace(config, steps=steps, epochs=None)
+    config.check_values()
+    return config
 
 
 def _with_cut(account: Account, config: TrainConfig) -> Account:
@@ -102,7 +125,8 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
         known = _trainable(config)
     account = surveyed(config, known)
     account = _with_cut(account, config) if config.model else account
-    return account if steps else replace(account, steps=None)
+    config = with_steps(config, account)
+    return replace(account, steps=(config.steps, config.batch_size * config.accumulate) if steps else None)
 
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
@@ -126,7 +150,6 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         mask=config.mask,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
     )
-    account = replace(account, steps=(config.steps, config.batch_size * config.accumulate))
     return account if part is None else _with_heldout(account, part, config)
 
 

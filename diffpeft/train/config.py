@@ -158,7 +158,7 @@ class Options:
                     f"{name} with lr_scheduler {self.lr_scheduler}, and so it would do nothing",
                     remedy=f"Pass --lr-scheduler {needed}, or leave --{_flag(name)} out.",
                 )
-        if self.warmup > self.steps:
+        if self.warmup > self.steps and getattr(self, "epochs", None) is None:
             raise ConfigError(
                 f"warmup is {self.warmup} and steps is {self.steps}: the learning rate would never be reached",
                 remedy="Warm up in a part of the steps.",
@@ -285,6 +285,9 @@ class TrainConfig(Options):
         None, "Read captions off an earlier layer of CLIP: 1 is the last, 2 the one before it.", at_least=1
     )
     train_text_encoder: bool = option(False, "Adapt the text encoder too.")
+    epochs: int | None = option(
+        None, "Instead of --steps: how often all pictures are passed through, each time in whole steps.", at_least=1
+    )
     batch_size: int = option(1, "Images a pass (as many class images come on top).", at_least=1)
     base_lora: str | Sequence[str] | None = option(
         None, "Adapters that the base is trained with, FILE:STRENGTH with commas; what is learnt is without them."
@@ -331,6 +334,8 @@ class TrainConfig(Options):
                         f"{name} without class_prompt or prior base, and so it would do nothing",
                         remedy=f"Pass --class-prompt or --prior base, or leave --{_flag(name)} out.",
                     )
+        if self.epochs is not None and self.steps != TrainConfig.steps:
+            raise ConfigError("steps with epochs: both say how long to train", remedy="Leave one of them out.")
         if self.debiased and self.snr_gamma is not None:
             raise ConfigError("debiased with snr_gamma: both weight the loss", remedy="Leave one of them out.")
         for name, of, needed in _ONLY_WITH:
@@ -479,9 +484,8 @@ OTHER_NAMES: dict[str, str] = {
     "max_train_steps": "steps",
     "max_steps": "steps",
     "num_train_steps": "steps",
-    "max_train_epochs": "steps, which are not epochs",
-    "num_train_epochs": "steps, which are not epochs",
-    "epochs": "steps, which are not epochs",
+    "max_train_epochs": "epochs",
+    "num_train_epochs": "epochs",
     "train_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulate",

@@ -20,7 +20,7 @@ from diffpeft.model.attach import attach
 from diffpeft.model.state import parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
-from diffpeft.train import data, draw, prior
+from diffpeft.train import data, draw, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
 from diffpeft.train.check import FORMATS, Checked, check, resized, sides_of
@@ -47,7 +47,7 @@ from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.usage import Stopwatch
 from diffpeft.train.watch import Quiet, Watch
-from diffpeft.train.watching import judge_of, logbook_of, tabulated
+from diffpeft.train.watching import judge_of, logbook_of, tabulated, with_measuring
 
 
 def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | None = None) -> TrainRun:
@@ -59,7 +59,7 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     """
     checked = checked or check(config)
     with occupied(config.output()):
-        return _trained(config, checked, watch or Quiet())
+        return _trained(checked.config, checked, watch or Quiet())
 
 
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
@@ -69,15 +69,19 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     family = _opened(typed, dtype, device)
     config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
     checked, name = _resized(checked, sizing, watch), checked.name
+    config = with_measuring(config, checked.account)
     if not config.init_from:
         chosen_layers(config, family)
+    said = origins.origins_of(typed, config, checked.origins)
+    origins.record(config.output(), config, said, checked.account.table())
     done = checked.state.step if checked.state else 0
     with contextlib.closing(logbook_of(config, name, done, clock, watch)) as log:
         encoded = _encoded(config, family, checked, sizing, watch)
         watch.phase("loading the model")
         config, unread = adapt(config, family, name), unread_layers(family, name)
         check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
-        run = TrainRun(config, family, name, [], 0.0, checked.account)
+        said = origins.origins_of(typed, config, checked.origins)
+        run = TrainRun(config, family, name, [], 0.0, checked.account, said)
         keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
@@ -108,7 +112,6 @@ def _fitted(
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
     if judge is not None:
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
-        run.config = replace(config, heldout_every=judge.every, best=config.best or "heldout")
     tabulated(log, config, job.optimizer, measured=judge is not None)
     watch.phase("training")
     run.losses = fit(job, keeper, replace(Events.of(watch, config.steps), log=log), clock)

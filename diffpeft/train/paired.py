@@ -35,17 +35,12 @@ class HeldoutPictures:
         self.batches = Batches(examples, sizing, 1, seed, KIND)
         self.assembly = Assembly([self.batches], latents, offset)
         self.pictures = [(i, View.centred(e.size, t)) for i, e in enumerate(examples) for t in sizing.targets(e.size)]
-        self.draws = min(max(math.ceil(ROWS / (BANDS * max(len(self.pictures), 1))), FEW), MANY)
+        self.draws = draws_of(len(self.pictures))
 
     @property
     def captions(self) -> list[str]:
         """Their captions."""
         return [example.caption for example in self.batches.examples]
-
-    @property
-    def rows(self) -> int:
-        """How many predictions a measurement takes."""
-        return len(self.pictures) * BANDS * self.draws
 
     def learn(self, tick: Callable[[], None]) -> None:
         """Compute their latents."""
@@ -57,12 +52,19 @@ class HeldoutPictures:
         key = (self.batches.seed, KIND, picture, band, number)
         return Shown(index, view, self.batches.examples[index].caption, key)
 
-    def every(self, steps: int, size: int) -> int:
-        """How many steps lie between two measurements where nothing is said: ten a run, or less, so that they take no more than a share of its time.
 
-        `size`: the examples of a step.
-        """
-        return max(math.ceil(steps / 10), math.ceil(self.rows * FORWARD / size / SHARE), 1)
+def draws_of(pictures: int) -> int:
+    """How often each of so many pictures is measured in a band: more where there are few."""
+    return min(max(math.ceil(ROWS / (BANDS * max(pictures, 1))), FEW), MANY)
+
+
+def interval(pictures: int, steps: int, size: int) -> int:
+    """How many steps lie between two measurements where nothing is said: ten a run, or less, so that they take no more than a share of its time.
+
+    `size`: the examples of a step.
+    """
+    predictions = pictures * BANDS * draws_of(pictures)
+    return max(math.ceil(steps / 10), math.ceil(predictions * FORWARD / size / SHARE), 1)
 
 
 @dataclass

@@ -56,7 +56,7 @@ def remembered(kind: type[Options], typed: Mapping[str, object]) -> Json:
     checkpoint = chosen(str(typed["resume"]), out)
     known = {f.name for f in fields(kind)}
     stored = {name: value for name, value in checkpoint.options.items() if name in known and value is not None}
-    for name in ("resume", "overwrite", "allow"):
+    for name in ("resume", "overwrite", "allow", *(("steps",) if typed.get("epochs") else ())):
         stored.pop(name, None)
     return stored | {"out": str(checkpoint.run)} | dict(typed)
 

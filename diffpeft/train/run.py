@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from diffpeft.families import Family
@@ -15,8 +16,8 @@ from diffpeft.train.usage import Usage
 class TrainRun:
     """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
 
-    `account` says what the data held, `heldout` what was measured on pictures that were held out, `best` the step whose adapter it is, if it was chosen by
-    that, and `usage` what the run took, with the sessions that it went on from.
+    `account` says what the data held, `origins` where the value of each option is from, `heldout` what was measured on pictures that were held out, `best` the
+    step whose adapter it is, if it was chosen by that, and `usage` what the run took, with the sessions that it went on from.
     """
 
     config: TrainConfig
@@ -25,6 +26,7 @@ class TrainRun:
     losses: list[float]
     seconds: float
     account: data.Account
+    origins: Mapping[str, str] = field(default_factory=dict)
     heldout: list[HeldoutLoss] = field(default_factory=list)
     best: Best | None = None
     usage: Usage = field(default_factory=Usage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from diffpeft.families.parts import Pipeline
 from diffpeft.io import replacing
 from diffpeft.model.state import slots_of
 from diffpeft.train.cache import Texts
-from diffpeft.train.config import Options
+from diffpeft.train.config import Options, TrainConfig
+from diffpeft.train.data import Account
 from diffpeft.train.groups import factors_of
 from diffpeft.train.heldout import HeldoutLoss
 from diffpeft.train.journal import CsvTable, Logbook
 from diffpeft.train.judge import Judge
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
-from diffpeft.train.paired import HeldoutPictures, Paired
+from diffpeft.train.paired import HeldoutPictures, Paired, interval
 from diffpeft.train.run import TrainRun
 from diffpeft.train.state import fingerprint
 from diffpeft.train.trackers import CSV, TrackerLog, logs_of
@@ -44,6 +46,15 @@ def tabulated(logbook: Logbook, options: Options, optimizer: Optimizer, measured
     if CSV in logs_of(options):
         logbook.add(CsvTable(options.output(), list(factors_of(optimizer)), measured))
     return logbook
+
+
+def with_measuring(config: TrainConfig, account: Account) -> TrainConfig:
+    """The options with what is measured, and what for, where that is not said."""
+    if not account.heldout or account.sizing is None:
+        return config
+    pictures = sum(len(account.sizing.targets(example.size)) for example in account.heldout)
+    every = interval(pictures, config.steps, config.batch_size * config.accumulate)
+    return replace(config, heldout_every=config.heldout_every or every, best=config.best or "heldout")
 
 
 def judge_of(
@@ -71,7 +82,7 @@ def judge_of(
         paired,
         partial(alone, pipe, run.name),
         paired.design,
-        config.heldout_every or pictures.every(config.steps, config.batch_size * config.accumulate),
+        config.heldout_every or config.steps,
         fingerprint(
             seen,
             pictures.pictures,
