@@ -72,7 +72,13 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "compile",
         "seed",
     ),
-    "Watch": ("heldout", "heldout_every", "best", "log", "log_every"),
+    "Watch": (
+        "heldout",
+        "heldout_every",
+        "best",
+        "log",
+        "log_every",
+    ),
     "Output and state": ("out", "name", "samples", "overwrite", "save_every", "keep", "resume", "allow"),
 }
 OTHERS = "Other options"

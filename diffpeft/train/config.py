@@ -396,9 +396,7 @@ def _check_type(name: str, value: object, declared: str) -> None:
         for entry in value:
             _check_type(name, entry, entries)
         return
-    known = [_KINDS[kind] for kind in declared.split(" | ") if kind in _KINDS]
-    kinds = tuple(kind for accepted, _ in known for kind in accepted)
-    words = ", or ".join(said for _, said in known)
+    kinds, words = _accepted(declared)
     if (
         not isinstance(value, kinds)
         or (isinstance(value, bool) and bool not in kinds)
@@ -406,6 +404,12 @@ def _check_type(name: str, value: object, declared: str) -> None:
     ):
         said = shown(value) if isinstance(value, str) else str(value)  # '2' is a text, 2.0 a number
         raise ConfigError(f"{name} is {said}", remedy=f"It is {words}.")
+
+
+def _accepted(declared: str) -> tuple[tuple[type, ...], str]:
+    """What a declared type accepts, and in words."""
+    known = [_KINDS[kind] for kind in declared.split(" | ") if kind in _KINDS]
+    return tuple(kind for accepted, _ in known for kind in accepted), ", or ".join(words for _, words in known)
 
 
 def _check_value(name: str, value: object, meta: Mapping[str, Any]) -> None:

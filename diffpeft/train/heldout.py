@@ -148,11 +148,13 @@ def compared(gain: float, error: float, images: int, other: str) -> str:
 def chosen(design: Design, before: np.ndarray, after: Mapping[int, np.ndarray], last: int, choice: int) -> Best:
     """What there is to be said of ending with the adapter of step `choice`, {step: losses with the adapter on} being what was measured."""
     steps = [step for step in after if step > 0]
-    lowest = min(steps, key=lambda step: (design.whole(after[step]).mean(), step))
+    means = {step: _mean(design.whole(after[step])) for step in steps}
+    lowest = min(steps, key=lambda step: (not math.isfinite(means[step]), means[step], step))
     reason = f"step {choice} has the lowest held-out loss of {len(steps)} that were measured"
     if choice != lowest:
-        gap = compared(*design.difference(after[choice], after[lowest]), design.count, f"that of step {lowest}")
-        reason = f"step {choice} was asked for; its held-out loss is {gap.replace('below', 'above')}"
+        why = "was asked for" if choice == last else f"is taken, for the state of step {lowest} is gone"
+        gap = compared(*design.difference(after[lowest], after[choice]), design.count, f"that of step {lowest}")
+        reason = f"step {choice} {why}; its held-out loss is {gap}"
     elif choice != last:
         reason += ": " + compared(
             *design.difference(after[last], after[choice]), design.count, f"that of the last, {last}"

@@ -144,29 +144,38 @@ class CsvTable:
     def __init__(self, out: Path, groups: Sequence[str], measured: bool):
         rates = {RATE + group: f"lr_{group}" if len(groups) > 1 else "lr" for group in groups}
         numbers = [LOSS, *rates, GRADIENT, SPEED, *(HELDOUT if measured else ())]
-        self.path = out / TABLE
+        self.path, self.last = out / TABLE, dict[str, str]()
         self.columns = {number: rates.get(number) or COLUMNS[number] for number in numbers}
 
     def begin(self, done: int) -> None:
         """Leave the rows until so many steps; none for a run that begins."""
         rows = [row for row in self._rows() if _step_of(row) <= done] if done else []
+        self.last = dict(rows[-1]) if rows else {}
         for name in dict.fromkeys(name for row in rows for name in row):
             if name != "step" and name not in self.columns.values():
                 self.columns[name] = name  # a session before had it
-        with replacing(self.path) as f:
-            f.write("".join([self._line({n: n for n in self._names}), *map(self._line, rows)]).encode())
+        self._write(rows)
 
     def row(self, step: int, numbers: Numbers) -> None:
-        """Write a line at the end."""
+        """Write a line at the end; what is told of a step later goes into its line."""
         values = {self.columns[name]: f"{value:.6g}" for name, value in numbers.items() if name in self.columns}
+        if self.last.get("step") == str(step):
+            self.last |= values
+            self._write([*self._rows()[:-1], self.last])
+            return
+        self.last = {"step": str(step), **values}
         with open(self.path, "a", encoding="utf-8") as f:
-            f.write(self._line({"step": str(step), **values}))
+            f.write(self._line(self.last))
 
     def images(self, step: int, images: Mapping[str, Path]) -> None:
         """They are files already."""
 
     def close(self) -> None:
         """It is whole after each row."""
+
+    def _write(self, rows: Sequence[Mapping[str, str]]) -> None:
+        with replacing(self.path) as f:
+            f.write("".join([self._line({n: n for n in self._names}), *map(self._line, rows)]).encode())
 
     @property
     def _names(self) -> list[str]:

@@ -75,8 +75,7 @@ class Judge:
         """What a run of so many steps ends with, and why; None where nothing was measured."""
         if self.before is None or self._design is None or last not in self.after:
             return None
-        after = {step: losses for step, losses in self.after.items() if step not in self.stateless}
-        return chosen(self._design, self.before, after, last, self.best or last)
+        return chosen(self._design, self.before, self.after, last, self.best or last)
 
     # In the state of a run
 

@@ -160,21 +160,23 @@ class Account:
             lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
         if masked := sum(example.mask is not None for example in self.examples):
             lines.append(f"masks weigh the loss of {_count(masked, 'image')}")
-        if self.heldout:
-            names = (
-                f" of {self.heldout_from}"
-                if self.heldout_from
-                else f": {listed([e.name for e in self.heldout], SHOWN)}"
-            )
-            lines.append(f"held out, measured on and not trained on: {_count(len(self.heldout), 'image')}{names}")
-        if self.steps:
-            steps, batch = self.steps
-            times = f"{steps * batch / self.pictures:.3g}"
-            passes = "pass" if times == "1" else "passes"
-            lines.append(
-                f"{_count(steps, 'step')} of {_count(batch, 'picture')}: {times} {passes} through {self.pictures}"
-            )
-        return lines
+        return [*lines, *self._held_out(), *self._passes()]
+
+    def _held_out(self) -> list[str]:
+        """Which images are measured on, a line, if any is."""
+        if not self.heldout:
+            return []
+        names = f"of {self.heldout_from}" if self.heldout_from else listed([e.name for e in self.heldout], SHOWN)
+        return [f"held out, measured on and not trained on: {_count(len(self.heldout), 'image')}, {names}"]
+
+    def _passes(self) -> list[str]:
+        """How often the pictures are passed through, a line, if that is known."""
+        if not self.steps:
+            return []
+        steps, batch = self.steps
+        times = f"{steps * batch / self.pictures:.3g}"
+        passes = "pass" if times == "1" else "passes"
+        return [f"{_count(steps, 'step')} of {_count(batch, 'picture')}: {times} {passes} through {self.pictures}"]
 
     def notes(self) -> list[str]:
         """What may not be as it was meant, a sentence each; none for a folder that is wholly used."""
