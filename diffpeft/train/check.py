@@ -77,7 +77,7 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     if not config.resume:  # told before the data is read
         begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
-    known = _trainable(config)
+    known = sizes_of(config)
     prior_prompts(config)
     logs_of(config)
     account = surveyed(config, known)
@@ -122,7 +122,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
     known = Sizes(None, None)
     if config.model:
         check_model(config.model, config.base, config.vae, config.text_encoders())
-        known = _trainable(config)
+        known = sizes_of(config)
     account = surveyed(config, known)
     account = _with_cut(account, config) if config.model else account
     config = with_steps(config, account)
@@ -179,7 +179,7 @@ def _name(config: TrainConfig) -> str:
     return config.name
 
 
-def _trainable(config: TrainConfig) -> Sizes:
+def sizes_of(config: TrainConfig) -> Sizes:
     """What the configs tell of the sizes of the model's images. Raises WrongBaseError if it cannot be trained."""
     path = Path(str(config.model))
     source = (config.base if path.is_file() else config.model) or ""

@@ -34,10 +34,10 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, Keeper, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
-from diffpeft.train.optimizers import rate_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.resolve import resolved
 from diffpeft.train.run import TrainRun
 from diffpeft.train.save import exported
 from diffpeft.train.save import readers as readers
@@ -67,7 +67,10 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
     watch.phase("looking at the model")
     family = _opened(typed, dtype, device)
-    config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
+    config, sizing = (
+        resolved(typed, checked.name, dtype, family.resolution, family.max_length),
+        sizing_of(typed, family),
+    )
     checked, name = _resized(checked, sizing, watch), checked.name
     config = with_measuring(config, checked.account)
     if not config.init_from:
@@ -162,23 +165,6 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
         family.parts.pin(family.denoiser, *family.text_encoders)
     family.pipe.set_progress_bar_config(disable=True)
     return family
-
-
-def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
-    """The options with what their defaults come to."""
-    if config.class_prompt is not None and config.prior != "base":
-        config = replace(config, prior="images", num_class_images=config.num_class_images or prior.IMAGES)
-    if config.prior is not None:
-        config = replace(config, prior_weight=config.prior_weight or prior.WEIGHT)
-    return replace(
-        config,
-        name=name,
-        dtype=dtype,
-        lr=rate_of(config),
-        resolution=config.resolution or family.resolution,
-        max_length=family.max_length,
-        alpha=config.rank if config.alpha is None else config.alpha,
-    )
 
 
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
