@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from diffpeft.families import Family
 from diffpeft.train import data
@@ -14,7 +15,8 @@ from diffpeft.train.config import TrainConfig
 class TrainRun:
     """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
 
-    `account` says what the data held, and `origins` where the value of each option is from.
+    `account` says what the data held, and `origins` where the value of each option is from. `files` are those that `save` wrote; `class_images` how many
+    images of the class there are.
     """
 
     config: TrainConfig
@@ -24,3 +26,5 @@ class TrainRun:
     seconds: float
     account: data.Account
     origins: Mapping[str, str] = field(default_factory=dict)
+    class_images: int = 0
+    files: list[Path] = field(default_factory=list)
