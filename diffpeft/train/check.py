@@ -19,12 +19,12 @@ from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
 from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
+from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.resume import begin
 from diffpeft.train.trackers import logs_of
 
-FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -73,7 +73,8 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
     name = _name(config)
-    files = [file_of(name, format) for format in FORMATS]
+    asked(config)
+    files = files_of(name)
     if not config.resume:  # told before the data is read
         begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
@@ -106,11 +107,6 @@ def _with_cut(account: Account, config: TrainConfig) -> Account:
     cut, most = too_long([example.caption for example in account.examples], tokenizers, config.max_length)
     names = tuple(example.name for example, is_cut in zip(account.examples, cut, strict=True) if is_cut)
     return replace(account, cut=names, tokens=most)
-
-
-def file_of(name: str, format: str) -> str:
-    """What the file of an adapter is called in a format."""
-    return f"{name}.{format}.safetensors"
 
 
 def account_of(config: TrainConfig, steps: bool) -> Account:

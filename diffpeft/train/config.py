@@ -145,7 +145,7 @@ class Options:
                 continue
             _check_type(f.name, value, str(f.type))
             _check_value(f.name, value, meta)
-            if meta["needs"] and getattr(self, meta["needs"]) in (None, False):
+            if meta["needs"] and value is not False and getattr(self, meta["needs"]) in (None, False):
                 raise ConfigError(
                     f"{f.name} without {meta['needs']}, and so it would do nothing",
                     remedy=f"Pass --{_flag(meta['needs'])} too, or leave --{_flag(f.name)} out.",
@@ -320,6 +320,22 @@ class TrainConfig(Options):
     sigma_range: str | Sequence[float] | None = option(None, "Train only where the share of noise lies between: 0.5,1.")
     prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+    formats: str | Sequence[str] = option(
+        "diffusers,kohya",
+        "What the adapter is saved as: diffusers, kohya, comfyui, kohya-diffusers, lycoris, onetrainer, xlabs, peft (a folder), with commas.",
+    )
+    save_dtype: str | None = option(
+        None,
+        "The dtype of the files; default: fp32, and bf16 for models of more than a billion parameters. States are fp32.",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    author: str | None = option(None, "Who made it: in the files and the model card.")
+    description: str | None = option(None, "What it is: in the files and the model card.")
+    license: str | None = option(None, "Its licence, as the Hub calls it: in the files and the model card.")
+    push_to_hub: str | None = option(
+        None, "A repository of the Hub, me/dog, that files, model card and samples are uploaded to at the end."
+    )
+    hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
     def check_values(self) -> None:
         """Beside what all runs check: options that only go with others, and the range of noise."""

@@ -17,13 +17,13 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, open_family
 from diffpeft.model.attach import attach
-from diffpeft.model.state import parameters_of, slots_of, trained_parameters
+from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import FORMATS, Checked, check, resized, sides_of
+from diffpeft.train.check import Checked, check, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
@@ -34,12 +34,12 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, Keeper, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
-from diffpeft.train.outcome import check_rank, check_room, refuse_idle
+from diffpeft.train.outcome import check_rank, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.resolve import resolved
 from diffpeft.train.run import TrainRun
-from diffpeft.train.save import exported
+from diffpeft.train.save import check_saving, exported, file_dtype
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
@@ -67,10 +67,8 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
     watch.phase("looking at the model")
     family = _opened(typed, dtype, device)
-    config, sizing = (
-        resolved(typed, checked.name, dtype, family.resolution, family.max_length),
-        sizing_of(typed, family),
-    )
+    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
+    config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
     checked, name = _resized(checked, sizing, watch), checked.name
     config = with_measuring(config, checked.account)
     if not config.init_from:
@@ -82,9 +80,10 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         encoded = _encoded(config, family, checked, sizing, watch)
         watch.phase("loading the model")
         config, unread = adapt(config, family, name), unread_layers(family, name)
-        check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
         said = origins.origins_of(typed, config, checked.origins)
         run = TrainRun(config, family, name, [], 0.0, checked.account, said)
+        run.class_images = len(checked.prior.paths()) if checked.prior else 0
+        check_saving(run)
         keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)

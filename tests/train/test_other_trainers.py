@@ -397,7 +397,7 @@ def test_what_would_change_the_result_and_cannot_be_had_is_refused_by_name(line)
 
 
 def test_all_refusals_are_told_at_once_and_everything_without_effect_in_one_line():
-    with pytest.raises(ConfigError, match="scale_lr.*color_aug") as caught:
+    with pytest.raises(ConfigError, match=r"scale_lr.*color_aug") as caught:
         said("--scale_lr --color_aug --learning_rate 1")
     assert "--lr" in caught.value.remedy and "images" in caught.value.remedy
     names = [name for name, row in TABLE.items() if row.idle and row.reads is bool and "." not in name]
@@ -607,7 +607,7 @@ def test_what_a_job_says_and_is_off_changes_nothing(tmp_path):
 @pytest.mark.parametrize("text", ["a: !!python/object/apply:os.system ['true']", "- a", "", "a: [", "&a [*a]"])
 def test_a_yaml_file_that_is_no_job_is_refused(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="a.yaml"):
+    with pytest.raises(ConfigError, match=r"a\.yaml"):
         said_in(tmp_path / "a.yaml", TrainConfig)
 
 
