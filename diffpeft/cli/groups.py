@@ -8,7 +8,6 @@ GROUPS = {  # {heading: options}; those that are in none stand last
     "Model": ("model", "base", "vae", "text_encoder", "dtype", "quantize", "base_lora", "training_adapter"),
     "Data": (
         "data",
-        "heldout",
         "instance_prompt",
         "trigger",
         "resolution",
@@ -83,6 +82,11 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "sample_first",
         "sample_model",
         "samples",
+        "heldout",
+        "heldout_every",
+        "best",
+        "log",
+        "log_every",
     ),
     "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
 }

@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -183,10 +184,10 @@ def _folders(out: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
 
 
-def newest_sample(out: Path) -> Path | None:
-    """The newest picture at strength 1 of the first prompt; None if there is none."""
-    for folder in reversed(_folders(out).values()):
-        for path in sorted(folder.iterdir()):
+def newest_sample(out: Path, until: int = sys.maxsize) -> Path | None:
+    """The newest picture at strength 1 of the first prompt, of so many steps at most; None if there is none."""
+    for step, folder in reversed(_folders(out).items()):
+        for path in sorted(folder.iterdir()) if step <= until else ():
             match = _PICTURE.fullmatch(path.name)
             if match and match[1] == "0" and match[3] is None:
                 return path
@@ -242,13 +243,14 @@ class Gallery:
         steps = {step: {s: self.path(step, s) for s in spots if self.has(step, s)} for step in _folders(self.out)}
         return {step: pictures for step, pictures in steps.items() if pictures}
 
-    def write(self, step: int, spot: Spot, image: Image.Image) -> None:
-        """Write a picture as a whole file, with what it was drawn with: for us, and as A1111 has it."""
+    def write(self, step: int, spot: Spot, image: Image.Image) -> Path:
+        """Write a picture as a whole file, which is returned, with what it was drawn with: for us, and as A1111 has it."""
         said = PngInfo()
         said.add_itxt("parameters", _parameters(self.facts(spot)))
         said.add_itxt(_RECORD, json.dumps({"step": step, "facts": self.facts(spot)}))
         with replacing(self.path(step, spot)) as f:
             image.save(f, "PNG", pnginfo=said)
+        return self.path(step, spot)
 
 
 def _parameters(facts: Mapping[str, object]) -> str:
@@ -288,18 +290,19 @@ class Sampler:
     from_first: bool
     tick: Callable[[], None] = lambda: None
 
-    def __call__(self, step: int) -> None:
-        """Draw what is due and not there. A run that is asked to stop leaves the pictures that it has not begun."""
-        due = self._due(step)
+    def __call__(self, step: int) -> list[Path]:
+        """Draw what is due and not there; the files. A run that is asked to stop leaves the pictures that it has not begun."""
+        due, files = self._due(step), list[Path]()
         if not due:
-            return
+            return files
         with self.stage() as family, contextlib.suppress(Unfinished):
             for spot in due:
                 with diffpeft.adapters(family.pipe, {self.name: spot.strength}):
                     image = drawn(family, self.texts, self.gallery.prompts[spot.number], self.tick)
-                self.gallery.write(step, spot, image)
+                files.append(self.gallery.write(step, spot, image))
                 if step == 0 and spot.strength == 0 and not self.changes:
-                    self.gallery.write(step, spot._replace(strength=1.0), image)  # a fresh adapter changes nothing
+                    files.append(self.gallery.write(step, spot._replace(strength=1.0), image))  # it changes nothing yet
+        return files
 
     def _due(self, step: int) -> list[Spot]:
         """The base's pictures, once; each prompt at strength 1, and the first one at 0.5 too."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Texts
 from diffpeft.train.check import sides_of
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
     from diffpeft.families import Family
     from diffpeft.train.checkpoints import SavedState
     from diffpeft.train.config import Options, TrainConfig
-    from diffpeft.train.loop import Events
+    from diffpeft.train.journal import Logbook
+    from diffpeft.train.loop import Events, Keeper
     from diffpeft.train.run import TrainRun
     from diffpeft.train.sample_prompts import SamplePrompt
+    from diffpeft.train.usage import Stopwatch
     from diffpeft.train.watch import Watch
 
 PAGE = "report.html"
@@ -49,11 +53,6 @@ class Drawing:
             self.family.parts.free(*self.family.text_encoders)
 
 
-def interval(config: TrainConfig) -> int:
-    """Steps between two times that samples are drawn; 0 if none are."""
-    return (config.save_every or config.steps) if config.sample_every is None else config.sample_every
-
-
 def drawing_of(
     config: TrainConfig,
     family: Family,
@@ -74,23 +73,6 @@ def drawing_of(
     return Drawing(settled(config, drawer, prompts, side), drawer, drawn_texts)
 
 
-def sampler_of(config: TrainConfig, family: Family, name: str, drawing: Drawing, watch: Watch) -> Sampler:
-    """What draws the samples of a run, whose adapter is on the model by now. Samples of steps that this run has not done are removed."""
-    other = drawing.family is not family
-    ready = (
-        functools.partial(other_stage, family, name, drawing.family)
-        if other
-        else functools.partial(stage, family, name)
-    )
-    gallery = Gallery(config.output(), drawing.prompts, Path(str(config.sample_model or config.model)).name)
-    return Sampler(gallery, name, drawing.texts, ready, config.init_from is not None, config.sample_first, watch.tick)
-
-
-def removed_beyond(out: Path, resumed: SavedState | None) -> None:
-    """Remove the samples of steps that a run has not done, of one that begins anew all of them."""
-    forget(out, resumed.step if resumed else -1)
-
-
 def page_of(config: Options, title: str, data: Sequence[str] = (), origins: Mapping[str, str] | None = None) -> Page:
     """The page of a run that begins, with its options as they came to be."""
     return Page(
@@ -107,14 +89,6 @@ def page_of(config: Options, title: str, data: Sequence[str] = (), origins: Mapp
 def losses_until(resumed: SavedState | None) -> list[float]:
     """The losses of the steps that a run goes on from."""
     return state.read_parts(resumed.folder / state.FILE)[state.RUN]["losses"].tolist() if resumed else []
-
-
-def pictures_of(gallery: Gallery, drawn_on: str) -> dict[str, object]:
-    """The samples of a run as a page has them: of the first prompt the newest at each strength, and all prompts by step."""
-    steps = gallery.pictures()
-    if not steps:
-        return {}
-    return {"before_after": _strengths(gallery, steps), "samples": _by_step(gallery, steps), "drawn_on": drawn_on}
 
 
 def _strengths(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pictures:
@@ -160,33 +134,98 @@ def uses_of(
 _PROGRAMS = ("diffusers", "ComfyUI", "A1111")
 
 
-def live_of(
-    run: TrainRun, sampler: Sampler | None, resumed: SavedState | None, rate: Callable[[int], float], command: str
-) -> Live:
-    """The page of a training run on images, which goes on from a state if there is one."""
-    config = run.config
-    drawn_on = Path(config.sample_model).name if config.sample_model else ""
-    page = page_of(config, f"diffpeft: {run.name}", run.account.lines(), run.origins)
-    pictures = functools.partial(pictures_of, sampler.gallery, drawn_on) if sampler else dict
-    return Live(config.output() / PAGE, replace(page, losses=losses_until(resumed)), rate, pictures, command)
+@dataclass
+class RunShown:
+    """What shows a run while it trains: samples, if any are drawn, and the page.
 
-
-def events_of(events: Events, steps: int, every: int, sampler: Sampler | None, live: Live) -> Events:
-    """The events of a run that is shown: samples at the beginning, every so many steps and at the end, each time with a new page; the page at least
-    at both ends.
+    Args:
+        every: steps between two times that samples are drawn; 0: they are not.
     """
 
-    def point(step: int) -> None:
-        if sampler is not None:
-            sampler(step)
-        live.renew()
+    run: TrainRun
+    live: Live
+    sampler: Sampler | None
+    every: int
+    log: Logbook
 
-    def step(done: int, loss: float) -> None:
-        events.step(done, loss)
-        live.step(done, loss)
+    def events(self, events: Events) -> Events:
+        """The events of the run: samples at the beginning, every so many steps and at the end, each time with a new page; a page at least at both ends."""
 
-    ends = [] if every and steps % every == 0 else [(steps, point)]
-    return replace(events, step=step, at=[*events.at, *([(every, point)] if every else []), *ends])
+        def step(done: int, loss: float) -> None:
+            events.step(done, loss)
+            self.live.step(done, loss)
+
+        steps = self.run.config.steps
+        ends = [] if self.every and steps % self.every == 0 else [(steps, self.at)]
+        return replace(events, step=step, at=[*events.at, *([(self.every, self.at)] if self.every else []), *ends])
+
+    def at(self, step: int) -> None:
+        """Draw after so many steps, and renew the page."""
+        if self.sampler is not None and (pictures := self.sampler(step)):
+            self.log.images(step, {f"sample/{path.stem}": path for path in pictures})
+        self.live.renew()
+
+    def end(self) -> None:
+        """The steps are done. The adapter may be that of an earlier one: what it draws is seen too."""
+        if self.run.best is not None and self.sampler is not None:
+            self.sampler(self.run.best.step)
+        self.live.renew()
+
+
+def showing(
+    run: TrainRun,
+    drawing: Drawing,
+    keeper: Keeper,
+    rate: Callable[[int], float],
+    log: Logbook,
+    watch: Watch,
+    clock: Stopwatch,
+) -> RunShown:
+    """What shows a run whose adapter is on its model. Samples of steps that it has not done are removed, and the page is written."""
+    config = run.config
+    forget(config.output(), keeper.resume.step if keeper.resume else -1)
+    sampler = _sampler(run, drawing, watch) if drawing.prompts else None
+    page = page_of(config, f"diffpeft: {run.name}", run.account.lines(), run.origins)
+    page = replace(page, losses=losses_until(keeper.resume))
+    run.live = Live(
+        config.output() / PAGE, page, rate, functools.partial(_changes, run, sampler), keeper.command, clock
+    )
+    run.live.renew()
+    every = config.save_every or config.steps if config.sample_every is None else config.sample_every
+    return RunShown(run, run.live, sampler, every, log)
+
+
+def _sampler(run: TrainRun, drawing: Drawing, watch: Watch) -> Sampler:
+    config, family, name = run.config, run.family, run.name
+    other = drawing.family is not family
+    ready = (
+        functools.partial(other_stage, family, name, drawing.family)
+        if other
+        else functools.partial(stage, family, name)
+    )
+    gallery = Gallery(config.output(), drawing.prompts, Path(str(config.sample_model or config.model)).name)
+    return Sampler(gallery, name, drawing.texts, ready, config.init_from is not None, config.sample_first, watch.tick)
+
+
+def _changes(run: TrainRun, sampler: Sampler | None) -> Json:
+    """What there is to show of a run by now: samples, held-out losses and the best step."""
+    changes: Json = {"heldout": tuple(run.heldout), "best": run.best}
+    if (measured := next((loss for loss in run.heldout if loss.step == run.step), None)) is not None:
+        changes["measures"] = {"heldout_loss": measured.table()}
+    steps = sampler.gallery.pictures() if sampler else {}
+    if sampler and steps:
+        until = {step: pictures for step, pictures in steps.items() if run.best is None or step <= run.best.step}
+        changes["before_after"] = _strengths(sampler.gallery, until or steps)
+        changes["samples"] = _by_step(sampler.gallery, steps)
+        changes["drawn_on"] = sampler.gallery.model if run.config.sample_model else ""
+    return changes
+
+
+@contextlib.contextmanager
+def told(run: TrainRun) -> Iterator[None]:
+    """What ends this block before its time is on the page of a run."""
+    with run.live.told() if run.live else contextlib.nullcontext():
+        yield
 
 
 def finish(run: TrainRun, files: Sequence[Path], readers: Mapping[str, str]) -> None:
@@ -195,4 +234,8 @@ def finish(run: TrainRun, files: Sequence[Path], readers: Mapping[str, str]) -> 
         return
     prompt = next((row.label for row in run.live.page.before_after.rows), "") if run.live.page.before_after else ""
     uses = uses_of(run.config, files, readers, prompt or run.config.instance_prompt or "", run.family)
-    run.live.renew(status=FINISHED, files=[*files, run.live.path], readers=readers, uses=uses)
+    others = [path for name in _OTHERS if (path := run.live.path.with_name(name)).is_file()]
+    run.live.renew(status=FINISHED, files=[*files, *others], readers=readers, uses=uses)
+
+
+_OTHERS = ("README.md", "metrics.json", "metrics.csv", "config.toml", "account.json")  # that a run may have written

@@ -289,7 +289,3 @@ def test_what_ends_a_run_is_on_its_page_with_what_goes_on(error, state, shown, t
     assert ("ValueError: a &lt; b" in text) == isinstance(error, ValueError)
     assert ("interrupted" in text) == isinstance(error, KeyboardInterrupt) and "refresh" not in text
     assert ("The state after step 3" in text) == isinstance(error, Interrupted)
-
-
-def test_the_most_memory_is_told():
-    assert 50 * 2**20 < live.peak_memory() < 2**40
