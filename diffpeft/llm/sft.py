@@ -147,7 +147,7 @@ def _fitted(
     )
     job = job_of(config, trained, StepLoss(config, loss, sequences))
     shown.begin(job.schedule.at, checked.state, keeper.command)
-    losses = fit(job, keeper, shown.events(Events.of(watch, config.steps)))
+    losses = fit(job, keeper, shown.events(Events.of(watch, config.steps)), shown.live.clock)
     refuse_idle(model.get_base_model(), model.active_adapters[0], config.allow_unchanged)
     return losses
 

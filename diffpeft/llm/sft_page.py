@@ -93,6 +93,7 @@ class SftPage:
 
     def finished(self, files: Sequence[Path], out: Path) -> Page:
         """The page of a run that has ended well, whose files are in `out`."""
+        out = out.resolve()
         load = f'model = AutoModelForCausalLM.from_pretrained("{self.config.model}")\nmodel = PeftModel.from_pretrained(model, "{out}")'
         serve = f"vllm serve {shlex.quote(str(self.config.model))} --enable-lora --lora-modules {out.name}={shlex.quote(str(out))}"
         uses = [Use("Python (diffpeft or peft)", load), Use("vLLM", serve)]

@@ -181,7 +181,7 @@ def test_the_axis_of_losses_has_room_for_the_smoothed_line_and_counts_what_is_ab
     smooth = points(svg, "smooth")
     mean = charts.smoothed(losses)
     assert len(np.unique(smooth[:, 1])) > min(count, 50) / 2 or count == 1  # not flat at an edge
-    assert np.allclose(mean[-1], np.mean(losses[-min(max(count // 20, 10), count) :]))
+    assert np.allclose(mean[-1], np.mean(losses[-(max(count // 40, 5) + 1) :]))
     above = re.search(r"(\d+) above the axis, up to ([\d.]+)", svg)
     assert (above is not None) == (count > 5)
     if above:

@@ -94,12 +94,12 @@ def _svg(label: str, *parts: str, height: int = _HEIGHT) -> Markup:
 
 
 def smoothed(losses: Sequence[float]) -> np.ndarray:
-    """The mean of the last steps, a twentieth of all and at least ten, as far as there are such [n]."""
+    """The mean of each step and those around it, a twentieth of all and at least ten, as far as there are such [n]."""
     values = np.asarray(losses, dtype=float)
-    window = min(max(len(values) // 20, 10), len(values))
+    half = max(len(values) // 40, 5)
     total = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    places = np.arange(len(values))
+    starts, ends = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     return (total[ends] - total[starts]) / (ends - starts)
 
 
