@@ -19,12 +19,12 @@ from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
 from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
+from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.resume import begin
 from diffpeft.train.trackers import logs_of
 
-FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -74,11 +74,12 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
     name = _name(config)
-    files = [file_of(name, format) for format in FORMATS]
+    asked(config)
+    files = files_of(name)
     if not config.resume:  # told before the data is read
         begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
-    known = _trainable(config)
+    known = sizes_of(config)
     prior_prompts(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
@@ -108,11 +109,6 @@ def _with_cut(account: Account, config: TrainConfig) -> Account:
     return replace(account, cut=names, tokens=most)
 
 
-def file_of(name: str, format: str) -> str:
-    """What the file of an adapter is called in a format."""
-    return f"{name}.{format}.safetensors"
-
-
 def account_of(config: TrainConfig, steps: bool) -> Account:
     """The account of data alone: of a config that may lack a model and an output. `steps`: whether its steps were asked for.
 
@@ -122,7 +118,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
     known = Sizes(None, None)
     if config.model:
         check_model(config.model, config.base, config.vae, config.text_encoders())
-        known = _trainable(config)
+        known = sizes_of(config)
     account = surveyed(config, known)
     account = _with_cut(account, config) if config.model else account
     config = with_steps(config, account)
@@ -179,7 +175,7 @@ def _name(config: TrainConfig) -> str:
     return config.name
 
 
-def _trainable(config: TrainConfig) -> Sizes:
+def sizes_of(config: TrainConfig) -> Sizes:
     """What the configs tell of the sizes of the model's images. Raises WrongBaseError if it cannot be trained."""
     path = Path(str(config.model))
     source = (config.base if path.is_file() else config.model) or ""

@@ -17,13 +17,13 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, open_family
 from diffpeft.model.attach import attach
-from diffpeft.model.state import parameters_of, slots_of, trained_parameters
+from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import FORMATS, Checked, check, resized, sides_of
+from diffpeft.train.check import Checked, check, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
@@ -34,12 +34,12 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, Keeper, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
-from diffpeft.train.optimizers import rate_of
-from diffpeft.train.outcome import check_rank, check_room, refuse_idle
+from diffpeft.train.outcome import check_rank, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.resolve import resolved
 from diffpeft.train.run import TrainRun
-from diffpeft.train.save import exported
+from diffpeft.train.save import check_saving, exported, file_dtype
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
@@ -67,7 +67,8 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
     watch.phase("looking at the model")
     family = _opened(typed, dtype, device)
-    config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
+    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
+    config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
     checked, name = _resized(checked, sizing, watch), checked.name
     config = with_measuring(config, checked.account)
     if not config.init_from:
@@ -79,9 +80,10 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         encoded = _encoded(config, family, checked, sizing, watch)
         watch.phase("loading the model")
         config, unread = adapt(config, family, name), unread_layers(family, name)
-        check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
         said = origins.origins_of(typed, config, checked.origins)
         run = TrainRun(config, family, name, [], 0.0, checked.account, said)
+        run.class_images = len(checked.prior.paths()) if checked.prior else 0
+        check_saving(run)
         keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
@@ -162,23 +164,6 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
         family.parts.pin(family.denoiser, *family.text_encoders)
     family.pipe.set_progress_bar_config(disable=True)
     return family
-
-
-def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
-    """The options with what their defaults come to."""
-    if config.class_prompt is not None and config.prior != "base":
-        config = replace(config, prior="images", num_class_images=config.num_class_images or prior.IMAGES)
-    if config.prior is not None:
-        config = replace(config, prior_weight=config.prior_weight or prior.WEIGHT)
-    return replace(
-        config,
-        name=name,
-        dtype=dtype,
-        lr=rate_of(config),
-        resolution=config.resolution or family.resolution,
-        max_length=family.max_length,
-        alpha=config.rank if config.alpha is None else config.alpha,
-    )
 
 
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
