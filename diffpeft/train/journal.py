@@ -80,7 +80,8 @@ class Logbook:
         self.sinks = list(self.sinks)
         self.step, self.numbers = 0, dict[str, float]()
         self.clock = (0, 0.0)  # steps and seconds at the last row
-        self.pace: tuple[float, float] | None = None  # seconds at the last step, and those of a step of late
+        self.stepped: float | None = None  # the seconds at the last step
+        self.pace = 0.0  # the seconds of a step of late
 
     def add(self, sink: Sink) -> None:
         """One more place for rows."""
@@ -108,12 +109,11 @@ class Logbook:
     def _pace(self, rate: float) -> None:
         """Show the learning rate, and how fast steps are of late."""
         seconds = self.seconds()
-        if self.pace is None:
-            self.pace = (seconds, seconds)
-        else:
-            took = seconds - self.pace[0]
-            self.pace = (seconds, PACE * self.pace[1] + (1 - PACE) * took)
-        self.figures(lr=rate, **({"rate": 1 / self.pace[1]} if self.pace[1] > 0 else {}))
+        if self.stepped is not None:  # the first is slower: what is compiled is compiled then
+            took = seconds - self.stepped
+            self.pace = PACE * self.pace + (1 - PACE) * took if self.pace else took
+        self.stepped = seconds
+        self.figures(lr=rate, **({"rate": 1 / self.pace} if self.pace > 0 else {}))
 
     def measured(self, loss: HeldoutLoss) -> None:
         """The held-out loss was measured."""
