@@ -34,8 +34,8 @@ def sft(config: str | None, **typed: object) -> None:
         progress.phase("looking at the data")
         checked = check(options, chosen.origins)
 
-        from diffpeft.cli.errors import quiet_bars
         from diffpeft.llm import sft as job
+        from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
         run = job.train(options, progress, checked)

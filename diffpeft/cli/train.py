@@ -51,8 +51,8 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
         for line in checked.account.lines():
             progress.note(line)
 
-        from diffpeft.cli.errors import quiet_bars
         from diffpeft.train import dreambooth
+        from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
         run = dreambooth.train(options, progress, checked)

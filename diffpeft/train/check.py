@@ -71,6 +71,7 @@ class Checked:
 def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Checked:
     """All checks that need no model. `origins`: where options are from. Raises ConfigError, UnknownNameError, DataError or CheckpointError."""
     config.validate()
+    logs_of(config)
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
@@ -82,9 +83,12 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = sizes_of(config)
     prior_prompts(config)
+<<<<<<< HEAD
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
     logs_of(config)
+=======
+>>>>>>> heldout
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)

@@ -37,6 +37,7 @@ from diffpeft.train.objective import Batch, Objective, check_weighted, denoising
 from diffpeft.train.outcome import check_rank, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.progress import shown
 from diffpeft.train.resolve import resolved
 from diffpeft.train.run import TrainRun
 from diffpeft.train.save import check_saving, exported, file_dtype
@@ -47,7 +48,7 @@ from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
 from diffpeft.train.usage import Stopwatch
-from diffpeft.train.watch import Quiet, Watch
+from diffpeft.train.watch import Watch
 from diffpeft.train.watching import judge_of, logbook_of, tabulated, with_measuring
 
 
@@ -59,8 +60,8 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     NothingLearntError; Interrupted after a signal.
     """
     checked = checked or check(config)
-    with occupied(config.output()):
-        return _trained(checked.config, checked, watch or Quiet())
+    with occupied(config.output()), shown(watch) as told:
+        return _trained(checked.config, checked, told)
 
 
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:

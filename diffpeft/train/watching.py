@@ -38,7 +38,7 @@ def logbook_of(options: Options, name: str, done: int, clock: Stopwatch, watch: 
     """Who logs the numbers of a run that goes on after `done` steps, 0 for one that begins. Raises ConfigError for a tracker that cannot begin."""
     trackers = [log for log in logs_of(options) if log != CSV]
     sinks = [TrackerLog(log, name, options.output(), done, options.resolved()) for log in trackers]
-    return Logbook(sinks, options.log_every, clock.in_steps, watch.note)
+    return Logbook(sinks, options.log_every, clock.in_steps, watch.note, watch.figures)
 
 
 def tabulated(logbook: Logbook, options: Options, optimizer: Optimizer, measured: bool) -> Logbook:
