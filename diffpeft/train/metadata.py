@@ -45,7 +45,7 @@ def metadata_of(run: TrainRun, step: int | None = None, thumbnail: Path | None =
         **_network(config),
         **_optimisation(config),
         **_objective(config, run),
-        **_progress(config, run.account, len(run.losses) if step is None else step),
+        **_progress(config, run.account, run.step if step is None else step),
         **_data(config, run.account, run.class_images),
         **_base(run),
         **_modelspec(run, words, thumbnail),

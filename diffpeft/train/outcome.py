@@ -49,7 +49,7 @@ def check_room(out: Path, parameters: Sequence[nn.Parameter], files: float, opti
         0
         if options is None or not options.save_every
         else min(options.keep + 1, -(-options.steps // options.save_every))
-    )
+    ) + 2 * bool(getattr(options, "heldout", None))  # the best one, and the last beside it
     of_state = (
         3 + files + (options is not None and options.ema is not None)
     )  # the adapter, two moments, its files, its average

@@ -35,6 +35,10 @@ FREE = {
     "cache_dir": "in which folder",
     "cache_limit": "and how much of it",
     "heldout": "what is measured on",
+    "heldout_every": "how often",
+    "best": "which state the run ends with",
+    "log": "where the numbers go",
+    "log_every": "how many of them",
     "samples": "how many answers are shown",
 }
 STEPS = "More steps are possible with --lr-scheduler constant, whose past does not depend on its end."

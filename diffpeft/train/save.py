@@ -93,7 +93,7 @@ def _written(run: TrainRun, folder: Path, dtype: torch.dtype, step: int | None =
     """Write the adapter in the formats of the run; the paths."""
     bundle = _bundle(run)
     places = {format: folder / file_of(run.name, format) for format in formats_of(run).written}
-    picture = newest_picture(Path(run.config.out or ""), len(run.losses) if step is None else step)
+    picture = newest_picture(Path(run.config.out or ""), run.step if step is None else step)
     told, family = metadata_of(run, step, picture), family_of(run.family.pipe) or ""
     for format, place in places.items():
         if FORMATS[format].folder and place.is_dir():

@@ -12,7 +12,7 @@ from diffpeft.model.state import trained_parameters
 from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import dreambooth
 from diffpeft.train.check import account_of, check
-from diffpeft.train.config import from_toml
+from diffpeft.train.config_files import from_toml
 from diffpeft.train.origins import origins_of, text_of
 from tests.train.pictures import photos_in
 
