@@ -18,6 +18,7 @@ from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
+from diffpeft.train.card import write_card
 from diffpeft.train.formats import Chosen, asked, chosen, file_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
@@ -29,9 +30,10 @@ LARGE = 10**9  # parameters of a model from which on files are bf16, where nothi
 
 
 def save(run: TrainRun) -> list[Path]:
-    """Write the adapter, one file for each format that can hold it, into the output folder; the paths, which are `run.files` too.
+    """Write the adapter, one file for each format that can hold it, and its model card into the output folder; the adapter's paths.
 
-    Each is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
+    `run.files` are all of them.
+    Each file is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
     Raises ConfigError for numbers that the dtype of the files does not have, NothingLearntError if a file holds something else than what was learnt.
     """
     out, dtype = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"]
@@ -40,7 +42,7 @@ def save(run: TrainRun) -> list[Path]:
         files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
     for file in files:
         refuse_unread(run.family.pipe, file, run.name, dtype)
-    run.files = files
+    run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
     return files
 
 
@@ -126,7 +128,8 @@ def newest_picture(out: Path, step: int) -> Path | None:
 def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
     """{file: which programs read it}, and {format: why there is no such file}."""
     formats = formats_of(run)
-    told = {path.name: f"read by {', '.join(readers_of(path))}" for path in files}
+    adapters = [path for path in files if path.suffix == ".safetensors" or path.is_dir()]
+    told = {path.name: f"read by {', '.join(readers_of(path))}" for path in adapters}
     if formats.instead:
         told[file_of(run.name, formats.instead)] += (
             f", and written because {_either(formats.refused)} hold this adapter"

@@ -61,7 +61,7 @@ def test_every_method_of_every_family_is_saved_whatever_was_asked_for(kind, meth
 def test_a_format_that_nobody_asked_for_is_written_where_none_of_those_can_hold_the_method(tmp_path):
     run = run_of(pipeline("flux dev", torch.float32), tmp_path, method="lokr", formats="diffusers,kohya,comfyui")
     (file,) = dreambooth.save(run)
-    assert file.name == "a.kohya-diffusers.safetensors" and run.files == [file]
+    assert file.name == "a.kohya-diffusers.safetensors" and run.files == [file, tmp_path / "README.md"]
     told = dreambooth.readers(run, [file])
     assert told.keys() == {file.name, "no diffusers file", "no kohya file", "no comfyui file"}
     assert "ComfyUI" in told[file.name] and "neither diffusers, kohya nor comfyui can hold" in told[file.name]
