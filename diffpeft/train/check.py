@@ -22,6 +22,7 @@ from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.trackers import logs_of
 
@@ -74,6 +75,7 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     out = config.output()
     name = _name(config)
     asked(config)
+    check_hub(config)
     files = files_of(name)
     if not config.resume:  # told before the data is read
         begin(config, out, files)
