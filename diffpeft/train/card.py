@@ -143,7 +143,7 @@ def _uses(run: TrainRun, readers: Mapping[str, Sequence[str]], place: str, promp
     """How each program that reads a file uses it."""
     model = run.config.model or ""
     base = model if is_id(model) else Path(model).name
-    first, *_ = readers
+    file, *_ = readers
     of = {program: next((name for name, by in readers.items() if program in by), None) for program in _PROGRAMS}
     opening = (
         "import torch",
@@ -151,7 +151,7 @@ def _uses(run: TrainRun, readers: Mapping[str, Sequence[str]], place: str, promp
         "",
         f"pipe = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)",
     )
-    ours = f"{place!r}, filename={first!r}" if is_id(place) else repr(f"{place}/{first}")
+    ours = f"{place!r}, filename={file!r}" if is_id(place) else repr(f"{place}/{file}")
     drawing = f"pipe({prompt!r}).images[0].save('picture.png')"
     loading = {
         "diffusers": (f"pipe.load_lora_weights({place!r}, weight_name={of['diffusers']!r})",),

@@ -19,7 +19,7 @@ from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.train.card import write_card
-from diffpeft.train.formats import Chosen, asked, chosen, file_of
+from diffpeft.train.formats import SavedFormats, asked, chosen, file_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
 from diffpeft.train.outcome import check_room, refuse_unread, rescued
@@ -52,7 +52,7 @@ def exported(run: TrainRun, folder: Path, step: int) -> None:
     _written(run, folder, torch.float32 if _too_large(run, dtype) else dtype, step)
 
 
-def formats_of(run: TrainRun) -> Chosen:
+def formats_of(run: TrainRun) -> SavedFormats:
     """What a run is saved as. Raises CannotConvertError if no format can hold its adapter."""
     return chosen(_bundle(run), asked(run.config))
 
