@@ -19,7 +19,7 @@ from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.train.card import write_card
-from diffpeft.train.formats import SavedFormats, asked, chosen, file_of
+from diffpeft.train.formats import SavedFormats, asked, chosen, file_of, files_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
 from diffpeft.train.outcome import check_room, refuse_unread, rescued
@@ -126,7 +126,7 @@ def newest_picture(out: Path, step: int) -> Path | None:
 
 
 def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
-    """{file: which programs read it}, and {format: why there is no such file}."""
+    """{file: which programs read it}, {format: why there is no such file}, and {file in the output folder: that it is of an earlier run}."""
     formats = formats_of(run)
     adapters = [path for path in files if path.suffix == ".safetensors" or path.is_dir()]
     told = {path.name: f"read by {', '.join(readers_of(path))}" for path in adapters}
@@ -134,7 +134,10 @@ def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
         told[file_of(run.name, formats.instead)] += (
             f", and written because {_either(formats.refused)} hold this adapter"
         )
-    return told | {f"no {format} file": why for format, why in formats.refused.items()}
+    out, written = Path(run.config.out or ""), {file_of(run.name, format) for format in formats.written}
+    old = [name for name in files_of(run.name) if name not in written and (out / name).exists()]
+    told |= {f"no {format} file": why for format, why in formats.refused.items()}
+    return told | {name: "of an earlier run, and not written by this one" for name in old}
 
 
 def _either(formats: Iterable[str]) -> str:

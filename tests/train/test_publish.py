@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
-from diffpeft import ConfigError, HubError, TrainConfig
+from diffpeft import ConfigError, HubError, LoraConfig, TrainConfig, get_peft_model
 from diffpeft.cli import cli
+from diffpeft.llm import sft
+from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import dreambooth
 from diffpeft.train.check import check
@@ -175,3 +177,14 @@ def test_a_repository_made_private_needs_a_repository():
     assert CliRunner().invoke(cli, ["train", "--hub-private"]).exit_code != 0
     with pytest.raises(ConfigError, match="hub_private without push_to_hub"):
         TrainConfig("m", "d", "o", hub_private=True).check_values()
+
+
+def test_sft_uploads_the_adapter_and_its_card(hub, tmp_path):
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), LoraConfig(target_modules=["0"]))
+    config = SftConfig(out=str(tmp_path), push_to_hub="me/text")
+    run = sft.SftRun(config, model, None, [1.0], {}, [], 1, 0.0)
+    assert sft.push(run).startswith("https://huggingface.co/me/text")
+    assert {*hub.files} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    hub.error = OSError("gone")
+    with pytest.raises(HubError, match=r"hf upload me/text .* --include 'adapter_\*'"):
+        sft.push(run)

@@ -196,3 +196,11 @@ def test_a_base_in_bf16_hides_nothing(tmp_path):
         slot.tensors["lora_B"].mul_(1 + 2**-12)
     with pytest.raises(NothingLearntError):
         refuse_unread(run.family.pipe, tmp_path / "a.kohya.safetensors", "a")
+
+
+def test_files_of_an_earlier_run_are_told(tmp_path):
+    run = run_of(pipeline("sd15", torch.float32), tmp_path, formats="kohya", targets="to_q")
+    dreambooth.save(run)
+    run.config.formats = "lycoris"
+    told = dreambooth.readers(run, dreambooth.save(run))
+    assert told.keys() == {"a.lycoris.safetensors", "a.kohya.safetensors"} and "earlier" in told["a.kohya.safetensors"]
