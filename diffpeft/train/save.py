@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -19,10 +20,11 @@ from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.train.card import write_card
+from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.formats import SavedFormats, asked, chosen, file_of, files_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
-from diffpeft.train.outcome import check_room, refuse_unread, rescued
+from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
 from diffpeft.train.run import TrainRun
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,12 +73,17 @@ def file_dtype(family: Family) -> str:
 
 
 def refuse_too_large(run: TrainRun, dtype: torch.dtype) -> None:
-    """Raise ConfigError for layers with numbers that become infinite in a dtype."""
-    if layers := _too_large(run, dtype):
-        raise ConfigError(
-            f"save_dtype is {run.config.save_dtype}, and {len(layers)} layers have numbers that are too large for it: {listed(layers)}",
-            remedy=f"Save with --save-dtype bf16: diffpeft train --resume {run.config.out} --save-dtype bf16",
-        )
+    """Raise ConfigError for layers with numbers that become infinite in a dtype; a note says where the adapter was saved in fp32."""
+    layers, out = _too_large(run, dtype), run.config.out or ""
+    if not layers:
+        return
+    again = f" diffpeft train --resume {shlex.quote(out)} --save-dtype bf16" if checkpoints_in(Path(out)) else ""
+    error = ConfigError(
+        f"save_dtype is {run.config.save_dtype}, and {len(layers)} layers have numbers that are too large for it: {listed(layers)}",
+        remedy=f"Save with --save-dtype bf16 or fp32.{again}",
+    )
+    rescue(lambda folder: _written(run, folder, torch.float32), run.name, error)
+    raise error
 
 
 def _too_large(run: TrainRun, dtype: torch.dtype) -> list[str]:

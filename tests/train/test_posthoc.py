@@ -100,7 +100,9 @@ def test_a_runs_states_are_averaged_in_each_of_its_formats(tmp_path):
         with writing(tmp_path / "run", "a", step) as folder:
             dreambooth.exported(run, folder, step)
     average(tmp_path / "run", tmp_path / "out", 0.15)
-    flat = {t.flatten()[0].item() for key, t in load_file(tmp_path / "out/a.kohya.safetensors").items() if "lora_up" in key}
+    flat = {
+        t.flatten()[0].item() for key, t in load_file(tmp_path / "out/a.kohya.safetensors").items() if "lora_up" in key
+    }
     peft = load_file(tmp_path / "out/a.peft/adapter_model.safetensors")
     assert flat == {t.flatten()[0].item() for key, t in peft.items() if "lora_B" in key}
     assert {t.dtype for t in peft.values()} == {torch.bfloat16}
