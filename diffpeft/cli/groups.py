@@ -88,6 +88,15 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "log",
         "log_every",
     ),
+    "Save": (
+        "formats",
+        "save_dtype",
+        "author",
+        "description",
+        "license",
+        "push_to_hub",
+        "hub_private",
+    ),
     "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
 }
 OTHERS = "Other options"

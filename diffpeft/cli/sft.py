@@ -43,3 +43,5 @@ def sft(config: str | None, **typed: object) -> None:
         files = job.save(run)
     for file in files:
         click.echo(file)
+    if options.push_to_hub:
+        click.echo(job.push(run))

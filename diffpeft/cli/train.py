@@ -64,6 +64,10 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
             progress.note(f"{name}: {text}")
     for file in files:
         click.echo(file)
+    if options.push_to_hub:
+        from diffpeft.train.publish import push
+
+        click.echo(push(run))
 
 
 def _print(chosen: Chosen[TrainConfig]) -> None:

@@ -39,6 +39,7 @@ from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import rate_of
 from diffpeft.train.origins import origins_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, rescued
+from diffpeft.train.publish import open_repository, upload
 from diffpeft.train.showing import PAGE
 from diffpeft.train.state import fingerprint, read
 from diffpeft.train.watch import Quiet, Watch
@@ -79,6 +80,7 @@ def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts |
 
 
 def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
+    open_repository(typed)
     start, device = time.perf_counter(), default_device()
     config = replace(
         typed,
@@ -316,6 +318,12 @@ def save(run: SftRun) -> list[Path]:
         files = rescued(lambda folder: _written(run, folder), out, out.resolve().name)
     _refuse_other(run.model, files[0])
     return files
+
+
+def push(run: SftRun) -> str:
+    """Upload the adapter and its card to the repository of the run; the address. Raises HubError, which says how they are uploaded by hand."""
+    files = ["adapter_*", "README.md"]
+    return upload(run.model.save_pretrained, run.config, files, f"{len(run.losses)} steps")
 
 
 def _refuse_other(model: PeftModel, file: Path) -> None:

@@ -13,6 +13,7 @@ from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import check_exists
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.trackers import logs_of
 
@@ -36,6 +37,7 @@ def check(config: SftConfig, origins: Mapping[str, str] | None = None) -> Checke
     if config.method not in CONFIGS:
         raise UnknownNameError.of("method", config.method, CONFIGS)
     logs_of(config)
+    check_hub(config)
     checkpoint = begin(config, config.output(), FILES)
     model = str(config.model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():

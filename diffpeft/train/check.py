@@ -22,6 +22,7 @@ from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes, prompts_of, typed_prompts
 from diffpeft.train.trackers import logs_of
@@ -77,18 +78,15 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     out = config.output()
     name = _name(config)
     asked(config)
+    check_hub(config)
     files = files_of(name)
     if not config.resume:  # told before the data is read
         begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = sizes_of(config)
     prior_prompts(config)
-<<<<<<< HEAD
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
-    logs_of(config)
-=======
->>>>>>> heldout
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)

@@ -129,6 +129,10 @@ class Options:
     allow_unchanged: str | Sequence[str] | None = option(
         None, "Layers that may end without a change, by names or patterns; any other is an error."
     )
+    push_to_hub: str | None = option(
+        None, "A repository of the Hub, me/dog, that files, model card and samples are uploaded to at the end."
+    )
+    hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that is missing, has a value that is not allowed, or would change nothing."""
@@ -357,10 +361,6 @@ class TrainConfig(Options):
     author: str | None = option(None, "Who made it: in the files and the model card.")
     description: str | None = option(None, "What it is: in the files and the model card.")
     license: str | None = option(None, "Its licence, as the Hub calls it: in the files and the model card.")
-    push_to_hub: str | None = option(
-        None, "A repository of the Hub, me/dog, that files, model card and samples are uploaded to at the end."
-    )
-    hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
     def check_values(self) -> None:
         """Beside what all runs check: options that only go with others, and the range of noise."""

@@ -38,6 +38,7 @@ from diffpeft.train.outcome import check_rank, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.progress import shown
+from diffpeft.train.publish import open_repository
 from diffpeft.train.resolve import resolved
 from diffpeft.train.run import TrainRun
 from diffpeft.train.save import check_saving, exported, file_dtype
@@ -67,6 +68,7 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     clock, device = Stopwatch(), default_device()
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
+    open_repository(typed)
     watch.phase("looking at the model")
     family = _opened(typed, dtype, device)
     config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
