@@ -63,12 +63,12 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     start, device = time.perf_counter(), default_device()
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
     watch.phase("looking at the model")
-    family = _opened(typed, dtype, device)
+    family = opened(typed, dtype, device)
     config, sizing = (
         resolved(typed, checked.name, dtype, family.resolution, family.max_length),
         sizing_of(typed, family),
     )
-    checked, name = _resized(checked, sizing, watch), checked.name
+    checked, name = sized(checked, sizing, watch), checked.name
     if not config.init_from:
         chosen_layers(config, family)
     origins.record(config.output(), config, origins.origins_of(typed, config, checked.origins), checked.account.table())
@@ -122,7 +122,7 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
             )
 
 
-def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
+def opened(config: TrainConfig, dtype: str, device: str) -> Family:
     """The model to train, none of it loaded yet, without progress bars.
 
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
@@ -149,7 +149,7 @@ def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     return data.Sizing(sides, config.buckets, family.multiple)
 
 
-def _resized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
+def sized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
     """The account with the sizes that the model can have; what the configs did not tell is said."""
     sized = resized(checked, sizing)
     before = checked.account.lines()
