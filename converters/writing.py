@@ -61,8 +61,13 @@ def files(bundle: Bundle, format: str, path: str | os.PathLike[str]) -> dict[str
     if not several:
         return {"": held(bundle, format)}
     _refuse_strangers(Path(path), components)
+    return by_component(bundle, format)
+
+
+def by_component(bundle: Bundle, format: str) -> dict[str, Held]:
+    """{component: what the format makes of it}, each for itself."""
     parts: dict[str, Held] = {}
-    for component in components:
+    for component in dict.fromkeys(parted(e.layer)[0] for e in bundle.entries):
         entries = [entry for entry in bundle.entries if parted(entry.layer)[0] == component]
         part = replace(bundle, entries=entries, carried={} if parts else bundle.carried)
         parts[component] = held(part, format, bundle)

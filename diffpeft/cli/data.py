@@ -19,11 +19,13 @@ _READ = (
     "instance_prompt",
     "trigger",
     "mask",
+    "heldout",
     "resolution",
     "buckets",
     "max_length",
     "batch_size",
     "steps",
+    "seed",
     "epochs",
 )
 

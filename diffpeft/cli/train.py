@@ -68,6 +68,8 @@ def train(
         run = dreambooth.train(options, progress, checked)
         progress.phase("writing")
         files, readers = _written(run)
+        if run.best:
+            progress.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
         for name, text in readers.items():
             progress.note(f"{name}: {text}")
     for file in files:
@@ -106,8 +108,9 @@ def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:
     """Write the adapter and the report; the files, and which programs read them."""
     from diffpeft.cli.errors import naming
     from diffpeft.train import dreambooth, report
+    from diffpeft.train.watching import write_metrics
 
-    files = dreambooth.save(run)
+    files = [*dreambooth.save(run), write_metrics(run)]
     readers = dreambooth.readers(run, files)
     page = Path(run.config.out or "") / "report.html"
     with naming(page):

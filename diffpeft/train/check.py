@@ -17,12 +17,14 @@ from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
+from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
+from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.resume import begin
+from diffpeft.train.trackers import logs_of
 
-FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -71,12 +73,14 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
     name = _name(config)
-    files = [file_of(name, format) for format in FORMATS]
+    asked(config)
+    files = files_of(name)
     if not config.resume:  # told before the data is read
         begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = sizes_of(config)
     prior_prompts(config)
+    logs_of(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
@@ -103,11 +107,6 @@ def _with_cut(account: Account, config: TrainConfig) -> Account:
     cut, most = too_long([example.caption for example in account.examples], tokenizers, config.max_length)
     names = tuple(example.name for example, is_cut in zip(account.examples, cut, strict=True) if is_cut)
     return replace(account, cut=names, tokens=most)
-
-
-def file_of(name: str, format: str) -> str:
-    """What the file of an adapter is called in a format."""
-    return f"{name}.{format}.safetensors"
 
 
 def account_of(config: TrainConfig, steps: bool) -> Account:
@@ -137,14 +136,26 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
             remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
         )
     sides = sides_of(config, known.resolution)
-    return data.survey(
+    part = part_of(config.heldout) if config.heldout is not None else None
+    others = [str(part)] if isinstance(part, Path) else []
+    account = data.survey(
         config.data or (),
         config.instance_prompt,
         data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
         trigger=config.trigger,
         mask=config.mask,
-        skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir) if folder],
+        skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
     )
+    return account if part is None else _with_heldout(account, part, config)
+
+
+def _with_heldout(account: Account, part: float | int | Path, config: TrainConfig) -> Account:
+    """The account with images that are held out. Raises DataError or ConfigError."""
+    if not isinstance(part, Path):
+        return split(account, part, config.seed)
+    others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
+    entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
+    return beside(replace(account, folders=entered), others)
 
 
 def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:

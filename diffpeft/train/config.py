@@ -121,6 +121,11 @@ class Options:
         "With --resume, names of options that may have other values than the run was started with.",
         needs="resume",
     )
+    log: str | Sequence[str] = option(
+        "csv",
+        "Where the numbers of each step go, with commas: csv (OUT/metrics.csv), tensorboard, wandb or another tracker of accelerate's; none.",
+    )
+    log_every: int = option(1, "Steps between two rows of them.", at_least=1)
     allow_unchanged: str | Sequence[str] | None = option(
         None, "Layers that may end without a change, by names or patterns; any other is an error."
     )
@@ -140,7 +145,7 @@ class Options:
                 continue
             _check_type(f.name, value, str(f.type))
             _check_value(f.name, value, meta)
-            if meta["needs"] and getattr(self, meta["needs"]) in (None, False):
+            if meta["needs"] and value is not False and getattr(self, meta["needs"]) in (None, False):
                 raise ConfigError(
                     f"{f.name} without {meta['needs']}, and so it would do nothing",
                     remedy=f"Pass --{_flag(meta['needs'])} too, or leave --{_flag(f.name)} out.",
@@ -192,6 +197,22 @@ class TrainConfig(Options):
         "May be repeated; DIR:3 counts three times.",
         required=True,
         several="repeated",
+    )
+    heldout: str | float | None = option(
+        None,
+        "Images that are measured on and not trained on: a share of the data (0.1), how many of it (3), or a folder of others.",
+    )
+    heldout_every: int | None = option(
+        None,
+        "Steps between two measurements; default: ten in a run, less where they would take more than a fifth of its time.",
+        at_least=1,
+        needs="heldout",
+    )
+    best: str | None = option(
+        None,
+        "Which step's adapter a run ends with: that of the lowest held-out loss (the default with --heldout), or the last.",
+        choices=("heldout", "last"),
+        needs="heldout",
     )
     instance_prompt: str | None = option(None, "The caption of images without a caption of their own.")
     trigger: str | None = option(None, "The word for what is learnt: [trigger] in captions and prompts stands for it.")
@@ -299,6 +320,22 @@ class TrainConfig(Options):
     sigma_range: str | Sequence[float] | None = option(None, "Train only where the share of noise lies between: 0.5,1.")
     prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+    formats: str | Sequence[str] = option(
+        "diffusers,kohya",
+        "What the adapter is saved as: diffusers, kohya, comfyui, kohya-diffusers, lycoris, onetrainer, xlabs, peft (a folder), with commas.",
+    )
+    save_dtype: str | None = option(
+        None,
+        "The dtype of the files; default: fp32, and bf16 for models of more than a billion parameters. States are fp32.",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    author: str | None = option(None, "Who made it: in the files and the model card.")
+    description: str | None = option(None, "What it is: in the files and the model card.")
+    license: str | None = option(None, "Its licence, as the Hub calls it: in the files and the model card.")
+    push_to_hub: str | None = option(
+        None, "A repository of the Hub, me/dog, that files, model card and samples are uploaded to at the end."
+    )
+    hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
     def check_values(self) -> None:
         """Beside what all runs check: options that only go with others, and the range of noise."""
@@ -373,7 +410,7 @@ def _check_type(name: str, value: object, declared: str) -> None:
         for entry in value:
             _check_type(name, entry, entries)
         return
-    kinds, words = _KINDS[declared.partition(" ")[0]]
+    kinds, words = _accepted(declared)
     if (
         not isinstance(value, kinds)
         or (isinstance(value, bool) and bool not in kinds)
@@ -381,6 +418,12 @@ def _check_type(name: str, value: object, declared: str) -> None:
     ):
         said = shown(value) if isinstance(value, str) else str(value)  # '2' is a text, 2.0 a number
         raise ConfigError(f"{name} is {said}", remedy=f"It is {words}.")
+
+
+def _accepted(declared: str) -> tuple[tuple[type, ...], str]:
+    """What a declared type accepts, and in words."""
+    known = [_KINDS[kind] for kind in declared.split(" | ") if kind in _KINDS]
+    return tuple(kind for accepted, _ in known for kind in accepted), ", or ".join(words for _, words in known)
 
 
 def _check_value(name: str, value: object, meta: Mapping[str, Any]) -> None:
@@ -448,6 +491,18 @@ OTHER_NAMES: dict[str, str] = {
     "warmup_ratio": "warmup, in steps",
     "huber_delta": "huber_c",
     "validation_file": "heldout",
+    "validation_split": "heldout",
+    "val_split": "heldout",
+    "validation_data_dir": "heldout",
+    "eval_data_dir": "heldout",
+    "validate_every_n_steps": "heldout_every",
+    "eval_every": "heldout_every",
+    "eval_steps": "heldout_every",
+    "load_best_model_at_end": "best, which is heldout or last",
+    "keep_best": "best, which is heldout or last",
+    "log_with": "log",
+    "report_to": "log",
+    "logging_steps": "log_every",
     "eval_file": "heldout",
     "optim": "optimizer",
     "optim_args": "optimizer_args",

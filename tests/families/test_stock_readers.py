@@ -1,4 +1,4 @@
-"""What is said of who reads a file, against the program itself: stock diffusers gives the effect that a file has here to those alone that it is said to read."""
+"""What is said of who reads a file, against the program itself: stock diffusers reads right what it is said to read, and nothing else."""
 
 from __future__ import annotations
 
