@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,14 @@ if TYPE_CHECKING:
 @click.option(
     "--print-config", is_flag=True, help="Print the options as a TOML file, with where each is from, and do nothing."
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be trained, written and needed, and do nothing. No weight is read."
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
 @click.pass_context
-def train(ctx: click.Context, config: str | None, print_config: bool, **typed: object) -> None:
+def train(
+    ctx: click.Context, config: str | None, print_config: bool, dry_run: bool, as_json: bool, **typed: object
+) -> None:
     """Train an adapter on your own images, DreamBooth-style.
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins. A job file of ai-toolkit and the
@@ -37,6 +44,9 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
         _print(chosen)
         return
     options = chosen.options
+    if dry_run:
+        _plan(chosen, as_json)
+        return
 
     from diffpeft.cli.progress import Progress
     from diffpeft.train.check import check
@@ -68,6 +78,22 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
         from diffpeft.train.publish import push
 
         click.echo(push(run))
+
+
+def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
+    """What a run would do, on stdout, and notes on stderr."""
+    from diffpeft.train.check import check
+
+    for note in chosen.notes:
+        click.echo(f"note: {note}", err=True)
+    checked = check(chosen.options, chosen.origins)
+
+    from diffpeft.cli.errors import quiet_bars
+    from diffpeft.train.dry import plan
+
+    quiet_bars()
+    planned = plan(checked.config, checked)
+    click.echo(json.dumps(planned.table(), indent=2) if as_json else planned)
 
 
 def _print(chosen: Chosen[TrainConfig]) -> None:

@@ -70,10 +70,10 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
     open_repository(typed)
     watch.phase("looking at the model")
-    family = _opened(typed, dtype, device)
+    family = opened(typed, dtype, device)
     config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
     config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
-    checked, name = _resized(checked, sizing, watch), checked.name
+    checked, name = sized(checked, sizing, watch), checked.name
     config = with_measuring(config, checked.account)
     chosen = {} if config.init_from else chosen_layers(config, family)
     texts = Texts(family, _live(config, family), _stores(config, family), device)
@@ -157,7 +157,7 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
             )
 
 
-def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
+def opened(config: TrainConfig, dtype: str, device: str) -> Family:
     """The model to train, none of it loaded yet, without progress bars.
 
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
@@ -184,7 +184,7 @@ def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     return data.Sizing(sides, config.buckets, family.multiple)
 
 
-def _resized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
+def sized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
     """The account with the sizes that the model can have; what the configs did not tell is said."""
     sized = resized(checked, sizing)
     before = checked.account.lines()
