@@ -88,8 +88,8 @@ def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
         click.echo(f"note: {note}", err=True)
     checked = check(chosen.options, chosen.origins)
 
-    from diffpeft.cli.errors import quiet_bars
     from diffpeft.train.dry import plan
+    from diffpeft.train.progress import quiet_bars
 
     quiet_bars()
     planned = plan(checked.config, checked)

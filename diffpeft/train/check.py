@@ -142,7 +142,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
             where=out,
             remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
         )
-    sides = sides_of(config, known.resolution)
+    sides = config.sides(known.resolution)
     part = part_of(config.heldout) if config.heldout is not None else None
     others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
@@ -163,12 +163,6 @@ def _with_heldout(account: Account, part: float | int | Path, config: TrainConfi
     others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
     entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
     return beside(replace(account, folders=entered), others)
-
-
-def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:
-    """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
-    sides = config.resolution or resolution or ()
-    return (sides,) if isinstance(sides, int) else tuple(sides)
 
 
 def _name(config: TrainConfig) -> str:

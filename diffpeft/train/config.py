@@ -407,6 +407,11 @@ class TrainConfig(Options):
             )
         return low, high
 
+    def sides(self, resolution: int | None) -> tuple[int, ...]:
+        """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
+        sides = self.resolution or resolution or ()
+        return (sides,) if isinstance(sides, int) else tuple(sides)
+
     def text_encoders(self) -> list[str]:
         """The files of text encoders, which stand in a list, or in one text with commas."""
         files = self.text_encoder.split(",") if isinstance(self.text_encoder, str) else self.text_encoder or ()

@@ -23,7 +23,7 @@ from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import Checked, check, resized, sides_of
+from diffpeft.train.check import Checked, check, resized
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
@@ -177,7 +177,7 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     """How the sizes of training pictures follow from those of images; they must suit the model's latents."""
-    sides = sides_of(config, family.resolution)
+    sides = config.sides(family.resolution)
     for side in sides:
         if side % family.multiple:
             raise ConfigError(f"resolution is {side}", remedy=f"For this model it is a multiple of {family.multiple}.")

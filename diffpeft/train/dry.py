@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-import converters
 from diffpeft.families import Conditions, Family, Frame, family_of
 from diffpeft.families.latents import factor
 from diffpeft.model.state import bundle_of, slots_of, trained_parameters
 from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
 from diffpeft.train import dreambooth
-from diffpeft.train.check import FORMATS, Checked, file_of
+from diffpeft.train.check import Checked
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.formats import asked, chosen, file_of
 from diffpeft.train.job import checked_dtype
 from diffpeft.train.memory import peak, size_of
 from diffpeft.train.optimizers import row_of
@@ -142,14 +142,14 @@ def plan(typed: TrainConfig, checked: Checked) -> Plan:
         epochs=config.steps * config.batch_size * config.accumulate / account.pictures,
         account=account.table(),
         lines=tuple(account.lines()),
-        files=_files(family, checked.name),
+        files=_files(config, family, checked.name),
         states=states,
         state_bytes=round(adapter + moments + average),
         phases=phases,
     )
 
 
-def _files(family: Family, name: str) -> tuple[str, ...]:
+def _files(config: TrainConfig, family: Family, name: str) -> tuple[str, ...]:
     """What is written into the output folder, besides states and samples."""
     for slot in slots_of(
         family.pipe, name
@@ -158,8 +158,8 @@ def _files(family: Family, name: str) -> tuple[str, ...]:
         for tensor in slot.state_dict().values():
             tensor.uniform_()
     bundle = bundle_of(family.pipe, name, family_of(family.pipe) or "")
-    formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
-    return (*(file_of(name, format) for format in formats), "report.html", CONFIG, ACCOUNT)
+    written = chosen(bundle, asked(config)).written
+    return (*(file_of(name, format) for format in written), "report.html", CONFIG, ACCOUNT)
 
 
 def outlined(config: TrainConfig, dtype: str) -> Family:

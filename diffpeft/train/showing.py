@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Texts
-from diffpeft.train.check import sides_of
 from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.report.page import STRENGTHS
@@ -69,7 +68,7 @@ def drawing_of(
     if config.sample_model is not None and prompts:
         drawer = open_other(config, family, chosen, device)
         drawn_texts = Texts(drawer, texts.live, None, device)
-    side = max(sides_of(config, family.resolution))
+    side = max(config.sides(family.resolution))
     return Drawing(settled(config, drawer, prompts, side), drawer, drawn_texts)
 
 
