@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 from typing import Any
+
+from diffpeft.train import machines
+from diffpeft.train.watch import Quiet, Watch
 
 EVERY = 5.0  # seconds between plain lines
 PATIENCE = 20  # seconds before the first one, if no step is done by then
@@ -14,6 +18,11 @@ PATIENCE = 20  # seconds before the first one, if no step is done by then
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(max(int(seconds), 0), 60)
     return f"{minutes}:{seconds:02d}"
+
+
+def watching() -> contextlib.AbstractContextManager[Watch]:
+    """Who prints how a run is getting on; of several processes the main one's does."""
+    return Progress() if machines.world().main else contextlib.nullcontext(Quiet())
 
 
 class Progress:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from diffpeft.cli.groups import Grouped
+from diffpeft.cli.launch import follow_launcher, launched, wait_for_main
 from diffpeft.cli.options import options_from, options_of
+from diffpeft.train import machines
 from diffpeft.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 @click.command(cls=Grouped)
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @options_of(TrainConfig)
-def train(config: str | None, **typed: object) -> None:
+def train(config: str | None, **typed: object) -> int | None:
     """Train an adapter on your own images, DreamBooth-style.
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins.
@@ -28,13 +30,17 @@ def train(config: str | None, **typed: object) -> None:
     Example: diffpeft train -m MODEL -d photos -o out --instance-prompt "a photo of sks dog"
     """
     options = options_from(TrainConfig, config, typed)
+    if (code := launched(options)) is not None:
+        return code
 
-    from diffpeft.cli.progress import Progress
+    from diffpeft.cli.progress import watching
     from diffpeft.train.check import check
     from diffpeft.train.lock import occupied
     from diffpeft.train.signals import ending
 
-    with ending(), Progress() as progress, occupied(options.output()):
+    follow_launcher()
+    with ending(), watching() as progress, occupied(options.output()):
+        wait_for_main()  # what it refuses is refused once
         progress.phase("looking at the data")
         checked = check(options)
         for line in checked.account.lines():
@@ -45,12 +51,15 @@ def train(config: str | None, **typed: object) -> None:
 
         quiet_bars()
         run = dreambooth.train(options, progress, checked)
+        if not machines.world().main:
+            return None
         progress.phase("writing")
         files, readers = _written(run)
         for name, text in readers.items():
             progress.note(f"{name}: {text}")
     for file in files:
         click.echo(file)
+    return None
 
 
 def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:

@@ -123,7 +123,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         mask=config.mask,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir) if folder],
     )
-    return replace(account, steps=(config.steps, config.batch_size * config.accumulate))
+    return replace(account, steps=(config.steps, config.batch_size * config.parts()))
 
 
 def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:

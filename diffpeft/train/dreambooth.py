@@ -21,7 +21,7 @@ from diffpeft.model.attach import attach
 from diffpeft.model.state import parameters_of, slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
-from diffpeft.train import data, draw, prior
+from diffpeft.train import data, draw, machines, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
 from diffpeft.train.check import FORMATS, Checked, check, resized, sides_of
@@ -41,9 +41,11 @@ from diffpeft.train.run import TrainRun
 from diffpeft.train.save import exported
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
+from diffpeft.train.shards import shard
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
+from diffpeft.train.team import meet, team
 from diffpeft.train.watch import Quiet, Watch
 
 
@@ -55,13 +57,13 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     NothingLearntError; Interrupted after a signal.
     """
     checked = checked or check(config)
-    with occupied(config.output()):
-        return _trained(config, checked, watch or Quiet())
+    with occupied(config.output()), meet().together():
+        return _trained(config, checked, watch if watch and team().main else Quiet())
 
 
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     start, device = time.perf_counter(), default_device()
-    dtype = checked_dtype(typed.dtype or default_dtype(device), device)
+    dtype = checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device)
     watch.phase("looking at the model")
     family = _opened(typed, dtype, device)
     config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
@@ -76,6 +78,9 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
     with prepared(config, family):
         assist(family.pipe, config.training_adapter, name)
+        if machines.sharding(config):
+            for part in (family.denoiser, *_live(config, family)):
+                shard(family.parts(part), set(trained_parameters(family.pipe, name).values()))
         parameters = trained_parameters(family.pipe, name)
         strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
         job = job_of(config, parameters, _loss(config, family, assembly, texts), strict=strict)
@@ -144,6 +149,7 @@ def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> Trai
     return replace(
         config,
         name=name,
+        num_processes=machines.world().size,
         dtype=dtype,
         lr=rate_of(config),
         resolution=config.resolution or family.resolution,
@@ -176,7 +182,7 @@ def batches_of(config: TrainConfig, examples: Sequence[data.Example], sizing: da
     showing = Showing(
         config.flip, config.crop, config.caption_dropout, config.shuffle_captions, config.keep_tokens or 0
     )
-    return Batches(examples, sizing, config.batch_size * config.accumulate, config.seed, kind, showing)
+    return Batches(examples, sizing, config.batch_size * config.parts(), config.seed, kind, showing)
 
 
 def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
@@ -204,7 +210,7 @@ def _encoded(
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
     assembly.learn(steps, watch.tick)
-    if config.cache == "disk" and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
+    if config.cache == "disk" and team().main and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
     return assembly, texts
 
@@ -320,10 +326,10 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
             loss = loss + weight * preserved(family, batch, texts, base).mean()
-        return loss / config.accumulate
+        return loss / config.parts()
 
     def loss_at(step: int, part: int) -> Tensor:
-        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
+        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.parts())]).sum()
 
     return loss_at
 

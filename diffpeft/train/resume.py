@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffpeft.errors import ConfigError, UnknownNameError, listed, shown
 from diffpeft.files import Json
-from diffpeft.train import optimizers
+from diffpeft.train import machines, optimizers
 from diffpeft.train.checkpoints import SavedState, checkpoints_in, chosen
 from diffpeft.train.config import Options
 from diffpeft.train.groups import entries_of
@@ -29,7 +29,10 @@ FREE = {
     "cache_limit": "and how much of it",
     "heldout": "what is measured on",
     "samples": "how many answers are shown",
+    "num_processes": "who computes the passes of a step, of which there must be as many: accumulate x num_processes",
+    "fsdp": "whether each process holds the whole base",
 }
+PASSES = "Counted are the passes of all processes: one with --accumulate 2 goes on with a run of two."
 STEPS = "More steps are possible with --lr-scheduler constant, whose past does not depend on its end."
 
 
@@ -52,7 +55,8 @@ def remembered(kind: type[Options], typed: Mapping[str, object]) -> Json:
     checkpoint = chosen(str(typed["resume"]), out)
     known = {f.name for f in fields(kind)}
     stored = {name: value for name, value in checkpoint.options.items() if name in known and value is not None}
-    for name in ("resume", "overwrite", "allow"):
+    started = ("num_processes",) if machines.world().size > 1 else ()  # by a launcher, as many as they are
+    for name in ("resume", "overwrite", "allow", *started):
         stored.pop(name, None)
     return stored | {"out": str(checkpoint.run)} | dict(typed)
 
@@ -70,27 +74,40 @@ def check_same(options: Options, before: Mapping[str, object], now: Mapping[str,
     for name in names_of(options.allow):
         if name not in known:
             raise UnknownNameError.of("option", name, known, where="--allow")
+    before, now = _by_passes(before), _by_passes(now)
     changed = [n for n in now if n in before and before[n] != now[n] and not may_differ(n, options)]
     if changed:
         texts = [f"{name} was {shown(before[name])} and is {shown(now[name])}" for name in changed]
         raise ConfigError(
             f"the run was started with other options: {', '.join(texts)}",
             remedy=f"Leave them out, or say that you mean it: --allow {','.join(changed)}."
-            + (f" {STEPS}" if "steps" in changed else ""),
+            + (f" {STEPS}" if "steps" in changed else "")
+            + (f" {PASSES}" if "accumulate" in changed else ""),
         )
+
+
+def _by_passes(options: Mapping[str, object]) -> Json:
+    """Options with the passes that all processes together make of a step, instead of those of each."""
+    accumulate, processes = options.get("accumulate"), options.get("num_processes") or 1
+    if not isinstance(accumulate, int) or not isinstance(processes, int):
+        return dict(options)
+    return {**options, "accumulate": accumulate * processes}
 
 
 def begin(options: Options, out: Path, files: Iterable[str]) -> SavedState | None:
     """The state to go on from, None for a run that begins anew. `files` are the names of what a run writes.
 
-    Raises what optimizers.check raises, and ConfigError for options that cannot differ, and for an output folder with another run's files, unless
-    they may be overwritten.
+    Raises what optimizers.check and machines.check raise, and ConfigError for options that cannot differ, and for an output folder with another run's
+    files, unless they may be overwritten.
     """
     optimizers.check(options)
+    machines.check(options)
     if options.resume:
         checkpoint = chosen(options.resume, out)
         typed = {name: value for name, value in plain(options.resolved()).items() if value is not None}
         before = {name: value for name, value in checkpoint.options.items() if value is not None}
+        before["num_processes"] = checkpoint.facts().get("resolved", {}).get("num_processes") or 1
+        typed["num_processes"] = machines.world().size
         check_same(options, before, typed)
         if checkpoint.step > options.steps:
             raise ConfigError(

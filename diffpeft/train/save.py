@@ -11,6 +11,7 @@ from diffpeft.bundle import Bundle
 from diffpeft.families import family_of
 from diffpeft.model.state import bundle_of
 from diffpeft.pipeline.load import save_lora
+from diffpeft.train import machines
 from diffpeft.train.check import FORMATS, file_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.optimizers import row_of
@@ -22,8 +23,10 @@ def save(run: TrainRun) -> list[Path]:
     """Write the adapter, one file for each format that can hold it, into the output folder.
 
     Each is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
-    Raises NothingLearntError if a file changes less than was learnt.
+    Raises NothingLearntError if a file changes less than was learnt. Of several processes only the main one writes.
     """
+    if not machines.world().main:
+        return []
     out = Path(run.config.out or "")
     with occupied(out):
         files = rescued(lambda folder: _written(run, folder), out, run.name)
@@ -73,6 +76,7 @@ def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
         "ss_max_train_steps": config.steps,
         "ss_seed": config.seed,
         "ss_batch_size_per_device": config.batch_size,
+        "ss_total_batch_size": config.batch_size * config.parts(),
         "ss_optimizer": row_of(config.optimizer).path,
         "ss_gradient_accumulation_steps": config.accumulate,
         "ss_base_model_version": run.family.base_version,
