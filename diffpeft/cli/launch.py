@@ -64,18 +64,17 @@ def _environment(rank: int, count: int, folder: Path) -> dict[str, str]:
 def _outcome(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all, and end those that are still there a while after one has failed; the exit code."""
     failed = None
-    while any(process.poll() is None for process in processes):
-        if failed is None and any(process.returncode for process in processes):
+    while None in (codes := [process.poll() for process in processes]):
+        if failed is None and any(codes):
             failed = time.monotonic()
         if failed is not None and time.monotonic() - failed > GRACE:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    codes = [process.returncode for process in processes]
-    own_codes = [code for code in codes if code > 0]
+    own_codes = [code for code in codes if code and code > 0]
     if own_codes or not any(codes):
         return max(own_codes, default=0)
-    number = -min(codes)
+    number = max(-(code or 0) for code in codes)
     click.echo(f"Error: the processes of the run were ended by signal {number}", err=True)
     return 128 + number
 
