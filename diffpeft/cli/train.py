@@ -52,6 +52,7 @@ def train(config: str | None, **typed: object) -> int | None:
         quiet_bars()
         run = dreambooth.train(options, progress, checked)
         if not machines.world().main:
+            dreambooth.save(run)
             return None
         progress.phase("writing")
         files, readers = _written(run)

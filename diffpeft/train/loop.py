@@ -297,8 +297,8 @@ class Loop:
         try:
             yield
         except Exception as error:
-            first = self.team.claims(getattr(error, "exit_code", 1))
-            if self.keeper is not None and not isinstance(error, NothingLearntError) and first:
+            speaks = self.team.claims(getattr(error, "exit_code", 1))
+            if self.keeper is not None and not isinstance(error, NothingLearntError) and speaks:
                 self._rescue(self.keeper)
                 for note in self._where():
                     error.add_note(note)

@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from diffpeft.errors import ConfigError
 
-if TYPE_CHECKING:
-    from diffpeft.train.config import Options
-    from diffpeft.train.team import Team
+
+class Processes(Protocol):
+    """What the options of a run say of its processes."""
+
+    num_processes: int | None
+    fsdp: bool
+
+
+class Speaker(Protocol):
+    """Who knows which process of a run may tell of its end: a Team."""
+
+    def claims(self, code: int) -> bool:
+        """Whether this process is the first that ends with an error, of this exit code."""
+
+    def code(self, code: int) -> int:
+        """The exit code of the first error; `code`, where that is not known."""
+
 
 MEETING = "DIFFPEFT_MEETING"  # the file through which the processes that our own command starts find each other
 FSDP_BLOCKS = "FSDP_TRANSFORMER_CLS_TO_WRAP"
@@ -91,7 +105,7 @@ def _number(names: tuple[str, ...]) -> int | None:
         ) from None
 
 
-def sharding(options: Options) -> bool:
+def sharding(options: Processes) -> bool:
     """Whether the base is sharded over the processes: by --fsdp, or by accelerate's config."""
     return options.fsdp or _said("ACCELERATE_USE_FSDP") == "true"
 
@@ -111,7 +125,7 @@ def precision() -> str | None:
     return _PRECISIONS[said]
 
 
-def check(options: Options) -> None:
+def check(options: Processes) -> None:
     """Raise ConfigError for processes that are not as many as was asked for, and for what accelerate's config asks for and is not done."""
     size = world().size
     if options.num_processes not in (None, size):
@@ -142,14 +156,14 @@ def _said(name: str) -> str:
 
 # -- who speaks ----------------------------------------------------------------------------------------------------------------
 
-_teams: list[Team] = []  # the one that this process has met, once it has
+speakers: list[Speaker] = []  # the team that this process has met, once it has
 
 
 def speaks(code: int) -> bool:
     """Whether this process tells of an error with this exit code: the first of all that had one, and before they have met the main one."""
-    return _teams[-1].claims(code) if _teams else world().main
+    return speakers[-1].claims(code) if speakers else world().main
 
 
 def shared_code(code: int) -> int:
     """The exit code of the run: that of the first error."""
-    return _teams[-1].code(code) if _teams else code
+    return speakers[-1].code(code) if speakers else code

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffpeft import patterns
 from diffpeft.bundle import canonical
@@ -133,10 +133,16 @@ def _changes(module: nn.Module, slot: Slot) -> bool:
     if _surely(slot):
         return True
     op = op_of(module)
-    base = {"weight": op.stored(op.weight()).double()}  # a quantised weight as numbers
-    base |= {} if op.bias is None else {"bias": op.bias.double()}
+    base = {"weight": op.stored(gathered(op.weight())).double()}  # a quantised weight as numbers
+    base |= {} if op.bias is None else {"bias": gathered(op.bias).double()}
     after = effective(module, [(slot, 1.0)], torch.float64, base)
     return any(name not in base or not torch.equal(t, base[name]) for name, t in after.items())
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """A weight with the numbers of all processes, where each has a share of them; then all processes must call this."""
+    collect = getattr(weight, "full_tensor", None)
+    return weight if collect is None else collect()
 
 
 def _surely(slot: Slot) -> bool:

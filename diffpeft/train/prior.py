@@ -196,10 +196,7 @@ def draw_missing(
     plan = replace(plan, provenance=provenance)
     if not plan.missing:
         return plan
-    if team().main:
-        with replacing(plan.folder / RECORD) as f:  # first: images without it are taken for the user's
-            f.write(json.dumps(asdict(provenance), indent=1, ensure_ascii=False).encode())
-    team().wait()
+    _record_them(plan)  # first: images without it are taken for the user's
     texts = texts or Texts(family)
     family.parts("vae")
     missing = plan.missing[team().rank :: team().size]  # each process draws its share
@@ -220,6 +217,16 @@ def draw_missing(
                 Image.fromarray(image).save(f, "PNG")
     team().wait()
     return plan
+
+
+def _record_them(plan: ClassImages) -> None:
+    """Write what the images of a folder are drawn with, and wait until it is there."""
+    from diffpeft.train.team import team
+
+    if team().main:
+        with replacing(plan.folder / RECORD) as f:
+            f.write(json.dumps(asdict(plan.provenance), indent=1, ensure_ascii=False).encode())
+    team().wait()
 
 
 def _sampler(family: Family) -> str:

@@ -11,28 +11,31 @@ from diffpeft.bundle import Bundle
 from diffpeft.families import family_of
 from diffpeft.model.state import bundle_of
 from diffpeft.pipeline.load import save_lora
-from diffpeft.train import machines
 from diffpeft.train.check import FORMATS, file_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.optimizers import row_of
 from diffpeft.train.outcome import refuse_unread, rescued
 from diffpeft.train.run import TrainRun
+from diffpeft.train.team import team
 
 
 def save(run: TrainRun) -> list[Path]:
     """Write the adapter, one file for each format that can hold it, into the output folder.
 
     Each is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
-    Raises NothingLearntError if a file changes less than was learnt. Of several processes only the main one writes.
+    Raises NothingLearntError if a file changes less than was learnt. Of several processes the main one writes; where the base is sharded, all call this.
     """
-    if not machines.world().main:
+    if not (team().main or team().sharded):
         return []
-    out = Path(run.config.out or "")
-    with occupied(out):
-        files = rescued(lambda folder: _written(run, folder), out, run.name)
+    out, files = Path(run.config.out or ""), list[Path]()
+    if team().main:
+        with occupied(out):
+            files = rescued(lambda folder: _written(run, folder), out, run.name)
+    if team().sharded:  # what a file changes is asked of the whole base
+        files = team().gathered(files)[0]
     for file in files:
         refuse_unread(run.family.pipe, file, run.name, run.config.allow_unchanged)
-    return files
+    return files if team().main else []
 
 
 def exported(run: TrainRun, folder: Path, step: int) -> None:

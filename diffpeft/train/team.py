@@ -161,21 +161,22 @@ class Team:
         except RuntimeError as error:
             if self.size == 1 or not any(words in str(error) for words in _GONE):
                 raise
-            lost = LostProcessError(
+            told = LostProcessError(
                 "another process of the run has ended",
                 remedy="What it said is above; if that is nothing, it was killed.",
             )
             for note in getattr(error, "__notes__", ()):
-                lost.add_note(note)
-            raise lost from error
+                told.add_note(note)
+            raise told from error
 
 
 ALONE = Team(World())
+_met: list[Team] = []
 
 
 def team() -> Team:
     """The processes that this one has met; itself, if it has met none."""
-    return machines._teams[-1] if machines._teams else ALONE
+    return _met[-1] if _met else ALONE
 
 
 def meet() -> Team:
@@ -184,7 +185,7 @@ def meet() -> Team:
     Raises ConfigError if there are fewer GPUs than processes on this machine.
     """
     world = machines.world()
-    if world.size == 1 or machines._teams:
+    if world.size == 1 or _met:
         return team()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
         "false"  # or transformers would load no weights but in the main process
@@ -207,7 +208,8 @@ def meet() -> Team:
             timeout=PATIENCE,
         )
         hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
-    machines._teams.append(Team(world, dist.PrefixStore("words", store), hosts))
+    _met.append(Team(world, dist.PrefixStore("words", store), hosts))
+    machines.speakers[:] = _met
     return team()
 
 
