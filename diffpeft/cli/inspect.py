@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError
+from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError, joined
 
 if TYPE_CHECKING:
     from converters import Inspection
@@ -135,8 +135,6 @@ def _rows(seen: Inspection) -> dict[str, str]:
         "not an adapter's": f"{len(seen.carried)} keys, such as {seen.carried[0]}" if seen.carried else "",
     }
     if seen.dead is not None and seen.nonfinite is not None:
-        rows["dead layers"] = ", ".join(seen.dead[:5]) + (
-            f" and {len(seen.dead) - 5} more" if len(seen.dead) > 5 else ""
-        )
-        rows["not finite"] = ", ".join(seen.nonfinite[:5])
+        rows["dead layers"] = joined(seen.dead, 5)
+        rows["not finite"] = joined(seen.nonfinite, 5)
     return rows

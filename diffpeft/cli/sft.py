@@ -24,7 +24,8 @@ def sft(config: str | None, **typed: object) -> int | None:
     Example: diffpeft sft -m MODEL -d train.jsonl --heldout test.jsonl -o out
              diffpeft sft examples/llm_sft.toml --quantize nf4
     """
-    options = options_from(SftConfig, config, typed)
+    options = options_from(SftConfig, config, typed).options
+
     if (code := launched(options)) is not None:
         return code
 
@@ -45,6 +46,7 @@ def sft(config: str | None, **typed: object) -> int | None:
         quiet_bars()
         run = job.train(options, progress, checked)
         if not machines.world().main:
+            job.save(run)
             return None
         progress.phase("writing")
         files = job.save(run)

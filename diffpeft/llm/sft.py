@@ -75,7 +75,7 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
     start, device = time.perf_counter(), default_device()
     config = replace(
         typed,
-        num_processes=machines.world().size,
+        num_processes=machines.several() or typed.num_processes,
         dtype=checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device),
         alpha=typed.rank if typed.alpha is None else typed.alpha,
         lr=rate_of(typed),
@@ -240,7 +240,7 @@ class Loss:
 
 def drawn(config: SftConfig, sequences: Sequences, step: int) -> list[Sequence[TokenExample]]:
     """The sequences of a step: passes through all of them, shuffled by the seed."""
-    count = config.batch_size * config.parts()
+    count = config.examples()
     return [sequences[i] for i in draw.order(len(sequences), step * count, count, config.seed, "rows")]
 
 

@@ -237,12 +237,12 @@ def _fresh_slots(
     branches = [dotted(c, layer) for c, of in slots.items() for layer, slot in of.items() if is_across(slot.tensors)]
     if branches:
         warnings.warn(
-            f"LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported. {listed(branches[:5])}",
+            f"LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported. {listed(branches, 5)}",
             stacklevel=5,
         )
     large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
-        warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large[:5])}", stacklevel=4)
+        warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large, 5)}", stacklevel=4)
     return layers, slots
 
 
@@ -413,7 +413,7 @@ def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
         asked, used = next(iter(adjusted.values()))
         warnings.warn(
             f"adapter {name!r}: {asked} does not divide {len(adjusted)} layers, so the nearest number that does was taken "
-            f"({used} for the first): {listed(list(adjusted)[:5])}",
+            f"({used} for the first): {listed(adjusted, 5)}",
             stacklevel=5,
         )
 

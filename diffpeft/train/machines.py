@@ -105,6 +105,12 @@ def _number(names: tuple[str, ...]) -> int | None:
         ) from None
 
 
+def several() -> int | None:
+    """How many processes the run has, if it has several."""
+    size = world().size
+    return size if size > 1 else None
+
+
 def sharding(options: Processes) -> bool:
     """Whether the base is sharded over the processes: by --fsdp, or by accelerate's config."""
     return options.fsdp or _said("ACCELERATE_USE_FSDP") == "true"

@@ -22,12 +22,23 @@ FREE = {
     "overwrite": "what is not asked of a run that goes on",
     "allow": "these exceptions",
     "allow_unchanged": "what is an error at the end",
+    "formats": "what the adapter is saved as",
+    "save_dtype": "how exact its files are; the state is not rounded",
+    "author": "what the files say of it",
+    "description": "what the files say of it",
+    "license": "what the files say of it",
+    "push_to_hub": "where the files go besides",
+    "hub_private": "and who sees them there",
     "save_every": "how often the state is saved",
     "keep": "how many states stay",
     "cache": "where is kept what would be computed again to the same bits",
     "cache_dir": "in which folder",
     "cache_limit": "and how much of it",
     "heldout": "what is measured on",
+    "heldout_every": "how often",
+    "best": "which state the run ends with",
+    "log": "where the numbers go",
+    "log_every": "how many of them",
     "samples": "how many answers are shown",
     "num_processes": "who computes the passes of a step, of which there must be as many: accumulate x num_processes",
     "fsdp": "whether each process holds the whole base",
@@ -56,7 +67,7 @@ def remembered(kind: type[Options], typed: Mapping[str, object]) -> Json:
     known = {f.name for f in fields(kind)}
     stored = {name: value for name, value in checkpoint.options.items() if name in known and value is not None}
     started = ("num_processes",) if machines.world().size > 1 else ()  # by a launcher, as many as they are
-    for name in ("resume", "overwrite", "allow", *started):
+    for name in ("resume", "overwrite", "allow", *started, *(("steps",) if typed.get("epochs") else ())):
         stored.pop(name, None)
     return stored | {"out": str(checkpoint.run)} | dict(typed)
 
@@ -97,8 +108,8 @@ def _by_passes(options: Mapping[str, object]) -> Json:
 def begin(options: Options, out: Path, files: Iterable[str]) -> SavedState | None:
     """The state to go on from, None for a run that begins anew. `files` are the names of what a run writes.
 
-    Raises what optimizers.check and machines.check raise, and ConfigError for options that cannot differ, and for an output folder with another run's
-    files, unless they may be overwritten.
+    Raises what optimizers.check raises, and ConfigError for options that cannot differ, and for an output folder with another run's files, unless
+    they may be overwritten.
     """
     optimizers.check(options)
     machines.check(options)
