@@ -224,6 +224,10 @@ class DataError(DiffpeftError):
     exit_code = 3
 
 
+class HubError(DiffpeftError):
+    """The Hub cannot be reached, or does not take what it is sent."""
+
+
 class DivergedError(DiffpeftError):
     """The training loss is not finite."""
 

@@ -75,13 +75,31 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "seed",
     ),
     "Watch": (
+        "sample_prompt",
+        "sample_prompts",
+        "sample_every",
+        "sample_steps",
+        "sample_guidance",
+        "sample_seed",
+        "sample_first",
+        "sample_model",
+        "samples",
         "heldout",
         "heldout_every",
         "best",
         "log",
         "log_every",
     ),
-    "Output and state": ("out", "name", "samples", "overwrite", "save_every", "keep", "resume", "allow"),
+    "Save": (
+        "formats",
+        "save_dtype",
+        "author",
+        "description",
+        "license",
+        "push_to_hub",
+        "hub_private",
+    ),
+    "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
 }
 OTHERS = "Other options"
 _HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}

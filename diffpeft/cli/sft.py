@@ -24,7 +24,8 @@ def sft(config: str | None, **typed: object) -> int | None:
     Example: diffpeft sft -m MODEL -d train.jsonl --heldout test.jsonl -o out
              diffpeft sft examples/llm_sft.toml --quantize nf4
     """
-    options = options_from(SftConfig, config, typed).options
+    chosen = options_from(SftConfig, config, typed)
+    options = chosen.options
 
     if (code := launched(options)) is not None:
         return code
@@ -38,10 +39,10 @@ def sft(config: str | None, **typed: object) -> int | None:
     with ending(), watching() as progress, occupied(options.output()):
         wait_for_main()  # what it refuses is refused once
         progress.phase("looking at the data")
-        checked = check(options)
+        checked = check(options, chosen.origins)
 
-        from diffpeft.cli.errors import quiet_bars
         from diffpeft.llm import sft as job
+        from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
         run = job.train(options, progress, checked)
@@ -52,4 +53,6 @@ def sft(config: str | None, **typed: object) -> int | None:
         files = job.save(run)
     for file in files:
         click.echo(file)
+    if options.push_to_hub:
+        click.echo(job.push(run))
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +25,14 @@ if TYPE_CHECKING:
 @click.option(
     "--print-config", is_flag=True, help="Print the options as a TOML file, with where each is from, and do nothing."
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be trained, written and needed, and do nothing. No weight is read."
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
 @click.pass_context
-def train(ctx: click.Context, config: str | None, print_config: bool, **typed: object) -> int | None:
+def train(
+    ctx: click.Context, config: str | None, print_config: bool, dry_run: bool, as_json: bool, **typed: object
+) -> int | None:
     """Train an adapter on your own images, DreamBooth-style.
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins. A job file of ai-toolkit and the
@@ -39,6 +47,9 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
         _print(chosen)
         return None
     options = chosen.options
+    if dry_run:
+        _plan(chosen, as_json)
+        return None
 
     if (code := launched(options)) is not None:
         return code
@@ -58,8 +69,8 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
         for line in checked.account.lines():
             progress.note(line)
 
-        from diffpeft.cli.errors import quiet_bars
         from diffpeft.train import dreambooth
+        from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
         run = dreambooth.train(options, progress, checked)
@@ -74,7 +85,27 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
             progress.note(f"{name}: {text}")
     for file in files:
         click.echo(file)
+    if options.push_to_hub:
+        from diffpeft.train.publish import push
+
+        click.echo(push(run))
     return None
+
+
+def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
+    """What a run would do in one process, on stdout, and notes on stderr."""
+    from diffpeft.train.check import check
+
+    for note in chosen.notes:
+        click.echo(f"note: {note}", err=True)
+    checked = check(replace(chosen.options, num_processes=None, fsdp=False), chosen.origins)
+
+    from diffpeft.train.dry import plan
+    from diffpeft.train.progress import quiet_bars
+
+    quiet_bars()
+    planned = plan(checked.config, checked)
+    click.echo(json.dumps(planned.table(), indent=2) if as_json else planned)
 
 
 def _print(chosen: Chosen[TrainConfig]) -> None:
@@ -90,22 +121,10 @@ def _print(chosen: Chosen[TrainConfig]) -> None:
 
 
 def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:
-    """Write the adapter and the report; the files, and which programs read them."""
-    from diffpeft.cli.errors import naming
-    from diffpeft.train import dreambooth, report
+    """Write the figures, the adapter and the page; the files, and which programs read them."""
+    from diffpeft.train import dreambooth
     from diffpeft.train.watching import write_metrics
 
-    files = [*dreambooth.save(run), write_metrics(run)]
-    readers = dreambooth.readers(run, files)
-    page = Path(run.config.out or "") / "report.html"
-    with naming(page):
-        report.write(
-            page,
-            title=f"diffpeft: {run.name}",
-            losses=run.losses,
-            options=run.config.resolved(),
-            files=[*files, page],
-            data=run.account.lines(),
-            readers=readers,
-        )
-    return [*files, page], readers
+    metrics = write_metrics(run)
+    files = [*dreambooth.save(run), metrics]
+    return [*files, run.config.output() / "report.html"], dreambooth.readers(run, files)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffpeft import io
-from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, shown
+from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.families import FAMILIES, trainable
 from diffpeft.families.base import Sizes
 from diffpeft.pipeline.open import Facts, check_model, facts
@@ -22,7 +22,9 @@ from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
+from diffpeft.train.sample_prompts import SamplePrompt, check_sizes, prompts_of, typed_prompts
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -64,28 +66,33 @@ class Checked:
     state: SavedState | None
     config: TrainConfig
     origins: Mapping[str, str] = field(default_factory=dict)
+    prompts: tuple[SamplePrompt, ...] = ()  # that are drawn meanwhile
 
 
 def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Checked:
     """All checks that need no model. `origins`: where options are from. Raises ConfigError, UnknownNameError, DataError or CheckpointError."""
     config.validate()
+    logs_of(config)
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
     name = _name(config)
     asked(config)
+    check_hub(config)
     files = files_of(name)
     if not config.resume:  # told before the data is read
         begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = sizes_of(config)
     prior_prompts(config)
-    logs_of(config)
+    check_sizes(typed_prompts(config), known.multiple)
+    _check_sample_model(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
     account = replace(_with_cut(account, config), steps=(config.steps, config.examples()))
-    return Checked(name, account, planned, state, config, origins or {})
+    prompts = tuple(prompts_of(config, [example.caption for example in account.examples]))
+    return Checked(name, account, planned, state, config, origins or {}, prompts)
 
 
 def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
@@ -184,6 +191,24 @@ def sizes_of(config: TrainConfig) -> Sizes:
     if path.is_file():
         _check_checkpoint(path, family, known)
     return FAMILIES[family].sizes(known.configs) if family else Sizes(None, None)
+
+
+def _check_sample_model(config: TrainConfig) -> None:
+    """Raise CheckpointError if the model that samples are drawn with is none, WrongBaseError if it is of another family than the one that is trained."""
+    if config.sample_model is None:
+        return
+    single, mine = Path(config.sample_model).is_file(), facts(config.base or str(config.model))
+    with inside("--sample-model", config=True):
+        check_model(config.sample_model, config.base or config.model if single else None)
+        theirs = mine if single else facts(config.sample_model)
+        if mine.pipeline and theirs.pipeline:
+            family = trainable(mine.pipeline, mine.configs, str(config.model))
+            if (other := trainable(theirs.pipeline, theirs.configs, config.sample_model)) != family:
+                raise WrongBaseError(
+                    f"the sample model is of the family {other}, and the model that is trained of {family}",
+                    where=config.sample_model,
+                    remedy="Pass a checkpoint of the same family.",
+                )
 
 
 def _check_checkpoint(path: Path, family: str | None, base: Facts) -> None:

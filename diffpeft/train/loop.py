@@ -148,6 +148,7 @@ class Loop:
             self.events.log.begin(self.done, self.losses)
             self._measure()
             self._tell()
+            self._stopped(self._signal(stop))
             while self.done < self.job.schedule.steps:
                 with self.clock.step():
                     self._step(self.done)
@@ -240,7 +241,7 @@ class Loop:
     def _between(self, stop: Stop) -> None:
         """Save and tell where it is time. Raises Interrupted after a signal."""
         keeper, last = self.keeper, self.done == self.job.schedule.steps
-        number = self.team.agreed([stop.number or 0])[0]
+        number = self._signal(stop)
         if last:
             self._read(self.readings[:])
             check_any_gradient(self.largest)
@@ -252,8 +253,23 @@ class Loop:
             if number or self._saves(keeper, last):
                 self._save(keeper)
         self._tell()
-        if number:
-            raise Interrupted(number, *self._where())
+        self._stopped(self._signal(stop))
+
+    def _signal(self, stop: Stop) -> int:
+        """The number of the signal that any of the processes was sent, 0 if none was."""
+        return self.team.agreed([stop.number or 0])[0]
+
+    def _stopped(self, number: int) -> None:
+        """Raise Interrupted after a signal of this number, with the state saved: one that came while somebody was shown the adapter too."""
+        if not number:
+            return
+        if (
+            self.keeper is not None
+            and self.done
+            and self.saved != checkpoints.place_of(self.keeper.out, self.keeper.name, self.done)
+        ):
+            self._save(self.keeper)
+        raise Interrupted(number, *self._where())
 
     def _saves(self, keeper: Keeper, last: bool) -> bool:
         """Whether the state is one to keep: it is time, it is the best, or the last beside a best one."""

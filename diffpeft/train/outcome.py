@@ -226,8 +226,13 @@ def rescued(write: Callable[[Path], list[Path]], out: Path, name: str) -> list[P
         return write(out)
     except OSError as error:
         error.filename = error.filename or str(out)
-        with contextlib.suppress(OSError):
-            rescue = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-            write(rescue)
-            error.add_note(f"The adapter is not lost: it was saved in {rescue}.")
+        rescue(write, name, error)
         raise
+
+
+def rescue(write: Callable[[Path], list[Path]], name: str, error: Exception) -> None:
+    """Write into a temporary folder, as far as that can be; an error that ends the run says where in a note."""
+    with contextlib.suppress(OSError):
+        place = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        write(place)
+        error.add_note(f"The adapter is not lost: it was saved in {place}.")

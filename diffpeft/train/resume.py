@@ -42,6 +42,14 @@ FREE = {
     "samples": "how many answers are shown",
     "num_processes": "who computes the passes of a step, of which there must be as many: accumulate x num_processes",
     "fsdp": "whether each process holds the whole base",
+    "sample_prompt": "what is drawn meanwhile",
+    "sample_prompts": "and from which file",
+    "sample_every": "how often",
+    "sample_steps": "how finely",
+    "sample_guidance": "under how much guidance",
+    "sample_seed": "from which noise",
+    "sample_first": "whether at the beginning",
+    "sample_model": "and with which model",
 }
 PASSES = "Counted are the passes of all processes: one with --accumulate 2 goes on with a run of two."
 STEPS = "More steps are possible with --lr-scheduler constant, whose past does not depend on its end."

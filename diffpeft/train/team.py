@@ -100,6 +100,14 @@ class Team:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.hosts)
         return largest.tolist()
 
+    def any(self, holds: bool) -> bool:
+        """Whether something holds here; where all compute together, whether it does in any process."""
+        return bool(self.agreed([holds])[0]) if self.sharded else holds
+
+    def as_said_by_main(self, content: Result) -> Result:
+        """What this process has; where all compute together, what the main one has."""
+        return self.gathered(content)[0] if self.sharded else content
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:

@@ -42,7 +42,7 @@ def logbook_of(options: Options, name: str, done: int, clock: Stopwatch, watch: 
         return Logbook()
     trackers = [log for log in logs_of(options) if log != CSV]
     sinks = [TrackerLog(log, name, options.output(), done, options.resolved()) for log in trackers]
-    return Logbook(sinks, options.log_every, clock.in_steps, watch.note)
+    return Logbook(sinks, options.log_every, clock.in_steps, watch.note, watch.figures)
 
 
 def tabulated(logbook: Logbook, options: Options, optimizer: Optimizer, measured: bool) -> Logbook:

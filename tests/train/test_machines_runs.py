@@ -56,7 +56,9 @@ class Counted:
     def __init__(self, monkeypatch):
         self.counts = {}
         for owner, name in ((cache.Latents, "_compute"), (cache.Texts, "_compute"), (prior, "replacing")):
-            monkeypatch.setattr(owner, name, self.counted(f"{owner.__name__.rpartition('.')[2]}.{name}", getattr(owner, name)))
+            monkeypatch.setattr(
+                owner, name, self.counted(f"{owner.__name__.rpartition('.')[2]}.{name}", getattr(owner, name))
+            )
 
     def counted(self, name, function):
         def call(*args, **keywords):
