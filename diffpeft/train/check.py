@@ -90,7 +90,7 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
-    account = replace(_with_cut(account, config), steps=(config.steps, config.batch_size * config.accumulate))
+    account = replace(_with_cut(account, config), steps=(config.steps, config.examples()))
     prompts = tuple(prompts_of(config, [example.caption for example in account.examples]))
     return Checked(name, account, planned, state, config, origins or {}, prompts)
 
@@ -99,7 +99,7 @@ def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
     """The options with the steps that their epochs come to, as sd-scripts counts them: steps for all pictures, rounded up, for each epoch."""
     if config.epochs is None:
         return config
-    steps = -(-account.pictures // (config.batch_size * config.accumulate)) * config.epochs
+    steps = -(-account.pictures // config.examples()) * config.epochs
     config = replace(config, steps=steps, epochs=None)
     config.check_values()
     return config
@@ -129,7 +129,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
     account = surveyed(config, known)
     account = _with_cut(account, config) if config.model else account
     config = with_steps(config, account)
-    return replace(account, steps=(config.steps, config.batch_size * config.accumulate) if steps else None)
+    return replace(account, steps=(config.steps, config.examples()) if steps else None)
 
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:

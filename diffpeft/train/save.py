@@ -27,6 +27,7 @@ from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
 from diffpeft.train.run import TrainRun
 from diffpeft.train.samples import newest_sample
 from diffpeft.train.showing import finish, told
+from diffpeft.train.team import team
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE = 10**9  # parameters of a model from which on files are bf16, where nothing is said
@@ -37,15 +38,22 @@ def save(run: TrainRun) -> list[Path]:
 
     `run.files` are all of them.
     Each file is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
+    Of several processes the main one writes; where the base is sharded, all call this.
     Raises ConfigError for numbers that the dtype of the files does not have, NothingLearntError if a file holds something else than what was learnt.
     """
-    out, dtype = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"]
+    if not (team().main or team().sharded):
+        return []
+    out, dtype, files = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"], list[Path]()
     with told(run):
         refuse_too_large(run, dtype)
-        with occupied(out):
-            files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
+        if team().main:
+            with occupied(out):
+                files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
+        files = team().as_said_by_main(files)
         for file in files:
             refuse_unread(run.family.pipe, file, run.name, dtype)
+        if not team().main:
+            return []
         run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
         finish(run, files, readers(run, files))
     return files
