@@ -50,6 +50,7 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
         checked = check(options, chosen.origins)
         for line in checked.account.lines():
             progress.note(line)
+        progress.note(f"to watch in a browser, from the first step on: {options.output() / 'report.html'}")
 
         from diffpeft.cli.errors import quiet_bars
         from diffpeft.train import dreambooth

@@ -20,7 +20,7 @@ from diffpeft.pipeline.open import open_pipeline
 from diffpeft.train import dreambooth, samples
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
-from diffpeft.train.samples import Gallery, forget, newest_sample
+from diffpeft.train.samples import forget, newest_sample
 from diffpeft.train.signals import Interrupted
 from tests.families.pipelines import pipeline
 from tests.train.pictures import photos_in
@@ -165,6 +165,20 @@ def test_an_adapter_to_go_on_with_is_seen_before_the_first_step(config, tmp_path
     assert run.losses
 
 
+@pytest.mark.parametrize("lr", [5e-2, 3.0])
+def test_the_adapter_of_the_best_step_is_the_one_that_is_seen(lr, config, tmp_path):
+    run = dreambooth.train(config(lr=lr, heldout=1, heldout_every=1, sample_every=3, sample_prompts=None))
+    (file, *_), out = dreambooth.save(run), tmp_path / "out"
+    want = asked(stock(run.config.model, file), "an emoji of sks")
+    assert same(drawn(out, run.step, "p0_s42.png"), want) and same(grey(Image.open(newest_sample(out, run.step))), want)
+    page = run.report.read_text()
+    assert run.best.reason in page and f"<strong>{run.best.step}</strong>" in page and "finished" in page
+    shown = run.live.page
+    assert [m.step for m in shown.heldout] == [0, 1, 2, 3] and shown.measures["heldout_loss"]["standard_error"] >= 0
+    assert shown.before_after.rows[0].pictures[2] == out / "samples" / f"step{run.step:08d}" / "p0_s42.png"
+    assert [use.program for use in shown.uses] == ["diffpeft", "diffusers", "ComfyUI", "A1111"]
+
+
 # -- another model ---------------------------------------------------------------------------------------------------------
 
 
@@ -280,9 +294,8 @@ def test_a_run_that_ends_while_it_draws_keeps_its_state_and_goes_on_to_the_same_
 
 def test_samples_of_other_prompts_are_drawn_anew_and_not_shown(config, tmp_path):
     run = dreambooth.train(config(steps=1, sample_every=1))
-    out, gallery = tmp_path / "out", Gallery(tmp_path / "out", run.live.changes.args[0].prompts, "x")
-    assert gallery.pictures() == {}  # another model's
-    before = run.live.changes.args[0]
+    out, before = tmp_path / "out", run.live.changes.args[1].gallery
+    assert replace(before, model="x").pictures() == {}  # another model's
     assert set(before.pictures()) == {0, 1} and len(before.pictures()[0]) == 6
     other = replace(before, prompts=tuple(replace(p, prompt=p.prompt + "!") for p in before.prompts))
     assert other.pictures() == {}

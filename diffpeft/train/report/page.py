@@ -133,7 +133,7 @@ def render(page: Page, folder: Path) -> str:
     html: str = _template().render(
         page=page,
         refresh=REFRESH if page.status.kind == "running" else 0,
-        renewed=time.strftime("%H:%M:%S"),
+        renewed=time.strftime("%Y-%m-%d %H:%M:%S"),
         loss=float(charts.smoothed(page.losses)[-1]) if page.losses else None,
         constant_rate=page.rates[0] if len(set(page.rates)) == 1 else None,
         before_after=_shown(page.before_after, folder),
