@@ -29,7 +29,7 @@ from diffpeft.model.state import trained_parameters
 from diffpeft.model.target import targets_of
 from diffpeft.pipeline.complete import complete_model, not_loaded
 from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
-from diffpeft.train import draw
+from diffpeft.train import draw, machines
 from diffpeft.train.config import target_names
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
@@ -39,8 +39,11 @@ from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import rate_of
 from diffpeft.train.origins import origins_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, rescued
+from diffpeft.train.publish import open_repository, upload
+from diffpeft.train.shards import shard
 from diffpeft.train.showing import PAGE
 from diffpeft.train.state import fingerprint, read
+from diffpeft.train.team import meet, team
 from diffpeft.train.watch import Quiet, Watch
 
 ANSWER = 48  # tokens of an answer that is shown in the report
@@ -74,15 +77,18 @@ def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts |
     NothingLearntError; Interrupted after a signal.
     """
     checked = checked or check(config)
-    with occupied(config.output()):
-        return _trained(config, checked, watch or Quiet())
+    with occupied(config.output()), meet().together():
+        return _trained(config, checked, watch if watch and team().main else Quiet())
 
 
 def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
+    if team().main:
+        open_repository(typed)
     start, device = time.perf_counter(), default_device()
     config = replace(
         typed,
-        dtype=checked_dtype(typed.dtype or default_dtype(device), device),
+        num_processes=machines.several() or typed.num_processes,
+        dtype=checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device),
         alpha=typed.rank if typed.alpha is None else typed.alpha,
         lr=rate_of(typed),
     )
@@ -98,7 +104,9 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
         model = adapt(config, model)
         loss = Loss(model, tokenizer.pad_token_id)
         questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)][: config.samples]
-        measure = Measure(loss, tokenizer, heldout, questions, config.batch_size, watch)
+        measures = team().main or machines.sharding(config)  # a sharded model computes in all processes or in none
+        measured = (heldout, questions) if measures else ([], [])
+        measure = Measure(loss, tokenizer, *measured, config.batch_size, watch)
         said = origins_of(typed, config, checked.origins)
         watch.phase("measuring")
         shown = SftPage(config, said, measure, measure.rows, bool(heldout))
@@ -134,6 +142,8 @@ def _fitted(
     model = loss.model
     model.train()
     trained = trained_parameters(model.get_base_model(), model.active_adapters[0])
+    if machines.sharding(config):
+        shard(model.get_base_model(), set(trained.values()))
     check_room(config.output(), list(trained.values()), 1, config)
     reads = {"data": fingerprint([[example.ids for example in sequence] for sequence in sequences])}
     keeper = keeper_of(
@@ -153,7 +163,7 @@ def _fitted(
 
 
 class StepLoss:
-    """The loss by step and part: a step is a draw of batch_size x accumulate sequences, a part of it is as many as are computed at once.
+    """The loss by step and part: a step is a draw of batch_size x parts sequences, a part of it is as many as are computed at once.
 
     The loss of a part is its sum over the tokens that are learnt, divided by how many the whole step has: accumulating changes nothing.
     """
@@ -255,7 +265,7 @@ class Loss:
 
 def drawn(config: SftConfig, sequences: Sequences, step: int) -> list[Sequence[TokenExample]]:
     """The sequences of a step: passes through all of them, shuffled by the seed."""
-    count = config.batch_size * config.accumulate
+    count = config.examples()
     return [sequences[i] for i in draw.order(len(sequences), step * count, count, config.seed, "rows")]
 
 
@@ -309,13 +319,21 @@ class Measure:
 def save(run: SftRun) -> list[Path]:
     """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths.
 
-    If that cannot be written, the files go into a temporary folder, which the OSError names.
+    If that cannot be written, the files go into a temporary folder, which the OSError names. Of several processes only the main one writes.
     """
+    if not machines.world().main:
+        return []
     out = Path(run.config.out or "")
     with occupied(out):
         files = rescued(lambda folder: _written(run, folder), out, out.resolve().name)
     _refuse_other(run.model, files[0])
     return files
+
+
+def push(run: SftRun) -> str:
+    """Upload the adapter and its card to the repository of the run; the address. Raises HubError, which says how they are uploaded by hand."""
+    files = ["adapter_*", "README.md"]
+    return upload(run.model.save_pretrained, run.config, files, f"{len(run.losses)} steps")
 
 
 def _refuse_other(model: PeftModel, file: Path) -> None:

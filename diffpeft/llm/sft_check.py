@@ -11,8 +11,10 @@ from diffpeft.errors import CheckpointError, ConfigError, UnknownNameError
 from diffpeft.llm import texts
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import check_exists
+from diffpeft.train import machines
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.trackers import logs_of
 
@@ -36,6 +38,7 @@ def check(config: SftConfig, origins: Mapping[str, str] | None = None) -> Checke
     if config.method not in CONFIGS:
         raise UnknownNameError.of("method", config.method, CONFIGS)
     logs_of(config)
+    check_hub(config)
     checkpoint = begin(config, config.output(), FILES)
     model = str(config.model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
@@ -44,6 +47,11 @@ def check(config: SftConfig, origins: Mapping[str, str] | None = None) -> Checke
     if Path(model).suffix == GGUF and not find_spec("gguf"):
         raise CheckpointError(
             "a .gguf file is read with the gguf package", where=model, remedy="pip install diffpeft[llm]"
+        )
+    if config.quantize and machines.sharding(config):
+        raise ConfigError(
+            "quantize with fsdp: shards of weights in 4 or 8 bits are none",
+            remedy="Leave one of them out; without --fsdp each process holds the whole base.",
         )
     if Path(model).suffix == GGUF and config.quantize:
         raise ConfigError(

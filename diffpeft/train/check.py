@@ -22,6 +22,7 @@ from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes, prompts_of, typed_prompts
 from diffpeft.train.trackers import logs_of
@@ -71,11 +72,13 @@ class Checked:
 def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Checked:
     """All checks that need no model. `origins`: where options are from. Raises ConfigError, UnknownNameError, DataError or CheckpointError."""
     config.validate()
+    logs_of(config)
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
     name = _name(config)
     asked(config)
+    check_hub(config)
     files = files_of(name)
     if not config.resume:  # told before the data is read
         begin(config, out, files)
@@ -84,11 +87,10 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     prior_prompts(config)
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
-    logs_of(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
-    account = replace(_with_cut(account, config), steps=(config.steps, config.batch_size * config.accumulate))
+    account = replace(_with_cut(account, config), steps=(config.steps, config.examples()))
     prompts = tuple(prompts_of(config, [example.caption for example in account.examples]))
     return Checked(name, account, planned, state, config, origins or {}, prompts)
 
@@ -97,7 +99,7 @@ def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
     """The options with the steps that their epochs come to, as sd-scripts counts them: steps for all pictures, rounded up, for each epoch."""
     if config.epochs is None:
         return config
-    steps = -(-account.pictures // (config.batch_size * config.accumulate)) * config.epochs
+    steps = -(-account.pictures // config.examples()) * config.epochs
     config = replace(config, steps=steps, epochs=None)
     config.check_values()
     return config
@@ -127,7 +129,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
     account = surveyed(config, known)
     account = _with_cut(account, config) if config.model else account
     config = with_steps(config, account)
-    return replace(account, steps=(config.steps, config.batch_size * config.accumulate) if steps else None)
+    return replace(account, steps=(config.steps, config.examples()) if steps else None)
 
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
@@ -140,7 +142,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
             where=out,
             remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
         )
-    sides = sides_of(config, known.resolution)
+    sides = config.sides(known.resolution)
     part = part_of(config.heldout) if config.heldout is not None else None
     others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
@@ -161,12 +163,6 @@ def _with_heldout(account: Account, part: float | int | Path, config: TrainConfi
     others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
     entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
     return beside(replace(account, folders=entered), others)
-
-
-def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:
-    """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
-    sides = config.resolution or resolution or ()
-    return (sides,) if isinstance(sides, int) else tuple(sides)
 
 
 def _name(config: TrainConfig) -> str:

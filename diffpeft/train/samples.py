@@ -29,6 +29,7 @@ from diffpeft.io import replacing
 from diffpeft.train.sample import prompted
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
 from diffpeft.train.signals import asked
+from diffpeft.train.team import team
 
 if TYPE_CHECKING:
     from diffpeft.families import Family
@@ -125,7 +126,7 @@ def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[],
 
     def told(*_: object) -> dict[str, object]:
         tick()
-        if asked():
+        if team().any(asked()):
             raise Unfinished
         return {}
 
@@ -273,7 +274,7 @@ def _parameters(facts: Mapping[str, object]) -> str:
 
 @dataclass
 class Sampler:
-    """Draws what is due after so many steps, and writes it.
+    """Draws what is due after so many steps, and writes it. Where the base is sharded, all processes draw and the main one writes.
 
     Args:
         name: the adapter's.
@@ -292,13 +293,15 @@ class Sampler:
 
     def __call__(self, step: int) -> list[Path]:
         """Draw what is due and not there; the files. A run that is asked to stop leaves the pictures that it has not begun."""
-        due, files = self._due(step), list[Path]()
+        due, files = team().as_said_by_main(self._due(step)), list[Path]()
         if not due:
             return files
         with self.stage() as family, contextlib.suppress(Unfinished):
             for spot in due:
                 with diffpeft.adapters(family.pipe, {self.name: spot.strength}):
                     image = drawn(family, self.texts, self.gallery.prompts[spot.number], self.tick)
+                if not team().main:
+                    continue
                 files.append(self.gallery.write(step, spot, image))
                 if step == 0 and spot.strength == 0 and not self.changes:
                     files.append(self.gallery.write(step, spot._replace(strength=1.0), image))  # it changes nothing yet

@@ -14,12 +14,12 @@ import converters
 from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Texts
-from diffpeft.train.check import sides_of
 from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.report.page import STRENGTHS
 from diffpeft.train.sample_model import open_other, other_stage
 from diffpeft.train.samples import Gallery, Sampler, Spot, forget, settled, stage, texts_of
+from diffpeft.train.team import team
 
 if TYPE_CHECKING:
     from diffpeft.families import Family
@@ -70,7 +70,7 @@ def drawing_of(
     if config.sample_model is not None and prompts:
         drawer = open_other(config, family, chosen, device)
         drawn_texts = Texts(drawer, texts.live, None, device)
-    side = max(sides_of(config, family.resolution))
+    side = max(config.sides(family.resolution))
     return Drawing(settled(config, drawer, prompts, side), drawer, drawn_texts)
 
 
@@ -169,7 +169,8 @@ class RunShown:
 
     def end(self) -> None:
         """The steps are done. The adapter may be that of an earlier one: what it draws is seen too."""
-        if self.run.best is not None and self.sampler is not None:
+        draws = team().main or team().sharded
+        if self.run.best is not None and self.sampler is not None and draws:
             self.sampler(self.run.best.step)
         self.live.renew()
 
@@ -185,7 +186,8 @@ def showing(
 ) -> RunShown:
     """What shows a run whose adapter is on its model. Samples of steps that it has not done are removed, and the page is written."""
     config = run.config
-    forget(config.output(), keeper.resume.step if keeper.resume else -1)
+    if team().main:
+        forget(config.output(), keeper.resume.step if keeper.resume else -1)
     sampler = _sampler(run, drawing, watch) if drawing.prompts else None
     page = page_of(config, f"diffpeft: {run.name}", run.account.lines(), run.origins)
     page = replace(page, losses=losses_until(keeper.resume))
