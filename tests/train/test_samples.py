@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import diffpeft
 from diffpeft import ConfigError, TrainConfig
 from diffpeft.errors import WrongBaseError
 from diffpeft.model.attach import attach
 from diffpeft.model.state import trained_parameters
-from diffpeft.pipeline.open import open_pipeline
+from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth, samples
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.samples import forget, newest_sample
 from diffpeft.train.signals import Interrupted
 from tests.families.pipelines import pipeline
+from tests.single_file import original
 from tests.train.pictures import photos_in
 
 KINDS = ["sd15", "sdxl, latent statistics and blank prompts", "flux dev"]
@@ -209,6 +211,20 @@ def test_another_checkpoint_shows_the_adapter_as_its_own_stock_pipeline_does(kin
         config(kind, sample_every=0, sample_prompts=None, sample_steps=None, train_text_encoder=kind == "sd15")
     )
     assert alone.losses == run.losses
+
+
+def test_a_single_file_draws_with_the_configs_of_the_model(config, tmp_path):
+    whole, changed = (open_pipeline() for _ in range(2))
+    _turbo(changed)
+    save_file({name: t.contiguous() for name, t in original(changed).items()}, tmp_path / "turbo.safetensors")
+    dreambooth.train(
+        config(
+            model=str(EMBEDDED), sample_model=str(tmp_path / "turbo.safetensors"), resolution=64, steps=1, sample_prompts=None, targets="to_q",
+        )
+    )  # fmt: skip
+    got = drawn(tmp_path / "out", 0, "p0_s42_w0.png")
+    prompts = [asked(pipe, "an emoji of sks", width=64, height=64) for pipe in (changed, whole)]
+    assert same(got, prompts[0]) and not same(got, prompts[1])
 
 
 def test_a_sample_model_that_does_not_fit_is_refused_before_anything_is_loaded(config, models, monkeypatch):

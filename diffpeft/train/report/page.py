@@ -139,7 +139,7 @@ def render(page: Page, folder: Path) -> str:
         before_after=_shown(page.before_after, folder),
         samples=_shown(_thinned(page.samples), folder),
         left_out=0 if page.samples is None else max(len(page.samples.heads) - COLUMNS, 0),
-        chosen=chosen,
+        said_options=chosen,
         usual=usual,
         files=[(link(file, folder), file.name, page.readers.get(file.name, "")) for file in page.files],
         missing={n: why for n, why in page.readers.items() if n not in {file.name for file in page.files}},
