@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 import diffpeft
 from diffpeft import ConfigError, TrainConfig
 from diffpeft.errors import WrongBaseError
+from diffpeft.families import open_family
 from diffpeft.model.attach import attach
 from diffpeft.model.state import trained_parameters
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth, samples
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
+from diffpeft.train.sample_prompts import of_line
 from diffpeft.train.samples import forget, newest_sample
 from diffpeft.train.signals import Interrupted
 from tests.families.pipelines import pipeline
@@ -256,6 +258,27 @@ def test_settings_that_a_model_would_not_read_are_refused(kind, line, says, conf
     with pytest.raises(ConfigError, match=says) as raised:
         dreambooth.train(config(kind))
     assert "prompts.txt, line 2" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "kind, line, options, wanted",
+    [
+        ("sd15", "x", {}, (7.5, None, None, 25)),
+        ("sd15", "x", {"sample_guidance": 3.0, "sample_steps": 4}, (3.0, None, None, 4)),
+        ("sd15", "x --l 2 --n y --s 6", {"sample_guidance": 3.0}, (2.0, None, "y", 6)),
+        ("sdxl", "x", {}, (5.0, None, None, 25)),
+        ("flux dev", "x", {"sample_guidance": 2.0}, (1.0, 2.0, None, 25)),
+        ("flux dev", "x --l 2", {}, (2.0, 3.5, "", 25)),
+        ("flux dev", "x --g 4 --l 2 --n y", {"sample_guidance": 3.0}, (2.0, 4.0, "y", 25)),
+        ("flux schnell", "x", {}, (1.0, None, None, 4)),
+        ("flux schnell", "x", {"sample_guidance": 3.0}, (3.0, None, "", 4)),
+    ],
+)
+def test_what_is_not_said_is_the_pipelines_own(kind, line, options, wanted):
+    family = open_family(pipeline(kind, torch.float32))
+    (prompt,) = samples.settled(TrainConfig(**options), family, [of_line(line, "")], 32)
+    assert (prompt.cfg, prompt.guidance, prompt.negative, prompt.steps) == wanted
+    assert (prompt.width, prompt.height, prompt.seed) == (32, 32, 42)
 
 
 # -- runs that end before their time ---------------------------------------------------------------------------------------
