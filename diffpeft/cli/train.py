@@ -68,6 +68,7 @@ def _run(chosen: Chosen[TrainConfig]) -> None:
     with ending(), watching() as progress, occupied(options.output()):
         wait_for_main()  # what it refuses is refused once
         checked = _checked(chosen, progress)
+        progress.note(f"to watch in a browser, from the first step on: {options.output() / 'report.html'}")
 
         from diffpeft.train import dreambooth
         from diffpeft.train.progress import quiet_bars
