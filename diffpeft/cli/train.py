@@ -62,7 +62,7 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
             progress.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
         for name, text in readers.items():
             progress.note(f"{name}: {text}")
-    for file in files:
+    for file in dict.fromkeys([*files, *run.files]):
         click.echo(file)
     if options.push_to_hub:
         from diffpeft.train.publish import push
