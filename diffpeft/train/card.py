@@ -46,7 +46,7 @@ def write_card(
         text = completed(folder, facts)
     if text is not None:
         with replacing(path) as f:
-            f.write(text.encode())
+            f.write(text.encode(errors="replace"))
     return path
 
 
