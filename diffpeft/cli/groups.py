@@ -56,6 +56,8 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "epochs",
         "batch_size",
         "accumulate",
+        "num_processes",
+        "fsdp",
         "optimizer",
         "optimizer_args",
         "lr",
@@ -73,6 +75,15 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "seed",
     ),
     "Watch": (
+        "sample_prompt",
+        "sample_prompts",
+        "sample_every",
+        "sample_steps",
+        "sample_guidance",
+        "sample_seed",
+        "sample_first",
+        "sample_model",
+        "samples",
         "heldout",
         "heldout_every",
         "best",
@@ -88,7 +99,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "push_to_hub",
         "hub_private",
     ),
-    "Output and state": ("out", "name", "samples", "overwrite", "save_every", "keep", "resume", "allow"),
+    "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
 }
 OTHERS = "Other options"
 _HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}

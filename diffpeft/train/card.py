@@ -181,7 +181,7 @@ def _training(run: TrainRun) -> dict[str, object]:
         "targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
         "text encoder": "trained too" if config.train_text_encoder else None,
         "steps": run.step,
-        "batch": config.batch_size * config.accumulate,
+        "batch": config.examples(),
         "learning rate": f"{config.lr:g}, {config.lr_scheduler}" if config.lr else None,
         "optimiser": config.optimizer,
         "resolution": run.account.resolution,

@@ -120,7 +120,7 @@ def _optimisation(config: TrainConfig) -> dict[str, object]:
         "ss_mixed_precision": _PRECISION.get(config.dtype or ""),
         "ss_seed": config.seed,
         "ss_batch_size_per_device": config.batch_size,
-        "ss_total_batch_size": config.batch_size * config.accumulate,
+        "ss_total_batch_size": config.examples(),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,9 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
 from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
 from diffpeft.train.run import TrainRun
+from diffpeft.train.samples import newest_sample
+from diffpeft.train.showing import finish, told
+from diffpeft.train.team import team
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE = 10**9  # parameters of a model from which on files are bf16, where nothing is said
@@ -36,15 +38,24 @@ def save(run: TrainRun) -> list[Path]:
 
     `run.files` are all of them.
     Each file is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
+    Of several processes the main one writes; where the base is sharded, all call this.
     Raises ConfigError for numbers that the dtype of the files does not have, NothingLearntError if a file holds something else than what was learnt.
     """
-    out, dtype = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"]
-    refuse_too_large(run, dtype)
-    with occupied(out):
-        files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
-    for file in files:
-        refuse_unread(run.family.pipe, file, run.name, dtype)
-    run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
+    if not (team().main or team().sharded):
+        return []
+    out, dtype, files = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"], list[Path]()
+    with told(run):
+        refuse_too_large(run, dtype)
+        if team().main:
+            with occupied(out):
+                files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
+        files = team().as_said_by_main(files)
+        for file in files:
+            refuse_unread(run.family.pipe, file, run.name, dtype)
+        if not team().main:
+            return []
+        run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
+        finish(run, files, readers(run, files))
     return files
 
 
@@ -102,7 +113,7 @@ def _written(run: TrainRun, folder: Path, dtype: torch.dtype, step: int | None =
     """Write the adapter in the formats of the run; the paths."""
     bundle = _bundle(run)
     places = {format: folder / file_of(run.name, format) for format in formats_of(run).written}
-    picture = newest_picture(Path(run.config.out or ""), run.step if step is None else step)
+    picture = newest_sample(Path(run.config.out or ""), run.step if step is None else step)
     told, family = metadata_of(run, step, picture), family_of(run.family.pipe) or ""
     for format, place in places.items():
         if FORMATS[format].folder and place.is_dir():
@@ -120,16 +131,6 @@ def _written(run: TrainRun, folder: Path, dtype: torch.dtype, step: int | None =
 def _finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -> Draft:
     """A file with all that its metadata say; the hashes are of the metadata of training too."""
     return hashed(finished(draft, told, format, family))
-
-
-def newest_picture(out: Path, step: int) -> Path | None:
-    """The last picture of the first prompt that was drawn until a step; None if there is none."""
-    pictures = [
-        (int(match[1]), path)
-        for path in out.glob("samples/step*/p0_s*.png")
-        if re.fullmatch(r"p0_s\d+\.png", path.name) and (match := re.fullmatch(r"step(\d+)", path.parent.name))
-    ]
-    return max(((at, path) for at, path in pictures if at <= step), default=(0, None))[1]
 
 
 def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
