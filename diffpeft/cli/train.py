@@ -79,7 +79,7 @@ def _run(chosen: Chosen[TrainConfig]) -> None:
             dreambooth.save(run)
             return
         files = _saved(run, progress)
-    for file in files:
+    for file in dict.fromkeys([*files, *run.files]):
         click.echo(file)
     if options.push_to_hub:
         from diffpeft.train.publish import push
