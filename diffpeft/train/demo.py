@@ -143,6 +143,7 @@ def _write(
     with replacing(out / "before_after.png") as f:
         picture.image.save(f, "PNG", optimize=True)
     table = {
+        **run.usage.table(run.config.examples()),
         **metrics,
         "seconds": round(seconds, 1),
         "steps": len(run.losses),

@@ -28,7 +28,7 @@ from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
-from diffpeft.train.journal import Logbook
+from diffpeft.train.journal import BY_BAND, HELDOUT, Logbook
 from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, Keeper, fit
@@ -133,7 +133,7 @@ def _fitted(
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
     if judge is not None:
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
-    tabulated(log, config, job.optimizer, measured=judge is not None)
+    tabulated(log, config, job.optimizer, [*HELDOUT, *BY_BAND] if judge else [])
     watch.phase("training")
     shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
     with told(run):
