@@ -85,13 +85,7 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
     if team().main:
         open_repository(typed)
     start, device = time.perf_counter(), default_device()
-    config = replace(
-        typed,
-        num_processes=machines.several() or typed.num_processes,
-        dtype=checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device),
-        alpha=typed.rank if typed.alpha is None else typed.alpha,
-        lr=rate_of(typed),
-    )
+    config = resolved(typed, device)
     watch.phase("loading the model")
     tokenizer, model = open_model(config, device)
     examples, heldout = (
@@ -103,10 +97,7 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
         torch.manual_seed(config.seed)
         model = adapt(config, model)
         loss = Loss(model, tokenizer.pad_token_id)
-        questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)][: config.samples]
-        measures = team().main or machines.sharding(config)  # a sharded model computes in all processes or in none
-        measured = (heldout, questions) if measures else ([], [])
-        measure = Measure(loss, tokenizer, *measured, config.batch_size, watch)
+        measure = Measure(loss, tokenizer, *_measured(config, examples, heldout), config.batch_size, watch)
         said = origins_of(typed, config, checked.origins)
         watch.phase("measuring")
         shown = SftPage(config, said, measure, measure.rows, bool(heldout))
@@ -126,6 +117,27 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
         time.perf_counter() - start,
         shown,
     )
+
+
+def resolved(typed: SftConfig, device: str) -> SftConfig:
+    """The options with what their defaults come to."""
+    return replace(
+        typed,
+        num_processes=machines.several() or typed.num_processes,
+        dtype=checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device),
+        alpha=typed.rank if typed.alpha is None else typed.alpha,
+        lr=rate_of(typed),
+    )
+
+
+def _measured(
+    config: SftConfig, examples: Sequence[TokenExample], heldout: Sequence[TokenExample]
+) -> tuple[Sequence[TokenExample], Sequence[TokenExample]]:
+    """The examples that the loss is measured on, and those whose questions are answered; of several processes the main one's."""
+    if not (team().main or machines.sharding(config)):  # a sharded model computes in all processes or in none
+        return [], []
+    questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)]
+    return heldout, questions[: config.samples]
 
 
 def _fitted(

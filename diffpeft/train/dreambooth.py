@@ -96,9 +96,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
-            if machines.sharding(config):
-                for part in (family.denoiser, *_live(config, family)):
-                    shard(family.parts(part), set(trained_parameters(family.pipe, name).values()))
+            _share_out(config, family, name)
             _fitted(run, keeper, encoded, unread, log, watch, clock)
             dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
@@ -108,6 +106,14 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     run.usage = clock.usage()
     run.seconds = run.usage.seconds
     return run
+
+
+def _share_out(config: TrainConfig, family: Family, name: str) -> None:
+    """Let each process hold its share of the base, if the run says so; the adapter stays whole."""
+    if machines.sharding(config):
+        trained = set(trained_parameters(family.pipe, name).values())
+        for part in (family.denoiser, *_live(config, family)):
+            shard(family.parts(part), trained)
 
 
 def _fitted(
