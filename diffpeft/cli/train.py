@@ -44,6 +44,8 @@ def train(
         _print(chosen)
         return
     options = chosen.options
+    if as_json and not dry_run:
+        raise click.UsageError("--json is for --dry-run.")
     if dry_run:
         _plan(chosen, as_json)
         return
