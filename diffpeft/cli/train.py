@@ -48,6 +48,8 @@ def train(
     if print_config:
         _print(chosen)
         return None
+    if as_json and not dry_run:
+        raise click.UsageError("--json is for --dry-run.")
     if dry_run:
         _plan(chosen, as_json)
         return None

@@ -74,10 +74,9 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         open_repository(typed)
     watch.phase("looking at the model")
     family = opened(typed, dtype, device)
-    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
-    config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
-    checked, name = sized(checked, sizing, watch), checked.name
-    config = with_measuring(config, checked.account)
+    sizing, name = sizing_of(typed, family), checked.name
+    checked = sized(checked, sizing, watch)
+    config = settled(typed, checked, family, dtype)
     chosen = {} if config.init_from else chosen_layers(config, family)
     texts = Texts(family, _live(config, family), _stores(config, family), device)
     drawing = drawing_of(config, family, checked.prompts, chosen, texts, device)
@@ -186,6 +185,13 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
         family.parts.pin(family.denoiser, *family.text_encoders)
     family.pipe.set_progress_bar_config(disable=True)
     return family
+
+
+def settled(typed: TrainConfig, checked: Checked, family: Family, dtype: str) -> TrainConfig:
+    """The options of a run with what their defaults come to, for this model and this data."""
+    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
+    config = replace(config, save_dtype=config.save_dtype or file_dtype(family))
+    return with_measuring(config, checked.account)
 
 
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
