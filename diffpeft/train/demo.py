@@ -17,7 +17,7 @@ from diffpeft.io import replacing
 from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import data, dreambooth, report
 from diffpeft.train.config import TrainConfig
-from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features
+from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features, shape_kept
 from diffpeft.train.sample import STRENGTHS, Grid, grid, pictures
 
 IMAGES = EMBEDDED.parent / "demo"
@@ -80,6 +80,7 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
     }
     watch.phase("measuring")
     metrics = {**_distances(pipe.vae, drawn, truth), "heldout_loss": _paired(run, truth, watch)}
+    kept = float(np.mean([shape_kept(*pair) for pair in zip(drawn[0.0], drawn[1.0], strict=True)]))
     picture = grid(
         [p.removeprefix("an emoji of ") for p in truth.prompts],
         [f"strength {s:g}" for s in STRENGTHS],
@@ -87,7 +88,7 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
         truth.target,
     )
     watch.phase("writing")
-    return _write(run, picture, metrics, time.perf_counter() - start)
+    return _write(run, picture, metrics, kept, time.perf_counter() - start)
 
 
 def _drawn(run: dreambooth.TrainRun, truth: Heldout, strength: float, seed: int, watch: dreambooth.Watch) -> np.ndarray:
@@ -122,14 +123,17 @@ def _paired(run: dreambooth.TrainRun, truth: Heldout, watch: dreambooth.Watch) -
     return out
 
 
-def _write(run: dreambooth.TrainRun, picture: Grid, metrics: dict[str, dict[str, float]], seconds: float) -> list[Path]:
-    """Write the adapter, the grid of pictures, the measurements and the report; the paths."""
+def _write(
+    run: dreambooth.TrainRun, picture: Grid, metrics: dict[str, dict[str, float]], kept: float, seconds: float
+) -> list[Path]:
+    """Write the adapter, the grid of pictures, the measurements and the report; the paths. `kept`: how much of their shapes pictures keep."""
     out = Path(run.config.out or "")
     files = [*dreambooth.save(run), out / "before_after.png", out / "metrics.json", out / "report.html"]
     with replacing(out / "before_after.png") as f:
         picture.image.save(f, "PNG", optimize=True)
     table = {
         **metrics,
+        "shape_kept": kept,
         "seconds": round(seconds, 1),
         "steps": len(run.losses),
         "method": run.config.method,
@@ -145,7 +149,7 @@ def _write(run: dreambooth.TrainRun, picture: Grid, metrics: dict[str, dict[str,
         options=run.config.resolved(),
         files=files,
         pictures=picture.image,
-        metrics=metrics,
+        metrics={**metrics, "shape_kept": {"before": 1.0, "after": kept}},
         data=run.account.lines(),
     )
     return files
