@@ -155,7 +155,7 @@ def _told(bundle: Bundle, replaced: Sequence[Entry], inexact: Sequence[str]) -> 
         "layers have alpha 0 and no effect": zero,
         "keys are no adapter's and were kept as they are": list(bundle.carried),
     }
-    return [f"{len(names)} {fact}: {listed(names[:5])}" for fact, names in told.items() if names]
+    return [f"{len(names)} {fact}: {listed(names, 5)}" for fact, names in told.items() if names]
 
 
 def _folded(entries: Sequence[Entry], to: str) -> list[str]:

@@ -138,7 +138,7 @@ def fit(
     if fits is None:
         raise UnknownKeysError(
             "this holds no adapter that is known here",
-            where=f"{source}: {listed(list(tensors)[:3])}{' ...' if len(tensors) > 3 else ''}",
+            where=f"{source}: {listed(tensors, 3)}",
             remedy=f"Readable are the formats {', '.join(FORMATS)}.",
         )
     return replace(fits, opened=(tensors, metadata, source))

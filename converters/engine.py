@@ -130,7 +130,7 @@ def unknown_family(fits: Fit, where: object, wanted: str = "") -> WrongBaseError
     keys = [key for key, part in fits.parts.items() if part.role != "alpha"]
     return WrongBaseError(
         f"this adapter is for {f'another model than {wanted}' if wanted else 'an unknown family'}: {alike}",
-        where=f"{where}: {listed(keys[:3])}{' ...' if len(keys) > 3 else ''}",
+        where=f"{where}: {listed(keys, 3)}",
         remedy="Without a table it can only be loaded: load_lora on a pipeline of its own model takes the names from there.",
     )
 

@@ -69,7 +69,7 @@ def _refuse_foreign(layers: Iterable[Keyed], where: str) -> None:
     if foreign:
         raise CheckpointError(
             f"method {' and '.join(sorted(set(foreign.values())))} is not supported",
-            where=f"{where}: {listed(list(foreign)[:3])}",
+            where=f"{where}: {listed(foreign, 3)}",
             remedy=f"Supported: {', '.join(LAYOUTS)}.",
         )
 

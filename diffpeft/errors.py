@@ -47,9 +47,14 @@ def shown(name: object) -> str:
 
 def listed(names: Iterable[object], most: int = MAX_LISTED) -> str:
     """At most `most` names, quoted, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + more
+    return joined(map(shown, names), most)
+
+
+def joined(texts: Iterable[str], most: int = MAX_LISTED) -> str:
+    """At most `most` texts as they are, and how many more there are."""
+    texts = list(texts)
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -216,6 +221,10 @@ class DataError(DiffpeftError):
     """The data set is missing, empty or damaged."""
 
     exit_code = 3
+
+
+class HubError(DiffpeftError):
+    """The Hub cannot be reached, or does not take what it is sent."""
 
 
 class DivergedError(DiffpeftError):

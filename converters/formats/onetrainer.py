@@ -105,12 +105,12 @@ class OneTrainer(Kohya):
         """With its rotations as PEFT would have them."""
         rotations = [e for e in entries if "oft_R" in e.tensors]
         if scaled := [e.layer for e in rotations if e.alpha is not None]:
-            warnings.warn(f"the scale of {len(scaled)} rotations went into oft_R: {listed(scaled[:3])}", stacklevel=2)
+            warnings.warn(f"the scale of {len(scaled)} rotations went into oft_R: {listed(scaled, 3)}", stacklevel=2)
         kinds = {e.layer: _is_convolution(e, entries) for e in rotations}
         if unknown := [layer for layer, kind in kinds.items() if kind is None]:
             raise CheckpointError(
                 "OneTrainer turns convolutions the other way, and the names do not tell whether these layers are some",
-                where=listed(unknown[:3]),
+                where=listed(unknown, 3),
                 remedy="With a rotation of a cross-attention (attn2.to_k) the file would tell the model.",
             )
         coft = _coft(metadata)

@@ -163,7 +163,7 @@ def _check_type(config: Config, entries: Sequence[Entry]) -> None:
         methods = sorted({e.method for e in others})
         raise CheckpointError(
             f"{FILE} says {shown(kind)}, the tensors {' and '.join(methods) or 'something else'}",
-            where=listed(layers_of(others)[:3]),
+            where=listed(layers_of(others), 3),
             remedy=f"Supported: {', '.join(dict.fromkeys(TYPES.values()))}.",
         )
 
@@ -182,7 +182,7 @@ def _check(config: Config, entries: Sequence[Entry]) -> None:
     if wrong:
         raise CheckpointError(
             f"{FILE} disagrees with the tensors of {len(wrong)} layers: {next(iter(wrong.values()))}",
-            where=listed(list(wrong)[:3]),
+            where=listed(wrong, 3),
         )
     _check_targets(config.get("target_modules"), entries)
 
@@ -200,14 +200,12 @@ def _check_targets(targets: object, entries: Sequence[Entry]) -> None:
         }
         without = sorted({*targets} - set().union(*ends.values()))
         if without:
-            raise CheckpointError(f"{FILE} names target_modules without tensors: {listed(without[:5])}")
+            raise CheckpointError(f"{FILE} names target_modules without tensors: {listed(without, 5)}")
         outside = [layer for layer, spellings in ends.items() if spellings.isdisjoint(targets)]
     else:
         outside = []
     if outside:
-        warnings.warn(
-            f"{len(outside)} adapted layers are not among target_modules: {listed(outside[:5])}", stacklevel=2
-        )
+        warnings.warn(f"{len(outside)} adapted layers are not among target_modules: {listed(outside, 5)}", stacklevel=2)
 
 
 def _unconfigured(entries: Sequence[Entry]) -> list[Entry]:
@@ -216,7 +214,7 @@ def _unconfigured(entries: Sequence[Entry]) -> list[Entry]:
     if others:
         raise CheckpointError(
             f"these are PEFT's names, and there is no {FILE} that says how {' and '.join(sorted({e.method for e in others}))} is meant",
-            where=listed([e.layer for e in others][:3]),
+            where=listed([e.layer for e in others], 3),
             remedy=f"Pass the folder with {WEIGHTS} and {FILE}.",
         )
     return list(entries)

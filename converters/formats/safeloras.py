@@ -67,7 +67,7 @@ class SafeLoras(Diffusers):
         numbers = {e.layer: int(e.keys[0].split(":")[1]) for e in entries}
         beyond = [e.keys[0] for e in entries if numbers[e.layer] >= len(named[parted(e.layer)[0]])]
         if beyond:
-            raise CheckpointError("there are more layers than a Stable Diffusion 1 or 2 has", where=listed(beyond[:3]))
+            raise CheckpointError("there are more layers than a Stable Diffusion 1 or 2 has", where=listed(beyond, 3))
         out = []
         for e in entries:
             component = parted(e.layer)[0]
@@ -77,7 +77,7 @@ class SafeLoras(Diffusers):
         if wrong:
             raise CheckpointError(
                 "the shapes are not those of the layers with these numbers in a Stable Diffusion 1 or 2",
-                where=listed(wrong[:3]),
+                where=listed(wrong, 3),
             )
         return out
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffpeft.errors import CheckpointError, NonFiniteError
+from diffpeft.errors import CheckpointError, NonFiniteError, joined
 from diffpeft.methods.layout import LAYOUTS
 
 MAX_RANK, MAX_SIZE, MAX_NAMES, MAX_TEXT = 1 << 16, 1 << 20, 1 << 16, 20_000
@@ -219,7 +219,7 @@ def check_fields(config: Config, where: object) -> None:
     if wrong:
         endless = all(isinstance(config[name], float) and not math.isfinite(config[name]) for name in wrong)
         raise (NonFiniteError if endless else CheckpointError)(
-            ", ".join(f"{name} is {told(config[name])}" for name in wrong[:5]),
+            joined((f"{name} is {told(config[name])}" for name in wrong), 5),
             where=where,
             remedy=f"{_allowed(wrong[:5], kinds)}.",
         )

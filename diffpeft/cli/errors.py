@@ -115,13 +115,3 @@ def _one_line(
 ) -> None:
     """A warning on stderr, in place of `warnings.showwarning`."""
     click.echo(f"warning: {message}", err=True)
-
-
-def quiet_bars() -> None:
-    """No progress bars of diffusers and transformers: ours is the only one."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for module in (diffusers.utils.logging, transformers.utils.logging):
-        module.disable_progress_bar()
-        module.set_verbosity_error()

@@ -8,7 +8,6 @@ GROUPS = {  # {heading: options}; those that are in none stand last
     "Model": ("model", "base", "vae", "text_encoder", "dtype", "quantize", "base_lora", "training_adapter"),
     "Data": (
         "data",
-        "heldout",
         "instance_prompt",
         "trigger",
         "resolution",
@@ -54,6 +53,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
     ),
     "Steps": (
         "steps",
+        "epochs",
         "batch_size",
         "accumulate",
         "optimizer",
@@ -72,7 +72,32 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "compile",
         "seed",
     ),
-    "Output and state": ("out", "name", "samples", "overwrite", "save_every", "keep", "resume", "allow"),
+    "Watch": (
+        "sample_prompt",
+        "sample_prompts",
+        "sample_every",
+        "sample_steps",
+        "sample_guidance",
+        "sample_seed",
+        "sample_first",
+        "sample_model",
+        "samples",
+        "heldout",
+        "heldout_every",
+        "best",
+        "log",
+        "log_every",
+    ),
+    "Save": (
+        "formats",
+        "save_dtype",
+        "author",
+        "description",
+        "license",
+        "push_to_hub",
+        "hub_private",
+    ),
+    "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
 }
 OTHERS = "Other options"
 _HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}

@@ -22,7 +22,8 @@ def sft(config: str | None, **typed: object) -> None:
     Example: diffpeft sft -m MODEL -d train.jsonl --heldout test.jsonl -o out
              diffpeft sft examples/llm_sft.toml --quantize nf4
     """
-    options = options_from(SftConfig, config, typed)
+    chosen = options_from(SftConfig, config, typed)
+    options = chosen.options
 
     from diffpeft.cli.progress import Progress
     from diffpeft.llm.sft_check import check
@@ -31,10 +32,10 @@ def sft(config: str | None, **typed: object) -> None:
 
     with ending(), Progress() as progress, occupied(options.output()):
         progress.phase("looking at the data")
-        checked = check(options)
+        checked = check(options, chosen.origins)
 
-        from diffpeft.cli.errors import quiet_bars
         from diffpeft.llm import sft as job
+        from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
         run = job.train(options, progress, checked)
@@ -42,3 +43,5 @@ def sft(config: str | None, **typed: object) -> None:
         files = job.save(run)
     for file in files:
         click.echo(file)
+    if options.push_to_hub:
+        click.echo(job.push(run))

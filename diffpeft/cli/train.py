@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from diffpeft.cli.groups import Grouped
-from diffpeft.cli.options import options_from, options_of
+from diffpeft.cli.options import Chosen, options_from, options_of
+from diffpeft.cli.pasted import PASTED, Pasted
 from diffpeft.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from diffpeft.train.dreambooth import TrainRun
 
 
-@click.command(cls=Grouped)
+@click.command(cls=Pasted)
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @options_of(TrainConfig)
-def train(config: str | None, **typed: object) -> None:
+@click.option(
+    "--print-config", is_flag=True, help="Print the options as a TOML file, with where each is from, and do nothing."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be trained, written and needed, and do nothing. No weight is read."
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
+@click.pass_context
+def train(
+    ctx: click.Context, config: str | None, print_config: bool, dry_run: bool, as_json: bool, **typed: object
+) -> None:
     """Train an adapter on your own images, DreamBooth-style.
 
-    CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins.
+    CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins. A job file of ai-toolkit and the
+    TOML files of sd-scripts are read too, and so are the names that they and diffusers have for options.
 
     Ctrl-C finishes the step and saves the state; diffpeft train --resume OUT goes on from it.
 
     Example: diffpeft train -m MODEL -d photos -o out --instance-prompt "a photo of sks dog"
     """
-    options = options_from(TrainConfig, config, typed)
+    chosen = options_from(TrainConfig, config, typed, ctx.meta[PASTED], complete=not print_config)
+    if print_config:
+        _print(chosen)
+        return
+    options = chosen.options
+    if dry_run:
+        _plan(chosen, as_json)
+        return
 
     from diffpeft.cli.progress import Progress
     from diffpeft.train.check import check
@@ -35,40 +54,65 @@ def train(config: str | None, **typed: object) -> None:
     from diffpeft.train.signals import ending
 
     with ending(), Progress() as progress, occupied(options.output()):
+        for note in chosen.notes:
+            progress.note(note)
         progress.phase("looking at the data")
-        checked = check(options)
+        checked = check(options, chosen.origins)
         for line in checked.account.lines():
             progress.note(line)
 
-        from diffpeft.cli.errors import quiet_bars
         from diffpeft.train import dreambooth
+        from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
         run = dreambooth.train(options, progress, checked)
         progress.phase("writing")
         files, readers = _written(run)
+        if run.best:
+            progress.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
         for name, text in readers.items():
             progress.note(f"{name}: {text}")
     for file in files:
         click.echo(file)
+    if options.push_to_hub:
+        from diffpeft.train.publish import push
+
+        click.echo(push(run))
+
+
+def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
+    """What a run would do, on stdout, and notes on stderr."""
+    from diffpeft.train.check import check
+
+    for note in chosen.notes:
+        click.echo(f"note: {note}", err=True)
+    checked = check(chosen.options, chosen.origins)
+
+    from diffpeft.cli.errors import quiet_bars
+    from diffpeft.train.dry import plan
+
+    quiet_bars()
+    planned = plan(checked.config, checked)
+    click.echo(json.dumps(planned.table(), indent=2) if as_json else planned)
+
+
+def _print(chosen: Chosen[TrainConfig]) -> None:
+    """The options as a file, on stdout, and notes on stderr."""
+    from diffpeft.train.origins import origins_of, text_of
+    from diffpeft.train.resolve import preview
+
+    for note in chosen.notes:
+        click.echo(f"note: {note}", err=True)
+    options = preview(chosen.options)
+    text = text_of(options, origins_of(chosen.options, options, chosen.origins), "diffpeft train THIS_FILE")
+    click.echo(text, nl=False)
 
 
 def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:
-    """Write the adapter and the report; the files, and which programs read them."""
-    from diffpeft.cli.errors import naming
-    from diffpeft.train import dreambooth, report
+    """Write the figures, the adapter and the page; the files, and which programs read them."""
+    from diffpeft.train import dreambooth
+    from diffpeft.train.watching import write_metrics
 
-    files = dreambooth.save(run)
-    readers = dreambooth.readers(run, files)
-    page = Path(run.config.out or "") / "report.html"
-    with naming(page):
-        report.write(
-            page,
-            title=f"diffpeft: {run.name}",
-            losses=run.losses,
-            options=run.config.resolved(),
-            files=[*files, page],
-            data=run.account.lines(),
-            readers=readers,
-        )
-    return [*files, page], readers
+    metrics = write_metrics(run)
+    files = [*dreambooth.save(run), metrics]
+    return [*files, run.config.output() / "report.html"], dreambooth.readers(run, files)

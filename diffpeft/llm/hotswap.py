@@ -19,7 +19,7 @@ from converters.formats.base import dotted_role
 from converters.formats.peft import CONFIG, PREFIX
 from diffpeft import io
 from diffpeft.bundle import Bundle, canonical
-from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, listed, shown
+from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, joined, listed, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.llm.peft_model import PeftModel, users_model
 from diffpeft.llm.state import adapter_at, config_of, tensors_in
@@ -101,7 +101,7 @@ def _refuse_keys(base: nn.Module, tensors: Mapping[str, Tensor], name: str) -> N
     places = {key: dotted_role(key.removeprefix(PREFIX)) for key in plain}
     unexpected = [key for key, place in places.items() if place and attention.read(place[0]) not in slots]
     if unexpected:
-        told = ", ".join(shown(_with_name(key, name))[1:-1] for key in unexpected[:20])
+        told = joined(shown(_with_name(key, name))[1:-1] for key in unexpected)
         raise ShapeMismatchError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {told}",
             remedy="The new adapter may be on fewer layers than the one in place, not on others.",
@@ -114,7 +114,7 @@ def _refuse_others(base: nn.Module, name: str, bundle: Bundle) -> None:
     if modules:
         raise AdapterStateError(
             f"adapter {shown(name)} trains more than layers",
-            where=listed(modules[:5]),
+            where=listed(modules, 5),
             remedy="Load the new one under another name.",
         )
     present = _canonical(base, slots_in(base, name))

@@ -227,7 +227,7 @@ def _as_one(where: str, by_expert: Experts, joint: Sequence[str], experts: int) 
     if absent:
         raise MissingKeysError(
             f"there are LoRAs for some experts only, and all of them are one parameter now: {len(absent)} are not there",
-            where=listed(absent[:5]),
+            where=listed(absent, 5),
         )
     A = [torch.cat([by_expert[part, e, "A"] for part in joint]) for e in range(experts)]
     B = [torch.block_diag(*(by_expert[part, e, "B"] for part in joint)) for e in range(experts)]

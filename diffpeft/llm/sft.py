@@ -22,13 +22,14 @@ from diffpeft.llm.kbit import prepare_model_for_kbit_training
 from diffpeft.llm.peft_model import PeftModel, get_peft_model, get_peft_model_state_dict
 from diffpeft.llm.sft_check import GGUF, CheckedTexts, check
 from diffpeft.llm.sft_config import SftConfig
+from diffpeft.llm.sft_page import Measured, SftPage
 from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
 from diffpeft.model.state import trained_parameters
 from diffpeft.model.target import targets_of
 from diffpeft.pipeline.complete import complete_model, not_loaded
 from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
-from diffpeft.train import draw, report
+from diffpeft.train import draw
 from diffpeft.train.config import target_names
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
@@ -36,7 +37,10 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import rate_of
+from diffpeft.train.origins import origins_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, rescued
+from diffpeft.train.publish import open_repository, upload
+from diffpeft.train.showing import PAGE
 from diffpeft.train.state import fingerprint, read
 from diffpeft.train.watch import Quiet, Watch
 
@@ -56,6 +60,12 @@ class SftRun:
     answers: list[dict[str, str]]
     learnt_tokens: int
     seconds: float
+    shown: SftPage
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.shown.live.path
 
 
 def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts | None = None) -> SftRun:
@@ -70,6 +80,7 @@ def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts |
 
 
 def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
+    open_repository(typed)
     start, device = time.perf_counter(), default_device()
     config = replace(
         typed,
@@ -90,23 +101,35 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
         loss = Loss(model, tokenizer.pad_token_id)
         questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)][: config.samples]
         measure = Measure(loss, tokenizer, heldout, questions, config.batch_size, watch)
-        loss_before, before = measure()
-        losses = _fitted(typed, config, loss, sequences, checked, watch)
-        loss_after, after = measure()
+        said = origins_of(typed, config, checked.origins)
+        watch.phase("measuring")
+        shown = SftPage(config, said, measure, measure.rows, bool(heldout))
+        with shown.live.told():
+            losses = _fitted(typed, config, loss, sequences, checked, shown, watch)
+            watch.phase("measuring")
+            after = shown.end()
+        model.eval()
     return SftRun(
         config,
         model,
         tokenizer,
         losses,
-        {"before": loss_before, "after": loss_after} if heldout else {},
-        measure.rows(before, after),
+        {"before": shown.before.loss, "after": after.loss} if heldout else {},
+        measure.rows(shown.before.answers, after.answers),
         sum(texts.tokens(drawn(config, sequences, step)) for step in range(config.steps)),
         time.perf_counter() - start,
+        shown,
     )
 
 
 def _fitted(
-    typed: SftConfig, config: SftConfig, loss: Loss, sequences: Sequences, checked: CheckedTexts, watch: Watch
+    typed: SftConfig,
+    config: SftConfig,
+    loss: Loss,
+    sequences: Sequences,
+    checked: CheckedTexts,
+    shown: SftPage,
+    watch: Watch,
 ) -> list[float]:
     """Train the adapter; the losses by step. Raises OSError without room for its files, DivergedError or NothingLearntError."""
     watch.phase("training")
@@ -116,9 +139,17 @@ def _fitted(
     check_room(config.output(), list(trained.values()), 1, config)
     reads = {"data": fingerprint([[example.ids for example in sequence] for sequence in sequences])}
     keeper = keeper_of(
-        typed, config, reads, lambda folder, step: model.save_pretrained(folder / "adapter"), checked.state, "sft"
+        typed,
+        config,
+        config.name_by_output(),
+        reads,
+        lambda folder, step: model.save_pretrained(folder / "adapter"),
+        checked.state,
+        "sft",
     )
-    losses = fit(job_of(config, trained, StepLoss(config, loss, sequences)), keeper, Events.of(watch, config.steps))
+    job = job_of(config, trained, StepLoss(config, loss, sequences))
+    shown.begin(job.schedule.at, checked.state, keeper.command)
+    losses = fit(job, keeper, shown.events(Events.of(watch, config.steps)), shown.live.clock)
     refuse_idle(model.get_base_model(), model.active_adapters[0], config.allow_unchanged)
     return losses
 
@@ -242,15 +273,16 @@ class Measure:
     watch: Watch
 
     @torch.no_grad()
-    def __call__(self) -> tuple[float, list[str]]:
-        """The mean loss of a learnt token (0 without held-out examples), and the answers."""
-        self.watch.phase("measuring")
+    def __call__(self) -> Measured:
+        """The mean loss of a learnt token, and the answers. The model goes on in the mode that it was in."""
+        training, total = self.loss.model.training, 0.0
         self.loss.model.eval()
-        total = 0.0
         for part in self.loss.parts([[e] for e in self.heldout], self.batch_size):
             total += part.item()
             self.watch.tick()
-        return total, [self._answer(e) for e in self.questions]
+        answers = [self._answer(e) for e in self.questions]
+        self.loss.model.train(training)
+        return Measured(total, answers)
 
     def _answer(self, example: TokenExample) -> str:
         """What the model says to an example's prompt."""
@@ -288,6 +320,12 @@ def save(run: SftRun) -> list[Path]:
     return files
 
 
+def push(run: SftRun) -> str:
+    """Upload the adapter and its card to the repository of the run; the address. Raises HubError, which says how they are uploaded by hand."""
+    files = ["adapter_*", "README.md"]
+    return upload(run.model.save_pretrained, run.config, files, f"{len(run.losses)} steps")
+
+
 def _refuse_other(model: PeftModel, file: Path) -> None:
     """Raise NothingLearntError if a file, read again, does not hold the tensors of the adapter."""
     learnt, written = get_peft_model_state_dict(model), read(file)
@@ -312,13 +350,5 @@ def _written(run: SftRun, out: Path) -> list[Path]:
     }
     with replacing(out / "metrics.json") as f:
         f.write(json.dumps(table, indent=1).encode())
-    report.write(
-        out / "report.html",
-        title=f"diffpeft: {Path(run.config.out or '').resolve().name}",
-        losses=run.losses,
-        options=run.config.resolved(),
-        files=files,
-        metrics={"heldout_loss": run.heldout_loss} if run.heldout_loss else {},
-        answers=run.answers,
-    )
+    run.shown.finished(files, out).write(out / PAGE)
     return files

@@ -37,6 +37,7 @@ from diffpeft.errors import (
     UnknownKeysError,
     UnknownNameError,
     inside,
+    joined,
     listed,
     shown,
 )
@@ -300,16 +301,14 @@ def check_module(where: str, module: nn.Module, tensors: Mapping[str, Tensor]) -
     """Raise unless these are all of a module's tensors, in its shapes and finite."""
     present = tensors_of(module)
     if other := sorted(present.keys() ^ tensors.keys()):
-        raise ShapeMismatchError(f"the module's tensors are others: {listed(other[:5])}", where=where)
+        raise ShapeMismatchError(f"the module's tensors are others: {listed(other, 5)}", where=where)
     wrong = [key for key in present if present[key].shape != tensors[key].shape]
     if wrong:
-        shapes = [
-            f"{shown(k)} is {tuple(present[k].shape)} in the model, not {tuple(tensors[k].shape)}" for k in wrong[:5]
-        ]
+        shapes = (f"{shown(k)} is {tuple(present[k].shape)} in the model, not {tuple(tensors[k].shape)}" for k in wrong)
         old, new = present[wrong[0]], tensors[wrong[0]]
         resized = isinstance(module, (nn.Embedding, nn.Linear)) and old.shape[1:] == new.shape[1:] and len(new)
         raise ShapeMismatchError(
-            f"size mismatch: {'; '.join(shapes)}",
+            f"size mismatch: {joined(shapes, 5)}",
             where=where,
             remedy=f"If the vocabulary was resized, call model.resize_token_embeddings({len(new)}) first."
             if resized

@@ -275,7 +275,7 @@ def raise_none(config: PeftConfig, names: Sequence[str], excluded: Sequence[str]
             if len(excluded) == len(names)
             else "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules and "
             f"excluded modules: {_said(config)} means nothing that is left",
-            where=f"excluded are {listed(targeted[:5])}" if targeted else "",
+            where=f"excluded are {listed(targeted, 5)}" if targeted else "",
             remedy="Loosen exclude_modules or modules_to_save.",
         )
     targets = config.target_modules
@@ -306,7 +306,7 @@ def _raise_left_out(config: PeftConfig, names: Iterable[str]) -> None:
     block = "" if pattern else _list_in(left_out)
     raise NoMatchingPeftModuleError(
         f"Target modules {_said(config)} not found in the base model: "
-        f"layers_to_transform={layers!r} leaves out {listed(left_out[:3])}",
+        f"layers_to_transform={layers!r} leaves out {listed(left_out, 3)}",
         where=f"layers_pattern={pattern!r}"
         if pattern
         else "without layers_pattern the list of blocks has to be inside another module",

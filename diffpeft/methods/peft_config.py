@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from diffpeft import files
-from diffpeft.errors import CheckpointError, ConfigError, NotBuiltError, WrongKindError, inside, near, shown
+from diffpeft.errors import CheckpointError, ConfigError, NotBuiltError, WrongKindError, inside, listed, near, shown
 
 FILE = "adapter_config.json"
 DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
@@ -298,7 +298,7 @@ class PeftConfig(Passing):
         if unknown and kind is None:
             raise WrongKindError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}",
-                where=f"It has {', '.join(map(shown, unknown[:5]))}",
+                where=f"It has {listed(unknown, 5)}",
                 remedy=f"peft_type is one of {', '.join(PeftConfig.types)}.",
             )
         if unknown:

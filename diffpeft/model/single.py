@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from diffpeft.errors import AdapterStateError, UnknownNameError, listed, shown
+from diffpeft.errors import AdapterStateError, UnknownNameError, joined, listed, shown
 from diffpeft.layers.carried import Record, record_of
 from diffpeft.model.activation import refuse_clashing_on
 from diffpeft.model.attach import mixes_of, refuse_foreign
@@ -195,7 +195,7 @@ def _plan_singles(plan: Plan, mix: Mix, singles: Sequence[tuple[Record, Single]]
     if mix.choice.rows:
         raise AdapterStateError(
             "a list of mixes is set, one a prompt",
-            where=", ".join(record.where for record, _ in singles[:1]),
+            where=joined((record.where for record, _ in singles), 1),
             remedy="Call set_adapters with one mix first.",
         )
     choice = mix.choice.with_singles({record.index: single for record, single in singles}, mix.layers, mix.adapters)

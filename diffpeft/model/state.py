@@ -129,7 +129,7 @@ def bundle_of(target: object, name: str, family: str) -> Bundle:
     if whole:
         raise CannotConvertError(
             f"adapter {shown(name)} trains more than layers",
-            where=listed(whole[:5]),
+            where=listed(whole, 5),
             remedy="Only a PEFT folder has a place for that: use PeftModel.save_pretrained.",
         )
     entries = []

@@ -238,7 +238,7 @@ def _tensors(files: Iterable[Path], folder: Path) -> dict[str, Handle]:
             continue
         handles = io.header(file)[0]
         if twice := handles.keys() & tensors.keys():
-            raise CheckpointError("two files hold the same tensors", where=f"{folder}: {listed(sorted(twice)[:3])}")
+            raise CheckpointError("two files hold the same tensors", where=f"{folder}: {listed(sorted(twice), 3)}")
         tensors |= handles
     if missing := wanted - {file.name for file in files}:
         raise UnreadableFileError("files of weights are missing", where=f"{folder}: {listed(sorted(missing))}")

@@ -67,7 +67,7 @@ def plan_replaced(
     if extra:
         raise ShapeMismatchError(
             f"adapter {shown(name)} has no tensors for {len(extra)} layers of the new one",
-            where=f"{bundle.source}: {listed(extra[:5])}",
+            where=f"{bundle.source}: {listed(extra, 5)}",
             remedy="Unload it, and load the new one.",
         )
     for component, slots in old.items():

@@ -46,7 +46,7 @@ def separated(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[nn.Module,
                 entries += [replace(entry, layer=target, rule=None) for target in entry.targets]
     if dense:
         warnings.warn(
-            f"{len(dense)} layers got whole differences from their present weights: {listed(dense[:5])}", stacklevel=5
+            f"{len(dense)} layers got whole differences from their present weights: {listed(dense, 5)}", stacklevel=5
         )
     return replace(bundle, entries=entries)
 

@@ -335,4 +335,4 @@ def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, S
         (OVERSIZED, large),
     ):
         if names:
-            warnings.warn(f"adapter {report.name!r}: {len(names)} {what}: {listed(names[:5])}", stacklevel=4)
+            warnings.warn(f"adapter {report.name!r}: {len(names)} {what}: {listed(names, 5)}", stacklevel=4)

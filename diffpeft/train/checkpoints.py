@@ -1,6 +1,6 @@
 """The states of a run on disk, as far as they are told without torch: where they are, whether they are whole, and what options they had.
 
-OUT/checkpoints/step-00000500/ is the state after 500 steps. It becomes visible by one rename when all of it is on the disk; `manifest.json` names its files
+OUT/checkpoints/NAME-step00000500/ is the state after 500 steps. It becomes visible by one rename when all of it is on the disk; `manifest.json` names its files
 with their hashes, and is the first that goes when it is taken away: a folder without one is none.
 """
 
@@ -22,7 +22,7 @@ from diffpeft.files import Json, folder, replacing
 
 FOLDER, MANIFEST, FACTS = "checkpoints", "manifest.json", "state.json"
 LATEST = "latest"
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r".+-step(\d{8,})")
 _REMEDY = "Pass --resume with another folder of checkpoints, or leave it out and begin anew with --overwrite."
 
 
@@ -73,12 +73,17 @@ def _json(path: Path) -> Json:
     return table
 
 
+def step_of(checkpoint: Path) -> int:
+    """After how many steps a state is one, by the name of its folder; 0 if that is no state's."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
+
+
 def checkpoints_in(out: Path) -> list[SavedState]:
     """The states in an output folder, the oldest first. Whether they are whole is not asked."""
     home = out / FOLDER
     folders = home.iterdir() if home.is_dir() else ()
-    numbered = ((match, path) for path in folders if (match := _NAME.fullmatch(path.name)))
-    return sorted(SavedState(int(match[1]), path) for match, path in numbered if (path / MANIFEST).is_file())
+    return sorted(SavedState(step_of(path), path) for path in folders if (path / MANIFEST).is_file() and step_of(path))
 
 
 def chosen(resume: str, out: Path | None) -> SavedState:
@@ -89,8 +94,8 @@ def chosen(resume: str, out: Path | None) -> SavedState:
     path = out if resume == LATEST else Path(resume)
     if path is None:
         raise ConfigError("--resume without --out", remedy="Pass the output folder of the run: --resume FOLDER.")
-    if (path / MANIFEST).is_file() and (match := _NAME.fullmatch(path.resolve().name)):
-        candidates = [SavedState(int(match[1]), path.resolve())]
+    if (path / MANIFEST).is_file() and (step := step_of(path.resolve())):
+        candidates = [SavedState(step, path.resolve())]
     else:
         candidates = checkpoints_in(path.parent if path.name == FOLDER else path)
     if not candidates:
@@ -111,18 +116,18 @@ def chosen(resume: str, out: Path | None) -> SavedState:
     )
 
 
-def place_of(out: Path, step: int) -> Path:
-    """Where the state after so many steps is."""
-    return out / FOLDER / f"step-{step:08d}"
+def place_of(out: Path, name: str, step: int) -> Path:
+    """Where the state of a run after so many steps is."""
+    return out / FOLDER / f"{name}-step{step:08d}"
 
 
 @contextlib.contextmanager
-def writing(out: Path, step: int) -> Iterator[Path]:
+def writing(out: Path, name: str, step: int) -> Iterator[Path]:
     """A temporary folder that becomes the checkpoint of `step` when the block ends well and all of it is on the disk. Raises OSError.
 
     It is locked meanwhile: what commits whole folders of its own writes into one inside.
     """
-    place = place_of(out, step)
+    place = place_of(out, name, step)
     if place.exists():  # of a run that went on from an earlier one, or what was left when it was taken away
         remove(place)
     with folder(place) as temporary:
@@ -158,13 +163,26 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def prune(out: Path, keep: int, done: int = sys.maxsize) -> None:
-    """Leave the last `keep` checkpoints, none of more steps than are done, and nothing of those that were half taken away."""
+def prune(out: Path, keep: int, done: int = sys.maxsize, best: int | None = None) -> None:
+    """Leave the last `keep` checkpoints and that of the `best` step, none of more steps than are done, and nothing of those that were half taken away."""
     home = out / FOLDER
     until = [checkpoint.folder for checkpoint in checkpoints_in(out) if checkpoint.step <= done]
-    last = set(until[-keep:]) if keep else set()
+    staying = {*(until[-keep:] if keep else ()), *(path for path in until if keep and step_of(path) == best)}
     for path in home.iterdir() if home.is_dir() else ():
-        if _NAME.fullmatch(path.name) and path not in last:
+        if step_of(path) and path not in staying:
             remove(path)
     if not keep and home.is_dir() and not any(home.iterdir()):
         home.rmdir()
+
+
+def state_at(out: Path, step: int | None) -> SavedState | None:
+    """The state of a step in an output folder, whatever the run was called; None if it is not there."""
+    return next((checkpoint for checkpoint in checkpoints_in(out) if checkpoint.step == step), None)
+
+
+def bring(source: Path, out: Path, step: int | None) -> None:
+    """Copy the state of a step from a run that goes on in another folder; one that is not there is none."""
+    state = state_at(source, step)
+    if state is not None and state_at(out, step) is None:
+        with folder(out / FOLDER / state.folder.name) as temporary:
+            shutil.copytree(state.folder, temporary, dirs_exist_ok=True)

@@ -3,62 +3,54 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-import converters
 import diffpeft
 from diffpeft import patterns
-from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import CaptionReading, Family, family_of, open_family
+from diffpeft.families import CaptionReading, Family, open_family
 from diffpeft.model.attach import attach
-from diffpeft.model.state import bundle_of, parameters_of, slots_of, trained_parameters
+from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
-from diffpeft.pipeline.load import save_lora
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
-from diffpeft.train import data, draw, prior
+from diffpeft.train import data, draw, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import FORMATS, Checked, check, file_of, resized, sides_of
+from diffpeft.train.check import Checked, check, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
+from diffpeft.train.journal import Logbook
 from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
-from diffpeft.train.loop import Events, fit
+from diffpeft.train.loop import Events, Keeper, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
-from diffpeft.train.optimizers import rate_of, row_of
-from diffpeft.train.outcome import check_rank, check_room, refuse_idle, refuse_unread, rescued
+from diffpeft.train.outcome import check_rank, refuse_idle
+from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.progress import shown
+from diffpeft.train.publish import open_repository
+from diffpeft.train.resolve import resolved
+from diffpeft.train.run import TrainRun
+from diffpeft.train.save import check_saving, exported, file_dtype
+from diffpeft.train.save import readers as readers
+from diffpeft.train.save import save as save
+from diffpeft.train.showing import Drawing, drawing_of, showing, told
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
-from diffpeft.train.watch import Quiet, Watch
-
-
-@dataclass
-class TrainRun:
-    """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
-
-    `account` says what the data held.
-    """
-
-    config: TrainConfig
-    family: Family
-    name: str
-    losses: list[float]
-    seconds: float
-    account: data.Account
+from diffpeft.train.usage import Stopwatch
+from diffpeft.train.watch import Watch
+from diffpeft.train.watching import judge_of, logbook_of, tabulated, with_measuring
 
 
 def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | None = None) -> TrainRun:
@@ -69,38 +61,72 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     NothingLearntError; Interrupted after a signal.
     """
     checked = checked or check(config)
-    with occupied(config.output()):
-        return _trained(config, checked, watch or Quiet())
+    with occupied(config.output()), shown(watch) as told:
+        return _trained(checked.config, checked, told)
 
 
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
-    start, device = time.perf_counter(), default_device()
+    clock, device = Stopwatch(), default_device()
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
+    open_repository(typed)
     watch.phase("looking at the model")
-    family = _opened(typed, dtype, device)
-    config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
-    checked, name = _resized(checked, sizing, watch), checked.name
-    if not config.init_from:
-        chosen_layers(config, family)
-    assembly, texts = _encoded(config, family, checked, sizing, watch)
-    watch.phase("loading the model")
-    config, unread = adapt(config, family, name), unread_layers(family, name)
-    check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
-    run = TrainRun(config, family, name, [], 0.0, checked.account)
-    keeper = keeper_of(typed, config, _reads(checked), partial(_exported, run), checked.state, "train")
-    with prepared(config, family):
-        assist(family.pipe, config.training_adapter, name)
-        parameters = trained_parameters(family.pipe, name)
-        strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
-        job = job_of(config, parameters, _loss(config, family, assembly, texts), strict=strict)
-        watch.phase("training")
-        run.losses = fit(job, keeper, Events.of(watch, config.steps))
-        dismiss(family.pipe, config.training_adapter)
+    family = opened(typed, dtype, device)
+    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
+    config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
+    checked, name = sized(checked, sizing, watch), checked.name
+    config = with_measuring(config, checked.account)
+    chosen = {} if config.init_from else chosen_layers(config, family)
+    texts = Texts(family, _live(config, family), _stores(config, family), device)
+    drawing = drawing_of(config, family, checked.prompts, chosen, texts, device)
+    said = origins.origins_of(typed, config, checked.origins)
+    origins.record(config.output(), config, said, checked.account.table())
+    done = checked.state.step if checked.state else 0
+    with contextlib.closing(logbook_of(config, name, done, clock, watch)) as log:
+        encoded = _encoded(config, family, checked, sizing, texts, drawing, watch)
+        watch.phase("loading the model")
+        config, unread = adapt(config, family, name), unread_layers(family, name)
+        said = origins.origins_of(typed, config, checked.origins)
+        run = TrainRun(config, family, name, [], 0.0, checked.account, said)
+        run.class_images = len(checked.prior.paths()) if checked.prior else 0
+        check_saving(run)
+        keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
+        with prepared(config, family):
+            assist(family.pipe, config.training_adapter, name)
+            _fitted(run, keeper, encoded, unread, log, watch, clock)
+            dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
-    refuse_idle(family.pipe, name, config.allow_unchanged, unread)
-    run.seconds = time.perf_counter() - start
+    with told(run):
+        refuse_idle(family.pipe, name, config.allow_unchanged, unread)
+    run.usage = clock.usage()
+    run.seconds = run.usage.seconds
     return run
+
+
+def _fitted(
+    run: TrainRun,
+    keeper: Keeper,
+    encoded: Encoded,
+    unread: Collection[str],
+    log: Logbook,
+    watch: Watch,
+    clock: Stopwatch,
+) -> None:
+    """Take the steps of a run, or those that are left. Raises what `fit` raises."""
+    config, family = run.config, run.family
+    parameters = trained_parameters(family.pipe, run.name)
+    strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
+    job = job_of(config, parameters, _loss(config, family, encoded.assembly, encoded.texts), strict=strict)
+    judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
+    if judge is not None:
+        keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
+    tabulated(log, config, job.optimizer, measured=judge is not None)
+    watch.phase("training")
+    shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
+    with told(run):
+        run.losses = fit(job, keeper, shown.events(replace(Events.of(watch, config.steps), log=log)), clock)
+        run.best = judge.verdict(config.steps) if judge else None
+        shown.end()
 
 
 def _reads(checked: Checked) -> dict[str, str]:
@@ -131,7 +157,7 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
             )
 
 
-def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
+def opened(config: TrainConfig, dtype: str, device: str) -> Family:
     """The model to train, none of it loaded yet, without progress bars.
 
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
@@ -149,23 +175,6 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
     return family
 
 
-def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
-    """The options with what their defaults come to."""
-    if config.class_prompt is not None and config.prior != "base":
-        config = replace(config, prior="images", num_class_images=config.num_class_images or prior.IMAGES)
-    if config.prior is not None:
-        config = replace(config, prior_weight=config.prior_weight or prior.WEIGHT)
-    return replace(
-        config,
-        name=name,
-        dtype=dtype,
-        lr=rate_of(config),
-        resolution=config.resolution or family.resolution,
-        max_length=family.max_length,
-        alpha=config.rank if config.alpha is None else config.alpha,
-    )
-
-
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     """How the sizes of training pictures follow from those of images; they must suit the model's latents."""
     sides = sides_of(config, family.resolution)
@@ -175,7 +184,7 @@ def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     return data.Sizing(sides, config.buckets, family.multiple)
 
 
-def _resized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
+def sized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
     """The account with the sizes that the model can have; what the configs did not tell is said."""
     sized = resized(checked, sizing)
     before = checked.account.lines()
@@ -198,29 +207,45 @@ def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
     return family.adaptable if config.train_text_encoder else ()
 
 
+class Encoded(NamedTuple):
+    """What a run computes before its steps: its batches, its texts, the pictures that it is measured on, if there are such, and what it draws."""
+
+    assembly: Assembly
+    texts: Texts
+    heldout: HeldoutPictures | None
+    drawing: Drawing
+
+
 def _encoded(
-    config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch
-) -> tuple[Assembly, Texts]:
-    """The batches of a run, and its texts: all that its steps will need is computed, and what computed it is given up."""
+    config: TrainConfig,
+    family: Family,
+    checked: Checked,
+    sizing: data.Sizing,
+    texts: Texts,
+    drawing: Drawing,
+    watch: Watch,
+) -> Encoded:
+    """All that the steps and samples of a run will need is computed, and what computed it is given up."""
     steps, stores = range(config.steps), _stores(config, family)
-    texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
     drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts])
-    classes = class_examples(config, family, checked.prior, watch, texts)
-    assembly = Assembly(
-        [instances, batches_of(config, classes, sizing, "class")],
-        Latents(family, stores("vae")),
-        config.noise_offset or 0.0,
-        prior_prompts(config),
-    )
+    measured = [example.caption for example in checked.account.heldout]
+    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts, *measured, *drawing.read_by(family)])
+    drawing.learn(family)
+    classes, offset = class_examples(config, family, checked.prior, watch, texts), config.noise_offset or 0.0
+    kinds, latents = [instances, batches_of(config, classes, sizing, "class")], Latents(family, stores("vae"))
+    assembly = Assembly(kinds, latents, offset, prior_prompts(config))
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
+    heldout = None
+    if checked.account.heldout:
+        heldout = HeldoutPictures(checked.account.heldout, sizing, config.seed, latents, offset)
+        heldout.learn(watch.tick)
     assembly.learn(steps, watch.tick)
     if config.cache == "disk" and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
-    return assembly, texts
+    return Encoded(assembly, texts, heldout, drawing)
 
 
 def _cache_dir(config: TrainConfig) -> Path:
@@ -353,78 +378,3 @@ def sampling_of(config: TrainConfig, family: Family) -> Sampling:
     said = {"mean": config.density_mean, "std": config.density_std, "scale": config.density_scale}
     parameters = {name: number for name, number in said.items() if number is not None}
     return Sampling(family.levels, config.density, parameters, config.shift, config.span())
-
-
-def save(run: TrainRun) -> list[Path]:
-    """Write the adapter, one file for each format that can hold it, into the output folder.
-
-    Each is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
-    Raises NothingLearntError if a file changes less than was learnt.
-    """
-    out = Path(run.config.out or "")
-    with occupied(out):
-        files = rescued(lambda folder: _written(run, folder), out, run.name)
-    for file in files:
-        refuse_unread(run.family.pipe, file, run.name, run.config.allow_unchanged)
-    return files
-
-
-def _exported(run: TrainRun, folder: Path, step: int) -> None:
-    """Write the adapter as it is after so many steps into the folder of a checkpoint."""
-    _written(run, folder, step)
-
-
-def _bundle(run: TrainRun) -> Bundle:
-    return bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
-
-
-def _written(run: TrainRun, folder: Path, step: int | None = None) -> list[Path]:
-    """Write the adapter in every format that can hold it; the paths."""
-    bundle = _bundle(run)
-    formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
-    paths = [folder / file_of(run.name, format) for format in formats]
-    for format, path in zip(formats, paths, strict=True):
-        save_lora(run.family.pipe, path, name=run.name, format=format, metadata=_metadata(run, step))
-    return paths
-
-
-def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
-    """{file: which programs read it}, and {format: why there is no such file}."""
-    bundle = _bundle(run)
-    read_by = {path.name: f"read by {', '.join(converters.inspect(path).readable_by)}" for path in files}
-    refused = {format: refusal for format in FORMATS if (refusal := converters.refusal(bundle, format))}
-    return read_by | {f"no {format} file": refusal.what for format, refusal in refused.items()}
-
-
-def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
-    """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part. `step`: of a state."""
-    config = run.config
-    return {
-        "ss_output_name": run.name,
-        "ss_network_dim": config.rank,
-        "ss_network_alpha": config.alpha,
-        "ss_learning_rate": config.lr,
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_lr_warmup_steps": config.warmup,
-        "ss_steps": len(run.losses) if step is None else step,
-        "ss_max_train_steps": config.steps,
-        "ss_seed": config.seed,
-        "ss_batch_size_per_device": config.batch_size,
-        "ss_optimizer": row_of(config.optimizer).path,
-        "ss_gradient_accumulation_steps": config.accumulate,
-        "ss_base_model_version": run.family.base_version,
-        "ss_sd_model_name": Path(config.model or "").name,
-        "ss_max_token_length": config.max_length,
-        "ss_clip_skip": config.clip_skip,
-        "ss_min_snr_gamma": config.snr_gamma,
-        "ss_noise_offset": config.noise_offset,
-        "ss_loss_type": config.loss,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": run.name,
-        "modelspec.implementation": "diffusers",
-        "modelspec.architecture": f"{run.family.architecture}/lora",
-        "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
-        "modelspec.trigger_phrase": config.trigger or config.instance_prompt or "",
-        "diffpeft.version": diffpeft.__version__,
-    }

@@ -49,6 +49,7 @@ def job_of(
 def keeper_of(
     typed: Options,
     resolved: Options,
+    name: str,
     reads: Mapping[str, str],
     export: Callable[[Path, int], object],
     checkpoint: SavedState | None,
@@ -58,6 +59,7 @@ def keeper_of(
 
     Args:
         typed, resolved: its options, and what their defaults came to.
+        name: the adapter's.
         reads: {what it reads: a fingerprint}; a run that goes on must read the same.
         command: train or sft.
 
@@ -77,7 +79,7 @@ def keeper_of(
     out = typed.output()
     facts = {"command": command, "options": plain(typed.resolved()), "resolved": now, "reads": dict(reads)}
     line = f"diffpeft {command} --resume {shlex.quote(str(out))}"
-    return Keeper(out, typed.save_every, typed.keep, facts, export, checkpoint, line)
+    return Keeper(out, name, typed.save_every, typed.keep, facts, export, checkpoint, line)
 
 
 def checked_dtype(dtype: str, device: str) -> str:

@@ -53,10 +53,12 @@ def pictures(
     return np.concatenate(out)
 
 
-def prompted(family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts as a family's pipeline takes them when its text encoders are not there."""
+def prompted(
+    family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str], negative: str | None = None
+) -> dict[str, Tensor]:
+    """Prompts, and the negative one of all, as a family's pipeline takes them when its text encoders are not there."""
     dtype = family.parts(family.denoiser).dtype
-    keywords = family.prompted(texts(prompts), texts([""] * len(prompts)))
+    keywords = family.prompted(texts(prompts), texts([negative or ""] * len(prompts)), blank=negative is None)
     return {name: t.to(dtype) for name, t in keywords.items()}
 
 

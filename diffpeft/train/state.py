@@ -1,7 +1,7 @@
 """What a run must know to go on to the same bytes, as data: tensors in safetensors files and everything else as JSON, never a pickle.
 
-adapter.safetensors has the parameters by name, optimizer.safetensors the tensors of the optimiser, ema.safetensors the averages, run.safetensors
-the losses.
+The tensors are in one file, state.safetensors: `adapter.` before the names of the parameters, `optimizer.` before those of the optimiser's tensors,
+`ema.` before those of the averages, `run.` before those of the losses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from diffpeft import io
 from diffpeft.errors import CheckpointError, ConfigError, listed
 
-ADAPTER, OPTIMIZER, EMA, RUN = (f"{name}.safetensors" for name in ("adapter", "optimizer", "ema", "run"))
+FILE = "state.safetensors"
+ADAPTER, OPTIMIZER, EMA, RUN = "adapter", "optimizer", "ema", "run"  # the parts of it
 _PLAIN = (bool, int, float, str, type(None))
 _KINDS = {"list": list, "tuple": tuple}
 
@@ -99,10 +100,23 @@ def read(path: Path) -> dict[str, Tensor]:
     return dict(zip(handles, io.load(handles.values()), strict=True))
 
 
+def write_parts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write {part: {name: tensor}} into one file, as part.name."""
+    write(path, {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()})
+
+
+def read_parts(path: Path) -> dict[str, dict[str, Tensor]]:
+    """What `write_parts` wrote; a part without tensors is empty. Raises UnreadableFileError."""
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in (ADAPTER, OPTIMIZER, EMA, RUN)}
+    for key, tensor in read(path).items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    return parts
+
+
 @torch.no_grad()
-def restore(parameters: Mapping[str, Tensor], path: Path) -> None:
-    """Give the parameters the values in a file. Raises CheckpointError if they have other names, shapes or dtypes."""
-    tensors = read(path)
+def restore(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Give the parameters the values of a file. Raises CheckpointError if they have other names, shapes or dtypes."""
     if parameters.keys() != tensors.keys():
         raise _other(path, parameters.keys() ^ tensors.keys())
     wrong = [n for n, p in parameters.items() if (p.shape, p.dtype) != (tensors[n].shape, tensors[n].dtype)]

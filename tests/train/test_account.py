@@ -111,6 +111,24 @@ def test_folders_are_entered_and_named_with_their_images(folder):
     assert "'10_sks dog' 1 image x 10" in str(account) and "out (1 image)" in str(account)
 
 
+def test_copies_are_told_by_what_they_show(folder):
+    picture = Image.effect_noise((40, 30), 60).convert("RGB")
+    saved = {}
+    for name, image, options in (
+        ("a.png", picture, {}),
+        ("b.png", picture, {"compress_level": 1}),
+        ("c.png", picture.convert("RGBA"), {}),
+        ("d.tiff", picture, {}),
+        ("e.png", picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), {}),
+        ("f.png", picture.resize((20, 15)), {}),
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, name.partition(".")[2], **options)
+        saved[name] = buffer.getvalue()
+    account = data.survey(folder(saved), "x", SQUARE)
+    assert account.duplicates == (("a.png", "b.png", "c.png", "d.tiff"),)
+
+
 def test_small_extreme_and_animated_pictures_and_copies_are_named(folder):
     frames = [Image.new("RGB", (80, 80), colour) for colour in ("red", "blue")]
     buffer = io.BytesIO()
@@ -169,7 +187,7 @@ def test_the_counts_are_data(folder):
         "images": 2, "pictures": 2, "captions": {".txt": 1, "NAME.png.txt": 1}, "unread": {".heic": 1}, "folders": {}, "duplicates": [["a.png", "c/d.png"]],
         "empty": ["a.png"], "small": ["a.png", "c/d.png"], "extreme": [], "animated": [], "unprofiled": [], "unmasked": [], "black": [], "cut": None,
         "groups": [{"folder": ".", "images": 1, "repeats": 1}, {"folder": "c", "images": 1, "repeats": 1}],
-        "buckets": [{"width": 64, "height": 64, "images": 2}], "masks": 0, "passes": None,
+        "buckets": [{"width": 64, "height": 64, "images": 2}], "heldout": [], "masks": 0, "passes": None,
     }  # fmt: skip
 
 

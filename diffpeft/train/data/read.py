@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ _SCALES = {"I": (2**8 - 1, 2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}
 class Look:
     """What one look at an image file tells: its size upright, how many frames it has, and why it cannot be read, if so.
 
-    `profiled` is False for a colour profile that cannot be read, `brightest` the largest value of a mask.
+    `profiled` is False for a colour profile that cannot be read, `brightest` the largest value of a mask, `digest` a hash of the pixels: of a JPEG of an
+    eighth of them, each the mean of 64.
     """
 
     size: Size = (0, 0)
@@ -37,6 +39,7 @@ class Look:
     error: str = ""
     profiled: bool = True
     brightest: int = 255
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,8 @@ def looked_at(path: Path) -> Look:
             file.seek(0)
             file.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             file.load()
-            if file.mode.startswith(_DEEP):
-                white_of(file)
-            return Look(upright, frames, profiled=_profile(file) is not False)
+            shown = hashlib.blake2b(_on_white(eight_bit(file)).tobytes(), digest_size=16).hexdigest()
+            return Look(upright, frames, profiled=_profile(file) is not False, digest=shown)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise what they like for a damaged file

@@ -1,0 +1,153 @@
+"""Saving what a run learnt: the adapter's files, what they say of the run, and which programs read them."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import converters
+from converters.formats import FORMATS
+from converters.hashes import hashed
+from converters.spelling import Draft
+from diffpeft.bundle import Bundle
+from diffpeft.errors import ConfigError, listed
+from diffpeft.families import Family, family_of
+from diffpeft.model.state import bundle_of, parameters_of, slots_of
+from diffpeft.train.card import write_card
+from diffpeft.train.checkpoints import checkpoints_in
+from diffpeft.train.formats import SavedFormats, asked, chosen, file_of, files_of
+from diffpeft.train.lock import occupied
+from diffpeft.train.metadata import finished, metadata_of
+from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
+from diffpeft.train.run import TrainRun
+from diffpeft.train.samples import newest_sample
+from diffpeft.train.showing import finish, told
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGE = 10**9  # parameters of a model from which on files are bf16, where nothing is said
+
+
+def save(run: TrainRun) -> list[Path]:
+    """Write the adapter, one file for each format that can hold it, and its model card into the output folder; the adapter's paths.
+
+    `run.files` are all of them.
+    Each file is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
+    Raises ConfigError for numbers that the dtype of the files does not have, NothingLearntError if a file holds something else than what was learnt.
+    """
+    out, dtype = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"]
+    with told(run):
+        refuse_too_large(run, dtype)
+        with occupied(out):
+            files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
+        for file in files:
+            refuse_unread(run.family.pipe, file, run.name, dtype)
+        run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
+        finish(run, files, readers(run, files))
+    return files
+
+
+def exported(run: TrainRun, folder: Path, step: int) -> None:
+    """Write the adapter as it is after so many steps into the folder of a checkpoint; in fp32 where it does not fit the dtype of the files."""
+    dtype = DTYPES[run.config.save_dtype or "fp32"]
+    _written(run, folder, torch.float32 if _too_large(run, dtype) else dtype, step)
+
+
+def formats_of(run: TrainRun) -> SavedFormats:
+    """What a run is saved as. Raises CannotConvertError if no format can hold its adapter."""
+    return chosen(_bundle(run), asked(run.config))
+
+
+def check_saving(run: TrainRun) -> None:
+    """Raise CannotConvertError if no format can hold what will be trained, OSError if there is no room for the files and the states."""
+    bytes_a_number = DTYPES[run.config.save_dtype or "fp32"].itemsize
+    files = len(formats_of(run).written) * bytes_a_number / torch.float32.itemsize
+    check_room(run.config.output(), parameters_of(run.family.pipe, run.name), files, run.config)
+
+
+def file_dtype(family: Family) -> str:
+    """The dtype of files where none was asked for."""
+    size = sum(p.numel() for p in family.parts.outline(family.denoiser).parameters())
+    return "bf16" if size > LARGE else "fp32"
+
+
+def refuse_too_large(run: TrainRun, dtype: torch.dtype) -> None:
+    """Raise ConfigError for layers with numbers that become infinite in a dtype; a note says where the adapter was saved in fp32."""
+    layers, out = _too_large(run, dtype), run.config.out or ""
+    if not layers:
+        return
+    again = f" diffpeft train --resume {shlex.quote(out)} --save-dtype bf16" if checkpoints_in(Path(out)) else ""
+    error = ConfigError(
+        f"save_dtype is {run.config.save_dtype}, and {len(layers)} layers have numbers that are too large for it: {listed(layers)}",
+        remedy=f"Save with --save-dtype bf16 or fp32.{again}",
+    )
+    rescue(lambda folder: _written(run, folder, torch.float32), run.name, error)
+    raise error
+
+
+def _too_large(run: TrainRun, dtype: torch.dtype) -> list[str]:
+    """The layers with numbers that become infinite in a dtype."""
+    slots = slots_of(run.family.pipe, run.name)
+    return [
+        layer for layer, slot in slots.items() if not all(t.to(dtype).isfinite().all() for t in slot.tensors.values())
+    ]
+
+
+def _bundle(run: TrainRun) -> Bundle:
+    return bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
+
+
+def _written(run: TrainRun, folder: Path, dtype: torch.dtype, step: int | None = None) -> list[Path]:
+    """Write the adapter in the formats of the run; the paths."""
+    bundle = _bundle(run)
+    places = {format: folder / file_of(run.name, format) for format in formats_of(run).written}
+    picture = newest_sample(Path(run.config.out or ""), run.step if step is None else step)
+    told, family = metadata_of(run, step, picture), family_of(run.family.pipe) or ""
+    for format, place in places.items():
+        if FORMATS[format].folder and place.is_dir():
+            shutil.rmtree(place)  # parts of an earlier adapter would be read along
+        converters.write(
+            bundle,
+            place,
+            format=format,
+            dtype=None if dtype == torch.float32 else dtype,
+            finish=partial(_finished, told=told, format=format, family=family),
+        )
+    return [*places.values()]
+
+
+def _finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -> Draft:
+    """A file with all that its metadata say; the hashes are of the metadata of training too."""
+    return hashed(finished(draft, told, format, family))
+
+
+def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
+    """{file: which programs read it}, {format: why there is no such file}, and {file in the output folder: that it is of an earlier run}."""
+    formats = formats_of(run)
+    adapters = [path for path in files if path.suffix == ".safetensors" or path.is_dir()]
+    told = {path.name: f"read by {', '.join(readers_of(path))}" for path in adapters}
+    if formats.instead:
+        told[file_of(run.name, formats.instead)] += (
+            f", and written because {_either(formats.refused)} hold this adapter"
+        )
+    out, written = Path(run.config.out or ""), {file_of(run.name, format) for format in formats.written}
+    old = [name for name in files_of(run.name) if name not in written and (out / name).exists()]
+    told |= {f"no {format} file": why for format, why in formats.refused.items()}
+    return told | {name: "of an earlier run, and not written by this one" for name in old}
+
+
+def _either(formats: Iterable[str]) -> str:
+    """What cannot, in words."""
+    *others, last = formats
+    return f"neither {', '.join(others)} nor {last} can" if others else f"{last} cannot"
+
+
+def readers_of(path: Path) -> tuple[str, ...]:
+    """The programs that read a file, or all parts of a folder."""
+    parts = converters.components_in(path) if path.is_dir() else []
+    read_by = [converters.inspect(part).readable_by for part in parts or [path]]
+    return tuple(name for name in read_by[0] if all(name in names for names in read_by))

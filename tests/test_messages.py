@@ -1,0 +1,71 @@
+"""Lists in messages are never cut in silence: `listed` and `joined` say how many more there are. Read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.test_architecture import FILES, ROOT
+
+JOINING = {"listed", "joined"}
+BETWEEN = (", ", "; ", " and ", " or ")  # names in a sentence
+NEAREST = {"converters/engine.py"}  # names the likeliest three of many, as `near` does
+
+
+def cut(expression: ast.expr) -> bool:
+    """Whether an expression is the beginning of a sequence: names[:5]."""
+    return (
+        isinstance(expression, ast.Subscript)
+        and isinstance(expression.slice, ast.Slice)
+        and bool(expression.slice.upper)
+    )
+
+
+def sources(argument: ast.expr):
+    """What the texts of an argument are made from: itself, the arguments of a map, what a comprehension walks over."""
+    yield argument
+    if isinstance(argument, ast.Call):
+        for inner in argument.args:
+            yield from sources(inner)
+    if isinstance(argument, (ast.GeneratorExp, ast.ListComp, ast.SetComp)):
+        for generator in argument.generators:
+            yield from sources(generator.iter)
+
+
+def cuts_in(text: str) -> list[int]:
+    """The lines on which a cut sequence is joined into a text."""
+    return [
+        call.lineno
+        for call in ast.walk(ast.parse(text))
+        if isinstance(call, ast.Call) and joins(call.func)
+        if any(cut(source) for argument in call.args for source in sources(argument))
+    ]
+
+
+def joins(function: ast.expr) -> bool:
+    """Whether a function makes a list of names in a sentence: listed, joined, ", ".join."""
+    if isinstance(function, ast.Attribute):
+        between = function.value.value if isinstance(function.value, ast.Constant) else ""
+        return function.attr == "join" and between in BETWEEN
+    return isinstance(function, ast.Name) and function.id in JOINING
+
+
+def test_no_list_in_a_message_is_cut_in_silence():
+    files = [path for path in FILES if path.relative_to(ROOT).as_posix() not in NEAREST | {"diffpeft/errors.py"}]
+    lines = {path.name: cuts_in(path.read_text(encoding="utf-8")) for path in files}
+    assert not {name: numbers for name, numbers in lines.items() if numbers}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "', '.join(names[:3])",
+        "listed(list(names)[:3])",
+        "', '.join(map(shown, names[:5]))",
+        "joined(f(n) for n in names[: MOST])",
+    ],
+)
+def test_what_counts_as_cut(text):
+    assert cuts_in(text) == [1]
+    assert not cuts_in(text.replace("[:3]", "").replace("[:5]", "").replace("[: MOST]", ""))
