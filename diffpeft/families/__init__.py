@@ -6,16 +6,26 @@ from collections.abc import Iterable, Mapping
 
 from diffpeft.errors import WrongBaseError
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
+from diffpeft.families.chroma import Chroma
 from diffpeft.families.flux import Flux
+from diffpeft.families.flux2 import Flux2
 from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
+from diffpeft.families.qwen_image import QwenImage
+from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
+from diffpeft.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sd15": StableDiffusion,
     "sd2": StableDiffusion2,
     "sdxl": StableDiffusionXL,
     "flux": Flux,
+    "flux2": Flux2,
+    "z_image": ZImage,
+    "qwen_image": QwenImage,
+    "chroma": Chroma,
+    "sd3": StableDiffusion3,
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -140,7 +150,7 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
         )
     assert family is not None
     kind = FAMILIES[family]
-    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels")
+    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
     if read and made and read != made * kind.packing**2:
         raise WrongBaseError(
             f"its denoiser reads {read} channels and not the {made * kind.packing**2} of an image: it cannot be trained",

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffpeft.families import Conditions, Family
+from diffpeft.families.prompts import stacked
 from diffpeft.train.data import Example, View
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
@@ -108,11 +109,9 @@ class Texts:
         for encoder in self.live:
             conditions |= self.family.embed(encoder, prompts)
         for encoder in self.stores:
-            rows = {prompt: self._row(encoder, prompt) for prompt in prompts}
-            names = rows[prompts[0]]
-            conditions |= {
-                name: torch.stack([rows[prompt][name] for prompt in prompts]).to(self.device) for name in names
-            }
+            rows = {prompt: self._row(encoder, prompt) for prompt in dict.fromkeys(prompts)}
+            batch = stacked([rows[prompt] for prompt in prompts])
+            conditions |= {name: t.to(self.device) if t.is_floating_point() else t for name, t in batch.items()}
         return conditions
 
     def _row(self, encoder: str, prompt: str) -> Conditions:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffpeft.families import Conditions, Family
+from diffpeft.families.base import Prompted
 
 STRENGTHS = (0.0, 0.5, 1.0)
 _CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
@@ -53,11 +54,19 @@ def pictures(
     return np.concatenate(out)
 
 
-def prompted(family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str]) -> dict[str, Tensor]:
+def prompted(family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str]) -> Prompted:
     """Prompts as a family's pipeline takes them when its text encoders are not there."""
-    dtype = family.parts(family.denoiser).dtype
+    model = family.parts(family.denoiser)
+
+    def told(value: Tensor | list[Tensor] | int) -> Tensor | list[Tensor] | int:
+        if isinstance(value, list):
+            return [v.to(model.device, model.dtype) for v in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+
     keywords = family.prompted(texts(prompts), texts([""] * len(prompts)))
-    return {name: t.to(dtype) for name, t in keywords.items()}
+    return {name: told(value) for name, value in keywords.items()}
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,166 @@ def _flux(guided: bool, **scheduler: Any) -> Any:
     )
 
 
+# -- transformers that read language models ------------------------------------------------------------------------------
+
+_LLM = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+_CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{{ m['content'][0]['text'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def _chat() -> Any:
+    """A tokenizer with a template for conversations, which reads as much as it is told."""
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
+    tokenizer.chat_template, tokenizer.model_max_length = _CHAT, 4096
+    return tokenizer
+
+
+def _llm(kind: str, layers: int, **config: Any) -> Any:
+    """A language model of transformers by the beginning of its classes' names."""
+    ids = {"vocab_size": len(_tokenizer()), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    settings = getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, **_LLM, **ids, **config)
+    return getattr(transformers, f"{kind}Model")(settings)
+
+
+def _statistics(vae: Any) -> Any:
+    """A VAE with random statistics of its batch norm."""
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def _vae2() -> Any:
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    widths = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1}
+    return _statistics(diffusers.AutoencoderKLFlux2(**widths, **kinds))
+
+
+def _flux2(guided: bool) -> Any:
+    return (diffusers.Flux2Pipeline if guided else diffusers.Flux2KleinPipeline)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=_vae2(),
+        text_encoder=_llm("Qwen3", 31 if guided else 28),
+        tokenizer=_chat(),
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            guidance_embeds=guided,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
+    )
+
+
+def _z_image(**scheduler: Any) -> Any:
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_llm("Qwen3", 2),
+        tokenizer=_chat(),
+        transformer=diffusers.ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[8, 4, 4],
+            axes_lens=[600, 64, 64],
+        ),
+    )
+
+
+def _t5(kind: str = "T5", **config: Any) -> Any:
+    settings = {**_T5, **config}
+    return getattr(transformers, f"{kind}EncoderModel")(
+        getattr(transformers, f"{kind}Config")(vocab_size=len(_tokenizer()), **settings)
+    )
+
+
+_CLIPS_OF_FRAMES = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False],
+    "latents_mean": [0.1, -1, 2, 0],
+    "latents_std": [1.0, 2, 0.5, 3],
+}
+
+
+def _qwen_image(**scheduler: Any) -> Any:
+    return diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, **scheduler),
+        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
+        text_encoder=_llm("Qwen3", 2),
+        tokenizer=_chat(),
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def _chroma() -> Any:
+    return diffusers.ChromaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_t5(),
+        tokenizer=_chat(),
+        transformer=diffusers.ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+    )
+
+
+def _sd3(large: bool, **scheduler: Any) -> Any:
+    three = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if large else {}
+    return diffusers.StableDiffusion3Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=_vae(scaling_factor=1.5305, shift_factor=0.0609, latent_channels=4),
+        text_encoder=_clip(projected=True),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=_t5(d_model=96) if large else None,
+        tokenizer_3=_chat() if large else None,
+        transformer=diffusers.SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            caption_projection_dim=32,
+            joint_attention_dim=96,
+            pooled_projection_dim=48,
+            pos_embed_max_size=48,
+            **three,
+        ),
+    )
+
+
 _STATISTICS = {"scaling_factor": 0.5, "latents_mean": [0.1, -1, 2, 0], "latents_std": [1.0, 2, 0.5, 3]}
 # {kind: (family, makes a pipeline)}
 KINDS: dict[str, tuple[str, Any]] = {
@@ -135,6 +295,15 @@ KINDS: dict[str, tuple[str, Any]] = {
     "flux dev, linear shift": ("flux", lambda: _flux(True, **_DYNAMIC, time_shift_type="linear")),
     "flux schnell": ("flux", lambda: _flux(False, shift=1.0)),
     "flux, fixed shift": ("flux", lambda: _flux(False, shift=3.0)),
+    "flux2 dev": ("flux2", lambda: _flux2(True)),
+    "flux2 klein": ("flux2", lambda: _flux2(False)),
+    "z_image": ("z_image", lambda: _z_image(shift=3.0)),
+    "z_image, dynamic shift": ("z_image", lambda: _z_image(**_DYNAMIC)),
+    "qwen_image": ("qwen_image", lambda: _qwen_image(base_image_seq_len=256, max_image_seq_len=8192)),
+    "chroma": ("chroma", _chroma),
+    "sd3": ("sd3", lambda: _sd3(False, shift=3.0)),
+    "sd3.5": ("sd3", lambda: _sd3(True, shift=3.0)),
+    "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import diffusers
@@ -32,14 +33,19 @@ RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scri
     "sd2, v": (1e-2, "stable-diffusion-v2-768-v", "sd_v2_v"),
     "sdxl, v and zero-terminal SNR": (1e-2, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
     "flux dev": (1e-2, "flux-1-dev", "flux1"),
+    "z_image": (1e-2, "Z-Image", "z_image"),
+    "flux2 klein": (1e-2, "Flux.2-klein", "flux_2_klein"),
 }
+QUICK = ("sd15", "sd2, v", "sdxl, v and zero-terminal SNR", "flux dev", "z_image", "flux2 klein")  # others run in `make test-all`
+READ = {"flux2 klein": 40, "flux2 dev": 40, "z_image": 40}  # {kind: how many tokens of captions are read: less than usual, for speed}
+BLOCKS = r"attentions\.|transformer_blocks\.|^(layers|blocks)\."  # where layers are that presets choose
 ENCODERS = {  # {kind: what else is trained}
     "sdxl, v and zero-terminal SNR": {"text_encoder", "text_encoder_2"},
     "flux dev": {"text_encoder"},
 }
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=[kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in RUNS])
 def run(request, tmp_path_factory):
     """A finished run of 60 steps on 4 images."""
     folder = tmp_path_factory.mktemp("run")
@@ -60,6 +66,7 @@ def run(request, tmp_path_factory):
         targets="attn-mlp",
         lr=RUNS[request.param][0],
         train_text_encoder=request.param in ENCODERS,
+        max_length=READ.get(request.param),
     )
     torch.manual_seed(0)
     finished = dreambooth.train(config)
@@ -107,7 +114,8 @@ def test_the_files_say_what_model_they_are_for(run):
 def answer(family):
     """What the denoiser says to a fixed input."""
     g = torch.Generator().manual_seed(3)
-    x, prompts = torch.randn(2, 4, 16, 16, generator=g), ["a picture of cat_face", ""]
+    latents, _ = family.encode(torch.zeros(1, 3, 32, 32))
+    x, prompts = torch.randn(2, *latents.shape[1:], generator=g), ["a picture of cat_face", ""]
     frames = [Frame((40, 60), (0, 4), (32, 32))] * 2
     t = family.levels.noised(x, x, torch.tensor([0.3, 0.8])).t
     return family.predict(x, t, embedded(family, prompts) | family.framed(frames))
@@ -138,11 +146,14 @@ def test_presets_choose_what_the_diffusers_example_and_sd_scripts_train(run):
     chosen = {preset: dreambooth.chosen_layers(replace(config, targets=preset), family) for preset in PRESETS}
     names = {preset: set(select({"m": model}, **of[family.denoiser])["m"]) for preset, of in chosen.items()}
     assert names["attn"] < names["attn-mlp"] < names["full"]
-    assert all("attentions." in name or "transformer_blocks." in name for name in names["attn-mlp"])
+    assert all(re.search(BLOCKS, name) for name in names["attn-mlp"])
+    unread = family.unread.get(family.denoiser, "")
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and ".attn" in name:
+        if not isinstance(layer, nn.Linear) or not re.search(BLOCKS, name) or re.fullmatch(unread, name):
+            continue
+        if re.search(r"\.(attn\d?|(self_)?attention)\.", name):
             assert name in names["attn"]
-        if isinstance(layer, nn.Linear) and "transformer_blocks." in name and ".norm" not in name:
+        if not re.search(r"attentions\.|\.norm|modulation|_mod\.", name):
             assert name in names["attn-mlp"]
 
 

@@ -1,0 +1,72 @@
+"""Qwen-Image (Alibaba 2025): streams of image patches and of texts side by side, a language model's hidden states without those of the template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diffpeft.families.base import CaptionReading, Conditions, Prompted
+from diffpeft.families.devices import sent
+from diffpeft.families.dit import Transformer, in_blocks, tells
+from diffpeft.families.latents import encoded
+from diffpeft.families.patches import packed, unpacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffpeft.families.parts import Component, Parts
+
+
+class QwenImage(Transformer):
+    """The training side of a QwenImagePipeline. Its VAE is one of clips: an image is a clip of one frame."""
+
+    name = "Qwen-Image"
+    pipelines = ("QwenImagePipeline",)
+    presets = in_blocks(
+        r"transformer_blocks\.\d+",
+        r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
+        r"(img|txt)_mlp\.net\.(0\.proj|2)",
+    )
+    packing = 2
+    side = 1328
+    most_tokens = 1024
+    architecture = "Qwen-Image"
+    base_version = "qwen_image"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        last = parts.configs[self.denoiser]["num_layers"] - 1
+        stream = r"attn\.(add_q_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2)"
+        self.unread = {self.denoiser: rf"transformer_blocks\.{last}\.({stream})"}  # of texts: what comes out of it
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
+        mean, std = encoded(self.parts("vae"), pixels.unsqueeze(2))
+        return mean.squeeze(2), std.squeeze(2)
+
+    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+        """Hidden states [n, width] of the prompt, as many as it has tokens."""
+        import torch
+
+        texts, _ = self.pipe.encode_prompt([prompt], device, max_sequence_length=self.max_length)
+        return {"text": texts[0], "length": torch.tensor(texts.shape[1])}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """The transformer reads patches; of shorter texts a mask says what is filled up."""
+        shape = (1, *(side // self.patch for side in x.shape[2:]))
+        mask = tells(read)
+        answer = model(
+            hidden_states=packed(x),
+            timestep=t.to(x.dtype),
+            guidance=None,
+            encoder_hidden_states=read["text"],
+            encoder_hidden_states_mask=None if mask is None else sent(mask.long(), x.device),
+            img_shapes=[[shape]] * len(x),
+            return_dict=False,
+        )[0]
+        return unpacked(answer, x.shape)
+
+    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+        """As a QwenImagePipeline takes prompts."""
+        masks = {"prompt_embeds_mask": tells(prompts), "negative_prompt_embeds_mask": tells(blank)}
+        texts = {"prompt_embeds": prompts["text"], "negative_prompt_embeds": blank["text"]}
+        return texts | {name: mask.long() for name, mask in masks.items() if mask is not None}
