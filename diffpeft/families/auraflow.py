@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diffpeft.families.base import Conditions, Prompted
-from diffpeft.families.dit import Transformer, in_blocks
+from diffpeft.families.dit import Transformer, in_blocks, masked_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,21 +28,16 @@ class AuraFlow(Transformer):
     base_version = "auraflow"
 
     def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
-        """T5's hidden states [n, width], and a mask which the pipeline asks for and does not read."""
-        text, mask, *_ = self.pipe.encode_prompt(
+        """T5's hidden states [n, width]."""
+        text, *_ = self.pipe.encode_prompt(
             [prompt], do_classifier_free_guidance=False, device=device, max_sequence_length=self.max_length
         )
-        return {"text": text[0], "mask": mask[0]}
+        return {"text": text[0]}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """Time is the share of noise."""
         return model(x, encoder_hidden_states=read["text"], timestep=t.to(x.dtype), return_dict=False)[0]
 
     def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
-        """As an AuraFlowPipeline takes prompts. It repeats masks that have the states' width, and those with one number a token are short for it."""
-        return {
-            "prompt_embeds": prompts["text"],
-            "prompt_attention_mask": prompts["mask"],
-            "negative_prompt_embeds": blank["text"],
-            "negative_prompt_attention_mask": blank["mask"],
-        }
+        """As an AuraFlowPipeline takes prompts. It asks for masks, and does not read them."""
+        return masked_prompts(*({**texts, "mask": texts["text"].new_ones(texts["text"].shape[:2])} for texts in (prompts, blank)))

@@ -57,17 +57,17 @@ class CogView4(Transformer):
         }
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
-        """Time is a thousand times the share of noise. Texts of each length are asked for together."""
+        """Time is a thousand times the level: as the pipeline says it, before the shift. Texts of each length are asked for together."""
         import torch
 
-        read, out = dict(read), torch.empty_like(x)
+        read, out, time = dict(read), torch.empty_like(x), 1000 * self.levels.place(t, x.shape)
         lengths, text = read.pop("length"), read.pop("text")
         for length in lengths.unique().tolist():
             places = (lengths == length).nonzero()[:, 0].to(x.device)
             answer = model(
                 hidden_states=x[places],
                 encoder_hidden_states=text[places, :length],
-                timestep=1000 * t[places],
+                timestep=time[places],
                 **{name: sizes[places] for name, sizes in read.items()},
                 return_dict=False,
             )[0]

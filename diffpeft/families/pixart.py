@@ -49,8 +49,13 @@ class PixArt(Transformer):
         return Sizes(size * pixels if size and pixels else None, pixels * cls.patch if pixels else None)
 
     def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
-        """T5's hidden states [n, width], and which are no filling [n]."""
-        text, mask, *_ = self.pipe.encode_prompt([prompt], False, device=device, max_sequence_length=self.max_length)
+        """T5's hidden states [n, width], and which are no filling [n]. The pipelines clean captions where they have the libraries for it."""
+        from diffusers.utils import is_bs4_available, is_ftfy_available
+
+        cleaned = is_bs4_available() and is_ftfy_available()
+        text, mask, *_ = self.pipe.encode_prompt(
+            [prompt], False, device=device, clean_caption=cleaned, max_sequence_length=self.max_length
+        )
         return {"text": text[0], "mask": mask[0]}
 
     def framed(self, frames: Sequence[Frame]) -> Conditions:

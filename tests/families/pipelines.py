@@ -131,9 +131,9 @@ _CHAT = (
 )
 
 
-def _chat() -> Any:
-    """A tokenizer with a template for conversations, which reads as much as it is told."""
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
+def _chat(side: str = "right") -> Any:
+    """A tokenizer with a template for conversations, which reads as much as it is told and fills up at a side."""
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", padding_side=side)
     tokenizer.chat_template, tokenizer.model_max_length = _CHAT, 4096
     return tokenizer
 
@@ -282,6 +282,126 @@ def _sd3(large: bool, **scheduler: Any) -> Any:
     )
 
 
+def _lumina2(**scheduler: Any) -> Any:
+    return diffusers.Lumina2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=_chat(),
+        transformer=diffusers.Lumina2Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            cap_feat_dim=16,
+            axes_dim_rope=(4, 4, 8),
+            axes_lens=(300, 64, 64),
+        ),
+    )
+
+
+def _pixart(alpha: bool) -> Any:
+    return (diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline)(
+        scheduler=diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False),
+        vae=_vae(scaling_factor=0.13025),
+        text_encoder=_t5(),
+        tokenizer=_chat(),
+        transformer=diffusers.PixArtTransformer2DModel(
+            sample_size=128 if alpha else 16,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            caption_channels=32,
+        ),
+    )
+
+
+def _sana(**scheduler: Any) -> Any:
+    return diffusers.SanaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=diffusers.AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=[1, 1],
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            upsample_block_type="interpolate",
+            downsample_block_type="stride_conv",
+            scaling_factor=0.41407,
+        ),
+        text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=_chat(),
+        transformer=diffusers.SanaTransformer2DModel(
+            sample_size=32,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+        ),
+    )
+
+
+def _auraflow() -> Any:
+    return diffusers.AuraFlowPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=_vae(scaling_factor=0.13025),
+        text_encoder=_t5("UMT5"),
+        tokenizer=_chat(),
+        transformer=diffusers.AuraFlowTransformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            num_mmdit_layers=2,
+            num_single_dit_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=1024,
+        ),
+    )
+
+
+def _cogview4() -> Any:
+    return diffusers.CogView4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+        vae=_vae(scaling_factor=0.5),
+        text_encoder=_llm("Glm", 2),
+        tokenizer=_chat("left"),
+        transformer=diffusers.CogView4Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            text_embed_dim=16,
+            time_embed_dim=16,
+            condition_dim=8,
+            rope_axes_dim=(16, 16),
+        ),
+    )
+
+
 _STATISTICS = {"scaling_factor": 0.5, "latents_mean": [0.1, -1, 2, 0], "latents_std": [1.0, 2, 0.5, 3]}
 # {kind: (family, makes a pipeline)}
 KINDS: dict[str, tuple[str, Any]] = {
@@ -303,6 +423,13 @@ KINDS: dict[str, tuple[str, Any]] = {
     "chroma": ("chroma", _chroma),
     "sd3": ("sd3", lambda: _sd3(False, shift=3.0)),
     "sd3.5": ("sd3", lambda: _sd3(True, shift=3.0)),
+    "lumina2": ("lumina2", lambda: _lumina2(shift=6.0)),
+    "lumina2, dynamic shift": ("lumina2", lambda: _lumina2(**_DYNAMIC)),
+    "pixart alpha": ("pixart", lambda: _pixart(True)),
+    "pixart sigma": ("pixart", lambda: _pixart(False)),
+    "sana": ("sana", lambda: _sana(shift=3.0)),
+    "auraflow": ("auraflow", _auraflow),
+    "cogview4": ("cogview4", _cogview4),
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 
