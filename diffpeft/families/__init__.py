@@ -10,8 +10,13 @@ from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.chroma import Chroma
 from diffpeft.families.cogview4 import CogView4
+from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux
 from diffpeft.families.flux2 import Flux2
+from diffpeft.families.hidream import HiDream
+from diffpeft.families.ideogram4 import Ideogram4
+from diffpeft.families.krea2 import Krea2
+from diffpeft.families.ltx import LTX
 from diffpeft.families.lumina2 import Lumina2
 from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.sana import Sana
@@ -20,6 +25,7 @@ from diffpeft.families.pixart import PixArt
 from diffpeft.families.qwen_image import QwenImage
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
+from diffpeft.families.wan import Wan
 from diffpeft.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {  # those that can be trained
@@ -37,6 +43,12 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sana": Sana,
     "auraflow": AuraFlow,
     "cogview4": CogView4,
+    "hidream": HiDream,
+    "krea2": Krea2,
+    "ideogram4": Ideogram4,
+    "ernie_image": ErnieImage,
+    "wan": Wan,
+    "ltx": LTX,
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -91,6 +103,9 @@ _PIPELINES = {
     "CogVideoX": "cogvideox",
     "HiDream": "hidream",
     "CogView4": "cogview4",
+    "Krea2": "krea2",
+    "Ideogram4": "ideogram4",
+    "ErnieImage": "ernie_image",
 }
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}

@@ -40,8 +40,7 @@ class QwenImage(Transformer):
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
-        mean, std = encoded(self.parts("vae"), pixels.unsqueeze(2))
-        return mean.squeeze(2), std.squeeze(2)
+        return of_one_frame(self.parts("vae"), pixels)
 
     def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
         """Hidden states [n, width] of the prompt, as many as it has tokens."""
@@ -70,3 +69,9 @@ class QwenImage(Transformer):
         masks = {"prompt_embeds_mask": tells(prompts), "negative_prompt_embeds_mask": tells(blank)}
         texts = {"prompt_embeds": prompts["text"], "negative_prompt_embeds": blank["text"]}
         return texts | {name: mask.long() for name, mask in masks.items() if mask is not None}
+
+
+def of_one_frame(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents [b, c, h / f, w / f] of images [b, 3, h, w], by a VAE of clips."""
+    mean, std = encoded(vae, pixels.unsqueeze(2))
+    return mean.squeeze(2), std.squeeze(2)

@@ -402,6 +402,165 @@ def _cogview4() -> Any:
     )
 
 
+def _hidream() -> Any:
+    pipe = diffusers.HiDreamImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_clip(projected=True),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=_t5(d_model=16),
+        tokenizer_3=_chat(),
+        text_encoder_4=_llm("Llama", 2, attn_implementation="eager"),
+        tokenizer_4=_chat(),
+        transformer=diffusers.HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            caption_channels=[16, 16],
+            text_emb_dim=48,
+            num_routed_experts=2,
+            num_activated_experts=1,
+            axes_dims_rope=(4, 4, 8),
+            max_resolution=(32, 32),
+            llama_layers=[0, 1],
+        ),
+    )
+    pipe.default_sample_size = 22.63  # it draws pictures of one area, here that of the tests
+    return pipe
+
+
+def _vl(layers: int) -> Any:
+    """Qwen3-VL without much of its eyes."""
+    text = {**_LLM, "vocab_size": len(_tokenizer()), "num_hidden_layers": layers}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    eyes["deepstack_visual_indexes"] = [0]
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=eyes))
+
+
+def _krea2(distilled: bool) -> Any:
+    return diffusers.Krea2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, max_image_seq_len=6400),
+        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
+        text_encoder=_vl(3),
+        tokenizer=_chat(),
+        text_encoder_select_layers=(1, 3),
+        is_distilled=distilled,
+        transformer=diffusers.Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=24,
+            timestep_embed_dim=16,
+            text_hidden_dim=16,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            text_intermediate_size=24,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def _ideogram4() -> Any:
+    kind = {"in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    kind |= {"intermediate_size": 24, "adaln_dim": 8, "llm_features_dim": 13 * 16, "mrope_section": (4, 2, 2)}
+    return diffusers.Ideogram4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=_vae2(),
+        text_encoder=_vl(36),
+        tokenizer=_chat(),
+        transformer=diffusers.Ideogram4Transformer2DModel(**kind),
+        unconditional_transformer=diffusers.Ideogram4Transformer2DModel(**kind),
+    )
+
+
+def _ernie_image() -> Any:
+    pipe = diffusers.ErnieImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae2(),
+        text_encoder=_llm("Qwen3", 2),
+        tokenizer=_chat(),
+        transformer=diffusers.ErnieImageTransformer2DModel(
+            hidden_size=32,
+            num_attention_heads=2,
+            num_layers=2,
+            ffn_hidden_size=48,
+            in_channels=16,
+            out_channels=16,
+            text_in_dim=16,
+            rope_axes_dim=(4, 4, 8),
+        ),
+    )
+    for parameter in pipe.transformer.parameters():
+        if not parameter.any():  # zeros, as models begin
+            torch.nn.init.normal_(parameter, std=0.3)
+    return pipe
+
+
+def _wan(**config: Any) -> Any:
+    return diffusers.WanPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=diffusers.AutoencoderKLWan(**_CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        text_encoder=_t5("UMT5"),
+        tokenizer=_chat(),
+        transformer=diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+        ),
+        **config,
+    )
+
+
+def _ltx() -> Any:
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, False, False, False),
+        decoder_spatio_temporal_scaling=(True, False, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        patch_size=2,
+    )
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2.0)
+    return diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=vae,
+        text_encoder=_t5(),
+        tokenizer=_chat(),
+        transformer=diffusers.LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=32,
+        ),
+    )
+
+
 _STATISTICS = {"scaling_factor": 0.5, "latents_mean": [0.1, -1, 2, 0], "latents_std": [1.0, 2, 0.5, 3]}
 # {kind: (family, makes a pipeline)}
 KINDS: dict[str, tuple[str, Any]] = {
@@ -430,6 +589,14 @@ KINDS: dict[str, tuple[str, Any]] = {
     "sana": ("sana", lambda: _sana(shift=3.0)),
     "auraflow": ("auraflow", _auraflow),
     "cogview4": ("cogview4", _cogview4),
+    "hidream": ("hidream", _hidream),
+    "krea2": ("krea2", lambda: _krea2(False)),
+    "krea2, distilled": ("krea2", lambda: _krea2(True)),
+    "ideogram4": ("ideogram4", _ideogram4),
+    "ernie_image": ("ernie_image", _ernie_image),
+    "wan": ("wan", _wan),
+    "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
+    "ltx": ("ltx", _ltx),
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 
