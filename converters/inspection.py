@@ -14,26 +14,11 @@ from converters.families import Table
 from converters.formats import FORMATS
 from converters.formats.base import table_of
 from converters.opening import Opened, Source, opened
+from converters.readers import readers
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, trigger_words
 from diffpeft.errors import inside
 from diffpeft.methods.shapes import rank
-
-# which programs read a format as it is: {format: (of LoRA and DoRA, of the other methods)}
-READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "kohya": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
-    "diffusers": (("diffusers", "ComfyUI"), ()),
-    "peft": (("PEFT", "transformers"), ("PEFT",)),
-    "kohya-diffusers": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
-    "comfyui": (("ComfyUI",), ("ComfyUI",)),
-    "lycoris": (("LyCORIS", "ComfyUI"), ("LyCORIS", "ComfyUI")),
-    "diffusers-old": (("diffusers", "ComfyUI"), ()),
-    "xlabs": (("x-flux", "ComfyUI", "diffusers"), ()),
-    "bfl": (("diffusers", "ComfyUI"), ("diffusers", "ComfyUI")),
-    "safeloras": (("cloneofsimo/lora",), ()),
-    "onetrainer": (("OneTrainer", "ComfyUI", "diffusers"), ("OneTrainer", "ComfyUI")),
-}
-
 
 _BIASES = frozenset({"diff_b", "lora_B_bias"})  # that are zero does not make a layer dead
 
@@ -106,23 +91,11 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
         carried=tuple(key for key in tensors if key not in fits.parts),
         trigger_words=trigger_words(metadata),
         metadata=metadata,
-        readable_by=readers(fits.format, methods, families[0]),
+        readable_by=readers(fits.format, methods, families[0], shapes, metadata),
         norms=measured.norms,
         dead=measured.dead,
         nonfinite=measured.nonfinite,
     )
-
-
-def readers(format: str, methods: Collection[str], family: str = "any") -> tuple[str, ...]:
-    """The programs that read these methods in a format. diffusers drops the magnitudes of a DoRA that is not in its own. What they make of a model of
-    an unknown family nobody knows, but that PEFT asks the model itself.
-    """
-    low_rank, others = READERS[format]
-    if not family and not FORMATS[format].folder:
-        return ()
-    if not {*methods} <= {"lora", "dora"}:
-        return others
-    return tuple(name for name in low_rank if name != "diffusers" or format == name or "dora" not in methods)
 
 
 def _grouped(

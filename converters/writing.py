@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,14 +22,23 @@ if TYPE_CHECKING:
     import torch
 
 
-def write(bundle: Bundle, path: str | os.PathLike[str], *, format: str, dtype: torch.dtype | None = None) -> None:
+def write(
+    bundle: Bundle,
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    dtype: torch.dtype | None = None,
+    finish: Callable[[Draft], Draft] = lambda draft: draft,
+) -> None:
     """Write a Bundle as a file or folder of another format, whole or not at all. `dtype` casts the factors; alphas keep theirs.
+
+    `finish` is asked for the last word on each file: what else its metadata say.
 
     Raises CannotConvertError, which names the layers, the reason and the formats that can hold the adapter.
     """
     UnknownNameError.check("format", format, FORMATS)
     check_path(path)
-    plans = {component: planned(part, dtype) for component, part in files(bundle, format, path).items()}
+    plans = {component: finish(planned(part, dtype)) for component, part in files(bundle, format, path).items()}
     store(plans, path, format)
 
 
@@ -52,8 +61,13 @@ def files(bundle: Bundle, format: str, path: str | os.PathLike[str]) -> dict[str
     if not several:
         return {"": held(bundle, format)}
     _refuse_strangers(Path(path), components)
+    return by_component(bundle, format)
+
+
+def by_component(bundle: Bundle, format: str) -> dict[str, Held]:
+    """{component: what the format makes of it}, each for itself."""
     parts: dict[str, Held] = {}
-    for component in components:
+    for component in dict.fromkeys(parted(e.layer)[0] for e in bundle.entries):
         entries = [entry for entry in bundle.entries if parted(entry.layer)[0] == component]
         part = replace(bundle, entries=entries, carried={} if parts else bundle.carried)
         parts[component] = held(part, format, bundle)

@@ -73,6 +73,7 @@ __all__ = [
     "scalar",
     "scaled",
     "stacked",
+    "start_of",
     "together",
 ]
 
@@ -170,11 +171,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: 
     """
     if "__metadata__" in tensors:
         raise CannotConvertError("no tensor can be called '__metadata__' in a safetensors file", where=path)
-    table: Json = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for key, h in tensors.items():
-        start, end = end, end + nbytes(h)
-        table[key] = {"dtype": h.dtype, "shape": list(h.shape), "data_offsets": [start, end]}
+    table, end = _table_of(tensors, metadata)
     text = _header_of(table, path)
     with replacing(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
@@ -193,6 +190,21 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Handle], metadata: 
             raise CannotConvertError("tensors have other sizes than their shapes say", where=path)
         for file in files:
             file.check()
+
+
+def start_of(tensors: Mapping[str, Handle], metadata: Mapping[str, str]) -> int:
+    """Where the first tensor's bytes begin in a file of these. Raises CannotConvertError as `save` does."""
+    return 8 + len(_header_of(_table_of(tensors, metadata)[0], "a file of these tensors"))
+
+
+def _table_of(tensors: Mapping[str, Handle], metadata: Mapping[str, str]) -> tuple[Json, int]:
+    """What a header says of tensors that lie one behind the other, and where the last one ends."""
+    table: Json = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, h in tensors.items():
+        start, end = end, end + nbytes(h)
+        table[key] = {"dtype": h.dtype, "shape": list(h.shape), "data_offsets": [start, end]}
+    return table, end
 
 
 def _header_of(table: Json, path: str | os.PathLike[str]) -> bytes:

@@ -14,7 +14,8 @@ import diffpeft
 from diffpeft.cli import cli
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import open_pipeline
-from diffpeft.train.config import TrainConfig, from_toml
+from diffpeft.train.config import TrainConfig
+from diffpeft.train.config_files import from_toml
 from tests.llm.models import model
 
 ROOT = Path(__file__).parent.parent

@@ -19,11 +19,14 @@ _READ = (
     "instance_prompt",
     "trigger",
     "mask",
+    "heldout",
     "resolution",
     "buckets",
     "max_length",
     "batch_size",
     "steps",
+    "seed",
+    "epochs",
 )
 
 
@@ -47,5 +50,5 @@ def check(folders: tuple[str, ...], as_json: bool, **typed: Any) -> None:
     from diffpeft.train.check import account_of
 
     values = {name: value for name, value in typed.items() if value not in (None, ())}
-    account = account_of(TrainConfig(data=folders, **values), steps="steps" in values)
+    account = account_of(TrainConfig(data=folders, **values), steps=not values.keys().isdisjoint(("steps", "epochs")))
     click.echo(json.dumps(account.table(), indent=2) if as_json else account)

@@ -8,7 +8,6 @@ GROUPS = {  # {heading: options}; those that are in none stand last
     "Model": ("model", "base", "vae", "text_encoder", "dtype", "quantize", "base_lora", "training_adapter"),
     "Data": (
         "data",
-        "heldout",
         "instance_prompt",
         "trigger",
         "resolution",
@@ -54,6 +53,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
     ),
     "Steps": (
         "steps",
+        "epochs",
         "batch_size",
         "accumulate",
         "optimizer",
@@ -71,6 +71,13 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "gradient_checkpointing",
         "compile",
         "seed",
+    ),
+    "Watch": (
+        "heldout",
+        "heldout_every",
+        "best",
+        "log",
+        "log_every",
     ),
     "Output and state": ("out", "name", "samples", "overwrite", "save_every", "keep", "resume", "allow"),
 }

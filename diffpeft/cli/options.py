@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import Field, fields
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Any, Generic
 
 import click
 
-from diffpeft.errors import UnknownNameError, near
+from diffpeft.errors import ConfigError, UnknownNameError, near, shown
 from diffpeft.files import Json
 from diffpeft.train.checkpoints import LATEST
-from diffpeft.train.config import PATHS, AnyOptions, hint, values_of
+from diffpeft.train.config import PATHS, AnyOptions
+from diffpeft.train.config_files import Said, data_pairs, said_by, said_in
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import OPTIMIZERS
+from diffpeft.train.origins import COMMAND, RESUMED
+from diffpeft.train.other_names import hint, words
 from diffpeft.train.resume import remembered
+from diffpeft.train.translate import key_of
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
@@ -92,9 +97,67 @@ def _type_of(option: Field[object]) -> click.ParamType | type | None:
     return Numbers() if option.metadata["several"] == "commas" else _TYPES[kind]
 
 
-def options_from(kind: type[AnyOptions], config: str | None, typed: Mapping[str, Any]) -> AnyOptions:
-    """The options of a file, replaced by what was typed; where a run goes on, those of neither are the run's. Checked."""
+@dataclass
+class Chosen(Generic[AnyOptions]):
+    """The options of a run, where those that were said are from, and what people should know."""
+
+    options: AnyOptions
+    origins: dict[str, str]
+    notes: list[str]
+
+
+def options_from(
+    kind: type[AnyOptions],
+    config: str | None,
+    typed: Mapping[str, Any],
+    pasted: Sequence[tuple[str, object]] = (),
+    complete: bool = True,
+) -> Chosen[AnyOptions]:
+    """The options of a file, replaced by what was typed; where a run goes on, those of neither are the run's. Checked.
+
+    Args:
+        pasted: what was typed by the names of another trainer.
+        complete: whether all that a run needs must be there.
+
+    Raises ConfigError, also for an option that was typed by both names with two values, or UnknownNameError.
+    """
     values = {name: value for name, value in typed.items() if value not in (None, ())}
-    options = kind(**remembered(kind, (values_of(config, kind) if config else {}) | values))
-    options.validate()
-    return options
+    config, pasted = _with_files(config, pasted)
+    file = said_in(config, kind) if config else Said()
+    line = said_by(pasted, {f.name for f in fields(kind)}) if pasted else Said()
+    for name in values.keys() & line.values.keys() - line.implied:
+        _check_equal(name, values[name], line)
+    for name in line.implied & (file.values.keys() - file.implied):
+        del line.values[name]
+    said = remembered(kind, file.values | line.values | values)
+    origins = dict.fromkeys(said, RESUMED) | file.origins
+    origins |= {name: line.origins[name] for name in line.values} | dict.fromkeys(values, COMMAND)
+    options = kind(**said)
+    options.validate() if complete else options.check_values()
+    return Chosen(options, origins, file.notes + line.notes)
+
+
+def _with_files(
+    config: str | None, pasted: Sequence[tuple[str, object]]
+) -> tuple[str | None, list[tuple[str, object]]]:
+    """The file of options and what was pasted, with what sd-scripts' files of data sets say."""
+    pairs: list[tuple[str, object]] = []
+    for name, value in pasted:
+        if key_of(name) == "config_file":
+            path = Path(str(value))
+            config = str(path if path.exists() else path.with_suffix(".toml"))
+        elif key_of(name) == "dataset_config":
+            pairs += data_pairs(Path(str(value)))
+        else:
+            pairs.append((name, value))
+    return config, pairs
+
+
+def _check_equal(name: str, value: object, line: Said) -> None:
+    """Raise ConfigError if an option was typed by both names, with two values."""
+    theirs = line.values[name]
+    if value != theirs and [value] != theirs and list(words(value)) != list(words(theirs)):
+        raise ConfigError(
+            f"{name} is {shown(value)} and {line.origins[name].removeprefix('alias ')} is {shown(theirs)}: they are one option",
+            remedy="Leave one of them out.",
+        )

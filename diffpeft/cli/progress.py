@@ -23,6 +23,7 @@ class Progress:
         self.start = time.monotonic()
         self.text, self.done, self.total, self.loss = "starting", 0, 0, float("nan")
         self.training = self.start
+        self.beside: dict[str, float] = {}
         self.bar: Any = None
         self.stop = threading.Event()
 
@@ -68,6 +69,9 @@ class Progress:
         smooth = loss if done == 1 else 0.95 * self.loss + 0.05 * loss
         self.done, self.total, self.loss = done, total, smooth
         self._show(at_once=done in (1, total))
+
+    def figures(self, **numbers: float) -> None:
+        self.beside |= numbers
 
     def tick(self) -> None:
         self._show()

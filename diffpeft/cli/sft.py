@@ -22,7 +22,7 @@ def sft(config: str | None, **typed: object) -> None:
     Example: diffpeft sft -m MODEL -d train.jsonl --heldout test.jsonl -o out
              diffpeft sft examples/llm_sft.toml --quantize nf4
     """
-    options = options_from(SftConfig, config, typed)
+    options = options_from(SftConfig, config, typed).options
 
     from diffpeft.cli.progress import Progress
     from diffpeft.llm.sft_check import check

@@ -13,6 +13,7 @@ from diffpeft.pipeline.open import check_exists
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.resume import begin
+from diffpeft.train.trackers import logs_of
 
 GGUF = ".gguf"
 FILES = ("adapter_model.safetensors", "adapter_config.json")  # what a run writes
@@ -32,6 +33,7 @@ def check(config: SftConfig) -> CheckedTexts:
     config.validate()
     if config.method not in CONFIGS:
         raise UnknownNameError.of("method", config.method, CONFIGS)
+    logs_of(config)
     checkpoint = begin(config, config.output(), FILES)
     model = str(config.model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():

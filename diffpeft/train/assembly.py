@@ -47,9 +47,10 @@ class Assembly:
             share = batches.size // parts
             for shown in batches.at(step)[part * share : (part + 1) * share]:
                 by_size.setdefault(shown.view.target, []).append((batches, shown))
-        return [self._batch(places) for places in by_size.values()]
+        return [self.batch(places) for places in by_size.values()]
 
-    def _batch(self, places: Sequence[tuple[Batches, Shown]]) -> Batch:
+    def batch(self, places: Sequence[tuple[Batches, Shown]]) -> Batch:
+        """What is shown at these places, pictures of one size, as tensors."""
         examples = [batches.examples[shown.index] for batches, shown in places]
         keys = [shown.key for _, shown in places]
         moments = [self.latents(example, shown.view) for example, (_, shown) in zip(examples, places, strict=True)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,14 @@ from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
+from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
+from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.resume import begin
+from diffpeft.train.trackers import logs_of
 
-FORMATS = ("diffusers", "kohya")  # in which the adapter is saved
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -50,27 +53,49 @@ _FIRST_LAYERS = {
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may begin: the adapter's name, the account of its images, its class images, if it has any, and the state that it goes on from."""
+    """A run that may begin: the adapter's name, the account of its images, its class images, if it has any, and the state that it goes on from.
+
+    `config` are its options, with the steps that its epochs come to; `origins` says where those that were said are from.
+    """
 
     name: str
     account: Account
     prior: prior.ClassImages | None
-    state: SavedState | None = None
+    state: SavedState | None
+    config: TrainConfig
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
-def check(config: TrainConfig) -> Checked:
-    """All checks that need no model. Raises ConfigError, UnknownNameError, DataError or CheckpointError."""
+def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Checked:
+    """All checks that need no model. `origins`: where options are from. Raises ConfigError, UnknownNameError, DataError or CheckpointError."""
     config.validate()
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
     name = _name(config)
-    state = begin(config, out, [file_of(name, format) for format in FORMATS])
+    asked(config)
+    files = files_of(name)
+    if not config.resume:  # told before the data is read
+        begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
-    known = _trainable(config)
+    known = sizes_of(config)
     prior_prompts(config)
-    account, planned = surveyed(config, known), prior.planned(config)
-    return Checked(name, _with_cut(account, config), planned, state)
+    logs_of(config)
+    account = surveyed(config, known)
+    config = with_steps(config, account)
+    state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
+    account = replace(_with_cut(account, config), steps=(config.steps, config.batch_size * config.accumulate))
+    return Checked(name, account, planned, state, config, origins or {})
+
+
+def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
+    """The options with the steps that their epochs come to, as sd-scripts counts them: steps for all pictures, rounded up, for each epoch."""
+    if config.epochs is None:
+        return config
+    steps = -(-account.pictures // (config.batch_size * config.accumulate)) * config.epochs
+    config = replace(config, steps=steps, epochs=None)
+    config.check_values()
+    return config
 
 
 def _with_cut(account: Account, config: TrainConfig) -> Account:
@@ -84,11 +109,6 @@ def _with_cut(account: Account, config: TrainConfig) -> Account:
     return replace(account, cut=names, tokens=most)
 
 
-def file_of(name: str, format: str) -> str:
-    """What the file of an adapter is called in a format."""
-    return f"{name}.{format}.safetensors"
-
-
 def account_of(config: TrainConfig, steps: bool) -> Account:
     """The account of data alone: of a config that may lack a model and an output. `steps`: whether its steps were asked for.
 
@@ -98,10 +118,11 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
     known = Sizes(None, None)
     if config.model:
         check_model(config.model, config.base, config.vae, config.text_encoders())
-        known = _trainable(config)
+        known = sizes_of(config)
     account = surveyed(config, known)
     account = _with_cut(account, config) if config.model else account
-    return account if steps else replace(account, steps=None)
+    config = with_steps(config, account)
+    return replace(account, steps=(config.steps, config.batch_size * config.accumulate) if steps else None)
 
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
@@ -115,15 +136,26 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
             remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
         )
     sides = sides_of(config, known.resolution)
+    part = part_of(config.heldout) if config.heldout is not None else None
+    others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
         config.data or (),
         config.instance_prompt,
         data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
         trigger=config.trigger,
         mask=config.mask,
-        skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir) if folder],
+        skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
     )
-    return replace(account, steps=(config.steps, config.batch_size * config.accumulate))
+    return account if part is None else _with_heldout(account, part, config)
+
+
+def _with_heldout(account: Account, part: float | int | Path, config: TrainConfig) -> Account:
+    """The account with images that are held out. Raises DataError or ConfigError."""
+    if not isinstance(part, Path):
+        return split(account, part, config.seed)
+    others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
+    entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
+    return beside(replace(account, folders=entered), others)
 
 
 def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:
@@ -143,7 +175,7 @@ def _name(config: TrainConfig) -> str:
     return config.name
 
 
-def _trainable(config: TrainConfig) -> Sizes:
+def sizes_of(config: TrainConfig) -> Sizes:
     """What the configs tell of the sizes of the model's images. Raises WrongBaseError if it cannot be trained."""
     path = Path(str(config.model))
     source = (config.base if path.is_file() else config.model) or ""

@@ -163,13 +163,26 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def prune(out: Path, keep: int, done: int = sys.maxsize) -> None:
-    """Leave the last `keep` checkpoints, none of more steps than are done, and nothing of those that were half taken away."""
+def prune(out: Path, keep: int, done: int = sys.maxsize, best: int | None = None) -> None:
+    """Leave the last `keep` checkpoints and that of the `best` step, none of more steps than are done, and nothing of those that were half taken away."""
     home = out / FOLDER
     until = [checkpoint.folder for checkpoint in checkpoints_in(out) if checkpoint.step <= done]
-    last = set(until[-keep:]) if keep else set()
+    staying = {*(until[-keep:] if keep else ()), *(path for path in until if keep and step_of(path) == best)}
     for path in home.iterdir() if home.is_dir() else ():
-        if step_of(path) and path not in last:
+        if step_of(path) and path not in staying:
             remove(path)
     if not keep and home.is_dir() and not any(home.iterdir()):
         home.rmdir()
+
+
+def state_at(out: Path, step: int | None) -> SavedState | None:
+    """The state of a step in an output folder, whatever the run was called; None if it is not there."""
+    return next((checkpoint for checkpoint in checkpoints_in(out) if checkpoint.step == step), None)
+
+
+def bring(source: Path, out: Path, step: int | None) -> None:
+    """Copy the state of a step from a run that goes on in another folder; one that is not there is none."""
+    state = state_at(source, step)
+    if state is not None and state_at(out, step) is None:
+        with folder(out / FOLDER / state.folder.name) as temporary:
+            shutil.copytree(state.folder, temporary, dirs_exist_ok=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from diffpeft.errors import ConfigError, UnknownNameError, near, shown
-from diffpeft.files import Json
+from diffpeft.errors import ConfigError, near, shown
 
 
 def option(
@@ -123,6 +121,11 @@ class Options:
         "With --resume, names of options that may have other values than the run was started with.",
         needs="resume",
     )
+    log: str | Sequence[str] = option(
+        "csv",
+        "Where the numbers of each step go, with commas: csv (OUT/metrics.csv), tensorboard, wandb or another tracker of accelerate's; none.",
+    )
+    log_every: int = option(1, "Steps between two rows of them.", at_least=1)
     allow_unchanged: str | Sequence[str] | None = option(
         None, "Layers that may end without a change, by names or patterns; any other is an error."
     )
@@ -142,7 +145,7 @@ class Options:
                 continue
             _check_type(f.name, value, str(f.type))
             _check_value(f.name, value, meta)
-            if meta["needs"] and getattr(self, meta["needs"]) in (None, False):
+            if meta["needs"] and value is not False and getattr(self, meta["needs"]) in (None, False):
                 raise ConfigError(
                     f"{f.name} without {meta['needs']}, and so it would do nothing",
                     remedy=f"Pass --{_flag(meta['needs'])} too, or leave --{_flag(f.name)} out.",
@@ -153,7 +156,7 @@ class Options:
                     f"{name} with lr_scheduler {self.lr_scheduler}, and so it would do nothing",
                     remedy=f"Pass --lr-scheduler {needed}, or leave --{_flag(name)} out.",
                 )
-        if self.warmup > self.steps:
+        if self.warmup > self.steps and getattr(self, "epochs", None) is None:
             raise ConfigError(
                 f"warmup is {self.warmup} and steps is {self.steps}: the learning rate would never be reached",
                 remedy="Warm up in a part of the steps.",
@@ -194,6 +197,22 @@ class TrainConfig(Options):
         "May be repeated; DIR:3 counts three times.",
         required=True,
         several="repeated",
+    )
+    heldout: str | float | None = option(
+        None,
+        "Images that are measured on and not trained on: a share of the data (0.1), how many of it (3), or a folder of others.",
+    )
+    heldout_every: int | None = option(
+        None,
+        "Steps between two measurements; default: ten in a run, less where they would take more than a fifth of its time.",
+        at_least=1,
+        needs="heldout",
+    )
+    best: str | None = option(
+        None,
+        "Which step's adapter a run ends with: that of the lowest held-out loss (the default with --heldout), or the last.",
+        choices=("heldout", "last"),
+        needs="heldout",
     )
     instance_prompt: str | None = option(None, "The caption of images without a caption of their own.")
     trigger: str | None = option(None, "The word for what is learnt: [trigger] in captions and prompts stands for it.")
@@ -264,6 +283,9 @@ class TrainConfig(Options):
         None, "Read captions off an earlier layer of CLIP: 1 is the last, 2 the one before it.", at_least=1
     )
     train_text_encoder: bool = option(False, "Adapt the text encoder too.")
+    epochs: int | None = option(
+        None, "Instead of --steps: how often all pictures are passed through, each time in whole steps.", at_least=1
+    )
     batch_size: int = option(1, "Images a pass (as many class images come on top).", at_least=1)
     base_lora: str | Sequence[str] | None = option(
         None, "Adapters that the base is trained with, FILE:STRENGTH with commas; what is learnt is without them."
@@ -298,6 +320,22 @@ class TrainConfig(Options):
     sigma_range: str | Sequence[float] | None = option(None, "Train only where the share of noise lies between: 0.5,1.")
     prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+    formats: str | Sequence[str] = option(
+        "diffusers,kohya",
+        "What the adapter is saved as: diffusers, kohya, comfyui, kohya-diffusers, lycoris, onetrainer, xlabs, peft (a folder), with commas.",
+    )
+    save_dtype: str | None = option(
+        None,
+        "The dtype of the files; default: fp32, and bf16 for models of more than a billion parameters. States are fp32.",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    author: str | None = option(None, "Who made it: in the files and the model card.")
+    description: str | None = option(None, "What it is: in the files and the model card.")
+    license: str | None = option(None, "Its licence, as the Hub calls it: in the files and the model card.")
+    push_to_hub: str | None = option(
+        None, "A repository of the Hub, me/dog, that files, model card and samples are uploaded to at the end."
+    )
+    hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
     def check_values(self) -> None:
         """Beside what all runs check: options that only go with others, and the range of noise."""
@@ -310,6 +348,8 @@ class TrainConfig(Options):
                         f"{name} without class_prompt or prior base, and so it would do nothing",
                         remedy=f"Pass --class-prompt or --prior base, or leave --{_flag(name)} out.",
                     )
+        if self.epochs is not None and self.steps != TrainConfig.steps:
+            raise ConfigError("steps with epochs: both say how long to train", remedy="Leave one of them out.")
         if self.debiased and self.snr_gamma is not None:
             raise ConfigError("debiased with snr_gamma: both weight the loss", remedy="Leave one of them out.")
         for name, of, needed in _ONLY_WITH:
@@ -370,7 +410,7 @@ def _check_type(name: str, value: object, declared: str) -> None:
         for entry in value:
             _check_type(name, entry, entries)
         return
-    kinds, words = _KINDS[declared.partition(" ")[0]]
+    kinds, words = _accepted(declared)
     if (
         not isinstance(value, kinds)
         or (isinstance(value, bool) and bool not in kinds)
@@ -378,6 +418,12 @@ def _check_type(name: str, value: object, declared: str) -> None:
     ):
         said = shown(value) if isinstance(value, str) else str(value)  # '2' is a text, 2.0 a number
         raise ConfigError(f"{name} is {said}", remedy=f"It is {words}.")
+
+
+def _accepted(declared: str) -> tuple[tuple[type, ...], str]:
+    """What a declared type accepts, and in words."""
+    known = [_KINDS[kind] for kind in declared.split(" | ") if kind in _KINDS]
+    return tuple(kind for accepted, _ in known for kind in accepted), ", or ".join(words for _, words in known)
 
 
 def _check_value(name: str, value: object, meta: Mapping[str, Any]) -> None:
@@ -437,170 +483,35 @@ PATHS = {  # the options that are paths
     "init_from",
     "cache_dir",
 }
-# {what sd-scripts, diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}
+# {what diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}: those that other_names.TABLE does not translate
 OTHER_NAMES: dict[str, str] = {
-    "learning_rate": "lr",
-    "unet_lr": "lr",
-    "network_dim": "rank",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "r": "rank",
-    "dim": "rank",
-    "network_alpha": "alpha",
-    "lora_alpha": "alpha",
-    "network_dropout": "dropout",
-    "lora_dropout": "dropout",
-    "network_module": "method",
-    "lora_layers": "targets",
-    "target_modules": "targets",
-    "max_train_steps": "steps",
     "max_steps": "steps",
-    "num_train_steps": "steps",
-    "max_train_epochs": "steps, which are not epochs",
-    "num_train_epochs": "steps, which are not epochs",
-    "epochs": "steps, which are not epochs",
-    "train_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulate",
-    "lr_warmup_steps": "warmup",
     "warmup_steps": "warmup",
     "warmup_ratio": "warmup, in steps",
-    "lr_scheduler_type": "lr_scheduler",
-    "adam_weight_decay": "weight_decay",
-    "max_norm": "max_grad_norm",
-    "min_snr_gamma": "snr_gamma",
-    "debiased_estimation_loss": "debiased",
-    "loss_type": "loss",
     "huber_delta": "huber_c",
-    "offset_noise": "noise_offset",
-    "weighting_scheme": "density",
-    "timestep_sampling": "density",
-    "logit_mean": "density_mean, where above 0 is noisier: diffusers' has the other sign",
-    "logit_std": "density_std",
-    "mode_scale": "density_scale",
-    "discrete_flow_shift": "shift",
-    "training_shift": "shift",
-    "base_weights": "base_lora",
-    "assistant_lora_path": "training_adapter",
-    "pretrained_model_name_or_path": "model",
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "instance_data_dir": "data",
-    "train_data_dir": "data",
-    "image_dir": "data",
-    "dataset": "data",
-    "dataset_name": "data",
-    "train_file": "data",
     "validation_file": "heldout",
+    "validation_split": "heldout",
+    "val_split": "heldout",
+    "validation_data_dir": "heldout",
+    "eval_data_dir": "heldout",
+    "validate_every_n_steps": "heldout_every",
+    "eval_every": "heldout_every",
+    "eval_steps": "heldout_every",
+    "load_best_model_at_end": "best, which is heldout or last",
+    "keep_best": "best, which is heldout or last",
+    "log_with": "log",
+    "report_to": "log",
+    "logging_steps": "log_every",
     "eval_file": "heldout",
-    "class_data_dir": "class_data",
-    "reg_data_dir": "class_data",
-    "prior_loss_weight": "prior_weight",
-    "with_prior_preservation": "class_prompt, which switches it on",
-    "caption_dropout_rate": "caption_dropout",
-    "random_flip": "flip",
-    "shuffle_caption": "shuffle_captions",
-    "enable_bucket": "buckets, which are on",
-    "trigger_word": "trigger",
-    "cache_latents": "cache, which is ram, disk or none",
-    "cache_latents_to_disk": "cache, which is ram, disk or none",
-    "cache_text_encoder_outputs": "cache, which is ram, disk or none",
-    "random_crop": "crop, which is center or random",
-    "center_crop": "crop, which is center or random",
-    "alpha_mask": "mask, which is alpha or a folder",
-    "masked_loss": "mask, which is alpha or a folder",
-    "conditioning_data_dir": "mask",
-    "class_tokens": "instance_prompt",
-    "dataset_repeats": "data, as DIR:3",
-    "num_repeats": "data, as DIR:3",
-    "repeats": "data, as DIR:3",
-    "flip_aug": "flip",
-    "num_cycles": "lr_cycles",
-    "lr_num_cycles": "lr_cycles",
-    "lr_scheduler_num_cycles": "lr_cycles",
-    "lr_scheduler_power": "lr_power",
-    "optimizer_type": "optimizer",
     "optim": "optimizer",
     "optim_args": "optimizer_args",
-    "use_8bit_adam": "optimizer, which adamw8bit is one of",
-    "loraplus_lr_ratio": "lora_plus_ratio",
-    "use_ema": "ema, which is the decay",
-    "ema_decay": "ema",
-    "checkpointing_steps": "save_every",
-    "save_every_n_steps": "save_every",
+    "num_cycles": "lr_cycles",
     "save_steps": "save_every",
-    "checkpoints_total_limit": "keep",
-    "save_last_n_steps": "keep, which is a number of states",
     "save_total_limit": "keep",
-    "resume_from_checkpoint": "resume",
-    "overwrite_output_dir": "overwrite",
-    "network_weights": "init_from",
-    "lora_weights": "init_from",
-    "output_dir": "out",
-    "output_name": "name",
-    "mixed_precision": "dtype, which is fp32, bf16 or fp16",
     "bf16": "dtype, which is fp32, bf16 or fp16",
     "max_seq_length": "max_length",
-    "max_token_length": "max_length",
     "load_in_4bit": "quantize, which is nf4 or int8",
     "load_in_8bit": "quantize, which is nf4 or int8",
     "qlora": "quantize, which is nf4 or int8",
 }
-
-
-def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """What an option that another program has is called here; empty if it is not known, or not one of `known`. `--` makes it a flag."""
-    ours, comma, remark = OTHER_NAMES.get(name.strip("-").replace("-", "_").lower(), "").partition(",")
-    spelt = prefix + _flag(ours) if prefix else ours
-    return f"Here that is {spelt}{comma}{remark}." if ours in set(known) else ""
-
-
-def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyOptions] = TrainConfig) -> AnyOptions:  # type: ignore[assignment]
-    """The options in a TOML file, replaced by `overrides`. Raises ConfigError or UnknownNameError."""
-    return kind(**values_of(path, kind) | dict(overrides))
-
-
-def values_of(path: str | Path, kind: type[Options]) -> Json:
-    """{option: value} of a TOML file. Raises ConfigError or UnknownNameError."""
-    path = Path(path)
-    values = _read_toml(path)
-    known = {f.name for f in fields(kind)}
-    for name in values:
-        if name.replace("-", "_") not in known:
-            error = UnknownNameError.of("option", name, known, where=path)
-            raise UnknownNameError(error.what, where=path, remedy=f"{hint(name, known)} {error.remedy}".strip())
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    for name in PATHS & values.keys():
-        paths = values[name] if isinstance(values[name], list) else [values[name]]
-        if any(
-            re.search(r"[\a\b\f\n\r\t\v]", str(path)) for path in paths
-        ):  # "C:\temp" in double quotes: its \t is a tab
-            raise ConfigError(f"{name} is {shown(values[name])}", where=path, remedy=_BACKSLASHES)
-    return values
-
-
-_BACKSLASHES = "Between double quotes a backslash is doubled; or use single quotes: 'C:\\photos'."
-
-
-def _read_toml(path: Path) -> Json:
-    """The table in a TOML file. Raises ConfigError, which says what to do about backslashes."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file: {error.strerror}", where=path) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"the config file is no UTF-8 text ({error})", where=path, remedy="Save it as UTF-8."
-        ) from error
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the config file is no TOML ({error})", where=path, remedy=_toml_remedy(text)) from error
-
-
-def _toml_remedy(text: str) -> str:
-    """What to do about a text with backslashes in double quotes, where TOML takes them for escapes: Windows paths."""
-    lines = [n for n, line in enumerate(text.splitlines(), 1) if re.search(r'"[^"]*\\[^"]*"', line)]
-    if not lines:
-        return 'A line is: name = value, and texts stand in quotes: out = "folder".'
-    return f"Line {lines[0]}: {_BACKSLASHES[0].lower()}{_BACKSLASHES[1:]}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,33 +17,37 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, open_family
 from diffpeft.model.attach import attach
-from diffpeft.model.state import parameters_of, slots_of, trained_parameters
+from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
-from diffpeft.train import data, draw, prior
+from diffpeft.train import data, draw, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import FORMATS, Checked, check, resized, sides_of
+from diffpeft.train.check import Checked, check, resized, sides_of
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
+from diffpeft.train.journal import Logbook
 from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
-from diffpeft.train.loop import Events, fit
+from diffpeft.train.loop import Events, Keeper, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
-from diffpeft.train.optimizers import rate_of
-from diffpeft.train.outcome import check_rank, check_room, refuse_idle
+from diffpeft.train.outcome import check_rank, refuse_idle
+from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.resolve import resolved
 from diffpeft.train.run import TrainRun
-from diffpeft.train.save import exported
+from diffpeft.train.save import check_saving, exported, file_dtype
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
+from diffpeft.train.usage import Stopwatch
 from diffpeft.train.watch import Quiet, Watch
+from diffpeft.train.watching import judge_of, logbook_of, tabulated, with_measuring
 
 
 def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | None = None) -> TrainRun:
@@ -56,37 +59,65 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     """
     checked = checked or check(config)
     with occupied(config.output()):
-        return _trained(config, checked, watch or Quiet())
+        return _trained(checked.config, checked, watch or Quiet())
 
 
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
-    start, device = time.perf_counter(), default_device()
+    clock, device = Stopwatch(), default_device()
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
     watch.phase("looking at the model")
     family = _opened(typed, dtype, device)
-    config, sizing = resolved(typed, checked.name, dtype, family), sizing_of(typed, family)
+    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
+    config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
     checked, name = _resized(checked, sizing, watch), checked.name
+    config = with_measuring(config, checked.account)
     if not config.init_from:
         chosen_layers(config, family)
-    assembly, texts = _encoded(config, family, checked, sizing, watch)
-    watch.phase("loading the model")
-    config, unread = adapt(config, family, name), unread_layers(family, name)
-    check_room(config.output(), parameters_of(family.pipe, name), len(FORMATS), config)
-    run = TrainRun(config, family, name, [], 0.0, checked.account)
-    keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
-    with prepared(config, family):
-        assist(family.pipe, config.training_adapter, name)
-        parameters = trained_parameters(family.pipe, name)
-        strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
-        job = job_of(config, parameters, _loss(config, family, assembly, texts), strict=strict)
-        watch.phase("training")
-        run.losses = fit(job, keeper, Events.of(watch, config.steps))
-        dismiss(family.pipe, config.training_adapter)
+    said = origins.origins_of(typed, config, checked.origins)
+    origins.record(config.output(), config, said, checked.account.table())
+    done = checked.state.step if checked.state else 0
+    with contextlib.closing(logbook_of(config, name, done, clock, watch)) as log:
+        encoded = _encoded(config, family, checked, sizing, watch)
+        watch.phase("loading the model")
+        config, unread = adapt(config, family, name), unread_layers(family, name)
+        said = origins.origins_of(typed, config, checked.origins)
+        run = TrainRun(config, family, name, [], 0.0, checked.account, said)
+        run.class_images = len(checked.prior.paths()) if checked.prior else 0
+        check_saving(run)
+        keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
+        with prepared(config, family):
+            assist(family.pipe, config.training_adapter, name)
+            _fitted(run, keeper, encoded, unread, log, watch, clock)
+            dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
     refuse_idle(family.pipe, name, config.allow_unchanged, unread)
-    run.seconds = time.perf_counter() - start
+    run.usage = clock.usage()
+    run.seconds = run.usage.seconds
     return run
+
+
+def _fitted(
+    run: TrainRun,
+    keeper: Keeper,
+    encoded: Encoded,
+    unread: Collection[str],
+    log: Logbook,
+    watch: Watch,
+    clock: Stopwatch,
+) -> None:
+    """Take the steps of a run, or those that are left. Raises what `fit` raises."""
+    config, family = run.config, run.family
+    parameters = trained_parameters(family.pipe, run.name)
+    strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
+    job = job_of(config, parameters, _loss(config, family, encoded.assembly, encoded.texts), strict=strict)
+    judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
+    if judge is not None:
+        keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
+    tabulated(log, config, job.optimizer, measured=judge is not None)
+    watch.phase("training")
+    run.losses = fit(job, keeper, replace(Events.of(watch, config.steps), log=log), clock)
+    run.best = judge.verdict(config.steps) if judge else None
 
 
 def _reads(checked: Checked) -> dict[str, str]:
@@ -135,23 +166,6 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
     return family
 
 
-def resolved(config: TrainConfig, name: str, dtype: str, family: Family) -> TrainConfig:
-    """The options with what their defaults come to."""
-    if config.class_prompt is not None and config.prior != "base":
-        config = replace(config, prior="images", num_class_images=config.num_class_images or prior.IMAGES)
-    if config.prior is not None:
-        config = replace(config, prior_weight=config.prior_weight or prior.WEIGHT)
-    return replace(
-        config,
-        name=name,
-        dtype=dtype,
-        lr=rate_of(config),
-        resolution=config.resolution or family.resolution,
-        max_length=family.max_length,
-        alpha=config.rank if config.alpha is None else config.alpha,
-    )
-
-
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     """How the sizes of training pictures follow from those of images; they must suit the model's latents."""
     sides = sides_of(config, family.resolution)
@@ -184,29 +198,36 @@ def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
     return family.adaptable if config.train_text_encoder else ()
 
 
-def _encoded(
-    config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch
-) -> tuple[Assembly, Texts]:
-    """The batches of a run, and its texts: all that its steps will need is computed, and what computed it is given up."""
+class Encoded(NamedTuple):
+    """What a run computes before its steps: its batches, its texts, and the pictures that it is measured on, if there are such."""
+
+    assembly: Assembly
+    texts: Texts
+    heldout: HeldoutPictures | None
+
+
+def _encoded(config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch) -> Encoded:
+    """All that the steps of a run will need is computed, and what computed it is given up."""
     steps, stores = range(config.steps), _stores(config, family)
     texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
     drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts])
-    classes = class_examples(config, family, checked.prior, watch, texts)
-    assembly = Assembly(
-        [instances, batches_of(config, classes, sizing, "class")],
-        Latents(family, stores("vae")),
-        config.noise_offset or 0.0,
-        prior_prompts(config),
-    )
+    measured = [example.caption for example in checked.account.heldout]
+    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts, *measured])
+    classes, offset = class_examples(config, family, checked.prior, watch, texts), config.noise_offset or 0.0
+    kinds, latents = [instances, batches_of(config, classes, sizing, "class")], Latents(family, stores("vae"))
+    assembly = Assembly(kinds, latents, offset, prior_prompts(config))
     texts.learn(assembly.captions(steps))
     watch.phase("encoding the images")
+    heldout = None
+    if checked.account.heldout:
+        heldout = HeldoutPictures(checked.account.heldout, sizing, config.seed, latents, offset)
+        heldout.learn(watch.tick)
     assembly.learn(steps, watch.tick)
     if config.cache == "disk" and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
-    return assembly, texts
+    return Encoded(assembly, texts, heldout)
 
 
 def _cache_dir(config: TrainConfig) -> Path:

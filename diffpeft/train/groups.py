@@ -13,6 +13,7 @@ from diffpeft.methods.layout import LAYOUTS
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     from diffpeft.train.config import Options
 
@@ -116,6 +117,12 @@ def groups_of(options: Options, parameters: Mapping[str, nn.Parameter], rate: fl
         {"params": group, "lr": rate * factor, "factor": factor, **({} if decays else {"weight_decay": 0.0})}
         for (factor, decays), group in members.items()
     ]
+
+
+def factors_of(optimizer: Optimizer) -> dict[str, float]:
+    """{group: its factor for the schedule's rate}, groups of one factor being one: `adapter`, or if there are several `x0.5` and the like."""
+    factors = dict.fromkeys(float(group.get("factor", 1.0)) for group in optimizer.param_groups)
+    return {f"x{factor:g}" if len(factors) > 1 else "adapter": factor for factor in factors}
 
 
 def _plus(options: Options, role: str, parameter: nn.Parameter, rate: float) -> tuple[float, bool]:

@@ -6,7 +6,6 @@ density; its ends are shares of noise, sigma, which the family places among its 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,11 +37,20 @@ class Sampling:
 
     def __call__(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """The levels [b] of uniform numbers [b], for latents [b, c, h, w] of this shape."""
-        quantile = functools.partial(self._quantile, shape=tuple(shape))
         if self.span == (0.0, 1.0):
-            return quantile(u)
-        low, high = self._ends(tuple(shape))
-        return quantile(low + (high - low) * u.double()).to(u.dtype).clamp(max=1 - torch.finfo(u.dtype).eps)
+            return self._quantile(u, tuple(shape))
+        low, high = self.arguments(torch.tensor(self.span, dtype=torch.float64), shape)
+        return self.at(low + (high - low) * u.double(), shape).to(u.dtype).clamp(max=1 - torch.finfo(u.dtype).eps)
+
+    def at(self, arguments: Tensor, shape: Sequence[int]) -> Tensor:
+        """The levels [b] at arguments [b] of the quantile function, whatever the range."""
+        return self._quantile(arguments, tuple(shape))
+
+    def arguments(self, shares: Tensor, shape: Sequence[int]) -> Tensor:
+        """The arguments [n] of the quantile function at which levels have these shares of noise [n], in float64."""
+        places = self.levels.place(shares, shape).double()
+        places = torch.where(shares <= 0, 0.0, torch.where(shares >= 1, 1.0, places))
+        return inverse(lambda u: self._quantile(u, tuple(shape)), places)
 
     def _quantile(self, u: Tensor, shape: tuple[int, ...]) -> Tensor:
         level = DENSITIES[self.density or self.levels.density](u, **self.parameters)
@@ -50,14 +58,6 @@ class Sampling:
             return level
         shifted = self.shift * level / (1 + (self.shift - 1) * level)
         return self.levels.place(shifted, shape) if self.levels.kind == "flow" else shifted
-
-    def _ends(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The uniform numbers whose levels have the lowest and the highest share of noise."""
-        ends = torch.tensor(self.span, dtype=torch.float64)
-        places = self.levels.place(ends, shape).double()
-        places = torch.where(ends <= 0, 0.0, torch.where(ends >= 1, 1.0, places))
-        low, high = inverse(lambda u: self._quantile(u, shape), places)
-        return low, high
 
 
 def inverse(quantile: Quantile, levels: Tensor) -> Tensor:

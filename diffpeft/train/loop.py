@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import DivergedError, NothingLearntError
+from diffpeft.files import Json
 from diffpeft.train import checkpoints, draw, state
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.ema import Ema, average, averaged
 from diffpeft.train.gradients import LossScale, Readout, clip, norms_of
+from diffpeft.train.groups import factors_of
+from diffpeft.train.journal import Logbook, StepNumbers
+from diffpeft.train.judge import Judge
 from diffpeft.train.outcome import check_any_gradient, check_every_gradient
 from diffpeft.train.schedules import LearningRate
 from diffpeft.train.signals import Interrupted, Stop, stopping
+from diffpeft.train.usage import Stopwatch
 from diffpeft.train.watch import Watch
 
 _LOWER = "Lower --lr, or use --dtype fp32."
@@ -68,6 +72,7 @@ class Keeper:
         export: writes the adapter as it is after so many steps into a folder, in the formats of the run.
         resume: the state to go on from.
         command: what a user types to go on.
+        judge: who measures the adapter, and says which state is best: that one stays too, and the run ends with its adapter.
     """
 
     out: Path
@@ -78,15 +83,25 @@ class Keeper:
     export: Callable[[Path, int], object] = lambda folder, step: None
     resume: SavedState | None = None
     command: str = ""
+    judge: Judge | None = None
+
+    @property
+    def best(self) -> int | None:
+        """The step whose adapter is best until now, if somebody says so."""
+        return None if self.judge is None else self.judge.best
 
 
 @dataclass
 class Events:
-    """Who is told: of each step (steps done, its loss), of what people should know, and every so many steps of the adapter as it would be saved."""
+    """Who is told: of each step (steps done, its loss), of what people should know, and every so many steps of the adapter as it would be saved.
+
+    `log` makes a table of each step's numbers.
+    """
 
     step: Callable[[int, float], None] = lambda done, loss: None
     note: Callable[[str], None] = lambda text: None
     at: Sequence[tuple[int, Callable[[int], None]]] = ()
+    log: Logbook = field(default_factory=Logbook)
 
     @classmethod
     def of(cls, watch: Watch, steps: int) -> Events:
@@ -104,7 +119,7 @@ class Loop:
     reads_late: bool | None = None  # whether numbers are read one step late; None: as the device likes
     losses: list[float] = field(default_factory=list)
     done: int = 0
-    seconds: float = 0.0  # of earlier sessions
+    clock: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
         self.parameters = list(self.job.parameters.values())
@@ -115,7 +130,6 @@ class Loop:
         self.readings: list[Readout] = []
         self.saved: Path | None = None
         self.good = True  # whether the parameters are those of `done` steps
-        self.begun = time.monotonic()
 
     def run(self) -> list[float]:
         """All steps that are left; the losses by step. Afterwards the parameters are the averages, if there are such.
@@ -125,14 +139,25 @@ class Loop:
         """
         with _own_randomness(self.device), stopping(self.events.note) as stop, self._explained():
             self._restore()
+            self.events.log.begin(self.done, self.losses)
+            self._measure()
             self._tell()
             while self.done < self.job.schedule.steps:
-                self._step(self.done)
+                with self.clock.step():
+                    self._step(self.done)
                 self._between(stop)
-            if self.keeper is not None and self.saved is not None:
-                checkpoints.prune(self.keeper.out, self.keeper.keep, self.done)
-            average(self.job.parameters, self.job.ema, self.job.optimizer)
+            self._conclude()
         return self.losses
+
+    def _conclude(self) -> None:
+        """Leave the states that shall stay, and the parameters as the run ends with them."""
+        keeper = self.keeper
+        if keeper is not None and self.saved is not None:
+            checkpoints.prune(keeper.out, keeper.keep, self.done, keeper.best)
+            best = checkpoints.state_at(keeper.out, keeper.best)
+            if best is not None and best.step != self.done:
+                self._load(best)
+        average(self.job.parameters, self.job.ema, self.job.optimizer)
 
     def _step(self, step: int) -> None:
         """The gradients of a step, and the parameters after it."""
@@ -195,7 +220,13 @@ class Loop:
                 norms = dict(zip(self.job.parameters, self.largest, strict=True))
                 check_every_gradient({name: norms[name] for name in self.job.strict}, reading.step)
             self.losses.append(float(loss))
+            self.events.log.told(StepNumbers(reading.step + 1, float(loss), float(total), self._rates(reading.step)))
             self.events.step(reading.step + 1, float(loss))
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """{group: its learning rate} in a step."""
+        rate = self.job.schedule.at(step)
+        return {name: rate * factor for name, factor in factors_of(self.job.optimizer).items()}
 
     # Between two steps
 
@@ -205,14 +236,29 @@ class Loop:
         if last:
             self._read(self.readings[:])
             check_any_gradient(self.largest)
+        if stop.number is None:
+            self._measure()
         if keeper is not None:
             if self.done == 1 or (keeper.resume and self.done == keeper.resume.step + 1):
                 state.optimizer_state(self.job.optimizer)  # one that cannot be saved is told at once
-            if stop.number is not None or (keeper.every and (last or self.done % keeper.every == 0)):
+            if stop.number is not None or self._saves(keeper, last):
                 self._save(keeper)
         self._tell()
         if stop.number is not None:
             raise Interrupted(stop.number, *self._where())
+
+    def _saves(self, keeper: Keeper, last: bool) -> bool:
+        """Whether the state is one to keep: it is time, it is the best, or the last beside a best one."""
+        due = keeper.every and (last or self.done % keeper.every == 0)
+        return bool(due) or keeper.best == self.done or (last and keeper.best is not None)
+
+    def _measure(self) -> None:
+        """Have the adapter measured as it would be saved, if that is due."""
+        judge, last = self.keeper.judge if self.keeper else None, self.done == self.job.schedule.steps
+        if judge is not None and judge.due(self.done, last):
+            self._read(self.readings[:])
+            with averaged(self.job.parameters, self.job.ema, self.job.optimizer):
+                judge.measure(self.done)
 
     def _tell(self) -> None:
         """Show the adapter as it would be saved to whom it is due."""
@@ -227,6 +273,7 @@ class Loop:
     def _save(self, keeper: Keeper) -> None:
         """Write the state. Raises OSError, and DivergedError if it is none to keep."""
         self._read(self.readings[:])
+        self.events.log.flush()
         job = self.job
         table, tensors = state.optimizer_state(job.optimizer)
         facts = {
@@ -234,14 +281,13 @@ class Loop:
             "step": self.done,
             "optimizer": table,
             "scale": None if job.scale is None else asdict(job.scale),
-            "seconds": round(self.seconds + time.monotonic() - self.begun, 1),
+            "usage": self.clock.facts(),
         }
-        numbers = {"losses": self.losses[: self.done], "largest": self.largest}
         parts = {
             state.ADAPTER: job.parameters,
             state.OPTIMIZER: tensors,
             state.EMA: {} if job.ema is None else job.ema.shadow,
-            state.RUN: {name: torch.tensor(column, dtype=torch.float64) for name, column in numbers.items()},
+            state.RUN: self._numbers(),
         }
         with checkpoints.writing(keeper.out, keeper.name, self.done) as folder:
             state.write_parts(folder / state.FILE, parts)
@@ -249,7 +295,13 @@ class Loop:
             with averaged(job.parameters, job.ema, job.optimizer):
                 keeper.export(folder, self.done)
         self.saved = checkpoints.place_of(keeper.out, keeper.name, self.done)
-        checkpoints.prune(keeper.out, keeper.keep, self.done)
+        checkpoints.prune(keeper.out, keeper.keep, self.done, keeper.best)
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """The losses, the gradients' largest norms, and what was measured."""
+        numbers = {"losses": self.losses[: self.done], "largest": self.largest}
+        measured = self.keeper.judge.tensors() if self.keeper and self.keeper.judge else {}
+        return {n: torch.tensor(column, dtype=torch.float64) for n, column in numbers.items()} | measured
 
     def _restore(self) -> None:
         """Go on from the keeper's checkpoint, if there is one."""
@@ -258,18 +310,27 @@ class Loop:
         if self.keeper.resume is None:
             checkpoints.prune(self.keeper.out, 0)  # those of a run that is overwritten
             return
-        folder, facts, job = self.keeper.resume.folder, self.keeper.resume.facts(), self.job
-        path = folder / state.FILE
+        keeper, resume = self.keeper, self.keeper.resume
+        facts, numbers = self._load(resume)
+        if self.job.scale is not None and facts["scale"]:
+            self.job.scale = LossScale(**facts["scale"])
+        self.losses, self.largest = numbers["losses"].tolist(), numbers["largest"].numpy()
+        self.done, self.saved = facts["step"], resume.folder
+        self.clock.restore(facts.get("usage", {}))
+        if keeper.judge is not None:
+            states = {checkpoint.step for checkpoint in checkpoints.checkpoints_in(resume.run)}
+            keeper.judge.restore(numbers, facts.get("heldout", ""), states)
+            checkpoints.bring(resume.run, keeper.out, keeper.best)
+
+    def _load(self, saved: SavedState) -> tuple[Json, dict[str, Tensor]]:
+        """Give parameters, optimiser and averages the values of a state; its facts, and its other numbers."""
+        facts, job, path = saved.facts(), self.job, saved.folder / state.FILE
         parts = state.read_parts(path)
         state.restore(job.parameters, parts[state.ADAPTER], path)
         state.restore_optimizer(job.optimizer, facts["optimizer"], parts[state.OPTIMIZER])
         if job.ema is not None:
             state.restore(job.ema.shadow, parts[state.EMA], path)
-        if job.scale is not None and facts["scale"]:
-            job.scale = LossScale(**facts["scale"])
-        numbers = parts[state.RUN]
-        self.losses, self.largest = numbers["losses"].tolist(), numbers["largest"].numpy()
-        self.done, self.seconds, self.saved = facts["step"], facts["seconds"], folder
+        return facts, parts[state.RUN]
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -306,6 +367,8 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
         yield
 
 
-def fit(job: Job, keeper: Keeper | None = None, events: Events | None = None) -> list[float]:
+def fit(
+    job: Job, keeper: Keeper | None = None, events: Events | None = None, clock: Stopwatch | None = None
+) -> list[float]:
     """Minimise: see `Loop.run`."""
-    return Loop(job, keeper, events or Events()).run()
+    return Loop(job, keeper, events or Events(), clock=clock or Stopwatch()).run()

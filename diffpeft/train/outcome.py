@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import shutil
 import tempfile
@@ -12,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffpeft import patterns
 from diffpeft.bundle import canonical
 from diffpeft.errors import ConfigError, NothingLearntError, listed
 from diffpeft.layers.carried import effective, op_of
 from diffpeft.layers.slot import Slot
-from diffpeft.model.state import slots_of
 from diffpeft.model.target import adapted, components
 from diffpeft.pipeline.adapters import unload
 from diffpeft.pipeline.load import load_lora
@@ -39,14 +39,17 @@ def check_rank(config: Options, layers: Iterable[nn.Module]) -> None:
         )
 
 
-def check_room(out: Path, parameters: Sequence[nn.Parameter], files: int, options: Options | None = None) -> None:
-    """Raise OSError if the disk of `out` has no room for so many files of these parameters, and for the states that the options ask for."""
+def check_room(out: Path, parameters: Sequence[nn.Parameter], files: float, options: Options | None = None) -> None:
+    """Raise OSError if the disk of `out` has no room for so many files of these parameters, and for the states that the options ask for.
+
+    A file of numbers of half the length is half a file.
+    """
     size = sum(p.numel() * p.element_size() for p in parameters)
     states = (
         0
         if options is None or not options.save_every
         else min(options.keep + 1, -(-options.steps // options.save_every))
-    )
+    ) + 2 * bool(getattr(options, "heldout", None))  # the best one, and the last beside it
     of_state = (
         3 + files + (options is not None and options.ema is not None)
     )  # the adapter, two moments, its files, its average
@@ -98,33 +101,72 @@ def refuse_idle(
         )
 
 
-def refuse_unread(target: object, file: Path, name: str, allowed: str | Sequence[str] | None = None) -> None:
-    """Raise NothingLearntError if a file, read again, does not change every layer that adapter `name` changes.
+def refuse_unread(target: object, file: Path, name: str, dtype: torch.dtype = torch.float32) -> None:
+    """Raise NothingLearntError if a file, read again, does not hold what adapter `name` has, rounded to the dtype of the file.
 
-    Where it gives back the same tensors it changes the same; elsewhere its change is computed.
+    Where it gives back the same tensors it changes the same; elsewhere (layers that the format has as one) the changes of weights are compared.
     """
     again = f"{name}-read-again"[-128:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to be said of the adapter was said when it was made
-        load_lora(target, file, name=again)
+        load_lora(target, file, name=again, trainable=True)  # in float32, whatever the base has
     try:
-        before, after = slots_of(target, name), slots_of(target, again)
-        if before.keys() == after.keys() and all(_equal(slot, after[layer]) for layer, slot in before.items()):
-            return
-        idle = {*idle_layers(target, again), *before.keys() - after.keys()} - {*idle_layers(target, name)}
-        if idle:
-            raise NothingLearntError(
-                f"the file changes nothing in {len(idle)} layers that were trained: {listed(sorted(idle))}",
-                where=file,
-                remedy="Save it in another format.",
-            )
+        other = _other_layers(target, name, again, dtype)
     finally:
         unload(target, again)
+    if other:
+        raise NothingLearntError(
+            f"the file holds something else than what was learnt in {len(other)} layers: {listed(sorted(other))}",
+            where=file,
+            remedy="Save it in another format.",
+        )
 
 
-def _equal(slot: Slot, other: Slot) -> bool:
-    mine, theirs = slot.tensors, other.tensors
-    return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[role]) for role, t in mine.items())
+@torch.no_grad()
+def _other_layers(target: object, name: str, again: str, dtype: torch.dtype) -> list[str]:
+    """The layers in which an adapter that was read again does something else than it did, once its numbers are rounded to `dtype`."""
+    other = []
+    for component, model in components(target).items():
+        for layer, module, record in adapted(model):
+            learnt, read = record.slots.get(name), record.slots.get(again)
+            if learnt is None and read is None:
+                continue
+            if learnt is not None and read is not None and _equal(learnt, read, dtype):
+                continue
+            if not _alike(module, learnt, read, dtype):
+                other.append(canonical(component, layer))
+    return other
+
+
+def _equal(slot: Slot, read: Slot, dtype: torch.dtype) -> bool:
+    """Whether the tensors of one are those of the other, rounded."""
+    mine, theirs = slot.tensors, read.tensors
+    return mine.keys() == theirs.keys() and all(
+        t.shape == theirs[role].shape and torch.equal(t.to(dtype).float(), theirs[role].float())
+        for role, t in mine.items()
+    )
+
+
+def _alike(module: nn.Module, learnt: Slot | None, read: Slot | None, dtype: torch.dtype) -> bool:
+    """Whether both change a layer's weight and bias by the same, but for what rounding to `dtype` does; None changes nothing."""
+    base, wanted = _changed(module, None if learnt is None else copy.deepcopy(learnt).to(dtype))
+    _, got = _changed(module, read)
+    roundings = 8 * torch.finfo(dtype).eps
+    for part in wanted.keys() | got.keys():
+        before = base.get(part, torch.zeros(()).double())
+        change = wanted.get(part, before) - before
+        error = got.get(part, before) - wanted.get(part, before)
+        if error.norm() > roundings * change.norm():
+            return False
+    return True
+
+
+def _changed(module: nn.Module, slot: Slot | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A layer's weight and bias in float64, without an adapter and with it. A quantised weight as numbers."""
+    op = op_of(module)
+    base = {"weight": op.stored(op.weight()).double()}
+    base |= {} if op.bias is None else {"bias": op.bias.double()}
+    return base, base if slot is None else effective(module, [(slot, 1.0)], torch.float64, base)
 
 
 @torch.no_grad()
@@ -132,10 +174,7 @@ def _changes(module: nn.Module, slot: Slot) -> bool:
     """Whether an adapter changes a layer's weight or bias, in float64."""
     if _surely(slot):
         return True
-    op = op_of(module)
-    base = {"weight": op.stored(op.weight()).double()}  # a quantised weight as numbers
-    base |= {} if op.bias is None else {"bias": op.bias.double()}
-    after = effective(module, [(slot, 1.0)], torch.float64, base)
+    base, after = _changed(module, slot)
     return any(name not in base or not torch.equal(t, base[name]) for name, t in after.items())
 
 

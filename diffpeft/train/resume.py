@@ -22,12 +22,23 @@ FREE = {
     "overwrite": "what is not asked of a run that goes on",
     "allow": "these exceptions",
     "allow_unchanged": "what is an error at the end",
+    "formats": "what the adapter is saved as",
+    "save_dtype": "how exact its files are; the state is not rounded",
+    "author": "what the files say of it",
+    "description": "what the files say of it",
+    "license": "what the files say of it",
+    "push_to_hub": "where the files go besides",
+    "hub_private": "and who sees them there",
     "save_every": "how often the state is saved",
     "keep": "how many states stay",
     "cache": "where is kept what would be computed again to the same bits",
     "cache_dir": "in which folder",
     "cache_limit": "and how much of it",
     "heldout": "what is measured on",
+    "heldout_every": "how often",
+    "best": "which state the run ends with",
+    "log": "where the numbers go",
+    "log_every": "how many of them",
     "samples": "how many answers are shown",
 }
 STEPS = "More steps are possible with --lr-scheduler constant, whose past does not depend on its end."
@@ -52,7 +63,7 @@ def remembered(kind: type[Options], typed: Mapping[str, object]) -> Json:
     checkpoint = chosen(str(typed["resume"]), out)
     known = {f.name for f in fields(kind)}
     stored = {name: value for name, value in checkpoint.options.items() if name in known and value is not None}
-    for name in ("resume", "overwrite", "allow"):
+    for name in ("resume", "overwrite", "allow", *(("steps",) if typed.get("epochs") else ())):
         stored.pop(name, None)
     return stored | {"out": str(checkpoint.run)} | dict(typed)
 

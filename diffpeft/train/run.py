@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from diffpeft.families import Family
 from diffpeft.train import data
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.heldout import Best, HeldoutLoss
+from diffpeft.train.usage import Usage
 
 
 @dataclass
 class TrainRun:
     """A finished training run: every option as it was used, the pipeline with the adapter on it, the losses by step, the seconds it took.
 
-    `account` says what the data held.
+    `account` says what the data held, `origins` where the value of each option is from, `heldout` what was measured on pictures that were held out, `best` the
+    step whose adapter it is, if it was chosen by that, `usage` what the run took, with the sessions that it went on from. `files` are those
+    that `save` wrote; `class_images` how many images of the class there are.
     """
 
     config: TrainConfig
@@ -22,3 +28,14 @@ class TrainRun:
     losses: list[float]
     seconds: float
     account: data.Account
+    origins: Mapping[str, str] = field(default_factory=dict)
+    heldout: list[HeldoutLoss] = field(default_factory=list)
+    best: Best | None = None
+    usage: Usage = field(default_factory=Usage)
+    class_images: int = 0
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """The step whose adapter it is."""
+        return self.best.step if self.best else len(self.losses)

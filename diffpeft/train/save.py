@@ -2,92 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
+
 import converters
-import diffpeft
+from converters.formats import FORMATS
+from converters.hashes import hashed
+from converters.spelling import Draft
 from diffpeft.bundle import Bundle
-from diffpeft.families import family_of
-from diffpeft.model.state import bundle_of
-from diffpeft.pipeline.load import save_lora
-from diffpeft.train.check import FORMATS, file_of
+from diffpeft.errors import ConfigError, listed
+from diffpeft.families import Family, family_of
+from diffpeft.model.state import bundle_of, parameters_of, slots_of
+from diffpeft.train.formats import Chosen, asked, chosen, file_of
 from diffpeft.train.lock import occupied
-from diffpeft.train.optimizers import row_of
-from diffpeft.train.outcome import refuse_unread, rescued
+from diffpeft.train.metadata import finished, metadata_of
+from diffpeft.train.outcome import check_room, refuse_unread, rescued
 from diffpeft.train.run import TrainRun
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGE = 10**9  # parameters of a model from which on files are bf16, where nothing is said
 
 
 def save(run: TrainRun) -> list[Path]:
-    """Write the adapter, one file for each format that can hold it, into the output folder.
+    """Write the adapter, one file for each format that can hold it, into the output folder; the paths, which are `run.files` too.
 
     Each is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
-    Raises NothingLearntError if a file changes less than was learnt.
+    Raises ConfigError for numbers that the dtype of the files does not have, NothingLearntError if a file holds something else than what was learnt.
     """
-    out = Path(run.config.out or "")
+    out, dtype = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"]
+    refuse_too_large(run, dtype)
     with occupied(out):
-        files = rescued(lambda folder: _written(run, folder), out, run.name)
+        files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
     for file in files:
-        refuse_unread(run.family.pipe, file, run.name, run.config.allow_unchanged)
+        refuse_unread(run.family.pipe, file, run.name, dtype)
+    run.files = files
     return files
 
 
 def exported(run: TrainRun, folder: Path, step: int) -> None:
-    """Write the adapter as it is after so many steps into the folder of a checkpoint."""
-    _written(run, folder, step)
+    """Write the adapter as it is after so many steps into the folder of a checkpoint; in fp32 where it does not fit the dtype of the files."""
+    dtype = DTYPES[run.config.save_dtype or "fp32"]
+    _written(run, folder, torch.float32 if _too_large(run, dtype) else dtype, step)
+
+
+def formats_of(run: TrainRun) -> Chosen:
+    """What a run is saved as. Raises CannotConvertError if no format can hold its adapter."""
+    return chosen(_bundle(run), asked(run.config))
+
+
+def check_saving(run: TrainRun) -> None:
+    """Raise CannotConvertError if no format can hold what will be trained, OSError if there is no room for the files and the states."""
+    bytes_a_number = DTYPES[run.config.save_dtype or "fp32"].itemsize
+    files = len(formats_of(run).written) * bytes_a_number / torch.float32.itemsize
+    check_room(run.config.output(), parameters_of(run.family.pipe, run.name), files, run.config)
+
+
+def file_dtype(family: Family) -> str:
+    """The dtype of files where none was asked for."""
+    size = sum(p.numel() for p in family.parts.outline(family.denoiser).parameters())
+    return "bf16" if size > LARGE else "fp32"
+
+
+def refuse_too_large(run: TrainRun, dtype: torch.dtype) -> None:
+    """Raise ConfigError for layers with numbers that become infinite in a dtype."""
+    if layers := _too_large(run, dtype):
+        raise ConfigError(
+            f"save_dtype is {run.config.save_dtype}, and {len(layers)} layers have numbers that are too large for it: {listed(layers)}",
+            remedy=f"Save with --save-dtype bf16: diffpeft train --resume {run.config.out} --save-dtype bf16",
+        )
+
+
+def _too_large(run: TrainRun, dtype: torch.dtype) -> list[str]:
+    """The layers with numbers that become infinite in a dtype."""
+    slots = slots_of(run.family.pipe, run.name)
+    return [
+        layer for layer, slot in slots.items() if not all(t.to(dtype).isfinite().all() for t in slot.tensors.values())
+    ]
 
 
 def _bundle(run: TrainRun) -> Bundle:
     return bundle_of(run.family.pipe, run.name, family_of(run.family.pipe) or "")
 
 
-def _written(run: TrainRun, folder: Path, step: int | None = None) -> list[Path]:
-    """Write the adapter in every format that can hold it; the paths."""
+def _written(run: TrainRun, folder: Path, dtype: torch.dtype, step: int | None = None) -> list[Path]:
+    """Write the adapter in the formats of the run; the paths."""
     bundle = _bundle(run)
-    formats = [format for format in FORMATS if not converters.refusal(bundle, format)]
-    paths = [folder / file_of(run.name, format) for format in formats]
-    for format, path in zip(formats, paths, strict=True):
-        save_lora(run.family.pipe, path, name=run.name, format=format, metadata=_metadata(run, step))
-    return paths
+    places = {format: folder / file_of(run.name, format) for format in formats_of(run).written}
+    picture = newest_picture(Path(run.config.out or ""), run.step if step is None else step)
+    told, family = metadata_of(run, step, picture), family_of(run.family.pipe) or ""
+    for format, place in places.items():
+        if FORMATS[format].folder and place.is_dir():
+            shutil.rmtree(place)  # parts of an earlier adapter would be read along
+        converters.write(
+            bundle,
+            place,
+            format=format,
+            dtype=None if dtype == torch.float32 else dtype,
+            finish=partial(_finished, told=told, format=format, family=family),
+        )
+    return [*places.values()]
+
+
+def _finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -> Draft:
+    """A file with all that its metadata say; the hashes are of the metadata of training too."""
+    return hashed(finished(draft, told, format, family))
+
+
+def newest_picture(out: Path, step: int) -> Path | None:
+    """The last picture of the first prompt that was drawn until a step; None if there is none."""
+    pictures = [
+        (int(match[1]), path)
+        for path in out.glob("samples/step*/p0_s*.png")
+        if re.fullmatch(r"p0_s\d+\.png", path.name) and (match := re.fullmatch(r"step(\d+)", path.parent.name))
+    ]
+    return max(((at, path) for at, path in pictures if at <= step), default=(0, None))[1]
 
 
 def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
     """{file: which programs read it}, and {format: why there is no such file}."""
-    bundle = _bundle(run)
-    read_by = {path.name: f"read by {', '.join(converters.inspect(path).readable_by)}" for path in files}
-    refused = {format: refusal for format in FORMATS if (refusal := converters.refusal(bundle, format))}
-    return read_by | {f"no {format} file": refusal.what for format, refusal in refused.items()}
+    formats = formats_of(run)
+    told = {path.name: f"read by {', '.join(readers_of(path))}" for path in files}
+    if formats.instead:
+        told[file_of(run.name, formats.instead)] += (
+            f", and written because {_either(formats.refused)} hold this adapter"
+        )
+    return told | {f"no {format} file": why for format, why in formats.refused.items()}
 
 
-def _metadata(run: TrainRun, step: int | None = None) -> dict[str, object]:
-    """What other programs show of a file, under sd-scripts' and ModelSpec's names. Paths are cut to their last part. `step`: of a state."""
-    config = run.config
-    return {
-        "ss_output_name": run.name,
-        "ss_network_dim": config.rank,
-        "ss_network_alpha": config.alpha,
-        "ss_learning_rate": config.lr,
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_lr_warmup_steps": config.warmup,
-        "ss_steps": len(run.losses) if step is None else step,
-        "ss_max_train_steps": config.steps,
-        "ss_seed": config.seed,
-        "ss_batch_size_per_device": config.batch_size,
-        "ss_optimizer": row_of(config.optimizer).path,
-        "ss_gradient_accumulation_steps": config.accumulate,
-        "ss_base_model_version": run.family.base_version,
-        "ss_sd_model_name": Path(config.model or "").name,
-        "ss_max_token_length": config.max_length,
-        "ss_clip_skip": config.clip_skip,
-        "ss_min_snr_gamma": config.snr_gamma,
-        "ss_noise_offset": config.noise_offset,
-        "ss_loss_type": config.loss,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": run.name,
-        "modelspec.implementation": "diffusers",
-        "modelspec.architecture": f"{run.family.architecture}/lora",
-        "modelspec.resolution": f"{run.account.resolution}x{run.account.resolution}",
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(run.family.levels.kind, run.family.levels.kind),
-        "modelspec.trigger_phrase": config.trigger or config.instance_prompt or "",
-        "diffpeft.version": diffpeft.__version__,
-    }
+def _either(formats: Iterable[str]) -> str:
+    """What cannot, in words."""
+    *others, last = formats
+    return f"neither {', '.join(others)} nor {last} can" if others else f"{last} cannot"
+
+
+def readers_of(path: Path) -> tuple[str, ...]:
+    """The programs that read a file, or all parts of a folder."""
+    parts = converters.components_in(path) if path.is_dir() else []
+    read_by = [converters.inspect(part).readable_by for part in parts or [path]]
+    return tuple(name for name in read_by[0] if all(name in names for names in read_by))

@@ -17,6 +17,9 @@ class Watch(Protocol):
     def step(self, done: int, total: int, loss: float) -> None:
         """A training step is done."""
 
+    def figures(self, **numbers: float) -> None:
+        """What else may be shown beside the loss, by name: `heldout`, the held-out loss; `lr`, the learning rate; `rate`, the steps a second."""
+
     def tick(self) -> None:
         """Still alive."""
 
@@ -29,5 +32,7 @@ class Quiet:
     def note(self, text: str) -> None: ...
 
     def step(self, done: int, total: int, loss: float) -> None: ...
+
+    def figures(self, **numbers: float) -> None: ...
 
     def tick(self) -> None: ...

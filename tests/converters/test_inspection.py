@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import converters
-from converters.inspection import block_of, by_block, readers
+from converters.inspection import block_of, by_block
+from converters.readers import readers
 from diffpeft import CheckpointError
 from diffpeft.cli import cli
 

@@ -187,7 +187,7 @@ def test_the_counts_are_data(folder):
         "images": 2, "pictures": 2, "captions": {".txt": 1, "NAME.png.txt": 1}, "unread": {".heic": 1}, "folders": {}, "duplicates": [["a.png", "c/d.png"]],
         "empty": ["a.png"], "small": ["a.png", "c/d.png"], "extreme": [], "animated": [], "unprofiled": [], "unmasked": [], "black": [], "cut": None,
         "groups": [{"folder": ".", "images": 1, "repeats": 1}, {"folder": "c", "images": 1, "repeats": 1}],
-        "buckets": [{"width": 64, "height": 64, "images": 2}], "masks": 0, "passes": None,
+        "buckets": [{"width": 64, "height": 64, "images": 2}], "heldout": [], "masks": 0, "passes": None,
     }  # fmt: skip
 
 

@@ -17,7 +17,9 @@ from diffpeft.llm.sft_check import check as check_sft
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train.check import check
-from diffpeft.train.config import OTHER_NAMES, from_toml, hint, target_names
+from diffpeft.train.config import OTHER_NAMES, target_names
+from diffpeft.train.config_files import from_toml
+from diffpeft.train.other_names import hint
 
 PHOTO = EMBEDDED.parent / "demo" / "train" / "cat_face.png"
 

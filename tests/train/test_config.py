@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 
 from diffpeft import ConfigError, TrainConfig, UnknownNameError
-from diffpeft.train.config import from_toml
+from diffpeft.train.config_files import from_toml
 
 NEEDED = {"model": "m", "data": "d", "out": "o"}
 

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import converters
 import diffpeft
 from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError
 from diffpeft.families import open_family
 from diffpeft.model.attach import attach
 from diffpeft.model.state import slots_of
 from diffpeft.pipeline.open import EMBEDDED
-from diffpeft.train import dreambooth, save
+from diffpeft.train import dreambooth
 from diffpeft.train.data import Account
 from diffpeft.train.method import ADAPTERS, CONFIGS
 from diffpeft.train.outcome import check_rank, check_room, refuse_unlearnt
@@ -119,14 +120,14 @@ def test_an_adapter_that_cannot_be_written_is_saved_elsewhere(config, pipe, rand
     run = dreambooth.TrainRun(config, open_family(pipe), "a", [1.0], 0.0, Account(tmp_path, (), {}, {}))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "rescue"))
     (tmp_path / "rescue").mkdir()
-    real = save.save_lora
+    real = converters.write
 
     def full(target, path, **options):
         if path.is_relative_to(tmp_path / "out"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(target, path, **options)
 
-    monkeypatch.setattr(save, "save_lora", full)
+    monkeypatch.setattr(converters, "write", full)
     with pytest.raises(OSError, match="No space") as caught:
         dreambooth.save(run)
     assert caught.value.filename == config.out

@@ -24,6 +24,7 @@ class Example:
         mask: the picture whose brightness, or the image itself if it is its transparency, says how much each place counts.
         name: what it is called in the account.
         trigger: what `[trigger]` in the caption stood for.
+        digest: a hash of its pixels.
     """
 
     path: Path
@@ -33,6 +34,12 @@ class Example:
     mask: Path | None = None
     name: str = ""
     trigger: str | None = None
+    digest: str = ""
+
+    @property
+    def look(self) -> tuple[object, ...]:
+        """What copies of an image have in common: its size and its pixels."""
+        return (self.size, self.digest or self.path)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Account:
         folders: {folder of which nothing is used: the images in it}; it is not entered, or has none.
         sizing: how the sizes of training pictures follow, if that is known.
         steps: how many steps of how many pictures a run takes, if that is known.
+        heldout: images that are measured on and not trained on, each once; `heldout_from` the folder that they are from, if that is another, and `copies`
+            how many images in it are copies of these or of what is trained on.
     """
 
     folder: Path
@@ -85,6 +94,9 @@ class Account:
     folders: Mapping[str, int] = field(default_factory=dict)
     sizing: Sizing | None = None
     steps: tuple[int, int] | None = None
+    heldout: tuple[Example, ...] = ()
+    heldout_from: str = ""
+    copies: int = 0
 
     @property
     def resolution(self) -> int | None:
@@ -148,14 +160,23 @@ class Account:
             lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
         if masked := sum(example.mask is not None for example in self.examples):
             lines.append(f"masks weigh the loss of {_count(masked, 'image')}")
-        if self.steps:
-            steps, batch = self.steps
-            times = f"{steps * batch / self.pictures:.3g}"
-            passes = "pass" if times == "1" else "passes"
-            lines.append(
-                f"{_count(steps, 'step')} of {_count(batch, 'picture')}: {times} {passes} through {self.pictures}"
-            )
-        return lines
+        return [*lines, *self._held_out(), *self._passes()]
+
+    def _held_out(self) -> list[str]:
+        """Which images are measured on, a line, if any is."""
+        if not self.heldout:
+            return []
+        names = f"of {self.heldout_from}" if self.heldout_from else listed([e.name for e in self.heldout], SHOWN)
+        return [f"held out, measured on and not trained on: {_count(len(self.heldout), 'image')}, {names}"]
+
+    def _passes(self) -> list[str]:
+        """How often the pictures are passed through, a line, if that is known."""
+        if not self.steps:
+            return []
+        steps, batch = self.steps
+        times = f"{steps * batch / self.pictures:.3g}"
+        passes = "pass" if times == "1" else "passes"
+        return [f"{_count(steps, 'step')} of {_count(batch, 'picture')}: {times} {passes} through {self.pictures}"]
 
     def notes(self) -> list[str]:
         """What may not be as it was meant, a sentence each; none for a folder that is wholly used."""
@@ -175,6 +196,8 @@ class Account:
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
             notes.append(f"{_count(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+        if self.copies:
+            notes.append(f"{_count(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
         if self.unread:
             notes.append("not used: " + ", ".join(_ending(end, names) for end, names in self.unread.items()))
         if self.folders:
@@ -198,6 +221,7 @@ class Account:
                 {"folder": group.name, "images": group.images, "repeats": group.repeats} for group in self.groups
             ],
             "buckets": [{"width": w, "height": h, "images": n} for (w, h), n in self.buckets.items()],
+            "heldout": [example.name for example in self.heldout],
             "masks": sum(example.mask is not None for example in self.examples),
             "passes": self.steps and self.steps[0] * self.steps[1] / self.pictures,
             "unread": {ending: len(names) for ending, names in self.unread.items()},

@@ -42,6 +42,7 @@ def survey(
     trigger: str | None = None,
     mask: str | None = None,
     skip: Iterable[Path] = (),
+    strict: bool = True,
 ) -> Account:
     """The account of folders and tables of images.
 
@@ -52,6 +53,7 @@ def survey(
         trigger: what `[trigger]` in captions stands for.
         mask: `alpha`, or a folder of masks.
         skip: folders that are not entered.
+        strict: whether a trigger or masks that no image has are an error.
 
     Raises DataError for data without images (which says what is there instead), for images without any caption, and for files that
     cannot be read, all of them at once; ConfigError for a trigger or masks that no image has.
@@ -67,18 +69,18 @@ def survey(
             _refuse_unreadable(source.path, contents.tables.broken, len(contents.items))
             raise _no_images(source.path, contents_of([source], prompt, closed))
     _refuse_uncaptioned(contents, prompt)
-    account = replace(_account(contents, trigger), where=", ".join(map(str, sources)), sizing=sizing)
-    return account if mask is None else _masked(account, mask)
+    account = replace(_account(contents, trigger, strict), where=", ".join(map(str, sources)), sizing=sizing)
+    return account if mask is None else _masked(account, mask, strict)
 
 
-def _account(contents: Contents, trigger: str | None) -> Account:
+def _account(contents: Contents, trigger: str | None, strict: bool) -> Account:
     """The account of what folders hold. Raises as `survey` does."""
     folder = contents.items[0].source.folder
     texts, unreadable = _captions(contents.items)
     looks = _looks([item.path for item in contents.items])
     broken = {path: look.error for path, look in looks.items() if look.error} | contents.tables.broken | unreadable
     _refuse_unreadable(folder, broken, len(contents.items))
-    _check_trigger(texts, trigger, folder)
+    _check_trigger(texts, trigger, folder, strict)
     examples = tuple(
         Example(
             item.path,
@@ -87,6 +89,7 @@ def _account(contents: Contents, trigger: str | None) -> Account:
             item.repeats,
             name=item.name,
             trigger=trigger,
+            digest=looks[item.path].digest,
         )
         for item, text in zip(contents.items, texts, strict=True)
     )
@@ -140,8 +143,8 @@ def _captions(items: Sequence[Item]) -> tuple[list[str], dict[Path, str]]:
     return texts, unreadable
 
 
-def _check_trigger(texts: Iterable[str], trigger: str | None, where: Path) -> None:
-    """Raise for `[trigger]` without a trigger, and for a trigger that no caption has."""
+def _check_trigger(texts: Iterable[str], trigger: str | None, where: Path, strict: bool) -> None:
+    """Raise for `[trigger]` without a trigger, and where `strict` for a trigger that no caption has."""
     texts = list(texts)
     if trigger is None:
         if marked := sum(captions.TRIGGER in text for text in texts):
@@ -150,7 +153,7 @@ def _check_trigger(texts: Iterable[str], trigger: str | None, where: Path) -> No
                 where=where,
                 remedy="Pass --trigger, the word that the subject is called by.",
             )
-    elif not any(captions.has_trigger(text, trigger) for text in texts):
+    elif strict and not any(captions.has_trigger(text, trigger) for text in texts):
         raise ConfigError(
             f"trigger is {shown(trigger)}, and no caption has it",
             where=where,
@@ -158,9 +161,9 @@ def _check_trigger(texts: Iterable[str], trigger: str | None, where: Path) -> No
         )
 
 
-def _masked(account: Account, kind: str) -> Account:
-    """The account with masks. Raises DataError for masks that cannot be read, ConfigError if there is none."""
-    there = masks.masks_of(kind, account.examples)
+def _masked(account: Account, kind: str, strict: bool) -> Account:
+    """The account with masks. Raises DataError for masks that cannot be read, ConfigError if there is none, where `strict`."""
+    there = masks.masks_of(kind, account.examples, strict)
     _refuse_unreadable(account.folder if kind == masks.ALPHA else Path(kind), there.broken, len(account.examples))
     examples = tuple(replace(example, mask=there.paths.get(example.path)) for example in account.examples)
     return replace(

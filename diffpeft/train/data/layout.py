@@ -16,7 +16,7 @@ TABLES = (".jsonl", ".csv")  # of captions
 MASK = "-masklabel"  # what OneTrainer adds to an image's name
 RECORD = "class.json"  # in a folder of class images that we drew
 _JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
-_REPEATED = re.compile(r"([1-9]\d{0,2})_(\S.*)")  # sd-scripts' name of a folder: repeats and class tokens
+REPEATED = re.compile(r"([1-9]\d{0,2})_(\S.*)")  # sd-scripts' name of a folder: repeats and class tokens
 _TIMES = re.compile(r"(.+):(\d+)")
 
 
@@ -102,7 +102,7 @@ def walked(source: ImageSource, skip: Collection[Path]) -> Iterator[Folder | Pat
     if not source.path.is_dir():
         yield Folder(source.folder, source)
         return
-    name = _REPEATED.fullmatch(source.path.resolve().name)
+    name = REPEATED.fullmatch(source.path.resolve().name)
     yield from _below(Folder(source.path, source, *_named(name, 1, None)), skip, {source.path.resolve()})
 
 
@@ -117,7 +117,7 @@ def _below(folder: Folder, skip: Collection[Path], entered: set[Path]) -> Iterat
             yield path
         elif resolved not in entered:
             entered.add(resolved)
-            repeats, tokens = _named(_REPEATED.fullmatch(path.name), folder.repeats, folder.tokens)
+            repeats, tokens = _named(REPEATED.fullmatch(path.name), folder.repeats, folder.tokens)
             yield from _below(Folder(path, folder.source, repeats, tokens), skip, entered)
 
 

@@ -42,11 +42,11 @@ def check(kind: str) -> None:
         raise DataError("no such folder of masks", where=folder, remedy=remedy)
 
 
-def masks_of(kind: str, examples: Sequence[Example]) -> Masks:
-    """The masks that are there. Raises ConfigError if there is none: the option would do nothing."""
+def masks_of(kind: str, examples: Sequence[Example], strict: bool = True) -> Masks:
+    """The masks that are there. Raises ConfigError if there is none, where `strict`: the option would do nothing."""
     paths = {e.path: e.path for e in examples} if kind == ALPHA else _in_folder(Path(kind), examples)
     looks = {example: look for example in examples if (look := _looked_at(example, paths.get(example.path)))}
-    if not looks:
+    if not looks and strict:
         what = "no image is transparent anywhere" if kind == ALPHA else "no file there is named as an image"
         raise ConfigError(f"mask is {kind}, and {what}", remedy="Leave --mask out.")
     wrong = {paths[example.path]: _wrong(look, example.size) for example, look in looks.items()}

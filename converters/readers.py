@@ -1,0 +1,110 @@
+"""Which programs read a file as it is meant, from its header.
+
+What is known of stock diffusers was tried with it: its own format holds all; of flat names it passes over some layers, without a word, and of DoRAs the
+magnitudes; the joint layers of Flux it takes apart by the published width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+
+from converters.formats import FORMATS
+from diffpeft.files import Json, parsed
+
+# which programs read a format: {format: (of LoRA and DoRA, of the other methods)}
+READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "kohya": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
+    "diffusers": (("diffusers", "ComfyUI"), ()),
+    "peft": (("PEFT", "transformers"), ("PEFT",)),
+    "kohya-diffusers": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
+    "comfyui": (("ComfyUI",), ("ComfyUI",)),
+    "lycoris": (("LyCORIS", "ComfyUI"), ("LyCORIS", "ComfyUI")),
+    "diffusers-old": (("diffusers", "ComfyUI"), ()),
+    "xlabs": (("x-flux", "ComfyUI", "diffusers"), ()),
+    "bfl": (("diffusers", "ComfyUI"), ("diffusers", "ComfyUI")),
+    "safeloras": (("cloneofsimo/lora",), ()),
+    "onetrainer": (("OneTrainer", "ComfyUI", "diffusers"), ("OneTrainer", "ComfyUI")),
+}
+# {program: the families that it knows of}, of those whose files have names that others share
+_FAMILIES = {
+    "A1111": {"any", "sd15", "sd2", "sdxl", "sd3"},
+    "sd-scripts": {"any", "sd15", "sd2", "sdxl", "sd3", "flux", "chroma", "lumina2"},
+}
+_FLAT = ("kohya-diffusers", "onetrainer")  # diffusers' names with underscores
+# {(family, format): the layers, as the file spells them, of which diffusers reads nothing}
+_PASSED_OVER = {
+    **{("sdxl", format): r"unet\.add_embedding_.*" for format in _FLAT},
+    **{
+        ("flux", format): r"transformer\.single_transformer_blocks_\d+_(proj_mlp|proj_out|norm_linear)"
+        for format in _FLAT
+    },
+}
+_SAME = ("any", "sd15", "sd2")  # families whose layers sd-scripts calls as diffusers does
+_WIDTH = 3072  # of Flux, by which diffusers takes joint layers apart
+_JOINT = {r".*_attn_qkv": 3 * _WIDTH, r".*_linear1": 7 * _WIDTH}  # {layer: its rows}
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # {component.layer as a file spells it: {role: shape}}
+
+
+def readers(
+    format: str,
+    methods: Collection[str],
+    family: str = "any",
+    layers: Shapes | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """The programs that read these methods in a format, and with `layers` and `metadata` these ones.
+
+    What they make of a model of an unknown family nobody knows, but that PEFT asks the model itself.
+    """
+    if not family and not FORMATS[format].folder:
+        return ()
+    low_rank, others = READERS[format]
+    plain = {*methods} <= {"lora", "dora"}
+    cannot = _failing(format, methods, family, layers or {}, metadata or {}) if plain else set[str]()
+    names = low_rank if plain else others
+    return tuple(n for n in names if n not in cannot and family in _FAMILIES.get(n, {family}))
+
+
+def _failing(
+    format: str, methods: Collection[str], family: str, layers: Shapes, metadata: Mapping[str, str]
+) -> set[str]:
+    """The programs that read the format, and not these LoRAs or DoRAs."""
+    magnitudes, theirs = "dora" in methods, format == "diffusers"
+    failing = {
+        "diffusers": not theirs and (magnitudes or _partly(format, family, layers)),
+        "sd-scripts": magnitudes or (format == "kohya-diffusers" and family not in _SAME),
+        "ComfyUI": theirs and (magnitudes or _unlike(layers, metadata)),
+    }
+    return {name for name, fails in failing.items() if fails}
+
+
+def _partly(format: str, family: str, layers: Shapes) -> bool:
+    """Whether diffusers reads a part of these layers alone, or none."""
+    passed_over = _PASSED_OVER.get((family, format))
+    if passed_over and any(re.fullmatch(passed_over, layer) for layer in layers):
+        return True
+    if (family, format) != ("flux", "kohya"):
+        return False
+    rows = [(layer, roles["lora_B"][0]) for layer, roles in layers.items() if roles.get("lora_B")]
+    return any(re.fullmatch(joint, layer) and n != size for layer, n in rows for joint, size in _JOINT.items())
+
+
+def _unlike(layers: Shapes, metadata: Mapping[str, str]) -> bool:
+    """Whether ComfyUI makes something else of diffusers' own format: it reads no alphas in metadata, and of a UNet's attention no layer."""
+    if any(re.match(r"unet\..*\.to_(q|k|v|out)", layer) for layer in layers):
+        return True
+    try:
+        config = parsed(metadata.get("lora_adapter_metadata", "{}"), items=1 << 20)
+    except ValueError:
+        return True
+    components = {key.rpartition(".")[0] for key in config if key.endswith("lora_alpha")}
+    return any(_scaled(config, f"{component}." if component else "") for component in components)
+
+
+def _scaled(config: Json, prefix: str) -> bool:
+    """Whether a PEFT config says alphas that are not the ranks."""
+    rank, alpha = (config.get(f"{prefix}{name}") for name in ("r", "lora_alpha"))
+    ranks, alphas = (config.get(f"{prefix}{name}_pattern") or {} for name in ("rank", "alpha"))
+    return rank != alpha or json.dumps(ranks, sort_keys=True) != json.dumps(alphas, sort_keys=True)

@@ -1,0 +1,71 @@
+"""The formats that a run is saved in: which were asked for, which of them can hold what is trained, and which one does where none can. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from converters.formats import FORMATS
+from converters.holding import held
+from converters.writing import by_component
+from diffpeft.bundle import Bundle
+from diffpeft.errors import CannotConvertError, ConfigError, UnknownNameError, listed
+from diffpeft.train.config import TrainConfig
+from diffpeft.train.groups import entries_of
+
+WRITABLE = tuple(name for name, format in FORMATS.items() if format.writable)
+# Those that are tried where none that was asked for can hold the adapter: what most programs read comes first, then what most methods fit into.
+INSTEAD = ("diffusers", "kohya", "kohya-diffusers", "comfyui", "lycoris", "onetrainer", "xlabs", "peft")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The formats that are written, and {format that was asked for: why it is not}. `instead` is one that nobody asked for."""
+
+    written: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    instead: str | None = None
+
+
+def asked(config: TrainConfig) -> tuple[str, ...]:
+    """The formats that were asked for, each once. Raises UnknownNameError, and ConfigError for one that is only read."""
+    names = [name.lower() for name in entries_of(config.formats)]
+    for name in names:
+        UnknownNameError.check("format", name, FORMATS)
+        if name not in WRITABLE:
+            raise ConfigError(
+                f"formats has {name}, which is only read", remedy=f"These can be written: {', '.join(WRITABLE)}."
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def file_of(name: str, format: str) -> str:
+    """What the file of an adapter is called in a format, or its folder."""
+    return f"{name}.{format}" if FORMATS[format].folder else f"{name}.{format}.safetensors"
+
+
+def files_of(name: str) -> list[str]:
+    """What the files of an adapter may be called."""
+    return [file_of(name, format) for format in WRITABLE]
+
+
+def chosen(bundle: Bundle, names: Sequence[str]) -> Chosen:
+    """The formats of these that can hold an adapter; where none can, the first of all others that does. Raises CannotConvertError if there is none."""
+    refused = {name: why for name in names if (why := _refusal(bundle, name))}
+    written = tuple(name for name in names if name not in refused)
+    if written:
+        return Chosen(written, refused)
+    instead = next((name for name in INSTEAD if name not in names and not _refusal(bundle, name)), None)
+    if instead is None:
+        raise CannotConvertError(
+            f"no format can hold this adapter: {'; '.join(f'{name}: {why}' for name, why in refused.items())}",
+            where=listed(sorted(bundle.methods)),
+            remedy="Choose other layers with --targets, or another --method.",
+        )
+    return Chosen((instead,), refused, instead)
+
+
+def _refusal(bundle: Bundle, format: str) -> str:
+    """Why a format cannot hold an adapter; empty if it can. A folder holds each component for itself."""
+    parts = by_component(bundle, format).values() if FORMATS[format].folder else [held(bundle, format)]
+    return next((part.answer.why for part in parts if not part.answer), "")

@@ -1,0 +1,81 @@
+"""What is said of who reads a file, against the program itself: stock diffusers reads right what it is said to read, and nothing else."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import converters
+from converters.readers import READERS
+from diffpeft import TrainConfig
+from diffpeft.families import family_of, open_family
+from diffpeft.model.state import bundle_of, slots_of
+from diffpeft.train import dreambooth
+from tests.families import pipelines
+from tests.families.pipelines import pipeline
+from tests.families.test_family_runs import answer
+
+FORMATS = [format for format, (low_rank, _) in READERS.items() if "diffusers" in low_rank]
+
+
+def deep_sdxl():
+    """An SDXL with as many blocks as the published one."""
+    pipe = pipeline("sdxl", torch.float32)
+    config = {**pipelines._XL, "layers_per_block": 2, "transformer_layers_per_block": (1, 1, 2)}
+    torch.manual_seed(0)
+    pipe.unet = diffusers.UNet2DConditionModel(**config).eval()
+    return pipe
+
+
+MODELS = {
+    "sd15": lambda: pipeline("sd15", torch.float32),
+    "sdxl": deep_sdxl,
+    "flux": lambda: pipeline("flux dev", torch.float32),
+}
+
+
+def adapted(make, method, targets):
+    """A pipeline with a random adapter, and what it says without and with it."""
+    pipe = make()
+    family = open_family(pipe)
+    base = answer(family)
+    dreambooth.adapt(
+        TrainConfig("m", "d", "o", rank=2, alpha=2, method=method, targets=targets, train_text_encoder=True),
+        family,
+        "a",
+    )
+    for slot in slots_of(pipe, "a").values():
+        slot.eval()
+        for p in slot.parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.2)
+    return bundle_of(pipe, "a", family_of(pipe) or ""), base, answer(family)
+
+
+def error(make, path, base, want):
+    """How far stock diffusers' answer with a file is from what it should be, as a share of what the adapter does; infinite if it refuses it."""
+    stock = make()
+    try:
+        stock.load_lora_weights(str(path.parent), weight_name=path.name)
+    except (AssertionError, KeyError, ValueError, RuntimeError):
+        return float("inf")
+    return float((answer(open_family(stock)) - want).norm() / (want - base).norm())
+
+
+@pytest.mark.parametrize("targets", ["attn", "full"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_diffusers_is_a_reader_of_exactly_the_files_that_it_reads_right(model, method, targets, tmp_path):
+    if method == "dora" and (targets == "full") == (model == "sd15"):
+        pytest.skip("one of both is enough")
+    bundle, base, want = adapted(MODELS[model], method, targets)
+    for format in FORMATS:
+        if converters.refusal(bundle, format):
+            continue
+        path = tmp_path / f"a.{format}.safetensors"
+        converters.write(bundle, path, format=format)
+        claimed = "diffusers" in converters.inspect(path).readable_by
+        assert claimed == (error(MODELS[model], path, base, want) < 1e-4), (format, claimed)
