@@ -19,10 +19,10 @@ from diffpeft.families.krea2 import Krea2
 from diffpeft.families.ltx import LTX
 from diffpeft.families.lumina2 import Lumina2
 from diffpeft.families.parts import Configs, Parts
-from diffpeft.families.sana import Sana
-from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.pixart import PixArt
 from diffpeft.families.qwen_image import QwenImage
+from diffpeft.families.sana import Sana
+from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
 from diffpeft.families.wan import Wan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.dit import Transformer, in_blocks, masked_prompts
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -17,7 +18,7 @@ class AuraFlow(Transformer):
     """The training side of an AuraFlowPipeline."""
 
     name = "AuraFlow"
-    pipelines = ("AuraFlowPipeline",)
+    pipelines: tuple[str, ...] = ("AuraFlowPipeline",)
     presets = in_blocks(
         r"(joint|single)_transformer_blocks\.\d+",
         r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
@@ -27,7 +28,7 @@ class AuraFlow(Transformer):
     architecture = "auraflow"
     base_version = "auraflow"
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """T5's hidden states [n, width]."""
         text, *_ = self.pipe.encode_prompt(
             [prompt], do_classifier_free_guidance=False, device=device, max_sequence_length=self.max_length
@@ -40,4 +41,6 @@ class AuraFlow(Transformer):
 
     def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
         """As an AuraFlowPipeline takes prompts. It asks for masks, and does not read them."""
-        return masked_prompts(*({**texts, "mask": texts["text"].new_ones(texts["text"].shape[:2])} for texts in (prompts, blank)))
+        return masked_prompts(
+            *({**texts, "mask": texts["text"].new_ones(texts["text"].shape[:2])} for texts in (prompts, blank))
+        )

@@ -103,7 +103,7 @@ class Family(Protocol):
     presets: Mapping[
         str, str
     ]  # {preset: the regular expression for its layers}, where suffixes that all models share would be others
-    unread: Mapping[str, str]  # {text encoder: the regular expression for its layers after the last one that is read}
+    unread: Mapping[str, str]  # {component: the regular expression for those of its layers that nothing reads}
     packing: int  # latent pixels, the side of the square that the denoiser reads as one
 
     parts: Parts

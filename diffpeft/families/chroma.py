@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.dit import Transformer, masked_prompts
@@ -10,6 +10,7 @@ from diffpeft.families.flux import Flux
 from diffpeft.families.patches import packed, places, unpacked
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -19,13 +20,13 @@ class Chroma(Transformer):
     """The training side of a ChromaPipeline."""
 
     name = "Chroma"
-    pipelines = ("ChromaPipeline",)
+    pipelines: tuple[str, ...] = ("ChromaPipeline",)
     presets = Flux.presets
     packing = 2
     architecture = "chroma"
     base_version = "chroma"
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """T5's hidden states [n, width], and which of them are read [n], in the states' numbers."""
         text, _, mask, *_ = self.pipe.encode_prompt(
             [prompt], device=device, do_classifier_free_guidance=False, max_sequence_length=self.max_length

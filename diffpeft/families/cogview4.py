@@ -5,13 +5,14 @@ filled up to sixteen tokens at their beginning, and examples whose texts have ot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Frame, Prompted
 from diffpeft.families.dit import Transformer, in_blocks
 from diffpeft.families.flow import Flow
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -21,7 +22,7 @@ class CogView4(Transformer):
     """The training side of a CogView4Pipeline."""
 
     name = "CogView4"
-    pipelines = ("CogView4Pipeline",)
+    pipelines: tuple[str, ...] = ("CogView4Pipeline",)
     presets = in_blocks(r"transformer_blocks\.\d+", r"attn1\.(to_[qkv]|to_out\.0)", r"ff\.net\.(0\.proj|2)")
     tokens = most_tokens = 1024
     architecture = "cogview4"
@@ -37,7 +38,7 @@ class CogView4(Transformer):
         )
         return Flow.of(scheduler, self.patch, lambda tokens: calculate_shift(tokens, few, low, high))
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """GLM's last hidden states but one [n, width]."""
         import torch
 

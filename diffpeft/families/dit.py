@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
 from diffpeft.families.devices import sent
@@ -15,6 +15,7 @@ from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import length_within, stacked
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Configs, Parts
@@ -73,7 +74,7 @@ class Transformer:
         with torch.no_grad():
             return stacked([self.read(encoder, prompt, model.device) for prompt in prompts])
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """What a text encoder makes of one prompt, without the batch's axis."""
         raise NotImplementedError
 
@@ -99,13 +100,13 @@ class Transformer:
         raise NotImplementedError
 
 
-def cut(conditions: Conditions, name: str = "text") -> list[Tensor]:
+def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:
     """Texts [b, n, w] without what fills them up: a list of [n, w]."""
     pairs = zip(conditions[name], conditions["length"].tolist(), strict=True)
     return [text[:length] for text, length in pairs]
 
 
-def tells(conditions: Conditions, name: str = "text") -> Tensor | None:
+def mask_of(conditions: Conditions, name: str = "text") -> Tensor | None:
     """Which tokens of texts [b, n, w] are no filling [b, n], on the host; None if all are."""
     import torch
 

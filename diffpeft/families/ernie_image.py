@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import Transformer, cut, in_blocks
+from diffpeft.families.dit import Transformer, in_blocks, unfilled
 from diffpeft.families.flow import Flow
 from diffpeft.families.flux2 import standardised
 from diffpeft.families.latents import moments
 from diffpeft.families.patches import patchified
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -24,7 +25,7 @@ class ErnieImage(Transformer):
     """The training side of an ErnieImagePipeline. What it may rewrite prompts with is not used: captions are read as they are."""
 
     name = "ERNIE-Image"
-    pipelines = ("ErnieImagePipeline",)
+    pipelines: tuple[str, ...] = ("ErnieImagePipeline",)
     presets = in_blocks(r"layers\.\d+", r"self_attention\.(to_[qkv]|to_out\.0)", r"mlp\.(gate_proj|up_proj|linear_fc2)")
     packing = 2
     architecture = "ernie-image"
@@ -36,9 +37,10 @@ class ErnieImage(Transformer):
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, 4 c, h / 2 f, w / 2 f]."""
-        return standardised(self.parts("vae"), *map(patchified, moments(self.parts("vae"), pixels)), _EPSILON)
+        mean, std = map(patchified, moments(self.parts("vae"), pixels))
+        return standardised(self.parts("vae"), mean, std, _EPSILON)
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Hidden states [n, width], as many as the prompt has tokens, up to those that are read."""
         import torch
 
@@ -58,4 +60,4 @@ class ErnieImage(Transformer):
 
     def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
         """As an ErnieImagePipeline takes prompts: lists of texts."""
-        return {"prompt_embeds": cut(prompts), "negative_prompt_embeds": cut(blank)}
+        return {"prompt_embeds": unfilled(prompts), "negative_prompt_embeds": unfilled(blank)}

@@ -28,11 +28,14 @@ def line(low: float = 0.5, high: float = 1.15, few: float = 256, many: float = 4
     return lambda tokens: low + (high - low) * (tokens - few) / (many - few)
 
 
+USUAL = line()
+
+
 def line_of(scheduler: Component) -> Mu:
     """The line that a scheduler's config says."""
     names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     values = [scheduler.config.get(name) for name in names]
-    return line() if None in values else line(*values)
+    return USUAL if None in values else line(*values)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Flow:
     """
 
     shift: float | None = 1.0
-    mu: Mu = line()
+    mu: Mu = USUAL
     exponential: bool = True
     patch: int = 1
     kind: str = field(default="flow", init=False)

@@ -4,7 +4,7 @@ model side by side. Its dev model was distilled to be told a guidance. Training 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
@@ -14,6 +14,7 @@ from diffpeft.families.latents import moments, spread
 from diffpeft.families.patches import patchified
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -25,7 +26,7 @@ class Flux2(Transformer):
     """The training side of a Flux2Pipeline or a Flux2KleinPipeline."""
 
     name = "Flux.2"
-    pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
+    pipelines: tuple[str, ...] = ("Flux2Pipeline", "Flux2KleinPipeline")
     presets = in_blocks(
         r"(single_)?transformer_blocks\.\d+",
         r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj|to_out)",
@@ -48,9 +49,10 @@ class Flux2(Transformer):
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, 4 c, h / 2 f, w / 2 f]."""
-        return standardised(self.parts("vae"), *map(patchified, moments(self.parts("vae"), pixels)))
+        mean, std = map(patchified, moments(self.parts("vae"), pixels))
+        return standardised(self.parts("vae"), mean, std)
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Hidden states [n, 3 width], filled up to the number of tokens that are read."""
         text, _ = self.pipe.encode_prompt([prompt], device, max_sequence_length=self.max_length)
         return {"text": text[0]}
@@ -76,6 +78,6 @@ class Flux2(Transformer):
 
 def standardised(vae: Component, mean: Tensor, std: Tensor, epsilon: float | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [b, c, h, w] of latents, over those that a VAE's batch norm has seen."""
-    statistics, epsilon = vae.bn, vae.config.batch_norm_eps if epsilon is None else epsilon
-    centre, spread_ = statistics.running_mean.to(mean), (statistics.running_var.to(mean) + epsilon).sqrt()
-    return (mean - spread(centre, mean, 1)) / spread(spread_, mean, 1), std / spread(spread_, mean, 1)
+    epsilon = vae.config.batch_norm_eps if epsilon is None else epsilon
+    centre, scale = vae.bn.running_mean.to(mean), (vae.bn.running_var.to(mean) + epsilon).sqrt()
+    return (mean - spread(centre, mean, 1)) / spread(scale, mean, 1), std / spread(scale, mean, 1)

@@ -4,13 +4,13 @@ asks two. It predicts the way to the image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.dit import Transformer, in_blocks
-from diffpeft.families.flow import Flow, line
+from diffpeft.families.flow import USUAL, Flow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,14 +24,14 @@ class HiDream(Transformer):
     """The training side of a HiDreamImagePipeline. Experts are left out: not every step asks each of them."""
 
     name = "HiDream"
-    pipelines = ("HiDreamImagePipeline",)
-    text_encoders = (*_CLIPS, "text_encoder_3", "text_encoder_4")
+    pipelines: tuple[str, ...] = ("HiDreamImagePipeline",)
+    text_encoders: tuple[str, ...] = (*_CLIPS, "text_encoder_3", "text_encoder_4")
     presets = in_blocks(
         r"(double|single)_stream_blocks\.\d+\.block",
         r"attn1\.(to_[qkv]|to_out|to_[qkv]_t|to_out_t)",
         r"(ff_t|ff_i\.shared_experts)\.w[123]",
     )
-    unread = MappingProxyType({"transformer": r".*\.experts\..*"})
+    unread: Mapping[str, str] = MappingProxyType({"transformer": r".*\.experts\..*"})
     tokens = most_tokens = 128
     architecture = "hidream-i1"
     base_version = "hidream_i1"
@@ -41,7 +41,7 @@ class HiDream(Transformer):
         config = self.parts.configs[self.denoiser]
         rows, columns = config["max_resolution"]
         most = rows * columns // config["patch_size"] ** 2
-        return Flow.of(scheduler, self.patch, lambda _: line()(most))
+        return Flow.of(scheduler, self.patch, lambda _: USUAL(most))
 
     def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
         """What a CLIP pools [b, width], T5's hidden states [b, n, width], or those of Llama's layers [b, layers, n, width]."""

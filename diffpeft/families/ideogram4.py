@@ -6,7 +6,8 @@ trained.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
 from diffpeft.families.base import Conditions, Prompted
@@ -18,6 +19,7 @@ from diffpeft.families.latents import factor, moments
 from diffpeft.families.patches import PATCH, patchified
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -29,7 +31,7 @@ class Ideogram4(Transformer):
     """The training side of an Ideogram4Pipeline."""
 
     name = "Ideogram 4"
-    pipelines = ("Ideogram4Pipeline",)
+    pipelines: tuple[str, ...] = ("Ideogram4Pipeline",)
     presets = in_blocks(r"layers\.\d+", r"attention\.(to_[qkv]|to_out\.0)", r"feed_forward\.w[123]")
     packing = 2
     tokens = most_tokens = 2048
@@ -46,7 +48,7 @@ class Ideogram4(Transformer):
         mean, std = (_turned(patchified(z)) for z in moments(self.parts("vae"), pixels))
         return standardised(self.parts("vae"), mean, std)
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Hidden states [n, 13 width] of the prompt in the chat's template. Raises ConfigError for one that is too long."""
         import torch
 
@@ -74,7 +76,7 @@ class Ideogram4(Transformer):
         )[0]
         return -answer[:, n:].mT.unflatten(2, x.shape[2:])
 
-    def _inputs(self, read: Conditions, rows: int, columns: int, device: Any) -> tuple[dict[str, Tensor], int]:
+    def _inputs(self, read: Conditions, rows: int, columns: int, device: torch.device) -> tuple[dict[str, Tensor], int]:
         """What the transformer reads of texts beside an image of so many tokens, and how many of them are the texts'."""
         import torch
 
@@ -92,7 +94,9 @@ class Ideogram4(Transformer):
         self.parts("unconditional_transformer")
         read, encode = dict(prompts), type(self.pipe).encode_prompt
 
-        def encode_prompt(prompt: Any, grid_h: int, grid_w: int, max_sequence_length: int, device: Any) -> Any:
+        def encode_prompt(
+            prompt: Sequence[str], grid_h: int, grid_w: int, max_sequence_length: int, device: torch.device
+        ) -> tuple[Tensor, ...]:
             if not isinstance(prompt, _Read):
                 return encode(self.pipe, prompt, grid_h, grid_w, max_sequence_length, device)
             states = {name: t.to(device) if t.is_floating_point() else t for name, t in prompt.read.items()}

@@ -4,16 +4,17 @@ so that what fills them up is left out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import Transformer, in_blocks, tells
+from diffpeft.families.dit import Transformer, in_blocks, mask_of
 from diffpeft.families.flow import Flow
 from diffpeft.families.patches import packed, places, unpacked
 from diffpeft.families.qwen_image import of_one_frame
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -25,7 +26,7 @@ class Krea2(Transformer):
     """The training side of a Krea2Pipeline."""
 
     name = "Krea 2"
-    pipelines = ("Krea2Pipeline",)
+    pipelines: tuple[str, ...] = ("Krea2Pipeline",)
     presets = in_blocks(r"transformer_blocks\.\d+", r"attn\.(to_[qkv]|to_gate|to_out\.0)", r"ff\.(gate|up|down)")
     packing = 2
     architecture = "krea-2"
@@ -39,7 +40,7 @@ class Krea2(Transformer):
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return of_one_frame(self.parts("vae"), pixels)
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Hidden states [n, layers, width] of the prompt and of what follows it in the template."""
         import torch
 
@@ -51,7 +52,7 @@ class Krea2(Transformer):
         """The transformer reads patches; texts are at place 0."""
         import torch
 
-        mask, text = tells(read), read["text"]
+        mask, text = mask_of(read), read["text"]
         images = places(x)
         answer = model(
             hidden_states=packed(x),
@@ -74,5 +75,5 @@ def _mask(conditions: Conditions) -> Tensor:
     """Which tokens are no filling [b, n]."""
     import torch
 
-    mask = tells(conditions)
+    mask = mask_of(conditions)
     return torch.ones(conditions["text"].shape[:2], dtype=torch.bool) if mask is None else mask

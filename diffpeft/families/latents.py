@@ -61,7 +61,9 @@ def _normalisation(vae: Component) -> tuple[Tensor, Tensor]:
 
 def factor(config: Mapping[str, object]) -> int | None:
     """Pixels a latent pixel, by the config of a VAE; None if it does not tell."""
-    scaled, halved, patch = (config.get(name) for name in ("spatio_temporal_scaling", "temperal_downsample", "patch_size"))
+    scaled, halved, patch = (
+        config.get(name) for name in ("spatio_temporal_scaling", "temperal_downsample", "patch_size")
+    )
     patch = patch if isinstance(patch, int) else 1
     if isinstance(scaled, (list, tuple)):  # LTX's
         return patch * 2 ** sum(map(bool, scaled))

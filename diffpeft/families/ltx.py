@@ -4,7 +4,7 @@ statistics among its weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
@@ -12,6 +12,7 @@ from diffpeft.families.dit import Transformer, in_blocks, masked_prompts
 from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -23,7 +24,7 @@ class LTX(Transformer):
     """The training side of an LTXPipeline."""
 
     name = "LTX-Video"
-    pipelines = ("LTXPipeline",)
+    pipelines: tuple[str, ...] = ("LTXPipeline",)
     presets = in_blocks(r"transformer_blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ff\.net\.(0\.proj|2)")
     patch = 1
     side = 608  # about the area of 512 x 704
@@ -35,7 +36,7 @@ class LTX(Transformer):
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels.unsqueeze(2))
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """T5's hidden states [n, width], and which are no filling [n]."""
         text, mask, *_ = self.pipe.encode_prompt(
             [prompt], do_classifier_free_guidance=False, device=device, max_sequence_length=self.max_length

@@ -4,7 +4,7 @@ predicts the way to the image. Prompts follow a system prompt, blank ones for gu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
@@ -12,6 +12,7 @@ from diffpeft.families.dit import Transformer, in_blocks, masked_prompts
 from diffpeft.families.flow import Flow, line_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -21,7 +22,7 @@ class Lumina2(Transformer):
     """The training side of a Lumina2Pipeline. Presets leave out the refiners of noise and of texts."""
 
     name = "Lumina 2"
-    pipelines = ("Lumina2Pipeline",)
+    pipelines: tuple[str, ...] = ("Lumina2Pipeline",)
     presets = in_blocks(r"layers\.\d+", r"attn\.(to_[qkv]|to_out\.0)", r"feed_forward\.linear_[123]")
     tokens = 256
     architecture = "lumina-2"
@@ -32,7 +33,7 @@ class Lumina2(Transformer):
         channels = self.parts.configs[self.denoiser]["in_channels"]
         return Flow.of(scheduler, self.patch, lambda _: line_of(scheduler)(channels))
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Gemma's last hidden states but one [n, width], and which are no filling [n]. A blank caption is one for guidance."""
         prompt = f"{self.pipe.system_prompt} <Prompt Start> {prompt}" if prompt else prompt
         text, mask = self.pipe._get_gemma_prompt_embeds([prompt], device, self.max_length)

@@ -5,7 +5,7 @@ Alpha's largest model reads the size of the image beside the caption.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
 from diffpeft.families.devices import sent
@@ -14,6 +14,7 @@ from diffpeft.families.dit import Transformer, in_blocks, masked_prompts
 from diffpeft.families.latents import factor
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Configs, Parts
@@ -25,7 +26,7 @@ class PixArt(Transformer):
     """The training side of a PixArtAlphaPipeline or a PixArtSigmaPipeline."""
 
     name = "PixArt"
-    pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
+    pipelines: tuple[str, ...] = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
     presets = in_blocks(r"transformer_blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ff\.net\.(0\.proj|2)")
     tokens = most_tokens = 300
 
@@ -48,7 +49,7 @@ class PixArt(Transformer):
         size, pixels = configs.get(cls.denoiser, {}).get("sample_size"), factor(configs.get("vae", {}))
         return Sizes(size * pixels if size and pixels else None, pixels * cls.patch if pixels else None)
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """T5's hidden states [n, width], and which are no filling [n]. The pipelines clean captions where they have the libraries for it."""
         from diffusers.utils import is_bs4_available, is_ftfy_available
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import Transformer, in_blocks, tells
+from diffpeft.families.dit import Transformer, in_blocks, mask_of
 from diffpeft.families.latents import encoded
 from diffpeft.families.patches import packed, unpacked
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -20,7 +21,7 @@ class QwenImage(Transformer):
     """The training side of a QwenImagePipeline. Its VAE is one of clips: an image is a clip of one frame."""
 
     name = "Qwen-Image"
-    pipelines = ("QwenImagePipeline",)
+    pipelines: tuple[str, ...] = ("QwenImagePipeline",)
     presets = in_blocks(
         r"transformer_blocks\.\d+",
         r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
@@ -42,7 +43,7 @@ class QwenImage(Transformer):
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return of_one_frame(self.parts("vae"), pixels)
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Hidden states [n, width] of the prompt, as many as it has tokens."""
         import torch
 
@@ -52,7 +53,7 @@ class QwenImage(Transformer):
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """The transformer reads patches; of shorter texts a mask says what is filled up."""
         shape = (1, *(side // self.patch for side in x.shape[2:]))
-        mask = tells(read)
+        mask = mask_of(read)
         answer = model(
             hidden_states=packed(x),
             timestep=t.to(x.dtype),
@@ -66,7 +67,7 @@ class QwenImage(Transformer):
 
     def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
         """As a QwenImagePipeline takes prompts."""
-        masks = {"prompt_embeds_mask": tells(prompts), "negative_prompt_embeds_mask": tells(blank)}
+        masks = {"prompt_embeds_mask": mask_of(prompts), "negative_prompt_embeds_mask": mask_of(blank)}
         texts = {"prompt_embeds": prompts["text"], "negative_prompt_embeds": blank["text"]}
         return texts | {name: mask.long() for name, mask in masks.items() if mask is not None}
 

@@ -5,30 +5,31 @@ follows an instruction. Blank prompts for guidance do not.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import Transformer, in_blocks, masked_prompts
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component
 
 
 class Sana(Transformer):
-    """The training side of a SanaPipeline."""
+    """The training side of a SanaPipeline. Presets leave out convolutions by channel, which PEFT has for some ranks only."""
 
     name = "Sana"
-    pipelines = ("SanaPipeline",)
-    presets = in_blocks(r"transformer_blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ff\.conv_(inverted|depth|point)")
+    pipelines: tuple[str, ...] = ("SanaPipeline",)
+    presets = in_blocks(r"transformer_blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ff\.conv_(inverted|point)")
     patch = 1
     tokens = most_tokens = 300
     architecture = "sana"
     base_version = "sana"
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Gemma's hidden states [n, width] from the prompt's first token on, and which are no filling [n]. A blank caption is one for guidance."""
         text, mask, *_ = self.pipe.encode_prompt(
             [prompt],

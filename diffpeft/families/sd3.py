@@ -23,9 +23,9 @@ class StableDiffusion3(Transformer):
     """The training side of a StableDiffusion3Pipeline."""
 
     name = "Stable Diffusion 3"
-    pipelines = ("StableDiffusion3Pipeline",)
+    pipelines: tuple[str, ...] = ("StableDiffusion3Pipeline",)
     text_encoders: tuple[str, ...] = (*_CLIPS, "text_encoder_3")
-    adaptable = tuple(_CLIPS)
+    adaptable: tuple[str, ...] = tuple(_CLIPS)
     presets = in_blocks(
         r"transformer_blocks\.\d+",
         r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
@@ -40,7 +40,9 @@ class StableDiffusion3(Transformer):
         self.text_encoders = tuple(name for name in self.text_encoders if parts.has(name))
         config = parts.configs[self.denoiser]
         last = config["num_layers"] - 1
-        self.unread = {self.denoiser: rf"transformer_blocks\.{last}\.attn\.add_q_proj"}  # nothing comes out of its texts
+        self.unread = {
+            self.denoiser: rf"transformer_blocks\.{last}\.attn\.add_q_proj"
+        }  # nothing comes out of its texts
         self.zeros = (self.max_length, config["joint_attention_dim"])
 
     def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffpeft.errors import WrongBaseError
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
@@ -11,6 +11,7 @@ from diffpeft.families.dit import Transformer, in_blocks
 from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -20,7 +21,7 @@ class Wan(Transformer):
     """The training side of a WanPipeline with one denoiser."""
 
     name = "Wan"
-    pipelines = ("WanPipeline",)
+    pipelines: tuple[str, ...] = ("WanPipeline",)
     presets = in_blocks(r"blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ffn\.net\.(0\.proj|2)")
     side = 640  # about the area of 480 x 832
     architecture = "wan2.1"
@@ -38,7 +39,7 @@ class Wan(Transformer):
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels.unsqueeze(2))
 
-    def read(self, encoder: str, prompt: str, device: Any) -> Conditions:
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """UMT5's hidden states [n, width], zeros where they are filling."""
         texts, _ = self.pipe.encode_prompt(
             [prompt], do_classifier_free_guidance=False, device=device, max_sequence_length=self.max_length

@@ -131,10 +131,13 @@ def text_identity(family: Family, encoder: str, reading: str) -> str:
     pipe, digest = family.parts.pipe, hashlib.blake2b(f"{type(family).__name__} {reading}".encode(), digest_size=16)
     for name in sorted(name for name in pipe.components if name.startswith("tokenizer")):
         tokenizer = getattr(pipe, name)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         backend = getattr(tokenizer, "backend_tokenizer", None)
         rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
         rules = {
             rule: value for rule, value in rules.items() if rule not in ("truncation", "padding")
         }  # of the last call
-        digest.update(f"{name} {tokenizer.model_max_length} {json.dumps(rules, sort_keys=True)}".encode())
+        digest.update(
+            f"{name} {tokenizer.model_max_length} {tokenizer.chat_template} {json.dumps(rules, sort_keys=True)}".encode()
+        )
     return f"{encoder} {digest.hexdigest()} {identity_of(family.parts(encoder))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,18 +39,20 @@ def pictures(
         tick()
         return {}
 
+    watched = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
     out = []
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
-        images = pipe(
+        drawn = pipe(
             **asked(chunk),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
             output_type="np",
-            callback_on_step_end=told,
-        ).images
+            **({"callback_on_step_end": told} if watched else {}),
+        )
+        images = drawn.images if "images" in drawn else drawn.frames[:, 0]  # clips of one frame
         out.append((images * 255).round().astype(np.uint8))
     return np.concatenate(out)
 

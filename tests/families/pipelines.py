@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 import transformers
 
@@ -599,6 +601,16 @@ KINDS: dict[str, tuple[str, Any]] = {
     "ltx": ("ltx", _ltx),
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
+
+
+# the kinds that stand for those of their kind; the others run in `make test-all`
+ALWAYS = ("sd", "flux dev", "flux schnell", "flux,", "z_image", "flux2 klein", "ltx")
+
+
+def cells(kinds: Iterable[str], always: tuple[str, ...] = ALWAYS) -> list[Any]:
+    """Kinds as parameters of tests, slow ones marked."""
+    standing = {kind for kind in kinds if kind.startswith(always) and not kind.startswith(("sd3", "z_image,"))}
+    return [kind if kind in standing else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:

@@ -19,7 +19,8 @@ from diffpeft.families.flow import Flow
 from diffpeft.families.latents import spread
 from diffpeft.families.prompts import embedded, stacked
 from diffpeft.model.target import select
-from tests.families.pipelines import KINDS, pipeline
+from diffpeft.train.sample import pictures, prompted
+from tests.families.pipelines import KINDS, cells, pipeline
 
 HEIGHT, WIDTH = 32, 64
 UNREAD = ("self", "return_dict", "joint_attention_kwargs", "attention_kwargs")  # by the denoiser
@@ -27,7 +28,7 @@ PROMPTS = ["a red cat", "dog, very small, on a long wooden table"]
 FRAMES = [Frame((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH))] * 2
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=cells(KINDS))
 def kind(request):
     return request.param
 
@@ -53,7 +54,11 @@ def latents(family):
     """Pixels, the VAE's own mean of their latents, those that are trained on, and noise."""
     pixels = torch.rand(2, 3, HEIGHT, WIDTH, dtype=torch.float64) * 2 - 1
     z, _ = family.encode(pixels)
-    return raw_latents(family, pixels), z, torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (
+        raw_latents(family, pixels),
+        z,
+        torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    )
 
 
 def packed(pipe, x):
@@ -84,12 +89,14 @@ SPELT = {
     "pixart": (plain, lambda pipe, v: torch.cat([v, torch.ones_like(v)], dim=1)),
     "z_image": (plain, lambda pipe, v: [-one.unsqueeze(1) for one in v]),
 }
+BINNED = dict.fromkeys(
+    ("pixart", "sana"), {"use_resolution_binning": False}
+)  # a pipeline's pictures have sizes of its own
 # {family: how its pipeline is asked for one picture without guidance}
 ASKED = {
     "z_image": {"guidance_scale": 0.0},
     "qwen_image": {"true_cfg_scale": 1.0},
-    "pixart": {"use_resolution_binning": False},
-    "sana": {"use_resolution_binning": False},
+    **BINNED,
     "krea2": {"guidance_scale": 0.0},
     "ideogram4": {"guidance_schedule": None},
     "ernie_image": {"use_pe": False},
@@ -102,9 +109,9 @@ ASKED = {
 GUIDED = {"qwen_image": {"true_cfg_scale": 3.0}}
 BLANK = {"qwen_image": {"negative_prompt": ["", ""]}}
 # {family: how many tokens of captions are read here: less than usual, for speed}
-SHORT = ("flux2", "z_image", "qwen_image", "chroma", "sd3", "lumina2", "pixart", "sana", "auraflow", "cogview4", "hidream", "krea2", "ideogram4", "ernie_image", "wan", "ltx")
 TEXT = 40
-READ = dict.fromkeys(SHORT, TEXT)
+READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux")}
+READ["lumina2"] = 80  # most are of the system prompt
 UNCOUNTED = {"ernie_image"}  # whose pipelines take no number of tokens
 
 
@@ -262,9 +269,7 @@ def test_every_level_leads_back(place, family, latents):
         back = scheduler.step(noised.target, noised.t[0], noised.x).prev_sample
     torch.testing.assert_close(back, z, rtol=0, atol=2e-5)
     signal = {"flow": 1 - noised.sigma}.get(noised.kind, (1 - noised.sigma**2).sqrt())
-    torch.testing.assert_close(
-        spread(signal, z) * z + spread(noised.sigma, z) * n, noised.x, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(spread(signal, z) * z + spread(noised.sigma, z) * n, noised.x, rtol=0, atol=1e-5)
     snr = signal**2 / noised.sigma**2  # 1 - sigma^2 cancels in fp32
     torch.testing.assert_close(snr, noised.snr.to(signal), rtol=1e-4, atol=1e-6)
 
@@ -340,6 +345,19 @@ def test_prompts_as_embeddings_draw_what_the_texts_draw(family):
         for name, encoder in encoders.items():
             setattr(pipe, name, encoder)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_pictures_are_drawn_from_what_was_read(family):
+    """Of pipelines of every kind, as class images are, with text encoders that are gone."""
+    texts = {prompt: embedded(family, [prompt] * 2) for prompt in (PROMPTS[0], "")}
+
+    def asked_for(prompts):
+        size = {"height": HEIGHT, "width": WIDTH} | BINNED.get(NAMES[type(family)], {})
+        return prompted(family, lambda prompts: texts[prompts[0]], prompts) | size
+
+    drawn = pictures(family.pipe, [PROMPTS[0]] * 2, [1, 2], steps=2, guidance=3.0, asked=asked_for)
+    assert drawn.shape == (2, HEIGHT, WIDTH, 3) and (drawn[0] != drawn[1]).any()  # by their seeds
 
 
 @torch.no_grad()
