@@ -28,16 +28,21 @@ def sorted_as_safetensors(tensors: Mapping[str, Handle]) -> dict[str, Handle]:
 def hashed(draft: Draft) -> Draft:
     """The file with its tensors in safetensors' order, and their hashes in its metadata. Reads every tensor once."""
     tensors = sorted_as_safetensors(draft.tensors)
-    shown = {key: value for key, value in draft.metadata.items() if key.startswith("ss_")}
+    return replace(draft, tensors=tensors, metadata={**draft.metadata, **hashes(tensors, draft.metadata)})
+
+
+def hashes(tensors: Mapping[str, Handle], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of a file of these tensors, which are in safetensors' order, with these metadata."""
+    shown = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     at, (start, size) = io.start_of(tensors, shown), _OLD
-    whole, old = hashlib.sha256(), hashlib.sha256()
+    data, old = hashlib.sha256(), hashlib.sha256()
     for chunk in (chunk for handle in tensors.values() for chunk in io.chunks(handle)):
-        whole.update(chunk)
+        data.update(chunk)
         old.update(chunk[max(start - at, 0) : max(start + size - at, 0)])
         at += len(chunk)
-    hashes = {
-        "sshs_model_hash": whole.hexdigest(),
+    digest = data.hexdigest()
+    return {
+        "sshs_model_hash": digest,
         "sshs_legacy_hash": old.hexdigest()[:8],
-        "modelspec.hash_sha256": f"0x{whole.hexdigest()}",
+        "modelspec.hash_sha256": f"0x{digest}",
     }
-    return replace(draft, tensors=tensors, metadata={**draft.metadata, **hashes})

@@ -28,9 +28,10 @@ def demo(method: str, steps: int, out: str) -> None:
 
     Example: diffpeft demo -o my-demo
     """
-    from diffpeft.cli.errors import naming, quiet_bars
+    from diffpeft.cli.errors import naming
     from diffpeft.cli.progress import Progress
     from diffpeft.train import demo as job
+    from diffpeft.train.progress import quiet_bars
 
     with naming(out), Progress() as progress:
         quiet_bars()

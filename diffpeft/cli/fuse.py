@@ -29,9 +29,10 @@ def fuse(model: str | None, loras: tuple[str, ...], out: str, variant: str | Non
 
     Weights keep their dtype and their files, and memory holds one layer at a time, however large the model.
     """
-    from diffpeft.cli.errors import naming, quiet_bars
+    from diffpeft.cli.errors import naming
     from diffpeft.pipeline.bake import bake
     from diffpeft.pipeline.open import EMBEDDED
+    from diffpeft.train.progress import quiet_bars
 
     quiet_bars()
     with naming(out), click.progressbar(length=1, label="fusing") as bar:

@@ -123,8 +123,8 @@ def _drawn(asked: Asked, prompt: str, files: Files) -> Image:
     """The picture. The embedded base has a guidance of its own, other pipelines bring theirs."""
     import torch
 
-    from diffpeft.cli.errors import quiet_bars
     from diffpeft.pipeline.open import default_device, default_dtype, open_pipeline
+    from diffpeft.train.progress import quiet_bars
 
     quiet_bars()
     device = default_device()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING
 import click
 
 from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError, joined
+from diffpeft.files import parsed
 
 if TYPE_CHECKING:
     from converters import Inspection
 
 BAR = 30  # characters
+TAGS = 12  # shown
 
 
 @click.command()
@@ -131,6 +134,7 @@ def _rows(seen: Inspection) -> dict[str, str]:
         "alphas": listed_values(seen.alphas),
         "size": f"{seen.tensors} tensors, {seen.bytes / 2**20:.1f} MiB, {', '.join(seen.dtypes)}",
         "trigger words": ", ".join(seen.trigger_words),
+        "tags": _tags(seen.metadata.get("ss_tag_frequency", "{}")),
         "read by": ", ".join(seen.readable_by),
         "not an adapter's": f"{len(seen.carried)} keys, such as {seen.carried[0]}" if seen.carried else "",
     }
@@ -138,3 +142,22 @@ def _rows(seen: Inspection) -> dict[str, str]:
         rows["dead layers"] = joined(seen.dead, 5)
         rows["not finite"] = joined(seen.nonfinite, 5)
     return rows
+
+
+def _tags(text: str) -> str:
+    """The most frequent parts of the captions that an adapter was trained on, of all folders together; empty where the file tells none."""
+    try:
+        folders = parsed(text)
+    except ValueError:
+        return ""
+    counts: Counter[str] = Counter()
+    for tags in folders.values():
+        for tag, n in tags.items() if isinstance(tags, dict) else ():
+            counts[tag] += n if type(n) is int else 0
+    most = [f"{_printed(tag)} {n}" for tag, n in counts.most_common(TAGS) if n > 0]
+    return ", ".join(most) + (f" and {len(counts) - TAGS} more" if len(counts) > TAGS else "")
+
+
+def _printed(text: str) -> str:
+    """A text from a file as it may be shown in a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:100]

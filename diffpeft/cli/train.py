@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from diffpeft.cli.launch import follow_launcher, launched, wait_for_main
 from diffpeft.cli.options import Chosen, options_from, options_of
 from diffpeft.cli.pasted import PASTED, Pasted
+from diffpeft.train import machines
 from diffpeft.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -21,8 +25,14 @@ if TYPE_CHECKING:
 @click.option(
     "--print-config", is_flag=True, help="Print the options as a TOML file, with where each is from, and do nothing."
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be trained, written and needed, and do nothing. No weight is read."
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
 @click.pass_context
-def train(ctx: click.Context, config: str | None, print_config: bool, **typed: object) -> None:
+def train(
+    ctx: click.Context, config: str | None, print_config: bool, dry_run: bool, as_json: bool, **typed: object
+) -> int | None:
     """Train an adapter on your own images, DreamBooth-style.
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins. A job file of ai-toolkit and the
@@ -35,15 +45,23 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
     chosen = options_from(TrainConfig, config, typed, ctx.meta[PASTED], complete=not print_config)
     if print_config:
         _print(chosen)
-        return
+        return None
     options = chosen.options
+    if dry_run:
+        _plan(chosen, as_json)
+        return None
 
-    from diffpeft.cli.progress import Progress
+    if (code := launched(options)) is not None:
+        return code
+
+    from diffpeft.cli.progress import watching
     from diffpeft.train.check import check
     from diffpeft.train.lock import occupied
     from diffpeft.train.signals import ending
 
-    with ending(), Progress() as progress, occupied(options.output()):
+    follow_launcher()
+    with ending(), watching() as progress, occupied(options.output()):
+        wait_for_main()  # what it refuses is refused once
         for note in chosen.notes:
             progress.note(note)
         progress.phase("looking at the data")
@@ -51,11 +69,14 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
         for line in checked.account.lines():
             progress.note(line)
 
-        from diffpeft.cli.errors import quiet_bars
         from diffpeft.train import dreambooth
+        from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
         run = dreambooth.train(options, progress, checked)
+        if not machines.world().main:
+            dreambooth.save(run)
+            return None
         progress.phase("writing")
         files, readers = _written(run)
         if run.best:
@@ -64,6 +85,27 @@ def train(ctx: click.Context, config: str | None, print_config: bool, **typed: o
             progress.note(f"{name}: {text}")
     for file in files:
         click.echo(file)
+    if options.push_to_hub:
+        from diffpeft.train.publish import push
+
+        click.echo(push(run))
+    return None
+
+
+def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
+    """What a run would do in one process, on stdout, and notes on stderr."""
+    from diffpeft.train.check import check
+
+    for note in chosen.notes:
+        click.echo(f"note: {note}", err=True)
+    checked = check(replace(chosen.options, num_processes=None, fsdp=False), chosen.origins)
+
+    from diffpeft.train.dry import plan
+    from diffpeft.train.progress import quiet_bars
+
+    quiet_bars()
+    planned = plan(checked.config, checked)
+    click.echo(json.dumps(planned.table(), indent=2) if as_json else planned)
 
 
 def _print(chosen: Chosen[TrainConfig]) -> None:
@@ -79,22 +121,10 @@ def _print(chosen: Chosen[TrainConfig]) -> None:
 
 
 def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:
-    """Write the adapter and the report; the files, and which programs read them."""
-    from diffpeft.cli.errors import naming
-    from diffpeft.train import dreambooth, report
+    """Write the figures, the adapter and the page; the files, and which programs read them."""
+    from diffpeft.train import dreambooth
     from diffpeft.train.watching import write_metrics
 
-    files = [*dreambooth.save(run), write_metrics(run)]
-    readers = dreambooth.readers(run, files)
-    page = Path(run.config.out or "") / "report.html"
-    with naming(page):
-        report.write(
-            page,
-            title=f"diffpeft: {run.name}",
-            losses=run.losses,
-            options=run.config.resolved(),
-            files=[*files, page],
-            data=run.account.lines(),
-            readers=readers,
-        )
-    return [*files, page], readers
+    metrics = write_metrics(run)
+    files = [*dreambooth.save(run), metrics]
+    return [*files, run.config.output() / "report.html"], dreambooth.readers(run, files)

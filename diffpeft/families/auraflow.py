@@ -39,8 +39,8 @@ class AuraFlow(Transformer):
         """Time is the share of noise."""
         return model(x, encoder_hidden_states=read["text"], timestep=t.to(x.dtype), return_dict=False)[0]
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As an AuraFlowPipeline takes prompts. It asks for masks, and does not read them."""
         return masked_prompts(
-            *({**texts, "mask": texts["text"].new_ones(texts["text"].shape[:2])} for texts in (prompts, blank))
+            *({**texts, "mask": texts["text"].new_ones(texts["text"].shape[:2])} for texts in (prompts, negative))
         )

@@ -104,6 +104,10 @@ class Family(Protocol):
         str, str
     ]  # {preset: the regular expression for its layers}, where suffixes that all models share would be others
     unread: Mapping[str, str]  # {component: the regular expression for those of its layers that nothing reads}
+    guidance: Mapping[
+        str, str
+    ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
+    drawing_steps: int  # in which it draws well
     packing: int  # latent pixels, the side of the square that the denoiser reads as one
 
     parts: Parts
@@ -134,5 +138,8 @@ class Family(Protocol):
     def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The denoiser's prediction [b, c, *size] in fp32, of noised latents x [b, c, *size] at times t [b]. Uses the denoiser alone."""
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
-        """Conditions of prompts, and of as many blank ones for guidance, as the pipeline takes them instead of texts."""
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """Conditions of prompts, and of as many negative ones for guidance, as the pipeline takes them instead of texts.
+
+        `blank`: nobody asked for negative ones; some models have zeros for these, and some have none.
+        """

@@ -49,6 +49,6 @@ class Chroma(Transformer):
         )[0]
         return unpacked(answer, x.shape)
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a ChromaPipeline takes prompts."""
-        return masked_prompts(prompts, blank)
+        return masked_prompts(prompts, negative)

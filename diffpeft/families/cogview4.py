@@ -75,6 +75,6 @@ class CogView4(Transformer):
             out = out.index_copy(0, places, answer)
         return out
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a CogView4Pipeline takes prompts. Those of other lengths are filled up at the end, where it has no way to say so."""
-        return {"prompt_embeds": prompts["text"], "negative_prompt_embeds": blank["text"]}
+        return {"prompt_embeds": prompts["text"], "negative_prompt_embeds": negative["text"]}

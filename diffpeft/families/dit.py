@@ -38,6 +38,8 @@ class Transformer:
     adaptable: tuple[str, ...] = ()
     presets: Mapping[str, str] = MappingProxyType({})
     unread: Mapping[str, str] = MappingProxyType({})
+    guidance: Mapping[str, str] = MappingProxyType({"cfg": "guidance_scale"})
+    drawing_steps = 25
     packing = 1
     patch = 2  # latent pixels, the side of a token
     side = 1024  # pixels that published models were made for
@@ -95,7 +97,7 @@ class Transformer:
         """What the transformer says of latents x [b, c, *size] at shares of noise t [b], as a velocity towards the noise."""
         raise NotImplementedError
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As the pipeline takes prompts."""
         raise NotImplementedError
 
@@ -114,11 +116,11 @@ def mask_of(conditions: Conditions, name: str = "text") -> Tensor | None:
     return None if bool((length == n).all()) else torch.arange(n) < length[:, None]
 
 
-def masked_prompts(prompts: Conditions, blank: Conditions) -> Prompted:
+def masked_prompts(prompts: Conditions, negative: Conditions) -> Prompted:
     """As pipelines take prompts whose conditions are a text and a mask."""
     return {
         "prompt_embeds": prompts["text"],
         "prompt_attention_mask": prompts["mask"],
-        "negative_prompt_embeds": blank["text"],
-        "negative_prompt_attention_mask": blank["mask"],
+        "negative_prompt_embeds": negative["text"],
+        "negative_prompt_attention_mask": negative["mask"],
     }

@@ -58,6 +58,6 @@ class ErnieImage(Transformer):
             return_dict=False,
         )[0]
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As an ErnieImagePipeline takes prompts: lists of texts."""
-        return {"prompt_embeds": unfilled(prompts), "negative_prompt_embeds": unfilled(blank)}
+        return {"prompt_embeds": unfilled(prompts), "negative_prompt_embeds": unfilled(negative)}

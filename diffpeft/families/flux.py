@@ -30,6 +30,9 @@ _ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 _MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 
 
+_GUIDANCE = {"cfg": "true_cfg_scale", "guidance": "guidance_scale"}
+
+
 class Flux:
     """The training side of a FluxPipeline."""
 
@@ -52,6 +55,8 @@ class Flux:
         self.parts, self.pipe = parts, parts.pipe
         self.levels: Levels = Flow.of(parts.pipe.scheduler, PATCH)
         self.guided: bool = parts.configs[self.denoiser]["guidance_embeds"]
+        self.guidance: Mapping[str, str] = _GUIDANCE if self.guided else {"cfg": _GUIDANCE["cfg"]}
+        self.drawing_steps = 25 if self.guided else 4  # schnell is distilled
         self.architecture = "flux-1-dev" if self.guided else "flux-1-schnell"
         self.resolution, self.multiple = self.sizes(parts.configs).known()
 
@@ -94,6 +99,9 @@ class Flux:
         ).sample
         return precise(unpacked(velocity, x.shape))
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> dict[str, Tensor]:
-        """As a FluxPipeline takes prompts; it has no blank ones."""
-        return {"prompt_embeds": prompts["text"], "pooled_prompt_embeds": prompts["pooled"]}
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> dict[str, Tensor]:
+        """As a FluxPipeline takes prompts; it has negative ones on request."""
+        read = {"prompt_embeds": prompts["text"], "pooled_prompt_embeds": prompts["pooled"]}
+        if blank:
+            return read
+        return read | {"negative_prompt_embeds": negative["text"], "negative_pooled_prompt_embeds": negative["pooled"]}

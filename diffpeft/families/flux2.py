@@ -38,6 +38,8 @@ class Flux2(Transformer):
     def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
         self.guided: bool = parts.configs[self.denoiser]["guidance_embeds"]
+        self.guidance = {"guidance" if self.guided else "cfg": "guidance_scale"}
+        self.drawing_steps = 4 if parts.pipe.config.get("is_distilled") else self.drawing_steps
         self.architecture = "Flux.2-dev" if self.guided else "Flux.2-klein"
         self.base_version = "flux_2_dev" if self.guided else "flux_2_klein"
 
@@ -70,10 +72,10 @@ class Flux2(Transformer):
         )[0]
         return answer.mT.unflatten(2, x.shape[2:])
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
-        """As the pipelines take prompts; dev's has no blank ones."""
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """As the pipelines take prompts; dev's has no negative ones."""
         texts = {"prompt_embeds": prompts["text"]}
-        return texts if self.guided else texts | {"negative_prompt_embeds": blank["text"]}
+        return texts if self.guided else texts | {"negative_prompt_embeds": negative["text"]}
 
 
 def standardised(vae: Component, mean: Tensor, std: Tensor, epsilon: float | None = None) -> tuple[Tensor, Tensor]:

@@ -64,11 +64,11 @@ class HiDream(Transformer):
         answer = model(hidden_states=x, timesteps=1000 * t, pooled_embeds=_pooled(read), **texts, return_dict=False)[0]
         return -answer
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a HiDreamImagePipeline takes prompts."""
         return {
             f"{sign}{name}": value
-            for sign, read in (("", prompts), ("negative_", blank))
+            for sign, read in (("", prompts), ("negative_", negative))
             for name, value in (
                 ("pooled_prompt_embeds", _pooled(read)),
                 *((f"prompt_embeds_{name}", states) for name, states in _texts(read).items()),

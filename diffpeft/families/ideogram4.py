@@ -34,6 +34,7 @@ class Ideogram4(Transformer):
     pipelines: tuple[str, ...] = ("Ideogram4Pipeline",)
     presets = in_blocks(r"layers\.\d+", r"attention\.(to_[qkv]|to_out\.0)", r"feed_forward\.w[123]")
     packing = 2
+    drawing_steps = 48
     tokens = most_tokens = 2048
     architecture = "ideogram-4"
     base_version = "ideogram4"
@@ -89,7 +90,7 @@ class Ideogram4(Transformer):
         inputs = {name: sent(value, device) for name, value in zip(names, ids, strict=True)}
         return inputs | {"encoder_hidden_states": torch.cat([texts, filling], dim=1)}, n
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """The pipeline takes texts alone: it is given some that know what they came to. Blank ones are the second transformer's."""
         self.parts("unconditional_transformer")
         read, encode = dict(prompts), type(self.pipe).encode_prompt

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diffpeft.families.base import Conditions, Prompted
+from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import Transformer, in_blocks, mask_of
 from diffpeft.families.flow import Flow
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffpeft.families.parts import Component
+    from diffpeft.families.parts import Component, Parts
 
 _DISTILLED = 1.15  # mu of distilled models, of whatever size
 
@@ -31,6 +31,10 @@ class Krea2(Transformer):
     packing = 2
     architecture = "krea-2"
     base_version = "krea2"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        self.drawing_steps = 8 if self.pipe.config.is_distilled else 28
 
     def levels_of(self, scheduler: Component) -> Flow:
         """A distilled model is shifted alike for every size."""
@@ -64,9 +68,9 @@ class Krea2(Transformer):
         )[0]
         return unpacked(answer, x.shape)
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a Krea2Pipeline takes prompts, always with masks."""
-        texts = {"prompt_embeds": prompts, "negative_prompt_embeds": blank}
+        texts = {"prompt_embeds": prompts, "negative_prompt_embeds": negative}
         masks = {f"{name}_mask": _mask(conditions) for name, conditions in texts.items()}
         return masks | {name: conditions["text"] for name, conditions in texts.items()}
 

@@ -61,6 +61,6 @@ class LTX(Transformer):
         )[0]
         return answer.mT.unflatten(2, x.shape[2:])
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As an LTXPipeline takes prompts, for single frames."""
-        return masked_prompts(prompts, blank) | {"num_frames": 1}
+        return masked_prompts(prompts, negative) | {"num_frames": 1}

@@ -50,6 +50,6 @@ class Lumina2(Transformer):
         )[0]
         return -answer
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a Lumina2Pipeline takes prompts."""
-        return masked_prompts(prompts, blank)
+        return masked_prompts(prompts, negative)

@@ -80,6 +80,6 @@ class PixArt(Transformer):
         )[0]
         return answer[:, : x.shape[1]]
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
-        """As the pipelines take prompts; the blank one is said beside them."""
-        return masked_prompts(prompts, blank) | {"negative_prompt": None}
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """As the pipelines take prompts; the negative ones are said beside them."""
+        return masked_prompts(prompts, negative) | {"negative_prompt": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
@@ -27,6 +28,7 @@ class QwenImage(Transformer):
         r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"(img|txt)_mlp\.net\.(0\.proj|2)",
     )
+    guidance = MappingProxyType({"cfg": "true_cfg_scale"})
     packing = 2
     side = 1328
     most_tokens = 1024
@@ -65,10 +67,10 @@ class QwenImage(Transformer):
         )[0]
         return unpacked(answer, x.shape)
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a QwenImagePipeline takes prompts."""
-        masks = {"prompt_embeds_mask": mask_of(prompts), "negative_prompt_embeds_mask": mask_of(blank)}
-        texts = {"prompt_embeds": prompts["text"], "negative_prompt_embeds": blank["text"]}
+        masks = {"prompt_embeds_mask": mask_of(prompts), "negative_prompt_embeds_mask": mask_of(negative)}
+        texts = {"prompt_embeds": prompts["text"], "negative_prompt_embeds": negative["text"]}
         return texts | {name: mask.long() for name, mask in masks.items() if mask is not None}
 
 

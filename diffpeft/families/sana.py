@@ -51,9 +51,9 @@ class Sana(Transformer):
         )[0]
         return answer[:, : x.shape[1]]
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a SanaPipeline takes prompts."""
-        return masked_prompts(prompts, blank) | {"negative_prompt": None}
+        return masked_prompts(prompts, negative) | {"negative_prompt": None}
 
 
 def _instruction(pipe: Component) -> list[str]:

@@ -27,6 +27,8 @@ class StableDiffusion:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     adaptable: tuple[str, ...] = text_encoders
     presets: Mapping[str, str] = MappingProxyType({})
+    guidance: Mapping[str, str] = MappingProxyType({"cfg": "guidance_scale"})
+    drawing_steps = 25
     packing = 1
     architecture = "stable-diffusion-v1"
     base_version = "sd_v1"
@@ -80,9 +82,9 @@ class StableDiffusion:
         text = sent(conditions["text_encoder"], unet.device).to(unet.dtype)
         return precise(unet(x.to(unet.dtype), t, text).sample)
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> dict[str, Tensor]:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> dict[str, Tensor]:
         """As a StableDiffusionPipeline takes prompts."""
-        return {"prompt_embeds": prompts["text_encoder"], "negative_prompt_embeds": blank["text_encoder"]}
+        return {"prompt_embeds": prompts["text_encoder"], "negative_prompt_embeds": negative["text_encoder"]}
 
 
 class StableDiffusion2(StableDiffusion):

@@ -72,12 +72,12 @@ class StableDiffusion3(Transformer):
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return torch.cat([clip, t5], dim=1), torch.cat([read[f"{name}_pooled"] for name in _CLIPS], dim=-1)
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a StableDiffusion3Pipeline takes prompts."""
-        (text, pooled), (blank_text, blank_pooled) = self._both(prompts), self._both(blank)
+        (text, pooled), (negative_text, negative_pooled) = self._both(prompts), self._both(negative)
         return {
             "prompt_embeds": text,
             "pooled_prompt_embeds": pooled,
-            "negative_prompt_embeds": blank_text,
-            "negative_pooled_prompt_embeds": blank_pooled,
+            "negative_prompt_embeds": negative_text,
+            "negative_pooled_prompt_embeds": negative_pooled,
         }

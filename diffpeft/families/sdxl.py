@@ -54,12 +54,12 @@ class StableDiffusionXL(StableDiffusion):
         added = {"text_embeds": read["pooled"], "time_ids": read["time_ids"]}
         return precise(unet(x.to(unet.dtype), t, _text(read), added_cond_kwargs=added).sample)
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> dict[str, Tensor]:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> dict[str, Tensor]:
         """As a StableDiffusionXLPipeline takes prompts. Some models' blank prompts are zeros, which it makes itself."""
         read = {"prompt_embeds": _text(prompts), "pooled_prompt_embeds": prompts["pooled"]}
-        if self.parts.pipe.config.force_zeros_for_empty_prompt:
+        if blank and self.parts.pipe.config.force_zeros_for_empty_prompt:
             return read
-        return read | {"negative_prompt_embeds": _text(blank), "negative_pooled_prompt_embeds": blank["pooled"]}
+        return read | {"negative_prompt_embeds": _text(negative), "negative_pooled_prompt_embeds": negative["pooled"]}
 
 
 def _text(conditions: Conditions) -> Tensor:

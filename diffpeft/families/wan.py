@@ -53,6 +53,6 @@ class Wan(Transformer):
             time = time[:, None].expand(-1, math.prod(x.shape[2:]) // self.patch**2)
         return model(hidden_states=x, timestep=time, encoder_hidden_states=read["text"], return_dict=False)[0]
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a WanPipeline takes prompts, for single frames."""
-        return {"prompt_embeds": prompts["text"], "negative_prompt_embeds": blank["text"], "num_frames": 1}
+        return {"prompt_embeds": prompts["text"], "negative_prompt_embeds": negative["text"], "num_frames": 1}

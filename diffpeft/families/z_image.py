@@ -37,6 +37,6 @@ class ZImage(Transformer):
         answers = model(list(x.unsqueeze(2)), 1 - t, unfilled(read), return_dict=False)[0]
         return -torch.stack(answers).squeeze(2)
 
-    def prompted(self, prompts: Conditions, blank: Conditions) -> Prompted:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a ZImagePipeline takes prompts: lists of texts."""
-        return {"prompt_embeds": unfilled(prompts), "negative_prompt_embeds": unfilled(blank)}
+        return {"prompt_embeds": unfilled(prompts), "negative_prompt_embeds": unfilled(negative)}

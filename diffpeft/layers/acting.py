@@ -187,7 +187,7 @@ def _dtype(module: nn.Module, x: Tensor, site: type[LayerSite]) -> torch.dtype:
         return wide_dtype(cast(Tensor, module.weight).dtype)
     if not x.is_floating_point():
         return cast(Tensor, module.weight).dtype
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -236,7 +236,7 @@ class Slot(nn.Module):
 
     def _prepared(self, part: Part, p: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         device = next(iter(p.values())).device.type
-        if torch.is_autocast_enabled(device):  # what is prepared keeps its precision
+        if device != "meta" and torch.is_autocast_enabled(device):  # what is prepared keeps its precision
             with torch.autocast(device, enabled=False):
                 p = part.method.prepare(p, part.spec, self.training)
         else:

@@ -7,7 +7,6 @@ from typing import Any
 
 from converters.formats.schema import check_fields
 from diffpeft import methods
-from diffpeft.llm.hub import pushed
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from diffpeft.llm.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from diffpeft.llm.prefix_tuning import PrefixTuningConfig
@@ -17,6 +16,7 @@ from diffpeft.methods.layout import CONFIGS
 from diffpeft.methods.loftq import LoftQConfig
 from diffpeft.methods.lora import LoraRuntimeConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType, TaskType
+from diffpeft.train.hub import pushed
 
 # the configs of all methods, which are known by their type from here on
 globals().update({name: getattr(methods, name) for name in CONFIGS})

@@ -22,10 +22,8 @@ from diffpeft import io, patterns
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, inside, shown
 from diffpeft.llm import renames, state
 from diffpeft.llm.beams import encoder_inside
-from diffpeft.llm.cards import README, CardFacts, completed, tags_of
 from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
 from diffpeft.llm.distributed import gathered, in_units, unwrapped
-from diffpeft.llm.hub import pushed
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.mismatched import Mismatch, fitting
 from diffpeft.llm.prompt import EMBEDDINGS
@@ -35,7 +33,7 @@ from diffpeft.llm.state import Incompatible
 from diffpeft.llm.status import Counted
 from diffpeft.llm.status import get_layer_status as get_layer_status
 from diffpeft.llm.status import get_model_status as get_model_status
-from diffpeft.llm.tasks import TASKS, heads_of
+from diffpeft.llm.tasks import TASKS, heads_of, tags_of
 from diffpeft.llm.tuner import LoadOptions, Tuner, found_configs, inject, known, named
 from diffpeft.llm.tuners import TUNERS, MixedModel
 from diffpeft.methods.peft_config import Config, Passing, PeftConfig, TaskType
@@ -45,6 +43,8 @@ from diffpeft.model.mix import check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.precision import Precision
 from diffpeft.pipeline.adapters import plan_mix
+from diffpeft.train.cards import README, CardFacts, completed
+from diffpeft.train.hub import pushed
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache
@@ -382,7 +382,7 @@ class PeftModel(Passing, Counted, nn.Module):
         base = self._name() or config.base_model_name_or_path
         tags = tags_of(self.get_base_model(), str(config.peft_type), base)
         pipeline = TASKS[self.task].pipeline if self.task else None
-        return completed(folder, CardFacts(base, tags, pipeline, config.peft_version))
+        return completed(folder, CardFacts(base, tags, pipeline, f"- PEFT {config.peft_version}"))
 
     def _config_to_save(self, name: str) -> PeftConfig:
         """An adapter's config as its file has it: for inference, with the names of the base model and of its class."""

@@ -22,13 +22,14 @@ from diffpeft.llm.kbit import prepare_model_for_kbit_training
 from diffpeft.llm.peft_model import PeftModel, get_peft_model, get_peft_model_state_dict
 from diffpeft.llm.sft_check import GGUF, CheckedTexts, check
 from diffpeft.llm.sft_config import SftConfig
+from diffpeft.llm.sft_page import Measured, SftPage
 from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
 from diffpeft.model.state import trained_parameters
 from diffpeft.model.target import targets_of
 from diffpeft.pipeline.complete import complete_model, not_loaded
 from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
-from diffpeft.train import draw, report
+from diffpeft.train import draw, machines
 from diffpeft.train.config import target_names
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
@@ -36,8 +37,13 @@ from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import rate_of
+from diffpeft.train.origins import origins_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, rescued
+from diffpeft.train.publish import open_repository, upload
+from diffpeft.train.shards import shard
+from diffpeft.train.showing import PAGE
 from diffpeft.train.state import fingerprint, read
+from diffpeft.train.team import meet, team
 from diffpeft.train.watch import Quiet, Watch
 
 ANSWER = 48  # tokens of an answer that is shown in the report
@@ -56,6 +62,12 @@ class SftRun:
     answers: list[dict[str, str]]
     learnt_tokens: int
     seconds: float
+    shown: SftPage
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.shown.live.path
 
 
 def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts | None = None) -> SftRun:
@@ -65,15 +77,18 @@ def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts |
     NothingLearntError; Interrupted after a signal.
     """
     checked = checked or check(config)
-    with occupied(config.output()):
-        return _trained(config, checked, watch or Quiet())
+    with occupied(config.output()), meet().together():
+        return _trained(config, checked, watch if watch and team().main else Quiet())
 
 
 def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
+    if team().main:
+        open_repository(typed)
     start, device = time.perf_counter(), default_device()
     config = replace(
         typed,
-        dtype=checked_dtype(typed.dtype or default_dtype(device), device),
+        num_processes=machines.several() or typed.num_processes,
+        dtype=checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device),
         alpha=typed.rank if typed.alpha is None else typed.alpha,
         lr=rate_of(typed),
     )
@@ -89,30 +104,46 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
         model = adapt(config, model)
         loss = Loss(model, tokenizer.pad_token_id)
         questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)][: config.samples]
-        measure = Measure(loss, tokenizer, heldout, questions, config.batch_size, watch)
-        loss_before, before = measure()
-        losses = _fitted(typed, config, loss, sequences, checked, watch)
-        loss_after, after = measure()
+        measures = team().main or machines.sharding(config)  # a sharded model computes in all processes or in none
+        measured = (heldout, questions) if measures else ([], [])
+        measure = Measure(loss, tokenizer, *measured, config.batch_size, watch)
+        said = origins_of(typed, config, checked.origins)
+        watch.phase("measuring")
+        shown = SftPage(config, said, measure, measure.rows, bool(heldout))
+        with shown.live.told():
+            losses = _fitted(typed, config, loss, sequences, checked, shown, watch)
+            watch.phase("measuring")
+            after = shown.end()
+        model.eval()
     return SftRun(
         config,
         model,
         tokenizer,
         losses,
-        {"before": loss_before, "after": loss_after} if heldout else {},
-        measure.rows(before, after),
+        {"before": shown.before.loss, "after": after.loss} if heldout else {},
+        measure.rows(shown.before.answers, after.answers),
         sum(texts.tokens(drawn(config, sequences, step)) for step in range(config.steps)),
         time.perf_counter() - start,
+        shown,
     )
 
 
 def _fitted(
-    typed: SftConfig, config: SftConfig, loss: Loss, sequences: Sequences, checked: CheckedTexts, watch: Watch
+    typed: SftConfig,
+    config: SftConfig,
+    loss: Loss,
+    sequences: Sequences,
+    checked: CheckedTexts,
+    shown: SftPage,
+    watch: Watch,
 ) -> list[float]:
     """Train the adapter; the losses by step. Raises OSError without room for its files, DivergedError or NothingLearntError."""
     watch.phase("training")
     model = loss.model
     model.train()
     trained = trained_parameters(model.get_base_model(), model.active_adapters[0])
+    if machines.sharding(config):
+        shard(model.get_base_model(), set(trained.values()))
     check_room(config.output(), list(trained.values()), 1, config)
     reads = {"data": fingerprint([[example.ids for example in sequence] for sequence in sequences])}
     keeper = keeper_of(
@@ -124,13 +155,15 @@ def _fitted(
         checked.state,
         "sft",
     )
-    losses = fit(job_of(config, trained, StepLoss(config, loss, sequences)), keeper, Events.of(watch, config.steps))
+    job = job_of(config, trained, StepLoss(config, loss, sequences))
+    shown.begin(job.schedule.at, checked.state, keeper.command)
+    losses = fit(job, keeper, shown.events(Events.of(watch, config.steps)), shown.live.clock)
     refuse_idle(model.get_base_model(), model.active_adapters[0], config.allow_unchanged)
     return losses
 
 
 class StepLoss:
-    """The loss by step and part: a step is a draw of batch_size x accumulate sequences, a part of it is as many as are computed at once.
+    """The loss by step and part: a step is a draw of batch_size x parts sequences, a part of it is as many as are computed at once.
 
     The loss of a part is its sum over the tokens that are learnt, divided by how many the whole step has: accumulating changes nothing.
     """
@@ -232,7 +265,7 @@ class Loss:
 
 def drawn(config: SftConfig, sequences: Sequences, step: int) -> list[Sequence[TokenExample]]:
     """The sequences of a step: passes through all of them, shuffled by the seed."""
-    count = config.batch_size * config.accumulate
+    count = config.examples()
     return [sequences[i] for i in draw.order(len(sequences), step * count, count, config.seed, "rows")]
 
 
@@ -248,15 +281,16 @@ class Measure:
     watch: Watch
 
     @torch.no_grad()
-    def __call__(self) -> tuple[float, list[str]]:
-        """The mean loss of a learnt token (0 without held-out examples), and the answers."""
-        self.watch.phase("measuring")
+    def __call__(self) -> Measured:
+        """The mean loss of a learnt token, and the answers. The model goes on in the mode that it was in."""
+        training, total = self.loss.model.training, 0.0
         self.loss.model.eval()
-        total = 0.0
         for part in self.loss.parts([[e] for e in self.heldout], self.batch_size):
             total += part.item()
             self.watch.tick()
-        return total, [self._answer(e) for e in self.questions]
+        answers = [self._answer(e) for e in self.questions]
+        self.loss.model.train(training)
+        return Measured(total, answers)
 
     def _answer(self, example: TokenExample) -> str:
         """What the model says to an example's prompt."""
@@ -285,13 +319,21 @@ class Measure:
 def save(run: SftRun) -> list[Path]:
     """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths.
 
-    If that cannot be written, the files go into a temporary folder, which the OSError names.
+    If that cannot be written, the files go into a temporary folder, which the OSError names. Of several processes only the main one writes.
     """
+    if not machines.world().main:
+        return []
     out = Path(run.config.out or "")
     with occupied(out):
         files = rescued(lambda folder: _written(run, folder), out, out.resolve().name)
     _refuse_other(run.model, files[0])
     return files
+
+
+def push(run: SftRun) -> str:
+    """Upload the adapter and its card to the repository of the run; the address. Raises HubError, which says how they are uploaded by hand."""
+    files = ["adapter_*", "README.md"]
+    return upload(run.model.save_pretrained, run.config, files, f"{len(run.losses)} steps")
 
 
 def _refuse_other(model: PeftModel, file: Path) -> None:
@@ -318,13 +360,5 @@ def _written(run: SftRun, out: Path) -> list[Path]:
     }
     with replacing(out / "metrics.json") as f:
         f.write(json.dumps(table, indent=1).encode())
-    report.write(
-        out / "report.html",
-        title=f"diffpeft: {Path(run.config.out or '').resolve().name}",
-        losses=run.losses,
-        options=run.config.resolved(),
-        files=files,
-        metrics={"heldout_loss": run.heldout_loss} if run.heldout_loss else {},
-        answers=run.answers,
-    )
+    run.shown.finished(files, out).write(out / PAGE)
     return files

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from diffpeft.errors import CheckpointError, ConfigError, UnknownNameError
 from diffpeft.llm import texts
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import check_exists
+from diffpeft.train import machines
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.trackers import logs_of
 
@@ -26,14 +29,16 @@ class CheckedTexts:
     rows: list[texts.Row]
     heldout: list[texts.Row]
     state: SavedState | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)  # where options are from
 
 
-def check(config: SftConfig) -> CheckedTexts:
-    """All checks that need no model."""
+def check(config: SftConfig, origins: Mapping[str, str] | None = None) -> CheckedTexts:
+    """All checks that need no model. `origins`: where options are from."""
     config.validate()
     if config.method not in CONFIGS:
         raise UnknownNameError.of("method", config.method, CONFIGS)
     logs_of(config)
+    check_hub(config)
     checkpoint = begin(config, config.output(), FILES)
     model = str(config.model)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
@@ -43,8 +48,14 @@ def check(config: SftConfig) -> CheckedTexts:
         raise CheckpointError(
             "a .gguf file is read with the gguf package", where=model, remedy="pip install diffpeft[llm]"
         )
+    if config.quantize and machines.sharding(config):
+        raise ConfigError(
+            "quantize with fsdp: shards of weights in 4 or 8 bits are none",
+            remedy="Leave one of them out; without --fsdp each process holds the whole base.",
+        )
     if Path(model).suffix == GGUF and config.quantize:
         raise ConfigError(
             "quantize with a .gguf file", remedy="Save the model as a folder first, or leave --quantize out."
         )
-    return CheckedTexts(texts.read(str(config.data)), texts.read(config.heldout) if config.heldout else [], checkpoint)
+    heldout = texts.read(config.heldout) if config.heldout else []
+    return CheckedTexts(texts.read(str(config.data)), heldout, checkpoint, origins or {})

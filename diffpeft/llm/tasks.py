@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from diffpeft.methods.peft_config import TaskType
@@ -31,3 +32,16 @@ TASKS = {
 def heads_of(task: TaskType | None) -> tuple[str, ...]:
     """What the last layer of a task's model may be called; empty for tasks whose head is not trained whole."""
     return TASKS[task].heads if task in TASKS else ()
+
+
+def tags_of(model: object, method: str, base: str | None) -> frozenset[str]:
+    """The tags of an adapter of a method on a model, which may have some itself."""
+    from transformers import PreTrainedModel
+
+    inherited: Iterable[str] = getattr(model, "model_tags", None) or ()
+    derived = {
+        "transformers": isinstance(model, PreTrainedModel),
+        "lora": method == "LORA",
+        f"base_model:adapter:{base}": base,
+    }
+    return frozenset({*inherited, *(tag for tag, holds in derived.items() if holds)})

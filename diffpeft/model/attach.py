@@ -360,15 +360,16 @@ def _fresh_on(layers: Mapping[str, nn.Module], new: Addition, dry_run: bool) -> 
 
 def _fresh(new: Addition, layer: str, module: nn.Module, dry_run: bool) -> Slot:
     """A fresh adapter for one layer."""
-    op = op_of(module)
-    site = Site(layer, op.geometry, lambda: _weight(op, dry_run), None if dry_run else new.generator)
-    with torch.device("meta" if dry_run else "cpu"):  # a dry run draws no random numbers
+    op, device = op_of(module), device_of(module)
+    outline = dry_run or device.type == "meta"  # no random numbers are drawn
+    site = Site(layer, op.geometry, lambda: _weight(op, outline), None if outline else new.generator)
+    with torch.device("meta" if outline else "cpu"):
         fresh = new.method.init(new.config, site, **new.options, **_across(new, op))
         shift = {BIAS: torch.zeros(op.geometry.out)} if new.biases != "none" and op.bias is not None else {}
     spec = Spec(op.geometry, fresh.alpha, fresh.options)
     piece = Piece(new.method.name, fresh.tensors, fresh.alpha, spec, fresh.frozen)
     slot = Slot([piece], shift, trainable=True).train(module.training)
-    return slot if dry_run else slot.to(device_of(module))
+    return slot if dry_run else slot.to(device)
 
 
 def _across(new: Addition, op: LayerSite) -> dict[str, bool]:

@@ -20,7 +20,10 @@ from diffpeft.train.data import Example, View
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
 from diffpeft.train.draw import generator
-from diffpeft.train.store import Key, Memory, Store, identity_of
+from diffpeft.train.store import Key, Memory, Store, Tensors, identity_of
+from diffpeft.train.team import team
+
+Entries = dict[Key, Tensors]  # of a store
 
 
 class Moments(NamedTuple):
@@ -42,17 +45,25 @@ class Latents:
         self.family, self.store = family, store or Memory()
 
     def learn(self, examples: Sequence[Example], views: Iterable[tuple[int, View]], tick: Callable[[], None]) -> None:
-        """Compute the latents of views (example, view), each image read once."""
+        """Compute the latents of views (example, view), each image read once, by one of the processes of the run."""
         if not self.store.keeps:
             return
-        missing: dict[int, list[View]] = {}
+        by_image: dict[int, list[View]] = {}
         for index, view in views:
-            if self.store.get(self._key(examples[index], view)) is None:
-                missing.setdefault(index, []).append(view)
-        for index, unknown in missing.items():
-            image = picture(examples[index].path)
-            for view in unknown:
-                self._compute(examples[index], view, image)
+            by_image.setdefault(index, []).append(view)
+
+        def computed(image: tuple[int, list[View]]) -> Entries:
+            example, views = examples[image[0]], image[1]
+            missing = [view for view in views if self.store.get(self._key(example, view)) is None]
+            if missing:
+                pixels = picture(example.path)
+                for view in missing:
+                    self._compute(example, view, pixels)
+            return entries_of(self.store, [self._key(example, view) for view in missing])
+
+        for entries in team().divided(list(by_image.items()), computed):
+            for key, tensors in entries.items():
+                self.store.put(key, tensors)
             tick()
 
     def done(self) -> None:
@@ -98,10 +109,21 @@ class Texts:
         """Compute what these prompts need, an encoder after the other, and give up those that are not trained."""
         for encoder, store in self.stores.items():
             if store.keeps:
-                for prompt in dict.fromkeys(prompts):
-                    if store.get((encoder, prompt)) is None:
-                        self._compute(encoder, prompt)
+                self._learn(encoder, store, list(dict.fromkeys(prompts)))
                 self.family.parts.free(encoder)
+
+    def _learn(self, encoder: str, store: Store, prompts: Sequence[str]) -> None:
+        """Compute what an encoder makes of prompts, each by one of the processes of the run."""
+
+        def computed(prompt: str) -> Entries:
+            if store.get((encoder, prompt)) is not None:
+                return {}
+            self._compute(encoder, prompt)
+            return entries_of(store, [(encoder, prompt)])
+
+        for entries in team().divided(prompts, computed):
+            for key, row in entries.items():
+                store.put(key, {name: t.to(self.device) for name, t in row.items()})
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         """What the denoiser reads of these prompts, each [b, ...]."""
@@ -124,6 +146,14 @@ class Texts:
         row = {name: t[0] for name, t in self.family.embed(encoder, [prompt]).items()}
         self.stores[encoder].put((encoder, prompt), row)
         return row
+
+
+def entries_of(store: Store, keys: Sequence[Key]) -> Entries:
+    """What a store has under keys, to hand to the other processes of the run, which may find it themselves."""
+    if store.shared or team().size == 1:
+        return {}
+    entries = {key: store.get(key) for key in keys}
+    return {key: {name: t.cpu() for name, t in (tensors or {}).items()} for key, tensors in entries.items()}
 
 
 def text_identity(family: Family, encoder: str, reading: str) -> str:

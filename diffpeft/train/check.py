@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffpeft import io
-from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, shown
+from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.families import FAMILIES, trainable
 from diffpeft.families.base import Sizes
 from diffpeft.pipeline.open import Facts, check_model, facts
@@ -22,7 +22,9 @@ from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
+from diffpeft.train.sample_prompts import SamplePrompt, check_sizes, prompts_of, typed_prompts
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -64,35 +66,40 @@ class Checked:
     state: SavedState | None
     config: TrainConfig
     origins: Mapping[str, str] = field(default_factory=dict)
+    prompts: tuple[SamplePrompt, ...] = ()  # that are drawn meanwhile
 
 
 def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Checked:
     """All checks that need no model. `origins`: where options are from. Raises ConfigError, UnknownNameError, DataError or CheckpointError."""
     config.validate()
+    logs_of(config)
     if config.method not in ADAPTERS:
         raise UnknownNameError.of("method", config.method, ADAPTERS)
     out = config.output()
     name = _name(config)
     asked(config)
+    check_hub(config)
     files = files_of(name)
     if not config.resume:  # told before the data is read
         begin(config, out, files)
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = sizes_of(config)
     prior_prompts(config)
-    logs_of(config)
+    check_sizes(typed_prompts(config), known.multiple)
+    _check_sample_model(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
-    account = replace(_with_cut(account, config), steps=(config.steps, config.batch_size * config.accumulate))
-    return Checked(name, account, planned, state, config, origins or {})
+    account = replace(_with_cut(account, config), steps=(config.steps, config.examples()))
+    prompts = tuple(prompts_of(config, [example.caption for example in account.examples]))
+    return Checked(name, account, planned, state, config, origins or {}, prompts)
 
 
 def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
     """The options with the steps that their epochs come to, as sd-scripts counts them: steps for all pictures, rounded up, for each epoch."""
     if config.epochs is None:
         return config
-    steps = -(-account.pictures // (config.batch_size * config.accumulate)) * config.epochs
+    steps = -(-account.pictures // config.examples()) * config.epochs
     config = replace(config, steps=steps, epochs=None)
     config.check_values()
     return config
@@ -122,7 +129,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
     account = surveyed(config, known)
     account = _with_cut(account, config) if config.model else account
     config = with_steps(config, account)
-    return replace(account, steps=(config.steps, config.batch_size * config.accumulate) if steps else None)
+    return replace(account, steps=(config.steps, config.examples()) if steps else None)
 
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
@@ -135,7 +142,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
             where=out,
             remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
         )
-    sides = sides_of(config, known.resolution)
+    sides = config.sides(known.resolution)
     part = part_of(config.heldout) if config.heldout is not None else None
     others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
@@ -158,12 +165,6 @@ def _with_heldout(account: Account, part: float | int | Path, config: TrainConfi
     return beside(replace(account, folders=entered), others)
 
 
-def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:
-    """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
-    sides = config.resolution or resolution or ()
-    return (sides,) if isinstance(sides, int) else tuple(sides)
-
-
 def _name(config: TrainConfig) -> str:
     """The adapter's name, which begins the names of its files."""
     if config.name is None:
@@ -184,6 +185,24 @@ def sizes_of(config: TrainConfig) -> Sizes:
     if path.is_file():
         _check_checkpoint(path, family, known)
     return FAMILIES[family].sizes(known.configs) if family else Sizes(None, None)
+
+
+def _check_sample_model(config: TrainConfig) -> None:
+    """Raise CheckpointError if the model that samples are drawn with is none, WrongBaseError if it is of another family than the one that is trained."""
+    if config.sample_model is None:
+        return
+    single, mine = Path(config.sample_model).is_file(), facts(config.base or str(config.model))
+    with inside("--sample-model", config=True):
+        check_model(config.sample_model, config.base or config.model if single else None)
+        theirs = mine if single else facts(config.sample_model)
+        if mine.pipeline and theirs.pipeline:
+            family = trainable(mine.pipeline, mine.configs, str(config.model))
+            if (other := trainable(theirs.pipeline, theirs.configs, config.sample_model)) != family:
+                raise WrongBaseError(
+                    f"the sample model is of the family {other}, and the model that is trained of {family}",
+                    where=config.sample_model,
+                    remedy="Pass a checkpoint of the same family.",
+                )
 
 
 def _check_checkpoint(path: Path, family: str | None, base: Facts) -> None:

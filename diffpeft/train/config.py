@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from diffpeft.errors import ConfigError, near, shown
+from diffpeft.train import machines
 
 
 def option(
@@ -95,6 +96,14 @@ class Options:
     )
     warmup: int = option(0, "Steps in which the learning rate rises.", at_least=0)
     steps: int = option(500, "Optimiser steps.", at_least=1)
+    num_processes: int | None = option(
+        None,
+        "Processes to start, each on a GPU of its own if there are any; a step has as many more examples.",
+        at_least=1,
+    )
+    fsdp: bool = option(
+        False, "Shard the frozen base over the processes (FSDP 2), instead of holding it whole in each."
+    )
     batch_size: int = option(1, "Examples a pass.", at_least=1)
     accumulate: int = option(1, "Passes a step, whose gradients are added up.", at_least=1)
     weight_decay: float = option(0.01, "The optimiser's weight decay.", at_least=0)
@@ -129,6 +138,10 @@ class Options:
     allow_unchanged: str | Sequence[str] | None = option(
         None, "Layers that may end without a change, by names or patterns; any other is an error."
     )
+    push_to_hub: str | None = option(
+        None, "A repository of the Hub, me/dog, that files, model card and samples are uploaded to at the end."
+    )
+    hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that is missing, has a value that is not allowed, or would change nothing."""
@@ -165,6 +178,14 @@ class Options:
     def resolved(self) -> dict[str, object]:
         """Every option by its name."""
         return asdict(self)
+
+    def parts(self) -> int:
+        """The passes of a step, over all processes of the run."""
+        return self.accumulate * machines.world().size
+
+    def examples(self) -> int:
+        """The examples of a step, over all its passes."""
+        return self.batch_size * self.parts()
 
     def output(self) -> Path:
         """The folder for what is written. Raises ConfigError if it cannot be; makes nothing."""
@@ -320,6 +341,31 @@ class TrainConfig(Options):
     sigma_range: str | Sequence[float] | None = option(None, "Train only where the share of noise lies between: 0.5,1.")
     prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
+    sample_prompt: str | Sequence[str] | None = option(
+        None,
+        "A prompt that is drawn while training, beside the instance prompt or a caption, which is always; may be repeated. sd-scripts' flags may "
+        "follow it: --n not this --w 512 --h 768 --d 7 --l 7.5 --g 3.5 --s 30.",
+        several="repeated",
+    )
+    sample_prompts: str | None = option(
+        None, "A file of such prompts, a line each (# for remarks), or a .toml or .json of them."
+    )
+    sample_every: int | None = option(
+        None,
+        "Steps between two times that they are drawn; also at the beginning and the end. 0: never. Default: as --save-every.",
+        at_least=0,
+    )
+    sample_steps: int | None = option(
+        None, "Denoising steps of a sample; default: 25, or 4 for a model that was made for few.", at_least=1
+    )
+    sample_guidance: float | None = option(None, "Guidance scale of samples; default: the pipeline's own.", at_least=0)
+    sample_seed: int = option(42, "Seed of the noise that samples begin with, the same each time.", at_least=0)
+    sample_first: bool = option(True, "Draw before the first step too: how the base does it.")
+    sample_model: str | None = option(
+        None,
+        "Another checkpoint of the model's family that samples are drawn with: the one that the adapter will be used on. "
+        "It is loaded beside the model each time.",
+    )
     formats: str | Sequence[str] = option(
         "diffusers,kohya",
         "What the adapter is saved as: diffusers, kohya, comfyui, kohya-diffusers, lycoris, onetrainer, xlabs, peft (a folder), with commas.",
@@ -332,15 +378,12 @@ class TrainConfig(Options):
     author: str | None = option(None, "Who made it: in the files and the model card.")
     description: str | None = option(None, "What it is: in the files and the model card.")
     license: str | None = option(None, "Its licence, as the Hub calls it: in the files and the model card.")
-    push_to_hub: str | None = option(
-        None, "A repository of the Hub, me/dog, that files, model card and samples are uploaded to at the end."
-    )
-    hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
     def check_values(self) -> None:
         """Beside what all runs check: options that only go with others, and the range of noise."""
         super().check_values()
         self.span()
+        self.check_samples()
         if self.class_prompt is None and self.prior != "base":
             for name in ("prior", "prior_weight"):
                 if getattr(self, name) is not None:
@@ -359,6 +402,15 @@ class TrainConfig(Options):
                     remedy=f"Pass --{_flag(of)} {needed[0]}, or leave --{_flag(name)} out.",
                 )
 
+    def check_samples(self) -> None:
+        """Raise ConfigError for what would be said of samples that are never drawn."""
+        said = {f.name for f in fields(self) if f.name.startswith("sample_") and getattr(self, f.name) != f.default}
+        if self.sample_every == 0 and (idle := sorted(said - {"sample_every"})):
+            raise ConfigError(
+                f"{idle[0]} with sample_every 0, and so it would do nothing",
+                remedy=f"Pass another --sample-every, or leave --{_flag(idle[0])} out.",
+            )
+
     def span(self) -> tuple[float, float]:
         """The lowest and the highest share of noise. Raises ConfigError."""
         said = self.sigma_range
@@ -371,6 +423,11 @@ class TrainConfig(Options):
                 f"sigma_range is {shown(said)}", remedy="It is two numbers from 0 to 1, the lower one first: 0.5,1."
             )
         return low, high
+
+    def sides(self, resolution: int | None) -> tuple[int, ...]:
+        """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
+        sides = self.resolution or resolution or ()
+        return (sides,) if isinstance(sides, int) else tuple(sides)
 
     def text_encoders(self) -> list[str]:
         """The files of text encoders, which stand in a list, or in one text with commas."""
@@ -482,6 +539,8 @@ PATHS = {  # the options that are paths
     "mask",
     "init_from",
     "cache_dir",
+    "sample_prompts",
+    "sample_model",
 }
 # {what diffusers' examples or transformers' Trainer call an option: what we do, and how ours differs}: those that other_names.TABLE does not translate
 OTHER_NAMES: dict[str, str] = {

@@ -15,12 +15,14 @@ from torch import nn
 import diffpeft
 from diffpeft.io import replacing
 from diffpeft.pipeline.open import EMBEDDED
-from diffpeft.train import data, dreambooth, report
+from diffpeft.train import data, dreambooth
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features
+from diffpeft.train.report import PictureRow, Pictures
 from diffpeft.train.sample import STRENGTHS, Grid, grid, pictures
 
 IMAGES = EMBEDDED.parent / "demo"
+TITLE = "diffpeft demo: a drawing style learnt from 96 pictures"
 NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000), 25, 4.0
 
 
@@ -43,6 +45,10 @@ def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
         caption_dropout=0.1,
         snr_gamma=5.0,
         save_every=0,
+        sample_prompt="an emoji of lemon",
+        sample_every=max(steps // 7, 50),
+        sample_steps=STEPS,
+        sample_guidance=GUIDANCE,
         overwrite=True,
     )
 
@@ -80,14 +86,20 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
     }
     watch.phase("measuring")
     metrics = {**_distances(pipe.vae, drawn, truth), "heldout_loss": _paired(run, truth, watch)}
+    names = [p.removeprefix("an emoji of ") for p in truth.prompts]
     picture = grid(
-        [p.removeprefix("an emoji of ") for p in truth.prompts],
+        names,
         [f"strength {s:g}" for s in STRENGTHS],
         [drawn[s][0] for s in STRENGTHS],
         truth.target,
     )
     watch.phase("writing")
-    return _write(run, picture, metrics, time.perf_counter() - start)
+    cells = zip(*(drawn[s][0] for s in STRENGTHS), truth.target, strict=True)
+    shown = Pictures(
+        [*(f"strength {s:g}" for s in STRENGTHS), "true target"],
+        [PictureRow(name, pictures) for name, pictures in zip(names, cells, strict=True)],
+    )
+    return _write(run, picture, shown, metrics, time.perf_counter() - start)
 
 
 def _drawn(run: dreambooth.TrainRun, truth: Heldout, strength: float, seed: int, watch: dreambooth.Watch) -> np.ndarray:
@@ -122,7 +134,9 @@ def _paired(run: dreambooth.TrainRun, truth: Heldout, watch: dreambooth.Watch) -
     return out
 
 
-def _write(run: dreambooth.TrainRun, picture: Grid, metrics: dict[str, dict[str, float]], seconds: float) -> list[Path]:
+def _write(
+    run: dreambooth.TrainRun, picture: Grid, shown: Pictures, metrics: dict[str, dict[str, float]], seconds: float
+) -> list[Path]:
     """Write the adapter, the grid of pictures, the measurements and the report; the paths."""
     out = Path(run.config.out or "")
     files = [*dreambooth.save(run), out / "before_after.png", out / "metrics.json", out / "report.html"]
@@ -138,14 +152,6 @@ def _write(run: dreambooth.TrainRun, picture: Grid, metrics: dict[str, dict[str,
     }
     with replacing(out / "metrics.json") as f:
         f.write(json.dumps(table, indent=1).encode())
-    report.write(
-        out / "report.html",
-        title="diffpeft demo: a drawing style learnt from 96 pictures",
-        losses=run.losses,
-        options=run.config.resolved(),
-        files=files,
-        pictures=picture.image,
-        metrics=metrics,
-        data=run.account.lines(),
-    )
+    assert run.live
+    run.live.renew(title=TITLE, files=files, before_after=shown, measures=metrics)
     return files

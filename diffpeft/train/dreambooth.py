@@ -20,10 +20,10 @@ from diffpeft.model.attach import attach
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
-from diffpeft.train import data, draw, origins, prior
+from diffpeft.train import data, draw, machines, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import Checked, check, resized, sides_of
+from diffpeft.train.check import Checked, check, resized
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
@@ -37,14 +37,19 @@ from diffpeft.train.objective import Batch, Objective, check_weighted, denoising
 from diffpeft.train.outcome import check_rank, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
+from diffpeft.train.progress import shown
+from diffpeft.train.publish import open_repository
 from diffpeft.train.resolve import resolved
 from diffpeft.train.run import TrainRun
 from diffpeft.train.save import check_saving, exported, file_dtype
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
+from diffpeft.train.shards import shard
+from diffpeft.train.showing import Drawing, drawing_of, showing, told
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
+from diffpeft.train.team import meet, team
 from diffpeft.train.usage import Stopwatch
 from diffpeft.train.watch import Quiet, Watch
 from diffpeft.train.watching import judge_of, logbook_of, tabulated, with_measuring
@@ -58,26 +63,30 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     NothingLearntError; Interrupted after a signal.
     """
     checked = checked or check(config)
-    with occupied(config.output()):
-        return _trained(checked.config, checked, watch or Quiet())
+    with occupied(config.output()), meet().together(), shown(watch) as told:
+        return _trained(checked.config, checked, told if team().main else Quiet())
 
 
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     clock, device = Stopwatch(), default_device()
-    dtype = checked_dtype(typed.dtype or default_dtype(device), device)
+    dtype = checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device)
+    if team().main:
+        open_repository(typed)
     watch.phase("looking at the model")
-    family = _opened(typed, dtype, device)
+    family = opened(typed, dtype, device)
     config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
     config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
-    checked, name = _resized(checked, sizing, watch), checked.name
+    checked, name = sized(checked, sizing, watch), checked.name
     config = with_measuring(config, checked.account)
-    if not config.init_from:
-        chosen_layers(config, family)
+    chosen = {} if config.init_from else chosen_layers(config, family)
+    texts = Texts(family, _live(config, family), _stores(config, family), device)
+    drawing = drawing_of(config, family, checked.prompts, chosen, texts, device)
     said = origins.origins_of(typed, config, checked.origins)
-    origins.record(config.output(), config, said, checked.account.table())
+    if team().main:
+        origins.record(config.output(), config, said, checked.account.table())
     done = checked.state.step if checked.state else 0
     with contextlib.closing(logbook_of(config, name, done, clock, watch)) as log:
-        encoded = _encoded(config, family, checked, sizing, watch)
+        encoded = _encoded(config, family, checked, sizing, texts, drawing, watch)
         watch.phase("loading the model")
         config, unread = adapt(config, family, name), unread_layers(family, name)
         said = origins.origins_of(typed, config, checked.origins)
@@ -87,11 +96,15 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
+            if machines.sharding(config):
+                for part in (family.denoiser, *_live(config, family)):
+                    shard(family.parts(part), set(trained_parameters(family.pipe, name).values()))
             _fitted(run, keeper, encoded, unread, log, watch, clock)
             dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
         slot.eval()
-    refuse_idle(family.pipe, name, config.allow_unchanged, unread)
+    with told(run):
+        refuse_idle(family.pipe, name, config.allow_unchanged, unread)
     run.usage = clock.usage()
     run.seconds = run.usage.seconds
     return run
@@ -116,8 +129,11 @@ def _fitted(
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
     tabulated(log, config, job.optimizer, measured=judge is not None)
     watch.phase("training")
-    run.losses = fit(job, keeper, replace(Events.of(watch, config.steps), log=log), clock)
-    run.best = judge.verdict(config.steps) if judge else None
+    shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
+    with told(run):
+        run.losses = fit(job, keeper, shown.events(replace(Events.of(watch, config.steps), log=log)), clock)
+        run.best = judge.verdict(config.steps) if judge else None
+        shown.end()
 
 
 def _reads(checked: Checked) -> dict[str, str]:
@@ -148,7 +164,7 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
             )
 
 
-def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
+def opened(config: TrainConfig, dtype: str, device: str) -> Family:
     """The model to train, none of it loaded yet, without progress bars.
 
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
@@ -168,14 +184,14 @@ def _opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     """How the sizes of training pictures follow from those of images; they must suit the model's latents."""
-    sides = sides_of(config, family.resolution)
+    sides = config.sides(family.resolution)
     for side in sides:
         if side % family.multiple:
             raise ConfigError(f"resolution is {side}", remedy=f"For this model it is a multiple of {family.multiple}.")
     return data.Sizing(sides, config.buckets, family.multiple)
 
 
-def _resized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
+def sized(checked: Checked, sizing: data.Sizing, watch: Watch) -> Checked:
     """The account with the sizes that the model can have; what the configs did not tell is said."""
     sized = resized(checked, sizing)
     before = checked.account.lines()
@@ -190,7 +206,7 @@ def batches_of(config: TrainConfig, examples: Sequence[data.Example], sizing: da
     showing = Showing(
         config.flip, config.crop, config.caption_dropout, config.shuffle_captions, config.keep_tokens or 0
     )
-    return Batches(examples, sizing, config.batch_size * config.accumulate, config.seed, kind, showing)
+    return Batches(examples, sizing, config.examples(), config.seed, kind, showing)
 
 
 def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
@@ -199,22 +215,31 @@ def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
 
 
 class Encoded(NamedTuple):
-    """What a run computes before its steps: its batches, its texts, and the pictures that it is measured on, if there are such."""
+    """What a run computes before its steps: its batches, its texts, the pictures that it is measured on, if there are such, and what it draws."""
 
     assembly: Assembly
     texts: Texts
     heldout: HeldoutPictures | None
+    drawing: Drawing
 
 
-def _encoded(config: TrainConfig, family: Family, checked: Checked, sizing: data.Sizing, watch: Watch) -> Encoded:
-    """All that the steps of a run will need is computed, and what computed it is given up."""
+def _encoded(
+    config: TrainConfig,
+    family: Family,
+    checked: Checked,
+    sizing: data.Sizing,
+    texts: Texts,
+    drawing: Drawing,
+    watch: Watch,
+) -> Encoded:
+    """All that the steps and samples of a run will need is computed, and what computed it is given up."""
     steps, stores = range(config.steps), _stores(config, family)
-    texts = Texts(family, _live(config, family), stores, default_device())
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
     drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
     measured = [example.caption for example in checked.account.heldout]
-    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts, *measured])
+    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts, *measured, *drawing.read_by(family)])
+    drawing.learn(family)
     classes, offset = class_examples(config, family, checked.prior, watch, texts), config.noise_offset or 0.0
     kinds, latents = [instances, batches_of(config, classes, sizing, "class")], Latents(family, stores("vae"))
     assembly = Assembly(kinds, latents, offset, prior_prompts(config))
@@ -225,9 +250,9 @@ def _encoded(config: TrainConfig, family: Family, checked: Checked, sizing: data
         heldout = HeldoutPictures(checked.account.heldout, sizing, config.seed, latents, offset)
         heldout.learn(watch.tick)
     assembly.learn(steps, watch.tick)
-    if config.cache == "disk" and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
+    if config.cache == "disk" and team().main and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
-    return Encoded(assembly, texts, heldout)
+    return Encoded(assembly, texts, heldout, drawing)
 
 
 def _cache_dir(config: TrainConfig) -> Path:
@@ -328,7 +353,7 @@ def class_examples(
 def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts) -> Callable[[int, int], Tensor]:
     """The loss [] by step and part. Every draw is a function of seed, step and place in the step.
 
-    A step has batch_size x accumulate places for instance images and as many for class images; a part has its share of both, so that the parts' losses
+    A step has batch_size x parts places for instance images and as many for class images; a part has its share of both, so that the parts' losses
     add up to the loss of one batch of that size.
     """
     device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
@@ -341,10 +366,10 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
             loss = loss + weight * preserved(family, batch, texts, base).mean()
-        return loss / config.accumulate
+        return loss / config.parts()
 
     def loss_at(step: int, part: int) -> Tensor:
-        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
+        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.parts())]).sum()
 
     return loss_at
 

@@ -19,7 +19,7 @@ INSTEAD = ("diffusers", "kohya", "kohya-diffusers", "comfyui", "lycoris", "onetr
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SavedFormats:
     """The formats that are written, and {format that was asked for: why it is not}. `instead` is one that nobody asked for."""
 
     written: tuple[str, ...]
@@ -49,12 +49,12 @@ def files_of(name: str) -> list[str]:
     return [file_of(name, format) for format in WRITABLE]
 
 
-def chosen(bundle: Bundle, names: Sequence[str]) -> Chosen:
+def chosen(bundle: Bundle, names: Sequence[str]) -> SavedFormats:
     """The formats of these that can hold an adapter; where none can, the first of all others that does. Raises CannotConvertError if there is none."""
     refused = {name: why for name in names if (why := _refusal(bundle, name))}
     written = tuple(name for name in names if name not in refused)
     if written:
-        return Chosen(written, refused)
+        return SavedFormats(written, refused)
     instead = next((name for name in INSTEAD if name not in names and not _refusal(bundle, name)), None)
     if instead is None:
         raise CannotConvertError(
@@ -62,7 +62,7 @@ def chosen(bundle: Bundle, names: Sequence[str]) -> Chosen:
             where=listed(sorted(bundle.methods)),
             remedy="Choose other layers with --targets, or another --method.",
         )
-    return Chosen((instead,), refused, instead)
+    return SavedFormats((instead,), refused, instead)
 
 
 def _refusal(bundle: Bundle, format: str) -> str:

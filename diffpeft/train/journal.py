@@ -17,6 +17,7 @@ from diffpeft.io import replacing
 from diffpeft.train.heldout import BANDS, HeldoutLoss
 
 TABLE = "metrics.csv"
+PACE = 0.9  # of the seconds of a step of late stays with each step
 Numbers = Mapping[str, float]
 LOSS, GRADIENT, SPEED, RATE = "loss/train", "norm/grad", "perf/it_s", "lr/"
 HELDOUT = {
@@ -65,18 +66,22 @@ class Logbook:
         every: steps between two rows.
         seconds: the seconds of all steps so far.
         note: tells people.
+        figures: shown beside the loss at every step: `lr`, the learning rate of the first group, and `rate`, the steps a second of late.
     """
 
     sinks: Sequence[Sink] = ()
     every: int = 1
     seconds: Callable[[], float] = lambda: 0.0
     note: Callable[[str], None] = lambda text: None
+    figures: Callable[..., None] = lambda **numbers: None
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sinks = list(self.sinks)
         self.step, self.numbers = 0, dict[str, float]()
         self.clock = (0, 0.0)  # steps and seconds at the last row
+        self.stepped: float | None = None  # the seconds at the last step
+        self.pace = 0.0  # the seconds of a step of late
 
     def add(self, sink: Sink) -> None:
         """One more place for rows."""
@@ -90,6 +95,7 @@ class Logbook:
     def told(self, numbers: StepNumbers) -> None:
         """A step was read."""
         self.losses.append(numbers.loss)
+        self._pace(next(iter(numbers.rates.values()), 0.0))
         if numbers.done % self.every:
             return
         row = {LOSS: sum(self.losses) / len(self.losses), GRADIENT: numbers.gradient}
@@ -99,6 +105,15 @@ class Logbook:
             row[SPEED] = (numbers.done - self.clock[0]) / (seconds - self.clock[1])
         self.losses, self.clock = [], (numbers.done, seconds)
         self._add(numbers.done, row)
+
+    def _pace(self, rate: float) -> None:
+        """Show the learning rate, and how fast steps are of late."""
+        seconds = self.seconds()
+        if self.stepped is not None:  # the first is slower: what is compiled is compiled then
+            took = seconds - self.stepped
+            self.pace = PACE * self.pace + (1 - PACE) * took if self.pace else took
+        self.stepped = seconds
+        self.figures(lr=rate, **({"rate": 1 / self.pace} if self.pace > 0 else {}))
 
     def measured(self, loss: HeldoutLoss) -> None:
         """The held-out loss was measured."""

@@ -59,12 +59,12 @@ def metadata_of(run: TrainRun, step: int | None = None, thumbnail: Path | None =
 
 def finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -> Draft:
     """A file with what its run says in the place of what an earlier run did, and with what depends on its format."""
-    kept = {k: v for k, v in draft.metadata.items() if not k.startswith(_OURS) or k == "ss_network_module"}
-    module = kept.get("ss_network_module")
+    by_others = {k: v for k, v in draft.metadata.items() if not k.startswith(_OURS) or k == "ss_network_module"}
+    module = by_others.get("ss_network_module")
     by_format = {"modelspec.implementation": _implementation(format, family)}
     if module == _LORA and format == "kohya":
         by_format["ss_network_module"] = _MODULES.get(family, _LORA)
-    return Draft(draft.tensors, {**kept, **told, **by_format}, draft.places, draft.inexact)
+    return Draft(draft.tensors, {**by_others, **told, **by_format}, draft.places, draft.inexact)
 
 
 # {family: sd-scripts' module for its LoRAs}, where it is not networks.lora
@@ -115,7 +115,7 @@ def _optimisation(config: TrainConfig) -> dict[str, object]:
         "ss_mixed_precision": _PRECISION.get(config.dtype or ""),
         "ss_seed": config.seed,
         "ss_batch_size_per_device": config.batch_size,
-        "ss_total_batch_size": config.batch_size * config.accumulate,
+        "ss_total_batch_size": config.examples(),
     }
 
 

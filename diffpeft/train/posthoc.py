@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from converters.hashes import hashes, sorted_as_safetensors
 from diffpeft import io
 from diffpeft.errors import ConfigError
 from diffpeft.files import folder
@@ -62,7 +63,8 @@ def states_of(out: Path) -> list[SavedState]:
 def average(run: Path, out: Path, width: float) -> list[Path]:
     """Write the average over a run's states of the adapter files that they hold, each under its own name; the paths.
 
-    What is equal in all states, such as alphas, and what is no floating-point tensor stays as in the last one. Raises ConfigError or OSError.
+    What is equal in all states, such as alphas, and what is no floating-point tensor stays as in the last one; what the files say is
+    what the last one says, with hashes of their own. Raises ConfigError or OSError.
     """
     states = states_of(run)
     shares = weights([state.step for state in states], width)
@@ -76,8 +78,10 @@ def average(run: Path, out: Path, width: float) -> list[Path]:
             if name.suffix != ".safetensors":
                 shutil.copyfile(paths[-1], temporary / name)
                 continue
-            _, metadata = io.header(paths[-1])
-            io.save(temporary / name, averaged_files(paths, shares), metadata | {"diffpeft.average": note})
+            tensors = sorted_as_safetensors(averaged_files(paths, shares))
+            metadata = io.header(paths[-1])[1] | {"diffpeft.average": note}
+            told = hashes(tensors, metadata) if "sshs_model_hash" in metadata else {}
+            io.save(temporary / name, tensors, metadata | told)
     return [out / name for name in names]
 
 

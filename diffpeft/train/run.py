@@ -10,6 +10,7 @@ from diffpeft.families import Family
 from diffpeft.train import data
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.heldout import Best, HeldoutLoss
+from diffpeft.train.report.live import Live
 from diffpeft.train.usage import Usage
 
 
@@ -34,8 +35,14 @@ class TrainRun:
     usage: Usage = field(default_factory=Usage)
     class_images: int = 0
     files: list[Path] = field(default_factory=list)
+    live: Live | None = None  # its page
 
     @property
     def step(self) -> int:
         """The step whose adapter it is."""
         return self.best.step if self.best else len(self.losses)
+
+    @property
+    def report(self) -> Path | None:
+        """The page that shows the run."""
+        return self.live.path if self.live else None

@@ -39,7 +39,6 @@ def pictures(
         tick()
         return {}
 
-    watched = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
     out = []
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
@@ -50,26 +49,38 @@ def pictures(
             guidance_scale=guidance,
             generator=generators,
             output_type="np",
-            **({"callback_on_step_end": told} if watched else {}),
+            **watched(pipe, told),
         )
-        images = drawn.images if "images" in drawn else drawn.frames[:, 0]  # clips of one frame
-        out.append((images * 255).round().astype(np.uint8))
+        out.append((np.asarray(images_of(drawn)) * 255).round().astype(np.uint8))
     return np.concatenate(out)
 
 
-def prompted(family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str]) -> Prompted:
-    """Prompts as a family's pipeline takes them when its text encoders are not there."""
+def watched(pipe: Any, told: Callable[..., dict[str, object]]) -> dict[str, object]:
+    """How a pipeline is asked to tell of its steps; nothing for one that does not."""
+    tells = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
+    return {"callback_on_step_end": told} if tells else {}
+
+
+def images_of(drawn: Any) -> Sequence[Any]:
+    """The images that a pipeline gives, the first ones of clips."""
+    return drawn.images if "images" in drawn else [clip[0] for clip in drawn.frames]
+
+
+def prompted(
+    family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str], negative: str | None = None
+) -> Prompted:
+    """Prompts, and the negative one of all, as a family's pipeline takes them when its text encoders are not there."""
     model = family.parts(family.denoiser)
 
-    def told(value: Tensor | list[Tensor] | int) -> Tensor | list[Tensor] | int:
-        if isinstance(value, list):
-            return [v.to(model.device, model.dtype) for v in value]
+    def placed(value: object) -> object:
+        if isinstance(value, list) and isinstance(value[0], Tensor):
+            return [placed(tensor) for tensor in value]
         if not isinstance(value, Tensor):
             return value
         return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
-    keywords = family.prompted(texts(prompts), texts([""] * len(prompts)))
-    return {name: told(value) for name, value in keywords.items()}
+    keywords = family.prompted(texts(prompts), texts([negative or ""] * len(prompts)), blank=negative is None)
+    return {name: placed(value) for name, value in keywords.items()}
 
 
 @dataclass(frozen=True)

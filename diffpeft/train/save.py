@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -18,29 +18,44 @@ from diffpeft.bundle import Bundle
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
-from diffpeft.train.formats import Chosen, asked, chosen, file_of
+from diffpeft.train.card import write_card
+from diffpeft.train.checkpoints import checkpoints_in
+from diffpeft.train.formats import SavedFormats, asked, chosen, file_of, files_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
-from diffpeft.train.outcome import check_room, refuse_unread, rescued
+from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
 from diffpeft.train.run import TrainRun
+from diffpeft.train.samples import newest_sample
+from diffpeft.train.showing import finish, told
+from diffpeft.train.team import team
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE = 10**9  # parameters of a model from which on files are bf16, where nothing is said
 
 
 def save(run: TrainRun) -> list[Path]:
-    """Write the adapter, one file for each format that can hold it, into the output folder; the paths, which are `run.files` too.
+    """Write the adapter, one file for each format that can hold it, and its model card into the output folder; the adapter's paths.
 
-    Each is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
+    `run.files` are all of them.
+    Each file is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
+    Of several processes the main one writes; where the base is sharded, all call this.
     Raises ConfigError for numbers that the dtype of the files does not have, NothingLearntError if a file holds something else than what was learnt.
     """
-    out, dtype = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"]
-    refuse_too_large(run, dtype)
-    with occupied(out):
-        files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
-    for file in files:
-        refuse_unread(run.family.pipe, file, run.name, dtype)
-    run.files = files
+    if not (team().main or team().sharded):
+        return []
+    out, dtype, files = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"], list[Path]()
+    with told(run):
+        refuse_too_large(run, dtype)
+        if team().main:
+            with occupied(out):
+                files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
+        files = team().as_said_by_main(files)
+        for file in files:
+            refuse_unread(run.family.pipe, file, run.name, dtype)
+        if not team().main:
+            return []
+        run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
+        finish(run, files, readers(run, files))
     return files
 
 
@@ -50,7 +65,7 @@ def exported(run: TrainRun, folder: Path, step: int) -> None:
     _written(run, folder, torch.float32 if _too_large(run, dtype) else dtype, step)
 
 
-def formats_of(run: TrainRun) -> Chosen:
+def formats_of(run: TrainRun) -> SavedFormats:
     """What a run is saved as. Raises CannotConvertError if no format can hold its adapter."""
     return chosen(_bundle(run), asked(run.config))
 
@@ -69,12 +84,17 @@ def file_dtype(family: Family) -> str:
 
 
 def refuse_too_large(run: TrainRun, dtype: torch.dtype) -> None:
-    """Raise ConfigError for layers with numbers that become infinite in a dtype."""
-    if layers := _too_large(run, dtype):
-        raise ConfigError(
-            f"save_dtype is {run.config.save_dtype}, and {len(layers)} layers have numbers that are too large for it: {listed(layers)}",
-            remedy=f"Save with --save-dtype bf16: diffpeft train --resume {run.config.out} --save-dtype bf16",
-        )
+    """Raise ConfigError for layers with numbers that become infinite in a dtype; a note says where the adapter was saved in fp32."""
+    layers, out = _too_large(run, dtype), run.config.out or ""
+    if not layers:
+        return
+    again = f" diffpeft train --resume {shlex.quote(out)} --save-dtype bf16" if checkpoints_in(Path(out)) else ""
+    error = ConfigError(
+        f"save_dtype is {run.config.save_dtype}, and {len(layers)} layers have numbers that are too large for it: {listed(layers)}",
+        remedy=f"Save with --save-dtype bf16 or fp32.{again}",
+    )
+    rescue(lambda folder: _written(run, folder, torch.float32), run.name, error)
+    raise error
 
 
 def _too_large(run: TrainRun, dtype: torch.dtype) -> list[str]:
@@ -93,7 +113,7 @@ def _written(run: TrainRun, folder: Path, dtype: torch.dtype, step: int | None =
     """Write the adapter in the formats of the run; the paths."""
     bundle = _bundle(run)
     places = {format: folder / file_of(run.name, format) for format in formats_of(run).written}
-    picture = newest_picture(Path(run.config.out or ""), run.step if step is None else step)
+    picture = newest_sample(Path(run.config.out or ""), run.step if step is None else step)
     told, family = metadata_of(run, step, picture), family_of(run.family.pipe) or ""
     for format, place in places.items():
         if FORMATS[format].folder and place.is_dir():
@@ -113,25 +133,19 @@ def _finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -
     return hashed(finished(draft, told, format, family))
 
 
-def newest_picture(out: Path, step: int) -> Path | None:
-    """The last picture of the first prompt that was drawn until a step; None if there is none."""
-    pictures = [
-        (int(match[1]), path)
-        for path in out.glob("samples/step*/p0_s*.png")
-        if re.fullmatch(r"p0_s\d+\.png", path.name) and (match := re.fullmatch(r"step(\d+)", path.parent.name))
-    ]
-    return max(((at, path) for at, path in pictures if at <= step), default=(0, None))[1]
-
-
 def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
-    """{file: which programs read it}, and {format: why there is no such file}."""
+    """{file: which programs read it}, {format: why there is no such file}, and {file in the output folder: that it is of an earlier run}."""
     formats = formats_of(run)
-    told = {path.name: f"read by {', '.join(readers_of(path))}" for path in files}
+    adapters = [path for path in files if path.suffix == ".safetensors" or path.is_dir()]
+    told = {path.name: f"read by {', '.join(readers_of(path))}" for path in adapters}
     if formats.instead:
         told[file_of(run.name, formats.instead)] += (
             f", and written because {_either(formats.refused)} hold this adapter"
         )
-    return told | {f"no {format} file": why for format, why in formats.refused.items()}
+    out, written = Path(run.config.out or ""), {file_of(run.name, format) for format in formats.written}
+    old = [name for name in files_of(run.name) if name not in written and (out / name).exists()]
+    told |= {f"no {format} file": why for format, why in formats.refused.items()}
+    return told | {name: "of an earlier run, and not written by this one" for name in old}
 
 
 def _either(formats: Iterable[str]) -> str:

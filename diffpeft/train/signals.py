@@ -31,6 +31,14 @@ class Stop:
     number: int | None = None
 
 
+_STOPS: list[Stop] = []  # those of the runs under way, the innermost last
+
+
+def asked() -> bool:
+    """Whether the run under way was asked to stop: what takes long looks now and then, and gives up."""
+    return bool(_STOPS) and _STOPS[-1].number is not None
+
+
 @contextlib.contextmanager
 def stopping(note: Callable[[str], None]) -> Iterator[Stop]:
     """Signals set the Stop instead of ending the program; a second one raises Interrupted. In threads, which get no signals, it does nothing."""
@@ -42,8 +50,12 @@ def stopping(note: Callable[[str], None]) -> Iterator[Stop]:
         stop.number = number
         note("asked to stop: the step is finished and the state saved (once more: stop at once)")
 
-    with handled(handle):
-        yield stop
+    _STOPS.append(stop)
+    try:
+        with handled(handle):
+            yield stop
+    finally:
+        _STOPS.remove(stop)
 
 
 @contextlib.contextmanager
@@ -58,7 +70,7 @@ def ending() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handled(handler: Handler) -> Iterator[None]:
+def handled(handler: Handler | signal.Handlers) -> Iterator[None]:
     """Both signals are this handler's while the block runs."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -89,9 +89,9 @@ SPELT = {
     "pixart": (plain, lambda pipe, v: torch.cat([v, torch.ones_like(v)], dim=1)),
     "z_image": (plain, lambda pipe, v: [-one.unsqueeze(1) for one in v]),
 }
-BINNED = dict.fromkeys(
-    ("pixart", "sana"), {"use_resolution_binning": False}
-)  # a pipeline's pictures have sizes of its own
+BINNED = {
+    name: {"use_resolution_binning": False} for name in ("pixart", "sana")
+}  # whose pictures have sizes of their own
 # {family: how its pipeline is asked for one picture without guidance}
 ASKED = {
     "z_image": {"guidance_scale": 0.0},

@@ -22,12 +22,15 @@ from diffpeft.model.state import slots_of
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
+from diffpeft.train.cache import Latents, Texts
 from diffpeft.train.data import View
 from diffpeft.train.draw import generator
-from diffpeft.train.objective import Batch, denoising
+from diffpeft.train.objective import Batch, Objective, denoising
+from diffpeft.train.paired import HeldoutPictures, Paired
 from tests.families.pipelines import cells, pipeline
 
 IMAGES = ("cat_face", "airplane", "automobile", "alarm_clock")
+OTHERS = ("bouquet", "bell_pepper")
 RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scripts' version)}
     "sd15": (1e-2, "stable-diffusion-v1", "sd_v1"),
     "sd2, v": (1e-2, "stable-diffusion-v2-768-v", "sd_v2_v"),
@@ -75,9 +78,16 @@ def run(request, tmp_path_factory):
     for name in IMAGES:
         (folder / "photos" / f"{name}.png").write_bytes((EMBEDDED.parent / "demo/train" / f"{name}.png").read_bytes())
         (folder / "photos" / f"{name}.txt").write_text(f"a picture of {name}")
+    (folder / "others").mkdir()
+    for name in OTHERS:
+        (folder / "others" / f"{name}.png").write_bytes((EMBEDDED.parent / "demo/train" / f"{name}.png").read_bytes())
+        (folder / "others" / f"{name}.txt").write_text(f"a picture of {name}")
     config = TrainConfig(
+        sample_every=0,
         model=str(folder / "model"),
         data=str(folder / "photos"),
+        heldout=str(folder / "others"),
+        heldout_every=30,
         out=str(folder / "out"),
         name="style",
         resolution=32,
@@ -118,6 +128,21 @@ def test_sixty_steps_on_four_images_lower_the_paired_loss_by_more_than_three_sta
     gain = losses(finished, 0.0) - losses(finished, 1.0)
     assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
     assert losses(finished, 0.0).equal(losses(finished, 0.0))  # the noise is the same
+
+
+def test_held_out_losses_agree_at_first_and_the_adapter_is_that_of_the_best(run):
+    _, finished, _ = run
+    first, *later = finished.heldout
+    assert first.before == first.after and first.standard_error == 0 and first.images == 2
+    assert [loss.step for loss in later] == [30, 60] and all(loss.before != loss.after for loss in later)
+    best = min(later, key=lambda loss: loss.after)
+    assert finished.best.step == best.step and len(best.bands) == 4
+    family, account = finished.family, finished.account
+    pictures = HeldoutPictures(account.heldout, account.sizing, finished.config.seed, Latents(family))
+    paired = Paired(family, pictures, Texts(family), dreambooth.sampling_of(finished.config, family), Objective(), 8)
+    with diffpeft.adapters(family.pipe, {finished.name: 1.0}):
+        summary = paired.design().summary(0, paired(), paired())
+    assert summary.after == pytest.approx(best.after, rel=1e-4)
 
 
 def test_the_files_say_what_model_they_are_for(run):

@@ -77,7 +77,7 @@ def config(tmp_path, **options):
     photo.write_bytes((EMBEDDED.parent / "demo/train/cat_face.png").read_bytes())
     fixed = {"data": str(photo.parent), "out": str(tmp_path / "out"), "instance_prompt": "x", "caption_dropout": 0.5}
     fixed["overwrite"] = True
-    return TrainConfig(**fixed, resolution=32, steps=2, rank=2, **options)
+    return TrainConfig(**fixed, resolution=32, steps=2, rank=2, **{"sample_every": 0, **options})
 
 
 @pytest.fixture

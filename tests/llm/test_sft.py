@@ -16,6 +16,7 @@ from diffpeft.llm import sft, texts
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.train.checkpoints import checkpoints_in, sha256
 from diffpeft.train.method import CONFIGS
+from diffpeft.train.report.live import Live
 from tests.llm import chat
 from tests.train.stops import StopsAt
 
@@ -242,7 +243,7 @@ def test_what_is_held_out_is_measured_and_not_learnt(config, model, tokenizer, t
 
 def test_the_folder_holds_the_adapter_the_numbers_and_a_report(config, tmp_path):
     run = sft.train(replace(config, heldout=config.data))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["checkpoints"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoints", "report.html"]
     files = sft.save(run)
     assert [f.name for f in files] == [
         "adapter_model.safetensors",
@@ -258,6 +259,22 @@ def test_the_folder_holds_the_adapter_the_numbers_and_a_report(config, tmp_path)
     assert all(f.name in page for f in fields(SftConfig)) and "a after" in page and "http" not in page
     assert json.loads(files[1].read_text())["task_type"] == "CAUSAL_LM"
     assert all(t.dtype == torch.float32 for t in load_file(files[0]).values())
+
+
+def test_a_run_is_shown_from_its_first_step_on_and_measuring_changes_nothing(config, tmp_path, monkeypatch):
+    pages = []
+    renew = Live.renew
+    monkeypatch.setattr(Live, "renew", lambda self, **changes: pages.append(page := renew(self, **changes)) or page)
+    often = replace(config, heldout=config.data, save_every=2, steps=6, dropout=0.3)
+    run = sft.train(often)
+    assert [len(page.losses) for page in pages] == [0, 2, 4, 6] and all(page.status.kind == "running" for page in pages)
+    measured = [page.measures["heldout_loss"] for page in pages]
+    assert measured[0]["before"] == measured[0]["after"] and len({m["after"] for m in measured}) == 4
+    assert [m.step for m in pages[-1].heldout] == [0, 2, 4, 6] and len(pages[-1].rates) == 6
+    assert pages[0].answers and all(a["after"] == a["before"] for a in pages[0].answers)
+    assert run.report == tmp_path / "out" / "report.html" and not run.model.training
+    plain = sft.train(replace(often, save_every=0, out=str(tmp_path / "plain")))
+    assert plain.losses == run.losses
 
 
 @pytest.mark.parametrize(
@@ -308,8 +325,12 @@ def test_a_mistake_is_named_and_nothing_is_written(mistake, config, tmp_path, mo
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=says):
         sft.train(replace(config, **options))
-    kept = ["checkpoints"] if error is DivergedError else []  # the last good state
-    assert sorted(tmp_path.rglob("*")) == before or [p.name for p in (tmp_path / "out").iterdir()] == kept
+    if error is not DivergedError:
+        assert sorted(tmp_path.rglob("*")) == before
+        return
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoints", "report.html"]  # the last good state
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "DivergedError" in page and "diffpeft sft --resume" in page
 
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}'
@@ -373,7 +394,9 @@ def test_what_learns_nothing_is_an_error(config, tmp_path, monkeypatch):
     monkeypatch.setattr(sft.Loss, "total", lambda self, sequences: real(self, sequences) * 0)
     with pytest.raises(diffpeft.NothingLearntError):
         sft.train(config)
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "NothingLearntError" in page and "--resume" not in page
 
 
 def test_bytes_that_are_no_text_are_named(config, tmp_path):

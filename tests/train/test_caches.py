@@ -59,6 +59,7 @@ def config(photos, **options):
         else {}
     )
     return TrainConfig(
+        sample_every=0,
         **{
             "model": str(EMBEDDED), "data": str(photos), "out": str(photos.parent / "out"), "trigger": "sks", "steps": 2, "rank": 1,
             "targets": "to_q", **options, **prior,

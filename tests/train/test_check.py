@@ -19,7 +19,7 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train.check import check
 from diffpeft.train.config import OTHER_NAMES, target_names
 from diffpeft.train.config_files import from_toml
-from diffpeft.train.other_names import hint
+from diffpeft.train.other_names import TABLE, hint
 
 PHOTO = EMBEDDED.parent / "demo" / "train" / "cat_face.png"
 
@@ -133,18 +133,19 @@ def test_every_hint_names_an_option():
     known = {f.name for kind in (TrainConfig, SftConfig) for f in fields(kind)}
     assert {text.partition(",")[0] for text in OTHER_NAMES.values()} <= known
     assert not OTHER_NAMES.keys() & known
-    assert hint("--learning-rate", known, "--") == "Here that is --lr." and hint("nothing", known) == ""
     assert hint("load_in_4bit", {f.name for f in fields(TrainConfig)}) == ""
 
 
 # -- the file of options ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "network_dim", "max_train_steps", "output_dir", "train-batch-size"])
-def test_another_trainers_option_is_answered_with_ours(name, tmp_path):
-    (tmp_path / "a.toml").write_text(f"{name} = 1")
-    with pytest.raises(UnknownNameError, match=f"Here that is {OTHER_NAMES[name.replace('-', '_')]}"):
-        from_toml(tmp_path / "a.toml", {})
+@pytest.mark.parametrize("name", ["learning_rate", "network_dim", "max_train_steps", "train-batch-size"])
+def test_another_trainers_option_is_taken_as_ours_and_elsewhere_answered_with_it(name, tmp_path):
+    (tmp_path / "a.toml").write_text(f"{name} = 3")
+    ours = TABLE[name.replace("-", "_")].ours
+    assert getattr(from_toml(tmp_path / "a.toml", {}), ours) == 3
+    with pytest.raises(UnknownNameError, match=f"Here that is {ours}"):
+        from_toml(tmp_path / "a.toml", {}, SftConfig)
 
 
 def test_all_options_are_listed(tmp_path):
@@ -320,7 +321,10 @@ def test_no_mistake_that_needs_no_model_waits_for_torch(config, tmp_path):
         [*base, "--lr", "0"],
         [*base, "--name", "my dog"],
         [*base, "--method", "lorra"],
-        [*base, "--learning-rate", "1"],
+        [*base, "--learning-rate", "0"],
+        [*base, "--scale_lr"],
+        [*base, "--network_dim", "x"],
+        [*base, "--learnin-rate", "1"],
         [*base, "--class-prompt", "x", "--class-data", str(tmp_path / "bad")],
         [*base, "-m", folder_of(tmp_path, {"_class_name": "FluxFillPipeline"})],
         [*base, "-m", str(tmp_path / "nothing")],

@@ -31,6 +31,7 @@ def config(photos, **options):
             "flip": True,
             "caption_dropout": 0.3,
             "overwrite": True,
+            "sample_every": 0,
             **options,
         }
     )

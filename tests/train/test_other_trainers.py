@@ -6,11 +6,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from diffpeft import ConfigError, TrainConfig, UnknownNameError
 from diffpeft.cli.pasted import split
 from diffpeft.cli.train import train
 from diffpeft.llm.sft_config import SftConfig
+from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train.config import OTHER_NAMES
 from diffpeft.train.config_files import from_toml, said_by, said_in
 from diffpeft.train.other_names import TABLE, hint
@@ -457,6 +460,22 @@ def test_our_options_beside_theirs_stay_clicks_and_both_names_must_agree(tmp_pat
     assert missing.returncode == 2 and "requires an argument" in missing.stderr
 
 
+def test_a_pasted_line_trains_what_our_options_train(tmp_path):
+    photos_in(tmp_path)
+    theirs = """--instance_data_dir photos --output_dir theirs --instance_prompt "a photo" --resolution=64 --train_batch_size=2
+     --learning_rate=1e-3 --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=2 --seed="3" --rank=2 --output_name=a
+     --optimizer_args weight_decay=0.1 --allow_tf32 --text_encoder_lr 1e-4 --train_text_encoder"""
+    ours = """-d photos -o ours --instance-prompt "a photo" --resolution 64 --batch-size 2 --lr 1e-3 --steps 2 --seed 3 --rank 2 --name a
+     --optimizer-args weight_decay=0.1 --train-text-encoder --lr-pattern text_encoder=0.1"""
+    for line in (f"--pretrained_model_name_or_path '{EMBEDDED}' {theirs}", f"-m '{EMBEDDED}' {ours}"):
+        done = quick("train", *shlex.split(line), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    files = [load_file(tmp_path / folder / "a.kohya.safetensors") for folder in ("theirs", "ours")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    account = (tmp_path / "theirs" / "config.toml").read_text()
+    assert "# alias --learning_rate" in account and "# command line" in account
+
+
 def test_regularisation_images_are_those_that_are_there(tmp_path):
     photos = photos_in(tmp_path)
     (tmp_path / "reg").mkdir()
@@ -495,7 +514,13 @@ config:
           shuffle_tokens: false
           cache_latents_to_disk: true
           resolution: [ 512, 768, 1024 ]
-        - {folder_path: "/more", num_repeats: 3, caption_ext: txt, caption_dropout_rate: 0.05, shuffle_tokens: false, cache_latents_to_disk: true, resolution: [512, 768, 1024]}
+        - folder_path: "/more"
+          num_repeats: 3
+          caption_ext: txt
+          caption_dropout_rate: 0.05
+          shuffle_tokens: false
+          cache_latents_to_disk: true
+          resolution: [512, 768, 1024]
       train:
         batch_size: 1
         steps: 2000

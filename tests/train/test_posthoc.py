@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 
@@ -7,8 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffpeft import ConfigError
+from diffpeft.model.state import slots_of
+from diffpeft.train import dreambooth
 from diffpeft.train.checkpoints import writing
 from diffpeft.train.posthoc import average, deviation, exponent, weights
+from tests.families.pipelines import pipeline
+from tests.train.test_saving import run_of
 
 
 @pytest.mark.parametrize("g", [0.0, 1.0, 6.94, 16.97, 200.0])
@@ -73,3 +78,31 @@ def test_one_state_is_no_average(tmp_path):
         (folder / "a.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="1 states"):
         average(tmp_path, tmp_path / "out", 0.1)
+
+
+def test_an_average_has_hashes_of_its_own(tmp_path):
+    for step in (10, 20):
+        with writing(tmp_path / "run", "a", step) as folder:
+            save_file({"w": torch.full((3,), float(step))}, folder / "a.safetensors", {"sshs_model_hash": "old"})
+    (file,) = average(tmp_path / "run", tmp_path / "out", 0.15)
+    content = file.read_bytes()
+    with safe_open(file, "pt") as f:
+        digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+        assert f.metadata()["sshs_model_hash"] == digest
+
+
+def test_a_runs_states_are_averaged_in_each_of_its_formats(tmp_path):
+    """A file and a folder of the same run give the same average."""
+    run = run_of(pipeline("sd15", torch.float32), tmp_path, formats="kohya,peft", targets="to_q", save_dtype="bf16")
+    for step in (10, 20):
+        for slot in slots_of(run.family.pipe, "a").values():
+            torch.nn.init.normal_(slot.tensors["lora_B"])
+        with writing(tmp_path / "run", "a", step) as folder:
+            dreambooth.exported(run, folder, step)
+    average(tmp_path / "run", tmp_path / "out", 0.15)
+    flat = {
+        t.flatten()[0].item() for key, t in load_file(tmp_path / "out/a.kohya.safetensors").items() if "lora_up" in key
+    }
+    peft = load_file(tmp_path / "out/a.peft/adapter_model.safetensors")
+    assert flat == {t.flatten()[0].item() for key, t in peft.items() if "lora_B" in key}
+    assert {t.dtype for t in peft.values()} == {torch.bfloat16}

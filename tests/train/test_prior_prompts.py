@@ -27,6 +27,7 @@ def config(tmp_path):
     photos_in(tmp_path, ("cat_face", "airplane"))
     (tmp_path / "photos" / "airplane.txt").write_text("an emoji of airplane, [trigger] style")
     return TrainConfig(
+        sample_every=0,
         model=str(EMBEDDED), data=str(tmp_path / "photos"), out=str(tmp_path / "out"), instance_prompt="an emoji of cat", trigger="sks",
         steps=2, rank=2, batch_size=2, prior="base",
     )  # fmt: skip

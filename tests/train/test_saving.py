@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import converters
@@ -13,6 +15,7 @@ import diffpeft
 from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError
 from diffpeft.families import family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
+from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import dreambooth, save
 from diffpeft.train.check import check
 from diffpeft.train.data import Account
@@ -20,6 +23,7 @@ from diffpeft.train.formats import INSTEAD, WRITABLE, asked, chosen, file_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.outcome import refuse_unread
 from tests.families.pipelines import pipeline
+from tests.train.pictures import photos_in
 
 FAMILIES = ("sd15", "sdxl", "flux dev")
 METHODS = tuple(ADAPTERS)
@@ -61,7 +65,7 @@ def test_every_method_of_every_family_is_saved_whatever_was_asked_for(kind, meth
 def test_a_format_that_nobody_asked_for_is_written_where_none_of_those_can_hold_the_method(tmp_path):
     run = run_of(pipeline("flux dev", torch.float32), tmp_path, method="lokr", formats="diffusers,kohya,comfyui")
     (file,) = dreambooth.save(run)
-    assert file.name == "a.kohya-diffusers.safetensors" and run.files == [file]
+    assert file.name == "a.kohya-diffusers.safetensors" and run.files == [file, tmp_path / "README.md"]
     told = dreambooth.readers(run, [file])
     assert told.keys() == {file.name, "no diffusers file", "no kohya file", "no comfyui file"}
     assert "ComfyUI" in told[file.name] and "neither diffusers, kohya nor comfyui can hold" in told[file.name]
@@ -112,13 +116,16 @@ def _tensors(path):
     return [*handles], io.load(handles.values())
 
 
-def test_numbers_too_large_for_fp16_are_refused_before_anything_is_written(tmp_path):
+def test_numbers_too_large_for_fp16_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     run = run_of(pipeline("sd15", torch.float32), tmp_path / "out", save_dtype="fp16", targets="to_q")
     layer, slot = next(iter(slots_of(run.family.pipe, "a").items()))
     nn.init.constant_(slot.tensors["lora_B"], 7e4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ConfigError, match=r"1 layers.*--save-dtype bf16") as raised:
         dreambooth.save(run)
     assert layer in str(raised.value) and not (tmp_path / "out").exists()
+    (place,) = (path for path in tmp_path.iterdir() if str(path) in raised.value.__notes__[0])
+    refuse_unread(run.family.pipe, place / "a.kohya.safetensors", "a")
     dreambooth.exported(run, tmp_path / "state", 1)  # a state is kept whatever happens
     for path in (tmp_path / "state").iterdir():
         refuse_unread(run.family.pipe, path, "a")
@@ -196,3 +203,25 @@ def test_a_base_in_bf16_hides_nothing(tmp_path):
         slot.tensors["lora_B"].mul_(1 + 2**-12)
     with pytest.raises(NothingLearntError):
         refuse_unread(run.family.pipe, tmp_path / "a.kohya.safetensors", "a")
+
+
+def test_files_of_an_earlier_run_are_told(tmp_path):
+    run = run_of(pipeline("sd15", torch.float32), tmp_path, formats="kohya", targets="to_q")
+    dreambooth.save(run)
+    run.config.formats = "lycoris"
+    told = dreambooth.readers(run, dreambooth.save(run))
+    assert told.keys() == {"a.lycoris.safetensors", "a.kohya.safetensors"} and "earlier" in told["a.kohya.safetensors"]
+
+
+def test_a_finished_run_is_saved_once_more_in_another_way(tmp_path):
+    """It goes on from its last state, and takes no step."""
+    photos_in(tmp_path)
+    options = {"targets": "to_q", "rank": 2, "steps": 1, "save_every": 1}
+    config = TrainConfig(str(EMBEDDED), str(tmp_path / "photos"), str(tmp_path / "out"), instance_prompt="x", **options)
+    exact = load_file(dreambooth.save(dreambooth.train(replace(config, formats="kohya")))[0])
+    again = replace(config, resume="latest", formats="lycoris", save_dtype="bf16")
+    (file,) = dreambooth.save(dreambooth.train(again))
+    rounded = {key: t for key, t in load_file(file).items() if not key.endswith("alpha")}
+    assert file.name == "out.lycoris.safetensors" and len(rounded) == len(exact) * 2 / 3
+    for key, t in rounded.items():
+        assert torch.equal(t, exact[key.replace("lycoris_", "lora_unet_")].bfloat16())

@@ -26,7 +26,7 @@ def config(tmp_path):
         image.save(tmp_path / "photos" / name)
     return TrainConfig(
         model=str(EMBEDDED), data=str(tmp_path / "photos"), out=str(tmp_path / "out"), instance_prompt="an emoji", steps=3, rank=1, targets="to_q",
-        overwrite=True,
+        overwrite=True, sample_every=0,
     )  # fmt: skip
 
 

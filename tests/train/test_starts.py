@@ -31,6 +31,7 @@ from tests.train.stops import StopsAt
 def config(tmp_path):
     folder = photos_in(tmp_path)
     return TrainConfig(
+        sample_every=0,
         model=str(EMBEDDED),
         data=str(folder),
         out=str(tmp_path / "out"),

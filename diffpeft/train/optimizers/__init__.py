@@ -26,26 +26,28 @@ if TYPE_CHECKING:
 class OptimizerRow:
     """An optimiser: the path of its class, what it is made with, and its learning rate where nothing is said (None: the run's default).
 
-    `one_rate`: it estimates a rate for all parameters together, so that they cannot have several.
+    `state`: the bytes of its state for a number that it trains. `one_rate`: it estimates a rate for all parameters together, so that they cannot have several.
     """
 
     path: str
     keywords: Mapping[str, object] = field(default_factory=dict)
     lr: float | None = None
     one_rate: bool = False
+    state: float = 8.0
 
 
 OPTIMIZERS = {
     "adamw": OptimizerRow("torch.optim.AdamW", {"fused": True}),
-    "adamw8bit": OptimizerRow("bitsandbytes.optim.AdamW8bit"),
+    "adamw8bit": OptimizerRow("bitsandbytes.optim.AdamW8bit", state=2.03),
     "adafactor": OptimizerRow(
         "transformers.optimization.Adafactor",
         {"scale_parameter": False, "relative_step": False, "warmup_init": False},
+        state=0.5,
     ),
     "prodigy": OptimizerRow(
-        "diffpeft.train.optimizers.prodigy.Prodigy", {"safeguard_warmup": True}, lr=1.0, one_rate=True
+        "diffpeft.train.optimizers.prodigy.Prodigy", {"safeguard_warmup": True}, lr=1.0, one_rate=True, state=16.0
     ),
-    "lion": OptimizerRow("diffpeft.train.optimizers.lion.Lion", lr=3e-5),
+    "lion": OptimizerRow("diffpeft.train.optimizers.lion.Lion", lr=3e-5, state=4.0),
     "schedulefree": OptimizerRow("diffpeft.train.optimizers.schedulefree.AdamWScheduleFree", lr=1e-3),
 }
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffpeft.errors import shown
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 README = "README.md"
 _VERSIONS = "### Framework versions"
@@ -21,26 +25,17 @@ class CardFacts:
         base: the id or the folder of the base model; None leaves what a card says already.
         tags: for the Hub's search, beside those that a card has.
         pipeline: the Hub's task, where a card says none.
-        version: of PEFT, whose dialect the files are in.
+        version: the line that says which version wrote the files, such as `- PEFT 0.18.0`.
+        library: the one that reads them.
+        more: other fields of the Hub's, which replace those of the card.
     """
 
     base: str | None
     tags: frozenset[str]
     pipeline: str | None
     version: str
-
-
-def tags_of(model: object, method: str, base: str | None) -> frozenset[str]:
-    """The tags of an adapter of a method on a model, which may have some itself."""
-    from transformers import PreTrainedModel
-
-    inherited: Iterable[str] = getattr(model, "model_tags", None) or ()
-    derived = {
-        "transformers": isinstance(model, PreTrainedModel),
-        "lora": method == "LORA",
-        f"base_model:adapter:{base}": base,
-    }
-    return frozenset({*inherited, *(tag for tag, holds in derived.items() if holds)})
+    library: str = "peft"
+    more: Mapping[str, object] = field(default_factory=dict)
 
 
 def completed(folder: Path, facts: CardFacts) -> str | None:
@@ -53,12 +48,19 @@ def completed(folder: Path, facts: CardFacts) -> str | None:
     except Exception as error:  # of YAML, of the codec
         warnings.warn(f"{shown(str(path))} stays as it is: its head is no model card's ({error})", stacklevel=4)
         return None
-    card.data["library_name"] = "peft"
+    tell(card, facts)
+    card.text = _with_version(card.text, facts.version)
+    return str(card)
+
+
+def tell(card: ModelCard, facts: CardFacts) -> None:
+    """Put facts into the head of a card, beside what it says already."""
+    card.data["library_name"] = facts.library
     card.data["tags"] = sorted(facts.tags.union(card.data.get("tags") or ()))
     card.data["pipeline_tag"] = card.data.get("pipeline_tag") or facts.pipeline
     card.data["base_model"] = facts.base or card.data.get("base_model")
-    card.text = _with_version(card.text, f"- PEFT {facts.version}")
-    return str(card)
+    for name, value in facts.more.items():
+        card.data[name] = value
 
 
 def _with_version(text: str, version: str) -> str:

@@ -1,0 +1,323 @@
+"""Samples: what the adapter makes of the run's prompts, drawn at the beginning, every so many steps, and at the end.
+
+OUT/samples/step00000500/p0_s42.png is prompt 0 with the noise of seed 42 after 500 steps, at strength 1; p0_s42_w0.5.png is the same at strength 0.5.
+Each picture is what the model's own pipeline draws with the adapter loaded, and says in itself what it was drawn with. Strength 0 is the base: it does not
+change, and is drawn once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import diffpeft
+from diffpeft.errors import ConfigError
+from diffpeft.files import Json
+from diffpeft.io import replacing
+from diffpeft.train.sample import images_of, prompted, watched
+from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
+from diffpeft.train.signals import asked
+from diffpeft.train.team import team
+
+if TYPE_CHECKING:
+    from diffpeft.families import Family
+    from diffpeft.train.cache import Texts
+    from diffpeft.train.config import TrainConfig
+
+FOLDER = "samples"
+_STEP, _PICTURE = re.compile(r"step(\d{8,})"), re.compile(r"p(\d+)_s(\d+)(?:_w([\d.]+))?\.png")
+_RECORD = "diffpeft"  # the text in a picture that says what it was drawn with
+
+
+class Spot(NamedTuple):
+    """Which picture one is: the number of its prompt, and the adapter's strength."""
+
+    number: int
+    strength: float
+
+
+# -- what is drawn ---------------------------------------------------------------------------------------------------------
+
+
+def settled(
+    config: TrainConfig, family: Family, prompts: Sequence[SamplePrompt], side: int
+) -> tuple[SamplePrompt, ...]:
+    """The prompts with all that is not said of them: sizes of the training resolution, the run's seed and steps, the pipeline's guidance.
+
+    `family` is the model that draws. Raises ConfigError for sizes that it cannot draw, and for settings that it would not read.
+    """
+    check_sizes(prompts, family.multiple)
+    return tuple(_settled(config, family, prompt, side) for prompt in prompts)
+
+
+def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: int) -> SamplePrompt:
+    cfg, guidance = _scales(config, family, prompt)
+    led_away = cfg is not None and cfg > 1
+    if prompt.negative is not None and not led_away:
+        raise ConfigError(
+            f"a negative prompt with a guidance of {cfg:g}, and so it would do nothing",
+            where=prompt.where,
+            remedy="Pass --l above 1 with it, or leave it out.",
+        )
+    return replace(
+        prompt,
+        # the pipelines of models that are told a guidance are led away from nothing unless they are asked
+        negative="" if led_away and prompt.negative is None and _main(family) == "guidance" else prompt.negative,
+        cfg=cfg,
+        guidance=guidance,
+        width=prompt.width or side,
+        height=prompt.height or side,
+        seed=config.sample_seed if prompt.seed is None else prompt.seed,
+        steps=prompt.steps or config.sample_steps or family.drawing_steps,
+    )
+
+
+_CFG = 7.0  # of a pipeline that has no guidance of its own for every number of steps
+
+
+def _main(family: Family) -> str:
+    """What people mean by the guidance of a model."""
+    return "guidance" if "guidance" in family.guidance else "cfg"
+
+
+def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[float | None, float | None]:
+    """cfg and guidance of a prompt; None for what the model does not read. Raises ConfigError if that was asked for."""
+    defaults = inspect.signature(type(family.pipe).__call__).parameters
+    said = {"cfg": prompt.cfg, "guidance": prompt.guidance}
+    if said[_main(family)] is None:
+        said[_main(family)] = config.sample_guidance
+    if said["guidance"] is not None and "guidance" not in family.guidance:
+        raise ConfigError(
+            "--g, and this model is told no guidance, and so it would do nothing",
+            where=prompt.where,
+            remedy="Leave --g out; --l is how far it is led away from the negative prompt.",
+        )
+    for field, keyword in family.guidance.items():
+        said[field] = float(defaults[keyword].default or _CFG) if said[field] is None else said[field]
+    return said["cfg"], said["guidance"]
+
+
+def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:
+    """All texts that drawing them reads: prompts, negative ones, and the blank one."""
+    return list(dict.fromkeys([*(p.prompt for p in prompts), *(p.negative or "" for p in prompts)]))
+
+
+def keywords_of(family: Family, prompt: SamplePrompt) -> Json:
+    """A settled prompt in the keywords of the family's pipeline, but for its texts and the noise."""
+    scales = {keyword: getattr(prompt, field) for field, keyword in family.guidance.items()}
+    return {"width": prompt.width, "height": prompt.height, "num_inference_steps": prompt.steps, **scales}
+
+
+class Unfinished(Exception):
+    """The run was asked to stop in the middle of a picture."""
+
+
+def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[], None]) -> Image.Image:
+    """The picture of a settled prompt with the adapters that are on. Raises Unfinished."""
+
+    def told(*_: object) -> dict[str, object]:
+        tick()
+        if team().any(asked()):
+            raise Unfinished
+        return {}
+
+    with torch.no_grad():
+        picture = family.pipe(
+            **prompted(family, texts, [prompt.prompt], prompt.negative),
+            **keywords_of(family, prompt),
+            generator=torch.Generator().manual_seed(prompt.seed or 0),
+            output_type="pil",
+            **watched(family.pipe, told),
+        )
+    image: Image.Image = images_of(picture)[0]
+    return image
+
+
+# -- where it is drawn -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stage(family: Family, name: str) -> Iterator[Family]:
+    """The model that is trained as one that draws: its VAE is there, and nothing is dropped or compiled. Afterwards it is as it was."""
+    from diffpeft.model.state import slots_of
+
+    denoiser, slots = family.parts(family.denoiser), slots_of(family.pipe, name).values()
+    training, compiled = [slot.training for slot in slots], denoiser._compiled_call_impl
+    has_vae = family.pipe.vae is not None
+    for slot in slots:
+        slot.eval()
+    denoiser._compiled_call_impl = None
+    try:
+        family.parts("vae")
+        yield family
+    finally:
+        denoiser._compiled_call_impl = compiled
+        for slot, mode in zip(slots, training, strict=True):
+            slot.train(mode)
+        if not has_vae:
+            family.parts.free("vae")
+
+
+# -- on the disk -----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(out: Path, step: int) -> Path:
+    """Where the samples after so many steps are."""
+    return out / FOLDER / f"step{step:08d}"
+
+
+def _name(spot: Spot, seed: int | None) -> str:
+    weight = "" if spot.strength == 1 else f"_w{spot.strength:g}"
+    return f"p{spot.number}_s{seed}{weight}.png"
+
+
+def _folders(out: Path) -> dict[int, Path]:
+    """{step: the folder of its samples}, the earliest first."""
+    home = out / FOLDER
+    named = ((_STEP.fullmatch(path.name), path) for path in (home.iterdir() if home.is_dir() else ()))
+    return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
+
+
+def newest_sample(out: Path, until: int = sys.maxsize) -> Path | None:
+    """The newest picture at strength 1 of the first prompt, of so many steps at most; None if there is none."""
+    for step, folder in reversed(_folders(out).items()):
+        for path in sorted(folder.iterdir()) if step <= until else ():
+            match = _PICTURE.fullmatch(path.name)
+            if match and match[1] == "0" and match[3] is None:
+                return path
+    return None
+
+
+def forget(out: Path, after: int) -> None:
+    """Remove the samples of more steps than `after`: they are of a run that did not go on so."""
+    for step, folder in _folders(out).items():
+        if step > after:
+            shutil.rmtree(folder)
+
+
+def _record(path: Path) -> Json:
+    """What a picture was drawn with; empty if nobody knows."""
+    try:
+        with Image.open(path) as image:
+            table = json.loads(getattr(image, "text", {}).get(_RECORD, "{}"))
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The samples of a run on the disk: those of its prompts as they are now.
+
+    Args:
+        model: what the pictures are drawn with, for people.
+    """
+
+    out: Path
+    prompts: tuple[SamplePrompt, ...]
+    model: str
+
+    def facts(self, spot: Spot) -> Json:
+        """What a picture is drawn with, whatever the step."""
+        settings = {name: value for name, value in asdict(self.prompts[spot.number]).items() if name != "where"}
+        return {**settings, "strength": spot.strength, "model": self.model}
+
+    def path(self, step: int, spot: Spot) -> Path:
+        """Where a picture is, or would be."""
+        return folder_of(self.out, step) / _name(spot, self.prompts[spot.number].seed)
+
+    def has(self, step: int, spot: Spot) -> bool:
+        """Whether a picture is there, drawn as it would be now."""
+        path = self.path(step, spot)
+        return path.is_file() and _record(path).get("facts") == self.facts(spot)
+
+    def pictures(self) -> dict[int, dict[Spot, Path]]:
+        """{step: {spot: file}} of all that are there, the earliest step first."""
+        spots = [Spot(number, strength) for number in range(len(self.prompts)) for strength in (0.0, 0.5, 1.0)]
+        steps = {step: {s: self.path(step, s) for s in spots if self.has(step, s)} for step in _folders(self.out)}
+        return {step: pictures for step, pictures in steps.items() if pictures}
+
+    def write(self, step: int, spot: Spot, image: Image.Image) -> Path:
+        """Write a picture as a whole file, which is returned, with what it was drawn with: for us, and as A1111 has it."""
+        said = PngInfo()
+        said.add_itxt("parameters", _parameters(self.facts(spot)))
+        said.add_itxt(_RECORD, json.dumps({"step": step, "facts": self.facts(spot)}))
+        with replacing(self.path(step, spot)) as f:
+            image.save(f, "PNG", pnginfo=said)
+        return self.path(step, spot)
+
+
+def _parameters(facts: Mapping[str, object]) -> str:
+    """What a picture was drawn with in the words of A1111, which many programs show."""
+    negative = f"\nNegative prompt: {facts['negative']}" if facts["negative"] else ""
+    named = {
+        "Steps": facts["steps"],
+        "CFG scale": facts["cfg"],
+        "Distilled CFG Scale": facts["guidance"],
+        "Seed": facts["seed"],
+        "Size": f"{facts['width']}x{facts['height']}",
+        "Model": facts["model"],
+        "Adapter strength": facts["strength"],
+    }
+    return f"{facts['prompt']}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in named.items() if v is not None)
+
+
+# -- when it is drawn ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampler:
+    """Draws what is due after so many steps, and writes it. Where the base is sharded, all processes draw and the main one writes.
+
+    Args:
+        name: the adapter's.
+        texts: what the text encoders of the model that draws made of the prompts.
+        stage: makes that model ready, with the adapter on it.
+        changes: whether the adapter changes something before the first step, as one that is gone on with does.
+    """
+
+    gallery: Gallery
+    name: str
+    texts: Texts
+    stage: Callable[[], contextlib.AbstractContextManager[Family]]
+    changes: bool
+    from_first: bool
+    tick: Callable[[], None] = lambda: None
+
+    def __call__(self, step: int) -> list[Path]:
+        """Draw what is due and not there; the files. A run that is asked to stop leaves the pictures that it has not begun."""
+        due, files = team().as_said_by_main(self._due(step)), list[Path]()
+        if not due:
+            return files
+        with self.stage() as family, contextlib.suppress(Unfinished):
+            for spot in due:
+                with diffpeft.adapters(family.pipe, {self.name: spot.strength}):
+                    image = drawn(family, self.texts, self.gallery.prompts[spot.number], self.tick)
+                if not team().main:
+                    continue
+                files.append(self.gallery.write(step, spot, image))
+                if step == 0 and spot.strength == 0 and not self.changes:
+                    files.append(self.gallery.write(step, spot._replace(strength=1.0), image))  # it changes nothing yet
+        return files
+
+    def _due(self, step: int) -> list[Spot]:
+        """The base's pictures, once; each prompt at strength 1, and the first one at 0.5 too."""
+        if step == 0 and not self.from_first:
+            return []
+        numbers, there = range(len(self.gallery.prompts)), self.gallery.pictures().values()
+        spots = [Spot(n, 0.0) for n in numbers if not any(Spot(n, 0.0) in pictures for pictures in there)]
+        if step or self.changes:
+            spots += [*(Spot(n, 1.0) for n in numbers), Spot(0, 0.5)]
+        return [spot for spot in spots if not self.gallery.has(step, spot)]

@@ -1,0 +1,243 @@
+"""What a run shows of itself: samples, and the page. It ties them to the run's options, its model and its loop."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffpeft.files import Json
+from diffpeft.train import state
+from diffpeft.train.cache import Texts
+from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
+from diffpeft.train.report.live import Live
+from diffpeft.train.report.page import STRENGTHS
+from diffpeft.train.sample_model import open_other, other_stage
+from diffpeft.train.samples import Gallery, Sampler, Spot, forget, settled, stage, texts_of
+from diffpeft.train.team import team
+
+if TYPE_CHECKING:
+    from diffpeft.families import Family
+    from diffpeft.train.checkpoints import SavedState
+    from diffpeft.train.config import Options, TrainConfig
+    from diffpeft.train.journal import Logbook
+    from diffpeft.train.loop import Events, Keeper
+    from diffpeft.train.run import TrainRun
+    from diffpeft.train.sample_prompts import SamplePrompt
+    from diffpeft.train.usage import Stopwatch
+    from diffpeft.train.watch import Watch
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The samples of a run before its model is loaded: the settled prompts, the model that draws them, and what its text encoders make of them."""
+
+    prompts: tuple[SamplePrompt, ...]
+    family: Family
+    texts: Texts
+
+    def read_by(self, family: Family) -> list[str]:
+        """The texts that the encoders of a family must read for it."""
+        return texts_of(self.prompts) if family is self.family and self.prompts else []
+
+    def learn(self, trained: Family) -> None:
+        """Read the prompts where that is for another model than the one that is trained; its encoders are given up again."""
+        if self.family is not trained and self.prompts:
+            self.texts.learn(texts_of(self.prompts))
+            self.family.parts.free(*self.family.text_encoders)
+
+
+def drawing_of(
+    config: TrainConfig,
+    family: Family,
+    prompts: Sequence[SamplePrompt],
+    chosen: Mapping[str, Mapping[str, object]],
+    texts: Texts,
+    device: str,
+) -> Drawing:
+    """The samples of a run with resolved options. `chosen` says which layers are trained; `texts` are those of the model that is trained.
+
+    Raises ConfigError for what cannot be drawn, CheckpointError for a sample model that does not fit.
+    """
+    drawer, drawn_texts = family, texts
+    if config.sample_model is not None and prompts:
+        drawer = open_other(config, family, chosen, device)
+        drawn_texts = Texts(drawer, texts.live, None, device)
+    side = max(config.sides(family.resolution))
+    return Drawing(settled(config, drawer, prompts, side), drawer, drawn_texts)
+
+
+def page_of(config: Options, title: str, data: Sequence[str] = (), origins: Mapping[str, str] | None = None) -> Page:
+    """The page of a run that begins, with its options as they came to be."""
+    return Page(
+        title,
+        Status("running"),
+        total=config.steps,
+        options=config.resolved(),
+        origins=origins or {},
+        defaults={f.name: f.default for f in fields(config)},
+        data=data,
+    )
+
+
+def losses_until(resumed: SavedState | None) -> list[float]:
+    """The losses of the steps that a run goes on from."""
+    return state.read_parts(resumed.folder / state.FILE)[state.RUN]["losses"].tolist() if resumed else []
+
+
+def _strengths(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pictures:
+    """The first prompt at each strength, of the newest step that has it."""
+    newest = {spot: path for pictures in steps.values() for spot, path in pictures.items()}
+    heads = [f"strength {strength:g}" for strength in STRENGTHS]
+    return Pictures(heads, [PictureRow(gallery.prompts[0].prompt, [newest.get(Spot(0, s)) for s in STRENGTHS])])
+
+
+def _by_step(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pictures:
+    """All prompts at strength 1, by step."""
+    shown = [step for step, pictures in steps.items() if any(spot.strength == 1 for spot in pictures)]
+    rows = [
+        PictureRow(prompt.prompt, [steps[step].get(Spot(number, 1.0)) for step in shown])
+        for number, prompt in enumerate(gallery.prompts)
+    ]
+    return Pictures([str(step) for step in shown], rows)
+
+
+def uses_of(
+    config: TrainConfig, files: Sequence[Path], readers: Mapping[str, str], prompt: str, family: Family
+) -> list[Use]:
+    """The commands that use the adapter, for the programs that read its files."""
+    model = str(Path(str(config.model)).resolve()) if Path(str(config.model)).exists() else str(config.model)
+    files = [file.resolve() for file in files]
+    by = {program: next((f for f in files if program in readers.get(f.name, "")), None) for program in _PROGRAMS}
+    base = ["--base", config.base] if config.base else []
+    words = ["-p", prompt or "...", "--lora", str(files[0]), "-o", "picture.png"] if files else []
+    ours = shlex.join(["diffpeft", "generate", "-m", model, *base, *words])
+    uses = [Use("diffpeft", ours)] if files else []
+    if (file := by["diffusers"]) is not None:
+        load = f'pipe.load_lora_weights("{file.parent}", weight_name="{file.name}")'
+        uses.append(Use("diffusers", f"pipe = {type(family.pipe).__name__}.from_pretrained({model!r})\n{load}"))
+    if (file := by["ComfyUI"]) is not None:
+        uses.append(Use("ComfyUI", f"cp {shlex.quote(str(file))} ComfyUI/models/loras/   # then the node Load LoRA"))
+    if (file := by["A1111"]) is not None:
+        uses.append(
+            Use("A1111, Forge", f"cp {shlex.quote(str(file))} models/Lora/   # then in a prompt: <lora:{file.stem}:1>")
+        )
+    return uses
+
+
+_PROGRAMS = ("diffusers", "ComfyUI", "A1111")
+
+
+@dataclass
+class RunShown:
+    """What shows a run while it trains: samples, if any are drawn, and the page.
+
+    Args:
+        every: steps between two times that samples are drawn; 0: they are not.
+    """
+
+    run: TrainRun
+    live: Live
+    sampler: Sampler | None
+    every: int
+    log: Logbook
+
+    def events(self, events: Events) -> Events:
+        """The events of the run: samples at the beginning, every so many steps and at the end, each time with a new page; a page at least at both ends."""
+
+        def step(done: int, loss: float) -> None:
+            events.step(done, loss)
+            self.live.step(done, loss)
+
+        steps = self.run.config.steps
+        ends = [] if self.every and steps % self.every == 0 else [(steps, self.at)]
+        return replace(events, step=step, at=[*events.at, *([(self.every, self.at)] if self.every else []), *ends])
+
+    def at(self, step: int) -> None:
+        """Draw after so many steps, and renew the page."""
+        if self.sampler is not None and (pictures := self.sampler(step)):
+            self.log.images(step, {f"sample/{path.stem}": path for path in pictures})
+        self.live.renew()
+
+    def end(self) -> None:
+        """The steps are done. The adapter may be that of an earlier one: what it draws is seen too."""
+        draws = team().main or team().sharded
+        if self.run.best is not None and self.sampler is not None and draws:
+            self.sampler(self.run.best.step)
+        self.live.renew()
+
+
+def showing(
+    run: TrainRun,
+    drawing: Drawing,
+    keeper: Keeper,
+    rate: Callable[[int], float],
+    log: Logbook,
+    watch: Watch,
+    clock: Stopwatch,
+) -> RunShown:
+    """What shows a run whose adapter is on its model. Samples of steps that it has not done are removed, and the page is written."""
+    config = run.config
+    if team().main:
+        forget(config.output(), keeper.resume.step if keeper.resume else -1)
+    sampler = _sampler(run, drawing, watch) if drawing.prompts else None
+    page = page_of(config, f"diffpeft: {run.name}", run.account.lines(), run.origins)
+    page = replace(page, losses=losses_until(keeper.resume))
+    run.live = Live(
+        config.output() / PAGE, page, rate, functools.partial(_changes, run, sampler), keeper.command, clock
+    )
+    run.live.renew()
+    every = config.save_every or config.steps if config.sample_every is None else config.sample_every
+    return RunShown(run, run.live, sampler, every, log)
+
+
+def _sampler(run: TrainRun, drawing: Drawing, watch: Watch) -> Sampler:
+    config, family, name = run.config, run.family, run.name
+    other = drawing.family is not family
+    ready = (
+        functools.partial(other_stage, family, name, drawing.family)
+        if other
+        else functools.partial(stage, family, name)
+    )
+    gallery = Gallery(config.output(), drawing.prompts, Path(str(config.sample_model or config.model)).name)
+    return Sampler(gallery, name, drawing.texts, ready, config.init_from is not None, config.sample_first, watch.tick)
+
+
+def _changes(run: TrainRun, sampler: Sampler | None) -> Json:
+    """What there is to show of a run by now: samples, held-out losses and the best step."""
+    changes: Json = {"heldout": tuple(run.heldout), "best": run.best}
+    if (measured := next((loss for loss in run.heldout if loss.step == run.step), None)) is not None:
+        changes["measures"] = {"heldout_loss": measured.table()}
+    steps = sampler.gallery.pictures() if sampler else {}
+    if sampler and steps:
+        until = {step: pictures for step, pictures in steps.items() if run.best is None or step <= run.best.step}
+        changes["before_after"] = _strengths(sampler.gallery, until or steps)
+        changes["samples"] = _by_step(sampler.gallery, steps)
+        changes["drawn_on"] = sampler.gallery.model if run.config.sample_model else ""
+    return changes
+
+
+@contextlib.contextmanager
+def told(run: TrainRun) -> Iterator[None]:
+    """What ends this block before its time is on the page of a run."""
+    with run.live.told() if run.live else contextlib.nullcontext():
+        yield
+
+
+def finish(run: TrainRun, files: Sequence[Path], readers: Mapping[str, str]) -> None:
+    """Write the page of a run that has ended well, and whose files are written."""
+    if run.live is None:
+        return
+    prompt = next((row.label for row in run.live.page.before_after.rows), "") if run.live.page.before_after else ""
+    uses = uses_of(run.config, files, readers, prompt or run.config.instance_prompt or "", run.family)
+    others = [path for name in _OTHERS if (path := run.live.path.with_name(name)).is_file()]
+    run.live.renew(status=FINISHED, files=[*files, *others], readers=readers, uses=uses)
+
+
+_OTHERS = ("README.md", "metrics.json", "metrics.csv", "config.toml", "account.json")  # that a run may have written
