@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ class QwenImage(Transformer):
         r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"(img|txt)_mlp\.net\.(0\.proj|2)",
     )
-    guidance = MappingProxyType({"cfg": "true_cfg_scale"})
+    guidance: Mapping[str, str] = MappingProxyType({"cfg": "true_cfg_scale"})
     packing = 2
     side = 1328
     most_tokens = 1024
