@@ -285,7 +285,7 @@ def _sd3(large: bool, **scheduler: Any) -> Any:
 
 
 def _lumina2(**scheduler: Any) -> Any:
-    return diffusers.Lumina2Pipeline(
+    pipe = diffusers.Lumina2Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
         text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
@@ -304,6 +304,8 @@ def _lumina2(**scheduler: Any) -> Any:
             axes_lens=(300, 64, 64),
         ),
     )
+    pipe.vae_scale_factor = 2  # it takes 8 for granted
+    return pipe
 
 
 def _pixart(alpha: bool) -> Any:
