@@ -71,6 +71,7 @@ def train(
 
         from diffpeft.train import dreambooth
         from diffpeft.train.progress import quiet_bars
+        from diffpeft.train.save import earlier_files
 
         quiet_bars()
         run = dreambooth.train(options, progress, checked)
@@ -83,6 +84,8 @@ def train(
             progress.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
         for name, text in readers.items():
             progress.note(f"{name}: {text}")
+        for name in earlier_files(run):
+            progress.note(f"{name}: of an earlier run, and not written by this one")
     for file in dict.fromkeys([*files, *run.files]):
         click.echo(file)
     if options.push_to_hub:
