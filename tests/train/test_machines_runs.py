@@ -29,13 +29,20 @@ CASES = {
     "base": {"prior": "base", "class_prompt": "an emoji", "ema": 0.9, "flip": True, "caption_dropout": 0.3},
     "disk": {"cache": "disk", "crop": "random"},
     "none": {"cache": "none"},
+    "samples": {"sample_every": 1, "sample_steps": 2, "heldout": "1", "heldout_every": 2, "save_every": 1},
 }
 CASES |= {name: {"method": name, "lr": 1e-3} for name in ADAPTERS if name not in CASES}
-SHARDED = {"text encoder", "base", *ADAPTERS}
+SHARDED = {"text encoder", "base", "samples", *ADAPTERS}
 
 
 def config(photos, out, **options):
-    values = {"model": str(EMBEDDED), "data": str(photos), "out": str(out), "instance_prompt": "an emoji of sks"}
+    values = {
+        "model": str(EMBEDDED),
+        "sample_every": 0,
+        "data": str(photos),
+        "out": str(out),
+        "instance_prompt": "an emoji of sks",
+    }
     return TrainConfig(**{**values, "steps": STEPS, "rank": 2, "accumulate": 2 // team().size, **options})
 
 
@@ -88,7 +95,7 @@ def together(folder, names, counts):
                 team().sharded = False
         (folder / f"noted-{team().rank}.json").write_text(json.dumps(noted))
 
-    codes = processes(folder, job, seconds=120)
+    codes = processes(folder, job, seconds=240)
     assert codes == [0, 0], [path.read_text() for path in folder.glob("error-*")]
     return [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in (0, 1)]
 
