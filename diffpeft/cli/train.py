@@ -48,6 +48,8 @@ def train(
     if print_config:
         _print(chosen)
         return None
+    if as_json and not dry_run:
+        raise click.UsageError("--json is for --dry-run.")
     if dry_run:
         _plan(chosen, as_json)
         return None
@@ -131,6 +133,7 @@ def _print(chosen: Chosen[TrainConfig]) -> None:
 def _saved(run: TrainRun, watch: Watch) -> list[Path]:
     """Write the figures, the adapter and the page, and say whose step it is and which programs read the files; the paths."""
     from diffpeft.train import dreambooth
+    from diffpeft.train.save import earlier_files
     from diffpeft.train.watching import write_metrics
 
     watch.phase("writing")
@@ -140,4 +143,6 @@ def _saved(run: TrainRun, watch: Watch) -> list[Path]:
         watch.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
     for name, text in dreambooth.readers(run, files).items():
         watch.note(f"{name}: {text}")
+    for name in earlier_files(run):
+        watch.note(f"{name}: of an earlier run, and not written by this one")
     return [*files, run.config.output() / "report.html"]

@@ -26,7 +26,7 @@ import diffpeft
 from diffpeft.errors import ConfigError
 from diffpeft.files import Json
 from diffpeft.io import replacing
-from diffpeft.train.sample import prompted
+from diffpeft.train.sample import images_of, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
 from diffpeft.train.signals import asked
 from diffpeft.train.team import team
@@ -84,6 +84,9 @@ def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: in
     )
 
 
+_CFG = 7.0  # of a pipeline that has no guidance of its own for every number of steps
+
+
 def _main(family: Family) -> str:
     """What people mean by the guidance of a model."""
     return "guidance" if "guidance" in family.guidance else "cfg"
@@ -108,7 +111,7 @@ def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[
 def _usual(family: Family, field: str) -> float:
     """What a family's pipeline has for cfg or guidance where nothing is said."""
     keyword = family.guidance[field]
-    return float(inspect.signature(type(family.pipe).__call__).parameters[keyword].default)
+    return float(inspect.signature(type(family.pipe).__call__).parameters[keyword].default or _CFG)
 
 
 def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:
@@ -136,12 +139,14 @@ def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[],
         return {}
 
     with torch.no_grad():
-        image: Image.Image = family.pipe(
+        picture = family.pipe(
             **prompted(family, texts, [prompt.prompt], prompt.negative),
             **keywords_of(family, prompt),
             generator=torch.Generator().manual_seed(prompt.seed or 0),
-            callback_on_step_end=told,
-        ).images[0]
+            output_type="pil",
+            **watched(family.pipe, told),
+        )
+    image: Image.Image = images_of(picture)[0]
     return image
 
 

@@ -30,12 +30,13 @@ CASES = {
     "base": {"prior": "base", "class_prompt": "an emoji", "ema": 0.9, "flip": True, "caption_dropout": 0.3},
     "disk": {"cache": "disk", "crop": "random"},
     "none": {"cache": "none"},
-    "samples": {"sample_every": 1, "sample_steps": 2, "heldout": "1", "heldout_every": 2, "save_every": 1},
+    "samples": {"sample_every": 1, "sample_steps": 2, "save_every": 1},
+    "heldout": {"heldout": 1, "heldout_every": STEPS, "batch_size": 2},
 }
 CASES |= {name: {"method": name, "lr": 1e-3} for name in ADAPTERS if name not in CASES}
 KINDS = ("sd2, v", "sdxl, v and zero-terminal SNR", "flux dev")
 CASES |= {kind: {"model": kind, "resolution": 32, "train_text_encoder": "flux" not in kind} for kind in KINDS}
-SHARDED = {*KINDS, "text encoder", "base", "samples", *ADAPTERS}
+SHARDED = {*KINDS, "text encoder", "base", "samples", "heldout", *ADAPTERS}
 
 
 def config(photos, out, **options):
@@ -60,7 +61,14 @@ def ran(folder, name, *, counts, **options):
     base, adapter = local_bytes(denoiser), 0
     for module in denoiser.modules():
         adapter += local_bytes(module) if isinstance(module, Slot) else 0
-    return {"losses": run.losses, "files": [path.name for path in files], "base": base - adapter, **counts}
+    heldout = [loss.after for loss in run.heldout]
+    return {
+        "losses": run.losses,
+        "heldout": heldout,
+        "files": [path.name for path in files],
+        "base": base - adapter,
+        **counts,
+    }
 
 
 class Counted:
@@ -129,6 +137,7 @@ def test_two_processes_are_one_with_twice_the_passes(names, folder, monkeypatch)
     alone = ran(folder, f"one-{name}", counts=counted.counts, **CASES[name])
     first, second = together(folder, names, counted.counts)
     assert first[name]["losses"] == second[name]["losses"] == alone["losses"]
+    assert first[name]["heldout"] == second[name]["heldout"] == alone["heldout"]
     assert first[name]["files"] and second[name]["files"] == []
     assert same(folder, f"two-{name}", f"one-{name}")
     if name == "class images":
@@ -146,6 +155,9 @@ def test_two_processes_are_one_with_twice_the_passes(names, folder, monkeypatch)
         kept = [each[f"sharded {name}"] for each in (first, second)]
         # the gathered weights are the same numbers at other addresses, for which kernels add up in another order
         assert kept[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5) and kept[0]["losses"] == kept[1]["losses"]
+        assert (
+            kept[0]["heldout"] == pytest.approx(alone["heldout"], rel=1e-5) and kept[0]["heldout"] == kept[1]["heldout"]
+        )
         assert kept[0]["files"] == [file.replace("two", "sharded") for file in first[name]["files"]]
         for each in kept:
             assert 0.45 * alone["base"] < each["base"] < 0.6 * alone["base"]
