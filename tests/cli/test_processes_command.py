@@ -50,7 +50,7 @@ def test_errors_of_two_processes_are_those_of_one(place):
     options = ("-d", "photos", "-o", "out", "--num-processes", "2", "--lr", "1e30", "--max-grad-norm", "1e30")
     told = diffpeft("train", *COMMON, *options, "--steps", "5", cwd=place)
     assert told.returncode == 5 and told.stderr.count("Error:") == 1 and "Traceback" not in told.stderr
-    assert "goes on with" in told.stderr and told.stdout.count("1 images") == 1
+    assert "goes on with" in told.stderr and told.stdout.count("1 image of") == 1
 
 
 @pytest.mark.slow
