@@ -136,10 +136,11 @@ def _saved(run: TrainRun, watch: Watch) -> list[Path]:
     from diffpeft.train.watching import write_metrics
 
     watch.phase("writing")
-    metrics = write_metrics(run)
+    out = Path(run.config.out or "")  # as it was typed
+    metrics = out / write_metrics(run).name
     files = [*dreambooth.save(run), metrics]
     if run.best:
         watch.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
     for name, text in dreambooth.readers(run, files).items():
         watch.note(f"{name}: {text}")
-    return [*files, run.config.output() / "report.html"]
+    return [*files, out / "report.html"]
