@@ -133,6 +133,7 @@ def _print(chosen: Chosen[TrainConfig]) -> None:
 def _saved(run: TrainRun, watch: Watch) -> list[Path]:
     """Write the figures, the adapter and the page, and say whose step it is and which programs read the files; the paths."""
     from diffpeft.train import dreambooth
+    from diffpeft.train.save import earlier_files
     from diffpeft.train.watching import write_metrics
 
     watch.phase("writing")
@@ -143,4 +144,6 @@ def _saved(run: TrainRun, watch: Watch) -> list[Path]:
         watch.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
     for name, text in dreambooth.readers(run, files).items():
         watch.note(f"{name}: {text}")
+    for name in earlier_files(run):
+        watch.note(f"{name}: of an earlier run, and not written by this one")
     return [*files, out / "report.html"]

@@ -117,7 +117,10 @@ def _text(run: TrainRun, readers: Mapping[str, Sequence[str]], place: str) -> st
         "## Use",
         *_uses(run, readers, place, words or "a photo"),
         "## Files",
-        _table(("file", "read by"), [(f"`{name}`", ", ".join(programs) or "-") for name, programs in readers.items()]),
+        _table(
+            ("file", "read by"),
+            [(f"`{name}`", ", ".join(programs) or "diffpeft alone") for name, programs in readers.items()],
+        ),
         "## Training",
         _table(("", ""), [(name, str(value)) for name, value in _training(run).items() if value is not None]),
         "### Framework versions",

@@ -145,7 +145,7 @@ def _objective(config: TrainConfig, run: TrainRun) -> dict[str, object]:
 def _progress(config: TrainConfig, account: Account, step: int) -> dict[str, object]:
     """How long: `step` steps are done. An epoch is a pass through the data, and the first one is 1."""
     batches = math.ceil(max(account.pictures, 1) / config.batch_size)
-    of_epoch = math.ceil(batches / config.accumulate)
+    of_epoch = math.ceil(batches / config.parts())
     return {
         "ss_steps": step,
         "ss_epoch": math.ceil(step / of_epoch),

@@ -52,6 +52,7 @@ def run(tmp_path_factory):
         num_class_images=2,
         steps=4,
         save_every=2,
+        sample_every=0,
         batch_size=2,
         accumulate=2,
         rank=2,

@@ -108,7 +108,7 @@ class Page:
     def write(self, path: Path) -> Path:
         """Write the page as a whole file."""
         with replacing(path) as f:
-            f.write(render(self, path.parent).encode())
+            f.write(render(self, path.parent).encode(errors="replace"))
         return path
 
 
