@@ -144,7 +144,7 @@ SAMPLINGS = {
 def test_the_whole_is_what_the_runs_own_draws_come_to(kind, sampling, monkeypatch):
     """For a loss that is a function of the level alone: the mean over the run's density, by quadrature in float64."""
     levels = levels_of(kind)
-    sampling, shapes = Sampling(levels, **sampling), [(1, 4, 8, 8), (1, 4, 16, 8)]
+    sampling, shapes = Sampling(levels, **sampling), [(1, 4, 64, 64), (1, 4, 128, 64)]
     monkeypatch.setattr(paired, "denoising", lambda family, batch, texts, objective: loss(batch))
 
     def loss(batch):
