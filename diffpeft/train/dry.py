@@ -41,7 +41,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DryRun:
     """What a run would do.
 
     Args:
@@ -111,7 +111,7 @@ def _size(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def plan(typed: TrainConfig, checked: Checked) -> Plan:
+def plan(typed: TrainConfig, checked: Checked) -> DryRun:
     """What a run would do. No weight is read, and nothing is written.
 
     Raises as `dreambooth.train` does before it loads a model.
@@ -130,7 +130,7 @@ def plan(typed: TrainConfig, checked: Checked) -> Plan:
     average = adapter if config.ema is not None else 0
     states = 0 if not config.save_every else min(config.keep, -(-config.steps // config.save_every))
     account, phases = checked.account, _phases(config, family, checked, adapter + round(moments) + average)
-    return Plan(
+    return DryRun(
         model=str(config.model),
         family=type(family.pipe).__name__,
         dtype=dtype,
@@ -138,7 +138,7 @@ def plan(typed: TrainConfig, checked: Checked) -> Plan:
         layers={part: layers.count(part) for part in dict.fromkeys(layers)},
         parameters=numbers,
         steps=config.steps,
-        epochs=config.steps * config.batch_size * config.accumulate / account.pictures,
+        epochs=config.steps * config.examples() / account.pictures,
         account=account.table(),
         lines=tuple(account.lines()),
         files=_files(config, family, checked.name),
@@ -211,14 +211,14 @@ def _embed(family: Family, encoder: str, number: int, grad: bool = False) -> Con
 
 
 def _step(config: TrainConfig, family: Family, size: tuple[int, int], live: tuple[str, ...]) -> None:
-    """A pass of a step, forward and backward, of a batch of pictures [width, height]; with a prior, of a second one."""
-    prior = config.prior is not None or config.class_prompt is not None
-    losses = [_loss(config, family, size, live) for _ in range(1 + prior)]
+    """A pass of a step, forward and backward, of a batch of pictures [width, height]: class images are in it, and the base's prior is a pass of its own."""
+    batch = config.batch_size * (2 if config.prior == "images" else 1)
+    losses = [_loss(batch, family, size, live) for _ in range(2 if config.prior == "base" else 1)]
     torch.stack(losses).sum().backward()
 
 
-def _loss(config: TrainConfig, family: Family, size: tuple[int, int], live: tuple[str, ...]) -> Tensor:
-    batch, (width, height) = config.batch_size, size
+def _loss(batch: int, family: Family, size: tuple[int, int], live: tuple[str, ...]) -> Tensor:
+    width, height = size
     vae = family.parts.configs["vae"]
     pixels, device = factor(vae) or 1, family.parts(family.denoiser).device
     x = torch.empty(batch, vae["latent_channels"], height // pixels, width // pixels, device=device)
