@@ -50,6 +50,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "density_scale",
         "shift",
         "sigma_range",
+        "base_range",
     ),
     "Steps": (
         "steps",

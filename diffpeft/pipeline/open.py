@@ -177,6 +177,7 @@ def open_parts(
         folder = _folder(source, base)
         skeletons = {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
         unused = {"safety_checker": None} if source.is_file() and "safety_checker" in skeletons else {}
+        unused |= {name: None for name, entry in read_json(folder / INDEX).items() if entry == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=kind, **skeletons | unused)
         configs = configs_of(pipe)
         for name in skeletons:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffpeft.families import Conditions, Family
+from diffpeft.families.prompts import stacked
 from diffpeft.train.data import Example, View
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
@@ -130,11 +131,9 @@ class Texts:
         for encoder in self.live:
             conditions |= self.family.embed(encoder, prompts)
         for encoder in self.stores:
-            rows = {prompt: self._row(encoder, prompt) for prompt in prompts}
-            names = rows[prompts[0]]
-            conditions |= {
-                name: torch.stack([rows[prompt][name] for prompt in prompts]).to(self.device) for name in names
-            }
+            rows = {prompt: self._row(encoder, prompt) for prompt in dict.fromkeys(prompts)}
+            batch = stacked([rows[prompt] for prompt in prompts])
+            conditions |= {name: t.to(self.device) if t.is_floating_point() else t for name, t in batch.items()}
         return conditions
 
     def _row(self, encoder: str, prompt: str) -> Conditions:
@@ -162,10 +161,13 @@ def text_identity(family: Family, encoder: str, reading: str) -> str:
     pipe, digest = family.parts.pipe, hashlib.blake2b(f"{type(family).__name__} {reading}".encode(), digest_size=16)
     for name in sorted(name for name in pipe.components if name.startswith("tokenizer")):
         tokenizer = getattr(pipe, name)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         backend = getattr(tokenizer, "backend_tokenizer", None)
         rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
         rules = {
             rule: value for rule, value in rules.items() if rule not in ("truncation", "padding")
         }  # of the last call
-        digest.update(f"{name} {tokenizer.model_max_length} {json.dumps(rules, sort_keys=True)}".encode())
+        digest.update(
+            f"{name} {tokenizer.model_max_length} {tokenizer.chat_template} {json.dumps(rules, sort_keys=True)}".encode()
+        )
     return f"{encoder} {digest.hexdigest()} {identity_of(family.parts(encoder))}"

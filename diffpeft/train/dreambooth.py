@@ -28,12 +28,12 @@ from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
-from diffpeft.train.journal import Logbook
+from diffpeft.train.journal import BY_BAND, HELDOUT, Logbook
 from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, Keeper, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
+from diffpeft.train.objective import BaseRange, Batch, Objective, check_weighted, denoising, preserved, with_prior
 from diffpeft.train.outcome import check_rank, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
@@ -95,9 +95,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
-            if machines.sharding(config):
-                for part in (family.denoiser, *_live(config, family)):
-                    shard(family.parts(part), set(trained_parameters(family.pipe, name).values()))
+            _share_out(config, family, name)
             _fitted(run, keeper, encoded, unread, log, watch, clock)
             dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
@@ -107,6 +105,14 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     run.usage = clock.usage()
     run.seconds = run.usage.seconds
     return run
+
+
+def _share_out(config: TrainConfig, family: Family, name: str) -> None:
+    """Let each process hold its share of the base, if the run says so; the adapter stays whole."""
+    if machines.sharding(config):
+        trained = set(trained_parameters(family.pipe, name).values())
+        for part in (family.denoiser, *_live(config, family)):
+            shard(family.parts(part), trained)
 
 
 def _fitted(
@@ -126,7 +132,7 @@ def _fitted(
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
     if judge is not None:
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
-    tabulated(log, config, job.optimizer, measured=judge is not None)
+    tabulated(log, config, job.optimizer, [*HELDOUT, *BY_BAND] if judge else [])
     watch.phase("training")
     shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
     with told(run):
@@ -365,10 +371,12 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
     objective, weight = objective_of(config), config.prior_weight or prior.WEIGHT
     base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
+    span = config.base_span()
+    base_range = None if span is None else BaseRange(*span, texts, base)
 
     def loss_of(batch: Batch) -> Tensor:
         batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
-        losses = denoising(family, batch, texts(batch.prompts), objective)
+        losses = denoising(family, batch, texts(batch.prompts), objective, base_range)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
             loss = loss + weight * preserved(family, batch, texts, base).mean()

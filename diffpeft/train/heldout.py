@@ -129,6 +129,13 @@ def _error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
+def ratio_error(differences: np.ndarray, sizes: np.ndarray) -> float:
+    """The standard error of sum(differences) / sum(sizes) over independent examples [n], to first order: texts have unlike numbers of tokens; 0 for one."""
+    n, ratio = len(differences), differences.sum() / sizes.sum()
+    scatter = np.square(differences - ratio * sizes).sum()
+    return float(math.sqrt(scatter * n / (n - 1)) / sizes.sum()) if n > 1 else 0.0
+
+
 def is_noise(difference: float, error: float, images: int) -> bool:
     """Whether a difference may well be chance: one that is beyond Student's t for so many images is so once in twenty times without any reason."""
     freedom = max(images - 1, 0)

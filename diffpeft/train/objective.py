@@ -19,11 +19,12 @@ from torch import Tensor
 from diffpeft.errors import ConfigError, shown
 from diffpeft.families import Conditions, Family, Frame, Noised
 from diffpeft.families.devices import sent
+from diffpeft.families.latents import spread
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
+    """Latents and noise [b, c, *size], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
 
     `mask` [b, 1, h, w] says how much each place counts, `prior_prompts` under which prompts the base's predictions are to be kept.
     """
@@ -62,8 +63,8 @@ class Objective:
     debiased: bool = False
 
     def distance(self, error: Tensor, snr: Tensor) -> Tensor:
-        """The loss [b, c, h, w] of errors [b, c, h, w] at signal-to-noise ratios [b]."""
-        return LOSSES[self.loss](error, self._c(snr).view(-1, 1, 1, 1))
+        """The loss [b, c, *size] of errors [b, c, *size] at signal-to-noise ratios [b]."""
+        return LOSSES[self.loss](error, spread(self._c(snr), error))
 
     def _c(self, snr: Tensor) -> Tensor:
         c = self.huber_c
@@ -79,13 +80,49 @@ class Objective:
         return losses * debiased(noised) if self.debiased else losses
 
 
-def denoising(family: Family, batch: Batch, texts: Conditions, objective: Objective | None = None) -> Tensor:
+@dataclass(frozen=True)
+class BaseRange:
+    """Shares of noise from `low` to `high`, at which the base's own predictions are the targets.
+
+    `texts` is what the denoiser reads of prompts; the base is the model inside `base()`.
+    """
+
+    low: float
+    high: float
+    texts: Callable[[Sequence[str]], Conditions]
+    base: Callable[[], AbstractContextManager[None]]
+
+    @torch.no_grad()
+    def targets(self, family: Family, batch: Batch, noised: Noised) -> Tensor:
+        """The targets [b, c, h, w], the base's predictions among them. Which they are is known on the CPU: nobody waits for a device."""
+        sigma = family.levels.sigma(batch.u, batch.latents.shape)
+        places = ((self.low <= sigma) & (sigma <= self.high)).nonzero().flatten()
+        if not len(places):
+            return noised.target
+        at, rows = places.tolist(), sent(places, noised.x.device)
+        frames = family.framed([batch.frames[i] for i in at])
+        with self.base():
+            texts = self.texts([batch.prompts[i] for i in at])
+            predictions = family.predict(noised.x[rows], noised.t[rows], texts | frames)
+        return noised.target.float().index_copy(0, rows, predictions.float())
+
+
+def denoising(
+    family: Family,
+    batch: Batch,
+    texts: Conditions,
+    objective: Objective | None = None,
+    base_range: BaseRange | None = None,
+) -> Tensor:
     """The loss of the prediction by sample [b], weighted; without an objective the mean squared error. `texts` is what the denoiser reads of prompts."""
     objective = objective or Objective()
     noised = family.levels.noised(batch.latents, batch.noise, batch.u)
+    targets = noised.target if base_range is None else base_range.targets(family, batch, noised)
     prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
-    losses = objective.distance(prediction - noised.target.float(), noised.snr)
-    losses = (losses if batch.mask is None else losses * batch.mask).flatten(1).mean(1)
+    losses = objective.distance(prediction - targets.float(), noised.snr)
+    if batch.mask is not None:  # one for all frames
+        losses = losses * batch.mask.unflatten(1, (1,) * (losses.ndim - 3))
+    losses = losses.flatten(1).mean(1)
     return objective.weighted(losses, noised)
 
 

@@ -18,7 +18,7 @@ from diffpeft.train.cache import Latents, Texts
 from diffpeft.train.check import account_of, check
 from diffpeft.train.data import Example
 from diffpeft.train.draw import generator, uniform
-from diffpeft.train.heldout import BANDS, Design, chosen, compared, is_noise
+from diffpeft.train.heldout import BANDS, Design, chosen, compared, is_noise, ratio_error
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
 from diffpeft.train.paired import HeldoutPictures, Paired, draws_of, interval
@@ -88,6 +88,19 @@ def test_with_one_image_the_error_is_that_of_its_draws():
     assert np.mean(np.square(errors)) == pytest.approx(np.var(means, ddof=1), rel=0.1)
     best = chosen(design, gap, {2: gap / 2}, 2, 2)
     assert "One held-out image says nothing of others" in best.reason
+
+
+def test_the_error_of_a_mean_over_tokens_is_what_it_varies_by():
+    """Examples with unlike numbers of tokens, and losses that depend on them."""
+    means, errors = [], []
+    for seed in range(3000):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(1, 40, 30)
+        gaps = sizes * rng.normal(0.2 + 0.01 * sizes, 0.1)
+        means.append(gaps.sum() / sizes.sum())
+        errors.append(ratio_error(gaps, sizes))
+    assert np.mean(np.square(errors)) == pytest.approx(np.var(means, ddof=1), rel=0.12)
+    assert ratio_error(np.array([1.0]), np.array([3])) == 0
 
 
 def test_words_for_a_difference():

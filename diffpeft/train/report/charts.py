@@ -94,9 +94,9 @@ def _svg(label: str, *parts: str, height: int = _HEIGHT) -> Markup:
 
 
 def smoothed(losses: Sequence[float]) -> np.ndarray:
-    """The mean of each step and those around it, a twentieth of all and at least ten, as far as there are such [n]."""
+    """The mean of each step and those around it, a twentieth of all and ten where there are many [n]."""
     values = np.asarray(losses, dtype=float)
-    half = max(len(values) // 40, 5)
+    half = max(len(values) // 40, min(5, len(values) // 8))
     total = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     starts, ends = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
@@ -142,10 +142,10 @@ def _mark(plot: Plot, step: int) -> str:
     return f'<path class="above" d="M{x - 3:.1f} {y + 5:.1f}L{x:.1f} {y:.1f}L{x + 3:.1f} {y + 5:.1f}"/>'
 
 
-def rate_chart(rates: Sequence[float]) -> Markup:
+def rate_chart(rates: Sequence[float], total: int) -> Markup:
     """The learning rate of each step."""
     values = np.asarray(rates, dtype=float)
-    plot = Plot((1, max(len(values), 2)), (0.0, values.max() * 1.06 or 1.0), _LOW)
+    plot = Plot((1, max(total, len(values), 2)), (0.0, values.max() * 1.06 or 1.0), _LOW)
     return _svg("Learning rate by step", plot.grid(), plot.steps(), plot.line(_thinned(values), "smooth"), height=_LOW)
 
 
