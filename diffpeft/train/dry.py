@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffpeft.families import Conditions, Family, Frame, family_of
-from diffpeft.families.latents import factor
 from diffpeft.model.state import bundle_of, slots_of, trained_parameters
 from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
 from diffpeft.train import dreambooth
@@ -27,17 +26,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Phase:
-    """What a part of a run has in memory at its peak, in bytes: weights of models, the adapter with its optimiser, and what is computed."""
+    """What a part of a run has in memory at its peak, in bytes: weights of models, the adapter with its optimiser, and what is computed.
+
+    The last is None where a model's code asks for numbers, which there are none of.
+    """
 
     what: str
     weights: int
     adapter: int
-    computed: int
+    computed: int | None
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.adapter + self.computed
+        """All of it that is known."""
+        return self.weights + self.adapter + (self.computed or 0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class DryRun:
 def _row(phase: Phase) -> str:
     parts = {"weights": phase.weights, "adapter and optimiser": phase.adapter, "activations": phase.computed}
     named = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    named += ", and activations, which cannot be counted for this model" if phase.computed is None else ""
     return f"{phase.what}: {_size(phase.total)} ({named})"
 
 
@@ -189,8 +192,9 @@ def _phases(config: TrainConfig, family: Family, checked: Checked, adapter: int)
     phases.append(Phase("images (vae)", weights["vae"] + resident, 0, peak(lambda: family.encode(pixels))))
     if checked.prior and checked.prior.missing:
         phases.append(Phase("class images", weights["vae"] + weights[family.denoiser] + resident, 0, 0))
+    (_, *latents) = family.encode(pixels)[0].shape
     with dreambooth.prepared(config, family):
-        computed = peak(lambda: _step(config, family, largest, live))
+        computed = peak(lambda: _step(config, family, largest, latents, live))
     together = sum(weights.values()) if config.cache == "none" else weights[family.denoiser] + resident
     return (*phases, Phase("training", together, adapter, computed))
 
@@ -210,18 +214,19 @@ def _embed(family: Family, encoder: str, number: int, grad: bool = False) -> Con
         return family.embed(encoder, [""] * number)
 
 
-def _step(config: TrainConfig, family: Family, size: tuple[int, int], live: tuple[str, ...]) -> None:
-    """A pass of a step, forward and backward, of a batch of pictures [width, height]: class images are in it, and the base's prior is a pass of its own."""
+def _step(
+    config: TrainConfig, family: Family, size: tuple[int, int], latents: Sequence[int], live: tuple[str, ...]
+) -> None:
+    """A pass of a step, forward and backward, of a batch of pictures (width, height) with latents [c, *size]: class images are in it, and the base's prior is a pass of its own."""
     batch = config.batch_size * (2 if config.prior == "images" else 1)
-    losses = [_loss(batch, family, size, live) for _ in range(2 if config.prior == "base" else 1)]
+    losses = [_loss(batch, family, size, latents, live) for _ in range(2 if config.prior == "base" else 1)]
     torch.stack(losses).sum().backward()
 
 
-def _loss(batch: int, family: Family, size: tuple[int, int], live: tuple[str, ...]) -> Tensor:
+def _loss(batch: int, family: Family, size: tuple[int, int], latents: Sequence[int], live: tuple[str, ...]) -> Tensor:
     width, height = size
-    vae = family.parts.configs["vae"]
-    pixels, device = factor(vae) or 1, family.parts(family.denoiser).device
-    x = torch.empty(batch, vae["latent_channels"], height // pixels, width // pixels, device=device)
+    device = family.parts(family.denoiser).device
+    x = torch.empty(batch, *latents, device=device)
     conditions = {n: t for name in family.text_encoders for n, t in _embed(family, name, batch, name in live).items()}
     frames = [Frame((height, width), (0, 0), (height, width))] * batch
     conditions |= {name: tensor.to(device) for name, tensor in family.framed(frames).items()}

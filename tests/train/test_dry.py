@@ -17,7 +17,7 @@ from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.memory import fused, peak
 from diffpeft.train.save import save
 from tests.cli.process import quick
-from tests.families.pipelines import pipeline
+from tests.families.pipelines import KINDS, pipeline
 from tests.train import published
 from tests.train.pictures import photos_in
 
@@ -169,6 +169,17 @@ def test_files_that_are_planned_are_those_that_are_written(folder):
         plan, checked = planned(options)
         run = dreambooth.train(options, checked=checked)
         assert {path.name for path in save(run)} == {name for name in plan.files if name.startswith("out.")}
+
+
+@pytest.mark.slow  # many models
+@pytest.mark.parametrize("kind", {family: kind for kind, (family, _) in KINDS.items()}.values())
+def test_every_family_is_planned_and_what_cannot_be_counted_is_said(kind, tmp_path):
+    pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
+    photos_in(tmp_path)
+    plan, _ = planned(config(tmp_path, "model", resolution=64))
+    training = plan.phases[-1]
+    assert training.weights > 0 and training.adapter > 0 and sum(plan.parameters.values()) > 0
+    assert ("cannot be counted" in str(plan).splitlines()[-2]) == (training.computed is None)
 
 
 def test_what_is_counted_is_what_is_held_at_once():
