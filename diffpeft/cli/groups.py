@@ -51,6 +51,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "shift",
         "sigma_range",
         "base_range",
+        "base_weight",
     ),
     "Steps": (
         "steps",

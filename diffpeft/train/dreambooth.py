@@ -33,7 +33,16 @@ from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, Keeper, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import BaseRange, Batch, Objective, check_weighted, denoising, preserved, with_prior
+from diffpeft.train.objective import (
+    BASE_WEIGHT,
+    BaseRange,
+    Batch,
+    Objective,
+    check_weighted,
+    denoising,
+    preserved,
+    with_prior,
+)
 from diffpeft.train.outcome import check_rank, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
@@ -372,7 +381,7 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     objective, weight = objective_of(config), config.prior_weight or prior.WEIGHT
     base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
     span = config.base_span()
-    base_range = None if span is None else BaseRange(*span, texts, base)
+    base_range = None if span is None else BaseRange(*span, config.base_weight or BASE_WEIGHT, texts, base)
 
     def loss_of(batch: Batch) -> Tensor:
         batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))

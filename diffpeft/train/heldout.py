@@ -157,7 +157,8 @@ def chosen(design: Design, before: np.ndarray, after: Mapping[int, np.ndarray], 
     steps = [step for step in after if step > 0]
     means = {step: _mean(design.whole(after[step])) for step in steps}
     lowest = min(steps, key=lambda step: (not math.isfinite(means[step]), means[step], step))
-    reason = f"step {choice} has the lowest held-out loss of {len(steps)} that were measured"
+    among = f"has the lowest held-out loss of the {len(steps)} that were measured"
+    reason = f"step {choice} {among if len(steps) > 1 else 'is the only one that was measured'}"
     if choice != lowest:
         why = "was asked for" if choice == last else f"is taken, for the state of step {lowest} is gone"
         gap = compared(*design.difference(after[lowest], after[choice]), design.count, f"that of step {lowest}")

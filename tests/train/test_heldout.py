@@ -118,7 +118,7 @@ def test_the_reason_names_the_lowest_and_says_what_the_last_would_have_been():
     best = chosen(design, before, after, 30, 20)
     assert (
         best.step == 20
-        and "of 3 that were measured" in best.reason
+        and "of the 3 that were measured" in best.reason
         and "below that of the last, 30 (standard" in best.reason
     )
     after[30] = after[20] + rng.normal(0.0002, 0.05, before.shape)

@@ -74,7 +74,7 @@ def steps(out):
 @pytest.mark.parametrize("optimizer", ["adamw", "schedulefree", "prodigy"])
 def test_a_run_ends_with_the_parameters_that_were_best_and_keeps_their_state_and_the_last(optimizer, tmp_path):
     run = Judged(tmp_path, optimizer=optimizer).run()
-    assert run.verdict.step == 4 and "lowest held-out loss of 4" in run.verdict.reason
+    assert run.verdict.step == 4 and "lowest held-out loss of the 4" in run.verdict.reason
     assert run.parameters().equal(run.measured[4]) and not run.parameters().equal(run.measured[8])
     assert steps(tmp_path) == [4, 6, 8]
 

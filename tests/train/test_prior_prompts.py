@@ -133,14 +133,15 @@ def test_in_the_bases_range_its_own_predictions_are_the_targets_and_elsewhere_th
     x = family.levels.noised(z, n, u)
     low = float(x.sigma[2])  # an end counts
     base = lambda: diffpeft.adapters(embedded, {"style": 0.0})  # noqa: E731
-    got = denoising(family, batch, texts(batch.prompts), None, BaseRange(low, 1.0, texts, base))
+    got = denoising(family, batch, texts(batch.prompts), None, BaseRange(low, 1.0, 3.0, texts, base))
     with torch.no_grad():
         on = embedded.unet(x.x, x.t, texts(batch.prompts)["text_encoder"]).sample
         with base():
             off = embedded.unet(x.x, x.t, texts(batch.prompts)["text_encoder"]).sample
     target = torch.stack([off[0], n[1], off[2]])
-    torch.testing.assert_close(got.detach(), (on - target).square().mean((1, 2, 3)))
-    plain = denoising(family, batch, texts(batch.prompts), None, BaseRange(0.9999, 1.0, texts, base))
+    weights = torch.tensor([3.0, 1.0, 3.0])
+    torch.testing.assert_close(got.detach(), (on - target).square().mean((1, 2, 3)) * weights)
+    plain = denoising(family, batch, texts(batch.prompts), None, BaseRange(0.9999, 1.0, 3.0, texts, base))
     torch.testing.assert_close(plain, denoising(family, batch, texts(batch.prompts)))
 
 
@@ -150,6 +151,7 @@ def test_in_the_bases_range_its_own_predictions_are_the_targets_and_elsewhere_th
         ({"base_range": "0.9"}, "base_range is '0.9'"),
         ({"base_range": "0.9,0.5"}, "base_range"),
         ({"base_range": "0,1"}, "leaves nothing"),
+        ({"base_weight": 2.0}, "base_weight without base_range"),
         ({"base_range": "0.5,1", "sigma_range": "0.6,0.9"}, "leaves nothing"),
         ({"base_range": "0.9,1", "sigma_range": "0,0.9"}, "outside"),
     ],

@@ -221,10 +221,14 @@ def test_bands_say_their_change_in_percent():
     assert "0 to 0.5" in "".join(root.itertext())
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (0.012, 0.0134), (-3, 40), (1e-5, 1e-4), (5, 5)])
+@pytest.mark.parametrize("low, high", [(0, 1), (0.012, 0.0134), (-3, 40), (1e-5, 1e-4), (5, 5), (1.5720001, 1.5720009)])
 def test_ticks_are_round_and_within(low, high):
     ticks = charts.ticks(low, high)
     assert 1 <= len(ticks) <= 7 and all(low - 1e-12 <= t <= high + 1e-12 for t in ticks)
+    told = charts.labels(ticks)
+    assert len({*told}) == len(ticks) and all(
+        float(t) == pytest.approx(tick, rel=1e-3) for t, tick in zip(told, ticks, strict=True)
+    )
 
 
 def test_words_of_numbers():
