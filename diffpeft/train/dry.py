@@ -217,7 +217,10 @@ def _embed(family: Family, encoder: str, number: int, grad: bool = False) -> Con
 def _step(
     config: TrainConfig, family: Family, size: tuple[int, int], latents: Sequence[int], live: tuple[str, ...]
 ) -> None:
-    """A pass of a step, forward and backward, of a batch of pictures (width, height) with latents [c, *size]: class images are in it, and the base's prior is a pass of its own."""
+    """A pass of a step, forward and backward, of a batch of pictures (width, height) with latents [c, *size].
+
+    Class images are in the batch; the base's prior is a pass of its own.
+    """
     batch = config.batch_size * (2 if config.prior == "images" else 1)
     losses = [_loss(batch, family, size, latents, live) for _ in range(2 if config.prior == "base" else 1)]
     torch.stack(losses).sum().backward()
