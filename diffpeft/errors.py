@@ -23,7 +23,8 @@ DiffpeftError                       1
 |   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
 |-- DataError                       3   a data set
 |-- DivergedError                   5   training produced a loss that is not finite
-`-- NothingLearntError              6   training changed nothing
+|-- NothingLearntError              6   training changed nothing
+`-- LostProcessError                7   another process of the run has ended
 
 Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
 """
@@ -237,3 +238,9 @@ class NothingLearntError(DiffpeftError):
     """After training the adapter changes nothing."""
 
     exit_code = 6
+
+
+class LostProcessError(DiffpeftError):
+    """Another process of a run has ended, and the run with it."""
+
+    exit_code = 7

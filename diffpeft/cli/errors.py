@@ -14,6 +14,7 @@ from typing import TextIO
 import click
 
 from diffpeft.errors import DiffpeftError
+from diffpeft.train import machines
 
 SYSTEM, INTERRUPTED = 1, 130  # exit codes; those of our own errors stand on their classes
 
@@ -27,13 +28,22 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
     if not debug:
         _quieten()
     try:
-        return command.main([a for a in args if a != "--debug"], prog_name="diffpeft", standalone_mode=False) or 0
+        return (
+            command.main([a for a in args if a != "--debug"], prog_name="diffpeft", standalone_mode=False, obj=args)
+            or 0
+        )
     except (KeyboardInterrupt, click.Abort) as error:
         return _interrupted(error)
     except click.ClickException as error:
-        _show_usage(error)
+        if machines.speaks(error.exit_code):
+            _show_usage(error)
         return error.exit_code
-    except (DiffpeftError, OSError) as error:
+    except Exception as error:
+        code = error.exit_code if isinstance(error, DiffpeftError) else SYSTEM
+        if not machines.speaks(code):  # another process of the run had an error before, which this one follows from
+            return machines.shared_code(code)
+        if not isinstance(error, (DiffpeftError, OSError)):
+            raise
         if debug:
             traceback.print_exc()
         if isinstance(error, DiffpeftError):
@@ -46,6 +56,8 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
 def _interrupted(error: BaseException) -> int:
     """Say that a command was interrupted, and where it left its state; the exit code. click makes its own exception of it."""
     cause = error.__cause__ or error
+    if not machines.world().main:
+        return getattr(cause, "exit_code", INTERRUPTED)
     click.echo("interrupted", err=True)
     for note in getattr(cause, "notes", ()):
         click.echo(f"  {note}", err=True)
@@ -98,6 +110,8 @@ def _quieten() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # how processes find each other
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they miss extensions that nothing here needs
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -113,5 +127,6 @@ def _one_line(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning on stderr, in place of `warnings.showwarning`."""
-    click.echo(f"warning: {message}", err=True)
+    """A warning on stderr, in place of `warnings.showwarning`; of several processes the main one's."""
+    if machines.world().main:
+        click.echo(f"warning: {message}", err=True)

@@ -58,6 +58,8 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "epochs",
         "batch_size",
         "accumulate",
+        "num_processes",
+        "fsdp",
         "optimizer",
         "optimizer_args",
         "lr",

@@ -23,7 +23,7 @@ from diffpeft.train.translate import key_of
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
-Command = Callable[..., None]
+Command = Callable[..., int | None]
 
 
 class Numbers(click.ParamType):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import click
 
 from diffpeft.cli.groups import Grouped
+from diffpeft.cli.launch import follow_launcher, launched, wait_for_main
 from diffpeft.cli.options import options_from, options_of
 from diffpeft.llm.sft_config import SftConfig
+from diffpeft.train import machines
 
 
 @click.command(cls=Grouped)
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @options_of(SftConfig)
-def sft(config: str | None, **typed: object) -> None:
+def sft(config: str | None, **typed: object) -> int | None:
     """Fine-tune a language model on texts, prompts with answers, or chats.
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins. Writes the adapter as a PEFT
@@ -25,12 +27,17 @@ def sft(config: str | None, **typed: object) -> None:
     chosen = options_from(SftConfig, config, typed)
     options = chosen.options
 
-    from diffpeft.cli.progress import Progress
+    if (code := launched(options)) is not None:
+        return code
+
+    from diffpeft.cli.progress import watching
     from diffpeft.llm.sft_check import check
     from diffpeft.train.lock import occupied
     from diffpeft.train.signals import ending
 
-    with ending(), Progress() as progress, occupied(options.output()):
+    follow_launcher()
+    with ending(), watching() as progress, occupied(options.output()):
+        wait_for_main()  # what it refuses is refused once
         progress.phase("looking at the data")
         checked = check(options, chosen.origins)
 
@@ -39,9 +46,13 @@ def sft(config: str | None, **typed: object) -> None:
 
         quiet_bars()
         run = job.train(options, progress, checked)
+        if not machines.world().main:
+            job.save(run)
+            return None
         progress.phase("writing")
         files = job.save(run)
     for file in files:
         click.echo(file)
     if options.push_to_hub:
         click.echo(job.push(run))
+    return None

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from diffpeft.cli.launch import follow_launcher, launched, wait_for_main
 from diffpeft.cli.options import Chosen, options_from, options_of
 from diffpeft.cli.pasted import PASTED, Pasted
+from diffpeft.train import machines
 from diffpeft.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from diffpeft.train.check import Checked
     from diffpeft.train.dreambooth import TrainRun
+    from diffpeft.train.watch import Watch
 
 
 @click.command(cls=Pasted)
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def train(
     ctx: click.Context, config: str | None, print_config: bool, dry_run: bool, as_json: bool, **typed: object
-) -> None:
+) -> int | None:
     """Train an adapter on your own images, DreamBooth-style.
 
     CONFIG is a TOML file with the same options by name (rank = 16); what is typed wins. A job file of ai-toolkit and the
@@ -42,37 +47,41 @@ def train(
     chosen = options_from(TrainConfig, config, typed, ctx.meta[PASTED], complete=not print_config)
     if print_config:
         _print(chosen)
-        return
-    options = chosen.options
+        return None
+    if as_json and not dry_run:
+        raise click.UsageError("--json is for --dry-run.")
     if dry_run:
         _plan(chosen, as_json)
-        return
+        return None
+    if (code := launched(chosen.options)) is not None:
+        return code
+    _run(chosen)
+    return None
 
-    from diffpeft.cli.progress import Progress
-    from diffpeft.train.check import check
+
+def _run(chosen: Chosen[TrainConfig]) -> None:
+    """Train, in this process or one of several, and print the paths of the files."""
+    from diffpeft.cli.progress import watching
     from diffpeft.train.lock import occupied
     from diffpeft.train.signals import ending
 
-    with ending(), Progress() as progress, occupied(options.output()):
-        for note in chosen.notes:
-            progress.note(note)
-        progress.phase("looking at the data")
-        checked = check(options, chosen.origins)
-        for line in checked.account.lines():
-            progress.note(line)
+    follow_launcher()
+    options = chosen.options
+    with ending(), watching() as progress, occupied(options.output()):
+        wait_for_main()  # what it refuses is refused once
+        checked = _checked(chosen, progress)
+        progress.note(f"to watch in a browser, from the first step on: {options.output() / 'report.html'}")
 
         from diffpeft.train import dreambooth
         from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
         run = dreambooth.train(options, progress, checked)
-        progress.phase("writing")
-        files, readers = _written(run)
-        if run.best:
-            progress.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
-        for name, text in readers.items():
-            progress.note(f"{name}: {text}")
-    for file in files:
+        if not machines.world().main:
+            dreambooth.save(run)
+            return
+        files = _saved(run, progress)
+    for file in dict.fromkeys([*files, *run.files]):
         click.echo(file)
     if options.push_to_hub:
         from diffpeft.train.publish import push
@@ -80,16 +89,29 @@ def train(
         click.echo(push(run))
 
 
+def _checked(chosen: Chosen[TrainConfig], watch: Watch) -> Checked:
+    """What the checks say that need no model; notes on options and the account are told."""
+    from diffpeft.train.check import check
+
+    for note in chosen.notes:
+        watch.note(note)
+    watch.phase("looking at the data")
+    checked = check(chosen.options, chosen.origins)
+    for line in checked.account.lines():
+        watch.note(line)
+    return checked
+
+
 def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
-    """What a run would do, on stdout, and notes on stderr."""
+    """What a run would do in one process, on stdout, and notes on stderr."""
     from diffpeft.train.check import check
 
     for note in chosen.notes:
         click.echo(f"note: {note}", err=True)
-    checked = check(chosen.options, chosen.origins)
+    checked = check(replace(chosen.options, num_processes=None, fsdp=False), chosen.origins)
 
-    from diffpeft.cli.errors import quiet_bars
     from diffpeft.train.dry import plan
+    from diffpeft.train.progress import quiet_bars
 
     quiet_bars()
     planned = plan(checked.config, checked)
@@ -108,11 +130,19 @@ def _print(chosen: Chosen[TrainConfig]) -> None:
     click.echo(text, nl=False)
 
 
-def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:
-    """Write the figures, the adapter and the page; the files, and which programs read them."""
+def _saved(run: TrainRun, watch: Watch) -> list[Path]:
+    """Write the figures, the adapter and the page, and say whose step it is and which programs read the files; the paths."""
     from diffpeft.train import dreambooth
+    from diffpeft.train.save import earlier_files
     from diffpeft.train.watching import write_metrics
 
+    watch.phase("writing")
     metrics = write_metrics(run)
     files = [*dreambooth.save(run), metrics]
-    return [*files, run.config.output() / "report.html"], dreambooth.readers(run, files)
+    if run.best:
+        watch.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
+    for name, text in dreambooth.readers(run, files).items():
+        watch.note(f"{name}: {text}")
+    for name in earlier_files(run):
+        watch.note(f"{name}: of an earlier run, and not written by this one")
+    return [*files, run.config.output() / "report.html"]

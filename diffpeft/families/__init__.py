@@ -4,18 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from converters.families import TABLES
 from diffpeft.errors import WrongBaseError
+from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
+from diffpeft.families.chroma import Chroma
+from diffpeft.families.cogview4 import CogView4
+from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux
+from diffpeft.families.flux2 import Flux2
+from diffpeft.families.hidream import HiDream
+from diffpeft.families.ideogram4 import Ideogram4
+from diffpeft.families.krea2 import Krea2
+from diffpeft.families.ltx import LTX
+from diffpeft.families.lumina2 import Lumina2
 from diffpeft.families.parts import Configs, Parts
+from diffpeft.families.pixart import PixArt
+from diffpeft.families.qwen_image import QwenImage
+from diffpeft.families.sana import Sana
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
+from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
+from diffpeft.families.wan import Wan
+from diffpeft.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sd15": StableDiffusion,
     "sd2": StableDiffusion2,
     "sdxl": StableDiffusionXL,
     "flux": Flux,
+    "flux2": Flux2,
+    "z_image": ZImage,
+    "qwen_image": QwenImage,
+    "chroma": Chroma,
+    "sd3": StableDiffusion3,
+    "lumina2": Lumina2,
+    "pixart": PixArt,
+    "sana": Sana,
+    "auraflow": AuraFlow,
+    "cogview4": CogView4,
+    "hidream": HiDream,
+    "krea2": Krea2,
+    "ideogram4": Ideogram4,
+    "ernie_image": ErnieImage,
+    "wan": Wan,
+    "ltx": LTX,
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -69,6 +102,10 @@ _PIPELINES = {
     "Mochi": "mochi",
     "CogVideoX": "cogvideox",
     "HiDream": "hidream",
+    "CogView4": "cogview4",
+    "Krea2": "krea2",
+    "Ideogram4": "ideogram4",
+    "ErnieImage": "ernie_image",
 }
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
@@ -85,7 +122,8 @@ def family_of(target: object) -> str | None:
     if denoiser is None or (family == "sd15" and isinstance(getattr(target, "components", None), Mapping)):
         by_name = _by_name(base.__name__ for base in type(target).__mro__)
         family = by_name if denoiser is None or width not in _UNETS else by_name or _UNETS[width]
-    return _by_width(family, width)
+    family = _by_width(family, width)
+    return family if family in TABLES else None  # some are trained whose layers have no other names
 
 
 def is_unnamed(target: object) -> bool:
@@ -140,7 +178,7 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
         )
     assert family is not None
     kind = FAMILIES[family]
-    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels")
+    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
     if read and made and read != made * kind.packing**2:
         raise WrongBaseError(
             f"its denoiser reads {read} channels and not the {made * kind.packing**2} of an image: it cannot be trained",

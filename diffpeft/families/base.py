@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from diffpeft.families.parts import Configs, Parts, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What a denoiser reads beside latents and time, by name, each [b, ...]. Those of a caption and those of an example's frame have no name in common.
+# What a denoiser reads beside latents and time, by name, each [b, ...]. Those of a caption and those of an example's frame have no name in common. Where
+# captions are of several lengths they are filled up with zeros at the end (`prompts.stacked`), and `length` [b] says how many tokens count. Integers stay
+# on the host. Latents are [b, c, *size]: of images [b, c, h, w], of clips [b, c, f, h, w].
 Conditions = dict[str, "Tensor"]
+
+
+Prompted = dict[str, Any]  # keyword arguments of a pipeline: tensors, and lists of them
 
 
 class Frame(NamedTuple):
@@ -76,13 +81,13 @@ class Levels(Protocol):
         """How u is drawn where nothing is said: a name in DENSITIES."""
 
     def sigma(self, u: Tensor, shape: Sequence[int]) -> Tensor:
-        """The share of noise [b] at levels u [b], for latents [b, c, h, w] of this shape."""
+        """The share of noise [b] at levels u [b], for latents [b, c, *size] of this shape."""
 
     def place(self, sigma: Tensor, shape: Sequence[int]) -> Tensor:
         """The level u [b] that has a share of noise: the inverse of `sigma`."""
 
     def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
-        """Latents z with noise n, both [b, c, h, w], at levels u [b]."""
+        """Latents z with noise n, both [b, c, *size], at levels u [b]."""
 
 
 class Family(Protocol):
@@ -98,7 +103,7 @@ class Family(Protocol):
     presets: Mapping[
         str, str
     ]  # {preset: the regular expression for its layers}, where suffixes that all models share would be others
-    unread: Mapping[str, str]  # {text encoder: the regular expression for its layers after the last one that is read}
+    unread: Mapping[str, str]  # {component: the regular expression for those of its layers that nothing reads}
     guidance: Mapping[
         str, str
     ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
@@ -131,9 +136,9 @@ class Family(Protocol):
         """What the denoiser reads of where the pixels are from; empty for a family whose does not."""
 
     def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """The denoiser's prediction [b, c, h, w] in fp32, of noised latents x [b, c, h, w] at times t [b]. Uses the denoiser alone."""
+        """The denoiser's prediction [b, c, *size] in fp32, of noised latents x [b, c, *size] at times t [b]. Uses the denoiser alone."""
 
-    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> dict[str, Tensor]:
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """Conditions of prompts, and of as many negative ones for guidance, as the pipeline takes them instead of texts.
 
         `blank`: nobody asked for negative ones; some models have zeros for these, and some have none.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from diffpeft.errors import WrongBaseError, shown
 from diffpeft.families.base import Noised
 from diffpeft.families.devices import sent
+from diffpeft.families.latents import spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,10 +53,10 @@ class Discrete:
         return (number.clamp(max=len(self.alphas) - 1) + 0.5) / len(self.alphas)
 
     def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
-        """Latents z with noise n, both [b, c, h, w], at levels u [b]."""
+        """Latents z with noise n, both [b, c, *size], at levels u [b]."""
         t, device = self._number(u), z.device
         a = sent(self.alphas[t], device)
-        signal, sigma = (root.to(z.dtype).view(-1, 1, 1, 1) for root in (a.sqrt(), (1 - a).sqrt()))
+        signal, sigma = (spread(root.to(z.dtype), z) for root in (a.sqrt(), (1 - a).sqrt()))
         target = {"epsilon": n, "sample": z}.get(self.kind, signal * n - sigma * z)
         return Noised(signal * z + sigma * n, sent(t, device), target, a / (1 - a), self.kind)
 

@@ -6,20 +6,36 @@ s = S u / (1 + (S - 1) u): the shift S makes large images noisier (Esser et al. 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from diffpeft.errors import WrongBaseError
 from diffpeft.families.base import Noised
 from diffpeft.families.devices import sent
+from diffpeft.families.latents import spread
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffpeft.families.parts import Component
 
-_DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-_DEFAULTS = (0.5, 1.15, 256, 4096)
+Mu = Callable[[float], float]  # of the number of tokens
+
+
+def line(low: float = 0.5, high: float = 1.15, few: float = 256, many: float = 4096) -> Mu:
+    """The mu on the line through `low` at a few tokens and `high` at many."""
+    return lambda tokens: low + (high - low) * (tokens - few) / (many - few)
+
+
+USUAL = line()
+
+
+def line_of(scheduler: Component) -> Mu:
+    """The line that a scheduler's config says."""
+    names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    values = [scheduler.config.get(name) for name in names]
+    return USUAL if None in values else line(*values)
 
 
 @dataclass(frozen=True)
@@ -28,33 +44,41 @@ class Flow:
 
     Args:
         shift: S, the same for every size; None: by the number of tokens.
-        line: mu at some number of tokens, mu at another, and these numbers: mu is on the line through both.
+        mu: of the number of tokens.
         exponential: whether S is e^mu, or mu.
         patch: latent pixels, the side of a token.
     """
 
     shift: float | None = 1.0
-    line: tuple[float, float, int, int] = _DEFAULTS
+    mu: Mu = USUAL
     exponential: bool = True
     patch: int = 1
     kind: str = field(default="flow", init=False)
     density: str = field(default="logit_normal", init=False)
 
     @classmethod
-    def of(cls, scheduler: Component, patch: int) -> Flow:
-        """The levels that a flow's scheduler draws at."""
+    def of(cls, scheduler: Component, patch: int, mu: Mu | None = None) -> Flow:
+        """The levels that a flow's scheduler draws at; `mu` is on the line of its config, if nothing else is said.
+
+        Raises WrongBaseError for a scheduler of anything else.
+        """
         config = scheduler.config
-        line = tuple(config.get(name, default) for name, default in zip(_DYNAMIC, _DEFAULTS, strict=True))
-        shift = None if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
-        return cls(shift, line, config.get("time_shift_type", "exponential") == "exponential", patch)
+        fixed = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift")
+        if fixed is None:
+            raise WrongBaseError(
+                "the model is one of a flow, and its scheduler is of something else",
+                where=f"its scheduler, a {type(scheduler).__name__}",
+                remedy="Take the scheduler that the model was published with.",
+            )
+        shift = None if config.get("use_dynamic_shifting") else float(fixed)
+        exponential = config.get("time_shift_type", "exponential") == "exponential"
+        return cls(shift, mu or line_of(scheduler), exponential, patch)
 
     def factor(self, shape: Sequence[int]) -> float:
-        """S for latents [b, c, h, w] of this shape."""
+        """S for latents [b, c, *size] of this shape."""
         if self.shift is not None:
             return self.shift
-        low, high, few, many = self.line
-        tokens = math.prod(shape[-2:]) / self.patch**2
-        mu = low + (high - low) * (tokens - few) / (many - few)
+        mu = self.mu(math.prod(shape[2:]) / self.patch**2)
         return math.exp(mu) if self.exponential else mu
 
     def sigma(self, u: Tensor, shape: Sequence[int]) -> Tensor:
@@ -68,7 +92,7 @@ class Flow:
         return sigma / (factor - (factor - 1) * sigma)
 
     def noised(self, z: Tensor, n: Tensor, u: Tensor) -> Noised:
-        """Latents z with noise n, both [b, c, h, w], at levels u [b]. Time is s."""
+        """Latents z with noise n, both [b, c, *size], at levels u [b]. Time is s."""
         s = sent(self.sigma(u, z.shape), z.device).to(z.dtype)
-        share = s.view(-1, 1, 1, 1)
+        share = spread(s, z)
         return Noised((1 - share) * z + share * n, s, n - z, ((1 - s) / s).square(), self.kind)

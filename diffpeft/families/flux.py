@@ -14,6 +14,7 @@ from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Si
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
+from diffpeft.families.patches import PATCH, packed, places, unpacked
 from diffpeft.families.prompts import refuse_skip, tokens
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from diffpeft.families.parts import Configs, Parts
 
-_PATCH = 2
 _RESOLUTION = 1024  # no config says it
 _TOKENS = 512  # of T5
 # layers in the blocks of both kinds: of images and texts side by side, and of both in one
@@ -44,7 +44,7 @@ class Flux:
         {"attn": _BLOCKS.format(_ATTENTION), "attn-mlp": _BLOCKS.format(f"{_ATTENTION}|{_MLP}")}
     )
     unread: Mapping[str, str] = MappingProxyType({})
-    packing = _PATCH
+    packing = PATCH
     base_version = "flux1"
 
     def __init__(self, parts: Parts, reading: CaptionReading):
@@ -53,7 +53,7 @@ class Flux:
         if self.max_length > _TOKENS:
             raise ConfigError(f"max_length is {self.max_length}", remedy=f"Flux.1 reads {_TOKENS} tokens at most.")
         self.parts, self.pipe = parts, parts.pipe
-        self.levels: Levels = Flow.of(parts.pipe.scheduler, _PATCH)
+        self.levels: Levels = Flow.of(parts.pipe.scheduler, PATCH)
         self.guided: bool = parts.configs[self.denoiser]["guidance_embeds"]
         self.guidance: Mapping[str, str] = _GUIDANCE if self.guided else {"cfg": _GUIDANCE["cfg"]}
         self.drawing_steps = 25 if self.guided else 4  # schnell is distilled
@@ -64,7 +64,7 @@ class Flux:
     def sizes(cls, configs: Configs) -> Sizes:
         """Whole patches."""
         pixels = factor(configs.get("vae", {}))
-        return Sizes(_RESOLUTION, pixels * _PATCH if pixels else None)
+        return Sizes(_RESOLUTION, pixels * PATCH if pixels else None)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
@@ -105,24 +105,3 @@ class Flux:
         if blank:
             return read
         return read | {"negative_prompt_embeds": negative["text"], "negative_pooled_prompt_embeds": negative["pooled"]}
-
-
-def packed(x: Tensor) -> Tensor:
-    """Latents [b, c, h, w] as tokens [b, h / 2 w / 2, 4 c], one a patch."""
-    return x.unfold(2, _PATCH, _PATCH).unfold(3, _PATCH, _PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-
-
-def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
-    """Tokens [b, h / 2 w / 2, 4 c] as latents [b, c, h, w] of this shape."""
-    b, c, h, w = shape
-    patches = tokens.view(b, h // _PATCH, w // _PATCH, c, _PATCH, _PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
-
-
-def places(x: Tensor) -> Tensor:
-    """0, row and column of every patch of latents [b, c, h, w]: [h / 2 w / 2, 3]."""
-    import torch
-
-    h, w = (side // _PATCH for side in x.shape[-2:])
-    rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in (h, w)), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)

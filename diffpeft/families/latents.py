@@ -12,17 +12,25 @@ if TYPE_CHECKING:
 
 
 def encoded(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f], at least fp32.
+    """Pixels [b, 3, *size] in [-1, 1] -> mean and standard deviation of the latents [b, c, *size / f], at least fp32.
 
     They are as the pipelines take them back: (z - shift) scale, or with statistics for each channel (z - mean) scale / std.
     """
+    mean, std = moments(vae, pixels)
+    shift, scale = (spread(t.to(mean), mean, 1) for t in _normalisation(vae))
+    return (mean - shift) * scale, std * scale
+
+
+def moments(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a VAE's own latents [b, c, *size / f], at least fp32. One that draws nothing has no deviation."""
     import torch
 
     with torch.no_grad():
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    mean, std = precise(posterior.mean), precise(posterior.std)
-    shift, scale = (t.to(mean) for t in _normalisation(vae.config))
-    return (mean - shift) * scale, std * scale
+        out = vae.encode(pixels.to(vae.device, vae.dtype))
+    if "latent" in out:
+        mean = precise(out.latent)
+        return mean, torch.zeros_like(mean)
+    return precise(out.latent_dist.mean), precise(out.latent_dist.std)
 
 
 def precise(x: Tensor) -> Tensor:
@@ -32,18 +40,34 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _normalisation(config: Mapping[str, object]) -> tuple[Tensor, Tensor]:
-    """What is taken from latents and then multiplied with them, [] or [1, c, 1, 1]."""
+def spread(values: Tensor, x: Tensor, axis: int = 0) -> Tensor:
+    """Values [n] along an axis of x, or [], with ones for the other axes."""
+    return values.view(*(-1 if n == axis else 1 for n in range(x.ndim))) if values.ndim else values
+
+
+def _normalisation(vae: Component) -> tuple[Tensor, Tensor]:
+    """What is taken from latents and then multiplied with them, [] or [c]."""
     import torch
 
-    names = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
-    means, stds, scale, shift = (torch.tensor(config.get(name) or 0.0, dtype=torch.float64) for name in names)
-    if means.ndim and stds.ndim:
-        return means.view(1, -1, 1, 1), scale / stds.view(1, -1, 1, 1)
-    return shift, scale
+    scale, shift = (
+        torch.tensor(vae.config.get(name) or default, dtype=torch.float64)
+        for name, default in (("scaling_factor", 1.0), ("shift_factor", 0.0))
+    )
+    mean, std = (vae.config.get(name) or getattr(vae, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return shift, scale
+    return torch.as_tensor(mean, dtype=torch.float64), scale / torch.as_tensor(std, dtype=torch.float64)
 
 
 def factor(config: Mapping[str, object]) -> int | None:
     """Pixels a latent pixel, by the config of a VAE; None if it does not tell."""
-    widths = config.get("block_out_channels")
+    scaled, halved, patch = (
+        config.get(name) for name in ("spatio_temporal_scaling", "temperal_downsample", "patch_size")
+    )
+    patch = patch if isinstance(patch, int) else 1
+    if isinstance(scaled, (list, tuple)):  # LTX's
+        return patch * 2 ** sum(map(bool, scaled))
+    if isinstance(halved, (list, tuple)):  # Wan's and Qwen's: a level for each
+        return patch * 2 ** len(halved)
+    widths = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     return 2 ** (len(widths) - 1) if isinstance(widths, (list, tuple)) and widths else None

@@ -38,6 +38,10 @@ class Parts:
             setattr(self.pipe, name, self._loaders[name]())
         return getattr(self.pipe, name)
 
+    def has(self, name: str) -> bool:
+        """Whether the pipeline has this component, loaded or not: some are left out of a model."""
+        return name in self._loaders or getattr(self.pipe, name, None) is not None
+
     def outline(self, name: str) -> Component:
         """A component if it is there, else one with its layers and shapes and no numbers. Loads nothing."""
         return getattr(self.pipe, name, None) or self._skeletons[name]

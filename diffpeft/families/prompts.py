@@ -64,6 +64,26 @@ def refuse_skip(reading: CaptionReading, why: str) -> None:
         raise ConfigError(f"clip_skip is {reading.clip_skip}, and {why}", remedy="Leave --clip-skip out.")
 
 
+def length_within(reading: CaptionReading, usual: int, most: int, model: str) -> int:
+    """How many tokens of captions are read. Raises ConfigError for more than a model reads, and for a clip_skip, which is for CLIP."""
+    refuse_skip(reading, f"{model} reads no CLIP, or always the same layer of it")
+    length = usual if reading.max_length is None else reading.max_length
+    if length > most:
+        raise ConfigError(f"max_length is {length}", remedy=f"{model} reads {most} tokens at most.")
+    return length
+
+
+def stacked(rows: Sequence[Conditions]) -> Conditions:
+    """Conditions [b, ...] of those of single prompts [...]. Shorter ones are filled up with zeros at the end."""
+    import torch
+
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
+        for name, values in batch.items()
+    }
+
+
 def embedded(family: Family, prompts: Sequence[str]) -> Conditions:
     """What the denoiser reads of prompts, through all text encoders."""
     return {name: t for encoder in family.text_encoders for name, t in family.embed(encoder, prompts).items()}

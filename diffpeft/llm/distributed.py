@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from diffpeft.errors import UnknownNameError
 from diffpeft.llm.prompt import VirtualTokens
 from diffpeft.model.target import COMPILED, FSDP_UNIT
-from diffpeft.model.units import follow_units
+from diffpeft.model.units import blocks_of, follow_units
 
-ASKED = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 # {class that training puts around a model: where it has the model}
 _WRAPPERS = {
     "OptimizedModule": COMPILED,
@@ -64,7 +61,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    blocks: set[type[nn.Module]] = {VirtualTokens, *_blocks(model)}
+    blocks: set[type[nn.Module]] = {VirtualTokens, *blocks_of(model)}
     follow_units(model)
     trained = functools.partial(lambda_auto_wrap_policy, lambda_fn=_trained_leaf)
     by_class = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)
@@ -75,19 +72,3 @@ def _trained_leaf(module: nn.Module) -> bool:
     """Whether a module without others has parameters, and all of them are trained."""
     parameters = list(module.parameters(recurse=False))
     return not module._modules and bool(parameters) and all(p.requires_grad for p in parameters)
-
-
-def _blocks(model: nn.Module) -> Iterator[type[nn.Module]]:
-    """The classes of transformer blocks."""
-    known = {type(m).__name__: type(m) for m in model.modules()}
-    asked = os.environ.get(ASKED)
-    if asked is None:
-        names = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
-        yield from (
-            known[name] for name in sorted(names & known.keys())
-        )  # a model may not have all that its family has
-        return
-    for name in filter(None, asked.split(",")):
-        if name not in known:
-            raise UnknownNameError.of("class of modules", name, known, where=ASKED)
-        yield known[name]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from diffpeft.model.state import trained_parameters
 from diffpeft.model.target import targets_of
 from diffpeft.pipeline.complete import complete_model, not_loaded
 from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
-from diffpeft.train import draw
+from diffpeft.train import draw, machines
 from diffpeft.train.config import target_names
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
+from diffpeft.train.journal import HELDOUT
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import CONFIGS
@@ -40,9 +42,12 @@ from diffpeft.train.optimizers import rate_of
 from diffpeft.train.origins import origins_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, rescued
 from diffpeft.train.publish import open_repository, upload
+from diffpeft.train.shards import shard
 from diffpeft.train.showing import PAGE
 from diffpeft.train.state import fingerprint, read
+from diffpeft.train.team import meet, team
 from diffpeft.train.watch import Quiet, Watch
+from diffpeft.train.watching import logbook_of, tabulated
 
 ANSWER = 48  # tokens of an answer that is shown in the report
 Sequences = Sequence[Sequence[TokenExample]]
@@ -75,19 +80,15 @@ def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts |
     NothingLearntError; Interrupted after a signal.
     """
     checked = checked or check(config)
-    with occupied(config.output()):
-        return _trained(config, checked, watch or Quiet())
+    with occupied(config.output()), meet().together():
+        return _trained(config, checked, watch if watch and team().main else Quiet())
 
 
 def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
-    open_repository(typed)
+    if team().main:
+        open_repository(typed)
     start, device = time.perf_counter(), default_device()
-    config = replace(
-        typed,
-        dtype=checked_dtype(typed.dtype or default_dtype(device), device),
-        alpha=typed.rank if typed.alpha is None else typed.alpha,
-        lr=rate_of(typed),
-    )
+    config = resolved(typed, device)
     watch.phase("loading the model")
     tokenizer, model = open_model(config, device)
     examples, heldout = (
@@ -99,27 +100,46 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
         torch.manual_seed(config.seed)
         model = adapt(config, model)
         loss = Loss(model, tokenizer.pad_token_id)
-        questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)][: config.samples]
-        measure = Measure(loss, tokenizer, heldout, questions, config.batch_size, watch)
+        measure = Measure(loss, tokenizer, *_measured(config, examples, heldout), config.batch_size, watch)
         said = origins_of(typed, config, checked.origins)
         watch.phase("measuring")
         shown = SftPage(config, said, measure, measure.rows, bool(heldout))
         with shown.live.told():
             losses = _fitted(typed, config, loss, sequences, checked, shown, watch)
-            watch.phase("measuring")
-            after = shown.end()
+        after = shown.now
         model.eval()
     return SftRun(
         config,
         model,
         tokenizer,
         losses,
-        {"before": shown.before.loss, "after": after.loss} if heldout else {},
+        after.compared(shown.before, config.steps).table() if heldout else {},
         measure.rows(shown.before.answers, after.answers),
         sum(texts.tokens(drawn(config, sequences, step)) for step in range(config.steps)),
         time.perf_counter() - start,
         shown,
     )
+
+
+def resolved(typed: SftConfig, device: str) -> SftConfig:
+    """The options with what their defaults come to."""
+    return replace(
+        typed,
+        num_processes=machines.several() or typed.num_processes,
+        dtype=checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device),
+        alpha=typed.rank if typed.alpha is None else typed.alpha,
+        lr=rate_of(typed),
+    )
+
+
+def _measured(
+    config: SftConfig, examples: Sequence[TokenExample], heldout: Sequence[TokenExample]
+) -> tuple[Sequence[TokenExample], Sequence[TokenExample]]:
+    """The examples that the loss is measured on, and those whose questions are answered; of several processes the main one's."""
+    if not (team().main or machines.sharding(config)):  # a sharded model computes in all processes or in none
+        return [], []
+    questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)]
+    return heldout, questions[: config.samples]
 
 
 def _fitted(
@@ -136,6 +156,8 @@ def _fitted(
     model = loss.model
     model.train()
     trained = trained_parameters(model.get_base_model(), model.active_adapters[0])
+    if machines.sharding(config):
+        shard(model.get_base_model(), set(trained.values()))
     check_room(config.output(), list(trained.values()), 1, config)
     reads = {"data": fingerprint([[example.ids for example in sequence] for sequence in sequences])}
     keeper = keeper_of(
@@ -148,14 +170,19 @@ def _fitted(
         "sft",
     )
     job = job_of(config, trained, StepLoss(config, loss, sequences))
-    shown.begin(job.schedule.at, checked.state, keeper.command)
-    losses = fit(job, keeper, shown.events(Events.of(watch, config.steps)), shown.live.clock)
+    clock, done = shown.live.clock, checked.state.step if checked.state else 0
+    log = logbook_of(config, config.name_by_output(), done, clock, watch)
+    with contextlib.closing(tabulated(log, config, job.optimizer, HELDOUT if shown.heldout else ())):
+        shown.begin(job.schedule.at, checked.state, keeper.command, log)
+        losses = fit(job, keeper, shown.events(replace(Events.of(watch, config.steps), log=log)), clock)
+        watch.phase("measuring")
+        shown.end()
     refuse_idle(model.get_base_model(), model.active_adapters[0], config.allow_unchanged)
     return losses
 
 
 class StepLoss:
-    """The loss by step and part: a step is a draw of batch_size x accumulate sequences, a part of it is as many as are computed at once.
+    """The loss by step and part: a step is a draw of batch_size x parts sequences, a part of it is as many as are computed at once.
 
     The loss of a part is its sum over the tokens that are learnt, divided by how many the whole step has: accumulating changes nothing.
     """
@@ -238,6 +265,13 @@ class Loss:
 
     def total(self, sequences: Sequences) -> Tensor:
         """The sum over the tokens of a batch of sequences: a number []."""
+        return self._crossed(sequences, "sum")
+
+    def each(self, sequences: Sequences) -> Tensor:
+        """The sum over the tokens of each of a batch of sequences [b]."""
+        return self._crossed(sequences, "none").view(len(sequences), -1).sum(1)
+
+    def _crossed(self, sequences: Sequences, reduction: str) -> Tensor:
         batch = {name: t.to(self.model.device) for name, t in texts.collated(sequences, self.pad).items()}
         following = batch.pop("labels")[:, 1:]
         keep = (following != IGNORED).any(0).nonzero().squeeze(1)
@@ -245,19 +279,13 @@ class Loss:
         logits = self.model(**batch, use_cache=False, **wanted).logits
         logits = logits if self.can_keep else logits[:, keep]
         return F.cross_entropy(
-            logits.float().flatten(0, 1), following[:, keep].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.float().flatten(0, 1), following[:, keep].flatten(), ignore_index=IGNORED, reduction=reduction
         )
-
-    def parts(self, sequences: Sequences, size: int) -> Iterator[Tensor]:
-        """The mean [] over the tokens of all sequences, as a sum of parts with `size` sequences each: accumulating changes nothing."""
-        tokens = texts.tokens(sequences)
-        for start in range(0, len(sequences), size):
-            yield self.total(sequences[start : start + size]) / tokens
 
 
 def drawn(config: SftConfig, sequences: Sequences, step: int) -> list[Sequence[TokenExample]]:
     """The sequences of a step: passes through all of them, shuffled by the seed."""
-    count = config.batch_size * config.accumulate
+    count = config.examples()
     return [sequences[i] for i in draw.order(len(sequences), step * count, count, config.seed, "rows")]
 
 
@@ -275,14 +303,14 @@ class Measure:
     @torch.no_grad()
     def __call__(self) -> Measured:
         """The mean loss of a learnt token, and the answers. The model goes on in the mode that it was in."""
-        training, total = self.loss.model.training, 0.0
+        training, losses = self.loss.model.training, list[float]()
         self.loss.model.eval()
-        for part in self.loss.parts([[e] for e in self.heldout], self.batch_size):
-            total += part.item()
+        for start in range(0, len(self.heldout), self.batch_size):
+            losses += self.loss.each([[e] for e in self.heldout[start : start + self.batch_size]]).tolist()
             self.watch.tick()
         answers = [self._answer(e) for e in self.questions]
         self.loss.model.train(training)
-        return Measured(total, answers)
+        return Measured(losses, [e.tokens for e in self.heldout], answers)
 
     def _answer(self, example: TokenExample) -> str:
         """What the model says to an example's prompt."""
@@ -311,8 +339,10 @@ class Measure:
 def save(run: SftRun) -> list[Path]:
     """Write the adapter as a PEFT folder, metrics.json and report.html into the output folder; the paths.
 
-    If that cannot be written, the files go into a temporary folder, which the OSError names.
+    If that cannot be written, the files go into a temporary folder, which the OSError names. Of several processes only the main one writes.
     """
+    if not machines.world().main:
+        return []
     out = Path(run.config.out or "")
     with occupied(out):
         files = rescued(lambda folder: _written(run, folder), out, out.resolve().name)
@@ -348,6 +378,7 @@ def _written(run: SftRun, out: Path) -> list[Path]:
         "method": run.config.method,
         "learnt_tokens": run.learnt_tokens,
     }
+    table = {**run.shown.live.clock.usage().table(run.config.examples()), **table}
     with replacing(out / "metrics.json") as f:
         f.write(json.dumps(table, indent=1).encode())
     run.shown.finished(files, out).write(out / PAGE)

@@ -1,11 +1,17 @@
-"""Slots as units of FSDP 1, which puts each unit into a module of its own: layers then call their slots where these have been put."""
+"""What FSDP shards a model by: its blocks; and slots as units of FSDP 1, which puts each unit into a module of its own, where layers then call them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 from torch import nn
 
+from diffpeft.errors import UnknownNameError
 from diffpeft.layers.carried import ADAPTERS, RECORD, escaped, record_of
 from diffpeft.layers.slot import Slot
+
+ASKED = "FSDP_TRANSFORMER_CLS_TO_WRAP"  # names of classes with commas between, as accelerate's launcher hands them on
 
 
 def follow_units(model: nn.Module) -> None:
@@ -36,3 +42,19 @@ def _follow(layer: nn.Module) -> None:
 
 def _gathered(slot: nn.Module, inputs: object) -> None:
     """A hook that does nothing, but says that the slot's tensors are there only while it is called (`Slot.bare`)."""
+
+
+def blocks_of(model: nn.Module) -> Iterator[type[nn.Module]]:
+    """The classes of a model's blocks: its `_no_split_modules`, or those named in the environment. Raises UnknownNameError for a name that no module has."""
+    known = {type(m).__name__: type(m) for m in model.modules()}
+    asked = os.environ.get(ASKED)
+    if asked is None:
+        names = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+        yield from (
+            known[name] for name in sorted(names & known.keys())
+        )  # a model may not have all that its family has
+        return
+    for name in filter(None, asked.split(",")):
+        if name not in known:
+            raise UnknownNameError.of("class of modules", name, known, where=ASKED)
+        yield known[name]

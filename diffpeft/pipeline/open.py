@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,10 +47,11 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def default_device() -> str:
-    """cuda if there is one, else cpu."""
+    """cuda if there is one, and accelerate's launcher was not told to leave it alone; else cpu."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    return "cuda" if torch.cuda.is_available() and not told_cpu else "cpu"
 
 
 def default_dtype(device: str) -> str:
@@ -175,6 +177,7 @@ def open_parts(
         folder = _folder(source, base)
         skeletons = {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
         unused = {"safety_checker": None} if source.is_file() and "safety_checker" in skeletons else {}
+        unused |= {name: None for name, entry in read_json(folder / INDEX).items() if entry == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=kind, **skeletons | unused)
         configs = configs_of(pipe)
         for name in skeletons:

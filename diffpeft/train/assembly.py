@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffpeft.families.latents import spread
 from diffpeft.train import draw
 from diffpeft.train.cache import Latents
 from diffpeft.train.data.batches import Batches, Shown
@@ -66,11 +67,11 @@ class Assembly:
         )
 
     def _noise(self, shape: Sequence[int], key: Sequence[int | str]) -> Tensor:
-        """The noise [c, h, w] of an example."""
+        """The noise [c, *size] of an example."""
         noise = torch.randn(tuple(shape), generator=draw.generator(*key, "noise"))
         if not self.offset:
             return noise
-        return noise + self.offset * torch.randn(shape[0], 1, 1, generator=draw.generator(*key, "offset"))
+        return noise + self.offset * spread(torch.randn(shape[0], generator=draw.generator(*key, "offset")), noise)
 
 
 def _stacked(masks: Sequence[Tensor | None], latents: Tensor) -> Tensor | None:

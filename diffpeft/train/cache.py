@@ -15,11 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from diffpeft.families import Conditions, Family
+from diffpeft.families.prompts import stacked
 from diffpeft.train.data import Example, View
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
 from diffpeft.train.draw import generator
-from diffpeft.train.store import Key, Memory, Store, identity_of
+from diffpeft.train.store import Key, Memory, Store, Tensors, identity_of
+from diffpeft.train.team import team
+
+Entries = dict[Key, Tensors]  # of a store
 
 
 class Moments(NamedTuple):
@@ -41,17 +45,25 @@ class Latents:
         self.family, self.store = family, store or Memory()
 
     def learn(self, examples: Sequence[Example], views: Iterable[tuple[int, View]], tick: Callable[[], None]) -> None:
-        """Compute the latents of views (example, view), each image read once."""
+        """Compute the latents of views (example, view), each image read once, by one of the processes of the run."""
         if not self.store.keeps:
             return
-        missing: dict[int, list[View]] = {}
+        by_image: dict[int, list[View]] = {}
         for index, view in views:
-            if self.store.get(self._key(examples[index], view)) is None:
-                missing.setdefault(index, []).append(view)
-        for index, unknown in missing.items():
-            image = picture(examples[index].path)
-            for view in unknown:
-                self._compute(examples[index], view, image)
+            by_image.setdefault(index, []).append(view)
+
+        def computed(image: tuple[int, list[View]]) -> Entries:
+            example, views = examples[image[0]], image[1]
+            missing = [view for view in views if self.store.get(self._key(example, view)) is None]
+            if missing:
+                pixels = picture(example.path)
+                for view in missing:
+                    self._compute(example, view, pixels)
+            return entries_of(self.store, [self._key(example, view) for view in missing])
+
+        for entries in team().divided(list(by_image.items()), computed):
+            for key, tensors in entries.items():
+                self.store.put(key, tensors)
             tick()
 
     def done(self) -> None:
@@ -97,10 +109,21 @@ class Texts:
         """Compute what these prompts need, an encoder after the other, and give up those that are not trained."""
         for encoder, store in self.stores.items():
             if store.keeps:
-                for prompt in dict.fromkeys(prompts):
-                    if store.get((encoder, prompt)) is None:
-                        self._compute(encoder, prompt)
+                self._learn(encoder, store, list(dict.fromkeys(prompts)))
                 self.family.parts.free(encoder)
+
+    def _learn(self, encoder: str, store: Store, prompts: Sequence[str]) -> None:
+        """Compute what an encoder makes of prompts, each by one of the processes of the run."""
+
+        def computed(prompt: str) -> Entries:
+            if store.get((encoder, prompt)) is not None:
+                return {}
+            self._compute(encoder, prompt)
+            return entries_of(store, [(encoder, prompt)])
+
+        for entries in team().divided(prompts, computed):
+            for key, row in entries.items():
+                store.put(key, {name: t.to(self.device) for name, t in row.items()})
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         """What the denoiser reads of these prompts, each [b, ...]."""
@@ -108,11 +131,9 @@ class Texts:
         for encoder in self.live:
             conditions |= self.family.embed(encoder, prompts)
         for encoder in self.stores:
-            rows = {prompt: self._row(encoder, prompt) for prompt in prompts}
-            names = rows[prompts[0]]
-            conditions |= {
-                name: torch.stack([rows[prompt][name] for prompt in prompts]).to(self.device) for name in names
-            }
+            rows = {prompt: self._row(encoder, prompt) for prompt in dict.fromkeys(prompts)}
+            batch = stacked([rows[prompt] for prompt in prompts])
+            conditions |= {name: t.to(self.device) if t.is_floating_point() else t for name, t in batch.items()}
         return conditions
 
     def _row(self, encoder: str, prompt: str) -> Conditions:
@@ -127,15 +148,26 @@ class Texts:
         return row
 
 
+def entries_of(store: Store, keys: Sequence[Key]) -> Entries:
+    """What a store has under keys, to hand to the other processes of the run, which may find it themselves."""
+    if store.shared or team().size == 1:
+        return {}
+    entries = {key: store.get(key) for key in keys}
+    return {key: {name: t.cpu() for name, t in (tensors or {}).items()} for key, tensors in entries.items()}
+
+
 def text_identity(family: Family, encoder: str, reading: str) -> str:
     """All that embeddings depend on but their prompts: the encoder, `reading` (how much of a caption and off which layer), and the tokenizers."""
     pipe, digest = family.parts.pipe, hashlib.blake2b(f"{type(family).__name__} {reading}".encode(), digest_size=16)
     for name in sorted(name for name in pipe.components if name.startswith("tokenizer")):
         tokenizer = getattr(pipe, name)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         backend = getattr(tokenizer, "backend_tokenizer", None)
         rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
         rules = {
             rule: value for rule, value in rules.items() if rule not in ("truncation", "padding")
         }  # of the last call
-        digest.update(f"{name} {tokenizer.model_max_length} {json.dumps(rules, sort_keys=True)}".encode())
+        digest.update(
+            f"{name} {tokenizer.model_max_length} {tokenizer.chat_template} {json.dumps(rules, sort_keys=True)}".encode()
+        )
     return f"{encoder} {digest.hexdigest()} {identity_of(family.parts(encoder))}"

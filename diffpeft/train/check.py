@@ -90,7 +90,7 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
-    account = replace(_with_cut(account, config), steps=(config.steps, config.batch_size * config.accumulate))
+    account = replace(_with_cut(account, config), steps=(config.steps, config.examples()))
     prompts = tuple(prompts_of(config, [example.caption for example in account.examples]))
     return Checked(name, account, planned, state, config, origins or {}, prompts)
 
@@ -99,7 +99,7 @@ def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
     """The options with the steps that their epochs come to, as sd-scripts counts them: steps for all pictures, rounded up, for each epoch."""
     if config.epochs is None:
         return config
-    steps = -(-account.pictures // (config.batch_size * config.accumulate)) * config.epochs
+    steps = -(-account.pictures // config.examples()) * config.epochs
     config = replace(config, steps=steps, epochs=None)
     config.check_values()
     return config
@@ -129,7 +129,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
     account = surveyed(config, known)
     account = _with_cut(account, config) if config.model else account
     config = with_steps(config, account)
-    return replace(account, steps=(config.steps, config.batch_size * config.accumulate) if steps else None)
+    return replace(account, steps=(config.steps, config.examples()) if steps else None)
 
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
@@ -142,7 +142,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
             where=out,
             remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
         )
-    sides = sides_of(config, known.resolution)
+    sides = config.sides(known.resolution)
     part = part_of(config.heldout) if config.heldout is not None else None
     others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
@@ -163,12 +163,6 @@ def _with_heldout(account: Account, part: float | int | Path, config: TrainConfi
     others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
     entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
     return beside(replace(account, folders=entered), others)
-
-
-def sides_of(config: TrainConfig, resolution: int | None) -> tuple[int, ...]:
-    """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
-    sides = config.resolution or resolution or ()
-    return (sides,) if isinstance(sides, int) else tuple(sides)
 
 
 def _name(config: TrainConfig) -> str:

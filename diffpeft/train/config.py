@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from diffpeft.errors import ConfigError, near, shown
+from diffpeft.train import machines
 
 
 def option(
@@ -95,6 +96,14 @@ class Options:
     )
     warmup: int = option(0, "Steps in which the learning rate rises.", at_least=0)
     steps: int = option(500, "Optimiser steps.", at_least=1)
+    num_processes: int | None = option(
+        None,
+        "Processes to start, each on a GPU of its own if there are any; a step has as many more examples.",
+        at_least=1,
+    )
+    fsdp: bool = option(
+        False, "Shard the frozen base over the processes (FSDP 2), instead of holding it whole in each."
+    )
     batch_size: int = option(1, "Examples a pass.", at_least=1)
     accumulate: int = option(1, "Passes a step, whose gradients are added up.", at_least=1)
     weight_decay: float = option(0.01, "The optimiser's weight decay.", at_least=0)
@@ -169,6 +178,14 @@ class Options:
     def resolved(self) -> dict[str, object]:
         """Every option by its name."""
         return asdict(self)
+
+    def parts(self) -> int:
+        """The passes of a step, over all processes of the run."""
+        return self.accumulate * machines.world().size
+
+    def examples(self) -> int:
+        """The examples of a step, over all its passes."""
+        return self.batch_size * self.parts()
 
     def output(self) -> Path:
         """The folder for what is written. Raises ConfigError if it cannot be; makes nothing."""
@@ -413,6 +430,11 @@ class TrainConfig(Options):
             f"base_range {span[0]:g},{span[1]:g} {outside} the noise that is trained at, {low:g},{high:g}",
             remedy="Pass another --base-range or --sigma-range.",
         )
+
+    def sides(self, resolution: int | None) -> tuple[int, ...]:
+        """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
+        sides = self.resolution or resolution or ()
+        return (sides,) if isinstance(sides, int) else tuple(sides)
 
     def text_encoders(self) -> list[str]:
         """The files of text encoders, which stand in a list, or in one text with commas."""

@@ -148,6 +148,7 @@ def _write(
     with replacing(out / "before_after.png") as f:
         picture.image.save(f, "PNG", optimize=True)
     table = {
+        **run.usage.table(run.config.examples()),
         **metrics,
         "shape_kept": metrics["shape_kept"]["after"],
         "seconds": round(seconds, 1),

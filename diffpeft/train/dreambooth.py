@@ -20,15 +20,15 @@ from diffpeft.model.attach import attach
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
-from diffpeft.train import data, draw, origins, prior
+from diffpeft.train import data, draw, machines, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import Checked, check, resized, sides_of
+from diffpeft.train.check import Checked, check, resized
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
-from diffpeft.train.journal import Logbook
+from diffpeft.train.journal import BY_BAND, HELDOUT, Logbook
 from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, Keeper, fit
@@ -53,12 +53,14 @@ from diffpeft.train.run import TrainRun
 from diffpeft.train.save import check_saving, exported, file_dtype
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
+from diffpeft.train.shards import shard
 from diffpeft.train.showing import Drawing, drawing_of, showing, told
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
+from diffpeft.train.team import meet, team
 from diffpeft.train.usage import Stopwatch
-from diffpeft.train.watch import Watch
+from diffpeft.train.watch import Quiet, Watch
 from diffpeft.train.watching import judge_of, logbook_of, tabulated, with_measuring
 
 
@@ -70,25 +72,26 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     NothingLearntError; Interrupted after a signal.
     """
     checked = checked or check(config)
-    with occupied(config.output()), shown(watch) as told:
-        return _trained(checked.config, checked, told)
+    with occupied(config.output()), meet().together(), shown(watch) as told:
+        return _trained(checked.config, checked, told if team().main else Quiet())
 
 
 def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     clock, device = Stopwatch(), default_device()
-    dtype = checked_dtype(typed.dtype or default_dtype(device), device)
-    open_repository(typed)
+    dtype = checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device)
+    if team().main:
+        open_repository(typed)
     watch.phase("looking at the model")
     family = opened(typed, dtype, device)
-    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
-    config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
-    checked, name = sized(checked, sizing, watch), checked.name
-    config = with_measuring(config, checked.account)
+    sizing, name = sizing_of(typed, family), checked.name
+    checked = sized(checked, sizing, watch)
+    config = settled(typed, checked, family, dtype)
     chosen = {} if config.init_from else chosen_layers(config, family)
     texts = Texts(family, _live(config, family), _stores(config, family), device)
     drawing = drawing_of(config, family, checked.prompts, chosen, texts, device)
     said = origins.origins_of(typed, config, checked.origins)
-    origins.record(config.output(), config, said, checked.account.table())
+    if team().main:
+        origins.record(config.output(), config, said, checked.account.table())
     done = checked.state.step if checked.state else 0
     with contextlib.closing(logbook_of(config, name, done, clock, watch)) as log:
         encoded = _encoded(config, family, checked, sizing, texts, drawing, watch)
@@ -101,6 +104,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
+            _share_out(config, family, name)
             _fitted(run, keeper, encoded, unread, log, watch, clock)
             dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
@@ -110,6 +114,14 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     run.usage = clock.usage()
     run.seconds = run.usage.seconds
     return run
+
+
+def _share_out(config: TrainConfig, family: Family, name: str) -> None:
+    """Let each process hold its share of the base, if the run says so; the adapter stays whole."""
+    if machines.sharding(config):
+        trained = set(trained_parameters(family.pipe, name).values())
+        for part in (family.denoiser, *_live(config, family)):
+            shard(family.parts(part), trained)
 
 
 def _fitted(
@@ -129,7 +141,7 @@ def _fitted(
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
     if judge is not None:
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
-    tabulated(log, config, job.optimizer, measured=judge is not None)
+    tabulated(log, config, job.optimizer, [*HELDOUT, *BY_BAND] if judge else [])
     watch.phase("training")
     shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
     with told(run):
@@ -184,9 +196,16 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
     return family
 
 
+def settled(typed: TrainConfig, checked: Checked, family: Family, dtype: str) -> TrainConfig:
+    """The options of a run with what their defaults come to, for this model and this data."""
+    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
+    config = replace(config, save_dtype=config.save_dtype or file_dtype(family))
+    return with_measuring(config, checked.account)
+
+
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     """How the sizes of training pictures follow from those of images; they must suit the model's latents."""
-    sides = sides_of(config, family.resolution)
+    sides = config.sides(family.resolution)
     for side in sides:
         if side % family.multiple:
             raise ConfigError(f"resolution is {side}", remedy=f"For this model it is a multiple of {family.multiple}.")
@@ -208,7 +227,7 @@ def batches_of(config: TrainConfig, examples: Sequence[data.Example], sizing: da
     showing = Showing(
         config.flip, config.crop, config.caption_dropout, config.shuffle_captions, config.keep_tokens or 0
     )
-    return Batches(examples, sizing, config.batch_size * config.accumulate, config.seed, kind, showing)
+    return Batches(examples, sizing, config.examples(), config.seed, kind, showing)
 
 
 def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
@@ -252,7 +271,7 @@ def _encoded(
         heldout = HeldoutPictures(checked.account.heldout, sizing, config.seed, latents, offset)
         heldout.learn(watch.tick)
     assembly.learn(steps, watch.tick)
-    if config.cache == "disk" and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
+    if config.cache == "disk" and team().main and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
     return Encoded(assembly, texts, heldout, drawing)
 
@@ -355,7 +374,7 @@ def class_examples(
 def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts) -> Callable[[int, int], Tensor]:
     """The loss [] by step and part. Every draw is a function of seed, step and place in the step.
 
-    A step has batch_size x accumulate places for instance images and as many for class images; a part has its share of both, so that the parts' losses
+    A step has batch_size x parts places for instance images and as many for class images; a part has its share of both, so that the parts' losses
     add up to the loss of one batch of that size.
     """
     device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
@@ -370,10 +389,10 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
             loss = loss + weight * preserved(family, batch, texts, base).mean()
-        return loss / config.accumulate
+        return loss / config.parts()
 
     def loss_at(step: int, part: int) -> Tensor:
-        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.accumulate)]).sum()
+        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.parts())]).sum()
 
     return loss_at
 

@@ -16,8 +16,9 @@ from diffpeft.train.ema import Ema
 from diffpeft.train.gradients import LossScale
 from diffpeft.train.groups import groups_of
 from diffpeft.train.loop import Job, Keeper
-from diffpeft.train.resume import check_same, plain
+from diffpeft.train.resume import FREE, check_same, plain
 from diffpeft.train.schedules import LearningRate
+from diffpeft.train.team import team
 
 
 def job_of(
@@ -28,6 +29,7 @@ def job_of(
     strict: Collection[str] = (),
 ) -> Job:
     """What the loop needs. Raises ConfigError or UnknownNameError for options that do not fit the parameters."""
+    team().as_main(list(parameters.values()))
     rate = optimizers.rate_of(options)
     schedule = LearningRate(
         rate, options.steps, options.warmup, options.lr_scheduler, options.lr_cycles or 1, options.lr_power or 1.0
@@ -37,7 +39,7 @@ def job_of(
         loss,
         optimizers.make(options, groups_of(options, parameters, rate)),
         schedule,
-        parts=options.accumulate,
+        parts=options.parts(),
         seed=options.seed,
         max_grad_norm=options.max_grad_norm,
         ema=None if options.ema is None else Ema(parameters, options.ema),
@@ -66,6 +68,7 @@ def keeper_of(
     Raises ConfigError if options or what is read are not those of the run that goes on.
     """
     now = plain(resolved.resolved())
+    team().check_same({name: value for name, value in now.items() if name not in FREE}, dict(reads))
     if checkpoint is not None:
         facts = checkpoint.facts()
         check_same(resolved, facts["resolved"], now)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffpeft.errors import AdapterStateError
+from diffpeft.train import machines
 
 NAME = ".diffpeft-run.lock"
 SILENCE, BEAT = 3600.0, 60.0  # seconds after which another machine's lock is stale, and between signs of life
@@ -32,8 +33,13 @@ def _host() -> str:
 def occupied(out: Path) -> Iterator[None]:
     """No other run writes into this folder while the block runs; inside another such block of the same thread it does nothing.
 
+    Of several processes of a run the main one has the lock.
+
     Raises AdapterStateError, which names process and machine, if another run is there, OSError if the folder cannot be made.
     """
+    if not machines.world().main:
+        yield
+        return
     path = out.resolve() / NAME
     with _guard:
         thread, depth = _owned.get(path, (threading.get_ident(), 0))

@@ -5,6 +5,8 @@ checkpoint to the same bytes.
 
 No step waits for an accelerator: loss and norms are copied without waiting and read one step later. What is not finite cannot reach the parameters
 meanwhile, for such gradients become zeros on the device. On a CPU, and with a loss scale, they are read at once, before the optimiser's step.
+
+Of several processes each computes its share of the parts, and all take the same step from the sum of the gradients. The main one keeps the state.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from diffpeft.train.judge import Judge
 from diffpeft.train.outcome import check_any_gradient, check_every_gradient
 from diffpeft.train.schedules import LearningRate
 from diffpeft.train.signals import Interrupted, Stop, stopping
+from diffpeft.train.team import Team, team
 from diffpeft.train.usage import Stopwatch
 from diffpeft.train.watch import Watch
 
@@ -44,6 +47,7 @@ class Job:
     Args:
         parameters: by name; a name ends with the role of the tensor in its layer: layer.lora_A.
         loss: (step, part) -> a number []. The loss of a step is the sum of its parts', and so are its gradients.
+        parts: of all processes; they are divided evenly.
         schedule: the rate by step; a group of the optimiser may have a `factor` for it.
         strict: the tensors that must get a gradient in the first two steps, else the run is refused.
     """
@@ -95,7 +99,8 @@ class Keeper:
 class Events:
     """Who is told: of each step (steps done, its loss), of what people should know, and every so many steps of the adapter as it would be saved.
 
-    `log` makes a table of each step's numbers.
+    `log` makes a table of each step's numbers. Where the base is sharded over several processes, all of them make the calls of `at`, for each forward needs
+    all, and only the main one may write then (`machines.world().main`); elsewhere only the main one makes them.
     """
 
     step: Callable[[int, float], None] = lambda done, loss: None
@@ -117,6 +122,7 @@ class Loop:
     keeper: Keeper | None = None
     events: Events = field(default_factory=Events)
     reads_late: bool | None = None  # whether numbers are read one step late; None: as the device likes
+    team: Team = field(default_factory=team)
     losses: list[float] = field(default_factory=list)
     done: int = 0
     clock: Stopwatch = field(default_factory=Stopwatch)
@@ -142,7 +148,7 @@ class Loop:
             self.events.log.begin(self.done, self.losses)
             self._measure()
             self._tell()
-            self._stopped(stop)
+            self._stopped(self._signal(stop))
             while self.done < self.job.schedule.steps:
                 with self.clock.step():
                     self._step(self.done)
@@ -154,7 +160,8 @@ class Loop:
         """Leave the states that shall stay, and the parameters as the run ends with them."""
         keeper = self.keeper
         if keeper is not None and self.saved is not None:
-            checkpoints.prune(keeper.out, keeper.keep, self.done, keeper.best)
+            if self.team.main:
+                checkpoints.prune(keeper.out, keeper.keep, self.done, keeper.best)
             best = checkpoints.state_at(keeper.out, keeper.best)
             if best is not None and best.step != self.done:
                 self._load(best)
@@ -164,12 +171,12 @@ class Loop:
         """The gradients of a step, and the parameters after it."""
         job = self.job
         job.optimizer.zero_grad(set_to_none=True)
-        shares = [self._share(step, part) for part in range(job.parts)]
+        shares = [self._share(step, part) for part in self.team.share(job.parts)]
+        loss = self.team.summed(self.parameters, torch.stack(shares).sum())
         if job.scale is not None:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], job.scale.value)
         norms = norms_of(self.parameters)
         total = torch.linalg.vector_norm(norms)
-        loss = torch.stack(shares).sum()
         self.readings.append(
             Readout(step, torch.cat([loss.to(norms.device).reshape(1), total.reshape(1), norms]), self.late)
         )
@@ -234,22 +241,27 @@ class Loop:
     def _between(self, stop: Stop) -> None:
         """Save and tell where it is time. Raises Interrupted after a signal."""
         keeper, last = self.keeper, self.done == self.job.schedule.steps
+        number = self._signal(stop)
         if last:
             self._read(self.readings[:])
             check_any_gradient(self.largest)
-        if stop.number is None:
+        if not number:
             self._measure()
         if keeper is not None:
             if self.done == 1 or (keeper.resume and self.done == keeper.resume.step + 1):
                 state.optimizer_state(self.job.optimizer)  # one that cannot be saved is told at once
-            if stop.number is not None or self._saves(keeper, last):
+            if number or self._saves(keeper, last):
                 self._save(keeper)
         self._tell()
-        self._stopped(stop)
+        self._stopped(self._signal(stop))
 
-    def _stopped(self, stop: Stop) -> None:
-        """Raise Interrupted after a signal, with the state saved: one that came while somebody was shown the adapter too."""
-        if stop.number is None:
+    def _signal(self, stop: Stop) -> int:
+        """The number of the signal that any of the processes was sent, 0 if none was."""
+        return self.team.agreed([stop.number or 0])[0]
+
+    def _stopped(self, number: int) -> None:
+        """Raise Interrupted after a signal of this number, with the state saved: one that came while somebody was shown the adapter too."""
+        if not number:
             return
         if (
             self.keeper is not None
@@ -257,7 +269,7 @@ class Loop:
             and self.saved != checkpoints.place_of(self.keeper.out, self.keeper.name, self.done)
         ):
             self._save(self.keeper)
-        raise Interrupted(stop.number, *self._where())
+        raise Interrupted(number, *self._where())
 
     def _saves(self, keeper: Keeper, last: bool) -> bool:
         """Whether the state is one to keep: it is time, it is the best, or the last beside a best one."""
@@ -275,16 +287,25 @@ class Loop:
     def _tell(self) -> None:
         """Show the adapter as it would be saved to whom it is due."""
         due = [call for every, call in self.events.at if self.done % every == 0]
-        if due:
+        if due and (self.team.main or self.team.sharded):
             with averaged(self.job.parameters, self.job.ema, self.job.optimizer):
                 for call in due:
                     call(self.done)
+        if due:
+            self.team.wait()
 
     # The state on disk
 
     def _save(self, keeper: Keeper) -> None:
-        """Write the state. Raises OSError, and DivergedError if it is none to keep."""
+        """Keep the state, which the main process writes. Raises OSError, and DivergedError if it is none to keep."""
         self._read(self.readings[:])
+        if self.team.main:
+            self._write(keeper)
+        self.team.wait()
+        self.saved = checkpoints.place_of(keeper.out, keeper.name, self.done)
+
+    def _write(self, keeper: Keeper) -> None:
+        """Write the state. Raises OSError."""
         self.events.log.flush()
         job = self.job
         table, tensors = state.optimizer_state(job.optimizer)
@@ -320,7 +341,8 @@ class Loop:
         if self.keeper is None:
             return
         if self.keeper.resume is None:
-            checkpoints.prune(self.keeper.out, 0)  # those of a run that is overwritten
+            if self.team.main:
+                checkpoints.prune(self.keeper.out, 0)  # those of a run that is overwritten
             return
         keeper, resume = self.keeper, self.keeper.resume
         facts, numbers = self._load(resume)
@@ -332,7 +354,9 @@ class Loop:
         if keeper.judge is not None:
             states = {checkpoint.step for checkpoint in checkpoints.checkpoints_in(resume.run)}
             keeper.judge.restore(numbers, facts.get("heldout", ""), states)
-            checkpoints.bring(resume.run, keeper.out, keeper.best)
+            if self.team.main:
+                checkpoints.bring(resume.run, keeper.out, keeper.best)
+            self.team.wait()
 
     def _load(self, saved: SavedState) -> tuple[Json, dict[str, Tensor]]:
         """Give parameters, optimiser and averages the values of a state; its facts, and its other numbers."""
@@ -346,11 +370,12 @@ class Loop:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """An error keeps the state of the last good step, and says where it is."""
+        """An error keeps the state of the last good step, and says where it is: the first of those that several processes have."""
         try:
             yield
         except Exception as error:
-            if self.keeper is not None and not isinstance(error, NothingLearntError):
+            speaks = self.team.claims(getattr(error, "exit_code", 1))
+            if self.keeper is not None and not isinstance(error, NothingLearntError) and speaks:
                 self._rescue(self.keeper)
                 for note in self._where():
                     error.add_note(note)
@@ -361,7 +386,8 @@ class Loop:
         saved_already = self.saved == checkpoints.place_of(keeper.out, keeper.name, self.done)
         if self.good and self.done and self.largest.any() and not saved_already:
             with contextlib.suppress(Exception):
-                self._save(keeper)
+                self._read(self.readings[:])
+                self._write(keeper)
 
     def _where(self) -> tuple[str, ...]:
         """Where the last state is, and how the run goes on; a line each."""

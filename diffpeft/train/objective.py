@@ -19,11 +19,12 @@ from torch import Tensor
 from diffpeft.errors import ConfigError, shown
 from diffpeft.families import Conditions, Family, Frame, Noised
 from diffpeft.families.devices import sent
+from diffpeft.families.latents import spread
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents and noise [b, c, h, w], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
+    """Latents and noise [b, c, *size], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
 
     `mask` [b, 1, h, w] says how much each place counts, `prior_prompts` under which prompts the base's predictions are to be kept.
     """
@@ -62,8 +63,8 @@ class Objective:
     debiased: bool = False
 
     def distance(self, error: Tensor, snr: Tensor) -> Tensor:
-        """The loss [b, c, h, w] of errors [b, c, h, w] at signal-to-noise ratios [b]."""
-        return LOSSES[self.loss](error, self._c(snr).view(-1, 1, 1, 1))
+        """The loss [b, c, *size] of errors [b, c, *size] at signal-to-noise ratios [b]."""
+        return LOSSES[self.loss](error, spread(self._c(snr), error))
 
     def _c(self, snr: Tensor) -> Tensor:
         c = self.huber_c
@@ -133,8 +134,9 @@ def denoising(
         noised = noised._replace(target=base_range.targets(family, batch, noised, places))
     prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
     losses = objective.distance(prediction - noised.target.float(), noised.snr)
-    losses = (losses if batch.mask is None else losses * batch.mask).flatten(1).mean(1)
-    losses = objective.weighted(losses, noised)
+    if batch.mask is not None:  # one for all frames
+        losses = losses * batch.mask.unflatten(1, (1,) * (losses.ndim - 3))
+    losses = objective.weighted(losses.flatten(1).mean(1), noised)
     return losses if base_range is None or places is None else base_range.weighted(losses, places)
 
 

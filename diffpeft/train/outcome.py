@@ -164,8 +164,8 @@ def _alike(module: nn.Module, learnt: Slot | None, read: Slot | None, dtype: tor
 def _changed(module: nn.Module, slot: Slot | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A layer's weight and bias in float64, without an adapter and with it. A quantised weight as numbers."""
     op = op_of(module)
-    base = {"weight": op.stored(op.weight()).double()}
-    base |= {} if op.bias is None else {"bias": op.bias.double()}
+    base = {"weight": op.stored(gathered(op.weight())).double()}
+    base |= {} if op.bias is None else {"bias": gathered(op.bias).double()}
     return base, base if slot is None else effective(module, [(slot, 1.0)], torch.float64, base)
 
 
@@ -176,6 +176,12 @@ def _changes(module: nn.Module, slot: Slot) -> bool:
         return True
     base, after = _changed(module, slot)
     return any(name not in base or not torch.equal(t, base[name]) for name, t in after.items())
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """A weight with the numbers of all processes, where each has a share of them; then all processes must call this."""
+    collect = getattr(weight, "full_tensor", None)
+    return weight if collect is None else collect()
 
 
 def _surely(slot: Slot) -> bool:

@@ -189,19 +189,20 @@ def draw_missing(
 
     from diffpeft.train.cache import Texts
     from diffpeft.train.sample import pictures, prompted
+    from diffpeft.train.team import team
 
     known = plan.provenance
     provenance = known if known.seed is not None else replace(known, seed=seed, sampler=_sampler(family))
     plan = replace(plan, provenance=provenance)
     if not plan.missing:
         return plan
-    with replacing(plan.folder / RECORD) as f:  # first: images without it are taken for the user's
-        f.write(json.dumps(asdict(provenance), indent=1, ensure_ascii=False).encode())
+    _record_them(plan)  # first: images without it are taken for the user's
     texts = texts or Texts(family)
     family.parts("vae")
+    missing = plan.missing[team().rank :: team().size]  # each process draws its share
     chunk = CHUNK.get(family.parts(family.denoiser).device.type, 8)
-    for at in range(0, len(plan.missing), chunk):
-        numbers = plan.missing[at : at + chunk]
+    for at in range(0, len(missing), chunk):
+        numbers = missing[at : at + chunk]
         images = pictures(
             family.pipe,
             [provenance.prompt] * len(numbers),
@@ -214,7 +215,18 @@ def draw_missing(
         for number, image in zip(numbers, images, strict=True):
             with replacing(plan.path(number)) as f:
                 Image.fromarray(image).save(f, "PNG")
+    team().wait()
     return plan
+
+
+def _record_them(plan: ClassImages) -> None:
+    """Write what the images of a folder are drawn with, and wait until it is there."""
+    from diffpeft.train.team import team
+
+    if team().main:
+        with replacing(plan.folder / RECORD) as f:
+            f.write(json.dumps(asdict(plan.provenance), indent=1, ensure_ascii=False).encode())
+    team().wait()
 
 
 def _sampler(family: Family) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffpeft.errors import DiffpeftError
-from diffpeft.train import prior
+from diffpeft.train import machines, prior
 from diffpeft.train.check import sizes_of
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.optimizers import rate_of
@@ -30,6 +30,7 @@ def resolved(
     return replace(
         config,
         name=name,
+        num_processes=machines.several() or config.num_processes,
         dtype=dtype,
         lr=rate_of(config),
         resolution=config.resolution or resolution,

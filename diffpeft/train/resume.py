@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffpeft.errors import ConfigError, UnknownNameError, listed, shown
 from diffpeft.files import Json
-from diffpeft.train import optimizers
+from diffpeft.train import machines, optimizers
 from diffpeft.train.checkpoints import SavedState, checkpoints_in, chosen
 from diffpeft.train.config import Options
 from diffpeft.train.groups import entries_of
@@ -40,6 +40,8 @@ FREE = {
     "log": "where the numbers go",
     "log_every": "how many of them",
     "samples": "how many answers are shown",
+    "num_processes": "who computes the passes of a step, of which there must be as many: accumulate x num_processes",
+    "fsdp": "whether each process holds the whole base",
     "sample_prompt": "what is drawn meanwhile",
     "sample_prompts": "and from which file",
     "sample_every": "how often",
@@ -49,6 +51,7 @@ FREE = {
     "sample_first": "whether at the beginning",
     "sample_model": "and with which model",
 }
+PASSES = "Counted are the passes of all processes: one with --accumulate 2 goes on with a run of two."
 STEPS = "More steps are possible with --lr-scheduler constant, whose past does not depend on its end."
 
 
@@ -71,7 +74,8 @@ def remembered(kind: type[Options], typed: Mapping[str, object]) -> Json:
     checkpoint = chosen(str(typed["resume"]), out)
     known = {f.name for f in fields(kind)}
     stored = {name: value for name, value in checkpoint.options.items() if name in known and value is not None}
-    for name in ("resume", "overwrite", "allow", *(("steps",) if typed.get("epochs") else ())):
+    started = ("num_processes",) if machines.world().size > 1 else ()  # by a launcher, as many as they are
+    for name in ("resume", "overwrite", "allow", *started, *(("steps",) if typed.get("epochs") else ())):
         stored.pop(name, None)
     return stored | {"out": str(checkpoint.run)} | dict(typed)
 
@@ -89,14 +93,24 @@ def check_same(options: Options, before: Mapping[str, object], now: Mapping[str,
     for name in names_of(options.allow):
         if name not in known:
             raise UnknownNameError.of("option", name, known, where="--allow")
+    before, now = _by_passes(before), _by_passes(now)
     changed = [n for n in now if n in before and before[n] != now[n] and not may_differ(n, options)]
     if changed:
         texts = [f"{name} was {shown(before[name])} and is {shown(now[name])}" for name in changed]
         raise ConfigError(
             f"the run was started with other options: {', '.join(texts)}",
             remedy=f"Leave them out, or say that you mean it: --allow {','.join(changed)}."
-            + (f" {STEPS}" if "steps" in changed else ""),
+            + (f" {STEPS}" if "steps" in changed else "")
+            + (f" {PASSES}" if "accumulate" in changed else ""),
         )
+
+
+def _by_passes(options: Mapping[str, object]) -> Json:
+    """Options with the passes that all processes together make of a step, instead of those of each."""
+    accumulate, processes = options.get("accumulate"), options.get("num_processes") or 1
+    if not isinstance(accumulate, int) or not isinstance(processes, int):
+        return dict(options)
+    return {**options, "accumulate": accumulate * processes}
 
 
 def begin(options: Options, out: Path, files: Iterable[str]) -> SavedState | None:
@@ -106,10 +120,13 @@ def begin(options: Options, out: Path, files: Iterable[str]) -> SavedState | Non
     they may be overwritten.
     """
     optimizers.check(options)
+    machines.check(options)
     if options.resume:
         checkpoint = chosen(options.resume, out)
         typed = {name: value for name, value in plain(options.resolved()).items() if value is not None}
         before = {name: value for name, value in checkpoint.options.items() if value is not None}
+        before["num_processes"] = checkpoint.facts().get("resolved", {}).get("num_processes") or 1
+        typed["num_processes"] = machines.world().size
         check_same(options, before, typed)
         if checkpoint.step > options.steps:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from diffpeft.families import Conditions, Family
+from diffpeft.families.base import Prompted
 
 STRENGTHS = (0.0, 0.5, 1.0)
 _CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
@@ -41,25 +43,44 @@ def pictures(
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
-        images = pipe(
+        drawn = pipe(
             **asked(chunk),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
             output_type="np",
-            callback_on_step_end=told,
-        ).images
-        out.append((images * 255).round().astype(np.uint8))
+            **watched(pipe, told),
+        )
+        out.append((np.asarray(images_of(drawn)) * 255).round().astype(np.uint8))
     return np.concatenate(out)
+
+
+def watched(pipe: Any, told: Callable[..., dict[str, object]]) -> dict[str, object]:
+    """How a pipeline is asked to tell of its steps; nothing for one that does not."""
+    tells = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
+    return {"callback_on_step_end": told} if tells else {}
+
+
+def images_of(drawn: Any) -> Sequence[Any]:
+    """The images that a pipeline gives, the first ones of clips."""
+    return drawn.images if "images" in drawn else [clip[0] for clip in drawn.frames]
 
 
 def prompted(
     family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str], negative: str | None = None
-) -> dict[str, Tensor]:
+) -> Prompted:
     """Prompts, and the negative one of all, as a family's pipeline takes them when its text encoders are not there."""
-    dtype = family.parts(family.denoiser).dtype
+    model = family.parts(family.denoiser)
+
+    def placed(value: object) -> object:
+        if isinstance(value, list) and isinstance(value[0], Tensor):
+            return [placed(tensor) for tensor in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+
     keywords = family.prompted(texts(prompts), texts([negative or ""] * len(prompts)), blank=negative is None)
-    return {name: t.to(dtype) for name, t in keywords.items()}
+    return {name: placed(value) for name, value in keywords.items()}
 
 
 @dataclass(frozen=True)

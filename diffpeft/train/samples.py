@@ -26,9 +26,10 @@ import diffpeft
 from diffpeft.errors import ConfigError
 from diffpeft.files import Json
 from diffpeft.io import replacing
-from diffpeft.train.sample import prompted
+from diffpeft.train.sample import images_of, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
 from diffpeft.train.signals import asked
+from diffpeft.train.team import team
 
 if TYPE_CHECKING:
     from diffpeft.families import Family
@@ -72,8 +73,8 @@ def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: in
         )
     return replace(
         prompt,
-        # the pipelines of models that are told a guidance are led away from nothing unless they are asked
-        negative="" if led_away and prompt.negative is None and _main(family) == "guidance" else prompt.negative,
+        # a pipeline that does without negative prompts, unless it is told otherwise, wants one to be led away from
+        negative="" if led_away and prompt.negative is None and _usual(family, "cfg") <= 1 else prompt.negative,
         cfg=cfg,
         guidance=guidance,
         width=prompt.width or side,
@@ -83,6 +84,9 @@ def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: in
     )
 
 
+_CFG = 7.0  # of a pipeline that has no guidance of its own for every number of steps
+
+
 def _main(family: Family) -> str:
     """What people mean by the guidance of a model."""
     return "guidance" if "guidance" in family.guidance else "cfg"
@@ -90,7 +94,6 @@ def _main(family: Family) -> str:
 
 def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[float | None, float | None]:
     """cfg and guidance of a prompt; None for what the model does not read. Raises ConfigError if that was asked for."""
-    defaults = inspect.signature(type(family.pipe).__call__).parameters
     said = {"cfg": prompt.cfg, "guidance": prompt.guidance}
     if said[_main(family)] is None:
         said[_main(family)] = config.sample_guidance
@@ -100,9 +103,15 @@ def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[
             where=prompt.where,
             remedy="Leave --g out; --l is how far it is led away from the negative prompt.",
         )
-    for field, keyword in family.guidance.items():
-        said[field] = float(defaults[keyword].default) if said[field] is None else said[field]
+    for field in family.guidance:
+        said[field] = _usual(family, field) if said[field] is None else said[field]
     return said["cfg"], said["guidance"]
+
+
+def _usual(family: Family, field: str) -> float:
+    """What a family's pipeline has for cfg or guidance where nothing is said."""
+    keyword = family.guidance[field]
+    return float(inspect.signature(type(family.pipe).__call__).parameters[keyword].default or _CFG)
 
 
 def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:
@@ -125,17 +134,19 @@ def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[],
 
     def told(*_: object) -> dict[str, object]:
         tick()
-        if asked():
+        if team().any(asked()):
             raise Unfinished
         return {}
 
     with torch.no_grad():
-        image: Image.Image = family.pipe(
+        picture = family.pipe(
             **prompted(family, texts, [prompt.prompt], prompt.negative),
             **keywords_of(family, prompt),
             generator=torch.Generator().manual_seed(prompt.seed or 0),
-            callback_on_step_end=told,
-        ).images[0]
+            output_type="pil",
+            **watched(family.pipe, told),
+        )
+    image: Image.Image = images_of(picture)[0]
     return image
 
 
@@ -205,8 +216,8 @@ def _record(path: Path) -> Json:
     """What a picture was drawn with; empty if nobody knows."""
     try:
         with Image.open(path) as image:
-            table = json.loads(getattr(image, "text", {}).get(_RECORD, "{}"))
-    except (OSError, ValueError):
+            table = json.loads(image.info.get(_RECORD, "{}"))  # it stands before the pixels, which are not read
+    except (OSError, ValueError, SyntaxError):  # Pillow's word for a PNG that is cut off
         return {}
     return table if isinstance(table, dict) else {}
 
@@ -273,7 +284,7 @@ def _parameters(facts: Mapping[str, object]) -> str:
 
 @dataclass
 class Sampler:
-    """Draws what is due after so many steps, and writes it.
+    """Draws what is due after so many steps, and writes it. Where the base is sharded, all processes draw and the main one writes.
 
     Args:
         name: the adapter's.
@@ -292,13 +303,15 @@ class Sampler:
 
     def __call__(self, step: int) -> list[Path]:
         """Draw what is due and not there; the files. A run that is asked to stop leaves the pictures that it has not begun."""
-        due, files = self._due(step), list[Path]()
+        due, files = team().as_said_by_main(self._due(step)), list[Path]()
         if not due:
             return files
         with self.stage() as family, contextlib.suppress(Unfinished):
             for spot in due:
                 with diffpeft.adapters(family.pipe, {self.name: spot.strength}):
                     image = drawn(family, self.texts, self.gallery.prompts[spot.number], self.tick)
+                if not team().main:
+                    continue
                 files.append(self.gallery.write(step, spot, image))
                 if step == 0 and spot.strength == 0 and not self.changes:
                     files.append(self.gallery.write(step, spot._replace(strength=1.0), image))  # it changes nothing yet

@@ -27,6 +27,7 @@ from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
 from diffpeft.train.run import TrainRun
 from diffpeft.train.samples import newest_sample
 from diffpeft.train.showing import finish, told
+from diffpeft.train.team import team
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE = 10**9  # parameters of a model from which on files are bf16, where nothing is said
@@ -37,15 +38,22 @@ def save(run: TrainRun) -> list[Path]:
 
     `run.files` are all of them.
     Each file is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
+    Of several processes the main one writes; where the base is sharded, all call this.
     Raises ConfigError for numbers that the dtype of the files does not have, NothingLearntError if a file holds something else than what was learnt.
     """
-    out, dtype = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"]
+    if not (team().main or team().sharded):
+        return []
+    out, dtype, files = Path(run.config.out or ""), DTYPES[run.config.save_dtype or "fp32"], list[Path]()
     with told(run):
         refuse_too_large(run, dtype)
-        with occupied(out):
-            files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
+        if team().main:
+            with occupied(out):
+                files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
+        files = team().as_said_by_main(files)
         for file in files:
             refuse_unread(run.family.pipe, file, run.name, dtype)
+        if not team().main:
+            return []
         run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
         finish(run, files, readers(run, files))
     return files
@@ -126,18 +134,21 @@ def _finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -
 
 
 def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
-    """{file: which programs read it}, {format: why there is no such file}, and {file in the output folder: that it is of an earlier run}."""
+    """{file: which programs read it}, and {format: why there is no such file}."""
     formats = formats_of(run)
     adapters = [path for path in files if path.suffix == ".safetensors" or path.is_dir()]
-    told = {path.name: f"read by {', '.join(readers_of(path))}" for path in adapters}
+    told = {path.name: f"read by {', '.join(readers_of(path)) or 'diffpeft alone'}" for path in adapters}
     if formats.instead:
         told[file_of(run.name, formats.instead)] += (
             f", and written because {_either(formats.refused)} hold this adapter"
         )
-    out, written = Path(run.config.out or ""), {file_of(run.name, format) for format in formats.written}
-    old = [name for name in files_of(run.name) if name not in written and (out / name).exists()]
-    told |= {f"no {format} file": why for format, why in formats.refused.items()}
-    return told | {name: "of an earlier run, and not written by this one" for name in old}
+    return told | {f"no {format} file": why for format, why in formats.refused.items()}
+
+
+def earlier_files(run: TrainRun) -> list[str]:
+    """The adapter files in the output folder that an earlier run wrote, in other formats than this one."""
+    written = {path.name for path in run.files}
+    return [name for name in files_of(run.name) if name not in written and (run.config.output() / name).exists()]
 
 
 def _either(formats: Iterable[str]) -> str:

@@ -70,7 +70,7 @@ def ending() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handled(handler: Handler) -> Iterator[None]:
+def handled(handler: Handler | signal.Handlers) -> Iterator[None]:
     """Both signals are this handler's while the block runs."""
     if threading.current_thread() is not threading.main_thread():
         yield

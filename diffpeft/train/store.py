@@ -30,9 +30,10 @@ _RECENT = 3600  # seconds in which an entry was used that is not pruned: another
 
 
 class Store(Protocol):
-    """Tensors by key. `keeps` is whether what was put is there afterwards."""
+    """Tensors by key. `keeps` is whether what was put is there afterwards, `shared` whether other processes find it too."""
 
     keeps: bool
+    shared: bool
 
     def of_file(self, path: Path) -> str:
         """What stands for a file in keys."""
@@ -47,7 +48,7 @@ class Store(Protocol):
 class Nowhere:
     """Keeps nothing: all is computed each time."""
 
-    keeps = False
+    keeps, shared = False, False
 
     def of_file(self, path: Path) -> str:
         """Its name."""
@@ -62,9 +63,9 @@ class Nowhere:
 
 
 class Memory:
-    """Keeps tensors for one run."""
+    """Keeps tensors for one process of a run."""
 
-    keeps = True
+    keeps, shared = True, False
 
     def __init__(self) -> None:
         self.entries: dict[Key, Tensors] = {}
@@ -85,7 +86,7 @@ class Memory:
 class Disk:
     """Keeps tensors in a folder. `identity` says what makes them, and is asked when the first is wanted."""
 
-    keeps = True
+    keeps, shared = True, True
 
     def __init__(self, folder: Path, identity: Callable[[], str]):
         self.folder, self._ask = folder, identity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import diffpeft
 from diffpeft.families.parts import Pipeline
 from diffpeft.io import replacing
 from diffpeft.model.state import slots_of
+from diffpeft.train import machines
 from diffpeft.train.cache import Texts
 from diffpeft.train.config import Options, TrainConfig
 from diffpeft.train.data import Account
@@ -27,6 +28,7 @@ from diffpeft.train.objective import Objective
 from diffpeft.train.paired import HeldoutPictures, Paired, interval
 from diffpeft.train.run import TrainRun
 from diffpeft.train.state import fingerprint
+from diffpeft.train.team import team
 from diffpeft.train.trackers import CSV, TrackerLog, logs_of
 from diffpeft.train.usage import Stopwatch
 from diffpeft.train.watch import Watch
@@ -36,14 +38,16 @@ METRICS = "metrics.json"
 
 def logbook_of(options: Options, name: str, done: int, clock: Stopwatch, watch: Watch) -> Logbook:
     """Who logs the numbers of a run that goes on after `done` steps, 0 for one that begins. Raises ConfigError for a tracker that cannot begin."""
+    if not machines.world().main:
+        return Logbook()
     trackers = [log for log in logs_of(options) if log != CSV]
     sinks = [TrackerLog(log, name, options.output(), done, options.resolved()) for log in trackers]
     return Logbook(sinks, options.log_every, clock.in_steps, watch.note, watch.figures)
 
 
-def tabulated(logbook: Logbook, options: Options, optimizer: Optimizer, measured: bool) -> Logbook:
-    """The same, with metrics.csv if it is asked for. `measured`: whether there are held-out losses."""
-    if CSV in logs_of(options):
+def tabulated(logbook: Logbook, options: Options, optimizer: Optimizer, measured: Iterable[str]) -> Logbook:
+    """The same, with metrics.csv if it is asked for. `measured`: the numbers that held-out losses have."""
+    if CSV in logs_of(options) and machines.world().main:
         logbook.add(CsvTable(options.output(), list(factors_of(optimizer)), measured))
     return logbook
 
@@ -53,7 +57,7 @@ def with_measuring(config: TrainConfig, account: Account) -> TrainConfig:
     if not account.heldout or account.sizing is None:
         return config
     pictures = sum(len(account.sizing.targets(example.size)) for example in account.heldout)
-    every = interval(pictures, config.steps, config.batch_size * config.accumulate)
+    every = interval(pictures, config.steps, config.examples())
     return replace(config, heldout_every=config.heldout_every or every, best=config.best or "heldout")
 
 
@@ -79,7 +83,7 @@ def judge_of(
         watch.note(f"step {loss.step}: held-out loss {loss}")
 
     return Judge(
-        paired,
+        lambda: team().gathered(paired())[0],  # of several processes the main one's, so that all choose the same
         partial(alone, pipe, run.name),
         paired.design,
         config.heldout_every or config.steps,
@@ -122,7 +126,7 @@ def figures(run: TrainRun) -> dict[str, object]:
         "heldout": {str(number): table for number, table in measured.items()},
         "best": run.best and {"step": run.best.step, "reason": run.best.reason},
         "steps": len(run.losses),
-        **run.usage.table(config.batch_size * config.accumulate),
+        **run.usage.table(config.examples()),
         "method": config.method,
     }
 

@@ -131,7 +131,7 @@ def test_the_demo_writes_and_names_its_files(demo):
         "metrics.json",
         "report.html",
     }
-    others = {"samples", "config.toml", "account.json"}
+    others = {"samples", "config.toml", "account.json", "metrics.csv", "README.md"}
     assert {p.name for p in out.iterdir()} == names | others
     assert [line for line in done.stdout.splitlines() if not line.startswith("[")] == [
         f"out/{n}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 import transformers
 
@@ -122,6 +124,447 @@ def _flux(guided: bool, **scheduler: Any) -> Any:
     )
 
 
+# -- transformers that read language models ------------------------------------------------------------------------------
+
+_LLM = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+_CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}> {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{{ m['content'][0]['text'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def _chat(side: str = "right") -> Any:
+    """A tokenizer with a template for conversations, which reads as much as it is told and fills up at a side."""
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", padding_side=side)
+    tokenizer.chat_template, tokenizer.model_max_length = _CHAT, 4096
+    return tokenizer
+
+
+def _llm(kind: str, layers: int, **config: Any) -> Any:
+    """A language model of transformers by the beginning of its classes' names."""
+    ids = {"vocab_size": len(_tokenizer()), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    settings = getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, **_LLM, **ids, **config)
+    return getattr(transformers, f"{kind}Model")(settings)
+
+
+def _statistics(vae: Any) -> Any:
+    """A VAE with random statistics of its batch norm."""
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def _vae2() -> Any:
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    widths = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1}
+    return _statistics(diffusers.AutoencoderKLFlux2(**widths, **kinds))
+
+
+def _flux2(guided: bool) -> Any:
+    return (diffusers.Flux2Pipeline if guided else diffusers.Flux2KleinPipeline)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=_vae2(),
+        text_encoder=_llm("Qwen3", 31 if guided else 28),
+        tokenizer=_chat(),
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            guidance_embeds=guided,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
+    )
+
+
+def _z_image(**scheduler: Any) -> Any:
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_llm("Qwen3", 2),
+        tokenizer=_chat(),
+        transformer=diffusers.ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[8, 4, 4],
+            axes_lens=[600, 64, 64],
+        ),
+    )
+
+
+def _t5(kind: str = "T5", **config: Any) -> Any:
+    settings = {**_T5, **config}
+    return getattr(transformers, f"{kind}EncoderModel")(
+        getattr(transformers, f"{kind}Config")(vocab_size=len(_tokenizer()), **settings)
+    )
+
+
+_CLIPS_OF_FRAMES = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False],
+    "latents_mean": [0.1, -1, 2, 0],
+    "latents_std": [1.0, 2, 0.5, 3],
+}
+
+
+def _qwen_image(**scheduler: Any) -> Any:
+    return diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, **scheduler),
+        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
+        text_encoder=_llm("Qwen3", 2),
+        tokenizer=_chat(),
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def _chroma() -> Any:
+    return diffusers.ChromaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_t5(),
+        tokenizer=_chat(),
+        transformer=diffusers.ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+    )
+
+
+def _sd3(large: bool, **scheduler: Any) -> Any:
+    three = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if large else {}
+    return diffusers.StableDiffusion3Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=_vae(scaling_factor=1.5305, shift_factor=0.0609, latent_channels=4),
+        text_encoder=_clip(projected=True),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=_t5(d_model=96) if large else None,
+        tokenizer_3=_chat() if large else None,
+        transformer=diffusers.SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            caption_projection_dim=32,
+            joint_attention_dim=96,
+            pooled_projection_dim=48,
+            pos_embed_max_size=48,
+            **three,
+        ),
+    )
+
+
+def _lumina2(**scheduler: Any) -> Any:
+    pipe = diffusers.Lumina2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=_chat(),
+        transformer=diffusers.Lumina2Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            cap_feat_dim=16,
+            axes_dim_rope=(4, 4, 8),
+            axes_lens=(300, 64, 64),
+        ),
+    )
+    pipe.vae_scale_factor = 2  # it takes 8 for granted
+    return pipe
+
+
+def _pixart(alpha: bool) -> Any:
+    return (diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline)(
+        scheduler=diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False),
+        vae=_vae(scaling_factor=0.13025),
+        text_encoder=_t5(),
+        tokenizer=_chat(),
+        transformer=diffusers.PixArtTransformer2DModel(
+            sample_size=128 if alpha else 16,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            caption_channels=32,
+        ),
+    )
+
+
+def _sana(**scheduler: Any) -> Any:
+    return diffusers.SanaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=diffusers.AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=[1, 1],
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            upsample_block_type="interpolate",
+            downsample_block_type="stride_conv",
+            scaling_factor=0.41407,
+        ),
+        text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=_chat(),
+        transformer=diffusers.SanaTransformer2DModel(
+            sample_size=32,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+        ),
+    )
+
+
+def _auraflow() -> Any:
+    return diffusers.AuraFlowPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=_vae(scaling_factor=0.13025),
+        text_encoder=_t5("UMT5"),
+        tokenizer=_chat(),
+        transformer=diffusers.AuraFlowTransformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            num_mmdit_layers=2,
+            num_single_dit_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=1024,
+        ),
+    )
+
+
+def _cogview4() -> Any:
+    return diffusers.CogView4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+        vae=_vae(scaling_factor=0.5),
+        text_encoder=_llm("Glm", 2),
+        tokenizer=_chat("left"),
+        transformer=diffusers.CogView4Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            text_embed_dim=16,
+            time_embed_dim=16,
+            condition_dim=8,
+            rope_axes_dim=(16, 16),
+        ),
+    )
+
+
+def _hidream() -> Any:
+    pipe = diffusers.HiDreamImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
+        text_encoder=_clip(projected=True),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=_t5(d_model=16),
+        tokenizer_3=_chat(),
+        text_encoder_4=_llm("Llama", 2, attn_implementation="eager"),
+        tokenizer_4=_chat(),
+        transformer=diffusers.HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            caption_channels=[16, 16],
+            text_emb_dim=48,
+            num_routed_experts=2,
+            num_activated_experts=1,
+            axes_dims_rope=(4, 4, 8),
+            max_resolution=(32, 32),
+            llama_layers=[0, 1],
+        ),
+    )
+    pipe.default_sample_size = 22.63  # it draws pictures of one area, here that of the tests
+    return pipe
+
+
+def _vl(layers: int) -> Any:
+    """Qwen3-VL without much of its eyes."""
+    text = {**_LLM, "vocab_size": len(_tokenizer()), "num_hidden_layers": layers}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    eyes["deepstack_visual_indexes"] = [0]
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=eyes))
+
+
+def _krea2(distilled: bool) -> Any:
+    return diffusers.Krea2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, max_image_seq_len=6400),
+        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
+        text_encoder=_vl(3),
+        tokenizer=_chat(),
+        text_encoder_select_layers=(1, 3),
+        is_distilled=distilled,
+        transformer=diffusers.Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=24,
+            timestep_embed_dim=16,
+            text_hidden_dim=16,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            text_intermediate_size=24,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def _ideogram4() -> Any:
+    kind = {"in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    kind |= {"intermediate_size": 24, "adaln_dim": 8, "llm_features_dim": 13 * 16, "mrope_section": (4, 2, 2)}
+    return diffusers.Ideogram4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=_vae2(),
+        text_encoder=_vl(36),
+        tokenizer=_chat(),
+        transformer=diffusers.Ideogram4Transformer2DModel(**kind),
+        unconditional_transformer=diffusers.Ideogram4Transformer2DModel(**kind),
+    )
+
+
+def _ernie_image() -> Any:
+    pipe = diffusers.ErnieImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae2(),
+        text_encoder=_llm("Qwen3", 2),
+        tokenizer=_chat(),
+        transformer=diffusers.ErnieImageTransformer2DModel(
+            hidden_size=32,
+            num_attention_heads=2,
+            num_layers=2,
+            ffn_hidden_size=48,
+            in_channels=16,
+            out_channels=16,
+            text_in_dim=16,
+            rope_axes_dim=(4, 4, 8),
+        ),
+    )
+    for parameter in pipe.transformer.parameters():
+        if not parameter.any():  # zeros, as models begin
+            torch.nn.init.normal_(parameter, std=0.3)
+    return pipe
+
+
+def _wan(**config: Any) -> Any:
+    return diffusers.WanPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=diffusers.AutoencoderKLWan(**_CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        text_encoder=_t5("UMT5"),
+        tokenizer=_chat(),
+        transformer=diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+        ),
+        **config,
+    )
+
+
+def _ltx() -> Any:
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, False, False, False),
+        decoder_spatio_temporal_scaling=(True, False, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        patch_size=2,
+    )
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2.0)
+    return diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=vae,
+        text_encoder=_t5(),
+        tokenizer=_chat(),
+        transformer=diffusers.LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=32,
+        ),
+    )
+
+
 _STATISTICS = {"scaling_factor": 0.5, "latents_mean": [0.1, -1, 2, 0], "latents_std": [1.0, 2, 0.5, 3]}
 # {kind: (family, makes a pipeline)}
 KINDS: dict[str, tuple[str, Any]] = {
@@ -135,7 +578,41 @@ KINDS: dict[str, tuple[str, Any]] = {
     "flux dev, linear shift": ("flux", lambda: _flux(True, **_DYNAMIC, time_shift_type="linear")),
     "flux schnell": ("flux", lambda: _flux(False, shift=1.0)),
     "flux, fixed shift": ("flux", lambda: _flux(False, shift=3.0)),
+    "flux2 dev": ("flux2", lambda: _flux2(True)),
+    "flux2 klein": ("flux2", lambda: _flux2(False)),
+    "z_image": ("z_image", lambda: _z_image(shift=3.0)),
+    "z_image, dynamic shift": ("z_image", lambda: _z_image(**_DYNAMIC)),
+    "qwen_image": ("qwen_image", lambda: _qwen_image(base_image_seq_len=256, max_image_seq_len=8192)),
+    "chroma": ("chroma", _chroma),
+    "sd3": ("sd3", lambda: _sd3(False, shift=3.0)),
+    "sd3.5": ("sd3", lambda: _sd3(True, shift=3.0)),
+    "lumina2": ("lumina2", lambda: _lumina2(shift=6.0)),
+    "lumina2, dynamic shift": ("lumina2", lambda: _lumina2(**_DYNAMIC)),
+    "pixart alpha": ("pixart", lambda: _pixart(True)),
+    "pixart sigma": ("pixart", lambda: _pixart(False)),
+    "sana": ("sana", lambda: _sana(shift=3.0)),
+    "auraflow": ("auraflow", _auraflow),
+    "cogview4": ("cogview4", _cogview4),
+    "hidream": ("hidream", _hidream),
+    "krea2": ("krea2", lambda: _krea2(False)),
+    "krea2, distilled": ("krea2", lambda: _krea2(True)),
+    "ideogram4": ("ideogram4", _ideogram4),
+    "ernie_image": ("ernie_image", _ernie_image),
+    "wan": ("wan", _wan),
+    "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
+    "ltx": ("ltx", _ltx),
+    "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
+
+
+# the kinds that stand for those of their kind; the others run in `make test-all`
+ALWAYS = ("sd", "flux dev", "flux schnell", "flux,", "z_image", "flux2 klein", "ltx")
+
+
+def cells(kinds: Iterable[str], always: tuple[str, ...] = ALWAYS) -> list[Any]:
+    """Kinds as parameters of tests, slow ones marked."""
+    standing = {kind for kind in kinds if kind.startswith(always) and not kind.startswith(("sd3", "z_image,"))}
+    return [kind if kind in standing else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:

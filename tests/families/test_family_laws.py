@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 
@@ -10,20 +11,24 @@ import torch
 from diffusers import DDIMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from converters.families import TABLES
 from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.families.flow import Flow
-from diffpeft.families.prompts import embedded
-from tests.families.pipelines import KINDS, pipeline
+from diffpeft.families.latents import spread
+from diffpeft.families.prompts import embedded, stacked
+from diffpeft.model.target import select
+from diffpeft.train.sample import pictures, prompted
+from tests.families.pipelines import KINDS, cells, pipeline
 
-HEIGHT, WIDTH = 32, 48
-UNREAD = ("self", "return_dict", "joint_attention_kwargs")  # by the denoiser
+HEIGHT, WIDTH = 32, 64
+UNREAD = ("self", "return_dict", "joint_attention_kwargs", "attention_kwargs")  # by the denoiser
 PROMPTS = ["a red cat", "dog, very small, on a long wooden table"]
 FRAMES = [Frame((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH))] * 2
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=cells(KINDS))
 def kind(request):
     return request.param
 
@@ -40,43 +45,129 @@ def pipe(kind):
 
 
 @pytest.fixture
-def family(pipe):
-    return open_family(pipe)
+def family(kind, pipe):
+    return open_family(pipe, CaptionReading(max_length=READ.get(KINDS[kind][0])))
 
 
 @pytest.fixture
 def latents(family):
     """Pixels, the VAE's own mean of their latents, those that are trained on, and noise."""
     pixels = torch.rand(2, 3, HEIGHT, WIDTH, dtype=torch.float64) * 2 - 1
-    with torch.no_grad():
-        raw = family.pipe.vae.encode(pixels).latent_dist.mean
     z, _ = family.encode(pixels)
-    return raw, z, torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (
+        raw_latents(family, pixels),
+        z,
+        torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    )
 
 
-def as_given(pipe, x):
-    """Latents as the pipeline takes them: Flux wants them packed."""
-    return pipe._pack_latents(x, *x.shape) if hasattr(pipe, "_pack_latents") else x
+def packed(pipe, x):
+    """Latents as tokens in the order of the pipeline."""
+    return pipe._pack_latents(x, *x.shape)
 
 
-def draw(pipe, x, **options):
-    """One step of the pipeline from noised latents, without guidance; its decoder is asked for nothing but what it was given."""
-    decoded = []
-    pipe.vae.decode = lambda z, **_: decoded.append(z) or (torch.zeros(len(z), 3, HEIGHT, WIDTH),)
+def plain(pipe, x):
+    return x
+
+
+def tokens(pipe, x):
+    """One token a pixel."""
+    return x.flatten(2).mT
+
+
+# {family: how its pipeline takes latents, and how its denoiser says a velocity}; as they are, if it is not here
+SPELT = {
+    "flux": (packed, packed),
+    "chroma": (packed, packed),
+    "qwen_image": (packed, packed),
+    "flux2": (plain, tokens),
+    "lumina2": (plain, lambda pipe, v: -v),
+    "hidream": (plain, lambda pipe, v: -v),
+    "krea2": (packed, packed),
+    "ideogram4": (tokens, lambda pipe, v: -torch.cat([v.new_zeros(len(v), TEXT, v.shape[1]), tokens(pipe, v)], 1)),
+    "ltx": (tokens, tokens),
+    "pixart": (plain, lambda pipe, v: torch.cat([v, torch.ones_like(v)], dim=1)),
+    "z_image": (plain, lambda pipe, v: [-one.unsqueeze(1) for one in v]),
+}
+BINNED = {
+    name: {"use_resolution_binning": False} for name in ("pixart", "sana")
+}  # whose pictures have sizes of their own
+# {family: how its pipeline is asked for one picture without guidance}
+ASKED = {
+    "z_image": {"guidance_scale": 0.0},
+    "qwen_image": {"true_cfg_scale": 1.0},
+    **BINNED,
+    "krea2": {"guidance_scale": 0.0},
+    "ideogram4": {"guidance_schedule": None},
+    "ernie_image": {"use_pe": False},
+    "wan": {"num_frames": 1},
+    "ltx": {"num_frames": 1},
+}
+
+
+# {family: how its pipeline is asked for guidance, and for it by a blank prompt}, where that is not as it is elsewhere
+GUIDED = {"qwen_image": {"true_cfg_scale": 3.0}}
+BLANK = {"qwen_image": {"negative_prompt": ["", ""]}}
+# {family: how many tokens of captions are read here: less than usual, for speed}
+TEXT = 40
+READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux")}
+READ["lumina2"] = 80  # most are of the system prompt
+UNCOUNTED = {"ernie_image"}  # whose pipelines take no number of tokens
+
+
+def asked(family):
+    """How the pipeline is asked for one picture without guidance."""
+    name = NAMES[type(family)]
+    length = {"max_sequence_length": READ[name]} if name in READ and name not in UNCOUNTED else {}
+    return {"guidance_scale": 1.0} | ASKED.get(name, {}) | length
+
+
+NAMES = {cls: name for name, cls in FAMILIES.items()}
+
+
+def spelt(family, x, answer=False):
+    """Latents as the pipeline takes them, or an answer of the denoiser."""
+    return SPELT.get(NAMES[type(family)], (plain, plain))[answer](family.pipe, x)
+
+
+def raw_latents(family, pixels):
+    """The VAE's own mean of the latents, of clips of one frame where it reads clips."""
+    vae = family.pipe.vae
+    clips = any(isinstance(m, torch.nn.Conv3d) for m in vae.modules())
+    with torch.no_grad():
+        out = vae.encode(pixels.unsqueeze(2) if clips else pixels)
+    return out.latent if "latent" in out else out.latent_dist.mean
+
+
+def draw(family, x, sigma=None, prompts=PROMPTS, **options):
+    """One step of the pipeline from noised latents, without guidance; its decoder is asked for nothing but what it was given.
+
+    It begins at a share of noise, where it is said.
+    """
+    pipe, decoded, times = family.pipe, [], family.pipe.scheduler.set_timesteps
+
+    def begun(*_, sigmas=None, timesteps=None, mu=None, device=None, **__):
+        said = {} if mu is None else {"mu": mu}
+        times(sigmas=[sigma], device=device, **(said if timesteps is None else said | {"timesteps": [1000 * sigma]}))
+
+    pipe.vae.decode = lambda z, *_, **__: decoded.append(z) or (torch.zeros(len(z), 3, *z.shape[2:-2], HEIGHT, WIDTH),)
+    size = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 1}
     try:
-        pipe(
-            PROMPTS,
-            height=HEIGHT,
-            width=WIDTH,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            latents=as_given(pipe, x),
-            output_type="pt",
-            **options,
-        )
+        with times_set_by(pipe, times if sigma is None else begun):
+            pipe(prompt=list(prompts), latents=spelt(family, x), output_type="pt", **size, **asked(family), **options)
     finally:
         del pipe.vae.decode
     return decoded[0]
+
+
+@contextlib.contextmanager
+def times_set_by(pipe, function):
+    """Another function that sets the scheduler's times."""
+    pipe.scheduler.set_timesteps = function
+    try:
+        yield
+    finally:
+        del pipe.scheduler.set_timesteps
 
 
 def calls(model, run):
@@ -104,23 +195,33 @@ def first_level(family, shape):
     return (scheduler.timesteps[:1].double() + 0.5).repeat(2) / len(family.levels.alphas)
 
 
-SIGMAS = {"flow": [{"sigmas": [0.6]}, {"sigmas": [0.15]}]}  # of a pipeline that takes where to begin
+SIGMAS = {"flow": [0.6, 0.15]}  # where a pipeline is made to begin
 
 
 def test_every_family_is_known_by_its_pipeline(kind, pipe):
-    assert family_of(pipe) == KINDS[kind][0] and type(open_family(pipe)) is FAMILIES[KINDS[kind][0]]
+    named = KINDS[kind][0] if KINDS[kind][0] in TABLES else None
+    assert family_of(pipe) == named and type(open_family(pipe)) is FAMILIES[KINDS[kind][0]]
     assert {family for family, _ in KINDS.values()} == set(FAMILIES)
 
 
-def test_the_denoiser_reads_what_the_pipeline_hands_it(family, latents):
+TRIMMED = ("krea2", "ideogram4")  # the pipeline fills texts up, which masks and places make equal to not doing it
+
+
+def test_the_denoiser_reads_what_the_pipeline_hands_it(kind, family, latents):
     _, z, n = latents
-    options = SIGMAS.get(family.levels.kind, [{}])[0]
+    sigma = SIGMAS.get(family.levels.kind, [None])[0]
     denoiser = family.parts(family.denoiser)
-    (theirs,) = calls(denoiser, lambda: draw(family.pipe, n, **options))
+    (theirs,) = calls(denoiser, lambda: draw(family, n, sigma))
     u = first_level(family, z.shape)
     time = family.levels.noised(z, n, u).t
     conditions = embedded(family, PROMPTS) | family.framed(FRAMES)
     (ours,) = calls(denoiser, lambda: family.predict(n, time, conditions))
+    if KINDS[kind][0] in TRIMMED:
+        torch.testing.assert_close(ours["timestep"].double(), theirs["timestep"].double(), rtol=1e-6, atol=0)
+        with torch.no_grad():
+            answers = [denoiser(**said, return_dict=False)[0][:, -n[0, 0].numel() :] for said in (ours, theirs)]
+        torch.testing.assert_close(*answers, rtol=1e-6, atol=1e-6)  # places in fp32
+        return
     assert ours.keys() == theirs.keys()
     compare(ours, theirs)
 
@@ -130,6 +231,10 @@ def compare(ours, theirs):
         if isinstance(value, dict):
             assert ours[name].keys() == value.keys()
             compare(ours[name], value)
+        elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
+            compare(dict(enumerate(ours[name])), dict(enumerate(value)))
+        elif not isinstance(value, torch.Tensor):
+            assert ours[name] == value, name
         else:  # times are in fp32 in the schedulers
             torch.testing.assert_close(
                 ours[name].double(), value.double().expand(ours[name].shape), rtol=1e-6, atol=1e-9
@@ -139,15 +244,16 @@ def compare(ours, theirs):
 def test_one_step_with_the_true_target_leads_back_to_the_picture(family, latents, monkeypatch):
     """Normalisation of the latents, time, sign and target at once: what the pipeline decodes is what the VAE had encoded."""
     raw, z, n = latents
-    for options in SIGMAS.get(family.levels.kind, [{}]):
+    for sigma in SIGMAS.get(family.levels.kind, [None]):
         denoiser, target = family.parts(family.denoiser), [n]
-        monkeypatch.setattr(denoiser, "forward", lambda *_, target=target, **__: (as_given(family.pipe, target[0]),))
-        draw(family.pipe, n, **options)  # sets the scheduler's times
+        answer = lambda *_, target=target, **__: (spelt(family, target[0], answer=True),)  # noqa: E731
+        monkeypatch.setattr(denoiser, "forward", answer)
+        draw(family, n, sigma)  # sets the scheduler's times
         noised = family.levels.noised(z, n, first_level(family, z.shape))
         target[0] = noised.target
-        torch.testing.assert_close(draw(family.pipe, noised.x, **options), raw, rtol=0, atol=2e-5)  # fp32 schedulers
+        torch.testing.assert_close(draw(family, noised.x, sigma).double(), raw, rtol=0, atol=2e-5)  # fp32 schedulers
         target[0] = noised.target + 0.1  # a test that can fail
-        assert (draw(family.pipe, noised.x, **options) - raw).abs().max() > 1e-2
+        assert (draw(family, noised.x, sigma) - raw).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("place", [0.02, 0.5, 0.97])
@@ -156,16 +262,14 @@ def test_every_level_leads_back(place, family, latents):
     noised = family.levels.noised(z, n, torch.full((2,), place, dtype=torch.float64))
     scheduler = type(family.pipe.scheduler).from_config(family.pipe.scheduler.config)
     if noised.kind == "flow":
-        sigma = noised.sigma.view(-1, 1, 1, 1)
+        sigma = spread(noised.sigma, n)
         back = noised.x - sigma * noised.target  # Euler's step to 0
     else:
         scheduler.set_timesteps(1)
         back = scheduler.step(noised.target, noised.t[0], noised.x).prev_sample
     torch.testing.assert_close(back, z, rtol=0, atol=2e-5)
     signal = {"flow": 1 - noised.sigma}.get(noised.kind, (1 - noised.sigma**2).sqrt())
-    torch.testing.assert_close(
-        signal.view(-1, 1, 1, 1) * z + noised.sigma.view(-1, 1, 1, 1) * n, noised.x, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(spread(signal, z) * z + spread(noised.sigma, z) * n, noised.x, rtol=0, atol=1e-5)
     snr = signal**2 / noised.sigma**2  # 1 - sigma^2 cancels in fp32
     torch.testing.assert_close(snr, noised.snr.to(signal), rtol=1e-4, atol=1e-6)
 
@@ -181,33 +285,113 @@ def test_a_level_and_its_share_of_noise_are_inverse(family):
     )  # 1 - a cancels in fp32
 
 
-def test_a_flow_is_shifted_by_the_size_as_the_sampler_shifts_it(family):
+def test_a_flow_is_shifted_by_the_size_as_the_sampler_shifts_it(kind, family):
     if family.levels.kind != "flow":
         assert family.levels.density == "uniform"
         return
     assert family.levels.density == "logit_normal"
-    for side in (8, 64):
-        mu = {"mu": 0.5 + 0.65 * ((side // 2) ** 2 - 256) / (4096 - 256)} if family.levels.shift is None else {}
-        scheduler = type(family.pipe.scheduler).from_config(family.pipe.scheduler.config)
-        scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.2], **mu)
+    if KINDS[kind][0] == "ideogram4":
+        return  # it shifts the levels itself
+    for height, width in ((HEIGHT, WIDTH), (3 * HEIGHT, 2 * WIDTH)):
+        scheduler, said = family.pipe.scheduler, set_by(family, height, width)
+        scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.2], **said)
         want = scheduler.sigmas[:3].double()
-        got = family.levels.sigma(torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64), (1, 4, side, side))
+        shape = family.encode(torch.zeros(1, 3, height, width, dtype=torch.float64))[0].shape
+        got = family.levels.sigma(torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64), shape)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("height, width", [(32, 64), (512, 512), (1024, 2048)])
+def test_the_levels_of_ideogram_are_shifted_as_its_pipeline_computes_them(height, width):
+    from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
+
+    family, n = open_family(pipeline("ideogram4")), 12
+    want = _logit_normal_sigmas(n, _resolution_aware_mu(height, width, 0.0), std=1.5).double()
+    places = torch.special.ndtri(torch.arange(n, 0, -1, dtype=torch.float64) / n)
+    got = family.levels.sigma((1.5 * places).sigmoid(), (1, 16, height // 4, width // 4))
+    torch.testing.assert_close(got[1:], want[1:], rtol=1e-5, atol=0)  # the first is cut short of pure noise
+
+
+class Enough(Exception):
+    """What was to be seen has been seen."""
+
+
+def set_by(family, height, width):
+    """The mu that the pipeline gives its scheduler for pictures of a size, in as many steps as it takes by itself."""
+    said = {}
+
+    def noted(*_, sigmas=None, timesteps=None, mu=None, **__):
+        said.update({} if mu is None else {"mu": mu})
+        raise Enough
+
+    with times_set_by(family.pipe, noted), pytest.raises(Enough):
+        family.pipe(prompt="a cat", height=height, width=width, **asked(family))
+    return said
 
 
 def test_prompts_as_embeddings_draw_what_the_texts_draw(family):
     pipe, seed = family.pipe, lambda: torch.Generator().manual_seed(0)
-    options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+    options = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "output_type": "pt"}
+    name = NAMES[type(family)]
+    options |= asked(family) | GUIDED.get(name, {"guidance_scale": 3.0})
     with torch.no_grad():
-        want = pipe(PROMPTS, generator=seed(), **options).images
+        want = pipe(prompt=list(PROMPTS), generator=seed(), **BLANK.get(name, {}), **options)[0]
         keywords = family.prompted(embedded(family, PROMPTS), embedded(family, ["", ""]))
         encoders = {name: getattr(pipe, name) for name in family.text_encoders}
         for name in encoders:
             setattr(pipe, name, None)  # they have left the device
-        got = pipe(**keywords, generator=seed(), **options).images
+        got = pipe(**options | keywords, generator=seed())[0]
         for name, encoder in encoders.items():
             setattr(pipe, name, encoder)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_pictures_are_drawn_from_what_was_read(family):
+    """Of pipelines of every kind, as class images are, with text encoders that are gone."""
+    texts = {prompt: embedded(family, [prompt] * 2) for prompt in (PROMPTS[0], "")}
+
+    def asked_for(prompts):
+        size = {"height": HEIGHT, "width": WIDTH} | BINNED.get(NAMES[type(family)], {})
+        return prompted(family, lambda prompts: texts[prompts[0]], prompts) | size
+
+    drawn = pictures(family.pipe, [PROMPTS[0]] * 2, [1, 2], steps=2, guidance=3.0, asked=asked_for)
+    assert drawn.shape == (2, HEIGHT, WIDTH, 3) and (drawn[0] != drawn[1]).any()  # by their seeds
+
+
+@torch.no_grad()
+def test_a_caption_is_read_alike_alone_and_among_others(family, latents):
+    _, z, n = latents
+    together, alone = embedded(family, PROMPTS), [embedded(family, [prompt]) for prompt in PROMPTS]
+    one_by_one = stacked([{name: t[0] for name, t in row.items()} for row in alone])
+    compare(one_by_one, together)
+    noised, frames = family.levels.noised(z, n, torch.tensor([0.3, 0.6], dtype=torch.float64)), family.framed(FRAMES)
+    both = family.predict(noised.x, noised.t, together | frames)
+    each = [
+        family.predict(noised.x[i : i + 1], noised.t[i : i + 1], row | family.framed(FRAMES[:1]))
+        for i, row in enumerate(alone)
+    ]
+    torch.testing.assert_close(both, torch.cat(each), rtol=1e-6, atol=1e-9)
+
+
+def test_every_layer_that_a_preset_chooses_is_learnt(family, latents):
+    """A layer that nothing reads is no error of the user's: it is not chosen."""
+    _, z, n = latents
+    model, unread = family.parts(family.denoiser), family.unread.get(family.denoiser)
+    model.requires_grad_(True)
+    conditions = {k: t.detach() for k, t in embedded(family, PROMPTS).items()} | family.framed(FRAMES)
+    noised = family.levels.noised(z, n, torch.tensor([0.3, 0.6], dtype=torch.float64))
+    (family.predict(noised.x, noised.t, conditions) - noised.target).square().sum().backward()
+    layers = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)}
+    idle = {n for n, m in layers.items() if m.weight.grad is None or not m.weight.grad.any()}
+    model.zero_grad(set_to_none=True)
+    for preset in ("attn", "attn-mlp", "full"):
+        chosen = select({"m": model}, targets=family.presets.get(preset, preset), exclude=unread)["m"]
+        assert chosen.keys() and not idle & chosen.keys(), preset
+    everything = select({"m": model}, targets="full")["m"].keys()
+    excluded = {name for name in everything if re.fullmatch(unread or "", name)}
+    assert idle & everything <= excluded and ("experts" in str(unread) or idle & everything == excluded)
 
 
 def test_conditions_of_encoders_and_frames_have_names_of_their_own(family):

@@ -23,7 +23,8 @@ def tokenizers_of(model: str) -> list[Component]:
 
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         classes = {name: entry[1] for name, entry in index.items() if name.startswith("tokenizer") and entry[1]}
-        return [getattr(transformers, kind).from_pretrained(folder / name) for name, kind in classes.items()]
+        loaded = [getattr(transformers, kind).from_pretrained(folder / name) for name, kind in classes.items()]
+        return [getattr(tokenizer, "tokenizer", tokenizer) for tokenizer in loaded]  # some are processors around one
     except Exception:  # libraries raise what they like: loading the model will say what is wrong
         return []
 

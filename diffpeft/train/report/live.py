@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpeft.files import Json
+from diffpeft.train import machines
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.report.page import Page, Status
 from diffpeft.train.signals import Interrupted
@@ -54,8 +55,10 @@ class Live:
                 self.renew()
 
     def renew(self, **changes: Any) -> Page:
-        """Write the page with these changes. Raises OSError."""
-        self.current(**changes).write(self.path)
+        """Write the page with these changes; of several processes the main one does. Raises OSError."""
+        page = self.current(**changes)
+        if machines.world().main:
+            page.write(self.path)
         self.written = time.monotonic()
         return self.page
 

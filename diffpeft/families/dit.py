@@ -1,0 +1,126 @@
+"""Diffusion transformers of one kind: the pipeline turns a prompt into conditions through text encoders that stay as they are, and the transformer
+predicts a velocity. A family of this kind says what is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
+from diffpeft.families.devices import sent
+from diffpeft.families.flow import Flow
+from diffpeft.families.latents import encoded, factor, precise
+from diffpeft.families.prompts import length_within, stacked
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffpeft.families.parts import Component, Configs, Parts
+
+
+def in_blocks(blocks: str, attention: str, mlp: str) -> Mapping[str, str]:
+    """The presets of a transformer by regular expressions: of its blocks, and in these of the layers of attention and of those that follow it."""
+    return MappingProxyType(
+        {"attn": rf"{blocks}\.({attention})", "attn-mlp": rf"{blocks}\.({attention}|{mlp})"},
+    )
+
+
+class Transformer:
+    """The training side of a pipeline of this kind. It asks the pipeline itself for its conditions: templates, masks and lengths are the pipeline's."""
+
+    name = ""  # in messages
+    pipelines: tuple[str, ...] = ()
+    denoiser = "transformer"
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    adaptable: tuple[str, ...] = ()
+    presets: Mapping[str, str] = MappingProxyType({})
+    unread: Mapping[str, str] = MappingProxyType({})
+    guidance: Mapping[str, str] = MappingProxyType({"cfg": "guidance_scale"})
+    drawing_steps = 25
+    packing = 1
+    patch = 2  # latent pixels, the side of a token
+    side = 1024  # pixels that published models were made for
+    tokens = 512  # of a caption that are usually read
+    most_tokens = 512
+    architecture = ""
+    base_version = ""
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        self.max_length = length_within(reading, self.tokens, self.most_tokens, self.name)
+        self.parts, self.pipe = parts, parts.pipe
+        self.levels: Levels = self.levels_of(parts.pipe.scheduler)
+        self.resolution, self.multiple = self.sizes(parts.configs).known()
+
+    def levels_of(self, scheduler: Component) -> Levels:
+        """The levels of noise that the pipeline draws at."""
+        return Flow.of(scheduler, self.patch)
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """Whole tokens."""
+        pixels = factor(configs.get("vae", {}))
+        return Sizes(cls.side, pixels * cls.patch if pixels else None)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
+        return encoded(self.parts("vae"), pixels)
+
+    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+        """The conditions of prompts, each of which is read by itself."""
+        import torch
+
+        model = self.parts(encoder)
+        with torch.no_grad():
+            return stacked([self.read(encoder, prompt, model.device) for prompt in prompts])
+
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
+        """What a text encoder makes of one prompt, without the batch's axis."""
+        raise NotImplementedError
+
+    def framed(self, frames: Sequence[Frame]) -> Conditions:
+        """Nothing: the transformer reads no sizes but that of its latents."""
+        return {}
+
+    def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The velocity [b, c, *size]."""
+        model = self.parts(self.denoiser)
+        read = {
+            name: sent(value, model.device).to(model.dtype) if value.is_floating_point() else value
+            for name, value in conditions.items()
+        }
+        return precise(self.velocity(model, x.to(model.dtype), t, read))
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """What the transformer says of latents x [b, c, *size] at shares of noise t [b], as a velocity towards the noise."""
+        raise NotImplementedError
+
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """As the pipeline takes prompts."""
+        raise NotImplementedError
+
+
+def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:
+    """Texts [b, n, w] without what fills them up: a list of [n, w]."""
+    pairs = zip(conditions[name], conditions["length"].tolist(), strict=True)
+    return [text[:length] for text, length in pairs]
+
+
+def mask_of(conditions: Conditions, name: str = "text") -> Tensor | None:
+    """Which tokens of texts [b, n, w] are no filling [b, n], on the host; None if all are."""
+    import torch
+
+    length, n = conditions["length"], conditions[name].shape[1]
+    return None if bool((length == n).all()) else torch.arange(n) < length[:, None]
+
+
+def masked_prompts(prompts: Conditions, negative: Conditions) -> Prompted:
+    """As pipelines take prompts whose conditions are a text and a mask."""
+    return {
+        "prompt_embeds": prompts["text"],
+        "prompt_attention_mask": prompts["mask"],
+        "negative_prompt_embeds": negative["text"],
+        "negative_prompt_attention_mask": negative["mask"],
+    }

@@ -1,0 +1,58 @@
+"""Wan 2.1 and 2.2 (Alibaba 2025, arXiv:2503.20314), text to video, on single frames: clips [b, c, f, h, w], and UMT5's hidden states with zeros behind."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from diffpeft.errors import WrongBaseError
+from diffpeft.families.base import CaptionReading, Conditions, Prompted
+from diffpeft.families.dit import Transformer, in_blocks
+from diffpeft.families.latents import encoded
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffpeft.families.parts import Component, Parts
+
+
+class Wan(Transformer):
+    """The training side of a WanPipeline with one denoiser."""
+
+    name = "Wan"
+    pipelines: tuple[str, ...] = ("WanPipeline",)
+    presets = in_blocks(r"blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ffn\.net\.(0\.proj|2)")
+    side = 640  # about the area of 480 x 832
+    architecture = "wan2.1"
+    base_version = "wan"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        if parts.pipe.config.boundary_ratio is not None:
+            raise WrongBaseError(
+                "this Wan has two denoisers, one for much noise and one for little: they cannot be trained yet",
+                remedy="Take a model of one: Wan 2.1, or Wan 2.2 of 5 billion parameters.",
+            )
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
+        return encoded(self.parts("vae"), pixels.unsqueeze(2))
+
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
+        """UMT5's hidden states [n, width], zeros where they are filling."""
+        texts, _ = self.pipe.encode_prompt(
+            [prompt], do_classifier_free_guidance=False, device=device, max_sequence_length=self.max_length
+        )
+        return {"text": texts[0]}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """Time is a thousand times the share of noise; some models read it once a token."""
+        time = 1000 * t
+        if self.pipe.config.expand_timesteps:
+            time = time[:, None].expand(-1, math.prod(x.shape[2:]) // self.patch**2)
+        return model(hidden_states=x, timestep=time, encoder_hidden_states=read["text"], return_dict=False)[0]
+
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """As a WanPipeline takes prompts, for single frames."""
+        return {"prompt_embeds": prompts["text"], "negative_prompt_embeds": negative["text"], "num_frames": 1}
