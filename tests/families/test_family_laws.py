@@ -102,6 +102,7 @@ ASKED = {
     "ernie_image": {"use_pe": False},
     "wan": {"num_frames": 1},
     "ltx": {"num_frames": 1},
+    "hunyuan_video": {"num_frames": 1, "true_cfg_scale": 1.0},
 }
 
 
@@ -111,7 +112,7 @@ BLANK = {"qwen_image": {"negative_prompt": ["", ""]}}
 # {family: how many tokens of captions are read here: less than usual, for speed}
 TEXT = 40
 READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux")}
-READ["lumina2"] = 80  # most are of the system prompt
+READ |= {"lumina2": 80, "hunyuan_video": 120}  # most are of the system prompt
 UNCOUNTED = {"ernie_image"}  # whose pipelines take no number of tokens
 
 
