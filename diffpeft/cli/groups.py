@@ -50,6 +50,8 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "density_scale",
         "shift",
         "sigma_range",
+        "base_range",
+        "base_weight",
     ),
     "Steps": (
         "steps",

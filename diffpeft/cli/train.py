@@ -16,7 +16,9 @@ from diffpeft.train import machines
 from diffpeft.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from diffpeft.train.check import Checked
     from diffpeft.train.dreambooth import TrainRun
+    from diffpeft.train.watch import Watch
 
 
 @click.command(cls=Pasted)
@@ -46,28 +48,29 @@ def train(
     if print_config:
         _print(chosen)
         return None
-    options = chosen.options
+    if as_json and not dry_run:
+        raise click.UsageError("--json is for --dry-run.")
     if dry_run:
         _plan(chosen, as_json)
         return None
-
-    if (code := launched(options)) is not None:
+    if (code := launched(chosen.options)) is not None:
         return code
+    _run(chosen)
+    return None
 
+
+def _run(chosen: Chosen[TrainConfig]) -> None:
+    """Train, in this process or one of several, and print the paths of the files."""
     from diffpeft.cli.progress import watching
-    from diffpeft.train.check import check
     from diffpeft.train.lock import occupied
     from diffpeft.train.signals import ending
 
     follow_launcher()
+    options = chosen.options
     with ending(), watching() as progress, occupied(options.output()):
         wait_for_main()  # what it refuses is refused once
-        for note in chosen.notes:
-            progress.note(note)
-        progress.phase("looking at the data")
-        checked = check(options, chosen.origins)
-        for line in checked.account.lines():
-            progress.note(line)
+        checked = _checked(chosen, progress)
+        progress.note(f"to watch in a browser, from the first step on: {options.output() / 'report.html'}")
 
         from diffpeft.train import dreambooth
         from diffpeft.train.progress import quiet_bars
@@ -76,20 +79,27 @@ def train(
         run = dreambooth.train(options, progress, checked)
         if not machines.world().main:
             dreambooth.save(run)
-            return None
-        progress.phase("writing")
-        files, readers = _written(run)
-        if run.best:
-            progress.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
-        for name, text in readers.items():
-            progress.note(f"{name}: {text}")
-    for file in files:
+            return
+        files = _saved(run, progress)
+    for file in dict.fromkeys([*files, *run.files]):
         click.echo(file)
     if options.push_to_hub:
         from diffpeft.train.publish import push
 
         click.echo(push(run))
-    return None
+
+
+def _checked(chosen: Chosen[TrainConfig], watch: Watch) -> Checked:
+    """What the checks say that need no model; notes on options and the account are told."""
+    from diffpeft.train.check import check
+
+    for note in chosen.notes:
+        watch.note(note)
+    watch.phase("looking at the data")
+    checked = check(chosen.options, chosen.origins)
+    for line in checked.account.lines():
+        watch.note(line)
+    return checked
 
 
 def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
@@ -120,11 +130,19 @@ def _print(chosen: Chosen[TrainConfig]) -> None:
     click.echo(text, nl=False)
 
 
-def _written(run: TrainRun) -> tuple[list[Path], dict[str, str]]:
-    """Write the figures, the adapter and the page; the files, and which programs read them."""
+def _saved(run: TrainRun, watch: Watch) -> list[Path]:
+    """Write the figures, the adapter and the page, and say whose step it is and which programs read the files; the paths."""
     from diffpeft.train import dreambooth
+    from diffpeft.train.save import earlier_files
     from diffpeft.train.watching import write_metrics
 
+    watch.phase("writing")
     metrics = write_metrics(run)
     files = [*dreambooth.save(run), metrics]
-    return [*files, run.config.output() / "report.html"], dreambooth.readers(run, files)
+    if run.best:
+        watch.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
+    for name, text in dreambooth.readers(run, files).items():
+        watch.note(f"{name}: {text}")
+    for name in earlier_files(run):
+        watch.note(f"{name}: of an earlier run, and not written by this one")
+    return [*files, run.config.output() / "report.html"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from diffpeft.train import draw, machines
 from diffpeft.train.config import target_names
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
+from diffpeft.train.journal import HELDOUT
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, fit
 from diffpeft.train.method import CONFIGS
@@ -45,6 +47,7 @@ from diffpeft.train.showing import PAGE
 from diffpeft.train.state import fingerprint, read
 from diffpeft.train.team import meet, team
 from diffpeft.train.watch import Quiet, Watch
+from diffpeft.train.watching import logbook_of, tabulated
 
 ANSWER = 48  # tokens of an answer that is shown in the report
 Sequences = Sequence[Sequence[TokenExample]]
@@ -85,13 +88,7 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
     if team().main:
         open_repository(typed)
     start, device = time.perf_counter(), default_device()
-    config = replace(
-        typed,
-        num_processes=machines.several() or typed.num_processes,
-        dtype=checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device),
-        alpha=typed.rank if typed.alpha is None else typed.alpha,
-        lr=rate_of(typed),
-    )
+    config = resolved(typed, device)
     watch.phase("loading the model")
     tokenizer, model = open_model(config, device)
     examples, heldout = (
@@ -103,29 +100,46 @@ def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:
         torch.manual_seed(config.seed)
         model = adapt(config, model)
         loss = Loss(model, tokenizer.pad_token_id)
-        questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)][: config.samples]
-        measures = team().main or machines.sharding(config)  # a sharded model computes in all processes or in none
-        measured = (heldout, questions) if measures else ([], [])
-        measure = Measure(loss, tokenizer, *measured, config.batch_size, watch)
+        measure = Measure(loss, tokenizer, *_measured(config, examples, heldout), config.batch_size, watch)
         said = origins_of(typed, config, checked.origins)
         watch.phase("measuring")
         shown = SftPage(config, said, measure, measure.rows, bool(heldout))
         with shown.live.told():
             losses = _fitted(typed, config, loss, sequences, checked, shown, watch)
-            watch.phase("measuring")
-            after = shown.end()
+        after = shown.now
         model.eval()
     return SftRun(
         config,
         model,
         tokenizer,
         losses,
-        {"before": shown.before.loss, "after": after.loss} if heldout else {},
+        after.compared(shown.before, config.steps).table() if heldout else {},
         measure.rows(shown.before.answers, after.answers),
         sum(texts.tokens(drawn(config, sequences, step)) for step in range(config.steps)),
         time.perf_counter() - start,
         shown,
     )
+
+
+def resolved(typed: SftConfig, device: str) -> SftConfig:
+    """The options with what their defaults come to."""
+    return replace(
+        typed,
+        num_processes=machines.several() or typed.num_processes,
+        dtype=checked_dtype(typed.dtype or machines.precision() or default_dtype(device), device),
+        alpha=typed.rank if typed.alpha is None else typed.alpha,
+        lr=rate_of(typed),
+    )
+
+
+def _measured(
+    config: SftConfig, examples: Sequence[TokenExample], heldout: Sequence[TokenExample]
+) -> tuple[Sequence[TokenExample], Sequence[TokenExample]]:
+    """The examples that the loss is measured on, and those whose questions are answered; of several processes the main one's."""
+    if not (team().main or machines.sharding(config)):  # a sharded model computes in all processes or in none
+        return [], []
+    questions = [e for e in heldout or examples if 0 < len(e.prompt) < len(e.ids)]
+    return heldout, questions[: config.samples]
 
 
 def _fitted(
@@ -156,8 +170,13 @@ def _fitted(
         "sft",
     )
     job = job_of(config, trained, StepLoss(config, loss, sequences))
-    shown.begin(job.schedule.at, checked.state, keeper.command)
-    losses = fit(job, keeper, shown.events(Events.of(watch, config.steps)), shown.live.clock)
+    clock, done = shown.live.clock, checked.state.step if checked.state else 0
+    log = logbook_of(config, config.name_by_output(), done, clock, watch)
+    with contextlib.closing(tabulated(log, config, job.optimizer, HELDOUT if shown.heldout else ())):
+        shown.begin(job.schedule.at, checked.state, keeper.command, log)
+        losses = fit(job, keeper, shown.events(replace(Events.of(watch, config.steps), log=log)), clock)
+        watch.phase("measuring")
+        shown.end()
     refuse_idle(model.get_base_model(), model.active_adapters[0], config.allow_unchanged)
     return losses
 
@@ -246,6 +265,13 @@ class Loss:
 
     def total(self, sequences: Sequences) -> Tensor:
         """The sum over the tokens of a batch of sequences: a number []."""
+        return self._crossed(sequences, "sum")
+
+    def each(self, sequences: Sequences) -> Tensor:
+        """The sum over the tokens of each of a batch of sequences [b]."""
+        return self._crossed(sequences, "none").view(len(sequences), -1).sum(1)
+
+    def _crossed(self, sequences: Sequences, reduction: str) -> Tensor:
         batch = {name: t.to(self.model.device) for name, t in texts.collated(sequences, self.pad).items()}
         following = batch.pop("labels")[:, 1:]
         keep = (following != IGNORED).any(0).nonzero().squeeze(1)
@@ -253,14 +279,8 @@ class Loss:
         logits = self.model(**batch, use_cache=False, **wanted).logits
         logits = logits if self.can_keep else logits[:, keep]
         return F.cross_entropy(
-            logits.float().flatten(0, 1), following[:, keep].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.float().flatten(0, 1), following[:, keep].flatten(), ignore_index=IGNORED, reduction=reduction
         )
-
-    def parts(self, sequences: Sequences, size: int) -> Iterator[Tensor]:
-        """The mean [] over the tokens of all sequences, as a sum of parts with `size` sequences each: accumulating changes nothing."""
-        tokens = texts.tokens(sequences)
-        for start in range(0, len(sequences), size):
-            yield self.total(sequences[start : start + size]) / tokens
 
 
 def drawn(config: SftConfig, sequences: Sequences, step: int) -> list[Sequence[TokenExample]]:
@@ -283,14 +303,14 @@ class Measure:
     @torch.no_grad()
     def __call__(self) -> Measured:
         """The mean loss of a learnt token, and the answers. The model goes on in the mode that it was in."""
-        training, total = self.loss.model.training, 0.0
+        training, losses = self.loss.model.training, list[float]()
         self.loss.model.eval()
-        for part in self.loss.parts([[e] for e in self.heldout], self.batch_size):
-            total += part.item()
+        for start in range(0, len(self.heldout), self.batch_size):
+            losses += self.loss.each([[e] for e in self.heldout[start : start + self.batch_size]]).tolist()
             self.watch.tick()
         answers = [self._answer(e) for e in self.questions]
         self.loss.model.train(training)
-        return Measured(total, answers)
+        return Measured(losses, [e.tokens for e in self.heldout], answers)
 
     def _answer(self, example: TokenExample) -> str:
         """What the model says to an example's prompt."""
@@ -358,6 +378,7 @@ def _written(run: SftRun, out: Path) -> list[Path]:
         "method": run.config.method,
         "learnt_tokens": run.learnt_tokens,
     }
+    table = {**run.shown.live.clock.usage().table(run.config.examples()), **table}
     with replacing(out / "metrics.json") as f:
         f.write(json.dumps(table, indent=1).encode())
     run.shown.finished(files, out).write(out / PAGE)

@@ -8,22 +8,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from diffpeft.llm.sft_config import SftConfig
-from diffpeft.train.heldout import HeldoutLoss
+from diffpeft.train.heldout import HeldoutLoss, ratio_error
 from diffpeft.train.report import FINISHED, Page, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.showing import PAGE, losses_until, page_of
 
 if TYPE_CHECKING:
     from diffpeft.train.checkpoints import SavedState
+    from diffpeft.train.journal import Logbook
     from diffpeft.train.loop import Events
 
 
 class Measured(NamedTuple):
-    """The mean loss on held-out examples (0 if there are none), and the answers to some questions."""
+    """The losses of held-out examples, each the sum over so many tokens, and the answers to some questions."""
 
-    loss: float
+    losses: list[float]
+    tokens: list[int]
     answers: list[str]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of a token; 0 if there are no examples."""
+        return sum(self.losses) / max(sum(self.tokens), 1)
+
+    def compared(self, before: Measured, step: int) -> HeldoutLoss:
+        """It beside what was measured before, with the standard error of the difference over the examples."""
+        gap = np.subtract(before.losses, self.losses)
+        error = ratio_error(gap, np.array(self.tokens)) if sum(self.tokens) else 0.0
+        return HeldoutLoss(step, before.loss, self.loss, error, (), len(self.losses))
 
 
 class SftPage:
@@ -46,25 +61,31 @@ class SftPage:
         self.config, self.measure, self.rows, self.heldout = config, measure, rows, heldout
         self.before = self.now = measure()
         self.losses: list[HeldoutLoss] = []
+        self.log: Logbook | None = None
         page = page_of(config, f"diffpeft: {config.output().name}", origins=origins)
         self.live = Live(config.output() / PAGE, page, changes=self._changes)
         self._keep(0)
 
     def _keep(self, step: int) -> None:
         if self.heldout:
-            self.losses.append(HeldoutLoss(step, self.before.loss, self.now.loss, 0.0, ()))
+            self.losses.append(self.now.compared(self.before, step))
+            if self.log is not None:
+                self.log.measured(self.losses[-1])
 
     def _changes(self) -> dict[str, object]:
         rows = self.rows(self.before.answers, self.now.answers)
-        losses = {"before": self.before.loss, "after": self.now.loss}
+        losses = self.losses[-1].table() if self.losses else {}
         return {
             "answers": rows,
             "heldout": tuple(self.losses) if len(self.losses) > 1 else (),
             "measures": {"heldout_loss": losses} if self.heldout else {},
         }
 
-    def begin(self, rate: Callable[[int], float], resumed: SavedState | None, command: str) -> None:
-        """Write the page of a run that begins, or goes on from a state."""
+    def begin(self, rate: Callable[[int], float], resumed: SavedState | None, command: str, log: Logbook) -> None:
+        """Write the page of a run that begins, or goes on from a state. `log` is told of what is measured."""
+        self.log = log
+        if self.losses and resumed is None:
+            log.measured(self.losses[0])
         self.live.rate, self.live.command, self.live.losses = rate, command, losses_until(resumed)
         self.live.renew()
 

@@ -1,9 +1,10 @@
-"""Shared pure functions: Tucker and Khatri-Rao products, Cayley maps, block products."""
+"""Shared pure functions: elementwise, Tucker and Khatri-Rao products, Cayley maps, block products."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,37 @@ def cayley_neumann(Q: Tensor, terms: int, last: float = 1) -> Tensor:
         R = R + (last if n == powers > 1 else 2) * power
         power = power @ Q if n < powers else power
     return R
+
+
+class _Hadamard(torch.autograd.Function):
+    """`hadamard` with nothing kept but the factors: both products are as large as the weight, and quickly made again."""
+
+    @staticmethod
+    def forward(ctx: Any, up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> Tensor:
+        ctx.save_for_backward(up1, down1, up2, down2)
+        return (up1 @ down1).mul_(up2 @ down2)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        up1, down1, up2, down2 = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients: list[Tensor | None] = []
+        for (up, down), (other_up, other_down), (of_up, of_down) in (
+            ((up1, down1), (up2, down2), needs[:2]),
+            ((up2, down2), (up1, down1), needs[2:]),
+        ):
+            product = g * (other_up @ other_down)
+            gradients += [product @ down.t() if of_up else None, up.t() @ product if of_down else None]
+        return tuple(gradients)
+
+
+def hadamard(up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> Tensor:
+    """(up1 down1) * (up2 down2), elementwise.  up [o, r], down [r, c] -> [o, c]."""
+    same = len({t.dtype for t in (up1, down1, up2, down2)}) == 1
+    if traced() or not same or not torch.is_grad_enabled():
+        return (up1 @ down1) * (up2 @ down2)
+    product: Tensor = _Hadamard.apply(up1, down1, up2, down2)
+    return product
 
 
 def tucker_factors(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from diffpeft.methods.base import Additive, Fresh, Site, Spec, Tensors
 from diffpeft.methods.fit import fresh
 from diffpeft.methods.forms import Factors, Form, Hadamard
 from diffpeft.methods.layout import LAYOUTS
-from diffpeft.methods.linalg import kaiming, khatri_rao, tucker_factors
+from diffpeft.methods.linalg import hadamard, kaiming, khatri_rao, tucker_factors
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 
 
@@ -89,7 +89,7 @@ class LoHa(Additive):
     @classmethod
     def delta(cls, p: Tensors, spec: Spec) -> Tensor:
         (down1, up1), (down2, up2) = _pair(p, 1), _pair(p, 2)
-        return ((up1 @ down1.flatten(1)) * (up2 @ down2.flatten(1))).reshape(spec.geometry.shape)
+        return hadamard(up1, down1.flatten(1), up2, down2.flatten(1)).reshape(spec.geometry.shape)
 
     @classmethod
     def factors(cls, p: Tensors, spec: Spec) -> Factors:

@@ -46,7 +46,7 @@ def write_card(
         text = completed(folder, facts)
     if text is not None:
         with replacing(path) as f:
-            f.write(text.encode())
+            f.write(text.encode(errors="replace"))
     return path
 
 
@@ -117,7 +117,10 @@ def _text(run: TrainRun, readers: Mapping[str, Sequence[str]], place: str) -> st
         "## Use",
         *_uses(run, readers, place, words or "a photo"),
         "## Files",
-        _table(("file", "read by"), [(f"`{name}`", ", ".join(programs) or "-") for name, programs in readers.items()]),
+        _table(
+            ("file", "read by"),
+            [(f"`{name}`", ", ".join(programs) or "diffpeft alone") for name, programs in readers.items()],
+        ),
         "## Training",
         _table(("", ""), [(name, str(value)) for name, value in _training(run).items() if value is not None]),
         "### Framework versions",
@@ -145,21 +148,20 @@ def _uses(run: TrainRun, readers: Mapping[str, Sequence[str]], place: str, promp
     base = model if is_id(model) else Path(model).name
     file, *_ = readers
     of = {program: next((name for name, by in readers.items() if program in by), None) for program in _PROGRAMS}
-    opening = (
-        "import torch",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)",
-    )
+    imports = ("import torch", "from diffusers import DiffusionPipeline")
+    opening = f"pipe = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)"
     ours = f"{place!r}, filename={file!r}" if is_id(place) else repr(f"{place}/{file}")
     drawing = f"pipe({prompt!r}).images[0].save('picture.png')"
     loading = {
-        "diffusers": (f"pipe.load_lora_weights({place!r}, weight_name={of['diffusers']!r})",),
-        "diffpeft": ("import diffpeft", "", f"diffpeft.load_lora(pipe, {ours})"),
+        "diffusers": f"pipe.load_lora_weights({place!r}, weight_name={of['diffusers']!r})",
+        "diffpeft": f"diffpeft.load_lora(pipe, {ours})",
     }
     if of["diffusers"] is None:
         del loading["diffusers"]
-    blocks = [f"With {program}:\n\n{_code(*opening, *lines, drawing)}" for program, lines in loading.items()]
+    blocks = [
+        f"With {program}:\n\n{_code(*['import diffpeft'] * (program == 'diffpeft'), *imports, '', opening, line, drawing)}"
+        for program, line in loading.items()
+    ]
     comfy = f"With ComfyUI: put `{of['ComfyUI']}` into `models/loras`, and load it with the node Load LoRA."
     return [*blocks, comfy] if of["ComfyUI"] else blocks
 

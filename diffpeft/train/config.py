@@ -339,6 +339,11 @@ class TrainConfig(Options):
         None, "Shifts levels towards noise, in the place of the model's own; above 1 is noisier.", above=0
     )
     sigma_range: str | Sequence[float] | None = option(None, "Train only where the share of noise lies between: 0.5,1.")
+    base_range: str | Sequence[float] | None = option(
+        None,
+        "Learn the base's own predictions where the share of noise lies between: with 0.98,1 a style leaves compositions as they are.",
+    )
+    base_weight: float | None = option(None, "How much they count; default: 10.", above=0, needs="base_range")
     prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
     sample_prompt: str | Sequence[str] | None = option(
@@ -382,7 +387,7 @@ class TrainConfig(Options):
     def check_values(self) -> None:
         """Beside what all runs check: options that only go with others, and the range of noise."""
         super().check_values()
-        self.span()
+        self.base_span()
         self.check_samples()
         if self.class_prompt is None and self.prior != "base":
             for name in ("prior", "prior_weight"):
@@ -412,17 +417,19 @@ class TrainConfig(Options):
             )
 
     def span(self) -> tuple[float, float]:
-        """The lowest and the highest share of noise. Raises ConfigError."""
-        said = self.sigma_range
-        try:
-            low, high = (float(end) for end in (said.split(",") if isinstance(said, str) else said or (0, 1)))
-        except ValueError:
-            low, high = 1.0, 0.0
-        if not 0 <= low < high <= 1:
-            raise ConfigError(
-                f"sigma_range is {shown(said)}", remedy="It is two numbers from 0 to 1, the lower one first: 0.5,1."
-            )
-        return low, high
+        """The lowest and the highest share of noise that is trained at. Raises ConfigError."""
+        return _range("sigma_range", self.sigma_range) or (0.0, 1.0)
+
+    def base_span(self) -> tuple[float, float] | None:
+        """The lowest and the highest share of noise at which the base's own predictions are learnt; None: nowhere. Raises ConfigError."""
+        span, (low, high) = _range("base_range", self.base_range), self.span()
+        if span is None or (max(span[0], low) < min(span[1], high) and not (span[0] <= low and high <= span[1])):
+            return span
+        outside = "lies outside of" if span[1] <= low or high <= span[0] else "leaves nothing to learn of"
+        raise ConfigError(
+            f"base_range {span[0]:g},{span[1]:g} {outside} the noise that is trained at, {low:g},{high:g}",
+            remedy="Pass another --base-range or --sigma-range.",
+        )
 
     def sides(self, resolution: int | None) -> tuple[int, ...]:
         """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
@@ -433,6 +440,21 @@ class TrainConfig(Options):
         """The files of text encoders, which stand in a list, or in one text with commas."""
         files = self.text_encoder.split(",") if isinstance(self.text_encoder, str) else self.text_encoder or ()
         return [file.strip() for file in files]
+
+
+def _range(name: str, said: str | Sequence[float] | None) -> tuple[float, float] | None:
+    """Two shares of noise, as an option says them; None if it says none. Raises ConfigError."""
+    if said is None:
+        return None
+    try:
+        low, high = (float(end) for end in (said.split(",") if isinstance(said, str) else said))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise ConfigError(
+            f"{name} is {shown(said)}", remedy="It is two numbers from 0 to 1, the lower one first: 0.5,1."
+        )
+    return low, high
 
 
 # (option, the option that it belongs to, the values of it that it belongs to)

@@ -17,7 +17,7 @@ from diffpeft.io import replacing
 from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import data, dreambooth
 from diffpeft.train.config import TrainConfig
-from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features
+from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features, shape_kept
 from diffpeft.train.report import PictureRow, Pictures
 from diffpeft.train.sample import STRENGTHS, Grid, grid, pictures
 
@@ -85,7 +85,12 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
         for strength in STRENGTHS
     }
     watch.phase("measuring")
-    metrics = {**_distances(pipe.vae, drawn, truth), "heldout_loss": _paired(run, truth, watch)}
+    kept = np.mean([shape_kept(*pair) for pair in zip(drawn[0.0], drawn[1.0], strict=True)])
+    metrics = {
+        **_distances(pipe.vae, drawn, truth),
+        "heldout_loss": _paired(run, truth, watch),
+        "shape_kept": {"before": 1.0, "after": float(kept)},
+    }
     names = [p.removeprefix("an emoji of ") for p in truth.prompts]
     picture = grid(
         names,
@@ -143,7 +148,9 @@ def _write(
     with replacing(out / "before_after.png") as f:
         picture.image.save(f, "PNG", optimize=True)
     table = {
+        **run.usage.table(run.config.examples()),
         **metrics,
+        "shape_kept": metrics["shape_kept"]["after"],
         "seconds": round(seconds, 1),
         "steps": len(run.losses),
         "method": run.config.method,

@@ -28,12 +28,21 @@ from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
-from diffpeft.train.journal import Logbook
+from diffpeft.train.journal import BY_BAND, HELDOUT, Logbook
 from diffpeft.train.levels import Sampling
 from diffpeft.train.lock import occupied
 from diffpeft.train.loop import Events, Keeper, fit
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from diffpeft.train.objective import Batch, Objective, check_weighted, denoising, preserved, with_prior
+from diffpeft.train.objective import (
+    BASE_WEIGHT,
+    BaseRange,
+    Batch,
+    Objective,
+    check_weighted,
+    denoising,
+    preserved,
+    with_prior,
+)
 from diffpeft.train.outcome import check_rank, refuse_idle
 from diffpeft.train.paired import HeldoutPictures
 from diffpeft.train.prior_prompts import prior_prompts
@@ -74,10 +83,9 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         open_repository(typed)
     watch.phase("looking at the model")
     family = opened(typed, dtype, device)
-    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
-    config, sizing = replace(config, save_dtype=config.save_dtype or file_dtype(family)), sizing_of(typed, family)
-    checked, name = sized(checked, sizing, watch), checked.name
-    config = with_measuring(config, checked.account)
+    sizing, name = sizing_of(typed, family), checked.name
+    checked = sized(checked, sizing, watch)
+    config = settled(typed, checked, family, dtype)
     chosen = {} if config.init_from else chosen_layers(config, family)
     texts = Texts(family, _live(config, family), _stores(config, family), device)
     drawing = drawing_of(config, family, checked.prompts, chosen, texts, device)
@@ -96,9 +104,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
-            if machines.sharding(config):
-                for part in (family.denoiser, *_live(config, family)):
-                    shard(family.parts(part), set(trained_parameters(family.pipe, name).values()))
+            _share_out(config, family, name)
             _fitted(run, keeper, encoded, unread, log, watch, clock)
             dismiss(family.pipe, config.training_adapter)
     for slot in slots_of(family.pipe, name).values():
@@ -108,6 +114,14 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     run.usage = clock.usage()
     run.seconds = run.usage.seconds
     return run
+
+
+def _share_out(config: TrainConfig, family: Family, name: str) -> None:
+    """Let each process hold its share of the base, if the run says so; the adapter stays whole."""
+    if machines.sharding(config):
+        trained = set(trained_parameters(family.pipe, name).values())
+        for part in (family.denoiser, *_live(config, family)):
+            shard(family.parts(part), trained)
 
 
 def _fitted(
@@ -127,7 +141,7 @@ def _fitted(
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
     if judge is not None:
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
-    tabulated(log, config, job.optimizer, measured=judge is not None)
+    tabulated(log, config, job.optimizer, [*HELDOUT, *BY_BAND] if judge else [])
     watch.phase("training")
     shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
     with told(run):
@@ -180,6 +194,13 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
         family.parts.pin(family.denoiser, *family.text_encoders)
     family.pipe.set_progress_bar_config(disable=True)
     return family
+
+
+def settled(typed: TrainConfig, checked: Checked, family: Family, dtype: str) -> TrainConfig:
+    """The options of a run with what their defaults come to, for this model and this data."""
+    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
+    config = replace(config, save_dtype=config.save_dtype or file_dtype(family))
+    return with_measuring(config, checked.account)
 
 
 def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
@@ -359,10 +380,12 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
     objective, weight = objective_of(config), config.prior_weight or prior.WEIGHT
     base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
+    span = config.base_span()
+    base_range = None if span is None else BaseRange(*span, config.base_weight or BASE_WEIGHT, texts, base)
 
     def loss_of(batch: Batch) -> Tensor:
         batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
-        losses = denoising(family, batch, texts(batch.prompts), objective)
+        losses = denoising(family, batch, texts(batch.prompts), objective, base_range)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
             loss = loss + weight * preserved(family, batch, texts, base).mean()

@@ -20,7 +20,6 @@ from diffpeft.train.job import checked_dtype
 from diffpeft.train.memory import peak, size_of
 from diffpeft.train.optimizers import row_of
 from diffpeft.train.origins import ACCOUNT, CONFIG
-from diffpeft.train.resolve import resolved
 from diffpeft.train.watch import Quiet
 
 GIB = 2**30
@@ -120,8 +119,8 @@ def plan(typed: TrainConfig, checked: Checked) -> Plan:
     device = default_device()
     dtype = checked_dtype(typed.dtype or default_dtype(device), device)
     family = outlined(replace(typed, base_lora=None), dtype)
-    config = resolved(typed, checked.name, dtype, family.resolution, family.max_length)
     checked = dreambooth.sized(checked, dreambooth.sizing_of(typed, family), Quiet())
+    config = dreambooth.settled(typed, checked, family, dtype)
     config = dreambooth.adapt(replace(config, compile=False), family, checked.name)
     trained = trained_parameters(family.pipe, checked.name)
     layers = [layer.partition(".")[0] for layer in slots_of(family.pipe, checked.name)]
@@ -158,8 +157,8 @@ def _files(config: TrainConfig, family: Family, name: str) -> tuple[str, ...]:
         for tensor in slot.state_dict().values():
             tensor.uniform_()
     bundle = bundle_of(family.pipe, name, family_of(family.pipe) or "")
-    written = chosen(bundle, asked(config)).written
-    return (*(file_of(name, format) for format in written), "report.html", CONFIG, ACCOUNT)
+    written = [file_of(name, format) for format in chosen(bundle, asked(config)).written]
+    return (*written, "report.html", "metrics.json", "metrics.csv", CONFIG, ACCOUNT)
 
 
 def outlined(config: TrainConfig, dtype: str) -> Family:
@@ -176,7 +175,7 @@ def _phases(config: TrainConfig, family: Family, checked: Checked, adapter: int)
     """What is in memory while captions are read, images are encoded, class images are drawn, and while the adapter is trained."""
     pipe = family.pipe
     weights = {
-        name: size_of(getattr(pipe, name).state_dict().values()) - _of_adapter(family, checked.name, name)
+        name: _of_model(getattr(pipe, name)) - _of_adapter(family, checked.name, name)
         for name in (*family.text_encoders, "vae", family.denoiser)
     }
     live = family.adaptable if config.train_text_encoder else ()
@@ -194,6 +193,10 @@ def _phases(config: TrainConfig, family: Family, checked: Checked, adapter: int)
         computed = peak(lambda: _step(config, family, largest, live))
     together = sum(weights.values()) if config.cache == "none" else weights[family.denoiser] + resident
     return (*phases, Phase("training", together, adapter, computed))
+
+
+def _of_model(model: torch.nn.Module) -> int:
+    return size_of([*model.parameters(), *model.buffers()])
 
 
 def _of_adapter(family: Family, name: str, component: str) -> int:

@@ -15,7 +15,7 @@ from diffpeft.train.groups import entries_of
 
 WRITABLE = tuple(name for name, format in FORMATS.items() if format.writable)
 # Those that are tried where none that was asked for can hold the adapter: what most programs read comes first, then what most methods fit into.
-INSTEAD = ("diffusers", "kohya", "kohya-diffusers", "comfyui", "lycoris", "onetrainer", "xlabs", "peft")
+INSTEAD = ("kohya", "diffusers", "kohya-diffusers", "comfyui", "lycoris", "onetrainer", "xlabs", "peft")
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,23 @@ def files_of(name: str) -> list[str]:
 
 def chosen(bundle: Bundle, names: Sequence[str]) -> SavedFormats:
     """The formats of these that can hold an adapter; where none can, the first of all others that does. Raises CannotConvertError if there is none."""
-    refused = {name: why for name in names if (why := _refusal(bundle, name))}
-    written = tuple(name for name in names if name not in refused)
+    reasons = {name: why for name in names if (why := _refusal(bundle, name))}
+    written = tuple(name for name in names if name not in reasons)
     if written:
-        return SavedFormats(written, refused)
+        return SavedFormats(written, reasons)
     instead = next((name for name in INSTEAD if name not in names and not _refusal(bundle, name)), None)
     if instead is None:
         raise CannotConvertError(
-            f"no format can hold this adapter: {'; '.join(f'{name}: {why}' for name, why in refused.items())}",
+            f"no format can hold this adapter: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}",
             where=listed(sorted(bundle.methods)),
             remedy="Choose other layers with --targets, or another --method.",
         )
-    return SavedFormats((instead,), refused, instead)
+    return SavedFormats((instead,), reasons, instead)
 
 
 def _refusal(bundle: Bundle, format: str) -> str:
     """Why a format cannot hold an adapter; empty if it can. A folder holds each component for itself."""
     parts = by_component(bundle, format).values() if FORMATS[format].folder else [held(bundle, format)]
-    return next((part.answer.why for part in parts if not part.answer), "")
+    no = next((part for part in parts if not part.answer), None)
+    layers = no and f"{len(set(no.answer.layers))} of {len(no.bundle.entries)} layers"
+    return f"{layers} cannot be held: {no.answer.why}" if no else ""

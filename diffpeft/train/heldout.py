@@ -129,6 +129,13 @@ def _error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
+def ratio_error(differences: np.ndarray, sizes: np.ndarray) -> float:
+    """The standard error of sum(differences) / sum(sizes) over independent examples [n], to first order: texts have unlike numbers of tokens; 0 for one."""
+    n, ratio = len(differences), differences.sum() / sizes.sum()
+    scatter = np.square(differences - ratio * sizes).sum()
+    return float(math.sqrt(scatter * n / (n - 1)) / sizes.sum()) if n > 1 else 0.0
+
+
 def is_noise(difference: float, error: float, images: int) -> bool:
     """Whether a difference may well be chance: one that is beyond Student's t for so many images is so once in twenty times without any reason."""
     freedom = max(images - 1, 0)
@@ -150,7 +157,8 @@ def chosen(design: Design, before: np.ndarray, after: Mapping[int, np.ndarray], 
     steps = [step for step in after if step > 0]
     means = {step: _mean(design.whole(after[step])) for step in steps}
     lowest = min(steps, key=lambda step: (not math.isfinite(means[step]), means[step], step))
-    reason = f"step {choice} has the lowest held-out loss of {len(steps)} that were measured"
+    among = f"has the lowest held-out loss of the {len(steps)} that were measured"
+    reason = f"step {choice} {among if len(steps) > 1 else 'is the only one that was measured'}"
     if choice != lowest:
         why = "was asked for" if choice == last else f"is taken, for the state of step {lowest} is gone"
         gap = compared(*design.difference(after[lowest], after[choice]), design.count, f"that of step {lowest}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,8 +25,8 @@ HELDOUT = {
     "loss/heldout_base": "heldout_base",
     "loss/heldout_error": "heldout_standard_error",
 }
-HELDOUT |= {f"loss/heldout_sigma_{band}": f"heldout_sigma_{band}" for band in range(BANDS)}
-COLUMNS = {LOSS: "loss", GRADIENT: "gradient_norm", SPEED: "it_s", **HELDOUT}  # {number: its column}
+BY_BAND = {f"loss/heldout_sigma_{band}": f"heldout_sigma_{band}" for band in range(BANDS)}
+COLUMNS = {LOSS: "loss", GRADIENT: "gradient_norm", SPEED: "it_s", **HELDOUT, **BY_BAND}  # {number: its column}
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,19 @@ class Logbook:
     def told(self, numbers: StepNumbers) -> None:
         """A step was read."""
         self.losses.append(numbers.loss)
-        self._pace(next(iter(numbers.rates.values()), 0.0))
+        seconds = self.seconds()
+        self._pace(next(iter(numbers.rates.values()), 0.0), seconds)
         if numbers.done % self.every:
             return
         row = {LOSS: sum(self.losses) / len(self.losses), GRADIENT: numbers.gradient}
         row |= {RATE + group: rate for group, rate in numbers.rates.items()}
-        seconds = self.seconds()
         if seconds > self.clock[1]:
             row[SPEED] = (numbers.done - self.clock[0]) / (seconds - self.clock[1])
         self.losses, self.clock = [], (numbers.done, seconds)
         self._add(numbers.done, row)
 
-    def _pace(self, rate: float) -> None:
+    def _pace(self, rate: float, seconds: float) -> None:
         """Show the learning rate, and how fast steps are of late."""
-        seconds = self.seconds()
         if self.stepped is not None:  # the first is slower: what is compiled is compiled then
             took = seconds - self.stepped
             self.pace = PACE * self.pace + (1 - PACE) * took if self.pace else took
@@ -117,8 +116,9 @@ class Logbook:
 
     def measured(self, loss: HeldoutLoss) -> None:
         """The held-out loss was measured."""
-        values = (loss.after, loss.before, loss.standard_error, *(band.after for band in loss.bands))
-        self._add(loss.step, dict(zip(HELDOUT, values, strict=True)))
+        numbers = dict(zip(HELDOUT, (loss.after, loss.before, loss.standard_error), strict=True))
+        bands = zip(BY_BAND, (band.after for band in loss.bands), strict=False)  # texts have none
+        self._add(loss.step, numbers | dict(bands))
 
     def images(self, step: int, images: Mapping[str, Path]) -> None:
         """Pictures were drawn."""
@@ -156,9 +156,9 @@ class CsvTable:
 
     name = TABLE
 
-    def __init__(self, out: Path, groups: Sequence[str], measured: bool):
+    def __init__(self, out: Path, groups: Sequence[str], measured: Iterable[str] = ()):
         rates = {RATE + group: f"lr_{group}" if len(groups) > 1 else "lr" for group in groups}
-        numbers = [LOSS, *rates, GRADIENT, SPEED, *(HELDOUT if measured else ())]
+        numbers = [LOSS, *rates, GRADIENT, SPEED, *measured]
         self.path, self.last = out / TABLE, dict[str, str]()
         self.columns = {number: rates.get(number) or COLUMNS[number] for number in numbers}
 

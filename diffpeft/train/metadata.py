@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 
 import diffpeft
@@ -31,6 +32,7 @@ from diffpeft.train.resume import FREE
 from diffpeft.train.run import TrainRun
 
 THUMBNAIL = 256  # pixels, the longer side at most
+TAGS = 1 << 20  # bytes of the table of tags, at most
 _LORA = "networks.lora"
 _PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 _KINDS = {"epsilon": "epsilon", "v_prediction": "v"}  # what ModelSpec calls them; of flows it says nothing
@@ -54,7 +56,10 @@ def metadata_of(run: TrainRun, step: int | None = None, thumbnail: Path | None =
         "diffpeft.version": diffpeft.__version__,
         "diffpeft.options": json.dumps(_options(config), sort_keys=True, ensure_ascii=False),
     }
-    return {name: str(value) for name, value in told.items() if value not in (None, "")}
+    texts = {name: str(value) for name, value in told.items() if value not in (None, "")}
+    return {
+        name: text.encode(errors="replace").decode() for name, text in texts.items()
+    }  # half a pair of surrogates is no text
 
 
 def finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -> Draft:
@@ -140,7 +145,7 @@ def _objective(config: TrainConfig, run: TrainRun) -> dict[str, object]:
 def _progress(config: TrainConfig, account: Account, step: int) -> dict[str, object]:
     """How long: `step` steps are done. An epoch is a pass through the data, and the first one is 1."""
     batches = math.ceil(max(account.pictures, 1) / config.batch_size)
-    of_epoch = math.ceil(batches / config.accumulate)
+    of_epoch = math.ceil(batches / config.parts())
     return {
         "ss_steps": step,
         "ss_epoch": math.ceil(step / of_epoch),
@@ -163,7 +168,7 @@ def _data(config: TrainConfig, account: Account, class_images: int) -> dict[str,
         "ss_num_reg_images": class_images,
         "ss_dataset_dirs": json.dumps(dirs, ensure_ascii=False),
         "ss_reg_dataset_dirs": json.dumps(reg if class_images else {}, ensure_ascii=False),
-        "ss_tag_frequency": json.dumps({name: _tags(of) for name, of in folders.items()}, ensure_ascii=False),
+        "ss_tag_frequency": json.dumps(_limited({name: _tags(of) for name, of in folders.items()}), ensure_ascii=False),
         "ss_bucket_info": _buckets(account) if config.buckets else None,
         "ss_enable_bucket": config.buckets,
         "ss_resolution": f"({side}, {side})" if side else None,
@@ -182,6 +187,16 @@ def _tags(examples: Iterable[Example]) -> dict[str, int]:
     """{part of captions between commas: how many images have it}, as sd-scripts counts them."""
     tags = (tag.strip().lower() for example in examples for tag in example.caption.split(","))
     return dict(Counter(filter(None, tags)))
+
+
+def _limited(folders: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """The most frequent tags, as many as a header has room for: captions of a large data set would not fit."""
+    rows = sorted(
+        ((n, name, tag) for name, tags in folders.items() for tag, n in tags.items()), key=lambda row: -row[0]
+    )
+    ends = accumulate(len(tag.encode(errors="replace")) + 16 for _, _, tag in rows)
+    fitting = {(name, tag) for (_, name, tag), end in zip(rows, ends, strict=True) if end <= TAGS}
+    return {name: {tag: n for tag, n in tags.items() if (name, tag) in fitting} for name, tags in folders.items()}
 
 
 def _buckets(account: Account) -> str | None:

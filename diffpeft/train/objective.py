@@ -80,16 +80,64 @@ class Objective:
         return losses * debiased(noised) if self.debiased else losses
 
 
-def denoising(family: Family, batch: Batch, texts: Conditions, objective: Objective | None = None) -> Tensor:
+BASE_WEIGHT = (
+    10.0  # of predictions that are to be the base's: errors at high noise are small, and are enlarged while drawing
+)
+
+
+@dataclass(frozen=True)
+class BaseRange:
+    """Shares of noise from `low` to `high`, at which the base's own predictions are the targets, and how much those count.
+
+    `texts` is what the denoiser reads of prompts; the base is the model inside `base()`.
+    """
+
+    low: float
+    high: float
+    weight: float
+    texts: Callable[[Sequence[str]], Conditions]
+    base: Callable[[], AbstractContextManager[None]]
+
+    def places(self, family: Family, batch: Batch) -> Tensor:
+        """Which samples of a batch are noised so, as numbers [n]; on the CPU, so that nobody waits for a device."""
+        sigma = family.levels.sigma(batch.u, batch.latents.shape)
+        return ((self.low <= sigma) & (sigma <= self.high)).nonzero().flatten()
+
+    @torch.no_grad()
+    def targets(self, family: Family, batch: Batch, noised: Noised, places: Tensor) -> Tensor:
+        """The targets of a batch [b, c, h, w]: at these places the base's predictions."""
+        numbers, rows = places.tolist(), sent(places, noised.x.device)
+        frames = family.framed([batch.frames[n] for n in numbers])
+        with self.base():
+            texts = self.texts([batch.prompts[n] for n in numbers])
+            predictions = family.predict(noised.x[rows], noised.t[rows], texts | frames)
+        return noised.target.float().index_copy(0, rows, predictions.float())
+
+    def weighted(self, losses: Tensor, places: Tensor) -> Tensor:
+        """The losses [b], those at these places by their weight."""
+        weights = torch.ones(len(losses), dtype=losses.dtype).index_fill(0, places, self.weight)
+        return losses * sent(weights, losses.device)
+
+
+def denoising(
+    family: Family,
+    batch: Batch,
+    texts: Conditions,
+    objective: Objective | None = None,
+    base_range: BaseRange | None = None,
+) -> Tensor:
     """The loss of the prediction by sample [b], weighted; without an objective the mean squared error. `texts` is what the denoiser reads of prompts."""
     objective = objective or Objective()
     noised = family.levels.noised(batch.latents, batch.noise, batch.u)
+    places = None if base_range is None else base_range.places(family, batch)
+    if base_range is not None and places is not None and len(places):
+        noised = noised._replace(target=base_range.targets(family, batch, noised, places))
     prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
     losses = objective.distance(prediction - noised.target.float(), noised.snr)
     if batch.mask is not None:  # one for all frames
         losses = losses * batch.mask.unflatten(1, (1,) * (losses.ndim - 3))
-    losses = losses.flatten(1).mean(1)
-    return objective.weighted(losses, noised)
+    losses = objective.weighted(losses.flatten(1).mean(1), noised)
+    return losses if base_range is None or places is None else base_range.weighted(losses, places)
 
 
 def _roots(error: Tensor, c: Tensor) -> Tensor:

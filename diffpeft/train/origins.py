@@ -58,7 +58,7 @@ def record(out: Path, options: Options, origins: Mapping[str, str], account: Map
     }
     for name, text in files.items():
         with replacing(out / name) as f:
-            f.write(text.encode())
+            f.write(text.encode(errors="replace"))
 
 
 def _placed(name: str, value: object) -> object:

@@ -57,7 +57,7 @@ class Progress:
     def __init__(self) -> None:
         self.start = time.monotonic()
         self.text, self.done, self.total, self.loss = "starting", 0, 0, float("nan")
-        self.training, self.before = self.start, 0  # when this session's steps began, and how many were done by then
+        self.training, self.before = self.start, 0  # since when steps are timed, and how many were done by then
         self.beside: dict[str, float] = {}
         self.bar: Any = None
         self.stop = threading.Event()
@@ -108,6 +108,8 @@ class Progress:
         self.loss = loss if math.isnan(self.loss) else SMOOTH * self.loss + (1 - SMOOTH) * loss
         self.done, self.total = done, total
         self._show(at_once=begins or done == total)
+        if begins:  # what came before the first step comes once
+            self.training, self.before = time.monotonic(), done
 
     def figures(self, **numbers: float) -> None:
         self.beside |= numbers
@@ -121,7 +123,7 @@ class Progress:
             return f"step 0{f'/{self.total}' if self.total else ''}  loss -"
         parts = [f"step {self.done}/{self.total}", f"loss {self.loss:.4f}"]
         parts += [text.format(self.beside[name]) for name, text in _BESIDE.items() if name in self.beside]
-        if self.done < self.total:
+        if self.before < self.done < self.total:
             pace = (time.monotonic() - self.training) / (self.done - self.before)  # seconds a step, all in all
             parts += [f"{self.beside.get('rate') or 1 / max(pace, 1e-9):.2f} it/s"]
             parts += [f"left {_clock((self.total - self.done) * pace)}"]

@@ -32,7 +32,15 @@ def open_other(config: TrainConfig, family: Family, chosen: Mapping[str, Mapping
     Raises CheckpointError and its kin; WrongBaseError for a model of another family, or without the layers that are trained.
     """
     with inside("--sample-model", config=True):
-        parts = open_parts(config.sample_model, base_of(config), dtype=str(config.dtype), device=device)
+        base = base_of(config)  # of a single file, which the model's own VAE and text encoders go with
+        parts = open_parts(
+            config.sample_model,
+            base,
+            vae=config.vae if base else None,
+            text_encoders=config.text_encoders() if base else (),
+            dtype=str(config.dtype),
+            device=device,
+        )
         other = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
     if type(other) is not type(family):
         raise WrongBaseError(

@@ -196,13 +196,18 @@ def typed_prompts(config: TrainConfig) -> list[SamplePrompt]:
 
 def _triggered(prompt: SamplePrompt, trigger: str | None) -> SamplePrompt:
     """A prompt with the trigger in the place of `[trigger]`. Raises ConfigError if there is none."""
-    if trigger is None and TRIGGER in prompt.prompt:
+    negative = prompt.negative
+    if trigger is None and TRIGGER in prompt.prompt + (negative or ""):
         raise ConfigError(
             f"a prompt holds {TRIGGER}, and nothing says what it stands for",
             where=prompt.where,
             remedy="Pass --trigger, the word that the subject is called by.",
         )
-    return replace(prompt, prompt=with_trigger(prompt.prompt, trigger))
+    return replace(
+        prompt,
+        prompt=with_trigger(prompt.prompt, trigger),
+        negative=None if negative is None else with_trigger(negative, trigger),
+    )
 
 
 def prompts_of(config: TrainConfig, captions: Sequence[str]) -> list[SamplePrompt]:

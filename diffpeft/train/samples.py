@@ -73,8 +73,8 @@ def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: in
         )
     return replace(
         prompt,
-        # the pipelines of models that are told a guidance are led away from nothing unless they are asked
-        negative="" if led_away and prompt.negative is None and _main(family) == "guidance" else prompt.negative,
+        # a pipeline that does without negative prompts, unless it is told otherwise, wants one to be led away from
+        negative="" if led_away and prompt.negative is None and _usual(family, "cfg") <= 1 else prompt.negative,
         cfg=cfg,
         guidance=guidance,
         width=prompt.width or side,
@@ -94,7 +94,6 @@ def _main(family: Family) -> str:
 
 def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[float | None, float | None]:
     """cfg and guidance of a prompt; None for what the model does not read. Raises ConfigError if that was asked for."""
-    defaults = inspect.signature(type(family.pipe).__call__).parameters
     said = {"cfg": prompt.cfg, "guidance": prompt.guidance}
     if said[_main(family)] is None:
         said[_main(family)] = config.sample_guidance
@@ -104,9 +103,15 @@ def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[
             where=prompt.where,
             remedy="Leave --g out; --l is how far it is led away from the negative prompt.",
         )
-    for field, keyword in family.guidance.items():
-        said[field] = float(defaults[keyword].default or _CFG) if said[field] is None else said[field]
+    for field in family.guidance:
+        said[field] = _usual(family, field) if said[field] is None else said[field]
     return said["cfg"], said["guidance"]
+
+
+def _usual(family: Family, field: str) -> float:
+    """What a family's pipeline has for cfg or guidance where nothing is said."""
+    keyword = family.guidance[field]
+    return float(inspect.signature(type(family.pipe).__call__).parameters[keyword].default or _CFG)
 
 
 def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:
@@ -211,8 +216,8 @@ def _record(path: Path) -> Json:
     """What a picture was drawn with; empty if nobody knows."""
     try:
         with Image.open(path) as image:
-            table = json.loads(getattr(image, "text", {}).get(_RECORD, "{}"))
-    except (OSError, ValueError):
+            table = json.loads(image.info.get(_RECORD, "{}"))  # it stands before the pixels, which are not read
+    except (OSError, ValueError, SyntaxError):  # Pillow's word for a PNG that is cut off
         return {}
     return table if isinstance(table, dict) else {}
 

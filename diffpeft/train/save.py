@@ -134,18 +134,21 @@ def _finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -
 
 
 def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
-    """{file: which programs read it}, {format: why there is no such file}, and {file in the output folder: that it is of an earlier run}."""
+    """{file: which programs read it}, and {format: why there is no such file}."""
     formats = formats_of(run)
     adapters = [path for path in files if path.suffix == ".safetensors" or path.is_dir()]
-    told = {path.name: f"read by {', '.join(readers_of(path))}" for path in adapters}
+    told = {path.name: f"read by {', '.join(readers_of(path)) or 'diffpeft alone'}" for path in adapters}
     if formats.instead:
         told[file_of(run.name, formats.instead)] += (
             f", and written because {_either(formats.refused)} hold this adapter"
         )
-    out, written = Path(run.config.out or ""), {file_of(run.name, format) for format in formats.written}
-    old = [name for name in files_of(run.name) if name not in written and (out / name).exists()]
-    told |= {f"no {format} file": why for format, why in formats.refused.items()}
-    return told | {name: "of an earlier run, and not written by this one" for name in old}
+    return told | {f"no {format} file": why for format, why in formats.refused.items()}
+
+
+def earlier_files(run: TrainRun) -> list[str]:
+    """The adapter files in the output folder that an earlier run wrote, in other formats than this one."""
+    written = {path.name for path in run.files}
+    return [name for name in files_of(run.name) if name not in written and (run.config.output() / name).exists()]
 
 
 def _either(formats: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import converters
 from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Texts
@@ -108,30 +109,31 @@ def _by_step(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pict
     return Pictures([str(step) for step in shown], rows)
 
 
-def uses_of(
-    config: TrainConfig, files: Sequence[Path], readers: Mapping[str, str], prompt: str, family: Family
-) -> list[Use]:
-    """The commands that use the adapter, for the programs that read its files."""
+def uses_of(config: TrainConfig, files: Sequence[Path], prompt: str, family: Family) -> list[Use]:
+    """The commands that use an adapter, for the programs that read its files."""
     model = str(Path(str(config.model)).resolve()) if Path(str(config.model)).exists() else str(config.model)
     files = [file.resolve() for file in files]
-    by = {program: next((f for f in files if program in readers.get(f.name, "")), None) for program in _PROGRAMS}
     base = ["--base", config.base] if config.base else []
-    words = ["-p", prompt or "...", "--lora", str(files[0]), "-o", "picture.png"] if files else []
-    ours = shlex.join(["diffpeft", "generate", "-m", model, *base, *words])
-    uses = [Use("diffpeft", ours)] if files else []
-    if (file := by["diffusers"]) is not None:
-        load = f'pipe.load_lora_weights("{file.parent}", weight_name="{file.name}")'
-        uses.append(Use("diffusers", f"pipe = {type(family.pipe).__name__}.from_pretrained({model!r})\n{load}"))
-    if (file := by["ComfyUI"]) is not None:
-        uses.append(Use("ComfyUI", f"cp {shlex.quote(str(file))} ComfyUI/models/loras/   # then the node Load LoRA"))
-    if (file := by["A1111"]) is not None:
-        uses.append(
-            Use("A1111, Forge", f"cp {shlex.quote(str(file))} models/Lora/   # then in a prompt: <lora:{file.stem}:1>")
-        )
+    words = ["-p", prompt or "...", "--lora", str(files[0]), "-o", "picture.png"]
+    uses = [Use("diffpeft", shlex.join(["diffpeft", "generate", "-m", model, *base, *words]))]
+    read_by = {file: converters.inspect(file).readable_by for file in files if file.is_file()}
+    for program, command in _COMMANDS.items():
+        if (file := next((file for file, programs in read_by.items() if program in programs), None)) is not None:
+            names = {
+                "file": file,
+                "quoted": shlex.quote(str(file)),
+                "model": model,
+                "pipeline": type(family.pipe).__name__,
+            }
+            uses.append(Use(program, command.format(**names)))
     return uses
 
 
-_PROGRAMS = ("diffusers", "ComfyUI", "A1111")
+_COMMANDS = {
+    "diffusers": 'pipe = {pipeline}.from_pretrained("{model}")\npipe.load_lora_weights("{file.parent}", weight_name="{file.name}")',
+    "ComfyUI": "cp {quoted} ComfyUI/models/loras/   # then the node Load LoRA",
+    "A1111": "cp {quoted} models/Lora/   # then in a prompt: <lora:{file.stem}:1>",
+}
 
 
 @dataclass
@@ -235,7 +237,7 @@ def finish(run: TrainRun, files: Sequence[Path], readers: Mapping[str, str]) -> 
     if run.live is None:
         return
     prompt = next((row.label for row in run.live.page.before_after.rows), "") if run.live.page.before_after else ""
-    uses = uses_of(run.config, files, readers, prompt or run.config.instance_prompt or "", run.family)
+    uses = uses_of(run.config, files, prompt or run.config.instance_prompt or "", run.family) if files else []
     others = [path for name in _OTHERS if (path := run.live.path.with_name(name)).is_file()]
     run.live.renew(status=FINISHED, files=[*files, *others], readers=readers, uses=uses)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,8 @@ def logbook_of(options: Options, name: str, done: int, clock: Stopwatch, watch: 
     return Logbook(sinks, options.log_every, clock.in_steps, watch.note, watch.figures)
 
 
-def tabulated(logbook: Logbook, options: Options, optimizer: Optimizer, measured: bool) -> Logbook:
-    """The same, with metrics.csv if it is asked for. `measured`: whether there are held-out losses."""
+def tabulated(logbook: Logbook, options: Options, optimizer: Optimizer, measured: Iterable[str]) -> Logbook:
+    """The same, with metrics.csv if it is asked for. `measured`: the numbers that held-out losses have."""
     if CSV in logs_of(options) and machines.world().main:
         logbook.add(CsvTable(options.output(), list(factors_of(optimizer)), measured))
     return logbook

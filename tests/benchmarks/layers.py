@@ -236,18 +236,28 @@ def medians(jobs: dict[str, Callable[[], object]], budget: float) -> dict[str, f
     return {name: 1000 * statistics.median(t) for name, t in times.items()}
 
 
-def peak(job: Callable[[], object]) -> int:
-    """Most bytes of tensors alive at once during a call, beside those alive before: from the allocator's own events."""
-    job()
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        job()
+def memory_profile() -> torch.profiler.profile:
+    """Records the allocator's own events in a with-block."""
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
+def most_alive(recorded: torch.profiler.profile) -> int:
+    """Most bytes of tensors alive at once in a block that was recorded, beside those alive before."""
     live = most = 0
-    for event in found.profiler.kineto_results.events():
+    for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             most = max(most, live)
     return most
+
+
+def peak(job: Callable[[], object]) -> int:
+    """Most bytes of tensors alive at once during a call, beside those alive before."""
+    job()
+    gc.collect()
+    with memory_profile() as recorded:
+        job()
+    return most_alive(recorded)
 
 
 def agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:

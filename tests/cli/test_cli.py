@@ -131,7 +131,7 @@ def test_the_demo_writes_and_names_its_files(demo):
         "metrics.json",
         "report.html",
     }
-    others = {"samples", "config.toml", "account.json"}
+    others = {"samples", "config.toml", "account.json", "metrics.csv", "README.md"}
     assert {p.name for p in out.iterdir()} == names | others
     assert [line for line in done.stdout.splitlines() if not line.startswith("[")] == [
         f"out/{n}"
@@ -154,6 +154,7 @@ def test_the_demos_metrics_and_picture_agree(demo):
     for name in ("distance_to_target", "distance_to_original", "heldout_loss"):
         assert set(metrics[name]) == {"before", "after"} and all(np.isfinite(v) for v in metrics[name].values())
     assert metrics["steps"] == 3 and metrics["method"] == "lora" and metrics["seconds"] > 0
+    assert 0.5 < metrics["shape_kept"] < 1  # after three steps nearly all, but not all
     assert metrics["grid"]["strengths"] == [0, 0.5, 1]
     picture = np.asarray(Image.open(out / "before_after.png")).astype(int)
     cells = [[picture[t:b, l:r] for l, t, r, b in row] for row in metrics["grid"]["boxes"]]

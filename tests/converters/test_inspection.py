@@ -111,6 +111,19 @@ def test_diffusers_reads_the_magnitudes_of_a_dora_in_its_own_format_only():
     assert "diffusers" not in readers("kohya", {"dora"}) and "ComfyUI" in readers("kohya", {"lora", "dora"})
 
 
+def test_programs_are_named_for_the_families_and_methods_that_they_know():
+    assert "A1111" in readers("kohya", {"lora"}, "sdxl") and "A1111" not in readers("kohya", {"lora"}, "flux")
+    assert "A1111" not in readers("kohya-diffusers", {"lokr"}, "flux") and "sd-scripts" in readers(
+        "kohya", {"lora"}, "flux"
+    )
+    assert "sd-scripts" not in readers("kohya", {"dora"}, "sdxl") and "sd-scripts" not in readers(
+        "kohya", {"lora"}, "wan"
+    )
+    assert "sd-scripts" in readers("kohya-diffusers", {"lora"}, "sd15")  # its own names there
+    assert "sd-scripts" not in readers("kohya-diffusers", {"lora"}, "sdxl")
+    assert readers("diffusers", {"dora"}, "flux") == ("diffusers",)  # others load no magnitudes there
+
+
 @pytest.mark.parametrize("width, family", [(768, "sd15"), (1024, "sd2")])
 @pytest.mark.parametrize(
     "shapes",

@@ -79,3 +79,15 @@ def test_diffusers_is_a_reader_of_exactly_the_files_that_it_reads_right(model, m
         converters.write(bundle, path, format=format)
         claimed = "diffusers" in converters.inspect(path).readable_by
         assert claimed == (error(MODELS[model], path, base, want) < 1e-4), (format, claimed)
+
+
+@pytest.mark.parametrize("alpha", [2, 1])
+@pytest.mark.parametrize("model", ["sd15", "flux"])
+def test_comfyui_reads_diffusers_own_format_of_a_transformer_where_alpha_is_the_rank(model, alpha, tmp_path):
+    """It finds no attention of a UNet under these names, and no alphas in metadata (`comfy/lora.py`)."""
+    pipe = MODELS[model]()
+    config = TrainConfig("m", "d", "o", rank=2, alpha=alpha)
+    dreambooth.adapt(config, open_family(pipe), "a")
+    converters.write(bundle_of(pipe, "a", family_of(pipe)), tmp_path / "a.safetensors", format="diffusers")
+    programs = converters.inspect(tmp_path / "a.safetensors").readable_by
+    assert ("ComfyUI" in programs) == (model == "flux" and alpha == 2) and "diffusers" in programs

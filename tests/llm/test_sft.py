@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import subprocess
@@ -140,7 +141,9 @@ def test_the_loss_is_transformers_with_and_without_logits_to_keep(model):
     loss, batch = sft.Loss(Bare(model), pad=0), texts.collated(found, 0)
     theirs = model(**batch).loss
     for loss.can_keep in (True, False):
-        torch.testing.assert_close(sum(loss.parts(found, 6)), theirs, rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss.total(found) / texts.tokens(found), theirs, rtol=1e-5, atol=0)
+        alone = torch.stack([loss.total([sequence]) for sequence in found])
+        torch.testing.assert_close(loss.each(found), alone, rtol=1e-5, atol=0)
 
 
 def test_examples_that_share_a_sequence_do_not_see_each_other(model):
@@ -159,8 +162,8 @@ def test_accumulating_is_a_larger_batch(model):
     gradients = []
     for size in (6, 4, 1):
         model.zero_grad()
-        for part in loss.parts(found, size):
-            part.backward()
+        for start in range(0, len(found), size):
+            (loss.total(found[start : start + size]) / texts.tokens(found)).backward()
         gradients.append(model.lm_head.weight.grad.clone())
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-5, atol=1e-7)
@@ -243,7 +246,7 @@ def test_what_is_held_out_is_measured_and_not_learnt(config, model, tokenizer, t
 
 def test_the_folder_holds_the_adapter_the_numbers_and_a_report(config, tmp_path):
     run = sft.train(replace(config, heldout=config.data))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoints", "report.html"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoints", "metrics.csv", "report.html"]
     files = sft.save(run)
     assert [f.name for f in files] == [
         "adapter_model.safetensors",
@@ -254,6 +257,10 @@ def test_the_folder_holds_the_adapter_the_numbers_and_a_report(config, tmp_path)
     assert all(f.is_file() for f in files)
     metrics = json.loads(files[2].read_text())
     assert metrics["heldout_loss"] == run.heldout_loss and metrics["losses"] == run.losses and metrics["steps"] == 4
+    assert metrics["heldout_loss"]["standard_error"] > 0 and metrics["samples_per_second"] > 0 < metrics["peak_memory"]
+    rows = list(csv.DictReader((tmp_path / "out" / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4] and rows[0]["heldout_loss"] == rows[0]["heldout_base"]
+    assert float(rows[4]["heldout_loss"]) == pytest.approx(run.heldout_loss["after"], rel=1e-5)
     assert metrics["learnt_tokens"] == 4 * 4 * 3  # steps, rows, a blank and a letter and the end
     page = files[3].read_text()
     assert all(f.name in page for f in fields(SftConfig)) and "a after" in page and "http" not in page
@@ -328,7 +335,11 @@ def test_a_mistake_is_named_and_nothing_is_written(mistake, config, tmp_path, mo
     if error is not DivergedError:
         assert sorted(tmp_path.rglob("*")) == before
         return
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoints", "report.html"]  # the last good state
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "checkpoints",
+        "metrics.csv",
+        "report.html",
+    ]  # the last good state
     page = (tmp_path / "out" / "report.html").read_text()
     assert "DivergedError" in page and "diffpeft sft --resume" in page
 
@@ -394,7 +405,7 @@ def test_what_learns_nothing_is_an_error(config, tmp_path, monkeypatch):
     monkeypatch.setattr(sft.Loss, "total", lambda self, sequences: real(self, sequences) * 0)
     with pytest.raises(diffpeft.NothingLearntError):
         sft.train(config)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "metrics.csv"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "NothingLearntError" in page and "--resume" not in page
 

@@ -22,6 +22,7 @@ from peft import LoHaConfig as PeftConfig
 
 from diffpeft.methods import Geometry, LoHa, LoHaConfig, Spec
 from diffpeft.methods.forms import Factors, Hadamard
+from diffpeft.methods.linalg import hadamard
 
 EMBEDDING = Geometry(6, 40, lookup=True)
 CANONICAL = {  # layers that PEFT has no LoHa for
@@ -218,3 +219,25 @@ def test_the_faster_form_is_chosen(geometry, r, dtype, tokens, route):
 def test_no_alpha_is_scale_one():
     p = made(Geometry(4, 4))
     assert (LoHa.scale(p, Spec(Geometry(4, 4))), LoHa.scale(p, Spec(Geometry(4, 4), 6.0))) == (1.0, 2.0)
+
+
+def test_an_elementwise_product_of_two_is_differentiated_twice_and_keeps_only_its_factors():
+    g = torch.Generator().manual_seed(0)
+    factors = [
+        torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+        for shape in ((7, 2), (2, 5), (7, 3), (3, 5))
+    ]
+    up1, down1, up2, down2 = factors
+    torch.testing.assert_close(hadamard(*factors), (up1 @ down1) * (up2 @ down2))
+    assert torch.autograd.gradcheck(hadamard, factors) and torch.autograd.gradgradcheck(hadamard, factors)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        hadamard(*factors)
+    assert sorted(saved) == sorted(f.shape for f in factors)
+    for n in range(4):  # one that is frozen
+        held = [f.detach() if m == n else f for m, f in enumerate(factors)]
+        got = torch.autograd.grad(hadamard(*held).square().sum(), [f for m, f in enumerate(held) if m != n])
+        want = torch.autograd.grad(
+            ((held[0] @ held[1]) * (held[2] @ held[3])).square().sum(), [f for m, f in enumerate(held) if m != n]
+        )
+        torch.testing.assert_close(got, want)

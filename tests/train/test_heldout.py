@@ -18,7 +18,7 @@ from diffpeft.train.cache import Latents, Texts
 from diffpeft.train.check import account_of, check
 from diffpeft.train.data import Example
 from diffpeft.train.draw import generator, uniform
-from diffpeft.train.heldout import BANDS, Design, chosen, compared, is_noise
+from diffpeft.train.heldout import BANDS, Design, chosen, compared, is_noise, ratio_error
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
 from diffpeft.train.paired import HeldoutPictures, Paired, draws_of, interval
@@ -90,6 +90,19 @@ def test_with_one_image_the_error_is_that_of_its_draws():
     assert "One held-out image says nothing of others" in best.reason
 
 
+def test_the_error_of_a_mean_over_tokens_is_what_it_varies_by():
+    """Examples with unlike numbers of tokens, and losses that depend on them."""
+    means, errors = [], []
+    for seed in range(3000):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(1, 40, 30)
+        gaps = sizes * rng.normal(0.2 + 0.01 * sizes, 0.1)
+        means.append(gaps.sum() / sizes.sum())
+        errors.append(ratio_error(gaps, sizes))
+    assert np.mean(np.square(errors)) == pytest.approx(np.var(means, ddof=1), rel=0.12)
+    assert ratio_error(np.array([1.0]), np.array([3])) == 0
+
+
 def test_words_for_a_difference():
     assert compared(0.01, 0.001, 10, "x") == "0.01 below x (standard error 0.001)"
     assert compared(-0.01, 0.02, 10, "x") == "0.01 above x, which is not more than noise (standard error 0.02)"
@@ -105,7 +118,7 @@ def test_the_reason_names_the_lowest_and_says_what_the_last_would_have_been():
     best = chosen(design, before, after, 30, 20)
     assert (
         best.step == 20
-        and "of 3 that were measured" in best.reason
+        and "of the 3 that were measured" in best.reason
         and "below that of the last, 30 (standard" in best.reason
     )
     after[30] = after[20] + rng.normal(0.0002, 0.05, before.shape)

@@ -12,7 +12,7 @@ import torch
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.ema import averaged
 from diffpeft.train.heldout import Design
-from diffpeft.train.journal import CsvTable, Logbook
+from diffpeft.train.journal import BY_BAND, HELDOUT, CsvTable, Logbook
 from diffpeft.train.judge import Judge
 from diffpeft.train.signals import Interrupted
 from tests.train.test_resume import STEPS, Moments, Run, ended, signalling
@@ -31,7 +31,9 @@ class Judged(Run):
         judge = Judge(self.losses, self.at, lambda: DESIGN, 2, "pictures", chooses)
         self.keeper.judge, self.keeper.facts = judge, {"heldout": judge.key}
         groups = ["adapter"]
-        self.loop.events.log = Logbook([CsvTable(out, groups, True)], log_every, self.loop.clock.in_steps)
+        self.loop.events.log = Logbook(
+            [CsvTable(out, groups, [*HELDOUT, *BY_BAND])], log_every, self.loop.clock.in_steps
+        )
         judge.told = self.loop.events.log.measured
 
     @contextlib.contextmanager
@@ -72,7 +74,7 @@ def steps(out):
 @pytest.mark.parametrize("optimizer", ["adamw", "schedulefree", "prodigy"])
 def test_a_run_ends_with_the_parameters_that_were_best_and_keeps_their_state_and_the_last(optimizer, tmp_path):
     run = Judged(tmp_path, optimizer=optimizer).run()
-    assert run.verdict.step == 4 and "lowest held-out loss of 4" in run.verdict.reason
+    assert run.verdict.step == 4 and "lowest held-out loss of the 4" in run.verdict.reason
     assert run.parameters().equal(run.measured[4]) and not run.parameters().equal(run.measured[8])
     assert steps(tmp_path) == [4, 6, 8]
 
@@ -214,7 +216,7 @@ def test_a_row_of_several_steps_has_their_mean_also_where_a_run_went_on_among_th
 def test_rows_after_the_state_half_rows_and_other_columns(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss,lr,extra\n1,0.5,0.1,x\n2,0.4,0.1,y\n3,0.3,0.1,\n4,0.2")
-    sink = CsvTable(tmp_path, ["x1", "x0.5"], measured=True)
+    sink = CsvTable(tmp_path, ["x1", "x0.5"], [*HELDOUT, *BY_BAND])
     sink.begin(2)
     sink.row(3, {"loss/train": 0.25, "lr/x0.5": 0.05, "loss/heldout": 0.7})
     rows = table(tmp_path)

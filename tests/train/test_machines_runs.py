@@ -29,13 +29,21 @@ CASES = {
     "base": {"prior": "base", "class_prompt": "an emoji", "ema": 0.9, "flip": True, "caption_dropout": 0.3},
     "disk": {"cache": "disk", "crop": "random"},
     "none": {"cache": "none"},
+    "samples": {"sample_every": 1, "sample_steps": 2, "heldout": "1", "heldout_every": 2, "save_every": 1},
+    "heldout": {"heldout": 1, "heldout_every": STEPS, "batch_size": 2},
 }
 CASES |= {name: {"method": name, "lr": 1e-3} for name in ADAPTERS if name not in CASES}
-SHARDED = {"text encoder", "base", *ADAPTERS}
+SHARDED = {"text encoder", "base", "samples", "heldout", *ADAPTERS}
 
 
 def config(photos, out, **options):
-    values = {"model": str(EMBEDDED), "data": str(photos), "out": str(out), "instance_prompt": "an emoji of sks"}
+    values = {
+        "model": str(EMBEDDED),
+        "sample_every": 0,
+        "data": str(photos),
+        "out": str(out),
+        "instance_prompt": "an emoji of sks",
+    }
     return TrainConfig(**{**values, "steps": STEPS, "rank": 2, "accumulate": 2 // team().size, **options})
 
 
@@ -47,7 +55,14 @@ def ran(folder, name, *, counts, **options):
     base, adapter = local_bytes(run.family.pipe.unet), 0
     for module in run.family.pipe.unet.modules():
         adapter += local_bytes(module) if isinstance(module, Slot) else 0
-    return {"losses": run.losses, "files": [path.name for path in files], "base": base - adapter, **counts}
+    heldout = [loss.after for loss in run.heldout]
+    return {
+        "losses": run.losses,
+        "heldout": heldout,
+        "files": [path.name for path in files],
+        "base": base - adapter,
+        **counts,
+    }
 
 
 class Counted:
@@ -88,7 +103,7 @@ def together(folder, names, counts):
                 team().sharded = False
         (folder / f"noted-{team().rank}.json").write_text(json.dumps(noted))
 
-    codes = processes(folder, job, seconds=120)
+    codes = processes(folder, job, seconds=240)
     assert codes == [0, 0], [path.read_text() for path in folder.glob("error-*")]
     return [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -113,6 +128,7 @@ def test_two_processes_are_one_with_twice_the_passes(names, folder, monkeypatch)
     alone = ran(folder, f"one-{name}", counts=counted.counts, **CASES[name])
     first, second = together(folder, names, counted.counts)
     assert first[name]["losses"] == second[name]["losses"] == alone["losses"]
+    assert first[name]["heldout"] == second[name]["heldout"] == alone["heldout"]
     assert first[name]["files"] and second[name]["files"] == []
     assert same(folder, f"two-{name}", f"one-{name}")
     if name == "class images":
@@ -130,6 +146,9 @@ def test_two_processes_are_one_with_twice_the_passes(names, folder, monkeypatch)
         kept = [each[f"sharded {name}"] for each in (first, second)]
         # the gathered weights are the same numbers at other addresses, for which kernels add up in another order
         assert kept[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5) and kept[0]["losses"] == kept[1]["losses"]
+        assert (
+            kept[0]["heldout"] == pytest.approx(alone["heldout"], rel=1e-5) and kept[0]["heldout"] == kept[1]["heldout"]
+        )
         assert kept[0]["files"] == [file.replace("two", "sharded") for file in first[name]["files"]]
         for each in kept:
             assert 0.45 * alone["base"] < each["base"] < 0.6 * alone["base"]

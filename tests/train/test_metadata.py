@@ -52,6 +52,7 @@ def run(tmp_path_factory):
         num_class_images=2,
         steps=4,
         save_every=2,
+        sample_every=0,
         batch_size=2,
         accumulate=2,
         rank=2,
@@ -279,3 +280,16 @@ def test_inspect_shows_trigger_words_and_tags(run):
     text = CliRunner().invoke(cli, ["inspect", str(files[0])]).output
     assert re.search(r"trigger words +sks dog\n", text)
     assert re.search(r"tags +sks dog 2, sitting 2, on grass 1, a cat 1\n", text)
+
+
+def test_captions_of_any_size_and_any_letters_do_not_keep_a_file_from_being_written(run, tmp_path):
+    """All that is learnt would be lost: only as many tags are told as a header has room for, the most frequent ones."""
+    finished, _, _ = run
+    example = finished.account.examples[0]
+    captions = [f"sks dog, {'x' * 2000} {number}" for number in range(6000)] + ["half \ud800 of a pair\0"]
+    examples = tuple(replace(example, caption=caption) for caption in captions)
+    config = replace(finished.config, out=str(tmp_path), instance_prompt="\ud800", formats="kohya,peft")
+    large = replace(finished, config=config, account=replace(finished.account, examples=examples))
+    for file in dreambooth.save(large)[:1]:
+        (tags,) = json.loads(told_by(file)["ss_tag_frequency"]).values()
+        assert tags["sks dog"] == 6000 and 100 < len(tags) < 1000

@@ -9,7 +9,7 @@ import torch
 
 import diffpeft
 from diffpeft import ConfigError, TrainConfig, UnknownNameError
-from diffpeft.families import open_family
+from diffpeft.families import Frame, open_family
 from diffpeft.families.parts import Parts
 from diffpeft.families.prompts import embedded as conditions_of
 from diffpeft.pipeline.open import EMBEDDED
@@ -17,7 +17,7 @@ from diffpeft.train import dreambooth
 from diffpeft.train.check import check
 from diffpeft.train.data import Example
 from diffpeft.train.data.captions import without_trigger
-from diffpeft.train.objective import Batch, preserved
+from diffpeft.train.objective import BaseRange, Batch, denoising, preserved
 from diffpeft.train.prior_prompts import PriorPrompts, prior_prompts
 from tests.train.pictures import photos_in
 
@@ -118,12 +118,67 @@ def test_the_error_is_against_the_model_without_the_adapter(embedded):
     assert got.min() > 0 and any(p.grad is not None and p.grad.abs().max() > 0 for p in embedded.unet.parameters())
 
 
-def drift(run, prompt="an emoji"):
+@pytest.mark.parametrize("kind", ["", "an emoji of lemon"])
+def test_in_the_bases_range_its_own_predictions_are_the_targets_and_elsewhere_the_noise(kind, embedded):
+    family = open_family(Parts(embedded))
+    diffpeft.attach(embedded.unet, diffpeft.LoraConfig(r=2), "style", targets="attn")
+    with torch.no_grad():
+        for slot in dreambooth.slots_of(embedded, "style").values():
+            for parameter in slot.parameters():
+                parameter.normal_(std=0.3)
+    z, n, u = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.95, 0.5, 0.85])
+    frames = [Frame((64, 64), (0, 0), (64, 64))] * 3
+    batch = Batch(z, n, u, ["a", kind, "b"], torch.zeros(3, dtype=torch.bool), frames)
+    texts = lambda prompts: conditions_of(family, prompts)  # noqa: E731
+    x = family.levels.noised(z, n, u)
+    low = float(x.sigma[2])  # an end counts
+    base = lambda: diffpeft.adapters(embedded, {"style": 0.0})  # noqa: E731
+    got = denoising(family, batch, texts(batch.prompts), None, BaseRange(low, 1.0, 3.0, texts, base))
+    with torch.no_grad():
+        on = embedded.unet(x.x, x.t, texts(batch.prompts)["text_encoder"]).sample
+        with base():
+            off = embedded.unet(x.x, x.t, texts(batch.prompts)["text_encoder"]).sample
+    target = torch.stack([off[0], n[1], off[2]])
+    weights = torch.tensor([3.0, 1.0, 3.0])
+    torch.testing.assert_close(got.detach(), (on - target).square().mean((1, 2, 3)) * weights)
+    plain = denoising(family, batch, texts(batch.prompts), None, BaseRange(0.9999, 1.0, 3.0, texts, base))
+    torch.testing.assert_close(plain, denoising(family, batch, texts(batch.prompts)))
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"base_range": "0.9"}, "base_range is '0.9'"),
+        ({"base_range": "0.9,0.5"}, "base_range"),
+        ({"base_range": "0,1"}, "leaves nothing"),
+        ({"base_weight": 2.0}, "base_weight without base_range"),
+        ({"base_range": "0.5,1", "sigma_range": "0.6,0.9"}, "leaves nothing"),
+        ({"base_range": "0.9,1", "sigma_range": "0,0.9"}, "outside"),
+    ],
+)
+def test_a_base_range_that_is_none_or_would_leave_nothing_is_refused(options, says, config):
+    with pytest.raises(ConfigError, match=says):
+        check(replace(config, prior=None, **options))
+
+
+def test_a_run_with_a_base_range_has_nothing_to_learn_of_the_base_there(config):
+    """A fresh adapter changes nothing, so that of its first step's loss only what is outside of the range is left."""
+    options = {"prior": None, "steps": 1, "batch_size": 8, "overwrite": True}
+    whole, outside, inside = (
+        dreambooth.train(replace(config, **options, **said)).losses[0]
+        for said in ({}, {"base_range": "0.6,1"}, {"base_range": "0,0.6"})
+    )
+    assert 0 < outside < whole and 0 < inside < whole
+    assert outside + inside == pytest.approx(whole, rel=1e-5)
+
+
+def drift(run, prompt="an emoji", steps=range(50, 1000, 120)):
     """How far the adapter moves the base's predictions under a prompt that does not name the subject."""
     family, g = run.family, torch.Generator().manual_seed(1)
-    x, t = torch.randn(8, 4, 8, 8, generator=g), torch.arange(50, 1000, 120)
+    t = torch.tensor(list(steps))
+    x = torch.randn(len(t), 4, 8, 8, generator=g)
     with torch.no_grad():
-        conditions = conditions_of(family, [prompt] * 8)
+        conditions = conditions_of(family, [prompt] * len(t))
         on = family.predict(x, t, conditions)
         with diffpeft.adapters(family.pipe, {run.name: 0.0}):
             return (on - family.predict(x, t, conditions)).square().mean().item()

@@ -44,15 +44,18 @@ def test_a_run_that_goes_on_is_timed_by_its_own_steps(clock):
     bar.phase("training")
     clock.seconds += 4
     bar.step(901, 1000, 0.3)
-    assert bar.numbers() == "step 901/1000  loss 0.3000  0.25 it/s  left 6:36"  # and the mean loss is a number at once
+    assert bar.numbers() == "step 901/1000  loss 0.3000"
+    clock.seconds += 8
+    bar.step(903, 1000, 0.3)
+    assert bar.numbers() == "step 903/1000  loss 0.3000  0.25 it/s  left 6:28"  # and the mean loss is a number at once
 
 
 def test_the_mean_loss_is_smoothed_and_hours_are_told(clock):
     bar = Progress()
     bar.phase("training")
-    clock.seconds += 10
-    for loss in (1.0, 2.0):
-        bar.step(1 if loss == 1 else 2, 3000, loss)
+    for done, loss in ((1, 1.0), (2, 2.0)):
+        clock.seconds += 5
+        bar.step(done, 3000, loss)
     assert "loss 1.0500" in bar.numbers() and "left 4:09:50" in bar.numbers()
 
 

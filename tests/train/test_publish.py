@@ -146,7 +146,7 @@ def test_a_token_that_may_not_write_is_told_before_anything_is_loaded(
     repository, role, words, hub, tmp_path, monkeypatch
 ):
     hub.role = role
-    monkeypatch.setattr(dreambooth, "_opened", lambda *args: pytest.fail("the model was opened"))
+    monkeypatch.setattr(dreambooth, "opened", lambda *args: pytest.fail("the model was opened"))
     photos_in(tmp_path)
     config = TrainConfig(
         str(EMBEDDED), str(tmp_path / "photos"), str(tmp_path / "out"), instance_prompt="x", push_to_hub=repository
@@ -182,7 +182,7 @@ def test_a_repository_made_private_needs_a_repository():
 def test_sft_uploads_the_adapter_and_its_card(hub, tmp_path):
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), LoraConfig(target_modules=["0"]))
     config = SftConfig(out=str(tmp_path), push_to_hub="me/text")
-    run = sft.SftRun(config, model, None, [1.0], {}, [], 1, 0.0)
+    run = sft.SftRun(config, model, None, [1.0], {}, [], 1, 0.0, None)
     assert sft.push(run).startswith("https://huggingface.co/me/text")
     assert {*hub.files} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     hub.error = OSError("gone")

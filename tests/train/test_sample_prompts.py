@@ -110,8 +110,10 @@ def test_the_instance_prompt_or_else_a_caption_is_drawn_first():
     assert prompts_of(config(instance_prompt="i", sample_prompt="i --d 3"), [])[0].seed == 3
     assert texts(["a"], sample_prompt="[trigger]", trigger="sks") == ["sks"]
     assert texts(["a cat"], sample_every=0) == []
-    with pytest.raises(ConfigError, match="trigger"):
-        texts(sample_prompt="a [trigger] dog")
+    assert typed_prompts(config(sample_prompt="x --n [trigger] y", trigger="sks"))[0].negative == "sks y"
+    for line in ("a [trigger] dog", "x --n [trigger]"):
+        with pytest.raises(ConfigError, match="trigger"):
+            texts(sample_prompt=line)
 
 
 def test_what_is_said_of_samples_that_are_never_drawn_is_refused():

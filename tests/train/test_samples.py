@@ -10,19 +10,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import diffpeft
 from diffpeft import ConfigError, TrainConfig
 from diffpeft.errors import WrongBaseError
+from diffpeft.families import open_family
 from diffpeft.model.attach import attach
 from diffpeft.model.state import trained_parameters
-from diffpeft.pipeline.open import open_pipeline
+from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth, samples
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
-from diffpeft.train.samples import Gallery, forget, newest_sample
+from diffpeft.train.sample_prompts import of_line
+from diffpeft.train.samples import forget, newest_sample
 from diffpeft.train.signals import Interrupted
 from tests.families.pipelines import pipeline
+from tests.single_file import original
 from tests.train.pictures import photos_in
 
 KINDS = ["sd15", "sdxl, latent statistics and blank prompts", "flux dev"]
@@ -165,6 +169,20 @@ def test_an_adapter_to_go_on_with_is_seen_before_the_first_step(config, tmp_path
     assert run.losses
 
 
+@pytest.mark.parametrize("lr", [5e-2, 3.0])
+def test_the_adapter_of_the_best_step_is_the_one_that_is_seen(lr, config, tmp_path):
+    run = dreambooth.train(config(lr=lr, heldout=1, heldout_every=1, sample_every=3, sample_prompts=None))
+    (file, *_), out = dreambooth.save(run), tmp_path / "out"
+    want = asked(stock(run.config.model, file), "an emoji of sks")
+    assert same(drawn(out, run.step, "p0_s42.png"), want) and same(grey(Image.open(newest_sample(out, run.step))), want)
+    page = run.report.read_text()
+    assert run.best.reason in page and f"<strong>{run.best.step}</strong>" in page and "finished" in page
+    shown = run.live.page
+    assert [m.step for m in shown.heldout] == [0, 1, 2, 3] and shown.measures["heldout_loss"]["standard_error"] >= 0
+    assert shown.before_after.rows[0].pictures[2] == out / "samples" / f"step{run.step:08d}" / "p0_s42.png"
+    assert [use.program for use in shown.uses] == ["diffpeft", "diffusers", "ComfyUI", "A1111"]
+
+
 # -- another model ---------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +215,20 @@ def test_another_checkpoint_shows_the_adapter_as_its_own_stock_pipeline_does(kin
     assert alone.losses == run.losses
 
 
+def test_a_single_file_draws_with_the_configs_of_the_model(config, tmp_path):
+    whole, changed = (open_pipeline() for _ in range(2))
+    _turbo(changed)
+    save_file({name: t.contiguous() for name, t in original(changed).items()}, tmp_path / "turbo.safetensors")
+    dreambooth.train(
+        config(
+            model=str(EMBEDDED), sample_model=str(tmp_path / "turbo.safetensors"), resolution=64, steps=1, sample_prompts=None, targets="to_q",
+        )
+    )  # fmt: skip
+    got = drawn(tmp_path / "out", 0, "p0_s42_w0.png")
+    prompts = [asked(pipe, "an emoji of sks", width=64, height=64) for pipe in (changed, whole)]
+    assert same(got, prompts[0]) and not same(got, prompts[1])
+
+
 def test_a_sample_model_that_does_not_fit_is_refused_before_anything_is_loaded(config, models, monkeypatch):
     with pytest.raises(WrongBaseError, match="family flux"):
         check(config(sample_model=models("flux dev")))
@@ -226,6 +258,27 @@ def test_settings_that_a_model_would_not_read_are_refused(kind, line, says, conf
     with pytest.raises(ConfigError, match=says) as raised:
         dreambooth.train(config(kind))
     assert "prompts.txt, line 2" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "kind, line, options, wanted",
+    [
+        ("sd15", "x", {}, (7.5, None, None, 25)),
+        ("sd15", "x", {"sample_guidance": 3.0, "sample_steps": 4}, (3.0, None, None, 4)),
+        ("sd15", "x --l 2 --n y --s 6", {"sample_guidance": 3.0}, (2.0, None, "y", 6)),
+        ("sdxl", "x", {}, (5.0, None, None, 25)),
+        ("flux dev", "x", {"sample_guidance": 2.0}, (1.0, 2.0, None, 25)),
+        ("flux dev", "x --l 2", {}, (2.0, 3.5, "", 25)),
+        ("flux dev", "x --g 4 --l 2 --n y", {"sample_guidance": 3.0}, (2.0, 4.0, "y", 25)),
+        ("flux schnell", "x", {}, (1.0, None, None, 4)),
+        ("flux schnell", "x", {"sample_guidance": 3.0}, (3.0, None, "", 4)),
+    ],
+)
+def test_what_is_not_said_is_the_pipelines_own(kind, line, options, wanted):
+    family = open_family(pipeline(kind, torch.float32))
+    (prompt,) = samples.settled(TrainConfig(**options), family, [of_line(line, "")], 32)
+    assert (prompt.cfg, prompt.guidance, prompt.negative, prompt.steps) == wanted
+    assert (prompt.width, prompt.height, prompt.seed) == (32, 32, 42)
 
 
 # -- runs that end before their time ---------------------------------------------------------------------------------------
@@ -280,9 +333,8 @@ def test_a_run_that_ends_while_it_draws_keeps_its_state_and_goes_on_to_the_same_
 
 def test_samples_of_other_prompts_are_drawn_anew_and_not_shown(config, tmp_path):
     run = dreambooth.train(config(steps=1, sample_every=1))
-    out, gallery = tmp_path / "out", Gallery(tmp_path / "out", run.live.changes.args[0].prompts, "x")
-    assert gallery.pictures() == {}  # another model's
-    before = run.live.changes.args[0]
+    out, before = tmp_path / "out", run.live.changes.args[1].gallery
+    assert replace(before, model="x").pictures() == {}  # another model's
     assert set(before.pictures()) == {0, 1} and len(before.pictures()[0]) == 6
     other = replace(before, prompts=tuple(replace(p, prompt=p.prompt + "!") for p in before.prompts))
     assert other.pictures() == {}

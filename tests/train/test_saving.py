@@ -12,7 +12,7 @@ from torch import nn
 
 import converters
 import diffpeft
-from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError
+from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError, io
 from diffpeft.families import family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
 from diffpeft.pipeline.open import EMBEDDED
@@ -110,8 +110,6 @@ def test_files_have_the_dtype_that_was_asked_for_and_alphas_keep_theirs(kind, dt
 
 
 def _tensors(path):
-    from diffpeft import io
-
     handles, _ = io.header(path)
     return [*handles], io.load(handles.values())
 
@@ -208,20 +206,22 @@ def test_a_base_in_bf16_hides_nothing(tmp_path):
 def test_files_of_an_earlier_run_are_told(tmp_path):
     run = run_of(pipeline("sd15", torch.float32), tmp_path, formats="kohya", targets="to_q")
     dreambooth.save(run)
+    assert not save.earlier_files(run)
     run.config.formats = "lycoris"
-    told = dreambooth.readers(run, dreambooth.save(run))
-    assert told.keys() == {"a.lycoris.safetensors", "a.kohya.safetensors"} and "earlier" in told["a.kohya.safetensors"]
+    dreambooth.save(run)
+    assert save.earlier_files(run) == ["a.kohya.safetensors"]
 
 
 def test_a_finished_run_is_saved_once_more_in_another_way(tmp_path):
     """It goes on from its last state, and takes no step."""
     photos_in(tmp_path)
-    options = {"targets": "to_q", "rank": 2, "steps": 1, "save_every": 1}
+    options = {"targets": "to_q", "rank": 2, "steps": 1, "save_every": 1, "sample_steps": 2}
     config = TrainConfig(str(EMBEDDED), str(tmp_path / "photos"), str(tmp_path / "out"), instance_prompt="x", **options)
     exact = load_file(dreambooth.save(dreambooth.train(replace(config, formats="kohya")))[0])
     again = replace(config, resume="latest", formats="lycoris", save_dtype="bf16")
     (file,) = dreambooth.save(dreambooth.train(again))
     rounded = {key: t for key, t in load_file(file).items() if not key.endswith("alpha")}
+    assert io.header(file)[1]["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")  # of the last step
     assert file.name == "out.lycoris.safetensors" and len(rounded) == len(exact) * 2 / 3
     for key, t in rounded.items():
         assert torch.equal(t, exact[key.replace("lycoris_", "lora_unet_")].bfloat16())

@@ -12,7 +12,7 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import trackers
 from diffpeft.train.config import Options
 from diffpeft.train.heldout import Band, HeldoutLoss
-from diffpeft.train.journal import CsvTable, Logbook, StepNumbers
+from diffpeft.train.journal import BY_BAND, HELDOUT, CsvTable, Logbook, StepNumbers
 from diffpeft.train.trackers import PACKAGES, TrackerLog, logs_of
 
 
@@ -106,7 +106,7 @@ def test_a_tracker_is_told_every_number_by_its_name_at_its_step(memory, tmp_path
         memory, "style", tmp_path, 0, {"rank": 4, "lr": None, "data": ["a", "b"], "flip": True, "out": "x"}
     )
     clock = iter(range(100))
-    book = Logbook([sink, CsvTable(tmp_path, ["adapter"], True)], seconds=lambda: float(next(clock)))
+    book = Logbook([sink, CsvTable(tmp_path, ["adapter"], [*HELDOUT, *BY_BAND])], seconds=lambda: float(next(clock)))
     book.begin(0, [])
     for step in (1, 2, 3):
         book.told(numbers(step))
@@ -130,7 +130,7 @@ def test_a_tracker_that_fails_is_left_out_and_said_and_the_others_go_on(memory, 
     notes = []
     sink = TrackerLog(memory, "style", tmp_path, 0, {})
     sink.tracker.broken_at = 2
-    book = Logbook([sink, CsvTable(tmp_path, ["adapter"], False)], note=notes.append)
+    book = Logbook([sink, CsvTable(tmp_path, ["adapter"])], note=notes.append)
     book.begin(0, [])
     for step in range(1, 5):
         book.told(numbers(step))

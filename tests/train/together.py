@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from tests.robustness.kills import forked
 def processes(folder: Path, job: Callable[[], object], count: int = 2, seconds: float = 60) -> list[int]:
     """The exit codes of so many processes of a run that do a job, negative the signals that ended them. Those that hang are killed."""
     folder.mkdir(exist_ok=True)
-    pids = [forked(lambda rank=rank: _begin(folder, job, rank, count)) for rank in range(count)]  # type: ignore[misc]
+    pids = [forked(lambda rank=rank: _begin(folder, job, rank, count, seconds)) for rank in range(count)]  # type: ignore[misc]
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
     while len(codes) < count:
@@ -33,8 +34,10 @@ def processes(folder: Path, job: Callable[[], object], count: int = 2, seconds: 
     return [codes[pid] for pid in pids]
 
 
-def _begin(folder: Path, job: Callable[[], object], rank: int, count: int) -> None:
+def _begin(folder: Path, job: Callable[[], object], rank: int, count: int, seconds: float) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stack = open(folder / f"error-{rank}.txt", "w")  # noqa: SIM115 - as long as the process lives
+    faulthandler.dump_traceback_later(seconds - 2, file=stack)  # where one is that hangs
     numbers = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank}
     os.environ.update({name: str(number) for name, number in numbers.items()})
     os.environ[machines.MEETING] = str(folder / "meeting")

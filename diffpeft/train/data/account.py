@@ -143,11 +143,12 @@ class Account:
 
     def summary(self) -> str:
         """How many images of what sizes, and where their captions are from."""
-        sizes = sorted(set(self.sizes.values()), key=lambda size: (size[0] * size[1], size))
+        images = (*self.examples, *(() if self.heldout_from else self.heldout))
+        sizes = sorted({image.size for image in images}, key=lambda size: (size[0] * size[1], size))
         ends = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
         captions = ", ".join(f"{n} from {source}" for source, n in self.captions.items())
         where = self.where or self.folder
-        return f"{_count(len(self.examples), 'image')} of {ends} in {where}; captions: {captions}"
+        return f"{_count(len(images), 'image')} of {ends} in {where}; captions: {captions}"
 
     def plan(self) -> list[str]:
         """How the images are used: how often, in what sizes, with which masks."""

@@ -56,10 +56,11 @@ class Plot:
     def grid(self, unit: str = "") -> str:
         """Horizontal lines with their values."""
         out = []
-        for tick in ticks(*self.y, 5 if self.height > _LOW else 2):
+        places = ticks(*self.y, 5 if self.height > _LOW else 2)
+        for tick, label in zip(places, labels(places), strict=True):
             x, y = self.at(self.x[0], tick)
             out.append(f'<path class="grid" d="M{x:.1f} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-            out.append(self.text(x - 8, y + 4, f"{_short(tick)}{unit}", "end"))
+            out.append(self.text(x - 8, y + 4, f"{label}{unit}", "end"))
         return "".join(out)
 
     def steps(self) -> str:
@@ -79,12 +80,18 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _short(tick: float) -> str:
+def labels(places: Sequence[float]) -> list[str]:
+    """The numbers of an axis, with as many digits as tell them apart."""
+    texts = ([_short(tick, digits) for tick in places] for digits in range(4, 16))
+    return next((row for row in texts if len({*row}) == len(row)), [f"{tick:.15g}" for tick in places])
+
+
+def _short(tick: float, digits: int) -> str:
     """A number for an axis; a very small one as 2.5e-4."""
     if not tick or abs(tick) >= 0.001:
-        return f"{tick:.4g}"
+        return f"{tick:.{digits}g}"
     exponent = math.floor(math.log10(abs(tick)) + 1e-9)
-    return f"{tick / 10.0**exponent:.3g}e{exponent}"
+    return f"{tick / 10.0**exponent:.{digits - 1}g}e{exponent}"
 
 
 def _svg(label: str, *parts: str, height: int = _HEIGHT) -> Markup:
@@ -94,9 +101,9 @@ def _svg(label: str, *parts: str, height: int = _HEIGHT) -> Markup:
 
 
 def smoothed(losses: Sequence[float]) -> np.ndarray:
-    """The mean of each step and those around it, a twentieth of all and at least ten, as far as there are such [n]."""
+    """The mean of each step and those around it, a twentieth of all and ten where there are many [n]."""
     values = np.asarray(losses, dtype=float)
-    half = max(len(values) // 40, 5)
+    half = max(len(values) // 40, min(5, len(values) // 8))
     total = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     starts, ends = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
@@ -142,10 +149,10 @@ def _mark(plot: Plot, step: int) -> str:
     return f'<path class="above" d="M{x - 3:.1f} {y + 5:.1f}L{x:.1f} {y:.1f}L{x + 3:.1f} {y + 5:.1f}"/>'
 
 
-def rate_chart(rates: Sequence[float]) -> Markup:
+def rate_chart(rates: Sequence[float], total: int) -> Markup:
     """The learning rate of each step."""
     values = np.asarray(rates, dtype=float)
-    plot = Plot((1, max(len(values), 2)), (0.0, values.max() * 1.06 or 1.0), _LOW)
+    plot = Plot((1, max(total, len(values), 2)), (0.0, values.max() * 1.06 or 1.0), _LOW)
     return _svg("Learning rate by step", plot.grid(), plot.steps(), plot.line(_thinned(values), "smooth"), height=_LOW)
 
 

@@ -108,7 +108,7 @@ class Page:
     def write(self, path: Path) -> Path:
         """Write the page as a whole file."""
         with replacing(path) as f:
-            f.write(render(self, path.parent).encode())
+            f.write(render(self, path.parent).encode(errors="replace"))
         return path
 
 
@@ -133,13 +133,13 @@ def render(page: Page, folder: Path) -> str:
     html: str = _template().render(
         page=page,
         refresh=REFRESH if page.status.kind == "running" else 0,
-        renewed=time.strftime("%H:%M:%S"),
+        renewed=time.strftime("%Y-%m-%d %H:%M:%S"),
         loss=float(charts.smoothed(page.losses)[-1]) if page.losses else None,
         constant_rate=page.rates[0] if len(set(page.rates)) == 1 else None,
         before_after=_shown(page.before_after, folder),
         samples=_shown(_thinned(page.samples), folder),
         left_out=0 if page.samples is None else max(len(page.samples.heads) - COLUMNS, 0),
-        chosen=chosen,
+        said_options=chosen,
         usual=usual,
         files=[(link(file, folder), file.name, page.readers.get(file.name, "")) for file in page.files],
         missing={n: why for n, why in page.readers.items() if n not in {file.name for file in page.files}},

@@ -1,0 +1,201 @@
+"""A run that is none: what it says is what a run does, and needs."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.profiler import ProfilerActivity, profile
+
+from diffpeft import ConfigError, TrainConfig
+from diffpeft.model.state import trained_parameters
+from diffpeft.train import dreambooth, dry
+from diffpeft.train.check import check
+from diffpeft.train.checkpoints import checkpoints_in
+from diffpeft.train.memory import fused, peak
+from diffpeft.train.save import save
+from tests.cli.process import quick
+from tests.families.pipelines import pipeline
+from tests.train import published
+from tests.train.pictures import photos_in
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dry")
+    photos_in(folder)
+    for kind in ("sd15", "sdxl", "flux dev"):
+        pipeline(kind, torch.float32).save_pretrained(folder / kind)
+    return folder
+
+
+def config(folder, model, **options):
+    usual = {
+        "model": str(folder / model),
+        "data": str(folder / "photos"),
+        "out": str(folder / "out"),
+        "instance_prompt": "x",
+    }
+    return TrainConfig(**{**usual, "overwrite": True, "log": "none", **options})
+
+
+def planned(options):
+    checked = check(options)
+    return dry.plan(checked.config, checked), checked
+
+
+def profiled(run):
+    """What a run gives, and the most bytes that PyTorch held for it at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = run()
+    live = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return result, most
+
+
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        ("sd15", {}),
+        ("sd15", {"gradient_checkpointing": True, "class_prompt": "y", "num_class_images": 1}),
+        ("sdxl", {"train_text_encoder": True, "targets": "full"}),
+        ("flux dev", {"method": "dora", "ema": 0.9, "optimizer": "prodigy"}),
+        ("flux dev", {"method": "lokr", "dtype": "bf16"}),
+    ],
+)
+def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
+    options = config(folder, model, resolution=128, steps=2, batch_size=2, rank=4, **options)
+    plan, checked = planned(options)
+    measured, fit = [], dreambooth.fit
+
+    def measured_fit(*args, **keywords):
+        losses, most = profiled(lambda: fit(*args, **keywords))
+        measured.append(most)
+        return losses
+
+    monkeypatch.setattr(dreambooth, "fit", measured_fit)
+    run = dreambooth.train(options, checked=checked)
+    adapter = sum(p.numel() for p in trained_parameters(run.family.pipe, run.name).values())
+    training = plan.phases[-1]
+    estimated = training.adapter + training.computed - 4 * adapter  # the adapter itself is there before
+    assert measured[0] == pytest.approx(estimated, rel=0.05)
+    weights = {
+        name: model.state_dict()
+        for name, model in run.family.pipe.components.items()
+        if isinstance(model, torch.nn.Module)
+    }
+    assert plan.parameters.keys() <= weights.keys() and sum(plan.parameters.values()) == adapter
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "prodigy", "schedulefree"])
+def test_states_take_the_room_that_is_said(folder, optimizer):
+    options = config(
+        folder, "sd15", resolution=32, steps=2, rank=8, optimizer=optimizer, ema=0.9, save_every=1, targets="full"
+    )
+    plan, checked = planned(options)
+    dreambooth.train(options, checked=checked)
+    states = checkpoints_in(folder / "out")
+    assert len(states) == plan.states == 2
+    stored = 0
+    for file in states[-1].folder.rglob("*.safetensors"):
+        if file.name.startswith("out."):
+            continue  # the adapter for use
+        with safe_open(file, "pt") as tensors:
+            sizes = [tensors.get_tensor(name).nbytes for name in tensors.keys()]  # noqa: SIM118
+            stored += sum(sizes)
+    assert plan.state_bytes == pytest.approx(stored, rel=0.02, abs=2**14)
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_published_models_are_planned_in_seconds_without_a_weight(name, tmp_path):
+    published.write(name, tmp_path / "model")
+    photos_in(tmp_path)
+    options = config(tmp_path, "model", dtype="bf16", rank=16)
+    start = time.process_time()
+    plan, _ = planned(options)
+    assert time.process_time() - start < 20  # 3 on a quiet core
+    weights = {phase.what.partition("(")[2].rstrip(")"): phase.weights for phase in plan.phases}
+    denoiser = next(iter(plan.layers))
+    weights[denoiser] = plan.phases[-1].weights
+    for component, millions in published.SIZES[name].items():
+        share = weights[component] / (2e6 * millions)
+        assert share == pytest.approx(1 if component != "vae" else share, rel=0.01)
+    lighter, _ = planned(replace(options, gradient_checkpointing=True))
+    assert lighter.phases[-1].computed < plan.phases[-1].computed / 2
+    assert not (tmp_path / "out").exists() and plan.peak.what == "training"
+
+
+def test_a_dry_run_says_all_and_does_nothing(folder, tmp_path):
+    photos_in(tmp_path)
+    line = (
+        "train",
+        "-m",
+        folder / "sd15",
+        "-d",
+        "photos",
+        "-o",
+        "out",
+        "--instance-prompt",
+        "x",
+        "--resolution",
+        "32",
+        "--epochs",
+        "2",
+    )
+    text = quick(*line, "--dry-run", "--xformers", cwd=tmp_path)
+    assert text.returncode == 0, text.stderr
+    for words in ("StableDiffusionPipeline", "unet: ", "6 steps", "2 epochs", "out.kohya.safetensors", "peak", "MiB"):
+        assert words in text.stdout
+    assert "xformers" in text.stderr and "xformers" not in text.stdout
+    done = quick(*line, "--dry-run", "--json", cwd=tmp_path)
+    table = json.loads(done.stdout)
+    assert (table["steps"], table["epochs"], table["account"]["images"]) == (6, 2.0, 3)
+    assert table["peak_bytes"] == max(phase["total"] for phase in table["phases"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+    wrong = quick(*line, "--dry-run", "--targets", "nothing", cwd=tmp_path)
+    assert wrong.returncode == 2 and "nothing" in wrong.stderr
+    alone = quick(*line, "--json", cwd=tmp_path)
+    assert alone.returncode == 2 and "--dry-run" in alone.stderr
+
+
+def test_files_that_are_planned_are_those_that_are_written(folder):
+    for options in ({"method": "lokr"}, {"method": "oft", "rank": 8}, {}):
+        options = config(folder, "flux dev", resolution=32, steps=1, lr=1e-2, **options)
+        plan, checked = planned(options)
+        run = dreambooth.train(options, checked=checked)
+        assert {path.name for path in save(run)} == {name for name in plan.files if name.startswith("out.")}
+
+
+def test_what_is_counted_is_what_is_held_at_once():
+    x = torch.empty(1000, 100, device="meta")
+
+    def chain(keep):
+        made = x
+        for _ in range(5):
+            made = (made + 1).view(100, 1000) if keep else made + 1  # a view is counted with what it is of
+        return made
+
+    assert peak(lambda: chain(False)) == peak(lambda: chain(True)) == 2 * 400_000
+    kept = []
+    assert peak(lambda: kept.extend(x + i for i in range(5))) == 5 * 400_000
+
+    def attention():
+        q = torch.empty(1, 2, 512, 8, device="meta", requires_grad=True)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+        assert q.grad.shape == q.shape
+
+    assert peak(attention) < 10 * (2 * 512 * 8 * 4)  # and no 512 x 512
+    with fused():
+        q = torch.randn(1, 2, 4, 8)
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
+
+
+def test_what_a_run_refuses_a_dry_one_refuses(folder):
+    with pytest.raises(ConfigError, match="max_length"):
+        planned(config(folder, "flux dev", max_length=1024))
