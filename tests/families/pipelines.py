@@ -54,11 +54,11 @@ def _tokenizer() -> Any:
     return transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
 
 
-def _clip(projected: bool = False) -> Any:
+def _clip(projected: bool = False, wide: bool = True) -> Any:
     t = _tokenizer()
     ids = {"vocab_size": len(t), "bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id}
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    width = {"hidden_size": 40} if projected else {}  # single files are told apart by it
+    width = {"hidden_size": 40} if projected and wide else {}  # single files are told apart by it
     return kind(transformers.CLIPTextConfig(**{**_CLIP, **width}, **ids))
 
 
@@ -262,7 +262,7 @@ def _sd3(large: bool, **scheduler: Any) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=1.5305, shift_factor=0.0609, latent_channels=4),
-        text_encoder=_clip(projected=True),
+        text_encoder=_clip(projected=True, wide=False),
         tokenizer=_tokenizer(),
         text_encoder_2=_clip(projected=True),
         tokenizer_2=_tokenizer(),
