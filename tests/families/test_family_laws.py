@@ -354,7 +354,7 @@ def test_pictures_are_drawn_from_what_was_read(family):
     texts = {prompt: embedded(family, [prompt] * 2) for prompt in (PROMPTS[0], "")}
 
     def asked_for(prompts):
-        size = {"height": HEIGHT, "width": WIDTH} | BINNED.get(NAMES[type(family)], {})
+        size = {"height": HEIGHT, "width": WIDTH}
         return prompted(family, lambda prompts: texts[prompts[0]], prompts) | size
 
     drawn = pictures(family.pipe, [PROMPTS[0]] * 2, [1, 2], steps=2, guidance=3.0, asked=asked_for)
