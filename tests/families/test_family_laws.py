@@ -108,6 +108,7 @@ ASKED = {
     "ernie_image": {"use_pe": False},
     "wan": {"num_frames": 1},
     "ltx": {"num_frames": 1},
+    "hunyuan_video": {"num_frames": 1, "true_cfg_scale": 1.0},
 }
 
 
@@ -117,7 +118,7 @@ BLANK = {"qwen_image": {"negative_prompt": ["", ""]}}
 # {family: how many tokens of captions are read here: less than usual, for speed}
 TEXT = 40
 READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux")}
-READ["lumina2"] = 80  # most are of the system prompt
+READ |= {"lumina2": 80, "hunyuan_video": 120}  # most are of the system prompt
 BLANK_ONLY = {
     "flux2",
     "lumina2",
@@ -364,7 +365,7 @@ def test_pictures_are_drawn_from_what_was_read(family):
     texts = {prompt: embedded(family, [prompt] * 2) for prompt in (PROMPTS[0], "")}
 
     def asked_for(prompts):
-        size = {"height": HEIGHT, "width": WIDTH} | BINNED.get(NAMES[type(family)], {})
+        size = {"height": HEIGHT, "width": WIDTH}
         return prompted(family, lambda prompts: texts[prompts[0]], prompts) | size
 
     drawn = pictures(family.pipe, [PROMPTS[0]] * 2, [1, 2], steps=2, guidance=3.0, asked=asked_for)
