@@ -102,6 +102,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "hub_private",
     ),
     "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
+    "Before a run": ("print_config", "dry_run", "as_json"),
 }
 OTHERS = "Other options"
 _HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}
