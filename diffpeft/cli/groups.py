@@ -91,6 +91,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "log",
         "log_every",
     ),
+    "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
     "Save": (
         "formats",
         "save_dtype",
@@ -100,7 +101,6 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "push_to_hub",
         "hub_private",
     ),
-    "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
 }
 OTHERS = "Other options"
 _HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}
