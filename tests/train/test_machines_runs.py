@@ -37,6 +37,7 @@ CASES |= {name: {"method": name, "lr": 1e-3} for name in ADAPTERS if name not in
 # one of each family; captions are read by an encoder that is trained where there is one that can be
 KINDS = tuple({family: kind for kind, (family, _) in reversed(pipelines.KINDS.items())}.values())
 CASES |= {kind: {"model": kind, "resolution": 32, "train_text_encoder": kind in ("sd2, v", "sdxl")} for kind in KINDS}
+CASES["hidream"]["max_length"] = 64  # as many as the tiny one has places
 SHARDED = {*KINDS, "text encoder", "base", "samples", "heldout", *ADAPTERS}
 
 
@@ -160,8 +161,8 @@ def test_two_processes_are_one_with_twice_the_passes(names, folder, monkeypatch)
             kept[0]["heldout"] == pytest.approx(alone["heldout"], rel=1e-5) and kept[0]["heldout"] == kept[1]["heldout"]
         )
         assert kept[0]["files"] == [file.replace("two", "sharded") for file in first[name]["files"]]
-        for each in kept:
-            assert 0.45 * alone["base"] < each["base"] < 0.6 * alone["base"]
+        shares = [each["base"] for each in kept]
+        assert sum(shares) == alone["base"] and max(shares) < 0.6 * alone["base"]  # rows are not always even
         before, after = tensors_of(folder, f"one-{name}"), tensors_of(folder, f"sharded-{name}")
         for key, t in before[state.ADAPTER].items():
             torch.testing.assert_close(after[state.ADAPTER][key], t, rtol=1e-4, atol=2e-5)
