@@ -13,7 +13,6 @@ from pathlib import Path
 from diffpeft.errors import ConfigError, UnknownNameError, listed, shown
 from diffpeft.files import Json
 from diffpeft.train.config import Options
-from diffpeft.train.data.layout import REPEATED, images_in
 from diffpeft.train.optimizers import OPTIMIZERS
 from diffpeft.train.other_names import TABLE, OtherName, words
 
@@ -296,6 +295,8 @@ def _prior(to: Translation) -> None:
 
 def _reg(to: Translation, name: str, folder: Path) -> None:
     """sd-scripts' folder of regularisation images: a parent of one that says what they are called."""
+    from diffpeft.train.data.layout import REPEATED, images_in  # Pillow comes along, and help needs none
+
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
     called = {path: match[2] for path in inside if (match := REPEATED.fullmatch(path.name))}
     if len(called) == 1:

@@ -21,6 +21,8 @@ from tests.families.pipelines import KINDS, pipeline
 from tests.train import published
 from tests.train.pictures import photos_in
 
+SLOW = pytest.mark.slow  # whole runs, for which others stand
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -62,9 +64,9 @@ def profiled(run):
     "model, options",
     [
         ("sd15", {"gradient_checkpointing": True, "class_prompt": "y", "num_class_images": 1}),
-        ("sdxl", {"train_text_encoder": True, "targets": "full"}),
+        pytest.param("sdxl", {"train_text_encoder": True, "targets": "full"}, marks=SLOW),
         ("flux dev", {"method": "dora", "ema": 0.9, "optimizer": "prodigy"}),
-        ("flux dev", {"method": "lokr", "dtype": "bf16"}),
+        pytest.param("flux dev", {"method": "lokr", "dtype": "bf16"}, marks=SLOW),
     ],
 )
 def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
@@ -92,7 +94,9 @@ def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
     assert plan.parameters.keys() <= weights.keys() and sum(plan.parameters.values()) == adapter
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "prodigy", "schedulefree"])
+@pytest.mark.parametrize(
+    "optimizer", ["lion", *(pytest.param(name, marks=SLOW) for name in ("adamw", "prodigy", "schedulefree"))]
+)
 def test_states_take_the_room_that_is_said(folder, optimizer):
     options = config(
         folder, "sd15", resolution=32, steps=2, rank=8, optimizer=optimizer, ema=0.9, save_every=1, targets="full"
@@ -125,8 +129,9 @@ def test_published_models_are_planned_in_seconds_without_a_weight(name, tmp_path
     for component, millions in published.SIZES[name].items():
         share = weights[component] / (2e6 * millions)
         assert share == pytest.approx(1 if component != "vae" else share, rel=0.01)
-    lighter, _ = planned(replace(options, gradient_checkpointing=True))
-    assert lighter.phases[-1].computed < plan.phases[-1].computed / 2
+    if name == "sd15":
+        lighter, _ = planned(replace(options, gradient_checkpointing=True))
+        assert lighter.phases[-1].computed < plan.phases[-1].computed / 2
     assert not (tmp_path / "out").exists() and plan.peak.what == "training"
 
 
@@ -163,12 +168,12 @@ def test_a_dry_run_says_all_and_does_nothing(folder, tmp_path):
     assert alone.returncode == 2 and "--dry-run" in alone.stderr
 
 
-def test_files_that_are_planned_are_those_that_are_written(folder):
-    for options in ({"method": "lokr"}, {"method": "oft", "rank": 8}, {}):
-        options = config(folder, "flux dev", resolution=32, steps=1, lr=1e-2, **options)
-        plan, checked = planned(options)
-        run = dreambooth.train(options, checked=checked)
-        assert {path.name for path in save(run)} == {name for name in plan.files if name.startswith("out.")}
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=SLOW), "lokr", pytest.param("oft", marks=SLOW)])
+def test_files_that_are_planned_are_those_that_are_written(folder, method):
+    options = config(folder, "flux dev", resolution=32, steps=1, lr=1e-2, rank=8, method=method)
+    plan, checked = planned(options)
+    run = dreambooth.train(options, checked=checked)
+    assert {path.name for path in save(run)} == {name for name in plan.files if name.startswith("out.")}
 
 
 @pytest.mark.slow  # many models
