@@ -16,7 +16,7 @@ _HOMES = {
     "diffpeft.errors": (
         "DiffpeftError CheckpointError UnreadableFileError UnsafeFileError UnknownKeysError MissingKeysError ShapeMismatchError "
         "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError "
-        "HubError NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning UnfitError NotBuiltError WrongKindError"
+        "HubError LostProcessError NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning UnfitError NotBuiltError WrongKindError"
     ),
     "diffpeft.alias": "as_peft",
     "diffpeft.bundle": "Bundle Entry",

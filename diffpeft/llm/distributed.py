@@ -69,6 +69,10 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
 
 def _trained_leaf(module: nn.Module) -> bool:
-    """Whether a module without others has parameters, and all of them are trained."""
+    """Whether a module without others has parameters, and all of them are trained. One that is never called, as the rows of a table, is gathered with
+    what it is in.
+    """
+    if type(module) is nn.Module:
+        return False
     parameters = list(module.parameters(recurse=False))
     return not module._modules and bool(parameters) and all(p.requires_grad for p in parameters)

@@ -117,11 +117,12 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
 
 
 def _share_out(config: TrainConfig, family: Family, name: str) -> None:
-    """Let each process hold its share of the base, if the run says so; the adapter stays whole."""
+    """Let each process hold its share of the denoiser, if the run says so; the adapter stays whole, and so do text encoders: transformers knows by their
+    classes, which FSDP changes, what they shall return.
+    """
     if machines.sharding(config):
         trained = set(trained_parameters(family.pipe, name).values())
-        for part in (family.denoiser, *_live(config, family)):
-            shard(family.parts(part), trained)
+        shard(family.parts(family.denoiser), trained)
 
 
 def _fitted(

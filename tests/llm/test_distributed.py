@@ -58,6 +58,15 @@ def wrapped():
     return get_peft_model(llama(), LoraConfig(r=4, init_lora_weights=False, target_modules=TARGETS))
 
 
+def tokens_trained():
+    """A PeftModel with a LoRA with biases, and rows of its table."""
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4, init_lora_weights=False, target_modules=TARGETS, bias="all", trainable_token_indices=[1, 2, 5]
+    )
+    return get_peft_model(llama(), config)
+
+
 def sharded(model, kind):
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
@@ -115,6 +124,14 @@ def worker(rank, folder):
         model = sharded(wrapped(), kind)
         model(input_ids=x)
         torch.save(get_peft_model_state_dict(model), f"{folder}/of a PeftModel, {kind}-{rank}.pt")
+    for only_root in (True, False):  # FSDP reads the table between forwards, when there is a share of it
+        model = tokens_trained()
+        units = {} if only_root else {"auto_wrap_policy": fsdp_auto_wrap_policy(model)}
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), **units)
+        model(input_ids=x, labels=x).loss.backward()
+        torch.save(model(input_ids=x).logits.detach(), f"{folder}/rows of a table, {only_root}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -127,6 +144,9 @@ def ends(tmp_path_factory):
     for kind, rank in itertools.product(("fsdp1", "fsdp1, own parameters"), (0, 1)):
         tensors = torch.load(folder / f"of a PeftModel, {kind}-{rank}.pt")
         assert tensors.keys() == want.keys() and all(torch.equal(tensors[key], t) for key, t in want.items())
+    logits = tokens_trained()(input_ids=x).logits
+    for only_root, rank in itertools.product((True, False), (0, 1)):
+        torch.testing.assert_close(torch.load(folder / f"rows of a table, {only_root}-{rank}.pt"), logits)
     return {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in (0, 1)] for kind in KINDS}
 
 
