@@ -14,6 +14,7 @@ from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux
 from diffpeft.families.flux2 import Flux2
 from diffpeft.families.hidream import HiDream
+from diffpeft.families.hunyuan_video import HunyuanVideo
 from diffpeft.families.ideogram4 import Ideogram4
 from diffpeft.families.krea2 import Krea2
 from diffpeft.families.ltx import LTX
@@ -49,6 +50,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "ernie_image": ErnieImage,
     "wan": Wan,
     "ltx": LTX,
+    "hunyuan_video": HunyuanVideo,
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.

@@ -61,6 +61,8 @@ def _normalisation(vae: Component) -> tuple[Tensor, Tensor]:
 
 def factor(config: Mapping[str, object]) -> int | None:
     """Pixels a latent pixel, by the config of a VAE; None if it does not tell."""
+    if isinstance(config.get("spatial_compression_ratio"), int):
+        return config["spatial_compression_ratio"]  # type: ignore[return-value]
     scaled, halved, patch = (
         config.get(name) for name in ("spatio_temporal_scaling", "temperal_downsample", "patch_size")
     )

@@ -81,5 +81,5 @@ class PixArt(Transformer):
         return answer[:, : x.shape[1]]
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
-        """As the pipelines take prompts; the negative ones are said beside them."""
-        return masked_prompts(prompts, negative) | {"negative_prompt": None}
+        """As the pipelines take prompts; the negative ones are said beside them, and sizes are those that are asked for."""
+        return masked_prompts(prompts, negative) | {"negative_prompt": None, "use_resolution_binning": False}

@@ -52,8 +52,8 @@ class Sana(Transformer):
         return answer[:, : x.shape[1]]
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
-        """As a SanaPipeline takes prompts."""
-        return masked_prompts(prompts, negative) | {"negative_prompt": None}
+        """As a SanaPipeline takes prompts, of the sizes that are asked for."""
+        return masked_prompts(prompts, negative) | {"negative_prompt": None, "use_resolution_binning": False}
 
 
 def _instruction(pipe: Component) -> list[str]:

@@ -177,7 +177,7 @@ def open_parts(
         folder = _folder(source, base)
         skeletons = {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
         unused = {"safety_checker": None} if source.is_file() and "safety_checker" in skeletons else {}
-        unused |= {name: None for name, entry in read_json(folder / INDEX).items() if entry == [None, None]}
+        unused |= _left_out(folder)
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=kind, **skeletons | unused)
         configs = configs_of(pipe)
         for name in skeletons:
@@ -228,6 +228,11 @@ def _models(folder: Path) -> dict[str, type[Component]]:
         for name, cls in classes.items()
         if cls is not None and issubclass(cls, torch.nn.Module) and (folder / name).is_dir()
     }
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """The components that a pipeline may have and this one does not, as diffusers is to be told."""
+    return {name: None for name, entry in read_json(folder / INDEX).items() if entry == [None, None]}
 
 
 def _skeleton(cls: type[Component], folder: Path) -> nn.Module:
@@ -285,8 +290,17 @@ class _Files:
     def _from_single_file(self, name: str) -> Component:
         """A model out of the checkpoint of a whole pipeline, or of a denoiser or a VAE alone."""
         file = self.vae if name == "vae" and self.vae else self.source
-        others = {other: model for other, model in self.skeletons.items() if other != name}
+        if not hasattr(self.pipeline, "from_single_file"):
+            return self._from_its_own_file(name, str(file))
+        others = {other: model for other, model in self.skeletons.items() if other != name} | _left_out(self.folder)
         pipe = self.pipeline.from_single_file(
             str(file), config=str(self.folder), dtype=self.dtype, **others | {"safety_checker": None}
         )
         return getattr(pipe, name)
+
+    def _from_its_own_file(self, name: str, file: str) -> Component:
+        """A model alone, under its own names, or under the original ones if diffusers knows them."""
+        skeleton: Component = self.skeletons[name]
+        if name.startswith("text_encoder") or skeleton.state_dict().keys() <= io.header(file)[0].keys():
+            return filled(skeleton, file, self.dtype)
+        return type(skeleton).from_single_file(file, config=str(self.folder), subfolder=name, torch_dtype=self.dtype)

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_OLD_LEVEL = "text_model."  # that older versions of transformers have around a CLIP
+_OLD_LEVELS = (
+    "text_model.",
+    "model.",
+)  # that older versions of transformers have around a CLIP, and a head's around a language model
 _SCALED = "scaled_fp8"  # a mark: numbers in fp8 that are multiplied with others beside them
 
 
@@ -43,7 +46,7 @@ def assigned(files: Sequence[str], encoders: Mapping[str, nn.Module]) -> dict[st
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix(_OLD_LEVEL)
+    return next((name.removeprefix(level) for level in _OLD_LEVELS if name.startswith(level)), name)
 
 
 def _holds(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> bool:
@@ -55,14 +58,16 @@ def _holds(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> bool:
 
 
 def filled(skeleton: nn.Module, file: str, dtype: torch.dtype) -> nn.Module:
-    """A text encoder like `skeleton`, which has no numbers, with those of a file."""
+    """A model like `skeleton`, which has no numbers, with those of a file under its names."""
     from accelerate import init_empty_weights
     from safetensors.torch import load_file
 
     with init_empty_weights(include_buffers=False):
-        model: Component = type(skeleton)(skeleton.config)  # of transformers
+        made_of = getattr(type(skeleton), "from_config", type(skeleton))  # diffusers' way, or transformers'
+        model: Component = made_of(skeleton.config)
     names = {_plain(name): name for name in model.state_dict()}
     tensors = {names[plain]: t.to(dtype) for name, t in load_file(file).items() if (plain := _plain(name)) in names}
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
     return model

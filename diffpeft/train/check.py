@@ -40,7 +40,7 @@ class Checkpoint(NamedTuple):
 # {a layer of an original checkpoint: what the file is}; the first that is there tells
 _CHECKPOINTS = {
     "distilled_guidance_layer.": Checkpoint("Chroma", ("chroma",)),
-    "double_blocks.": Checkpoint("Flux", ("flux",)),
+    "double_blocks.": Checkpoint("Flux", ("flux", "flux2")),
     "joint_blocks.": Checkpoint("Stable Diffusion 3", ("sd3",)),
     "conditioner.embedders.": Checkpoint("Stable Diffusion XL", ("sdxl",)),
     "cond_stage_model.": Checkpoint("Stable Diffusion 1 or 2", ("sd15", "sd2")),
@@ -107,13 +107,21 @@ def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
 
 def _with_cut(account: Account, config: TrainConfig) -> Account:
     """The account with the captions that the model's tokenizers would cut, where these can be had."""
-    path = Path(str(config.model))
-    tokenizers = tokenizers_of(str(config.base if path.is_file() else config.model))
+    source = str(config.base if Path(str(config.model)).is_file() else config.model)
+    tokenizers = tokenizers_of(source)
     if not tokenizers:
         return account
-    cut, most = too_long([example.caption for example in account.examples], tokenizers, config.max_length)
+    most = config.max_length or _usual_tokens(source)
+    cut, most = too_long([example.caption for example in account.examples], tokenizers, most)
     names = tuple(example.name for example, is_cut in zip(account.examples, cut, strict=True) if is_cut)
     return replace(account, cut=names, tokens=most)
+
+
+def _usual_tokens(source: str) -> int | None:
+    """How many tokens of captions a model's family reads, where its tokenizers would read more; None where they say it."""
+    known = facts(source)
+    family = trainable(known.pipeline, known.configs, source) if known.pipeline else None
+    return getattr(FAMILIES[family], "tokens", None) if family else None
 
 
 def account_of(config: TrainConfig, steps: bool) -> Account:

@@ -161,5 +161,5 @@ def _write(
     with replacing(out / "metrics.json") as f:
         f.write(json.dumps(table, indent=1).encode())
     assert run.live
-    run.live.renew(title=TITLE, files=files, before_after=shown, measures=metrics)
+    run.live.renew({"title": TITLE, "files": files, "before_after": shown, "measures": metrics})
     return files

@@ -54,11 +54,11 @@ def _tokenizer() -> Any:
     return transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
 
 
-def _clip(projected: bool = False) -> Any:
+def _clip(projected: bool = False, wide: bool = True) -> Any:
     t = _tokenizer()
     ids = {"vocab_size": len(t), "bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id}
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    width = {"hidden_size": 40} if projected else {}  # single files are told apart by it
+    width = {"hidden_size": 40} if projected and wide else {}  # single files are told apart by it
     return kind(transformers.CLIPTextConfig(**{**_CLIP, **width}, **ids))
 
 
@@ -262,7 +262,7 @@ def _sd3(large: bool, **scheduler: Any) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=1.5305, shift_factor=0.0609, latent_channels=4),
-        text_encoder=_clip(projected=True),
+        text_encoder=_clip(projected=True, wide=False),
         tokenizer=_tokenizer(),
         text_encoder_2=_clip(projected=True),
         tokenizer_2=_tokenizer(),
@@ -565,6 +565,38 @@ def _ltx() -> Any:
     )
 
 
+def _hunyuan_video() -> Any:
+    return diffusers.HunyuanVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            block_out_channels=(8,) * 4,
+            down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+            up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            scaling_factor=0.476986,
+            mid_block_add_attention=False,
+        ),
+        text_encoder=_llm("Llama", 3),
+        tokenizer=_chat(),
+        text_encoder_2=_clip(),
+        tokenizer_2=_tokenizer(),
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            pooled_projection_dim=32,
+            rope_axes_dim=(4, 4, 8),
+        ),
+    )
+
+
 _STATISTICS = {"scaling_factor": 0.5, "latents_mean": [0.1, -1, 2, 0], "latents_std": [1.0, 2, 0.5, 3]}
 # {kind: (family, makes a pipeline)}
 KINDS: dict[str, tuple[str, Any]] = {
@@ -601,6 +633,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "wan": ("wan", _wan),
     "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
     "ltx": ("ltx", _ltx),
+    "hunyuan_video": ("hunyuan_video", _hunyuan_video),
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 

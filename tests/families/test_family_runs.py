@@ -55,9 +55,13 @@ RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scri
     "ernie_image": (1e-2, "ernie-image", "ernie_image"),
     "wan": (1e-2, "wan2.1", "wan"),
     "ltx": (1e-2, "ltx-video", "ltx_video"),
+    "hunyuan_video": (1e-2, "hunyuan-video", "hunyuan_video"),
 }
 # {kind: how many tokens of captions are read}: less than usual, for speed; Lumina's follow many of the system's
-LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdxl", "flux dev"))} | {"lumina2": 80}
+LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdxl", "flux dev"))} | {
+    "lumina2": 80,
+    "hunyuan_video": 120,
+}
 UNNAMED = ("lumina2", "cogview4", "krea2", "ideogram4", "ernie_image")  # whose layers have no names of kohya's
 LEFT_OUT = {
     "sd3": {"text_encoder_3": None, "tokenizer_3": None}

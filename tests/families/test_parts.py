@@ -17,17 +17,22 @@ from diffpeft.families.parts import Parts
 from diffpeft.pipeline import open as opening
 from diffpeft.pipeline.open import EMBEDDED, check_model, open_parts, open_pipeline
 from diffpeft.train import dreambooth, prior
-from tests.families.pipelines import KINDS, pipeline
+from diffpeft.train.check import _usual_tokens
+from tests.families.pipelines import KINDS, cells, pipeline
 from tests.single_file import original
 
 MODELS = {
     "sd15": ("unet", "text_encoder", "vae"),
     "sdxl": ("unet", "text_encoder", "text_encoder_2", "vae"),
     "flux dev": ("transformer", "text_encoder", "text_encoder_2", "vae"),
+    "sd3": ("transformer", "text_encoder", "text_encoder_2", "vae"),
+    "z_image": ("transformer", "text_encoder", "vae"),
+    "flux2 klein": ("transformer", "text_encoder", "vae"),
+    "qwen_image": ("transformer", "text_encoder", "vae"),
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=cells(MODELS, ("sd15", "sdxl", "flux dev")))
 def kind(request):
     return request.param
 
@@ -104,6 +109,7 @@ def test_a_run_has_room_for_one_model_at_a_time(kind, folder, tmp_path, together
     assert together == [{name} for name in [*MODELS[kind][1:], MODELS[kind][0]]]
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "flux dev"], indirect=True)  # whose pictures are small
 def test_class_images_are_drawn_without_text_encoders(kind, folder, tmp_path, together, monkeypatch):
     monkeypatch.setattr(prior, "STEPS", 1)
     options = config(tmp_path, model=folder, class_prompt="a dog", num_class_images=2, dtype="bf16")
@@ -113,6 +119,14 @@ def test_class_images_are_drawn_without_text_encoders(kind, folder, tmp_path, to
     assert len(list((tmp_path / "out" / "class").glob("*.png"))) == 2
     assert all(math.isfinite(loss) for loss in run.losses)
     assert dreambooth.train(replace(options, overwrite=True)).losses == run.losses
+
+
+def test_how_much_of_captions_is_read_is_told_without_the_model(kind, folder):
+    most = _usual_tokens(folder)
+    assert most in (None, open_family(open_parts(folder)).max_length) and (most is None) == (kind in SAID)
+
+
+SAID = ("sd15", "sdxl", "flux dev")  # by their tokenizers
 
 
 # -- single files --------------------------------------------------------------------------------------------------------
@@ -146,7 +160,9 @@ def without_weights(folder, tmp_path):
     return str(shutil.copytree(folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors")))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "sd15"], indirect=True)  # whose files hold all
+@pytest.mark.parametrize(
+    "kind", cells([kind for kind in MODELS if kind != "sd15"], ("sdxl", "flux dev")), indirect=True
+)  # whose files hold all
 def test_the_files_of_comfyui_are_opened_one_by_one(kind, folder, tmp_path):
     base, model = without_weights(folder, tmp_path), single_file(kind, folder, tmp_path)
     files, whole = split_files(kind, folder, tmp_path), open_pipeline(folder)
@@ -157,7 +173,7 @@ def test_the_files_of_comfyui_are_opened_one_by_one(kind, folder, tmp_path):
     with pytest.raises(CheckpointError, match="none of the model's text encoders"):
         open_parts(model, base, vae=files["vae"], text_encoders=[files["vae"]])
     with pytest.raises(CheckpointError):  # which file has them, nobody said
-        open_parts(model, base)("text_encoder_2")
+        open_parts(model, base)(MODELS[kind][-2])
 
 
 @pytest.mark.parametrize("kind", ["flux dev"], indirect=True)
