@@ -37,7 +37,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 MAX_NAME, MAX_LISTED = 200, 20
-MAX_LINE, MAX_KNOWN = 1650, 1000  # characters of a line of a message, and of the names that are known in it
+MAX_LINE, MAX_KNOWN = 1650, 1400  # characters of a line of a message, and of the names that are known in it
 
 
 def shown(name: object) -> str:

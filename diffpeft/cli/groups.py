@@ -92,6 +92,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "log",
         "log_every",
     ),
+    "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
     "Save": (
         "formats",
         "save_dtype",
@@ -101,7 +102,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "push_to_hub",
         "hub_private",
     ),
-    "Output and state": ("out", "name", "overwrite", "save_every", "keep", "resume", "allow"),
+    "Before a run": ("print_config", "dry_run", "as_json"),
 }
 OTHERS = "Other options"
 _HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}

@@ -33,34 +33,53 @@ class Pasted(Grouped):
 
 def split(args: Sequence[str], params: Sequence[click.Parameter]) -> tuple[Words, list[tuple[str, object]]]:
     """Arguments as those for click and (option, value) of other trainers."""
-    flags = {flag: param for param in params for flag in (*param.opts, *param.secondary_opts)}
-    known = {key_of(flag) for flag in flags if flag.startswith("--")}
-    names = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
-    if not any(is_alias(name, known) or key_of(name) in _FILES for name in names):
+    reader = _Reader(params)
+    if not reader.has_theirs(args):
         return list(args), []
-    ours, theirs = Words(), list[tuple[str, object]]()
-    words = iter(_Queue(args))
-    for arg in words:
-        name, equals, text = arg.partition("=")
+    words = _Queue(args)
+    for word in words:
+        reader.take(word, words)
+    return reader.ours, reader.theirs
+
+
+class _Reader:
+    """Puts each argument, with its values, to click's or to another trainer's."""
+
+    def __init__(self, params: Sequence[click.Parameter]):
+        self.flags = {flag: param for param in params for flag in (*param.opts, *param.secondary_opts)}
+        self.known = {key_of(flag) for flag in self.flags if flag.startswith("--")}
+        self.ours, self.theirs = Words(), list[tuple[str, object]]()
+
+    def has_theirs(self, args: Sequence[str]) -> bool:
+        """Whether one of the options is another trainer's alone."""
+        names = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+        return any(is_alias(name, self.known) or key_of(name) in _FILES for name in names)
+
+    def take(self, word: str, words: _Queue) -> None:
+        """Take an argument, and of those after it what belongs to it."""
+        name, equals, text = word.partition("=")
         key = key_of(name)
         if not name.startswith("--") or (key not in TABLE and key not in _FILES):
-            ours.append(arg)
-            if not equals and _takes_value(flags.get(_spelt(name))):
-                ours += words.taken(1)
-            continue
+            self.ours += [word] if equals else [word, *words.taken(int(self._takes_value(name)))]
+            return
         reads = TABLE[key].reads if key in TABLE else str
-        if equals:
-            theirs.append((name, [text, *words.taken()] if reads is list else text))
-        elif reads is bool and _takes_value(flags.get(_spelt(name))) and words.has_value():
-            ours += [arg, *words.taken(1)]  # a flag there that takes a value here
-        elif reads is bool:
-            theirs.append((name, True))
+        if reads is bool and not equals and self._takes_value(name) and words.has_value():
+            self.ours += [word, *words.taken(1)]  # a flag there that takes a value here
+        elif reads is list:
+            self.theirs.append((name, [*([text] if equals else []), *words.taken()]))
         else:
-            values = words.taken(None if reads is list else 1)
-            if not values and reads is not list:
-                raise click.BadOptionUsage(name, f"Option {name!r} requires an argument.")
-            theirs.append((name, values if reads is list else values[0]))
-    return ours, theirs
+            self.theirs.append((name, text if equals else reads is bool or _one(name, words)))
+
+    def _takes_value(self, name: str) -> bool:
+        param = self.flags.get(name.replace("_", "-"))
+        return isinstance(param, click.Option) and not param.is_flag
+
+
+def _one(name: str, words: _Queue) -> str:
+    """The value of an option. Raises BadOptionUsage if there is none."""
+    if not words.has_value():
+        raise click.BadOptionUsage(name, f"Option {name!r} requires an argument.")
+    return words.taken(1)[0]
 
 
 class _Queue(Iterator[str]):
@@ -87,12 +106,3 @@ class _Queue(Iterator[str]):
         while self.has_value() and (most is None or len(values) < most):
             values.append(self.args.pop(0))
         return values
-
-
-def _spelt(name: str) -> str:
-    """A flag as click has it, where `_` is `-`."""
-    return name.replace("_", "-")
-
-
-def _takes_value(param: click.Parameter | None) -> bool:
-    return isinstance(param, click.Option) and not param.is_flag

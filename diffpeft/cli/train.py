@@ -137,7 +137,8 @@ def _saved(run: TrainRun, watch: Watch) -> list[Path]:
     from diffpeft.train.watching import write_metrics
 
     watch.phase("writing")
-    metrics = write_metrics(run)
+    out = Path(run.config.out or "")  # as it was typed
+    metrics = out / write_metrics(run).name
     files = [*dreambooth.save(run), metrics]
     if run.best:
         watch.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
@@ -145,4 +146,4 @@ def _saved(run: TrainRun, watch: Watch) -> list[Path]:
         watch.note(f"{name}: {text}")
     for name in earlier_files(run):
         watch.note(f"{name}: of an earlier run, and not written by this one")
-    return [*files, run.config.output() / "report.html"]
+    return [*files, out / "report.html"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
+from diffpeft.families.devices import sent
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ def tokens(tokenizer: Component, prompts: Sequence[str], length: int, device: to
     ids = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
-    return ids.to(device)
+    return sent(ids, device)
 
 
 def chunks(tokenizer: Component, prompts: Sequence[str], number: int, device: torch.device) -> Tensor:
@@ -33,7 +34,7 @@ def chunks(tokenizer: Component, prompts: Sequence[str], number: int, device: to
         for start in range(0, per * number, per):
             chunk = [tokenizer.bos_token_id, *text[start : min(start + per, per * number)], tokenizer.eos_token_id]
             ids.append(chunk + [tokenizer.pad_token_id] * (per + 2 - len(chunk)))
-    return torch.tensor(ids, device=device)
+    return sent(torch.tensor(ids), device)
 
 
 def length_of(tokenizer: Component) -> int:

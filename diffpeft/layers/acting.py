@@ -300,7 +300,9 @@ def _attribute(module: nn.Module, steps: Sequence[Step], name: str) -> object:
     ground = steps[0][0].module if steps and isinstance(steps[0][0], Copy) else module
     value = next((table[name] for kind in _TABLES if name in (table := ground.__dict__[kind])), _ABSENT)
     shows = [(patch, s) for patch, s in steps if isinstance(patch, Patch) and patch.shows and name in patch.names]
-    return patched(value, name, shows) if shows and isinstance(value, Tensor) and not value.is_meta else value
+    if not shows or not isinstance(value, Tensor) or value.is_meta:
+        return value
+    return patched(value, name, shows) if all(patch.whole(value) for patch, _ in shows) else value
 
 
 def _of_what_acts(name: str) -> Callable[..., object]:

@@ -272,7 +272,7 @@ def _masked(slot: Slot, part: Part, p: Tensors) -> Tensor:
     rate = part.spec.options.get("rank_dropout") if slot.training else 0
     if not rate:
         return delta
-    mask = (torch.rand(delta.shape[0]) > rate).to(delta)
+    mask = (torch.rand(delta.shape[0], device=delta.device) > rate).to(delta)
     if part.spec.options.get("rank_dropout_scale"):
         mask = mask / mask.mean().clamp_min(1 / len(mask))
     return delta * mask.view(-1, *(1 for _ in delta.shape[1:]))

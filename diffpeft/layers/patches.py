@@ -34,6 +34,10 @@ class Patch(nn.Module, Other):
         """What a layer gives for x with this patch of its weight after what was `before`."""
         raise NotImplementedError
 
+    def whole(self, W: Tensor) -> bool:
+        """Whether a parameter that is read, and the tensors of the patch, are all there, and not shares of some."""
+        return True
+
     def overlaps(self, other: Patch) -> bool:
         """Whether both set the same numbers, so that the later one would win."""
         return False

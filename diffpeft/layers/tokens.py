@@ -41,6 +41,10 @@ class Tokens(Patch):
         """Which rows of the table they are."""
         return self.index  # type: ignore[return-value]
 
+    def whole(self, W: Tensor) -> bool:
+        """FSDP 1 has flat shares of tables and rows between forwards, and reads them."""
+        return W.dim() == self.delta.dim() == 2 and W.shape[1] == self.delta.shape[1]
+
     def overlaps(self, other: Patch) -> bool:
         return isinstance(other, Tokens) and bool(torch.isin(self.rows, other.rows).any())
 

@@ -119,4 +119,4 @@ class SftPage:
         serve = f"vllm serve {shlex.quote(str(self.config.model))} --enable-lora --lora-modules {out.name}={shlex.quote(str(out))}"
         uses = [Use("Python (diffpeft or peft)", load), Use("vLLM", serve)]
         readers = {"adapter_model.safetensors": "read by diffpeft, PEFT, transformers, vLLM"}
-        return self.live.current(status=FINISHED, files=files, readers=readers, uses=uses)
+        return self.live.current({"status": FINISHED, "files": files, "readers": readers, "uses": uses})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,12 +69,12 @@ class _Hadamard(torch.autograd.Function):
     """`hadamard` with nothing kept but the factors: both products are as large as the weight, and quickly made again."""
 
     @staticmethod
-    def forward(ctx: Any, up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> Tensor:
+    def forward(ctx, up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> Tensor:
         ctx.save_for_backward(up1, down1, up2, down2)
         return (up1 @ down1).mul_(up2 @ down2)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         up1, down1, up2, down2 = ctx.saved_tensors
         needs = ctx.needs_input_grad
         gradients: list[Tensor | None] = []

@@ -115,29 +115,26 @@ def _datasets(rows: Sequence[Json], path: Path) -> Pairs:
     if not rows or any("image_dir" not in row for row in rows):
         raise ConfigError("a data set has no image_dir", where=path, remedy="Each [[datasets.subsets]] has one.")
     classes = [row for row in rows if row.pop("is_reg", False)]
-    images = [row for row in rows if row not in classes]
-    sides = list(dict.fromkeys(str(row.get("resolution", "")) for row in images))
-    folders = {side: {r["image_dir"] for r in images if str(r.get("resolution", "")) == side} for side in sides}
-    pairs: Pairs = []
-    if len(sides) > 1:
-        if any(folder != folders[sides[0]] for folder in folders.values()):
-            raise ConfigError(
-                "resolution differs between the data sets", where=path, remedy="It is one for all: --resolution."
-            )
-        pairs.append(("datasets.resolution", [_side(row.pop("resolution")) for row in _by_side(images, sides)]))
-        images = [
-            {name: v for name, v in row.items() if name != "resolution"} for row in images[: len(folders[sides[0]])]
-        ]
+    pairs, images = _with_sides([row for row in rows if row not in classes], path)
     pairs.append(("data", [_folder(row) for row in images]))
-    pairs += _alike([row for row in images], path)
-    if classes:
-        pairs += _class_folder(classes, path)
-    return pairs
+    return pairs + _alike(images, path) + (_class_folder(classes, path) if classes else [])
 
 
-def _by_side(images: Sequence[Json], sides: Sequence[str]) -> list[Json]:
-    """One row of each resolution."""
-    return [dict(next(row for row in images if str(row.get("resolution", "")) == side)) for side in sides]
+def _with_sides(rows: list[Json], path: Path) -> tuple[Pairs, list[Json]]:
+    """The resolutions that all folders have, where there are several, and each folder once. Raises ConfigError where folders have others."""
+    by_side: dict[str, list[Json]] = {}
+    for row in rows:
+        by_side.setdefault(str(row.get("resolution", "")), []).append(row)
+    if len(by_side) <= 1:
+        return [], rows
+    folders = [{row["image_dir"] for row in group} for group in by_side.values()]
+    if any(names != folders[0] for names in folders):
+        raise ConfigError(
+            "resolution differs between the data sets", where=path, remedy="It is one for all: --resolution."
+        )
+    sides = [_side(group[0].get("resolution")) for group in by_side.values()]
+    once = next(iter(by_side.values()))
+    return [("datasets.resolution", sides)], [{n: v for n, v in row.items() if n != "resolution"} for row in once]
 
 
 def _side(value: object) -> object:
@@ -192,9 +189,14 @@ def _job(config: Json, path: Path) -> Pairs:
     for section, value in process.items():
         entries = value.items() if isinstance(value, Mapping) else [("", value)]
         pairs += [_named(section, key, entry, path) for key, entry in entries]
-    rows = [{_DATASET.get(key, key): entry for key, entry in row.items() if entry is not None} for row in datasets]
-    pairs += [("datasets.resolution" if n == "resolution" else n, v) for n, v in _datasets(rows, path)] if rows else []
-    return [pair for pair in pairs if pair[0]]
+    return [pair for pair in pairs if pair[0]] + _job_data(datasets, path)
+
+
+def _job_data(datasets: Sequence[Json], path: Path) -> Pairs:
+    """The folders of a job, whose resolutions are sides of squares."""
+    rows = [{_DATASET.get(key, key): value for key, value in row.items() if value is not None} for row in datasets]
+    pairs = _datasets(rows, path) if rows else []
+    return [("datasets.resolution" if name == "resolution" else name, value) for name, value in pairs]
 
 
 _DATASET = {"folder_path": "image_dir", "dataset_path": "image_dir", "default_caption": "class_tokens"}

@@ -85,11 +85,11 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
         for strength in STRENGTHS
     }
     watch.phase("measuring")
-    kept = np.mean([shape_kept(*pair) for pair in zip(drawn[0.0], drawn[1.0], strict=True)])
+    ratios = [shape_kept(*pair) for pair in zip(drawn[0.0], drawn[1.0], strict=True)]
     metrics = {
         **_distances(pipe.vae, drawn, truth),
         "heldout_loss": _paired(run, truth, watch),
-        "shape_kept": {"before": 1.0, "after": float(kept)},
+        "shape_kept": {"before": 1.0, "after": float(np.mean(ratios))},
     }
     names = [p.removeprefix("an emoji of ") for p in truth.prompts]
     picture = grid(
@@ -160,5 +160,5 @@ def _write(
     with replacing(out / "metrics.json") as f:
         f.write(json.dumps(table, indent=1).encode())
     assert run.live
-    run.live.renew(title=TITLE, files=files, before_after=shown, measures=metrics)
+    run.live.renew({"title": TITLE, "files": files, "before_after": shown, "measures": metrics})
     return files

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffpeft.families import Conditions, Family, Frame, family_of
-from diffpeft.families.latents import factor
 from diffpeft.model.state import bundle_of, slots_of, trained_parameters
 from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
 from diffpeft.train import dreambooth
@@ -27,21 +26,24 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Phase:
-    """What a part of a run has in memory at its peak, in bytes: weights of models, the adapter with its optimiser, and what is computed."""
+    """What a part of a run has in memory at its peak, in bytes: weights of models, the adapter with its optimiser, and what is computed.
+
+    The last is None where a model's code asks for numbers, which there are none of.
+    """
 
     what: str
     weights: int
     adapter: int
-    computed: int
+    computed: int | None
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.adapter + self.computed
+        """All of it that is known."""
+        return self.weights + self.adapter + (self.computed or 0)
 
 
 @dataclass(frozen=True)
-class Plan:
+class DryRun:
     """What a run would do.
 
     Args:
@@ -104,6 +106,7 @@ class Plan:
 def _row(phase: Phase) -> str:
     parts = {"weights": phase.weights, "adapter and optimiser": phase.adapter, "activations": phase.computed}
     named = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    named += ", and activations, which cannot be counted for this model" if phase.computed is None else ""
     return f"{phase.what}: {_size(phase.total)} ({named})"
 
 
@@ -111,7 +114,7 @@ def _size(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def plan(typed: TrainConfig, checked: Checked) -> Plan:
+def plan(typed: TrainConfig, checked: Checked) -> DryRun:
     """What a run would do. No weight is read, and nothing is written.
 
     Raises as `dreambooth.train` does before it loads a model.
@@ -130,7 +133,7 @@ def plan(typed: TrainConfig, checked: Checked) -> Plan:
     average = adapter if config.ema is not None else 0
     states = 0 if not config.save_every else min(config.keep, -(-config.steps // config.save_every))
     account, phases = checked.account, _phases(config, family, checked, adapter + round(moments) + average)
-    return Plan(
+    return DryRun(
         model=str(config.model),
         family=type(family.pipe).__name__,
         dtype=dtype,
@@ -138,7 +141,7 @@ def plan(typed: TrainConfig, checked: Checked) -> Plan:
         layers={part: layers.count(part) for part in dict.fromkeys(layers)},
         parameters=numbers,
         steps=config.steps,
-        epochs=config.steps * config.batch_size * config.accumulate / account.pictures,
+        epochs=config.steps * config.examples() / account.pictures,
         account=account.table(),
         lines=tuple(account.lines()),
         files=_files(config, family, checked.name),
@@ -189,8 +192,9 @@ def _phases(config: TrainConfig, family: Family, checked: Checked, adapter: int)
     phases.append(Phase("images (vae)", weights["vae"] + resident, 0, peak(lambda: family.encode(pixels))))
     if checked.prior and checked.prior.missing:
         phases.append(Phase("class images", weights["vae"] + weights[family.denoiser] + resident, 0, 0))
+    (_, *latents) = family.encode(pixels)[0].shape
     with dreambooth.prepared(config, family):
-        computed = peak(lambda: _step(config, family, largest, live))
+        computed = peak(lambda: _step(config, family, largest, latents, live))
     together = sum(weights.values()) if config.cache == "none" else weights[family.denoiser] + resident
     return (*phases, Phase("training", together, adapter, computed))
 
@@ -210,18 +214,22 @@ def _embed(family: Family, encoder: str, number: int, grad: bool = False) -> Con
         return family.embed(encoder, [""] * number)
 
 
-def _step(config: TrainConfig, family: Family, size: tuple[int, int], live: tuple[str, ...]) -> None:
-    """A pass of a step, forward and backward, of a batch of pictures [width, height]; with a prior, of a second one."""
-    prior = config.prior is not None or config.class_prompt is not None
-    losses = [_loss(config, family, size, live) for _ in range(1 + prior)]
+def _step(
+    config: TrainConfig, family: Family, size: tuple[int, int], latents: Sequence[int], live: tuple[str, ...]
+) -> None:
+    """A pass of a step, forward and backward, of a batch of pictures (width, height) with latents [c, *size].
+
+    Class images are in the batch; the base's prior is a pass of its own.
+    """
+    batch = config.batch_size * (2 if config.prior == "images" else 1)
+    losses = [_loss(batch, family, size, latents, live) for _ in range(2 if config.prior == "base" else 1)]
     torch.stack(losses).sum().backward()
 
 
-def _loss(config: TrainConfig, family: Family, size: tuple[int, int], live: tuple[str, ...]) -> Tensor:
-    batch, (width, height) = config.batch_size, size
-    vae = family.parts.configs["vae"]
-    pixels, device = factor(vae) or 1, family.parts(family.denoiser).device
-    x = torch.empty(batch, vae["latent_channels"], height // pixels, width // pixels, device=device)
+def _loss(batch: int, family: Family, size: tuple[int, int], latents: Sequence[int], live: tuple[str, ...]) -> Tensor:
+    width, height = size
+    device = family.parts(family.denoiser).device
+    x = torch.empty(batch, *latents, device=device)
     conditions = {n: t for name in family.text_encoders for n, t in _embed(family, name, batch, name in live).items()}
     frames = [Frame((height, width), (0, 0), (height, width))] * batch
     conditions |= {name: tensor.to(device) for name, tensor in family.framed(frames).items()}

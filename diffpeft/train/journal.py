@@ -1,7 +1,7 @@
 """The numbers of a run while it trains, a row every so many steps: into metrics.csv, and into trackers.
 
 A row has what is known of its step: the mean loss since the row before, the learning rates, the norm of the gradients, the speed, and the held-out losses
-where they were measured. It is handed on when a later one begins, or when the state is saved: so that a run that goes on from that state has it once.
+where they were measured. It is handed on with the next step, or when the state is saved: so that a run that goes on from that state has it once.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ class Logbook:
 
     def told(self, numbers: StepNumbers) -> None:
         """A step was read."""
+        if numbers.done > self.step:
+            self.flush()
         self.losses.append(numbers.loss)
         seconds = self.seconds()
         self._pace(next(iter(numbers.rates.values()), 0.0), seconds)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 Turn = Callable[[object], object] | Mapping[str, object]
 
 
-class Row(NamedTuple):
+class OtherName(NamedTuple):
     """An option of another trainer.
 
     Args:
@@ -36,24 +36,24 @@ class Row(NamedTuple):
     remedy: str = ""
 
 
-def _idle(why: str, reads: type, names: str) -> dict[str, Row]:
+def _idle(why: str, reads: type, names: str) -> dict[str, OtherName]:
     """Options that change nothing here."""
-    return {name: Row(reads=reads, idle=why) for name in names.split()}
+    return {name: OtherName(reads=reads, idle=why) for name in names.split()}
 
 
-def _refused(remedy: str, reads: type, names: str, *off: object) -> dict[str, Row]:
+def _refused(remedy: str, reads: type, names: str, *off: object) -> dict[str, OtherName]:
     """Options that would change the result, and cannot be had."""
-    return {name: Row(reads=reads, remedy=remedy, off=off) for name in names.split()}
+    return {name: OtherName(reads=reads, remedy=remedy, off=off) for name in names.split()}
 
 
-def _part(part: str, ours: str, reads: type, names: str, *off: object) -> dict[str, Row]:
+def _part(part: str, ours: str, reads: type, names: str, *off: object) -> dict[str, OtherName]:
     """Options that are put together with others; `ours` is the one that a hint names."""
-    return {name: Row(ours, reads, part=part, off=off) for name in names.split()}
+    return {name: OtherName(ours, reads, part=part, off=off) for name in names.split()}
 
 
-def _same(ours: str, reads: type, names: str, *off: object, turn: Turn | None = None) -> dict[str, Row]:
+def _same(ours: str, reads: type, names: str, *off: object, turn: Turn | None = None) -> dict[str, OtherName]:
     """Options that are called otherwise here."""
-    return {name: Row(ours, reads, turn, off) for name in names.split()}
+    return {name: OtherName(ours, reads, turn, off) for name in names.split()}
 
 
 def _length(value: object) -> object:
@@ -99,7 +99,7 @@ _LAYERS = "Choose layers with --targets, and their ranks with --rank-pattern."
 _SCHEDULE = "A schedule takes --warmup, --lr-cycles and --lr-power."
 _SCHEDULER = "The model's scheduler config says it: change it there."
 
-TABLE: dict[str, Row] = {
+TABLE: dict[str, OtherName] = {
     # what is trained, and where it goes
     **_same("model", str, "pretrained_model_name_or_path model_name_or_path base_model model.name_or_path"),
     **_same("out", str, "output_dir"),
@@ -411,7 +411,7 @@ TABLE: dict[str, Row] = {
     **_refused("A run goes on with --resume.", int, "initial_epoch initial_step", 0),
     **_refused("A run goes on with --resume.", bool, "skip_until_initial_step resume_from_huggingface", False),
     **_refused("Train with --num-processes, or on one device.", bool, "deepspeed use_deepspeed", False),
-    "lr_scheduler_type": Row("lr_scheduler", off=("", "None"), remedy=_SCHEDULE),
+    "lr_scheduler_type": OtherName("lr_scheduler", off=("", "None"), remedy=_SCHEDULE),
     **_refused(_SCHEDULE, str, "lr_scheduler_args", "", "None"),
     **_refused(_SCHEDULE, float, "lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio", 0),
     **_refused(
@@ -467,7 +467,7 @@ def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
     from diffpeft.train.config import OTHER_NAMES
 
     key = name.strip("-").replace("-", "_").lower()
-    row = TABLE.get(key, Row())
+    row = TABLE.get(key, OtherName())
     ours, comma, remark = (row.ours or OTHER_NAMES.get(key, "")).partition(",")
     spelt = prefix + ours.replace("_", "-") if prefix else ours
     return f"Here that is {spelt}{comma}{remark}." if ours in set(known) else ""

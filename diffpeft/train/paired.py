@@ -87,11 +87,11 @@ class Paired:
     def __post_init__(self) -> None:
         low, high = self.sampling.span
         self.edges = torch.linspace(low, high, BANDS + 1, dtype=torch.float64)
-        self.known: dict[tuple[int, ...], Tensor] = {}  # {shape of latents: the arguments at the edges}
+        self.known: dict[tuple[int, ...], Tensor] = {}  # {size of latents: the arguments at the edges}
 
     def arguments(self, shape: Sequence[int]) -> Tensor:
-        """The arguments [bands + 1] of the run's quantile function at the edges of the bands, for latents of this shape."""
-        key = tuple(shape[-2:])
+        """The arguments [bands + 1] of the run's quantile function at the edges of the bands, for latents [b, c, *size] of this shape."""
+        key = tuple(shape[2:])
         if key not in self.known:
             self.known[key] = self.sampling.arguments(self.edges, shape)
         return self.known[key]
@@ -99,7 +99,7 @@ class Paired:
     def design(self) -> Design:
         """Which pictures are whose, and how probable the bands are."""
         examples, latents = self.pictures.batches.examples, self.pictures.assembly.latents
-        shapes = [latents(examples[index], view).mean.shape for index, view in self.pictures.pictures]
+        shapes = [(1, *latents(examples[index], view).mean.shape) for index, view in self.pictures.pictures]
         weights = torch.stack([self.arguments(shape).diff() for shape in shapes])
         weights /= weights.sum(1, keepdim=True)
         images = np.array([index for index, _ in self.pictures.pictures])

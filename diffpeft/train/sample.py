@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from diffpeft.families import Conditions, Family
 from diffpeft.families.base import Prompted
+from diffpeft.families.parts import Component, Pipeline
 
 STRENGTHS = (0.0, 0.5, 1.0)
 _CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
 
 
 def pictures(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -55,13 +55,13 @@ def pictures(
     return np.concatenate(out)
 
 
-def watched(pipe: Any, told: Callable[..., dict[str, object]]) -> dict[str, object]:
+def watched(pipe: Pipeline, told: Callable[..., dict[str, object]]) -> dict[str, object]:
     """How a pipeline is asked to tell of its steps; nothing for one that does not."""
     tells = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
     return {"callback_on_step_end": told} if tells else {}
 
 
-def images_of(drawn: Any) -> Sequence[Any]:
+def images_of(drawn: Component) -> Sequence[Component]:
     """The images that a pipeline gives, the first ones of clips."""
     return drawn.images if "images" in drawn else [clip[0] for clip in drawn.frames]
 

@@ -64,17 +64,9 @@ def settled(
 
 def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: int) -> SamplePrompt:
     cfg, guidance = _scales(config, family, prompt)
-    led_away = cfg is not None and cfg > 1
-    if prompt.negative is not None and not led_away:
-        raise ConfigError(
-            f"a negative prompt with a guidance of {cfg:g}, and so it would do nothing",
-            where=prompt.where,
-            remedy="Pass --l above 1 with it, or leave it out.",
-        )
     return replace(
         prompt,
-        # a pipeline that does without negative prompts, unless it is told otherwise, wants one to be led away from
-        negative="" if led_away and prompt.negative is None and _usual(family, "cfg") <= 1 else prompt.negative,
+        negative=_negative(family, prompt, cfg),
         cfg=cfg,
         guidance=guidance,
         width=prompt.width or side,
@@ -82,6 +74,22 @@ def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: in
         seed=config.sample_seed if prompt.seed is None else prompt.seed,
         steps=prompt.steps or config.sample_steps or family.drawing_steps,
     )
+
+
+def _negative(family: Family, prompt: SamplePrompt, cfg: float | None) -> str | None:
+    """The negative prompt; a blank one where a pipeline that does without, unless it is told otherwise, shall be led away from something.
+
+    Raises ConfigError for one that nothing leads away from.
+    """
+    takes_one = any(name.startswith("negative_prompt") for name in _keywords(family))
+    led_away = cfg is not None and cfg > 1 and takes_one
+    if prompt.negative is not None and not led_away:
+        raise ConfigError(
+            "a negative prompt that nothing leads away from, and so it would do nothing",
+            where=prompt.where,
+            remedy="Pass --l above 1 with it, or leave it out." if takes_one and cfg is not None else "Leave it out.",
+        )
+    return "" if led_away and prompt.negative is None and _usual(family, "cfg") <= 1 else prompt.negative
 
 
 _CFG = 7.0  # of a pipeline that has no guidance of its own for every number of steps
@@ -97,21 +105,30 @@ def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[
     said = {"cfg": prompt.cfg, "guidance": prompt.guidance}
     if said[_main(family)] is None:
         said[_main(family)] = config.sample_guidance
-    if said["guidance"] is not None and "guidance" not in family.guidance:
-        raise ConfigError(
-            "--g, and this model is told no guidance, and so it would do nothing",
-            where=prompt.where,
-            remedy="Leave --g out; --l is how far it is led away from the negative prompt.",
-        )
+    for field, flag, lack in _LACKS:
+        if said[field] is not None and field not in family.guidance:
+            raise ConfigError(
+                f"{flag}, and this model {lack}, and so it would do nothing",
+                where=prompt.where,
+                remedy=f"Leave {flag} out.",
+            )
     for field in family.guidance:
         said[field] = _usual(family, field) if said[field] is None else said[field]
     return said["cfg"], said["guidance"]
 
 
+_LACKS = (("cfg", "--l", "is led away from no negative prompt"), ("guidance", "--g", "is told no guidance"))
+
+
 def _usual(family: Family, field: str) -> float:
     """What a family's pipeline has for cfg or guidance where nothing is said."""
-    keyword = family.guidance[field]
-    return float(inspect.signature(type(family.pipe).__call__).parameters[keyword].default or _CFG)
+    usual = _keywords(family)[family.guidance[field]].default
+    return _CFG if usual is None else float(usual)
+
+
+def _keywords(family: Family) -> Mapping[str, inspect.Parameter]:
+    """What a family's pipeline may be asked with."""
+    return inspect.signature(type(family.pipe).__call__).parameters
 
 
 def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:

@@ -239,7 +239,7 @@ def finish(run: TrainRun, files: Sequence[Path], readers: Mapping[str, str]) -> 
     prompt = next((row.label for row in run.live.page.before_after.rows), "") if run.live.page.before_after else ""
     uses = uses_of(run.config, files, prompt or run.config.instance_prompt or "", run.family) if files else []
     others = [path for name in _OTHERS if (path := run.live.path.with_name(name)).is_file()]
-    run.live.renew(status=FINISHED, files=[*files, *others], readers=readers, uses=uses)
+    run.live.renew({"status": FINISHED, "files": [*files, *others], "readers": readers, "uses": uses})
 
 
 _OTHERS = ("README.md", "metrics.json", "metrics.csv", "config.toml", "account.json")  # that a run may have written

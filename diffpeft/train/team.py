@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -117,7 +117,7 @@ class Team:
         """What each process has here, on all of them."""
         if self.size == 1:
             return [content]
-        contents: list[Any] = [None] * self.size
+        contents = [content] * self.size
         dist.all_gather_object(contents, content, group=self.hosts)
         return contents
 

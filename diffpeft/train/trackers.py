@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 from diffpeft.train.config import Options
@@ -28,7 +27,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 FOLDER = "log"  # in the output folder, of trackers that write files
 
 
-def _registered() -> Mapping[str, Any]:
+def _registered() -> Mapping[str, type]:
     """The classes that accelerate knows, those that a user has registered among them, as far as it is loaded."""
     return getattr(sys.modules.get("accelerate.tracking"), "LOGGER_TYPE_TO_CLASS", {})
 
@@ -103,7 +102,7 @@ class TrackerLog:
 _REMEDIES = {"wandb": "wandb login; or WANDB_MODE=offline, which needs no network."}
 
 
-def _keywords(name: str, run: str, out: Path, done: int) -> dict[str, Any]:
+def _keywords(name: str, run: str, out: Path, done: int) -> dict[str, object]:
     """What a tracker is made with beside its name: TensorBoard shows nothing of steps that are not in the state; wandb writes into the output folder."""
     if name == "tensorboard":
         return {"purge_step": done + 1} if done else {}

@@ -13,9 +13,8 @@ from pathlib import Path
 from diffpeft.errors import ConfigError, UnknownNameError, listed, shown
 from diffpeft.files import Json
 from diffpeft.train.config import Options
-from diffpeft.train.data.layout import REPEATED, images_in
 from diffpeft.train.optimizers import OPTIMIZERS
-from diffpeft.train.other_names import TABLE, Row, words
+from diffpeft.train.other_names import TABLE, OtherName, words
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", dict: "a table", str: "a text"}
@@ -138,19 +137,22 @@ def _place(to: Translation, name: str, value: object, known: Collection[str]) ->
     if row.reads is bool and key in known and isinstance(value, str) and value.lower() not in (*_TRUE, *_FALSE):
         return to.put(key, value, name)  # a flag there that takes a value here
     value = _read(row, name, value, to.where)
-    if value in (None, "", []) or any(value == off and type(value) is type(off) for off in _both(row.off)):
-        return
+    if value not in (None, "", []) and not any(value == off and type(value) is type(off) for off in _both(row.off)):
+        _placed(to, row, name, value)
+
+
+def _placed(to: Translation, row: OtherName, name: str, value: object) -> None:
+    """Put a value that may change something where its row says."""
+    key = key_of(name)
     if row.idle:
-        if value not in (False, "", 0):
-            to.idle.setdefault(row.idle, []).append(name)
+        if value not in (False, 0):
+            to.idle.setdefault(row.idle, []).append(name.lstrip("-"))
     elif row.remedy:
         to.refused[name] = row.remedy
-    elif row.part:
-        if key in to.theirs and to.theirs[key] != value:
-            raise ConfigError(f"{name} is {shown(to.theirs[key])} and {shown(value)}", where=to.where)
-        to.theirs[key] = value
-    else:
+    elif not row.part:
         to.put(row.ours, _turned(row, name, value, to), name)
+    elif to.theirs.setdefault(key, value) != value:
+        raise ConfigError(f"{name} is {shown(to.theirs[key])} and {shown(value)}", where=to.where)
 
 
 def _both(off: Iterable[object]) -> Iterable[object]:
@@ -161,7 +163,7 @@ def _both(off: Iterable[object]) -> Iterable[object]:
             yield float(value)
 
 
-def _read(row: Row, name: str, value: object, where: object) -> object:
+def _read(row: OtherName, name: str, value: object, where: object) -> object:
     """A value as what it is said to be: texts of a command line are read. Raises ConfigError."""
     try:
         if value is None or row.reads is list:
@@ -189,7 +191,7 @@ def _boolean(value: object) -> bool:
     return text in _TRUE
 
 
-def _turned(row: Row, name: str, value: object, to: Translation) -> object:
+def _turned(row: OtherName, name: str, value: object, to: Translation) -> object:
     """A value as it is here. Raises ConfigError for one that there is none for."""
     if row.turn is None:
         return value
@@ -293,6 +295,8 @@ def _prior(to: Translation) -> None:
 
 def _reg(to: Translation, name: str, folder: Path) -> None:
     """sd-scripts' folder of regularisation images: a parent of one that says what they are called."""
+    from diffpeft.train.data.layout import REPEATED, images_in  # Pillow comes along, and help needs none
+
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
     called = {path: match[2] for path in inside if (match := REPEATED.fullmatch(path.name))}
     if len(called) == 1:
@@ -357,21 +361,11 @@ def _network(to: Translation) -> None:
     """The method, its layers and what it is made with."""
     arguments = _arguments(to)
     module = str(to.theirs.get("network_module", ""))
-    if module and module not in _MODULES:
-        to.refused["network_module"] = f"It is one of {', '.join(sorted(_MODULES))}; methods are --method."
-    algorithm = str(arguments.pop("algo", None) or to.theirs.get("network.type") or module.rpartition(".")[2]).lower()
-    method = _ALGORITHMS.get(algorithm, "lora" if algorithm in ("lora_flux", "kohya", "") else None)
     if module == "networks.lora_fa":
         to.refused["network_module"] = "LoRA-FA freezes A: train a --method lora."
-    elif method is None:
-        to.refused[f"algorithm {algorithm}"] = f"Methods are {', '.join(sorted(set(_ALGORITHMS.values())))}."
-    dora = to.theirs.get("use_dora") or arguments.pop("dora_wd", "false").lower() in _TRUE
-    if dora and method not in ("lora", "dora"):
-        to.refused["dora_wd"] = "Magnitudes go with LoRA alone: --method dora."
-    if dora or method not in ("lora", None):
-        to.put(
-            "method", "dora" if dora else method, "network_args" if "network_args" in to.theirs else "network_module"
-        )
+    elif module and module not in _MODULES:
+        to.refused["network_module"] = f"It is one of {', '.join(sorted(_MODULES))}; methods are --method."
+    _method(to, arguments, module)
     for name in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio"):
         if name in arguments:
             to.put("lora_plus_ratio", to.number(name, arguments.pop(name)), name)
@@ -380,6 +374,21 @@ def _network(to: Translation) -> None:
     _layers(to, arguments, module)
     for name in arguments:
         to.refused[f"network_args {name}"] = "Layers are chosen with --targets, their ranks with --rank-pattern."
+
+
+def _method(to: Translation, arguments: dict[str, str], module: str) -> None:
+    """The method that an algorithm is, with magnitudes or without."""
+    algorithm = str(arguments.pop("algo", None) or to.theirs.get("network.type") or module.rpartition(".")[2]).lower()
+    method = _ALGORITHMS.get(algorithm, "lora" if module or not algorithm else None)
+    dora = to.theirs.get("use_dora") or arguments.pop("dora_wd", "false").lower() in _TRUE
+    if method is None or (algorithm not in _ALGORITHMS and "algo=" in str(to.theirs.get("network_args"))):
+        to.refused[f"algorithm {algorithm}"] = f"Methods are {', '.join(sorted(set(_ALGORITHMS.values())))}."
+    elif dora and method not in ("lora", "dora"):
+        to.refused["dora_wd"] = "Magnitudes go with LoRA alone: --method dora."
+    elif dora or method != "lora":
+        to.put(
+            "method", "dora" if dora else method, "network_args" if "network_args" in to.theirs else "network_module"
+        )
 
 
 def _pairs(to: Translation) -> list[tuple[str, str]]:
@@ -400,17 +409,21 @@ def _layers(to: Translation, arguments: dict[str, str], module: str) -> None:
         to.refused[f"preset {preset}"] = "Layers are chosen with --targets."
     conv = to.number("conv_dim", arguments.pop("conv_dim", 0) or to.theirs.get("network.conv") or 0)
     alpha = arguments.pop("conv_alpha", None) or to.theirs.get("network.conv_alpha")
-    rank = to.values.get("rank") or Options.rank
-    scale = (to.values.get("alpha") or rank) / rank
-    if not conv:
-        if module or "network.type" in to.theirs or _PRESETS.get(preset):
-            to.imply("targets", _PRESETS.get(preset) or "attn-mlp", "network_module" if module else "network.type")
-        return
+    if conv:
+        _convolutions(to, conv, alpha)
+    elif module or "network.type" in to.theirs or _PRESETS.get(preset):
+        to.imply("targets", _PRESETS.get(preset) or "attn-mlp", "network_module" if module else "network.type")
+
+
+def _convolutions(to: Translation, rank: float, alpha: object) -> None:
+    """All layers, and a pattern for the rank of convolutions if it is another; their scale is that of all."""
+    usual = to.values.get("rank") or Options.rank
+    scale = (to.values.get("alpha") or usual) / usual
     to.imply("targets", "full", "conv_dim")
-    if conv != rank:
-        to.imply("rank_pattern", [rf"conv\w*={conv:g}"], "conv_dim")
-    if alpha is not None and to.number("conv_alpha", alpha) != conv * scale:
-        to.refused["conv_alpha"] = f"Convolutions have the scale of the other layers: conv_alpha {conv * scale:g}."
+    if rank != usual:
+        to.imply("rank_pattern", [rf"conv\w*={rank:g}"], "conv_dim")
+    if alpha is not None and to.number("conv_alpha", alpha) != rank * scale:
+        to.refused["conv_alpha"] = f"Convolutions have the scale of the other layers: conv_alpha {rank * scale:g}."
 
 
 def _trained(to: Translation) -> None:
@@ -464,26 +477,31 @@ _OPTIMIZERS = {  # by name in small letters; those of ours stay
 
 
 def _optimizer(to: Translation) -> None:
-    """The optimiser and what it is made with."""
+    """The optimiser; one of 8 bits is AdamW's."""
     for name, value in to.said("optimizer_type", "optimizer", "train.optimizer"):
         text = str(value)
-        if text and (ours := _OPTIMIZERS.get(text.lower(), text if "." in text else None)) is None:
+        if (ours := _OPTIMIZERS.get(text.lower(), text if "." in text else None)) is None:
             to.refused[name] = f"Choose one of {', '.join(OPTIMIZERS)}, or a class by its path."
-        elif text:
+        else:
             to.put("optimizer", ours, name)
     for name, ours in (("use_8bit_adam", "adamw8bit"), ("use_lion_optimizer", "lion")):
         if to.theirs.get(name):
             if to.values.get("optimizer") == "adamw":
                 del to.values["optimizer"]
             to.put("optimizer", ours, name)
-    pairs = [str(word) for _, value in to.said("optimizer_args") for word in words(value)]
-    pairs += [f"{key}={value}" for _, table in to.said("train.optimizer_params") for key, value in _items(table)]
-    betas = tuple(to.theirs.get(name, usual) for name, usual in (("adam_beta1", 0.9), ("adam_beta2", 0.999)))
-    pairs += [f"betas={betas[0]:g},{betas[1]:g}"] if betas != (0.9, 0.999) else []
-    pairs += [f"eps={value:g}" for _, value in to.said("adam_epsilon") if value != 1e-8]
-    pairs += [f"beta3={value}" for _, value in to.said("prodigy_beta3")]
-    if pairs:
+    if pairs := [*_made_with(to)]:
         to.put("optimizer_args", pairs, "optimizer_args")
+
+
+def _made_with(to: Translation) -> Iterable[str]:
+    """What the optimiser is made with, as name=value."""
+    yield from (str(word) for _, value in to.said("optimizer_args") for word in words(value))
+    yield from (f"{key}={value}" for _, table in to.said("train.optimizer_params") for key, value in _items(table))
+    betas = [to.theirs.get(name, usual) for name, usual in (("adam_beta1", 0.9), ("adam_beta2", 0.999))]
+    if betas != [0.9, 0.999]:
+        yield f"betas={betas[0]:g},{betas[1]:g}"
+    yield from (f"eps={to.theirs[name]:g}" for name, value in to.said("adam_epsilon") if value != 1e-8)
+    yield from (f"beta3={value}" for _, value in to.said("prodigy_beta3"))
 
 
 def _items(table: object) -> Iterable[tuple[str, object]]:

@@ -248,7 +248,7 @@ def test_train_on_a_single_file_with_its_base_and_a_toml(photos, tmp_path):
     )
     done = quick("train", "run.toml", "--steps", "2", "--rank", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = ["out.diffusers.safetensors", "out.kohya.safetensors", "report.html"]
+    names = ["out.diffusers.safetensors", "out.kohya.safetensors", "metrics.json", "report.html", "README.md"]
     assert [line for line in done.stdout.splitlines() if not line.startswith("[")] == [f"out/{n}" for n in names]
     assert "step 2/2" in done.stdout and "<td>2</td>" in (tmp_path / "out" / "report.html").read_text()
     drawn = quick(

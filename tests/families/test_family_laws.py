@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -19,7 +20,12 @@ from diffpeft.families.flow import Flow
 from diffpeft.families.latents import spread
 from diffpeft.families.prompts import embedded, stacked
 from diffpeft.model.target import select
-from diffpeft.train.sample import pictures, prompted
+from diffpeft.train.cache import Texts
+from diffpeft.train.config import TrainConfig
+from diffpeft.train.sample import images_of, pictures, prompted
+from diffpeft.train.sample_prompts import of_line
+from diffpeft.train.samples import drawn as drawn_sample
+from diffpeft.train.samples import keywords_of, settled
 from tests.families.pipelines import KINDS, cells, pipeline
 
 HEIGHT, WIDTH = 32, 64
@@ -112,7 +118,14 @@ BLANK = {"qwen_image": {"negative_prompt": ["", ""]}}
 # {family: how many tokens of captions are read here: less than usual, for speed}
 TEXT = 40
 READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux")}
-READ |= {"lumina2": 80, "hunyuan_video": 120, "krea2": 120, "qwen_image": 120}  # most are of the system prompt
+READ |= dict.fromkeys(("hunyuan_video", "krea2", "qwen_image", "flux2"), 120) | {
+    "lumina2": 80
+}  # most are of the system prompt
+BLANK_ONLY = {
+    "flux2",
+    "lumina2",
+    "ideogram4",
+}  # that take no negative texts; the second has no system prompt before them
 UNCOUNTED = {"ernie_image"}  # whose pipelines take no number of tokens
 
 
@@ -359,6 +372,26 @@ def test_pictures_are_drawn_from_what_was_read(family):
 
     drawn = pictures(family.pipe, [PROMPTS[0]] * 2, [1, 2], steps=2, guidance=3.0, asked=asked_for)
     assert drawn.shape == (2, HEIGHT, WIDTH, 3) and (drawn[0] != drawn[1]).any()  # by their seeds
+
+
+@torch.no_grad()
+def test_a_sample_is_what_the_pipeline_draws_of_its_texts(family):
+    """With a negative prompt and guidance, where the model has such; it is told everything else by the settled prompt."""
+    led, name = "cfg" in family.guidance, NAMES[type(family)]
+    if name in BINNED:
+        pytest.skip("it draws in sizes of its own, large ones")
+    negative = PROMPTS[1] if led and name not in BLANK_ONLY else None
+    flags = ["--l 2.5"] * led + [f"--n {negative}"] * (negative is not None)
+    line = f"{PROMPTS[0]} --s 2 --w {WIDTH} --h {HEIGHT} --d 5 {' '.join(flags)}"
+    (prompt,) = settled(TrainConfig(), family, [of_line(line, "")], 32)
+    keys = ("max_sequence_length", "use_pe", "num_frames")
+    options = {key: value for key, value in asked(family).items() if key in keys}
+    options |= {} if negative is None else {"negative_prompt": negative}
+    seed = torch.Generator().manual_seed(5)
+    want = family.pipe(prompt=PROMPTS[0], generator=seed, output_type="pil", **options, **keywords_of(family, prompt))
+    got = drawn_sample(family, Texts(family), prompt, lambda: None)
+    difference = np.asarray(got).astype(int) - np.asarray(images_of(want)[0]).astype(int)
+    assert got.size == (WIDTH, HEIGHT) and np.abs(difference).max() <= 1
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdx
     "hunyuan_video": 120,
     "krea2": 120,
     "qwen_image": 120,
+    "flux2 dev": 120,
 }
 UNNAMED = ("lumina2", "cogview4", "krea2", "ideogram4", "ernie_image")  # whose layers have no names of kohya's
 LEFT_OUT = {

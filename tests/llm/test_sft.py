@@ -271,7 +271,7 @@ def test_the_folder_holds_the_adapter_the_numbers_and_a_report(config, tmp_path)
 def test_a_run_is_shown_from_its_first_step_on_and_measuring_changes_nothing(config, tmp_path, monkeypatch):
     pages = []
     renew = Live.renew
-    monkeypatch.setattr(Live, "renew", lambda self, **changes: pages.append(page := renew(self, **changes)) or page)
+    monkeypatch.setattr(Live, "renew", lambda self, changes=None: pages.append(page := renew(self, changes)) or page)
     often = replace(config, heldout=config.data, save_every=2, steps=6, dropout=0.3)
     run = sft.train(often)
     assert [len(page.losses) for page in pages] == [0, 2, 4, 6] and all(page.status.kind == "running" for page in pages)

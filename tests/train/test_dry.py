@@ -17,9 +17,11 @@ from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.memory import fused, peak
 from diffpeft.train.save import save
 from tests.cli.process import quick
-from tests.families.pipelines import pipeline
+from tests.families.pipelines import KINDS, pipeline
 from tests.train import published
 from tests.train.pictures import photos_in
+
+SLOW = pytest.mark.slow  # whole runs, for which others stand
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def config(folder, model, **options):
         "out": str(folder / "out"),
         "instance_prompt": "x",
     }
-    return TrainConfig(**{**usual, "overwrite": True, "log": "none", **options})
+    return TrainConfig(**{**usual, "overwrite": True, "log": "none", "sample_every": 0, **options})
 
 
 def planned(options):
@@ -61,15 +63,14 @@ def profiled(run):
 @pytest.mark.parametrize(
     "model, options",
     [
-        ("sd15", {}),
         ("sd15", {"gradient_checkpointing": True, "class_prompt": "y", "num_class_images": 1}),
-        ("sdxl", {"train_text_encoder": True, "targets": "full"}),
+        pytest.param("sdxl", {"train_text_encoder": True, "targets": "full"}, marks=SLOW),
         ("flux dev", {"method": "dora", "ema": 0.9, "optimizer": "prodigy"}),
-        ("flux dev", {"method": "lokr", "dtype": "bf16"}),
+        pytest.param("flux dev", {"method": "lokr", "dtype": "bf16"}, marks=SLOW),
     ],
 )
 def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
-    options = config(folder, model, resolution=128, steps=2, batch_size=2, rank=4, **options)
+    options = config(folder, model, resolution=128, steps=1, batch_size=2, rank=4, **options)
     plan, checked = planned(options)
     measured, fit = [], dreambooth.fit
 
@@ -83,7 +84,8 @@ def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
     adapter = sum(p.numel() for p in trained_parameters(run.family.pipe, run.name).values())
     training = plan.phases[-1]
     estimated = training.adapter + training.computed - 4 * adapter  # the adapter itself is there before
-    assert measured[0] == pytest.approx(estimated, rel=0.05)
+    # a CPU's convolutions and bf16 have workspaces that nobody is told of: 1 to 2 MiB here, of 15 to 100
+    assert measured[0] == pytest.approx(estimated, rel=0.05, abs=2 * 2**20)
     weights = {
         name: model.state_dict()
         for name, model in run.family.pipe.components.items()
@@ -92,7 +94,9 @@ def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
     assert plan.parameters.keys() <= weights.keys() and sum(plan.parameters.values()) == adapter
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "prodigy", "schedulefree"])
+@pytest.mark.parametrize(
+    "optimizer", ["lion", *(pytest.param(name, marks=SLOW) for name in ("adamw", "prodigy", "schedulefree"))]
+)
 def test_states_take_the_room_that_is_said(folder, optimizer):
     options = config(
         folder, "sd15", resolution=32, steps=2, rank=8, optimizer=optimizer, ema=0.9, save_every=1, targets="full"
@@ -125,8 +129,9 @@ def test_published_models_are_planned_in_seconds_without_a_weight(name, tmp_path
     for component, millions in published.SIZES[name].items():
         share = weights[component] / (2e6 * millions)
         assert share == pytest.approx(1 if component != "vae" else share, rel=0.01)
-    lighter, _ = planned(replace(options, gradient_checkpointing=True))
-    assert lighter.phases[-1].computed < plan.phases[-1].computed / 2
+    if name == "sd15":
+        lighter, _ = planned(replace(options, gradient_checkpointing=True))
+        assert lighter.phases[-1].computed < plan.phases[-1].computed / 2
     assert not (tmp_path / "out").exists() and plan.peak.what == "training"
 
 
@@ -163,12 +168,23 @@ def test_a_dry_run_says_all_and_does_nothing(folder, tmp_path):
     assert alone.returncode == 2 and "--dry-run" in alone.stderr
 
 
-def test_files_that_are_planned_are_those_that_are_written(folder):
-    for options in ({"method": "lokr"}, {"method": "oft", "rank": 8}, {}):
-        options = config(folder, "flux dev", resolution=32, steps=1, lr=1e-2, **options)
-        plan, checked = planned(options)
-        run = dreambooth.train(options, checked=checked)
-        assert {path.name for path in save(run)} == {name for name in plan.files if name.startswith("out.")}
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=SLOW), "lokr", pytest.param("oft", marks=SLOW)])
+def test_files_that_are_planned_are_those_that_are_written(folder, method):
+    options = config(folder, "flux dev", resolution=32, steps=1, lr=1e-2, rank=8, method=method)
+    plan, checked = planned(options)
+    run = dreambooth.train(options, checked=checked)
+    assert {path.name for path in save(run)} == {name for name in plan.files if name.startswith("out.")}
+
+
+@pytest.mark.slow  # many models
+@pytest.mark.parametrize("kind", {family: kind for kind, (family, _) in KINDS.items()}.values())
+def test_every_family_is_planned_and_what_cannot_be_counted_is_said(kind, tmp_path):
+    pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
+    photos_in(tmp_path)
+    plan, _ = planned(config(tmp_path, "model", resolution=64))
+    training = plan.phases[-1]
+    assert training.weights > 0 and training.adapter > 0 and sum(plan.parameters.values()) > 0
+    assert ("cannot be counted" in str(plan).splitlines()[-2]) == (training.computed is None)
 
 
 def test_what_is_counted_is_what_is_held_at_once():

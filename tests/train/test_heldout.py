@@ -1,5 +1,6 @@
 """The paired held-out loss against its definition, its standard error against simulation, and which images are held out."""
 
+import functools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -142,8 +143,8 @@ SAMPLINGS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_is_what_the_runs_own_draws_come_to(kind, sampling, monkeypatch):
     """For a loss that is a function of the level alone: the mean over the run's density, by quadrature in float64."""
-    levels = open_family(pipeline(kind)).levels
-    sampling, shapes = Sampling(levels, **sampling), [(1, 4, 8, 8), (1, 4, 16, 8)]
+    levels = levels_of(kind)
+    sampling, shapes = Sampling(levels, **sampling), [(1, 4, 64, 64), (1, 4, 128, 64)]
     monkeypatch.setattr(paired, "denoising", lambda family, batch, texts, objective: loss(batch))
 
     def loss(batch):
@@ -164,6 +165,11 @@ def test_the_whole_is_what_the_runs_own_draws_come_to(kind, sampling, monkeypatc
             shares = ((row[at] - 1) / shape[-2]) ** (1 / 3)
             assert (shares >= edges[0] - 0.01).all() and (shares <= edges[1] + 0.01).all()  # a table has steps
     assert design.weights.sum(1) == pytest.approx(1) and (design.weights >= 0).all()
+
+
+@functools.cache
+def levels_of(kind):
+    return open_family(pipeline(kind)).levels
 
 
 def measuring(shapes, sampling, n=40):
@@ -216,7 +222,7 @@ def test_losses_are_those_of_the_definition_in_float64(kind, tmp_path):
     sizing, objective = data.Sizing((16, 32), False, 8), Objective("huber", snr_gamma=2.0)
     pictures = HeldoutPictures(examples, sizing, 5, Latents(family), 0.1)
     sampling = Sampling(family.levels)
-    subject = Paired(family, pictures, Texts(family), sampling, objective, 3)
+    subject = Paired(family, pictures, Texts(family), sampling, objective, 16)
     losses = subject()
     assert losses.shape == (4, BANDS, draws_of(4)) and losses.dtype == np.float64
     assert [index for index, _ in pictures.pictures] == [0, 0, 1, 1]

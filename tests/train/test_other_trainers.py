@@ -144,7 +144,7 @@ CASES = {
         }
         | {"save_every": 100, "lr": 1e-4, "lr_scheduler": "constant", "steps": 500, "seed": 0, "log": "csv,wandb"}
         | {"sample_prompt": "A photo of sks dog in a bucket"},
-        ["--push_to_hub"],
+        ["push_to_hub"],
     ),
     "prior": (
         PRIOR,
@@ -165,7 +165,7 @@ CASES = {
             "steps": 800,
             "gradient_checkpointing": True,
         },
-        ["--sample_batch_size"],
+        ["sample_batch_size"],
     ),
     "diffusers flux": (
         DIFFUSERS_FLUX,
@@ -188,7 +188,7 @@ CASES = {
             "log": "csv,wandb",
         }
         | {"train_text_encoder": True, "sample_prompt": "A photo of sks dog in a bucket"},
-        ["--push_to_hub", "--validation_epochs"],
+        ["push_to_hub", "validation_epochs"],
     ),
     "sd-scripts sdxl": (
         SD_SCRIPTS_SDXL,
@@ -205,7 +205,7 @@ CASES = {
         }
         | {"optimizer": "adamw8bit", "lr_scheduler": "constant", "gradient_checkpointing": True, "targets": "attn-mlp"}
         | {"train_text_encoder": False},
-        ["--save_every_n_epochs", "text_encoder_lr1", "text_encoder_lr2"],
+        ["save_every_n_epochs", "text_encoder_lr1", "text_encoder_lr2"],
     ),
     "sd-scripts flux": (
         SD_SCRIPTS_FLUX,
@@ -232,7 +232,7 @@ CASES = {
             "train_text_encoder": False,
             "density": "logit_normal",
         },
-        ["--sdpa", "--save_every_n_epochs", "--blocks_to_swap"],
+        ["sdpa", "save_every_n_epochs", "blocks_to_swap"],
     ),
     "lycoris": (
         LYCORIS,
@@ -263,7 +263,7 @@ CASES = {
             "warmup": 100,
         }
         | {"steps": 1000, "cache": "disk", "optimizer_args": ["weight_decay=0.1", "betas=0.9,0.99"], "flip": True},
-        ["--xformers", "--max_data_loader_n_workers", "512,768 is 640", "text encoders are trained"],
+        ["xformers", "max_data_loader_n_workers", "512,768 is 640", "text encoders are trained"],
     ),
 }
 

@@ -249,15 +249,24 @@ def test_a_sample_model_that_does_not_fit_is_refused_before_anything_is_loaded(c
         ("flux schnell", "x --g 3", "--g"),
         ("sd15", "x --n y --l 1", "--l above 1"),
         ("flux dev", "x --n y", "--l above 1"),
+        ("flux2 dev", "x --l 3", "--l"),
+        ("flux2 dev", "x --n y", "Leave it out"),
+        ("ideogram4", "x --n y", "Leave it out"),
         ("sd15", "x --w 33", "multiple of 4: 32 or 36"),
     ],
 )
-def test_settings_that_a_model_would_not_read_are_refused(kind, line, says, config, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text(f"# one\n{line}\n")
-    monkeypatch.setattr(dreambooth, "_encoded", lambda *_: pytest.fail("it was loaded"))
+def test_settings_that_a_model_would_not_read_are_refused(kind, line, says):
+    family = open_family(pipeline(kind, torch.float32))
     with pytest.raises(ConfigError, match=says) as raised:
-        dreambooth.train(config(kind))
+        samples.settled(TrainConfig(), family, [of_line(line, "prompts.txt, line 2")], 32)
     assert "prompts.txt, line 2" in str(raised.value)
+
+
+def test_they_are_refused_before_anything_is_loaded(config, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("# one\nx --g 3\n")
+    monkeypatch.setattr(dreambooth, "_encoded", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=r"prompts\.txt, line 2"):
+        dreambooth.train(config())
 
 
 @pytest.mark.parametrize(

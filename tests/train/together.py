@@ -20,7 +20,13 @@ from tests.robustness.kills import forked
 def processes(folder: Path, job: Callable[[], object], count: int = 2, seconds: float = 60) -> list[int]:
     """The exit codes of so many processes of a run that do a job, negative the signals that ended them. Those that hang are killed."""
     folder.mkdir(exist_ok=True)
-    pids = [forked(lambda rank=rank: _begin(folder, job, rank, count, seconds)) for rank in range(count)]  # type: ignore[misc]
+    meeting = folder / f"meeting-{time.time_ns()}"  # one that is left over would mislead them
+
+    def begun(rank: int) -> int:
+        numbers = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, machines.MEETING: meeting}
+        return forked(lambda: _begin(folder, job, {name: str(value) for name, value in numbers.items()}, seconds))
+
+    pids = [begun(rank) for rank in range(count)]
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
     while len(codes) < count:
@@ -34,13 +40,12 @@ def processes(folder: Path, job: Callable[[], object], count: int = 2, seconds: 
     return [codes[pid] for pid in pids]
 
 
-def _begin(folder: Path, job: Callable[[], object], rank: int, count: int, seconds: float) -> None:
+def _begin(folder: Path, job: Callable[[], object], environment: dict[str, str], seconds: float) -> None:
+    rank = environment["RANK"]
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     stack = open(folder / f"error-{rank}.txt", "w")  # noqa: SIM115 - as long as the process lives
     faulthandler.dump_traceback_later(seconds - 2, file=stack)  # where one is that hangs
-    numbers = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank}
-    os.environ.update({name: str(number) for name, number in numbers.items()})
-    os.environ[machines.MEETING] = str(folder / "meeting")
+    os.environ.update(environment)
     torch.set_num_threads(1)
     meet()
     try:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from diffpeft.files import Json
 from diffpeft.train import machines
@@ -54,15 +53,15 @@ class Live:
             with contextlib.suppress(OSError):
                 self.renew()
 
-    def renew(self, **changes: Any) -> Page:
+    def renew(self, changes: Json | None = None) -> Page:
         """Write the page with these changes; of several processes the main one does. Raises OSError."""
-        page = self.current(**changes)
+        page = self.current(changes)
         if machines.world().main:
             page.write(self.path)
         self.written = time.monotonic()
         return self.page
 
-    def current(self, **changes: Any) -> Page:
+    def current(self, changes: Json | None = None) -> Page:
         """The page as it is now, with these changes."""
         self.rates += [self.rate(step) for step in range(len(self.rates), len(self.losses))]
         usage = self.clock.usage()
@@ -73,7 +72,7 @@ class Live:
             "per_second": usage.rate,
             "memory": usage.peak_memory,
         }
-        self.page = replace(self.page, **facts | self.changes() | changes)
+        self.page = replace(self.page, **facts | self.changes() | (changes or {}))
         return self.page
 
     @contextlib.contextmanager
@@ -83,7 +82,7 @@ class Live:
             yield
         except (Exception, KeyboardInterrupt) as error:
             with contextlib.suppress(Exception):
-                self.renew(status=_ended(error, self.command if checkpoints_in(self.path.parent) else ""))
+                self.renew({"status": _ended(error, self.command if checkpoints_in(self.path.parent) else "")})
             raise
 
 
