@@ -61,7 +61,10 @@ class Ideogram4(Transformer):
                 remedy="Shorten it, or say --max-length with more.",
             ) from error
         length = int((kinds[0] == kinds[0, -2]).sum())  # a text ends at the first pixel
-        return {"text": states[0, -1 - length : -1], "length": torch.tensor(length)}
+        text = states[0, -1 - length : -1].to(
+            self.parts(encoder).dtype
+        )  # the pipeline makes it fp32, of the same numbers
+        return {"text": text, "length": torch.tensor(length)}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """Texts stand before the image, filled up at their beginning; both signs are the other way round."""

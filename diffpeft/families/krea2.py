@@ -69,15 +69,17 @@ class Krea2(Transformer):
         return unpacked(answer, x.shape)
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
-        """As a Krea2Pipeline takes prompts, always with masks."""
-        texts = {"prompt_embeds": prompts, "negative_prompt_embeds": negative}
-        masks = {f"{name}_mask": _mask(conditions) for name, conditions in texts.items()}
-        return masks | {name: conditions["text"] for name, conditions in texts.items()}
+        """As a Krea2Pipeline takes prompts: with masks, and negative ones as long as the others."""
+        import torch
 
-
-def _mask(conditions: Conditions) -> Tensor:
-    """Which tokens are no filling [b, n]."""
-    import torch
-
-    mask = mask_of(conditions)
-    return torch.ones(conditions["text"].shape[:2], dtype=torch.bool) if mask is None else mask
+        texts = [*prompts["text"], *negative["text"]]
+        text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        lengths = torch.cat([prompts["length"], negative["length"]])
+        n = len(prompts["text"])
+        mask = torch.arange(text.shape[1]) < lengths[:, None]
+        return {
+            "prompt_embeds": text[:n],
+            "prompt_embeds_mask": mask[:n],
+            "negative_prompt_embeds": text[n:],
+            "negative_prompt_embeds_mask": mask[n:],
+        }

@@ -159,7 +159,9 @@ def entries_of(store: Store, keys: Sequence[Key]) -> Entries:
 def text_identity(family: Family, encoder: str, reading: str) -> str:
     """All that embeddings depend on but their prompts: the encoder, `reading` (how much of a caption and off which layer), and the tokenizers."""
     pipe, digest = family.parts.pipe, hashlib.blake2b(f"{type(family).__name__} {reading}".encode(), digest_size=16)
-    for name in sorted(name for name in pipe.components if name.startswith("tokenizer")):
+    for name in sorted(
+        name for name, part in pipe.components.items() if part is not None and name.startswith("tokenizer")
+    ):
         tokenizer = getattr(pipe, name)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -343,7 +343,7 @@ class TrainConfig(Options):
         None,
         "Learn the base's own predictions where the share of noise lies between: with 0.98,1 a style leaves compositions as they are.",
     )
-    base_weight: float | None = option(None, "How much they count; default: 10.", above=0, needs="base_range")
+    base_weight: float | None = option(None, "How much they count; default: 1.", above=0, needs="base_range")
     prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
     sample_prompt: str | Sequence[str] | None = option(

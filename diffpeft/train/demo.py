@@ -27,7 +27,7 @@ NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000), 25, 4.0
 
 
 def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
-    """The options of the demo: what suits a style, many small pictures and a tiny model."""
+    """The options of the demo: what suits a style, many small pictures and a tiny model. How they were chosen: docs/demo.md."""
     return TrainConfig(
         model=str(EMBEDDED),
         data=str(IMAGES / "train"),
@@ -37,13 +37,14 @@ def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
         steps=steps,
         rank=16,
         targets="full",
-        lr=7e-4,
+        lr=1e-3,
         lr_scheduler="cosine",
         warmup=min(20, steps // 2),
         batch_size=8,
         flip=True,
-        caption_dropout=0.1,
+        caption_dropout=0.3,
         snr_gamma=5.0,
+        base_range="0.98,1",
         save_every=0,
         sample_prompt="an emoji of lemon",
         sample_every=max(steps // 7, 50),

@@ -93,7 +93,8 @@ def refuse_too_large(run: TrainRun, dtype: torch.dtype) -> None:
         f"save_dtype is {run.config.save_dtype}, and {len(layers)} layers have numbers that are too large for it: {listed(layers)}",
         remedy=f"Save with --save-dtype bf16 or fp32.{again}",
     )
-    rescue(lambda folder: _written(run, folder, torch.float32), run.name, error)
+    if team().main:
+        rescue(lambda folder: _written(run, folder, torch.float32), run.name, error)
     raise error
 
 

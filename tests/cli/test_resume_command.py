@@ -72,4 +72,13 @@ def test_a_run_that_is_terminated_says_how_it_goes_on_and_does(tmp_path):
 def test_the_help_has_headings(tmp_path):
     lines = quick("train", "--help", cwd=tmp_path).stdout.splitlines()
     headings = [line for line in lines if line and not line.startswith(" ") and line.endswith(":")]
-    assert headings[:7] == ["Model:", "Data:", "Adapter:", "Objective:", "Steps:", "Watch:", "Output and state:"]
+    assert headings[:8] == [
+        "Model:",
+        "Data:",
+        "Adapter:",
+        "Objective:",
+        "Steps:",
+        "Watch:",
+        "Save:",
+        "Output and state:",
+    ]

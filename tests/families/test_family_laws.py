@@ -118,7 +118,9 @@ BLANK = {"qwen_image": {"negative_prompt": ["", ""]}}
 # {family: how many tokens of captions are read here: less than usual, for speed}
 TEXT = 40
 READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux")}
-READ |= {"lumina2": 80, "hunyuan_video": 120}  # most are of the system prompt
+READ |= dict.fromkeys(("hunyuan_video", "krea2", "qwen_image", "flux2"), 120) | {
+    "lumina2": 80
+}  # most are of the system prompt
 BLANK_ONLY = {
     "flux2",
     "lumina2",
@@ -398,6 +400,7 @@ def test_a_caption_is_read_alike_alone_and_among_others(family, latents):
     together, alone = embedded(family, PROMPTS), [embedded(family, [prompt]) for prompt in PROMPTS]
     one_by_one = stacked([{name: t[0] for name, t in row.items()} for row in alone])
     compare(one_by_one, together)
+    assert any((t[0] != t[1]).any() for t in together.values())  # not cut before the caption begins
     noised, frames = family.levels.noised(z, n, torch.tensor([0.3, 0.6], dtype=torch.float64)), family.framed(FRAMES)
     both = family.predict(noised.x, noised.t, together | frames)
     each = [

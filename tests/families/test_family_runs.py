@@ -57,10 +57,13 @@ RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scri
     "ltx": (1e-2, "ltx-video", "ltx_video"),
     "hunyuan_video": (1e-2, "hunyuan-video", "hunyuan_video"),
 }
-# {kind: how many tokens of captions are read}: less than usual, for speed; Lumina's follow many of the system's
+# {kind: how many tokens of captions are read}: less than usual, for speed; those of some follow many of the system's
 LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdxl", "flux dev"))} | {
     "lumina2": 80,
     "hunyuan_video": 120,
+    "krea2": 120,
+    "qwen_image": 120,
+    "flux2 dev": 120,
 }
 UNNAMED = ("lumina2", "cogview4", "krea2", "ideogram4", "ernie_image")  # whose layers have no names of kohya's
 LEFT_OUT = {
