@@ -22,6 +22,7 @@ DiffpeftError                       1
 |   |-- WrongKindError (TypeError)  2   a value of a kind that the field cannot have
 |   `-- NotBuiltError (NotImplementedError) 2   a value that nothing is built for
 |-- DataError                       3   a data set
+|-- HubError                        1   the Hub cannot be reached, or does not take what it is sent
 |-- DivergedError                   5   training produced a loss that is not finite
 |-- NothingLearntError              6   training changed nothing
 `-- LostProcessError                7   another process of the run has ended

@@ -198,18 +198,18 @@ def test_what_a_value_is_and_should_be_is_said_in_words(wrong, says, config):
 CLASSES = (
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusion3Pipeline",
+    "StableDiffusion3InpaintPipeline",
     "FluxFillPipeline",
     "FluxKontextPipeline",
-    "Flux2KleinPipeline",
+    "FluxControlPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionUpscalePipeline",
     "StableDiffusionControlNetPipeline",
     "StableDiffusionDepth2ImgPipeline",
-    "WanPipeline",
+    "WanImageToVideoPipeline",
     "KandinskyPipeline",
-    "ZImagePipeline",
+    "QwenImageEditPipeline",
 )
 
 
@@ -240,7 +240,7 @@ CHECKPOINTS = {
     "SDXL": ({FIRST: torch.zeros(8, 4, 3, 3), "conditioner.embedders.0.x": torch.zeros(1)}, "Diffusion XL"),
     "SD3": ({"model.diffusion_model.joint_blocks.0.x": torch.zeros(1)}, "Diffusion 3"),
     "Flux": ({"double_blocks.0.x": torch.zeros(1)}, "Flux.*--base"),
-    "Chroma": ({"double_blocks.0.x": torch.zeros(1), "distilled_guidance_layer.x": torch.zeros(1)}, "Chroma.*cannot"),
+    "Chroma": ({"double_blocks.0.x": torch.zeros(1), "distilled_guidance_layer.x": torch.zeros(1)}, "Chroma.*--base"),
 }
 
 
