@@ -60,7 +60,7 @@ _HOMES = {
     "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = {"schedule": "diffpeft.model.schedule"}
+_MODULES = {"schedule": "diffpeft.model.schedule", "train": "diffpeft.train"}
 __all__ = sorted([*_HOME, *_MODULES])
 _PEFTS = ("functional", "helpers", "optimizers", "tuners", "utils")  # its modules, which are attributes of it
 

@@ -131,15 +131,14 @@ def _print(chosen: Chosen[TrainConfig]) -> None:
 
 
 def _saved(run: TrainRun, watch: Watch) -> list[Path]:
-    """Write the figures, the adapter and the page, and say whose step it is and which programs read the files; the paths."""
+    """Write the adapter, the figures and the page, and say whose step it is and which programs read the files; the paths."""
     from diffpeft.train import dreambooth
     from diffpeft.train.save import earlier_files
-    from diffpeft.train.watching import write_metrics
+    from diffpeft.train.watching import METRICS
 
     watch.phase("writing")
     out = Path(run.config.out or "")  # as it was typed
-    metrics = out / write_metrics(run).name
-    files = [*dreambooth.save(run), metrics]
+    files = [*dreambooth.save(run), out / METRICS]
     if run.best:
         watch.note(f"the adapter is that of step {run.best.step}: {run.best.reason}")
     for name, text in dreambooth.readers(run, files).items():

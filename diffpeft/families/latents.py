@@ -53,7 +53,8 @@ def _normalisation(vae: Component) -> tuple[Tensor, Tensor]:
         torch.tensor(vae.config.get(name) or default, dtype=torch.float64)
         for name, default in (("scaling_factor", 1.0), ("shift_factor", 0.0))
     )
-    mean, std = (vae.config.get(name) or getattr(vae, name, None) for name in ("latents_mean", "latents_std"))
+    buffers = dict(vae.named_buffers(recurse=False))  # where LTX's has them
+    mean, std = (vae.config.get(name) or buffers.get(name) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         return shift, scale
     return torch.as_tensor(mean, dtype=torch.float64), scale / torch.as_tensor(std, dtype=torch.float64)

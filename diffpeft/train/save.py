@@ -28,15 +28,16 @@ from diffpeft.train.run import TrainRun
 from diffpeft.train.samples import newest_sample
 from diffpeft.train.showing import finish, told
 from diffpeft.train.team import team
+from diffpeft.train.watching import write_metrics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE = 10**9  # parameters of a model from which on files are bf16, where nothing is said
 
 
 def save(run: TrainRun) -> list[Path]:
-    """Write the adapter, one file for each format that can hold it, and its model card into the output folder; the adapter's paths.
+    """Write the adapter, a file for each format that can hold it, its card and the figures of the run into the output folder; the adapter's paths.
 
-    `run.files` are all of them.
+    `run.files` are those and the card.
     Each file is read again. If one cannot be written, the files go into a temporary folder, which the OSError names.
     Of several processes the main one writes; where the base is sharded, all call this.
     Raises ConfigError for numbers that the dtype of the files does not have, NothingLearntError if a file holds something else than what was learnt.
@@ -55,6 +56,7 @@ def save(run: TrainRun) -> list[Path]:
         if not team().main:
             return []
         run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
+        write_metrics(run)
         finish(run, files, readers(run, files))
     return files
 

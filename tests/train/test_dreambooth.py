@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import numpy as np
@@ -132,3 +133,14 @@ def test_what_can_be_checked_is_checked_before_class_images_are_drawn(photos, op
 def test_a_resolution_that_the_model_cannot_have_is_refused(photos):
     with pytest.raises(ConfigError, match="multiple of 16"):
         dreambooth.train(config(photos, resolution=72))
+
+
+def test_the_package_does_what_the_command_does(photos):
+    run = diffpeft.train(config(photos, name="a", heldout="1"))
+    out = photos.parent / "out"
+    assert run.report == out / "report.html" and "finished" in run.report.read_text()
+    assert {path.name for path in run.files} == {"a.diffusers.safetensors", "a.kohya.safetensors", "README.md"}
+    assert all(path.is_file() for path in run.files) and run.best.step == 2
+    figures = json.loads((out / "metrics.json").read_text())
+    assert figures["heldout_loss"].keys() >= {"before", "after", "standard_error"} and figures["steps"] == 2
+    assert {"seconds", "samples_per_second", "peak_memory"} <= figures.keys()
