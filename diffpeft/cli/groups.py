@@ -84,6 +84,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "sample_guidance",
         "sample_seed",
         "sample_first",
+        "sample_start",
         "sample_model",
         "samples",
         "heldout",

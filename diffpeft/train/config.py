@@ -366,6 +366,12 @@ class TrainConfig(Options):
     sample_guidance: float | None = option(None, "Guidance scale of samples; default: the pipeline's own.", at_least=0)
     sample_seed: int = option(42, "Seed of the noise that samples begin with, the same each time.", at_least=0)
     sample_first: bool = option(True, "Draw before the first step too: how the base does it.")
+    sample_start: float | None = option(
+        None,
+        "Share of a sample's denoising steps that the base takes alone, for an adapter that the noisiest levels are not trained of (--sigma-range).",
+        above=0,
+        below=1,
+    )
     sample_model: str | None = option(
         None,
         "Another checkpoint of the model's family that samples are drawn with: the one that the adapter will be used on. "

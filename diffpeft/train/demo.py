@@ -20,10 +20,12 @@ from diffpeft.train.config import TrainConfig
 from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features, shape_kept
 from diffpeft.train.report import PictureRow, Pictures
 from diffpeft.train.sample import STRENGTHS, Grid, grid, pictures
+from diffpeft.train.samples import begun
 
 IMAGES = EMBEDDED.parent / "demo"
 TITLE = "diffpeft demo: a drawing style learnt from 96 pictures"
 NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000), 25, 4.0
+START = 0.2  # the share of the denoising steps that the base takes alone: there it is decided what stands where
 
 
 def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
@@ -44,7 +46,8 @@ def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
         flip=True,
         caption_dropout=0.3,
         snr_gamma=5.0,
-        base_range="0.98,1",
+        sigma_range="0,0.98",
+        sample_start=START,
         save_every=0,
         sample_prompt="an emoji of lemon",
         sample_every=max(steps // 7, 50),
@@ -109,7 +112,7 @@ def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Pat
 
 
 def _drawn(run: dreambooth.TrainRun, truth: Heldout, strength: float, seed: int, watch: dreambooth.Watch) -> np.ndarray:
-    with torch.no_grad(), diffpeft.adapters(run.family.pipe, {run.name: strength}):
+    with torch.no_grad(), diffpeft.adapters(run.family.pipe, {run.name: begun(strength, START)}):
         seeds = range(seed, seed + len(truth.prompts))
         return pictures(run.family.pipe, truth.prompts, seeds, steps=STEPS, guidance=GUIDANCE, tick=watch.tick)
 

@@ -49,6 +49,7 @@ FREE = {
     "sample_guidance": "under how much guidance",
     "sample_seed": "from which noise",
     "sample_first": "whether at the beginning",
+    "sample_start": "from which denoising step on the adapter is on",
     "sample_model": "and with which model",
 }
 PASSES = "Counted are the passes of all processes: one with --accumulate 2 goes on with a run of two."

@@ -26,6 +26,8 @@ import diffpeft
 from diffpeft.errors import ConfigError
 from diffpeft.files import Json
 from diffpeft.io import replacing
+from diffpeft.model import schedule
+from diffpeft.model.schedule import Schedule
 from diffpeft.train.sample import images_of, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
 from diffpeft.train.signals import asked
@@ -245,16 +247,19 @@ class Gallery:
 
     Args:
         model: what the pictures are drawn with, for people.
+        start: the share of the denoising steps that are the base's alone.
     """
 
     out: Path
     prompts: tuple[SamplePrompt, ...]
     model: str
+    start: float = 0.0
 
     def facts(self, spot: Spot) -> Json:
         """What a picture is drawn with, whatever the step."""
         settings = {name: value for name, value in asdict(self.prompts[spot.number]).items() if name != "where"}
-        return {**settings, "strength": spot.strength, "model": self.model}
+        start = {"start": self.start} if self.start else {}
+        return {**settings, "strength": spot.strength, "model": self.model, **start}
 
     def path(self, step: int, spot: Spot) -> Path:
         """Where a picture is, or would be."""
@@ -292,8 +297,14 @@ def _parameters(facts: Mapping[str, object]) -> str:
         "Size": f"{facts['width']}x{facts['height']}",
         "Model": facts["model"],
         "Adapter strength": facts["strength"],
+        "Adapter start": facts.get("start"),
     }
     return f"{facts['prompt']}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in named.items() if v is not None)
+
+
+def begun(strength: float, start: float) -> float | Schedule:
+    """A strength that begins after a share of the denoising steps."""
+    return schedule.steps({0.0: 0.0, start: strength}) if start else strength
 
 
 # -- when it is drawn ------------------------------------------------------------------------------------------------------
@@ -325,7 +336,7 @@ class Sampler:
             return files
         with self.stage() as family, contextlib.suppress(Unfinished):
             for spot in due:
-                with diffpeft.adapters(family.pipe, {self.name: spot.strength}):
+                with diffpeft.adapters(family.pipe, {self.name: begun(spot.strength, self.gallery.start)}):
                     image = drawn(family, self.texts, self.gallery.prompts[spot.number], self.tick)
                 if not team().main:
                     continue

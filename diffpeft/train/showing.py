@@ -207,7 +207,8 @@ def _sampler(run: TrainRun, drawing: Drawing, watch: Watch) -> Sampler:
         if other
         else functools.partial(stage, family, name)
     )
-    gallery = Gallery(config.output(), drawing.prompts, Path(str(config.sample_model or config.model)).name)
+    model = Path(str(config.sample_model or config.model)).name
+    gallery = Gallery(config.output(), drawing.prompts, model, config.sample_start or 0.0)
     return Sampler(gallery, name, drawing.texts, ready, config.init_from is not None, config.sample_first, watch.tick)
 
 

@@ -79,6 +79,6 @@ def test_the_help_has_headings(tmp_path):
         "Objective:",
         "Steps:",
         "Watch:",
-        "Save:",
         "Output and state:",
+        "Save:",
     ]
