@@ -76,7 +76,7 @@ ENCODERS = {  # {kind: what else is trained}
 }
 
 
-@pytest.fixture(scope="module", params=cells(RUNS, ("sd", "flux dev", "z_image")))
+@pytest.fixture(scope="module", params=cells(RUNS, ("sdxl", "flux dev")))
 def run(request, tmp_path_factory):
     """A finished run of 60 steps on 4 images."""
     folder = tmp_path_factory.mktemp("run")

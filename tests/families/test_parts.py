@@ -110,6 +110,7 @@ def test_a_run_has_room_for_one_model_at_a_time(kind, folder, tmp_path, together
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "flux dev"], indirect=True)  # whose pictures are small
+@pytest.mark.slow  # runs of each family, whose parts are asked above
 def test_class_images_are_drawn_without_text_encoders(kind, folder, tmp_path, together, monkeypatch):
     monkeypatch.setattr(prior, "STEPS", 1)
     options = config(tmp_path, model=folder, class_prompt="a dog", num_class_images=2, dtype="bf16")

@@ -92,6 +92,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.slow  # a process of its own
 def test_transformers_own_adapters():
     expected, found = json.loads(process(PROGRAM)), json.loads(served(PROGRAM, MODES[1]))
     assert len(found) == len(expected) > 30

@@ -95,7 +95,11 @@ def family(tiny_base):
     return open_family(Parts(tiny_base))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
+@pytest.mark.parametrize(
+    "row",
+    [*ROWS[:4], *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS[4:])],
+    ids=lambda row: "-".join(map(str, row)),
+)
 def test_kept_equals_computed_bit_for_bit(row, photos, family, tmp_path, monkeypatch):
     options = dict(zip(OPTIONS, row, strict=True))
     run = config(photos, **options)

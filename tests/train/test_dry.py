@@ -115,7 +115,7 @@ def test_states_take_the_room_that_is_said(folder, optimizer):
     assert plan.state_bytes == pytest.approx(stored, rel=0.02, abs=2**14)
 
 
-@pytest.mark.parametrize("name", published.MODELS)
+@pytest.mark.parametrize("name", [pytest.param(m, marks=SLOW) if m == "sdxl" else m for m in published.MODELS])
 def test_published_models_are_planned_in_seconds_without_a_weight(name, tmp_path):
     published.write(name, tmp_path / "model")
     photos_in(tmp_path)
