@@ -12,7 +12,7 @@ from diffpeft.train.method import ADAPTERS
 @click.option(
     "--method", default="lora", show_default=True, shell_complete=completed(ADAPTERS), help="The adapter method."
 )
-@click.option("--steps", type=click.IntRange(min=1), default=700, show_default=True, help="Training steps.")
+@click.option("--steps", type=click.IntRange(min=1), default=900, show_default=True, help="Training steps.")
 @click.option(
     "-o",
     "--out",

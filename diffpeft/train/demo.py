@@ -28,7 +28,7 @@ NAME, SEEDS, STEPS, GUIDANCE = "openmoji", (1000, 2000), 25, 4.0
 START = 0.2  # the share of the denoising steps that the base takes alone: there it is decided what stands where
 
 
-def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
+def config(out: str, method: str = "lora", steps: int = 900) -> TrainConfig:
     """The options of the demo: what suits a style, many small pictures and a tiny model. How they were chosen: docs/demo.md."""
     return TrainConfig(
         model=str(EMBEDDED),
@@ -44,13 +44,13 @@ def config(out: str, method: str = "lora", steps: int = 700) -> TrainConfig:
         warmup=min(20, steps // 2),
         batch_size=8,
         flip=True,
-        caption_dropout=0.3,
+        caption_dropout=0.2,
         snr_gamma=5.0,
-        sigma_range="0,0.98",
+        sigma_range="0,0.985",
         sample_start=START,
         save_every=0,
         sample_prompt="an emoji of lemon",
-        sample_every=max(steps // 7, 50),
+        sample_every=max(steps // 4, 50),
         sample_steps=STEPS,
         sample_guidance=GUIDANCE,
         overwrite=True,
