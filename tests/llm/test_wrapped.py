@@ -67,6 +67,13 @@ def group():
 def test_the_tensors_are_those_of_the_model_alone(wrap):
     for kind in KINDS:
         want = get_peft_model_state_dict(made(kind))
+        if (wrap, kind) == (
+            "fsdp, flat in units",
+            "rows",
+        ):  # trained rows are gathered with the frozen table, and a flat unit is one or the other
+            with pytest.raises(ValueError, match="uniform"):
+                WRAPS[wrap](made(kind))
+            continue
         wrapped = WRAPS[wrap](made(kind))
         if "compiled" not in wrap:  # FSDP 1 looks for its units when it is called
             with torch.no_grad():

@@ -373,6 +373,7 @@ def test_a_failure_while_writing_leaves_nothing(saved, adapter, tmp_path):
     refuses(KeyboardInterrupt, None, tmp_path, model, [(lora, 1.0)], tmp_path / "out", told=stop)
 
 
+@pytest.mark.slow
 def test_memory_holds_one_layer(tmp_path):
     """A UNet of 190 MB in a process of its own: what it needs beyond imports and a small model is far less."""
     code = """

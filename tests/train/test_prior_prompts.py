@@ -161,6 +161,7 @@ def test_a_base_range_that_is_none_or_would_leave_nothing_is_refused(options, sa
         check(replace(config, prior=None, **options))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_base_range_has_nothing_to_learn_of_the_base_there(config):
     """A fresh adapter changes nothing, so that of its first step's loss only what is outside of the range is left."""
     options = {"prior": None, "steps": 1, "batch_size": 8, "overwrite": True}
@@ -184,7 +185,8 @@ def drift(run, prompt="an emoji", steps=range(50, 1000, 120)):
             return (on - family.predict(x, t, conditions)).square().mean().item()
 
 
-@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("live", [False, True])
 def test_the_base_is_kept_under_other_prompts(live, config):
     options = {"steps": 25, "lr": 3e-3, "class_prompt": "an emoji", "overwrite": True, "train_text_encoder": live}
     free = dreambooth.train(

@@ -161,6 +161,7 @@ def test_ones_own_and_an_organisations_repositories_are_made(hub):
     assert hub.private is None
 
 
+@pytest.mark.slow
 def test_the_command_lists_the_files_even_if_they_do_not_go_up(hub, tmp_path, capfd):
     from diffpeft.cli.errors import run as command
 

@@ -161,6 +161,7 @@ def test_what_is_on_only_while_training_is_off_in_samples_and_averages_are_in_th
     assert same(drawn(out, 3, "p0_s42.png"), asked(stock(models("sd15"), file), "an emoji of sks"))
 
 
+@pytest.mark.slow
 def test_an_adapter_to_go_on_with_is_seen_before_the_first_step(config, tmp_path):
     (file, *_) = dreambooth.save(dreambooth.train(config(out=str(tmp_path / "before"))))
     run = dreambooth.train(config(init_from=str(file), sample_first=True))
@@ -169,7 +170,7 @@ def test_an_adapter_to_go_on_with_is_seen_before_the_first_step(config, tmp_path
     assert run.losses
 
 
-@pytest.mark.parametrize("lr", [5e-2, 3.0])
+@pytest.mark.parametrize("lr", [5e-2, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_the_adapter_of_the_best_step_is_the_one_that_is_seen(lr, config, tmp_path):
     run = dreambooth.train(config(lr=lr, heldout=1, heldout_every=1, sample_every=3, sample_prompts=None))
     (file, *_), out = dreambooth.save(run), tmp_path / "out"
@@ -198,7 +199,7 @@ def _deeper(pipe):
     pipe.unet = diffusers.UNet2DConditionModel.from_config({**pipe.unet.config, "cross_attention_dim": 40})
 
 
-@pytest.mark.parametrize("kind", ["sd15", "flux dev"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("flux dev", marks=pytest.mark.slow)])
 def test_another_checkpoint_shows_the_adapter_as_its_own_stock_pipeline_does(kind, config, models, tmp_path):
     turbo = models(kind, _turbo)
     run = dreambooth.train(config(kind, sample_model=turbo, train_text_encoder=kind == "sd15"))
@@ -215,6 +216,7 @@ def test_another_checkpoint_shows_the_adapter_as_its_own_stock_pipeline_does(kin
     assert alone.losses == run.losses
 
 
+@pytest.mark.slow
 def test_a_single_file_draws_with_the_configs_of_the_model(config, tmp_path):
     whole, changed = (open_pipeline() for _ in range(2))
     _turbo(changed)
@@ -314,7 +316,9 @@ def _asked_to_stop():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("error, raised", [(_broken, RuntimeError), (_asked_to_stop, Interrupted)])
+@pytest.mark.parametrize(
+    "error, raised", [pytest.param(_broken, RuntimeError, marks=pytest.mark.slow), (_asked_to_stop, Interrupted)]
+)
 def test_a_run_that_ends_while_it_draws_keeps_its_state_and_goes_on_to_the_same_bytes(
     error, raised, config, tmp_path, monkeypatch
 ):

@@ -57,7 +57,7 @@ def trained(config):
 # -- passes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("prior", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_passes_of_a_step_are_one_batch(prior, config, tmp_path):
     options = {"class_prompt": "an emoji", "num_class_images": 2, "class_data": str(config.data)} if prior else {}
     config = replace(config, flip=True, caption_dropout=0.3, noise_offset=0.1, **options)

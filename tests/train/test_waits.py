@@ -125,14 +125,16 @@ def steps(monkeypatch):
 
 
 # Each option on one kind of model, and the kinds with what is plain: what an option does, it does whatever the model.
-QUICK = ("dora", "lokr")  # of the methods
+QUICK = ("dora", "base prior", "huber", "prodigy")
 CELLS = [pytest.param(kind, "plain", marks=() if kind in QUICK_KINDS else pytest.mark.slow) for kind in KINDS.values()]
 CELLS += [
-    pytest.param("sd15", name, marks=pytest.mark.slow if name in {*ADAPTERS} - {*QUICK} else ())
-    for name in OPTIONS
-    if name != "plain"
+    pytest.param("sd15", name, marks=() if name in QUICK else pytest.mark.slow) for name in OPTIONS if name != "plain"
 ]
-CELLS += [("flux dev", "weights"), ("sdxl", "text encoders"), ("flux dev", "text encoders")]
+CELLS += [
+    ("flux dev", "weights"),
+    pytest.param("sdxl", "text encoders", marks=pytest.mark.slow),
+    ("flux dev", "text encoders"),
+]
 
 
 @pytest.mark.parametrize("kind, name", CELLS)
