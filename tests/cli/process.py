@@ -20,10 +20,11 @@ _LOADED = [
 ]  # what most commands load before they notice a mistake
 
 
-def diffpeft(*args, cwd):
-    """Run a command as a shell would."""
+def diffpeft(*args, cwd, before=""):
+    """Run a command as a shell would; with `before`, Python that makes it quicker."""
+    program = ["-c", f"{before}; from diffpeft.cli import main; main()"] if before else ["-m", "diffpeft"]
     return subprocess.run(
-        [sys.executable, "-m", "diffpeft", *map(str, args)],
+        [sys.executable, *program, *map(str, args)],
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -30,7 +30,9 @@ def photos(tmp_path):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = diffpeft("demo", "--steps", 3, "-o", "out", cwd=folder)
+    done = diffpeft(
+        "demo", "--steps", 3, "-o", "out", cwd=folder, before="from diffpeft.train import demo; demo.STEPS = 5"
+    )
     assert done.returncode == 0, done.stderr
     return folder / "out", done
 

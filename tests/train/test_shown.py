@@ -63,6 +63,7 @@ def test_a_place_that_the_mask_leaves_out_does_not_count(embedded):
         assert torch.equal(whole, denoising(family, batch, texts))
 
 
+@pytest.mark.slow  # a run an option
 def test_options_of_the_data_change_the_run_and_idle_ones_are_refused(config):
     plain = dreambooth.train(config).losses
     for options in (
