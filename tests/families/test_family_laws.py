@@ -384,7 +384,7 @@ def test_a_sample_is_what_the_pipeline_draws_of_its_texts(family):
     flags = ["--l 2.5"] * led + [f"--n {negative}"] * (negative is not None)
     line = f"{PROMPTS[0]} --s 2 --w {WIDTH} --h {HEIGHT} --d 5 {' '.join(flags)}"
     (prompt,) = settled(TrainConfig(), family, [of_line(line, "")], 32)
-    keys = ("max_sequence_length", "use_pe", "num_frames")
+    keys = ("max_sequence_length", "use_pe", "num_frames", "guidance_schedule")
     options = {key: value for key, value in asked(family).items() if key in keys}
     options |= {} if negative is None else {"negative_prompt": negative}
     seed = torch.Generator().manual_seed(5)
