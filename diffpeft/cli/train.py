@@ -14,6 +14,7 @@ from diffpeft.cli.options import Chosen, options_from, options_of
 from diffpeft.cli.pasted import PASTED, Pasted
 from diffpeft.train import machines
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.outputs import METRICS, PAGE
 
 if TYPE_CHECKING:
     from diffpeft.train.check import Checked
@@ -134,7 +135,6 @@ def _saved(run: TrainRun, watch: Watch) -> list[Path]:
     """Write the adapter, the figures and the page, and say whose step it is and which programs read the files; the paths."""
     from diffpeft.train import dreambooth
     from diffpeft.train.save import earlier_files
-    from diffpeft.train.watching import METRICS
 
     watch.phase("writing")
     out = Path(run.config.out or "")  # as it was typed
@@ -145,4 +145,4 @@ def _saved(run: TrainRun, watch: Watch) -> list[Path]:
         watch.note(f"{name}: {text}")
     for name in earlier_files(run):
         watch.note(f"{name}: of an earlier run, and not written by this one")
-    return [*files, out / "report.html"]
+    return [*files, out / PAGE]

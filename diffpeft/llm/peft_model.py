@@ -43,8 +43,9 @@ from diffpeft.model.mix import check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.precision import Precision
 from diffpeft.pipeline.adapters import plan_mix
-from diffpeft.train.cards import README, CardFacts, completed
+from diffpeft.train.cards import CardFacts, completed
 from diffpeft.train.hub import pushed
+from diffpeft.train.outputs import README
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache

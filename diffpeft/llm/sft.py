@@ -41,9 +41,9 @@ from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import rate_of
 from diffpeft.train.origins import origins_of
 from diffpeft.train.outcome import check_rank, check_room, refuse_idle, rescued
+from diffpeft.train.outputs import METRICS, PAGE, README
 from diffpeft.train.publish import open_repository, upload
 from diffpeft.train.shards import shard
-from diffpeft.train.showing import PAGE
 from diffpeft.train.state import fingerprint, read
 from diffpeft.train.team import meet, team
 from diffpeft.train.watch import Quiet, Watch
@@ -352,7 +352,7 @@ def save(run: SftRun) -> list[Path]:
 
 def push(run: SftRun) -> str:
     """Upload the adapter and its card to the repository of the run; the address. Raises HubError, which says how they are uploaded by hand."""
-    files = ["adapter_*", "README.md"]
+    files = ["adapter_*", README]
     return upload(run.model.save_pretrained, run.config, files, f"{len(run.losses)} steps")
 
 
@@ -368,7 +368,7 @@ def _refuse_other(model: PeftModel, file: Path) -> None:
 def _written(run: SftRun, out: Path) -> list[Path]:
     """Write the adapter, the measurements and the report into a folder; the paths."""
     run.model.save_pretrained(out)
-    files = [out / name for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json", "report.html")]
+    files = [out / name for name in ("adapter_model.safetensors", "adapter_config.json", METRICS, PAGE)]
     table = {
         "heldout_loss": run.heldout_loss or None,
         "losses": run.losses,
@@ -379,7 +379,7 @@ def _written(run: SftRun, out: Path) -> list[Path]:
         "learnt_tokens": run.learnt_tokens,
     }
     table = {**run.shown.live.clock.usage().table(run.config.examples()), **table}
-    with replacing(out / "metrics.json") as f:
+    with replacing(out / METRICS) as f:
         f.write(json.dumps(table, indent=1).encode())
     run.shown.finished(files, out).write(out / PAGE)
     return files

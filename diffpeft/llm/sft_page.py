@@ -12,9 +12,10 @@ import numpy as np
 
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.train.heldout import HeldoutLoss, ratio_error
+from diffpeft.train.outputs import PAGE
 from diffpeft.train.report import FINISHED, Page, Use
 from diffpeft.train.report.live import Live
-from diffpeft.train.showing import PAGE, losses_until, page_of
+from diffpeft.train.showing import losses_until, page_of
 
 if TYPE_CHECKING:
     from diffpeft.train.checkpoints import SavedState

@@ -13,9 +13,10 @@ from pathlib import Path
 import diffpeft
 from diffpeft.families import family_of
 from diffpeft.io import replacing
-from diffpeft.train.cards import README, CardFacts, completed, tell
+from diffpeft.train.cards import CardFacts, completed, tell
 from diffpeft.train.data.account import Account
 from diffpeft.train.metadata import is_id
+from diffpeft.train.outputs import README
 from diffpeft.train.run import TrainRun
 
 OURS = "<!-- written by diffpeft train; a card without this line is kept -->"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import shown
+from diffpeft.train.outputs import README
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-README = "README.md"
 _VERSIONS = "### Framework versions"
 
 

@@ -18,6 +18,7 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import data, dreambooth
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.metrics import heldout_loss, patch_distance, patch_features, shape_kept
+from diffpeft.train.outputs import METRICS, PAGE
 from diffpeft.train.report import PictureRow, Pictures
 from diffpeft.train.sample import STRENGTHS, Grid, grid, pictures
 from diffpeft.train.samples import begun
@@ -148,7 +149,7 @@ def _write(
 ) -> list[Path]:
     """Write the adapter, the grid of pictures, the measurements and the report; the paths."""
     out = Path(run.config.out or "")
-    files = [*dreambooth.save(run), out / "before_after.png", out / "metrics.json", out / "report.html"]
+    files = [*dreambooth.save(run), out / "before_after.png", out / METRICS, out / PAGE]
     with replacing(out / "before_after.png") as f:
         picture.image.save(f, "PNG", optimize=True)
     table = {
@@ -161,7 +162,7 @@ def _write(
         "data": run.account.table(),
         "grid": {"strengths": list(STRENGTHS), "boxes": picture.boxes},
     }
-    with replacing(out / "metrics.json") as f:
+    with replacing(out / METRICS) as f:
         f.write(json.dumps(table, indent=1).encode())
     assert run.live
     run.live.renew({"title": TITLE, "files": files, "before_after": shown, "measures": metrics})

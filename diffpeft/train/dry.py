@@ -18,7 +18,7 @@ from diffpeft.train.formats import asked, chosen, file_of
 from diffpeft.train.job import checked_dtype
 from diffpeft.train.memory import peak, size_of
 from diffpeft.train.optimizers import row_of
-from diffpeft.train.origins import ACCOUNT, CONFIG
+from diffpeft.train.outputs import ACCOUNT, CONFIG, METRICS, PAGE, ROWS
 from diffpeft.train.watch import Quiet
 
 GIB = 2**30
@@ -161,7 +161,7 @@ def _files(config: TrainConfig, family: Family, name: str) -> tuple[str, ...]:
             tensor.uniform_()
     bundle = bundle_of(family.pipe, name, family_of(family.pipe) or "")
     written = [file_of(name, format) for format in chosen(bundle, asked(config)).written]
-    return (*written, "report.html", "metrics.json", "metrics.csv", CONFIG, ACCOUNT)
+    return (*written, PAGE, METRICS, ROWS, CONFIG, ACCOUNT)
 
 
 def outlined(config: TrainConfig, dtype: str) -> Family:

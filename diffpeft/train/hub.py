@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from diffpeft.train.cards import README
+from diffpeft.train.outputs import README
 
 
 def pushed(

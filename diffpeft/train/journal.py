@@ -15,8 +15,8 @@ from typing import Protocol
 
 from diffpeft.io import replacing
 from diffpeft.train.heldout import BANDS, HeldoutLoss
+from diffpeft.train.outputs import ROWS
 
-TABLE = "metrics.csv"
 PACE = 0.9  # of the seconds of a step of late stays with each step
 Numbers = Mapping[str, float]
 LOSS, GRADIENT, SPEED, RATE = "loss/train", "norm/grad", "perf/it_s", "lr/"
@@ -156,12 +156,12 @@ class Logbook:
 class CsvTable:
     """metrics.csv: a row a step, which is its first column."""
 
-    name = TABLE
+    name = ROWS
 
     def __init__(self, out: Path, groups: Sequence[str], measured: Iterable[str] = ()):
         rates = {RATE + group: f"lr_{group}" if len(groups) > 1 else "lr" for group in groups}
         numbers = [LOSS, *rates, GRADIENT, SPEED, *measured]
-        self.path, self.last = out / TABLE, dict[str, str]()
+        self.path, self.last = out / ROWS, dict[str, str]()
         self.columns = {number: rates.get(number) or COLUMNS[number] for number in numbers}
 
     def begin(self, done: int) -> None:

@@ -10,11 +10,8 @@ from pathlib import Path
 from diffpeft.errors import shown
 from diffpeft.io import replacing
 from diffpeft.train.config import PATHS, Options
+from diffpeft.train.outputs import ACCOUNT, CONFIG
 
-CONFIG, ACCOUNT = (
-    "config.toml",
-    "account.json",
-)  # in the output folder: every option as it was used, and what the data held
 COMMAND, DEFAULT, MODEL, RESUMED, ARGUMENT = "command line", "default", "model", "resume", "argument"
 _BY_MODEL = ("resolution", "max_length")  # what the model says where nobody else does
 _ADOPTED = ("method", "rank", "alpha")  # what an adapter to go on with brings along

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from diffpeft.errors import ConfigError, HubError
 from diffpeft.train.config import Options
 from diffpeft.train.hub import pushed
+from diffpeft.train.outputs import README, SAMPLES
 
 if TYPE_CHECKING:
     from diffpeft.train.run import TrainRun
-
-SAMPLES = "samples"
 
 
 def check_hub(options: Options) -> None:
@@ -97,7 +96,7 @@ def upload(write: Callable[[Path], object], options: Options, patterns: Sequence
 
 def _copied(run: TrainRun, folder: Path) -> None:
     """Put the files of a run into a folder, which may have a card."""
-    from diffpeft.train.card import OURS, README, write_card
+    from diffpeft.train.card import OURS, write_card
     from diffpeft.train.save import readers_of
 
     out = run.config.output()

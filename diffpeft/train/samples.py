@@ -28,6 +28,7 @@ from diffpeft.files import Json
 from diffpeft.io import replacing
 from diffpeft.model import schedule
 from diffpeft.model.schedule import Schedule
+from diffpeft.train.outputs import SAMPLES
 from diffpeft.train.sample import images_of, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
 from diffpeft.train.signals import asked
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from diffpeft.train.cache import Texts
     from diffpeft.train.config import TrainConfig
 
-FOLDER = "samples"
 _STEP, _PICTURE = re.compile(r"step(\d{8,})"), re.compile(r"p(\d+)_s(\d+)(?:_w([\d.]+))?\.png")
 _RECORD = "diffpeft"  # the text in a picture that says what it was drawn with
 
@@ -199,7 +199,7 @@ def stage(family: Family, name: str) -> Iterator[Family]:
 
 def folder_of(out: Path, step: int) -> Path:
     """Where the samples after so many steps are."""
-    return out / FOLDER / f"step{step:08d}"
+    return out / SAMPLES / f"step{step:08d}"
 
 
 def _name(spot: Spot, seed: int | None) -> str:
@@ -209,7 +209,7 @@ def _name(spot: Spot, seed: int | None) -> str:
 
 def _folders(out: Path) -> dict[int, Path]:
     """{step: the folder of its samples}, the earliest first."""
-    home = out / FOLDER
+    home = out / SAMPLES
     named = ((_STEP.fullmatch(path.name), path) for path in (home.iterdir() if home.is_dir() else ()))
     return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
 

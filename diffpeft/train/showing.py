@@ -14,6 +14,7 @@ import converters
 from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Texts
+from diffpeft.train.outputs import ACCOUNT, CONFIG, METRICS, PAGE, README, ROWS
 from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.report.page import STRENGTHS
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from diffpeft.train.sample_prompts import SamplePrompt
     from diffpeft.train.usage import Stopwatch
     from diffpeft.train.watch import Watch
-
-PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -243,4 +242,4 @@ def finish(run: TrainRun, files: Sequence[Path], readers: Mapping[str, str]) -> 
     run.live.renew({"status": FINISHED, "files": [*files, *others], "readers": readers, "uses": uses})
 
 
-_OTHERS = ("README.md", "metrics.json", "metrics.csv", "config.toml", "account.json")  # that a run may have written
+_OTHERS = (README, METRICS, ROWS, CONFIG, ACCOUNT)  # that a run may have written

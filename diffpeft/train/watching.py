@@ -25,6 +25,7 @@ from diffpeft.train.journal import CsvTable, Logbook
 from diffpeft.train.judge import Judge
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
+from diffpeft.train.outputs import METRICS
 from diffpeft.train.paired import HeldoutPictures, Paired, interval
 from diffpeft.train.run import TrainRun
 from diffpeft.train.state import fingerprint
@@ -32,8 +33,6 @@ from diffpeft.train.team import team
 from diffpeft.train.trackers import CSV, TrackerLog, logs_of
 from diffpeft.train.usage import Stopwatch
 from diffpeft.train.watch import Watch
-
-METRICS = "metrics.json"
 
 
 def logbook_of(options: Options, name: str, done: int, clock: Stopwatch, watch: Watch) -> Logbook:
