@@ -102,6 +102,14 @@ class Transformer:
         raise NotImplementedError
 
 
+class ClipTransformer(Transformer):
+    """One of a model of clips, which sees an image as a clip of one frame."""
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
+        return encoded(self.parts("vae"), pixels.unsqueeze(2))
+
+
 def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:
     """Texts [b, n, w] without what fills them up: a list of [n, w]."""
     pairs = zip(conditions[name], conditions["length"].tolist(), strict=True)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import Transformer, masked_prompts
+from diffpeft.families.dit import ClipTransformer, masked_prompts
 from diffpeft.families.flux import Flux
-from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from diffpeft.families.parts import Component
 
 
-class HunyuanVideo(Transformer):
+class HunyuanVideo(ClipTransformer):
     """The training side of a HunyuanVideoPipeline. Presets leave out the refiner of texts."""
 
     name = "HunyuanVideo"
@@ -33,10 +32,6 @@ class HunyuanVideo(Transformer):
     tokens = most_tokens = 256
     architecture = "hunyuan-video"
     base_version = "hunyuan_video"
-
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
-        return encoded(self.parts("vae"), pixels.unsqueeze(2))
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Llama's hidden states [n, width] and which are no filling [n], or what CLIP pools [width]."""

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import Transformer, in_blocks, masked_prompts
-from diffpeft.families.latents import encoded
+from diffpeft.families.dit import ClipTransformer, in_blocks, masked_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _RATE = 25  # frames a second: the pipeline's
 
 
-class LTX(Transformer):
+class LTX(ClipTransformer):
     """The training side of an LTXPipeline."""
 
     name = "LTX-Video"
@@ -31,10 +30,6 @@ class LTX(Transformer):
     tokens = most_tokens = 128
     architecture = "ltx-video"
     base_version = "ltx_video"
-
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
-        return encoded(self.parts("vae"), pixels.unsqueeze(2))
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """T5's hidden states [n, width], and which are no filling [n]."""

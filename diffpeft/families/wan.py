@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.errors import WrongBaseError
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
-from diffpeft.families.dit import Transformer, in_blocks
-from diffpeft.families.latents import encoded
+from diffpeft.families.dit import ClipTransformer, in_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from diffpeft.families.parts import Component, Parts
 
 
-class Wan(Transformer):
+class Wan(ClipTransformer):
     """The training side of a WanPipeline with one denoiser."""
 
     name = "Wan"
@@ -34,10 +33,6 @@ class Wan(Transformer):
                 "this Wan has two denoisers, one for much noise and one for little: they cannot be trained yet",
                 remedy="Take a model of one: Wan 2.1, or Wan 2.2 of 5 billion parameters.",
             )
-
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
-        return encoded(self.parts("vae"), pixels.unsqueeze(2))
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """UMT5's hidden states [n, width], zeros where they are filling."""
