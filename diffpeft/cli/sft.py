@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from diffpeft.cli.groups import Grouped
-from diffpeft.cli.launch import follow_launcher, launched, wait_for_main
+from diffpeft.cli.launch import launched
 from diffpeft.cli.options import options_from, options_of
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.train import machines
@@ -30,14 +30,10 @@ def sft(config: str | None, **typed: object) -> int | None:
     if (code := launched(options)) is not None:
         return code
 
-    from diffpeft.cli.progress import watching
+    from diffpeft.cli.progress import running
     from diffpeft.llm.sft_check import check
-    from diffpeft.train.lock import occupied
-    from diffpeft.train.signals import ending
 
-    follow_launcher()
-    with ending(), watching() as progress, occupied(options.output()):
-        wait_for_main()  # what it refuses is refused once
+    with running(options) as progress:
         progress.phase("looking at the data")
         checked = check(options, chosen.origins)
 

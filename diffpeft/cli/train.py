@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffpeft.cli.launch import follow_launcher, launched, wait_for_main
+from diffpeft.cli.launch import launched
 from diffpeft.cli.options import Chosen, options_from, options_of
 from diffpeft.cli.pasted import PASTED, Pasted
 from diffpeft.train import machines
@@ -62,14 +62,10 @@ def train(
 
 def _run(chosen: Chosen[TrainConfig]) -> None:
     """Train, in this process or one of several, and print the paths of the files."""
-    from diffpeft.cli.progress import watching
-    from diffpeft.train.lock import occupied
-    from diffpeft.train.signals import ending
+    from diffpeft.cli.progress import running
 
-    follow_launcher()
     options = chosen.options
-    with ending(), watching() as progress, occupied(options.output()):
-        wait_for_main()  # what it refuses is refused once
+    with running(options) as progress:
         checked = _checked(chosen, progress)
         progress.note(f"to watch in a browser, from the first step on: {options.output() / 'report.html'}")
 
