@@ -56,6 +56,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
 _MODELS = {
     "UNet2DConditionModel": "sd15",
+    "DreamLiteUNetModel": None,  # derived from it, with other layers
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
     "Flux2Transformer2DModel": "flux2",
