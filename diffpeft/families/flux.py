@@ -16,6 +16,7 @@ from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.patches import PATCH, packed, places, unpacked
 from diffpeft.families.prompts import refuse_skip, tokens
+from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ _MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 _GUIDANCE = {"cfg": "true_cfg_scale", "guidance": "guidance_scale"}
 
 
-class Flux:
+class Flux(Uncontrolled):
     """The training side of a FluxPipeline."""
 
     pipelines: tuple[str, ...] = ("FluxPipeline",)
@@ -70,7 +71,7 @@ class Flux:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels)
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """What CLIP pools [b, width], or T5's hidden states [b, tokens, width]."""
         pipe, model = self.parts.pipe, self.parts(encoder)
         if encoder == "text_encoder":
