@@ -110,6 +110,7 @@ class Family(Protocol):
     ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
     drawing_steps: int  # in which it draws well
     packing: int  # latent pixels, the side of the square that the denoiser reads as one
+    overlays: int  # pictures whose channels it reads on one another
     controls: tuple[int, int]  # the fewest and the most control images that an example has
     aligned: bool  # whether control images lie over the picture, pixel by pixel, and so have its size
     first_frame: bool  # whether `condition` reads the example's own pixels too
@@ -139,8 +140,8 @@ class Family(Protocol):
         own, or of the first frame of the examples' pixels [b, 3, (f,) h, w]. Uses the VAE alone, or an image encoder.
         """
 
-    def pictured(self, images: Sequence[Image]) -> Prompted:
-        """The control images of one picture in the keywords of the pipeline."""
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The control images of one picture of a size (width, height) in the keywords of the pipeline."""
 
     def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """What the denoiser reads of the prompts through one of the text encoders. Uses that alone; all of them together make a caption's conditions.

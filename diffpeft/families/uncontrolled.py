@@ -16,14 +16,15 @@ class Uncontrolled:
     """A family without control images. One that has some says so, and what its denoiser reads of them."""
 
     controls: tuple[int, int] = (0, 0)
-    aligned = False
-    first_frame = False
+    aligned: bool = False
+    overlays: int = 1
+    first_frame: bool = False
     looking: tuple[str, ...] = ()
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """Nothing."""
         return {}
 
-    def pictured(self, images: Sequence[Image]) -> Prompted:
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
         """Nothing."""
         return {}
