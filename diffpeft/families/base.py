@@ -108,7 +108,6 @@ class Family(Protocol):
         str, str
     ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
     drawing_steps: int  # in which it draws well
-    packing: int  # latent pixels, the side of the square that the denoiser reads as one
 
     parts: Parts
     pipe: Pipeline  # the pipeline of `parts`; components that have left the device are None in it
@@ -125,6 +124,10 @@ class Family(Protocol):
     @classmethod
     def sizes(cls, configs: Configs) -> Sizes:
         """What the configs tell of the sizes of images. They may lack anything."""
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """How many channels the denoiser reads of latents with so many: other models of its class read more, of images that are edited or filled in."""
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents as the denoiser reads them, fp32. Uses the VAE alone."""

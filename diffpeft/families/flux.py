@@ -44,7 +44,6 @@ class Flux:
         {"attn": _BLOCKS.format(_ATTENTION), "attn-mlp": _BLOCKS.format(f"{_ATTENTION}|{_MLP}")}
     )
     unread: Mapping[str, str] = MappingProxyType({})
-    packing = PATCH
     base_version = "flux1"
 
     def __init__(self, parts: Parts, reading: CaptionReading):
@@ -65,6 +64,11 @@ class Flux:
         """Whole patches."""
         pixels = factor(configs.get("vae", {}))
         return Sizes(_RESOLUTION, pixels * PATCH if pixels else None)
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Those of a patch."""
+        return latent * PATCH**2
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
