@@ -8,9 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 
-from diffpeft.pipeline.open import EMBEDDED
 from tests.families.components import CLIPS_OF_FRAMES, HUNYUAN_VAE, chat, clip, llm, t5
 from tests.families.components import tokenizer as embedded_tokenizer
 
@@ -201,16 +199,8 @@ def sana_video() -> Any:
     )
 
 
-class _Processor(transformers.CLIPTokenizer):
-    """A tokenizer that is asked as a processor of texts and images is."""
-
-    def __call__(self, text: Any, images: None = None, videos: None = None, **options: Any) -> Any:
-        return super().__call__(text, **options)
-
-
 def kandinsky5() -> Any:
-    tokenizer = _Processor.from_pretrained(EMBEDDED / "tokenizer")
-    tokenizer.model_max_length = 4096
+    tokenizer = chat()
     pipe = diffusers.Kandinsky5T2VPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN_VAE),
@@ -248,9 +238,14 @@ def _cleaned(kind: type) -> type:
     return kind
 
 
-def skyreels_v2() -> Any:
-    return _cleaned(diffusers.SkyReelsV2Pipeline)(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
+def skyreels_v2(forced: bool = False) -> Any:
+    """SkyReels-V2, or one of diffusion forcing, which reads the rate of frames."""
+    flow = {"use_flow_sigmas": True, "flow_shift": 8.0, "prediction_type": "flow_prediction"}
+    kind = diffusers.SkyReelsV2DiffusionForcingPipeline if forced else diffusers.SkyReelsV2Pipeline
+    return _cleaned(kind)(
+        scheduler=diffusers.UniPCMultistepScheduler(**flow)
+        if forced
+        else diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
         vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
         text_encoder=t5("UMT5"),
         tokenizer=chat(),
@@ -263,6 +258,7 @@ def skyreels_v2() -> Any:
             freq_dim=16,
             ffn_dim=32,
             num_layers=2,
+            inject_sample_info=forced,
         ),
     )
 

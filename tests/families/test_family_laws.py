@@ -29,6 +29,7 @@ from diffpeft.train.sample import images_of, pictures, prompted
 from diffpeft.train.sample_prompts import of_line
 from diffpeft.train.samples import drawn as drawn_sample
 from diffpeft.train.samples import keywords_of, settled
+from tests.families import clips
 from tests.families.pipelines import KINDS, cells, pipeline
 
 HEIGHT, WIDTH = 32, 64
@@ -566,6 +567,34 @@ def test_nothing_of_the_audio_reaches_what_ltx_2_trains():
         with model.register_forward_pre_hook(loud, with_kwargs=True):
             seen.append(family.predict(x, t, conditions))
     assert torch.equal(*seen)
+
+
+@pytest.mark.slow
+def test_a_skyreels_of_diffusion_forcing_reads_what_its_pipeline_hands_it():
+    """At every step of a clip: one time for all frames, and the rate of frames."""
+    pipe = clips.skyreels_v2(forced=True)
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        part.double().eval()
+    family = open_family(pipe, CaptionReading(max_length=TEXT))
+    z, _ = family.encode(torch.rand(1, 3, 9, HEIGHT, WIDTH, dtype=torch.float64) * 2 - 1)
+    size = {"height": HEIGHT, "width": WIDTH, "num_frames": 8, "num_inference_steps": 4}  # it rounds up
+    read = embedded(family, PROMPTS[:1])
+    keywords = family.prompted(read, read) | size | {"guidance_scale": 1.0, "output_type": "latent"}
+
+    def drawn():  # it fails where it is given latents
+        return pipe(generator=torch.Generator().manual_seed(0), **keywords)[0].double()
+
+    seen = calls(pipe.transformer, drawn)
+    n = seen[0]["hidden_states"].double()
+    assert len(seen) == 4 and n.shape == z.shape
+    for theirs in seen:
+        time = theirs["timestep"][:, 0].double() / 1000
+        (ours,) = calls(pipe.transformer, lambda: family.predict(theirs["hidden_states"], time, read))  # noqa: B023
+        assert ours.keys() == theirs.keys()
+        compare(ours, theirs)
+    both, t = torch.cat([n, z]), torch.tensor([0.3, 0.8], dtype=torch.float64)
+    answers = [family.predict(x[None], t[i : i + 1], read) for i, x in enumerate(both)]
+    torch.testing.assert_close(family.predict(both, t, embedded(family, PROMPTS[:1] * 2)), torch.cat(answers))
 
 
 def test_a_cogvideox_whose_places_are_added_reads_captions_of_one_length():
