@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import dreambooth
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
+from diffpeft.train.config_files import from_toml
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
 from diffpeft.train.sample import pictures
@@ -31,6 +33,9 @@ from diffpeft.train.slider_config import Concept, SliderConfig
 from tests.families.pipelines import KINDS, cells, pipeline
 
 PROMPTS = {"target": "a heart", "positive": "a red heart", "negative": "a blue heart"}
+
+
+EXAMPLE = Path(diffpeft.__file__).parent.parent / "examples" / "slider_heart.toml"
 
 
 def config(**options):
@@ -291,17 +296,17 @@ def redness(images):
 @pytest.mark.slow
 def test_a_slider_of_the_embedded_base_moves_a_heart_from_blue_to_red_and_little_else(tmp_path):
     run = dreambooth.train(
-        config(
-            out=str(tmp_path / "out"),
-            target="an emoji of heart",
-            positive="an emoji of red heart",
-            negative="an emoji of blue heart",
-            resolution=64,
-            rank=4,
-            lr=1e-3,
-            batch_size=4,
-            steps=60,
-            save_every=0,
+        from_toml(
+            EXAMPLE,
+            {
+                "out": str(tmp_path / "out"),
+                "sample_every": 0,
+                "sample_prompt": None,
+                "sample_guidance": None,
+                "name": "a",
+                "model": str(EMBEDDED),
+            },
+            SliderConfig,
         )
     )
     pipe, prompts = run.family.parts.whole(), ["an emoji of heart"] * 2 + ["an emoji of key", "an emoji of dog face"]
