@@ -65,7 +65,7 @@ LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdx
     "qwen_image": 120,
     "flux2 dev": 120,
 }
-UNNAMED = ("lumina2", "cogview4", "krea2", "ideogram4", "ernie_image")  # whose layers have no names of kohya's
+UNNAMED = ("lumina2",)  # whose tiny model has other shares of q, k and v than kohya's names mean
 LEFT_OUT = {
     "sd3": {"text_encoder_3": None, "tokenizer_3": None}
 }  # what the model is without, and diffusers is to be told
