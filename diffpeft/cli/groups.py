@@ -26,6 +26,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "num_class_images",
         "prior_weight",
     ),
+    "Concept": ("target", "positive", "negative", "erase", "preserve", "guidance", "draw_steps"),
     "Adapter": (
         "method",
         "rank",

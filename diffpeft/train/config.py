@@ -51,6 +51,8 @@ class Options:
     """The options that every training run has, and the checks of all."""
 
     LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
+    COMMAND: ClassVar[str] = "train"  # whose options they are
+    ABSENT: ClassVar[frozenset[str]] = frozenset()  # options of the class above that would mean nothing here
 
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
     data: str | Sequence[str] | None = option(None, "What to train on.", required=True)
@@ -149,6 +151,11 @@ class Options:
     )
     hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """What the options are called."""
+        return tuple(f.name for f in fields(cls) if f.name not in cls.ABSENT)
+
     def validate(self) -> None:
         """Raise ConfigError for the first option that is missing, has a value that is not allowed, or would change nothing."""
         for f in fields(self):
@@ -188,7 +195,7 @@ class Options:
 
     def resolved(self) -> dict[str, object]:
         """Every option by its name."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in self.ABSENT}
 
     def parts(self) -> int:
         """The passes of a step, over all processes of the run."""
@@ -214,6 +221,9 @@ class Options:
 @dataclass
 class TrainConfig(Options):
     """A DreamBooth-style training run. Defaults are the community's for Stable Diffusion 1.5."""
+
+    EVERY: ClassVar[tuple[float, ...]] = (1.0,)  # strengths that each sample is drawn at, beside the base's
+    FIRST: ClassVar[tuple[float, ...]] = (0.5,)  # and the first one besides
 
     model: str | None = option(
         None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.", required=True
@@ -463,6 +473,10 @@ class TrainConfig(Options):
         """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
         sides = self.resolution or resolution or ()
         return (sides,) if isinstance(sides, int) else tuple(sides)
+
+    def main_prompts(self) -> dict[str, str]:
+        """{prompt that is always drawn: the option that it is from}."""
+        return {} if self.instance_prompt is None else {self.instance_prompt: "--instance-prompt"}
 
     def text_encoders(self) -> list[str]:
         """The files of text encoders, which stand in a list, or in one text with commas."""

@@ -57,6 +57,8 @@ from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
 from diffpeft.train.shards import shard
 from diffpeft.train.showing import Drawing, drawing_of, showing, told
+from diffpeft.train.slider import SliderLoss, canvases
+from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
@@ -103,7 +105,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         run = TrainRun(config, family, name, [], 0.0, checked.account, said)
         run.class_images = len(checked.prior.paths()) if checked.prior else 0
         check_saving(run)
-        keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
+        keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, typed.COMMAND)
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
             _share_out(config, family, name)
@@ -140,7 +142,8 @@ def _fitted(
     config, family = run.config, run.family
     parameters = trained_parameters(family.pipe, run.name)
     strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
-    job = job_of(config, parameters, _loss(config, family, encoded.assembly, encoded.texts), strict=strict)
+    loss = encoded.loss(config)
+    job = job_of(config, parameters, loss, strict=strict)
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
     if judge is not None:
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
@@ -149,6 +152,8 @@ def _fitted(
     shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
     with told(run):
         run.losses = fit(job, keeper, shown.events(replace(Events.of(watch, config.steps), log=log)), clock)
+        if isinstance(loss, SliderLoss):
+            loss.settle()
         run.best = judge.verdict(config.steps) if judge else None
         shown.end()
 
@@ -256,9 +261,9 @@ def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
 
 
 class Encoded(NamedTuple):
-    """What a run computes before its steps: its batches, its texts, the pictures that it is measured on, if there are such, and what it draws."""
+    """What a run computes before its steps: what makes its loss, its texts, the pictures that it is measured on, if there are such, and what it draws."""
 
-    assembly: Assembly
+    loss: Callable[[TrainConfig], Callable[[int, int], Tensor]]
     texts: Texts
     heldout: HeldoutPictures | None
     drawing: Drawing
@@ -274,6 +279,8 @@ def _encoded(
     watch: Watch,
 ) -> Encoded:
     """All that the steps and samples of a run will need is computed, and what computed it is given up."""
+    if isinstance(config, SliderConfig):
+        return _of_prompts(config, family, checked, sizing, texts, drawing, watch)
     steps, stores = range(config.steps), _stores(config, family)
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
@@ -295,7 +302,29 @@ def _encoded(
     assembly.learn(steps, watch.tick)
     if config.cache == "disk" and team().main and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
-    return Encoded(assembly, texts, heldout, drawing)
+    return Encoded(partial(_loss, family=family, assembly=assembly, texts=texts), texts, heldout, drawing)
+
+
+def _of_prompts(
+    config: SliderConfig,
+    family: Family,
+    checked: Checked,
+    sizing: data.Sizing,
+    texts: Texts,
+    drawing: Drawing,
+    watch: Watch,
+) -> Encoded:
+    """The same for a run without images."""
+    watch.phase("encoding the prompts")
+    texts.learn(["", *checked.account.texts.values(), *drawing.read_by(family)])
+    drawing.learn(family)
+    drawn_on = canvases(family, sizing.resolutions)
+    sampling, objective = sampling_of(config, family), objective_of(config)
+
+    def loss(adapted: TrainConfig) -> SliderLoss:
+        return SliderLoss(config, family, texts, drawn_on, sampling, objective)
+
+    return Encoded(loss, texts, None, drawing)
 
 
 def _cache_dir(config: TrainConfig) -> Path:
