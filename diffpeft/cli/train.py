@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -142,10 +143,16 @@ def _print(chosen: Chosen[AnyTraining]) -> None:
 
     for note in chosen.notes:
         click.echo(f"note: {note}", err=True)
-    options = preview(chosen.options)
-    text = text_of(
-        options, origins_of(chosen.options, options, chosen.origins), f"diffpeft {options.COMMAND} THIS_FILE"
-    )
+    typed: TrainConfig = chosen.options
+    said: Mapping[str, str] = chosen.origins
+    if typed.memory and typed.model and typed.data and typed.out:  # what is picked follows from the model and the data
+        from diffpeft.train.budget import fitted
+        from diffpeft.train.check import check
+
+        typed, checked = fitted(typed, check(typed, said))
+        said = checked.origins
+    options = preview(typed)
+    text = text_of(options, origins_of(typed, options, said), f"diffpeft {options.COMMAND} THIS_FILE")
     click.echo(text, nl=False)
 
 

@@ -199,12 +199,8 @@ def stream(
     Weights that are not a block's alone, the model's first (which tells where a model is) and those that other libraries hold in few bits are on the
     device for good.
     """
-    stay = _not_alone(model, blocks.values()) | {next(model.parameters())}
-    chosen = {
-        name: [p for p in block.parameters() if p not in stay and type(p) in (nn.Parameter, Packed)]
-        for name, block in blocks.items()
-    }
-    streaming = Stream((HostBlock(n, ps, device.type == "cuda") for n, ps in chosen.items() if ps), device, carrier)
+    chosen, pinned = streamed_parameters(model, blocks), device.type == "cuda"
+    streaming = Stream((HostBlock(name, parameters, pinned) for name, parameters in chosen.items()), device, carrier)
     owners = {p: block for block in streaming.blocks for p in block.parameters}
     model.__dict__[STREAM] = streaming
     for module in model.modules():
@@ -224,6 +220,21 @@ def _settle(module: nn.Module, owners: Mapping[nn.Parameter, HostBlock], streami
         elif STREAMED not in vars(module):
             module.__dict__[STREAMED] = known = Streamed(streaming, owners[p])
             module.register_forward_pre_hook(known)
+
+
+def streamed_parameters(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """{block: those of its parameters that live on the host}, of blocks that have such."""
+    stay = _not_alone(model, blocks.values()) | {next(model.parameters())}
+    chosen = {
+        name: [p for p in block.parameters() if p not in stay and type(p) in (nn.Parameter, Packed)]
+        for name, block in blocks.items()
+    }
+    return {name: parameters for name, parameters in chosen.items() if parameters}
+
+
+def size_in_memory(parameters: Iterable[nn.Parameter]) -> int:
+    """The bytes of a block with these parameters."""
+    return sum(-(-p.numel() * p.element_size() // _STEP) * _STEP for p in parameters)
 
 
 def stream_of(model: nn.Module) -> Stream | None:

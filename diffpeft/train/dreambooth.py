@@ -21,7 +21,7 @@ from diffpeft.model.attach import attach
 from diffpeft.model.placing import Placing
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
-from diffpeft.pipeline.open import default_device, default_dtype, open_parts
+from diffpeft.pipeline.open import default_device, default_dtype, denoises, open_parts
 from diffpeft.train import data, draw, machines, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
@@ -75,8 +75,13 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     Raises ConfigError, DataError, CheckpointError, UnknownNameError, AdapterStateError (another run writes there), DivergedError or
     NothingLearntError; Interrupted after a signal.
     """
+    from diffpeft.train.budget import chosen_way, fitted  # which takes a step of a run, as this module has it
+
     checked = checked or check(config)
+    config, checked = fitted(checked.config, checked)
     with occupied(config.output()), meet().together(), shown(watch) as told:
+        if config.memory is not None:
+            told.note(chosen_way(config))
         return _trained(checked.config, checked, told if team().main else Quiet())
 
 
@@ -194,6 +199,13 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
     """
     placing = Placing(device, config.quantize, config.offload)
+
+    def placed(name: str, model: torch.nn.Module) -> torch.nn.Module:
+        if denoises(name):
+            return placing(model)
+        frozen = name.startswith("text_encoder") and name not in _live(config, family)
+        return Placing(device, offload=float(frozen and config.offload > 0))(model)
+
     parts = open_parts(
         config.model,
         config.base,
@@ -201,24 +213,26 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
         text_encoders=config.text_encoders(),
         dtype=dtype,
         device="cpu" if config.base_lora else device,
-        placing=None if config.base_lora else placing,
+        placed=None if config.base_lora else placed,
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
     if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
-        _bake(family, config.base_lora, placing)
+        _bake(family, config.base_lora, placed)
     family.pipe.set_progress_bar_config(disable=True)
     return family
 
 
-def _bake(family: Family, adapters: str | Sequence[str], placing: Placing) -> None:
+def _bake(
+    family: Family, adapters: str | Sequence[str], placed: Callable[[str, torch.nn.Module], torch.nn.Module]
+) -> None:
     """Put adapters into the weights of a model for this run, on the host, before they are in few bits; then its parts go where they belong."""
     bake(family.parts.whole(), adapters)
     family.parts.pin(family.denoiser, *family.text_encoders)
     for name, module in family.pipe.components.items():
         if isinstance(module, torch.nn.Module):
-            placing(module) if name == family.denoiser else module.to(placing.device)
+            placed(name, module)
 
 
 def settled(typed: TrainConfig, checked: Checked, family: Family, dtype: str) -> TrainConfig:
