@@ -85,15 +85,17 @@ def _run(chosen: Chosen[AnyTraining]) -> None:
     """Train, in this process or one of several, and print the paths of the files."""
     from diffpeft.cli.progress import running
 
-    options = chosen.options
+    options: TrainConfig = chosen.options
     with running(options) as progress:
         checked = _checked(chosen, progress)
         progress.note(f"to watch in a browser, from the first step on: {options.output() / 'report.html'}")
 
         from diffpeft.train import dreambooth
+        from diffpeft.train.budget import fitted
         from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
+        options, checked = fitted(checked, progress)
         run = dreambooth.train(options, progress, checked)
         if not machines.world().main:
             dreambooth.save(run)
@@ -149,7 +151,7 @@ def _print(chosen: Chosen[AnyTraining]) -> None:
         from diffpeft.train.budget import fitted
         from diffpeft.train.check import check
 
-        typed, checked = fitted(typed, check(typed, said))
+        typed, checked = fitted(check(typed, said))
         said = checked.origins
     options = preview(typed)
     text = text_of(options, origins_of(typed, options, said), f"diffpeft {options.COMMAND} THIS_FILE")

@@ -11,9 +11,10 @@ from diffpeft.train import machines
 from diffpeft.train.check import Checked
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.estimate import GIB, SHARES, Outline, Phase, sized
+from diffpeft.train.watch import Watch
 
 RESERVED = GIB  # for PyTorch itself, fragments, workspaces of kernels, and the screen
-_SLOWING = {"gradient_checkpointing": 0.33, "int8": 0.1, "nf4": 0.2, "offload": 0.3}  # roughly, of a step's time
+_SLOWING = {"gradient_checkpointing": 0.33, "int8": 0.1, "nf4": 0.2, "offload": 0.5}  # roughly, of a step's time
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,6 @@ class Way:
         return " ".join(words) or "nothing that saves memory"
 
 
-def chosen_way(config: TrainConfig) -> str:
-    """How a run was fitted into its memory, for people."""
-    return f"memory {config.memory}: {Way(config.gradient_checkpointing, config.quantize, config.offload)}"
-
-
 def ways(config: TrainConfig, said: Mapping[str, str]) -> list[Way]:
     """The ways that are open to a run, the least slow one first. What was said stays: `said` are the options that were, and where."""
     free: dict[str, tuple[object, ...]] = {
@@ -61,11 +57,12 @@ def ways(config: TrainConfig, said: Mapping[str, str]) -> list[Way]:
     return sorted((Way(**dict(zip(free, values, strict=True))) for values in combinations), key=lambda way: way.slowing)  # type: ignore[arg-type]
 
 
-def fitted(config: TrainConfig, checked: Checked) -> tuple[TrainConfig, Checked]:
-    """A run with the options that make it fit into the memory that was asked for, and where these are from. Loads nothing.
+def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, Checked]:
+    """A run with the options that make it fit into the memory that was asked for, and where these are from. `watch` is told. Loads nothing.
 
     Raises ConfigError if none does, with the least that is needed.
     """
+    config = checked.config
     if config.memory is None:
         return config, checked
     limit, least = config.memory_bytes() - RESERVED, []
@@ -74,6 +71,8 @@ def fitted(config: TrainConfig, checked: Checked) -> tuple[TrainConfig, Checked]
             picked = {name: value for name, value in vars(way).items() if value != getattr(config, name)}
             origins = {**checked.origins, **dict.fromkeys(picked, f"memory {config.memory}")}
             config = replace(config, **picked)
+            if watch is not None:
+                watch.note(f"memory {config.memory}: {way}; {phase.what} takes {sized(phase.total)}, as estimated")
             return config, replace(checked, config=config, origins=origins)
         least.append((phase.total, way, phase))
     size, way, phase = min(least, key=lambda entry: entry[0])

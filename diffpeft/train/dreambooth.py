@@ -75,13 +75,8 @@ def train(config: TrainConfig, watch: Watch | None = None, checked: Checked | No
     Raises ConfigError, DataError, CheckpointError, UnknownNameError, AdapterStateError (another run writes there), DivergedError or
     NothingLearntError; Interrupted after a signal.
     """
-    from diffpeft.train.budget import chosen_way, fitted  # which takes a step of a run, as this module has it
-
     checked = checked or check(config)
-    config, checked = fitted(checked.config, checked)
     with occupied(config.output()), meet().together(), shown(watch) as told:
-        if config.memory is not None:
-            told.note(chosen_way(config))
         return _trained(checked.config, checked, told if team().main else Quiet())
 
 

@@ -95,7 +95,7 @@ def plan(typed: TrainConfig, checked: Checked) -> DryRun:
 
     Raises as `dreambooth.train` does before it loads a model.
     """
-    typed, checked = fitted(typed, checked)
+    typed, checked = fitted(checked)
     outline = Outline(typed, checked)
     config, family, name, account = outline.config, outline.family, checked.name, outline.checked.account
     layers = [layer.partition(".")[0] for layer in slots_of(family.pipe, name)]

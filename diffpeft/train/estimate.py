@@ -90,7 +90,7 @@ class Outline:
     @cached_property
     def computed(self) -> dict[str, int | None]:
         """What each part of the run computes, in bytes."""
-        shown = Shown.of(self.config, self.family, self.live, self.checked.account)
+        shown = LargestExample.of(self.config, self.family, self.live, self.checked.account)
         parts = {f"captions ({name})": peak(partial(shown.embedded, name, 1)) for name in self.family.text_encoders}
         with dreambooth.prepared(self.config, self.family):
             return parts | {"images (vae)": peak(lambda: shown.encoded(1)), "training": shown.counted()}
@@ -138,7 +138,7 @@ def _kind_in_file(config: TrainConfig, denoiser: torch.nn.Module) -> str | None:
 
 
 @dataclass(frozen=True)
-class Shown:
+class LargestExample:
     """An example like the largest of a run, in size and in caption, and a pass that is taken with it: with tensors that have shapes and no numbers.
 
     Args:
@@ -154,7 +154,7 @@ class Shown:
     controls: int
 
     @classmethod
-    def of(cls, config: TrainConfig, family: Family, live: tuple[str, ...], account: Account) -> Shown:
+    def of(cls, config: TrainConfig, family: Family, live: tuple[str, ...], account: Account) -> LargestExample:
         """The largest of the examples of a run."""
         size = max(account.buckets, key=lambda size: size[0] * size[1])
         caption = max((example.caption for example in account.examples), key=len, default="")

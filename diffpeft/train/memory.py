@@ -17,10 +17,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-_MOVED = torch.ops.aten._to_copy.default
-_COUNTS = torch.ops.aten.bincount.default
-_ITEM = torch.ops.aten._local_scalar_dense.default
-
 
 class Meter(TorchDispatchMode):
     """Counts the bytes of the tensors that are made while it is on: `live` now, and at their `peak`. Views count once, with what they are of.
@@ -42,16 +38,9 @@ class Meter(TorchDispatchMode):
     ) -> object:
         """Run an operation, and count what it returns. Whether all of a mask without numbers is set is answered with yes."""
         kwargs = dict(kwargs or {})
-        if func is _ITEM and isinstance(args[0], Tensor) and args[0].is_meta and args[0].dtype == torch.bool:
-            return True
-        if func is _COUNTS and isinstance(args[0], Tensor) and args[0].is_meta:
-            return torch.tensor([args[0].numel()])  # of a router: all to one expert, which takes the most
-        if _makes_integers(func, args, kwargs):
-            kwargs["device"] = torch.device("cpu")
-        elif func is _MOVED and cast(Tensor, args[0]).is_meta:
-            kwargs["device"] = torch.device("meta")  # what has no numbers stays there
-        elif any(isinstance(t, Tensor) and t.is_meta for t in tree_iter((args, kwargs))):
-            args, kwargs = tree_map(_without_numbers, (_places(args), kwargs))
+        if func in _ANSWERS and isinstance(args[0], Tensor) and args[0].is_meta:
+            return _ANSWERS[func](args[0])
+        args, kwargs = _arguments(func, args, kwargs)
         before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         made = func(*args, **kwargs)
         for tensor in tree_iter(made):
@@ -73,21 +62,48 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _makes_integers(func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-    """Whether an operation would make a tensor of integers or bools without numbers, of what has numbers: such are masks, lengths and places."""
-    source = args[0] if args and isinstance(args[0], Tensor) else None
-    new = getattr(func, "_schema", None) is not None and func._schema.name in _NEW  # type: ignore[attr-defined]
-    if (source is not None and source.is_meta and not new) or kwargs.get(
-        "device", "meta" if new else None
-    ) not in _META:
-        return False
+def _answer(t: Tensor) -> bool:
+    """What a number without a number is: yes, if it is a question."""
+    if t.dtype == torch.bool:
+        return True
+    raise RuntimeError("a number was asked for, and there is none")
+
+
+# {an operation that asks for numbers: what it gives for a tensor without}. A router gives all to one expert, which takes the most
+_ANSWERS: dict[object, Callable[[Tensor], object]] = {
+    torch.ops.aten._local_scalar_dense.default: _answer,
+    torch.ops.aten.bincount.default: lambda t: torch.tensor([t.numel()]),
+}
+_MOVED = torch.ops.aten._to_copy.default
+
+
+def _arguments(
+    func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The arguments of an operation so that integers and bools have numbers, and what is made of what has none has none."""
+    meta = any(isinstance(t, Tensor) and t.is_meta for t in tree_iter((args, kwargs)))
+    if func is _MOVED and meta:
+        return args, {**kwargs, "device": torch.device("meta")}
+    name = getattr(getattr(func, "_schema", None), "name", "")
+    if name in _NEW or not meta:
+        device = kwargs.get("device", "meta" if meta else None)
+        if device in _META and _are_integers(args, kwargs):
+            return args, {**kwargs, "device": torch.device("cpu")}
+    if not meta:
+        return args, kwargs
+    args, kwargs = tree_map(_without_numbers, (_places(args), kwargs))
+    return args, kwargs
+
+
+def _are_integers(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether what an operation makes is integers or bools: masks, lengths and places."""
     dtype = kwargs.get("dtype")
-    if dtype is None and source is not None:
-        dtype = source.dtype
-    elif dtype is None:
-        numbers = [n for n in args if isinstance(n, (int, float))]
-        return bool(numbers) and not any(isinstance(n, float) for n in numbers)
-    return isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex)
+    if dtype is None and args and isinstance(args[0], Tensor):
+        dtype = args[0].dtype
+    if isinstance(dtype, torch.dtype):
+        return not (dtype.is_floating_point or dtype.is_complex)
+    numbers = [n for n in args if isinstance(n, (int, float))]
+    return bool(numbers) and not any(isinstance(n, float) for n in numbers)
 
 
 def _places(args: tuple[object, ...]) -> tuple[object, ...]:
