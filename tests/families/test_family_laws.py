@@ -26,7 +26,7 @@ from diffpeft.train.sample import images_of, pictures, prompted
 from diffpeft.train.sample_prompts import of_line
 from diffpeft.train.samples import drawn as drawn_sample
 from diffpeft.train.samples import keywords_of, settled
-from tests.families.pipelines import KINDS, cells, pipeline
+from tests.families.pipelines import EDITS, KINDS, cells, pipeline
 
 HEIGHT, WIDTH = 32, 64
 UNREAD = ("self", "return_dict", "joint_attention_kwargs", "attention_kwargs")  # by the denoiser
@@ -34,7 +34,7 @@ PROMPTS = ["a red cat", "dog, very small, on a long wooden table"]
 FRAMES = [Frame((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH))] * 2
 
 
-@pytest.fixture(scope="module", params=cells(KINDS))
+@pytest.fixture(scope="module", params=cells([kind for kind in KINDS if kind not in EDITS]))
 def kind(request):
     return request.param
 
@@ -84,6 +84,7 @@ def tokens(pipe, x):
 # {family: how its pipeline takes latents, and how its denoiser says a velocity}; as they are, if it is not here
 SPELT = {
     "flux": (packed, packed),
+    "flux_kontext": (packed, packed),
     "chroma": (packed, packed),
     "qwen_image": (packed, packed),
     "flux2": (plain, tokens),
@@ -101,6 +102,7 @@ BINNED = {
 # {family: how its pipeline is asked for one picture without guidance}
 ASKED = {
     "z_image": {"guidance_scale": 0.0},
+    "flux_kontext": {"max_area": HEIGHT * WIDTH},
     "qwen_image": {"true_cfg_scale": 1.0},
     **BINNED,
     "krea2": {"guidance_scale": 0.0},
@@ -117,7 +119,7 @@ GUIDED = {"qwen_image": {"true_cfg_scale": 3.0}}
 BLANK = {"qwen_image": {"negative_prompt": ["", ""]}}
 # {family: how many tokens of captions are read here: less than usual, for speed}
 TEXT = 40
-READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux")}
+READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux", "flux_kontext")}
 READ |= dict.fromkeys(("hunyuan_video", "krea2", "qwen_image", "flux2"), 120) | {
     "lumina2": 80
 }  # most are of the system prompt
@@ -209,13 +211,22 @@ def first_level(family, shape):
     return (scheduler.timesteps[:1].double() + 0.5).repeat(2) / len(family.levels.alphas)
 
 
+VARIANTS = {"flux kontext": "flux"}  # {kind: the family whose layer names it has}
 SIGMAS = {"flow": [0.6, 0.15]}  # where a pipeline is made to begin
 
 
 def test_every_family_is_known_by_its_pipeline(kind, pipe):
-    named = KINDS[kind][0] if KINDS[kind][0] in TABLES else None
-    assert family_of(pipe) == named and type(open_family(pipe)) is FAMILIES[KINDS[kind][0]]
+    named = VARIANTS.get(kind, KINDS[kind][0])
+    assert (
+        family_of(pipe) == (named if named in TABLES else None) and type(open_family(pipe)) is FAMILIES[KINDS[kind][0]]
+    )
     assert {family for family, _ in KINDS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_variants_are_known_by_their_pipelines_and_have_the_layer_names_of_their_family(kind):
+    pipe, family = pipeline(kind), KINDS[kind][0]
+    assert type(open_family(pipe)) is FAMILIES[family] and family.startswith(family_of(pipe))
 
 
 TRIMMED = ("krea2", "ideogram4")  # the pipeline fills texts up, which masks and places make equal to not doing it
