@@ -16,7 +16,7 @@ from diffpeft.pipeline.open import Facts, check_model, facts
 from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
-from diffpeft.train.data import Account
+from diffpeft.train.data import Account, pairing
 from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
@@ -85,6 +85,7 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = sizes_of(config)
     prior_prompts(config)
+    _check_prior(config)
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
     account = surveyed(config, known)
@@ -159,16 +160,33 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
         trigger=config.trigger,
         mask=config.mask,
+        control=config.control,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
     )
-    return account if part is None else _with_heldout(account, part, config)
+    account = account if part is None else _with_heldout(account, part, config)
+    if (wanted := wanted_controls(config)) is not None:
+        pairing.check(account, wanted)
+    return account
+
+
+def wanted_controls(config: TrainConfig) -> pairing.Wanted | None:
+    """The control images that the model reads, where its configs tell its family."""
+    source = (config.base if Path(str(config.model)).is_file() else config.model) or ""
+    known = facts(source) if config.model else None
+    if known is None or not known.pipeline:
+        return None
+    family = FAMILIES[trainable(known.pipeline, known.configs, source)]
+    return pairing.Wanted(*family.controls, family.aligned)
 
 
 def _with_heldout(account: Account, part: float | int | Path, config: TrainConfig) -> Account:
     """The account with images that are held out. Raises DataError or ConfigError."""
     if not isinstance(part, Path):
         return split(account, part, config.seed)
-    others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
+    control = [str(folder) for folder in pairing.folders_of(None, data.sources_of([part]))] or config.control
+    others = data.survey(
+        [part], config.instance_prompt, trigger=config.trigger, mask=config.mask, control=control, strict=False
+    )
     entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
     return beside(replace(account, folders=entered), others)
 
@@ -193,6 +211,16 @@ def sizes_of(config: TrainConfig) -> Sizes:
     if path.is_file():
         _check_checkpoint(path, family, known)
     return FAMILIES[family].sizes(known.configs) if family else Sizes(None, None)
+
+
+def _check_prior(config: TrainConfig) -> None:
+    """Raise ConfigError for class images of a model that draws nothing without a control image."""
+    wanted = wanted_controls(config)
+    if wanted and wanted.fewest and config.class_prompt is not None and config.prior != "base":
+        raise ConfigError(
+            "class images with a model that draws nothing without a control image",
+            remedy="Pass --prior base: the model is asked for the training images, with their control images.",
+        )
 
 
 def _check_sample_model(config: TrainConfig) -> None:
