@@ -24,7 +24,14 @@ from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
-from diffpeft.train.sample_prompts import SamplePrompt, check_sizes, prompts_of, typed_prompts
+from diffpeft.train.sample_prompts import (
+    SamplePrompt,
+    check_controls,
+    check_sizes,
+    prompts_of,
+    typed_prompts,
+    with_controls,
+)
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -92,8 +99,11 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
     account = replace(_with_cut(account, config), steps=(config.steps, config.examples()))
-    prompts = tuple(prompts_of(config, [example.caption for example in account.examples]))
-    return Checked(name, account, planned, state, config, origins or {}, prompts)
+    prompts = prompts_of(config, [example.caption for example in account.examples])
+    prompts = with_controls(prompts, (*account.heldout, *account.examples))
+    if (wanted := wanted_controls(config)) is not None:
+        check_controls(prompts, wanted.fewest, wanted.most)
+    return Checked(name, account, planned, state, config, origins or {}, tuple(prompts))
 
 
 def with_steps(config: TrainConfig, account: Account) -> TrainConfig:

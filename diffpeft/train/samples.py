@@ -28,6 +28,11 @@ from diffpeft.files import Json
 from diffpeft.io import replacing
 from diffpeft.model import schedule
 from diffpeft.model.schedule import Schedule
+from diffpeft.train.cache import Prompt
+from diffpeft.train.data import Example, View
+from diffpeft.train.data.account import Control
+from diffpeft.train.data.controls import Controls, shown_with
+from diffpeft.train.data.read import picture
 from diffpeft.train.outputs import SAMPLES
 from diffpeft.train.sample import images_of, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
@@ -133,9 +138,19 @@ def _keywords(family: Family) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(family.pipe).__call__).parameters
 
 
-def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:
-    """All texts that drawing them reads: prompts, negative ones, and the blank one."""
-    return list(dict.fromkeys([*(p.prompt for p in prompts), *(p.negative or "" for p in prompts)]))
+def beside(family: Family, prompt: SamplePrompt) -> Controls:
+    """The control images of a settled prompt as a model is shown them: as in training, beside a picture of the size that is drawn."""
+    size = (prompt.width or 0, prompt.height or 0)
+    controls = tuple(Control(Path(file), picture(Path(file)).size) for file in prompt.controls)
+    if family.aligned:
+        return Controls(tuple(c.path for c in controls), tuple(View.centred(c.size, size) for c in controls))
+    return shown_with(Example(Path(), "", size, controls=controls), View.centred(size, size), family.multiple)
+
+
+def texts_of(family: Family, prompts: Sequence[SamplePrompt]) -> list[Prompt]:
+    """All texts that drawing settled prompts reads: prompts, negative ones, and the blank one, with the control images beside them."""
+    texts = [(text, beside(family, p)) for p in prompts for text in (p.prompt, p.negative or "")]
+    return list(dict.fromkeys(Prompt(*pair) for pair in texts))
 
 
 def keywords_of(family: Family, prompt: SamplePrompt) -> Json:
@@ -157,15 +172,17 @@ def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[],
             raise Unfinished
         return {}
 
+    controls = beside(family, prompt)
     with torch.no_grad():
-        picture = family.pipe(
-            **prompted(family, texts, [prompt.prompt], prompt.negative),
+        answer = family.pipe(
+            **prompted(family, texts, [prompt.prompt], prompt.negative, [controls]),
             **keywords_of(family, prompt),
+            **family.pictured(controls.images(), (prompt.width or 0, prompt.height or 0)),
             generator=torch.Generator().manual_seed(prompt.seed or 0),
             output_type="pil",
             **watched(family.pipe, told),
         )
-    image: Image.Image = images_of(picture)[0]
+    image: Image.Image = images_of(answer)[0]
     return image
 
 
@@ -258,6 +275,8 @@ class Gallery:
     def facts(self, spot: Spot) -> Json:
         """What a picture is drawn with, whatever the step."""
         settings = {name: value for name, value in asdict(self.prompts[spot.number]).items() if name != "where"}
+        controls = list(settings.pop("controls"))
+        settings |= {"controls": controls} if controls else {}
         start = {"start": self.start} if self.start else {}
         return {**settings, "strength": spot.strength, "model": self.model, **start}
 

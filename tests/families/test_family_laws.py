@@ -102,7 +102,6 @@ BINNED = {
 # {family: how its pipeline is asked for one picture without guidance}
 ASKED = {
     "z_image": {"guidance_scale": 0.0},
-    "flux_kontext": {"max_area": HEIGHT * WIDTH},
     "qwen_image": {"true_cfg_scale": 1.0},
     **BINNED,
     "krea2": {"guidance_scale": 0.0},
@@ -131,11 +130,11 @@ BLANK_ONLY = {
 UNCOUNTED = {"ernie_image"}  # whose pipelines take no number of tokens
 
 
-def asked(family):
-    """How the pipeline is asked for one picture without guidance."""
+def asked(family, height=HEIGHT, width=WIDTH):
+    """How the pipeline is asked for one picture of a size without guidance or control images."""
     name = NAMES[type(family)]
     length = {"max_sequence_length": READ[name]} if name in READ and name not in UNCOUNTED else {}
-    return {"guidance_scale": 1.0} | ASKED.get(name, {}) | length
+    return {"guidance_scale": 1.0} | ASKED.get(name, {}) | length | family.pictured((), (width, height))
 
 
 NAMES = {cls: name for name, cls in FAMILIES.items()}
@@ -351,7 +350,7 @@ def set_by(family, height, width):
         raise Enough
 
     with times_set_by(family.pipe, noted), pytest.raises(Enough):
-        family.pipe(prompt="a cat", height=height, width=width, **asked(family))
+        family.pipe(prompt="a cat", height=height, width=width, **asked(family, height, width))
     return said
 
 
@@ -378,7 +377,7 @@ def test_pictures_are_drawn_from_what_was_read(family):
     texts = {prompt: embedded(family, [prompt] * 2) for prompt in (PROMPTS[0], "")}
 
     def asked_for(prompts):
-        size = {"height": HEIGHT, "width": WIDTH}
+        size = {"height": HEIGHT, "width": WIDTH, **family.pictured((), (WIDTH, HEIGHT))}
         return prompted(family, lambda prompts, controls: texts[prompts[0]], prompts) | size
 
     drawn = pictures(family.pipe, [PROMPTS[0]] * 2, [1, 2], steps=2, guidance=3.0, asked=asked_for)
