@@ -30,6 +30,7 @@ from diffpeft.train.groups import entries_of
 from diffpeft.train.optimizers import row_of
 from diffpeft.train.resume import FREE
 from diffpeft.train.run import TrainRun
+from diffpeft.train.slider_config import PromptAccount
 
 THUMBNAIL = 256  # pixels, the longer side at most
 TAGS = 1 << 20  # bytes of the table of tags, at most
@@ -48,7 +49,7 @@ def metadata_of(run: TrainRun, step: int | None = None, thumbnail: Path | None =
         **_optimisation(config),
         **_objective(config, run),
         **_progress(config, run.account, run.step if step is None else step),
-        **_data(config, run.account, run.class_images),
+        **({} if isinstance(run.account, PromptAccount) else _data(config, run.account, run.class_images)),
         **_base(run),
         **_modelspec(run, words, thumbnail),
         "ss_output_name": run.name,
