@@ -1,7 +1,8 @@
 """Which programs read a file as it is meant, from its header.
 
-What is known of ComfyUI is read in its maps of names. What is known of stock diffusers was tried with it: its own format holds all; of flat names it passes over some layers, without a word, and of DoRAs the
-magnitudes; the joint layers of Flux it takes apart by the published width.
+What is known of ComfyUI and the later families is read in its maps of names. What is known of stock diffusers was tried with it: its own format holds
+all; of flat names it passes over some layers, without a word, and of DoRAs the magnitudes; the joint layers of Flux it takes apart by the published
+width.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _LATER: dict[str, dict[str, tuple[str, ...]]] = {
     "omnigen2": {"ComfyUI": ("kohya", "comfyui")},
     "longcat_image": {"ComfyUI": _FLUXLIKE},
     "ovis_image": {"ComfyUI": _FLUXLIKE},
-    **dict.fromkeys(("cogview4", "bria", "bria_fibo", "bria_fibo2", "prx", "glm_image", "nucleus_image"), {}),
+    **{family: {} for family in ("cogview4", "bria", "bria_fibo", "bria_fibo2", "prx", "glm_image", "nucleus_image")},
 }
 # what all of them have in common: libraries that ask the model for its names
 _OWN_NAMES = {"diffusers": ("diffusers",), "PEFT": ("peft",), "transformers": ("peft",), "LyCORIS": ("lycoris",)}
