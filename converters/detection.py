@@ -41,14 +41,19 @@ _SAID = {
     "sd2": r"stable-diffusion-v2|sd_?(v?2)",
     "sd15": r"stable-diffusion-v1|sd_?(v?1)",
     "flux2": r"flux[-_. ]?2",
+    "flux3": r"flux[-_. ]?3",
     "flux": r"flux",
     "chroma": r"chroma",
+    "wan_animate2": r"wan[-_. ]?animate[-_. ]?2",
     "wan": r"wan",
     "qwen_image": r"qwen",
     "z_image": r"z[-_ ]?image",
     "lumina2": r"lumina",
+    "hunyuan_video15": r"hunyuan[-_ ]?video[-_ ]?1[-_.]?5",
     "hunyuan_video": r"hunyuan[-_ ]?video",
+    "framepack": r"frame[-_ ]?pack",
     "pixart": r"pixart",
+    "sana_video": r"sana[-_ ]?video",
     "sana": r"sana",
     "auraflow": r"aura|pony[-_ ]?v?7",
     "ltx2": r"ltx[-_. ]?v?2(?!b)",
@@ -56,16 +61,30 @@ _SAID = {
     "mochi": r"mochi",
     "cogvideox": r"cogvideo",
     "hidream": r"hidream",
+    "kandinsky5": r"kandinsky[-_ ]?5",
+    "skyreels_v2": r"sky[-_ ]?reels",
+    "helios": r"helios",
+    "chrono_edit": r"chrono[-_ ]?edit",
+    "minimax_h3": r"minimax[-_ ]?h3",
+    "ace_step": r"ace[-_ ]?step",
 }
 # rows a column of layers whose names several families have
 _RATIOS: dict[re.Pattern[str], dict[str, Fraction | int]] = {
-    re.compile(r"single_blocks[._]\d+[._]linear1$"): {"flux": 7, "chroma": 7, "hunyuan_video": 7, "flux2": 9},
+    re.compile(r"single_blocks[._]\d+[._]linear1$"): {
+        **dict.fromkeys(("flux", "chroma", "hunyuan_video", "framepack"), 7),
+        "flux2": 9,
+    },
     re.compile(r"single_blocks[._]\d+[._]linear2$"): {
         "flux": Fraction(1, 5),
         "chroma": Fraction(1, 5),
         "flux2": Fraction(1, 4),
     },
-    re.compile(r"double_blocks[._]\d+[._](img|txt)_mlp[._]0$"): {"flux": 4, "chroma": 4, "flux2": 6},
+    re.compile(r"double_blocks[._]\d+[._](img|txt)_mlp[._]0$"): {
+        "flux": 4,
+        "chroma": 4,
+        "hunyuan_video15": 4,
+        "flux2": 6,
+    },
     re.compile(r"(layers|refiner)[._]\d+[._]attention[._]qkv$"): {"lumina2": Fraction(5, 3), "z_image": 3},
 }
 _NUMBER = re.compile(r"\d+")
@@ -357,8 +376,15 @@ def _decided(
         best, others = _by_size(best, most / len(layers), grouped(denoiser))
         if not best:
             return _Verdict((), looks_like=others)
+    best, twins = _without_twins(best)
     best = spelt_by.best(best, formats) if len(best) > 1 else best
-    return _Verdict(tuple(best), len(best) > 1 and not _alike(best, fmt, layers, metadata))
+    return _Verdict((*best, *twins), len(best) > 1 and not _alike(best, fmt, layers, metadata))
+
+
+def _without_twins(families: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Families of which none yields to another of them, and those that do."""
+    twins = [family for family in families if {*TABLES[family].yields_to} & {*families}]
+    return [family for family in families if family not in twins], twins
 
 
 def _unets(families: list[str], known: int, layers: Layers, formats: list[str]) -> tuple[str, ...]:

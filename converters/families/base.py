@@ -64,13 +64,15 @@ class Encoder:
 class Table:
     """A family: {component: templates of its layers, in diffusers' names}, {denoiser: rules from the original's names}, its text encoders.
 
-    A component without rules has the same names in both programs.
+    A component without rules has the same names in both programs. It `yields_to` those that it was made from, or has names of: a
+    file that can be either's is theirs.
     """
 
     components: Mapping[str, Sequence[str]]
     rules: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     flat_is_diffusers: bool = False  # sd-scripts has diffusers' names in its flat ones
+    yields_to: tuple[str, ...] = ()
 
     @_remembered
     def dotted(self, component: str, flat: str) -> str | None:
@@ -164,11 +166,12 @@ def table(
     denoisers: Sequence[str] = ("transformer",),
     layers: Sequence[str] = (),
     flat_is_diffusers: bool = False,
+    yields_to: tuple[str, ...] = (),
 ) -> Table:
     """A family of which one set of rules names all denoisers. `layers` are diffusers' templates if there are more than in the rules."""
     layers = layers or tuple(dict.fromkeys(name for rule in rules for name, _ in rule.parts))
     components = {**dict.fromkeys(denoisers, layers), **{name: encoder.layers for name, encoder in encoders.items()}}
-    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers)
+    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers, yields_to)
 
 
 def renamed(names: Mapping[str, str | Sequence[str]]) -> tuple[Rule, ...]:

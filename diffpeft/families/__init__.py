@@ -76,6 +76,17 @@ _MODELS = {
     "MochiTransformer3DModel": "mochi",
     "CogVideoXTransformer3DModel": "cogvideox",
     "HiDreamImageTransformer2DModel": "hidream",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
+    "SanaVideoTransformer3DModel": "sana_video",
+    "SkyReelsV2Transformer3DModel": "skyreels_v2",
+    "HeliosTransformer3DModel": "helios",
+    "ChronoEditTransformer3DModel": "chrono_edit",
+    "WanAnimate2Transformer3DModel": "wan_animate2",
+    "MiniMaxH3Transformer3DModel": "minimax_h3",
+    "Flux3Transformer2DModel": "flux3",
+    "AceStepTransformer1DModel": "ace_step",
 }
 # {what the names of pipelines begin with: the family}, where the denoiser is a UNet or none is there; of several that fit, the longest counts
 _PIPELINES = {
@@ -84,7 +95,7 @@ _PIPELINES = {
     "StableDiffusion3": "sd3",
     "Flux": "flux",
     "Flux2": "flux2",
-    "Flux3": None,
+    "Flux3": "flux3",
     "Chroma": "chroma",
     "Wan": "wan",
     "QwenImage": "qwen_image",
@@ -92,12 +103,12 @@ _PIPELINES = {
     "ZImage": "z_image",
     "Lumina2": "lumina2",
     "HunyuanVideo": "hunyuan_video",
-    "HunyuanVideo15": None,
-    "HunyuanVideoFramepack": None,
+    "HunyuanVideo15": "hunyuan_video15",
+    "HunyuanVideoFramepack": "framepack",
     "PixArt": "pixart",
     "Sana": "sana",
-    "SanaVideo": None,
-    "SanaImageToVideo": None,
+    "SanaVideo": "sana_video",
+    "SanaImageToVideo": "sana_video",
     "SanaWM": None,
     "AuraFlow": "auraflow",
     "LTX": "ltx",
@@ -109,7 +120,16 @@ _PIPELINES = {
     "Krea2": "krea2",
     "Ideogram4": "ideogram4",
     "ErnieImage": "ernie_image",
+    "WanAnimate2": "wan_animate2",
+    "Kandinsky5": "kandinsky5",
+    "SkyReelsV2": "skyreels_v2",
+    "Helios": "helios",
+    "ChronoEdit": "chrono_edit",
+    "MiniMaxH3": "minimax_h3",
+    "AceStep": "ace_step",
+    "Kolors": "kolors",
 }
+_NAMED_AS = {"kolors": "sdxl"}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
 _WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
@@ -126,6 +146,7 @@ def family_of(target: object) -> str | None:
         by_name = _by_name(base.__name__ for base in type(target).__mro__)
         family = by_name if denoiser is None or width not in _UNETS else by_name or _UNETS[width]
     family = _by_width(family, width)
+    family = _NAMED_AS.get(family or "", family)
     return family if family in TABLES else None  # some are trained whose layers have no other names
 
 

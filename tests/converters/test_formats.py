@@ -137,8 +137,19 @@ def sizes(layer, rows, columns):
 
 
 CLIPS = ("sd15", "sd2", "sdxl", "sd3", "flux", "hidream")
-ALL_CLIPS = ("sd15", "sd2", "sdxl", "sdxl_refiner", "sd3", "flux", "hunyuan_video", "hidream")
-SECOND_CLIPS = ("sdxl", "sdxl_refiner", "sd3", "hunyuan_video", "hidream")
+ALL_CLIPS = (
+    "sd15",
+    "sd2",
+    "sdxl",
+    "sdxl_refiner",
+    "sd3",
+    "flux",
+    "hunyuan_video",
+    "hidream",
+    "framepack",
+    "kandinsky5",
+)
+SECOND_CLIPS = ("sdxl", "sdxl_refiner", "sd3", "hunyuan_video", "hidream", "framepack", "kandinsky5")
 
 
 CROSS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -171,14 +182,17 @@ FAMILIES = {
     ),
     "a block that only HunyuanVideo has": (
         key("transformer.single_transformer_blocks.39.proj_mlp"),
-        ("hunyuan_video",),
+        ("hunyuan_video", "framepack"),
     ),
     "Flux.1's share, and Chroma's, which read it alike": (
         sizes("double_blocks.0.img_mlp.0", 64, 16),
-        ("flux", "chroma"),
+        ("flux", "chroma", "hunyuan_video15"),
     ),
     "Flux.2's share": (sizes("double_blocks.0.img_mlp.0", 96, 16), ("flux2",)),
-    "a layer that three read alike": (sizes("single_blocks.0.linear1", 112, 16), ("flux", "chroma", "hunyuan_video")),
+    "a layer that four read alike": (
+        sizes("single_blocks.0.linear1", 112, 16),
+        ("flux", "chroma", "hunyuan_video", "framepack"),
+    ),
     "Lumina's share": (sizes("layers.0.attention.qkv", 40, 24), ("lumina2",)),
     "Z-Image's share": (sizes("layers.0.attention.qkv", 72, 24), ("z_image",)),
 }
@@ -205,6 +219,7 @@ def test_names_and_shapes_tell_the_family(case):
         ({"modelspec.architecture": "chroma/lora"}, "chroma"),
         ({"ss_base_model_version": "flux1"}, "flux"),
         ({"diffpeft.family": "hunyuan_video"}, "hunyuan_video"),
+        ({"modelspec.architecture": "framepack"}, "framepack"),
         (
             {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
             None,
@@ -218,7 +233,9 @@ def test_metadata_decide_between_families_that_fit(metadata, family, tmp_path):
         metadata,
     )
     found = converters.detect(tmp_path / "x.safetensors")
-    assert (found.family, *found.alternatives) == ((family,) if family else ("flux", "chroma", "hunyuan_video"))
+    assert (found.family, *found.alternatives) == (
+        (family,) if family else ("flux", "chroma", "hunyuan_video", "framepack")
+    )
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "wan"])

@@ -34,10 +34,7 @@ TWINS = {
     "ConsisID": "cogvideox",
     "DiT": "pixart",
     "EasyAnimate": "mochi",
-    "FramePack": "hunyuan_video",
-    "Helios": "wan",
     "Motif Video": "hunyuan_video",
-    "Sana Video": "sana",
 }
 
 
@@ -106,7 +103,7 @@ SPELT = {  # format: how it spells a layer, and a LoRA's factors
 # joint layers that trainers usually take, in the original programs' names
 JOINT = (
     r".*\d\..*(qkv(_\w)?|proj(_\w)?|mlp\.\d|mlp\.fc\d|linear1|linear2|self_attn\.\w|cross_attn\.\w|ffn\.\d|w[12][qkvo]"
-    r"|query_key_value|dense.*|to_\w(\.0)?|attention\.out|feed_forward\.w\d)"
+    r"|query_key_value|dense.*|to_\w+(\.0)?|out_layer|\w_proj|attention\.out|feed_forward\.w\d)"
 )
 
 
