@@ -21,7 +21,7 @@ DOUBLE = renamed(
         "txt_mlp.fc2": "ff_context.net.2",
     }
 )
-_SINGLE = (
+SINGLE = (
     Rule("linear1", (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4))),
     *renamed(
         {
@@ -32,7 +32,7 @@ _SINGLE = (
         }
     ),
 )
-_REFINER = (
+REFINER = (
     *same("norm1", "norm2"),
     *renamed(
         {
@@ -44,7 +44,7 @@ _REFINER = (
         }
     ),
 )
-_TEXT = renamed(
+TEXT = renamed(
     {
         "input_embedder": "proj_in",
         "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -52,12 +52,6 @@ _TEXT = renamed(
         "c_embedder.linear_1": "time_text_embed.text_embedder.linear_1",
         "c_embedder.linear_2": "time_text_embed.text_embedder.linear_2",
     }
-)
-REFINED = (  # the text's tokens
-    *within("txt_in.", "context_embedder.", _TEXT),
-    *within(
-        "txt_in.individual_token_refiner.blocks.{}.", "context_embedder.token_refiner.refiner_blocks.{}.", _REFINER
-    ),
 )
 _RULES = (
     *renamed(
@@ -73,9 +67,10 @@ _RULES = (
         }
     ),
     Rule("final_layer.adaLN_modulation.1", (("norm_out.linear", 1),), SWAPPED),
-    *REFINED,
+    *within("txt_in.", "context_embedder.", TEXT),
+    *within("txt_in.individual_token_refiner.blocks.{}.", "context_embedder.token_refiner.refiner_blocks.{}.", REFINER),
     *within("double_blocks.{}.", "transformer_blocks.{}.", DOUBLE),
-    *within("single_blocks.{}.", "single_transformer_blocks.{}.", _SINGLE),
+    *within("single_blocks.{}.", "single_transformer_blocks.{}.", SINGLE),
 )
 _ENCODERS = {
     "text_encoder": text.language(text.LLAMA, "lora_te1_", name="llama"),
@@ -92,5 +87,5 @@ FRAMEPACK = table(
         ),
     ),
     _ENCODERS,
-    yields_to=("hunyuan_video",),
+    yields=True,
 )

@@ -73,5 +73,5 @@ SANA_VIDEO = table(
         *within("blocks.{}.", "transformer_blocks.{}.", (*_SANA_BLOCK, *renamed({"mlp.t_conv": "ff.conv_temp"}))),
     ),
     _GEMMA,
-    yields_to=("sana",),
+    yields=True,
 )

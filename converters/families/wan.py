@@ -63,14 +63,14 @@ _RULES = (
 )
 _ENCODERS = {"text_encoder": text.t5(name="umt5xxl")}
 WAN = table(_RULES, _ENCODERS, denoisers=("transformer", "transformer_2"))
-CHRONO_EDIT = table(_TEXT_TO_VIDEO, _ENCODERS, yields_to=("wan",))
+CHRONO_EDIT = table(_TEXT_TO_VIDEO, _ENCODERS, yields=True)
 SKYREELS_V2 = table(
     (
         *_TEXT_TO_VIDEO,
         *renamed({"fps_projection.0": "fps_projection.net.0.proj", "fps_projection.2": "fps_projection.net.2"}),
     ),
     _ENCODERS,
-    yields_to=("wan",),
+    yields=True,
 )
 
 # Helios has Wan's layers under diffusers' names, those of conditions and feed-forwards aside
@@ -88,7 +88,7 @@ HELIOS = table(
         ),
     ),
     _ENCODERS,
-    yields_to=("wan",),
+    yields=True,
 )
 
 # Wan Animate 2 in diffusers has the original's names but for attentions; in the original each block is in another

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffpeft.families import Conditions, Family
 from diffpeft.families.base import Prompted
 from diffpeft.families.parts import Component, Pipeline
+from diffpeft.train.data.controls import Controls
 
 STRENGTHS = (0.0, 0.5, 1.0)
 _CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
@@ -46,7 +47,7 @@ def pictures(
         drawn = pipe(
             **asked(chunk),
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            **_guided(pipe, guidance),
             generator=generators,
             output_type="np",
             **watched(pipe, told),
@@ -61,15 +62,27 @@ def watched(pipe: Pipeline, told: Callable[..., dict[str, object]]) -> dict[str,
     return {"callback_on_step_end": told} if tells else {}
 
 
+def _guided(pipe: Pipeline, scale: float) -> dict[str, object]:
+    """How a pipeline is asked for guidance; nothing for one whose guidance is a component of its own."""
+    return {"guidance_scale": scale} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
+
+
 def images_of(drawn: Component) -> Sequence[Component]:
     """The images that a pipeline gives, the first ones of clips."""
     return drawn.images if "images" in drawn else [clip[0] for clip in drawn.frames]
 
 
 def prompted(
-    family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str], negative: str | None = None
+    family: Family,
+    texts: Callable[[Sequence[str], Sequence[Controls]], Conditions],
+    prompts: Sequence[str],
+    negative: str | None = None,
+    controls: Sequence[Controls] = (),
 ) -> Prompted:
-    """Prompts, and the negative one of all, as a family's pipeline takes them when its text encoders are not there."""
+    """Prompts, and the negative one of all, as a family's pipeline takes them when its text encoders are not there.
+
+    `controls`: the control images beside each prompt, for text encoders that look at them.
+    """
     model = family.parts(family.denoiser)
 
     def placed(value: object) -> object:
@@ -79,7 +92,8 @@ def prompted(
             return value
         return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
-    keywords = family.prompted(texts(prompts), texts([negative or ""] * len(prompts)), blank=negative is None)
+    read, away = texts(prompts, controls), texts([negative or ""] * len(prompts), controls)
+    keywords = family.prompted(read, away, blank=negative is None)
     return {name: placed(value) for name, value in keywords.items()}
 
 

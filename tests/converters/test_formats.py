@@ -182,17 +182,14 @@ FAMILIES = {
     ),
     "a block that only HunyuanVideo has": (
         key("transformer.single_transformer_blocks.39.proj_mlp"),
-        ("hunyuan_video", "framepack"),
+        ("hunyuan_video",),
     ),
     "Flux.1's share, and Chroma's, which read it alike": (
         sizes("double_blocks.0.img_mlp.0", 64, 16),
-        ("flux", "chroma", "hunyuan_video15"),
+        ("flux", "chroma"),
     ),
     "Flux.2's share": (sizes("double_blocks.0.img_mlp.0", 96, 16), ("flux2",)),
-    "a layer that four read alike": (
-        sizes("single_blocks.0.linear1", 112, 16),
-        ("flux", "chroma", "hunyuan_video", "framepack"),
-    ),
+    "a layer that three read alike": (sizes("single_blocks.0.linear1", 112, 16), ("flux", "chroma", "hunyuan_video")),
     "Lumina's share": (sizes("layers.0.attention.qkv", 40, 24), ("lumina2",)),
     "Z-Image's share": (sizes("layers.0.attention.qkv", 72, 24), ("z_image",)),
 }
@@ -219,7 +216,6 @@ def test_names_and_shapes_tell_the_family(case):
         ({"modelspec.architecture": "chroma/lora"}, "chroma"),
         ({"ss_base_model_version": "flux1"}, "flux"),
         ({"diffpeft.family": "hunyuan_video"}, "hunyuan_video"),
-        ({"modelspec.architecture": "framepack"}, "framepack"),
         (
             {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
             None,
@@ -233,9 +229,7 @@ def test_metadata_decide_between_families_that_fit(metadata, family, tmp_path):
         metadata,
     )
     found = converters.detect(tmp_path / "x.safetensors")
-    assert (found.family, *found.alternatives) == (
-        (family,) if family else ("flux", "chroma", "hunyuan_video", "framepack")
-    )
+    assert (found.family, *found.alternatives) == ((family,) if family else ("flux", "chroma", "hunyuan_video"))
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "wan"])
