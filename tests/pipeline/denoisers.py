@@ -9,6 +9,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.pipeline import lorable
+
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": (
@@ -362,23 +364,27 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+SAVED |= {
+    family: (name, lorable.config(name))
+    for family, name in {
+        "hunyuan_video15": "HunyuanVideo15Transformer3DModel",
+        "framepack": "HunyuanVideoFramepackTransformer3DModel",
+        "kandinsky5": "Kandinsky5Transformer3DModel",
+        "sana_video": "SanaVideoTransformer3DModel",
+        "skyreels_v2": "SkyReelsV2Transformer3DModel",
+        "helios": "HeliosTransformer3DModel",
+        "chrono_edit": "ChronoEditTransformer3DModel",
+        "wan_animate2": "WanAnimate2Transformer3DModel",
+        "minimax_h3": "MiniMaxH3Transformer3DModel",
+        "flux3": "Flux3Transformer2DModel",
+        "ace_step": "AceStepTransformer1DModel",
+    }.items()
+}
 CALLED_TOO = ("krea2", "cosmos", "cogview4", "hunyuan_image")  # of these `output` knows a call, too
 # models of no family that is known
 UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "cogview3": ("CogView3PlusTransformer2DModel", {**_COGVIEW, **HEADS}),
-    "kandinsky5": (
-        "Kandinsky5Transformer3DModel",
-        {
-            "in_text_dim": 32,
-            "in_text_dim2": 16,
-            "time_dim": 16,
-            "model_dim": 32,
-            "ff_dim": 64,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 2,
-            "axes_dims": (4, 6, 6),
-        },
-    ),
+    "kandinsky6": ("Kandinsky6Transformer3DModel", lorable.config("Kandinsky6Transformer3DModel")),
 }
 
 
