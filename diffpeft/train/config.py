@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -117,6 +118,11 @@ class Options:
         below=1,
     )
     gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them.")
+    quantize: str | None = option(
+        None,
+        "Hold the base in few bits (QLoRA): nf4 (needs bitsandbytes), int8 or fp8. The adapter stays fp32.",
+        choices=("nf4", "int8", "fp8"),
+    )
     seed: int = option(0, "Everything random follows from it.", at_least=0)
     save_every: int = option(
         500, "Steps between two states that a run can go on from; 0: only when it is stopped.", at_least=0
@@ -176,6 +182,11 @@ class Options:
                     f"{name} with lr_scheduler {self.lr_scheduler}, and so it would do nothing",
                     remedy=f"Pass --lr-scheduler {needed}, or leave --{_flag(name)} out.",
                 )
+        if self.quantize == "nf4" and not find_spec("bitsandbytes"):
+            raise ConfigError(
+                "quantize nf4 is computed by bitsandbytes, which is not installed",
+                remedy="pip install bitsandbytes, or pass int8 or fp8, which need nothing.",
+            )
         if self.warmup > self.steps and getattr(self, "epochs", None) is None:
             raise ConfigError(
                 f"warmup is {self.warmup} and steps is {self.steps}: the learning rate would never be reached",
@@ -324,6 +335,12 @@ class TrainConfig(Options):
     training_adapter: str | None = option(
         None, "An adapter, FILE:STRENGTH, that is on while training and off in what is drawn, measured and saved."
     )
+    offload: float = option(
+        0.0,
+        "Share of the denoiser's blocks that live in the host's memory, and come to the device when they are needed: 0 to 1.",
+        at_least=0,
+        at_most=1,
+    )
     compile: bool = option(False, "Compile the denoiser: slow first steps, and faster ones then.")
     snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", above=0)
     debiased: bool = option(False, "Weight the loss as errors of the noise over the root of the signal-to-noise ratio.")
@@ -414,6 +431,11 @@ class TrainConfig(Options):
                     )
         if self.epochs is not None and self.steps != TrainConfig.steps:
             raise ConfigError("steps with epochs: both say how long to train", remedy="Leave one of them out.")
+        if self.compile and self.offload:
+            raise ConfigError(
+                "compile with offload: compiled code has weights that stay where they are",
+                remedy="Leave one of them out.",
+            )
         if self.debiased and self.snr_gamma is not None:
             raise ConfigError("debiased with snr_gamma: both weight the loss", remedy="Leave one of them out.")
         for name, of, needed in _ONLY_WITH:

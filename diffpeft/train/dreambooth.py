@@ -16,7 +16,9 @@ import diffpeft
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, open_family
+from diffpeft.layers.streaming import stream_of
 from diffpeft.model.attach import attach
+from diffpeft.model.placing import Placing
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
@@ -174,8 +176,10 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
         )
     if config.compile:
         models[0].compile()
+    streaming = stream_of(models[0])
     try:
-        yield
+        with streaming.remembered() if streaming else contextlib.nullcontext():
+            yield
     finally:
         models[0]._compiled_call_impl = None
         for model in checkpointed:
@@ -189,17 +193,32 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
     """
+    placing = Placing(device, config.quantize, config.offload)
     parts = open_parts(
-        config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
+        config.model,
+        config.base,
+        vae=config.vae,
+        text_encoders=config.text_encoders(),
+        dtype=dtype,
+        device="cpu" if config.base_lora else device,
+        placing=None if config.base_lora else placing,
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
     if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
-        bake(family.parts.whole(), config.base_lora)
-        family.parts.pin(family.denoiser, *family.text_encoders)
+        _bake(family, config.base_lora, placing)
     family.pipe.set_progress_bar_config(disable=True)
     return family
+
+
+def _bake(family: Family, adapters: str | Sequence[str], placing: Placing) -> None:
+    """Put adapters into the weights of a model for this run, on the host, before they are in few bits; then its parts go where they belong."""
+    bake(family.parts.whole(), adapters)
+    family.parts.pin(family.denoiser, *family.text_encoders)
+    for name, module in family.pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            placing(module) if name == family.denoiser else module.to(placing.device)
 
 
 def settled(typed: TrainConfig, checked: Checked, family: Family, dtype: str) -> TrainConfig:
