@@ -31,6 +31,7 @@ class HunyuanVideo15(ClipTransformer):
         r"ff(_context)?\.net\.(0\.proj|2)",
     )
     guidance: Mapping[str, str] = MappingProxyType({})
+    overlays, masks = 2, 1  # of a first frame
     patch = 1
     side = 640  # about the area of 480 x 848
     tokens = most_tokens = 1000
@@ -44,11 +45,6 @@ class HunyuanVideo15(ClipTransformer):
         self.unread = {
             self.denoiser: rf"{stream}|(image_embedder|context_embedder_2)\..*"
         }  # few captions have a word in quotation marks
-
-    @classmethod
-    def channels(cls, latent: int) -> int:
-        """Latents, those of a first frame, and its mask."""
-        return 2 * latent + 1
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] or [b, 3, f, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, f / 4, h / 16, w / 16]."""

@@ -75,7 +75,7 @@ def assembled(config, family, store, texts):
     batches = [dreambooth.batches_of(config, examples, sizing, kind) for kind, examples in kinds.items()]
     assembly = Assembly(batches, Latents(family, store))
     assembly.learn(STEPS)
-    texts.learn(assembly.captions(STEPS))
+    texts.learn(assembly.prompts(STEPS))
     return [(batch, texts(batch.prompts)) for step in STEPS for batch in assembly.at(step)]
 
 
@@ -185,7 +185,7 @@ def counted(family, monkeypatch):
     calls = []
     encode, embed = family.encode, family.embed
     monkeypatch.setattr(family, "encode", lambda x: calls.append(tuple(x.shape)) or encode(x))
-    monkeypatch.setattr(family, "embed", lambda e, p: calls.append(tuple(p)) or embed(e, p))
+    monkeypatch.setattr(family, "embed", lambda e, p, images=(): calls.append(tuple(p)) or embed(e, p))
     return calls
 
 
