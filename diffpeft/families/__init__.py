@@ -94,6 +94,21 @@ _MODELS = {
     "MochiTransformer3DModel": "mochi",
     "CogVideoXTransformer3DModel": "cogvideox",
     "HiDreamImageTransformer2DModel": "hidream",
+    "Krea2Transformer2DModel": "krea2",
+    "CosmosTransformer3DModel": "cosmos",
+    "Ideogram4Transformer2DModel": "ideogram4",
+    "ErnieImageTransformer2DModel": "ernie_image",
+    "CogView4Transformer2DModel": "cogview4",
+    "HunyuanImageTransformer2DModel": "hunyuan_image",
+    "QwenImage21Transformer2DModel": "qwen_image21",
+    "LongCatImageTransformer2DModel": "longcat_image",
+    "OvisImageTransformer2DModel": "ovis_image",
+    "BriaTransformer2DModel": "bria",
+    "BriaFiboTransformer2DModel": "bria_fibo",
+    "BriaFibo2Transformer2DModel": "bria_fibo2",
+    "PRXTransformer2DModel": "prx",
+    "GlmImageTransformer2DModel": "glm_image",
+    "NucleusMoEImageTransformer2DModel": "nucleus_image",
 }
 # {what the names of pipelines begin with: the family}, where the denoiser is a UNet or none is there; of several that fit, the longest counts
 _PIPELINES = {
@@ -106,7 +121,7 @@ _PIPELINES = {
     "Chroma": "chroma",
     "Wan": "wan",
     "QwenImage": "qwen_image",
-    "QwenImage21": None,
+    "QwenImage21": "qwen_image21",
     "ZImage": "z_image",
     "Lumina2": "lumina2",
     "HunyuanVideo": "hunyuan_video",
@@ -127,6 +142,18 @@ _PIPELINES = {
     "Krea2": "krea2",
     "Ideogram4": "ideogram4",
     "ErnieImage": "ernie_image",
+    "Cosmos": "cosmos",
+    "Cosmos3": None,
+    "Anima": "cosmos",
+    "HunyuanImage": "hunyuan_image",
+    "LongCatImage": "longcat_image",
+    "OvisImage": "ovis_image",
+    "Bria": "bria",
+    "BriaFibo": "bria_fibo",
+    "BriaFibo2": "bria_fibo2",
+    "PRX": "prx",
+    "GlmImage": "glm_image",
+    "NucleusMoEImage": "nucleus_image",
     "Kandinsky5T2V": "kandinsky5_video",
     "SkyReelsV2": "skyreels_v2",
 }
@@ -202,17 +229,14 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
         )
     kind = FAMILIES[family]
     read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
-    wanted = made * kind.packing**2 * kind.overlays + kind.masks if made else None
-    if read and wanted and read != wanted:
+    if read and made and read != kind.channels(made):
+        pictures = "an image and its control image" if kind.aligned else "an image"
         raise WrongBaseError(
-            f"its denoiser reads {read} channels and not the {wanted} of {_PICTURES[kind.overlays]}: it cannot be trained",
+            f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",
             where=where,
             remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
         )
     return family
-
-
-_PICTURES = {1: "an image", 2: "an image and its control image"}
 
 
 def is_of(family: str, others: Iterable[str | None]) -> bool:

@@ -65,6 +65,11 @@ class Transformer(Uncontrolled):
         pixels = factor(configs.get("vae", {}))
         return Sizes(cls.side, pixels * cls.patch if pixels else None)
 
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """How many channels the transformer reads of latents with so many."""
+        return latent * cls.packing**2
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels)

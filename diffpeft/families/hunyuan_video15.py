@@ -4,8 +4,6 @@ Qwen2.5-VL's hidden states after those of the template, and ByT5's of the words 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
@@ -30,8 +28,6 @@ class HunyuanVideo15(ClipTransformer):
         r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"ff(_context)?\.net\.(0\.proj|2)",
     )
-    guidance: Mapping[str, str] = MappingProxyType({})
-    overlays, masks = 2, 1  # of a first frame
     patch = 1
     side = 640  # about the area of 480 x 848
     tokens = most_tokens = 1000
@@ -45,6 +41,11 @@ class HunyuanVideo15(ClipTransformer):
         self.unread = {
             self.denoiser: rf"{stream}|(image_embedder|context_embedder_2)\..*"
         }  # few captions have a word in quotation marks
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Latents, those of a first frame, and its mask."""
+        return 2 * latent + 1
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] or [b, 3, f, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, f / 4, h / 16, w / 16]."""

@@ -17,8 +17,6 @@ class Uncontrolled:
 
     controls: tuple[int, int] = (0, 0)
     aligned: bool = False
-    overlays: int = 1
-    masks: int = 0
     first_frame: bool = False
     looking: tuple[str, ...] = ()
 

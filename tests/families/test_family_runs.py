@@ -77,10 +77,6 @@ LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdx
 # whose layers have no names of kohya's
 UNNAMED = (
     "lumina2",
-    "cogview4",
-    "krea2",
-    "ideogram4",
-    "ernie_image",
     "hunyuan_video15",
     "sana_video",
     "kandinsky5 video",
