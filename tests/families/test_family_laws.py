@@ -142,21 +142,23 @@ ASKED = {
     "sana_video": {"frames": 1, "use_resolution_binning": False},
     "kandinsky5_video": {"num_frames": 1},
     "skyreels_v2": {"num_frames": 1},
+    "easyanimate": {"num_frames": 1},
 }
 
 
 # {family: how its pipeline is asked for guidance, and for it by a blank prompt}, where that is not as it is elsewhere
 GUIDED = {"qwen_image": {"true_cfg_scale": 3.0}, "hunyuan_video15": {}}
-BLANK = {name: {"negative_prompt": ["", ""]} for name in ("qwen_image", "kandinsky5_video")}
+BLANK = {name: {"negative_prompt": ["", ""]} for name in ("qwen_image", "kandinsky5_video", "easyanimate")}
 # {family: how many tokens of captions are read here: less than usual, for speed}
 TEXT = 40
 READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux")}
+READ["easyanimate"] = 256
 READ |= dict.fromkeys(("hunyuan_video", "krea2", "qwen_image", "flux2"), 120) | {
     "lumina2": 80
 }  # most are of the system prompt
 # that take no negative texts; the second has no system prompt before them, and the last no instruction
 BLANK_ONLY = {"flux2", "lumina2", "ideogram4", "sana_video"}
-UNCOUNTED = {"ernie_image", "hunyuan_video15"}  # whose pipelines take no number of tokens
+UNCOUNTED = {"ernie_image", "hunyuan_video15", "easyanimate"}  # whose pipelines take no number of tokens
 
 
 def asked(family):
@@ -537,6 +539,13 @@ def test_every_layer_that_a_preset_chooses_is_learnt(family, latents):
     everything = select({"m": model}, targets="full")["m"].keys()
     excluded = {name for name in everything if re.fullmatch(unread or "", name)}
     assert idle & everything <= excluded and ("experts" in str(unread) or idle & everything == excluded)
+
+
+def test_a_kandinsky_of_sparse_attention_has_sides_of_whole_squares():
+    configs = {"vae": {"spatial_compression_ratio": 8}, "transformer": {"attention_type": "nabla"}}
+    kind = FAMILIES["kandinsky5_video"]
+    assert kind.sizes(configs).multiple == 128 and kind.sizes(configs).resolution % 128 == 0
+    assert kind.sizes(configs | {"transformer": {"attention_type": "regular"}}).multiple == 16
 
 
 @pytest.mark.slow
