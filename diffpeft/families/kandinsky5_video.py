@@ -38,9 +38,9 @@ class Kandinsky5Video(ClipTransformer):
     @classmethod
     def sizes(cls, configs: Configs) -> Sizes:
         """Whole tokens, and squares of them where attention is sparse."""
-        side, multiple = super().sizes(configs)
+        sizes = super().sizes(configs)
         sparse = configs.get(cls.denoiser, {}).get("attention_type") == "nabla"
-        return Sizes(side, multiple * _SQUARE if multiple and sparse else multiple)
+        return sizes._replace(multiple=sizes.multiple * _SQUARE) if sizes.multiple and sparse else sizes
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Qwen's hidden states [n, width] of as many tokens as a prompt has, or what CLIP pools [width]."""
