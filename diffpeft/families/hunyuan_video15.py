@@ -86,7 +86,7 @@ class HunyuanVideo15(ClipTransformer):
         masks = {name: sent(mask.to(x.dtype), x.device) for name, mask in _masks(read).items()}
         return model(
             hidden_states=torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1),
-            timestep=1000 * t,
+            timestep=(1000 * t).to(x.dtype),
             encoder_hidden_states=read["text"],
             encoder_attention_mask=masks["text"],
             encoder_hidden_states_2=read["glyphs"],

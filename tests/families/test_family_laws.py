@@ -380,6 +380,16 @@ def lead_back(family, latents, monkeypatch, **options):
         assert (draw(family, noised.x, sigma, **options) - raw).abs().max() > 1e-2
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_models_in_half_precision_predict_in_single(kind):
+    family = open_family(pipeline(kind, torch.bfloat16), CaptionReading(max_length=READ.get(KINDS[kind][0])))
+    z, _ = family.encode(torch.zeros(2, 3, HEIGHT, WIDTH))
+    noised = family.levels.noised(z, torch.randn_like(z), torch.tensor([0.3, 0.6]))
+    answer = family.predict(noised.x, noised.t, embedded(family, PROMPTS) | family.framed(FRAMES))
+    assert answer.dtype == torch.float32 and answer.shape == z.shape and answer.isfinite().all()
+
+
 @pytest.mark.parametrize("place", [0.02, 0.5, 0.97])
 def test_every_level_leads_back(place, family, latents):
     _, z, n = latents
