@@ -11,6 +11,7 @@ from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Fr
 from diffpeft.families.chroma import Chroma
 from diffpeft.families.cogvideox import CogVideoX
 from diffpeft.families.cogview4 import CogView4
+from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux, FluxControl, FluxKontext
 from diffpeft.families.flux2 import Flux2
@@ -69,6 +70,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sana_video": SanaVideo,
     "kandinsky5_video": Kandinsky5Video,
     "skyreels_v2": SkyReelsV2,
+    "easyanimate": EasyAnimate,
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -174,6 +176,7 @@ _PIPELINES = {
     "NucleusMoEImage": "nucleus_image",
     "Kandinsky5T2V": "kandinsky5_video",
     "SkyReelsV2": "skyreels_v2",
+    "EasyAnimate": "easyanimate",
 }
 _NAMED_AS = {"kolors": "sdxl"}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}

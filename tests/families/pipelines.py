@@ -588,6 +588,8 @@ def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype).eval()
-            if hasattr(part, "time_embeddings"):
-                part.time_embeddings.float()  # Kandinsky's, which computes in single precision
+            if hasattr(part, "time_embeddings"):  # Kandinsky's, which stay in single precision when they are loaded
+                part.time_embeddings.float()
+                for name, module in part.named_modules():
+                    module.to(torch.promote_types(dtype, torch.float32) if name.endswith("modulation") else None)
     return pipe

@@ -63,7 +63,8 @@ RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scri
     "mochi": (1e-2, "mochi-1", "mochi"),
     "sana_video": (1e-2, "sana-video", "sana_video"),
     "kandinsky5 video": (1e-2, "kandinsky-5-video", "kandinsky5_video"),
-    "skyreels_v2": (1e-2, "skyreels-v2", "skyreels_v2"),
+    "skyreels_v2": (1e-2, "skyreels-v2", "skyreels_v2", "easyanimate"),
+    "easyanimate": (1e-2, "easyanimate-v5.1", "easyanimate"),
 }
 # {kind: how many tokens of captions are read}: less than usual, for speed; those of some follow many of the system's
 LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdxl", "flux dev"))} | {
@@ -81,6 +82,7 @@ UNNAMED = (
     "sana_video",
     "kandinsky5 video",
     "skyreels_v2",
+    "easyanimate",
 )
 LEFT_OUT = {
     "sd3": {"text_encoder_3": None, "tokenizer_3": None}
