@@ -98,6 +98,10 @@ class Family(Protocol):
 
     pipelines: tuple[str, ...]  # the classes that are trained as they are
     denoiser: str
+    denoisers: tuple[str, ...]  # all of them, `denoiser` the first
+    boundary: (
+        float | None
+    )  # the share of noise from which on the first of two denoisers is asked, and below it the second
     text_encoders: tuple[str, ...]  # in the order in which `embed` is asked
     adaptable: tuple[str, ...]  # those of them that an adapter is trained on
     presets: Mapping[
@@ -136,7 +140,9 @@ class Family(Protocol):
         """What the denoiser reads of where the pixels are from; empty for a family whose does not."""
 
     def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """The denoiser's prediction [b, c, *size] in fp32, of noised latents x [b, c, *size] at times t [b]. Uses the denoiser alone."""
+        """The denoiser's prediction [b, c, *size] in fp32, of noised latents x [b, c, *size] at times t [b]. Uses the denoiser alone, of several those
+        that are for these times.
+        """
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """Conditions of prompts, and of as many negative ones for guidance, as the pipeline takes them instead of texts.

@@ -34,6 +34,8 @@ class Transformer:
     name = ""  # in messages
     pipelines: tuple[str, ...] = ()
     denoiser = "transformer"
+    denoisers: tuple[str, ...] = ("transformer",)
+    boundary: float | None = None
     text_encoders: tuple[str, ...] = ("text_encoder",)
     adaptable: tuple[str, ...] = ()
     presets: Mapping[str, str] = MappingProxyType({})
@@ -86,7 +88,31 @@ class Transformer:
 
     def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The velocity [b, c, *size]."""
-        model = self.parts(self.denoiser)
+        import torch
+
+        rows_of = self._rows(t)
+        if len(rows_of) == 1:
+            return self._predicted(*rows_of, x, t, conditions)
+        answers = [
+            self._predicted(name, x[rows], t[rows], {key: value[rows] for key, value in conditions.items()})
+            for name, rows in rows_of.items()
+        ]
+        return torch.cat(answers)[torch.cat([*rows_of.values()]).argsort()]
+
+    def _rows(self, t: Tensor) -> dict[str, Tensor]:
+        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several this waits for the times; without numbers it is the first."""
+        import torch
+
+        every = torch.arange(len(t))
+        if self.boundary is None or t.is_meta:
+            return {self.denoiser: every}
+        noisy = (t >= self.boundary).cpu()
+        rows_of = dict(zip(self.denoisers, (every[noisy], every[~noisy]), strict=True))
+        return {name: rows for name, rows in rows_of.items() if len(rows)}
+
+    def _predicted(self, denoiser: str, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The velocity [b, c, *size] that one denoiser says."""
+        model = self.parts(denoiser)
         read = {
             name: sent(value, model.device).to(model.dtype) if value.is_floating_point() else value
             for name, value in conditions.items()

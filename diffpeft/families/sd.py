@@ -24,6 +24,8 @@ class StableDiffusion:
 
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
     denoiser = "unet"
+    denoisers: tuple[str, ...] = ("unet",)
+    boundary: float | None = None
     text_encoders: tuple[str, ...] = ("text_encoder",)
     adaptable: tuple[str, ...] = text_encoders
     presets: Mapping[str, str] = MappingProxyType({})

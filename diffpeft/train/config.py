@@ -335,6 +335,12 @@ class TrainConfig(Options):
     density_mean: float | None = option(None, "Of logit_normal; above 0 is noisier; default: 0.", needs="density")
     density_std: float | None = option(None, "Of logit_normal; default: 1.", above=0, needs="density")
     density_scale: float | None = option(None, "Of mode; default: 1.29.", at_least=-1, at_most=1.75, needs="density")
+    experts: str | None = option(
+        None,
+        "Of a model with two denoisers (Wan 2.2), which are trained: both (the default; every pair of steps has one of each), high (the one for much "
+        "noise) or low.",
+        choices=("both", "high", "low"),
+    )
     shift: float | None = option(
         None, "Shifts levels towards noise, in the place of the model's own; above 1 is noisier.", above=0
     )

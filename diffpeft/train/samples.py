@@ -177,17 +177,19 @@ def stage(family: Family, name: str) -> Iterator[Family]:
     """The model that is trained as one that draws: its VAE is there, and nothing is dropped or compiled. Afterwards it is as it was."""
     from diffpeft.model.state import slots_of
 
-    denoiser, slots = family.parts(family.denoiser), slots_of(family.pipe, name).values()
-    training, compiled = [slot.training for slot in slots], denoiser._compiled_call_impl
+    denoisers, slots = [family.parts(name) for name in family.denoisers], slots_of(family.pipe, name).values()
+    training, compiled = [slot.training for slot in slots], [model._compiled_call_impl for model in denoisers]
     has_vae = family.pipe.vae is not None
     for slot in slots:
         slot.eval()
-    denoiser._compiled_call_impl = None
+    for model in denoisers:
+        model._compiled_call_impl = None
     try:
         family.parts("vae")
         yield family
     finally:
-        denoiser._compiled_call_impl = compiled
+        for model, call in zip(denoisers, compiled, strict=True):
+            model._compiled_call_impl = call
         for slot, mode in zip(slots, training, strict=True):
             slot.train(mode)
         if not has_vae:

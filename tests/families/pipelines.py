@@ -512,22 +512,19 @@ def _ernie_image() -> Any:
     return pipe
 
 
+def _wan_transformer(**config: Any) -> Any:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    return diffusers.WanTransformer3DModel(**{**sizes, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, **config})
+
+
 def _wan(**config: Any) -> Any:
     return diffusers.WanPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=diffusers.AutoencoderKLWan(**_CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
         text_encoder=_t5("UMT5"),
         tokenizer=_chat(),
-        transformer=diffusers.WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=32,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-        ),
+        transformer=_wan_transformer(),
+        transformer_2=_wan_transformer() if "boundary_ratio" in config else None,
         **config,
     )
 
@@ -632,6 +629,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "ernie_image": ("ernie_image", _ernie_image),
     "wan": ("wan", _wan),
     "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
+    "wan, two experts": ("wan", lambda: _wan(boundary_ratio=0.4)),
     "ltx": ("ltx", _ltx),
     "hunyuan_video": ("hunyuan_video", _hunyuan_video),
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
