@@ -11,7 +11,7 @@ from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Fr
 from diffpeft.families.chroma import Chroma
 from diffpeft.families.cogview4 import CogView4
 from diffpeft.families.ernie_image import ErnieImage
-from diffpeft.families.flux import Flux
+from diffpeft.families.flux import Flux, FluxControl, FluxKontext
 from diffpeft.families.flux2 import Flux2
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
@@ -21,7 +21,7 @@ from diffpeft.families.ltx import LTX
 from diffpeft.families.lumina2 import Lumina2
 from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.pixart import PixArt
-from diffpeft.families.qwen_image import QwenImage
+from diffpeft.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from diffpeft.families.sana import Sana
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
@@ -34,9 +34,13 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sd2": StableDiffusion2,
     "sdxl": StableDiffusionXL,
     "flux": Flux,
+    "flux_kontext": FluxKontext,
+    "flux_control": FluxControl,
     "flux2": Flux2,
     "z_image": ZImage,
     "qwen_image": QwenImage,
+    "qwen_image_edit": QwenImageEdit,
+    "qwen_image_edit_plus": QwenImageEditPlus,
     "chroma": Chroma,
     "sd3": StableDiffusion3,
     "lumina2": Lumina2,
@@ -56,6 +60,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
 _MODELS = {
     "UNet2DConditionModel": "sd15",
+    "DreamLiteUNetModel": None,  # derived from it, with other layers
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
     "Flux2Transformer2DModel": "flux2",
@@ -169,25 +174,35 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
     Raises WrongBaseError for one that cannot be trained yet, and for a denoiser that reads more than the latents of one image.
     """
     unet, vae = configs.get("unet", {}), configs.get("vae", {})
-    family = _by_width(_by_name([pipeline]), unet.get("cross_attention_dim"))
-    classes = {id: cls.pipelines for id, cls in FAMILIES.items()}
-    if pipeline not in classes.get(family or "", ()):
-        known = any(pipeline in names for names in classes.values())
+    named = _by_width(_by_name([pipeline]), unet.get("cross_attention_dim"))
+    ids = [id for id, cls in FAMILIES.items() if pipeline in cls.pipelines]
+    family = named if named in ids else next((id for id in ids if is_of(id, [named])), None)
+    if family is None:
+        pipelines = _names(cls.pipelines for cls in FAMILIES.values())
         raise WrongBaseError(
-            f"a {pipeline}{f' with the text width of {family}' if known else ''} cannot be trained",
+            f"a {pipeline}{f' with the text width of {named}' if ids else ''} cannot be trained",
             where=where,
-            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(_names(classes.values()))}.",
+            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(pipelines)}.",
         )
-    assert family is not None
     kind = FAMILIES[family]
     read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
-    if read and made and read != made * kind.packing**2:
+    wanted = made * kind.packing**2 * kind.overlays if made else None
+    if read and wanted and read != wanted:
         raise WrongBaseError(
-            f"its denoiser reads {read} channels and not the {made * kind.packing**2} of an image: it cannot be trained",
+            f"its denoiser reads {read} channels and not the {wanted} of {_PICTURES[kind.overlays]}: it cannot be trained",
             where=where,
             remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
         )
     return family
+
+
+_PICTURES = {1: "an image", 2: "an image and its control image"}
+
+
+def is_of(family: str, others: Iterable[str | None]) -> bool:
+    """Whether a family in FAMILIES is one of others, or a variant of one: with its layers and the files of its checkpoints."""
+    kinds = tuple(FAMILIES[other] for other in others if other in FAMILIES)
+    return family in others or issubclass(FAMILIES[family], kinds)
 
 
 def _names(groups: Iterable[Iterable[str]]) -> list[str]:
@@ -214,6 +229,7 @@ __all__ = [
     "Parts",
     "CaptionReading",
     "family_of",
+    "is_of",
     "is_unnamed",
     "open_family",
     "trainable",

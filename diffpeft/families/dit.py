@@ -13,6 +13,7 @@ from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import length_within, stacked
+from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ def in_blocks(blocks: str, attention: str, mlp: str) -> Mapping[str, str]:
     )
 
 
-class Transformer:
+class Transformer(Uncontrolled):
     """The training side of a pipeline of this kind. It asks the pipeline itself for its conditions: templates, masks and lengths are the pipeline's."""
 
     name = ""  # in messages
@@ -70,7 +71,7 @@ class Transformer:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels)
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """The conditions of prompts, each of which is read by itself."""
         import torch
 

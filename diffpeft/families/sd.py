@@ -12,6 +12,7 @@ from diffpeft.families.devices import sent
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import after, chunks, chunks_of, length_of
+from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from diffpeft.families.parts import Component, Configs, Parts
 
 
-class StableDiffusion:
+class StableDiffusion(Uncontrolled):
     """The training side of a StableDiffusionPipeline with a Stable Diffusion 1.x."""
 
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
@@ -66,7 +67,7 @@ class StableDiffusion:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels)
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """The text encoder's hidden states [b, tokens, width], the last or an earlier layer's through the last norm."""
         model = self.parts(encoder)
         out = model(chunks(self.pipe.tokenizer, prompts, self.chunks, model.device), output_hidden_states=True)

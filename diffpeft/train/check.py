@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from diffpeft import io
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
-from diffpeft.families import FAMILIES, trainable
+from diffpeft.families import FAMILIES, is_of, trainable
 from diffpeft.families.base import Sizes
 from diffpeft.pipeline.open import Facts, check_model, facts
 from diffpeft.train import data, prior
@@ -236,7 +236,7 @@ def _refuse_other(kind: Checkpoint, family: str | None, base: Facts, path: Path)
             where=path,
             remedy=f"The families that can are {', '.join(FAMILIES)}.",
         )
-    if family and family not in kind.families:
+    if family and not is_of(family, kind.families):
         raise WrongBaseError(
             f"this is a checkpoint of {kind.name}, and its base is a {base.pipeline}",
             where=path,

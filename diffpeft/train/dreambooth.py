@@ -270,17 +270,19 @@ def _encoded(
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
     drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    measured = [example.caption for example in checked.account.heldout]
-    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts, *measured, *drawing.read_by(family)])
-    drawing.learn(family)
-    classes, offset = class_examples(config, family, checked.prior, watch, texts), config.noise_offset or 0.0
-    kinds, latents = [instances, batches_of(config, classes, sizing, "class")], Latents(family, stores("vae"))
-    assembly = Assembly(kinds, latents, offset, prior_prompts(config))
-    texts.learn(assembly.captions(steps))
-    watch.phase("encoding the images")
+    latents, offset = Latents(family, stores("vae")), config.noise_offset or 0.0
     heldout = None
     if checked.account.heldout:
         heldout = HeldoutPictures(checked.account.heldout, sizing, config.seed, latents, offset)
+    assembly = Assembly([instances], latents, offset, prior_prompts(config))
+    measured = heldout.prompts if heldout else []
+    texts.learn(["", *assembly.prompts(steps), *drawn_prompts, *measured, *drawing.read_by(family)])
+    drawing.learn(family)
+    classes = class_examples(config, family, checked.prior, watch, texts)
+    assembly = replace(assembly, kinds=[instances, batches_of(config, classes, sizing, "class")])
+    texts.learn(assembly.prompts(steps))
+    watch.phase("encoding the images")
+    if heldout:
         heldout.learn(watch.tick)
     assembly.learn(steps, watch.tick)
     if config.cache == "disk" and team().main and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
@@ -400,7 +402,7 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
 
     def loss_of(batch: Batch, sampling: Sampling) -> Tensor:
         batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
-        losses = denoising(family, batch, texts(batch.prompts), objective, base_range)
+        losses = denoising(family, batch, texts(batch.prompts, batch.controls), objective, base_range)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
             loss = loss + weight * preserved(family, batch, texts, base).mean()

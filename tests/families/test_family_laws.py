@@ -368,7 +368,7 @@ def test_pictures_are_drawn_from_what_was_read(family):
 
     def asked_for(prompts):
         size = {"height": HEIGHT, "width": WIDTH}
-        return prompted(family, lambda prompts: texts[prompts[0]], prompts) | size
+        return prompted(family, lambda prompts, controls: texts[prompts[0]], prompts) | size
 
     drawn = pictures(family.pipe, [PROMPTS[0]] * 2, [1, 2], steps=2, guidance=3.0, asked=asked_for)
     assert drawn.shape == (2, HEIGHT, WIDTH, 3) and (drawn[0] != drawn[1]).any()  # by their seeds

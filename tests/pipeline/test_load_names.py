@@ -227,13 +227,24 @@ def test_an_adapter_of_ltx2_s_connectors_goes_out_and_in(tmp_path):
     same(pipe, "b", wanted)
 
 
-def test_a_pipeline_whose_denoiser_has_another_name_is_refused_by_that_name():
+def test_a_prior_is_adapted_where_it_is_the_denoiser():
     prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8)
-    with pytest.raises(ConfigError, match=r"'prior'.*pipe\.prior"):
-        attach(pipe_of("KandinskyPriorPipeline", prior=prior, text_encoder=clip(True)), LoraConfig(r=1), targets="attn")
-    attach(prior, LoraConfig(r=1), name="a", targets=["to_q"])
-    assert get_adapters(prior)["a"].parameters
-    unload(prior)
+    alone = pipe_of("KandinskyPriorPipeline", prior=prior, text_encoder=clip(True))
+    attach(alone, LoraConfig(r=1), name="a", targets=["to_q"])
+    assert {layer.partition(".")[0] for layer in slots_of(alone, "a")} == {"prior"} == {*components(prior)}
+    unload(alone)
+    assert "prior" not in components(pipe_of("StableUnCLIPPipeline", prior=prior, unet=model("sd15", torch.float32)))
+
+
+def test_a_pipeline_whose_denoiser_has_another_name_is_refused_by_that_name():
+    net = diffusers.StableCascadeUNet.__new__(diffusers.StableCascadeUNet)
+    nn.Module.__init__(net)
+    with pytest.raises(ConfigError, match=r"'decoder'.*pipe\.decoder"):
+        attach(
+            pipe_of("StableCascadeDecoderPipeline", decoder=net, text_encoder=clip(True)),
+            LoraConfig(r=1),
+            targets="attn",
+        )
 
 
 DENOISERS = {

@@ -6,12 +6,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from diffpeft.errors import listed, shown
 from diffpeft.train.data.buckets import Size, Sizing, share
 
 SHOWN = 3  # names of each kind
 _LITTLE = 0.25  # of an image is seen
+
+
+class Control(NamedTuple):
+    """A control image: its file, (width, height) upright, and a hash of its pixels."""
+
+    path: Path
+    size: Size
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Example:
         name: what it is called in the account.
         trigger: what `[trigger]` in the caption stood for.
         digest: a hash of its pixels.
+        controls: what a model of edits is shown beside it, in order.
     """
 
     path: Path
@@ -35,6 +45,7 @@ class Example:
     name: str = ""
     trigger: str | None = None
     digest: str = ""
+    controls: tuple[Control, ...] = ()
 
     @property
     def look(self) -> tuple[object, ...]:
