@@ -31,10 +31,14 @@ class Frame(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Pixels: the side of the square that a model was made for, and what a side must be a multiple of. None where the configs do not tell."""
+    """Pixels: the side of the square that a model was made for, and what a side must be a multiple of. Of a model of clips the frames that its VAE takes for
+    one, but for the first, and how many it was made for a second. None where the configs do not tell.
+    """
 
     resolution: int | None
     multiple: int | None
+    temporal: int | None = None
+    rate: float | None = None
 
     def known(self) -> tuple[int, int]:
         """Both, of configs that lack nothing."""
@@ -127,6 +131,8 @@ class Family(Protocol):
     base_version: str  # what sd-scripts calls it: ss_base_model_version
     resolution: int
     multiple: int
+    temporal: int | None  # frames that the VAE takes for one, but for the first; None: of images
+    rate: float | None  # frames a second
     max_length: int  # tokens of a caption that are read
 
     def __init__(self, parts: Parts, reading: CaptionReading):
@@ -137,7 +143,9 @@ class Family(Protocol):
         """What the configs tell of the sizes of images. They may lack anything."""
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents as the denoiser reads them, fp32. Uses the VAE alone."""
+        """Pixels [b, 3, h, w] in [-1, 1], of clips [b, 3, f, h, w], -> mean and standard deviation of the latents as the denoiser reads them, fp32. Uses the
+        VAE alone.
+        """
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """What the denoiser reads of pictures beside the latents that are trained: of control images, each [b, 3, h, w] in [-1, 1] and of a size of its

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
-from diffpeft.families.latents import encoded, factor, precise
+from diffpeft.families.latents import encoded, factor, precise, temporal_factor
 from diffpeft.families.prompts import length_within, stacked
 from diffpeft.families.uncontrolled import Uncontrolled
 
@@ -132,9 +132,21 @@ class Transformer(Uncontrolled):
 class ClipTransformer(Transformer):
     """One of a model of clips, which sees an image as a clip of one frame."""
 
+    frames_a_second: float = 24
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        _, _, self.temporal, self.rate = self.sizes(parts.configs)
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """With those of clips."""
+        taken = temporal_factor(configs.get("vae", {}))
+        return super().sizes(configs)._replace(temporal=taken, rate=cls.frames_a_second)
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
-        return encoded(self.parts("vae"), pixels.unsqueeze(2))
+        """Pixels [b, 3, (f,) h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, (f - 1) / t + 1, h / s, w / s]."""
+        return encoded(self.parts("vae"), pixels.unsqueeze(2) if pixels.ndim == 4 else pixels)
 
 
 def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:

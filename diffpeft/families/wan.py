@@ -24,6 +24,7 @@ class Wan(ClipTransformer):
     name = "Wan"
     pipelines: tuple[str, ...] = ("WanPipeline",)
     presets = in_blocks(r"blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ffn\.net\.(0\.proj|2)")
+    frames_a_second = 16
     side = 640  # about the area of 480 x 832
     architecture = "wan2.1"  # that of 5 billion parameters has a new VAE, and the layers of 2.1
     base_version = "wan"

@@ -17,6 +17,7 @@ from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
+from diffpeft.train.data.clips import Framing, cut
 from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
@@ -143,6 +144,7 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
     """The account of a run's data. `known` is what configs tell of the model's sizes. Raises DataError or ConfigError."""
     out = Path(config.out).resolve() if config.out else None
+    framing = framing_of(config, known)
     sources = data.sources_of(config.data or ())
     if out and any(source.path.resolve() == out for source in sources):
         raise ConfigError(
@@ -160,15 +162,36 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         trigger=config.trigger,
         mask=config.mask,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
+        clips=framing is not None,
     )
-    return account if part is None else _with_heldout(account, part, config)
+    account = account if part is None else _with_heldout(account, part, config)
+    return account if framing is None else cut(account, framing)
+
+
+def framing_of(config: TrainConfig, known: Sizes) -> Framing | None:
+    """How clips are cut out of footage; None for images. `known` is what configs tell of the model. Raises ConfigError for a model of images."""
+    counts = config.counts()
+    if not counts:
+        return None
+    if known.multiple and known.temporal is None:
+        raise ConfigError(
+            f"frames is {','.join(map(str, counts))}, and this model is one of images", remedy="Leave --frames out."
+        )
+    return Framing(counts, config.fps or known.rate, config.extract or "head", known.temporal or 1)
 
 
 def _with_heldout(account: Account, part: float | int | Path, config: TrainConfig) -> Account:
     """The account with images that are held out. Raises DataError or ConfigError."""
     if not isinstance(part, Path):
         return split(account, part, config.seed)
-    others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
+    others = data.survey(
+        [part],
+        config.instance_prompt,
+        trigger=config.trigger,
+        mask=config.mask,
+        strict=False,
+        clips=bool(config.counts()),
+    )
     entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
     return beside(replace(account, folders=entered), others)
 

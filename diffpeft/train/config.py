@@ -270,6 +270,22 @@ class TrainConfig(Options):
         several="commas",
     )
     buckets: bool = option(True, "Keep the shapes of images, by sd-scripts' buckets; else all are cropped to squares.")
+    frames: int | Sequence[int] | None = option(
+        None,
+        "Train on clips of so many frames, with a model of videos: of video files, folders of numbered frames and animated images. With several, as in "
+        "1,17,33, a clip is used in each that it is long enough for.",
+        at_least=1,
+        several="commas",
+    )
+    fps: float | None = option(
+        None, "Frames a second that clips are shown at; default: what the model was made for.", above=0, needs="frames"
+    )
+    extract: str | None = option(
+        None,
+        "What of longer clips is used: head (the default), middle, uniform (frames spread over all of it), or chunks (one clip after the other).",
+        choices=("head", "middle", "uniform", "chunks"),
+        needs="frames",
+    )
     flip: bool = option(False, "Mirror images at random.")
     crop: str = option("center", "What of an image is used where it is too long.", choices=("center", "random"))
     caption_dropout: float = option(
@@ -447,6 +463,10 @@ class TrainConfig(Options):
         """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
         sides = self.resolution or resolution or ()
         return (sides,) if isinstance(sides, int) else tuple(sides)
+
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of frames that clips have; none where single images are trained on."""
+        return (self.frames,) if isinstance(self.frames, int) else tuple(self.frames or ())
 
     def text_encoders(self) -> list[str]:
         """The files of text encoders, which stand in a list, or in one text with commas."""

@@ -16,6 +16,7 @@ import diffpeft
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, open_family
+from diffpeft.families.base import Sizes
 from diffpeft.model.attach import attach
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
@@ -23,9 +24,10 @@ from diffpeft.pipeline.open import default_device, default_dtype, open_parts
 from diffpeft.train import data, draw, machines, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import Checked, check, resized
+from diffpeft.train.check import Checked, check, framing_of, resized
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
+from diffpeft.train.data.footage import frames_in
 from diffpeft.train.experts import experts_of
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
@@ -161,8 +163,13 @@ def _fitted(
 def _reads(checked: Checked) -> dict[str, str]:
     """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files and masks."""
     files = [(e, [p for p in (e.path, e.mask) if p]) for e in checked.account.examples]
-    examples = [(e.caption, e.repeats, *((p.name, p.stat().st_size) for p in paths)) for e, paths in files]
+    examples = [(e.caption, e.repeats, *((p.name, _bytes(p)) for p in paths), *e.frames) for e, paths in files]
     return {"data": fingerprint(examples)}
+
+
+def _bytes(path: Path) -> int:
+    """How large a file is, or all files of a clip's folder."""
+    return sum(file.stat().st_size for file in frames_in(path)) if path.is_dir() else path.stat().st_size
 
 
 @contextlib.contextmanager
@@ -205,6 +212,7 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
         bake(family.parts.whole(), config.base_lora)
         family.parts.pin(*family.denoisers, *family.text_encoders)
     family.pipe.set_progress_bar_config(disable=True)
+    family.rate = config.fps or family.rate
     return family
 
 
@@ -221,6 +229,7 @@ def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     for side in sides:
         if side % family.multiple:
             raise ConfigError(f"resolution is {side}", remedy=f"For this model it is a multiple of {family.multiple}.")
+    framing_of(config, Sizes(family.resolution, family.multiple, family.temporal, family.rate))
     return data.Sizing(sides, config.buckets, family.multiple)
 
 

@@ -195,7 +195,8 @@ def _phases(config: TrainConfig, family: Family, checked: Checked, adapter: int)
         Phase(f"captions ({name})", weights[name], 0, peak(lambda name=name: _embed(family, name, 1)))  # type: ignore[misc]
         for name in family.text_encoders
     ]
-    pixels = torch.empty(1, 3, largest[1], largest[0], device="meta")
+    frames = max(len(example.frames) for example in checked.account.examples)
+    pixels = torch.empty(1, 3, *([frames] if frames else []), largest[1], largest[0], device="meta")
     phases.append(Phase("images (vae)", weights["vae"] + resident, 0, peak(lambda: family.encode(pixels))))
     if checked.prior and checked.prior.missing:
         phases.append(Phase("class images", weights["vae"] + experts + resident, 0, 0))

@@ -517,10 +517,15 @@ def _wan_transformer(**config: Any) -> Any:
     return diffusers.WanTransformer3DModel(**{**sizes, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, **config})
 
 
-def _wan(**config: Any) -> Any:
+def _wan_vae(temporal: bool) -> Any:
+    config = {**_CLIPS_OF_FRAMES, "temperal_downsample": [temporal], "scale_factor_temporal": 1 + temporal}
+    return diffusers.AutoencoderKLWan(**config, scale_factor_spatial=2)
+
+
+def _wan(temporal: bool = False, **config: Any) -> Any:
     return diffusers.WanPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        vae=diffusers.AutoencoderKLWan(**_CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        vae=_wan_vae(temporal),
         text_encoder=_t5("UMT5"),
         tokenizer=_chat(),
         transformer=_wan_transformer(),
@@ -629,6 +634,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "ernie_image": ("ernie_image", _ernie_image),
     "wan": ("wan", _wan),
     "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
+    "wan, of clips": ("wan", lambda: _wan(temporal=True)),
     "wan, two experts": ("wan", lambda: _wan(boundary_ratio=0.4)),
     "ltx": ("ltx", _ltx),
     "hunyuan_video": ("hunyuan_video", _hunyuan_video),
