@@ -136,8 +136,9 @@ def _component(word: str, by: Reading) -> str:
     component, told = by.fmt.component(word, by.table), by.metadata.get(COMPONENT, "")
     if told in by.names and told in by.table.rules and component == denoiser(by.table):
         return told
+    encodes = component.startswith("text_encoder") or component in by.table.encoders
     denoisers = [name for name in by.names if not name.startswith("text_encoder")]
-    if component in by.names or component.startswith("text_encoder") or word.startswith(component) or not denoisers:
+    if component in by.names or encodes or word.startswith(component) or not denoisers:
         return component
     return denoisers[0]
 
@@ -198,5 +199,6 @@ class _Spelling:
         """Whether the name is the original program's, whatever else it is."""
         if self.component not in self.table.rules:
             return False
-        name = self.table.original_dotted(self.component, flat(layer))
-        return name is not None and (self.fmt.flat or name == layer)
+        if self.fmt.flat:
+            return self.table.original_dotted(self.component, flat(layer)) is not None
+        return self.table.is_original(self.component, layer)

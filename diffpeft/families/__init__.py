@@ -9,23 +9,30 @@ from diffpeft.errors import WrongBaseError
 from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.chroma import Chroma
+from diffpeft.families.cogvideox import CogVideoX
 from diffpeft.families.cogview4 import CogView4
 from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux, FluxControl, FluxKontext
 from diffpeft.families.flux2 import Flux2
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
+from diffpeft.families.hunyuan_video15 import HunyuanVideo15
 from diffpeft.families.ideogram4 import Ideogram4
+from diffpeft.families.kandinsky5_video import Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
 from diffpeft.families.ltx import LTX
+from diffpeft.families.ltx2 import LTX2
 from diffpeft.families.lumina2 import Lumina2
+from diffpeft.families.mochi import Mochi
 from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.pixart import PixArt
 from diffpeft.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from diffpeft.families.sana import Sana
+from diffpeft.families.sana_video import SanaVideo
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
+from diffpeft.families.skyreels_v2 import SkyReelsV2
 from diffpeft.families.wan import Wan
 from diffpeft.families.z_image import ZImage
 
@@ -55,6 +62,13 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "wan": Wan,
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
+    "hunyuan_video15": HunyuanVideo15,
+    "ltx2": LTX2,
+    "cogvideox": CogVideoX,
+    "mochi": Mochi,
+    "sana_video": SanaVideo,
+    "kandinsky5_video": Kandinsky5Video,
+    "skyreels_v2": SkyReelsV2,
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -80,6 +94,21 @@ _MODELS = {
     "MochiTransformer3DModel": "mochi",
     "CogVideoXTransformer3DModel": "cogvideox",
     "HiDreamImageTransformer2DModel": "hidream",
+    "Krea2Transformer2DModel": "krea2",
+    "CosmosTransformer3DModel": "cosmos",
+    "Ideogram4Transformer2DModel": "ideogram4",
+    "ErnieImageTransformer2DModel": "ernie_image",
+    "CogView4Transformer2DModel": "cogview4",
+    "HunyuanImageTransformer2DModel": "hunyuan_image",
+    "QwenImage21Transformer2DModel": "qwen_image21",
+    "LongCatImageTransformer2DModel": "longcat_image",
+    "OvisImageTransformer2DModel": "ovis_image",
+    "BriaTransformer2DModel": "bria",
+    "BriaFiboTransformer2DModel": "bria_fibo",
+    "BriaFibo2Transformer2DModel": "bria_fibo2",
+    "PRXTransformer2DModel": "prx",
+    "GlmImageTransformer2DModel": "glm_image",
+    "NucleusMoEImageTransformer2DModel": "nucleus_image",
 }
 # {what the names of pipelines begin with: the family}, where the denoiser is a UNet or none is there; of several that fit, the longest counts
 _PIPELINES = {
@@ -92,15 +121,15 @@ _PIPELINES = {
     "Chroma": "chroma",
     "Wan": "wan",
     "QwenImage": "qwen_image",
-    "QwenImage21": None,
+    "QwenImage21": "qwen_image21",
     "ZImage": "z_image",
     "Lumina2": "lumina2",
     "HunyuanVideo": "hunyuan_video",
-    "HunyuanVideo15": None,
+    "HunyuanVideo15": "hunyuan_video15",
     "HunyuanVideoFramepack": None,
     "PixArt": "pixart",
     "Sana": "sana",
-    "SanaVideo": None,
+    "SanaVideo": "sana_video",
     "SanaImageToVideo": None,
     "SanaWM": None,
     "AuraFlow": "auraflow",
@@ -113,6 +142,20 @@ _PIPELINES = {
     "Krea2": "krea2",
     "Ideogram4": "ideogram4",
     "ErnieImage": "ernie_image",
+    "Cosmos": "cosmos",
+    "Cosmos3": None,
+    "Anima": "cosmos",
+    "HunyuanImage": "hunyuan_image",
+    "LongCatImage": "longcat_image",
+    "OvisImage": "ovis_image",
+    "Bria": "bria",
+    "BriaFibo": "bria_fibo",
+    "BriaFibo2": "bria_fibo2",
+    "PRX": "prx",
+    "GlmImage": "glm_image",
+    "NucleusMoEImage": "nucleus_image",
+    "Kandinsky5T2V": "kandinsky5_video",
+    "SkyReelsV2": "skyreels_v2",
 }
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
@@ -186,17 +229,14 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
         )
     kind = FAMILIES[family]
     read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
-    wanted = made * kind.packing**2 * kind.overlays if made else None
-    if read and wanted and read != wanted:
+    if read and made and read != kind.channels(made):
+        pictures = "an image and its control image" if kind.aligned else "an image"
         raise WrongBaseError(
-            f"its denoiser reads {read} channels and not the {wanted} of {_PICTURES[kind.overlays]}: it cannot be trained",
+            f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",
             where=where,
             remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
         )
     return family
-
-
-_PICTURES = {1: "an image", 2: "an image and its control image"}
 
 
 def is_of(family: str, others: Iterable[str | None]) -> bool:

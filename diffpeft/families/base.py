@@ -117,8 +117,6 @@ class Family(Protocol):
         str, str
     ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
     drawing_steps: int  # in which it draws well
-    packing: int  # latent pixels, the side of the square that the denoiser reads as one
-    overlays: int  # pictures whose channels it reads on one another
     controls: tuple[int, int]  # the fewest and the most control images that an example has
     aligned: bool  # whether control images lie over the picture, pixel by pixel, and so have its size
     first_frame: bool  # whether `condition` reads the example's own pixels too
@@ -141,6 +139,10 @@ class Family(Protocol):
     @classmethod
     def sizes(cls, configs: Configs) -> Sizes:
         """What the configs tell of the sizes of images. They may lack anything."""
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """How many channels the denoiser reads of latents with so many: other models of its class read more, of images that are edited or filled in."""
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1], of clips [b, 3, f, h, w], -> mean and standard deviation of the latents as the denoiser reads them, fp32. Uses the

@@ -67,6 +67,11 @@ class Transformer(Uncontrolled):
         pixels = factor(configs.get("vae", {}))
         return Sizes(cls.side, pixels * cls.patch if pixels else None)
 
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """How many channels the transformer reads of latents with so many."""
+        return latent * cls.packing**2
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels)
@@ -93,7 +98,7 @@ class Transformer(Uncontrolled):
 
         rows_of = self._rows(t)
         if len(rows_of) == 1:
-            return self._predicted(*rows_of, x, t, conditions)
+            return self._predicted(next(iter(rows_of)), x, t, conditions)
         answers = [
             self._predicted(name, x[rows], t[rows], {key: value[rows] for key, value in conditions.items()})
             for name, rows in rows_of.items()
@@ -157,10 +162,15 @@ def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:
 
 def mask_of(conditions: Conditions, name: str = "text") -> Tensor | None:
     """Which tokens of texts [b, n, w] are no filling [b, n], on the host; None if all are."""
+    length, n = conditions["length"], conditions[name].shape[1]
+    return None if bool((length == n).all()) else counted(length, n)
+
+
+def counted(length: Tensor, n: int) -> Tensor:
+    """The first tokens of n, as many as each length [b] says: [b, n], on the host."""
     import torch
 
-    length, n = conditions["length"], conditions[name].shape[1]
-    return None if bool((length == n).all()) else torch.arange(n) < length[:, None]
+    return torch.arange(n) < length[:, None]
 
 
 def masked_prompts(prompts: Conditions, negative: Conditions) -> Prompted:

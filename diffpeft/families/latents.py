@@ -73,7 +73,7 @@ def temporal_factor(config: Mapping[str, object]) -> int | None:
         return math.prod(expanded)
     patch = config.get("patch_size_t") if isinstance(config.get("patch_size_t"), int) else 1
     halves = scaled if isinstance(scaled, (list, tuple)) else halved
-    return patch * 2 ** sum(map(bool, halves)) if isinstance(halves, (list, tuple)) else None  # type: ignore[operator]
+    return patch * 2 ** sum(map(bool, halves)) if isinstance(halves, (list, tuple)) else None
 
 
 def factor(config: Mapping[str, object]) -> int | None:

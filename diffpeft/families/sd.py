@@ -32,7 +32,6 @@ class StableDiffusion(Uncontrolled):
     presets: Mapping[str, str] = MappingProxyType({})
     guidance: Mapping[str, str] = MappingProxyType({"cfg": "guidance_scale"})
     drawing_steps = 25
-    packing = 1
     architecture = "stable-diffusion-v1"
     base_version = "sd_v1"
 
@@ -55,6 +54,11 @@ class StableDiffusion(Uncontrolled):
             size * pixels if isinstance(size, int) and pixels else None,
             pixels * 2 ** (len(levels) - 1) if levels and pixels else None,
         )
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """As many as latents have."""
+        return latent
 
     def _layer(self, reading: CaptionReading) -> int:
         """Which of the text encoder's layers is read, 1 the last."""

@@ -17,7 +17,6 @@ class Uncontrolled:
 
     controls: tuple[int, int] = (0, 0)
     aligned: bool = False
-    overlays: int = 1
     first_frame: bool = False
     looking: tuple[str, ...] = ()
     temporal: int | None = None

@@ -17,7 +17,8 @@ from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
-from diffpeft.train.data.clips import Framing, cut
+from diffpeft.train.data.clips import cut
+from diffpeft.train.data.framing import Framing
 from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
@@ -26,6 +27,7 @@ from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes, prompts_of, typed_prompts
+from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -113,8 +115,8 @@ def _with_cut(account: Account, config: TrainConfig) -> Account:
     if not tokenizers:
         return account
     most = config.max_length or _usual_tokens(source)
-    cut, most = too_long([example.caption for example in account.examples], tokenizers, most)
-    names = tuple(example.name for example, is_cut in zip(account.examples, cut, strict=True) if is_cut)
+    cut, most = too_long([*account.texts.values()], tokenizers, most)
+    names = tuple(name for name, is_cut in zip(account.texts, cut, strict=True) if is_cut)
     return replace(account, cut=names, tokens=most)
 
 
@@ -143,22 +145,18 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
     """The account of a run's data. `known` is what configs tell of the model's sizes. Raises DataError or ConfigError."""
-    out = Path(config.out).resolve() if config.out else None
-    framing = framing_of(config, known)
-    sources = data.sources_of(config.data or ())
-    if out and any(source.path.resolve() == out for source in sources):
-        raise ConfigError(
-            "the output folder is the folder of the images",
-            where=out,
-            remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
-        )
     sides = config.sides(known.resolution)
+    sizing = data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None
+    if isinstance(config, SliderConfig):
+        return config.account(sizing)
+    _refuse_own_output(config)
+    framing = framing_of(config, known)
     part = part_of(config.heldout) if config.heldout is not None else None
     others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
         config.data or (),
         config.instance_prompt,
-        data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
+        sizing,
         trigger=config.trigger,
         mask=config.mask,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
@@ -178,6 +176,17 @@ def framing_of(config: TrainConfig, known: Sizes) -> Framing | None:
             f"frames is {','.join(map(str, counts))}, and this model is one of images", remedy="Leave --frames out."
         )
     return Framing(counts, config.fps or known.rate, config.extract or "head", known.temporal or 1)
+
+
+def _refuse_own_output(config: TrainConfig) -> None:
+    """Raise ConfigError if the images are to be read from the folder that the run writes into."""
+    out = Path(config.out).resolve() if config.out else None
+    if out and any(source.path.resolve() == out for source in data.sources_of(config.data or ())):
+        raise ConfigError(
+            "the output folder is the folder of the images",
+            where=out,
+            remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
+        )
 
 
 def _with_heldout(account: Account, part: float | int | Path, config: TrainConfig) -> Account:

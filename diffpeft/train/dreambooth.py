@@ -17,7 +17,9 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, open_family
 from diffpeft.families.base import Sizes
+from diffpeft.layers.streaming import stream_of
 from diffpeft.model.attach import attach
+from diffpeft.model.placing import Placing
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
@@ -58,6 +60,8 @@ from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
 from diffpeft.train.shards import shard
 from diffpeft.train.showing import Drawing, drawing_of, showing, told
+from diffpeft.train.slider import SliderLoss, canvases
+from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
@@ -104,7 +108,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         run = TrainRun(config, family, name, [], 0.0, checked.account, said)
         run.class_images = len(checked.prior.paths()) if checked.prior else 0
         check_saving(run)
-        keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
+        keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, typed.COMMAND)
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
             _share_out(config, family, name)
@@ -145,9 +149,10 @@ def _fitted(
     strict = {
         where: begins.get(where.partition(".")[0], (0, 1))
         for where in parameters
-        if where.rpartition(".")[0] not in unread
+        if where.rpartition(".")[0] not in unread and not (family.boundary and isinstance(config, SliderConfig))
     }
-    job = job_of(config, parameters, _loss(config, family, encoded.assembly, encoded.texts), strict=strict)
+    loss = encoded.loss(config)
+    job = job_of(config, parameters, loss, strict=strict)
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
     if judge is not None:
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
@@ -156,6 +161,8 @@ def _fitted(
     shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
     with told(run):
         run.losses = fit(job, keeper, shown.events(replace(Events.of(watch, config.steps), log=log)), clock)
+        if isinstance(loss, SliderLoss):
+            loss.settle()
         run.best = judge.verdict(config.steps) if judge else None
         shown.end()
 
@@ -185,8 +192,12 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
     if config.compile:
         for denoiser in denoisers:
             denoiser.compile()
+    streams = [streaming for denoiser in denoisers if (streaming := stream_of(denoiser)) is not None]
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for streaming in streams:
+                stack.enter_context(streaming.remembered())
+            yield
     finally:
         for denoiser in denoisers:
             denoiser._compiled_call_impl = None
@@ -201,19 +212,34 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
     """
+    placing = Placing(device, config.quantize, config.offload)
     parts = open_parts(
-        config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
+        config.model,
+        config.base,
+        vae=config.vae,
+        text_encoders=config.text_encoders(),
+        dtype=dtype,
+        device="cpu" if config.base_lora else device,
+        placing=None if config.base_lora else placing,
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
     experts_of(config, family)
     if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
-        bake(family.parts.whole(), config.base_lora)
-        family.parts.pin(*family.denoisers, *family.text_encoders)
+        _bake(family, config.base_lora, placing)
     family.pipe.set_progress_bar_config(disable=True)
     family.rate = config.fps or family.rate
     return family
+
+
+def _bake(family: Family, adapters: str | Sequence[str], placing: Placing) -> None:
+    """Put adapters into the weights of a model for this run, on the host, before they are in few bits; then its parts go where they belong."""
+    bake(family.parts.whole(), adapters)
+    family.parts.pin(*family.denoisers, *family.text_encoders)
+    for name, module in family.pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            placing(module) if name in family.denoisers else module.to(placing.device)
 
 
 def settled(typed: TrainConfig, checked: Checked, family: Family, dtype: str) -> TrainConfig:
@@ -257,9 +283,9 @@ def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
 
 
 class Encoded(NamedTuple):
-    """What a run computes before its steps: its batches, its texts, the pictures that it is measured on, if there are such, and what it draws."""
+    """What a run computes before its steps: what makes its loss, its texts, the pictures that it is measured on, if there are such, and what it draws."""
 
-    assembly: Assembly
+    loss: Callable[[TrainConfig], Callable[[int, int], Tensor]]
     texts: Texts
     heldout: HeldoutPictures | None
     drawing: Drawing
@@ -275,6 +301,8 @@ def _encoded(
     watch: Watch,
 ) -> Encoded:
     """All that the steps and samples of a run will need is computed, and what computed it is given up."""
+    if isinstance(config, SliderConfig):
+        return _of_prompts(config, family, checked, sizing, texts, drawing, watch)
     steps, stores = range(config.steps), _stores(config, family)
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
@@ -296,7 +324,29 @@ def _encoded(
     assembly.learn(steps, watch.tick)
     if config.cache == "disk" and team().main and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
-    return Encoded(assembly, texts, heldout, drawing)
+    return Encoded(partial(_loss, family=family, assembly=assembly, texts=texts), texts, heldout, drawing)
+
+
+def _of_prompts(
+    config: SliderConfig,
+    family: Family,
+    checked: Checked,
+    sizing: data.Sizing,
+    texts: Texts,
+    drawing: Drawing,
+    watch: Watch,
+) -> Encoded:
+    """The same for a run without images."""
+    watch.phase("encoding the prompts")
+    texts.learn(["", *checked.account.texts.values(), *drawing.read_by(family)])
+    drawing.learn(family)
+    drawn_on = canvases(family, sizing.resolutions)
+    sampling, objective = sampling_of(config, family), objective_of(config)
+
+    def loss(adapted: TrainConfig) -> SliderLoss:
+        return SliderLoss(config, family, texts, drawn_on, sampling, objective)
+
+    return Encoded(loss, texts, None, drawing)
 
 
 def _cache_dir(config: TrainConfig) -> Path:

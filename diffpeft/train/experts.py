@@ -34,7 +34,7 @@ class Experts:
         """{denoiser: the first two steps that train it}."""
         turns = [self.at(seed, step) for step in range(2 * len(self.spans))]
         steps = {name: [step for step, turn in enumerate(turns) if turn == name] for name in self.spans}
-        return {name: (first, second) for name, (first, second) in steps.items()}
+        return {name: (both[0], both[1]) for name, both in steps.items()}
 
 
 def experts_of(config: TrainConfig, family: Family) -> Experts:

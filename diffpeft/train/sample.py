@@ -47,7 +47,7 @@ def pictures(
         drawn = pipe(
             **asked(chunk),
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            **_guided(pipe, guidance),
             generator=generators,
             output_type="np",
             **watched(pipe, told),
@@ -60,6 +60,11 @@ def watched(pipe: Pipeline, told: Callable[..., dict[str, object]]) -> dict[str,
     """How a pipeline is asked to tell of its steps; nothing for one that does not."""
     tells = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
     return {"callback_on_step_end": told} if tells else {}
+
+
+def _guided(pipe: Pipeline, scale: float) -> dict[str, object]:
+    """How a pipeline is asked for guidance; nothing for one whose guidance is a component of its own."""
+    return {"guidance_scale": scale} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
 
 
 def images_of(drawn: Component) -> Sequence[Component]:

@@ -6,13 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from diffpeft.errors import listed, shown
 from diffpeft.train.data.buckets import Size, Sizing, share
-
-if TYPE_CHECKING:
-    from diffpeft.train.data.clips import Framing
+from diffpeft.train.data.framing import Framing
 
 SHOWN = 3  # names of each kind
 _LITTLE = 0.25  # of an image is seen
@@ -71,7 +69,9 @@ class Group:
     repeats: int = 1
 
     def __str__(self) -> str:
-        return f"{shown(self.name)} {_count(self.images, 'image')}" + (f" x {self.repeats}" if self.repeats > 1 else "")
+        return f"{shown(self.name)} {counted(self.images, 'image')}" + (
+            f" x {self.repeats}" if self.repeats > 1 else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,11 @@ class Account:
         sizes = self.sizes
         return tuple(name for name, ts in self.targets.items() if min(share(sizes[name], t) for t in ts) < _LITTLE)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """{image: its caption}."""
+        return {example.name: example.caption for example in self.examples}
+
     def summary(self) -> str:
         """How many images of what sizes, and where their captions are from."""
         images = (*self.examples, *(() if self.heldout_from else self.heldout))
@@ -173,7 +178,7 @@ class Account:
         where = self.where or self.folder
         footage = {image.path for image in images if image.frames}
         single = sum(not image.frames for image in images)
-        counts = [_count(len(footage), "clip")] * bool(footage) + [_count(single, "image")] * bool(
+        counts = [counted(len(footage), "clip")] * bool(footage) + [counted(single, "image")] * bool(
             single or not footage
         )
         return f"{' and '.join(counts)} of {ends} in {where}; captions: {captions}"
@@ -188,7 +193,7 @@ class Account:
         ):
             lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
         if masked := sum(example.mask is not None for example in self.examples):
-            lines.append(f"masks weigh the loss of {_count(masked, 'image')}")
+            lines.append(f"masks weigh the loss of {counted(masked, 'image')}")
         return [*lines, *self._clips(), *self._held_out(), *self._passes()]
 
     def _clips(self) -> list[str]:
@@ -204,6 +209,11 @@ class Account:
             *(["frames are rounded down to " + ", ".join(map(str, self.framing.fitting))] * self._rounded()),
         ]
 
+    def _clip_counts(self) -> dict[str, object]:
+        """{frames: how many clips have so many}, and the footage that is too short."""
+        counts = Counter(len(example.frames) for example in self.examples if example.frames)
+        return {"clips": dict(counts), "short": list(self.short)}
+
     def _rounded(self) -> bool:
         return self.framing is not None and {*self.framing.counts} != {*self.framing.fitting}
 
@@ -212,7 +222,7 @@ class Account:
         if not self.heldout:
             return []
         names = f"of {self.heldout_from}" if self.heldout_from else listed([e.name for e in self.heldout], SHOWN)
-        return [f"held out, measured on and not trained on: {_count(len(self.heldout), 'image')}, {names}"]
+        return [f"held out, measured on and not trained on: {counted(len(self.heldout), 'image')}, {names}"]
 
     def _passes(self) -> list[str]:
         """How often the pictures are passed through, a line, if that is known."""
@@ -221,7 +231,7 @@ class Account:
         steps, batch = self.steps
         times = f"{steps * batch / self.pictures:.3g}"
         passes = "pass" if times == "1" else "passes"
-        return [f"{_count(steps, 'step')} of {_count(batch, 'picture')}: {times} {passes} through {self.pictures}"]
+        return [f"{counted(steps, 'step')} of {counted(batch, 'picture')}: {times} {passes} through {self.pictures}"]
 
     def notes(self) -> list[str]:
         """What may not be as it was meant, a sentence each; none for a folder that is wholly used."""
@@ -244,13 +254,13 @@ class Account:
         else:
             kinds_of_footage = []
         notes = kinds_of_footage + [
-            f"{_count(len(names), 'image')} {what}: {listed(names, SHOWN)}" for what, names in kinds.items() if names
+            f"{counted(len(names), 'image')} {what}: {listed(names, SHOWN)}" for what, names in kinds.items() if names
         ]
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
-            notes.append(f"{_count(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+            notes.append(f"{counted(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
         if self.copies:
-            notes.append(f"{_count(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
+            notes.append(f"{counted(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
         if self.unread:
             notes.append("not used: " + ", ".join(_ending(end, names) for end, names in self.unread.items()))
         if self.folders:
@@ -279,8 +289,7 @@ class Account:
             "passes": self.steps and self.steps[0] * self.steps[1] / self.pictures,
             "unread": {ending: len(names) for ending, names in self.unread.items()},
             "folders": dict(self.folders),
-            "clips": dict(Counter(len(example.frames) for example in self.examples if example.frames)),
-            "short": list(self.short),
+            **(self._clip_counts() if self.framing else {}),
             "duplicates": [list(group) for group in self.duplicates],
             "cut": None if self.cut is None else list(self.cut),
             **{
@@ -292,7 +301,7 @@ class Account:
 
 def folders_text(folders: Mapping[str, int]) -> str:
     """Folders with the number of images in each."""
-    named = [f"{name} ({_count(n, 'image')})" if n else name for name, n in folders.items()]
+    named = [f"{name} ({counted(n, 'image')})" if n else name for name, n in folders.items()]
     return listed(named, SHOWN)
 
 
@@ -301,5 +310,6 @@ def _ending(ending: str, names: Iterable[str]) -> str:
     return f"{len(names)} {ending} ({listed(names, SHOWN)})"
 
 
-def _count(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """How many of a thing."""
     return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -80,25 +80,13 @@ def _account(contents: Contents, trigger: str | None, strict: bool) -> Account:
     """The account of what folders hold. Raises as `survey` does."""
     folder = contents.items[0].source.folder
     texts, unreadable = _captions(contents.items)
-    clips = contents.items[0].source.clips
-    check_reader([item.path for item in contents.items if is_video(item.path)])
+    _refuse_clips(contents.items)
     looks = _looks([item.path for item in contents.items])
-    _refuse_clips(contents.items if not clips else ())
     broken = {path: look.error for path, look in looks.items() if look.error} | contents.tables.broken | unreadable
     _refuse_unreadable(folder, broken, len(contents.items))
     _check_trigger(texts, trigger, folder, strict)
     examples = tuple(
-        Example(
-            item.path,
-            captions.with_trigger(text, trigger),
-            looks[item.path].size,
-            item.repeats,
-            name=item.name,
-            trigger=trigger,
-            digest=looks[item.path].digest,
-            length=looks[item.path].frames if clips else 1,
-            rate=looks[item.path].rate,
-        )
+        _example(item, captions.with_trigger(text, trigger), looks[item.path], trigger)
         for item, text in zip(contents.items, texts, strict=True)
     )
     return Account(
@@ -107,7 +95,7 @@ def _account(contents: Contents, trigger: str | None, strict: bool) -> Account:
         dict(Counter(item.origin for item in contents.items)),
         groups=contents.groups,
         empty=tuple(e.name for e in examples if not e.caption),
-        animated=tuple(e.name for e in examples if looks[e.path].frames > 1 and not clips),
+        animated=tuple(e.name for e in examples if looks[e.path].frames > e.length),
         unprofiled=tuple(e.name for e in examples if not looks[e.path].profiled),
         duplicates=_duplicates(examples, looks),
         unread=contents.unread(),
@@ -126,9 +114,26 @@ def _refuse_uncaptioned(contents: Contents, prompt: str | None) -> None:
         )
 
 
+def _example(item: Item, caption: str, look: Look, trigger: str | None) -> Example:
+    """An image, or footage where clips are used."""
+    length = look.frames if item.source.clips else 1
+    return Example(
+        item.path,
+        caption,
+        look.size,
+        item.repeats,
+        name=item.name,
+        trigger=trigger,
+        digest=look.digest,
+        length=length,
+        rate=look.rate,
+    )
+
+
 def _refuse_clips(items: Sequence[Item]) -> None:
-    """Raise ConfigError for clips that a table names where nobody said how many frames are trained on."""
-    if named := [item.name for item in items if is_clip(item.path)]:
+    """Raise ConfigError for clips that a table names where nobody said how many frames are trained on, DataError where nothing reads video files."""
+    check_reader([item.path for item in items if is_video(item.path)])
+    if named := [item.name for item in items if not item.source.clips and is_clip(item.path)]:
         raise ConfigError(f"the data has clips, and frames is not said: {listed(named, 3)}", remedy=_CLIPS)
 
 

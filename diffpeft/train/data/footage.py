@@ -51,11 +51,11 @@ def _of_folder(folder: Path) -> Look:
     looks = {path: looked_at(path) for path in frames_in(folder)}
     if broken := {path.name: look.error for path, look in looks.items() if look.error}:
         return Look(error="; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3]))
-    first, *_ = looks.values()
-    if odd := [path.name for path, look in looks.items() if look.size != first.size]:
+    size = next(iter(looks.values())).size
+    if odd := [path.name for path, look in looks.items() if look.size != size]:
         return Look(error=f"{odd[0]} has another size than the frame before")
     digest = hashlib.blake2b("".join(look.digest for look in looks.values()).encode(), digest_size=16).hexdigest()
-    return Look(first.size, len(looks), digest=digest, profiled=all(look.profiled for look in looks.values()))
+    return Look(size, len(looks), digest=digest, profiled=all(look.profiled for look in looks.values()))
 
 
 def _of_video(path: Path) -> Look:

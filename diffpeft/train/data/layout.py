@@ -129,10 +129,9 @@ def walked(source: ImageSource, skip: Collection[Path]) -> Iterator[Folder | Pat
 
 def _below(folder: Folder, skip: Collection[Path], entered: set[Path]) -> Iterator[Folder | Path]:
     inside = sorted(path for path in _listed(folder.path) if not is_junk(path))
-    clips = {path for path in inside if folder.source.clips and path.is_dir() and is_clip(path)}
-    files = tuple(path for path in inside if path.is_file() or path in clips)
+    files = tuple(path for path in inside if path.is_file() or (folder.source.clips and is_clip(path)))
     yield Folder(folder.path, folder.source, folder.repeats, folder.tokens, files)
-    for path in (path for path in inside if path.is_dir() and path not in clips):
+    for path in _folders(inside, files):
         resolved = path.resolve()
         if resolved in skip or (path / RECORD).is_file():
             yield path
@@ -140,6 +139,11 @@ def _below(folder: Folder, skip: Collection[Path], entered: set[Path]) -> Iterat
             entered.add(resolved)
             repeats, tokens = _named(REPEATED.fullmatch(path.name), folder.repeats, folder.tokens)
             yield from _below(Folder(path, folder.source, repeats, tokens), skip, entered)
+
+
+def _folders(inside: Iterable[Path], files: Collection[Path]) -> list[Path]:
+    """The folders that are entered: not those that stand for a clip."""
+    return [path for path in inside if path.is_dir() and path not in files]
 
 
 def _named(name: re.Match[str] | None, repeats: int, tokens: str | None) -> tuple[int, str | None]:

@@ -30,8 +30,8 @@ _SCALES = {"I": (2**8 - 1, 2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}
 class Look:
     """What one look at an image file tells: its size upright, how many frames it has, and why it cannot be read, if so.
 
-    `rate` is how many of them come a second, where that is known. `profiled` is False for a colour profile that cannot be read, `brightest` the largest value of a mask, `digest` a hash of the pixels: of a JPEG of an
-    eighth of them, each the mean of 64.
+    `rate` is how many of them come a second, where that is known. `profiled` is False for a colour profile that cannot be read, `brightest` the largest
+    value of a mask, `digest` a hash of the pixels: of a JPEG of an eighth of them, each the mean of 64.
     """
 
     size: Size = (0, 0)
