@@ -511,7 +511,7 @@ def test_a_sample_is_what_the_pipeline_draws_of_its_texts(family):
     seed = torch.Generator().manual_seed(5)
     with led(family.pipe, keywords_of(family, prompt)) as keywords:
         want = family.pipe(prompt=PROMPTS[0], generator=seed, output_type="pil", **options, **keywords)
-    got = drawn_sample(family, Texts(family), prompt, lambda: None)
+    (got,) = drawn_sample(family, Texts(family), prompt, lambda: None)
     difference = np.asarray(got).astype(int) - np.asarray(images_of(want)[0]).astype(int)
     assert got.size == (WIDTH, HEIGHT) and np.abs(difference).max() <= 1
 
