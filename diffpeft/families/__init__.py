@@ -13,6 +13,8 @@ from diffpeft.families.cogview4 import CogView4
 from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux
 from diffpeft.families.flux2 import Flux2
+from diffpeft.families.followed import FOLLOWED
+from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
 from diffpeft.families.ideogram4 import Ideogram4
@@ -51,6 +53,8 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "wan": Wan,
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
+    **FOLLOWED,
+    "generic": Generic,  # what has no family of its own
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -108,6 +112,16 @@ _PIPELINES = {
     "Krea2": "krea2",
     "Ideogram4": "ideogram4",
     "ErnieImage": "ernie_image",
+    "HunyuanImage": "hunyuan_image",
+    "HunyuanImageRefiner": None,
+    "Bria": "bria",
+    "BriaFibo": "bria_fibo",
+    "BriaFibo2": None,
+    "OvisImage": "ovis_image",
+    "LongCatImage": "longcat_image",
+    "Kandinsky5": "kandinsky5",
+    "PRX": "prx",
+    "NucleusMoEImage": "nucleus_image",
 }
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
@@ -170,6 +184,8 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
     """
     unet, vae = configs.get("unet", {}), configs.get("vae", {})
     family = _by_width(_by_name([pipeline]), unet.get("cross_attention_dim"))
+    if family not in {*FAMILIES, *_WIDTHS["sd15"].values()}:
+        return "generic"
     classes = {id: cls.pipelines for id, cls in FAMILIES.items()}
     if pipeline not in classes.get(family or "", ()):
         known = any(pipeline in names for names in classes.values())
@@ -210,6 +226,7 @@ __all__ = [
     "Configs",
     "Family",
     "Frame",
+    "Generic",
     "Noised",
     "Parts",
     "CaptionReading",

@@ -15,7 +15,7 @@ from torch import Tensor
 import diffpeft
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import CaptionReading, Family, open_family
+from diffpeft.families import CaptionReading, Family, Generic, open_family
 from diffpeft.model.attach import attach
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
@@ -83,6 +83,10 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         open_repository(typed)
     watch.phase("looking at the model")
     family = opened(typed, dtype, device)
+    if type(family) is Generic:
+        watch.note(
+            f"a {type(family.pipe).__name__} has no family of its own: it is trained as its pipeline asks its denoiser"
+        )
     sizing, name = sizing_of(typed, family), checked.name
     checked = sized(checked, sizing, watch)
     config = settled(typed, checked, family, dtype)

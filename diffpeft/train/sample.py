@@ -46,13 +46,18 @@ def pictures(
         drawn = pipe(
             **asked(chunk),
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            **_guided(pipe, guidance),
             generator=generators,
             output_type="np",
             **watched(pipe, told),
         )
         out.append((np.asarray(images_of(drawn)) * 255).round().astype(np.uint8))
     return np.concatenate(out)
+
+
+def _guided(pipe: Pipeline, guidance: float) -> dict[str, float]:
+    """Guidance as a pipeline is told; nothing for one that is led by a part of its own."""
+    return {"guidance_scale": guidance} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
 
 
 def watched(pipe: Pipeline, told: Callable[..., dict[str, object]]) -> dict[str, object]:
@@ -63,7 +68,8 @@ def watched(pipe: Pipeline, told: Callable[..., dict[str, object]]) -> dict[str,
 
 def images_of(drawn: Component) -> Sequence[Component]:
     """The images that a pipeline gives, the first ones of clips."""
-    return drawn.images if "images" in drawn else [clip[0] for clip in drawn.frames]
+    name = next((name for name in ("images", "image") if name in drawn), None)
+    return drawn[name] if name else [clip[0] for clip in drawn.frames]
 
 
 def prompted(

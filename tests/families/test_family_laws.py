@@ -26,6 +26,7 @@ from diffpeft.train.sample import images_of, pictures, prompted
 from diffpeft.train.sample_prompts import of_line
 from diffpeft.train.samples import drawn as drawn_sample
 from diffpeft.train.samples import keywords_of, settled
+from tests.families.followed import FOLLOWED
 from tests.families.pipelines import KINDS, cells, pipeline
 
 HEIGHT, WIDTH = 32, 64
@@ -215,7 +216,7 @@ SIGMAS = {"flow": [0.6, 0.15]}  # where a pipeline is made to begin
 def test_every_family_is_known_by_its_pipeline(kind, pipe):
     named = KINDS[kind][0] if KINDS[kind][0] in TABLES else None
     assert family_of(pipe) == named and type(open_family(pipe)) is FAMILIES[KINDS[kind][0]]
-    assert {family for family, _ in KINDS.values()} == set(FAMILIES)
+    assert {family for family, _ in (KINDS | FOLLOWED).values()} == set(FAMILIES)
 
 
 TRIMMED = ("krea2", "ideogram4")  # the pipeline fills texts up, which masks and places make equal to not doing it
