@@ -8,13 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from converters.families import Table
+from converters.families import TABLES, Table
 from converters.formats.base import Answer, KeyParts, denoiser, dotted_role
 from converters.formats.kohya import SUFFIXES, Lycoris, of_sd_scripts
 from diffpeft.bundle import Entry
 
 DENOISER = "diffusion_model."
-_WORD = re.compile(rf"(?:model\.)?{re.escape(DENOISER)}|text_encoders\.\w+\.(?:transformer\.)?")
+# what other components are called that are within the original's denoiser, as Anima's text conditioner is
+_INSIDE = sorted({e.comfyui for t in TABLES.values() for e in t.encoders.values() if e.comfyui.startswith(DENOISER)})
+_WORD = re.compile(
+    rf"(?:model\.)?(?:{'|'.join(map(re.escape, (*_INSIDE, DENOISER)))})|text_encoders\.\w+\.(?:transformer\.)?"
+)
 
 
 class ComfyUI(Lycoris):
@@ -37,7 +41,8 @@ class ComfyUI(Lycoris):
     def component(self, word: str, table: Table) -> str:
         """By the family's own prefixes."""
         if not word.startswith("text_encoders."):
-            return denoiser(table)
+            word = word.removeprefix("model.")
+            return next((c for c, e in table.encoders.items() if e.comfyui == word), denoiser(table))
         return next((c for c, e in table.encoders.items() if e.comfyui.startswith(word)), "text_encoder")
 
     def word(self, component: str, table: Table) -> str | None:

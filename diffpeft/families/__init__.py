@@ -9,25 +9,32 @@ from diffpeft.errors import WrongBaseError
 from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.chroma import Chroma
+from diffpeft.families.cogvideox import CogVideoX
 from diffpeft.families.cogview4 import CogView4
 from diffpeft.families.ernie_image import ErnieImage
-from diffpeft.families.flux import Flux
+from diffpeft.families.flux import Flux, FluxControl, FluxKontext
 from diffpeft.families.flux2 import Flux2
 from diffpeft.families.followed import FOLLOWED
 from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
+from diffpeft.families.hunyuan_video15 import HunyuanVideo15
 from diffpeft.families.ideogram4 import Ideogram4
+from diffpeft.families.kandinsky5_video import Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
 from diffpeft.families.ltx import LTX
+from diffpeft.families.ltx2 import LTX2
 from diffpeft.families.lumina2 import Lumina2
+from diffpeft.families.mochi import Mochi
 from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.pixart import PixArt
-from diffpeft.families.qwen_image import QwenImage
+from diffpeft.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from diffpeft.families.sana import Sana
+from diffpeft.families.sana_video import SanaVideo
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
+from diffpeft.families.skyreels_v2 import SkyReelsV2
 from diffpeft.families.wan import Wan
 from diffpeft.families.z_image import ZImage
 
@@ -36,9 +43,13 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sd2": StableDiffusion2,
     "sdxl": StableDiffusionXL,
     "flux": Flux,
+    "flux_kontext": FluxKontext,
+    "flux_control": FluxControl,
     "flux2": Flux2,
     "z_image": ZImage,
     "qwen_image": QwenImage,
+    "qwen_image_edit": QwenImageEdit,
+    "qwen_image_edit_plus": QwenImageEditPlus,
     "chroma": Chroma,
     "sd3": StableDiffusion3,
     "lumina2": Lumina2,
@@ -53,13 +64,21 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "wan": Wan,
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
+    "hunyuan_video15": HunyuanVideo15,
+    "ltx2": LTX2,
+    "cogvideox": CogVideoX,
+    "mochi": Mochi,
+    "sana_video": SanaVideo,
+    "kandinsky5_video": Kandinsky5Video,
+    "skyreels_v2": SkyReelsV2,
     **FOLLOWED,
-    "generic": Generic,  # what has no family of its own
+    (_OTHERS := "generic"): Generic,  # what has no family of its own
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
 _MODELS = {
     "UNet2DConditionModel": "sd15",
+    "DreamLiteUNetModel": None,  # derived from it, with other layers
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
     "Flux2Transformer2DModel": "flux2",
@@ -79,6 +98,21 @@ _MODELS = {
     "MochiTransformer3DModel": "mochi",
     "CogVideoXTransformer3DModel": "cogvideox",
     "HiDreamImageTransformer2DModel": "hidream",
+    "Krea2Transformer2DModel": "krea2",
+    "CosmosTransformer3DModel": "cosmos",
+    "Ideogram4Transformer2DModel": "ideogram4",
+    "ErnieImageTransformer2DModel": "ernie_image",
+    "CogView4Transformer2DModel": "cogview4",
+    "HunyuanImageTransformer2DModel": "hunyuan_image",
+    "QwenImage21Transformer2DModel": "qwen_image21",
+    "LongCatImageTransformer2DModel": "longcat_image",
+    "OvisImageTransformer2DModel": "ovis_image",
+    "BriaTransformer2DModel": "bria",
+    "BriaFiboTransformer2DModel": "bria_fibo",
+    "BriaFibo2Transformer2DModel": "bria_fibo2",
+    "PRXTransformer2DModel": "prx",
+    "GlmImageTransformer2DModel": "glm_image",
+    "NucleusMoEImageTransformer2DModel": "nucleus_image",
 }
 # {what the names of pipelines begin with: the family}, where the denoiser is a UNet or none is there; of several that fit, the longest counts
 _PIPELINES = {
@@ -91,15 +125,15 @@ _PIPELINES = {
     "Chroma": "chroma",
     "Wan": "wan",
     "QwenImage": "qwen_image",
-    "QwenImage21": None,
+    "QwenImage21": "qwen_image21",
     "ZImage": "z_image",
     "Lumina2": "lumina2",
     "HunyuanVideo": "hunyuan_video",
-    "HunyuanVideo15": None,
+    "HunyuanVideo15": "hunyuan_video15",
     "HunyuanVideoFramepack": None,
     "PixArt": "pixart",
     "Sana": "sana",
-    "SanaVideo": None,
+    "SanaVideo": "sana_video",
     "SanaImageToVideo": None,
     "SanaWM": None,
     "AuraFlow": "auraflow",
@@ -112,16 +146,21 @@ _PIPELINES = {
     "Krea2": "krea2",
     "Ideogram4": "ideogram4",
     "ErnieImage": "ernie_image",
+    "Cosmos": "cosmos",
+    "Cosmos3": None,
+    "Anima": "cosmos",
     "HunyuanImage": "hunyuan_image",
-    "HunyuanImageRefiner": None,
+    "LongCatImage": "longcat_image",
+    "OvisImage": "ovis_image",
     "Bria": "bria",
     "BriaFibo": "bria_fibo",
-    "BriaFibo2": None,
-    "OvisImage": "ovis_image",
-    "LongCatImage": "longcat_image",
-    "Kandinsky5": "kandinsky5",
+    "BriaFibo2": "bria_fibo2",
     "PRX": "prx",
+    "GlmImage": "glm_image",
     "NucleusMoEImage": "nucleus_image",
+    "Kandinsky5T2V": "kandinsky5_video",
+    "SkyReelsV2": "skyreels_v2",
+    "Kandinsky5T2I": "kandinsky5",
 }
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
@@ -182,28 +221,42 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
 
     Raises WrongBaseError for one that cannot be trained yet, and for a denoiser that reads more than the latents of one image.
     """
-    unet, vae = configs.get("unet", {}), configs.get("vae", {})
-    family = _by_width(_by_name([pipeline]), unet.get("cross_attention_dim"))
-    if family not in {*FAMILIES, *_WIDTHS["sd15"].values()}:
-        return "generic"
-    classes = {id: cls.pipelines for id, cls in FAMILIES.items()}
-    if pipeline not in classes.get(family or "", ()):
-        known = any(pipeline in names for names in classes.values())
-        raise WrongBaseError(
-            f"a {pipeline}{f' with the text width of {family}' if known else ''} cannot be trained",
-            where=where,
-            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(_names(classes.values()))}.",
-        )
-    assert family is not None
+    family, vae = _by_configs(pipeline, configs, where), configs.get("vae", {})
+    if family == _OTHERS:
+        return family
     kind = FAMILIES[family]
     read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
-    if read and made and read != made * kind.packing**2:
+    if read and made and read != kind.channels(made):
+        pictures = "an image and its control image" if kind.aligned else "an image"
         raise WrongBaseError(
-            f"its denoiser reads {read} channels and not the {made * kind.packing**2} of an image: it cannot be trained",
+            f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",
             where=where,
             remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
         )
     return family
+
+
+def _by_configs(pipeline: str, configs: Configs, where: object) -> str:
+    """The family in FAMILIES that trains a pipeline. Raises WrongBaseError for one of a known family that is for something else."""
+    named = _by_width(_by_name([pipeline]), configs.get("unet", {}).get("cross_attention_dim"))
+    ids = [id for id, cls in FAMILIES.items() if pipeline in cls.pipelines]
+    if not ids and named not in {*FAMILIES, *_WIDTHS["sd15"].values()}:
+        return _OTHERS
+    family = named if named in ids else next((id for id in ids if is_of(id, [named])), None)
+    if family is None:
+        pipelines = _names(cls.pipelines for cls in FAMILIES.values())
+        raise WrongBaseError(
+            f"a {pipeline}{f' with the text width of {named}' if ids else ''} cannot be trained",
+            where=where,
+            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(pipelines)}.",
+        )
+    return family
+
+
+def is_of(family: str, others: Iterable[str | None]) -> bool:
+    """Whether a family in FAMILIES is one of others, or a variant of one: with its layers and the files of its checkpoints."""
+    kinds = tuple(FAMILIES[other] for other in others if other in FAMILIES)
+    return family in others or issubclass(FAMILIES[family], kinds)
 
 
 def _names(groups: Iterable[Iterable[str]]) -> list[str]:
@@ -231,6 +284,7 @@ __all__ = [
     "Parts",
     "CaptionReading",
     "family_of",
+    "is_of",
     "is_unnamed",
     "open_family",
     "trainable",

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from diffpeft.families.parts import Configs, Parts, Pipeline
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
-# What a denoiser reads beside latents and time, by name, each [b, ...]. Those of a caption and those of an example's frame have no name in common. Where
-# captions are of several lengths they are filled up with zeros at the end (`prompts.stacked`), and `length` [b] says how many tokens count. Integers stay
+# What a denoiser reads beside latents and time, by name, each [b, ...]. Those of a caption, of an example's frame and of its pictures have no name in common.
+# Where captions are of several lengths they are filled up with zeros at the end (`prompts.stacked`), and `length` [b] says how many tokens count. Integers stay
 # on the host. Latents are [b, c, *size]: of images [b, c, h, w], of clips [b, c, f, h, w].
 Conditions = dict[str, "Tensor"]
 
@@ -108,7 +109,10 @@ class Family(Protocol):
         str, str
     ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
     drawing_steps: int  # in which it draws well
-    packing: int  # latent pixels, the side of the square that the denoiser reads as one
+    controls: tuple[int, int]  # the fewest and the most control images that an example has
+    aligned: bool  # whether control images lie over the picture, pixel by pixel, and so have its size
+    first_frame: bool  # whether `condition` reads the example's own pixels too
+    looking: tuple[str, ...]  # those of the text encoders that look at the control images beside a prompt
 
     parts: Parts
     pipe: Pipeline  # the pipeline of `parts`; components that have left the device are None in it
@@ -126,11 +130,26 @@ class Family(Protocol):
     def sizes(cls, configs: Configs) -> Sizes:
         """What the configs tell of the sizes of images. They may lack anything."""
 
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """How many channels the denoiser reads of latents with so many: other models of its class read more, of images that are edited or filled in."""
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents as the denoiser reads them, fp32. Uses the VAE alone."""
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
-        """What the denoiser reads of the prompts through one of the text encoders. Uses that alone; all of them together make a caption's conditions."""
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """What the denoiser reads of pictures beside the latents that are trained: of control images, each [b, 3, h, w] in [-1, 1] and of a size of its
+        own, or of the first frame of the examples' pixels [b, 3, (f,) h, w]. Uses the VAE alone, or an image encoder.
+        """
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The control images of one picture of a size (width, height) in the keywords of the pipeline."""
+
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
+        """What the denoiser reads of the prompts through one of the text encoders. Uses that alone; all of them together make a caption's conditions.
+
+        `images`: the control images beside the prompts, each [b, 3, h, w] in [-1, 1], for an encoder that looks at them.
+        """
 
     def framed(self, frames: Sequence[Frame]) -> Conditions:
         """What the denoiser reads of where the pixels are from; empty for a family whose does not."""

@@ -13,6 +13,7 @@ from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import length_within, stacked
+from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ def in_blocks(blocks: str, attention: str, mlp: str) -> Mapping[str, str]:
     )
 
 
-class Transformer:
+class Transformer(Uncontrolled):
     """The training side of a pipeline of this kind. It asks the pipeline itself for its conditions: templates, masks and lengths are the pipeline's."""
 
     name = ""  # in messages
@@ -64,11 +65,16 @@ class Transformer:
         pixels = factor(configs.get("vae", {}))
         return Sizes(cls.side, pixels * cls.patch if pixels else None)
 
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """How many channels the transformer reads of latents with so many."""
+        return latent * cls.packing**2
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels)
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """The conditions of prompts, each of which is read by itself."""
         import torch
 
@@ -106,8 +112,8 @@ class ClipTransformer(Transformer):
     """One of a model of clips, which sees an image as a clip of one frame."""
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
-        return encoded(self.parts("vae"), pixels.unsqueeze(2))
+        """Pixels [b, 3, h, w] or [b, 3, f, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, f / t, h / f, w / f]."""
+        return encoded(self.parts("vae"), pixels if pixels.ndim == 5 else pixels.unsqueeze(2))
 
 
 def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:
@@ -118,10 +124,15 @@ def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:
 
 def mask_of(conditions: Conditions, name: str = "text") -> Tensor | None:
     """Which tokens of texts [b, n, w] are no filling [b, n], on the host; None if all are."""
+    length, n = conditions["length"], conditions[name].shape[1]
+    return None if bool((length == n).all()) else counted(length, n)
+
+
+def counted(length: Tensor, n: int) -> Tensor:
+    """The first tokens of n, as many as each length [b] says: [b, n], on the host."""
     import torch
 
-    length, n = conditions["length"], conditions[name].shape[1]
-    return None if bool((length == n).all()) else torch.arange(n) < length[:, None]
+    return torch.arange(n) < length[:, None]
 
 
 def masked_prompts(prompts: Conditions, negative: Conditions) -> Prompted:

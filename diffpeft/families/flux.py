@@ -1,6 +1,10 @@
 """Flux.1 (Black Forest Labs 2024): a transformer on 2 x 2 patches of latents, T5's hidden states, what CLIP pools, and flow matching.
 
 Its dev model was distilled to be told a guidance. Training tells it 1: no guidance.
+
+
+Kontext reads the latents of a picture to edit as further tokens, in a place of their own. The control models (depth, canny) read those of a picture that lies
+over the one that is drawn, in the channels of the same tokens.
 """
 
 from __future__ import annotations
@@ -10,14 +14,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
-from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
+from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
+from diffpeft.families.controls import in_order, numbered
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.patches import PATCH, packed, places, unpacked
 from diffpeft.families.prompts import refuse_skip, tokens
+from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Configs, Parts
@@ -33,7 +40,7 @@ _MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 _GUIDANCE = {"cfg": "true_cfg_scale", "guidance": "guidance_scale"}
 
 
-class Flux:
+class Flux(Uncontrolled):
     """The training side of a FluxPipeline."""
 
     pipelines: tuple[str, ...] = ("FluxPipeline",)
@@ -44,7 +51,6 @@ class Flux:
         {"attn": _BLOCKS.format(_ATTENTION), "attn-mlp": _BLOCKS.format(f"{_ATTENTION}|{_MLP}")}
     )
     unread: Mapping[str, str] = MappingProxyType({})
-    packing = PATCH
     base_version = "flux1"
 
     def __init__(self, parts: Parts, reading: CaptionReading):
@@ -66,11 +72,16 @@ class Flux:
         pixels = factor(configs.get("vae", {}))
         return Sizes(_RESOLUTION, pixels * PATCH if pixels else None)
 
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Those of a patch."""
+        return latent * PATCH**2
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels)
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """What CLIP pools [b, width], or T5's hidden states [b, tokens, width]."""
         pipe, model = self.parts.pipe, self.parts(encoder)
         if encoder == "text_encoder":
@@ -88,16 +99,22 @@ class Flux:
 
         model = self.parts(self.denoiser)
         text, pooled = (sent(conditions[name], model.device).to(model.dtype) for name in ("text", "pooled"))
+        controls = [sent(z, model.device).to(model.dtype) for z in in_order(conditions)]
+        seen, ids = self.seen(x.to(model.dtype), controls)
         velocity = model(
-            hidden_states=packed(x.to(model.dtype)),
+            hidden_states=seen,
             timestep=t.to(model.dtype),
             guidance=torch.ones(len(x), device=x.device) if self.guided else None,
             pooled_projections=pooled,
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
-            img_ids=places(x),
+            img_ids=ids,
         ).sample
-        return precise(unpacked(velocity, x.shape))
+        return precise(unpacked(velocity[:, : len(places(x))], x.shape))
+
+    def seen(self, x: Tensor, controls: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents x [b, c, h, w], and those of control images, as tokens [b, n, 4 c] with their places [n, 3]."""
+        return packed(x), places(x)
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> dict[str, Tensor]:
         """As a FluxPipeline takes prompts; it has negative ones on request."""
@@ -105,3 +122,61 @@ class Flux:
         if blank:
             return read
         return read | {"negative_prompt_embeds": negative["text"], "negative_pooled_prompt_embeds": negative["pooled"]}
+
+
+class FluxKontext(Flux):
+    """The training side of a FluxKontextPipeline, which draws without a picture to edit too."""
+
+    pipelines: tuple[str, ...] = ("FluxKontextPipeline",)
+    controls: tuple[int, int] = (0, 1)
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        self.architecture = "flux-1-kontext-dev"
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The mean of the control image's latents."""
+        return numbered([self.encode(control)[0] for control in controls])
+
+    def seen(self, x: Tensor, controls: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of a control image come after, and their places begin with 1."""
+        import torch
+
+        ids = [places(x), *(places(z) + z.new_tensor([1, 0, 0]) for z in controls)]
+        return torch.cat([packed(z) for z in (x, *controls)], dim=1), torch.cat(ids)
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """As it is: the pipeline would take a size of its own for it, and for what it draws."""
+        area = {"max_area": size[0] * size[1]}
+        return area | ({"image": images[0], "_auto_resize": False} if images else {})
+
+
+class FluxControl(Flux):
+    """The training side of a FluxControlPipeline."""
+
+    pipelines: tuple[str, ...] = ("FluxControlPipeline",)
+    controls: tuple[int, int] = (1, 1)
+    aligned = True
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        self.guidance = {"guidance": _GUIDANCE["guidance"]} if self.guided else {}
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Those of a patch of the picture, and of the control image's."""
+        return 2 * super().channels(latent)
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The mean of the control image's latents."""
+        return numbered([self.encode(control)[0] for control in controls])
+
+    def seen(self, x: Tensor, controls: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of the control image follow in the channels."""
+        import torch
+
+        return torch.cat([packed(z) for z in (x, *controls)], dim=2), places(x)
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The control image."""
+        return {"control_image": images[0]}

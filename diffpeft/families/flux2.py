@@ -4,9 +4,11 @@ model side by side. Its dev model was distilled to be told a guidance. Training 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
+from diffpeft.families.controls import in_order, numbered
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import Transformer, in_blocks
 from diffpeft.families.flow import Flow
@@ -15,6 +17,7 @@ from diffpeft.families.patches import patchified
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -33,6 +36,7 @@ class Flux2(Transformer):
         r"ff(_context)?\.linear_(in|out)",
     )
     packing = 2
+    controls: tuple[int, int] = (0, 10)
     base_version = "flux2"
 
     def __init__(self, parts: Parts, reading: CaptionReading):
@@ -59,17 +63,31 @@ class Flux2(Transformer):
         text, _ = self.pipe.encode_prompt([prompt], device, max_sequence_length=self.max_length)
         return {"text": text[0]}
 
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The means of the control images' latents."""
+        return numbered([self.encode(control)[0] for control in controls])
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The control images."""
+        return {"image": list(images)} if images else {}
+
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
-        """The transformer reads one token a pixel of x, with places in four axes: images have rows and columns, texts a number."""
+        """The transformer reads one token a pixel of x and of control images, with places in four axes: a picture has a number, rows and columns."""
+        import torch
+
+        controls, ids = in_order(read), self.pipe._prepare_latent_ids(x)
+        if controls:
+            beside = self.pipe._prepare_image_ids([z[:1] for z in controls])
+            ids = torch.cat([ids, beside.expand(len(x), -1, -1).to(ids)], dim=1)
         answer = model(
-            hidden_states=x.flatten(2).mT,
+            hidden_states=torch.cat([z.flatten(2).mT for z in (x, *controls)], dim=1),
             timestep=t.to(x.dtype),
             guidance=x.new_ones(len(x)) if self.guided else None,
             encoder_hidden_states=read["text"],
             txt_ids=sent(self.pipe._prepare_text_ids(read["text"]), x.device),
-            img_ids=sent(self.pipe._prepare_latent_ids(x), x.device),
+            img_ids=sent(ids, x.device),
             return_dict=False,
-        )[0]
+        )[0][:, : x[0, 0].numel()]
         return answer.mT.unflatten(2, x.shape[2:])
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:

@@ -218,7 +218,7 @@ class Generic(Transformer):
 
     # -- captions ------------------------------------------------------------------------------------------------------
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """What the pipeline reads of prompts, through all text encoders, under the name of the first."""
         if encoder != self.text_encoders[0]:
             return {}

@@ -43,7 +43,7 @@ class HiDream(Transformer):
         most = rows * columns // config["patch_size"] ** 2
         return Flow.of(scheduler, self.patch, lambda _: USUAL(most))
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """What a CLIP pools [b, width], T5's hidden states [b, n, width], or those of Llama's layers [b, layers, n, width]."""
         import torch
 

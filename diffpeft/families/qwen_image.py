@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
+from diffpeft.families.controls import drawn, in_order, numbered
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import Transformer, in_blocks, mask_of
 from diffpeft.families.latents import encoded
 from diffpeft.families.patches import packed, unpacked
+from diffpeft.families.prompts import stacked
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -54,25 +58,85 @@ class QwenImage(Transformer):
         return {"text": texts[0], "length": torch.tensor(texts.shape[1])}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
-        """The transformer reads patches; of shorter texts a mask says what is filled up."""
-        shape = (1, *(side // self.patch for side in x.shape[2:]))
-        mask = mask_of(read)
+        """The transformer reads patches, those of control images after the picture's; of shorter texts a mask says what is filled up."""
+        import torch
+
+        seen, mask = [x, *in_order(read)], mask_of(read)
+        shapes = [(1, *(side // self.patch for side in z.shape[2:])) for z in seen]
         answer = model(
-            hidden_states=packed(x),
+            hidden_states=torch.cat([packed(z) for z in seen], dim=1),
             timestep=t.to(x.dtype),
             guidance=None,
             encoder_hidden_states=read["text"],
             encoder_hidden_states_mask=None if mask is None else sent(mask.long(), x.device),
-            img_shapes=[[shape]] * len(x),
+            img_shapes=[shapes] * len(x),
             return_dict=False,
         )[0]
-        return unpacked(answer, x.shape)
+        return unpacked(answer[:, : math.prod(shapes[0])], x.shape)
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a QwenImagePipeline takes prompts."""
         masks = {"prompt_embeds_mask": mask_of(prompts), "negative_prompt_embeds_mask": mask_of(negative)}
         texts = {"prompt_embeds": prompts["text"], "negative_prompt_embeds": negative["text"]}
         return texts | {name: mask.long() for name, mask in masks.items() if mask is not None}
+
+
+class QwenImageEdit(QwenImage):
+    """The training side of a QwenImageEditPipeline. Its text encoder looks at the control image too."""
+
+    pipelines: tuple[str, ...] = ("QwenImageEditPipeline",)
+    controls: tuple[int, int] = (1, 1)
+    looking: tuple[str, ...] = ("text_encoder",)
+    side = 1024
+    architecture = "Qwen-Image-Edit"
+    base_version = "qwen_image_edit"
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The means of the control images' latents."""
+        return numbered([self.encode(control)[0] for control in controls])
+
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
+        """The conditions of prompts, each of which is read by itself with its control images."""
+        import torch
+
+        model, rows = self.parts(encoder), list[Conditions]()
+        for row, prompt in enumerate(prompts):
+            shown = self.shown([drawn(image[row]) for image in images])
+            with torch.no_grad():
+                texts, _ = self.pipe.encode_prompt(
+                    [prompt], image=shown, device=model.device, max_sequence_length=self.max_length
+                )
+            rows.append({"text": texts[0], "length": torch.tensor(texts.shape[1])})
+        return stacked(rows)
+
+    def shown(self, images: list[Image]) -> Image | list[Image]:
+        """Control images as the text encoder looks at them: the one that the denoiser reads."""
+        return images[0]
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The control images, which the pipeline scales to the area that the model was made for."""
+        return {"image": images[0]}
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """The training side of a QwenImageEditPlusPipeline (2509, 2511)."""
+
+    pipelines: tuple[str, ...] = ("QwenImageEditPlusPipeline",)
+    controls: tuple[int, int] = (1, 3)
+    architecture = "Qwen-Image-Edit-Plus"
+    base_version = "qwen_image_edit_plus"
+
+    def shown(self, images: list[Image]) -> list[Image]:
+        """Small ones."""
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+
+        sizes = [plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, image.width / image.height) for image in images]
+        resize = self.pipe.image_processor.resize
+        return [resize(image, height, width) for image, (width, height) in zip(images, sizes, strict=True)]
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """All of them."""
+        return {"image": list(images)}
 
 
 def of_one_frame(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from diffpeft.families.devices import sent
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import after, chunks, chunks_of, length_of
+from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from diffpeft.families.parts import Component, Configs, Parts
 
 
-class StableDiffusion:
+class StableDiffusion(Uncontrolled):
     """The training side of a StableDiffusionPipeline with a Stable Diffusion 1.x."""
 
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
@@ -29,7 +30,6 @@ class StableDiffusion:
     presets: Mapping[str, str] = MappingProxyType({})
     guidance: Mapping[str, str] = MappingProxyType({"cfg": "guidance_scale"})
     drawing_steps = 25
-    packing = 1
     architecture = "stable-diffusion-v1"
     base_version = "sd_v1"
 
@@ -53,6 +53,11 @@ class StableDiffusion:
             pixels * 2 ** (len(levels) - 1) if levels and pixels else None,
         )
 
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """As many as latents have."""
+        return latent
+
     def _layer(self, reading: CaptionReading) -> int:
         """Which of the text encoder's layers is read, 1 the last."""
         layers = self.parts.outline("text_encoder").config.num_hidden_layers
@@ -64,7 +69,7 @@ class StableDiffusion:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
         return encoded(self.parts("vae"), pixels)
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """The text encoder's hidden states [b, tokens, width], the last or an earlier layer's through the last norm."""
         model = self.parts(encoder)
         out = model(chunks(self.pipe.tokenizer, prompts, self.chunks, model.device), output_hidden_states=True)

@@ -45,7 +45,7 @@ class StableDiffusion3(Transformer):
         }  # nothing comes out of its texts
         self.zeros = (self.max_length, config["joint_attention_dim"])
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """A CLIP's last hidden states but one [b, n, width] and what it pools [b, width], or T5's hidden states."""
         model = self.parts(encoder)
         if encoder not in _CLIPS:

@@ -29,7 +29,7 @@ class StableDiffusionXL(StableDiffusion):
     architecture = "stable-diffusion-xl-v1-base"
     base_version = "sdxl_base_v1-0"
 
-    def embed(self, encoder: str, prompts: Sequence[str]) -> Conditions:
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
         """The last hidden states but one [b, tokens, width], and of the encoder with a projection what it pools of the first chunk [b, width]."""
         tokenizer, model = getattr(self.pipe, _TOKENIZERS[encoder]), self.parts(encoder)
         out = model(chunks(tokenizer, prompts, self.chunks, model.device), output_hidden_states=True)

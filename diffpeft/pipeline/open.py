@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from diffpeft.model.placing import Placing
+
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
 INDEX = "model_index.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -163,11 +165,12 @@ def open_parts(
     text_encoders: Sequence[str] = (),
     dtype: str = "fp32",
     device: str = "cpu",
+    placing: Placing | None = None,
 ) -> Parts:
     """The same, but each model is loaded when it is first asked for.
 
-    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone. Raises CheckpointError if there is no such pipeline;
-    what is wrong with the weights of a model is told when it is loaded.
+    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone; `placing` says how denoisers are held. Raises
+    CheckpointError if there is no such pipeline; what is wrong with the weights of a model is told when it is loaded.
     """
     check_model(model, base, vae, text_encoders)
     from diffusers import DiffusionPipeline
@@ -186,7 +189,7 @@ def open_parts(
             _mark(pipe, source)
     encoders = {name: model for name, model in skeletons.items() if name.startswith("text_encoder")}
     files = assigned(text_encoders, encoders)
-    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files)
+    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files, placing)
     loaders = {name: functools.partial(opened.load, name) for name in skeletons.keys() - unused.keys()}
     return Parts(pipe, loaders, skeletons, configs)
 
@@ -273,19 +276,25 @@ class _Files:
     device: str
     vae: str | None
     text_encoders: Mapping[str, str]
+    placing: Placing | None
 
     def load(self, name: str) -> Component:
-        """One model with every weight, on its device. Raises CheckpointError if there is none."""
+        """One model with every weight, where it belongs. Raises CheckpointError if there is none."""
         with _told(self.source):
-            cls = type(self.skeletons[name])
-            if not self.source.is_file():
-                return complete_model(cls, self.folder / name, name, dtype=self.dtype).to(self.device).eval()
-            if name in self.text_encoders:
-                model: Component = filled(self.skeletons[name], self.text_encoders[name], self.dtype)
-            else:
-                model = self._from_single_file(name)
-            refuse_placeholders(name, model, self.source)
-            return model.to(self.device).eval()
+            model = self._on_the_host(name).eval()
+            denoises = not {"unet", "transformer"}.isdisjoint(name.split("_"))
+            return self.placing(model) if self.placing and denoises else model.to(self.device)
+
+    def _on_the_host(self, name: str) -> Component:
+        cls = type(self.skeletons[name])
+        if not self.source.is_file():
+            return complete_model(cls, self.folder / name, name, dtype=self.dtype)
+        if name in self.text_encoders:
+            model: Component = filled(self.skeletons[name], self.text_encoders[name], self.dtype)
+        else:
+            model = self._from_single_file(name)
+        refuse_placeholders(name, model, self.source)
+        return model
 
     def _from_single_file(self, name: str) -> Component:
         """A model out of the checkpoint of a whole pipeline, or of a denoiser or a VAE alone."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from diffpeft.families.latents import spread
+from diffpeft.families.prompts import stacked
 from diffpeft.train import draw
-from diffpeft.train.cache import Latents
-from diffpeft.train.data.batches import Batches, Shown
+from diffpeft.train.cache import Latents, Prompt
+from diffpeft.train.data.batches import Batches, Shape, Shown
 from diffpeft.train.objective import Batch
 from diffpeft.train.prior_prompts import PriorPrompts
 
@@ -34,6 +35,19 @@ class Assembly:
         examples = [example for batches in self.kinds for example in batches.examples]
         return list(dict.fromkeys([*captions, *(self.prior.all(examples) if self.prior else ())]))
 
+    def prompts(self, steps: range) -> list[Prompt]:
+        """The same, each with the control images beside it where a text encoder looks at them."""
+        if not self.latents.family.looking:
+            return [Prompt(caption) for caption in self.captions(steps)]
+        places = ((batches, shown) for batches in self.kinds for step in steps for shown in batches.at(step))
+        return list(dict.fromkeys(prompt for batches, shown in places for prompt in self._prompts(batches, shown)))
+
+    def _prompts(self, batches: Batches, shown: Shown) -> list[Prompt]:
+        """What the text encoders are asked for an example at one place."""
+        example = batches.examples[shown.index]
+        texts = [shown.caption, *(self.prior.all([example]) if self.prior else ())]
+        return [Prompt(text, self.latents.controls(example, shown.view)) for text in texts]
+
     def learn(self, steps: range, tick: Callable[[], None] = lambda: None) -> None:
         """Compute the latents of all that these steps show, and give up the VAE."""
         for batches in self.kinds:
@@ -42,15 +56,15 @@ class Assembly:
 
     def at(self, step: int, part: int = 0, parts: int = 1) -> list[Batch]:
         """The batches of a part of a step: one with instance and class images, or if these are of other sizes one of each."""
-        by_size: dict[tuple[int, int], list[tuple[Batches, Shown]]] = {}
+        by_shape: dict[Shape, list[tuple[Batches, Shown]]] = {}
         for batches in self.kinds:
             share = batches.size // parts
             for shown in batches.at(step)[part * share : (part + 1) * share]:
-                by_size.setdefault(shown.view.target, []).append((batches, shown))
-        return [self.batch(places) for places in by_size.values()]
+                by_shape.setdefault(batches.shape(shown.index, shown.view.target), []).append((batches, shown))
+        return [self.batch(places) for places in by_shape.values()]
 
     def batch(self, places: Sequence[tuple[Batches, Shown]]) -> Batch:
-        """What is shown at these places, pictures of one size, as tensors."""
+        """What is shown at these places, pictures of one size with control images of the same sizes, as tensors."""
         examples = [batches.examples[shown.index] for batches, shown in places]
         keys = [shown.key for _, shown in places]
         moments = [self.latents(example, shown.view) for example, (_, shown) in zip(examples, places, strict=True)]
@@ -64,6 +78,8 @@ class Assembly:
             [shown.view.frame(example.size) for example, (_, shown) in zip(examples, places, strict=True)],
             _stacked([m.mask for m in moments], latents),
             [self.prior.at(e, *key) for e, key in zip(examples, keys, strict=True)] if self.prior else None,
+            stacked([m.conditions for m in moments]),
+            [self.latents.controls(example, shown.view) for example, (_, shown) in zip(examples, places, strict=True)],
         )
 
     def _noise(self, shape: Sequence[int], key: Sequence[int | str]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffpeft.families import Conditions, Family
 from diffpeft.families.prompts import stacked
 from diffpeft.train.data import Example, View
+from diffpeft.train.data.controls import NONE, Controls, shown_with
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
 from diffpeft.train.draw import generator
@@ -27,19 +28,31 @@ Entries = dict[Key, Tensors]  # of a store
 
 
 class Moments(NamedTuple):
-    """Mean and standard deviation of a view's latents [c, h, w], and how much each place counts [1, h, w], if there is a mask."""
+    """Mean and standard deviation of a view's latents [c, *size], how much each place counts [1, h, w], if there is a mask, and what the denoiser reads of
+    pictures beside them, without the batch's axis.
+    """
 
     mean: Tensor
     std: Tensor
-    mask: Tensor | None = None
+    mask: Tensor | None
+    conditions: Conditions
 
     def draw(self, *key: int | str) -> Tensor:
         """A sample [c, h, w] of the posterior, a function of `key`."""
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator(*key, "posterior"))
 
 
+class Prompt(NamedTuple):
+    """A prompt, and the control images beside it, for text encoders that look at them."""
+
+    text: str
+    controls: Controls = NONE
+
+
 class Latents:
-    """The latents of views of images. A draw from the posterior costs two small operations, where they are kept."""
+    """The latents of views of images, and what the denoiser reads of their control images. A draw from the posterior costs two small operations, where
+    they are kept.
+    """
 
     def __init__(self, family: Family, store: Store | None = None):
         self.family, self.store = family, store or Memory()
@@ -54,12 +67,12 @@ class Latents:
 
         def computed(image: tuple[int, list[View]]) -> Entries:
             example, views = examples[image[0]], image[1]
-            missing = [view for view in views if self.store.get(self._key(example, view)) is None]
+            missing = [view for view in views if self._kept(example, view) is None]
             if missing:
                 pixels = picture(example.path)
                 for view in missing:
                     self._compute(example, view, pixels)
-            return entries_of(self.store, [self._key(example, view) for view in missing])
+            return entries_of(self.store, [key for view in missing for key in self._keys(example, view)])
 
         for entries in team().divided(list(by_image.items()), computed):
             for key, tensors in entries.items():
@@ -73,22 +86,56 @@ class Latents:
 
     def __call__(self, example: Example, view: View) -> Moments:
         """The latents of a view, which are computed if they are not kept."""
-        tensors = self.store.get(self._key(example, view))
-        if tensors is None:
-            return self._compute(example, view, picture(example.path))
-        return Moments(tensors["mean"], tensors["std"], tensors.get("mask"))
+        kept_moments = self._kept(example, view)
+        return self._compute(example, view, picture(example.path)) if kept_moments is None else kept_moments
 
-    def _key(self, example: Example, view: View) -> Key:
+    def controls(self, example: Example, view: View) -> Controls:
+        """The control images of an example where it is shown so."""
+        return shown_with(example, view, self.family.multiple)
+
+    def _keys(self, example: Example, view: View) -> list[Key]:
+        """Under which the latents of a view are kept, and what is read beside them, if anything is."""
         mask = "" if example.mask is None else "alpha"
         if example.mask not in (None, example.path):
             mask = self.store.of_file(example.mask)
-        return ("latents", self.store.of_file(example.path), mask, view.target, view.left, view.top, view.flipped)
+        shown, controls = (self.store.of_file(example.path), mask, *_facts(view)), self.controls(example, view)
+        keys: list[Key] = [("latents", *shown)]
+        if controls.paths or self.family.first_frame:
+            read = shown if self.family.first_frame else ()
+            keys.append(("conditions", type(self.family).__name__, *read, *keyed(self.store, controls)))
+        return keys
+
+    def _kept(self, example: Example, view: View) -> Moments | None:
+        """All of a view, if it is kept."""
+        entries = [self.store.get(key) for key in self._keys(example, view)]
+        if any(tensors is None for tensors in entries):
+            return None
+        latents, *conditions = (tensors or {} for tensors in entries)
+        return Moments(latents["mean"], latents["std"], latents.get("mask"), conditions[0] if conditions else {})
 
     def _compute(self, example: Example, view: View, image: Image.Image) -> Moments:
-        mean, std = (t[0].cpu() for t in self.family.encode(numbers(view.of(image))[None]))
+        pixels = numbers(view.of(image))[None]
+        mean, std = (t[0].cpu() for t in self.family.encode(pixels))
         mask = masked(example, view, (mean.shape[-2], mean.shape[-1]))
-        self.store.put(self._key(example, view), {"mean": mean, "std": std} | ({} if mask is None else {"mask": mask}))
-        return Moments(mean, std, mask)
+        latents, *others = self._keys(example, view)
+        self.store.put(latents, {"mean": mean, "std": std} | ({} if mask is None else {"mask": mask}))
+        conditions: Conditions = {}
+        for key in others:
+            read = self.family.condition(pixels, self.controls(example, view).pixels())
+            conditions = {name: t[0].cpu() for name, t in read.items()}
+            self.store.put(key, conditions)
+        return Moments(mean, std, mask, conditions)
+
+
+def _facts(view: View) -> Key:
+    """All of a view."""
+    return (view.target, view.left, view.top, view.flipped)
+
+
+def keyed(store: Store, controls: Controls) -> Key:
+    """What stands for control images in keys: what their files hold, and how they are shown."""
+    pairs = zip(controls.paths, controls.views, strict=True)
+    return tuple(fact for path, view in pairs for fact in (store.of_file(path), *_facts(view)))
 
 
 class Texts:
@@ -105,46 +152,58 @@ class Texts:
         frozen = [encoder for encoder in family.text_encoders if encoder not in self.live]
         self.stores: dict[str, Store] = {encoder: stores(encoder) if stores else Memory() for encoder in frozen}
 
-    def learn(self, prompts: Iterable[str]) -> None:
+    def learn(self, prompts: Iterable[str | Prompt]) -> None:
         """Compute what these prompts need, an encoder after the other, and give up those that are not trained."""
+        asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         for encoder, store in self.stores.items():
             if store.keeps:
-                self._learn(encoder, store, list(dict.fromkeys(prompts)))
+                self._learn(encoder, store, list(dict.fromkeys(self._seen(encoder, prompt) for prompt in asked)))
                 self.family.parts.free(encoder)
 
-    def _learn(self, encoder: str, store: Store, prompts: Sequence[str]) -> None:
+    def _seen(self, encoder: str, prompt: Prompt) -> Prompt:
+        """What an encoder sees of a prompt."""
+        return prompt if encoder in self.family.looking else Prompt(prompt.text)
+
+    def _key(self, encoder: str, prompt: Prompt) -> Key:
+        return (encoder, prompt.text, *keyed(self.stores[encoder], prompt.controls))
+
+    def _learn(self, encoder: str, store: Store, prompts: Sequence[Prompt]) -> None:
         """Compute what an encoder makes of prompts, each by one of the processes of the run."""
 
-        def computed(prompt: str) -> Entries:
-            if store.get((encoder, prompt)) is not None:
+        def computed(prompt: Prompt) -> Entries:
+            key = self._key(encoder, prompt)
+            if store.get(key) is not None:
                 return {}
             self._compute(encoder, prompt)
-            return entries_of(store, [(encoder, prompt)])
+            return entries_of(store, [key])
 
         for entries in team().divided(prompts, computed):
             for key, row in entries.items():
                 store.put(key, {name: t.to(self.device) for name, t in row.items()})
 
-    def __call__(self, prompts: Sequence[str]) -> Conditions:
-        """What the denoiser reads of these prompts, each [b, ...]."""
+    def __call__(self, prompts: Sequence[str], controls: Sequence[Controls] = ()) -> Conditions:
+        """What the denoiser reads of these prompts, each [b, ...]. `controls`: the control images beside each, if there are any."""
+        asked = [Prompt(text, beside) for text, beside in zip(prompts, controls or [NONE] * len(prompts), strict=True)]
         conditions: Conditions = {}
         for encoder in self.live:
             conditions |= self.family.embed(encoder, prompts)
         for encoder in self.stores:
-            rows = {prompt: self._row(encoder, prompt) for prompt in dict.fromkeys(prompts)}
-            batch = stacked([rows[prompt] for prompt in prompts])
+            seen = [self._seen(encoder, prompt) for prompt in asked]
+            rows = {prompt: self._row(encoder, prompt) for prompt in dict.fromkeys(seen)}
+            batch = stacked([rows[prompt] for prompt in seen])
             conditions |= {name: t.to(self.device) if t.is_floating_point() else t for name, t in batch.items()}
         return conditions
 
-    def _row(self, encoder: str, prompt: str) -> Conditions:
+    def _row(self, encoder: str, prompt: Prompt) -> Conditions:
         """What an encoder makes of one prompt, without the batch's axis."""
-        kept_row = self.stores[encoder].get((encoder, prompt))
+        kept_row = self.stores[encoder].get(self._key(encoder, prompt))
         return self._compute(encoder, prompt) if kept_row is None else kept_row
 
     @torch.no_grad()
-    def _compute(self, encoder: str, prompt: str) -> Conditions:
-        row = {name: t[0] for name, t in self.family.embed(encoder, [prompt]).items()}
-        self.stores[encoder].put((encoder, prompt), row)
+    def _compute(self, encoder: str, prompt: Prompt) -> Conditions:
+        read = self.family.embed(encoder, [prompt.text], prompt.controls.pixels())
+        row = {name: t[0] for name, t in read.items()}
+        self.stores[encoder].put(self._key(encoder, prompt), row)
         return row
 
 

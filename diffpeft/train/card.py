@@ -18,6 +18,7 @@ from diffpeft.train.data.account import Account
 from diffpeft.train.metadata import is_id
 from diffpeft.train.outputs import README
 from diffpeft.train.run import TrainRun
+from diffpeft.train.slider_config import PromptAccount
 
 OURS = "<!-- written by diffpeft train; a card without this line is kept -->"
 # {family: what the Hub's search calls it}
@@ -199,7 +200,9 @@ def _training(run: TrainRun) -> dict[str, object]:
 
 
 def data_of(account: Account) -> str:
-    """How many images of what sizes a run was trained on, and where their captions are from."""
+    """How many images of what sizes a run was trained on, and where their captions are from; or which prompts."""
+    if isinstance(account, PromptAccount):
+        return "; ".join([account.summary(), *account.plan()])
     captions = ", ".join(f"{n} from {source}" for source, n in account.captions.items())
     sizes = ", ".join(f"{n} of {w}x{h}" for (w, h), n in account.buckets.items())
     images = len(account.examples)

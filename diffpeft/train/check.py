@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from diffpeft import io
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
-from diffpeft.families import FAMILIES, trainable
+from diffpeft.families import FAMILIES, is_of, trainable
 from diffpeft.families.base import Sizes
 from diffpeft.pipeline.open import Facts, check_model, facts
 from diffpeft.train import data, prior
@@ -25,6 +25,7 @@ from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes, prompts_of, typed_prompts
+from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -112,8 +113,8 @@ def _with_cut(account: Account, config: TrainConfig) -> Account:
     if not tokenizers:
         return account
     most = config.max_length or _usual_tokens(source)
-    cut, most = too_long([example.caption for example in account.examples], tokenizers, most)
-    names = tuple(example.name for example, is_cut in zip(account.examples, cut, strict=True) if is_cut)
+    cut, most = too_long([*account.texts.values()], tokenizers, most)
+    names = tuple(name for name, is_cut in zip(account.texts, cut, strict=True) if is_cut)
     return replace(account, cut=names, tokens=most)
 
 
@@ -142,26 +143,33 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
     """The account of a run's data. `known` is what configs tell of the model's sizes. Raises DataError or ConfigError."""
-    out = Path(config.out).resolve() if config.out else None
-    sources = data.sources_of(config.data or ())
-    if out and any(source.path.resolve() == out for source in sources):
-        raise ConfigError(
-            "the output folder is the folder of the images",
-            where=out,
-            remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
-        )
     sides = config.sides(known.resolution)
+    sizing = data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None
+    if isinstance(config, SliderConfig):
+        return config.account(sizing)
+    _refuse_own_output(config)
     part = part_of(config.heldout) if config.heldout is not None else None
     others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
         config.data or (),
         config.instance_prompt,
-        data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
+        sizing,
         trigger=config.trigger,
         mask=config.mask,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
     )
     return account if part is None else _with_heldout(account, part, config)
+
+
+def _refuse_own_output(config: TrainConfig) -> None:
+    """Raise ConfigError if the images are to be read from the folder that the run writes into."""
+    out = Path(config.out).resolve() if config.out else None
+    if out and any(source.path.resolve() == out for source in data.sources_of(config.data or ())):
+        raise ConfigError(
+            "the output folder is the folder of the images",
+            where=out,
+            remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
+        )
 
 
 def _with_heldout(account: Account, part: float | int | Path, config: TrainConfig) -> Account:
@@ -236,7 +244,7 @@ def _refuse_other(kind: Checkpoint, family: str | None, base: Facts, path: Path)
             where=path,
             remedy=f"The families that can are {', '.join(FAMILIES)}.",
         )
-    if family and family not in kind.families:
+    if family and not is_of(family, kind.families):
         raise WrongBaseError(
             f"this is a checkpoint of {kind.name}, and its base is a {base.pipeline}",
             where=path,

@@ -16,7 +16,9 @@ import diffpeft
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, Generic, open_family
+from diffpeft.layers.streaming import stream_of
 from diffpeft.model.attach import attach
+from diffpeft.model.placing import Placing
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
 from diffpeft.pipeline.open import default_device, default_dtype, open_parts
@@ -55,6 +57,8 @@ from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
 from diffpeft.train.shards import shard
 from diffpeft.train.showing import Drawing, drawing_of, showing, told
+from diffpeft.train.slider import SliderLoss, canvases
+from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
 from diffpeft.train.state import fingerprint
 from diffpeft.train.store import Disk, Memory, Nowhere, Store, identity_of, pruned
@@ -82,11 +86,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     if team().main:
         open_repository(typed)
     watch.phase("looking at the model")
-    family = opened(typed, dtype, device)
-    if type(family) is Generic:
-        watch.note(
-            f"a {type(family.pipe).__name__} has no family of its own: it is trained as its pipeline asks its denoiser"
-        )
+    family = noted(opened(typed, dtype, device), watch)
     sizing, name = sizing_of(typed, family), checked.name
     checked = sized(checked, sizing, watch)
     config = settled(typed, checked, family, dtype)
@@ -105,7 +105,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
         run = TrainRun(config, family, name, [], 0.0, checked.account, said)
         run.class_images = len(checked.prior.paths()) if checked.prior else 0
         check_saving(run)
-        keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, "train")
+        keeper = keeper_of(typed, config, name, _reads(checked), partial(exported, run), checked.state, typed.COMMAND)
         with prepared(config, family):
             assist(family.pipe, config.training_adapter, name)
             _share_out(config, family, name)
@@ -142,7 +142,8 @@ def _fitted(
     config, family = run.config, run.family
     parameters = trained_parameters(family.pipe, run.name)
     strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
-    job = job_of(config, parameters, _loss(config, family, encoded.assembly, encoded.texts), strict=strict)
+    loss = encoded.loss(config)
+    job = job_of(config, parameters, loss, strict=strict)
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
     if judge is not None:
         keeper = replace(keeper, judge=judge, facts={**keeper.facts, "heldout": judge.key})
@@ -151,6 +152,8 @@ def _fitted(
     shown = showing(run, encoded.drawing, keeper, job.schedule.at, log, watch, clock)
     with told(run):
         run.losses = fit(job, keeper, shown.events(replace(Events.of(watch, config.steps), log=log)), clock)
+        if isinstance(loss, SliderLoss):
+            loss.settle()
         run.best = judge.verdict(config.steps) if judge else None
         shown.end()
 
@@ -173,8 +176,10 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
         )
     if config.compile:
         models[0].compile()
+    streaming = stream_of(models[0])
     try:
-        yield
+        with streaming.remembered() if streaming else contextlib.nullcontext():
+            yield
     finally:
         models[0]._compiled_call_impl = None
         for model in checkpointed:
@@ -188,16 +193,39 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
 
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
     """
+    placing = Placing(device, config.quantize, config.offload)
     parts = open_parts(
-        config.model, config.base, vae=config.vae, text_encoders=config.text_encoders(), dtype=dtype, device=device
+        config.model,
+        config.base,
+        vae=config.vae,
+        text_encoders=config.text_encoders(),
+        dtype=dtype,
+        device="cpu" if config.base_lora else device,
+        placing=None if config.base_lora else placing,
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
     if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
-        bake(family.parts.whole(), config.base_lora)
-        family.parts.pin(family.denoiser, *family.text_encoders)
+        _bake(family, config.base_lora, placing)
     family.pipe.set_progress_bar_config(disable=True)
+    return family
+
+
+def _bake(family: Family, adapters: str | Sequence[str], placing: Placing) -> None:
+    """Put adapters into the weights of a model for this run, on the host, before they are in few bits; then its parts go where they belong."""
+    bake(family.parts.whole(), adapters)
+    family.parts.pin(family.denoiser, *family.text_encoders)
+    for name, module in family.pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            placing(module) if name == family.denoiser else module.to(placing.device)
+
+
+def noted(family: Family, watch: Watch) -> Family:
+    """The family; where it is none of its own, that is said."""
+    if type(family) is Generic:
+        kind = type(family.pipe).__name__
+        watch.note(f"a {kind} has no family of its own: it is trained as its pipeline asks its denoiser")
     return family
 
 
@@ -241,9 +269,9 @@ def _live(config: TrainConfig, family: Family) -> tuple[str, ...]:
 
 
 class Encoded(NamedTuple):
-    """What a run computes before its steps: its batches, its texts, the pictures that it is measured on, if there are such, and what it draws."""
+    """What a run computes before its steps: what makes its loss, its texts, the pictures that it is measured on, if there are such, and what it draws."""
 
-    assembly: Assembly
+    loss: Callable[[TrainConfig], Callable[[int, int], Tensor]]
     texts: Texts
     heldout: HeldoutPictures | None
     drawing: Drawing
@@ -259,26 +287,52 @@ def _encoded(
     watch: Watch,
 ) -> Encoded:
     """All that the steps and samples of a run will need is computed, and what computed it is given up."""
+    if isinstance(config, SliderConfig):
+        return _of_prompts(config, family, checked, sizing, texts, drawing, watch)
     steps, stores = range(config.steps), _stores(config, family)
     watch.phase("encoding the captions")
     instances = batches_of(config, checked.account.examples, sizing, "instance")
     drawn_prompts = [checked.prior.provenance.prompt] if checked.prior else []
-    measured = [example.caption for example in checked.account.heldout]
-    texts.learn(["", *instances.needed(steps)[1], *drawn_prompts, *measured, *drawing.read_by(family)])
-    drawing.learn(family)
-    classes, offset = class_examples(config, family, checked.prior, watch, texts), config.noise_offset or 0.0
-    kinds, latents = [instances, batches_of(config, classes, sizing, "class")], Latents(family, stores("vae"))
-    assembly = Assembly(kinds, latents, offset, prior_prompts(config))
-    texts.learn(assembly.captions(steps))
-    watch.phase("encoding the images")
+    latents, offset = Latents(family, stores("vae")), config.noise_offset or 0.0
     heldout = None
     if checked.account.heldout:
         heldout = HeldoutPictures(checked.account.heldout, sizing, config.seed, latents, offset)
+    assembly = Assembly([instances], latents, offset, prior_prompts(config))
+    measured = heldout.prompts if heldout else []
+    texts.learn(["", *assembly.prompts(steps), *drawn_prompts, *measured, *drawing.read_by(family)])
+    drawing.learn(family)
+    classes = class_examples(config, family, checked.prior, watch, texts)
+    assembly = replace(assembly, kinds=[instances, batches_of(config, classes, sizing, "class")])
+    texts.learn(assembly.prompts(steps))
+    watch.phase("encoding the images")
+    if heldout:
         heldout.learn(watch.tick)
     assembly.learn(steps, watch.tick)
     if config.cache == "disk" and team().main and (n := pruned(_cache_dir(config), config.cache_limit * 2**30)):
         watch.note(f"{n} entries of the cache that were not used for long are gone: it would take more than its limit")
-    return Encoded(assembly, texts, heldout, drawing)
+    return Encoded(partial(_loss, family=family, assembly=assembly, texts=texts), texts, heldout, drawing)
+
+
+def _of_prompts(
+    config: SliderConfig,
+    family: Family,
+    checked: Checked,
+    sizing: data.Sizing,
+    texts: Texts,
+    drawing: Drawing,
+    watch: Watch,
+) -> Encoded:
+    """The same for a run without images."""
+    watch.phase("encoding the prompts")
+    texts.learn(["", *checked.account.texts.values(), *drawing.read_by(family)])
+    drawing.learn(family)
+    drawn_on = canvases(family, sizing.resolutions)
+    sampling, objective = sampling_of(config, family), objective_of(config)
+
+    def loss(adapted: TrainConfig) -> SliderLoss:
+        return SliderLoss(config, family, texts, drawn_on, sampling, objective)
+
+    return Encoded(loss, texts, None, drawing)
 
 
 def _cache_dir(config: TrainConfig) -> Path:
@@ -390,7 +444,7 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
 
     def loss_of(batch: Batch) -> Tensor:
         batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
-        losses = denoising(family, batch, texts(batch.prompts), objective, base_range)
+        losses = denoising(family, batch, texts(batch.prompts, batch.controls), objective, base_range)
         loss = with_prior(losses, batch.is_class, weight)
         if batch.prior_prompts is not None:
             loss = loss + weight * preserved(family, batch, texts, base).mean()

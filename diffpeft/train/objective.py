@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,13 +20,18 @@ from diffpeft.errors import ConfigError, shown
 from diffpeft.families import Conditions, Family, Frame, Noised
 from diffpeft.families.devices import sent
 from diffpeft.families.latents import spread
+from diffpeft.train.data.controls import Controls
+
+# what the denoiser reads of prompts, with the control images beside each
+Reader = Callable[[Sequence[str], Sequence[Controls]], Conditions]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Latents and noise [b, c, *size], noise levels u [b] in [0, 1), prompts, which of them are class images, and where the pixels are from.
 
-    `mask` [b, 1, h, w] says how much each place counts, `prior_prompts` under which prompts the base's predictions are to be kept.
+    `mask` [b, 1, h, w] says how much each place counts, `prior_prompts` under which prompts the base's predictions are to be kept, `conditions` what the
+    denoiser reads of pictures beside the latents, and `controls` are the control images of each, for text encoders that look at them.
     """
 
     latents: Tensor
@@ -37,11 +42,19 @@ class Batch:
     frames: Sequence[Frame]
     mask: Tensor | None = None
     prior_prompts: list[str] | None = None
+    conditions: Conditions = field(default_factory=dict)
+    controls: Sequence[Controls] = ()
+
+    def read(self, family: Family) -> Conditions:
+        """What the denoiser reads beside prompts."""
+        return family.framed(self.frames) | self.conditions
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         mask = None if self.mask is None else sent(self.mask, device)
-        return replace(self, latents=sent(self.latents, device), noise=sent(self.noise, device), mask=mask)
+        conditions = {name: sent(t, device) if t.is_floating_point() else t for name, t in self.conditions.items()}
+        latents, noise = sent(self.latents, device), sent(self.noise, device)
+        return replace(self, latents=latents, noise=noise, mask=mask, conditions=conditions)
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class BaseRange:
     low: float
     high: float
     weight: float
-    texts: Callable[[Sequence[str]], Conditions]
+    texts: Reader
     base: Callable[[], AbstractContextManager[None]]
 
     def places(self, family: Family, batch: Batch) -> Tensor:
@@ -107,10 +120,11 @@ class BaseRange:
     def targets(self, family: Family, batch: Batch, noised: Noised, places: Tensor) -> Tensor:
         """The targets of a batch [b, c, h, w]: at these places the base's predictions."""
         numbers, rows = places.tolist(), sent(places, noised.x.device)
-        frames = family.framed([batch.frames[n] for n in numbers])
+        read = family.framed([batch.frames[n] for n in numbers]) | {n: t[places] for n, t in batch.conditions.items()}
         with self.base():
-            texts = self.texts([batch.prompts[n] for n in numbers])
-            predictions = family.predict(noised.x[rows], noised.t[rows], texts | frames)
+            beside = [batch.controls[n] for n in numbers] if batch.controls else ()
+            texts = self.texts([batch.prompts[n] for n in numbers], beside)
+            predictions = family.predict(noised.x[rows], noised.t[rows], texts | read)
         return noised.target.float().index_copy(0, rows, predictions.float())
 
     def weighted(self, losses: Tensor, places: Tensor) -> Tensor:
@@ -132,7 +146,7 @@ def denoising(
     places = None if base_range is None else base_range.places(family, batch)
     if base_range is not None and places is not None and len(places):
         noised = noised._replace(target=base_range.targets(family, batch, noised, places))
-    prediction = family.predict(noised.x, noised.t, texts | family.framed(batch.frames))
+    prediction = family.predict(noised.x, noised.t, texts | batch.read(family))
     losses = objective.distance(prediction - noised.target.float(), noised.snr)
     if batch.mask is not None:  # one for all frames
         losses = losses * batch.mask.unflatten(1, (1,) * (losses.ndim - 3))
@@ -201,13 +215,13 @@ def with_prior(losses: Tensor, is_class: Tensor, prior_weight: float) -> Tensor:
 def preserved(
     family: Family,
     batch: Batch,
-    texts: Callable[[Sequence[str]], Conditions],
+    texts: Reader,
     base: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
     """|model(x_t, t, p) - base(x_t, t, p)|^2 [b] under the batch's prior prompts p, for its noised latents x_t. The base is the model inside `base()`."""
-    noised, frames = family.levels.noised(batch.latents, batch.noise, batch.u), family.framed(batch.frames)
+    noised, read = family.levels.noised(batch.latents, batch.noise, batch.u), batch.read(family)
     assert batch.prior_prompts is not None
     with torch.no_grad(), base():
-        target = family.predict(noised.x, noised.t, texts(batch.prior_prompts) | frames)
-    prediction = family.predict(noised.x, noised.t, texts(batch.prior_prompts) | frames)
+        target = family.predict(noised.x, noised.t, texts(batch.prior_prompts, batch.controls) | read)
+    prediction = family.predict(noised.x, noised.t, texts(batch.prior_prompts, batch.controls) | read)
     return (prediction - target).square().flatten(1).mean(1)

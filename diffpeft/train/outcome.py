@@ -19,6 +19,7 @@ from diffpeft import patterns
 from diffpeft.bundle import canonical
 from diffpeft.errors import ConfigError, NothingLearntError, listed
 from diffpeft.layers.carried import effective, op_of
+from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import Slot
 from diffpeft.model.target import adapted, components
 from diffpeft.pipeline.adapters import unload
@@ -164,7 +165,7 @@ def _alike(module: nn.Module, learnt: Slot | None, read: Slot | None, dtype: tor
 def _changed(module: nn.Module, slot: Slot | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A layer's weight and bias in float64, without an adapter and with it. A quantised weight as numbers."""
     op = op_of(module)
-    base = {"weight": op.stored(gathered(op.weight())).double()}
+    base = {"weight": present(module, lambda: op.stored(gathered(op.weight())).double())}
     base |= {} if op.bias is None else {"bias": gathered(op.bias).double()}
     return base, base if slot is None else effective(module, [(slot, 1.0)], torch.float64, base)
 

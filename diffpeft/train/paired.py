@@ -12,9 +12,9 @@ from torch import Tensor
 
 from diffpeft.families import Family
 from diffpeft.train.assembly import Assembly
-from diffpeft.train.cache import Latents, Texts
+from diffpeft.train.cache import Latents, Prompt, Texts
 from diffpeft.train.data import Example, Sizing, View
-from diffpeft.train.data.batches import Batches, Shown
+from diffpeft.train.data.batches import Batches, Shape, Shown
 from diffpeft.train.heldout import BANDS, Design
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Batch, Objective, denoising
@@ -38,9 +38,10 @@ class HeldoutPictures:
         self.draws = draws_of(len(self.pictures))
 
     @property
-    def captions(self) -> list[str]:
-        """Their captions."""
-        return [example.caption for example in self.batches.examples]
+    def prompts(self) -> list[Prompt]:
+        """Their captions, with the control images beside each."""
+        examples, controls = self.batches.examples, self.assembly.latents.controls
+        return [Prompt(examples[index].caption, controls(examples[index], view)) for index, view in self.pictures]
 
     def learn(self, tick: Callable[[], None]) -> None:
         """Compute their latents."""
@@ -116,11 +117,12 @@ class Paired:
 
     def _chunks(self, places: np.ndindex) -> list[list[tuple[int, ...]]]:
         """The places (picture, band, draw) in passes of pictures of one size."""
-        by_size: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        by_shape: dict[Shape, list[tuple[int, ...]]] = {}
         for place in places:
-            by_size.setdefault(self.pictures.pictures[place[0]][1].target, []).append(place)
+            index, view = self.pictures.pictures[place[0]]
+            by_shape.setdefault(self.pictures.batches.shape(index, view.target), []).append(place)
         size = self.batch_size
-        return [same[at : at + size] for same in by_size.values() for at in range(0, len(same), size)]
+        return [same[at : at + size] for same in by_shape.values() for at in range(0, len(same), size)]
 
     def _batch(self, places: Sequence[tuple[int, ...]]) -> Batch:
         return self.pictures.assembly.batch([(self.pictures.batches, self.pictures.shown(*place)) for place in places])
@@ -134,4 +136,4 @@ class Paired:
         u = self.sampling.at(arguments, batch.latents.shape).to(batch.u.dtype)
         u = u.clamp(max=1 - torch.finfo(u.dtype).eps)
         batch = replace(batch.to(self.family.parts(self.family.denoiser).device), u=u)
-        return denoising(self.family, batch, self.texts(batch.prompts), self.objective)
+        return denoising(self.family, batch, self.texts(batch.prompts, batch.controls), self.objective)

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffpeft.families import Conditions, Family
 from diffpeft.families.base import Prompted
 from diffpeft.families.parts import Component, Pipeline
+from diffpeft.train.data.controls import Controls
 
 STRENGTHS = (0.0, 0.5, 1.0)
 _CELL, _GAP, _LABEL, _HEAD = 128, 6, 130, 26
@@ -55,15 +56,15 @@ def pictures(
     return np.concatenate(out)
 
 
-def _guided(pipe: Pipeline, guidance: float) -> dict[str, float]:
-    """Guidance as a pipeline is told; nothing for one that is led by a part of its own."""
-    return {"guidance_scale": guidance} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
-
-
 def watched(pipe: Pipeline, told: Callable[..., dict[str, object]]) -> dict[str, object]:
     """How a pipeline is asked to tell of its steps; nothing for one that does not."""
     tells = "callback_on_step_end" in inspect.signature(pipe.__call__).parameters
     return {"callback_on_step_end": told} if tells else {}
+
+
+def _guided(pipe: Pipeline, scale: float) -> dict[str, object]:
+    """How a pipeline is asked for guidance; nothing for one whose guidance is a component of its own."""
+    return {"guidance_scale": scale} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
 
 
 def images_of(drawn: Component) -> Sequence[Component]:
@@ -73,9 +74,16 @@ def images_of(drawn: Component) -> Sequence[Component]:
 
 
 def prompted(
-    family: Family, texts: Callable[[Sequence[str]], Conditions], prompts: Sequence[str], negative: str | None = None
+    family: Family,
+    texts: Callable[[Sequence[str], Sequence[Controls]], Conditions],
+    prompts: Sequence[str],
+    negative: str | None = None,
+    controls: Sequence[Controls] = (),
 ) -> Prompted:
-    """Prompts, and the negative one of all, as a family's pipeline takes them when its text encoders are not there."""
+    """Prompts, and the negative one of all, as a family's pipeline takes them when its text encoders are not there.
+
+    `controls`: the control images beside each prompt, for text encoders that look at them.
+    """
     model = family.parts(family.denoiser)
 
     def placed(value: object) -> object:
@@ -85,7 +93,8 @@ def prompted(
             return value
         return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
-    keywords = family.prompted(texts(prompts), texts([negative or ""] * len(prompts)), blank=negative is None)
+    read, away = texts(prompts, controls), texts([negative or ""] * len(prompts), controls)
+    keywords = family.prompted(read, away, blank=negative is None)
     return {name: placed(value) for name, value in keywords.items()}
 
 

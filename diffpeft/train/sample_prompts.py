@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -211,15 +212,13 @@ def _triggered(prompt: SamplePrompt, trigger: str | None) -> SamplePrompt:
 
 
 def prompts_of(config: TrainConfig, captions: Sequence[str]) -> list[SamplePrompt]:
-    """All that is drawn: the instance prompt, then what was typed, or without any of these a caption. None if nothing is drawn."""
+    """All that is drawn: the instance prompt, or what a slider changes, then what was typed, or without any of these a caption. None if nothing is drawn."""
     if config.sample_every == 0:
         return []
     prompts = typed_prompts(config)
-    if config.instance_prompt is not None:
-        main = with_trigger(config.instance_prompt, config.trigger)
-        alike = [prompt for prompt in prompts if prompt.prompt == main]
-        others = [prompt for prompt in prompts if prompt not in alike]
-        return [*(alike or [SamplePrompt(main, where="--instance-prompt")]), *others]
+    if mains := {with_trigger(text, config.trigger): where for text, where in config.main_prompts().items()}:
+        alike = [[p for p in prompts if p.prompt == main] or [SamplePrompt(main, where=mains[main])] for main in mains]
+        return [*chain.from_iterable(alike), *(prompt for prompt in prompts if prompt.prompt not in mains)]
     caption = next((caption for caption in captions if caption), "")
     return prompts or [SamplePrompt(caption, where="a caption")]
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from diffpeft.train.cache import Texts
     from diffpeft.train.config import TrainConfig
 
-_STEP, _PICTURE = re.compile(r"step(\d{8,})"), re.compile(r"p(\d+)_s(\d+)(?:_w([\d.]+))?\.png")
+_STEP, _PICTURE = re.compile(r"step(\d{8,})"), re.compile(r"p(\d+)_s(\d+)(?:_w(-?[\d.]+))?\.png")
 _RECORD = "diffpeft"  # the text in a picture that says what it was drawn with
 
 
@@ -91,7 +91,7 @@ def _negative(family: Family, prompt: SamplePrompt, cfg: float | None) -> str | 
             where=prompt.where,
             remedy="Pass --l above 1 with it, or leave it out." if takes_one and cfg is not None else "Leave it out.",
         )
-    return "" if led_away and prompt.negative is None and _usual(family, "cfg") <= 1 else prompt.negative
+    return "" if led_away and prompt.negative is None and usual(family, "cfg") <= 1 else prompt.negative
 
 
 _CFG = 7.0  # of a pipeline that has no guidance of its own for every number of steps
@@ -115,17 +115,17 @@ def _scales(config: TrainConfig, family: Family, prompt: SamplePrompt) -> tuple[
                 remedy=f"Leave {flag} out.",
             )
     for field in family.guidance:
-        said[field] = _usual(family, field) if said[field] is None else said[field]
+        said[field] = usual(family, field) if said[field] is None else said[field]
     return said["cfg"], said["guidance"]
 
 
 _LACKS = (("cfg", "--l", "is led away from no negative prompt"), ("guidance", "--g", "is told no guidance"))
 
 
-def _usual(family: Family, field: str) -> float:
+def usual(family: Family, field: str) -> float:
     """What a family's pipeline has for cfg or guidance where nothing is said."""
-    usual = _keywords(family)[family.guidance[field]].default
-    return _CFG if usual is None else float(usual)
+    default = _keywords(family)[family.guidance[field]].default
+    return _CFG if default is None else float(default)
 
 
 def _keywords(family: Family) -> Mapping[str, inspect.Parameter]:
@@ -248,12 +248,25 @@ class Gallery:
     Args:
         model: what the pictures are drawn with, for people.
         start: the share of the denoising steps that are the base's alone.
+        every: the strengths that each prompt is drawn at beside the base's, and `first` those that the first one is drawn at besides.
     """
 
     out: Path
     prompts: tuple[SamplePrompt, ...]
     model: str
     start: float = 0.0
+    every: tuple[float, ...] = (1.0,)
+    first: tuple[float, ...] = (0.5,)
+
+    @property
+    def strengths(self) -> list[float]:
+        """All strengths, the lowest first."""
+        return sorted({0.0, *self.every, *self.first})
+
+    def spots(self) -> list[Spot]:
+        """What is drawn with the adapter on."""
+        numbers = range(len(self.prompts))
+        return [*(Spot(n, strength) for n in numbers for strength in self.every), *(Spot(0, s) for s in self.first)]
 
     def facts(self, spot: Spot) -> Json:
         """What a picture is drawn with, whatever the step."""
@@ -272,7 +285,7 @@ class Gallery:
 
     def pictures(self) -> dict[int, dict[Spot, Path]]:
         """{step: {spot: file}} of all that are there, the earliest step first."""
-        spots = [Spot(number, strength) for number in range(len(self.prompts)) for strength in (0.0, 0.5, 1.0)]
+        spots = [*(Spot(number, 0.0) for number in range(len(self.prompts))), *self.spots()]
         steps = {step: {s: self.path(step, s) for s in spots if self.has(step, s)} for step in _folders(self.out)}
         return {step: pictures for step, pictures in steps.items() if pictures}
 
@@ -346,11 +359,11 @@ class Sampler:
         return files
 
     def _due(self, step: int) -> list[Spot]:
-        """The base's pictures, once; each prompt at strength 1, and the first one at 0.5 too."""
+        """The base's pictures, once; and each prompt at its strengths."""
         if step == 0 and not self.from_first:
             return []
         numbers, there = range(len(self.gallery.prompts)), self.gallery.pictures().values()
         spots = [Spot(n, 0.0) for n in numbers if not any(Spot(n, 0.0) in pictures for pictures in there)]
         if step or self.changes:
-            spots += [*(Spot(n, 1.0) for n in numbers), Spot(0, 0.5)]
+            spots += self.gallery.spots()
         return [spot for spot in spots if not self.gallery.has(step, spot)]

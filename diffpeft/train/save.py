@@ -90,7 +90,11 @@ def refuse_too_large(run: TrainRun, dtype: torch.dtype) -> None:
     layers, out = _too_large(run, dtype), run.config.out or ""
     if not layers:
         return
-    again = f" diffpeft train --resume {shlex.quote(out)} --save-dtype bf16" if checkpoints_in(Path(out)) else ""
+    again = (
+        f" diffpeft {run.config.COMMAND} --resume {shlex.quote(out)} --save-dtype bf16"
+        if checkpoints_in(Path(out))
+        else ""
+    )
     error = ConfigError(
         f"save_dtype is {run.config.save_dtype}, and {len(layers)} layers have numbers that are too large for it: {listed(layers)}",
         remedy=f"Save with --save-dtype bf16 or fp32.{again}",

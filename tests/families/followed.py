@@ -8,18 +8,10 @@ import diffusers
 import torch
 import transformers
 
-from tests.families.pipelines import (
-    _CLIPS_OF_FRAMES,
-    _DYNAMIC,
-    _LLM,
-    _chat,
-    _clip,
-    _llm,
-    _t5,
-    _tokenizer,
-    _vae,
-    _vl,
-)
+from tests.families.components import CLIPS_OF_FRAMES, LLM, chat, clip, llm, t5, tokenizer
+from tests.families.pipelines import _DYNAMIC as DYNAMIC
+from tests.families.pipelines import _vae as vae_of
+from tests.families.pipelines import _vl as vl
 
 _FLUX = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 _FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "latent_channels": 4}
@@ -31,7 +23,7 @@ def _flow(**config: Any) -> Any:
 
 def _vl25(layers: int, causal: bool = True) -> Any:
     """Qwen2.5-VL without much of its eyes."""
-    text = {**_LLM, "vocab_size": len(_tokenizer()), "num_hidden_layers": layers}
+    text = {**LLM, "vocab_size": len(tokenizer()), "num_hidden_layers": layers}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
     eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=eyes)
@@ -40,7 +32,7 @@ def _vl25(layers: int, causal: bool = True) -> Any:
 
 def _vl3(layers: int) -> Any:
     """Qwen3-VL without much of its eyes, with a head."""
-    return transformers.Qwen3VLForConditionalGeneration(_vl(layers).config)
+    return transformers.Qwen3VLForConditionalGeneration(vl(layers).config)
 
 
 def _filled(model: Any) -> Any:
@@ -52,7 +44,7 @@ def _filled(model: Any) -> Any:
 
 
 def _processor(side: str = "right") -> Any:
-    return Processor(_chat(side))
+    return Processor(chat(side))
 
 
 class Processor:
@@ -86,9 +78,9 @@ def _hunyuan_image(guided: bool = False) -> Any:
             scaling_factor=0.75,
         ),
         text_encoder=_vl25(4),
-        tokenizer=_chat(),
-        text_encoder_2=_t5(),
-        tokenizer_2=_chat(),
+        tokenizer=chat(),
+        text_encoder_2=t5(),
+        tokenizer_2=chat(),
         transformer=diffusers.HunyuanImageTransformer2DModel(
             **_FLUX,
             in_channels=8,
@@ -106,10 +98,10 @@ def _hunyuan_image(guided: bool = False) -> Any:
 
 def _bria() -> Any:
     pipe = diffusers.BriaPipeline(
-        scheduler=_flow(**_DYNAMIC),
-        vae=_vae(**_FLUX_VAE),
-        text_encoder=_t5(),
-        tokenizer=_chat(),
+        scheduler=_flow(**DYNAMIC),
+        vae=vae_of(**_FLUX_VAE),
+        text_encoder=t5(),
+        tokenizer=chat(),
         transformer=diffusers.BriaTransformer2DModel(
             **_FLUX, in_channels=16, joint_attention_dim=32, axes_dims_rope=[4, 4, 8]
         ),
@@ -119,10 +111,10 @@ def _bria() -> Any:
 
 def _ovis_image() -> Any:
     return diffusers.OvisImagePipeline(
-        scheduler=_flow(**_DYNAMIC),
-        vae=_vae(**_FLUX_VAE),
-        text_encoder=_llm("Qwen3", 2),
-        tokenizer=_chat(),
+        scheduler=_flow(**DYNAMIC),
+        vae=vae_of(**_FLUX_VAE),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat(),
         transformer=diffusers.OvisImageTransformer2DModel(
             **_FLUX, in_channels=16, out_channels=16, joint_attention_dim=16, axes_dims_rope=(4, 4, 8)
         ),
@@ -131,10 +123,10 @@ def _ovis_image() -> Any:
 
 def _longcat_image() -> Any:
     return diffusers.LongCatImagePipeline(
-        scheduler=_flow(**_DYNAMIC),
-        vae=_vae(**{**_FLUX_VAE, "latent_channels": 16}),
+        scheduler=_flow(**DYNAMIC),
+        vae=vae_of(**{**_FLUX_VAE, "latent_channels": 16}),
         text_encoder=_vl25(2),
-        tokenizer=_chat(),
+        tokenizer=chat(),
         text_processor=_processor(),
         transformer=diffusers.LongCatImageTransformer2DModel(
             **_FLUX, in_channels=64, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8]
@@ -145,11 +137,11 @@ def _longcat_image() -> Any:
 def _kandinsky5() -> Any:
     pipe = diffusers.Kandinsky5T2IPipeline(
         scheduler=_flow(shift=3.0),
-        vae=_vae(**_FLUX_VAE),
+        vae=vae_of(**_FLUX_VAE),
         text_encoder=_vl25(2),
         tokenizer=_processor(),
-        text_encoder_2=_clip(),
-        tokenizer_2=_tokenizer(),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(),
         transformer=_filled(
             diffusers.Kandinsky5Transformer3DModel(
                 in_visual_dim=4,
@@ -173,9 +165,9 @@ def _kandinsky5() -> Any:
 def _prx() -> Any:
     pipe = diffusers.PRXPipeline(
         scheduler=_flow(shift=3.0),
-        vae=_vae(**_FLUX_VAE),
-        text_encoder=_t5(),
-        tokenizer=_chat(),
+        vae=vae_of(**_FLUX_VAE),
+        text_encoder=t5(),
+        tokenizer=chat(),
         transformer=_filled(
             diffusers.PRXTransformer2DModel(
                 in_channels=4, context_in_dim=32, hidden_size=32, num_heads=2, depth=2, axes_dim=[8, 8]
@@ -188,8 +180,8 @@ def _prx() -> Any:
 
 def _nucleus_image() -> Any:
     return diffusers.NucleusMoEImagePipeline(
-        scheduler=_flow(**_DYNAMIC),
-        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
+        scheduler=_flow(**DYNAMIC),
+        vae=diffusers.AutoencoderKLQwenImage(**CLIPS_OF_FRAMES),
         text_encoder=_vl3(9),
         processor=_processor(),
         transformer=_filled(
@@ -214,10 +206,10 @@ def _nucleus_image() -> Any:
 def _bria_fibo() -> Any:
     ids = {"vocab_size": 128001, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     pipe = diffusers.BriaFiboPipeline(
-        scheduler=_flow(**_DYNAMIC),
-        vae=diffusers.AutoencoderKLWan(**_CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
-        text_encoder=transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**_LLM, num_hidden_layers=2, **ids)),
-        tokenizer=_chat(),
+        scheduler=_flow(**DYNAMIC),
+        vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        text_encoder=transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**LLM, num_hidden_layers=2, **ids)),
+        tokenizer=chat(),
         transformer=diffusers.BriaFiboTransformer2DModel(
             **_FLUX, in_channels=4, joint_attention_dim=32, axes_dims_rope=[4, 4, 8], text_encoder_dim=16
         ),
@@ -229,9 +221,9 @@ def _bria_fibo() -> Any:
 def _lumina() -> Any:
     pipe = diffusers.LuminaPipeline(
         scheduler=_flow(shift=3.0),
-        vae=_vae(scaling_factor=0.13025),
-        text_encoder=_llm("Gemma", 2),
-        tokenizer=_chat(),
+        vae=vae_of(scaling_factor=0.13025),
+        text_encoder=llm("Gemma", 2),
+        tokenizer=chat(),
         transformer=_filled(
             diffusers.LuminaNextDiT2DModel(
                 sample_size=16,
@@ -261,16 +253,16 @@ def _hunyuan_dit() -> Any:
         ),
         text_encoder=transformers.BertModel(
             transformers.BertConfig(
-                vocab_size=len(_tokenizer()),
+                vocab_size=len(tokenizer()),
                 hidden_size=32,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 intermediate_size=32,
             )
         ),
-        tokenizer=_tokenizer(),
-        text_encoder_2=_t5(),
-        tokenizer_2=_chat(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=chat(),
         transformer=diffusers.HunyuanDiT2DModel(
             sample_size=16,
             patch_size=2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,17 +10,9 @@ import pytest
 import torch
 import transformers
 
-from diffpeft.pipeline.open import EMBEDDED
+from tests.families import clips
+from tests.families.components import CLIPS_OF_FRAMES, HUNYUAN_VAE, LLM, chat, clip, llm, t5, tokenizer
 
-_CLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "projection_dim": 24,
-    "max_position_embeddings": 77,
-}
-_T5 = {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4}
 _UNET = {
     "sample_size": 16,
     "block_out_channels": (16, 32),
@@ -49,19 +40,6 @@ _ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 _DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
 
 
-@functools.cache
-def _tokenizer() -> Any:
-    return transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
-
-
-def _clip(projected: bool = False, wide: bool = True) -> Any:
-    t = _tokenizer()
-    ids = {"vocab_size": len(t), "bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id}
-    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    width = {"hidden_size": 40} if projected and wide else {}  # single files are told apart by it
-    return kind(transformers.CLIPTextConfig(**{**_CLIP, **width}, **ids))
-
-
 def _vae(**config: Any) -> Any:
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **kinds, **config)
@@ -70,8 +48,8 @@ def _vae(**config: Any) -> Any:
 def _sd(**scheduler: Any) -> Any:
     return diffusers.StableDiffusionPipeline(
         vae=_vae(),
-        text_encoder=_clip(),
-        tokenizer=_tokenizer(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
         unet=diffusers.UNet2DConditionModel(**_UNET),
         scheduler=diffusers.DDIMScheduler(**_BETAS, **scheduler),
         safety_checker=None,
@@ -91,10 +69,10 @@ def _sd2(**scheduler: Any) -> Any:
 def _sdxl(vae: dict[str, Any] | None = None, zeros: bool = True, **scheduler: Any) -> Any:
     return diffusers.StableDiffusionXLPipeline(
         vae=_vae(**(vae or {"scaling_factor": 0.13025})),
-        text_encoder=_clip(),
-        text_encoder_2=_clip(projected=True),
-        tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(),
+        text_encoder=clip(),
+        text_encoder_2=clip(projected=True),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
         unet=diffusers.UNet2DConditionModel(**_XL),
         scheduler=diffusers.DDIMScheduler(**_BETAS, **scheduler),
         force_zeros_for_empty_prompt=zeros,
@@ -106,10 +84,10 @@ def _flux(guided: bool, **scheduler: Any) -> Any:
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_clip(),
-        tokenizer=_tokenizer(),
-        text_encoder_2=transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(_tokenizer()), **_T5)),
-        tokenizer_2=_tokenizer(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
         transformer=diffusers.FluxTransformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -125,26 +103,6 @@ def _flux(guided: bool, **scheduler: Any) -> Any:
 
 
 # -- transformers that read language models ------------------------------------------------------------------------------
-
-_LLM = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-_CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}> {% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{{ m['content'][0]['text'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def _chat(side: str = "right") -> Any:
-    """A tokenizer with a template for conversations, which reads as much as it is told and fills up at a side."""
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", padding_side=side)
-    tokenizer.chat_template, tokenizer.model_max_length = _CHAT, 4096
-    return tokenizer
-
-
-def _llm(kind: str, layers: int, **config: Any) -> Any:
-    """A language model of transformers by the beginning of its classes' names."""
-    ids = {"vocab_size": len(_tokenizer()), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    settings = getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, **_LLM, **ids, **config)
-    return getattr(transformers, f"{kind}Model")(settings)
 
 
 def _statistics(vae: Any) -> Any:
@@ -164,8 +122,8 @@ def _flux2(guided: bool) -> Any:
     return (diffusers.Flux2Pipeline if guided else diffusers.Flux2KleinPipeline)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
         vae=_vae2(),
-        text_encoder=_llm("Qwen3", 31 if guided else 28),
-        tokenizer=_chat(),
+        text_encoder=llm("Qwen3", 31 if guided else 28),
+        tokenizer=chat(),
         transformer=diffusers.Flux2Transformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -184,8 +142,8 @@ def _z_image(**scheduler: Any) -> Any:
     return diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_llm("Qwen3", 2),
-        tokenizer=_chat(),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat(),
         transformer=diffusers.ZImageTransformer2DModel(
             in_channels=4,
             dim=32,
@@ -200,30 +158,12 @@ def _z_image(**scheduler: Any) -> Any:
     )
 
 
-def _t5(kind: str = "T5", **config: Any) -> Any:
-    settings = {**_T5, **config}
-    return getattr(transformers, f"{kind}EncoderModel")(
-        getattr(transformers, f"{kind}Config")(vocab_size=len(_tokenizer()), **settings)
-    )
-
-
-_CLIPS_OF_FRAMES = {
-    "base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 1],
-    "num_res_blocks": 1,
-    "temperal_downsample": [False],
-    "latents_mean": [0.1, -1, 2, 0],
-    "latents_std": [1.0, 2, 0.5, 3],
-}
-
-
 def _qwen_image(**scheduler: Any) -> Any:
     return diffusers.QwenImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, **scheduler),
-        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
-        text_encoder=_llm("Qwen3", 2),
-        tokenizer=_chat(),
+        vae=diffusers.AutoencoderKLQwenImage(**CLIPS_OF_FRAMES),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat(),
         transformer=diffusers.QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -240,8 +180,8 @@ def _chroma() -> Any:
     return diffusers.ChromaPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_t5(),
-        tokenizer=_chat(),
+        text_encoder=t5(),
+        tokenizer=chat(),
         transformer=diffusers.ChromaTransformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -262,12 +202,12 @@ def _sd3(large: bool, **scheduler: Any) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=1.5305, shift_factor=0.0609, latent_channels=4),
-        text_encoder=_clip(projected=True, wide=False),
-        tokenizer=_tokenizer(),
-        text_encoder_2=_clip(projected=True),
-        tokenizer_2=_tokenizer(),
-        text_encoder_3=_t5(d_model=96) if large else None,
-        tokenizer_3=_chat() if large else None,
+        text_encoder=clip(projected=True, wide=False),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(projected=True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(d_model=96) if large else None,
+        tokenizer_3=chat() if large else None,
         transformer=diffusers.SD3Transformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -288,8 +228,8 @@ def _lumina2(**scheduler: Any) -> Any:
     pipe = diffusers.Lumina2Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
-        tokenizer=_chat(),
+        text_encoder=llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=chat(),
         transformer=diffusers.Lumina2Transformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -312,8 +252,8 @@ def _pixart(alpha: bool) -> Any:
     return (diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline)(
         scheduler=diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False),
         vae=_vae(scaling_factor=0.13025),
-        text_encoder=_t5(),
-        tokenizer=_chat(),
+        text_encoder=t5(),
+        tokenizer=chat(),
         transformer=diffusers.PixArtTransformer2DModel(
             sample_size=128 if alpha else 16,
             in_channels=4,
@@ -345,8 +285,8 @@ def _sana(**scheduler: Any) -> Any:
             downsample_block_type="stride_conv",
             scaling_factor=0.41407,
         ),
-        text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
-        tokenizer=_chat(),
+        text_encoder=llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=chat(),
         transformer=diffusers.SanaTransformer2DModel(
             sample_size=32,
             in_channels=4,
@@ -366,8 +306,8 @@ def _auraflow() -> Any:
     return diffusers.AuraFlowPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
         vae=_vae(scaling_factor=0.13025),
-        text_encoder=_t5("UMT5"),
-        tokenizer=_chat(),
+        text_encoder=t5("UMT5"),
+        tokenizer=chat(),
         transformer=diffusers.AuraFlowTransformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -389,8 +329,8 @@ def _cogview4() -> Any:
             base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
         ),
         vae=_vae(scaling_factor=0.5),
-        text_encoder=_llm("Glm", 2),
-        tokenizer=_chat("left"),
+        text_encoder=llm("Glm", 2),
+        tokenizer=chat("left"),
         transformer=diffusers.CogView4Transformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -410,14 +350,14 @@ def _hidream() -> Any:
     pipe = diffusers.HiDreamImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_clip(projected=True),
-        tokenizer=_tokenizer(),
-        text_encoder_2=_clip(projected=True),
-        tokenizer_2=_tokenizer(),
-        text_encoder_3=_t5(d_model=16),
-        tokenizer_3=_chat(),
-        text_encoder_4=_llm("Llama", 2, attn_implementation="eager"),
-        tokenizer_4=_chat(),
+        text_encoder=clip(projected=True),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(projected=True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(d_model=16),
+        tokenizer_3=chat(),
+        text_encoder_4=llm("Llama", 2, attn_implementation="eager"),
+        tokenizer_4=chat(),
         transformer=diffusers.HiDreamImageTransformer2DModel(
             patch_size=2,
             in_channels=4,
@@ -441,7 +381,7 @@ def _hidream() -> Any:
 
 def _vl(layers: int) -> Any:
     """Qwen3-VL without much of its eyes."""
-    text = {**_LLM, "vocab_size": len(_tokenizer()), "num_hidden_layers": layers}
+    text = {**LLM, "vocab_size": len(tokenizer()), "num_hidden_layers": layers}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
     eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     eyes["deepstack_visual_indexes"] = [0]
@@ -451,9 +391,9 @@ def _vl(layers: int) -> Any:
 def _krea2(distilled: bool) -> Any:
     return diffusers.Krea2Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, max_image_seq_len=6400),
-        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
+        vae=diffusers.AutoencoderKLQwenImage(**CLIPS_OF_FRAMES),
         text_encoder=_vl(3),
-        tokenizer=_chat(),
+        tokenizer=chat(),
         text_encoder_select_layers=(1, 3),
         is_distilled=distilled,
         transformer=diffusers.Krea2Transformer2DModel(
@@ -483,7 +423,7 @@ def _ideogram4() -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=_vae2(),
         text_encoder=_vl(36),
-        tokenizer=_chat(),
+        tokenizer=chat(),
         transformer=diffusers.Ideogram4Transformer2DModel(**kind),
         unconditional_transformer=diffusers.Ideogram4Transformer2DModel(**kind),
     )
@@ -493,8 +433,8 @@ def _ernie_image() -> Any:
     pipe = diffusers.ErnieImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae2(),
-        text_encoder=_llm("Qwen3", 2),
-        tokenizer=_chat(),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat(),
         transformer=diffusers.ErnieImageTransformer2DModel(
             hidden_size=32,
             num_attention_heads=2,
@@ -515,9 +455,9 @@ def _ernie_image() -> Any:
 def _wan(**config: Any) -> Any:
     return diffusers.WanPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        vae=diffusers.AutoencoderKLWan(**_CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
-        text_encoder=_t5("UMT5"),
-        tokenizer=_chat(),
+        vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        text_encoder=t5("UMT5"),
+        tokenizer=chat(),
         transformer=diffusers.WanTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=12,
@@ -551,8 +491,8 @@ def _ltx() -> Any:
     return diffusers.LTXPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
         vae=vae,
-        text_encoder=_t5(),
-        tokenizer=_chat(),
+        text_encoder=t5(),
+        tokenizer=chat(),
         transformer=diffusers.LTXVideoTransformer3DModel(
             in_channels=8,
             out_channels=8,
@@ -568,20 +508,11 @@ def _ltx() -> Any:
 def _hunyuan_video() -> Any:
     return diffusers.HunyuanVideoPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        vae=diffusers.AutoencoderKLHunyuanVideo(
-            latent_channels=4,
-            block_out_channels=(8,) * 4,
-            down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-            up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-            layers_per_block=1,
-            norm_num_groups=4,
-            scaling_factor=0.476986,
-            mid_block_add_attention=False,
-        ),
-        text_encoder=_llm("Llama", 3),
-        tokenizer=_chat(),
-        text_encoder_2=_clip(),
-        tokenizer_2=_tokenizer(),
+        vae=diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN_VAE),
+        text_encoder=llm("Llama", 3),
+        tokenizer=chat(),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(),
         transformer=diffusers.HunyuanVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
@@ -634,6 +565,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
     "ltx": ("ltx", _ltx),
     "hunyuan_video": ("hunyuan_video", _hunyuan_video),
+    **clips.KINDS,
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 
@@ -644,7 +576,7 @@ ALWAYS = ("sd", "flux dev", "flux schnell", "flux,", "z_image", "flux2 klein", "
 
 def cells(kinds: Iterable[str], always: tuple[str, ...] = ALWAYS) -> list[Any]:
     """Kinds as parameters of tests, slow ones marked."""
-    standing = {kind for kind in kinds if kind.startswith(always) and not kind.startswith(("sd3", "z_image,"))}
+    standing = {kind for kind in kinds if kind.startswith(always) and not kind.startswith(("sd3", "z_image,", "ltx2"))}
     return [kind if kind in standing else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
@@ -656,6 +588,8 @@ def made(kinds: dict[str, tuple[str, Any]], kind: str, dtype: torch.dtype) -> An
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype).eval()
+            if hasattr(part, "time_embeddings"):
+                part.time_embeddings.float()  # Kandinsky's, which computes in single precision
     return pipe
 
 

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxControlPipeline, FluxImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers import DDIMScheduler, FluxFillPipeline, FluxImg2ImgPipeline, StableDiffusionInpaintPipeline
 
 from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, Generic, family_of, open_family, trainable
@@ -225,7 +225,7 @@ def test_what_is_followed_is_what_a_family_says(kind):
 # -- what cannot be followed -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [FluxImg2ImgPipeline, FluxControlPipeline, StableDiffusionInpaintPipeline])
+@pytest.mark.parametrize("kind", [FluxImg2ImgPipeline, FluxFillPipeline, StableDiffusionInpaintPipeline])
 def test_another_pipeline_of_a_known_family_is_refused_by_name(kind):
     with pytest.raises(WrongBaseError, match=f"a {kind.__name__}.* cannot be trained"):
         trainable(kind.__name__, {})

@@ -245,10 +245,23 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
             **HEADS,
         },
     ),
-}
-# models of no family that is known
-UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    "cogview4": ("CogView4Transformer2DModel", {**_COGVIEW, **HEADS}),
+    "krea2": (
+        "Krea2Transformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 24,
+            "timestep_embed_dim": 16,
+            "text_hidden_dim": 16,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 24,
+            "axes_dims_rope": (4, 4, 8),
+            **HEADS,
+        },
+    ),
     "cosmos": (
         "CosmosTransformer3DModel",
         {
@@ -261,7 +274,95 @@ UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
             **HEADS,
         },
     ),
+    "ideogram4": (
+        "Ideogram4Transformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "intermediate_size": 24,
+            "adaln_dim": 8,
+            "llm_features_dim": 32,
+            "mrope_section": (4, 2, 2),
+            **HEADS,
+        },
+    ),
+    "ernie_image": (
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "ffn_hidden_size": 48,
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_in_dim": 16,
+            "rope_axes_dim": (4, 4, 8),
+        },
+    ),
+    "cogview4": ("CogView4Transformer2DModel", {**_COGVIEW, **HEADS}),
+    "hunyuan_image": (
+        "HunyuanImageTransformer2DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 32,
+            "text_embed_2_dim": 16,
+            "rope_axes_dim": (8, 8),
+            **HEADS,
+        },
+    ),
+    "qwen_image21": (
+        "QwenImage21Transformer2DModel",
+        {"in_channels": 16, "out_channels": 16, "num_layers": 2, "context_in_dim": 32, "axes_dims_rope": (4, 6, 6)}
+        | HEADS,
+    ),
+    "longcat_image": (
+        "LongCatImageTransformer2DModel",
+        {**_FLUX, "pooled_projection_dim": 32, "axes_dims_rope": [4, 4, 8]},
+    ),
+    "ovis_image": ("OvisImageTransformer2DModel", {**_FLUX, "out_channels": 4, "axes_dims_rope": (4, 4, 8)}),
     "bria": ("BriaTransformer2DModel", {**_FLUX, "axes_dims_rope": [4, 4, 8]}),
+    "bria_fibo": (
+        "BriaFiboTransformer2DModel",
+        {**_FLUX, "text_encoder_dim": 16, "axes_dims_rope": [4, 4, 8]},
+    ),
+    "bria_fibo2": (
+        "BriaFibo2Transformer2DModel",
+        {
+            "in_channels": 4,
+            "dim": 64,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "cap_feat_dim": 32,
+            "injection_layer_ids": (1,),
+            "perceiver_num_layers": 1,
+        },
+    ),
+    "prx": (
+        "PRXTransformer2DModel",
+        {"in_channels": 4, "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "depth": 2, "axes_dim": [8, 8]},
+    ),
+    "glm_image": ("GlmImageTransformer2DModel", {**_COGVIEW, "prior_vq_quantizer_codebook_size": 16, **HEADS}),
+    "nucleus_image": (
+        "NucleusMoEImageTransformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 32,
+            "axes_dims_rope": (16, 24, 24),
+            "moe_enabled": False,
+        },
+    ),
+}
+# models of no family that is known
+UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cogview3": ("CogView3PlusTransformer2DModel", {**_COGVIEW, **HEADS}),
     "kandinsky5": (
         "Kandinsky5Transformer3DModel",
         {

@@ -106,7 +106,7 @@ def test_the_error_is_against_the_model_without_the_adapter(embedded):
     z = torch.randn(2, 4, 8, 8)
     prompts = ["", "an emoji of lemon"]
     batch = Batch(z, n, torch.tensor([0.2, 0.7]), ["x", "y"], torch.zeros(2, dtype=torch.bool), [], None, prompts)
-    texts = lambda prompts: conditions_of(family, prompts)  # noqa: E731
+    texts = lambda prompts, controls=(): conditions_of(family, prompts)  # noqa: E731
     got = preserved(family, batch, texts, lambda: diffpeft.adapters(embedded, {"style": 0.0}))
     x = family.levels.noised(z, n, batch.u)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_in_the_bases_range_its_own_predictions_are_the_targets_and_elsewhere_th
     z, n, u = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.95, 0.5, 0.85])
     frames = [Frame((64, 64), (0, 0), (64, 64))] * 3
     batch = Batch(z, n, u, ["a", kind, "b"], torch.zeros(3, dtype=torch.bool), frames)
-    texts = lambda prompts: conditions_of(family, prompts)  # noqa: E731
+    texts = lambda prompts, controls=(): conditions_of(family, prompts)  # noqa: E731
     x = family.levels.noised(z, n, u)
     low = float(x.sigma[2])  # an end counts
     base = lambda: diffpeft.adapters(embedded, {"style": 0.0})  # noqa: E731

@@ -6,12 +6,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from diffpeft.errors import listed, shown
 from diffpeft.train.data.buckets import Size, Sizing, share
 
 SHOWN = 3  # names of each kind
 _LITTLE = 0.25  # of an image is seen
+
+
+class Control(NamedTuple):
+    """A control image: its file, (width, height) upright, and a hash of its pixels."""
+
+    path: Path
+    size: Size
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Example:
         name: what it is called in the account.
         trigger: what `[trigger]` in the caption stood for.
         digest: a hash of its pixels.
+        controls: what a model of edits is shown beside it, in order.
     """
 
     path: Path
@@ -35,6 +45,7 @@ class Example:
     name: str = ""
     trigger: str | None = None
     digest: str = ""
+    controls: tuple[Control, ...] = ()
 
     @property
     def look(self) -> tuple[object, ...]:
@@ -51,7 +62,9 @@ class Group:
     repeats: int = 1
 
     def __str__(self) -> str:
-        return f"{shown(self.name)} {_count(self.images, 'image')}" + (f" x {self.repeats}" if self.repeats > 1 else "")
+        return f"{shown(self.name)} {counted(self.images, 'image')}" + (
+            f" x {self.repeats}" if self.repeats > 1 else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,11 @@ class Account:
         sizes = self.sizes
         return tuple(name for name, ts in self.targets.items() if min(share(sizes[name], t) for t in ts) < _LITTLE)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """{image: its caption}."""
+        return {example.name: example.caption for example in self.examples}
+
     def summary(self) -> str:
         """How many images of what sizes, and where their captions are from."""
         images = (*self.examples, *(() if self.heldout_from else self.heldout))
@@ -148,7 +166,7 @@ class Account:
         ends = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
         captions = ", ".join(f"{n} from {source}" for source, n in self.captions.items())
         where = self.where or self.folder
-        return f"{_count(len(images), 'image')} of {ends} in {where}; captions: {captions}"
+        return f"{counted(len(images), 'image')} of {ends} in {where}; captions: {captions}"
 
     def plan(self) -> list[str]:
         """How the images are used: how often, in what sizes, with which masks."""
@@ -160,7 +178,7 @@ class Account:
         ):
             lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
         if masked := sum(example.mask is not None for example in self.examples):
-            lines.append(f"masks weigh the loss of {_count(masked, 'image')}")
+            lines.append(f"masks weigh the loss of {counted(masked, 'image')}")
         return [*lines, *self._held_out(), *self._passes()]
 
     def _held_out(self) -> list[str]:
@@ -168,7 +186,7 @@ class Account:
         if not self.heldout:
             return []
         names = f"of {self.heldout_from}" if self.heldout_from else listed([e.name for e in self.heldout], SHOWN)
-        return [f"held out, measured on and not trained on: {_count(len(self.heldout), 'image')}, {names}"]
+        return [f"held out, measured on and not trained on: {counted(len(self.heldout), 'image')}, {names}"]
 
     def _passes(self) -> list[str]:
         """How often the pictures are passed through, a line, if that is known."""
@@ -177,7 +195,7 @@ class Account:
         steps, batch = self.steps
         times = f"{steps * batch / self.pictures:.3g}"
         passes = "pass" if times == "1" else "passes"
-        return [f"{_count(steps, 'step')} of {_count(batch, 'picture')}: {times} {passes} through {self.pictures}"]
+        return [f"{counted(steps, 'step')} of {counted(batch, 'picture')}: {times} {passes} through {self.pictures}"]
 
     def notes(self) -> list[str]:
         """What may not be as it was meant, a sentence each; none for a folder that is wholly used."""
@@ -192,13 +210,13 @@ class Account:
             "with a mask that leaves nothing": self.black,
         }
         notes = [
-            f"{_count(len(names), 'image')} {what}: {listed(names, SHOWN)}" for what, names in kinds.items() if names
+            f"{counted(len(names), 'image')} {what}: {listed(names, SHOWN)}" for what, names in kinds.items() if names
         ]
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
-            notes.append(f"{_count(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+            notes.append(f"{counted(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
         if self.copies:
-            notes.append(f"{_count(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
+            notes.append(f"{counted(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
         if self.unread:
             notes.append("not used: " + ", ".join(_ending(end, names) for end, names in self.unread.items()))
         if self.folders:
@@ -238,7 +256,7 @@ class Account:
 
 def folders_text(folders: Mapping[str, int]) -> str:
     """Folders with the number of images in each."""
-    named = [f"{name} ({_count(n, 'image')})" if n else name for name, n in folders.items()]
+    named = [f"{name} ({counted(n, 'image')})" if n else name for name, n in folders.items()]
     return listed(named, SHOWN)
 
 
@@ -247,5 +265,6 @@ def _ending(ending: str, names: Iterable[str]) -> str:
     return f"{len(names)} {ending} ({listed(names, SHOWN)})"
 
 
-def _count(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """How many of a thing."""
     return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -1,8 +1,8 @@
 """Which examples make the batch of a step, and how each is shown: functions of (seed, step, place). What a run will need is known before it begins.
 
-All pictures of a batch are of one size. Those of a size are taken in passes, each in an order of its own, and batches are always full: the next pass goes on
-where one ends. After e epochs each example has been shown at least e times for each of its repeats; where the batch size divides the number of
-pictures of every size, exactly so often.
+All pictures of a batch are of one size, and so are their control images. Those of a size are taken in passes, each in an order of its own, and batches are
+always full: the next pass goes on where one ends. After e epochs each example has been shown at least e times for each of its repeats; where the batch size
+divides the number of pictures of every size, exactly so often.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from diffpeft.train import draw
 from diffpeft.train.data.account import Example
 from diffpeft.train.data.buckets import Size, Sizing
 from diffpeft.train.data.captions import shuffled
+from diffpeft.train.data.controls import sizes_with
 from diffpeft.train.data.read import View
 
+Shape = tuple[Size, ...]  # of what is shown of an example: the size of its picture, and those of its control images
 CROPS = 5  # places along a side at which a random crop may lie: few, so that latents can be kept
 
 
@@ -77,20 +79,24 @@ class Batches:
 
     def __post_init__(self) -> None:
         common = math.gcd(*(example.repeats for example in self.examples)) or 1
-        by_target: dict[Size, list[int]] = {}
+        by_shape: dict[Shape, list[int]] = {}
         for index, example in enumerate(self.examples):
             for target in self.sizing.targets(example.size):
-                by_target.setdefault(target, []).extend([index] * (example.repeats // common))
-        self.buckets = sorted(by_target.items())
+                by_shape.setdefault(self.shape(index, target), []).extend([index] * (example.repeats // common))
+        self.buckets = sorted(by_shape.items())
         self.epochs: dict[int, list[int]] = {}  # the one that was asked for last
         self.known: dict[range, tuple[dict[tuple[int, View], None], dict[str, None]]] = {}  # what was needed, likewise
+
+    def shape(self, index: int, target: Size) -> Shape:
+        """The sizes of an example where its picture has a size."""
+        return (target, *sizes_with(self.examples[index], target, self.sizing.multiple))
 
     def at(self, step: int) -> list[Shown]:
         """The batch of a step 0, 1, ...: `size` examples, or none if there are no examples at all."""
         if not self.buckets:
             return []
         bucket, number = self._turn(step)
-        target, indices = self.buckets[bucket]
+        (target, *_), indices = self.buckets[bucket]
         places = draw.order(len(indices), number * self.size, self.size, self.seed, self.kind)
         return [
             self._shown(indices[at], target, (self.seed, step, self.kind, place)) for place, at in enumerate(places)

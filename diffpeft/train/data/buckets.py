@@ -83,6 +83,19 @@ def covering(size: Size, target: Size) -> Size:
     return w, max(int(height * w / width + 0.5), h)
 
 
+def alike(a: Size, b: Size) -> bool:
+    """Whether two sizes have one shape, up to the rounding of the smaller."""
+    slack = max(a[0] / b[0], a[1] / b[1], b[0] / a[0], b[1] / a[1])
+    return abs(a[0] * b[1] - a[1] * b[0]) <= slack * max(*a, *b)
+
+
+def reshaped(size: Size, target: Size, multiple: int) -> Size:
+    """A size with the shape of `size` and about the area of `target`, in whole multiples, as the pipelines of edit models have it."""
+    side = math.sqrt(target[0] * target[1] / (size[0] * size[1]))
+    width, height = (max(round(side * n / multiple), 1) * multiple for n in size)
+    return width, height
+
+
 def share(size: Size, target: Size) -> float:
     """How much of an image is seen in a picture of size `target`, 0 to 1."""
     width, height = covering(size, target)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffpeft.errors import ConfigError, DataError, near
 from diffpeft.train.data.account import Example
-from diffpeft.train.data.buckets import Size
+from diffpeft.train.data.buckets import Size, alike
 from diffpeft.train.data.layout import ENDINGS, MASK, compared
 from diffpeft.train.data.read import Look, View, looked_at, mask
 
@@ -59,7 +59,7 @@ def masks_of(kind: str, examples: Sequence[Example], strict: bool = True) -> Mas
 
 def _wrong(look: Look, size: Size) -> str:
     """Why a mask cannot be that of an image of `size`; nothing if it can."""
-    shape = "" if look.error or _alike(look.size, size) else f"its shape {look.size} is not that of the image, {size}"
+    shape = "" if look.error or alike(look.size, size) else f"its shape {look.size} is not that of the image, {size}"
     return look.error or shape
 
 
@@ -70,12 +70,6 @@ def _looked_at(example: Example, path: Path | None) -> Look | None:
         return look
     grey = mask(path, alpha=path == example.path)
     return None if grey is None else Look(look.size, brightest=int(np.asarray(grey).max()))
-
-
-def _alike(a: Size, b: Size) -> bool:
-    """Whether two sizes have one shape, up to the rounding of the smaller."""
-    slack = max(a[0] / b[0], a[1] / b[1], b[0] / a[0], b[1] / a[1])
-    return abs(a[0] * b[1] - a[1] * b[0]) <= slack * max(*a, *b)
 
 
 def _in_folder(folder: Path, examples: Sequence[Example]) -> dict[Path, Path]:

@@ -1,0 +1,29 @@
+"""What a family is that reads no pictures beside those that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from diffpeft.families.base import Conditions, Prompted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class Uncontrolled:
+    """A family without control images. One that has some says so, and what its denoiser reads of them."""
+
+    controls: tuple[int, int] = (0, 0)
+    aligned: bool = False
+    first_frame: bool = False
+    looking: tuple[str, ...] = ()
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """Nothing."""
+        return {}
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """Nothing."""
+        return {}
