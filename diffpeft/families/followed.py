@@ -10,6 +10,7 @@ from diffpeft.families.base import CaptionReading, Sizes
 from diffpeft.families.dit import in_blocks
 from diffpeft.families.flux import Flux
 from diffpeft.families.generic import Generic
+from diffpeft.families.kandinsky5_video import Kandinsky5Video
 
 if TYPE_CHECKING:
     from diffpeft.families.parts import Component, Configs, Parts
@@ -94,11 +95,7 @@ class Kandinsky5(Followed):
 
     name = "Kandinsky 5"
     pipelines: tuple[str, ...] = ("Kandinsky5T2IPipeline",)
-    presets = in_blocks(
-        r"(text|visual)_transformer_blocks\.\d+",
-        r"(self|cross)_attention\.(to_(query|key|value)|out_layer)",
-        r"feed_forward\.(in|out)_layer",
-    )
+    presets = Kandinsky5Video.presets
     architecture = "kandinsky-5-image"
     base_version = "kandinsky5"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,8 +75,8 @@ class Generic(Transformer):
         self.max_length = self._length(reading)
         self.resolution, self.multiple = self.sizes(parts.configs, parts.pipe).known()
         kind = type(parts.pipe).__name__.removesuffix("Pipeline")
-        self.base_version = self.base_version or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind).lower()
-        self.architecture = self.architecture or self.base_version.replace("_", "-")
+        self.base_version = self.base_version or kind
+        self.architecture = self.architecture or kind
         self._layouts: dict[tuple[int, int], Lie] = {}
         self._orders: dict[tuple[int, ...], Tensor] = {}
         self._mus: dict[tuple[int, ...], float] = {}

@@ -21,7 +21,7 @@ def _flow(**config: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(**config)
 
 
-def _vl25(layers: int, causal: bool = True) -> Any:
+def _vl25(layers: int) -> Any:
     """Qwen2.5-VL without much of its eyes."""
     text = {**LLM, "vocab_size": len(tokenizer()), "num_hidden_layers": layers}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
@@ -43,25 +43,10 @@ def _filled(model: Any) -> Any:
     return model
 
 
-def _processor(side: str = "right") -> Any:
-    return Processor(chat(side))
-
-
-class Processor:
-    """A processor of texts alone."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def __call__(self, text: Any, images: Any = None, videos: Any = None, **kwargs: Any) -> Any:
-        side = kwargs.pop("padding_side", None)
-        if side is not None:
-            self.tokenizer.padding_side = side
-        return self.tokenizer(text, **kwargs)
-
-    def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
-        said = self.tokenizer.apply_chat_template(messages, **kwargs)
-        return [said] if kwargs.get("tokenize") else said
+def _eight(**config: Any) -> Any:
+    """A VAE that takes eight pixels for one, as pipelines take for granted."""
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return diffusers.AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, **kinds, **config)
 
 
 def _hunyuan_image(guided: bool = False) -> Any:
@@ -97,7 +82,7 @@ def _hunyuan_image(guided: bool = False) -> Any:
 
 
 def _bria() -> Any:
-    pipe = diffusers.BriaPipeline(
+    return diffusers.BriaPipeline(
         scheduler=_flow(**DYNAMIC),
         vae=vae_of(**_FLUX_VAE),
         text_encoder=t5(),
@@ -106,7 +91,6 @@ def _bria() -> Any:
             **_FLUX, in_channels=16, joint_attention_dim=32, axes_dims_rope=[4, 4, 8]
         ),
     )
-    return pipe
 
 
 def _ovis_image() -> Any:
@@ -127,7 +111,7 @@ def _longcat_image() -> Any:
         vae=vae_of(**{**_FLUX_VAE, "latent_channels": 16}),
         text_encoder=_vl25(2),
         tokenizer=chat(),
-        text_processor=_processor(),
+        text_processor=chat(),
         transformer=diffusers.LongCatImageTransformer2DModel(
             **_FLUX, in_channels=64, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8]
         ),
@@ -135,11 +119,11 @@ def _longcat_image() -> Any:
 
 
 def _kandinsky5() -> Any:
-    pipe = diffusers.Kandinsky5T2IPipeline(
+    return diffusers.Kandinsky5T2IPipeline(
         scheduler=_flow(shift=3.0),
-        vae=vae_of(**_FLUX_VAE),
+        vae=_eight(**_FLUX_VAE),
         text_encoder=_vl25(2),
-        tokenizer=_processor(),
+        tokenizer=chat(),
         text_encoder_2=clip(),
         tokenizer_2=tokenizer(),
         transformer=_filled(
@@ -158,8 +142,6 @@ def _kandinsky5() -> Any:
             )
         ),
     )
-    pipe.vae_scale_factor_spatial = 2  # it takes 8 for granted
-    return pipe
 
 
 def _prx() -> Any:
@@ -183,7 +165,7 @@ def _nucleus_image() -> Any:
         scheduler=_flow(**DYNAMIC),
         vae=diffusers.AutoencoderKLQwenImage(**CLIPS_OF_FRAMES),
         text_encoder=_vl3(9),
-        processor=_processor(),
+        processor=chat(),
         transformer=_filled(
             diffusers.NucleusMoEImageTransformer2DModel(
                 in_channels=16,
@@ -205,23 +187,32 @@ def _nucleus_image() -> Any:
 
 def _bria_fibo() -> Any:
     ids = {"vocab_size": 128001, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    pipe = diffusers.BriaFiboPipeline(
+    return diffusers.BriaFiboPipeline(
         scheduler=_flow(**DYNAMIC),
-        vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        vae=diffusers.AutoencoderKLWan(
+            **CLIPS_OF_FRAMES
+            | {
+                "dim_mult": [1] * 4,
+                "temperal_downsample": [False] * 3,
+                "patch_size": 2,
+                "in_channels": 12,
+                "out_channels": 12,
+            },
+            scale_factor_temporal=1,
+            scale_factor_spatial=16,
+        ),
         text_encoder=transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**LLM, num_hidden_layers=2, **ids)),
         tokenizer=chat(),
         transformer=diffusers.BriaFiboTransformer2DModel(
             **_FLUX, in_channels=4, joint_attention_dim=32, axes_dims_rope=[4, 4, 8], text_encoder_dim=16
         ),
     )
-    pipe.vae_scale_factor = 2  # it takes 16 for granted
-    return pipe
 
 
 def _lumina() -> Any:
-    pipe = diffusers.LuminaPipeline(
+    return diffusers.LuminaPipeline(
         scheduler=_flow(shift=3.0),
-        vae=vae_of(scaling_factor=0.13025),
+        vae=_eight(scaling_factor=0.13025),
         text_encoder=llm("Gemma", 2),
         tokenizer=chat(),
         transformer=_filled(
@@ -237,20 +228,12 @@ def _lumina() -> Any:
             )
         ),
     )
-    pipe.vae_scale_factor = 2
-    return pipe
 
 
 def _hunyuan_dit() -> Any:
     return diffusers.HunyuanDiTPipeline(
         scheduler=diffusers.DDPMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear"),
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(8,) * 4,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            scaling_factor=0.13025,
-        ),
+        vae=_eight(scaling_factor=0.13025),
         text_encoder=transformers.BertModel(
             transformers.BertConfig(
                 vocab_size=len(tokenizer()),
