@@ -13,6 +13,8 @@ from diffpeft.families.generic import Generic
 from diffpeft.families.kandinsky5_video import Kandinsky5Video
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffpeft.families.parts import Component, Configs, Parts
 
 
@@ -140,6 +142,32 @@ class NucleusImage(Followed):
     base_version = "nucleus_image"
 
 
+class QwenImage21(Followed):
+    """Qwen-Image 2.1 (Alibaba 2026): one stream of latent pixels and Qwen3-VL's hidden states. Its VAE reads how opaque a picture is: all of it."""
+
+    name = "Qwen-Image 2.1"
+    pipelines: tuple[str, ...] = ("QwenImage21Pipeline",)
+    presets = in_blocks(r"transformer_blocks\.\d+", r"attn\.(to_[qkv]|to_out\.0)", r"img_mlp\.(gate_layer|proj|out)")
+    architecture = "Qwen-Image-2.1"
+    base_version = "qwen_image_2_1"
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, 1, h / f, w / f]."""
+        import torch
+
+        return super().encode(torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
+
+
+class BriaFibo2(Followed):
+    """FIBO 2 (Bria 2026): eighteen layers of Qwen3-VL in six bundles."""
+
+    name = "FIBO 2"
+    pipelines: tuple[str, ...] = ("BriaFibo2Pipeline",)
+    presets = in_blocks(r"layers\.\d+", r"(cross_)?attention\.(to_[qkv]|to_out\.0)", r"feed_forward\.w[123]")
+    architecture = "bria-fibo-2"
+    base_version = "bria_fibo2"
+
+
 FOLLOWED: dict[str, type[Followed]] = {
     "hunyuan_image": HunyuanImage,
     "bria": Bria,
@@ -149,4 +177,6 @@ FOLLOWED: dict[str, type[Followed]] = {
     "kandinsky5": Kandinsky5,
     "prx": PRX,
     "nucleus_image": NucleusImage,
+    "qwen_image21": QwenImage21,
+    "bria_fibo2": BriaFibo2,
 }

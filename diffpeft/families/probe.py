@@ -29,6 +29,7 @@ PLAIN: Mapping[str, object] = {
     "use_pe": False,
     "enable_prompt_rewrite": False,
     "guidance_schedule": None,
+    "use_kv_cache": False,
 }
 # how pipelines are told to be led by nothing, the first of which works: each says one or the other of its keywords
 _QUIET: tuple[Mapping[str, float], ...] = tuple(

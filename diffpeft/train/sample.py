@@ -52,7 +52,8 @@ def pictures(
             output_type="np",
             **watched(pipe, told),
         )
-        out.append((np.asarray(images_of(drawn)) * 255).round().astype(np.uint8))
+        colours = np.asarray(images_of(drawn))[..., :3]  # some say how opaque they are beside
+        out.append((colours * 255).round().astype(np.uint8))
     return np.concatenate(out)
 
 

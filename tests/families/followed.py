@@ -11,6 +11,7 @@ import transformers
 from tests.families.components import CLIPS_OF_FRAMES, LLM, chat, clip, llm, t5, tokenizer
 from tests.families.pipelines import _DYNAMIC as DYNAMIC
 from tests.families.pipelines import _vae as vae_of
+from tests.families.pipelines import _vae2
 from tests.families.pipelines import _vl as vl
 
 _FLUX = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
@@ -266,6 +267,70 @@ def _hunyuan_dit() -> Any:
     )
 
 
+class Processor:
+    """A processor of texts alone."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: Any, images: Any = None, **kwargs: Any) -> Any:
+        return self.tokenizer(text, **kwargs)
+
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
+        return [self.tokenizer.apply_chat_template(messages, **kwargs)]
+
+
+def _qwen_image21() -> Any:
+    levels = {"dim_mult": [1, 1, 1, 1, 1], "temperal_downsample": [False] * 4, "num_res_blocks": 1}
+    widths = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 4}
+    statistics = {name: CLIPS_OF_FRAMES[name] for name in ("latents_mean", "latents_std")}
+    return diffusers.QwenImage21Pipeline(
+        scheduler=_flow(**DYNAMIC),
+        vae=diffusers.AutoencoderKLQwenImage21(**levels, **widths, **statistics),
+        text_encoder=_vl3(2),
+        processor=Processor(chat()),
+        transformer=diffusers.QwenImage21Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            context_in_dim=16,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+
+
+def _bria_fibo2() -> Any:
+    pipe = diffusers.BriaFibo2Pipeline(
+        scheduler=_flow(**DYNAMIC),
+        vae=_vae2(),
+        text_encoder=_vl3(3),
+        processor=Processor(chat()),
+        transformer=_filled(
+            diffusers.BriaFibo2Transformer2DModel(
+                in_channels=4,
+                dim=32,
+                n_layers=6,
+                n_refiner_layers=1,
+                n_heads=2,
+                cap_feat_dim=48,
+                injection_layer_ids=(1, 2, 3, 4, 5),
+                perceiver_num_layers=1,
+                min_num_gist_tokens=8,
+                max_num_gist_tokens=16,
+                gist_step=8,
+                gist_min_text_len=8,
+                gist_max_text_len=64,
+                axes_dims=(4, 4, 8),
+                axes_lens=(256, 64, 64),
+            )
+        ),
+    )
+    pipe.text_encoder_out_layers = ((1, 2, 3),) * 6
+    return pipe
+
+
 FOLLOWED: dict[str, tuple[str, Any]] = {
     "hunyuan_image": ("hunyuan_image", _hunyuan_image),
     "hunyuan_image, distilled": ("hunyuan_image", lambda: _hunyuan_image(True)),
@@ -276,6 +341,8 @@ FOLLOWED: dict[str, tuple[str, Any]] = {
     "kandinsky5": ("kandinsky5", _kandinsky5),
     "prx": ("prx", _prx),
     "nucleus_image": ("nucleus_image", _nucleus_image),
+    "qwen_image21": ("qwen_image21", _qwen_image21),
+    "bria_fibo2": ("bria_fibo2", _bria_fibo2),
     "generic, a flow": ("generic", _lumina),
     "generic, levels by betas": ("generic", _hunyuan_dit),
 }

@@ -60,7 +60,9 @@ def latents(family):
     pixels = torch.rand(2, 3, HEIGHT, WIDTH, dtype=family.pipe.vae.dtype) * 2 - 1
     z, _ = family.encode(pixels)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=z.dtype)
-    return raw_latents(family, pixels), z, noise
+    opaque = [torch.ones_like(pixels[:, :1])] if type(family).__name__ == "QwenImage21" else []
+    pixels = torch.cat([pixels, *opaque], dim=1)
+    return raw_latents(family, pixels.unsqueeze(2) if z.ndim == 5 else pixels), z, noise
 
 
 def test_every_family_is_known_by_its_pipeline(kind, pipe, family):
