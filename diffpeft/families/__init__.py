@@ -15,6 +15,8 @@ from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux, FluxControl, FluxKontext
 from diffpeft.families.flux2 import Flux2
+from diffpeft.families.followed import FOLLOWED
+from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
 from diffpeft.families.hunyuan_video15 import HunyuanVideo15
@@ -71,6 +73,8 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "kandinsky5_video": Kandinsky5Video,
     "skyreels_v2": SkyReelsV2,
     "easyanimate": EasyAnimate,
+    **FOLLOWED,
+    (_OTHERS := "generic"): Generic,  # what has no family of its own
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -177,6 +181,7 @@ _PIPELINES = {
     "Kandinsky5T2V": "kandinsky5_video",
     "SkyReelsV2": "skyreels_v2",
     "EasyAnimate": "easyanimate",
+    "Kandinsky5T2I": "kandinsky5",
 }
 _NAMED_AS = {"kolors": "sdxl"}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
@@ -239,17 +244,9 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
 
     Raises WrongBaseError for one that cannot be trained yet, and for a denoiser that reads more than the latents of one image.
     """
-    unet, vae = configs.get("unet", {}), configs.get("vae", {})
-    named = _by_width(_by_name([pipeline]), unet.get("cross_attention_dim"))
-    ids = [id for id, cls in FAMILIES.items() if pipeline in cls.pipelines]
-    family = named if named in ids else next((id for id in ids if is_of(id, [named])), None)
-    if family is None:
-        pipelines = _names(cls.pipelines for cls in FAMILIES.values())
-        raise WrongBaseError(
-            f"a {pipeline}{f' with the text width of {named}' if ids else ''} cannot be trained",
-            where=where,
-            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(pipelines)}.",
-        )
+    family, vae = _by_configs(pipeline, configs, where), configs.get("vae", {})
+    if family == _OTHERS:
+        return family
     kind = FAMILIES[family]
     read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
     if read and made and read != kind.channels(made):
@@ -258,6 +255,23 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
             f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",
             where=where,
             remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
+        )
+    return family
+
+
+def _by_configs(pipeline: str, configs: Configs, where: object) -> str:
+    """The family in FAMILIES that trains a pipeline. Raises WrongBaseError for one of a known family that is for something else."""
+    named = _by_width(_by_name([pipeline]), configs.get("unet", {}).get("cross_attention_dim"))
+    ids = [id for id, cls in FAMILIES.items() if pipeline in cls.pipelines]
+    if not ids and named not in {*FAMILIES, *_WIDTHS["sd15"].values()}:
+        return _OTHERS
+    family = named if named in ids else next((id for id in ids if is_of(id, [named])), None)
+    if family is None:
+        pipelines = _names(cls.pipelines for cls in FAMILIES.values())
+        raise WrongBaseError(
+            f"a {pipeline}{f' with the text width of {named}' if ids else ''} cannot be trained",
+            where=where,
+            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(pipelines)}.",
         )
     return family
 
@@ -288,6 +302,7 @@ __all__ = [
     "Configs",
     "Family",
     "Frame",
+    "Generic",
     "Noised",
     "Parts",
     "CaptionReading",
