@@ -41,32 +41,69 @@ _SAID = {
     "sd2": r"stable-diffusion-v2|sd_?(v?2)",
     "sd15": r"stable-diffusion-v1|sd_?(v?1)",
     "flux2": r"flux[-_. ]?2",
+    "flux3": r"flux[-_. ]?3",
     "flux": r"flux",
     "chroma": r"chroma",
+    "wan_animate2": r"wan[-_. ]?animate[-_. ]?2",
     "wan": r"wan",
+    "qwen_image21": r"qwen[-_. ]?image[-_. ]?v?2[-_.]?1(?!\d)",
     "qwen_image": r"qwen",
     "z_image": r"z[-_ ]?image",
     "lumina2": r"lumina",
+    "hunyuan_video15": r"hunyuan[-_ ]?video[-_ ]?1[-_.]?5",
     "hunyuan_video": r"hunyuan[-_ ]?video",
+    "framepack": r"frame[-_ ]?pack",
+    "hunyuan_image": r"hunyuan[-_ ]?image",
     "pixart": r"pixart",
+    "sana_video": r"sana[-_ ]?video",
     "sana": r"sana",
     "auraflow": r"aura|pony[-_ ]?v?7",
     "ltx2": r"ltx[-_. ]?v?2(?!b)",
     "ltx": r"ltx",
     "mochi": r"mochi",
     "cogvideox": r"cogvideo",
-    "hidream": r"hidream",
+    "kandinsky5": r"kandinsky[-_ ]?5",
+    "skyreels_v2": r"sky[-_ ]?reels",
+    "helios": r"helios",
+    "chrono_edit": r"chrono[-_ ]?edit",
+    "minimax_h3": r"minimax[-_ ]?h3",
+    "ace_step": r"ace[-_ ]?step",
+    "hidream": r"hidream(?![-_ ]?o)",
+    "krea2": r"krea[-_. ]?2",
+    "cosmos": r"cosmos|anima(?!te)",
+    "ideogram4": r"ideogram",
+    "ernie_image": r"ernie",
+    "cogview4": r"cogview[-_ ]?4",
+    "omnigen2": r"omnigen[-_ ]?2",
+    "longcat_image": r"longcat[-_ ]?image",
+    "ovis_image": r"ovis",
+    "bria_fibo2": r"(bria[-_ ]?)?fibo[-_ ]?2",
+    "bria_fibo": r"(bria[-_ ]?)?fibo",
+    "bria": r"bria",
+    "prx": r"prx",
+    "glm_image": r"glm[-_ ]?image",
+    "nucleus_image": r"nucleus",
 }
 # rows a column of layers whose names several families have
 _RATIOS: dict[re.Pattern[str], dict[str, Fraction | int]] = {
-    re.compile(r"single_blocks[._]\d+[._]linear1$"): {"flux": 7, "chroma": 7, "hunyuan_video": 7, "flux2": 9},
+    re.compile(r"single_blocks[._]\d+[._]linear1$"): {
+        **dict.fromkeys(("flux", "chroma", "longcat_image", "hunyuan_video", "hunyuan_image", "framepack"), 7),
+        "flux2": 9,
+        "ovis_image": 11,
+    },
     re.compile(r"single_blocks[._]\d+[._]linear2$"): {
-        "flux": Fraction(1, 5),
-        "chroma": Fraction(1, 5),
+        **dict.fromkeys(("flux", "chroma", "longcat_image", "hunyuan_image", "ovis_image"), Fraction(1, 5)),
         "flux2": Fraction(1, 4),
     },
-    re.compile(r"double_blocks[._]\d+[._](img|txt)_mlp[._]0$"): {"flux": 4, "chroma": 4, "flux2": 6},
-    re.compile(r"(layers|refiner)[._]\d+[._]attention[._]qkv$"): {"lumina2": Fraction(5, 3), "z_image": 3},
+    re.compile(r"double_blocks[._]\d+[._](img|txt)_mlp[._]0$"): {
+        **dict.fromkeys(("flux", "chroma", "longcat_image", "hunyuan_image", "hunyuan_video15"), 4),
+        "flux2": 6,
+    },
+    re.compile(r"(layers|refiner)[._]\d+[._]attention[._]qkv$"): {
+        "lumina2": Fraction(5, 3),
+        "z_image": 3,
+        "ideogram4": 3,
+    },
 }
 _NUMBER = re.compile(r"\d+")
 _UNETS = ("sd15", "sd2", "sdxl", "sdxl_refiner")
@@ -167,7 +204,7 @@ def _fit(
     fitting = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fitting}
     spelt_by = _Own(layers, metadata, FORMATS[formats[0]].tables)
-    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by)
+    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
     chosen = _format_of(formats, [family] if family else families, spelt_by)
     return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], ({}, {}, ""))
 
@@ -339,9 +376,14 @@ class _Verdict(NamedTuple):
 
 
 def _decided(
-    counts: Mapping[str, int], layers: Layers, metadata: Mapping[str, str], formats: list[str], spelt_by: _Own
+    counts: Mapping[str, int],
+    layers: Layers,
+    metadata: Mapping[str, str],
+    formats: list[str],
+    spelt_by: _Own,
+    asked: str | None,
 ) -> _Verdict:
-    """Which of the families whose tables know most layers a file is of."""
+    """Which of the families whose tables know most layers a file is of; `asked` is one that it may be of."""
     most = max(counts.values(), default=0)
     fitting = [family for family in TABLES if most and counts.get(family) == most]
     best = [family for family in fitting if family in _said(metadata)] or fitting
@@ -357,8 +399,14 @@ def _decided(
         best, others = _by_size(best, most / len(layers), grouped(denoiser))
         if not best:
             return _Verdict((), looks_like=others)
+    best = _better_known(best, asked)
     best = spelt_by.best(best, formats) if len(best) > 1 else best
     return _Verdict(tuple(best), len(best) > 1 and not _alike(best, fmt, layers, metadata))
+
+
+def _better_known(families: list[str], asked: str | None) -> list[str]:
+    """Without those that yield to others, but for the one that is asked for."""
+    return [family for family in families if family == asked or not TABLES[family].yields] or families
 
 
 def _unets(families: list[str], known: int, layers: Layers, formats: list[str]) -> tuple[str, ...]:
@@ -381,7 +429,7 @@ def _denoiser_layers(
     return [
         (layer, _extent(tensors))
         for (word, layer), tensors in layers.items()
-        if not components[word].startswith("text_encoder")
+        if not components[word].startswith("text_encoder") and components[word] not in table.encoders
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from converters.detection import COMPONENT, bare
 from converters.families import Table
 from converters.formats import Format, KeyParts
+from converters.formats.base import denoiser
 from converters.formats.peft import WEIGHTS
 from converters.formats.wrappers import all_unwrapped
 from converters.roles import OLD_OFT
@@ -129,10 +130,15 @@ def _hits(component: str, names: Iterable[str], layers: Collection[str]) -> int:
 
 
 def _component(word: str, by: Reading) -> str:
-    """The component that a word means. Of a denoiser that the model calls otherwise than the family the only one that it has."""
-    component = by.fmt.component(word, by.table)
+    """The component that a word means. Of a denoiser that the model calls otherwise than the family the only one that it has; of two that are named alike
+    the one that the metadata say.
+    """
+    component, told = by.fmt.component(word, by.table), by.metadata.get(COMPONENT, "")
+    if told in by.names and told in by.table.rules and component == denoiser(by.table):
+        return told
+    encodes = component.startswith("text_encoder") or component in by.table.encoders
     denoisers = [name for name in by.names if not name.startswith("text_encoder")]
-    if component in by.names or component.startswith("text_encoder") or word.startswith(component) or not denoisers:
+    if component in by.names or encodes or word.startswith(component) or not denoisers:
         return component
     return denoisers[0]
 
@@ -193,5 +199,6 @@ class _Spelling:
         """Whether the name is the original program's, whatever else it is."""
         if self.component not in self.table.rules:
             return False
-        name = self.table.original_dotted(self.component, flat(layer))
-        return name is not None and (self.fmt.flat or name == layer)
+        if self.fmt.flat:
+            return self.table.original_dotted(self.component, flat(layer)) is not None
+        return self.table.is_original(self.component, layer)

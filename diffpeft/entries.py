@@ -18,6 +18,7 @@ COMPONENTS = (
     "transformer",
     "transformer_2",
     "transformer_ref",
+    "prior",
     "connectors",
     "text_conditioner",
     "text_encoder",

@@ -27,6 +27,11 @@ with contextlib.suppress(ImportError):
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 
+def pytest_collectstart(collector):
+    """What a file of tests draws when it is imported is the same whichever files are imported before."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_finish(session):
     """What imports and collection made stays: no collection of garbage need walk over it again and again."""
     gc.collect()

@@ -16,6 +16,7 @@ from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import open_pipeline
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.config_files import from_toml
+from diffpeft.train.slider_config import SliderConfig
 from tests.llm.models import model
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ def module(path):
 def test_a_config_is_one_that_its_command_takes_which_stands_first(path):
     _, program, name, file = path.read_text().splitlines()[0].split()
     assert (program, file) == ("diffpeft", f"examples/{path.name}")
-    options = from_toml(path, {}, {"train": TrainConfig, "sft": SftConfig}[name])
+    options = from_toml(path, {}, {"train": TrainConfig, "sft": SftConfig, "slider": SliderConfig}[name])
     options.validate()
     for data in (options.data, getattr(options, "heldout", None)):
         assert data is None or not data.endswith(".jsonl") or (ROOT / data).is_file()

@@ -11,8 +11,8 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 from diffpeft.bundle import Rule
 
 Side = dict[str, list[tuple[Rule, int]]]  # {template: the rules that it is in, and as which part}
-# {flat name with # for each number: {which of the numbers a template fixes: {these numbers: the template}}}
-Flat = dict[str, dict[tuple[bool, ...], dict[tuple[str, ...], str]]]
+# {flat name with # for each number: {which of the numbers a template fixes: {these numbers: the templates, the first of which is written}}}
+Flat = dict[str, dict[tuple[bool, ...], dict[tuple[str, ...], list[str]]]]
 _NUMBER = re.compile(r"\{\}|[0-9]+")
 SWAPPED = (1, 0)  # the halves the other way round, as (shift, scale) and (scale, shift) are
 
@@ -64,18 +64,19 @@ class Encoder:
 class Table:
     """A family: {component: templates of its layers, in diffusers' names}, {denoiser: rules from the original's names}, its text encoders.
 
-    A component without rules has the same names in both programs.
+    A component without rules has the same names in both programs. Of several originals of one layer the first is written, and all are read.
     """
 
     components: Mapping[str, Sequence[str]]
     rules: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     flat_is_diffusers: bool = False  # sd-scripts has diffusers' names in its flat ones
+    yields: bool = False  # a file that a better known family's names and sizes fit as well is that one's
 
     @_remembered
     def dotted(self, component: str, flat: str) -> str | None:
         """The layer whose dots written as underscores give `flat`; None if the family has no such layer."""
-        return _filled(_find(self._index(component).own, flat))
+        return next(iter(_filled(_find(self._index(component).own, flat))), None)
 
     def knows(self, component: str, layer: str) -> bool:
         """Whether the family has a layer of this dotted name."""
@@ -98,11 +99,11 @@ class Table:
     @_remembered
     def original_dotted(self, component: str, flat: str) -> str | None:
         """As `dotted`, for the original's names."""
-        return _filled(_find(self._index(component).originals[0], flat))
+        return next(iter(_filled(_find(self._index(component).originals[0], flat))), None)
 
     def is_original(self, component: str, layer: str) -> bool:
         """As `knows`, for the original's names."""
-        return self.original_dotted(component, layer.replace(".", "_")) == layer
+        return layer in _filled(_find(self._index(component).originals[0], layer.replace(".", "_")))
 
     def is_named_as(self, other: Table) -> bool:
         """Whether another family has the same names."""
@@ -123,13 +124,16 @@ class Table:
     @_remembered
     def to_diffusers(self, component: str, layer: str, aspect: int | None = None) -> Rule | None:
         """The rule of one layer of the original, in full names. `aspect` (rows by columns) is only asked for where names do not suffice."""
-        rule = _rule(self._index(component).originals, layer, aspect)
-        return rule and rule[0]
+        return next((rule for rule, _ in _rules(self._index(component).originals, layer, aspect)), None)
 
     @_remembered
     def to_original(self, component: str, layer: str, aspect: int | None = None) -> tuple[Rule, int] | None:
         """The rule of the original layer that one of diffusers' is of, in full names, and which of its parts that is."""
-        return _rule(self._index(component).parts, layer, aspect)
+        return next(iter(self.all_originals(component, layer, aspect)), None)
+
+    def all_originals(self, component: str, layer: str, aspect: int | None = None) -> Sequence[tuple[Rule, int]]:
+        """As `to_original`, with all of the names that are read; the first is written."""
+        return _rules(self._index(component).parts, layer, aspect)
 
     @_remembered
     def _index(self, component: str) -> Index:
@@ -164,11 +168,12 @@ def table(
     denoisers: Sequence[str] = ("transformer",),
     layers: Sequence[str] = (),
     flat_is_diffusers: bool = False,
+    yields: bool = False,
 ) -> Table:
     """A family of which one set of rules names all denoisers. `layers` are diffusers' templates if there are more than in the rules."""
     layers = layers or tuple(dict.fromkeys(name for rule in rules for name, _ in rule.parts))
     components = {**dict.fromkeys(denoisers, layers), **{name: encoder.layers for name, encoder in encoders.items()}}
-    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers)
+    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers, yields)
 
 
 def renamed(names: Mapping[str, str | Sequence[str]]) -> tuple[Rule, ...]:
@@ -190,22 +195,33 @@ def within(original: str, diffusers: str, rules: Iterable[Rule]) -> tuple[Rule, 
     )
 
 
-def _rule(rules: tuple[Flat, Side], layer: str, aspect: int | None) -> tuple[Rule, int] | None:
+def respelt(rules: Iterable[Rule], spelling: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Rules of the same layers in another program's spelling of the original's names: {what is in a name: what it is there}."""
+    spelt = []
+    for rule in rules:
+        name = rule.original
+        for old, new in spelling.items():
+            name = name.replace(old, new)
+        spelt += [replace(rule, original=name)] if name != rule.original else []
+    return tuple(spelt)
+
+
+def _rules(rules: tuple[Flat, Side], layer: str, aspect: int | None) -> list[tuple[Rule, int]]:
     index, side = rules
     match = _find(index, layer.replace(".", "_"))
-    if match is None or _filled(match) != layer:
-        return None
-    template, numbers = match
-    fitting = [(rule.filled(numbers), part) for rule, part in side[template] if rule.aspect in (None, aspect)]
-    return fitting[0] if fitting else None
+    if match is None or layer not in (names := _filled(match)):
+        return []
+    template, numbers = match[0][names.index(layer)], match[1]
+    return [(rule.filled(numbers), part) for rule, part in side[template] if rule.aspect in (None, aspect)]
 
 
-def _filled(match: tuple[str, list[str]] | None) -> str | None:
-    return match and match[0].format(*match[1])
+def _filled(match: tuple[list[str], list[str]] | None) -> list[str]:
+    """The names of templates with these numbers in them."""
+    return [template.format(*match[1]) for template in match[0]] if match else []
 
 
-def _find(index: Flat, flat: str) -> tuple[str, list[str]] | None:
-    """The template and the numbers in it that give a flat name."""
+def _find(index: Flat, flat: str) -> tuple[list[str], list[str]] | None:
+    """The templates and the numbers in them that give a flat name."""
     shape, numbers = _shape(flat)
     for mask, templates in index.get(shape, {}).items():
         literal = tuple(number for number, fixed in zip(numbers, mask, strict=True) if fixed)
@@ -226,5 +242,5 @@ def _flat(templates: Iterable[str]) -> Flat:
         shape, numbers = _shape(template.replace(".", "_"))
         mask = tuple(number != "{}" for number in numbers)
         literal = tuple(number for number in numbers if number != "{}")
-        index.setdefault(shape, {}).setdefault(mask, {}).setdefault(literal, template)
+        index.setdefault(shape, {}).setdefault(mask, {}).setdefault(literal, []).append(template)
     return index

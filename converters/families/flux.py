@@ -1,7 +1,7 @@
-"""Flux.1 and Chroma, which is Flux.1 with one guidance layer instead of a modulation in each block; Flux.2."""
+"""Flux.1; Chroma, which is Flux.1 with one guidance layer instead of a modulation in each block; Flux.2; and models that are built as Flux.1 is."""
 
 from converters.families import text
-from converters.families.base import SWAPPED, Encoder, Rule, renamed, table, within
+from converters.families.base import SWAPPED, Encoder, Rule, renamed, same, table, within
 
 _ATTENTION = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -41,18 +41,19 @@ def _embedders(inside: str, names: dict[str, str]) -> tuple[Rule, ...]:
 
 
 _CONDITIONS = {"time_in": "timestep_embedder", "guidance_in": "guidance_embedder"}
+_BLOCK_MODULATIONS = renamed(
+    {
+        "double_blocks.{}.img_mod.lin": "transformer_blocks.{}.norm1.linear",
+        "double_blocks.{}.txt_mod.lin": "transformer_blocks.{}.norm1_context.linear",
+        "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
+    }
+)
 FLUX = table(
     (
         *_SHARED,
         _NORM_OUT,
         *_embedders("time_text_embed", _CONDITIONS | {"vector_in": "text_embedder"}),
-        *renamed(
-            {
-                "double_blocks.{}.img_mod.lin": "transformer_blocks.{}.norm1.linear",
-                "double_blocks.{}.txt_mod.lin": "transformer_blocks.{}.norm1_context.linear",
-                "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
-            }
-        ),
+        *_BLOCK_MODULATIONS,
     ),
     # T5 is the third to sd-scripts, which numbers as for SD3, and the second to OneTrainer
     {"text_encoder": text.clip("lora_te1_", "clip_l"), "text_encoder_2": text.t5("lora_te3_", "lora_te2_")},
@@ -105,4 +106,55 @@ FLUX2 = table(
     ),
     # Mistral3 (dev) or Qwen3 (klein)
     {"text_encoder": Encoder((*text.inside("model.language_model", text.LLAMA), *text.inside("model", text.QWEN3)))},
+)
+
+_TIME = {"time_in": "timestep_embedder"}
+_SEES = Encoder(text.inside("model.language_model", text.LLAMA))  # Qwen2.5-VL
+# ComfyUI's names of it: the model was published in diffusers'
+LONGCAT_IMAGE = table(
+    (*_SHARED, _NORM_OUT, *_embedders("time_embed", _TIME), *_BLOCK_MODULATIONS), {"text_encoder": _SEES}, yields=True
+)
+
+# The halves of its feed-forwards are two layers in the original and one in diffusers: those have no rule
+_GATED = ("ff.net.0.proj", "ff_context.net.0.proj")
+_OVIS = (
+    *renamed(
+        {"img_in": "x_embedder", "semantic_txt_in": "context_embedder", "semantic_txt_norm": "context_embedder_norm"}
+    ),
+    *renamed({"final_layer.linear": "proj_out"}),
+    _NORM_OUT,
+    *renamed({"time_in.in_layer": "timestep_embedder.linear_1", "time_in.out_layer": "timestep_embedder.linear_2"}),
+    *_BLOCK_MODULATIONS,
+    *within(
+        "double_blocks.{}.",
+        "transformer_blocks.{}.",
+        renamed({**_ATTENTION, "img_mlp.down_proj": "ff.net.2", "txt_mlp.down_proj": "ff_context.net.2"}),
+    ),
+    *within(
+        "single_blocks.{}.",
+        "single_transformer_blocks.{}.",
+        (
+            Rule("linear1", (*_LINEAR1.parts[:3], ("proj_mlp", 8))),
+            *renamed({"linear2": "proj_out", **_SINGLE_NORMS}),
+        ),
+    ),
+)
+OVIS_IMAGE = table(
+    _OVIS,
+    {"text_encoder": Encoder(text.QWEN3)},
+    layers=(
+        *(name for rule in _OVIS for name, _ in rule.parts),
+        *(f"transformer_blocks.{{}}.{layer}" for layer in _GATED),
+    ),
+    yields=True,
+)
+
+# The names of both are diffusers' alone: the models were published in them, and no other program has them
+_OWN = tuple(name for rule in (*_SHARED, _NORM_OUT, *_BLOCK_MODULATIONS) for name, _ in rule.parts)
+_EMBEDDER = tuple(f"time_embed.timestep_embedder.linear_{n}" for n in (1, 2))
+BRIA = table(same(*_OWN, *_EMBEDDER), {"text_encoder": text.t5()}, yields=True)
+BRIA_FIBO = table(
+    same(*_OWN, *_EMBEDDER, "caption_projection.{}.linear"),
+    {"text_encoder": Encoder(text.inside("model", text.LLAMA))},  # SmolLM3
+    yields=True,
 )

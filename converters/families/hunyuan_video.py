@@ -1,9 +1,9 @@
-"""HunyuanVideo: Flux.1's blocks in other words, and a refiner of the text's tokens."""
+"""HunyuanVideo: Flux.1's blocks in other words, and a refiner of the text's tokens. FramePack, which is made from it."""
 
 from converters.families import text
 from converters.families.base import SWAPPED, Rule, renamed, same, table, within
 
-_DOUBLE = renamed(
+DOUBLE = renamed(
     {
         "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
         "img_attn_proj": "attn.to_out.0",
@@ -21,7 +21,7 @@ _DOUBLE = renamed(
         "txt_mlp.fc2": "ff_context.net.2",
     }
 )
-_SINGLE = (
+SINGLE = (
     Rule("linear1", (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4))),
     *renamed(
         {
@@ -32,7 +32,7 @@ _SINGLE = (
         }
     ),
 )
-_REFINER = (
+REFINER = (
     *same("norm1", "norm2"),
     *renamed(
         {
@@ -44,7 +44,7 @@ _REFINER = (
         }
     ),
 )
-_TEXT = renamed(
+TEXT = renamed(
     {
         "input_embedder": "proj_in",
         "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
@@ -67,17 +67,25 @@ _RULES = (
         }
     ),
     Rule("final_layer.adaLN_modulation.1", (("norm_out.linear", 1),), SWAPPED),
-    *within("txt_in.", "context_embedder.", _TEXT),
-    *within(
-        "txt_in.individual_token_refiner.blocks.{}.", "context_embedder.token_refiner.refiner_blocks.{}.", _REFINER
-    ),
-    *within("double_blocks.{}.", "transformer_blocks.{}.", _DOUBLE),
-    *within("single_blocks.{}.", "single_transformer_blocks.{}.", _SINGLE),
+    *within("txt_in.", "context_embedder.", TEXT),
+    *within("txt_in.individual_token_refiner.blocks.{}.", "context_embedder.token_refiner.refiner_blocks.{}.", REFINER),
+    *within("double_blocks.{}.", "transformer_blocks.{}.", DOUBLE),
+    *within("single_blocks.{}.", "single_transformer_blocks.{}.", SINGLE),
 )
-HUNYUAN_VIDEO = table(
-    _RULES,
-    {
-        "text_encoder": text.language(text.LLAMA, "lora_te1_", name="llama"),
-        "text_encoder_2": text.clip("lora_te2_", "clip_l"),
-    },
+_ENCODERS = {
+    "text_encoder": text.language(text.LLAMA, "lora_te1_", name="llama"),
+    "text_encoder_2": text.clip("lora_te2_", "clip_l"),
+}
+HUNYUAN_VIDEO = table(_RULES, _ENCODERS)
+# FramePack is HunyuanVideo with frames that are clean and an image
+FRAMEPACK = table(
+    (
+        *_RULES,
+        *same(
+            *(f"clean_x_embedder.proj{size}" for size in ("", "_2x", "_4x")),
+            *(f"image_projection.{layer}" for layer in ("up", "down")),
+        ),
+    ),
+    _ENCODERS,
+    yields=True,
 )

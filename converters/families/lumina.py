@@ -1,4 +1,4 @@
-"""Lumina2 and Z-Image: one stream of blocks, with refiners of the noise and of the caption before it."""
+"""Lumina2 and Z-Image: one stream of blocks, with refiners of the noise and of the caption before it; and the models that were made from either."""
 
 from converters.families import text
 from converters.families.base import Encoder, Rule, renamed, same, table, within
@@ -61,4 +61,42 @@ Z_IMAGE = table(
         *within("siglip_refiner.{}.", "siglip_refiner.{}.", _Z_BLOCK),
     ),
     {"text_encoder": Encoder(_Z_TEXT, (), "text_encoders.qwen3_4b.transformer.")},
+)
+
+# A Z-Image that reads the text in a Perceiver and in some blocks, published in diffusers' names
+_FEED_FORWARD = tuple(f"w{n}" for n in (1, 2, 3))
+_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k")
+_FIBO_BLOCK = (
+    *(f"attention.{layer}" for layer in _LAYERS),
+    *(f"feed_forward.{layer}" for layer in _FEED_FORWARD),
+    *(f"{part}_norm{n}" for part in ("attention", "ffn") for n in (1, 2)),
+    "adaLN_modulation.0",
+)
+_READS = (*(f"cross_attention.{layer}" for layer in _LAYERS), "cross_attn_norm1", "cross_attn_norm2")
+_PERCEIVER = (
+    *(f"{attention}_attention.{layer}" for attention in ("cross", "self") for layer in _LAYERS),
+    *(f"ffn.{layer}" for layer in _FEED_FORWARD),
+    *("cross_attn_norm", "self_attn_norm", "ffn_norm"),
+)
+BRIA_FIBO2 = table(
+    same(
+        *("x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "perceiver.norm_out"),
+        *("final_layer.linear", "final_layer.adaLN_modulation.1"),
+        *(f"layers.{{}}.{layer}" for layer in (*_FIBO_BLOCK, *_READS)),
+        *(f"noise_refiner.{{}}.{layer}" for layer in _FIBO_BLOCK),
+        *(f"perceiver.layers.{{}}.{layer}" for layer in _PERCEIVER),
+    ),
+    {"text_encoder": Encoder(text.inside("model.language_model", text.QWEN3))},
+    yields=True,
+)
+
+# The original is written in the names that diffusers has for Lumina2
+OMNIGEN2 = table(
+    same(
+        *LUMINA2.components["transformer"],
+        "ref_image_patch_embedder",
+        *(n.replace("noise", "ref_image") for n in LUMINA2.components["transformer"] if n.startswith("noise_refiner")),
+    ),
+    {"text_encoder": Encoder(text.inside("model.language_model", text.LLAMA))},
+    yields=True,
 )

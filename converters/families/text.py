@@ -29,6 +29,10 @@ LLAMA = (  # and Qwen2.5 and Mistral
     *(f"layers.{{}}.{layer}_layernorm" for layer in ("input", "post_attention")),
     "norm",
 )
+GLM = (
+    *(name for name in LLAMA if ".mlp." not in name),
+    *(f"layers.{{}}.mlp.{layer}_proj" for layer in ("gate_up", "down")),
+)
 _QK_NORM = tuple(f"layers.{{}}.self_attn.{layer}_norm" for layer in "qk")
 QWEN3 = (*LLAMA, *_QK_NORM)
 GEMMA2 = (*LLAMA, *(f"layers.{{}}.{layer}_feedforward_layernorm" for layer in ("pre", "post")))

@@ -6,21 +6,26 @@ Text encoders are `text_encoders.clip_l.transformer.text_model. ...`. Read is wh
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from converters.families import Table
+from converters.families import COMFYUI, TABLES, Table
 from converters.formats.base import Answer, KeyParts, denoiser, dotted_role
 from converters.formats.kohya import SUFFIXES, Lycoris, of_sd_scripts
 from diffpeft.bundle import Entry
 
 DENOISER = "diffusion_model."
-_WORD = re.compile(rf"(?:model\.)?{re.escape(DENOISER)}|text_encoders\.\w+\.(?:transformer\.)?")
+# what other components are called that are within the original's denoiser, as Anima's text conditioner is
+_INSIDE = sorted({e.comfyui for t in TABLES.values() for e in t.encoders.values() if e.comfyui.startswith(DENOISER)})
+_WORD = re.compile(
+    rf"(?:model\.)?(?:{'|'.join(map(re.escape, (*_INSIDE, DENOISER)))})|text_encoders\.\w+\.(?:transformer\.)?"
+)
 
 
 class ComfyUI(Lycoris):
     """Dotted names of the original program."""
 
     name, flat = "comfyui", False
+    tables: Mapping[str, Table] = COMFYUI
     suffixes = {role: suffix for suffix, role in SUFFIXES.items() if role not in ("ia3_w", "on_input")} | {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
@@ -37,7 +42,8 @@ class ComfyUI(Lycoris):
     def component(self, word: str, table: Table) -> str:
         """By the family's own prefixes."""
         if not word.startswith("text_encoders."):
-            return denoiser(table)
+            word = word.removeprefix("model.")
+            return next((c for c, e in table.encoders.items() if e.comfyui == word), denoiser(table))
         return next((c for c, e in table.encoders.items() if e.comfyui.startswith(word)), "text_encoder")
 
     def word(self, component: str, table: Table) -> str | None:

@@ -32,7 +32,9 @@ _UNNAMED = {
     "transformer": TRANSFORMER,
     **{component: word for word, component in reversed(_NUMBERS.items())},
 }
-_WORD = re.compile(rf"(?:{'|'.join((UNET, TRANSFORMER, KOHYA_OFT, *_NUMBERS, *_ENCODERS))})")
+# the longest first: Anima's lora_unet_llm_adapter_ begins with lora_unet_
+_WORDS = sorted((UNET, TRANSFORMER, KOHYA_OFT, *_NUMBERS, *_ENCODERS), key=len, reverse=True)
+_WORD = re.compile(rf"(?:{'|'.join(_WORDS)})")
 _PLAIN = (
     *ROLES["full"],
     *ROLES["norm"],

@@ -33,7 +33,7 @@ _AS_ITS = {"side": "input", "neumann": TERMS, "neumann_last": 1, "coft": None}  
 # the families with flat names that have no UNet
 _FLAT = tuple(TABLES[family] for family in ("sd3", "flux", "flux2", "chroma", "pixart", "hunyuan_video"))
 _ENCODERS = ("clip_l", "clip_g", "t5", "llama", "gemma", "qwen")
-_WORD = re.compile(rf"(?:{'|'.join((*COMPONENTS, *_ENCODERS, 'prior', 'diffusion_model'))})\.")
+_WORD = re.compile(rf"(?:{'|'.join((*COMPONENTS, *_ENCODERS, 'diffusion_model'))})\.")
 _PART = re.compile(r"(?P<layer>.+[._](?:qkv|kv_linear|linear1))\.(?P<part>\d)")
 _ROTATION, _MARKER = ".oft_R.weight", ".oft_R.scaled_oft"
 _CORES = ("hada_t1", "hada_t2", "lokr_t2")  # of Tucker's decomposition, which it does not have

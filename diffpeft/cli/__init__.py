@@ -16,6 +16,7 @@ from diffpeft.cli.fuse import fuse
 from diffpeft.cli.generate import generate
 from diffpeft.cli.inspect import inspect
 from diffpeft.cli.sft import sft
+from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
 
 
@@ -34,6 +35,7 @@ def cli() -> None:
     diffpeft demo                              learn a style on the embedded base, offline, in minutes
     diffpeft train -m MODEL -d IMAGES -o OUT   learn from your own images
     diffpeft data check IMAGES                 say what training would take from them
+    diffpeft slider -m MODEL --erase X -o OUT  learn a slider from prompts alone, or erase a concept
     diffpeft sft -m MODEL -d TEXTS -o OUT      fine-tune a language model
     diffpeft average RUN -o OUT                average an adapter over a run's states
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
@@ -45,7 +47,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, train, data, sft, average, generate, fuse, inspect, convert):
+for command in (demo, train, data, slider, sft, average, generate, fuse, inspect, convert):
     cli.add_command(command)
 
 

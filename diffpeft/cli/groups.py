@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 GROUPS = {  # {heading: options}; those that are in none stand last
-    "Model": ("model", "base", "vae", "text_encoder", "dtype", "quantize", "base_lora", "training_adapter"),
+    "Model": ("model", "base", "vae", "text_encoder", "dtype", "quantize", "offload", "base_lora", "training_adapter"),
     "Data": (
         "data",
         "instance_prompt",
@@ -26,6 +26,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "num_class_images",
         "prior_weight",
     ),
+    "Concept": ("target", "positive", "negative", "erase", "preserve", "guidance", "draw_steps"),
     "Adapter": (
         "method",
         "rank",

@@ -12,7 +12,7 @@ import click
 from diffpeft.errors import ConfigError, UnknownNameError, near, shown
 from diffpeft.files import Json
 from diffpeft.train.checkpoints import LATEST
-from diffpeft.train.config import PATHS, AnyOptions
+from diffpeft.train.config import PATHS, AnyOptions, Options
 from diffpeft.train.config_files import Said, data_pairs, said_by, said_in
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.optimizers import OPTIMIZERS
@@ -61,11 +61,12 @@ def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
     return UnknownNameError(f"no option {error.option_name}", remedy=called or close or help_)
 
 
-def options_of(kind: type, only: Collection[str] | None = None) -> Callable[[Command], Command]:
+def options_of(kind: type[Options], only: Collection[str] | None = None) -> Callable[[Command], Command]:
     """One option a field, or a field of `only`. Defaults stay None here, so that what was typed can be told from what was not."""
 
     def add(command: Command) -> Command:
-        for f in reversed([f for f in fields(kind) if only is None or f.name in only]):
+        names_ = kind.names() if only is None else only
+        for f in reversed([f for f in fields(kind) if f.name in names_]):
             flag, meta, type_ = "--" + f.name.replace("_", "-"), f.metadata, _type_of(f)
             names = [n for n in (_SHORT.get(f.name), flag if type_ else f"{flag}/--no-{flag[2:]}") if n]
             shown = "" if f.default is None or type_ is None else f" [default: {f.default}]"
@@ -124,7 +125,7 @@ def options_from(
     values = {name: value for name, value in typed.items() if value not in (None, ())}
     config, pasted = _with_files(config, pasted)
     file = said_in(config, kind) if config else Said()
-    line = said_by(pasted, {f.name for f in fields(kind)}) if pasted else Said()
+    line = said_by(pasted, set(kind.names())) if pasted else Said()
     for name in values.keys() & line.values.keys() - line.implied:
         _check_equal(name, values[name], line)
     for name in line.implied & (file.values.keys() - file.implied):

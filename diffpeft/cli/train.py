@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from diffpeft.cli.launch import launched
-from diffpeft.cli.options import Chosen, options_from, options_of
+from diffpeft.cli.options import Chosen, Command, options_from, options_of
 from diffpeft.cli.pasted import PASTED, Pasted
 from diffpeft.train import machines
 from diffpeft.train.config import TrainConfig
@@ -21,17 +21,32 @@ if TYPE_CHECKING:
     from diffpeft.train.dreambooth import TrainRun
     from diffpeft.train.watch import Watch
 
+AnyTraining = TypeVar("AnyTraining", bound=TrainConfig)
+
+
+def before_a_run(command: Command) -> Command:
+    """The options with which a command says what it would do."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON."),
+        click.option(
+            "--dry-run",
+            is_flag=True,
+            help="Say what would be trained, written and needed, and do nothing. No weight is read.",
+        ),
+        click.option(
+            "--print-config",
+            is_flag=True,
+            help="Print the options as a TOML file, with where each is from, and do nothing.",
+        ),
+    ):
+        command = option(command)
+    return command
+
 
 @click.command(cls=Pasted)
 @click.argument("config", required=False, type=click.Path(exists=True, dir_okay=False))
 @options_of(TrainConfig)
-@click.option(
-    "--print-config", is_flag=True, help="Print the options as a TOML file, with where each is from, and do nothing."
-)
-@click.option(
-    "--dry-run", is_flag=True, help="Say what would be trained, written and needed, and do nothing. No weight is read."
-)
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: as JSON.")
+@before_a_run
 @click.pass_context
 def train(
     ctx: click.Context, config: str | None, print_config: bool, dry_run: bool, as_json: bool, **typed: object
@@ -46,6 +61,11 @@ def train(
     Example: diffpeft train -m MODEL -d photos -o out --instance-prompt "a photo of sks dog"
     """
     chosen = options_from(TrainConfig, config, typed, ctx.meta[PASTED], complete=not print_config)
+    return perform(chosen, print_config, dry_run, as_json)
+
+
+def perform(chosen: Chosen[AnyTraining], print_config: bool, dry_run: bool, as_json: bool) -> int | None:
+    """Do what was asked for with the options of a run; the exit code of processes that were started for it."""
     if print_config:
         _print(chosen)
         return None
@@ -60,7 +80,7 @@ def train(
     return None
 
 
-def _run(chosen: Chosen[TrainConfig]) -> None:
+def _run(chosen: Chosen[AnyTraining]) -> None:
     """Train, in this process or one of several, and print the paths of the files."""
     from diffpeft.cli.progress import running
 
@@ -86,7 +106,7 @@ def _run(chosen: Chosen[TrainConfig]) -> None:
         click.echo(push(run))
 
 
-def _checked(chosen: Chosen[TrainConfig], watch: Watch) -> Checked:
+def _checked(chosen: Chosen[AnyTraining], watch: Watch) -> Checked:
     """What the checks say that need no model; notes on options and the account are told."""
     from diffpeft.train.check import check
 
@@ -99,7 +119,7 @@ def _checked(chosen: Chosen[TrainConfig], watch: Watch) -> Checked:
     return checked
 
 
-def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
+def _plan(chosen: Chosen[AnyTraining], as_json: bool) -> None:
     """What a run would do in one process, on stdout, and notes on stderr."""
     from diffpeft.train.check import check
 
@@ -115,7 +135,7 @@ def _plan(chosen: Chosen[TrainConfig], as_json: bool) -> None:
     click.echo(json.dumps(planned.table(), indent=2) if as_json else planned)
 
 
-def _print(chosen: Chosen[TrainConfig]) -> None:
+def _print(chosen: Chosen[AnyTraining]) -> None:
     """The options as a file, on stdout, and notes on stderr."""
     from diffpeft.train.origins import origins_of, text_of
     from diffpeft.train.resolve import preview
@@ -123,7 +143,9 @@ def _print(chosen: Chosen[TrainConfig]) -> None:
     for note in chosen.notes:
         click.echo(f"note: {note}", err=True)
     options = preview(chosen.options)
-    text = text_of(options, origins_of(chosen.options, options, chosen.origins), "diffpeft train THIS_FILE")
+    text = text_of(
+        options, origins_of(chosen.options, options, chosen.origins), f"diffpeft {options.COMMAND} THIS_FILE"
+    )
     click.echo(text, nl=False)
 
 

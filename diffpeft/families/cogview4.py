@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from diffpeft.families.base import Conditions, Frame, Prompted
 from diffpeft.families.dit import Transformer, in_blocks
 from diffpeft.families.flow import Flow
+from diffpeft.families.prompts import by_length
 
 if TYPE_CHECKING:
     import torch
@@ -59,21 +60,19 @@ class CogView4(Transformer):
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """Time is a thousand times the level: as the pipeline says it, before the shift. Texts of each length are asked for together."""
-        import torch
+        time, text = 1000 * self.levels.place(t, x.shape), read["text"]
+        sizes = {name: value for name, value in read.items() if name not in ("text", "length")}
 
-        read, out, time = dict(read), torch.empty_like(x), 1000 * self.levels.place(t, x.shape)
-        lengths, text = read.pop("length"), read.pop("text")
-        for length in lengths.unique().tolist():
-            places = (lengths == length).nonzero()[:, 0].to(x.device)
-            answer = model(
-                hidden_states=x[places],
-                encoder_hidden_states=text[places, :length],
-                timestep=time[places],
-                **{name: sizes[places] for name, sizes in read.items()},
+        def answer(rows: Tensor, length: int) -> Tensor:
+            return model(
+                hidden_states=x[rows],
+                encoder_hidden_states=text[rows, :length],
+                timestep=time[rows],
+                **{name: values[rows] for name, values in sizes.items()},
                 return_dict=False,
             )[0]
-            out = out.index_copy(0, places, answer)
-        return out
+
+        return by_length(read["length"], x, answer)
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a CogView4Pipeline takes prompts. Those of other lengths are filled up at the end, where it has no way to say so."""

@@ -39,7 +39,10 @@ class Discrete:
                 where=f"its scheduler, a {type(scheduler).__name__}",
                 remedy="Models that predict epsilon, v_prediction or sample, at levels by betas, can.",
             )
-        self.alphas: Tensor = DDPMScheduler.from_config(config).alphas_cumprod  # [T], falling, fp32
+        kind = (
+            type(scheduler) if "snr_shift_scale" in config else DDPMScheduler
+        )  # which does not know CogVideoX's shift
+        self.alphas: Tensor = kind.from_config(config).alphas_cumprod.float()  # [T], falling
 
     def sigma(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """sqrt(1 - a_t) [b] at levels u [b]."""

@@ -45,13 +45,14 @@ class Flux(Uncontrolled):
 
     pipelines: tuple[str, ...] = ("FluxPipeline",)
     denoiser = "transformer"
+    denoisers: tuple[str, ...] = ("transformer",)
+    boundary: float | None = None
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     adaptable: tuple[str, ...] = ("text_encoder",)
     presets: Mapping[str, str] = MappingProxyType(
         {"attn": _BLOCKS.format(_ATTENTION), "attn-mlp": _BLOCKS.format(f"{_ATTENTION}|{_MLP}")}
     )
     unread: Mapping[str, str] = MappingProxyType({})
-    packing = PATCH
     base_version = "flux1"
 
     def __init__(self, parts: Parts, reading: CaptionReading):
@@ -72,6 +73,11 @@ class Flux(Uncontrolled):
         """Whole patches."""
         pixels = factor(configs.get("vae", {}))
         return Sizes(_RESOLUTION, pixels * PATCH if pixels else None)
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Those of a patch."""
+        return latent * PATCH**2
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
@@ -153,11 +159,15 @@ class FluxControl(Flux):
     pipelines: tuple[str, ...] = ("FluxControlPipeline",)
     controls: tuple[int, int] = (1, 1)
     aligned = True
-    overlays = 2
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
         self.guidance = {"guidance": _GUIDANCE["guidance"]} if self.guided else {}
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Those of a patch of the picture, and of the control image's."""
+        return 2 * super().channels(latent)
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """The mean of the control image's latents."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
@@ -83,6 +84,32 @@ def stacked(rows: Sequence[Conditions]) -> Conditions:
         name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
         for name, values in batch.items()
     }
+
+
+def check_ftfy(pipe: Component) -> None:
+    """Raise ConfigError for a pipeline that cleans captions by a package which is not installed."""
+    if not hasattr(sys.modules[type(pipe).__module__], "ftfy"):
+        raise ConfigError(
+            "the pipeline cleans captions by ftfy, which is not installed",
+            where=type(pipe).__name__,
+            remedy="pip install ftfy",
+        )
+
+
+def by_length(lengths: Tensor, x: Tensor, answer: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """What a denoiser that reads no mask says of latents x [b, c, *size]: examples whose texts have a length are asked for together.
+
+    Args:
+        lengths: of the texts [b], on the host.
+        answer: the prediction for rows, whose texts have so many tokens.
+    """
+    import torch
+
+    rows_of = [((lengths == length).nonzero()[:, 0].to(x.device), length) for length in lengths.unique().tolist()]
+    out = torch.empty_like(x)
+    for rows, length in rows_of:
+        out = out.index_copy(0, rows, answer(rows, length))
+    return out
 
 
 def embedded(family: Family, prompts: Sequence[str]) -> Conditions:

@@ -46,7 +46,7 @@ class Sana(Transformer):
             x,
             encoder_hidden_states=read["text"],
             encoder_attention_mask=sent(read["mask"], x.device),
-            timestep=1000 * t * model.config.timestep_scale,
+            timestep=1000 * t * model.config.get("timestep_scale", 1.0),
             return_dict=False,
         )[0]
         return answer[:, : x.shape[1]]

@@ -25,12 +25,13 @@ class StableDiffusion(Uncontrolled):
 
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
     denoiser = "unet"
+    denoisers: tuple[str, ...] = ("unet",)
+    boundary: float | None = None
     text_encoders: tuple[str, ...] = ("text_encoder",)
     adaptable: tuple[str, ...] = text_encoders
     presets: Mapping[str, str] = MappingProxyType({})
     guidance: Mapping[str, str] = MappingProxyType({"cfg": "guidance_scale"})
     drawing_steps = 25
-    packing = 1
     architecture = "stable-diffusion-v1"
     base_version = "sd_v1"
 
@@ -53,6 +54,11 @@ class StableDiffusion(Uncontrolled):
             size * pixels if isinstance(size, int) and pixels else None,
             pixels * 2 ** (len(levels) - 1) if levels and pixels else None,
         )
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """As many as latents have."""
+        return latent
 
     def _layer(self, reading: CaptionReading) -> int:
         """Which of the text encoder's layers is read, 1 the last."""

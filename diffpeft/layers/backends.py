@@ -154,6 +154,15 @@ BACKENDS = (
         dtype=lambda weight: weight.dtype,
         differentiable=_has_gradient,
     ),
+    Backend(
+        "diffpeft",
+        ("diffpeft.layers.packed", "PackedLinear"),
+        ("diffpeft.layers.packed", "Packed"),
+        lambda module: module.unpacked(),  # type: ignore[operator]
+        dtype=lambda weight: torch.float32,  # the layer says it
+        count=lambda weight: int(weight.numbers),
+        packed=True,
+    ),
 )
 
 

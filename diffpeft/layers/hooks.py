@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffpeft.layers.backends import backend_of, backend_of_weight
 from diffpeft.layers.sites import parameter_names, site_of
+from diffpeft.layers.streaming import STREAMED
 
 
 def refusal(module: nn.Module, parent: nn.Module | None, name: str) -> str:
@@ -113,6 +114,9 @@ def held_forwards(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the layer computes: an offloading hook's execution device, else where its weight is."""
+    if (streamed := vars(module).get(STREAMED)) is not None:
+        streaming: torch.device = streamed.stream.device
+        return streaming
     hook = vars(module).get("_hf_hook")  # vars: torch is slow to say that there is none
     device = None if hook is None else getattr(hook, "execution_device", None)
     if device is not None:
@@ -123,6 +127,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def present(module: nn.Module, read: Callable[[], Result]) -> Result:
     """`read()` while the layer's own tensors are here, even where an offloading hook keeps them elsewhere."""
+    if (streamed := vars(module).get(STREAMED)) is not None:
+        streamed.bring()
     if "_hf_hook" not in vars(module):
         return read()
     from accelerate.utils import align_module_device

@@ -26,6 +26,7 @@ from diffpeft.llm.sft_config import SftConfig
 from diffpeft.llm.sft_page import Measured, SftPage
 from diffpeft.llm.texts import IGNORED, TokenExample
 from diffpeft.methods.peft_config import TaskType
+from diffpeft.model.placing import Placing
 from diffpeft.model.state import trained_parameters
 from diffpeft.model.target import targets_of
 from diffpeft.pipeline.complete import complete_model, not_loaded
@@ -213,21 +214,24 @@ def open_model(config: SftConfig, device: str) -> tuple[texts.Tokenizer, nn.Modu
         raise
     except Exception as error:  # transformers and its libraries raise all kinds for a model that cannot be read
         raise not_loaded(error, config.model) from error
-    return tokenizer, model if config.quantize else model.to(device)
+    if config.quantize in _BY_TRANSFORMERS:
+        return tokenizer, model
+    return tokenizer, Placing(device, config.quantize)(model)
 
 
 def _quantised(config: SftConfig, dtype: torch.dtype, device: str) -> dict[str, object]:
-    """The keywords with which transformers loads a base in 4 or 8 bits; none for one that stays as it is."""
-    if not config.quantize:
-        return {}
-    loaded = {option: made for backend in BACKENDS for option, made in backend.loaded.items()}
-    return {"quantization_config": loaded[config.quantize](dtype), "device_map": {"": device}}
+    """The keywords with which transformers loads a base in few bits; none where it does not do that."""
+    made = _BY_TRANSFORMERS.get(config.quantize or "")
+    return {} if made is None else {"quantization_config": made(dtype), "device_map": {"": device}}
+
+
+_BY_TRANSFORMERS = {option: made for backend in BACKENDS for option, made in backend.loaded.items()}
 
 
 def adapt(config: SftConfig, model: Any) -> PeftModel:
     """The model with a fresh adapter on it, as a PeftModel; its base is frozen."""
     checkpointing = {"use_reentrant": False}
-    if config.quantize:
+    if config.quantize in _BY_TRANSFORMERS:
         prepare_model_for_kbit_training(model, config.gradient_checkpointing, checkpointing)
     elif config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)

@@ -11,7 +11,6 @@ from diffpeft.errors import CheckpointError, ConfigError, UnknownNameError
 from diffpeft.llm import texts
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import check_exists
-from diffpeft.train import machines
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.method import CONFIGS
 from diffpeft.train.publish import check_hub
@@ -47,11 +46,6 @@ def check(config: SftConfig, origins: Mapping[str, str] | None = None) -> Checke
     if Path(model).suffix == GGUF and not find_spec("gguf"):
         raise CheckpointError(
             "a .gguf file is read with the gguf package", where=model, remedy="pip install diffpeft[llm]"
-        )
-    if config.quantize and machines.sharding(config):
-        raise ConfigError(
-            "quantize with fsdp: shards of weights in 4 or 8 bits are none",
-            remedy="Leave one of them out; without --fsdp each process holds the whole base.",
         )
     if Path(model).suffix == GGUF and config.quantize:
         raise ConfigError(

@@ -28,5 +28,4 @@ class SftConfig(Options):
     max_length: int = option(512, "Tokens of a sequence; what is longer is cut.", at_least=2)
     packing: bool = option(False, "Put several rows into a sequence instead of padding.")
     loss: str = option("completion", "What is learnt: answers only, or prompts too.", choices=("completion", "all"))
-    quantize: str | None = option(None, "Hold the base in 4 or 8 bits (QLoRA).", choices=("nf4", "int8"))
     samples: int = option(3, "How many answers to show before and after in the report.", at_least=0)

@@ -21,6 +21,7 @@ from diffpeft.layers.carried import Parameters, Record, Step
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
 from diffpeft.layers.patches import Patch, parametrised
 from diffpeft.layers.sites import parameter_names
+from diffpeft.layers.streaming import STREAMED
 from diffpeft.model.arena import Arena
 from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, Mix
@@ -322,7 +323,7 @@ def refuse_unfit(layer: str, module: nn.Module, record: Record, owners: Mapping[
         parameter = module._parameters.get(name)
         if name in parametrised(module):
             raise unfit(layer, f"its {name} is parametrised, and what that gives has no numbers of its own")
-        if hasattr(module, "_hf_hook") or (parameter is not None and parameter.is_meta):
+        if hasattr(module, "_hf_hook") or STREAMED in vars(module) or (parameter is not None and parameter.is_meta):
             raise unfit(layer, f"its {name} is offloaded")
         if owners.get(id(parameter), 0) > 1 and not record.patches and not untie:
             raise unfit(layer, f"its {name} is tied to another layer's")

@@ -18,10 +18,27 @@ COMPILED = "_orig_mod"  # the level that torch.compile puts around a module
 FSDP_UNIT = "_fsdp_wrapped_module"  # FSDP 1's
 _LEVELS = frozenset({COMPILED, FSDP_UNIT, "_checkpoint_wrapped_module"})  # names go without these
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+# what models call the projections of their attentions, and the layers of their feed-forwards (gated ones, experts and convolutions too)
+_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
+    *("to_query", "to_key", "to_value", "self_attn.to_out", "attn1.to_out", "mha.to_out", "attn.out_layer"),
+    *(f"{kind}attention.out_layer" for kind in ("self_", "cross_", "av_cross_", "va_cross_")),
+)
+_FEED_FORWARD = (
+    *("ff.net.0.proj", "ff.net.2", "ffn.net.0.proj", "ffn.net.2", "feed_forward.net.0.proj", "feed_forward.net.2"),
+    *("mlp.net.0.proj", "mlp.net.2", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    *("fc1", "fc2", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.linear_fc2", "ff.conv_point"),
+    *("ffn.0", "ffn.2", "ff.gate", "ff.up", "ff.down", "ff.linear_in", "ff.linear_out"),
+    *("ff.linear_1", "ff.linear_2", "ff.out_projection", "feed_forward.in_layer", "feed_forward.out_layer"),
+    *(f"feed_forward.{layer}{n}" for n in (1, 2, 3) for layer in ("w", "linear_")),
+    *(f"{feed}.w{n}" for n in (1, 2, 3) for feed in ("ffn", "ff_i.shared_experts", "ff_t")),
+    *(f"mlp_moe_gen.{layer}_proj" for layer in ("gate", "up", "down")),
+    *("ff.conv_inverted", "ff.conv_temp", "img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out"),
+    *("audio_ff.net.0.proj", "audio_ff.net.2"),
+)
 PRESETS: dict[str, tuple[str, ...]] = {
     "attn": _ATTENTION,
-    "attn-mlp": (*_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "fc1", "fc2"),
+    "attn-mlp": (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out"),
     "full": ("*",),
 }
 
@@ -33,6 +50,8 @@ def components(target: object) -> dict[str, nn.Module]:
     parts = getattr(target, "components", None)
     modules = {n: m for n, m in parts.items() if isinstance(m, nn.Module)} if isinstance(parts, Mapping) else {}
     adaptable = {name: modules[name] for name in COMPONENTS if name in modules}
+    if adaptable.keys() & _DENOISERS - {_PRIOR}:  # then what makes its conditions is as it is
+        adaptable.pop(_PRIOR, None)
     if not adaptable.keys() & _DENOISERS and (others := [n for n, m in modules.items() if _is_denoiser(m)]):
         raise ConfigError(
             f"a {type(target).__name__} denoises with {listed(others)}, which adapters for pipelines have no name for",
@@ -45,12 +64,14 @@ def components(target: object) -> dict[str, nn.Module]:
     return adaptable
 
 
-_DENOISERS = frozenset({"unet", "transformer", "transformer_2"})
-_UNNAMED = ("StableCascadeUNet", "Prior", "DiffNeXt")  # in the names of denoisers that pipelines call otherwise
+_PRIOR = "prior"
+_DENOISERS = frozenset({"unet", "transformer", "transformer_2", _PRIOR})
+_UNNAMED = ("StableCascadeUNet", "DiffNeXt")  # in the names of denoisers that pipelines call otherwise
 # {library: {what is in the name of a class: the component that it is in pipelines}}; the first that fits counts
 _COMPONENT_OF = {
     "diffusers": {
         **dict.fromkeys(("ControlNet", "Autoencoder", "Vae", *_UNNAMED), ""),
+        "Prior": _PRIOR,
         "UNet": "unet",
         "Transformer": "transformer",
         "DiT": "transformer",

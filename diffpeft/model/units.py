@@ -1,4 +1,7 @@
-"""What FSDP shards a model by: its blocks; and slots as units of FSDP 1, which puts each unit into a module of its own, where layers then call them."""
+"""A model's blocks, which FSDP shards it by, and which are quantised and streamed from the host; and slots as units of FSDP 1.
+
+That puts each unit into a module of its own, where layers then call them.
+"""
 
 from __future__ import annotations
 
@@ -58,3 +61,23 @@ def blocks_of(model: nn.Module) -> Iterator[type[nn.Module]]:
         if name not in known:
             raise UnknownNameError.of("class of modules", name, known, where=ASKED)
         yield known[name]
+
+
+def repeated(model: nn.Module) -> dict[str, nn.Module]:
+    """{dotted name: block} of the blocks that a model repeats, in its order; none is in another.
+
+    They are what diffusers says (`_repeated_blocks`), and the entries of lists that have none of these inside and are no layers.
+    """
+    names = set(getattr(model, "_repeated_blocks", None) or ())
+    blocks: dict[str, nn.Module] = {}
+
+    def visit(where: str, module: nn.Module, listed: bool) -> None:
+        last = not any(type(m).__name__ in names for m in module.modules())
+        if type(module).__name__ in names or (listed and last and any(module.children())):
+            blocks[where] = module
+            return
+        for name, child in module.named_children():
+            visit(f"{where}.{name}" if where else name, child, isinstance(module, nn.ModuleList))
+
+    visit("", model, False)
+    return blocks

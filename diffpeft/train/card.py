@@ -18,6 +18,7 @@ from diffpeft.train.data.account import Account
 from diffpeft.train.metadata import is_id
 from diffpeft.train.outputs import README
 from diffpeft.train.run import TrainRun
+from diffpeft.train.slider_config import PromptAccount
 
 OURS = "<!-- written by diffpeft train; a card without this line is kept -->"
 # {family: what the Hub's search calls it}
@@ -82,8 +83,8 @@ def prompt_of(run: TrainRun) -> str | None:
 def _widget(folder: Path, words: str | None) -> list[dict[str, object]]:
     """The newest pictures, one for each prompt, that a run drew with the adapter, with their prompts as the pictures say them."""
     newest: dict[int, tuple[int, Path]] = {}
-    for path in folder.glob("samples/step*/p*_s*.png"):
-        match = re.fullmatch(r"step(\d+)/p(\d+)_s\d+\.png", f"{path.parent.name}/{path.name}")
+    for path in folder.glob("samples/step*/p*_s*.*"):
+        match = re.fullmatch(r"step(\d+)/p(\d+)_s\d+\.(?:png|webp)", f"{path.parent.name}/{path.name}")
         if match:
             step, number = int(match[1]), int(match[2])
             newest[number] = max(newest.get(number, (-1, path)), (step, path))
@@ -199,7 +200,9 @@ def _training(run: TrainRun) -> dict[str, object]:
 
 
 def data_of(account: Account) -> str:
-    """How many images of what sizes a run was trained on, and where their captions are from."""
+    """How many images of what sizes a run was trained on, and where their captions are from; or which prompts."""
+    if isinstance(account, PromptAccount):
+        return "; ".join([account.summary(), *account.plan()])
     captions = ", ".join(f"{n} from {source}" for source, n in account.captions.items())
     sizes = ", ".join(f"{n} of {w}x{h}" for (w, h), n in account.buckets.items())
     images = len(account.examples)

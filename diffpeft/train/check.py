@@ -17,6 +17,8 @@ from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account, pairing
+from diffpeft.train.data.clips import cut
+from diffpeft.train.data.framing import Framing
 from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
@@ -32,6 +34,7 @@ from diffpeft.train.sample_prompts import (
     typed_prompts,
     with_controls,
 )
+from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -123,8 +126,8 @@ def _with_cut(account: Account, config: TrainConfig) -> Account:
     if not tokenizers:
         return account
     most = config.max_length or _usual_tokens(source)
-    cut, most = too_long([example.caption for example in account.examples], tokenizers, most)
-    names = tuple(example.name for example, is_cut in zip(account.examples, cut, strict=True) if is_cut)
+    cut, most = too_long([*account.texts.values()], tokenizers, most)
+    names = tuple(name for name, is_cut in zip(account.texts, cut, strict=True) if is_cut)
     return replace(account, cut=names, tokens=most)
 
 
@@ -132,7 +135,8 @@ def _usual_tokens(source: str) -> int | None:
     """How many tokens of captions a model's family reads, where its tokenizers would read more; None where they say it."""
     known = facts(source)
     family = trainable(known.pipeline, known.configs, source) if known.pipeline else None
-    return getattr(FAMILIES[family], "tokens", None) if family else None
+    usual = getattr(FAMILIES[family], "tokens", None) if family else None
+    return usual or None
 
 
 def account_of(config: TrainConfig, steps: bool) -> Account:
@@ -153,30 +157,28 @@ def account_of(config: TrainConfig, steps: bool) -> Account:
 
 def surveyed(config: TrainConfig, known: Sizes) -> Account:
     """The account of a run's data. `known` is what configs tell of the model's sizes. Raises DataError or ConfigError."""
-    out = Path(config.out).resolve() if config.out else None
-    sources = data.sources_of(config.data or ())
-    if out and any(source.path.resolve() == out for source in sources):
-        raise ConfigError(
-            "the output folder is the folder of the images",
-            where=out,
-            remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
-        )
     sides = config.sides(known.resolution)
+    sizing = data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None
+    if isinstance(config, SliderConfig):
+        return config.account(sizing)
+    _refuse_own_output(config)
+    framing = framing_of(config, known)
     part = part_of(config.heldout) if config.heldout is not None else None
     others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
         config.data or (),
         config.instance_prompt,
-        data.Sizing(sides, config.buckets, known.multiple or 1) if sides else None,
+        sizing,
         trigger=config.trigger,
         mask=config.mask,
         control=config.control,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
+        clips=framing is not None,
     )
     account = account if part is None else _with_heldout(account, part, config)
     if (wanted := wanted_controls(config)) is not None:
         pairing.check(account, wanted)
-    return account
+    return account if framing is None else cut(account, framing)
 
 
 def wanted_controls(config: TrainConfig) -> pairing.Wanted | None:
@@ -189,13 +191,42 @@ def wanted_controls(config: TrainConfig) -> pairing.Wanted | None:
     return pairing.Wanted(*family.controls, family.aligned)
 
 
+def framing_of(config: TrainConfig, known: Sizes) -> Framing | None:
+    """How clips are cut out of footage; None for images. `known` is what configs tell of the model. Raises ConfigError for a model of images."""
+    counts = config.counts()
+    if not counts:
+        return None
+    if known.multiple and known.temporal is None:
+        raise ConfigError(
+            f"frames is {','.join(map(str, counts))}, and this model is one of images", remedy="Leave --frames out."
+        )
+    return Framing(counts, config.fps or known.rate, config.extract or "head", known.temporal or 1)
+
+
+def _refuse_own_output(config: TrainConfig) -> None:
+    """Raise ConfigError if the images are to be read from the folder that the run writes into."""
+    out = Path(config.out).resolve() if config.out else None
+    if out and any(source.path.resolve() == out for source in data.sources_of(config.data or ())):
+        raise ConfigError(
+            "the output folder is the folder of the images",
+            where=out,
+            remedy="Pass another --out, which may be inside: pictures that a run writes are not for the next to train on.",
+        )
+
+
 def _with_heldout(account: Account, part: float | int | Path, config: TrainConfig) -> Account:
     """The account with images that are held out. Raises DataError or ConfigError."""
     if not isinstance(part, Path):
         return split(account, part, config.seed)
     control = [str(folder) for folder in pairing.folders_of(None, data.sources_of([part]))] or config.control
     others = data.survey(
-        [part], config.instance_prompt, trigger=config.trigger, mask=config.mask, control=control, strict=False
+        [part],
+        config.instance_prompt,
+        trigger=config.trigger,
+        mask=config.mask,
+        control=control,
+        strict=False,
+        clips=bool(config.counts()),
     )
     entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
     return beside(replace(account, folders=entered), others)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -50,6 +51,8 @@ class Options:
     """The options that every training run has, and the checks of all."""
 
     LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
+    COMMAND: ClassVar[str] = "train"  # whose options they are
+    ABSENT: ClassVar[frozenset[str]] = frozenset()  # options of the class above that would mean nothing here
 
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
     data: str | Sequence[str] | None = option(None, "What to train on.", required=True)
@@ -115,6 +118,11 @@ class Options:
         below=1,
     )
     gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them.")
+    quantize: str | None = option(
+        None,
+        "Hold the base in few bits (QLoRA): nf4 (needs bitsandbytes), int8 or fp8. The adapter stays fp32.",
+        choices=("nf4", "int8", "fp8"),
+    )
     seed: int = option(0, "Everything random follows from it.", at_least=0)
     save_every: int = option(
         500, "Steps between two states that a run can go on from; 0: only when it is stopped.", at_least=0
@@ -143,6 +151,11 @@ class Options:
     )
     hub_private: bool = option(False, "Make that repository a private one.", needs="push_to_hub")
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """What the options are called."""
+        return tuple(f.name for f in fields(cls) if f.name not in cls.ABSENT)
+
     def validate(self) -> None:
         """Raise ConfigError for the first option that is missing, has a value that is not allowed, or would change nothing."""
         for f in fields(self):
@@ -169,6 +182,11 @@ class Options:
                     f"{name} with lr_scheduler {self.lr_scheduler}, and so it would do nothing",
                     remedy=f"Pass --lr-scheduler {needed}, or leave --{_flag(name)} out.",
                 )
+        if self.quantize == "nf4" and not find_spec("bitsandbytes"):
+            raise ConfigError(
+                "quantize nf4 is computed by bitsandbytes, which is not installed",
+                remedy="pip install bitsandbytes, or pass int8 or fp8, which need nothing.",
+            )
         if self.warmup > self.steps and getattr(self, "epochs", None) is None:
             raise ConfigError(
                 f"warmup is {self.warmup} and steps is {self.steps}: the learning rate would never be reached",
@@ -177,7 +195,7 @@ class Options:
 
     def resolved(self) -> dict[str, object]:
         """Every option by its name."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in self.ABSENT}
 
     def parts(self) -> int:
         """The passes of a step, over all processes of the run."""
@@ -203,6 +221,9 @@ class Options:
 @dataclass
 class TrainConfig(Options):
     """A DreamBooth-style training run. Defaults are the community's for Stable Diffusion 1.5."""
+
+    EVERY: ClassVar[tuple[float, ...]] = (1.0,)  # strengths that each sample is drawn at, beside the base's
+    FIRST: ClassVar[tuple[float, ...]] = (0.5,)  # and the first one besides
 
     model: str | None = option(
         None, "A diffusers folder, a single .safetensors file (with --base), or a Hub id.", required=True
@@ -274,6 +295,22 @@ class TrainConfig(Options):
         several="commas",
     )
     buckets: bool = option(True, "Keep the shapes of images, by sd-scripts' buckets; else all are cropped to squares.")
+    frames: int | Sequence[int] | None = option(
+        None,
+        "Train on clips of so many frames, with a model of videos: of video files, folders of numbered frames and animated images. With several, as in "
+        "1,17,33, a clip is used in each that it is long enough for.",
+        at_least=1,
+        several="commas",
+    )
+    fps: float | None = option(
+        None, "Frames a second that clips are shown at; default: what the model was made for.", above=0, needs="frames"
+    )
+    extract: str | None = option(
+        None,
+        "What of longer clips is used: head (the default), middle, uniform (frames spread over all of it), or chunks (one clip after the other).",
+        choices=("head", "middle", "uniform", "chunks"),
+        needs="frames",
+    )
     flip: bool = option(False, "Mirror images at random.")
     crop: str = option("center", "What of an image is used where it is too long.", choices=("center", "random"))
     caption_dropout: float = option(
@@ -318,6 +355,12 @@ class TrainConfig(Options):
     training_adapter: str | None = option(
         None, "An adapter, FILE:STRENGTH, that is on while training and off in what is drawn, measured and saved."
     )
+    offload: float = option(
+        0.0,
+        "Share of the denoiser's blocks that live in the host's memory, and come to the device when they are needed: 0 to 1.",
+        at_least=0,
+        at_most=1,
+    )
     compile: bool = option(False, "Compile the denoiser: slow first steps, and faster ones then.")
     snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", above=0)
     debiased: bool = option(False, "Weight the loss as errors of the noise over the root of the signal-to-noise ratio.")
@@ -339,6 +382,12 @@ class TrainConfig(Options):
     density_mean: float | None = option(None, "Of logit_normal; above 0 is noisier; default: 0.", needs="density")
     density_std: float | None = option(None, "Of logit_normal; default: 1.", above=0, needs="density")
     density_scale: float | None = option(None, "Of mode; default: 1.29.", at_least=-1, at_most=1.75, needs="density")
+    experts: str | None = option(
+        None,
+        "Of a model with two denoisers (Wan 2.2), which are trained: both (the default; every pair of steps has one of each), high (the one for much "
+        "noise) or low.",
+        choices=("both", "high", "low"),
+    )
     shift: float | None = option(
         None, "Shifts levels towards noise, in the place of the model's own; above 1 is noisier.", above=0
     )
@@ -408,6 +457,11 @@ class TrainConfig(Options):
                     )
         if self.epochs is not None and self.steps != TrainConfig.steps:
             raise ConfigError("steps with epochs: both say how long to train", remedy="Leave one of them out.")
+        if self.compile and self.offload:
+            raise ConfigError(
+                "compile with offload: compiled code has weights that stay where they are",
+                remedy="Leave one of them out.",
+            )
         if self.debiased and self.snr_gamma is not None:
             raise ConfigError("debiased with snr_gamma: both weight the loss", remedy="Leave one of them out.")
         for name, of, needed in _ONLY_WITH:
@@ -445,6 +499,14 @@ class TrainConfig(Options):
         """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
         sides = self.resolution or resolution or ()
         return (sides,) if isinstance(sides, int) else tuple(sides)
+
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of frames that clips have; none where single images are trained on."""
+        return (self.frames,) if isinstance(self.frames, int) else tuple(self.frames or ())
+
+    def main_prompts(self) -> dict[str, str]:
+        """{prompt that is always drawn: the option that it is from}."""
+        return {} if self.instance_prompt is None else {self.instance_prompt: "--instance-prompt"}
 
     def text_encoders(self) -> list[str]:
         """The files of text encoders, which stand in a list, or in one text with commas."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffpeft.errors import ConfigError, UnknownNameError, listed, shown
@@ -40,7 +40,7 @@ def from_toml(path: str | Path, overrides: Mapping[str, object], kind: type[AnyO
 def said_in(path: str | Path, kind: type[Options]) -> Said:
     """The options that a file says. Raises ConfigError or UnknownNameError."""
     path = Path(path)
-    known = {f.name for f in fields(kind)}
+    known = set(kind.names())
     table = _read(path)
     if kind is TrainConfig:
         pairs = _pairs(table, path)

@@ -66,6 +66,11 @@ _HONOURED_FSDP: dict[str, tuple[tuple[str, ...], str]] = {
         "Set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP; units are the model's blocks.",
     ),
 }
+# {an option of a run: why a sharded base cannot have it}
+_WHOLE = {
+    "quantize": "shards of weights in 4 or 8 bits are none",
+    "offload": "shards stay on the devices, and are gathered there",
+}
 _PRECISIONS = {"fp16": "fp16", "bf16": "bf16", "no": None, "": None}
 
 
@@ -148,6 +153,12 @@ def check(options: Processes) -> None:
         raise ConfigError(
             "fsdp with one process, and so it would do nothing", remedy="Pass --num-processes, or leave --fsdp out."
         )
+    for name, why in _WHOLE.items():
+        if getattr(options, name, None) and sharding(options):
+            raise ConfigError(
+                f"{name} with fsdp: {why}",
+                remedy="Leave one of them out; without --fsdp each process holds the whole base.",
+            )
     precision()
     for name, (allowed, remedy) in (
         _HONOURED | (_HONOURED_FSDP if _said("ACCELERATE_USE_FSDP") == "true" else {})

@@ -26,17 +26,19 @@ from converters.spelling import Draft
 from diffpeft.families import family_of
 from diffpeft.train.config import PATHS, TrainConfig
 from diffpeft.train.data.account import Account, Example
+from diffpeft.train.experts import experts_of
 from diffpeft.train.groups import entries_of
 from diffpeft.train.optimizers import row_of
 from diffpeft.train.resume import FREE
 from diffpeft.train.run import TrainRun
+from diffpeft.train.slider_config import PromptAccount
 
 THUMBNAIL = 256  # pixels, the longer side at most
 TAGS = 1 << 20  # bytes of the table of tags, at most
 _LORA = "networks.lora"
 _PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 _KINDS = {"epsilon": "epsilon", "v_prediction": "v"}  # what ModelSpec calls them; of flows it says nothing
-_OURS = ("ss_", "sshs_", "modelspec.", "trained_words", "diffpeft.options", "diffpeft.version")
+_OURS = ("ss_", "sshs_", "modelspec.", "trained_words", "diffpeft.options", "diffpeft.version", "diffpeft.experts")
 
 
 def metadata_of(run: TrainRun, step: int | None = None, thumbnail: Path | None = None) -> dict[str, str]:
@@ -48,7 +50,7 @@ def metadata_of(run: TrainRun, step: int | None = None, thumbnail: Path | None =
         **_optimisation(config),
         **_objective(config, run),
         **_progress(config, run.account, run.step if step is None else step),
-        **_data(config, run.account, run.class_images),
+        **({} if isinstance(run.account, PromptAccount) else _data(config, run.account, run.class_images)),
         **_base(run),
         **_modelspec(run, words, thumbnail),
         "ss_output_name": run.name,
@@ -72,18 +74,27 @@ def finished(draft: Draft, told: Mapping[str, str], format: str, family: str) ->
     return Draft(draft.tensors, {**by_others, **told, **by_format}, draft.places, draft.inexact)
 
 
-# {family: sd-scripts' module for its LoRAs}, where it is not networks.lora
+# {family: the module of sd-scripts or musubi-tuner for its LoRAs}, where it is not networks.lora
 _MODULES = {
     "flux": "networks.lora_flux",
     "chroma": "networks.lora_flux",
     "sd3": "networks.lora_sd3",
     "lumina2": "networks.lora_lumina",
+    "hunyuan_image": "networks.lora_hunyuan_image",
+    "cosmos": "networks.lora_anima",
+    "krea2": "networks.lora_krea2",
+    "ideogram4": "networks.lora_ideogram4",
 }
 # {family: the program whose names the layers have in files with the original ones}
 _PROGRAMS = {
     "sdxl": "https://github.com/Stability-AI/generative-models",
     "flux": "https://github.com/black-forest-labs/flux",
     "sd3": "https://github.com/Stability-AI/sd3-ref",
+    "hunyuan_image": "https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+    "cosmos": "https://github.com/nvidia-cosmos/cosmos-predict2",
+    "krea2": "https://github.com/krea-ai/krea-2",
+    "ideogram4": "https://huggingface.co/Comfy-Org/Ideogram-4",
+    "cogview4": "https://github.com/zai-org/CogView4",
 }
 
 
@@ -139,7 +150,13 @@ def _objective(config: TrainConfig, run: TrainRun) -> dict[str, object]:
         "ss_prior_loss_weight": config.prior_weight,
         "ss_discrete_flow_shift": config.shift,
         "ss_timestep_sampling": config.density,
+        "diffpeft.experts": _experts(config, run),
     }
+
+
+def _experts(config: TrainConfig, run: TrainRun) -> str | None:
+    """{denoiser: the shares of noise that it was trained at}, of a model of several."""
+    return json.dumps(dict(experts_of(config, run.family).spans)) if run.family.boundary is not None else None
 
 
 def _progress(config: TrainConfig, account: Account, step: int) -> dict[str, object]:

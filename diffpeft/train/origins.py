@@ -25,7 +25,11 @@ def origins_of(typed: Options, resolved: Options, said: Mapping[str, str]) -> di
         typed, resolved: the options as they were said, and as they are used.
         said: where those that were said are from; an option that is not in it and has another value than its default is an argument.
     """
-    return {f.name: _origin(f.name, f.default, typed, resolved, said) for f in fields(resolved)}
+    return {
+        f.name: _origin(f.name, f.default, typed, resolved, said)
+        for f in fields(resolved)
+        if f.name in resolved.names()
+    }
 
 
 def _origin(name: str, default: object, typed: Options, resolved: Options, said: Mapping[str, str]) -> str:
@@ -48,9 +52,9 @@ def text_of(options: Options, origins: Mapping[str, str], headline: str) -> str:
 
 
 def record(out: Path, options: Options, origins: Mapping[str, str], account: Mapping[str, object]) -> None:
-    """Write OUT/config.toml, with which `diffpeft train` does the same again, and OUT/account.json, what `diffpeft data check --json` prints."""
+    """Write OUT/config.toml, with which the same command does the same again, and OUT/account.json, what `diffpeft data check --json` prints."""
     files = {
-        CONFIG: text_of(options, origins, f"diffpeft train {CONFIG} --out ANOTHER does the same again"),
+        CONFIG: text_of(options, origins, f"diffpeft {options.COMMAND} {CONFIG} --out ANOTHER does the same again"),
         ACCOUNT: json.dumps(account, indent=2) + "\n",
     }
     for name, text in files.items():

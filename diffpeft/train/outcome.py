@@ -19,6 +19,7 @@ from diffpeft import patterns
 from diffpeft.bundle import canonical
 from diffpeft.errors import ConfigError, NothingLearntError, listed
 from diffpeft.layers.carried import effective, op_of
+from diffpeft.layers.hooks import present
 from diffpeft.layers.slot import Slot
 from diffpeft.model.target import adapted, components
 from diffpeft.pipeline.adapters import unload
@@ -101,8 +102,11 @@ def refuse_idle(
         )
 
 
-def refuse_unread(target: object, file: Path, name: str, dtype: torch.dtype = torch.float32) -> None:
-    """Raise NothingLearntError if a file, read again, does not hold what adapter `name` has, rounded to the dtype of the file.
+def refuse_unread(
+    target: object, file: Path, name: str, dtype: torch.dtype = torch.float32, half: str | None = None
+) -> None:
+    """Raise NothingLearntError if a file, read again, does not hold what adapter `name` has, rounded to the dtype of the file; all of it, or what it has
+    on one component, of which the file is.
 
     Where it gives back the same tensors it changes the same; elsewhere (layers that the format has as one) the changes of weights are compared.
     """
@@ -111,7 +115,8 @@ def refuse_unread(target: object, file: Path, name: str, dtype: torch.dtype = to
         warnings.simplefilter("ignore")  # what there is to be said of the adapter was said when it was made
         load_lora(target, file, name=again, trainable=True)  # in float32, whatever the base has
     try:
-        other = _other_layers(target, name, again, dtype)
+        other = _other_layers(components(target), name, again, dtype)
+        other = [layer for layer in other if half is None or layer.startswith(f"{half}.")]
     finally:
         unload(target, again)
     if other:
@@ -123,10 +128,10 @@ def refuse_unread(target: object, file: Path, name: str, dtype: torch.dtype = to
 
 
 @torch.no_grad()
-def _other_layers(target: object, name: str, again: str, dtype: torch.dtype) -> list[str]:
+def _other_layers(models: Mapping[str, nn.Module], name: str, again: str, dtype: torch.dtype) -> list[str]:
     """The layers in which an adapter that was read again does something else than it did, once its numbers are rounded to `dtype`."""
     other = []
-    for component, model in components(target).items():
+    for component, model in models.items():
         for layer, module, record in adapted(model):
             learnt, read = record.slots.get(name), record.slots.get(again)
             if learnt is None and read is None:
@@ -164,7 +169,7 @@ def _alike(module: nn.Module, learnt: Slot | None, read: Slot | None, dtype: tor
 def _changed(module: nn.Module, slot: Slot | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A layer's weight and bias in float64, without an adapter and with it. A quantised weight as numbers."""
     op = op_of(module)
-    base = {"weight": op.stored(gathered(op.weight())).double()}
+    base = {"weight": present(module, lambda: op.stored(gathered(op.weight())).double())}
     base |= {} if op.bias is None else {"bias": gathered(op.bias).double()}
     return base, base if slot is None else effective(module, [(slot, 1.0)], torch.float64, base)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from diffpeft.errors import ConfigError, UnknownNameError, listed, shown
@@ -42,6 +41,7 @@ FREE = {
     "samples": "how many answers are shown",
     "num_processes": "who computes the passes of a step, of which there must be as many: accumulate x num_processes",
     "fsdp": "whether each process holds the whole base",
+    "offload": "where the base's blocks are between two uses",
     "sample_prompt": "what is drawn meanwhile",
     "sample_prompts": "and from which file",
     "sample_every": "how often",
@@ -73,7 +73,7 @@ def remembered(kind: type[Options], typed: Mapping[str, object]) -> Json:
         return dict(typed)
     out = Path(str(typed["out"])) if typed.get("out") else None
     checkpoint = chosen(str(typed["resume"]), out)
-    known = {f.name for f in fields(kind)}
+    known = set(kind.names())
     stored = {name: value for name, value in checkpoint.options.items() if name in known and value is not None}
     started = ("num_processes",) if machines.world().size > 1 else ()  # by a launcher, as many as they are
     for name in ("resume", "overwrite", "allow", *started, *(("steps",) if typed.get("epochs") else ())):
@@ -90,7 +90,7 @@ def may_differ(name: str, options: Options) -> bool:
 
 def check_same(options: Options, before: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise ConfigError for options that differ from those of the run that goes on and may not. Options that one of both lacks are the defaults."""
-    known = {f.name for f in fields(options)}
+    known = set(options.names())
     for name in names_of(options.allow):
         if name not in known:
             raise UnknownNameError.of("option", name, known, where="--allow")

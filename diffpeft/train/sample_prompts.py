@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ class SamplePrompt:
         cfg: how far the prediction is led away from that of the negative prompt: classifier-free guidance.
         guidance: what a model is told that was distilled to read a guidance.
         controls: the files of the control images, for a model that reads some.
+        frames: of a model of videos, how many.
         where: the file and line that it is from, or the option.
     """
 
@@ -42,6 +44,7 @@ class SamplePrompt:
     steps: int | None = None
     controls: tuple[str, ...] = ()
     where: str = ""
+    frames: int | None = None
 
 
 class Setting(NamedTuple):
@@ -73,6 +76,7 @@ FLAGS = {
     "g": Setting("guidance", float, 0, _NUMBER),
     "s": Setting("steps", int, 1, _WHOLE),
     "ci": Setting("controls", _files, words="the file of a control image"),  # may be repeated
+    "f": Setting("frames", int, 1, _WHOLE),
 }
 _LETTERS = {setting.field: letter for letter, setting in FLAGS.items()}
 # {what tables, and people who spell flags out, call a setting: its field}
@@ -85,6 +89,9 @@ _SPELT = {
     "sample_steps": "steps",
     "num_inference_steps": "steps",
     **dict.fromkeys(("control", "control_image", "control_images", "control_image_path", "ctrl_img"), "controls"),
+    "num_frames": "frames",
+    "frame_count": "frames",
+    "video_length": "frames",
 }
 _SAMPLER = "Samples are drawn with the model's own sampler: leave it out."
 _FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
@@ -228,15 +235,13 @@ def _triggered(prompt: SamplePrompt, trigger: str | None) -> SamplePrompt:
 
 
 def prompts_of(config: TrainConfig, captions: Sequence[str]) -> list[SamplePrompt]:
-    """All that is drawn: the instance prompt, then what was typed, or without any of these a caption. None if nothing is drawn."""
+    """All that is drawn: the instance prompt, or what a slider changes, then what was typed, or without any of these a caption. None if nothing is drawn."""
     if config.sample_every == 0:
         return []
     prompts = typed_prompts(config)
-    if config.instance_prompt is not None:
-        main = with_trigger(config.instance_prompt, config.trigger)
-        alike = [prompt for prompt in prompts if prompt.prompt == main]
-        others = [prompt for prompt in prompts if prompt not in alike]
-        return [*(alike or [SamplePrompt(main, where="--instance-prompt")]), *others]
+    if mains := {with_trigger(text, config.trigger): where for text, where in config.main_prompts().items()}:
+        alike = [[p for p in prompts if p.prompt == main] or [SamplePrompt(main, where=mains[main])] for main in mains]
+        return [*chain.from_iterable(alike), *(prompt for prompt in prompts if prompt.prompt not in mains)]
     caption = next((caption for caption in captions if caption), "")
     return prompts or [SamplePrompt(caption, where="a caption")]
 

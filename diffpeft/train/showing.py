@@ -17,7 +17,6 @@ from diffpeft.train.cache import Prompt, Texts
 from diffpeft.train.outputs import ACCOUNT, CONFIG, METRICS, PAGE, README, ROWS
 from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
-from diffpeft.train.report.page import STRENGTHS
 from diffpeft.train.sample_model import open_other, other_stage
 from diffpeft.train.samples import Gallery, Sampler, Spot, forget, settled, stage, texts_of
 from diffpeft.train.team import team
@@ -81,7 +80,7 @@ def page_of(config: Options, title: str, data: Sequence[str] = (), origins: Mapp
         total=config.steps,
         options=config.resolved(),
         origins=origins or {},
-        defaults={f.name: f.default for f in fields(config)},
+        defaults={f.name: f.default for f in fields(config) if f.name in config.names()},
         data=data,
     )
 
@@ -92,12 +91,12 @@ def losses_until(resumed: SavedState | None) -> list[float]:
 
 
 def _strengths(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pictures:
-    """The first prompt at each strength, of the newest step that has it."""
+    """The first prompt at each strength, or all that are drawn at each, of the newest step that has it."""
     newest = {spot: path for pictures in steps.values() for spot, path in pictures.items()}
-    heads, (prompt, *_) = [f"strength {strength:g}" for strength in STRENGTHS], gallery.prompts
-    return _with_controls(
-        Pictures(heads, [PictureRow(prompt.prompt, [newest.get(Spot(0, s)) for s in STRENGTHS])]), [prompt]
-    )
+    heads = [f"strength {strength:g}" for strength in gallery.strengths]
+    shown = list(enumerate(gallery.prompts[:1] if gallery.first else gallery.prompts))
+    rows = [PictureRow(p.prompt, [newest.get(Spot(number, s)) for s in gallery.strengths]) for number, p in shown]
+    return _with_controls(Pictures(heads, rows), [prompt for _, prompt in shown])
 
 
 def _with_controls(pictures: Pictures, prompts: Sequence[SamplePrompt]) -> Pictures:
@@ -225,7 +224,8 @@ def _sampler(run: TrainRun, drawing: Drawing, watch: Watch) -> Sampler:
         else functools.partial(stage, family, name)
     )
     model = Path(str(config.sample_model or config.model)).name
-    gallery = Gallery(config.output(), drawing.prompts, model, config.sample_start or 0.0)
+    start = config.sample_start or 0.0
+    gallery = Gallery(config.output(), drawing.prompts, model, start, config.EVERY, config.FIRST, family.rate or 16.0)
     return Sampler(gallery, name, drawing.texts, ready, config.init_from is not None, config.sample_first, watch.tick)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,13 +103,13 @@ def judge_of(
 
 
 @contextlib.contextmanager
-def alone(pipe: Pipeline, name: str, strength: float) -> Iterator[None]:
-    """In this block an adapter is the only one, at a strength, and drops no features."""
+def alone(pipe: Pipeline, name: str, strength: float, others: Mapping[str, float] | None = None) -> Iterator[None]:
+    """In this block an adapter is the only one besides others, at a strength, and drops no features."""
     dropping = [slot for slot in slots_of(pipe, name).values() if slot.training]
     for slot in dropping:
         slot.eval()
     try:
-        with diffpeft.adapters(pipe, {name: strength}):
+        with diffpeft.adapters(pipe, {**(others or {}), name: strength}):
             yield
     finally:
         for slot in dropping:

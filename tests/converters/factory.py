@@ -141,6 +141,104 @@ SITES: dict[str, dict[str, tuple[int, ...]]] = {
         "double_stream_blocks.0.block.adaLN_modulation.1": (144, 12),
         "p_embedder.pooled_embedder.linear_1": (12, 20),
     },
+    "hunyuan_video15": {  # layers that ComfyUI calls as the original does
+        "double_blocks.0.img_mlp.fc1": (48, 12),
+        "txt_in.individual_token_refiner.blocks.0.self_attn_qkv": (36, 12),
+        "byt5_in.fc1": (24, 20),
+        "final_layer.adaLN_modulation.1": (24, 12),
+    },
+    "framepack": {"double_blocks.0.img_attn_qkv": (36, 12), "image_projection.up": (36, 12)},
+    "kandinsky5": {
+        "visual_transformer_blocks.0.self_attention.to_query": (12, 12),
+        "text_transformer_blocks.0.feed_forward.in_layer": (48, 12),
+    },
+    "sana_video": {"blocks.0.attn.qkv": (36, 12), "blocks.0.mlp.t_conv": (12, 12, 3, 1)},
+    "skyreels_v2": {"blocks.0.self_attn.q": (12, 12), "fps_projection.2": (72, 12)},
+    "helios": {"blocks.0.attn1.to_q": (12, 12), "blocks.0.ffn.0": (48, 12), "patch_short": (12, 16, 1, 2, 2)},
+    "chrono_edit": {"blocks.0.self_attn.q": (12, 12), "blocks.0.cross_attn.k_img": (12, 12)},
+    "wan_animate2": {"blocks.0.block.self_attn.q": (12, 12), "blocks.0.block.ffn.0": (48, 12)},
+    "minimax_h3": {
+        "blocks.0.attn.qkv_proj": (36, 12),
+        "blocks.0.mlp.fc1": (48, 12),
+        "blocks.0.adaln_proj.linear": (216, 8),
+    },
+    "flux3": {
+        "single_blocks.0.q_proj": (12, 12),
+        "content_mode_blocks.image.0.mlp_in": (72, 12),
+        "final_layer.image.adaLN_modulation.1": (24, 12),
+    },
+    "ace_step": {"layers.0.cross_attn.q_proj": (12, 12), "layers.0.mlp.gate_proj": (48, 12)},
+    "krea2": {
+        "blocks.0.attn.wq": (12, 12),
+        "blocks.0.mlp.down": (12, 48),
+        "txtfusion.refiner_blocks.0.attn.gate": (12, 12),
+        "tproj.1": (72, 12),
+    },
+    "cosmos": {
+        "blocks.0.self_attn.q_proj": (12, 12),
+        "blocks.0.cross_attn.output_proj": (12, 12),
+        "blocks.0.adaln_modulation_mlp.2": (36, 4),
+        "final_layer.linear": (8, 12),
+    },
+    "ideogram4": {
+        "layers.0.attention.qkv": (36, 12),
+        "layers.0.attention.o": (12, 12),
+        "layers.0.feed_forward.w2": (12, 48),
+        "adaln_proj": (4, 12),
+    },
+    "ernie_image": {
+        "layers.0.self_attention.to_q": (12, 12),
+        "layers.0.mlp.linear_fc2": (12, 48),
+        "x_embedder.proj": (12, 8, 1, 1),
+    },
+    "cogview4": {
+        "transformer.layers.0.attention.query_key_value": (36, 12),
+        "transformer.layers.0.mlp.dense_4h_to_h": (12, 48),
+        "mixins.adaln.adaln_modules.0.1": (144, 4),
+        "mixins.final_layer.adaln.1": (24, 4),
+        "label_emb.0.0": (4, 12),
+    },
+    "hunyuan_image": {
+        "double_blocks.0.img_attn_qkv": (36, 12),
+        "single_blocks.1.linear1": (84, 12),
+        "byt5_in.fc3": (12, 20),
+        "final_layer.adaLN_modulation.1": (24, 12),
+    },
+    "qwen_image21": {
+        "transformer_blocks.0.attn.to_q": (12, 12),
+        "transformer_blocks.0.img_mlp.gate_up": (72, 12),
+        "txt_in.in_layer": (12, 16),
+    },
+    "omnigen2": {
+        "layers.0.attn.to_k": (4, 12),
+        "ref_image_refiner.0.feed_forward.linear_1": (48, 12),
+        "time_caption_embed.caption_embedder.1": (12, 20),
+    },
+    "longcat_image": {
+        "double_blocks.0.img_attn.qkv": (36, 12),
+        "single_blocks.1.linear1": (84, 12),
+        "time_in.in_layer": (12, 16),
+        "final_layer.adaLN_modulation.1": (24, 12),
+    },
+    "ovis_image": {
+        "double_blocks.0.img_mlp.down_proj": (12, 48),
+        "double_blocks.0.txt_attn.qkv": (36, 12),
+        "single_blocks.1.linear1": (132, 12),
+        "semantic_txt_in": (12, 20),
+    },
+    "bria": {"single_transformer_blocks.0.proj_mlp": (48, 12), "time_embed.timestep_embedder.linear_1": (12, 16)},
+    "bria_fibo": {"transformer_blocks.0.attn.add_q_proj": (12, 12), "caption_projection.1.linear": (6, 8)},
+    "bria_fibo2": {
+        "layers.0.cross_attention.to_k": (12, 12),
+        "perceiver.layers.0.self_attention.to_out.0": (12, 12),
+        "final_layer.linear": (8, 12),
+    },
+    "prx": {"blocks.0.attention.img_qkv_proj": (36, 12), "blocks.0.gate_proj": (42, 12), "txt_in": (12, 20)},
+    "glm_image": {"transformer_blocks.0.attn1.to_q": (12, 12), "glyph_projector.net.0.proj": (12, 20)},
+    "nucleus_image": {
+        "transformer_blocks.0.encoder_proj": (12, 20),
+        "transformer_blocks.0.img_mlp.shared_expert.net.2": (12, 24),
+    },
 }
 # {family: (original, diffusers, width)}: a norm that both programs have
 NORMS = {
@@ -171,6 +269,7 @@ TEXT = {
     },
     "chroma": {"text_encoder": ("lora_te3_", "t5xxl.transformer.", _T5)},
     "lumina2": {"text_encoder": ("lora_te_", "gemma2_2b.transformer.model.", _GEMMA)},
+    "cosmos": {"text_encoder": ("lora_te_", "qwen3_06b.transformer.model.", _GEMMA)},
 }
 
 # Methods: {suffix: tensor} in LyCORIS's spelling for a layer of this shape, and W' from them.

@@ -92,54 +92,59 @@ MODELS: dict[str, Model] = {
     "CogVideoX 2B": Model("cogvideox", "CogVideoXTransformer3DModel", {"num_layers": 30}),
     "CogVideoX 5B": Model("cogvideox", "CogVideoXTransformer3DModel", {"num_layers": 42}, {**_heads(48, 64), "ofs_embed_dim": 512}),
     "HiDream-I1": Model("hidream", "HiDreamImageTransformer2DModel", {"num_layers": 16, "num_single_layers": 32}, _HIDREAM),
+    "Krea 2": Model("krea2", "Krea2Transformer2DModel", {"num_layers": 28}),
+    "Cosmos 7B": Model("cosmos", "CosmosTransformer3DModel", {"num_layers": 28}),
+    "Cosmos 14B": Model("cosmos", "CosmosTransformer3DModel", {"num_layers": 36}, _heads(40)),
+    "Cosmos Predict2 2B": Model("cosmos", "CosmosTransformer3DModel", {"num_layers": 28}, _heads(16)),
+    "Cosmos Predict2.5 2B": Model("cosmos", "CosmosTransformer3DModel", {"num_layers": 28}, {**_heads(16), "use_crossattn_projection": True, "crossattn_proj_in_channels": 100352, "img_context_dim_in": 1152}),
+    "Ideogram 4": Model("ideogram4", "Ideogram4Transformer2DModel", {"num_layers": 34}),
+    "ERNIE-Image": Model("ernie_image", "ErnieImageTransformer2DModel", {"num_layers": 36}, {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288}),
+    "ERNIE-Image (default)": Model("ernie_image", "ErnieImageTransformer2DModel", {"num_layers": 24}),
+    "CogView4": Model("cogview4", "CogView4Transformer2DModel", {"num_layers": 28}, {**_heads(32), "time_embed_dim": 512}),
+    "HunyuanImage 2.1": Model("hunyuan_image", "HunyuanImageTransformer2DModel", {"num_layers": 20, "num_single_layers": 40}, {"text_embed_2_dim": 1472, "use_meanflow": True, **_GUIDED}),
+    "Qwen-Image 2.1": Model("qwen_image21", "QwenImage21Transformer2DModel", {"num_layers": 32}),
+    "OmniGen 2": Model("omnigen2", "Lumina2Transformer2DModel", {"num_layers": 32}, {"hidden_size": 2520, "num_attention_heads": 21, "num_kv_heads": 7, "axes_dim_rope": (40, 40, 40), "cap_feat_dim": 2048}, twins={"x_embedder": "ref_image_patch_embedder", "noise_refiner.": "ref_image_refiner."}),
+    "LongCat-Image": Model("longcat_image", "LongCatImageTransformer2DModel", {"num_layers": 10, "num_single_layers": 20}),
+    "Ovis-Image": Model("ovis_image", "OvisImageTransformer2DModel", {"num_layers": 6, "num_single_layers": 27}),
+    "Bria 3.2": Model("bria", "BriaTransformer2DModel", {"num_layers": 8, "num_single_layers": 28}, {**_heads(24, 96), "axes_dims_rope": [0, 48, 48]}),
+    "Bria FIBO": Model("bria_fibo", "BriaFiboTransformer2DModel", {"num_layers": 8, "num_single_layers": 38}),
+    "Bria FIBO 2": Model("bria_fibo2", "BriaFibo2Transformer2DModel", {"n_layers": 44}, {"injection_layer_ids": (2,), "perceiver_num_layers": 2}),
+    "PRX": Model("prx", "PRXTransformer2DModel", {"depth": 16}),
+    "GLM-Image": Model("glm_image", "GlmImageTransformer2DModel", {"num_layers": 30}, _heads(32)),
+    "Nucleus": Model("nucleus_image", "NucleusMoEImageTransformer2DModel", {"num_layers": 24}),
+    "HunyuanVideo 1.5": Model("hunyuan_video15", "HunyuanVideo15Transformer3DModel", {"num_layers": 54}),
+    "FramePack": Model("framepack", "HunyuanVideoFramepackTransformer3DModel", {"num_layers": 20, "num_single_layers": 40}, {"has_image_proj": True, "image_proj_dim": 1152, "has_clean_x_embedder": True}),
+    "Kandinsky 5 Lite": Model("kandinsky5", "Kandinsky5Transformer3DModel", {"num_visual_blocks": 32}, {"model_dim": 1792, "ff_dim": 7168}),
+    "Kandinsky 5 Pro": Model("kandinsky5", "Kandinsky5Transformer3DModel", {"num_visual_blocks": 60}, {"model_dim": 4096, "ff_dim": 16384, "time_dim": 1024}),
+    "Sana Video": Model("sana_video", "SanaVideoTransformer3DModel", {"num_layers": 20}, {"mlp_ratio": 3.0}),
+    "SkyReels V2 (default)": Model("skyreels_v2", "SkyReelsV2Transformer3DModel", {"num_layers": 32}),
+    "Helios": Model("helios", "HeliosTransformer3DModel", {"num_layers": 40}),
+    "MiniMax H3": Model("minimax_h3", "MiniMaxH3Transformer3DModel", {"num_layers": 50}),
+    "FLUX.3": Model("flux3", "Flux3Transformer2DModel", {"num_layers": 5, "num_single_layers": 28}),
+    "ACE-Step": Model("ace_step", "AceStepTransformer1DModel", {"num_hidden_layers": 24}),
+    "Kandinsky 5 Image Lite": Model("kandinsky5", "Kandinsky5Transformer3DModel", {"num_visual_blocks": 50}, {"model_dim": 2560, "ff_dim": 10240, "axes_dims": (32, 48, 48)}),
+    "SkyReels V2 1.3B": Model("skyreels_v2", "SkyReelsV2Transformer3DModel", {"num_layers": 30}, {**_heads(12), "ffn_dim": 8960, "inject_sample_info": True}),
+    "SkyReels V2 14B": Model("skyreels_v2", "SkyReelsV2Transformer3DModel", {"num_layers": 40}, {**_heads(40), "ffn_dim": 13824, **_IMAGE}),
+    "ChronoEdit 14B": Model("chrono_edit", "ChronoEditTransformer3DModel", {"num_layers": 40}, _IMAGE),
+    "Wan Animate 14B": Model("wan", "WanAnimateTransformer3DModel", {"num_layers": 40}, {"added_kv_proj_dim": 5120}),
+    "Wan Animate 2": Model("wan_animate2", "WanAnimate2Transformer3DModel", {"num_layers": 40}),
     # without a table
-    "ACE-Step": Model("", "AceStepTransformer1DModel", {"num_hidden_layers": 24}),
     "Allegro": Model("", "AllegroTransformer3DModel", {"num_layers": 32}),
     "AnyFlow": Model("", "AnyFlowTransformer3DModel", {"num_layers": 40}, like="wan"),
     "AnyFlow FAR": Model("", "AnyFlowFARTransformer3DModel", {"num_layers": 40}, like="wan"),
     "Bria": Model("", "BriaTransformer2DModel", {"num_layers": 19, "num_single_layers": 38}, like="flux"),
-    "Bria 3.2": Model("", "BriaTransformer2DModel", {"num_layers": 8, "num_single_layers": 28}, {**_heads(24, 96), "axes_dims_rope": [0, 48, 48]}, like="flux"),
-    "Bria FIBO": Model("", "BriaFiboTransformer2DModel", {"num_layers": 8, "num_single_layers": 38}, like="flux"),
-    "Bria FIBO 2": Model("", "BriaFibo2Transformer2DModel", {"n_layers": 44}, {"injection_layer_ids": (2,), "perceiver_num_layers": 2}),
     "CogView3 Plus": Model("", "CogView3PlusTransformer2DModel", {"num_layers": 30}),
-    "CogView4": Model("", "CogView4Transformer2DModel", {"num_layers": 28}, {**_heads(32), "time_embed_dim": 512}),
-    "CogView4 (default)": Model("", "CogView4Transformer2DModel", {"num_layers": 30}),
     "ConsisID": Model("", "ConsisIDTransformer3DModel", {"num_layers": 42}, _heads(48, 64)),
-    "Cosmos 7B": Model("", "CosmosTransformer3DModel", {"num_layers": 28}),
-    "Cosmos 14B": Model("", "CosmosTransformer3DModel", {"num_layers": 36}, _heads(40)),
-    "Cosmos Predict2 2B": Model("", "CosmosTransformer3DModel", {"num_layers": 28}, _heads(16)),
     "DiT": Model("", "DiTTransformer2DModel", {"num_layers": 28}, {"sample_size": 32}),
     "EasyAnimate": Model("", "EasyAnimateTransformer3DModel", {"num_layers": 48}, {"in_channels": 16, "out_channels": 16, "patch_size": 2}),
-    "ERNIE-Image": Model("", "ErnieImageTransformer2DModel", {"num_layers": 36}, {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288}),
-    "ERNIE-Image (default)": Model("", "ErnieImageTransformer2DModel", {"num_layers": 24}),
-    "FLUX.3": Model("", "Flux3Transformer2DModel", {"num_layers": 5, "num_single_layers": 28}),
-    "FramePack": Model("", "HunyuanVideoFramepackTransformer3DModel", {"num_layers": 20, "num_single_layers": 40}, {"has_image_proj": True, "image_proj_dim": 1152, "has_clean_x_embedder": True}, like="hunyuan_video"),
-    "GLM-Image": Model("", "GlmImageTransformer2DModel", {"num_layers": 30}, _heads(32)),
-    "GLM-Image (default)": Model("", "GlmImageTransformer2DModel", {"num_layers": 30}),
-    "Helios": Model("", "HeliosTransformer3DModel", {"num_layers": 40}, like="wan"),
     "HunyuanDiT": Model("", "HunyuanDiT2DModel", {"num_layers": 40}, {**_DIT, "hidden_size": 1408}),
-    "HunyuanImage 2.1": Model("", "HunyuanImageTransformer2DModel", {"num_layers": 20, "num_single_layers": 40}, {"text_embed_2_dim": 1472, **_GUIDED}, like="hunyuan_video"),
-    "HunyuanVideo 1.5": Model("", "HunyuanVideo15Transformer3DModel", {"num_layers": 54}, like="hunyuan_video"),
-    "Ideogram 4": Model("", "Ideogram4Transformer2DModel", {"num_layers": 34}, like="z_image"),
     "JoyImage": Model("", "JoyImageEditTransformer3DModel", {"num_layers": 20}),
-    "Kandinsky 5 Lite": Model("", "Kandinsky5Transformer3DModel", {"num_visual_blocks": 32}, {"model_dim": 1792, "ff_dim": 7168}),
-    "Kandinsky 5 Pro": Model("", "Kandinsky5Transformer3DModel", {"num_visual_blocks": 60}, {"model_dim": 4096, "ff_dim": 16384, "time_dim": 1024}),
     "Kandinsky Prior": Model("", "PriorTransformer", {"num_layers": 20}),
-    "Krea 2": Model("", "Krea2Transformer2DModel", {"num_layers": 28}),
     "Latte": Model("", "LatteTransformer3DModel", {"num_layers": 28}, {"in_channels": 4, "out_channels": 8, "patch_size": 2, "attention_head_dim": 72, "num_attention_heads": 16, "cross_attention_dim": 1152, "caption_channels": 4096, "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "attention_bias": True}),
-    "LongCat-Image": Model("", "LongCatImageTransformer2DModel", {"num_layers": 10, "num_single_layers": 20}, like="flux"),
     "Lumina-Next": Model("", "LuminaNextDiT2DModel", {"num_layers": 24}, {"num_kv_heads": 8}),
-    "MiniMax H3": Model("", "MiniMaxH3Transformer3DModel", {"num_layers": 50}),
     "MiniMax Music 3": Model("", "MiniMaxMusic3Transformer1DModel", {"num_layers": 36}),
     "Motif Video": Model("", "MotifVideoTransformer3DModel", {"num_layers": 20, "num_single_layers": 40}, like="hunyuan_video"),
     "Motif Video 2B": Model("", "MotifVideoTransformer3DModel", {"num_layers": 12, "num_single_layers": 24}, _heads(12), like="hunyuan_video"),
-    "Nucleus": Model("", "NucleusMoEImageTransformer2DModel", {"num_layers": 24}),
-    "OmniGen 2": Model("", "Lumina2Transformer2DModel", {"num_layers": 32}, {"hidden_size": 2520, "num_attention_heads": 21, "num_kv_heads": 7, "axes_dim_rope": (40, 40, 40), "cap_feat_dim": 2048}, like="lumina2", twins={"noise_refiner.": "ref_image_refiner."}),
-    "Ovis-Image": Model("", "OvisImageTransformer2DModel", {"num_layers": 6, "num_single_layers": 27}, like="flux"),
-    "PRX": Model("", "PRXTransformer2DModel", {"depth": 16}),
-    "Qwen-Image 2.1": Model("", "QwenImage21Transformer2DModel", {"num_layers": 32}),
-    "Sana Video": Model("", "SanaVideoTransformer3DModel", {"num_layers": 20}, like="sana"),
-    "SkyReels V2 (default)": Model("", "SkyReelsV2Transformer3DModel", {"num_layers": 32}, like="wan"),
     "Stable Audio": Model("", "StableAudioDiTModel", {"num_layers": 24}),
 }  # fmt: skip
 
@@ -196,30 +201,42 @@ def depths(name: str, net: nn.Module | None = None) -> dict[str, int]:
     return {n: wanted[size] for n, size in stacks.items() if size in wanted}
 
 
-def originals(name: str) -> dict[str, tuple[int, int] | None]:
-    """As `extents`, in the original program's names where a table here knows them: joint layers have the rows of all their parts."""
+def originals(name: str, spelling: int = 0) -> dict[str, tuple[int, int] | None]:
+    """As `extents`, in the original program's names where a table here knows them: joint layers have the rows of all their parts.
+
+    `spelling`: of several that are read, which; where a layer has fewer its last.
+    """
     model = MODELS[name]
     table = TABLES.get(model.family or model.like, Table({}))
     found: dict[str, tuple[int, int] | None] = {}
     for layer, size in extents(name).items():
-        rule = table.to_original("transformer", layer, size and size[0] // size[1])
-        if rule is None:
+        rules = table.all_originals("transformer", layer, size and size[0] // size[1])
+        if not rules:
             continue
-        original, before = rule[0].original, found.get(rule[0].original)
+        original = rules[min(spelling, len(rules) - 1)][0].original
+        before = found.get(original)
         found[original] = (size[0] + before[0], size[1]) if size and before else size
     return found
+
+
+def spellings(name: str) -> list[dict[str, tuple[int, int] | None]]:
+    """The layers in all names that are read: diffusers', and each of the original's."""
+    ways = [extents(name), originals(name)]
+    while (way := originals(name, len(ways) - 1)) != ways[-1]:
+        ways.append(way)
+    return [way for way in ways if way]
 
 
 def sizes(name: str) -> dict[str, Any]:
     """One model's row: its family, its stacks' depths, and {flat name with # for each number: the (rows, columns) that such layers have}."""
     layers: dict[str, set[tuple[int, int]]] = {}
-    spellings = [found for found in (extents(name), originals(name)) if found]
-    for layer, size in [pair for found in spellings for pair in found.items()]:
+    ways = spellings(name)
+    for layer, size in [pair for found in ways for pair in found.items()]:
         template = re.sub(r"\d+", "#", layer.replace(".", "_"))
         layers.setdefault(template, set()).update([size] if size else [])
     return {
         "family": MODELS[name].family,
-        "depths": [stacks for found in spellings if (stacks := _counted(found, MODELS[name].stacks))],
+        "depths": [stacks for found in ways if (stacks := _counted(found, MODELS[name].stacks))],
         "layers": {template: sorted(found) for template, found in sorted(layers.items())},
     }
 

@@ -3,16 +3,17 @@
 Row tracing: every original weight that our rules name gets rows of numbers that no other row has, diffusers converts the checkpoint, and the
 numbers that come out under each of diffusers' names must be those that our rule says. A wrong name, share or order cannot pass.
 
-Not traced, because the diffusers package has no converter for them: PixArt, CogVideoX and the norms of Sana 1.5 (read in diffusers' conversion
-scripts) and Qwen-Image, whose names are the same on both sides. HiDream's converter renames nothing. Of all these and of text encoders only the
-names are checked, against the models themselves. The prefixes of text encoders are read, not traced.
+Not traced, because the diffusers package has no converter for them: PixArt, CogVideoX, CogView4, HunyuanImage, Ovis-Image and the norms of Sana 1.5
+(read in diffusers' conversion scripts), LongCat-Image (read in ComfyUI, which calls its layers as Flux.1's) and those whose names are the same on
+both sides. HiDream's and ERNIE-Image's converters rename nothing. Of all these and of text encoders only the names are checked, against the models
+themselves. The prefixes of text encoders are read, not traced. diffusers' converters of adapters are asked for those that know fewer layers.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from converters.families import TABLES, Rule, Table, text
 from converters.families.base import SWAPPED
+from tests.pipeline import lorable
 
 
 class Checkpoint(dict):
@@ -46,6 +48,10 @@ class Model:
     converter: str = ""
     component: str = "transformer"
     norm: str = "weight"  # how the original calls the weight of a norm
+    without: str = "$^"  # the layers that are none of the original's, by what is in their names
+    twins: Mapping[str, str] = field(
+        default_factory=dict, compare=False
+    )  # {name's start: another} of blocks that diffusers' class lacks
     convert: Callable[[Checkpoint], dict[str, Tensor]] | None = field(default=None, compare=False)
 
 
@@ -73,6 +79,15 @@ def _ltx2(checkpoint: Checkpoint) -> dict[str, Tensor]:
         {f"diffusion_model.{key}": rows for key, rows in checkpoint.items()}
     )
     return {key.removeprefix("transformer."): rows for key, rows in found.items()}
+
+
+def _minimax_h3(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return single_files.convert_minimax_h3_transformer_checkpoint_to_diffusers(checkpoint, {})
+
+
+def _small(family: str, name: str, converter: str = "", **options: Any) -> Model:
+    """A model of the size in lorable.py."""
+    return Model(family, name, lorable.config(name), converter, **options)
 
 
 ADDED = {
@@ -155,6 +170,73 @@ MODELS = (
         {"patch_size": 2, "caption_channels": [32, 32], "llama_layers": [0, 1], **DEEP, **SMALL},
         "hidream_transformer",
     ),
+    _small("wan", "WanAnimateTransformer3DModel"),
+    _small("hunyuan_video15", "HunyuanVideo15Transformer3DModel"),
+    _small("framepack", "HunyuanVideoFramepackTransformer3DModel"),
+    _small("kandinsky5", "Kandinsky5Transformer3DModel"),
+    _small("sana_video", "SanaVideoTransformer3DModel"),
+    _small("skyreels_v2", "SkyReelsV2Transformer3DModel"),
+    _small("helios", "HeliosTransformer3DModel"),
+    _small("chrono_edit", "ChronoEditTransformer3DModel", "wan_transformer"),
+    _small("wan_animate2", "WanAnimate2Transformer3DModel", "wan_animate_2_transformer"),
+    _small("minimax_h3", "MiniMaxH3Transformer3DModel", convert=_minimax_h3),
+    _small("flux3", "Flux3Transformer2DModel", "flux3_transformer", norm="scale"),
+    _small("ace_step", "AceStepTransformer1DModel"),
+    Model(
+        "krea2",
+        "Krea2Transformer2DModel",
+        {"num_layers": 2},
+        "krea2_transformer",
+        norm="scale",
+    ),
+    Model(
+        "cosmos",
+        "CosmosTransformer3DModel",
+        {"num_layers": 2, "use_crossattn_projection": True, "img_context_dim_in": 32, **SMALL},
+        "cosmos_transformer",
+    ),
+    Model("ideogram4", "Ideogram4Transformer2DModel", {"num_layers": 2}),
+    Model(
+        "ernie_image",
+        "ErnieImageTransformer2DModel",
+        {"num_layers": 2},
+        "ernie_image_transformer",
+    ),
+    Model("cogview4", "CogView4Transformer2DModel", {"num_layers": 2, **SMALL}),
+    Model(
+        "hunyuan_image",
+        "HunyuanImageTransformer2DModel",
+        {**DEEP, "guidance_embeds": True, "use_meanflow": True, "text_embed_2_dim": 16, **SMALL},
+    ),
+    Model(
+        "qwen_image21",
+        "QwenImage21Transformer2DModel",
+        {"num_layers": 2, "context_in_dim": 32, **SMALL},
+        "qwen_image21_transformer",
+    ),
+    Model(
+        "omnigen2",
+        "Lumina2Transformer2DModel",
+        {"num_layers": 2},
+        twins={"x_embedder": "ref_image_patch_embedder", "noise_refiner.": "ref_image_refiner."},
+    ),
+    Model("longcat_image", "LongCatImageTransformer2DModel", {**DEEP, **SMALL}),
+    Model("ovis_image", "OvisImageTransformer2DModel", {**DEEP, **SMALL}, without=r"net\.0\.proj"),
+    Model("bria", "BriaTransformer2DModel", {**DEEP, **SMALL}),
+    Model("bria_fibo", "BriaFiboTransformer2DModel", {**DEEP, **SMALL}),
+    Model(
+        "bria_fibo2",
+        "BriaFibo2Transformer2DModel",
+        {"n_layers": 2, "n_heads": 2, "dim": 64, "injection_layer_ids": (1,), "perceiver_num_layers": 2},
+    ),
+    Model("prx", "PRXTransformer2DModel", {"depth": 2, "resolution_embeds": True}),
+    Model("prx", "PRXTransformer2DModel", {"depth": 2, "bottleneck_size": 8}),
+    Model("glm_image", "GlmImageTransformer2DModel", {"num_layers": 2, **SMALL}),
+    Model(
+        "nucleus_image",
+        "NucleusMoEImageTransformer2DModel",
+        {"num_layers": 5, "num_experts": 2},
+    ),
 )
 TRACED = [model for model in MODELS if model.converter or model.convert]
 
@@ -166,7 +248,9 @@ def named(model: Model) -> str:
 @functools.cache
 def _modules(name: str, at: int) -> dict[str, nn.Module]:
     with torch.device("meta"):
-        return weighted(getattr(diffusers, name)(**MODELS[at].config))
+        own = weighted(getattr(diffusers, name)(**MODELS[at].config))
+    twins = MODELS[at].twins.items()
+    return own | {n.replace(old, new, 1): m for old, new in twins for n, m in own.items() if n.startswith(old)}
 
 
 def modules(model: Model) -> dict[str, nn.Module]:
@@ -180,7 +264,7 @@ def layers(model: Model) -> dict[str, nn.Module]:
 
 
 def weighted(model: nn.Module) -> dict[str, nn.Module]:
-    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds) or is_norm(module)}
 
 
@@ -203,7 +287,7 @@ def rules(at: int) -> dict[str, Rule]:
         name: TABLES[model.family].to_original(model.component, name, aspect(module))
         for name, module in modules(model).items()
     }
-    assert not [name for name, rule in found.items() if rule is None]
+    assert not [name for name, rule in found.items() if (rule is None) != bool(re.search(model.without, name))]
     return {rule.original: rule for rule, _ in filter(None, found.values())}
 
 
@@ -272,7 +356,7 @@ def test_every_layer_of_the_model_is_in_the_table_and_every_part_of_a_rule_in_th
     table, own = TABLES[model.family], modules(model)
     assert not [name for name in own if not table.knows(model.component, name)]
     parts = [name for rule in rules(MODELS.index(model)).values() for name, _ in rule.parts]
-    assert sorted(parts) == sorted(own)
+    assert sorted(parts) == sorted(name for name in own if not re.search(model.without, name))
 
 
 @pytest.mark.parametrize("model", MODELS, ids=named)
@@ -327,6 +411,82 @@ def test_flat_sdxl_names_are_read_as_diffusers_reads_them_in_adapters():
     found, _ = lora_files._convert_non_diffusers_lora_to_diffusers(blocks)
     read = {names[int(n)]: _own_name(key) for key, n in found.items() if key.endswith(".up.weight")}
     assert read == {name: table.to_diffusers("unet", name).parts[0][0] for name in names}
+
+
+# {family: diffusers' converter of adapters, the layers that it knows}
+ADAPTERS = {
+    "krea2": (lora_files._convert_non_diffusers_krea2_lora_to_diffusers, r".*"),
+    "cosmos": (lora_files._convert_non_diffusers_anima_lora_to_diffusers, r"(?!.*_img|img_).*"),
+    "ideogram4": (lora_files._convert_non_diffusers_ideogram4_lora_to_diffusers, r"layers\..*"),
+}
+
+
+@pytest.mark.parametrize("family", ADAPTERS)
+def test_diffusers_moves_the_rows_of_adapters_as_the_rules_say(family):
+    convert, known = ADAPTERS[family]
+    model = next(model for model in MODELS if model.family == family)
+    factors, told, at = {}, {}, 0
+    for original, (rule, parts) in originals(model).items():
+        rows = torch.arange(at, at := at + sum(part.weight.shape[0] for part in parts)).reshape(-1, 1)
+        if re.fullmatch(known, original):
+            told |= {name: rows[list(rule.rows(part, len(rows)))] for part, (name, _) in enumerate(rule.parts)}
+            factors |= {f"diffusion_model.{original}.lora_{ab}.weight": t for ab, t in (("A", rows[:1]), ("B", rows))}
+    found = convert(factors)
+    read = {key.removeprefix("transformer."): rows for key, rows in found.items() if ".lora_B." in key}
+    assert read.keys() == {f"{name}.lora_B.weight" for name in told}
+    assert all(torch.equal(read[f"{name}.lora_B.weight"], rows) for name, rows in told.items())
+
+
+def test_anima_s_conditioner_is_where_diffusers_has_it():
+    table = TABLES["cosmos"]
+    with torch.device("meta"):
+        own = weighted(diffusers.AnimaTextConditioner(num_layers=2, model_dim=32))
+    assert all(table.knows("text_conditioner", name) for name in own)
+    names = {re.sub(r"blocks\.\d+", "blocks.{}", name) for name in own}
+    assert names == {*table.components["text_conditioner"]}
+    keys = {f"diffusion_model.llm_adapter.{name}.lora_A.weight": torch.ones(1) for name in own}
+    read = lora_files._convert_non_diffusers_anima_lora_to_diffusers(keys)
+    assert {*read} == {f"text_conditioner.{name}.lora_A.weight" for name in own}
+
+
+def test_the_names_of_cosmos_1_lead_to_the_same_layers():
+    """They are read; what is written is Cosmos Predict 2's. diffusers looks for them in a checkpoint that it has emptied: in one that stays it finds them."""
+
+    class Lasting(dict[str, Tensor]):
+        def pop(self, key: str, *default: Any) -> Any:
+            return self[key]
+
+    model = next(model for model in MODELS if model.family == "cosmos")
+    table, checkpoint, wanted = TABLES["cosmos"], Lasting(), {}
+    for at, (name, module) in enumerate(modules(model).items()):
+        rules = table.all_originals("transformer", name, aspect(module))
+        if re.search(r"_img|crossattn_proj|img_context", name):  # which Cosmos 1 has not
+            continue
+        checkpoint[f"net.{rules[-1][0].original}.weight"] = wanted[f"{name}.weight"] = torch.full((1,), at)
+    found = single_files.convert_cosmos_transformer_checkpoint_to_diffusers(checkpoint)
+    assert found == wanted
+
+
+def test_the_names_that_comfyui_has_for_hunyuan_image_lead_to_the_same_layers():
+    table = TABLES["hunyuan_image"]
+    model = next(model for model in MODELS if model.family == "hunyuan_image")
+    respelt = {
+        "double_blocks.1.img_attn.qkv": "double_blocks.1.img_attn_qkv",
+        "double_blocks.1.txt_mlp.2": "double_blocks.1.txt_mlp.fc2",
+        "double_blocks.0.img_mod.lin": "double_blocks.0.img_mod.linear",
+        "single_blocks.1.modulation.lin": "single_blocks.1.modulation.linear",
+        "txt_in.individual_token_refiner.blocks.0.self_attn.qkv": "txt_in.individual_token_refiner.blocks.0.self_attn_qkv",
+        "txt_in.t_embedder.in_layer": "txt_in.t_embedder.mlp.0",
+        "time_in.out_layer": "time_in.mlp.2",
+    }
+    for theirs, original in respelt.items():
+        assert table.is_original("transformer", theirs) and table.is_original("transformer", original)
+        assert table.to_diffusers("transformer", theirs).parts == table.to_diffusers("transformer", original).parts
+        assert table.original_dotted("transformer", original.replace(".", "_")) == original
+        assert table.original_dotted("transformer", theirs.replace(".", "_")) in (theirs, original)
+    for name, module in modules(model).items():
+        (first, part), *others = table.all_originals("transformer", name, aspect(module))
+        assert all(rule.parts == first.parts and at == part for rule, at in others)
 
 
 @pytest.mark.parametrize(
@@ -387,6 +547,8 @@ T5 = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 
 QWEN_VL = {"text_config": CONFIG, "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 2}}
 SEEING = {"text_config": {**CONFIG, "head_dim": 16}, "vision_config": {**CONFIG, "image_size": 28, "patch_size": 14}}
 SEES = "model.language_model"
+VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+QWEN3_VL = {"text_config": {**CONFIG, "head_dim": 16}, "vision_config": {**VISION, "deepstack_visual_indexes": []}}
 ENCODERS = (
     (text.CLIP, "CLIPTextModelWithProjection", "CLIPTextConfig", CONFIG),
     (text.T5, "T5EncoderModel", "T5Config", T5),
@@ -398,6 +560,11 @@ ENCODERS = (
     (text.inside("model", text.QWEN3), "Qwen3ForCausalLM", "Qwen3Config", CONFIG),
     (text.inside(SEES, text.LLAMA), "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", QWEN_VL),
     (text.inside(SEES, text.LLAMA), "Mistral3ForConditionalGeneration", "Mistral3Config", SEEING),
+    (text.inside(SEES, text.QWEN3), "Qwen3VLForConditionalGeneration", "Qwen3VLConfig", QWEN3_VL),
+    (text.inside("language_model", text.QWEN3), "Qwen3VLModel", "Qwen3VLConfig", QWEN3_VL),
+    (text.inside("language_model", text.LLAMA), "Mistral3Model", "Mistral3Config", SEEING),
+    (text.inside("model", text.LLAMA), "SmolLM3ForCausalLM", "SmolLM3Config", CONFIG),
+    (text.GLM, "GlmModel", "GlmConfig", {**CONFIG, "head_dim": 16}),
     (text.inside(SEES, text.GEMMA3), "Gemma3ForConditionalGeneration", "Gemma3Config", SEEING),
 )
 
@@ -407,7 +574,8 @@ ENCODERS = (
 )
 def test_text_encoders_have_the_names_that_transformers_has(templates, name, config, options):
     """Heads and vision towers aside."""
-    aside = "lm_head", "model.visual", "model.vision_tower", "model.multi_modal_projector"
+    towers = "visual", "vision_tower", "multi_modal_projector"
+    aside = "lm_head", *towers, *(f"model.{tower}" for tower in towers)
     with torch.device("meta"):
         own = weighted(getattr(transformers, name)(getattr(transformers, config)(**options)))
     names = {layer for layer in own if not layer.startswith(aside)}
@@ -422,6 +590,6 @@ def test_text_encoders_are_components_and_their_prefixes_tell_them_apart(family)
     encoders = TABLES[family].encoders
     prefixes = [prefix for encoder in encoders.values() for prefix in encoder.kohya]
     comfyui = [encoder.comfyui for encoder in encoders.values() if encoder.comfyui]
-    assert encoders and all(name.startswith("text_encoder") for name in encoders)
+    assert encoders and all(name.startswith(("text_encoder", "text_conditioner")) for name in encoders)
     assert len(set(prefixes)) == len(prefixes) and len(set(comfyui)) == len(comfyui)
     assert set(TABLES[family].components) == {*TABLES[family].rules, *encoders}

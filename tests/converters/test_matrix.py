@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import converters
+from converters import TABLES
 from diffpeft import CannotConvertError
 from tests.converters import factory, test_families
 from tests.converters.factory import FORMATS, METHODS, NORMS, ORIGINAL, SINGLE, SITES, checkpoint, sites
@@ -209,7 +210,8 @@ def test_a_cell(method, family, source, target, tmp_path):
     report = converters.convert(a, b, to=target, family=family)
     assert (report.format, report.level) == (source, want)
     assert sorted((*report.mapped, *report.carried)) == sorted(made.tensors) and report.carried == ("_aux.3f2a",)
-    assert converters.detect(b).format == target
+    assert converters.fitting(b).format == target
+    assert TABLES[family].yields or converters.detect(b).format == target  # others may need their size to be told
     assert_deltas(b, family, made.deltas, made.base, NOISE[dtype] if want == "L1" else 1e-6)
     if target in ("diffusers", "peft"):
         assert_kernels(b, made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,17 +10,9 @@ import pytest
 import torch
 import transformers
 
-from diffpeft.pipeline.open import EMBEDDED
+from tests.families import clips
+from tests.families.components import CLIPS_OF_FRAMES, HUNYUAN_VAE, LLM, chat, clip, llm, t5, tokenizer
 
-_CLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "projection_dim": 24,
-    "max_position_embeddings": 77,
-}
-_T5 = {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4}
 _UNET = {
     "sample_size": 16,
     "block_out_channels": (16, 32),
@@ -49,19 +40,6 @@ _ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 _DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
 
 
-@functools.cache
-def _tokenizer() -> Any:
-    return transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
-
-
-def _clip(projected: bool = False, wide: bool = True) -> Any:
-    t = _tokenizer()
-    ids = {"vocab_size": len(t), "bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id}
-    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    width = {"hidden_size": 40} if projected and wide else {}  # single files are told apart by it
-    return kind(transformers.CLIPTextConfig(**{**_CLIP, **width}, **ids))
-
-
 def _vae(**config: Any) -> Any:
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **kinds, **config)
@@ -70,8 +48,8 @@ def _vae(**config: Any) -> Any:
 def _sd(**scheduler: Any) -> Any:
     return diffusers.StableDiffusionPipeline(
         vae=_vae(),
-        text_encoder=_clip(),
-        tokenizer=_tokenizer(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
         unet=diffusers.UNet2DConditionModel(**_UNET),
         scheduler=diffusers.DDIMScheduler(**_BETAS, **scheduler),
         safety_checker=None,
@@ -91,10 +69,10 @@ def _sd2(**scheduler: Any) -> Any:
 def _sdxl(vae: dict[str, Any] | None = None, zeros: bool = True, **scheduler: Any) -> Any:
     return diffusers.StableDiffusionXLPipeline(
         vae=_vae(**(vae or {"scaling_factor": 0.13025})),
-        text_encoder=_clip(),
-        text_encoder_2=_clip(projected=True),
-        tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(),
+        text_encoder=clip(),
+        text_encoder_2=clip(projected=True),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
         unet=diffusers.UNet2DConditionModel(**_XL),
         scheduler=diffusers.DDIMScheduler(**_BETAS, **scheduler),
         force_zeros_for_empty_prompt=zeros,
@@ -106,10 +84,10 @@ def _flux(guided: bool, of: str = "FluxPipeline", channels: int = 16, **schedule
     return getattr(diffusers, of)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_clip(),
-        tokenizer=_tokenizer(),
-        text_encoder_2=transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(_tokenizer()), **_T5)),
-        tokenizer_2=_tokenizer(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
         transformer=diffusers.FluxTransformer2DModel(
             in_channels=channels,
             out_channels=16,
@@ -126,26 +104,6 @@ def _flux(guided: bool, of: str = "FluxPipeline", channels: int = 16, **schedule
 
 
 # -- transformers that read language models ------------------------------------------------------------------------------
-
-_LLM = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-_CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}> {% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{{ m['content'][0]['text'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def _chat(side: str = "right") -> Any:
-    """A tokenizer with a template for conversations, which reads as much as it is told and fills up at a side."""
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", padding_side=side)
-    tokenizer.chat_template, tokenizer.model_max_length = _CHAT, 4096
-    return tokenizer
-
-
-def _llm(kind: str, layers: int, **config: Any) -> Any:
-    """A language model of transformers by the beginning of its classes' names."""
-    ids = {"vocab_size": len(_tokenizer()), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    settings = getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, **_LLM, **ids, **config)
-    return getattr(transformers, f"{kind}Model")(settings)
 
 
 def _statistics(vae: Any) -> Any:
@@ -165,8 +123,8 @@ def _flux2(guided: bool) -> Any:
     return (diffusers.Flux2Pipeline if guided else diffusers.Flux2KleinPipeline)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
         vae=_vae2(),
-        text_encoder=_llm("Qwen3", 31 if guided else 28),
-        tokenizer=_chat(),
+        text_encoder=llm("Qwen3", 31 if guided else 28),
+        tokenizer=chat(),
         transformer=diffusers.Flux2Transformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -185,8 +143,8 @@ def _z_image(**scheduler: Any) -> Any:
     return diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_llm("Qwen3", 2),
-        tokenizer=_chat(),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat(),
         transformer=diffusers.ZImageTransformer2DModel(
             in_channels=4,
             dim=32,
@@ -199,24 +157,6 @@ def _z_image(**scheduler: Any) -> Any:
             axes_lens=[600, 64, 64],
         ),
     )
-
-
-def _t5(kind: str = "T5", **config: Any) -> Any:
-    settings = {**_T5, **config}
-    return getattr(transformers, f"{kind}EncoderModel")(
-        getattr(transformers, f"{kind}Config")(vocab_size=len(_tokenizer()), **settings)
-    )
-
-
-_CLIPS_OF_FRAMES = {
-    "base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 1],
-    "num_res_blocks": 1,
-    "temperal_downsample": [False],
-    "latents_mean": [0.1, -1, 2, 0],
-    "latents_std": [1.0, 2, 0.5, 3],
-}
 
 
 class Qwen2VLProcessor:
@@ -248,12 +188,12 @@ def _seeing() -> dict[str, Any]:
     """Qwen2.5-VL with its processor and its tokenizer."""
     Qwen2VLProcessor.__module__ = "transformers"  # where folders of pipelines say that it is
     transformers.Qwen2VLProcessor = Qwen2VLProcessor  # type: ignore[misc]
-    tokenizer = _chat()
+    tokenizer = chat()
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids(marks), strict=True))
-    text = {**_LLM, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "head_dim": None}
+    text = {**LLM, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "head_dim": None}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     eyes |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [0]}
@@ -263,10 +203,10 @@ def _seeing() -> dict[str, Any]:
 
 
 def _qwen_image(of: str = "QwenImagePipeline", **scheduler: Any) -> Any:
-    read = _seeing() if "Edit" in of else {"text_encoder": _llm("Qwen3", 2), "tokenizer": _chat()}
+    read = _seeing() if "Edit" in of else {"text_encoder": llm("Qwen3", 2), "tokenizer": chat()}
     return getattr(diffusers, of)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, **scheduler),
-        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
+        vae=diffusers.AutoencoderKLQwenImage(**CLIPS_OF_FRAMES),
         **read,
         transformer=diffusers.QwenImageTransformer2DModel(
             in_channels=16,
@@ -284,8 +224,8 @@ def _chroma() -> Any:
     return diffusers.ChromaPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_t5(),
-        tokenizer=_chat(),
+        text_encoder=t5(),
+        tokenizer=chat(),
         transformer=diffusers.ChromaTransformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -306,12 +246,12 @@ def _sd3(large: bool, **scheduler: Any) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=1.5305, shift_factor=0.0609, latent_channels=4),
-        text_encoder=_clip(projected=True, wide=False),
-        tokenizer=_tokenizer(),
-        text_encoder_2=_clip(projected=True),
-        tokenizer_2=_tokenizer(),
-        text_encoder_3=_t5(d_model=96) if large else None,
-        tokenizer_3=_chat() if large else None,
+        text_encoder=clip(projected=True, wide=False),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(projected=True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(d_model=96) if large else None,
+        tokenizer_3=chat() if large else None,
         transformer=diffusers.SD3Transformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -332,8 +272,8 @@ def _lumina2(**scheduler: Any) -> Any:
     pipe = diffusers.Lumina2Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
-        tokenizer=_chat(),
+        text_encoder=llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=chat(),
         transformer=diffusers.Lumina2Transformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -356,8 +296,8 @@ def _pixart(alpha: bool) -> Any:
     return (diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline)(
         scheduler=diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False),
         vae=_vae(scaling_factor=0.13025),
-        text_encoder=_t5(),
-        tokenizer=_chat(),
+        text_encoder=t5(),
+        tokenizer=chat(),
         transformer=diffusers.PixArtTransformer2DModel(
             sample_size=128 if alpha else 16,
             in_channels=4,
@@ -389,8 +329,8 @@ def _sana(**scheduler: Any) -> Any:
             downsample_block_type="stride_conv",
             scaling_factor=0.41407,
         ),
-        text_encoder=_llm("Gemma2", 2, query_pre_attn_scalar=8),
-        tokenizer=_chat(),
+        text_encoder=llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=chat(),
         transformer=diffusers.SanaTransformer2DModel(
             sample_size=32,
             in_channels=4,
@@ -410,8 +350,8 @@ def _auraflow() -> Any:
     return diffusers.AuraFlowPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
         vae=_vae(scaling_factor=0.13025),
-        text_encoder=_t5("UMT5"),
-        tokenizer=_chat(),
+        text_encoder=t5("UMT5"),
+        tokenizer=chat(),
         transformer=diffusers.AuraFlowTransformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -433,8 +373,8 @@ def _cogview4() -> Any:
             base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
         ),
         vae=_vae(scaling_factor=0.5),
-        text_encoder=_llm("Glm", 2),
-        tokenizer=_chat("left"),
+        text_encoder=llm("Glm", 2),
+        tokenizer=chat("left"),
         transformer=diffusers.CogView4Transformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -454,14 +394,14 @@ def _hidream() -> Any:
     pipe = diffusers.HiDreamImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
-        text_encoder=_clip(projected=True),
-        tokenizer=_tokenizer(),
-        text_encoder_2=_clip(projected=True),
-        tokenizer_2=_tokenizer(),
-        text_encoder_3=_t5(d_model=16),
-        tokenizer_3=_chat(),
-        text_encoder_4=_llm("Llama", 2, attn_implementation="eager"),
-        tokenizer_4=_chat(),
+        text_encoder=clip(projected=True),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(projected=True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(d_model=16),
+        tokenizer_3=chat(),
+        text_encoder_4=llm("Llama", 2, attn_implementation="eager"),
+        tokenizer_4=chat(),
         transformer=diffusers.HiDreamImageTransformer2DModel(
             patch_size=2,
             in_channels=4,
@@ -485,7 +425,7 @@ def _hidream() -> Any:
 
 def _vl(layers: int) -> Any:
     """Qwen3-VL without much of its eyes."""
-    text = {**_LLM, "vocab_size": len(_tokenizer()), "num_hidden_layers": layers}
+    text = {**LLM, "vocab_size": len(tokenizer()), "num_hidden_layers": layers}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
     eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     eyes["deepstack_visual_indexes"] = [0]
@@ -495,9 +435,9 @@ def _vl(layers: int) -> Any:
 def _krea2(distilled: bool) -> Any:
     return diffusers.Krea2Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, max_image_seq_len=6400),
-        vae=diffusers.AutoencoderKLQwenImage(**_CLIPS_OF_FRAMES),
+        vae=diffusers.AutoencoderKLQwenImage(**CLIPS_OF_FRAMES),
         text_encoder=_vl(3),
-        tokenizer=_chat(),
+        tokenizer=chat(),
         text_encoder_select_layers=(1, 3),
         is_distilled=distilled,
         transformer=diffusers.Krea2Transformer2DModel(
@@ -527,7 +467,7 @@ def _ideogram4() -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=_vae2(),
         text_encoder=_vl(36),
-        tokenizer=_chat(),
+        tokenizer=chat(),
         transformer=diffusers.Ideogram4Transformer2DModel(**kind),
         unconditional_transformer=diffusers.Ideogram4Transformer2DModel(**kind),
     )
@@ -537,8 +477,8 @@ def _ernie_image() -> Any:
     pipe = diffusers.ErnieImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae2(),
-        text_encoder=_llm("Qwen3", 2),
-        tokenizer=_chat(),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat(),
         transformer=diffusers.ErnieImageTransformer2DModel(
             hidden_size=32,
             num_attention_heads=2,
@@ -556,22 +496,24 @@ def _ernie_image() -> Any:
     return pipe
 
 
-def _wan(**config: Any) -> Any:
+def _wan_transformer(**config: Any) -> Any:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    return diffusers.WanTransformer3DModel(**{**sizes, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, **config})
+
+
+def _wan_vae(temporal: bool) -> Any:
+    config = {**CLIPS_OF_FRAMES, "temperal_downsample": [temporal], "scale_factor_temporal": 1 + temporal}
+    return diffusers.AutoencoderKLWan(**config, scale_factor_spatial=2)
+
+
+def _wan(temporal: bool = False, **config: Any) -> Any:
     return diffusers.WanPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        vae=diffusers.AutoencoderKLWan(**_CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
-        text_encoder=_t5("UMT5"),
-        tokenizer=_chat(),
-        transformer=diffusers.WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=32,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-        ),
+        vae=_wan_vae(temporal),
+        text_encoder=t5("UMT5"),
+        tokenizer=chat(),
+        transformer=_wan_transformer(),
+        transformer_2=_wan_transformer() if "boundary_ratio" in config else None,
         **config,
     )
 
@@ -595,8 +537,8 @@ def _ltx() -> Any:
     return diffusers.LTXPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
         vae=vae,
-        text_encoder=_t5(),
-        tokenizer=_chat(),
+        text_encoder=t5(),
+        tokenizer=chat(),
         transformer=diffusers.LTXVideoTransformer3DModel(
             in_channels=8,
             out_channels=8,
@@ -612,20 +554,11 @@ def _ltx() -> Any:
 def _hunyuan_video() -> Any:
     return diffusers.HunyuanVideoPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        vae=diffusers.AutoencoderKLHunyuanVideo(
-            latent_channels=4,
-            block_out_channels=(8,) * 4,
-            down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-            up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-            layers_per_block=1,
-            norm_num_groups=4,
-            scaling_factor=0.476986,
-            mid_block_add_attention=False,
-        ),
-        text_encoder=_llm("Llama", 3),
-        tokenizer=_chat(),
-        text_encoder_2=_clip(),
-        tokenizer_2=_tokenizer(),
+        vae=diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN_VAE),
+        text_encoder=llm("Llama", 3),
+        tokenizer=chat(),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(),
         transformer=diffusers.HunyuanVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
@@ -676,12 +609,15 @@ KINDS: dict[str, tuple[str, Any]] = {
     "ernie_image": ("ernie_image", _ernie_image),
     "wan": ("wan", _wan),
     "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
+    "wan, of clips": ("wan", lambda: _wan(temporal=True)),
+    "wan, two experts": ("wan", lambda: _wan(boundary_ratio=0.4)),
     "ltx": ("ltx", _ltx),
     "hunyuan_video": ("hunyuan_video", _hunyuan_video),
     "flux kontext": ("flux_kontext", lambda: _flux(True, "FluxKontextPipeline", **_DYNAMIC)),
     "flux control": ("flux_control", lambda: _flux(True, "FluxControlPipeline", 32, **_DYNAMIC)),
     "qwen_image edit": ("qwen_image_edit", lambda: _qwen_image("QwenImageEditPipeline")),
     "qwen_image edit plus": ("qwen_image_edit_plus", lambda: _qwen_image("QwenImageEditPlusPipeline")),
+    **clips.KINDS,
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 
@@ -694,16 +630,27 @@ ALWAYS = ("sd", "flux dev", "flux schnell", "flux,", "z_image", "flux2 klein", "
 
 def cells(kinds: Iterable[str], always: tuple[str, ...] = ALWAYS) -> list[Any]:
     """Kinds as parameters of tests, slow ones marked."""
-    standing = {kind for kind in kinds if kind.startswith(always) and not kind.startswith(("sd3", "z_image,"))}
+    standing = {kind for kind in kinds if kind.startswith(always) and not kind.startswith(("sd3", "z_image,", "ltx2"))}
     return [kind if kind in standing else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A tiny pipeline with the same random weights each time."""
+def made(kinds: dict[str, tuple[str, Any]], kind: str, dtype: torch.dtype) -> Any:
+    """A tiny pipeline of some kinds with the same random weights each time."""
     torch.manual_seed(0)
-    pipe = KINDS[kind][1]()
+    pipe = kinds[kind][1]()
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype).eval()
+            if hasattr(part, "time_embeddings"):  # Kandinsky's, which stay in single precision when they are loaded
+                part.time_embeddings.float()
+                for name, module in part.named_modules():
+                    module.to(torch.promote_types(dtype, torch.float32) if name.endswith("modulation") else None)
     return pipe
+
+
+def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny pipeline with the same random weights each time."""
+    from tests.families.followed import FOLLOWED
+
+    return made(KINDS | FOLLOWED, kind, dtype)

@@ -66,7 +66,7 @@ def error(make, path, base, want):
 
 @pytest.mark.parametrize("targets", ["attn", "full"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.slow) if m == "sdxl" else m for m in MODELS])
 @torch.no_grad()
 def test_diffusers_is_a_reader_of_exactly_the_files_that_it_reads_right(model, method, targets, tmp_path):
     if method == "dora" and (targets == "full") == (model == "sd15"):

@@ -215,7 +215,7 @@ def test_checkpointing_changes_memory_and_not_the_losses(config):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("quantize, layer", [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+@pytest.mark.parametrize("quantize, layer", [("nf4", "Linear4bit"), ("int8", "Linear8bitLt"), ("fp8", "PackedLinear")])
 def test_a_quantised_base_is_trained_on_and_not_changed(quantize, layer, checkpointing, config):
     run = sft.train(replace(config, quantize=quantize, gradient_checkpointing=checkpointing, steps=12))
     assert min(run.losses[-3:]) < run.losses[0]

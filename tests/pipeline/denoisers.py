@@ -9,6 +9,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tests.pipeline import lorable
+
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": (
@@ -245,10 +247,23 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
             **HEADS,
         },
     ),
-}
-# models of no family that is known
-UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    "cogview4": ("CogView4Transformer2DModel", {**_COGVIEW, **HEADS}),
+    "krea2": (
+        "Krea2Transformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 24,
+            "timestep_embed_dim": 16,
+            "text_hidden_dim": 16,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 24,
+            "axes_dims_rope": (4, 4, 8),
+            **HEADS,
+        },
+    ),
     "cosmos": (
         "CosmosTransformer3DModel",
         {
@@ -258,23 +273,118 @@ UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
             "text_embed_dim": 32,
             "adaln_lora_dim": 4,
             "max_size": (4, 8, 8),
+            "concat_padding_mask": False,
+            "extra_pos_embed_type": None,  # which diffusers computes in float32 alone
             **HEADS,
         },
     ),
-    "bria": ("BriaTransformer2DModel", {**_FLUX, "axes_dims_rope": [4, 4, 8]}),
-    "kandinsky5": (
-        "Kandinsky5Transformer3DModel",
+    "ideogram4": (
+        "Ideogram4Transformer2DModel",
         {
-            "in_text_dim": 32,
-            "in_text_dim2": 16,
-            "time_dim": 16,
-            "model_dim": 32,
-            "ff_dim": 64,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 2,
-            "axes_dims": (4, 6, 6),
+            "in_channels": 16,
+            "num_layers": 2,
+            "intermediate_size": 24,
+            "adaln_dim": 8,
+            "llm_features_dim": 32,
+            "mrope_section": (4, 2, 2),
+            **HEADS,
         },
     ),
+    "ernie_image": (
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "ffn_hidden_size": 48,
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_in_dim": 16,
+            "rope_axes_dim": (4, 4, 8),
+        },
+    ),
+    "cogview4": ("CogView4Transformer2DModel", {**_COGVIEW, **HEADS}),
+    "hunyuan_image": (
+        "HunyuanImageTransformer2DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 32,
+            "text_embed_2_dim": 16,
+            "rope_axes_dim": (8, 8),
+            **HEADS,
+        },
+    ),
+    "qwen_image21": (
+        "QwenImage21Transformer2DModel",
+        {"in_channels": 16, "out_channels": 16, "num_layers": 2, "context_in_dim": 32, "axes_dims_rope": (4, 6, 6)}
+        | HEADS,
+    ),
+    "longcat_image": (
+        "LongCatImageTransformer2DModel",
+        {**_FLUX, "pooled_projection_dim": 32, "axes_dims_rope": [4, 4, 8]},
+    ),
+    "ovis_image": ("OvisImageTransformer2DModel", {**_FLUX, "out_channels": 4, "axes_dims_rope": (4, 4, 8)}),
+    "bria": ("BriaTransformer2DModel", {**_FLUX, "axes_dims_rope": [4, 4, 8]}),
+    "bria_fibo": (
+        "BriaFiboTransformer2DModel",
+        {**_FLUX, "text_encoder_dim": 16, "axes_dims_rope": [4, 4, 8]},
+    ),
+    "bria_fibo2": (
+        "BriaFibo2Transformer2DModel",
+        {
+            "in_channels": 4,
+            "dim": 64,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "cap_feat_dim": 32,
+            "injection_layer_ids": (1,),
+            "perceiver_num_layers": 1,
+        },
+    ),
+    "prx": (
+        "PRXTransformer2DModel",
+        {"in_channels": 4, "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "depth": 2, "axes_dim": [8, 8]},
+    ),
+    "glm_image": ("GlmImageTransformer2DModel", {**_COGVIEW, "prior_vq_quantizer_codebook_size": 16, **HEADS}),
+    "nucleus_image": (
+        "NucleusMoEImageTransformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 32,
+            "axes_dims_rope": (16, 24, 24),
+            "moe_enabled": False,
+        },
+    ),
+}
+SAVED |= {
+    family: (name, lorable.config(name))
+    for family, name in {
+        "hunyuan_video15": "HunyuanVideo15Transformer3DModel",
+        "framepack": "HunyuanVideoFramepackTransformer3DModel",
+        "kandinsky5": "Kandinsky5Transformer3DModel",
+        "sana_video": "SanaVideoTransformer3DModel",
+        "skyreels_v2": "SkyReelsV2Transformer3DModel",
+        "helios": "HeliosTransformer3DModel",
+        "chrono_edit": "ChronoEditTransformer3DModel",
+        "wan_animate2": "WanAnimate2Transformer3DModel",
+        "minimax_h3": "MiniMaxH3Transformer3DModel",
+        "flux3": "Flux3Transformer2DModel",
+        "ace_step": "AceStepTransformer1DModel",
+    }.items()
+}
+CALLED_TOO = ("krea2", "cosmos", "cogview4", "hunyuan_image")  # of these `output` knows a call, too
+# models of no family that is known
+UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cogview3": ("CogView3PlusTransformer2DModel", {**_COGVIEW, **HEADS}),
+    "kandinsky6": ("Kandinsky6Transformer3DModel", lorable.config("Kandinsky6Transformer3DModel")),
 }
 
 
@@ -328,4 +438,14 @@ def output(net: Any, family: str, **kwargs: Any) -> Tensor:
         return run([new(4, 1, 8, 8)], t / 1000, [new(5, 32)]).sample[0]
     if family == "lumina2":
         return run(new(1, 4, 8, 8), t / 1000, new(1, 5, 32), torch.ones(1, 5, dtype=torch.bool)).sample
+    if family == "krea2":
+        return run(new(1, 9, 16), new(1, 5, 2, 16), t / 1000, torch.arange(42.0).reshape(14, 3).to(dtype)).sample
+    if family == "cosmos":
+        return run(new(1, 4, 2, 8, 8), t / 1000, new(1, 5, 32), fps=16).sample
+    if family == "cogview4":
+        size = torch.tensor([[32.0, 32.0]], dtype=dtype)
+        return run(new(1, 4, 8, 8), new(1, 5, 32), t, size, size, size).sample
+    if family == "hunyuan_image":
+        seen = torch.ones(1, 5, dtype=torch.bool)
+        return run(new(1, 4, 8, 8), t, new(1, 5, 32), seen, None, new(1, 5, 16), seen).sample
     raise KeyError(family)

@@ -169,7 +169,7 @@ def test_without_a_format_everything_can_be_saved_or_the_refusal_says_where(fami
 
 # Other programs read it
 
-THEIRS = [*UNNAMED, "sd15", "sd3", "flux", "wan", "ltx2"]
+THEIRS = ["kandinsky5", "cogview4", "cosmos", "bria", "sd15", "sd3", "flux", "wan", "ltx2"]
 
 
 def merged(net):

@@ -146,7 +146,7 @@ def test_a_folder_whose_files_fit_several_families_is_the_pipeline_s(family, tmp
 
 
 def test_a_folder_of_an_unknown_model_and_its_text_encoder_is_unknown_and_loads(tmp_path):
-    pipe = pipe_of("KandinskyPipeline", transformer=model("kandinsky5", torch.float32), text_encoder=clip())
+    pipe = pipe_of("KandinskyPipeline", transformer=model("kandinsky6", torch.float32), text_encoder=clip())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         attach(pipe, LoraConfig(r=2), name="a", targets=["to_query", "q_proj"])
@@ -227,13 +227,24 @@ def test_an_adapter_of_ltx2_s_connectors_goes_out_and_in(tmp_path):
     same(pipe, "b", wanted)
 
 
-def test_a_pipeline_whose_denoiser_has_another_name_is_refused_by_that_name():
+def test_a_prior_is_adapted_where_it_is_the_denoiser():
     prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8)
-    with pytest.raises(ConfigError, match=r"'prior'.*pipe\.prior"):
-        attach(pipe_of("KandinskyPriorPipeline", prior=prior, text_encoder=clip(True)), LoraConfig(r=1), targets="attn")
-    attach(prior, LoraConfig(r=1), name="a", targets=["to_q"])
-    assert get_adapters(prior)["a"].parameters
-    unload(prior)
+    alone = pipe_of("KandinskyPriorPipeline", prior=prior, text_encoder=clip(True))
+    attach(alone, LoraConfig(r=1), name="a", targets=["to_q"])
+    assert {layer.partition(".")[0] for layer in slots_of(alone, "a")} == {"prior"} == {*components(prior)}
+    unload(alone)
+    assert "prior" not in components(pipe_of("StableUnCLIPPipeline", prior=prior, unet=model("sd15", torch.float32)))
+
+
+def test_a_pipeline_whose_denoiser_has_another_name_is_refused_by_that_name():
+    net = diffusers.StableCascadeUNet.__new__(diffusers.StableCascadeUNet)
+    nn.Module.__init__(net)
+    with pytest.raises(ConfigError, match=r"'decoder'.*pipe\.decoder"):
+        attach(
+            pipe_of("StableCascadeDecoderPipeline", decoder=net, text_encoder=clip(True)),
+            LoraConfig(r=1),
+            targets="attn",
+        )
 
 
 DENOISERS = {
@@ -281,19 +292,32 @@ def test_a_model_s_class_tells_its_family_or_none(family):
 
 
 TRUE = {
-    "CogView4Pipeline": None,
-    "Cosmos2TextToImagePipeline": None,
+    "CogView4Pipeline": "cogview4",
+    "Cosmos2TextToImagePipeline": "cosmos",
+    "CosmosVideoToWorldPipeline": "cosmos",
+    "Cosmos3OmniPipeline": None,
+    "Krea2Pipeline": "krea2",
+    "Ideogram4Pipeline": "ideogram4",
+    "ErnieImagePipeline": "ernie_image",
+    "LongCatImagePipeline": "longcat_image",
+    "OvisImagePipeline": "ovis_image",
+    "BriaFiboPipeline": "bria_fibo",
+    "BriaFibo2Pipeline": "bria_fibo2",
+    "PRXPipeline": "prx",
+    "GlmImagePipeline": "glm_image",
+    "NucleusMoEImagePipeline": "nucleus_image",
+    "FluxControlPipeline": "flux",
     "LTX2Pipeline": "ltx2",
-    "BriaPipeline": None,
-    "SkyReelsV2Pipeline": None,
-    "HeliosPipeline": None,
-    "HunyuanVideo15Pipeline": None,
-    "HunyuanVideoFramepackPipeline": None,
-    "HunyuanImagePipeline": None,
-    "SanaVideoPipeline": None,
-    "SanaImageToVideoPipeline": None,
-    "Flux3ModularPipeline": None,
-    "QwenImage21Pipeline": None,
+    "BriaPipeline": "bria",
+    "SkyReelsV2Pipeline": "skyreels_v2",
+    "HeliosPipeline": "helios",
+    "HunyuanVideo15Pipeline": "hunyuan_video15",
+    "HunyuanVideoFramepackPipeline": "framepack",
+    "HunyuanImagePipeline": "hunyuan_image",
+    "SanaVideoPipeline": "sana_video",
+    "SanaImageToVideoPipeline": "sana_video",
+    "Flux3ModularPipeline": "flux3",
+    "QwenImage21Pipeline": "qwen_image21",
     "VisualClozePipeline": "flux",
     "LucyEditPipeline": "wan",
     "WanVACEPipeline": "wan",
@@ -336,9 +360,9 @@ def test_a_model_of_unusual_depth_takes_files_that_fill_it_and_none_of_another_m
     layers = [f"transformer_blocks.{n}.attn.to_q" for n in range(blocks[0])]
     layers += [f"single_transformer_blocks.{n}.attn.to_q" for n in range(blocks[1])]
     tensors = {k: t for layer in layers for k, t in lora(f"transformer.{layer}", 3072, 3072, rank=1).items()}
-    assert not converters.detect(tensors).family
+    assert converters.detect(tensors).family == ("longcat_image" if wrong else "bria_fibo")
     if wrong:
-        with pytest.raises(WrongBaseError, match=r"another model than flux.*LongCat-Image.*transformer_blocks\.0"):
+        with pytest.raises(WrongBaseError, match=r"longcat_image.*flux"):
             load_lora(net, tensors)
     else:
         assert len(load_lora(net, tensors).matched) == len(layers)
@@ -378,7 +402,7 @@ def test_a_model_without_a_table_is_saved_in_its_own_names(family, config, tmp_p
 
 
 def test_what_was_loaded_from_a_file_is_saved_as_the_same(tmp_path):
-    net = model("cogview4", torch.float32)
+    net = model("cogview3", torch.float32)
     attach(net, LoraConfig(r=2), name="a", targets=["to_q"])
     save_lora(net, tmp_path / "a.safetensors", name="a", metadata={"mine": "yes"})
     unload(net)
@@ -528,4 +552,4 @@ def test_layers_whose_names_end_or_begin_like_wrappers_come_back(format, tmp_pat
 
 
 def test_every_family_has_a_denoiser_in_these_tests():
-    assert {*SAVED} == {*TABLES}
+    assert {*SAVED} == {*TABLES} - {"omnigen2"}  # of which diffusers has no class

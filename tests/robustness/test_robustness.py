@@ -33,7 +33,11 @@ def test_damaged_folders_of_language_models_are_refused_or_read_and_change_nothi
     assert not account.faults and account.counts["from_pretrained ok"]
 
 
-@pytest.mark.parametrize("way", kills.WAYS)
+QUICK_WAYS = ("a file", "several PEFT folders")
+WAYS = [way if way in QUICK_WAYS else pytest.param(way, marks=pytest.mark.slow) for way in kills.WAYS]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_writer_that_is_killed_leaves_the_old_or_the_new(way):
     """Before events all over a save; the last steps, where it commits, are in each run."""
     with warnings.catch_warnings():

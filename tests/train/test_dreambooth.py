@@ -52,7 +52,14 @@ def test_a_run_follows_from_its_seed(photos):
     assert run.losses != other.losses and not all(torch.equal(first[k], third[k]) for k in first)
 
 
-@pytest.mark.parametrize("method", dreambooth.ADAPTERS)
+QUICK_METHODS = ("lora", "dora", "boft")
+METHODS = [
+    method if method in QUICK_METHODS else pytest.param(method, marks=pytest.mark.slow)
+    for method in dreambooth.ADAPTERS
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_its_files_load(method, photos, embedded):
     run = dreambooth.train(config(photos, method=method, lr=1e-2))
     files = dreambooth.save(run)

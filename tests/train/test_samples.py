@@ -29,8 +29,9 @@ from tests.families.pipelines import pipeline
 from tests.single_file import original
 from tests.train.pictures import photos_in
 
-KINDS = ["sd15", "sdxl, latent statistics and blank prompts", "flux dev"]
-KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2, v", "sdxl", "flux schnell")]
+XL = "sdxl, latent statistics and blank prompts"
+KINDS = ["sd15", "flux dev"]
+KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2, v", "sdxl", XL, "flux schnell")]
 LINES = "a red cat --n a dog --l 3 --w 48 --h 32 --s 3\na blue cat --d 7\n"
 
 

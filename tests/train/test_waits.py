@@ -17,7 +17,7 @@ from tests.train.pictures import photos_in
 
 AWAY = torch.device("meta")
 KINDS = {family: kind for kind, (family, _) in reversed(pipelines.KINDS.items())}  # the first of each family
-QUICK_KINDS = ("sd15", "sdxl", "flux dev")
+QUICK_KINDS = ("sd15", "flux dev")
 OPTIONS = {
     "plain": {},
     "weights": {"snr_gamma": 5.0, "noise_offset": 0.05, "density": "logit_normal", "shift": 2.0},
@@ -127,7 +127,7 @@ def steps(monkeypatch):
 
 
 # Each option on one kind of model, and the kinds with what is plain: what an option does, it does whatever the model.
-QUICK = ("dora", "base prior", "huber", "prodigy")
+QUICK = ("dora", "prodigy")
 # Families whose steps do wait, for masks or lengths of texts that are read, mostly in diffusers' own code; HiDream's tiny CLIP reads too few tokens to tell.
 WAITING = ("chroma", "cogview4", "lumina2", "ernie_image", "ideogram4", "hidream")
 WAITS = pytest.mark.xfail(reason="masks or lengths of texts are read in a step", strict=True)
@@ -143,7 +143,7 @@ CELLS += [
     pytest.param("sd15", name, marks=() if name in QUICK else pytest.mark.slow) for name in OPTIONS if name != "plain"
 ]
 CELLS += [
-    ("flux dev", "weights"),
+    pytest.param("flux dev", "weights", marks=pytest.mark.slow),
     pytest.param("sdxl", "text encoders", marks=pytest.mark.slow),
     ("flux dev", "text encoders"),
 ]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from diffpeft.errors import listed, shown
 from diffpeft.train.data.buckets import Size, Sizing, alike, share
+from diffpeft.train.data.framing import Framing
 
 SHOWN = 3  # names of each kind
 _LITTLE = 0.25  # of an image is seen
@@ -34,6 +35,8 @@ class Example:
         name: what it is called in the account.
         trigger: what `[trigger]` in the caption stood for.
         digest: a hash of its pixels.
+        length, rate: of footage, how many frames it has, and how many come a second, where that is known; an image has one.
+        frames: the numbers of those that make this clip; none of an image.
         controls: what a model of edits is shown beside it, in order.
     """
 
@@ -46,6 +49,10 @@ class Example:
     trigger: str | None = None
     digest: str = ""
     controls: tuple[Control, ...] = ()
+
+    length: int = 1
+    rate: float | None = None
+    frames: tuple[int, ...] = ()
 
     @property
     def look(self) -> tuple[object, ...]:
@@ -62,7 +69,9 @@ class Group:
     repeats: int = 1
 
     def __str__(self) -> str:
-        return f"{shown(self.name)} {_count(self.images, 'image')}" + (f" x {self.repeats}" if self.repeats > 1 else "")
+        return f"{shown(self.name)} {counted(self.images, 'image')}" + (
+            f" x {self.repeats}" if self.repeats > 1 else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class Account:
         steps: how many steps of how many pictures a run takes, if that is known.
         heldout: images that are measured on and not trained on, each once; `heldout_from` the folder that they are from, if that is another, and `copies`
             how many images in it are copies of these or of what is trained on.
+        framing: how clips are cut out of footage, if they are; `short` is the footage that is too short for one.
     """
 
     folder: Path
@@ -111,6 +121,8 @@ class Account:
     heldout: tuple[Example, ...] = ()
     heldout_from: str = ""
     copies: int = 0
+    framing: Framing | None = None
+    short: tuple[str, ...] = ()
 
     @property
     def resolution(self) -> int | None:
@@ -161,6 +173,11 @@ class Account:
         others = (e for e in self.examples if not all(alike(control.size, e.size) for control in e.controls))
         return tuple(example.name for example in others)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """{image: its caption}."""
+        return {example.name: example.caption for example in self.examples}
+
     def summary(self) -> str:
         """How many images of what sizes, and where their captions are from."""
         images = (*self.examples, *(() if self.heldout_from else self.heldout))
@@ -168,7 +185,12 @@ class Account:
         ends = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
         captions = ", ".join(f"{n} from {source}" for source, n in self.captions.items())
         where = self.where or self.folder
-        return f"{_count(len(images), 'image')} of {ends} in {where}; captions: {captions}"
+        footage = {image.path for image in images if image.frames}
+        single = sum(not image.frames for image in images)
+        counts = [counted(len(footage), "clip")] * bool(footage) + [counted(single, "image")] * bool(
+            single or not footage
+        )
+        return f"{' and '.join(counts)} of {ends} in {where}; captions: {captions}"
 
     def plan(self) -> list[str]:
         """How the images are used: how often, in what sizes, with which masks."""
@@ -180,15 +202,36 @@ class Account:
         ):
             lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
         if masked := sum(example.mask is not None for example in self.examples):
-            lines.append(f"masks weigh the loss of {_count(masked, 'image')}")
-        return [*lines, *self._controls(), *self._held_out(), *self._passes()]
+            lines.append(f"masks weigh the loss of {counted(masked, 'image')}")
+        return [*lines, *self._clips(), *self._controls(), *self._held_out(), *self._passes()]
+
+    def _clips(self) -> list[str]:
+        """How many clips of how many frames there are, and how long they last; a line, if there are any."""
+        counts = Counter(len(example.frames) for example in self.examples if example.frames)
+        if not counts or self.framing is None:
+            return []
+        texts = [f"{n} of {count} frames" for count, n in sorted(counts.items(), reverse=True)]
+        rate = self.framing.rate
+        frames = sum(count * n for count, n in counts.items())
+        return [
+            f"clips: {', '.join(texts)}" + (f" at {rate:g} a second, {frames / rate:.3g} s in all" if rate else ""),
+            *(["frames are rounded down to " + ", ".join(map(str, self.framing.fitting))] * self._rounded()),
+        ]
+
+    def _clip_counts(self) -> dict[str, object]:
+        """{frames: how many clips have so many}, and the footage that is too short."""
+        counts = Counter(len(example.frames) for example in self.examples if example.frames)
+        return {"clips": dict(counts), "short": list(self.short)}
+
+    def _rounded(self) -> bool:
+        return self.framing is not None and {*self.framing.counts} != {*self.framing.fitting}
 
     def _controls(self) -> list[str]:
         """How many control images there are, a line, if there are any."""
         counts = Counter(len(example.controls) for example in self.examples)
         if not counts.keys() - {0}:
             return []
-        parts = (f"{_count(n, 'control image')} beside {images}" for n, images in sorted(counts.items()))
+        parts = (f"{counted(n, 'control image')} beside {images}" for n, images in sorted(counts.items()))
         return [", ".join(parts)]
 
     def _held_out(self) -> list[str]:
@@ -196,7 +239,7 @@ class Account:
         if not self.heldout:
             return []
         names = f"of {self.heldout_from}" if self.heldout_from else listed([e.name for e in self.heldout], SHOWN)
-        return [f"held out, measured on and not trained on: {_count(len(self.heldout), 'image')}, {names}"]
+        return [f"held out, measured on and not trained on: {counted(len(self.heldout), 'image')}, {names}"]
 
     def _passes(self) -> list[str]:
         """How often the pictures are passed through, a line, if that is known."""
@@ -205,7 +248,7 @@ class Account:
         steps, batch = self.steps
         times = f"{steps * batch / self.pictures:.3g}"
         passes = "pass" if times == "1" else "passes"
-        return [f"{_count(steps, 'step')} of {_count(batch, 'picture')}: {times} {passes} through {self.pictures}"]
+        return [f"{counted(steps, 'step')} of {counted(batch, 'picture')}: {times} {passes} through {self.pictures}"]
 
     def notes(self) -> list[str]:
         """What may not be as it was meant, a sentence each; none for a folder that is wholly used."""
@@ -221,16 +264,24 @@ class Account:
             "without a mask, and wholly used": self.unmasked,
             "with a mask that leaves nothing": self.black,
         }
-        notes = [
-            f"{_count(len(names), 'image')} {what}: {listed(names, SHOWN)}" for what, names in kinds.items() if names
+        if self.short and self.framing:
+            least = self.framing.fitting[-1]
+            what = "clips are" if len(self.short) > 1 else "clip is"
+            kinds_of_footage = [
+                f"{len(self.short)} {what} too short for {least} frames, and not used: {listed(self.short, SHOWN)}"
+            ]
+        else:
+            kinds_of_footage = []
+        notes = kinds_of_footage + [
+            f"{counted(len(names), 'image')} {what}: {listed(names, SHOWN)}" for what, names in kinds.items() if names
         ]
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
-            notes.append(f"{_count(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+            notes.append(f"{counted(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
         if self.stray_controls:
             notes.append(f"control images of no picture: {listed(self.stray_controls, SHOWN)}")
         if self.copies:
-            notes.append(f"{_count(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
+            notes.append(f"{counted(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
         if self.unread:
             notes.append("not used: " + ", ".join(_ending(end, names) for end, names in self.unread.items()))
         if self.folders:
@@ -260,6 +311,7 @@ class Account:
             "passes": self.steps and self.steps[0] * self.steps[1] / self.pictures,
             "unread": {ending: len(names) for ending, names in self.unread.items()},
             "folders": dict(self.folders),
+            **(self._clip_counts() if self.framing else {}),
             "duplicates": [list(group) for group in self.duplicates],
             "cut": None if self.cut is None else list(self.cut),
             **{
@@ -274,7 +326,7 @@ class Account:
 
 def folders_text(folders: Mapping[str, int]) -> str:
     """Folders with the number of images in each."""
-    named = [f"{name} ({_count(n, 'image')})" if n else name for name, n in folders.items()]
+    named = [f"{name} ({counted(n, 'image')})" if n else name for name, n in folders.items()]
     return listed(named, SHOWN)
 
 
@@ -283,5 +335,6 @@ def _ending(ending: str, names: Iterable[str]) -> str:
     return f"{len(names)} {ending} ({listed(names, SHOWN)})"
 
 
-def _count(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """How many of a thing."""
     return f"{n} {noun}{'' if n == 1 else 's'}"

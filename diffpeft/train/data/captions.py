@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffpeft.errors import shown
-from diffpeft.train.data.layout import TABLES, Folder, compared, is_image, is_junk
+from diffpeft.train.data.layout import TABLES, Folder, compared, is_clip, is_image, is_junk
 
 BESIDE = (".txt", ".caption")  # beside NAME.png: NAME.txt, NAME.caption, NAME.png.txt, NAME.png.caption
 PROMPT = "the prompt"  # where the caption of an image without a caption file is from
@@ -48,10 +48,12 @@ class Tables:
         try:
             for name, caption, controls in _rows(path):
                 image, *beside = (path.parent / named.replace("\\", "/") for named in (name, *controls))  # of Windows
-                for missing in (file for file in (image, *beside) if not is_image(file)):
+                for missing in (
+                    file for file in (image, *beside) if not (is_image(file) or (file is image and is_clip(file)))
+                ):
                     why = "no image" if missing.exists() else "not there"
                     self.broken[missing] = f"{path.name} names it, and it is {why}"
-                if is_image(image):
+                if is_image(image) or is_clip(image):
                     self.captions[compared(image)] = caption, path.name
                     self.images.setdefault(path, []).append(image)
                     self.controls |= {image: tuple(beside)} if beside else {}

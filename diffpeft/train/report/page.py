@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 REFRESH = 15  # seconds after which an open page looks again, while the run is under way
 COLUMNS = 8  # steps whose samples are in the page, at most; all are in the folder
-STRENGTHS = (0.0, 0.5, 1.0)
 USUAL = "default"  # the origin of an option of which nothing is said
 
 

@@ -1,0 +1,76 @@
+"""CogVideoX 1.0 and 1.5 (Yang et al. 2024, arXiv:2408.06072), text to video: clips [b, c, f, h, w] at discrete levels of noise, one attention over T5's hidden
+states and patches, and no mask. 1.5 reads two frames of latents as one: a clip with one too few has its first twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffpeft.errors import ConfigError
+from diffpeft.families.base import CaptionReading, Conditions, Levels, Prompted
+from diffpeft.families.discrete import Discrete
+from diffpeft.families.dit import ClipTransformer, in_blocks
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffpeft.families.parts import Component, Parts
+
+
+class CogVideoX(ClipTransformer):
+    """The training side of a CogVideoXPipeline."""
+
+    name = "CogVideoX"
+    pipelines: tuple[str, ...] = ("CogVideoXPipeline",)
+    presets = in_blocks(r"transformer_blocks\.\d+", r"attn1\.(to_[qkv]|to_out\.0)", r"ff\.net\.(0\.proj|2)")
+    side = 592  # about the area of 480 x 720
+    tokens = most_tokens = 226
+    architecture = "cogvideox"
+    base_version = "cogvideox"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        config = parts.configs[self.denoiser]
+        self.tokens = self.most_tokens = config["max_text_seq_length"]
+        super().__init__(parts, reading)
+        if self.max_length != self.tokens and not config["use_rotary_positional_embeddings"]:
+            raise ConfigError(
+                f"max_length is {self.max_length}",
+                remedy=f"The places of this CogVideoX are for {self.tokens} tokens: leave --max-length out.",
+            )
+
+    def levels_of(self, scheduler: Component) -> Levels:
+        """By betas, shifted to more noise."""
+        return Discrete(scheduler)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [b, 3, h, w] or [b, 3, f, h, w] in [-1, 1] -> mean and standard deviation of the latents, whose frames fill whole patches."""
+        import torch
+
+        mean, std = super().encode(pixels)
+        lacking = -mean.shape[2] % (self.parts.configs[self.denoiser]["patch_size_t"] or 1)
+        mean, std = (torch.cat([*[t[:, :, :1]] * lacking, t], dim=2) for t in (mean, std))
+        return mean, std
+
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
+        """T5's hidden states [n, width], filled up."""
+        texts, _ = self.pipe.encode_prompt([prompt], None, False, device=device, max_sequence_length=self.max_length)
+        return {"text": texts[0]}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """v or epsilon, as the scheduler says. The transformer has frames before channels."""
+        frames, height, width = x.shape[2:]
+        pixels, places = self.pipe.vae_scale_factor_spatial, None
+        if model.config.use_rotary_positional_embeddings:
+            places = self.pipe._prepare_rotary_positional_embeddings(height * pixels, width * pixels, frames, x.device)
+        return model(
+            hidden_states=x.transpose(1, 2),
+            encoder_hidden_states=read["text"],
+            timestep=t,
+            image_rotary_emb=places,
+            return_dict=False,
+        )[0].transpose(1, 2)
+
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """As a CogVideoXPipeline takes prompts, for single frames."""
+        return {"prompt_embeds": prompts["text"], "negative_prompt_embeds": negative["text"], "num_frames": 1}

@@ -1,0 +1,91 @@
+"""Kandinsky 5 (Kandinsky Lab 2025, arXiv:2511.14993), text to video: clips with channels last, Qwen2.5-VL's hidden states after those of the template, and what
+CLIP pools. It reads no mask: examples whose texts have other lengths are asked for apart.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffpeft.families.base import Conditions, Prompted, Sizes
+from diffpeft.families.dit import ClipTransformer, in_blocks
+from diffpeft.families.prompts import by_length
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffpeft.families.parts import Component, Configs
+
+_SQUARE = 8  # tokens, the side of what sparse attention chooses
+
+
+class Kandinsky5Video(ClipTransformer):
+    """The training side of a Kandinsky5T2VPipeline. Presets leave out the blocks of texts."""
+
+    name = "Kandinsky 5"
+    pipelines: tuple[str, ...] = ("Kandinsky5T2VPipeline",)
+    text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    presets = in_blocks(
+        r"visual_transformer_blocks\.\d+",
+        r"(self|cross)_attention\.(to_(query|key|value)|out_layer)",
+        r"feed_forward\.(in|out)_layer",
+    )
+    side = 640  # about the area of 512 x 768
+    most_tokens = 1024
+    architecture = "kandinsky-5-video"
+    base_version = "kandinsky5_video"
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """Whole tokens, and squares of them where attention is sparse."""
+        sizes = super().sizes(configs)
+        sparse = configs.get(cls.denoiser, {}).get("attention_type") == "nabla"
+        return sizes._replace(multiple=sizes.multiple * _SQUARE) if sizes.multiple and sparse else sizes
+
+    def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
+        """Qwen's hidden states [n, width] of as many tokens as a prompt has, or what CLIP pools [width]."""
+        import torch
+        from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
+
+        cleaned = [prompt_clean(prompt)]
+        if encoder == "text_encoder_2":
+            return {"pooled": self.pipe._encode_prompt_clip(cleaned, device)[0]}
+        texts, _ = self.pipe._encode_prompt_qwen(cleaned, device, self.max_length)
+        return {"text": texts[0], "length": torch.tensor(texts.shape[1])}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """Time is a thousand times the share of noise; beside the latents there are zeros, where other tasks have a first frame and its mask."""
+        import torch
+
+        read, clip, text = dict(read), x.movedim(1, -1), read["text"]
+        if model.config.visual_cond:
+            clip = torch.cat([clip, torch.zeros_like(clip), torch.zeros_like(clip[..., :1])], dim=-1)
+        clip, frames, sides = clip.contiguous(), x.shape[2], x.shape[3:]
+        pixels = self.pipe.vae_scale_factor_spatial
+        places = [torch.arange(n, device=x.device) for n in (frames, *(side // self.patch for side in sides))]
+
+        def answer(rows: Tensor, length: int) -> Tensor:
+            return model(
+                hidden_states=clip[rows],
+                encoder_hidden_states=text[rows, :length],
+                pooled_projections=read["pooled"][rows],
+                timestep=1000 * t[rows],
+                visual_rope_pos=places,
+                text_rope_pos=torch.arange(length, device=x.device),
+                scale_factor=self.pipe._get_scale_factor(*(side * pixels for side in sides)),
+                sparse_params=self.pipe.get_sparse_params(clip[rows], x.device),
+            ).sample.movedim(-1, 1)
+
+        return by_length(read["length"], x, answer)
+
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """As a Kandinsky5T2VPipeline takes prompts, for single frames. Those of other lengths are filled up at the end, where it has no way to say so."""
+        import torch
+
+        keywords: Prompted = {"num_frames": 1}
+        for prefix, read in (("", prompts), ("negative_", negative)):
+            keywords[f"{prefix}prompt_embeds_qwen"] = read["text"]
+            keywords[f"{prefix}prompt_embeds_clip"] = read["pooled"]
+            ends = torch.nn.functional.pad(read["length"].cumsum(0), (1, 0))
+            keywords[f"{prefix}prompt_cu_seqlens"] = ends.to(torch.int32)
+        return keywords

@@ -1,0 +1,37 @@
+"""Sana-Video (Chen et al. 2025, arXiv:2509.24695), text to video: Sana's texts and blocks with a convolution over frames, on clips [b, c, f, h, w]."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffpeft.families.base import CaptionReading, Conditions, Prompted, Sizes
+from diffpeft.families.dit import ClipTransformer
+from diffpeft.families.latents import factor
+from diffpeft.families.sana import Sana
+
+if TYPE_CHECKING:
+    from diffpeft.families.parts import Configs, Parts
+
+
+class SanaVideo(ClipTransformer, Sana):
+    """The training side of a SanaVideoPipeline, whatever VAE the model has."""
+
+    name = "Sana-Video"
+    pipelines: tuple[str, ...] = ("SanaVideoPipeline",)
+    side = 640  # about the area of 480 x 832
+    architecture = "sana-video"
+    base_version = "sana_video"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        self.patch = parts.configs[self.denoiser]["patch_size"][-1]
+        super().__init__(parts, reading)
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """Whole tokens, whose size the transformer tells."""
+        pixels, patch = factor(configs.get("vae", {})), configs.get(cls.denoiser, {}).get("patch_size")
+        return super().sizes(configs)._replace(multiple=pixels * patch[-1] if pixels and patch else None)
+
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """As a SanaVideoPipeline takes prompts, for single frames of the sizes that are asked for."""
+        return super().prompted(prompts, negative, blank) | {"frames": 1}

@@ -1,0 +1,52 @@
+"""SkyReels-V2 (Skywork 2025, arXiv:2504.13074), text to video: Wan's texts and blocks. Models of diffusion forcing read a time for each frame, which here is
+the same for all, as their pipeline has it unless it is told otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffpeft.families.base import CaptionReading, Conditions, Prompted
+from diffpeft.families.dit import ClipTransformer
+from diffpeft.families.prompts import check_ftfy
+from diffpeft.families.wan import Wan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffpeft.families.parts import Component, Parts
+
+
+_FORCING = "SkyReelsV2DiffusionForcingPipeline"
+_FAST = 1  # its number for every rate but 16 frames a second
+
+
+class SkyReelsV2(Wan):
+    """The training side of a SkyReelsV2Pipeline or a SkyReelsV2DiffusionForcingPipeline."""
+
+    name = "SkyReels-V2"
+    pipelines: tuple[str, ...] = ("SkyReelsV2Pipeline", _FORCING)
+    side = 720  # about the area of 544 x 960
+    architecture = "skyreels-v2"
+    base_version = "skyreels_v2"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        ClipTransformer.__init__(self, parts, reading)  # what a WanPipeline says of its denoisers, this one does not
+        check_ftfy(parts.pipe)
+        self.forced = type(parts.pipe).__name__ == _FORCING
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """Time is a thousand times the share of noise. Where the model reads the rate of frames, it takes one clip after the other."""
+        import torch
+
+        if not self.forced:
+            return model(x, 1000 * t, read["text"], return_dict=False)[0]
+        time = 1000 * t[:, None].expand(-1, x.shape[2])
+        per = 1 if model.config.inject_sample_info else len(x)
+        clips = zip(x.split(per), time.split(per), read["text"].split(per), strict=True)
+        forced = {"enable_diffusion_forcing": True, "fps": [_FAST] * per, "return_dict": False}
+        return torch.cat([model(*clip, **forced)[0] for clip in clips])
+
+    def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
+        """As both pipelines take prompts, for single frames; one does not do without a text, which may be none."""
+        return super().prompted(prompts, negative, blank) | {"prompt": None}

@@ -1,0 +1,196 @@
+"""The options of a slider: an adapter that is learnt from prompts alone, and what it is told of them. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from diffpeft.errors import ConfigError, shown
+from diffpeft.train.config import TrainConfig, option
+from diffpeft.train.data.account import Account, counted
+from diffpeft.train.data.buckets import Size, Sizing
+from diffpeft.train.groups import entries_of
+
+SIGNS = (1.0, -1.0)  # the strengths that are trained, in this order
+DRAW_STEPS = 10
+
+
+class Concept(NamedTuple):
+    """Three prompts: what is changed, and from which other one to which."""
+
+    target: str
+    positive: str
+    negative: str
+
+    def under(self, attribute: str) -> Concept:
+        """The same of something that has an attribute."""
+        return Concept(*(f"{attribute} {prompt}".strip() for prompt in self))
+
+
+@dataclass
+class SliderConfig(TrainConfig):
+    """A slider's training run: a TrainConfig without data."""
+
+    COMMAND: ClassVar[str] = "slider"
+    EVERY: ClassVar[tuple[float, ...]] = (-2.0, -1.0, 1.0, 2.0)
+    FIRST: ClassVar[tuple[float, ...]] = ()
+    ABSENT: ClassVar[frozenset[str]] = frozenset(
+        {
+            "data",
+            "heldout",
+            "heldout_every",
+            "best",
+            "instance_prompt",
+            "trigger",
+            "mask",
+            "class_prompt",
+            "prior",
+            "prior_prompts",
+            "class_data",
+            "num_class_images",
+            "prior_weight",
+            "buckets",
+            "flip",
+            "crop",
+            "caption_dropout",
+            "shuffle_captions",
+            "keep_tokens",
+            "epochs",
+            "frames",
+            "fps",
+            "extract",
+            "experts",
+            "noise_offset",
+            "base_range",
+            "base_weight",
+        }
+    )
+
+    data: str | Sequence[str] | None = option(None, "None: prompts alone say what is learnt.")
+    target: str | None = option(None, "What is changed: a person.")
+    positive: str | None = option(None, "What it becomes at strength 1: a smiling person.", needs="target")
+    negative: str | None = option(
+        None,
+        "What it becomes at strength -1: a sad person; default: the opposite of --positive, seen from --target. With --erase, what is there in its "
+        "place; default: the blank prompt.",
+    )
+    erase: str | None = option(
+        None, "In the place of --target and --positive: a concept that strength 1 takes away, such as van gogh style."
+    )
+    preserve: str | Sequence[str] | None = option(
+        None,
+        "Attributes that shall not change along with it, with commas: man, woman. Each step is one of something with one of them. May be repeated.",
+        several="repeated",
+    )
+    guidance: float = option(
+        1.0, "How far strength 1 goes: so many times what tells the positive from the negative prompt.", above=0
+    )
+    draw_steps: int = option(
+        DRAW_STEPS,
+        "Denoising steps in which a whole picture would be drawn; a training step draws the part of it down to its level of noise.",
+        at_least=1,
+    )
+    batch_size: int = option(1, "Pictures a pass.", at_least=1)
+
+    def check_values(self) -> None:
+        """Beside what all runs check: prompts that say nothing, or the same twice."""
+        super().check_values()
+        if self.erase is not None and self.target is not None:
+            raise ConfigError(
+                "erase with target: both say what is changed", remedy="Leave --target and --positive out, or --erase."
+            )
+        if self.negative is not None and self.erase is None and self.target is None:
+            raise ConfigError(
+                "negative without target or erase, and so it would do nothing", remedy="Pass --target and --positive."
+            )
+        said = (self.erase, self.negative) if self.erase is not None else (self.positive, self.negative or self.target)
+        if None not in said and said[0] == said[1]:
+            raise ConfigError(f"both prompts are {shown(str(said[0]))}: nothing tells one from the other")
+
+    def validate(self) -> None:
+        """Raise ConfigError also where nothing is said to be learnt."""
+        super().validate()
+        if self.erase is None and (self.target is None or self.positive is None):
+            missing = "target" if self.target is None else "positive"
+            raise ConfigError(
+                f"--{missing} is missing",
+                remedy='Pass --target person --positive "smiling person", or --erase and a concept.',
+            )
+
+    def parts(self) -> int:
+        """The passes of a step: each picture is learnt at both signs, one after the other."""
+        return len(SIGNS) * super().parts()
+
+    def places(self) -> int:
+        """The batches of pictures of a step, over all processes."""
+        return super().parts()
+
+    def examples(self) -> int:
+        """The pictures of a step."""
+        return self.batch_size * self.places()
+
+    def concepts(self) -> tuple[Concept, ...]:
+        """What is learnt, once for each attribute that is preserved."""
+        if self.erase is not None:
+            concept = Concept(self.erase, self.negative or "", self.erase)
+        else:
+            concept = Concept(self.target or "", self.positive or "", self.negative or self.target or "")
+        said = [self.preserve] if isinstance(self.preserve, str) else self.preserve or ()
+        attributes = [attribute for text in said for attribute in entries_of(text)]
+        return tuple(map(concept.under, dict.fromkeys(attributes))) or (concept,)
+
+    def main_prompts(self) -> dict[str, str]:
+        """What is changed, of each concept."""
+        return {concept.target: "--erase" if self.erase else "--target" for concept in self.concepts()}
+
+    def account(self, sizing: Sizing | None) -> PromptAccount:
+        """The account of its prompts."""
+        return PromptAccount(Path(), (), {}, sizing=sizing, concepts=self.concepts())
+
+
+@dataclass(frozen=True)
+class PromptAccount(Account):
+    """What a run without images learns from. Its pictures are drawn on the way."""
+
+    concepts: tuple[Concept, ...] = ()
+
+    @property
+    def buckets(self) -> dict[Size, int]:
+        """{size of pictures: 1}."""
+        return {(side, side): 1 for side in self.sizing.resolutions} if self.sizing else {}
+
+    @property
+    def pictures(self) -> int:
+        """A pass is one picture of each concept."""
+        return len(self.concepts)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """{prompt: prompt} of all that are read."""
+        return {prompt: prompt for concept in self.concepts for prompt in concept}
+
+    def summary(self) -> str:
+        """What is learnt."""
+        return f"no images, {counted(len(self.concepts), 'concept')}"
+
+    def plan(self) -> list[str]:
+        """A line for each concept."""
+        return [
+            f"{shown(concept.target)} at strength 1 goes from {shown(concept.negative)} to {shown(concept.positive)}"
+            for concept in self.concepts
+        ]
+
+    def notes(self) -> list[str]:
+        """Prompts that are cut."""
+        cut = [shown(prompt) for prompt in self.cut or ()]
+        return [f"longer than {self.tokens} tokens, and cut there (see --max-length): {', '.join(cut)}"] if cut else []
+
+    def table(self) -> dict[str, object]:
+        """The prompts, for a file of measurements."""
+        return {
+            "concepts": [concept._asdict() for concept in self.concepts],
+            "passes": self.steps and self.steps[0] * self.steps[1] / self.pictures,
+            "cut": None if self.cut is None else list(self.cut),
+        }

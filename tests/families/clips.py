@@ -1,0 +1,304 @@
+"""Tiny random pipelines of models of clips."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+
+from tests.families.components import CLIPS_OF_FRAMES, HUNYUAN_VAE, chat, clip, llm, t5
+from tests.families.components import tokenizer as embedded_tokenizer
+
+
+def hunyuan_video15(**guider: Any) -> Any:
+    tokenizer = chat()
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=diffusers.AutoencoderKLHunyuanVideo15(
+            latent_channels=4, block_out_channels=(16,) * 5, layers_per_block=1, scaling_factor=0.7
+        ),
+        text_encoder=llm("Qwen3", 3),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(),
+        tokenizer_2=chat(),
+        guider=diffusers.ClassifierFreeGuidance(**guider),
+        transformer=diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            text_embed_2_dim=32,
+            image_embed_dim=12,
+            rope_axes_dim=(4, 4, 8),
+        ),
+    )
+    words = tokenizer.apply_chat_template(
+        [{"role": "system", "content": pipe.system_message}], return_dict=True
+    ).input_ids
+    pipe.prompt_template_encode_start_idx = len(words) - 1  # without what ends it
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 40, 12
+    return pipe
+
+
+def ltx2(newer: bool) -> Any:
+    """LTX-2, or LTX-2.3 with projections for each stream."""
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=8,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatiotemporal",),
+        upsample_type=("spatiotemporal",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=2,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+    )
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2.0)
+    streams = {"video_hidden_dim": 32, "audio_hidden_dim": 16, "per_modality_projections": newer}
+    later = {"gated_attn": True, "cross_attn_mod": True, "use_prompt_embeddings": False} if newer else {}
+    later |= {f"audio_{name}": True for name in ("gated_attn", "cross_attn_mod") if newer}
+    width = 16 if newer else 8
+    return diffusers.LTX2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024
+        ),
+        vae=vae,
+        audio_vae=diffusers.AutoencoderKLLTX2Audio(
+            base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
+        ),
+        vocoder=diffusers.pipelines.ltx2.LTX2Vocoder(
+            in_channels=16,
+            hidden_channels=16,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3]],
+        ),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat("left"),
+        connectors=diffusers.pipelines.ltx2.LTX2TextConnectors(
+            caption_channels=16,
+            text_proj_in_factor=3,
+            video_connector_num_attention_heads=2,
+            video_connector_attention_head_dim=width,
+            video_connector_num_layers=1,
+            video_connector_num_learnable_registers=8,
+            audio_connector_num_attention_heads=2,
+            audio_connector_attention_head_dim=8,
+            audio_connector_num_layers=1,
+            audio_connector_num_learnable_registers=8,
+            **streams,
+        ),
+        transformer=diffusers.LTX2VideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            vae_scale_factors=(2, 4, 4),
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+            num_layers=2,
+            caption_channels=16,
+            **later,
+        ),
+    )
+
+
+def cogvideox(newer: bool) -> Any:
+    """CogVideoX 1.0 with places that are added, or 1.5 with places that turn and patches of two frames."""
+    kind = {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False} if newer else {}
+    return diffusers.CogVideoXPipeline(
+        scheduler=diffusers.CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            snr_shift_scale=1.0 if newer else 3.0,
+        ),
+        vae=diffusers.AutoencoderKLCogVideoX(
+            block_out_channels=(8,) * 4,
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.7,
+        ),
+        text_encoder=t5(),
+        tokenizer=chat(),
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=32,
+            num_layers=2,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=9,
+            max_text_seq_length=40,
+            **kind,
+        ),
+    )
+
+
+def mochi() -> Any:
+    return diffusers.MochiPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=diffusers.AutoencoderKLMochi(
+            encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5
+        ),
+        text_encoder=t5(),
+        tokenizer=chat(),
+        transformer=diffusers.MochiTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            pooled_projection_dim=16,
+            text_embed_dim=32,
+            time_embed_dim=8,
+        ),
+    )
+
+
+def sana_video() -> Any:
+    return diffusers.SanaVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
+        vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        text_encoder=llm("Gemma2", 2, query_pre_attn_scalar=8),
+        tokenizer=chat(),
+        transformer=diffusers.SanaVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=12,
+            cross_attention_dim=24,
+            caption_channels=16,
+        ),
+    )
+
+
+def kandinsky5() -> Any:
+    tokenizer = chat()
+    pipe = diffusers.Kandinsky5T2VPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN_VAE),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(),
+        tokenizer_2=embedded_tokenizer(),
+        transformer=diffusers.Kandinsky5Transformer3DModel(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=16,
+            in_text_dim2=32,
+            time_dim=16,
+            model_dim=32,
+            ff_dim=48,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(4, 4, 8),
+            visual_cond=True,
+        ),
+    )
+    for parameter in pipe.transformer.parameters():
+        if not parameter.any():  # zeros, as models begin
+            torch.nn.init.normal_(parameter, std=0.3)
+    template = pipe.prompt_template.partition("{}")[0]
+    pipe.prompt_template_encode_start_idx = len(tokenizer(template).input_ids) - 1  # without what ends it
+    return pipe
+
+
+def _cleaned(kind: type) -> type:
+    """A pipeline's class where ftfy, by which it cleans captions, is installed or does nothing."""
+    module = sys.modules[kind.__module__]
+    if not hasattr(module, "ftfy"):
+        module.ftfy = SimpleNamespace(fix_text=lambda text: text)
+    return kind
+
+
+def skyreels_v2(forced: bool = False) -> Any:
+    """SkyReels-V2, or one of diffusion forcing, which reads the rate of frames."""
+    flow = {"use_flow_sigmas": True, "flow_shift": 8.0, "prediction_type": "flow_prediction"}
+    kind = diffusers.SkyReelsV2DiffusionForcingPipeline if forced else diffusers.SkyReelsV2Pipeline
+    return _cleaned(kind)(
+        scheduler=diffusers.UniPCMultistepScheduler(**flow)
+        if forced
+        else diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0),
+        vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        text_encoder=t5("UMT5"),
+        tokenizer=chat(),
+        transformer=diffusers.SkyReelsV2Transformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            inject_sample_info=forced,
+        ),
+    )
+
+
+def easyanimate() -> Any:
+    return diffusers.EasyAnimatePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=diffusers.AutoencoderKLMagvit(
+            latent_channels=4,
+            block_out_channels=[8] * 4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            spatial_group_norm=False,
+        ),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat(),
+        transformer=diffusers.EasyAnimateTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            patch_size=2,
+            num_layers=2,
+            mmdit_layers=2,
+            time_embed_dim=8,
+            text_embed_dim=16,
+        ),
+    )
+
+
+# {kind: (family, makes a pipeline)}
+KINDS: dict[str, tuple[str, Any]] = {
+    "hunyuan_video15": ("hunyuan_video15", lambda: hunyuan_video15(guidance_scale=1.0)),
+    "ltx2": ("ltx2", lambda: ltx2(False)),
+    "ltx2, 2.3": ("ltx2", lambda: ltx2(True)),
+    "cogvideox": ("cogvideox", lambda: cogvideox(False)),
+    "cogvideox 1.5": ("cogvideox", lambda: cogvideox(True)),
+    "mochi": ("mochi", mochi),
+    "sana_video": ("sana_video", sana_video),
+    "kandinsky5 video": ("kandinsky5_video", kandinsky5),
+    "skyreels_v2": ("skyreels_v2", skyreels_v2),
+    "easyanimate": ("easyanimate", easyanimate),
+}
