@@ -115,7 +115,7 @@ class Family(Protocol):
     unread: Mapping[str, str]  # {component: the regular expression for those of its layers that nothing reads}
     guidance: Mapping[
         str, str
-    ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
+    ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline, or of its guider}
     drawing_steps: int  # in which it draws well
     controls: tuple[int, int]  # the fewest and the most control images that an example has
     aligned: bool  # whether control images lie over the picture, pixel by pixel, and so have its size

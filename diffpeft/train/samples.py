@@ -31,7 +31,7 @@ from diffpeft.model.schedule import Schedule
 from diffpeft.train.data import View
 from diffpeft.train.data.footage import pictures_of
 from diffpeft.train.outputs import SAMPLES
-from diffpeft.train.sample import images_of, prompted, watched
+from diffpeft.train.sample import images_of, led, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
 from diffpeft.train.signals import asked
 from diffpeft.train.team import team
@@ -159,8 +159,9 @@ _LACKS = (("cfg", "--l", "is led away from no negative prompt"), ("guidance", "-
 
 
 def usual(family: Family, field: str) -> float:
-    """What a family's pipeline has for cfg or guidance where nothing is said."""
-    default = _keywords(family)[family.guidance[field]].default
+    """What a family's pipeline, or its guider, has for cfg or guidance where nothing is said."""
+    keyword, keywords = family.guidance[field], _keywords(family)
+    default = keywords[keyword].default if keyword in keywords else getattr(family.pipe.guider, keyword)
     return _CFG if default is None else float(default)
 
 
@@ -204,9 +205,9 @@ def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[],
             raise Unfinished
         return {}
 
-    with torch.no_grad():
+    with torch.no_grad(), led(family.pipe, keywords_of(family, prompt)) as keywords:
         picture = family.pipe(
-            **{**prompted(family, texts, [prompt.prompt], prompt.negative), **keywords_of(family, prompt)},
+            **{**prompted(family, texts, [prompt.prompt], prompt.negative), **keywords},
             **_shown(family, prompt),
             generator=torch.Generator().manual_seed(prompt.seed or 0),
             output_type="pil",

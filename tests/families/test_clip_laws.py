@@ -13,7 +13,7 @@ from diffpeft.families import FAMILIES, CaptionReading, family_of, open_family
 from diffpeft.families.flow import Flow
 from diffpeft.families.prompts import embedded
 from diffpeft.train.objective import Batch, Objective, denoising
-from tests.families.pipelines import FIRST_FRAMES, pipeline
+from tests.families.pipelines import FIRST_FRAMES, KINDS, made
 
 COUNT, HEIGHT, WIDTH = 9, 32, 64
 TEXT = {"hunyuan_video": 120}
@@ -25,7 +25,7 @@ SPELT = {"ltx": lambda x: x.flatten(2).mT}
 
 
 def opened(kind):
-    pipe = pipeline(kind)
+    pipe = made({**KINDS, **FIRST_FRAMES}, kind, torch.float64)
     name = next(name for name, cls in FAMILIES.items() if type(pipe).__name__ in cls.pipelines)
     return open_family(pipe, CaptionReading(TEXT.get(name, 40))), name
 
