@@ -124,7 +124,8 @@ def _usual_tokens(source: str) -> int | None:
     """How many tokens of captions a model's family reads, where its tokenizers would read more; None where they say it."""
     known = facts(source)
     family = trainable(known.pipeline, known.configs, source) if known.pipeline else None
-    return getattr(FAMILIES[family], "tokens", None) if family else None
+    usual = getattr(FAMILIES[family], "tokens", None) if family else None
+    return usual or None
 
 
 def account_of(config: TrainConfig, steps: bool) -> Account:

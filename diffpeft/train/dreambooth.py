@@ -15,7 +15,7 @@ from torch import Tensor
 import diffpeft
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import CaptionReading, Family, open_family
+from diffpeft.families import CaptionReading, Family, Generic, open_family
 from diffpeft.families.base import Sizes
 from diffpeft.layers.streaming import stream_of
 from diffpeft.model.attach import attach
@@ -89,7 +89,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     if team().main:
         open_repository(typed)
     watch.phase("looking at the model")
-    family = opened(typed, dtype, device)
+    family = noted(opened(typed, dtype, device), watch)
     sizing, name = sizing_of(typed, family), checked.name
     checked = sized(checked, sizing, watch)
     config = settled(typed, checked, family, dtype)
@@ -240,6 +240,14 @@ def _bake(family: Family, adapters: str | Sequence[str], placing: Placing) -> No
     for name, module in family.pipe.components.items():
         if isinstance(module, torch.nn.Module):
             placing(module) if name in family.denoisers else module.to(placing.device)
+
+
+def noted(family: Family, watch: Watch) -> Family:
+    """The family; where it is none of its own, that is said."""
+    if type(family) is Generic:
+        kind = type(family.pipe).__name__
+        watch.note(f"a {kind} has no family of its own: it is trained as its pipeline asks its denoiser")
+    return family
 
 
 def settled(typed: TrainConfig, checked: Checked, family: Family, dtype: str) -> TrainConfig:

@@ -54,7 +54,8 @@ def pictures(
                 output_type="np",
                 **watched(pipe, told),
             )
-        out.append((np.asarray(images_of(drawn)) * 255).round().astype(np.uint8))
+        colours = np.asarray(images_of(drawn))[..., :3]  # some say how opaque they are beside
+        out.append((colours * 255).round().astype(np.uint8))
     return np.concatenate(out)
 
 
@@ -81,7 +82,8 @@ def led(pipe: Pipeline, keywords: Mapping[str, object]) -> Iterator[Mapping[str,
 
 def images_of(drawn: Component) -> Sequence[Component]:
     """The images that a pipeline gives, the first ones of clips."""
-    return drawn.images if "images" in drawn else [clip[0] for clip in drawn.frames]
+    name = next((name for name in ("images", "image") if name in drawn), None)
+    return drawn[name] if name else [clip[0] for clip in drawn.frames]
 
 
 def prompted(

@@ -584,10 +584,10 @@ def cells(kinds: Iterable[str], always: tuple[str, ...] = ALWAYS) -> list[Any]:
     return [kind if kind in standing else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A tiny pipeline with the same random weights each time."""
+def made(kinds: dict[str, tuple[str, Any]], kind: str, dtype: torch.dtype) -> Any:
+    """A tiny pipeline of some kinds with the same random weights each time."""
     torch.manual_seed(0)
-    pipe = KINDS[kind][1]()
+    pipe = kinds[kind][1]()
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -597,3 +597,10 @@ def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
                 for name, module in part.named_modules():
                     module.to(torch.promote_types(dtype, torch.float32) if name.endswith("modulation") else None)
     return pipe
+
+
+def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny pipeline with the same random weights each time."""
+    from tests.families.followed import FOLLOWED
+
+    return made(KINDS | FOLLOWED, kind, dtype)

@@ -64,11 +64,22 @@ RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scri
     "mochi": (1e-2, "mochi-1", "mochi"),
     "sana_video": (1e-2, "sana-video", "sana_video"),
     "kandinsky5 video": (1e-2, "kandinsky-5-video", "kandinsky5_video"),
-    "skyreels_v2": (1e-2, "skyreels-v2", "skyreels_v2", "easyanimate"),
+    "skyreels_v2": (1e-2, "skyreels-v2", "skyreels_v2"),
     "easyanimate": (1e-2, "easyanimate-v5.1", "easyanimate"),
+    "hunyuan_image": (1e-2, "hunyuan-image-2.1", "hunyuan_image"),
+    "bria": (1e-2, "bria-3", "bria"),
+    "bria_fibo": (1e-2, "bria-fibo", "bria_fibo"),
+    "ovis_image": (1e-2, "ovis-image", "ovis_image"),
+    "longcat_image": (1e-2, "longcat-image", "longcat_image"),
+    "kandinsky5": (1e-2, "kandinsky-5-image", "kandinsky5"),
+    "prx": (1e-2, "prx", "prx"),
+    "nucleus_image": (1e-2, "nucleus-image", "nucleus_image"),
+    "generic, a flow": (1e-2, "Lumina", "Lumina"),
+    "generic, levels by betas": (1e-2, "HunyuanDiT", "HunyuanDiT"),
 }
 # {kind: how many tokens of captions are read}: less than usual, for speed; those of some follow many of the system's
-LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdxl", "flux dev"))} | {
+UNCOUNTED = ("hunyuan_image", "longcat_image", "generic, levels by betas")  # whose pipelines take no number of tokens
+LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdxl", "flux dev", *UNCOUNTED))} | {
     "lumina2": 80,
     "hunyuan_video": 120,
     "hunyuan_video15": 120,
@@ -77,14 +88,7 @@ LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdx
     "flux2 dev": 120,
 }
 # whose layers have no names of kohya's
-UNNAMED = (
-    "lumina2",
-    "hunyuan_video15",
-    "sana_video",
-    "kandinsky5 video",
-    "skyreels_v2",
-    "easyanimate",
-)
+UNNAMED = ("lumina2", "easyanimate")
 LEFT_OUT = {
     "sd3": {"text_encoder_3": None, "tokenizer_3": None}
 }  # what the model is without, and diffusers is to be told
