@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +36,7 @@ Recorded = list[object]  # what the pipeline's methods answered for a caption, i
 
 _FRAMED = ("original_size", "crops_coords_top_left", "target_size")  # that pipelines are told, as SDXL's is
 _COUNTS = ("max_sequence_length", "tokenizer_max_length")  # what pipelines call the number of tokens
+_TOKENS = 512  # that are said to be read, where nobody says how many are
 _NEEDED = ("prompt", "height", "width", "num_inference_steps")
 _OTHERS = ("strength", "mask_image", "control_image", "audio_length_in_s")  # that tell another kind of pipeline
 
@@ -68,6 +70,7 @@ class Generic(Transformer):
         self._check_kind()
         from diffpeft.families.probe import Probe
 
+        self.presets = self.presets or _in_any_blocks()
         self.levels: Levels = self.levels_of(parts.pipe.scheduler)
         self.probe = Probe(parts, self._stand_in(parts.pipe.scheduler))
         self.text_encoders = tuple(n for n in parts.pipe.components if self._reads(n) and parts.has(n))
@@ -113,12 +116,13 @@ class Generic(Transformer):
 
     def _length(self, reading: CaptionReading) -> int:
         """How many tokens are read. Raises ConfigError where the pipeline cannot be told."""
-        usual = self.probe.keywords.get(self._counts())
-        if reading.max_length is not None and usual is None:
+        said = self.probe.keywords.get(self._counts())
+        usual = said.default if said and isinstance(said.default, int) else self.tokens or _TOKENS
+        if reading.max_length not in (None, usual) and said is None:
             raise ConfigError(
                 f"max_length is {reading.max_length}", remedy="This pipeline cannot be told: leave --max-length out."
             )
-        return reading.max_length or (usual.default if usual and isinstance(usual.default, int) else self.tokens or 512)
+        return reading.max_length or usual
 
     def _counts(self) -> str:
         """How the pipeline calls the number of tokens that it reads."""
@@ -414,6 +418,14 @@ class Generic(Transformer):
                 self.parts(encoder)
             return self._method(name)(*args, **kwargs)
         return self._heard[key]
+
+
+def _in_any_blocks() -> Mapping[str, str]:
+    """The usual presets, of the blocks of any model: outside of these, weights are read by something else than their layers more often."""
+    from diffpeft.model.target import PRESETS
+
+    endings = {preset: "|".join(map(re.escape, PRESETS[preset])) for preset in ("attn", "attn-mlp")}
+    return {preset: rf"(.+\.)?\w*(blocks|layers)\.\d+\.(.+\.)?({ends})" for preset, ends in endings.items()}
 
 
 def _answer(answer: object, *_: object, **__: object) -> object:

@@ -8,6 +8,7 @@ import diffusers
 import torch
 import transformers
 
+from tests.families.clips import _cleaned
 from tests.families.components import CLIPS_OF_FRAMES, LLM, chat, clip, llm, t5, tokenizer
 from tests.families.pipelines import _DYNAMIC as DYNAMIC
 from tests.families.pipelines import _vae as vae_of
@@ -146,7 +147,7 @@ def _kandinsky5() -> Any:
 
 
 def _prx() -> Any:
-    pipe = diffusers.PRXPipeline(
+    return _cleaned(diffusers.PRXPipeline)(
         scheduler=_flow(shift=3.0),
         vae=vae_of(**_FLUX_VAE),
         text_encoder=t5(),
@@ -157,8 +158,6 @@ def _prx() -> Any:
             )
         ),
     )
-    pipe.text_preprocessor.clean_text = str.strip  # it takes a library
-    return pipe
 
 
 def _nucleus_image() -> Any:
@@ -306,7 +305,7 @@ def _bria_fibo2() -> Any:
         scheduler=_flow(**DYNAMIC),
         vae=_vae2(),
         text_encoder=_vl3(3),
-        processor=Processor(chat()),
+        processor=chat(),
         transformer=_filled(
             diffusers.BriaFibo2Transformer2DModel(
                 in_channels=4,

@@ -74,11 +74,17 @@ RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scri
     "kandinsky5": (1e-2, "kandinsky-5-image", "kandinsky5"),
     "prx": (1e-2, "prx", "prx"),
     "nucleus_image": (1e-2, "nucleus-image", "nucleus_image"),
+    "bria_fibo2": (1e-2, "bria-fibo-2", "bria_fibo2"),
     "generic, a flow": (1e-2, "Lumina", "Lumina"),
     "generic, levels by betas": (1e-2, "HunyuanDiT", "HunyuanDiT"),
 }
 # {kind: how many tokens of captions are read}: less than usual, for speed; those of some follow many of the system's
-UNCOUNTED = ("hunyuan_image", "longcat_image", "generic, levels by betas")  # whose pipelines take no number of tokens
+UNCOUNTED = (
+    "bria_fibo2",
+    "hunyuan_image",
+    "longcat_image",
+    "generic, levels by betas",
+)  # whose pipelines take no number of tokens
 LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdxl", "flux dev", *UNCOUNTED))} | {
     "lumina2": 80,
     "hunyuan_video": 120,
@@ -88,7 +94,7 @@ LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdx
     "flux2 dev": 120,
 }
 # whose layers have no names of kohya's
-UNNAMED = ("lumina2", "easyanimate")
+UNNAMED = ("lumina2", "easyanimate", "ovis_image", "generic, a flow", "generic, levels by betas")
 LEFT_OUT = {
     "sd3": {"text_encoder_3": None, "tokenizer_3": None}
 }  # what the model is without, and diffusers is to be told
