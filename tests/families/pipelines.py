@@ -588,6 +588,14 @@ def _ltx() -> Any:
     )
 
 
+def _ltx_i2v() -> Any:
+    parts = _ltx().components
+    return diffusers.LTXImageToVideoPipeline(**parts)
+
+
+FIRST_FRAMES["ltx i2v"] = ("ltx_i2v", _ltx_i2v)
+
+
 def _hunyuan_video() -> Any:
     return diffusers.HunyuanVideoPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
