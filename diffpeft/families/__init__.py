@@ -11,6 +11,7 @@ from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Fr
 from diffpeft.families.chroma import Chroma
 from diffpeft.families.cogvideox import CogVideoX
 from diffpeft.families.cogview4 import CogView4
+from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux, FluxControl, FluxKontext
 from diffpeft.families.flux2 import Flux2
@@ -71,6 +72,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sana_video": SanaVideo,
     "kandinsky5_video": Kandinsky5Video,
     "skyreels_v2": SkyReelsV2,
+    "easyanimate": EasyAnimate,
     **FOLLOWED,
     (_OTHERS := "generic"): Generic,  # what has no family of its own
 }
@@ -98,6 +100,17 @@ _MODELS = {
     "MochiTransformer3DModel": "mochi",
     "CogVideoXTransformer3DModel": "cogvideox",
     "HiDreamImageTransformer2DModel": "hidream",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
+    "SanaVideoTransformer3DModel": "sana_video",
+    "SkyReelsV2Transformer3DModel": "skyreels_v2",
+    "HeliosTransformer3DModel": "helios",
+    "ChronoEditTransformer3DModel": "chrono_edit",
+    "WanAnimate2Transformer3DModel": "wan_animate2",
+    "MiniMaxH3Transformer3DModel": "minimax_h3",
+    "Flux3Transformer2DModel": "flux3",
+    "AceStepTransformer1DModel": "ace_step",
     "Krea2Transformer2DModel": "krea2",
     "CosmosTransformer3DModel": "cosmos",
     "Ideogram4Transformer2DModel": "ideogram4",
@@ -121,7 +134,7 @@ _PIPELINES = {
     "StableDiffusion3": "sd3",
     "Flux": "flux",
     "Flux2": "flux2",
-    "Flux3": None,
+    "Flux3": "flux3",
     "Chroma": "chroma",
     "Wan": "wan",
     "QwenImage": "qwen_image",
@@ -130,11 +143,11 @@ _PIPELINES = {
     "Lumina2": "lumina2",
     "HunyuanVideo": "hunyuan_video",
     "HunyuanVideo15": "hunyuan_video15",
-    "HunyuanVideoFramepack": None,
+    "HunyuanVideoFramepack": "framepack",
     "PixArt": "pixart",
     "Sana": "sana",
     "SanaVideo": "sana_video",
-    "SanaImageToVideo": None,
+    "SanaImageToVideo": "sana_video",
     "SanaWM": None,
     "AuraFlow": "auraflow",
     "LTX": "ltx",
@@ -146,6 +159,13 @@ _PIPELINES = {
     "Krea2": "krea2",
     "Ideogram4": "ideogram4",
     "ErnieImage": "ernie_image",
+    "WanAnimate2": "wan_animate2",
+    "Kandinsky5": "kandinsky5",
+    "Helios": "helios",
+    "ChronoEdit": "chrono_edit",
+    "MiniMaxH3": "minimax_h3",
+    "AceStep": "ace_step",
+    "Kolors": "kolors",
     "Cosmos": "cosmos",
     "Cosmos3": None,
     "Anima": "cosmos",
@@ -160,8 +180,10 @@ _PIPELINES = {
     "NucleusMoEImage": "nucleus_image",
     "Kandinsky5T2V": "kandinsky5_video",
     "SkyReelsV2": "skyreels_v2",
+    "EasyAnimate": "easyanimate",
     "Kandinsky5T2I": "kandinsky5",
 }
+_NAMED_AS = {"kolors": "sdxl"}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
 _WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
@@ -178,6 +200,7 @@ def family_of(target: object) -> str | None:
         by_name = _by_name(base.__name__ for base in type(target).__mro__)
         family = by_name if denoiser is None or width not in _UNETS else by_name or _UNETS[width]
     family = _by_width(family, width)
+    family = _NAMED_AS.get(family or "", family)
     return family if family in TABLES else None  # some are trained whose layers have no other names
 
 

@@ -25,6 +25,7 @@ class CogVideoX(ClipTransformer):
     pipelines: tuple[str, ...] = ("CogVideoXPipeline",)
     presets = in_blocks(r"transformer_blocks\.\d+", r"attn1\.(to_[qkv]|to_out\.0)", r"ff\.net\.(0\.proj|2)")
     side = 592  # about the area of 480 x 720
+    tokens = most_tokens = 226
     architecture = "cogvideox"
     base_version = "cogvideox"
 

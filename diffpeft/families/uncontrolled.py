@@ -1,4 +1,4 @@
-"""What a family is that reads no pictures beside those that are trained."""
+"""What a family is that reads no pictures beside those that are trained, and trains on images."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class Uncontrolled:
     aligned: bool = False
     first_frame: bool = False
     looking: tuple[str, ...] = ()
+    temporal: int | None = None
+    rate: float | None = None
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """Nothing."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from diffpeft.errors import WrongBaseError
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.dit import ClipTransformer, in_blocks
 
@@ -16,23 +15,26 @@ if TYPE_CHECKING:
     from diffpeft.families.parts import Component, Parts
 
 
+EXPERTS = ("transformer", "transformer_2")  # for much noise and for little
+
+
 class Wan(ClipTransformer):
-    """The training side of a WanPipeline with one denoiser."""
+    """The training side of a WanPipeline, with one denoiser or with two."""
 
     name = "Wan"
     pipelines: tuple[str, ...] = ("WanPipeline",)
     presets = in_blocks(r"blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ffn\.net\.(0\.proj|2)")
+    frames_a_second = 16
     side = 640  # about the area of 480 x 832
-    architecture = "wan2.1"
+    architecture = "wan2.1"  # that of 5 billion parameters has a new VAE, and the layers of 2.1
     base_version = "wan"
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
-        if parts.pipe.config.boundary_ratio is not None:
-            raise WrongBaseError(
-                "this Wan has two denoisers, one for much noise and one for little: they cannot be trained yet",
-                remedy="Take a model of one: Wan 2.1, or Wan 2.2 of 5 billion parameters.",
-            )
+        self.boundary = parts.pipe.config.boundary_ratio
+        if self.boundary is not None:
+            self.denoisers = EXPERTS
+            self.architecture, self.base_version = "wan2.2", "wan2.2"
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """UMT5's hidden states [n, width], zeros where they are filling."""

@@ -27,6 +27,7 @@ class SamplePrompt:
     Args:
         cfg: how far the prediction is led away from that of the negative prompt: classifier-free guidance.
         guidance: what a model is told that was distilled to read a guidance.
+        frames: of a model of videos, how many.
         where: the file and line that it is from, or the option.
     """
 
@@ -39,6 +40,7 @@ class SamplePrompt:
     guidance: float | None = None
     steps: int | None = None
     where: str = ""
+    frames: int | None = None
 
 
 class Setting(NamedTuple):
@@ -59,6 +61,7 @@ FLAGS = {
     "l": Setting("cfg", float, 0, _NUMBER),
     "g": Setting("guidance", float, 0, _NUMBER),
     "s": Setting("steps", int, 1, _WHOLE),
+    "f": Setting("frames", int, 1, _WHOLE),
 }
 _LETTERS = {setting.field: letter for letter, setting in FLAGS.items()}
 # {what tables, and people who spell flags out, call a setting: its field}
@@ -70,6 +73,9 @@ _SPELT = {
     "guidance_scale": "guidance",
     "sample_steps": "steps",
     "num_inference_steps": "steps",
+    "num_frames": "frames",
+    "frame_count": "frames",
+    "video_length": "frames",
 }
 _SAMPLER = "Samples are drawn with the model's own sampler: leave it out."
 _FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")

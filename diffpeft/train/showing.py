@@ -209,7 +209,7 @@ def _sampler(run: TrainRun, drawing: Drawing, watch: Watch) -> Sampler:
     )
     model = Path(str(config.sample_model or config.model)).name
     start = config.sample_start or 0.0
-    gallery = Gallery(config.output(), drawing.prompts, model, start, config.EVERY, config.FIRST)
+    gallery = Gallery(config.output(), drawing.prompts, model, start, config.EVERY, config.FIRST, family.rate or 16.0)
     return Sampler(gallery, name, drawing.texts, ready, config.init_from is not None, config.sample_first, watch.tick)
 
 

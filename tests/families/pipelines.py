@@ -452,22 +452,24 @@ def _ernie_image() -> Any:
     return pipe
 
 
-def _wan(**config: Any) -> Any:
+def _wan_transformer(**config: Any) -> Any:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    return diffusers.WanTransformer3DModel(**{**sizes, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, **config})
+
+
+def _wan_vae(temporal: bool) -> Any:
+    config = {**CLIPS_OF_FRAMES, "temperal_downsample": [temporal], "scale_factor_temporal": 1 + temporal}
+    return diffusers.AutoencoderKLWan(**config, scale_factor_spatial=2)
+
+
+def _wan(temporal: bool = False, **config: Any) -> Any:
     return diffusers.WanPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        vae=_wan_vae(temporal),
         text_encoder=t5("UMT5"),
         tokenizer=chat(),
-        transformer=diffusers.WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=32,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-        ),
+        transformer=_wan_transformer(),
+        transformer_2=_wan_transformer() if "boundary_ratio" in config else None,
         **config,
     )
 
@@ -563,6 +565,8 @@ KINDS: dict[str, tuple[str, Any]] = {
     "ernie_image": ("ernie_image", _ernie_image),
     "wan": ("wan", _wan),
     "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
+    "wan, of clips": ("wan", lambda: _wan(temporal=True)),
+    "wan, two experts": ("wan", lambda: _wan(boundary_ratio=0.4)),
     "ltx": ("ltx", _ltx),
     "hunyuan_video": ("hunyuan_video", _hunyuan_video),
     **clips.KINDS,
@@ -588,8 +592,10 @@ def made(kinds: dict[str, tuple[str, Any]], kind: str, dtype: torch.dtype) -> An
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype).eval()
-            if hasattr(part, "time_embeddings"):
-                part.time_embeddings.float()  # Kandinsky's, which computes in single precision
+            if hasattr(part, "time_embeddings"):  # Kandinsky's, which stay in single precision when they are loaded
+                part.time_embeddings.float()
+                for name, module in part.named_modules():
+                    module.to(torch.promote_types(dtype, torch.float32) if name.endswith("modulation") else None)
     return pipe
 
 
