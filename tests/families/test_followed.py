@@ -7,7 +7,6 @@ import contextlib
 import pytest
 import torch
 from diffusers import (
-    CogVideoXDDIMScheduler,
     DDIMScheduler,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
