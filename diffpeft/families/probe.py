@@ -211,7 +211,7 @@ class Probe:
     def refused(self, why: str) -> WrongBaseError:
         """The error of a pipeline that cannot be followed."""
         return WrongBaseError(
-            f"this {type(self.pipe).__name__} is of no family that is known here, and {why}: it cannot be trained",
+            f"this {type(self.pipe).__name__} cannot be trained: {why}",
             remedy="Pipelines from text to one image, which have encode_prompt and a scheduler of diffusers, can.",
         )
 
