@@ -126,6 +126,9 @@ TABLE: dict[str, OtherName] = {
     **_same("resolution", str, "resolution", turn=_square),
     **_same("resolution", list, "datasets.resolution", turn=_several),
     **_same("buckets", bool, "enable_bucket"),
+    **_same("frames", list, "target_frames num_frames", turn=lambda counts: counts),
+    **_same("extract", str, "frame_extraction", turn={"head": "head", "chunk": "chunks"}),
+    **_same("data", str, "video_directory"),
     **_same("flip", bool, "flip_aug random_flip flip_x"),
     **_part("crop", "crop", bool, "random_crop center_crop"),
     **_part("mask", "mask", bool, "alpha_mask masked_loss"),
@@ -356,6 +359,14 @@ TABLE: dict[str, OtherName] = {
     **_refused(
         "Train a range of noise with --sigma-range.", int, "max_timestep train.max_denoising_steps", 0, 999, 1000
     ),
+    **_idle("the rate is the file's own, and clips are shown at the model's or at --fps", float, "source_fps"),
+    **_idle("every pair of steps has one of each expert", int, "train.switch_boundary_every switch_boundary_every"),
+    **_refused(
+        "Where the experts change over is in the model's config; one alone is --experts high or low.",
+        float,
+        "timestep_boundary",
+    ),
+    **_refused("Pass a diffusers folder with both experts; one alone is --experts high or low.", str, "dit_high_noise"),
     **_refused("Weights in captions are not read.", bool, "weighted_captions", False),
     **_refused(
         _CAPTIONS,

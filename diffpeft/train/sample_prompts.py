@@ -31,6 +31,7 @@ class SamplePrompt:
         guidance: what a model is told that was distilled to read a guidance.
         controls: the files of the control images, for a model that reads some.
         frames: of a model of videos, how many.
+        image: what it begins with, if the model is shown that: an image, or a clip with it as the first frame.
         where: the file and line that it is from, or the option.
     """
 
@@ -45,6 +46,7 @@ class SamplePrompt:
     controls: tuple[str, ...] = ()
     where: str = ""
     frames: int | None = None
+    image: str | None = None
 
 
 class Setting(NamedTuple):
@@ -77,6 +79,7 @@ FLAGS = {
     "s": Setting("steps", int, 1, _WHOLE),
     "ci": Setting("controls", _files, words="the file of a control image"),  # may be repeated
     "f": Setting("frames", int, 1, _WHOLE),
+    "i": Setting("image", str),
 }
 _LETTERS = {setting.field: letter for letter, setting in FLAGS.items()}
 # {what tables, and people who spell flags out, call a setting: its field}
@@ -88,6 +91,8 @@ _SPELT = {
     "guidance_scale": "guidance",
     "sample_steps": "steps",
     "num_inference_steps": "steps",
+    "image_path": "image",
+    "init_image": "image",
     **dict.fromkeys(("control", "control_image", "control_images", "control_image_path", "ctrl_img"), "controls"),
     "num_frames": "frames",
     "frame_count": "frames",

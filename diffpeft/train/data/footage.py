@@ -119,6 +119,8 @@ def pictures_of(path: Path, numbers: Sequence[int]) -> list[Image.Image]:
     if path.is_dir():
         files = frames_in(path)
         return [picture(files[number]) for number in numbers]
+    if not is_video(path) and set(numbers) == {0}:
+        return [picture(path)] * len(numbers)
     try:
         frames = dict(_of_file(path, set(numbers)))
         return [frames[number] for number in numbers]
