@@ -160,7 +160,7 @@ def _z_image(**scheduler: Any) -> Any:
     )
 
 
-class Qwen2VLProcessor:
+class Qwen2VLProcessor(transformers.ProcessorMixin):  # type: ignore[misc]
     """transformers' processor of texts and pictures, which cannot be made without torchvision: as much of it as pipelines use."""
 
     def __init__(self, tokenizer: Any):
