@@ -3,7 +3,7 @@
 What is known of stock diffusers was tried with it, family by family: its own format holds all; of flat names it passes over some layers, without a word,
 and of DoRAs the magnitudes; the joint layers of Flux it takes apart by the published width. What is known of ComfyUI was tried with its loader
 (`model_lora_keys_unet`, `load_lora`, `calculate_weight`) on its own models: it reads a model's original names of every family that it has, and diffusers'
-names where it has a map from one to the other.
+names where it has a map from one to the other; of the later families this is read in its maps.
 """
 
 from __future__ import annotations
@@ -32,16 +32,13 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _UNETS = frozenset({"any", "sd15", "sd2", "sdxl", "sdxl_refiner"})
 _FLUX = frozenset({"flux", "flux2", "chroma"})
 _MAPPED = _UNETS | _FLUX | {"sd3", "z_image", "qwen_image", "hidream"}  # whose diffusers' names ComfyUI knows
-_A1111, _SD_SCRIPTS = _UNETS | {"sd3"}, _UNETS | {"sd3", "flux", "chroma", "lumina2"}
 # {program: {format: the families of which it reads that}}; of a format that is not here it reads what READERS says of all families
 READ_BY: dict[str, dict[str, frozenset[str]]] = {
-    "A1111": dict.fromkeys(READERS, _A1111),
-    "sd-scripts": dict.fromkeys(READERS, _SD_SCRIPTS),
     "diffusers": {
         "kohya": _UNETS | _FLUX | {"z_image", "qwen_image", "wan"},
-        "kohya-diffusers": _UNETS | {"flux"},
-        "onetrainer": _UNETS | {"flux"},
-        "comfyui": frozenset({"qwen_image", "ideogram4", "wan"}),
+        "kohya-diffusers": _UNETS | {"flux", "chroma"},
+        "onetrainer": _UNETS | {"flux", "chroma"},
+        "comfyui": frozenset({"qwen_image", "wan"}),
     },
     "ComfyUI": {
         "diffusers": _MAPPED | {"auraflow", "pixart"},
@@ -68,8 +65,30 @@ LACKS: dict[str, frozenset[str]] = {
             "easyanimate",
         }
     ),
-    "ComfyUI": frozenset({"sana", "cogview4", "cogvideox"}),
+    "ComfyUI": frozenset({"sana", "sana_video", "cogview4", "cogvideox"}),
 }
+# {program: the families that it knows of}, of those whose files have names that others share
+_FAMILIES = {
+    "A1111": {"any", "sd15", "sd2", "sdxl", "sd3"},
+    "sd-scripts": {"any", "sd15", "sd2", "sdxl", "sd3", "flux", "chroma", "lumina2", "hunyuan_image", "cosmos"},
+}
+_FLUXLIKE = ("kohya", "comfyui", "diffusers", "kohya-diffusers", "lycoris", "onetrainer")
+_NAMED = ("kohya", "comfyui", "diffusers", "lycoris", "onetrainer")
+# {family that came later: {program: the formats of it that it reads}}; all programs that are not named here and in READERS read none
+_LATER: dict[str, dict[str, tuple[str, ...]]] = {
+    "krea2": {"ComfyUI": _NAMED, "OneTrainer": ("onetrainer",)},
+    "qwen_image21": {"ComfyUI": _NAMED},
+    "ernie_image": {"ComfyUI": ("kohya", "comfyui", "diffusers", "onetrainer"), "OneTrainer": ("onetrainer",)},
+    "cosmos": {"ComfyUI": ("kohya", "comfyui"), "OneTrainer": ("onetrainer",)},
+    "ideogram4": {"ComfyUI": ("kohya", "comfyui"), "OneTrainer": ("onetrainer",)},
+    "hunyuan_image": {"ComfyUI": ("comfyui",)},  # of flat names it knows its own alone
+    "omnigen2": {"ComfyUI": ("kohya", "comfyui")},
+    "longcat_image": {"ComfyUI": _FLUXLIKE},
+    "ovis_image": {"ComfyUI": _FLUXLIKE},
+    **{family: {} for family in ("cogview4", "bria", "bria_fibo", "bria_fibo2", "prx", "glm_image", "nucleus_image")},
+}
+# what all of them have in common: libraries that ask the model for its names
+_OWN_NAMES = {"diffusers": ("diffusers",), "PEFT": ("peft",), "transformers": ("peft",), "LyCORIS": ("lycoris",)}
 _FLAT = ("kohya-diffusers", "onetrainer")  # diffusers' names with underscores
 _FLUX2S = r"(double_stream_modulation_(img|txt)|single_stream_modulation|time_guidance_embed)[._].*"
 _HUNYUANS = r"(guidance_in|time_in)\..*|txt_in\.[ct]_embedder\..*"
@@ -79,7 +98,8 @@ _PASSED_OVER: dict[str, dict[tuple[str, str], str]] = {
     "diffusers": {
         **{("sdxl", format): r"unet\.add_embedding_.*" for format in _FLAT},
         **{
-            ("flux", format): r"transformer\.single_transformer_blocks_\d+_(proj_mlp|proj_out|norm_linear)"
+            (family, format): r"transformer\.single_transformer_blocks_\d+_(proj_mlp|proj_out|norm_linear)"
+            for family in ("flux", "chroma")
             for format in _FLAT
         },
     },
@@ -115,14 +135,24 @@ def readers(
     low_rank, others = READERS[format]
     plain = {*methods} <= {"lora", "dora"}
     cannot = _failing(format, methods, family, layers or {}, metadata or {}) if plain else set[str]()
-    names = low_rank if plain else others
-    cannot |= {n for n in names if _passes_over(n, format, family, layers or {})}
-    return tuple(n for n in names if n not in cannot and reads(n, format, family))
+    names = [n for n in (low_rank if plain else others) if n not in cannot and reads(n, format, family)]
+    return tuple(n for n in names if not _passes_over(n, format, family, layers or {}))
 
 
 def reads(program: str, format: str, family: str) -> bool:
     """Whether a program that reads a format reads it of a family."""
-    return family in READ_BY.get(program, {}).get(format, {family}) and family not in LACKS.get(program, ())
+    if family in LACKS.get(program, ()) or family not in _FAMILIES.get(program, {family}):
+        return False
+    if family in _LATER:
+        return format in _read_of(family, program)
+    return family in READ_BY.get(program, {}).get(format, {family})
+
+
+def _read_of(family: str, program: str) -> tuple[str, ...]:
+    """The formats that a program reads of a family that came later."""
+    if program in _FAMILIES:
+        return ("kohya",)
+    return {**_OWN_NAMES, **_LATER[family]}.get(program, ())
 
 
 def _passes_over(program: str, format: str, family: str, layers: Shapes) -> bool:
@@ -136,16 +166,21 @@ def _failing(
 ) -> set[str]:
     """The programs that read the format, and not these LoRAs or DoRAs."""
     magnitudes, theirs = "dora" in methods, format == "diffusers"
+    two = any(
+        layer.startswith("transformer_2.") for layer in layers
+    )  # denoisers in one file, of which others read the first
     failing = {
-        "diffusers": not theirs and (magnitudes or _apart(format, family, layers)),
+        "diffusers": two or (not theirs and (magnitudes or _apart(format, family, layers))),
         "sd-scripts": magnitudes or (format == "kohya-diffusers" and family not in _SAME),
-        "ComfyUI": theirs and (magnitudes or _unlike(layers, metadata)),
+        "ComfyUI": theirs and (two or magnitudes or _unlike(layers, metadata)),
     }
     return {name for name, fails in failing.items() if fails}
 
 
 def _apart(format: str, family: str, layers: Shapes) -> bool:
-    """Whether diffusers would take joint layers apart at other rows than these have."""
+    """Whether diffusers would take joint layers apart at other rows than these have, or not know Wan's names by those that it looks for."""
+    if (family, format) == ("wan", "kohya"):
+        return not any("_ffn_" in layer for layer in layers)
     if format != "kohya" or family not in ("flux", "chroma"):
         return False
     rows = [(layer, roles["lora_B"][0]) for layer, roles in layers.items() if roles.get("lora_B")]

@@ -6,9 +6,9 @@ Text encoders are `text_encoders.clip_l.transformer.text_model. ...`. Read is wh
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from converters.families import TABLES, Table
+from converters.families import COMFYUI, TABLES, Table
 from converters.formats.base import Answer, KeyParts, denoiser, dotted_role
 from converters.formats.kohya import SUFFIXES, Lycoris, of_sd_scripts
 from diffpeft.bundle import Entry
@@ -25,6 +25,7 @@ class ComfyUI(Lycoris):
     """Dotted names of the original program."""
 
     name, flat = "comfyui", False
+    tables: Mapping[str, Table] = COMFYUI
     suffixes = {role: suffix for suffix, role in SUFFIXES.items() if role not in ("ia3_w", "on_input")} | {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",

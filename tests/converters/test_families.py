@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from converters.families import TABLES, Rule, Table, text
 from converters.families.base import SWAPPED
+from tests.pipeline import lorable
 
 
 class Checkpoint(dict):
@@ -78,6 +79,15 @@ def _ltx2(checkpoint: Checkpoint) -> dict[str, Tensor]:
         {f"diffusion_model.{key}": rows for key, rows in checkpoint.items()}
     )
     return {key.removeprefix("transformer."): rows for key, rows in found.items()}
+
+
+def _minimax_h3(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return single_files.convert_minimax_h3_transformer_checkpoint_to_diffusers(checkpoint, {})
+
+
+def _small(family: str, name: str, converter: str = "", **options: Any) -> Model:
+    """A model of the size in lorable.py."""
+    return Model(family, name, lorable.config(name), converter, **options)
 
 
 ADDED = {
@@ -160,6 +170,18 @@ MODELS = (
         {"patch_size": 2, "caption_channels": [32, 32], "llama_layers": [0, 1], **DEEP, **SMALL},
         "hidream_transformer",
     ),
+    _small("wan", "WanAnimateTransformer3DModel"),
+    _small("hunyuan_video15", "HunyuanVideo15Transformer3DModel"),
+    _small("framepack", "HunyuanVideoFramepackTransformer3DModel"),
+    _small("kandinsky5", "Kandinsky5Transformer3DModel"),
+    _small("sana_video", "SanaVideoTransformer3DModel"),
+    _small("skyreels_v2", "SkyReelsV2Transformer3DModel"),
+    _small("helios", "HeliosTransformer3DModel"),
+    _small("chrono_edit", "ChronoEditTransformer3DModel", "wan_transformer"),
+    _small("wan_animate2", "WanAnimate2Transformer3DModel", "wan_animate_2_transformer"),
+    _small("minimax_h3", "MiniMaxH3Transformer3DModel", convert=_minimax_h3),
+    _small("flux3", "Flux3Transformer2DModel", "flux3_transformer", norm="scale"),
+    _small("ace_step", "AceStepTransformer1DModel"),
     Model(
         "krea2",
         "Krea2Transformer2DModel",
@@ -242,7 +264,7 @@ def layers(model: Model) -> dict[str, nn.Module]:
 
 
 def weighted(model: nn.Module) -> dict[str, nn.Module]:
-    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds) or is_norm(module)}
 
 

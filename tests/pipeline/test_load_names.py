@@ -146,7 +146,7 @@ def test_a_folder_whose_files_fit_several_families_is_the_pipeline_s(family, tmp
 
 
 def test_a_folder_of_an_unknown_model_and_its_text_encoder_is_unknown_and_loads(tmp_path):
-    pipe = pipe_of("KandinskyPipeline", transformer=model("kandinsky5", torch.float32), text_encoder=clip())
+    pipe = pipe_of("KandinskyPipeline", transformer=model("kandinsky6", torch.float32), text_encoder=clip())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         attach(pipe, LoraConfig(r=2), name="a", targets=["to_query", "q_proj"])
@@ -309,14 +309,14 @@ TRUE = {
     "FluxControlPipeline": "flux",
     "LTX2Pipeline": "ltx2",
     "BriaPipeline": "bria",
-    "SkyReelsV2Pipeline": None,
-    "HeliosPipeline": None,
-    "HunyuanVideo15Pipeline": None,
-    "HunyuanVideoFramepackPipeline": None,
+    "SkyReelsV2Pipeline": "skyreels_v2",
+    "HeliosPipeline": "helios",
+    "HunyuanVideo15Pipeline": "hunyuan_video15",
+    "HunyuanVideoFramepackPipeline": "framepack",
     "HunyuanImagePipeline": "hunyuan_image",
-    "SanaVideoPipeline": None,
-    "SanaImageToVideoPipeline": None,
-    "Flux3ModularPipeline": None,
+    "SanaVideoPipeline": "sana_video",
+    "SanaImageToVideoPipeline": "sana_video",
+    "Flux3ModularPipeline": "flux3",
     "QwenImage21Pipeline": "qwen_image21",
     "VisualClozePipeline": "flux",
     "LucyEditPipeline": "wan",
