@@ -36,7 +36,7 @@ from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
 from diffpeft.families.skyreels_v2 import SkyReelsV2
-from diffpeft.families.wan import Wan
+from diffpeft.families.wan import Wan, WanImageToVideo
 from diffpeft.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {  # those that can be trained
@@ -63,6 +63,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "ideogram4": Ideogram4,
     "ernie_image": ErnieImage,
     "wan": Wan,
+    "wan_i2v": WanImageToVideo,
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
     "hunyuan_video15": HunyuanVideo15,
@@ -249,7 +250,7 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
         return family
     kind = FAMILIES[family]
     read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
-    if read and made and read != kind.channels(made):
+    if read and made and read not in {kind.channels(made), *((made,) if kind.first_frame else ())}:
         pictures = "an image and its control image" if kind.aligned else "an image"
         raise WrongBaseError(
             f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",

@@ -120,6 +120,7 @@ class Family(Protocol):
     controls: tuple[int, int]  # the fewest and the most control images that an example has
     aligned: bool  # whether control images lie over the picture, pixel by pixel, and so have its size
     first_frame: bool  # whether `condition` reads the example's own pixels too
+    viewers: tuple[str, ...]  # the components that `encode` and `condition` look at pictures with
     looking: tuple[str, ...]  # those of the text encoders that look at the control images beside a prompt
 
     parts: Parts
@@ -152,6 +153,9 @@ class Family(Protocol):
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """What the denoiser reads of pictures beside the latents that are trained: of control images, each [b, 3, h, w] in [-1, 1] and of a size of its
         own, or of the first frame of the examples' pixels [b, 3, (f,) h, w]. Uses the VAE alone, or an image encoder.
+
+        `counts` [b, 1, *size], with ones for axes along which it does not change, is no condition: it says which places of the latents are predicted, where
+        some are known.
         """
 
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:

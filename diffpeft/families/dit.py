@@ -149,6 +149,10 @@ class ClipTransformer(Transformer):
         taken = temporal_factor(configs.get("vae", {}))
         return super().sizes(configs)._replace(temporal=taken, rate=cls.frames_a_second)
 
+    def frames_of(self, count: int) -> int:
+        """The frames of the latents of so many frames."""
+        return (count - 1) // (self.temporal or 1) + 1
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, (f,) h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, (f - 1) / t + 1, h / s, w / s]."""
         return encoded(self.parts("vae"), pixels.unsqueeze(2) if pixels.ndim == 4 else pixels)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diffpeft.families.base import CaptionReading, Conditions, Prompted
+from diffpeft.families.base import CaptionReading, Conditions, Prompted, Sizes
 from diffpeft.families.dit import ClipTransformer, in_blocks, masked_prompts
 from diffpeft.families.flow import Flow
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffpeft.families.parts import Component, Parts
+    from diffpeft.families.parts import Component, Configs, Parts
 
 
 class EasyAnimate(ClipTransformer):
@@ -27,6 +27,7 @@ class EasyAnimate(ClipTransformer):
         r"attn1\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"(txt_)?ff\.net\.(0\.proj|2)",
     )
+    frames_a_second = 8
     side = 512
     tokens = most_tokens = 256
     architecture = "easyanimate-v5.1"
@@ -38,6 +39,12 @@ class EasyAnimate(ClipTransformer):
         self.unread = {
             self.denoiser: rf"transformer_blocks\.{last}\.(attn1\.(add_q_proj|to_add_out)|txt_ff\..*)"  # of texts
         }
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """The VAE's config tells of its levels: the first of them is of frames by themselves."""
+        widths = configs.get("vae", {}).get("block_out_channels")
+        return super().sizes(configs)._replace(temporal=2 ** (len(widths) - 2) if widths else None)
 
     def levels_of(self, scheduler: Component) -> Flow:
         """Where they are shifted by size, the pipeline always says the same."""

@@ -18,6 +18,7 @@ class SanaVideo(ClipTransformer, Sana):
 
     name = "Sana-Video"
     pipelines: tuple[str, ...] = ("SanaVideoPipeline",)
+    frames_a_second = 16
     side = 640  # about the area of 480 x 832
     architecture = "sana-video"
     base_version = "sana_video"

@@ -18,6 +18,7 @@ class Uncontrolled:
     controls: tuple[int, int] = (0, 0)
     aligned: bool = False
     first_frame: bool = False
+    viewers: tuple[str, ...] = ("vae",)
     looking: tuple[str, ...] = ()
     temporal: int | None = None
     rate: float | None = None

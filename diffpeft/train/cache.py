@@ -83,7 +83,7 @@ class Latents:
     def done(self) -> None:
         """Give up the VAE, if latents are kept."""
         if self.store.keeps:
-            self.family.parts.free("vae")
+            self.family.parts.free(*self.family.viewers)
 
     def __call__(self, example: Example, view: View) -> Moments:
         """The latents of a view, which are computed if they are not kept."""

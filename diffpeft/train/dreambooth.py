@@ -59,7 +59,7 @@ from diffpeft.train.save import check_saving, exported, file_dtype
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
 from diffpeft.train.shards import shard
-from diffpeft.train.showing import Drawing, drawing_of, showing, told
+from diffpeft.train.showing import Drawing, begun_with, drawing_of, showing, told
 from diffpeft.train.slider import SliderLoss, canvases
 from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
@@ -95,7 +95,7 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     config = settled(typed, checked, family, dtype)
     chosen = {} if config.init_from else chosen_layers(config, family)
     texts = Texts(family, _live(config, family), _stores(config, family), device)
-    drawing = drawing_of(config, family, checked.prompts, chosen, texts, device)
+    drawing = drawing_of(config, family, begun_with(checked.prompts, family, checked.account), chosen, texts, device)
     said = origins.origins_of(typed, config, checked.origins)
     if team().main:
         origins.record(config.output(), config, said, checked.account.table())

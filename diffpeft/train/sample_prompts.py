@@ -28,6 +28,7 @@ class SamplePrompt:
         cfg: how far the prediction is led away from that of the negative prompt: classifier-free guidance.
         guidance: what a model is told that was distilled to read a guidance.
         frames: of a model of videos, how many.
+        image: what it begins with, if the model is shown that: an image, or a clip with it as the first frame.
         where: the file and line that it is from, or the option.
     """
 
@@ -41,6 +42,7 @@ class SamplePrompt:
     steps: int | None = None
     where: str = ""
     frames: int | None = None
+    image: str | None = None
 
 
 class Setting(NamedTuple):
@@ -62,6 +64,7 @@ FLAGS = {
     "g": Setting("guidance", float, 0, _NUMBER),
     "s": Setting("steps", int, 1, _WHOLE),
     "f": Setting("frames", int, 1, _WHOLE),
+    "i": Setting("image", str),
 }
 _LETTERS = {setting.field: letter for letter, setting in FLAGS.items()}
 # {what tables, and people who spell flags out, call a setting: its field}
@@ -73,6 +76,8 @@ _SPELT = {
     "guidance_scale": "guidance",
     "sample_steps": "steps",
     "num_inference_steps": "steps",
+    "image_path": "image",
+    "init_image": "image",
     "num_frames": "frames",
     "frame_count": "frames",
     "video_length": "frames",

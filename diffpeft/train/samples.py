@@ -28,6 +28,8 @@ from diffpeft.files import Json
 from diffpeft.io import replacing
 from diffpeft.model import schedule
 from diffpeft.model.schedule import Schedule
+from diffpeft.train.data import View
+from diffpeft.train.data.footage import pictures_of
 from diffpeft.train.outputs import SAMPLES
 from diffpeft.train.sample import images_of, led, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
@@ -36,6 +38,7 @@ from diffpeft.train.team import team
 
 if TYPE_CHECKING:
     from diffpeft.families import Family
+    from diffpeft.families.base import Prompted
     from diffpeft.train.cache import Texts
     from diffpeft.train.config import TrainConfig
 
@@ -77,7 +80,21 @@ def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: in
         seed=config.sample_seed if prompt.seed is None else prompt.seed,
         steps=prompt.steps or config.sample_steps or family.drawing_steps,
         frames=_frames(config, family, prompt),
+        image=_image(family, prompt),
     )
+
+
+def _image(family: Family, prompt: SamplePrompt) -> str | None:
+    """The file that a sample begins with. Raises ConfigError where there is none, and for a model that is shown none."""
+    if prompt.image is not None and not family.first_frame:
+        raise ConfigError(
+            "--i, and this model is shown no first frame, and so it would do nothing",
+            where=prompt.where,
+            remedy="Leave --i out.",
+        )
+    if prompt.image is not None and not Path(prompt.image).exists():
+        raise ConfigError(f"--i is {prompt.image}: there is no such image", where=prompt.where)
+    return prompt.image
 
 
 def _frames(config: TrainConfig, family: Family, prompt: SamplePrompt) -> int | None:
@@ -166,6 +183,15 @@ def keywords_of(family: Family, prompt: SamplePrompt) -> Json:
     return {"width": prompt.width, "height": prompt.height, "num_inference_steps": prompt.steps, **scales, **frames}
 
 
+def _shown(family: Family, prompt: SamplePrompt) -> Prompted:
+    """What a sample begins with, in the keywords of the pipeline."""
+    if prompt.image is None:
+        return {}
+    image = pictures_of(Path(prompt.image), [0])[0]
+    size = (prompt.width or image.width, prompt.height or image.height)
+    return family.pictured([View.centred(image.size, size).of(image)], size)
+
+
 class Unfinished(Exception):
     """The run was asked to stop in the middle of a picture."""
 
@@ -182,6 +208,7 @@ def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[],
     with torch.no_grad(), led(family.pipe, keywords_of(family, prompt)) as keywords:
         picture = family.pipe(
             **{**prompted(family, texts, [prompt.prompt], prompt.negative), **keywords},
+            **_shown(family, prompt),
             generator=torch.Generator().manual_seed(prompt.seed or 0),
             output_type="pil",
             **watched(family.pipe, told),
@@ -199,21 +226,21 @@ def stage(family: Family, name: str) -> Iterator[Family]:
 
     denoisers, slots = [family.parts(name) for name in family.denoisers], slots_of(family.pipe, name).values()
     training, compiled = [slot.training for slot in slots], [model._compiled_call_impl for model in denoisers]
-    has_vae = family.pipe.vae is not None
+    absent = [name for name in family.viewers if getattr(family.pipe, name) is None]
     for slot in slots:
         slot.eval()
     for model in denoisers:
         model._compiled_call_impl = None
     try:
-        family.parts("vae")
+        for name in absent:
+            family.parts(name)
         yield family
     finally:
         for model, call in zip(denoisers, compiled, strict=True):
             model._compiled_call_impl = call
         for slot, mode in zip(slots, training, strict=True):
             slot.train(mode)
-        if not has_vae:
-            family.parts.free("vae")
+        family.parts.free(*absent)
 
 
 # -- on the disk -----------------------------------------------------------------------------------------------------------
@@ -297,7 +324,7 @@ class Gallery:
         """What a picture is drawn with, whatever the step."""
         said = asdict(self.prompts[spot.number])
         settings = {
-            name: value for name, value in said.items() if name != "where" and (name, value) != ("frames", None)
+            name: value for name, value in said.items() if name != "where" and (value is not None or name not in _LATER)
         }
         start = {"start": self.start} if self.start else {}
         return {**settings, "strength": spot.strength, "model": self.model, **start}
@@ -349,6 +376,9 @@ def _parameters(facts: Mapping[str, object]) -> str:
         "Adapter start": facts.get("start"),
     }
     return f"{facts['prompt']}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in named.items() if v is not None)
+
+
+_LATER = ("frames", "image")  # settings that pictures do not say which have none
 
 
 def begun(strength: float, start: float) -> float | Schedule:

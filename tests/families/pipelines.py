@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -472,6 +473,42 @@ def _wan(temporal: bool = False, **config: Any) -> Any:
         transformer_2=_wan_transformer() if "boundary_ratio" in config else None,
         **config,
     )
+
+
+def _wan_vae_of_four() -> Any:
+    """A VAE that takes four frames for one, as the published ones do."""
+    config = {**CLIPS_OF_FRAMES, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True]}
+    return diffusers.AutoencoderKLWan(**config, scale_factor_temporal=4, scale_factor_spatial=4)
+
+
+def _wan_i2v(sees: bool = False, **config: Any) -> Any:
+    """Image to video: of 2.1 with CLIP's eyes, of 2.2 with two denoisers, and with the first frame in its place."""
+    channels = 4 if config.get("expand_timesteps") else 12
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    eyes |= {"image_size": 16, "patch_size": 8}
+    model = functools.partial(
+        _wan_transformer, in_channels=channels, **({"image_dim": 16, "added_kv_proj_dim": 24} if sees else {})
+    )
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return diffusers.WanImageToVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=_wan_vae_of_four(),
+        text_encoder=t5("UMT5"),
+        tokenizer=chat(),
+        image_encoder=transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**eyes)) if sees else None,
+        image_processor=transformers.CLIPImageProcessor(**size) if sees else None,
+        transformer=model(),
+        transformer_2=model() if "boundary_ratio" in config else None,
+        **config,
+    )
+
+
+# {kind: (family, makes a pipeline)} of those that are shown a first frame
+FIRST_FRAMES: dict[str, tuple[str, Any]] = {
+    "wan i2v, with eyes": ("wan_i2v", lambda: _wan_i2v(sees=True)),
+    "wan i2v, two experts": ("wan_i2v", lambda: _wan_i2v(boundary_ratio=0.4)),
+    "wan i2v, in its place": ("wan_i2v", lambda: _wan_i2v(expand_timesteps=True)),
+}
 
 
 def _ltx() -> Any:

@@ -94,18 +94,7 @@ LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdx
     "flux2 dev": 120,
 }
 # whose layers have no names of kohya's
-UNNAMED = (
-    "lumina2",
-    "hunyuan_video15",
-    "sana_video",
-    "kandinsky5 video",
-    "skyreels_v2",
-    "easyanimate",
-    "ovis_image",
-    "kandinsky5",
-    "generic, a flow",
-    "generic, levels by betas",
-)
+UNNAMED = ("lumina2", "easyanimate", "ovis_image", "generic, a flow", "generic, levels by betas")
 LEFT_OUT = {
     "sd3": {"text_encoder_3": None, "tokenizer_3": None}
 }  # what the model is without, and diffusers is to be told

@@ -16,10 +16,11 @@ from diffpeft.families.base import Sizes
 from diffpeft.train import dreambooth
 from diffpeft.train.cache import Latents
 from diffpeft.train.check import surveyed
+from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.data.footage import pictures_of, seen
 from diffpeft.train.data.framing import Framing
 from diffpeft.train.store import Disk, Memory, Nowhere
-from tests.families.pipelines import pipeline
+from tests.families.pipelines import FIRST_FRAMES, KINDS, made, pipeline
 
 SIZE = (48, 32)
 KNOWN = Sizes(32, 4, 2, 8.0)
@@ -223,24 +224,43 @@ def test_flips_and_crops_are_alike_in_all_frames_and_cached_equals_uncached(data
     assert not torch.equal(*(Latents(family)(got.examples[index], view).mean for view in (flipped, other)))
 
 
+RUNS = ["wan, of clips", "wan i2v, with eyes", "wan i2v, in its place", "wan i2v, two experts", "ltx", "hunyuan_video"]
+
+
 @pytest.mark.slow
-def test_a_run_on_clips_and_images_learns_and_goes_on(data, tmp_path):
-    pipeline("wan, of clips", torch.float32).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_on_clips_and_images_learns_is_drawn_and_saved(kind, data, tmp_path):
+    """With a sample of several frames, which begins with the first example's where the model is shown one."""
+    made({**KINDS, **FIRST_FRAMES}, kind, torch.float32).save_pretrained(tmp_path / "model")
+    frame(2).save(data / "still2.png")
     config = TrainConfig(
         model=str(tmp_path / "model"),
         data=str(data),
         out=str(tmp_path / "out"),
-        frames=(1, 5),
+        name="a",
+        frames=(1, 9),
+        instance_prompt="a still",
         resolution=32,
-        steps=6,
+        steps=8,
         rank=2,
         lr=1e-2,
         batch_size=2,
-        max_length=20,
-        save_every=3,
+        max_length=120,
+        save_every=4,
         heldout=1,
-        sample_prompt="a walk --f 5 --s 2 --w 32 --h 32",
+        gradient_checkpointing=True,
+        sample_every=8,
+        sample_prompt="a walk --s 1 --w 32 --h 32",
     )
     run = dreambooth.train(config)
-    assert run.account.framing.step == 2 and run.account.framing.rate == 16
+    counts = {len(example.frames) for example in run.account.examples}
+    assert counts - {0} <= {1, 9} and run.heldout[-1].after != run.heldout[-1].before
     assert dreambooth.save(run)
+    with Image.open(tmp_path / "out/samples/step00000008/p1_s42.webp") as clip:
+        assert (clip.n_frames, clip.size) == (9, (32, 32)) and clip.info["duration"] == round(1000 / run.family.rate)
+    page = (tmp_path / "out/report.html").read_text()
+    assert "data:image/webp" in page
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/samples").rglob("*.webp")}
+    first, *_ = checkpoints_in(tmp_path / "out")
+    dreambooth.train(replace(config, resume=str(first.folder)))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if "step00000000" in str(path))

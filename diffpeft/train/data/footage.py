@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffpeft.errors import DataError
+from diffpeft.errors import DataError, joined
 from diffpeft.train.data.layout import NUMBERED, images_in, is_video
 from diffpeft.train.data.read import Look, looked_at, on_white, opened, picture
 
@@ -50,7 +50,7 @@ def _of_folder(folder: Path) -> Look:
     """Frames of one size."""
     looks = {path: looked_at(path) for path in frames_in(folder)}
     if broken := {path.name: look.error for path, look in looks.items() if look.error}:
-        return Look(error="; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3]))
+        return Look(error=joined((f"{name}: {why}" for name, why in broken.items()), 3))
     size = next(iter(looks.values())).size
     if odd := [path.name for path, look in looks.items() if look.size != size]:
         return Look(error=f"{odd[0]} has another size than the frame before")
@@ -119,6 +119,8 @@ def pictures_of(path: Path, numbers: Sequence[int]) -> list[Image.Image]:
     if path.is_dir():
         files = frames_in(path)
         return [picture(files[number]) for number in numbers]
+    if not is_video(path) and set(numbers) == {0}:
+        return [picture(path)] * len(numbers)
     try:
         frames = dict(_of_file(path, set(numbers)))
         return [frames[number] for number in numbers]
