@@ -47,10 +47,10 @@ class ComfyUI(Lycoris):
         return next((c for c, e in table.encoders.items() if e.comfyui.startswith(word)), "text_encoder")
 
     def word(self, component: str, table: Table) -> str | None:
-        """A file holds one denoiser."""
+        """Denoisers have one prefix, and a file holds one of them."""
         if component in table.encoders:
             return table.encoders[component].comfyui or None
-        return DENOISER if component == denoiser(table) else None
+        return DENOISER if component in table.rules else None
 
     def original(self, table: Table) -> bool:
         """Always."""

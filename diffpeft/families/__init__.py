@@ -23,7 +23,7 @@ from diffpeft.families.hunyuan_video15 import HunyuanVideo15
 from diffpeft.families.ideogram4 import Ideogram4
 from diffpeft.families.kandinsky5_video import Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
-from diffpeft.families.ltx import LTX
+from diffpeft.families.ltx import LTX, LTXImageToVideo
 from diffpeft.families.ltx2 import LTX2
 from diffpeft.families.lumina2 import Lumina2
 from diffpeft.families.mochi import Mochi
@@ -64,6 +64,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "ernie_image": ErnieImage,
     "wan": Wan,
     "wan_i2v": WanImageToVideo,
+    "ltx_i2v": LTXImageToVideo,
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
     "hunyuan_video15": HunyuanVideo15,

@@ -171,7 +171,7 @@ TRAINERS = {  # what a trainer adapts by default: (model, which of the original'
     "SimpleTuner, Kandinsky 5": ("Kandinsky 5 Pro", -1, r".*_attention\.(to_.*|out_layer)", "diffusers"),
     "ai-toolkit, MiniMax H3": ("MiniMax H3", 0, r"(blocks|token_refiner)\..*", "comfyui"),
     "musubi-tuner, MiniMax H3": ("MiniMax H3", 0, r".*", "kohya"),
-    "DiffSynth, MiniMax H3": ("MiniMax H3", 0, r"blocks\..*(qkv|out)_proj", "bare"),
+    "generate.py, MiniMax H3": ("MiniMax H3", 0, r"blocks\..*(qkv|out)_proj", "bare"),
     "ai-toolkit, Flux.3": ("FLUX.3", 0, r".*blocks\..*", "comfyui"),
     "ACE-Step": ("ACE-Step", 0, r"layers\..*attn\.\w_proj", "peft"),
     "ACE-Step, LyCORIS": ("ACE-Step", 0, r"layers\..*attn\.\w_proj", "lycoris"),

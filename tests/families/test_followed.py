@@ -6,7 +6,12 @@ import contextlib
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxFillPipeline, FluxImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers import (
+    DDIMScheduler,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
 
 from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, Generic, family_of, open_family, trainable
@@ -256,6 +261,27 @@ def test_a_pipeline_that_scales_its_noise_is_refused():
     conditions = embedded(family, PROMPTS[:1])
     with pytest.raises(WrongBaseError, match="more than another order of the noise"):
         family.predict(torch.zeros(1, 4, 16, 32, dtype=torch.float64), torch.tensor([0.5]), conditions)
+
+
+def test_a_pipeline_that_reads_captions_elsewhere_is_refused():
+    pipe = pipeline("flux schnell")
+    prepare = type(pipe).prepare_latents
+
+    class Reading(type(pipe)):
+        def prepare_latents(self, *args, **kwargs):
+            self.text_encoder_2(torch.zeros(1, 4, dtype=torch.long))
+            return prepare(self, *args, **kwargs)
+
+    pipe.__class__ = Reading
+    with pytest.raises(WrongBaseError, match="text_encoder_2 for more than a caption"):
+        Generic(Parts(pipe), CaptionReading()).encode(torch.zeros(1, 3, HEIGHT, WIDTH, dtype=torch.float64))
+
+
+def test_levels_that_are_not_those_of_their_betas_are_refused():
+    pipe = pipeline("sd15")
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.square()
+    with pytest.raises(WrongBaseError, match="levels of its own"):
+        Generic(Parts(pipe), CaptionReading())
 
 
 def test_a_pipeline_that_asks_twice_is_refused():
