@@ -350,18 +350,18 @@ def read_alike(kind, family, z, n, **options):
     compare(ours, theirs)
 
 
-def compare(ours, theirs):
+def compare(ours, theirs, rtol=1e-6, atol=1e-9):
     for name, value in theirs.items():
         if isinstance(value, dict):
             assert ours[name].keys() == value.keys()
-            compare(ours[name], value)
+            compare(ours[name], value, rtol, atol)
         elif isinstance(value, (list, tuple)) and isinstance(value[0], torch.Tensor):
-            compare(dict(enumerate(ours[name])), dict(enumerate(value)))
+            compare(dict(enumerate(ours[name])), dict(enumerate(value)), rtol, atol)
         elif not isinstance(value, torch.Tensor):
             assert ours[name] == value, name
         else:  # times are in fp32 in the schedulers
             torch.testing.assert_close(
-                ours[name].double(), value.double().expand(ours[name].shape), rtol=1e-6, atol=1e-9
+                ours[name].double(), value.double().expand(ours[name].shape), rtol=rtol, atol=atol
             )
 
 
