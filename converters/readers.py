@@ -97,10 +97,13 @@ def _failing(
 ) -> set[str]:
     """The programs that read the format, and not these LoRAs or DoRAs."""
     magnitudes, theirs = "dora" in methods, format == "diffusers"
+    two = any(
+        layer.startswith("transformer_2.") for layer in layers
+    )  # denoisers in one file, of which others read the first
     failing = {
-        "diffusers": not theirs and (magnitudes or _partly(format, family, layers)),
+        "diffusers": two or (not theirs and (magnitudes or _partly(format, family, layers))),
         "sd-scripts": magnitudes or (format == "kohya-diffusers" and family not in _SAME),
-        "ComfyUI": theirs and (magnitudes or _unlike(layers, metadata)),
+        "ComfyUI": theirs and (two or magnitudes or _unlike(layers, metadata)),
     }
     return {name for name, fails in failing.items() if fails}
 
@@ -110,6 +113,8 @@ def _partly(format: str, family: str, layers: Shapes) -> bool:
     passed_over = _PASSED_OVER.get((family, format))
     if passed_over and any(re.fullmatch(passed_over, layer) for layer in layers):
         return True
+    if (family, format) == ("wan", "kohya"):
+        return not any("_ffn_" in layer for layer in layers)
     if (family, format) != ("flux", "kohya"):
         return False
     rows = [(layer, roles["lora_B"][0]) for layer, roles in layers.items() if roles.get("lora_B")]

@@ -141,6 +141,7 @@ def test_the_original_s_names_tell_the_family_too(name, spelling):
 ANIMA = r"blocks\.\d+\.(self_attn|cross_attn|mlp)\..*"
 HUNYUAN = r"(double|single)_blocks\..*(qkv|proj|mlp.*|linear\d)"
 BLOCKS = r"(layers|blocks|transformer_blocks|\w+\.\w+_blocks)\..*"
+KANDINSKY = r".*((self|cross)_attention\.(to_.*|out_layer)|feed_forward\..*)"
 TRAINERS = {  # what a trainer adapts by default: (model, which of the original's spellings, layers, format)
     "sd-scripts, Anima": ("Cosmos Predict2 2B", 0, ANIMA, "kohya"),
     "ai-toolkit, Anima": ("Cosmos Predict2 2B", 0, r".*", "comfyui"),
@@ -159,6 +160,24 @@ TRAINERS = {  # what a trainer adapts by default: (model, which of the original'
     "ai-toolkit, PRX": ("PRX", 0, r"blocks\..*", "comfyui"),
     "SimpleTuner, LongCat-Image": ("LongCat-Image", -1, r".*attn\.(to|add)_.*", "bare"),
     "SimpleTuner, LongCat-Image, LyCORIS": ("LongCat-Image", -1, r".*(attn|ff).*", "lycoris"),
+    "musubi-tuner, Wan": ("Wan 14B", 0, r"blocks\..*(attn|ffn).*", "kohya"),
+    "ai-toolkit, Wan": ("Wan 14B I2V", 0, r"blocks\..*(attn|ffn).*", "comfyui"),
+    "musubi-tuner, HunyuanVideo 1.5": ("HunyuanVideo 1.5", 0, r"double_blocks\..*", "kohya"),
+    "musubi-tuner, HunyuanVideo 1.5, converted": ("HunyuanVideo 1.5", 2, r"double_blocks\..*", "kohya"),
+    "diffusion-pipe, HunyuanVideo 1.5": ("HunyuanVideo 1.5", 2, r"double_blocks\..*", "comfyui"),
+    "diffusion-pipe, HunyuanVideo 1.5, as it is": ("HunyuanVideo 1.5", 0, r"double_blocks\..*", "comfyui"),
+    "musubi-tuner, Kandinsky 5": ("Kandinsky 5 Lite", 0, KANDINSKY, "kohya"),
+    "ComfyUI, Kandinsky 5": ("Kandinsky 5 Image Lite", 0, r".*", "comfyui"),
+    "SimpleTuner, Kandinsky 5": ("Kandinsky 5 Pro", -1, r".*_attention\.(to_.*|out_layer)", "diffusers"),
+    "ai-toolkit, MiniMax H3": ("MiniMax H3", 0, r"(blocks|token_refiner)\..*", "comfyui"),
+    "musubi-tuner, MiniMax H3": ("MiniMax H3", 0, r".*", "kohya"),
+    "DiffSynth, MiniMax H3": ("MiniMax H3", 0, r"blocks\..*(qkv|out)_proj", "bare"),
+    "ai-toolkit, Flux.3": ("FLUX.3", 0, r".*blocks\..*", "comfyui"),
+    "ACE-Step": ("ACE-Step", 0, r"layers\..*attn\.\w_proj", "peft"),
+    "ACE-Step, LyCORIS": ("ACE-Step", 0, r"layers\..*attn\.\w_proj", "lycoris"),
+    "ACE-Step, ComfyUI": ("ACE-Step", 1, r"decoder\.layers\..*", "comfyui"),
+    "SimpleTuner, ACE-Step": ("ACE-Step", -1, r"layers\..*", "diffusers"),
+    "Wan Animate 2": ("Wan Animate 2", 0, r"blocks\..*", "comfyui"),
     "OneTrainer, Krea 2": ("Krea 2", -1, BLOCKS, "diffusers"),
     "OneTrainer, Ideogram 4": ("Ideogram 4", -1, BLOCKS, "diffusers"),
 }
