@@ -1,7 +1,8 @@
 """Which programs read a file as it is meant, from its header.
 
-What is known of stock diffusers was tried with it: its own format holds all; of flat names it passes over some layers, without a word, and of DoRAs the
-magnitudes; the joint layers of Flux it takes apart by the published width.
+What is known of ComfyUI and the later families is read in its maps of names. What is known of stock diffusers was tried with it: its own format holds
+all; of flat names it passes over some layers, without a word, and of DoRAs the magnitudes; the joint layers of Flux it takes apart by the published
+width.
 """
 
 from __future__ import annotations
@@ -30,8 +31,30 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # {program: the families that it knows of}, of those whose files have names that others share
 _FAMILIES = {
     "A1111": {"any", "sd15", "sd2", "sdxl", "sd3"},
-    "sd-scripts": {"any", "sd15", "sd2", "sdxl", "sd3", "flux", "chroma", "lumina2"},
+    "sd-scripts": {"any", "sd15", "sd2", "sdxl", "sd3", "flux", "chroma", "lumina2", "hunyuan_image", "cosmos"},
 }
+_FLUXLIKE = ("kohya", "comfyui", "diffusers", "kohya-diffusers", "lycoris", "onetrainer")
+_NAMED = ("kohya", "comfyui", "diffusers", "lycoris", "onetrainer")
+# {family that came later: {program: the formats of it that it reads}}; all programs that are not named here and in READERS read none
+_LATER: dict[str, dict[str, tuple[str, ...]]] = {
+    "krea2": {"ComfyUI": _NAMED, "OneTrainer": ("onetrainer",)},
+    "qwen_image21": {"ComfyUI": _NAMED},
+    "ernie_image": {"ComfyUI": ("kohya", "comfyui", "diffusers", "onetrainer"), "OneTrainer": ("onetrainer",)},
+    "cosmos": {"ComfyUI": ("kohya", "comfyui"), "OneTrainer": ("onetrainer",)},
+    "ideogram4": {"ComfyUI": ("kohya", "comfyui"), "OneTrainer": ("onetrainer",)},
+    "hunyuan_image": {"ComfyUI": ("comfyui",)},  # of flat names it knows its own alone
+    "omnigen2": {"ComfyUI": ("kohya", "comfyui")},
+    "longcat_image": {"ComfyUI": _FLUXLIKE},
+    "ovis_image": {"ComfyUI": _FLUXLIKE},
+    "hunyuan_video15": {"ComfyUI": ("comfyui",)},  # q, k and v are one layer there
+    "ace_step": {"ComfyUI": ("comfyui",)},  # in a decoder
+    "kandinsky5": {"ComfyUI": ("kohya", "comfyui", "diffusers")},
+    **{f: {"ComfyUI": ("kohya", "comfyui")} for f in ("skyreels_v2", "chrono_edit", "helios", "minimax_h3")},
+    **{family: {} for family in ("framepack", "sana_video", "wan_animate2", "flux3")},
+    **{family: {} for family in ("cogview4", "bria", "bria_fibo", "bria_fibo2", "prx", "glm_image", "nucleus_image")},
+}
+# what all of them have in common: libraries that ask the model for its names
+_OWN_NAMES = {"diffusers": ("diffusers",), "PEFT": ("peft",), "transformers": ("peft",), "LyCORIS": ("lycoris",)}
 _FLAT = ("kohya-diffusers", "onetrainer")  # diffusers' names with underscores
 # {(family, format): the layers, as the file spells them, of which diffusers reads nothing}
 _PASSED_OVER = {
@@ -63,8 +86,15 @@ def readers(
     low_rank, others = READERS[format]
     plain = {*methods} <= {"lora", "dora"}
     cannot = _failing(format, methods, family, layers or {}, metadata or {}) if plain else set[str]()
-    names = low_rank if plain else others
-    return tuple(n for n in names if n not in cannot and family in _FAMILIES.get(n, {family}))
+    names = [n for n in (low_rank if plain else others) if n not in cannot and family in _FAMILIES.get(n, {family})]
+    return tuple(n for n in names if family not in _LATER or format in _read_of(family, n))
+
+
+def _read_of(family: str, program: str) -> tuple[str, ...]:
+    """The formats that a program reads of a family that came later."""
+    if program in _FAMILIES:
+        return ("kohya",)
+    return {**_OWN_NAMES, **_LATER[family]}.get(program, ())
 
 
 def _failing(
@@ -72,10 +102,13 @@ def _failing(
 ) -> set[str]:
     """The programs that read the format, and not these LoRAs or DoRAs."""
     magnitudes, theirs = "dora" in methods, format == "diffusers"
+    two = any(
+        layer.startswith("transformer_2.") for layer in layers
+    )  # denoisers in one file, of which others read the first
     failing = {
-        "diffusers": not theirs and (magnitudes or _partly(format, family, layers)),
+        "diffusers": two or (not theirs and (magnitudes or _partly(format, family, layers))),
         "sd-scripts": magnitudes or (format == "kohya-diffusers" and family not in _SAME),
-        "ComfyUI": theirs and (magnitudes or _unlike(layers, metadata)),
+        "ComfyUI": theirs and (two or magnitudes or _unlike(layers, metadata)),
     }
     return {name for name, fails in failing.items() if fails}
 
@@ -85,6 +118,8 @@ def _partly(format: str, family: str, layers: Shapes) -> bool:
     passed_over = _PASSED_OVER.get((family, format))
     if passed_over and any(re.fullmatch(passed_over, layer) for layer in layers):
         return True
+    if (family, format) == ("wan", "kohya"):
+        return not any("_ffn_" in layer for layer in layers)
     if (family, format) != ("flux", "kohya"):
         return False
     rows = [(layer, roles["lora_B"][0]) for layer, roles in layers.items() if roles.get("lora_B")]

@@ -120,11 +120,14 @@ def _adapters(asked: Asked) -> tuple[str, Files]:
 
 
 def _drawn(asked: Asked, prompt: str, files: Files) -> Image:
-    """The picture. The embedded base has a guidance of its own, other pipelines bring theirs."""
+    """The picture, of a model of clips one frame. The embedded base has a guidance of its own, other pipelines bring theirs."""
+    import inspect
+
     import torch
 
     from diffpeft.pipeline.open import default_device, default_dtype, open_pipeline
     from diffpeft.train.progress import quiet_bars
+    from diffpeft.train.sample import images_of, led
 
     quiet_bars()
     device = default_device()
@@ -134,16 +137,20 @@ def _drawn(asked: Asked, prompt: str, files: Files) -> Image:
     guidance = 4.0 if asked["guidance"] is None and asked["model"] is None else asked["guidance"]
     options = {
         "negative_prompt": asked["negative"],
-        "guidance_scale": guidance,
         "width": asked["width"],
         "height": asked["height"],
-    }
-    return pipe(
-        prompt,
-        num_inference_steps=asked["steps"],
-        generator=torch.Generator("cpu").manual_seed(asked["seed"]),
-        **{name: value for name, value in options.items() if value is not None},
-    ).images[0]
+    } | {name: 1 for name in ("num_frames", "frames") if name in inspect.signature(pipe.__call__).parameters}
+    with led(pipe, {} if guidance is None else {"guidance_scale": guidance}) as scales:
+        drawn = pipe(
+            prompt,
+            num_inference_steps=asked["steps"],
+            generator=torch.Generator("cpu").manual_seed(asked["seed"]),
+            output_type="pil",
+            **scales,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    image: Image = images_of(drawn)[0]
+    return image
 
 
 def _load(pipe: object, files: Files) -> None:

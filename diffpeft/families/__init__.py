@@ -11,9 +11,12 @@ from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Fr
 from diffpeft.families.chroma import Chroma
 from diffpeft.families.cogvideox import CogVideoX
 from diffpeft.families.cogview4 import CogView4
+from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux, FluxControl, FluxKontext
 from diffpeft.families.flux2 import Flux2
+from diffpeft.families.followed import FOLLOWED
+from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
 from diffpeft.families.hunyuan_video15 import HunyuanVideo15
@@ -33,7 +36,7 @@ from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
 from diffpeft.families.skyreels_v2 import SkyReelsV2
-from diffpeft.families.wan import Wan
+from diffpeft.families.wan import Wan, WanImageToVideo
 from diffpeft.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {  # those that can be trained
@@ -60,6 +63,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "ideogram4": Ideogram4,
     "ernie_image": ErnieImage,
     "wan": Wan,
+    "wan_i2v": WanImageToVideo,
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
     "hunyuan_video15": HunyuanVideo15,
@@ -69,6 +73,9 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sana_video": SanaVideo,
     "kandinsky5_video": Kandinsky5Video,
     "skyreels_v2": SkyReelsV2,
+    "easyanimate": EasyAnimate,
+    **FOLLOWED,
+    (_OTHERS := "generic"): Generic,  # what has no family of its own
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -174,6 +181,8 @@ _PIPELINES = {
     "NucleusMoEImage": "nucleus_image",
     "Kandinsky5T2V": "kandinsky5_video",
     "SkyReelsV2": "skyreels_v2",
+    "EasyAnimate": "easyanimate",
+    "Kandinsky5T2I": "kandinsky5",
 }
 _NAMED_AS = {"kolors": "sdxl"}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
@@ -236,9 +245,27 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
 
     Raises WrongBaseError for one that cannot be trained yet, and for a denoiser that reads more than the latents of one image.
     """
-    unet, vae = configs.get("unet", {}), configs.get("vae", {})
-    named = _by_width(_by_name([pipeline]), unet.get("cross_attention_dim"))
+    family, vae = _by_configs(pipeline, configs, where), configs.get("vae", {})
+    if family == _OTHERS:
+        return family
+    kind = FAMILIES[family]
+    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
+    if read and made and read not in {kind.channels(made), *((made,) if kind.first_frame else ())}:
+        pictures = "an image and its control image" if kind.aligned else "an image"
+        raise WrongBaseError(
+            f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",
+            where=where,
+            remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
+        )
+    return family
+
+
+def _by_configs(pipeline: str, configs: Configs, where: object) -> str:
+    """The family in FAMILIES that trains a pipeline. Raises WrongBaseError for one of a known family that is for something else."""
+    named = _by_width(_by_name([pipeline]), configs.get("unet", {}).get("cross_attention_dim"))
     ids = [id for id, cls in FAMILIES.items() if pipeline in cls.pipelines]
+    if not ids and named not in {*FAMILIES, *_WIDTHS["sd15"].values()}:
+        return _OTHERS
     family = named if named in ids else next((id for id in ids if is_of(id, [named])), None)
     if family is None:
         pipelines = _names(cls.pipelines for cls in FAMILIES.values())
@@ -246,15 +273,6 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
             f"a {pipeline}{f' with the text width of {named}' if ids else ''} cannot be trained",
             where=where,
             remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(pipelines)}.",
-        )
-    kind = FAMILIES[family]
-    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
-    if read and made and read != kind.channels(made):
-        pictures = "an image and its control image" if kind.aligned else "an image"
-        raise WrongBaseError(
-            f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",
-            where=where,
-            remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
         )
     return family
 
@@ -285,6 +303,7 @@ __all__ = [
     "Configs",
     "Family",
     "Frame",
+    "Generic",
     "Noised",
     "Parts",
     "CaptionReading",

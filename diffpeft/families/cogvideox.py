@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
-from diffpeft.families.base import CaptionReading, Conditions, Levels, Prompted
+from diffpeft.families.base import CaptionReading, Conditions, Levels, Prompted, Sizes
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.dit import ClipTransformer, in_blocks
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffpeft.families.parts import Component, Parts
+    from diffpeft.families.parts import Component, Configs, Parts
 
 
 class CogVideoX(ClipTransformer):
@@ -25,6 +25,7 @@ class CogVideoX(ClipTransformer):
     pipelines: tuple[str, ...] = ("CogVideoXPipeline",)
     presets = in_blocks(r"transformer_blocks\.\d+", r"attn1\.(to_[qkv]|to_out\.0)", r"ff\.net\.(0\.proj|2)")
     side = 592  # about the area of 480 x 720
+    tokens = most_tokens = 226
     architecture = "cogvideox"
     base_version = "cogvideox"
 
@@ -37,6 +38,12 @@ class CogVideoX(ClipTransformer):
                 f"max_length is {self.max_length}",
                 remedy=f"The places of this CogVideoX are for {self.tokens} tokens: leave --max-length out.",
             )
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """1.0 was made for 8 frames a second, 1.5 for 16."""
+        newer = configs.get(cls.denoiser, {}).get("patch_size_t")
+        return super().sizes(configs)._replace(rate=16 if newer else 8)
 
     def levels_of(self, scheduler: Component) -> Levels:
         """By betas, shifted to more noise."""

@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
     from diffpeft.families.parts import Component
 
-_RATE = 25  # frames a second: the pipeline's
-
 
 class LTX(ClipTransformer):
-    """The training side of an LTXPipeline."""
+    """The training side of an LTXPipeline. What it is told of time is in seconds, by `rate`."""
 
     name = "LTX-Video"
     pipelines: tuple[str, ...] = ("LTXPipeline",)
     presets = in_blocks(r"transformer_blocks\.\d+", r"attn[12]\.(to_[qkv]|to_out\.0)", r"ff\.net\.(0\.proj|2)")
+    frames_a_second = 25
     patch = 1
     side = 608  # about the area of 512 x 704
     tokens = most_tokens = 128
@@ -51,11 +50,11 @@ class LTX(ClipTransformer):
             num_frames=frames,
             height=height,
             width=width,
-            rope_interpolation_scale=(pipe.vae_temporal_compression_ratio / _RATE, pixels, pixels),
+            rope_interpolation_scale=(pipe.vae_temporal_compression_ratio / self.rate, pixels, pixels),
             return_dict=False,
         )[0]
         return answer.mT.unflatten(2, x.shape[2:])
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As an LTXPipeline takes prompts, for single frames."""
-        return masked_prompts(prompts, negative) | {"num_frames": 1}
+        return masked_prompts(prompts, negative) | {"num_frames": 1, "frame_rate": self.rate}

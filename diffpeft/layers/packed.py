@@ -197,6 +197,31 @@ INT8 = ScaledBytes("int8", torch.int8, 127)
 PACKINGS: dict[str, ScaledBytes | NormalFloat] = {"nf4": NormalFloat(), "int8": INT8, "fp8": FP8}
 
 
+EIGHT_BITS = {row.kind: row for row in (FP8, INT8, ScaledBytes("fp8 (e5m2)", torch.float8_e5m2, 57344))}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """Blocks of llama.cpp's kinds, as diffusers reads them. `kind`: a number of gguf's GGMLQuantizationType."""
+
+    kind: int
+
+    @property
+    def name(self) -> str:
+        """With the kind: gguf Q4_K."""
+        import gguf
+
+        return f"gguf {gguf.GGMLQuantizationType(self.kind).name}"
+
+    def unpacked(self, held: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+        """As diffusers does it."""
+        import gguf
+        from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+        bytes_ = GGUFParameter(held["weight"].data, quant_type=gguf.GGMLQuantizationType(self.kind))
+        return dequantize_gguf_tensor(bytes_).view(shape).to(dtype)  # type: ignore[no-any-return]
+
+
 def packed(layer: nn.Linear, kind: str, device: torch.device) -> PackedLinear:
     """A linear layer in few bits, computed on a device, and held where the layer is."""
     packing, W = PACKINGS[kind], layer.weight.detach()

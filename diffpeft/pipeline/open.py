@@ -19,6 +19,7 @@ from diffpeft.errors import CheckpointError, ConfigError, DiffpeftError, near
 from diffpeft.families.parts import Component, Parts, Pipeline, configs_of
 from diffpeft.files import Json
 from diffpeft.io import refuse_pickle
+from diffpeft.pipeline import few_bits
 from diffpeft.pipeline.complete import (
     class_of,
     complete_model,
@@ -185,7 +186,7 @@ def open_parts(
         configs = configs_of(pipe)
         for name in skeletons:
             setattr(pipe, name, None)
-        if source.is_file():
+        if source.is_file() and source.suffix != few_bits.GGUF:
             _mark(pipe, source)
     encoders = {name: model for name, model in skeletons.items() if name.startswith("text_encoder")}
     files = assigned(text_encoders, encoders)
@@ -264,6 +265,11 @@ def _mark(pipe: Pipeline, file: Path) -> None:
 _PREDICTS_V, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors in single files
 
 
+def denoises(component: str) -> bool:
+    """Whether a component of pipelines is a denoiser, by its name."""
+    return not {"unet", "transformer"}.isdisjoint(component.split("_"))
+
+
 @dataclass(frozen=True)
 class _Files:
     """Where the weights of a pipeline are, and how one of its models is loaded."""
@@ -282,11 +288,15 @@ class _Files:
         """One model with every weight, where it belongs. Raises CheckpointError if there is none."""
         with _told(self.source):
             model = self._on_the_host(name).eval()
-            denoises = not {"unet", "transformer"}.isdisjoint(name.split("_"))
-            return self.placing(model) if self.placing and denoises else model.to(self.device)
+            return self.placing(model) if self.placing and denoises(name) else model.to(self.device)
 
     def _on_the_host(self, name: str) -> Component:
         cls = type(self.skeletons[name])
+        alone = self.source.suffix == few_bits.GGUF and not denoises(
+            name
+        )  # a file of a denoiser; its base may have the others
+        if alone and name not in self.text_encoders and not (name == "vae" and self.vae):
+            return complete_model(cls, self.folder / name, name, dtype=self.dtype)
         if not self.source.is_file():
             return complete_model(cls, self.folder / name, name, dtype=self.dtype)
         if name in self.text_encoders:
@@ -299,6 +309,14 @@ class _Files:
     def _from_single_file(self, name: str) -> Component:
         """A model out of the checkpoint of a whole pipeline, or of a denoiser or a VAE alone."""
         file = self.vae if name == "vae" and self.vae else self.source
+        if denoises(name) and few_bits.in_few_bits(file):
+            return few_bits.opened(self.skeletons[name], few_bits.read(file), self.dtype, file)
+        if few_bits.has_scales(file):
+            raise CheckpointError(
+                f"the {name} in this file has scales, and cannot be read out of it",
+                where=file,
+                remedy="Pass files of the VAE and the text encoders: --vae, --text-encoder.",
+            )
         if not hasattr(self.pipeline, "from_single_file"):
             return self._from_its_own_file(name, str(file))
         others = {other: model for other, model in self.skeletons.items() if other != name} | _left_out(self.folder)

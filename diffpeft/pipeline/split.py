@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from diffpeft import io
 from diffpeft.errors import CheckpointError, listed
 from diffpeft.families.parts import Component
+from diffpeft.pipeline import few_bits
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,6 @@ _OLD_LEVELS = (
     "text_model.",
     "model.",
 )  # that older versions of transformers have around a CLIP, and a head's around a language model
-_SCALED = "scaled_fp8"  # a mark: numbers in fp8 that are multiplied with others beside them
 
 
 def assigned(files: Sequence[str], encoders: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -28,10 +28,6 @@ def assigned(files: Sequence[str], encoders: Mapping[str, nn.Module]) -> dict[st
     owners = {}
     for file in files:
         handles, _ = io.header(file)
-        if _SCALED in handles:
-            raise CheckpointError(
-                "a text encoder in fp8 with scales cannot be read", where=file, remedy="Pass it in fp16 or bf16."
-            )
         shapes = {_plain(name): tuple(handle.shape) for name, handle in handles.items()}
         fitting = [name for name, model in encoders.items() if _holds(shapes, model)]
         owner = max(fitting, key=lambda name: len(encoders[name].state_dict()), default=None)
@@ -60,13 +56,14 @@ def _holds(shapes: Mapping[str, Sequence[int]], model: nn.Module) -> bool:
 def filled(skeleton: nn.Module, file: str, dtype: torch.dtype) -> nn.Module:
     """A model like `skeleton`, which has no numbers, with those of a file under its names."""
     from accelerate import init_empty_weights
-    from safetensors.torch import load_file
 
     with init_empty_weights(include_buffers=False):
         made_of = getattr(type(skeleton), "from_config", type(skeleton))  # diffusers' way, or transformers'
         model: Component = made_of(skeleton.config)
     names = {_plain(name): name for name in model.state_dict()}
-    tensors = {names[plain]: t.to(dtype) for name, t in load_file(file).items() if (plain := _plain(name)) in names}
+    tensors = {
+        names[plain]: t for name, t in few_bits.read(file).plain(dtype).items() if (plain := _plain(name)) in names
+    }
     model.load_state_dict(tensors, strict=False, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()

@@ -17,6 +17,8 @@ from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
+from diffpeft.train.data.clips import cut
+from diffpeft.train.data.framing import Framing
 from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
 from diffpeft.train.formats import asked, files_of
@@ -122,7 +124,8 @@ def _usual_tokens(source: str) -> int | None:
     """How many tokens of captions a model's family reads, where its tokenizers would read more; None where they say it."""
     known = facts(source)
     family = trainable(known.pipeline, known.configs, source) if known.pipeline else None
-    return getattr(FAMILIES[family], "tokens", None) if family else None
+    usual = getattr(FAMILIES[family], "tokens", None) if family else None
+    return usual or None
 
 
 def account_of(config: TrainConfig, steps: bool) -> Account:
@@ -148,6 +151,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
     if isinstance(config, SliderConfig):
         return config.account(sizing)
     _refuse_own_output(config)
+    framing = framing_of(config, known)
     part = part_of(config.heldout) if config.heldout is not None else None
     others = [str(part)] if isinstance(part, Path) else []
     account = data.survey(
@@ -157,8 +161,22 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         trigger=config.trigger,
         mask=config.mask,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
+        clips=framing is not None,
     )
-    return account if part is None else _with_heldout(account, part, config)
+    account = account if part is None else _with_heldout(account, part, config)
+    return account if framing is None else cut(account, framing)
+
+
+def framing_of(config: TrainConfig, known: Sizes) -> Framing | None:
+    """How clips are cut out of footage; None for images. `known` is what configs tell of the model. Raises ConfigError for a model of images."""
+    counts = config.counts()
+    if not counts:
+        return None
+    if known.multiple and known.temporal is None:
+        raise ConfigError(
+            f"frames is {','.join(map(str, counts))}, and this model is one of images", remedy="Leave --frames out."
+        )
+    return Framing(counts, config.fps or known.rate, config.extract or "head", known.temporal or 1)
 
 
 def _refuse_own_output(config: TrainConfig) -> None:
@@ -176,7 +194,14 @@ def _with_heldout(account: Account, part: float | int | Path, config: TrainConfi
     """The account with images that are held out. Raises DataError or ConfigError."""
     if not isinstance(part, Path):
         return split(account, part, config.seed)
-    others = data.survey([part], config.instance_prompt, trigger=config.trigger, mask=config.mask, strict=False)
+    others = data.survey(
+        [part],
+        config.instance_prompt,
+        trigger=config.trigger,
+        mask=config.mask,
+        strict=False,
+        clips=bool(config.counts()),
+    )
     entered = {name: n for name, n in account.folders.items() if Path(account.folder, name).resolve() != part.resolve()}
     return beside(replace(account, folders=entered), others)
 

@@ -14,7 +14,8 @@ from diffpeft.pipeline.open import default_device, default_dtype, dtype_of
 from diffpeft.train import dreambooth
 from diffpeft.train.check import Checked
 from diffpeft.train.config import TrainConfig
-from diffpeft.train.formats import asked, chosen, file_of
+from diffpeft.train.experts import experts_of
+from diffpeft.train.formats import asked, chosen, file_of, halves_of
 from diffpeft.train.job import checked_dtype
 from diffpeft.train.memory import peak, size_of
 from diffpeft.train.optimizers import row_of
@@ -160,7 +161,11 @@ def _files(config: TrainConfig, family: Family, name: str) -> tuple[str, ...]:
         for tensor in slot.state_dict().values():
             tensor.uniform_()
     bundle = bundle_of(family.pipe, name, family_of(family.pipe) or "")
-    written = [file_of(name, format) for format in chosen(bundle, asked(config)).written]
+    written = [
+        file_of(name, format, half)
+        for format in chosen(bundle, asked(config)).written
+        for half in halves_of(bundle, format)
+    ]
     return (*written, PAGE, METRICS, ROWS, CONFIG, ACCOUNT)
 
 
@@ -168,9 +173,10 @@ def outlined(config: TrainConfig, dtype: str) -> Family:
     """The family of a model whose components are all there without numbers, and stay."""
     family = dreambooth.opened(config, dtype, "meta")
     parts = family.parts
-    for name in (*family.text_encoders, "vae", family.denoiser):
+    for name in (*family.text_encoders, "vae", *family.denoisers):
         setattr(parts.pipe, name, parts.outline(name).to(dtype_of(dtype)).eval())
-    parts.pin(*family.text_encoders, "vae", family.denoiser)
+    parts.pin(*family.text_encoders, "vae", *family.denoisers)
+    family.denoiser = next(iter(experts_of(config, family).spans))  # the one that a step is counted with
     return family
 
 
@@ -179,23 +185,25 @@ def _phases(config: TrainConfig, family: Family, checked: Checked, adapter: int)
     pipe = family.pipe
     weights = {
         name: _of_model(getattr(pipe, name)) - _of_adapter(family, checked.name, name)
-        for name in (*family.text_encoders, "vae", family.denoiser)
+        for name in (*family.text_encoders, "vae", *family.denoisers)
     }
     live = family.adaptable if config.train_text_encoder else ()
+    experts = sum(weights[name] for name in experts_of(config, family).spans)
     resident = sum(weights[name] for name in live)
     largest = max(checked.account.buckets, key=lambda size: size[0] * size[1])
     phases = [
         Phase(f"captions ({name})", weights[name], 0, peak(lambda name=name: _embed(family, name, 1)))  # type: ignore[misc]
         for name in family.text_encoders
     ]
-    pixels = torch.empty(1, 3, largest[1], largest[0], device="meta")
+    frames = max(len(example.frames) for example in checked.account.examples)
+    pixels = torch.empty(1, 3, *([frames] if frames else []), largest[1], largest[0], device="meta")
     phases.append(Phase("images (vae)", weights["vae"] + resident, 0, peak(lambda: family.encode(pixels))))
     if checked.prior and checked.prior.missing:
-        phases.append(Phase("class images", weights["vae"] + weights[family.denoiser] + resident, 0, 0))
+        phases.append(Phase("class images", weights["vae"] + experts + resident, 0, 0))
     (_, *latents) = family.encode(pixels)[0].shape
     with dreambooth.prepared(config, family):
         computed = peak(lambda: _step(config, family, largest, latents, live))
-    together = sum(weights.values()) if config.cache == "none" else weights[family.denoiser] + resident
+    together = sum(weights.values()) if config.cache == "none" else experts + resident
     return (*phases, Phase("training", together, adapter, computed))
 
 

@@ -192,6 +192,11 @@ TABLE: dict[str, OtherName] = {
     ),
     **_same("gradient_checkpointing", bool, "gradient_checkpointing train.gradient_checkpointing"),
     **_same("compile", bool, "torch_compile"),
+    **_same("quantize", bool, "fp8_base fp8_base_unet fp8_scaled", False, turn=lambda _: "fp8"),
+    **_part("bits", "quantize", bool, "model.quantize", False),
+    **_part("bits", "quantize", str, "model.qtype"),
+    **_part("host", "offload", bool, "model.layer_offloading", False),
+    **_part("host", "offload", float, "model.layer_offloading_transformer_percent"),
     **_part("average", "ema", bool, "use_ema"),
     **_part("average", "ema", float, "ema_decay"),
     **_part("average", "ema", dict, "train.ema_config"),
@@ -248,13 +253,13 @@ TABLE: dict[str, OtherName] = {
     **_idle(
         _LESS_MEMORY,
         bool,
-        "lowram highvram fp8_base fp8_base_unet fp8_scaled full_fp16 full_bf16 no_half_vae fused_backward_pass "
+        "lowram highvram full_fp16 full_bf16 no_half_vae fused_backward_pass "
         "cpu_offload_checkpointing offload set_grads_to_none allow_tf32 disable_mmap_load_safetensors "
-        "split_mode low_vram model.low_vram model.quantize model.quantize_te model.layer_offloading "
+        "split_mode low_vram model.low_vram model.quantize_te "
         "upcast_before_saving",
     ),
-    **_idle(_LESS_MEMORY, str, "model.qtype model.qtype_te prior_generation_precision dynamo_backend model.dtype"),
-    **_idle(_LESS_MEMORY, int, "blocks_to_swap"),
+    **_idle(_LESS_MEMORY, str, "model.qtype_te prior_generation_precision dynamo_backend model.dtype"),
+    **_idle("here it is a share of the blocks, --offload 0.5", int, "blocks_to_swap"),
     **_idle(
         _AS_STEPS,
         int,

@@ -27,6 +27,8 @@ class SamplePrompt:
     Args:
         cfg: how far the prediction is led away from that of the negative prompt: classifier-free guidance.
         guidance: what a model is told that was distilled to read a guidance.
+        frames: of a model of videos, how many.
+        image: what it begins with, if the model is shown that: an image, or a clip with it as the first frame.
         where: the file and line that it is from, or the option.
     """
 
@@ -39,6 +41,8 @@ class SamplePrompt:
     guidance: float | None = None
     steps: int | None = None
     where: str = ""
+    frames: int | None = None
+    image: str | None = None
 
 
 class Setting(NamedTuple):
@@ -59,6 +63,8 @@ FLAGS = {
     "l": Setting("cfg", float, 0, _NUMBER),
     "g": Setting("guidance", float, 0, _NUMBER),
     "s": Setting("steps", int, 1, _WHOLE),
+    "f": Setting("frames", int, 1, _WHOLE),
+    "i": Setting("image", str),
 }
 _LETTERS = {setting.field: letter for letter, setting in FLAGS.items()}
 # {what tables, and people who spell flags out, call a setting: its field}
@@ -70,6 +76,11 @@ _SPELT = {
     "guidance_scale": "guidance",
     "sample_steps": "steps",
     "num_inference_steps": "steps",
+    "image_path": "image",
+    "init_image": "image",
+    "num_frames": "frames",
+    "frame_count": "frames",
+    "video_length": "frames",
 }
 _SAMPLER = "Samples are drawn with the model's own sampler: leave it out."
 _FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffpeft.families import Family
     from diffpeft.train.checkpoints import SavedState
     from diffpeft.train.config import Options, TrainConfig
+    from diffpeft.train.data import Account
     from diffpeft.train.journal import Logbook
     from diffpeft.train.loop import Events, Keeper
     from diffpeft.train.run import TrainRun
@@ -70,6 +71,14 @@ def drawing_of(
         drawn_texts = Texts(drawer, texts.live, None, device)
     side = max(config.sides(family.resolution))
     return Drawing(settled(config, drawer, prompts, side), drawer, drawn_texts)
+
+
+def begun_with(prompts: Sequence[SamplePrompt], family: Family, account: Account) -> tuple[SamplePrompt, ...]:
+    """Prompts with what they begin with: where a model is shown a first frame, and nothing is said, that of the first example."""
+    if not family.first_frame or not account.examples:
+        return tuple(prompts)
+    example = str(account.examples[0].path)
+    return tuple(replace(prompt, image=prompt.image or example) for prompt in prompts)
 
 
 def page_of(config: Options, title: str, data: Sequence[str] = (), origins: Mapping[str, str] | None = None) -> Page:
@@ -209,7 +218,7 @@ def _sampler(run: TrainRun, drawing: Drawing, watch: Watch) -> Sampler:
     )
     model = Path(str(config.sample_model or config.model)).name
     start = config.sample_start or 0.0
-    gallery = Gallery(config.output(), drawing.prompts, model, start, config.EVERY, config.FIRST)
+    gallery = Gallery(config.output(), drawing.prompts, model, start, config.EVERY, config.FIRST, family.rate or 16.0)
     return Sampler(gallery, name, drawing.texts, ready, config.init_from is not None, config.sample_first, watch.tick)
 
 

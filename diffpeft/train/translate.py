@@ -657,6 +657,35 @@ def _hub(to: Translation) -> None:
         to.leave("say where to: --push-to-hub me/NAME", *wanted)
 
 
+# {what ai-toolkit calls a kind of numbers, by how it begins: what is nearest here}
+_KINDS_OF_NUMBERS = {
+    "qfloat8": "fp8",
+    "float8": "fp8",
+    "qint8": "int8",
+    "int8": "int8",
+    "uint8": "int8",
+    "uint7": "int8",
+    "uint6": "int8",
+}
+
+
+def _bits(to: Translation) -> None:
+    """The base in few bits."""
+    if not to.said("model.quantize"):
+        return to.leave("the base is not quantised", "model.qtype")
+    kind = str(to.theirs.get("model.qtype", "qfloat8"))
+    few = next((ours for theirs, ours in _KINDS_OF_NUMBERS.items() if kind.startswith(theirs)), "nf4")
+    to.put("quantize", few, "model.quantize")
+
+
+def _host(to: Translation) -> None:
+    """Blocks on the host, where nothing is said all of them."""
+    if not to.said("model.layer_offloading"):
+        return to.leave("nothing is offloaded", "model.layer_offloading_transformer_percent")
+    share = to.theirs.get("model.layer_offloading_transformer_percent", 1.0)
+    to.put("offload", share, "model.layer_offloading")
+
+
 _PARTS: Sequence[Callable[[Translation], None]] = (
     _files,
     _base,
@@ -674,6 +703,8 @@ _PARTS: Sequence[Callable[[Translation], None]] = (
     _schedule,
     _length,
     _average,
+    _bits,
+    _host,
     _loss,
     _levels,
     _hub,

@@ -263,6 +263,32 @@ def skyreels_v2(forced: bool = False) -> Any:
     )
 
 
+def easyanimate() -> Any:
+    return diffusers.EasyAnimatePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=diffusers.AutoencoderKLMagvit(
+            latent_channels=4,
+            block_out_channels=[8] * 4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            spatial_group_norm=False,
+        ),
+        text_encoder=llm("Qwen3", 2),
+        tokenizer=chat(),
+        transformer=diffusers.EasyAnimateTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            patch_size=2,
+            num_layers=2,
+            mmdit_layers=2,
+            time_embed_dim=8,
+            text_embed_dim=16,
+        ),
+    )
+
+
 # {kind: (family, makes a pipeline)}
 KINDS: dict[str, tuple[str, Any]] = {
     "hunyuan_video15": ("hunyuan_video15", lambda: hunyuan_video15(guidance_scale=1.0)),
@@ -274,4 +300,5 @@ KINDS: dict[str, tuple[str, Any]] = {
     "sana_video": ("sana_video", sana_video),
     "kandinsky5 video": ("kandinsky5_video", kandinsky5),
     "skyreels_v2": ("skyreels_v2", skyreels_v2),
+    "easyanimate": ("easyanimate", easyanimate),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -452,24 +453,62 @@ def _ernie_image() -> Any:
     return pipe
 
 
-def _wan(**config: Any) -> Any:
+def _wan_transformer(**config: Any) -> Any:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    return diffusers.WanTransformer3DModel(**{**sizes, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, **config})
+
+
+def _wan_vae(temporal: bool) -> Any:
+    config = {**CLIPS_OF_FRAMES, "temperal_downsample": [temporal], "scale_factor_temporal": 1 + temporal}
+    return diffusers.AutoencoderKLWan(**config, scale_factor_spatial=2)
+
+
+def _wan(temporal: bool = False, **config: Any) -> Any:
     return diffusers.WanPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        vae=_wan_vae(temporal),
         text_encoder=t5("UMT5"),
         tokenizer=chat(),
-        transformer=diffusers.WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=32,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-        ),
+        transformer=_wan_transformer(),
+        transformer_2=_wan_transformer() if "boundary_ratio" in config else None,
         **config,
     )
+
+
+def _wan_vae_of_four() -> Any:
+    """A VAE that takes four frames for one, as the published ones do."""
+    config = {**CLIPS_OF_FRAMES, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True]}
+    return diffusers.AutoencoderKLWan(**config, scale_factor_temporal=4, scale_factor_spatial=4)
+
+
+def _wan_i2v(sees: bool = False, **config: Any) -> Any:
+    """Image to video: of 2.1 with CLIP's eyes, of 2.2 with two denoisers, and with the first frame in its place."""
+    channels = 4 if config.get("expand_timesteps") else 12
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    eyes |= {"image_size": 16, "patch_size": 8}
+    model = functools.partial(
+        _wan_transformer, in_channels=channels, **({"image_dim": 16, "added_kv_proj_dim": 24} if sees else {})
+    )
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return diffusers.WanImageToVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=_wan_vae_of_four(),
+        text_encoder=t5("UMT5"),
+        tokenizer=chat(),
+        image_encoder=transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**eyes)) if sees else None,
+        image_processor=transformers.CLIPImageProcessor(**size) if sees else None,
+        transformer=model(),
+        transformer_2=model() if "boundary_ratio" in config else None,
+        **config,
+    )
+
+
+# {kind: (family, makes a pipeline)} of those that are shown a first frame
+FIRST_FRAMES: dict[str, tuple[str, Any]] = {
+    "wan i2v, with eyes": ("wan_i2v", lambda: _wan_i2v(sees=True)),
+    "wan i2v, two experts": ("wan_i2v", lambda: _wan_i2v(boundary_ratio=0.4)),
+    "wan i2v, in its place": ("wan_i2v", lambda: _wan_i2v(expand_timesteps=True)),
+}
 
 
 def _ltx() -> Any:
@@ -563,6 +602,8 @@ KINDS: dict[str, tuple[str, Any]] = {
     "ernie_image": ("ernie_image", _ernie_image),
     "wan": ("wan", _wan),
     "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
+    "wan, of clips": ("wan", lambda: _wan(temporal=True)),
+    "wan, two experts": ("wan", lambda: _wan(boundary_ratio=0.4)),
     "ltx": ("ltx", _ltx),
     "hunyuan_video": ("hunyuan_video", _hunyuan_video),
     **clips.KINDS,
@@ -580,14 +621,23 @@ def cells(kinds: Iterable[str], always: tuple[str, ...] = ALWAYS) -> list[Any]:
     return [kind if kind in standing else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A tiny pipeline with the same random weights each time."""
+def made(kinds: dict[str, tuple[str, Any]], kind: str, dtype: torch.dtype) -> Any:
+    """A tiny pipeline of some kinds with the same random weights each time."""
     torch.manual_seed(0)
-    pipe = KINDS[kind][1]()
+    pipe = kinds[kind][1]()
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype).eval()
-            if hasattr(part, "time_embeddings"):
-                part.time_embeddings.float()  # Kandinsky's, which computes in single precision
+            if hasattr(part, "time_embeddings"):  # Kandinsky's, which stay in single precision when they are loaded
+                part.time_embeddings.float()
+                for name, module in part.named_modules():
+                    module.to(torch.promote_types(dtype, torch.float32) if name.endswith("modulation") else None)
     return pipe
+
+
+def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny pipeline with the same random weights each time."""
+    from tests.families.followed import FOLLOWED
+
+    return made(KINDS | FOLLOWED, kind, dtype)

@@ -273,6 +273,8 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
             "text_embed_dim": 32,
             "adaln_lora_dim": 4,
             "max_size": (4, 8, 8),
+            "concat_padding_mask": False,
+            "extra_pos_embed_type": None,  # which diffusers computes in float32 alone
             **HEADS,
         },
     ),
@@ -378,6 +380,7 @@ SAVED |= {
         "ace_step": "AceStepTransformer1DModel",
     }.items()
 }
+CALLED_TOO = ("krea2", "cosmos", "cogview4", "hunyuan_image")  # of these `output` knows a call, too
 # models of no family that is known
 UNNAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "cogview3": ("CogView3PlusTransformer2DModel", {**_COGVIEW, **HEADS}),
@@ -435,4 +438,14 @@ def output(net: Any, family: str, **kwargs: Any) -> Tensor:
         return run([new(4, 1, 8, 8)], t / 1000, [new(5, 32)]).sample[0]
     if family == "lumina2":
         return run(new(1, 4, 8, 8), t / 1000, new(1, 5, 32), torch.ones(1, 5, dtype=torch.bool)).sample
+    if family == "krea2":
+        return run(new(1, 9, 16), new(1, 5, 2, 16), t / 1000, torch.arange(42.0).reshape(14, 3).to(dtype)).sample
+    if family == "cosmos":
+        return run(new(1, 4, 2, 8, 8), t / 1000, new(1, 5, 32), fps=16).sample
+    if family == "cogview4":
+        size = torch.tensor([[32.0, 32.0]], dtype=dtype)
+        return run(new(1, 4, 8, 8), new(1, 5, 32), t, size, size, size).sample
+    if family == "hunyuan_image":
+        seen = torch.ones(1, 5, dtype=torch.bool)
+        return run(new(1, 4, 8, 8), t, new(1, 5, 32), seen, None, new(1, 5, 16), seen).sample
     raise KeyError(family)

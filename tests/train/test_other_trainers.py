@@ -584,6 +584,7 @@ def test_a_job_of_ai_toolkit_is_read(tmp_path):
         "shift": 1.0,
         "ema": 0.99,
         "dtype": "bf16",
+        "quantize": "fp8",
         "model": "black-forest-labs/FLUX.1-dev",
         "sample_first": False,
         "sample_every": 250,
@@ -594,9 +595,7 @@ def test_a_job_of_ai_toolkit_is_read(tmp_path):
     }
     notes = " ".join(to.notes)
     said_names = re.findall(r"^\s+([a-z_]+):", JOB, re.M)
-    assert len(said_names) > 30 and all(
-        n in notes for n in ("model.quantize", "sample.width", "process.device", "sample.walk_seed")
-    )
+    assert len(said_names) > 30 and all(n in notes for n in ("sample.width", "process.device", "sample.walk_seed"))
     assert to.origins["rank"] == "file job.yaml: network.linear" and to.origins["out"] == "file job.yaml"
     from_toml(path, {}).validate()
 
@@ -771,3 +770,25 @@ def test_resolutions_of_data_sets_with_the_same_folders_are_several(tmp_path):
     (tmp_path / "d.toml").write_text(DATASETS + more.replace("hoge'", "other'"))
     with pytest.raises(ConfigError, match="resolution differs"):
         said_in(tmp_path / "d.toml", TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "said, ours",
+    [
+        ("quantize: true, qtype: uint4", {"quantize": "nf4"}),
+        ("quantize: true, qtype: 'uint3|a/b.safetensors'", {"quantize": "nf4"}),
+        ("quantize: true, qtype: qint8", {"quantize": "int8"}),
+        ("quantize: false, qtype: qfloat8", {}),
+        ("layer_offloading: true", {"offload": 1.0}),
+        (
+            "layer_offloading: true, layer_offloading_transformer_percent: 0.7, quantize: true",
+            {"offload": 0.7, "quantize": "fp8"},
+        ),
+        ("layer_offloading: false, layer_offloading_transformer_percent: 0.7", {}),
+    ],
+)
+def test_memory_is_saved_as_ai_toolkit_says(said, ours, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB.replace("quantize: true", said))
+    to = said_in(path, TrainConfig)
+    assert {name: to.values[name] for name in ("quantize", "offload") if name in to.values} == ours

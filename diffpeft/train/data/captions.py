@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffpeft.errors import shown
-from diffpeft.train.data.layout import TABLES, Folder, compared, is_image, is_junk
+from diffpeft.train.data.layout import TABLES, Folder, compared, is_clip, is_image, is_junk
 
 BESIDE = (".txt", ".caption")  # beside NAME.png: NAME.txt, NAME.caption, NAME.png.txt, NAME.png.caption
 PROMPT = "the prompt"  # where the caption of an image without a caption file is from
@@ -44,7 +44,7 @@ class Tables:
         try:
             for name, caption in _rows(path):
                 image = path.parent / name.replace("\\", "/")  # written on Windows
-                if is_image(image):
+                if is_image(image) or is_clip(image):
                     self.captions[compared(image)] = caption, path.name
                     self.images.setdefault(path, []).append(image)
                 else:
