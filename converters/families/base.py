@@ -72,6 +72,9 @@ class Table:
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     flat_is_diffusers: bool = False  # sd-scripts has diffusers' names in its flat ones
     yields: bool = False  # a file that a better known family's names and sizes fit as well is that one's
+    words: Mapping[str, str] = field(
+        default_factory=dict
+    )  # {component beside the denoiser: what its names start with in the original's checkpoints}
     unread: Mapping[str, str] = field(
         default_factory=dict
     )  # {what is in keys: why layers that are so spelt cannot be read}
