@@ -107,6 +107,10 @@ _PASSED_OVER: dict[str, dict[tuple[str, str], str]] = {
             for family in ("flux", "chroma")
             for format in _FLAT
         },
+        ("flux2", "kohya"): r"transformer\.(.*_stream_modulation.*_lin|final_layer_adaLN_modulation_1|guidance_in_.*)",
+        ("wan", "kohya"): r"transformer\.(?!blocks_).*",
+        ("z_image", "kohya"): r"transformer\.(final_layer_.*|x_embedder)",
+        **{(family, "diffusers"): r"transformer\..*\.conv_depth" for family in ("sana", "sana_video")},  # groups
     },
     "ComfyUI": {
         **{("flux2", format): rf"transformer\.{_FLUX2S}" for format in ("diffusers", *_FLAT, "lycoris")},
