@@ -41,22 +41,33 @@ _SAID = {
     "sd2": r"stable-diffusion-v2|sd_?(v?2)",
     "sd15": r"stable-diffusion-v1|sd_?(v?1)",
     "flux2": r"flux[-_. ]?2",
+    "flux3": r"flux[-_. ]?3",
     "flux": r"flux",
     "chroma": r"chroma",
+    "wan_animate2": r"wan[-_. ]?animate[-_. ]?2",
     "wan": r"wan",
     "qwen_image21": r"qwen[-_. ]?image[-_. ]?v?2[-_.]?1(?!\d)",
     "qwen_image": r"qwen",
     "z_image": r"z[-_ ]?image",
     "lumina2": r"lumina",
+    "hunyuan_video15": r"hunyuan[-_ ]?video[-_ ]?1[-_.]?5",
     "hunyuan_video": r"hunyuan[-_ ]?video",
+    "framepack": r"frame[-_ ]?pack",
     "hunyuan_image": r"hunyuan[-_ ]?image",
     "pixart": r"pixart",
+    "sana_video": r"sana[-_ ]?video",
     "sana": r"sana",
     "auraflow": r"aura|pony[-_ ]?v?7",
     "ltx2": r"ltx[-_. ]?v?2(?!b)",
     "ltx": r"ltx",
     "mochi": r"mochi",
     "cogvideox": r"cogvideo",
+    "kandinsky5": r"kandinsky[-_ ]?5",
+    "skyreels_v2": r"sky[-_ ]?reels",
+    "helios": r"helios",
+    "chrono_edit": r"chrono[-_ ]?edit",
+    "minimax_h3": r"minimax[-_ ]?h3",
+    "ace_step": r"ace[-_ ]?step",
     "hidream": r"hidream(?![-_ ]?o)",
     "krea2": r"krea[-_. ]?2",
     "cosmos": r"cosmos|anima(?!te)",
@@ -76,7 +87,7 @@ _SAID = {
 # rows a column of layers whose names several families have
 _RATIOS: dict[re.Pattern[str], dict[str, Fraction | int]] = {
     re.compile(r"single_blocks[._]\d+[._]linear1$"): {
-        **dict.fromkeys(("flux", "chroma", "longcat_image", "hunyuan_video", "hunyuan_image"), 7),
+        **dict.fromkeys(("flux", "chroma", "longcat_image", "hunyuan_video", "hunyuan_image", "framepack"), 7),
         "flux2": 9,
         "ovis_image": 11,
     },
@@ -85,7 +96,7 @@ _RATIOS: dict[re.Pattern[str], dict[str, Fraction | int]] = {
         "flux2": Fraction(1, 4),
     },
     re.compile(r"double_blocks[._]\d+[._](img|txt)_mlp[._]0$"): {
-        **dict.fromkeys(("flux", "chroma", "longcat_image", "hunyuan_image"), 4),
+        **dict.fromkeys(("flux", "chroma", "longcat_image", "hunyuan_image", "hunyuan_video15"), 4),
         "flux2": 6,
     },
     re.compile(r"(layers|refiner)[._]\d+[._]attention[._]qkv$"): {
@@ -388,7 +399,8 @@ def _decided(
         best, others = _by_size(best, most / len(layers), grouped(denoiser))
         if not best:
             return _Verdict((), looks_like=others)
-    best = _better_known(spelt_by.best(best, formats) if len(best) > 1 else best, asked)
+    best = _better_known(best, asked)
+    best = spelt_by.best(best, formats) if len(best) > 1 else best
     return _Verdict(tuple(best), len(best) > 1 and not _alike(best, fmt, layers, metadata))
 
 

@@ -1,5 +1,6 @@
 """How models name their layers. One file an architecture, one line a family here."""
 
+from converters.families.ace_step import ACE_STEP, ACE_STEP_COMFYUI
 from converters.families.auraflow import AURAFLOW
 from converters.families.base import Encoder, Rule, Table
 from converters.families.cogvideox import COGVIDEOX
@@ -7,21 +8,25 @@ from converters.families.cogview4 import COGVIEW4, GLM_IMAGE
 from converters.families.cosmos import COSMOS
 from converters.families.ernie_image import ERNIE_IMAGE
 from converters.families.flux import BRIA, BRIA_FIBO, CHROMA, FLUX, FLUX2, LONGCAT_IMAGE, OVIS_IMAGE
+from converters.families.flux3 import FLUX3
 from converters.families.hidream import HIDREAM
 from converters.families.hunyuan_image import HUNYUAN_IMAGE
-from converters.families.hunyuan_video import HUNYUAN_VIDEO
+from converters.families.hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO
+from converters.families.hunyuan_video15 import HUNYUAN_VIDEO15, HUNYUAN_VIDEO15_COMFYUI
 from converters.families.ideogram4 import IDEOGRAM4
+from converters.families.kandinsky5 import KANDINSKY5
 from converters.families.krea2 import KREA2
 from converters.families.ltx import LTX, LTX2
 from converters.families.lumina import BRIA_FIBO2, LUMINA2, OMNIGEN2, Z_IMAGE
+from converters.families.minimax_h3 import MINIMAX_H3
 from converters.families.mochi import MOCHI
 from converters.families.nucleus_image import NUCLEUS_IMAGE
-from converters.families.pixart import PIXART, SANA
+from converters.families.pixart import PIXART, SANA, SANA_VIDEO
 from converters.families.prx import PRX
 from converters.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE21
 from converters.families.sd3 import SD3
 from converters.families.unet import SD2, SD15, SDXL, SDXL_REFINER
-from converters.families.wan import WAN
+from converters.families.wan import CHRONO_EDIT, HELIOS, SKYREELS_V2, WAN, WAN_ANIMATE2
 
 TABLES: dict[str, Table] = {
     "sd15": SD15,
@@ -45,6 +50,17 @@ TABLES: dict[str, Table] = {
     "mochi": MOCHI,
     "cogvideox": COGVIDEOX,
     "hidream": HIDREAM,
+    "hunyuan_video15": HUNYUAN_VIDEO15,
+    "framepack": FRAMEPACK,
+    "kandinsky5": KANDINSKY5,
+    "sana_video": SANA_VIDEO,
+    "skyreels_v2": SKYREELS_V2,
+    "helios": HELIOS,
+    "chrono_edit": CHRONO_EDIT,
+    "wan_animate2": WAN_ANIMATE2,
+    "minimax_h3": MINIMAX_H3,
+    "flux3": FLUX3,
+    "ace_step": ACE_STEP,
     "krea2": KREA2,
     "cosmos": COSMOS,
     "ideogram4": IDEOGRAM4,
@@ -62,5 +78,7 @@ TABLES: dict[str, Table] = {
     "glm_image": GLM_IMAGE,
     "nucleus_image": NUCLEUS_IMAGE,
 }
+# families of which ComfyUI calls layers otherwise than the original program
+COMFYUI: dict[str, Table] = {**TABLES, "hunyuan_video15": HUNYUAN_VIDEO15_COMFYUI, "ace_step": ACE_STEP_COMFYUI}
 
-__all__ = ["TABLES", "Encoder", "Rule", "Table"]
+__all__ = ["COMFYUI", "TABLES", "Encoder", "Rule", "Table"]

@@ -18,7 +18,7 @@ _RULES = (
     *within("single_blocks.{}.", "single_transformer_blocks.{}.", SINGLE),
 )
 # ComfyUI's model calls the layers as Flux.1 does, and files with its names (diffusion-pipe's, those that sd-scripts converts) are read
-_COMFYUI = {
+COMFYUI = {
     "_attn_qkv": "_attn.qkv",
     "_attn_proj": "_attn.proj",
     "_attn_q_norm": "_attn.norm.query_norm",
@@ -37,7 +37,7 @@ _COMFYUI = {
     "_in.mlp.2": "_in.out_layer",
 }
 HUNYUAN_IMAGE = table(
-    (*_RULES, *respelt(_RULES, _COMFYUI)),
+    (*_RULES, *respelt(_RULES, COMFYUI)),
     {
         "text_encoder": Encoder(text.inside("model.language_model", text.LLAMA)),
         "text_encoder_2": text.t5(name="byt5_small"),

@@ -1,4 +1,4 @@
-"""HunyuanVideo: Flux.1's blocks in other words, and a refiner of the text's tokens."""
+"""HunyuanVideo: Flux.1's blocks in other words, and a refiner of the text's tokens. FramePack, which is made from it."""
 
 from converters.families import text
 from converters.families.base import SWAPPED, Rule, renamed, same, table, within
@@ -72,10 +72,20 @@ _RULES = (
     *within("double_blocks.{}.", "transformer_blocks.{}.", DOUBLE),
     *within("single_blocks.{}.", "single_transformer_blocks.{}.", SINGLE),
 )
-HUNYUAN_VIDEO = table(
-    _RULES,
-    {
-        "text_encoder": text.language(text.LLAMA, "lora_te1_", name="llama"),
-        "text_encoder_2": text.clip("lora_te2_", "clip_l"),
-    },
+_ENCODERS = {
+    "text_encoder": text.language(text.LLAMA, "lora_te1_", name="llama"),
+    "text_encoder_2": text.clip("lora_te2_", "clip_l"),
+}
+HUNYUAN_VIDEO = table(_RULES, _ENCODERS)
+# FramePack is HunyuanVideo with frames that are clean and an image
+FRAMEPACK = table(
+    (
+        *_RULES,
+        *same(
+            *(f"clean_x_embedder.proj{size}" for size in ("", "_2x", "_4x")),
+            *(f"image_projection.{layer}" for layer in ("up", "down")),
+        ),
+    ),
+    _ENCODERS,
+    yields=True,
 )

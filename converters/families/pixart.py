@@ -48,26 +48,30 @@ PIXART = table(
 _QK_NORM = {
     f"{old}.{p}_norm": f"{new}.norm_{p}" for old, new in (("attn", "attn1"), ("cross_attn", "attn2")) for p in "qk"
 }
+_SANA = {
+    **_ENDS,
+    "attention_y_norm": "caption_norm",
+    "t_block.1": "time_embed.linear",
+    **_embedder("t_embedder", "time_embed.emb.timestep_embedder"),
+}
+_SANA_BLOCK = (
+    *_BLOCK,
+    *renamed(_QK_NORM),
+    *renamed({f"mlp.{n}_conv.conv": f"ff.conv_{n}" for n in ("inverted", "depth", "point")}),
+)
+_GEMMA = {"text_encoder": text.language(text.GEMMA2, "lora_te_", name="gemma2_2b")}
 SANA = table(
     (
-        *renamed(
-            {
-                **_ENDS,
-                "x_embedder.proj": "patch_embed.proj",
-                "attention_y_norm": "caption_norm",
-                "t_block.1": "time_embed.linear",
-                **_embedder("t_embedder", "time_embed.emb.timestep_embedder"),
-            }
-        ),
-        *within(
-            "blocks.{}.",
-            "transformer_blocks.{}.",
-            (
-                *_BLOCK,
-                *renamed(_QK_NORM),
-                *renamed({f"mlp.{n}_conv.conv": f"ff.conv_{n}" for n in ("inverted", "depth", "point")}),
-            ),
-        ),
+        *renamed({**_SANA, "x_embedder.proj": "patch_embed.proj"}),
+        *within("blocks.{}.", "transformer_blocks.{}.", _SANA_BLOCK),
     ),
-    {"text_encoder": text.language(text.GEMMA2, "lora_te_", name="gemma2_2b")},
+    _GEMMA,
+)
+SANA_VIDEO = table(
+    (
+        *renamed({**_SANA, "x_embedder.proj": "patch_embedding"}),
+        *within("blocks.{}.", "transformer_blocks.{}.", (*_SANA_BLOCK, *renamed({"mlp.t_conv": "ff.conv_temp"}))),
+    ),
+    _GEMMA,
+    yields=True,
 )

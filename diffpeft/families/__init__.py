@@ -9,18 +9,21 @@ from diffpeft.errors import WrongBaseError
 from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.chroma import Chroma
-from diffpeft.families.cogvideox import CogVideoX
+from diffpeft.families.cogvideox import CogVideoX, CogVideoXImageToVideo
 from diffpeft.families.cogview4 import CogView4
+from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux, FluxControl, FluxKontext
 from diffpeft.families.flux2 import Flux2
+from diffpeft.families.followed import FOLLOWED
+from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
 from diffpeft.families.hunyuan_video15 import HunyuanVideo15
 from diffpeft.families.ideogram4 import Ideogram4
 from diffpeft.families.kandinsky5_video import Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
-from diffpeft.families.ltx import LTX
+from diffpeft.families.ltx import LTX, LTXImageToVideo
 from diffpeft.families.ltx2 import LTX2
 from diffpeft.families.lumina2 import Lumina2
 from diffpeft.families.mochi import Mochi
@@ -33,7 +36,7 @@ from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
 from diffpeft.families.skyreels_v2 import SkyReelsV2
-from diffpeft.families.wan import Wan
+from diffpeft.families.wan import Wan, WanImageToVideo
 from diffpeft.families.z_image import ZImage
 
 FAMILIES: dict[str, type[Family]] = {  # those that can be trained
@@ -60,15 +63,21 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "ideogram4": Ideogram4,
     "ernie_image": ErnieImage,
     "wan": Wan,
+    "wan_i2v": WanImageToVideo,
+    "ltx_i2v": LTXImageToVideo,
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
     "hunyuan_video15": HunyuanVideo15,
     "ltx2": LTX2,
     "cogvideox": CogVideoX,
+    "cogvideox_i2v": CogVideoXImageToVideo,
     "mochi": Mochi,
     "sana_video": SanaVideo,
     "kandinsky5_video": Kandinsky5Video,
     "skyreels_v2": SkyReelsV2,
+    "easyanimate": EasyAnimate,
+    **FOLLOWED,
+    (_OTHERS := "generic"): Generic,  # what has no family of its own
 }
 
 # {diffusers' class of a denoiser: the family whose layer names and sizes it has}. A class that is not here is of no family that is known.
@@ -94,6 +103,17 @@ _MODELS = {
     "MochiTransformer3DModel": "mochi",
     "CogVideoXTransformer3DModel": "cogvideox",
     "HiDreamImageTransformer2DModel": "hidream",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
+    "SanaVideoTransformer3DModel": "sana_video",
+    "SkyReelsV2Transformer3DModel": "skyreels_v2",
+    "HeliosTransformer3DModel": "helios",
+    "ChronoEditTransformer3DModel": "chrono_edit",
+    "WanAnimate2Transformer3DModel": "wan_animate2",
+    "MiniMaxH3Transformer3DModel": "minimax_h3",
+    "Flux3Transformer2DModel": "flux3",
+    "AceStepTransformer1DModel": "ace_step",
     "Krea2Transformer2DModel": "krea2",
     "CosmosTransformer3DModel": "cosmos",
     "Ideogram4Transformer2DModel": "ideogram4",
@@ -117,7 +137,7 @@ _PIPELINES = {
     "StableDiffusion3": "sd3",
     "Flux": "flux",
     "Flux2": "flux2",
-    "Flux3": None,
+    "Flux3": "flux3",
     "Chroma": "chroma",
     "Wan": "wan",
     "QwenImage": "qwen_image",
@@ -126,11 +146,11 @@ _PIPELINES = {
     "Lumina2": "lumina2",
     "HunyuanVideo": "hunyuan_video",
     "HunyuanVideo15": "hunyuan_video15",
-    "HunyuanVideoFramepack": None,
+    "HunyuanVideoFramepack": "framepack",
     "PixArt": "pixart",
     "Sana": "sana",
     "SanaVideo": "sana_video",
-    "SanaImageToVideo": None,
+    "SanaImageToVideo": "sana_video",
     "SanaWM": None,
     "AuraFlow": "auraflow",
     "LTX": "ltx",
@@ -142,6 +162,13 @@ _PIPELINES = {
     "Krea2": "krea2",
     "Ideogram4": "ideogram4",
     "ErnieImage": "ernie_image",
+    "WanAnimate2": "wan_animate2",
+    "Kandinsky5": "kandinsky5",
+    "Helios": "helios",
+    "ChronoEdit": "chrono_edit",
+    "MiniMaxH3": "minimax_h3",
+    "AceStep": "ace_step",
+    "Kolors": "kolors",
     "Cosmos": "cosmos",
     "Cosmos3": None,
     "Anima": "cosmos",
@@ -156,7 +183,10 @@ _PIPELINES = {
     "NucleusMoEImage": "nucleus_image",
     "Kandinsky5T2V": "kandinsky5_video",
     "SkyReelsV2": "skyreels_v2",
+    "EasyAnimate": "easyanimate",
+    "Kandinsky5T2I": "kandinsky5",
 }
+_NAMED_AS = {"kolors": "sdxl"}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
 _WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
@@ -173,6 +203,7 @@ def family_of(target: object) -> str | None:
         by_name = _by_name(base.__name__ for base in type(target).__mro__)
         family = by_name if denoiser is None or width not in _UNETS else by_name or _UNETS[width]
     family = _by_width(family, width)
+    family = _NAMED_AS.get(family or "", family)
     return family if family in TABLES else None  # some are trained whose layers have no other names
 
 
@@ -216,9 +247,27 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
 
     Raises WrongBaseError for one that cannot be trained yet, and for a denoiser that reads more than the latents of one image.
     """
-    unet, vae = configs.get("unet", {}), configs.get("vae", {})
-    named = _by_width(_by_name([pipeline]), unet.get("cross_attention_dim"))
+    family, vae = _by_configs(pipeline, configs, where), configs.get("vae", {})
+    if family == _OTHERS:
+        return family
+    kind = FAMILIES[family]
+    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
+    if read and made and read not in {kind.channels(made), *((made,) if kind.first_frame else ())}:
+        pictures = "an image and its control image" if kind.aligned else "an image"
+        raise WrongBaseError(
+            f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",
+            where=where,
+            remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
+        )
+    return family
+
+
+def _by_configs(pipeline: str, configs: Configs, where: object) -> str:
+    """The family in FAMILIES that trains a pipeline. Raises WrongBaseError for one of a known family that is for something else."""
+    named = _by_width(_by_name([pipeline]), configs.get("unet", {}).get("cross_attention_dim"))
     ids = [id for id, cls in FAMILIES.items() if pipeline in cls.pipelines]
+    if not ids and named not in {*FAMILIES, *_WIDTHS["sd15"].values()}:
+        return _OTHERS
     family = named if named in ids else next((id for id in ids if is_of(id, [named])), None)
     if family is None:
         pipelines = _names(cls.pipelines for cls in FAMILIES.values())
@@ -226,15 +275,6 @@ def trainable(pipeline: str, configs: Configs, where: object = "") -> str:
             f"a {pipeline}{f' with the text width of {named}' if ids else ''} cannot be trained",
             where=where,
             remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(pipelines)}.",
-        )
-    kind = FAMILIES[family]
-    read, made = configs.get(kind.denoiser, {}).get("in_channels"), vae.get("latent_channels") or vae.get("z_dim")
-    if read and made and read != kind.channels(made):
-        pictures = "an image and its control image" if kind.aligned else "an image"
-        raise WrongBaseError(
-            f"its denoiser reads {read} channels and not the {kind.channels(made)} of {pictures}: it cannot be trained",
-            where=where,
-            remedy="It is for inpainting, editing or upscaling: take the model that it was made from.",
         )
     return family
 
@@ -265,6 +305,7 @@ __all__ = [
     "Configs",
     "Family",
     "Frame",
+    "Generic",
     "Noised",
     "Parts",
     "CaptionReading",

@@ -31,10 +31,14 @@ class Frame(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Pixels: the side of the square that a model was made for, and what a side must be a multiple of. None where the configs do not tell."""
+    """Pixels: the side of the square that a model was made for, and what a side must be a multiple of. Of a model of clips the frames that its VAE takes for
+    one, but for the first, and how many it was made for a second. None where the configs do not tell.
+    """
 
     resolution: int | None
     multiple: int | None
+    temporal: int | None = None
+    rate: float | None = None
 
     def known(self) -> tuple[int, int]:
         """Both, of configs that lack nothing."""
@@ -99,6 +103,10 @@ class Family(Protocol):
 
     pipelines: tuple[str, ...]  # the classes that are trained as they are
     denoiser: str
+    denoisers: tuple[str, ...]  # all of them, `denoiser` the first
+    boundary: (
+        float | None
+    )  # the share of noise from which on the first of two denoisers is asked, and below it the second
     text_encoders: tuple[str, ...]  # in the order in which `embed` is asked
     adaptable: tuple[str, ...]  # those of them that an adapter is trained on
     presets: Mapping[
@@ -107,11 +115,12 @@ class Family(Protocol):
     unread: Mapping[str, str]  # {component: the regular expression for those of its layers that nothing reads}
     guidance: Mapping[
         str, str
-    ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline}
+    ]  # {cfg (from a negative prompt) or guidance (that it reads): the keyword of its pipeline, or of its guider}
     drawing_steps: int  # in which it draws well
     controls: tuple[int, int]  # the fewest and the most control images that an example has
     aligned: bool  # whether control images lie over the picture, pixel by pixel, and so have its size
     first_frame: bool  # whether `condition` reads the example's own pixels too
+    viewers: tuple[str, ...]  # the components that `encode` and `condition` look at pictures with
     looking: tuple[str, ...]  # those of the text encoders that look at the control images beside a prompt
 
     parts: Parts
@@ -121,6 +130,8 @@ class Family(Protocol):
     base_version: str  # what sd-scripts calls it: ss_base_model_version
     resolution: int
     multiple: int
+    temporal: int | None  # frames that the VAE takes for one, but for the first; None: of images
+    rate: float | None  # frames a second
     max_length: int  # tokens of a caption that are read
 
     def __init__(self, parts: Parts, reading: CaptionReading):
@@ -135,11 +146,16 @@ class Family(Protocol):
         """How many channels the denoiser reads of latents with so many: other models of its class read more, of images that are edited or filled in."""
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents as the denoiser reads them, fp32. Uses the VAE alone."""
+        """Pixels [b, 3, h, w] in [-1, 1], of clips [b, 3, f, h, w], -> mean and standard deviation of the latents as the denoiser reads them, fp32. Uses the
+        VAE alone.
+        """
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """What the denoiser reads of pictures beside the latents that are trained: of control images, each [b, 3, h, w] in [-1, 1] and of a size of its
         own, or of the first frame of the examples' pixels [b, 3, (f,) h, w]. Uses the VAE alone, or an image encoder.
+
+        `counts` [b, 1, *size], with ones for axes along which it does not change, is no condition: it says which places of the latents are predicted, where
+        some are known.
         """
 
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
@@ -155,7 +171,9 @@ class Family(Protocol):
         """What the denoiser reads of where the pixels are from; empty for a family whose does not."""
 
     def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """The denoiser's prediction [b, c, *size] in fp32, of noised latents x [b, c, *size] at times t [b]. Uses the denoiser alone."""
+        """The denoiser's prediction [b, c, *size] in fp32, of noised latents x [b, c, *size] at times t [b]. Uses the denoiser alone, of several those
+        that are for these times.
+        """
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """Conditions of prompts, and of as many negative ones for guidance, as the pipeline takes them instead of texts.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
-from diffpeft.families.latents import encoded, factor, precise
+from diffpeft.families.latents import encoded, factor, precise, temporal_factor
 from diffpeft.families.prompts import length_within, stacked
 from diffpeft.families.uncontrolled import Uncontrolled
 
@@ -35,6 +35,8 @@ class Transformer(Uncontrolled):
     name = ""  # in messages
     pipelines: tuple[str, ...] = ()
     denoiser = "transformer"
+    denoisers: tuple[str, ...] = ("transformer",)
+    boundary: float | None = None
     text_encoders: tuple[str, ...] = ("text_encoder",)
     adaptable: tuple[str, ...] = ()
     presets: Mapping[str, str] = MappingProxyType({})
@@ -92,7 +94,31 @@ class Transformer(Uncontrolled):
 
     def predict(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The velocity [b, c, *size]."""
-        model = self.parts(self.denoiser)
+        import torch
+
+        rows_of = self._rows(t)
+        if len(rows_of) == 1:
+            return self._predicted(next(iter(rows_of)), x, t, conditions)
+        answers = [
+            self._predicted(name, x[rows], t[rows], {key: value[rows] for key, value in conditions.items()})
+            for name, rows in rows_of.items()
+        ]
+        return torch.cat(answers)[torch.cat([*rows_of.values()]).argsort()]
+
+    def _rows(self, t: Tensor) -> dict[str, Tensor]:
+        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several this waits for the times; without numbers it is the first."""
+        import torch
+
+        every = torch.arange(len(t))
+        if self.boundary is None or t.is_meta:
+            return {self.denoiser: every}
+        noisy = (t >= self.boundary).cpu()
+        rows_of = dict(zip(self.denoisers, (every[noisy], every[~noisy]), strict=True))
+        return {name: rows for name, rows in rows_of.items() if len(rows)}
+
+    def _predicted(self, denoiser: str, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The velocity [b, c, *size] that one denoiser says."""
+        model = self.parts(denoiser)
         read = {
             name: sent(value, model.device).to(model.dtype) if value.is_floating_point() else value
             for name, value in conditions.items()
@@ -111,9 +137,25 @@ class Transformer(Uncontrolled):
 class ClipTransformer(Transformer):
     """One of a model of clips, which sees an image as a clip of one frame."""
 
+    frames_a_second: float = 24
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        _, _, self.temporal, self.rate = self.sizes(parts.configs)
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """With those of clips."""
+        taken = temporal_factor(configs.get("vae", {}))
+        return super().sizes(configs)._replace(temporal=taken, rate=cls.frames_a_second)
+
+    def frames_of(self, count: int) -> int:
+        """The frames of the latents of so many frames."""
+        return (count - 1) // (self.temporal or 1) + 1
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [b, 3, h, w] or [b, 3, f, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, f / t, h / f, w / f]."""
-        return encoded(self.parts("vae"), pixels if pixels.ndim == 5 else pixels.unsqueeze(2))
+        """Pixels [b, 3, (f,) h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, (f - 1) / t + 1, h / s, w / s]."""
+        return encoded(self.parts("vae"), pixels.unsqueeze(2) if pixels.ndim == 4 else pixels)
 
 
 def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:

@@ -78,7 +78,10 @@ class Flow:
         """S for latents [b, c, *size] of this shape."""
         if self.shift is not None:
             return self.shift
-        mu = self.mu(math.prod(shape[2:]) / self.patch**2)
+        return self.shifted(self.mu(math.prod(shape[2:]) / self.patch**2))
+
+    def shifted(self, mu: float) -> float:
+        """S by mu."""
         return math.exp(mu) if self.exponential else mu
 
     def sigma(self, u: Tensor, shape: Sequence[int]) -> Tensor:

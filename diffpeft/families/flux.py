@@ -45,6 +45,8 @@ class Flux(Uncontrolled):
 
     pipelines: tuple[str, ...] = ("FluxPipeline",)
     denoiser = "transformer"
+    denoisers: tuple[str, ...] = ("transformer",)
+    boundary: float | None = None
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     adaptable: tuple[str, ...] = ("text_encoder",)
     presets: Mapping[str, str] = MappingProxyType(

@@ -4,8 +4,6 @@ Qwen2.5-VL's hidden states after those of the template, and ByT5's of the words 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
@@ -30,7 +28,6 @@ class HunyuanVideo15(ClipTransformer):
         r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"ff(_context)?\.net\.(0\.proj|2)",
     )
-    guidance: Mapping[str, str] = MappingProxyType({})
     patch = 1
     side = 640  # about the area of 480 x 848
     tokens = most_tokens = 1000
@@ -89,7 +86,7 @@ class HunyuanVideo15(ClipTransformer):
         masks = {name: sent(mask.to(x.dtype), x.device) for name, mask in _masks(read).items()}
         return model(
             hidden_states=torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1),
-            timestep=1000 * t,
+            timestep=(1000 * t).to(x.dtype),
             encoder_hidden_states=read["text"],
             encoder_attention_mask=masks["text"],
             encoder_hidden_states_2=read["glyphs"],

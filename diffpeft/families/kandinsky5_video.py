@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diffpeft.families.base import Conditions, Prompted
+from diffpeft.families.base import Conditions, Prompted, Sizes
 from diffpeft.families.dit import ClipTransformer, in_blocks
 from diffpeft.families.prompts import by_length
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffpeft.families.parts import Component
+    from diffpeft.families.parts import Component, Configs
+
+_SQUARE = 8  # tokens, the side of what sparse attention chooses
 
 
 class Kandinsky5Video(ClipTransformer):
@@ -28,10 +30,17 @@ class Kandinsky5Video(ClipTransformer):
         r"(self|cross)_attention\.(to_(query|key|value)|out_layer)",
         r"feed_forward\.(in|out)_layer",
     )
-    side = 624  # about the area of 512 x 768
+    side = 640  # about the area of 512 x 768
     most_tokens = 1024
     architecture = "kandinsky-5-video"
     base_version = "kandinsky5_video"
+
+    @classmethod
+    def sizes(cls, configs: Configs) -> Sizes:
+        """Whole tokens, and squares of them where attention is sparse."""
+        sizes = super().sizes(configs)
+        sparse = configs.get(cls.denoiser, {}).get("attention_type") == "nabla"
+        return sizes._replace(multiple=sizes.multiple * _SQUARE) if sizes.multiple and sparse else sizes
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """Qwen's hidden states [n, width] of as many tokens as a prompt has, or what CLIP pools [width]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,21 @@ def _normalisation(vae: Component) -> tuple[Tensor, Tensor]:
     if mean is None or std is None:
         return shift, scale
     return torch.as_tensor(mean, dtype=torch.float64), scale / torch.as_tensor(std, dtype=torch.float64)
+
+
+def temporal_factor(config: Mapping[str, object]) -> int | None:
+    """Frames a latent frame, by the config of a VAE; None if it does not tell."""
+    for name in ("temporal_compression_ratio", "scale_factor_temporal"):
+        if isinstance(config.get(name), int):
+            return config[name]  # type: ignore[return-value]
+    scaled, expanded, halved = (
+        config.get(name) for name in ("spatio_temporal_scaling", "temporal_expansions", "temperal_downsample")
+    )
+    if isinstance(expanded, (list, tuple)):  # Mochi's
+        return math.prod(expanded)
+    patch = config.get("patch_size_t") if isinstance(config.get("patch_size_t"), int) else 1
+    halves = scaled if isinstance(scaled, (list, tuple)) else halved
+    return patch * 2 ** sum(map(bool, halves)) if isinstance(halves, (list, tuple)) else None
 
 
 def factor(config: Mapping[str, object]) -> int | None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from diffpeft.families.parts import Component, Parts
 
-_RATE = 24.0  # frames a second: the pipeline's
+
+_BESIDE = ("connectors", "audio_vae", "vocoder")  # what the pipeline has beside the usual components
 
 
 class LTX2(ClipTransformer):
@@ -66,7 +67,7 @@ class LTX2(ClipTransformer):
             num_frames=frames,
             height=height,
             width=width,
-            fps=_RATE,
+            fps=self.rate,
             audio_num_frames=1,
             isolate_modalities=True,
             use_cross_timestep=True,
@@ -95,8 +96,10 @@ class LTX2(ClipTransformer):
         return torch.stack(states), counted(read["length"], self.max_length).flip(1).long()
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
-        """As an LTX2Pipeline takes prompts, for single frames."""
-        keywords: Prompted = {"num_frames": 1}
+        """As an LTX2Pipeline takes prompts, for single frames. It draws with components that training does without, which are small and stay."""
+        for name in _BESIDE:
+            self.parts(name)
+        keywords: Prompted = {"num_frames": 1, "frame_rate": self.rate}
         for prefix, read in (("", prompts), ("negative_", negative)):
             keywords[f"{prefix}prompt_embeds"], keywords[f"{prefix}prompt_attention_mask"] = self._filled(read)
         return keywords

@@ -27,6 +27,7 @@ class Mochi(ClipTransformer):
         r"attn1\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"ff(_context)?\.net\.(0\.proj|2)",
     )
+    frames_a_second = 30
     side = 640  # about the area of 480 x 848
     tokens = most_tokens = 256
     architecture = "mochi-1"

@@ -18,6 +18,7 @@ class SanaVideo(ClipTransformer, Sana):
 
     name = "Sana-Video"
     pipelines: tuple[str, ...] = ("SanaVideoPipeline",)
+    frames_a_second = 16
     side = 640  # about the area of 480 x 832
     architecture = "sana-video"
     base_version = "sana_video"
@@ -30,7 +31,7 @@ class SanaVideo(ClipTransformer, Sana):
     def sizes(cls, configs: Configs) -> Sizes:
         """Whole tokens, whose size the transformer tells."""
         pixels, patch = factor(configs.get("vae", {})), configs.get(cls.denoiser, {}).get("patch_size")
-        return Sizes(cls.side, pixels * patch[-1] if pixels and patch else None)
+        return super().sizes(configs)._replace(multiple=pixels * patch[-1] if pixels and patch else None)
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a SanaVideoPipeline takes prompts, for single frames of the sizes that are asked for."""

@@ -25,6 +25,8 @@ class StableDiffusion(Uncontrolled):
 
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
     denoiser = "unet"
+    denoisers: tuple[str, ...] = ("unet",)
+    boundary: float | None = None
     text_encoders: tuple[str, ...] = ("text_encoder",)
     adaptable: tuple[str, ...] = text_encoders
     presets: Mapping[str, str] = MappingProxyType({})

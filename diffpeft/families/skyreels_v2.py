@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _FORCING = "SkyReelsV2DiffusionForcingPipeline"
-_FAST = 1  # its number for every rate but 16 frames a second
+_SLOW = 16  # frames a second: 0 for the model, which has 1 for every other rate
 
 
 class SkyReelsV2(Wan):
@@ -26,6 +26,7 @@ class SkyReelsV2(Wan):
 
     name = "SkyReels-V2"
     pipelines: tuple[str, ...] = ("SkyReelsV2Pipeline", _FORCING)
+    frames_a_second = 24
     side = 720  # about the area of 544 x 960
     architecture = "skyreels-v2"
     base_version = "skyreels_v2"
@@ -44,9 +45,10 @@ class SkyReelsV2(Wan):
         time = 1000 * t[:, None].expand(-1, x.shape[2])
         per = 1 if model.config.inject_sample_info else len(x)
         clips = zip(x.split(per), time.split(per), read["text"].split(per), strict=True)
-        forced = {"enable_diffusion_forcing": True, "fps": [_FAST] * per, "return_dict": False}
+        forced = {"enable_diffusion_forcing": True, "fps": [int(self.rate != _SLOW)] * per, "return_dict": False}
         return torch.cat([model(*clip, **forced)[0] for clip in clips])
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As both pipelines take prompts, for single frames; one does not do without a text, which may be none."""
-        return super().prompted(prompts, negative, blank) | {"prompt": None}
+        rate = {"fps": self.rate} if self.forced else {}
+        return super().prompted(prompts, negative, blank) | {"prompt": None} | rate

@@ -1,4 +1,4 @@
-"""What a family is that reads no pictures beside those that are trained."""
+"""What a family is that reads no pictures beside those that are trained, and trains on images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class Uncontrolled:
     controls: tuple[int, int] = (0, 0)
     aligned: bool = False
     first_frame: bool = False
+    viewers: tuple[str, ...] = ("vae",)
     looking: tuple[str, ...] = ()
+    temporal: int | None = None
+    rate: float | None = None
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """Nothing."""

@@ -18,6 +18,7 @@ from diffpeft.families import Conditions, Family
 from diffpeft.families.prompts import stacked
 from diffpeft.train.data import Example, View
 from diffpeft.train.data.controls import NONE, Controls, shown_with
+from diffpeft.train.data.footage import pictures_of
 from diffpeft.train.data.masks import masked
 from diffpeft.train.data.read import numbers, picture
 from diffpeft.train.draw import generator
@@ -69,9 +70,9 @@ class Latents:
             example, views = examples[image[0]], image[1]
             missing = [view for view in views if self._kept(example, view) is None]
             if missing:
-                pixels = picture(example.path)
+                pictures = _pictures(example)
                 for view in missing:
-                    self._compute(example, view, pixels)
+                    self._compute(example, view, pictures)
             return entries_of(self.store, [key for view in missing for key in self._keys(example, view)])
 
         for entries in team().divided(list(by_image.items()), computed):
@@ -82,12 +83,12 @@ class Latents:
     def done(self) -> None:
         """Give up the VAE, if latents are kept."""
         if self.store.keeps:
-            self.family.parts.free("vae")
+            self.family.parts.free(*self.family.viewers)
 
     def __call__(self, example: Example, view: View) -> Moments:
         """The latents of a view, which are computed if they are not kept."""
         kept_moments = self._kept(example, view)
-        return self._compute(example, view, picture(example.path)) if kept_moments is None else kept_moments
+        return self._compute(example, view, _pictures(example)) if kept_moments is None else kept_moments
 
     def controls(self, example: Example, view: View) -> Controls:
         """The control images of an example where it is shown so."""
@@ -113,8 +114,9 @@ class Latents:
         latents, *conditions = (tensors or {} for tensors in entries)
         return Moments(latents["mean"], latents["std"], latents.get("mask"), conditions[0] if conditions else {})
 
-    def _compute(self, example: Example, view: View, image: Image.Image) -> Moments:
-        pixels = numbers(view.of(image))[None]
+    def _compute(self, example: Example, view: View, pictures: Sequence[Image.Image]) -> Moments:
+        shown = torch.stack([numbers(view.of(image)) for image in pictures], 1)  # [3, f, h, w]
+        pixels = (shown if view.frames else shown.squeeze(1))[None]
         mean, std = (t[0].cpu() for t in self.family.encode(pixels))
         mask = masked(example, view, (mean.shape[-2], mean.shape[-1]))
         latents, *others = self._keys(example, view)
@@ -129,7 +131,13 @@ class Latents:
 
 def _facts(view: View) -> Key:
     """All of a view."""
-    return (view.target, view.left, view.top, view.flipped)
+    facts: Key = (view.target, view.left, view.top, view.flipped)
+    return (*facts, view.frames) if view.frames else facts
+
+
+def _pictures(example: Example) -> list[Image.Image]:
+    """An image, or the frames of a clip."""
+    return pictures_of(example.path, example.frames) if example.frames else [picture(example.path)]
 
 
 def keyed(store: Store, controls: Controls) -> Key:

@@ -83,8 +83,8 @@ def prompt_of(run: TrainRun) -> str | None:
 def _widget(folder: Path, words: str | None) -> list[dict[str, object]]:
     """The newest pictures, one for each prompt, that a run drew with the adapter, with their prompts as the pictures say them."""
     newest: dict[int, tuple[int, Path]] = {}
-    for path in folder.glob("samples/step*/p*_s*.png"):
-        match = re.fullmatch(r"step(\d+)/p(\d+)_s\d+\.png", f"{path.parent.name}/{path.name}")
+    for path in folder.glob("samples/step*/p*_s*.*"):
+        match = re.fullmatch(r"step(\d+)/p(\d+)_s\d+\.(?:png|webp)", f"{path.parent.name}/{path.name}")
         if match:
             step, number = int(match[1]), int(match[2])
             newest[number] = max(newest.get(number, (-1, path)), (step, path))

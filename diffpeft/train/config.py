@@ -262,6 +262,10 @@ class TrainConfig(Options):
         None,
         "What counts in an image: alpha (its transparency), or a folder of masks with the images' names; white counts.",
     )
+    control: str | Sequence[str] | None = option(
+        None,
+        "Folders of control images with the pictures' names, with commas, for models of edits. Default: control, control2 ... beside a folder target.",
+    )
     class_prompt: str | None = option(
         None, "Switches prior preservation on: what the class is called, without the new word."
     )
@@ -291,6 +295,22 @@ class TrainConfig(Options):
         several="commas",
     )
     buckets: bool = option(True, "Keep the shapes of images, by sd-scripts' buckets; else all are cropped to squares.")
+    frames: int | Sequence[int] | None = option(
+        None,
+        "Train on clips of so many frames, with a model of videos: of video files, folders of numbered frames and animated images. With several, as in "
+        "1,17,33, a clip is used in each that it is long enough for.",
+        at_least=1,
+        several="commas",
+    )
+    fps: float | None = option(
+        None, "Frames a second that clips are shown at; default: what the model was made for.", above=0, needs="frames"
+    )
+    extract: str | None = option(
+        None,
+        "What of longer clips is used: head (the default), middle, uniform (frames spread over all of it), or chunks (one clip after the other).",
+        choices=("head", "middle", "uniform", "chunks"),
+        needs="frames",
+    )
     flip: bool = option(False, "Mirror images at random.")
     crop: str = option("center", "What of an image is used where it is too long.", choices=("center", "random"))
     caption_dropout: float = option(
@@ -367,6 +387,12 @@ class TrainConfig(Options):
     density_mean: float | None = option(None, "Of logit_normal; above 0 is noisier; default: 0.", needs="density")
     density_std: float | None = option(None, "Of logit_normal; default: 1.", above=0, needs="density")
     density_scale: float | None = option(None, "Of mode; default: 1.29.", at_least=-1, at_most=1.75, needs="density")
+    experts: str | None = option(
+        None,
+        "Of a model with two denoisers (Wan 2.2), which are trained: both (the default; every pair of steps has one of each), high (the one for much "
+        "noise) or low.",
+        choices=("both", "high", "low"),
+    )
     shift: float | None = option(
         None, "Shifts levels towards noise, in the place of the model's own; above 1 is noisier.", above=0
     )
@@ -487,6 +513,10 @@ class TrainConfig(Options):
         """The resolutions that were asked for, or else what the model was made for; none if that is not known."""
         sides = self.resolution or resolution or ()
         return (sides,) if isinstance(sides, int) else tuple(sides)
+
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of frames that clips have; none where single images are trained on."""
+        return (self.frames,) if isinstance(self.frames, int) else tuple(self.frames or ())
 
     def main_prompts(self) -> dict[str, str]:
         """{prompt that is always drawn: the option that it is from}."""

@@ -15,8 +15,9 @@ from torch import Tensor
 import diffpeft
 from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
-from diffpeft.families import CaptionReading, Family, open_family
-from diffpeft.layers.streaming import stream_of
+from diffpeft.families import CaptionReading, Family, Generic, open_family
+from diffpeft.families.base import Sizes
+from diffpeft.layers.streaming import remembered, stream_of
 from diffpeft.model.attach import attach
 from diffpeft.model.placing import Placing
 from diffpeft.model.state import slots_of, trained_parameters
@@ -25,9 +26,11 @@ from diffpeft.pipeline.open import default_device, default_dtype, denoises, open
 from diffpeft.train import data, draw, machines, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
-from diffpeft.train.check import Checked, check, resized
+from diffpeft.train.check import Checked, check, framing_of, resized
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
+from diffpeft.train.data.footage import frames_in
+from diffpeft.train.experts import experts_of
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
 from diffpeft.train.journal import BY_BAND, HELDOUT, Logbook
@@ -56,7 +59,7 @@ from diffpeft.train.save import check_saving, exported, file_dtype
 from diffpeft.train.save import readers as readers
 from diffpeft.train.save import save as save
 from diffpeft.train.shards import shard
-from diffpeft.train.showing import Drawing, drawing_of, showing, told
+from diffpeft.train.showing import Drawing, begun_with, drawing_of, showing, told
 from diffpeft.train.slider import SliderLoss, canvases
 from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.start import adopt, assist, bake, dismiss, without
@@ -86,13 +89,13 @@ def _trained(typed: TrainConfig, checked: Checked, watch: Watch) -> TrainRun:
     if team().main:
         open_repository(typed)
     watch.phase("looking at the model")
-    family = opened(typed, dtype, device)
+    family = noted(opened(typed, dtype, device), watch)
     sizing, name = sizing_of(typed, family), checked.name
     checked = sized(checked, sizing, watch)
     config = settled(typed, checked, family, dtype)
     chosen = {} if config.init_from else chosen_layers(config, family)
     texts = Texts(family, _live(config, family), _stores(config, family), device)
-    drawing = drawing_of(config, family, checked.prompts, chosen, texts, device)
+    drawing = drawing_of(config, family, begun_with(checked.prompts, family, checked.account), chosen, texts, device)
     said = origins.origins_of(typed, config, checked.origins)
     if team().main:
         origins.record(config.output(), config, said, checked.account.table())
@@ -126,7 +129,8 @@ def _share_out(config: TrainConfig, family: Family, name: str) -> None:
     """
     if machines.sharding(config):
         trained = set(trained_parameters(family.pipe, name).values())
-        shard(family.parts(family.denoiser), trained)
+        for denoiser in experts_of(config, family).spans:
+            shard(family.parts(denoiser), trained)
 
 
 def _fitted(
@@ -141,7 +145,12 @@ def _fitted(
     """Take the steps of a run, or those that are left. Raises what `fit` raises."""
     config, family = run.config, run.family
     parameters = trained_parameters(family.pipe, run.name)
-    strict = [where for where in parameters if where.rpartition(".")[0] not in unread]
+    begins = experts_of(config, family).begins(config.seed)
+    strict = {
+        where: begins.get(where.partition(".")[0], (0, 1))
+        for where in parameters
+        if where.rpartition(".")[0] not in unread and not (family.boundary and isinstance(config, SliderConfig))
+    }
     loss = encoded.loss(config)
     job = job_of(config, parameters, loss, strict=strict)
     judge = judge_of(run, encoded.heldout, encoded.texts, sampling_of(config, family), objective_of(config), log, watch)
@@ -159,29 +168,38 @@ def _fitted(
 
 
 def _reads(checked: Checked) -> dict[str, str]:
-    """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files and masks."""
-    files = [(e, [p for p in (e.path, e.mask) if p]) for e in checked.account.examples]
-    examples = [(e.caption, e.repeats, *((p.name, p.stat().st_size) for p in paths)) for e, paths in files]
-    return {"data": fingerprint(examples)}
+    """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files, masks and control images."""
+    examples = checked.account.examples
+    files = [(e, [p for p in (e.path, e.mask, *(c.path for c in e.controls)) if p]) for e in examples]
+    facts = [(e.caption, e.repeats, *((p.name, _bytes(p)) for p in paths), *e.frames) for e, paths in files]
+    return {"data": fingerprint(facts)}
+
+
+def _bytes(path: Path) -> int:
+    """How large a file is, or all files of a clip's folder."""
+    return sum(file.stat().st_size for file in frames_in(path)) if path.is_dir() else path.stat().st_size
 
 
 @contextlib.contextmanager
 def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
     """The models as they are while training: with gradient checkpointing, and compiled."""
-    models = [getattr(family.pipe, part) for part in (family.denoiser, *_live(config, family))]
+    denoisers = [getattr(family.pipe, part) for part in experts_of(config, family).spans]
+    models = [*denoisers, *(getattr(family.pipe, part) for part in _live(config, family))]
     checkpointed = models if config.gradient_checkpointing else []
     for model in checkpointed:
         model.enable_gradient_checkpointing() if hasattr(model, "enable_gradient_checkpointing") else (
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         )
     if config.compile:
-        models[0].compile()
-    streaming = stream_of(models[0])
+        for denoiser in denoisers:
+            denoiser.compile()
+    streams = [streaming for denoiser in denoisers if (streaming := stream_of(denoiser)) is not None]
     try:
-        with streaming.remembered() if streaming else contextlib.nullcontext():
+        with remembered(streams) if streams else contextlib.nullcontext():
             yield
     finally:
-        models[0]._compiled_call_impl = None
+        for denoiser in denoisers:
+            denoiser._compiled_call_impl = None
         for model in checkpointed:
             model.disable_gradient_checkpointing() if hasattr(model, "disable_gradient_checkpointing") else (
                 model.gradient_checkpointing_disable()
@@ -211,11 +229,13 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
         placed=None if config.base_lora else placed,
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
+    experts_of(config, family)
     if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
         _bake(family, config.base_lora, placed)
     family.pipe.set_progress_bar_config(disable=True)
+    family.rate = config.fps or family.rate
     return family
 
 
@@ -224,10 +244,18 @@ def _bake(
 ) -> None:
     """Put adapters into the weights of a model for this run, on the host, before they are in few bits; then its parts go where they belong."""
     bake(family.parts.whole(), adapters)
-    family.parts.pin(family.denoiser, *family.text_encoders)
+    family.parts.pin(*family.denoisers, *family.text_encoders)
     for name, module in family.pipe.components.items():
         if isinstance(module, torch.nn.Module):
             placed(name, module)
+
+
+def noted(family: Family, watch: Watch) -> Family:
+    """The family; where it is none of its own, that is said."""
+    if type(family) is Generic:
+        kind = type(family.pipe).__name__
+        watch.note(f"a {kind} has no family of its own: it is trained as its pipeline asks its denoiser")
+    return family
 
 
 def settled(typed: TrainConfig, checked: Checked, family: Family, dtype: str) -> TrainConfig:
@@ -243,6 +271,7 @@ def sizing_of(config: TrainConfig, family: Family) -> data.Sizing:
     for side in sides:
         if side % family.multiple:
             raise ConfigError(f"resolution is {side}", remedy=f"For this model it is a multiple of {family.multiple}.")
+    framing_of(config, Sizes(family.resolution, family.multiple, family.temporal, family.rate))
     return data.Sizing(sides, config.buckets, family.multiple)
 
 
@@ -366,11 +395,12 @@ def chosen_layers(config: TrainConfig, family: Family) -> dict[str, ChosenLayers
 
     Raises UnknownNameError for names that no layer has, ConfigError for a rank that is above both sides of all of them.
     """
-    parts = [family.denoiser, *_live(config, family)]
+    denoisers = experts_of(config, family).spans
+    parts = [*denoisers, *_live(config, family)]
     targets = target_names(config.targets, PRESETS)
     preset = isinstance(targets, str) and targets in PRESETS
     by_part = {part: targets if preset else "attn" for part in parts}  # names are the denoiser's
-    by_part[family.denoiser] = family.presets.get(str(targets), targets)
+    by_part |= dict.fromkeys(denoisers, family.presets.get(str(targets), targets))
     chosen = {part: ChosenLayers(targets=by_part[part], exclude=family.unread.get(part)) for part in parts}
     layers = {part: select({part: family.parts.outline(part)}, **chosen[part])[part] for part in parts}
     check_rank(config, [layer for by_name in layers.values() for layer in by_name.values()])
@@ -383,7 +413,7 @@ def adapt(config: TrainConfig, family: Family, name: str) -> TrainConfig:
 
     A fresh one's initial values follow from the seed; `init_from` brings its values, method, ranks and layers along.
     """
-    models = {part: family.parts(part) for part in (family.denoiser, *_live(config, family))}
+    models = {part: family.parts(part) for part in (*experts_of(config, family).spans, *_live(config, family))}
     for module in family.pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
@@ -437,13 +467,15 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
     A step has batch_size x parts places for instance images and as many for class images; a part has its share of both, so that the parts' losses
     add up to the loss of one batch of that size.
     """
-    device, sampling = family.parts(family.denoiser).device, sampling_of(config, family)
+    experts = experts_of(config, family)
+    device = family.parts(next(iter(experts.spans))).device
+    samplings = {name: sampling_of(config, family, span) for name, span in experts.spans.items()}
     objective, weight = objective_of(config), config.prior_weight or prior.WEIGHT
     base = partial(diffpeft.adapters, family.pipe, without(config.name or "", config.training_adapter))
     span = config.base_span()
     base_range = None if span is None else BaseRange(*span, config.base_weight or BASE_WEIGHT, texts, base)
 
-    def loss_of(batch: Batch) -> Tensor:
+    def loss_of(batch: Batch, sampling: Sampling) -> Tensor:
         batch = replace(batch.to(device), u=sampling(batch.u, batch.latents.shape))
         losses = denoising(family, batch, texts(batch.prompts, batch.controls), objective, base_range)
         loss = with_prior(losses, batch.is_class, weight)
@@ -452,7 +484,8 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
         return loss / config.parts()
 
     def loss_at(step: int, part: int) -> Tensor:
-        return torch.stack([loss_of(batch) for batch in assembly.at(step, part, config.parts())]).sum()
+        sampling = samplings[experts.at(config.seed, step)]
+        return torch.stack([loss_of(batch, sampling) for batch in assembly.at(step, part, config.parts())]).sum()
 
     return loss_at
 
@@ -463,8 +496,8 @@ def objective_of(config: TrainConfig) -> Objective:
     return Objective(config.loss, c, schedule, config.snr_gamma, config.debiased)
 
 
-def sampling_of(config: TrainConfig, family: Family) -> Sampling:
-    """How levels of noise are drawn."""
+def sampling_of(config: TrainConfig, family: Family, span: tuple[float, float] | None = None) -> Sampling:
+    """How levels of noise are drawn, in a part of the range or in all that is trained at."""
     said = {"mean": config.density_mean, "std": config.density_std, "scale": config.density_scale}
     parameters = {name: number for name, number in said.items() if number is not None}
-    return Sampling(family.levels, config.density, parameters, config.shift, config.span())
+    return Sampling(family.levels, config.density, parameters, config.shift, span or experts_of(config, family).span)

@@ -11,7 +11,7 @@ from diffpeft.train.budget import fitted
 from diffpeft.train.check import Checked
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.estimate import Outline, Phase, sized
-from diffpeft.train.formats import asked, chosen, file_of
+from diffpeft.train.formats import asked, chosen, file_of, halves_of
 from diffpeft.train.outputs import ACCOUNT, CONFIG, METRICS, PAGE, ROWS
 
 
@@ -131,5 +131,9 @@ def _files(config: TrainConfig, family: Family, name: str) -> tuple[str, ...]:
         for tensor in slot.state_dict().values():
             tensor.uniform_()
     bundle = bundle_of(family.pipe, name, family_of(family.pipe) or "")
-    written = [file_of(name, format) for format in chosen(bundle, asked(config)).written]
+    written = [
+        file_of(name, format, half)
+        for format in chosen(bundle, asked(config)).written
+        for half in halves_of(bundle, format)
+    ]
     return (*written, PAGE, METRICS, ROWS, CONFIG, ACCOUNT)

@@ -19,6 +19,7 @@ from diffpeft.train import dreambooth
 from diffpeft.train.check import Checked
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data import Account
+from diffpeft.train.experts import experts_of
 from diffpeft.train.job import checked_dtype
 from diffpeft.train.memory import peak, size_of
 from diffpeft.train.optimizers import row_of
@@ -72,8 +73,9 @@ class Outline:
         """{component: the most bytes of it that are on the device at once}, without an adapter, where a share of the denoiser's blocks is on the host."""
         family, pipe = self.family, self.family.pipe
         frozen = [name for name in family.text_encoders if name not in self.live]
+        denoisers = dict.fromkeys(family.denoisers, share)
         shares = {
-            family.denoiser: share,
+            **denoisers,
             "vae": 0.0,
             **dict.fromkeys(self.live, 0.0),
             **dict.fromkeys(frozen, float(share > 0)),
@@ -100,11 +102,12 @@ class Outline:
         weights, family, prior = self.held[share], self.family, self.checked.prior
         resident = sum(weights[name] for name in self.live)
         together = {f"captions ({name})": weights[name] for name in family.text_encoders}
+        experts = sum(weights[name] for name in experts_of(self.config, family).spans)
         together["images (vae)"] = weights["vae"] + resident
         if prior and prior.missing:
-            together["class images"] = weights["vae"] + weights[family.denoiser] + resident
+            together["class images"] = weights["vae"] + experts + resident
         every = self.config.cache == "none"
-        together["training"] = sum(weights.values()) if every else weights[family.denoiser] + resident
+        together["training"] = sum(weights.values()) if every else experts + resident
         trained = {"training": (self.adapter, self.optimizer)}
         return tuple(
             Phase(part, size, *trained.get(part, (0, 0)), self.computed.get(part, 0)) for part, size in together.items()
@@ -118,13 +121,13 @@ def _outlined(config: TrainConfig, dtype: str) -> Family:
     """The family of a model whose components are all there without numbers, and stay."""
     family = dreambooth.opened(config, dtype, "meta")
     parts = family.parts
-    for name in (*family.text_encoders, "vae", family.denoiser):
+    for name in (*family.text_encoders, "vae", *family.denoisers):
         setattr(parts.pipe, name, parts.outline(name).to(dtype_of(dtype)).eval())
-    parts.pin(*family.text_encoders, "vae", family.denoiser)
-    denoiser = getattr(parts.pipe, family.denoiser)
-    for kind in (_kind_in_file(config, denoiser), config.quantize):
-        if kind:
+    parts.pin(*family.text_encoders, "vae", *family.denoisers)
+    for denoiser in (getattr(parts.pipe, name) for name in family.denoisers):
+        for kind in filter(None, (_kind_in_file(config, denoiser), config.quantize)):
             quantise(denoiser, kind, torch.device("meta"))
+    family.denoiser = next(iter(experts_of(config, family).spans))  # the one that a step is counted with
     return family
 
 
@@ -143,13 +146,14 @@ class LargestExample:
 
     Args:
         live: the text encoders that are trained. Those that are not have read the captions before, unless nothing is cached.
-        size: (width, height); controls: how many control images it has.
+        size: (width, height); frames: of a clip, 0 of a picture; controls: how many control images it has.
     """
 
     config: TrainConfig
     family: Family
     live: tuple[str, ...]
     size: tuple[int, int]
+    frames: int
     caption: str
     controls: int
 
@@ -159,17 +163,18 @@ class LargestExample:
         size = max(account.buckets, key=lambda size: size[0] * size[1])
         caption = max((example.caption for example in account.examples), key=len, default="")
         controls = max((len(example.controls) for example in account.examples), default=0)
-        return cls(config, family, live, size, caption, controls)
+        frames = max((len(example.frames) for example in account.examples), default=0)
+        return cls(config, family, live, size, frames, caption, controls)
 
-    def pixels(self, number: int) -> Tensor:
-        """So many pictures [b, 3, h, w]."""
-        return torch.empty(number, 3, *reversed(self.size), device=self.family.parts(self.family.denoiser).device)
+    def pixels(self, number: int, frames: int = 0) -> Tensor:
+        """So many pictures [b, 3, h, w], or clips [b, 3, f, h, w]."""
+        device = self.family.parts(self.family.denoiser).device
+        return torch.empty(number, 3, *([frames] if frames else []), *reversed(self.size), device=device)
 
     def encoded(self, number: int) -> tuple[Tensor, Conditions]:
-        """Latents of so many pictures, and what their control images come to."""
-        family, pixels = self.family, self.pixels(number)
-        read = family.condition(pixels, [pixels] * self.controls) if self.controls or family.first_frame else {}
-        return family.encode(pixels)[0], read
+        """Latents of so many examples, and what is read of pictures beside them."""
+        pixels, stills = self.pixels(number, self.frames), [self.pixels(number)] * self.controls
+        return self.family.encode(pixels)[0], self.family.condition(pixels, stills)
 
     def embedded(self, encoder: str, number: int) -> Conditions:
         """What an encoder makes of so many captions."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from converters.detection import COMPONENT
 from converters.formats import FORMATS
 from converters.holding import held
 from converters.writing import by_component
-from diffpeft.bundle import Bundle
+from diffpeft.bundle import Bundle, Entry, dotted, parted
 from diffpeft.errors import CannotConvertError, ConfigError, UnknownNameError, listed
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.groups import entries_of
@@ -39,14 +41,47 @@ def asked(config: TrainConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def file_of(name: str, format: str) -> str:
-    """What the file of an adapter is called in a format, or its folder."""
-    return f"{name}.{format}" if FORMATS[format].folder else f"{name}.{format}.safetensors"
+# {denoiser of a model of two: what is in the name of its file}, in formats that have a name for one alone
+HALVES = {"transformer": "high", "transformer_2": "low"}
+
+
+def file_of(name: str, format: str, half: str = "") -> str:
+    """What the file of an adapter, or of a half of it, is called in a format, or its folder."""
+    called = f"{name}.{half}.{format}" if half else f"{name}.{format}"
+    return called if FORMATS[format].folder else f"{called}.safetensors"
+
+
+def half_of(name: str, file: Path) -> str | None:
+    """The denoiser that a file of an adapter is for, by its name; None if it is for all."""
+    return next((denoiser for denoiser, half in HALVES.items() if file.name.startswith(f"{name}.{half}.")), None)
 
 
 def files_of(name: str) -> list[str]:
     """What the files of an adapter may be called."""
-    return [file_of(name, format) for format in WRITABLE]
+    return [file_of(name, format, half) for format in WRITABLE for half in ("", *HALVES.values())]
+
+
+def halves_of(bundle: Bundle, format: str) -> dict[str, Bundle]:
+    """{half: what of an adapter a file of a format holds}: all of it, under no name, and that of each denoiser where programs read one alone.
+
+    A half is for the first denoiser by its names; its metadata say whose it is.
+    """
+    second = any(parted(entry.layer)[0] == SECOND for entry in bundle.entries)
+    if FORMATS[format].folder or not second:
+        return {"": bundle}
+    held_together = {"": bundle} if held(bundle, format).answer else {}
+    by_component: dict[str, list[Entry]] = {}
+    for entry in bundle.entries:
+        component, layer = parted(entry.layer)
+        alone = replace(entry, layer=dotted(FIRST, layer)) if component == SECOND else entry
+        by_component.setdefault(component if component in HALVES else FIRST, []).append(alone)
+    return held_together | {
+        HALVES[component]: replace(bundle, entries=entries, metadata={**bundle.metadata, COMPONENT: component})
+        for component, entries in by_component.items()
+    }
+
+
+FIRST, SECOND = HALVES
 
 
 def chosen(bundle: Bundle, names: Sequence[str]) -> SavedFormats:
@@ -67,7 +102,8 @@ def chosen(bundle: Bundle, names: Sequence[str]) -> SavedFormats:
 
 def _refusal(bundle: Bundle, format: str) -> str:
     """Why a format cannot hold an adapter; empty if it can. A folder holds each component for itself."""
-    parts = by_component(bundle, format).values() if FORMATS[format].folder else [held(bundle, format)]
+    halves = halves_of(bundle, format).values()
+    parts = by_component(bundle, format).values() if FORMATS[format].folder else [held(half, format) for half in halves]
     no = next((part for part in parts if not part.answer), None)
     layers = no and f"{len(set(no.answer.layers))} of {len(no.bundle.entries)} layers"
     return f"{layers} cannot be held: {no.answer.why}" if no else ""

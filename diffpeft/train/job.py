@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ def job_of(
     parameters: Mapping[str, nn.Parameter],
     loss: Callable[[int, int], Tensor],
     *,
-    strict: Collection[str] = (),
+    strict: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> Job:
     """What the loop needs. Raises ConfigError or UnknownNameError for options that do not fit the parameters."""
     team().as_main(list(parameters.values()))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Job:
         loss: (step, part) -> a number []. The loss of a step is the sum of its parts', and so are its gradients.
         parts: of all processes; they are divided evenly.
         schedule: the rate by step; a group of the optimiser may have a `factor` for it.
-        strict: the tensors that must get a gradient in the first two steps, else the run is refused.
+        strict: {tensor: the first two steps that it is trained in}, of those that must get a gradient in them, else the run is refused.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -61,7 +61,7 @@ class Job:
     max_grad_norm: float = 1.0
     ema: Ema | None = None
     scale: LossScale | None = None
-    strict: Collection[str] = ()
+    strict: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -224,12 +224,18 @@ class Loop:
                     self.good = self.good and not self.late
                     raise DivergedError(f"the {what} is {number} at step {reading.step + 1}", remedy=_LOWER)
             self.largest = np.maximum(self.largest, numbers[2:])
-            if self.job.strict and reading.step < 2:
-                norms = dict(zip(self.job.parameters, self.largest, strict=True))
-                check_every_gradient({name: norms[name] for name in self.job.strict}, reading.step)
+            self._check_reached(reading.step)
             self.losses.append(float(loss))
             self.events.log.told(StepNumbers(reading.step + 1, float(loss), float(total), self._rates(reading.step)))
             self.events.step(reading.step + 1, float(loss))
+
+    def _check_reached(self, step: int) -> None:
+        """Raise NothingLearntError for tensors without a gradient in a step that is one of the first two which train them."""
+        norms = dict(zip(self.job.parameters, self.largest, strict=True)) if self.job.strict else {}
+        for time in (0, 1):
+            due = {name: norms[name] for name, steps in self.job.strict.items() if steps[time] == step}
+            if due:
+                check_every_gradient(due, time)
 
     def _rates(self, step: int) -> dict[str, float]:
         """{group: its learning rate} in a step."""

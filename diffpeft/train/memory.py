@@ -159,9 +159,9 @@ def fused() -> Iterator[None]:
             return attention(query, key, value, *args, **kwargs)
         return cast(Tensor, _Attention.apply(query, key, value))
 
-    autocast, tensor = torch.autocast, torch.tensor
+    autocast, tensor = torch.autocast, cast(Callable[..., Tensor], torch.tensor)
 
-    def with_numbers(data: object, **kwargs: Any) -> Tensor:
+    def with_numbers(data: object, **kwargs: object) -> Tensor:
         made = tensor(data, **{**kwargs, "device": "cpu"})
         return made if not made.is_floating_point() else tensor(data, **kwargs)
 

@@ -26,6 +26,7 @@ from converters.spelling import Draft
 from diffpeft.families import family_of
 from diffpeft.train.config import PATHS, TrainConfig
 from diffpeft.train.data.account import Account, Example
+from diffpeft.train.experts import experts_of
 from diffpeft.train.groups import entries_of
 from diffpeft.train.optimizers import row_of
 from diffpeft.train.resume import FREE
@@ -37,7 +38,7 @@ TAGS = 1 << 20  # bytes of the table of tags, at most
 _LORA = "networks.lora"
 _PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 _KINDS = {"epsilon": "epsilon", "v_prediction": "v"}  # what ModelSpec calls them; of flows it says nothing
-_OURS = ("ss_", "sshs_", "modelspec.", "trained_words", "diffpeft.options", "diffpeft.version")
+_OURS = ("ss_", "sshs_", "modelspec.", "trained_words", "diffpeft.options", "diffpeft.version", "diffpeft.experts")
 
 
 def metadata_of(run: TrainRun, step: int | None = None, thumbnail: Path | None = None) -> dict[str, str]:
@@ -149,7 +150,13 @@ def _objective(config: TrainConfig, run: TrainRun) -> dict[str, object]:
         "ss_prior_loss_weight": config.prior_weight,
         "ss_discrete_flow_shift": config.shift,
         "ss_timestep_sampling": config.density,
+        "diffpeft.experts": _experts(config, run),
     }
+
+
+def _experts(config: TrainConfig, run: TrainRun) -> str | None:
+    """{denoiser: the shares of noise that it was trained at}, of a model of several."""
+    return json.dumps(dict(experts_of(config, run.family).spans)) if run.family.boundary is not None else None
 
 
 def _progress(config: TrainConfig, account: Account, step: int) -> dict[str, object]:

@@ -150,6 +150,9 @@ def denoising(
     losses = objective.distance(prediction - noised.target.float(), noised.snr)
     if batch.mask is not None:  # one for all frames
         losses = losses * batch.mask.unflatten(1, (1,) * (losses.ndim - 3))
+    if (counts := batch.conditions.get("counts")) is not None:
+        counts = counts.to(losses)
+        losses = losses * counts / counts.flatten(1).mean(1).view(-1, *[1] * (losses.ndim - 1))
     losses = objective.weighted(losses.flatten(1).mean(1), noised)
     return losses if base_range is None or places is None else base_range.weighted(losses, places)
 

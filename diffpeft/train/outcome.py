@@ -102,8 +102,11 @@ def refuse_idle(
         )
 
 
-def refuse_unread(target: object, file: Path, name: str, dtype: torch.dtype = torch.float32) -> None:
-    """Raise NothingLearntError if a file, read again, does not hold what adapter `name` has, rounded to the dtype of the file.
+def refuse_unread(
+    target: object, file: Path, name: str, dtype: torch.dtype = torch.float32, half: str | None = None
+) -> None:
+    """Raise NothingLearntError if a file, read again, does not hold what adapter `name` has, rounded to the dtype of the file; all of it, or what it has
+    on one component, of which the file is.
 
     Where it gives back the same tensors it changes the same; elsewhere (layers that the format has as one) the changes of weights are compared.
     """
@@ -112,7 +115,8 @@ def refuse_unread(target: object, file: Path, name: str, dtype: torch.dtype = to
         warnings.simplefilter("ignore")  # what there is to be said of the adapter was said when it was made
         load_lora(target, file, name=again, trainable=True)  # in float32, whatever the base has
     try:
-        other = _other_layers(target, name, again, dtype)
+        other = _other_layers(components(target), name, again, dtype)
+        other = [layer for layer in other if half is None or layer.startswith(f"{half}.")]
     finally:
         unload(target, again)
     if other:
@@ -124,10 +128,10 @@ def refuse_unread(target: object, file: Path, name: str, dtype: torch.dtype = to
 
 
 @torch.no_grad()
-def _other_layers(target: object, name: str, again: str, dtype: torch.dtype) -> list[str]:
+def _other_layers(models: Mapping[str, nn.Module], name: str, again: str, dtype: torch.dtype) -> list[str]:
     """The layers in which an adapter that was read again does something else than it did, once its numbers are rounded to `dtype`."""
     other = []
-    for component, model in components(target).items():
+    for component, model in models.items():
         for layer, module, record in adapted(model):
             learnt, read = record.slots.get(name), record.slots.get(again)
             if learnt is None and read is None:

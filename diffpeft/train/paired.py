@@ -34,7 +34,11 @@ class HeldoutPictures:
     def __init__(self, examples: Sequence[Example], sizing: Sizing, seed: int, latents: Latents, offset: float = 0.0):
         self.batches = Batches(examples, sizing, 1, seed, KIND)
         self.assembly = Assembly([self.batches], latents, offset)
-        self.pictures = [(i, View.centred(e.size, t)) for i, e in enumerate(examples) for t in sizing.targets(e.size)]
+        self.pictures = [
+            (i, replace(View.centred(e.size, t), frames=e.frames))
+            for i, e in enumerate(examples)
+            for t in sizing.targets(e.size)
+        ]
         self.draws = draws_of(len(self.pictures))
 
     @property

@@ -200,7 +200,8 @@ def draw_missing(
     texts = texts or Texts(family)
     family.parts("vae")
     missing = plan.missing[team().rank :: team().size]  # each process draws its share
-    chunk = CHUNK.get(family.parts(family.denoiser).device.type, 8)
+    devices = [family.parts(name).device.type for name in family.denoisers]
+    chunk = CHUNK.get(devices[0], 8)
     for at in range(0, len(missing), chunk):
         numbers = missing[at : at + chunk]
         images = pictures(

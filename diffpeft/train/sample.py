@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,15 +45,17 @@ def pictures(
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
-        drawn = pipe(
-            **asked(chunk),
-            num_inference_steps=steps,
-            **_guided(pipe, guidance),
-            generator=generators,
-            output_type="np",
-            **watched(pipe, told),
-        )
-        out.append((np.asarray(images_of(drawn)) * 255).round().astype(np.uint8))
+        with led(pipe, {"guidance_scale": guidance}) as scales:
+            drawn = pipe(
+                **asked(chunk),
+                num_inference_steps=steps,
+                **scales,
+                generator=generators,
+                output_type="np",
+                **watched(pipe, told),
+            )
+        colours = np.asarray(images_of(drawn))[..., :3]  # some say how opaque they are beside
+        out.append((colours * 255).round().astype(np.uint8))
     return np.concatenate(out)
 
 
@@ -62,14 +65,25 @@ def watched(pipe: Pipeline, told: Callable[..., dict[str, object]]) -> dict[str,
     return {"callback_on_step_end": told} if tells else {}
 
 
-def _guided(pipe: Pipeline, scale: float) -> dict[str, object]:
-    """How a pipeline is asked for guidance; nothing for one whose guidance is a component of its own."""
-    return {"guidance_scale": scale} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
+@contextlib.contextmanager
+def led(pipe: Pipeline, keywords: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """How much a pipeline is to be led, in keywords that it takes. Those that a guider of its own has instead are set there until the end."""
+    takes, guider = inspect.signature(pipe.__call__).parameters, getattr(pipe, "guider", None)
+    elsewhere = {} if guider is None else {name: value for name, value in keywords.items() if name not in takes}
+    before = {name: getattr(guider, name) for name in elsewhere}
+    try:
+        for name, value in elsewhere.items():
+            setattr(guider, name, value)
+        yield {name: value for name, value in keywords.items() if name not in elsewhere}
+    finally:
+        for name, value in before.items():
+            setattr(guider, name, value)
 
 
 def images_of(drawn: Component) -> Sequence[Component]:
     """The images that a pipeline gives, the first ones of clips."""
-    return drawn.images if "images" in drawn else [clip[0] for clip in drawn.frames]
+    name = next((name for name in ("images", "image") if name in drawn), None)
+    return drawn[name] if name else [clip[0] for clip in drawn.frames]
 
 
 def prompted(

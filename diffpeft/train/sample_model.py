@@ -79,9 +79,9 @@ def other_stage(family: Family, name: str, other: Family) -> Iterator[Family]:
     bundle = bundle_of(family.pipe, name, family_of(family.pipe) or "")
     components = {layer.partition(".")[0] for layer in slots_of(family.pipe, name)}
     try:
-        for component in {other.denoiser, "vae", *components}:
+        for component in {*other.denoisers, *other.viewers, *components}:
             other.parts(component)
         diffpeft.load_lora(other.pipe, bundle, name=name)
         yield other
     finally:
-        other.parts.free(other.denoiser, "vae", *other.text_encoders)
+        other.parts.free(*other.denoisers, *other.viewers, *other.text_encoders)

@@ -28,19 +28,27 @@ from diffpeft.files import Json
 from diffpeft.io import replacing
 from diffpeft.model import schedule
 from diffpeft.model.schedule import Schedule
+from diffpeft.train.cache import Prompt
+from diffpeft.train.data import Example, View
+from diffpeft.train.data.account import Control
+from diffpeft.train.data.controls import Controls, shown_with
+from diffpeft.train.data.footage import pictures_of
+from diffpeft.train.data.read import picture
 from diffpeft.train.outputs import SAMPLES
-from diffpeft.train.sample import images_of, prompted, watched
+from diffpeft.train.sample import images_of, led, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
 from diffpeft.train.signals import asked
 from diffpeft.train.team import team
 
 if TYPE_CHECKING:
     from diffpeft.families import Family
+    from diffpeft.families.base import Prompted
     from diffpeft.train.cache import Texts
     from diffpeft.train.config import TrainConfig
 
-_STEP, _PICTURE = re.compile(r"step(\d{8,})"), re.compile(r"p(\d+)_s(\d+)(?:_w(-?[\d.]+))?\.png")
-_RECORD = "diffpeft"  # the text in a picture that says what it was drawn with
+_STEP, _PICTURE = re.compile(r"step(\d{8,})"), re.compile(r"p(\d+)_s(\d+)(?:_w(-?[\d.]+))?\.(?:png|webp)")
+_RECORD = "diffpeft"  # the text in a picture that says what it was drawn with; clips have it as EXIF's description
+_DESCRIPTION = 0x010E
 
 
 class Spot(NamedTuple):
@@ -75,7 +83,39 @@ def _settled(config: TrainConfig, family: Family, prompt: SamplePrompt, side: in
         height=prompt.height or side,
         seed=config.sample_seed if prompt.seed is None else prompt.seed,
         steps=prompt.steps or config.sample_steps or family.drawing_steps,
+        frames=_frames(config, family, prompt),
+        image=_image(family, prompt),
     )
+
+
+def _image(family: Family, prompt: SamplePrompt) -> str | None:
+    """The file that a sample begins with. Raises ConfigError where there is none, and for a model that is shown none."""
+    if prompt.image is not None and not family.first_frame:
+        raise ConfigError(
+            "--i, and this model is shown no first frame, and so it would do nothing",
+            where=prompt.where,
+            remedy="Leave --i out.",
+        )
+    if prompt.image is not None and not Path(prompt.image).exists():
+        raise ConfigError(f"--i is {prompt.image}: there is no such image", where=prompt.where)
+    return prompt.image
+
+
+def _frames(config: TrainConfig, family: Family, prompt: SamplePrompt) -> int | None:
+    """How many frames are drawn, as the model can have them: as many as the longest clips that are trained on; None of a model of images.
+
+    Raises ConfigError for frames of such a one.
+    """
+    if family.temporal is None:
+        if prompt.frames is not None:
+            raise ConfigError(
+                "--f, and this model draws images, and so it would do nothing",
+                where=prompt.where,
+                remedy="Leave --f out.",
+            )
+        return None
+    count = prompt.frames or max(config.counts(), default=1)
+    return (count - 1) // family.temporal * family.temporal + 1
 
 
 def _negative(family: Family, prompt: SamplePrompt, cfg: float | None) -> str | None:
@@ -123,8 +163,9 @@ _LACKS = (("cfg", "--l", "is led away from no negative prompt"), ("guidance", "-
 
 
 def usual(family: Family, field: str) -> float:
-    """What a family's pipeline has for cfg or guidance where nothing is said."""
-    default = _keywords(family)[family.guidance[field]].default
+    """What a family's pipeline, or its guider, has for cfg or guidance where nothing is said."""
+    keyword, keywords = family.guidance[field], _keywords(family)
+    default = keywords[keyword].default if keyword in keywords else getattr(family.pipe.guider, keyword)
     return _CFG if default is None else float(default)
 
 
@@ -133,23 +174,44 @@ def _keywords(family: Family) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(family.pipe).__call__).parameters
 
 
-def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:
-    """All texts that drawing them reads: prompts, negative ones, and the blank one."""
-    return list(dict.fromkeys([*(p.prompt for p in prompts), *(p.negative or "" for p in prompts)]))
+def beside(family: Family, prompt: SamplePrompt) -> Controls:
+    """The control images of a settled prompt as a model is shown them: as in training, beside a picture of the size that is drawn."""
+    size = (prompt.width or 0, prompt.height or 0)
+    controls = tuple(Control(Path(file), picture(Path(file)).size) for file in prompt.controls)
+    if family.aligned:
+        return Controls(tuple(c.path for c in controls), tuple(View.centred(c.size, size) for c in controls))
+    return shown_with(Example(Path(), "", size, controls=controls), View.centred(size, size), family.multiple)
+
+
+def texts_of(family: Family, prompts: Sequence[SamplePrompt]) -> list[Prompt]:
+    """All texts that drawing settled prompts reads: prompts, negative ones, and the blank one, with the control images beside them."""
+    texts = [(text, beside(family, p)) for p in prompts for text in (p.prompt, p.negative or "")]
+    return list(dict.fromkeys(Prompt(*pair) for pair in texts))
 
 
 def keywords_of(family: Family, prompt: SamplePrompt) -> Json:
     """A settled prompt in the keywords of the family's pipeline, but for its texts and the noise."""
     scales = {keyword: getattr(prompt, field) for field, keyword in family.guidance.items()}
-    return {"width": prompt.width, "height": prompt.height, "num_inference_steps": prompt.steps, **scales}
+    keyword = next((name for name in ("num_frames", "frames") if name in _keywords(family)), None)
+    frames = {keyword: prompt.frames} if keyword and prompt.frames is not None else {}
+    return {"width": prompt.width, "height": prompt.height, "num_inference_steps": prompt.steps, **scales, **frames}
+
+
+def _shown(family: Family, prompt: SamplePrompt, controls: Controls) -> Prompted:
+    """What a sample begins with, or its control images, in the keywords of the pipeline."""
+    if prompt.image is None:
+        return family.pictured(controls.images(), (prompt.width or 0, prompt.height or 0))
+    image = pictures_of(Path(prompt.image), [0])[0]
+    size = (prompt.width or image.width, prompt.height or image.height)
+    return family.pictured([View.centred(image.size, size).of(image)], size)
 
 
 class Unfinished(Exception):
     """The run was asked to stop in the middle of a picture."""
 
 
-def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[], None]) -> Image.Image:
-    """The picture of a settled prompt with the adapters that are on. Raises Unfinished."""
+def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[], None]) -> list[Image.Image]:
+    """The picture of a settled prompt with the adapters that are on, or the frames of a clip. Raises Unfinished."""
 
     def told(*_: object) -> dict[str, object]:
         tick()
@@ -157,16 +219,16 @@ def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[],
             raise Unfinished
         return {}
 
-    with torch.no_grad():
-        picture = family.pipe(
-            **prompted(family, texts, [prompt.prompt], prompt.negative),
-            **keywords_of(family, prompt),
+    controls = beside(family, prompt)
+    with torch.no_grad(), led(family.pipe, keywords_of(family, prompt)) as keywords:
+        answer = family.pipe(
+            **{**prompted(family, texts, [prompt.prompt], prompt.negative, [controls]), **keywords},
+            **_shown(family, prompt, controls),
             generator=torch.Generator().manual_seed(prompt.seed or 0),
             output_type="pil",
             **watched(family.pipe, told),
         )
-    image: Image.Image = images_of(picture)[0]
-    return image
+    return [*answer.frames[0]] if prompt.frames else [images_of(answer)[0]]
 
 
 # -- where it is drawn -----------------------------------------------------------------------------------------------------
@@ -177,21 +239,23 @@ def stage(family: Family, name: str) -> Iterator[Family]:
     """The model that is trained as one that draws: its VAE is there, and nothing is dropped or compiled. Afterwards it is as it was."""
     from diffpeft.model.state import slots_of
 
-    denoiser, slots = family.parts(family.denoiser), slots_of(family.pipe, name).values()
-    training, compiled = [slot.training for slot in slots], denoiser._compiled_call_impl
-    has_vae = family.pipe.vae is not None
+    denoisers, slots = [family.parts(name) for name in family.denoisers], slots_of(family.pipe, name).values()
+    training, compiled = [slot.training for slot in slots], [model._compiled_call_impl for model in denoisers]
+    absent = [name for name in family.viewers if getattr(family.pipe, name) is None]
     for slot in slots:
         slot.eval()
-    denoiser._compiled_call_impl = None
+    for model in denoisers:
+        model._compiled_call_impl = None
     try:
-        family.parts("vae")
+        for name in absent:
+            family.parts(name)
         yield family
     finally:
-        denoiser._compiled_call_impl = compiled
+        for model, call in zip(denoisers, compiled, strict=True):
+            model._compiled_call_impl = call
         for slot, mode in zip(slots, training, strict=True):
             slot.train(mode)
-        if not has_vae:
-            family.parts.free("vae")
+        family.parts.free(*absent)
 
 
 # -- on the disk -----------------------------------------------------------------------------------------------------------
@@ -202,9 +266,9 @@ def folder_of(out: Path, step: int) -> Path:
     return out / SAMPLES / f"step{step:08d}"
 
 
-def _name(spot: Spot, seed: int | None) -> str:
+def _name(spot: Spot, seed: int | None, moves: bool) -> str:
     weight = "" if spot.strength == 1 else f"_w{spot.strength:g}"
-    return f"p{spot.number}_s{seed}{weight}.png"
+    return f"p{spot.number}_s{seed}{weight}.{'webp' if moves else 'png'}"
 
 
 def _folders(out: Path) -> dict[int, Path]:
@@ -235,7 +299,8 @@ def _record(path: Path) -> Json:
     """What a picture was drawn with; empty if nobody knows."""
     try:
         with Image.open(path) as image:
-            table = json.loads(image.info.get(_RECORD, "{}"))  # it stands before the pixels, which are not read
+            said = image.getexif().get(_DESCRIPTION) if image.format == "WEBP" else image.info.get(_RECORD)
+            table = json.loads(said or "{}")  # it stands before the pixels, which are not read
     except (OSError, ValueError, SyntaxError):  # Pillow's word for a PNG that is cut off
         return {}
     return table if isinstance(table, dict) else {}
@@ -249,6 +314,7 @@ class Gallery:
         model: what the pictures are drawn with, for people.
         start: the share of the denoising steps that are the base's alone.
         every: the strengths that each prompt is drawn at beside the base's, and `first` those that the first one is drawn at besides.
+        rate: frames a second of clips.
     """
 
     out: Path
@@ -257,6 +323,7 @@ class Gallery:
     start: float = 0.0
     every: tuple[float, ...] = (1.0,)
     first: tuple[float, ...] = (0.5,)
+    rate: float = 16.0
 
     @property
     def strengths(self) -> list[float]:
@@ -270,13 +337,16 @@ class Gallery:
 
     def facts(self, spot: Spot) -> Json:
         """What a picture is drawn with, whatever the step."""
-        settings = {name: value for name, value in asdict(self.prompts[spot.number]).items() if name != "where"}
+        said = asdict(self.prompts[spot.number])
+        said["controls"] = [*said["controls"]]  # as JSON has it
+        settings = {name: v for name, v in said.items() if name != "where" and (v or name not in _LATER)}
         start = {"start": self.start} if self.start else {}
         return {**settings, "strength": spot.strength, "model": self.model, **start}
 
     def path(self, step: int, spot: Spot) -> Path:
         """Where a picture is, or would be."""
-        return folder_of(self.out, step) / _name(spot, self.prompts[spot.number].seed)
+        prompt = self.prompts[spot.number]
+        return folder_of(self.out, step) / _name(spot, prompt.seed, (prompt.frames or 1) > 1)
 
     def has(self, step: int, spot: Spot) -> bool:
         """Whether a picture is there, drawn as it would be now."""
@@ -289,13 +359,20 @@ class Gallery:
         steps = {step: {s: self.path(step, s) for s in spots if self.has(step, s)} for step in _folders(self.out)}
         return {step: pictures for step, pictures in steps.items() if pictures}
 
-    def write(self, step: int, spot: Spot, image: Image.Image) -> Path:
-        """Write a picture as a whole file, which is returned, with what it was drawn with: for us, and as A1111 has it."""
-        said = PngInfo()
-        said.add_itxt("parameters", _parameters(self.facts(spot)))
-        said.add_itxt(_RECORD, json.dumps({"step": step, "facts": self.facts(spot)}))
+    def write(self, step: int, spot: Spot, images: Sequence[Image.Image]) -> Path:
+        """Write a picture, or the frames of a clip, as a whole file, which is returned, with what it was drawn with: for us, and as A1111 has it."""
+        record = json.dumps({"step": step, "facts": self.facts(spot)})
         with replacing(self.path(step, spot)) as f:
-            image.save(f, "PNG", pnginfo=said)
+            if len(images) > 1:
+                said_of_clip = Image.Exif()
+                said_of_clip[_DESCRIPTION] = record
+                times = {"duration": round(1000 / self.rate), "loop": 0, "quality": 90}
+                images[0].save(f, "WEBP", save_all=True, append_images=images[1:], exif=said_of_clip.tobytes(), **times)
+            else:
+                said = PngInfo()
+                said.add_itxt("parameters", _parameters(self.facts(spot)))
+                said.add_itxt(_RECORD, record)
+                images[0].save(f, "PNG", pnginfo=said)
         return self.path(step, spot)
 
 
@@ -313,6 +390,9 @@ def _parameters(facts: Mapping[str, object]) -> str:
         "Adapter start": facts.get("start"),
     }
     return f"{facts['prompt']}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in named.items() if v is not None)
+
+
+_LATER = ("frames", "image", "controls")  # settings that pictures do not say which have none
 
 
 def begun(strength: float, start: float) -> float | Schedule:
@@ -350,12 +430,14 @@ class Sampler:
         with self.stage() as family, contextlib.suppress(Unfinished):
             for spot in due:
                 with diffpeft.adapters(family.pipe, {self.name: begun(spot.strength, self.gallery.start)}):
-                    image = drawn(family, self.texts, self.gallery.prompts[spot.number], self.tick)
+                    images = drawn(family, self.texts, self.gallery.prompts[spot.number], self.tick)
                 if not team().main:
                     continue
-                files.append(self.gallery.write(step, spot, image))
+                files.append(self.gallery.write(step, spot, images))
                 if step == 0 and spot.strength == 0 and not self.changes:
-                    files.append(self.gallery.write(step, spot._replace(strength=1.0), image))  # it changes nothing yet
+                    files.append(
+                        self.gallery.write(step, spot._replace(strength=1.0), images)
+                    )  # it changes nothing yet
         return files
 
     def _due(self, step: int) -> list[Spot]:

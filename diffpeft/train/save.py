@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import converters
+from converters.detection import COMPONENT
 from converters.formats import FORMATS
 from converters.hashes import hashed
 from converters.spelling import Draft
@@ -20,7 +21,7 @@ from diffpeft.families import Family, family_of
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.train.card import write_card
 from diffpeft.train.checkpoints import checkpoints_in
-from diffpeft.train.formats import SavedFormats, asked, chosen, file_of, files_of
+from diffpeft.train.formats import SavedFormats, asked, chosen, file_of, files_of, half_of, halves_of
 from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
 from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
@@ -52,7 +53,7 @@ def save(run: TrainRun) -> list[Path]:
                 files = rescued(lambda folder: _written(run, folder, dtype), out, run.name)
         files = team().as_said_by_main(files)
         for file in files:
-            refuse_unread(run.family.pipe, file, run.name, dtype)
+            refuse_unread(run.family.pipe, file, run.name, dtype, half_of(run.name, file))
         if not team().main:
             return []
         run.files = [*files, write_card(run, out, {file.name: readers_of(file) for file in files})]
@@ -119,20 +120,22 @@ def _bundle(run: TrainRun) -> Bundle:
 def _written(run: TrainRun, folder: Path, dtype: torch.dtype, step: int | None = None) -> list[Path]:
     """Write the adapter in the formats of the run; the paths."""
     bundle = _bundle(run)
-    places = {format: folder / file_of(run.name, format) for format in formats_of(run).written}
+    halves = [(f, *half) for f in formats_of(run).written for half in halves_of(bundle, f).items()]
     picture = newest_sample(Path(run.config.out or ""), run.step if step is None else step)
     told, family = metadata_of(run, step, picture), family_of(run.family.pipe) or ""
-    for format, place in places.items():
+    places = [folder / file_of(run.name, format, half) for format, half, _ in halves]
+    for place, (format, _, part) in zip(places, halves, strict=True):
         if FORMATS[format].folder and place.is_dir():
             shutil.rmtree(place)  # parts of an earlier adapter would be read along
+        component = {COMPONENT: part.metadata[COMPONENT]} if part is not bundle else {}
         converters.write(
-            bundle,
+            part,
             place,
             format=format,
             dtype=None if dtype == torch.float32 else dtype,
-            finish=partial(_finished, told=told, format=format, family=family),
+            finish=partial(_finished, told=told | component, format=format, family=family),
         )
-    return [*places.values()]
+    return places
 
 
 def _finished(draft: Draft, told: Mapping[str, str], format: str, family: str) -> Draft:
@@ -146,9 +149,10 @@ def readers(run: TrainRun, files: Sequence[Path]) -> dict[str, str]:
     adapters = [path for path in files if path.suffix == ".safetensors" or path.is_dir()]
     told = {path.name: f"read by {', '.join(readers_of(path)) or 'diffpeft alone'}" for path in adapters}
     if formats.instead:
-        told[file_of(run.name, formats.instead)] += (
-            f", and written because {_either(formats.refused)} hold this adapter"
-        )
+        for half in halves_of(_bundle(run), formats.instead):
+            told[file_of(run.name, formats.instead, half)] += (
+                f", and written because {_either(formats.refused)} hold this adapter"
+            )
     return told | {f"no {format} file": why for format, why in formats.refused.items()}
 
 

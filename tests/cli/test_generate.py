@@ -10,6 +10,7 @@ import diffpeft
 from diffpeft.cli import cli
 from diffpeft.pipeline.open import open_pipeline
 from tests.cli import process
+from tests.families.pipelines import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,14 @@ def test_a_mistake_in_a_tag_is_one_short_message(folder, tmp_path):
     done = process.diffpeft(*args, cwd=tmp_path)
     assert done.returncode == code and says in done.stderr and len(done.stderr.splitlines()) <= 6, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ltx", "hunyuan_video15", "ltx2"])
+def test_of_a_model_of_clips_a_picture_is_one_frame(kind, tmp_path, draw):
+    """Guided by a keyword of the pipeline, or by its guider."""
+    pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
+    size = ("-m", tmp_path / "model", "--width", 64, "--height", 32)
+    picture = draw("a red cat", *size)
+    assert picture.shape == (32, 64, 3)
+    assert not np.array_equal(picture, draw("a red cat", *size, "--guidance", 5))

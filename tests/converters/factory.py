@@ -141,6 +141,33 @@ SITES: dict[str, dict[str, tuple[int, ...]]] = {
         "double_stream_blocks.0.block.adaLN_modulation.1": (144, 12),
         "p_embedder.pooled_embedder.linear_1": (12, 20),
     },
+    "hunyuan_video15": {  # layers that ComfyUI calls as the original does
+        "double_blocks.0.img_mlp.fc1": (48, 12),
+        "txt_in.individual_token_refiner.blocks.0.self_attn_qkv": (36, 12),
+        "byt5_in.fc1": (24, 20),
+        "final_layer.adaLN_modulation.1": (24, 12),
+    },
+    "framepack": {"double_blocks.0.img_attn_qkv": (36, 12), "image_projection.up": (36, 12)},
+    "kandinsky5": {
+        "visual_transformer_blocks.0.self_attention.to_query": (12, 12),
+        "text_transformer_blocks.0.feed_forward.in_layer": (48, 12),
+    },
+    "sana_video": {"blocks.0.attn.qkv": (36, 12), "blocks.0.mlp.t_conv": (12, 12, 3, 1)},
+    "skyreels_v2": {"blocks.0.self_attn.q": (12, 12), "fps_projection.2": (72, 12)},
+    "helios": {"blocks.0.attn1.to_q": (12, 12), "blocks.0.ffn.0": (48, 12), "patch_short": (12, 16, 1, 2, 2)},
+    "chrono_edit": {"blocks.0.self_attn.q": (12, 12), "blocks.0.cross_attn.k_img": (12, 12)},
+    "wan_animate2": {"blocks.0.block.self_attn.q": (12, 12), "blocks.0.block.ffn.0": (48, 12)},
+    "minimax_h3": {
+        "blocks.0.attn.qkv_proj": (36, 12),
+        "blocks.0.mlp.fc1": (48, 12),
+        "blocks.0.adaln_proj.linear": (216, 8),
+    },
+    "flux3": {
+        "single_blocks.0.q_proj": (12, 12),
+        "content_mode_blocks.image.0.mlp_in": (72, 12),
+        "final_layer.image.adaLN_modulation.1": (24, 12),
+    },
+    "ace_step": {"layers.0.cross_attn.q_proj": (12, 12), "layers.0.mlp.gate_proj": (48, 12)},
     "krea2": {
         "blocks.0.attn.wq": (12, 12),
         "blocks.0.mlp.down": (12, 48),

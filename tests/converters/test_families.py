@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from converters.families import TABLES, Rule, Table, text
 from converters.families.base import SWAPPED
+from tests.pipeline import lorable
 
 
 class Checkpoint(dict):
@@ -54,7 +55,7 @@ class Model:
     convert: Callable[[Checkpoint], dict[str, Tensor]] | None = field(default=None, compare=False)
 
 
-def _unet(family: str, down: str, **config: Any) -> Model:
+def _unet(family: str, down: str, without: str = "$^", **config: Any) -> Model:
     """`down`: a letter a level, `a` with attention."""
     types = {"a": "CrossAttnDownBlock2D", "-": "DownBlock2D"}, {"a": "CrossAttnUpBlock2D", "-": "UpBlock2D"}
     config = {
@@ -69,7 +70,7 @@ def _unet(family: str, down: str, **config: Any) -> Model:
         prefixed = {f"model.diffusion_model.{key}": rows for key, rows in checkpoint.items()}
         return single_files.convert_ldm_unet_checkpoint(prefixed, {"layers_per_block": 2, **config})
 
-    return Model(family, "UNet2DConditionModel", config, component="unet", convert=convert)
+    return Model(family, "UNet2DConditionModel", config, component="unet", without=without, convert=convert)
 
 
 def _ltx2(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -80,12 +81,22 @@ def _ltx2(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {key.removeprefix("transformer."): rows for key, rows in found.items()}
 
 
+def _minimax_h3(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return single_files.convert_minimax_h3_transformer_checkpoint_to_diffusers(checkpoint, {})
+
+
+def _small(family: str, name: str, converter: str = "", **options: Any) -> Model:
+    """A model of the size in lorable.py."""
+    return Model(family, name, lorable.config(name), converter, **options)
+
+
 ADDED = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 64,
     "use_linear_projection": True,
 }
+KOLORS = {"encoder_hid_dim_type": "text_proj"}
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16}
 DEEP = {"num_layers": 2, "num_single_layers": 2}
 SOUND = {"audio_num_attention_heads": 2, "audio_attention_head_dim": 16, "audio_cross_attention_dim": 32}
@@ -96,6 +107,7 @@ MODELS = (
     _unet("sd15", "aaa-"),
     _unet("sd2", "aaa-", use_linear_projection=True),
     _unet("sdxl", "-aa", transformer_layers_per_block=(1, 2, 3), **ADDED),
+    _unet("sdxl", "-aa", without="encoder_hid_proj", encoder_hid_dim=24, **KOLORS, **ADDED),
     _unet("sdxl_refiner", "-aa-", transformer_layers_per_block=2, **ADDED),
     Model(
         "sd3",
@@ -160,6 +172,18 @@ MODELS = (
         {"patch_size": 2, "caption_channels": [32, 32], "llama_layers": [0, 1], **DEEP, **SMALL},
         "hidream_transformer",
     ),
+    _small("wan", "WanAnimateTransformer3DModel"),
+    _small("hunyuan_video15", "HunyuanVideo15Transformer3DModel"),
+    _small("framepack", "HunyuanVideoFramepackTransformer3DModel"),
+    _small("kandinsky5", "Kandinsky5Transformer3DModel"),
+    _small("sana_video", "SanaVideoTransformer3DModel"),
+    _small("skyreels_v2", "SkyReelsV2Transformer3DModel"),
+    _small("helios", "HeliosTransformer3DModel"),
+    _small("chrono_edit", "ChronoEditTransformer3DModel", "wan_transformer"),
+    _small("wan_animate2", "WanAnimate2Transformer3DModel", "wan_animate_2_transformer"),
+    _small("minimax_h3", "MiniMaxH3Transformer3DModel", convert=_minimax_h3),
+    _small("flux3", "Flux3Transformer2DModel", "flux3_transformer", norm="scale"),
+    _small("ace_step", "AceStepTransformer1DModel"),
     Model(
         "krea2",
         "Krea2Transformer2DModel",
@@ -242,7 +266,7 @@ def layers(model: Model) -> dict[str, nn.Module]:
 
 
 def weighted(model: nn.Module) -> dict[str, nn.Module]:
-    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds) or is_norm(module)}
 
 
@@ -323,6 +347,8 @@ def test_the_rules_lead_back_from_diffusers_rows_to_the_original(model):
     before, after = traced(model)
     table, rebuilt = TABLES[model.family], {key: torch.full_like(rows, -1) for key, rows in before.items()}
     for name, module in modules(model).items():
+        if re.search(model.without, name):
+            continue
         rule, part = table.to_original(model.component, name, aspect(module))
         for kind, key in parameters(model, rule.original, module).items():
             rebuilt[key][list(rule.rows(part, len(rebuilt[key])))] = after[f"{name}.{kind}"]

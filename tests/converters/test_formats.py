@@ -137,8 +137,19 @@ def sizes(layer, rows, columns):
 
 
 CLIPS = ("sd15", "sd2", "sdxl", "sd3", "flux", "hidream")
-ALL_CLIPS = ("sd15", "sd2", "sdxl", "sdxl_refiner", "sd3", "flux", "hunyuan_video", "hidream")
-SECOND_CLIPS = ("sdxl", "sdxl_refiner", "sd3", "hunyuan_video", "hidream")
+ALL_CLIPS = (
+    "sd15",
+    "sd2",
+    "sdxl",
+    "sdxl_refiner",
+    "sd3",
+    "flux",
+    "hunyuan_video",
+    "hidream",
+    "framepack",
+    "kandinsky5",
+)
+SECOND_CLIPS = ("sdxl", "sdxl_refiner", "sd3", "hunyuan_video", "hidream", "framepack", "kandinsky5")
 
 
 CROSS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

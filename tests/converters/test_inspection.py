@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import converters
+from converters.detection import _said
 from converters.inspection import block_of, by_block
 from converters.readers import readers
 from diffpeft import CheckpointError
@@ -68,6 +69,27 @@ def test_norms_dead_layers_and_nan_are_found_on_request(file):
     assert found.nonfinite == ("unet.conv_in",)
 
 
+SAID = {
+    "hunyuan-image-2.1/lora": "hunyuan_image",
+    "anima-preview/lora": "cosmos",
+    "Krea-2/lora": "krea2",
+    "krea2": "krea2",
+    "Ideogram-4/lora": "ideogram4",
+    "ideogram4": "ideogram4",
+    "omnigen2": "omnigen2",
+    "qwen-image-2.1": "qwen_image21",
+    "Qwen-Image-2512": "qwen_image",
+    "prx_pixel": "prx",
+    "ernie-image/lora": "ernie_image",
+    "cogview4": "cogview4",
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_metadata_name_families_as_programs_do(said):
+    assert _said({"modelspec.architecture": said}) == (SAID[said],) == _said({"ss_base_model_version": said.lower()})
+
+
 def test_a_dict_of_tensors_can_be_inspected():
     found = converters.inspect(
         {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)},
@@ -122,6 +144,19 @@ def test_programs_are_named_for_the_families_and_methods_that_they_know():
     assert "sd-scripts" in readers("kohya-diffusers", {"lora"}, "sd15")  # its own names there
     assert "sd-scripts" not in readers("kohya-diffusers", {"lora"}, "sdxl")
     assert readers("diffusers", {"dora"}, "flux") == ("diffusers",)  # others load no magnitudes there
+
+
+def test_programs_read_what_they_have_of_later_families():
+    assert readers("kohya", {"lora"}, "cosmos") == ("sd-scripts", "ComfyUI")  # Anima
+    assert readers("kohya", {"lora"}, "hunyuan_image") == ("sd-scripts",)
+    assert readers("diffusers", {"lora"}, "krea2") == ("diffusers", "ComfyUI")
+    assert readers("diffusers", {"lora"}, "ideogram4") == ("diffusers",)
+    assert readers("onetrainer", {"lora"}, "ernie_image") == ("OneTrainer", "ComfyUI")
+    assert (
+        readers("kohya", {"lora"}, "bria_fibo") == () == readers("diffusers", {"lora"}, "bria")
+    )  # no load_lora_weights
+    assert readers("diffusers", {"lora"}, "bria_fibo") == ("diffusers",)
+    assert readers("peft", {"loha"}, "prx") == ("PEFT",) and readers("lycoris", {"loha"}, "prx") == ("LyCORIS",)
 
 
 @pytest.mark.parametrize("width, family", [(768, "sd15"), (1024, "sd2")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,8 +81,8 @@ def _sdxl(vae: dict[str, Any] | None = None, zeros: bool = True, **scheduler: An
     )
 
 
-def _flux(guided: bool, **scheduler: Any) -> Any:
-    return diffusers.FluxPipeline(
+def _flux(guided: bool, of: str = "FluxPipeline", channels: int = 16, **scheduler: Any) -> Any:
+    return getattr(diffusers, of)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
         text_encoder=clip(),
@@ -89,7 +90,8 @@ def _flux(guided: bool, **scheduler: Any) -> Any:
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(),
         transformer=diffusers.FluxTransformer2DModel(
-            in_channels=16,
+            in_channels=channels,
+            out_channels=16,
             num_layers=1,
             num_single_layers=2,
             num_attention_heads=2,
@@ -158,12 +160,55 @@ def _z_image(**scheduler: Any) -> Any:
     )
 
 
-def _qwen_image(**scheduler: Any) -> Any:
-    return diffusers.QwenImagePipeline(
+class Qwen2VLProcessor(transformers.ProcessorMixin):  # type: ignore[misc]
+    """transformers' processor of texts and pictures, which cannot be made without torchvision: as much of it as pipelines use."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.image_processor = transformers.Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=64 * 64
+        )
+
+    def __call__(self, text: list[str], images: Any = None, **options: Any) -> Any:
+        seen = {} if images is None else self.image_processor(images, return_tensors="pt")
+        counts = [int(grid.prod()) // 4 for grid in seen.get("image_grid_thw", ())]
+        for n, line in enumerate(text):
+            first, *others = line.split("<|image_pad|>")
+            text[n] = first + "".join("<|image_pad|>" * counts.pop(0) + other for other in others)
+        return transformers.BatchFeature({**self.tokenizer(text, **options), **seen})
+
+    def save_pretrained(self, folder: Any, **_: Any) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **_: Any) -> Any:
+        return cls(transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def _seeing() -> dict[str, Any]:
+    """Qwen2.5-VL with its processor and its tokenizer."""
+    Qwen2VLProcessor.__module__ = "transformers"  # where folders of pipelines say that it is
+    transformers.Qwen2VLProcessor = Qwen2VLProcessor  # type: ignore[misc]
+    tokenizer = chat()
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(marks), strict=True))
+    text = {**LLM, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "head_dim": None}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    eyes |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [0]}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **ids)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    return {"text_encoder": model, "tokenizer": tokenizer, "processor": Qwen2VLProcessor(tokenizer)}
+
+
+def _qwen_image(of: str = "QwenImagePipeline", **scheduler: Any) -> Any:
+    read = _seeing() if "Edit" in of else {"text_encoder": llm("Qwen3", 2), "tokenizer": chat()}
+    return getattr(diffusers, of)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, **scheduler),
         vae=diffusers.AutoencoderKLQwenImage(**CLIPS_OF_FRAMES),
-        text_encoder=llm("Qwen3", 2),
-        tokenizer=chat(),
+        **read,
         transformer=diffusers.QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -452,24 +497,62 @@ def _ernie_image() -> Any:
     return pipe
 
 
-def _wan(**config: Any) -> Any:
+def _wan_transformer(**config: Any) -> Any:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    return diffusers.WanTransformer3DModel(**{**sizes, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, **config})
+
+
+def _wan_vae(temporal: bool) -> Any:
+    config = {**CLIPS_OF_FRAMES, "temperal_downsample": [temporal], "scale_factor_temporal": 1 + temporal}
+    return diffusers.AutoencoderKLWan(**config, scale_factor_spatial=2)
+
+
+def _wan(temporal: bool = False, **config: Any) -> Any:
     return diffusers.WanPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        vae=diffusers.AutoencoderKLWan(**CLIPS_OF_FRAMES, scale_factor_temporal=1, scale_factor_spatial=2),
+        vae=_wan_vae(temporal),
         text_encoder=t5("UMT5"),
         tokenizer=chat(),
-        transformer=diffusers.WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=32,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=2,
-        ),
+        transformer=_wan_transformer(),
+        transformer_2=_wan_transformer() if "boundary_ratio" in config else None,
         **config,
     )
+
+
+def _wan_vae_of_four() -> Any:
+    """A VAE that takes four frames for one, as the published ones do."""
+    config = {**CLIPS_OF_FRAMES, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True]}
+    return diffusers.AutoencoderKLWan(**config, scale_factor_temporal=4, scale_factor_spatial=4)
+
+
+def _wan_i2v(sees: bool = False, **config: Any) -> Any:
+    """Image to video: of 2.1 with CLIP's eyes, of 2.2 with two denoisers, and with the first frame in its place."""
+    channels = 4 if config.get("expand_timesteps") else 12
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    eyes |= {"image_size": 16, "patch_size": 8}
+    model = functools.partial(
+        _wan_transformer, in_channels=channels, **({"image_dim": 16, "added_kv_proj_dim": 24} if sees else {})
+    )
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return diffusers.WanImageToVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=_wan_vae_of_four(),
+        text_encoder=t5("UMT5"),
+        tokenizer=chat(),
+        image_encoder=transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**eyes)) if sees else None,
+        image_processor=transformers.CLIPImageProcessor(**size) if sees else None,
+        transformer=model(),
+        transformer_2=model() if "boundary_ratio" in config else None,
+        **config,
+    )
+
+
+# {kind: (family, makes a pipeline)} of those that are shown a first frame
+FIRST_FRAMES: dict[str, tuple[str, Any]] = {
+    "wan i2v, with eyes": ("wan_i2v", lambda: _wan_i2v(sees=True)),
+    "wan i2v, two experts": ("wan_i2v", lambda: _wan_i2v(boundary_ratio=0.4)),
+    "wan i2v, in its place": ("wan_i2v", lambda: _wan_i2v(expand_timesteps=True)),
+}
 
 
 def _ltx() -> Any:
@@ -503,6 +586,14 @@ def _ltx() -> Any:
             caption_channels=32,
         ),
     )
+
+
+def _ltx_i2v() -> Any:
+    parts = _ltx().components
+    return diffusers.LTXImageToVideoPipeline(**parts)
+
+
+FIRST_FRAMES["ltx i2v"] = ("ltx_i2v", _ltx_i2v)
 
 
 def _hunyuan_video() -> Any:
@@ -563,12 +654,20 @@ KINDS: dict[str, tuple[str, Any]] = {
     "ernie_image": ("ernie_image", _ernie_image),
     "wan": ("wan", _wan),
     "wan, time by token": ("wan", lambda: _wan(expand_timesteps=True)),
+    "wan, of clips": ("wan", lambda: _wan(temporal=True)),
+    "wan, two experts": ("wan", lambda: _wan(boundary_ratio=0.4)),
     "ltx": ("ltx", _ltx),
     "hunyuan_video": ("hunyuan_video", _hunyuan_video),
+    "flux kontext": ("flux_kontext", lambda: _flux(True, "FluxKontextPipeline", **_DYNAMIC)),
+    "flux control": ("flux_control", lambda: _flux(True, "FluxControlPipeline", 32, **_DYNAMIC)),
+    "qwen_image edit": ("qwen_image_edit", lambda: _qwen_image("QwenImageEditPipeline")),
+    "qwen_image edit plus": ("qwen_image_edit_plus", lambda: _qwen_image("QwenImageEditPlusPipeline")),
     **clips.KINDS,
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 
+
+EDITS = ("flux control", "qwen_image edit", "qwen_image edit plus")  # that draw nothing without a control image
 
 # the kinds that stand for those of their kind; the others run in `make test-all`
 ALWAYS = ("sd", "flux dev", "flux schnell", "flux,", "z_image", "flux2 klein", "ltx")
@@ -580,14 +679,23 @@ def cells(kinds: Iterable[str], always: tuple[str, ...] = ALWAYS) -> list[Any]:
     return [kind if kind in standing else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A tiny pipeline with the same random weights each time."""
+def made(kinds: dict[str, tuple[str, Any]], kind: str, dtype: torch.dtype) -> Any:
+    """A tiny pipeline of some kinds with the same random weights each time."""
     torch.manual_seed(0)
-    pipe = KINDS[kind][1]()
+    pipe = kinds[kind][1]()
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype).eval()
-            if hasattr(part, "time_embeddings"):
-                part.time_embeddings.float()  # Kandinsky's, which computes in single precision
+            if hasattr(part, "time_embeddings"):  # Kandinsky's, which stay in single precision when they are loaded
+                part.time_embeddings.float()
+                for name, module in part.named_modules():
+                    module.to(torch.promote_types(dtype, torch.float32) if name.endswith("modulation") else None)
     return pipe
+
+
+def pipeline(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny pipeline with the same random weights each time."""
+    from tests.families.followed import FOLLOWED
+
+    return made(KINDS | FOLLOWED, kind, dtype)

@@ -67,6 +67,8 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "axes_dims_rope": (8, 8),
     },
     "HunyuanImageTransformer2DModel": {"rope_axes_dim": (8, 8), "guidance_embeds": True},
+    "Flux3Transformer2DModel": {"axes_dims_rope": (4, 4, 4, 4), "flow_map": True},
+    "HunyuanVideo15Transformer3DModel": {"use_meanflow": True},
     "HunyuanVideoFramepackTransformer3DModel": {"has_image_proj": True, "has_clean_x_embedder": True},
     "MotifVideoTransformer3DModel": dict.fromkeys(
         ("enable_text_cross_attention_dual", "enable_text_cross_attention_single"), True
@@ -134,7 +136,7 @@ def classes() -> Mapping[str, type]:
 
 def config(name: str) -> dict[str, Any]:
     """A small one of a class."""
-    wanted = inspect.signature(classes()[name].__init__).parameters
+    wanted = inspect.signature(getattr(diffusers, name).__init__).parameters
     values = {**{k: v for k, v in _SMALL.items() if k in wanted}, **_OTHERS.get(name, {})}
     return {k: v for k, v in values.items() if k in wanted and v is not None}
 
@@ -142,4 +144,4 @@ def config(name: str) -> dict[str, Any]:
 def model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """With weights that are the same each time."""
     torch.manual_seed(0)
-    return classes()[name](**config(name)).to(dtype).eval().requires_grad_(False)
+    return getattr(diffusers, name)(**config(name)).to(dtype).eval().requires_grad_(False)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import converters
 from converters import TABLES
 from diffpeft import UnknownKeysError, WrongBaseError, fuse, load_lora, save_lora, unfuse, unload
-from tests.pipeline.denoisers import MODELS, model, output
+from tests.pipeline.denoisers import CALLED_TOO, MODELS, model, output
 
 PLAIN = (nn.Linear, nn.Conv2d, nn.Conv3d)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[*MODELS, *(pytest.param(family, marks=pytest.mark.slow) for family in CALLED_TOO)])
 def family(request):
     return request.param
 
@@ -82,7 +82,8 @@ def loha(rows, W, g):
 def lokr(rows, W, g):
     """Halves that lie across the parts of a fused layer."""
     new = lambda *shape: torch.randn(*shape, generator=g) / 4  # noqa: E731
-    return {"lokr_w1": new(2, 2), "lokr_w2": new(rows // 2, W.shape[1] // 2, *W.shape[2:])}
+    first = 2 - rows % 2
+    return {"lokr_w1": new(first, 2), "lokr_w2": new(rows // first, W.shape[1] // 2, *W.shape[2:])}
 
 
 def dora(rows, W, g):

@@ -127,7 +127,11 @@ def layers(**factors):
 def test_in_the_first_steps_every_tensor_gets_a_gradient(loss, names):
     p = layers(a={"A": 1.0, "B": 0.0}, b={"A": 1.0, "B": 0.0})
     run = Job(
-        p, lambda step, part: loss(p, step), torch.optim.SGD(p.values(), lr=0.1), LearningRate(0.1, 4), strict=list(p)
+        p,
+        lambda step, part: loss(p, step),
+        torch.optim.SGD(p.values(), lr=0.1),
+        LearningRate(0.1, 4),
+        strict=dict.fromkeys(p, (0, 1)),
     )
     if names is None:
         fit(run)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffpeft.errors import listed, shown
-from diffpeft.train.data.buckets import Size, Sizing, share
+from diffpeft.train.data.buckets import Size, Sizing, alike, share
+from diffpeft.train.data.framing import Framing
 
 SHOWN = 3  # names of each kind
 _LITTLE = 0.25  # of an image is seen
@@ -34,6 +35,8 @@ class Example:
         name: what it is called in the account.
         trigger: what `[trigger]` in the caption stood for.
         digest: a hash of its pixels.
+        length, rate: of footage, how many frames it has, and how many come a second, where that is known; an image has one.
+        frames: the numbers of those that make this clip; none of an image.
         controls: what a model of edits is shown beside it, in order.
     """
 
@@ -46,6 +49,10 @@ class Example:
     trigger: str | None = None
     digest: str = ""
     controls: tuple[Control, ...] = ()
+
+    length: int = 1
+    rate: float | None = None
+    frames: tuple[int, ...] = ()
 
     @property
     def look(self) -> tuple[object, ...]:
@@ -81,6 +88,7 @@ class Account:
         animated: images with several frames or pages, of which the first is taken.
         unprofiled: images with a colour profile that cannot be read, which are taken as sRGB.
         duplicates: groups of images that show the same.
+        fewer_controls: images without a control image in a folder after the first; `stray_controls` files there that belong to no image.
         unmasked: images without a mask, where there are masks; `black` those whose mask leaves nothing.
         unread: {ending: the files that end so and are not used}.
         folders: {folder of which nothing is used: the images in it}; it is not entered, or has none.
@@ -88,6 +96,7 @@ class Account:
         steps: how many steps of how many pictures a run takes, if that is known.
         heldout: images that are measured on and not trained on, each once; `heldout_from` the folder that they are from, if that is another, and `copies`
             how many images in it are copies of these or of what is trained on.
+        framing: how clips are cut out of footage, if they are; `short` is the footage that is too short for one.
     """
 
     folder: Path
@@ -103,6 +112,8 @@ class Account:
     duplicates: tuple[tuple[str, ...], ...] = ()
     unmasked: tuple[str, ...] = ()
     black: tuple[str, ...] = ()
+    fewer_controls: tuple[str, ...] = ()
+    stray_controls: tuple[str, ...] = ()
     unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
     folders: Mapping[str, int] = field(default_factory=dict)
     sizing: Sizing | None = None
@@ -110,6 +121,8 @@ class Account:
     heldout: tuple[Example, ...] = ()
     heldout_from: str = ""
     copies: int = 0
+    framing: Framing | None = None
+    short: tuple[str, ...] = ()
 
     @property
     def resolution(self) -> int | None:
@@ -155,6 +168,12 @@ class Account:
         return tuple(name for name, ts in self.targets.items() if min(share(sizes[name], t) for t in ts) < _LITTLE)
 
     @property
+    def reshaped(self) -> tuple[str, ...]:
+        """Images with a control image of another shape."""
+        others = (e for e in self.examples if not all(alike(control.size, e.size) for control in e.controls))
+        return tuple(example.name for example in others)
+
+    @property
     def texts(self) -> dict[str, str]:
         """{image: its caption}."""
         return {example.name: example.caption for example in self.examples}
@@ -166,7 +185,12 @@ class Account:
         ends = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
         captions = ", ".join(f"{n} from {source}" for source, n in self.captions.items())
         where = self.where or self.folder
-        return f"{counted(len(images), 'image')} of {ends} in {where}; captions: {captions}"
+        footage = {image.path for image in images if image.frames}
+        single = sum(not image.frames for image in images)
+        counts = [counted(len(footage), "clip")] * bool(footage) + [counted(single, "image")] * bool(
+            single or not footage
+        )
+        return f"{' and '.join(counts)} of {ends} in {where}; captions: {captions}"
 
     def plan(self) -> list[str]:
         """How the images are used: how often, in what sizes, with which masks."""
@@ -179,7 +203,36 @@ class Account:
             lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
         if masked := sum(example.mask is not None for example in self.examples):
             lines.append(f"masks weigh the loss of {counted(masked, 'image')}")
-        return [*lines, *self._held_out(), *self._passes()]
+        return [*lines, *self._clips(), *self._controls(), *self._held_out(), *self._passes()]
+
+    def _clips(self) -> list[str]:
+        """How many clips of how many frames there are, and how long they last; a line, if there are any."""
+        counts = Counter(len(example.frames) for example in self.examples if example.frames)
+        if not counts or self.framing is None:
+            return []
+        texts = [f"{n} of {count} frames" for count, n in sorted(counts.items(), reverse=True)]
+        rate = self.framing.rate
+        frames = sum(count * n for count, n in counts.items())
+        return [
+            f"clips: {', '.join(texts)}" + (f" at {rate:g} a second, {frames / rate:.3g} s in all" if rate else ""),
+            *(["frames are rounded down to " + ", ".join(map(str, self.framing.fitting))] * self._rounded()),
+        ]
+
+    def _clip_counts(self) -> dict[str, object]:
+        """{frames: how many clips have so many}, and the footage that is too short."""
+        counts = Counter(len(example.frames) for example in self.examples if example.frames)
+        return {"clips": dict(counts), "short": list(self.short)}
+
+    def _rounded(self) -> bool:
+        return self.framing is not None and {*self.framing.counts} != {*self.framing.fitting}
+
+    def _controls(self) -> list[str]:
+        """How many control images there are, a line, if there are any."""
+        counts = Counter(len(example.controls) for example in self.examples)
+        if not counts.keys() - {0}:
+            return []
+        parts = (f"{counted(n, 'control image')} beside {images}" for n, images in sorted(counts.items()))
+        return [", ".join(parts)]
 
     def _held_out(self) -> list[str]:
         """Which images are measured on, a line, if any is."""
@@ -206,15 +259,27 @@ class Account:
             f"with captions longer than {self.tokens} tokens, and cut there (see --max-length)": self.cut or (),
             "with several frames, of which the first is used": self.animated,
             "with a colour profile that cannot be read, and taken as sRGB": self.unprofiled,
+            "with a control image of another shape, which is seen whole": self.reshaped,
+            "without a control image in a further folder": self.fewer_controls,
             "without a mask, and wholly used": self.unmasked,
             "with a mask that leaves nothing": self.black,
         }
-        notes = [
+        if self.short and self.framing:
+            least = self.framing.fitting[-1]
+            what = "clips are" if len(self.short) > 1 else "clip is"
+            kinds_of_footage = [
+                f"{len(self.short)} {what} too short for {least} frames, and not used: {listed(self.short, SHOWN)}"
+            ]
+        else:
+            kinds_of_footage = []
+        notes = kinds_of_footage + [
             f"{counted(len(names), 'image')} {what}: {listed(names, SHOWN)}" for what, names in kinds.items() if names
         ]
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
             notes.append(f"{counted(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+        if self.stray_controls:
+            notes.append(f"control images of no picture: {listed(self.stray_controls, SHOWN)}")
         if self.copies:
             notes.append(f"{counted(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
         if self.unread:
@@ -241,15 +306,20 @@ class Account:
             ],
             "buckets": [{"width": w, "height": h, "images": n} for (w, h), n in self.buckets.items()],
             "heldout": [example.name for example in self.heldout],
+            "controls": sum(len(example.controls) for example in self.examples),
             "masks": sum(example.mask is not None for example in self.examples),
             "passes": self.steps and self.steps[0] * self.steps[1] / self.pictures,
             "unread": {ending: len(names) for ending, names in self.unread.items()},
             "folders": dict(self.folders),
+            **(self._clip_counts() if self.framing else {}),
             "duplicates": [list(group) for group in self.duplicates],
             "cut": None if self.cut is None else list(self.cut),
             **{
                 name: list(getattr(self, name))
-                for name in ("empty", "small", "extreme", "animated", "unprofiled", "unmasked", "black")
+                for name in (
+                    *("empty", "small", "extreme", "animated", "unprofiled", "unmasked", "black"),
+                    *("reshaped", "fewer_controls", "stray_controls"),
+                )
             },
         }
 

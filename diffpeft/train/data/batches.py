@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,7 +20,8 @@ from diffpeft.train.data.captions import shuffled
 from diffpeft.train.data.controls import sizes_with
 from diffpeft.train.data.read import View
 
-Shape = tuple[Size, ...]  # of what is shown of an example: the size of its picture, and those of its control images
+# of what is shown of an example: the size of its picture, the number of its frames, and the sizes of its control images
+Shape = tuple[Size, int, *tuple[Size, ...]]
 CROPS = 5  # places along a side at which a random crop may lie: few, so that latents can be kept
 
 
@@ -45,9 +46,9 @@ class Showing:
         """How the pixels are shown, a function of `key`."""
         flipped = self.flip and draw.uniform(*key, "flip") < 0.5
         if self.crop == "center":
-            return View.centred(example.size, target, flipped)
+            return replace(View.centred(example.size, target, flipped), frames=example.frames)
         x, y = (int(draw.uniform(*key, "crop", axis) * CROPS) / (CROPS - 1) for axis in "xy")
-        return View.at(example.size, target, x, y, flipped)
+        return replace(View.at(example.size, target, x, y, flipped), frames=example.frames)
 
     def caption(self, example: Example, *key: int | str) -> str:
         """What the caption is, a function of `key`."""
@@ -89,7 +90,8 @@ class Batches:
 
     def shape(self, index: int, target: Size) -> Shape:
         """The sizes of an example where its picture has a size."""
-        return (target, *sizes_with(self.examples[index], target, self.sizing.multiple))
+        example = self.examples[index]
+        return (target, max(len(example.frames), 1), *sizes_with(example, target, self.sizing.multiple))
 
     def at(self, step: int) -> list[Shown]:
         """The batch of a step 0, 1, ...: `size` examples, or none if there are no examples at all."""

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffpeft.errors import ConfigError, DataError, joined, listed, shown
-from diffpeft.train.data import captions, masks
+from diffpeft.train.data import captions, masks, pairing
 from diffpeft.train.data.account import Account, Example, folders_text
 from diffpeft.train.data.buckets import Sizing
 from diffpeft.train.data.captions import PROMPT
 from diffpeft.train.data.contents import Contents, Item, contents_of, items_beside
-from diffpeft.train.data.layout import ENDINGS, sources_of
-from diffpeft.train.data.read import Look, looked_at
+from diffpeft.train.data.footage import check_reader, frames_in, seen
+from diffpeft.train.data.layout import ENDINGS, VIDEOS, is_clip, is_video, sources_of
+from diffpeft.train.data.read import Look
 
 Data = str | Path | Sequence[str | Path]
 
@@ -41,8 +42,10 @@ def survey(
     *,
     trigger: str | None = None,
     mask: str | None = None,
+    control: str | Sequence[str] | None = None,
     skip: Iterable[Path] = (),
     strict: bool = True,
+    clips: bool = False,
 ) -> Account:
     """The account of folders and tables of images.
 
@@ -52,16 +55,17 @@ def survey(
         sizing: how the sizes of training pictures follow from those of images, if it is known.
         trigger: what `[trigger]` in captions stands for.
         mask: `alpha`, or a folder of masks.
+        control: folders of control images; without, those beside a folder `target`.
         skip: folders that are not entered.
         strict: whether a trigger or masks that no image has are an error.
+        clips: whether video files, folders of frames and the frames of animated images are used.
 
     Raises DataError for data without images (which says what is there instead), for images without any caption, and for files that
     cannot be read, all of them at once; ConfigError for a trigger or masks that no image has.
     """
-    sources, closed = sources_of(data), {path.resolve() for path in skip}
-    if mask is not None:
-        masks.check(mask)
-        closed |= {Path(mask).resolve()} if mask != masks.ALPHA else set()
+    sources = sources_of(data, clips)
+    beside = pairing.folders_of(control, sources)
+    closed = {path.resolve() for path in (*skip, *beside, *masks.folders_of(mask))}
     contents = contents_of(sources, prompt, closed)
     filled = {item.source for item in contents.items}
     for source in sources:
@@ -70,27 +74,35 @@ def survey(
             raise _no_images(source.path, contents_of([source], prompt, closed))
     _refuse_uncaptioned(contents, prompt)
     account = replace(_account(contents, trigger, strict), where=", ".join(map(str, sources)), sizing=sizing)
+    if beside or contents.tables.controls:
+        account = _controlled(account, beside, contents)
     return account if mask is None else _masked(account, mask, strict)
+
+
+def _controlled(account: Account, folders: Sequence[Path], contents: Contents) -> Account:
+    """The account with control images. Raises DataError for pictures without one, and for files that cannot be read."""
+    pairs = pairing.paired(folders, contents.tables.controls, account.examples)
+    looks = _looks(list(dict.fromkeys(path for paths in pairs.paths.values() for path in paths)))
+    _refuse_unreadable(
+        (*folders, account.folder)[0], {path: look.error for path, look in looks.items() if look.error}, len(looks)
+    )
+    contents.used |= looks.keys()
+    entered = {name: n for name, n in account.folders.items() if account.folder / name not in folders}
+    account = replace(account, folders=entered, unread=contents.unread())
+    return pairing.controlled(account, pairs, looks)
 
 
 def _account(contents: Contents, trigger: str | None, strict: bool) -> Account:
     """The account of what folders hold. Raises as `survey` does."""
     folder = contents.items[0].source.folder
     texts, unreadable = _captions(contents.items)
+    _refuse_clips(contents.items)
     looks = _looks([item.path for item in contents.items])
     broken = {path: look.error for path, look in looks.items() if look.error} | contents.tables.broken | unreadable
     _refuse_unreadable(folder, broken, len(contents.items))
     _check_trigger(texts, trigger, folder, strict)
     examples = tuple(
-        Example(
-            item.path,
-            captions.with_trigger(text, trigger),
-            looks[item.path].size,
-            item.repeats,
-            name=item.name,
-            trigger=trigger,
-            digest=looks[item.path].digest,
-        )
+        _example(item, captions.with_trigger(text, trigger), looks[item.path], trigger)
         for item, text in zip(contents.items, texts, strict=True)
     )
     return Account(
@@ -99,7 +111,7 @@ def _account(contents: Contents, trigger: str | None, strict: bool) -> Account:
         dict(Counter(item.origin for item in contents.items)),
         groups=contents.groups,
         empty=tuple(e.name for e in examples if not e.caption),
-        animated=tuple(e.name for e in examples if looks[e.path].frames > 1),
+        animated=tuple(e.name for e in examples if looks[e.path].frames > e.length),
         unprofiled=tuple(e.name for e in examples if not looks[e.path].profiled),
         duplicates=_duplicates(examples, looks),
         unread=contents.unread(),
@@ -116,6 +128,32 @@ def _refuse_uncaptioned(contents: Contents, prompt: str | None) -> None:
             where=contents.items[0].path.parent,
             remedy="Pass --instance-prompt, or put a text file beside each image: NAME.txt or NAME.caption.",
         )
+
+
+def _example(item: Item, caption: str, look: Look, trigger: str | None) -> Example:
+    """An image, or footage where clips are used."""
+    length = look.frames if item.source.clips else 1
+    return Example(
+        item.path,
+        caption,
+        look.size,
+        item.repeats,
+        name=item.name,
+        trigger=trigger,
+        digest=look.digest,
+        length=length,
+        rate=look.rate,
+    )
+
+
+def _refuse_clips(items: Sequence[Item]) -> None:
+    """Raise ConfigError for clips that a table names where nobody said how many frames are trained on, DataError where nothing reads video files."""
+    check_reader([item.path for item in items if is_video(item.path)])
+    if named := [item.name for item in items if not item.source.clips and is_clip(item.path)]:
+        raise ConfigError(f"the data has clips, and frames is not said: {listed(named, 3)}", remedy=_CLIPS)
+
+
+_CLIPS = "Pass --frames, the frames of a clip that are trained on, with a model of videos."
 
 
 def captioned(paths: Sequence[Path], prompt: str) -> list[Example]:
@@ -185,14 +223,14 @@ def _no_images(folder: Path, contents: Contents) -> DataError:
         f"no images in the folder, only {other}{kinds}"
         + (f" and the folders {folders_text(folders)}" if folders else ""),
         where=folder,
-        remedy=f"Images end in {', '.join(ENDINGS)}.",
+        remedy=_CLIPS if {*unread} & {*VIDEOS} else f"Images end in {', '.join(ENDINGS)}.",
     )
 
 
 def _looks(paths: Sequence[Path]) -> dict[Path, Look]:
     """Each image decoded once, on all cores: half a file can look whole until its last byte is read."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return dict(zip(paths, threads.map(looked_at, paths), strict=True))
+        return dict(zip(paths, threads.map(seen, paths), strict=True))
 
 
 def _refuse_unreadable(folder: Path, broken: Mapping[Path, str], total: int) -> None:
@@ -217,6 +255,9 @@ def _duplicates(examples: Sequence[Example], looks: Mapping[Path, Look]) -> tupl
 
 
 def digest_of(path: Path) -> str:
-    """What a file holds, in 64 digits."""
+    """What a file holds, or the frames in a folder, in 64 digits."""
+    if path.is_dir():
+        digests = "".join(digest_of(frame) for frame in frames_in(path))
+        return hashlib.blake2b(digests.encode(), digest_size=32).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from diffpeft.errors import ConfigError, DataError, near, shown
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 TABLES = (".jsonl", ".csv")  # of captions
+NUMBERED = re.compile(r"(.*?)(\d+)")  # the name of a frame
 MASK = "-masklabel"  # what OneTrainer adds to an image's name
 RECORD = "class.json"  # in a folder of class images that we drew
 _JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
@@ -22,10 +24,11 @@ _TIMES = re.compile(r"(.+):(\d+)")
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A folder of images or a table of captions, and how often each of its images counts."""
+    """A folder of images or a table of captions, and how often each of its images counts. `clips`: whether videos and folders of frames are used too."""
 
     path: Path
     repeats: int = 1
+    clips: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}" + (f" ({self.repeats} times)" if self.repeats > 1 else "")
@@ -51,15 +54,17 @@ class Folder:
 
     @cached_property
     def images(self) -> tuple[Path, ...]:
-        """The image files in name order, by their endings; without masks that lie beside them (NAME-masklabel.png)."""
+        """The image files in name order, by their endings; without masks that lie beside them (NAME-masklabel.png). With clips these too."""
         paths = [path for path in self.files if path.suffix.lower() in ENDINGS]
+        paths = sorted([*paths, *filter(is_clip, self.files)]) if self.source.clips else paths
         masks = {path.stem + MASK for path in paths}
         return tuple(path for path in paths if path.stem not in masks)
 
 
-def sources_of(data: str | Path | Sequence[str | Path]) -> list[ImageSource]:
+def sources_of(data: str | Path | Sequence[str | Path], clips: bool = False) -> list[ImageSource]:
     """What was asked for: folders and tables, `PATH:3` for one whose images count three times. Raises DataError for what is not there."""
-    return [_source(entry) for entry in ([data] if isinstance(data, (str, Path)) else data)]
+    entries = [data] if isinstance(data, (str, Path)) else data
+    return [replace(_source(entry), clips=clips) for entry in entries]
 
 
 def _source(entry: str | Path) -> ImageSource:
@@ -89,6 +94,22 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS and not is_junk(path) and path.is_file()
 
 
+def is_video(path: Path) -> bool:
+    """Whether a path names a video file, by its ending."""
+    return path.suffix.lower() in VIDEOS
+
+
+def is_clip(path: Path) -> bool:
+    """Whether this is a video file, or a folder that holds the frames of a clip and nothing else: at least two images with names that are alike but for
+    the number at their ends.
+    """
+    if not path.is_dir():
+        return is_video(path)
+    inside = [each for each in _listed(path) if not is_junk(each)]
+    names = [NUMBERED.fullmatch(each.stem) if is_image(each) else None for each in inside]
+    return len(inside) > 1 and all(names) and len({name[1] for name in names if name}) == 1
+
+
 def images_in(folder: Path) -> list[Path]:
     """The image files of a folder in name order, by their endings."""
     return sorted(path for path in folder.iterdir() if is_image(path))
@@ -108,10 +129,9 @@ def walked(source: ImageSource, skip: Collection[Path]) -> Iterator[Folder | Pat
 
 def _below(folder: Folder, skip: Collection[Path], entered: set[Path]) -> Iterator[Folder | Path]:
     inside = sorted(path for path in _listed(folder.path) if not is_junk(path))
-    yield Folder(
-        folder.path, folder.source, folder.repeats, folder.tokens, tuple(path for path in inside if path.is_file())
-    )
-    for path in (path for path in inside if path.is_dir()):
+    files = tuple(path for path in inside if path.is_file() or (folder.source.clips and is_clip(path)))
+    yield Folder(folder.path, folder.source, folder.repeats, folder.tokens, files)
+    for path in _folders(inside, files):
         resolved = path.resolve()
         if resolved in skip or (path / RECORD).is_file():
             yield path
@@ -119,6 +139,11 @@ def _below(folder: Folder, skip: Collection[Path], entered: set[Path]) -> Iterat
             entered.add(resolved)
             repeats, tokens = _named(REPEATED.fullmatch(path.name), folder.repeats, folder.tokens)
             yield from _below(Folder(path, folder.source, repeats, tokens), skip, entered)
+
+
+def _folders(inside: Iterable[Path], files: Collection[Path]) -> list[Path]:
+    """The folders that are entered: not those that stand for a clip."""
+    return [path for path in inside if path.is_dir() and path not in files]
 
 
 def _named(name: re.Match[str] | None, repeats: int, tokens: str | None) -> tuple[int, str | None]:

@@ -30,8 +30,8 @@ _SCALES = {"I": (2**8 - 1, 2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}
 class Look:
     """What one look at an image file tells: its size upright, how many frames it has, and why it cannot be read, if so.
 
-    `profiled` is False for a colour profile that cannot be read, `brightest` the largest value of a mask, `digest` a hash of the pixels: of a JPEG of an
-    eighth of them, each the mean of 64.
+    `rate` is how many of them come a second, where that is known. `profiled` is False for a colour profile that cannot be read, `brightest` the largest
+    value of a mask, `digest` a hash of the pixels: of a JPEG of an eighth of them, each the mean of 64.
     """
 
     size: Size = (0, 0)
@@ -40,16 +40,21 @@ class Look:
     profiled: bool = True
     brightest: int = 255
     digest: str = ""
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
 class View:
-    """One way to show an image: scaled to cover `target`, cropped to it from `left` and `top`, and then mirrored or not. Pixels, width before height."""
+    """One way to show an image: scaled to cover `target`, cropped to it from `left` and `top`, and then mirrored or not. Pixels, width before height.
+
+    `frames` are the numbers of the frames of a clip that is shown so; an image has none.
+    """
 
     target: Size
     left: int = 0
     top: int = 0
     flipped: bool = False
+    frames: tuple[int, ...] = ()
 
     @classmethod
     def centred(cls, size: Size, target: Size, flipped: bool = False) -> View:
@@ -78,7 +83,7 @@ class View:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
     """A picture through a file of ours: by its path Pillow maps an uncompressed TIFF into memory, and gets those wrong that are turned."""
     with open(path, "rb") as raw, Image.open(raw) as image:
         yield image
@@ -87,14 +92,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def looked_at(path: Path) -> Look:
     """Read the whole file without keeping its pixels; a JPEG at an eighth of its size, which is quicker and finds as much."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             width, height = file.size
             upright = _upright(file)
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # a phone's JPEG with a depth map
             file.seek(0)
             file.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             file.load()
-            shown = hashlib.blake2b(_on_white(eight_bit(file)).tobytes(), digest_size=16).hexdigest()
+            shown = hashlib.blake2b(on_white(eight_bit(file)).tobytes(), digest_size=16).hexdigest()
             return Look(upright, frames, profiled=_profile(file) is not False, digest=shown)
     except MemoryError:
         raise
@@ -131,16 +136,16 @@ def numbers(image: Image.Image) -> Tensor:
 
 def picture(path: Path) -> Image.Image:
     """The whole image in RGB: turned upright, in sRGB, transparent parts white. Raises DataError if it cannot be read."""
-    with _readable(path), _opened(path) as file:
-        return _on_white(_in_srgb(ImageOps.exif_transpose(eight_bit(file))))
+    with _readable(path), opened(path) as file:
+        return on_white(_in_srgb(ImageOps.exif_transpose(eight_bit(file))))
 
 
 def mask(path: Path, alpha: bool) -> Image.Image | None:
     """The whole image as a mask, in 8 bits: its transparency, None if it has none, or else its brightness."""
-    with _readable(path), _opened(path) as file:
+    with _readable(path), opened(path) as file:
         image = ImageOps.exif_transpose(eight_bit(file))
         if not alpha:
-            return _on_white(image).convert("L")
+            return on_white(image).convert("L")
         if not image.has_transparency_data:
             return None
         band = image.convert("RGBA").getchannel("A")
@@ -256,7 +261,7 @@ def _tag(image: Image.Image, tag: int) -> int | None:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """A picture in RGB without transparency: what is clear is white."""
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 SIDE = 320  # pixels of the longer side, at most
 
@@ -30,4 +30,15 @@ def file_uri(path: Path, side: int = SIDE) -> str:
 @functools.lru_cache(maxsize=4096)
 def _file_uri(path: Path, modified: int, side: int) -> str:
     with Image.open(path) as image:
-        return data_uri(image, side)
+        frames = [frame.copy() for frame in ImageSequence.Iterator(image)]
+        return data_uri(image, side) if len(frames) == 1 else _clip_uri(frames, side, image.info.get("duration", 62))
+
+
+def _clip_uri(frames: list[Image.Image], side: int, duration: int) -> str:
+    """A clip that moves, scaled down to `side`. `duration` of a frame in milliseconds."""
+    small = [frame.convert("RGB") for frame in frames]
+    for frame in small:
+        frame.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small[0].save(buffer, "WEBP", save_all=True, append_images=small[1:], duration=duration, loop=0, quality=70)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
