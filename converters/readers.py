@@ -166,8 +166,8 @@ def _read_of(family: str, program: str) -> tuple[str, ...]:
 
 def _passes_over(program: str, format: str, family: str, layers: Shapes) -> bool:
     """Whether a program reads nothing of some of these layers."""
-    passed_over = _PASSED_OVER.get(program, {}).get((family, format))
-    return bool(passed_over) and any(re.fullmatch(passed_over, layer) for layer in layers)
+    passed_over = _PASSED_OVER.get(program, {}).get((family, format), "")
+    return passed_over != "" and any(re.fullmatch(passed_over, layer) for layer in layers)
 
 
 def _failing(

@@ -285,7 +285,7 @@ def test_detection_imports_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_readme_says_what_the_registries_and_the_matrix_say():
+def test_the_readme_says_what_the_matrix_says():
     """`python -m tests.converters.table` writes it."""
     assert table.text() in table.README.read_text()
 
