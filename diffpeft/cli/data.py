@@ -27,6 +27,9 @@ _READ = (
     "steps",
     "seed",
     "epochs",
+    "frames",
+    "fps",
+    "extract",
 )
 
 
