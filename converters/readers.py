@@ -1,8 +1,9 @@
 """Which programs read a file as it is meant, from its header.
 
-What is known of ComfyUI and the later families is read in its maps of names. What is known of stock diffusers was tried with it: its own format holds
-all; of flat names it passes over some layers, without a word, and of DoRAs the magnitudes; the joint layers of Flux it takes apart by the published
-width.
+What is known of stock diffusers was tried with it, family by family: its own format holds all; of flat names it passes over some layers, without a word,
+and of DoRAs the magnitudes; the joint layers of Flux it takes apart by the published width. What is known of ComfyUI was tried with its loader
+(`model_lora_keys_unet`, `load_lora`, `calculate_weight`) on its own models: it reads a model's original names of every family that it has, and diffusers'
+names where it has a map from one to the other; of the later families this is read in its maps.
 """
 
 from __future__ import annotations
@@ -20,13 +21,51 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "diffusers": (("diffusers", "ComfyUI"), ()),
     "peft": (("PEFT", "transformers"), ("PEFT",)),
     "kohya-diffusers": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
-    "comfyui": (("ComfyUI",), ("ComfyUI",)),
+    "comfyui": (("ComfyUI", "diffusers"), ("ComfyUI",)),
     "lycoris": (("LyCORIS", "ComfyUI"), ("LyCORIS", "ComfyUI")),
     "diffusers-old": (("diffusers", "ComfyUI"), ()),
     "xlabs": (("x-flux", "ComfyUI", "diffusers"), ()),
     "bfl": (("diffusers", "ComfyUI"), ("diffusers", "ComfyUI")),
     "safeloras": (("cloneofsimo/lora",), ()),
     "onetrainer": (("OneTrainer", "ComfyUI", "diffusers"), ("OneTrainer", "ComfyUI")),
+}
+_UNETS = frozenset({"any", "sd15", "sd2", "sdxl", "sdxl_refiner"})
+_FLUX = frozenset({"flux", "flux2", "chroma"})
+_MAPPED = _UNETS | _FLUX | {"sd3", "z_image", "qwen_image", "hidream"}  # whose diffusers' names ComfyUI knows
+# {program: {format: the families of which it reads that}}; of a format that is not here it reads what READERS says of all families
+READ_BY: dict[str, dict[str, frozenset[str]]] = {
+    "diffusers": {
+        "kohya": _UNETS | _FLUX | {"z_image", "qwen_image", "wan"},
+        "kohya-diffusers": _UNETS | {"flux", "chroma"},
+        "onetrainer": _UNETS | {"flux", "chroma"},
+        "comfyui": frozenset({"qwen_image", "wan"}),
+    },
+    "ComfyUI": {
+        "diffusers": _MAPPED | {"auraflow", "pixart"},
+        "kohya-diffusers": _UNETS | _FLUX | {"sd3"},
+        "lycoris": _MAPPED,
+        "onetrainer": _MAPPED | {"auraflow"},
+    },
+}
+# {program: the families that it cannot load a LoRA into at all}
+LACKS: dict[str, frozenset[str]] = {
+    "diffusers": frozenset(
+        {
+            "pixart",
+            "hunyuan_image",
+            "hunyuan_video15",
+            "longcat_image",
+            "ovis_image",
+            "bria",
+            "glm_image",
+            "nucleus_image",
+            "omnigen2",
+            "motif_video",
+            "allegro",
+            "easyanimate",
+        }
+    ),
+    "ComfyUI": frozenset({"sana", "sana_video", "cogview4", "cogvideox"}),
 }
 # {program: the families that it knows of}, of those whose files have names that others share
 _FAMILIES = {
@@ -46,17 +85,41 @@ _LATER: dict[str, dict[str, tuple[str, ...]]] = {
     "omnigen2": {"ComfyUI": ("kohya", "comfyui")},
     "longcat_image": {"ComfyUI": _FLUXLIKE},
     "ovis_image": {"ComfyUI": _FLUXLIKE},
+    "hunyuan_video15": {"ComfyUI": ("comfyui",)},  # q, k and v are one layer there
+    "ace_step": {"ComfyUI": ("comfyui",)},  # in a decoder
+    "kandinsky5": {"ComfyUI": ("kohya", "comfyui", "diffusers")},
+    **{f: {"ComfyUI": ("kohya", "comfyui")} for f in ("skyreels_v2", "chrono_edit", "helios", "minimax_h3")},
+    **{family: {} for family in ("framepack", "sana_video", "wan_animate2", "flux3")},
     **{family: {} for family in ("cogview4", "bria", "bria_fibo", "bria_fibo2", "prx", "glm_image", "nucleus_image")},
 }
 # what all of them have in common: libraries that ask the model for its names
 _OWN_NAMES = {"diffusers": ("diffusers",), "PEFT": ("peft",), "transformers": ("peft",), "LyCORIS": ("lycoris",)}
 _FLAT = ("kohya-diffusers", "onetrainer")  # diffusers' names with underscores
-# {(family, format): the layers, as the file spells them, of which diffusers reads nothing}
-_PASSED_OVER = {
-    **{("sdxl", format): r"unet\.add_embedding_.*" for format in _FLAT},
-    **{
-        ("flux", format): r"transformer\.single_transformer_blocks_\d+_(proj_mlp|proj_out|norm_linear)"
-        for format in _FLAT
+_FLUX2S = r"(double_stream_modulation_(img|txt)|single_stream_modulation|time_guidance_embed)[._].*"
+_HUNYUANS = r"(guidance_in|time_in)\..*|txt_in\.[ct]_embedder\..*"
+_HUNYUANS_FLAT = r".*_(mlp_fc[12]|mod_linear|modulation_linear|mlp_[02]|embedder_linear_[12])"
+# {program: {(family, format): the layers, as the file spells them, of which it reads nothing}}
+_PASSED_OVER: dict[str, dict[tuple[str, str], str]] = {
+    "diffusers": {
+        **{("sdxl", format): r"unet\.add_embedding_.*" for format in _FLAT},
+        **{
+            (family, format): r"transformer\.single_transformer_blocks_\d+_(proj_mlp|proj_out|norm_linear)"
+            for family in ("flux", "chroma")
+            for format in _FLAT
+        },
+        ("flux2", "kohya"): r"transformer\.(.*_stream_modulation.*_lin|final_layer_adaLN_modulation_1|guidance_in_.*)",
+        ("wan", "kohya"): r"transformer\.(?!blocks_).*",
+        ("z_image", "kohya"): r"transformer\.(final_layer_.*|x_embedder)",
+        **{(family, "diffusers"): r"transformer\..*\.conv_depth" for family in ("sana", "sana_video")},  # groups
+    },
+    "ComfyUI": {
+        **{("flux2", format): rf"transformer\.{_FLUX2S}" for format in ("diffusers", *_FLAT, "lycoris")},
+        **{
+            ("chroma", format): r"transformer\.distilled_guidance_layer[._].*"
+            for format in ("diffusers", *_FLAT, "lycoris")
+        },
+        ("hunyuan_video", "comfyui"): rf"transformer\.({_HUNYUANS})",
+        ("hunyuan_video", "kohya"): _HUNYUANS_FLAT,
     },
 }
 _SAME = ("any", "sd15", "sd2")  # families whose layers sd-scripts calls as diffusers does
@@ -81,8 +144,17 @@ def readers(
     low_rank, others = READERS[format]
     plain = {*methods} <= {"lora", "dora"}
     cannot = _failing(format, methods, family, layers or {}, metadata or {}) if plain else set[str]()
-    names = [n for n in (low_rank if plain else others) if n not in cannot and family in _FAMILIES.get(n, {family})]
-    return tuple(n for n in names if family not in _LATER or format in _read_of(family, n))
+    names = [n for n in (low_rank if plain else others) if n not in cannot and reads(n, format, family)]
+    return tuple(n for n in names if not _passes_over(n, format, family, layers or {}))
+
+
+def reads(program: str, format: str, family: str) -> bool:
+    """Whether a program that reads a format reads it of a family."""
+    if family in LACKS.get(program, ()) or family not in _FAMILIES.get(program, {family}):
+        return False
+    if family in _LATER:
+        return format in _read_of(family, program)
+    return family in READ_BY.get(program, {}).get(format, {family})
 
 
 def _read_of(family: str, program: str) -> tuple[str, ...]:
@@ -90,6 +162,12 @@ def _read_of(family: str, program: str) -> tuple[str, ...]:
     if program in _FAMILIES:
         return ("kohya",)
     return {**_OWN_NAMES, **_LATER[family]}.get(program, ())
+
+
+def _passes_over(program: str, format: str, family: str, layers: Shapes) -> bool:
+    """Whether a program reads nothing of some of these layers."""
+    passed_over = _PASSED_OVER.get(program, {}).get((family, format))
+    return bool(passed_over) and any(re.fullmatch(passed_over, layer) for layer in layers)
 
 
 def _failing(
@@ -101,21 +179,18 @@ def _failing(
         layer.startswith("transformer_2.") for layer in layers
     )  # denoisers in one file, of which others read the first
     failing = {
-        "diffusers": two or (not theirs and (magnitudes or _partly(format, family, layers))),
+        "diffusers": two or (not theirs and (magnitudes or _apart(format, family, layers))),
         "sd-scripts": magnitudes or (format == "kohya-diffusers" and family not in _SAME),
         "ComfyUI": theirs and (two or magnitudes or _unlike(layers, metadata)),
     }
     return {name for name, fails in failing.items() if fails}
 
 
-def _partly(format: str, family: str, layers: Shapes) -> bool:
-    """Whether diffusers reads a part of these layers alone, or none."""
-    passed_over = _PASSED_OVER.get((family, format))
-    if passed_over and any(re.fullmatch(passed_over, layer) for layer in layers):
-        return True
+def _apart(format: str, family: str, layers: Shapes) -> bool:
+    """Whether diffusers would take joint layers apart at other rows than these have, or not know Wan's names by those that it looks for."""
     if (family, format) == ("wan", "kohya"):
         return not any("_ffn_" in layer for layer in layers)
-    if (family, format) != ("flux", "kohya"):
+    if format != "kohya" or family not in ("flux", "chroma"):
         return False
     rows = [(layer, roles["lora_B"][0]) for layer, roles in layers.items() if roles.get("lora_B")]
     return any(re.fullmatch(joint, layer) and n != size for layer, n in rows for joint, size in _JOINT.items())

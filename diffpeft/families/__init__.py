@@ -9,7 +9,7 @@ from diffpeft.errors import WrongBaseError
 from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.chroma import Chroma
-from diffpeft.families.cogvideox import CogVideoX
+from diffpeft.families.cogvideox import CogVideoX, CogVideoXImageToVideo
 from diffpeft.families.cogview4 import CogView4
 from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
@@ -70,6 +70,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "hunyuan_video15": HunyuanVideo15,
     "ltx2": LTX2,
     "cogvideox": CogVideoX,
+    "cogvideox_i2v": CogVideoXImageToVideo,
     "mochi": Mochi,
     "sana_video": SanaVideo,
     "kandinsky5_video": Kandinsky5Video,

@@ -75,6 +75,12 @@ def _square(value: object) -> object:
     return max(round(math.sqrt(sides[0] * sides[1]) / 64), 1) * 64
 
 
+def _folders(value: object) -> object:
+    """A folder, or a list of them."""
+    folders = [str(word) for word in words(value)]
+    return folders[0] if len(folders) == 1 else folders
+
+
 def _several(value: object) -> object:
     """Sides of squares, as ai-toolkit says them: a number, or a list."""
     sides = [int(str(side)) for side in words(value)]
@@ -127,6 +133,7 @@ TABLE: dict[str, OtherName] = {
     **_part("crop", "crop", bool, "random_crop center_crop"),
     **_part("mask", "mask", bool, "alpha_mask masked_loss"),
     **_part("mask", "mask", str, "conditioning_data_dir"),
+    **_same("control", list, "control_path control_directory", None, turn=_folders),
     **_same("caption_dropout", float, "caption_dropout_rate"),
     **_same("shuffle_captions", bool, "shuffle_caption shuffle_tokens"),
     **_part("shuffle", "keep_tokens", int, "keep_tokens", 0),
@@ -395,12 +402,14 @@ TABLE: dict[str, OtherName] = {
         False,
     ),
     **_refused(
-        "--data takes .jsonl and .csv files of file_name and text.",
+        "--data takes .jsonl and .csv files of file_name, text and control.",
         str,
-        "in_json dataset_class metadata_file image_column caption_column dataset_config_name",
+        "in_json dataset_class metadata_file image_column caption_column dataset_config_name cond_image_column conditioning_image_column",
         "",
         "image",
         "text",
+        "cond_image",
+        "conditioning_image",
     ),
     **_refused("Buckets are sd-scripts': leave it out.", str, "aspect_ratio_buckets", ""),
     **_refused("A run weighs them all alike.", float, "network_multiplier network_weight loss_multiplier", 1),
@@ -461,9 +470,9 @@ TABLE: dict[str, OtherName] = {
     ),
     **_refused("--density and --shift say how noise is drawn.", str, "train.content_or_style", "", "balanced"),
     **_refused(
-        "A control picture cannot be trained on.",
+        "Only control images beside the pictures can be trained on: --control DIR.",
         str,
-        "control_path inpaint_path clip_image_path controlnet_model_name_or_path",
+        "inpaint_path clip_image_path controlnet_model_name_or_path",
         "",
         "None",
     ),
