@@ -590,6 +590,7 @@ def test_hunyuan_video_15_reads_words_in_quotation_marks_and_is_guided_by_its_gu
         torch.testing.assert_close(family.pipe(latents=x, **options | keywords)[0], want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_audio_reaches_what_ltx_2_trains():
     family, seen = open_family(pipeline("ltx2"), CaptionReading(max_length=TEXT)), []
     model, conditions = family.parts("transformer"), embedded(family, PROMPTS)
