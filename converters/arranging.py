@@ -50,7 +50,13 @@ class Layers:
         """Whether an entry's layer is one of them, or no joint one."""
         if not entry.rule or entry.layer in self.before:
             return True
-        return self.original and self.table.is_original(*parted(entry.layer))
+        return self.original and self.table.is_original(*parted(entry.layer)) and not self._are_apart(entry)
+
+    def _are_apart(self, entry: Entry) -> bool:
+        """Whether a joint layer is read, but its parts are written one by one."""
+        names = [name for name, _ in entry.rule.parts] if entry.rule else []
+        place = self.table.to_original(parted(entry.layer)[0], names[0]) if len(names) > 1 else None
+        return place is not None and len(place[0].parts) == 1
 
     def joint(self, entry: Entry) -> Place | None:
         """The joint layer among them that an entry's layer is a part of."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from converters.detection import Detection, Fit, fit, methods_of
-from converters.families import TABLES
+from converters.families import TABLES, Table
 from converters.formats import FORMATS, Format
 from converters.formats.base import table_of
 from converters.judging import check_alpha, judged, with_alphas
@@ -16,6 +16,7 @@ from converters.placing import Names, Reading, literal, placed
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import (
     AmbiguousFormatError,
+    CheckpointError,
     UnknownNameError,
     WrongBaseError,
     inside,
@@ -108,6 +109,7 @@ def _read(
     families = _families(fits, fmt, family, names, where)
     name = next(iter(families), "")
     by = Reading(fmt, table_of(fmt, name), names or {}, metadata, where)
+    _refuse_unread(by.table, tensors)
     parts = {**fits.parts, **literal(tensors, fmt, by.names)}
     shared = {role: tensors[key] for role, key in fmt.shared_keys.items() if key in tensors and key not in parts}
     entries = fmt.configured(judged(placed(tensors, parts, by), by), metadata)
@@ -115,6 +117,15 @@ def _read(
     beside = tensors.keys() - parts.keys() - {fmt.shared_keys[role] for role in shared}
     carried = {key: handle for key, handle in tensors.items() if key in beside}
     return Bundle(fmt.name, name, entries, carried, dict(metadata), where, families, tuple(tensors))
+
+
+def _refuse_unread(table: Table, keys: Iterable[str]) -> None:
+    """Raise CheckpointError if the keys say that layers are laid out as nothing here reads them."""
+    for spelling, why in table.unread.items():
+        if keys_so := [key for key in keys if spelling in key]:
+            raise CheckpointError(
+                why, where=listed(keys_so, 3), remedy="Let the program that made it save it as others do."
+            )
 
 
 def _sharing(entry: Entry, shared: Mapping[str, Handle]) -> Entry:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from converters.arranging import Arranged, arranged
 from converters.families import Table
 from converters.formats import FORMATS, Answer, Format, KeyParts
-from converters.formats.base import table_of
+from converters.formats.base import shares_word, table_of
 from converters.rows import aspect
 from diffpeft.bundle import Bundle, Entry, parted
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
@@ -51,7 +51,7 @@ def _answers(bundle: Bundle, fmt: Format, order: Arranged, names: Sequence[KeyPa
     done = "joined" if fmt.original(table) else "taken apart"
     yield Answer.unless([*order.failed], f"a fused layer cannot be {done}: {next(iter(order.failed.values()), '')}")
     components = sorted({parted(entry.layer)[0] for entry in order.entries})
-    alone = not fmt.single or len(components) < 2
+    alone = len(components) < 2 or not (fmt.single or shares_word(fmt, table, components))
     yield Answer.unless([] if alone else layers, f"it holds one component, not {' and '.join(components)}")
     unnamed = [entry.layer for entry, name in zip(order.entries, names, strict=True) if name is None]
     yield Answer.unless(unnamed, "it has no name for them" if table.components else _UNKNOWN)

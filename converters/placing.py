@@ -9,7 +9,6 @@ from pathlib import Path
 from converters.detection import COMPONENT, bare
 from converters.families import Table
 from converters.formats import Format, KeyParts
-from converters.formats.base import denoiser
 from converters.formats.peft import WEIGHTS
 from converters.formats.wrappers import all_unwrapped
 from converters.roles import OLD_OFT
@@ -130,12 +129,13 @@ def _hits(component: str, names: Iterable[str], layers: Collection[str]) -> int:
 
 
 def _component(word: str, by: Reading) -> str:
-    """The component that a word means. Of a denoiser that the model calls otherwise than the family the only one that it has; of two that are named alike
-    the one that the metadata say.
+    """The component that a word means: of several denoisers with one word the one that the metadata name, or the file is called after. Of a denoiser
+    that the model calls otherwise than the family the only one that it has.
     """
-    component, told = by.fmt.component(word, by.table), by.metadata.get(COMPONENT, "")
-    if told in by.names and told in by.table.rules and component == denoiser(by.table):
-        return told
+    component = by.fmt.component(word, by.table)
+    told = by.metadata.get(COMPONENT) or Path(by.where).name.removesuffix(".safetensors")
+    if {component, told} <= by.table.rules.keys() and not word.startswith(component) and told in (by.names or (told,)):
+        component = told
     encodes = component.startswith("text_encoder") or component in by.table.encoders
     denoisers = [name for name in by.names if not name.startswith("text_encoder")]
     if component in by.names or encodes or word.startswith(component) or not denoisers:

@@ -85,6 +85,11 @@ _LATER: dict[str, dict[str, tuple[str, ...]]] = {
     "omnigen2": {"ComfyUI": ("kohya", "comfyui")},
     "longcat_image": {"ComfyUI": _FLUXLIKE},
     "ovis_image": {"ComfyUI": _FLUXLIKE},
+    "hunyuan_video15": {"ComfyUI": ("comfyui",)},  # q, k and v are one layer there
+    "ace_step": {"ComfyUI": ("comfyui",)},  # in a decoder
+    "kandinsky5": {"ComfyUI": ("kohya", "comfyui", "diffusers")},
+    **{f: {"ComfyUI": ("kohya", "comfyui")} for f in ("skyreels_v2", "chrono_edit", "helios", "minimax_h3")},
+    **{family: {} for family in ("framepack", "sana_video", "wan_animate2", "flux3")},
     **{family: {} for family in ("cogview4", "bria", "bria_fibo", "bria_fibo2", "prx", "glm_image", "nucleus_image")},
 }
 # what all of them have in common: libraries that ask the model for its names

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from converters.detection import COMPONENT, FORMAT, HINT
 from converters.formats import FORMATS, Format
+from converters.formats.base import table_of
 from converters.formats.peft import CONFIG
 from converters.holding import Held
 from converters.provenance import KEY, Place, recorded
@@ -75,7 +76,11 @@ def _metadata(held: Held) -> dict[str, str]:
 def _told(held: Held, entries: Sequence[Entry]) -> dict[str, str]:
     """What a reader cannot see from the keys: the family, if it is certain, the component, the format."""
     bundle, fmt = held.bundle, FORMATS[held.format]
-    component = parted(entries[0].layer)[0] if fmt.single and entries else ""
+    table = table_of(fmt, bundle.family)
+    components = dict.fromkeys(parted(entry.layer)[0] for entry in entries)
+    words = {component: fmt.word(component, table) for component in components}
+    unsaid = [c for c, word in words.items() if fmt.single or (word and fmt.component(word, table) != c)]
+    component = next(iter(unsaid), "")
     certain = len(bundle.families) < 2 and (held.adapter or not fmt.folder)
     return {
         **({HINT: bundle.family} if bundle.family and certain else {}),

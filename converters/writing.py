@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.formats import FORMATS
+from converters.formats.base import shares_word, table_of
 from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from converters.holding import Held, held, refused
 from converters.restoring import restored
@@ -50,13 +51,15 @@ def planned(part: Held, dtype: torch.dtype | None = None) -> Draft:
 
 
 def files(bundle: Bundle, format: str, path: str | os.PathLike[str]) -> dict[str, Held]:
-    """{component: what the format makes of it}. The component is empty unless there are several, the format holds one, and `path` is a folder's name.
+    """{component: what the format makes of it}. The component is empty unless there are several, the format holds one (or one denoiser), and `path` is a
+    folder's name.
 
     Raises CannotConvertError for a place where this cannot be written.
     """
     fmt, file = FORMATS[format], os.fspath(path).endswith(".safetensors") or os.path.isfile(path)
     components = list(dict.fromkeys(parted(e.layer)[0] for e in bundle.entries))
-    several = fmt.single and not file and len(components) > 1
+    apart = fmt.single or shares_word(fmt, table_of(fmt, bundle.family), components)
+    several = apart and not file and len(components) > 1
     _check_place(Path(path), format, folder=fmt.folder or several)
     if not several:
         return {"": held(bundle, format)}

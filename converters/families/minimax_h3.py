@@ -37,4 +37,8 @@ MINIMAX_H3 = table(
     ),
     {"text_encoder": Encoder(text.inside("model.language_model", text.QWEN3))},
     denoisers=("transformer", "transformer_ref"),
+    unread=dict.fromkeys(
+        (f"qkv_proj.lora_{ab}.default." for ab in "AB"),
+        "DiffSynth-Studio has the rows of q, k and v head by head in one layer, where all others have one after the other",
+    ),
 )

@@ -172,6 +172,12 @@ def table_of(fmt: Format, family: str) -> Table:
     return fmt.tables.get(family) or Table({})
 
 
+def shares_word(fmt: Format, table: Table, components: Iterable[str]) -> bool:
+    """Whether a format has one word for several of these components, as for Wan 2.2's two denoisers: a file then holds one of them."""
+    words = [word for component in components if (word := fmt.word(component, table))]
+    return len({*words}) < len(words)
+
+
 def denoiser(table: Table) -> str:
     """The component that a file of one denoiser is for; of a family that is not known a transformer."""
     return next((name for name in table.components if name not in table.encoders), "transformer")

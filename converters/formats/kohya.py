@@ -120,12 +120,12 @@ class Kohya(Lycoris):
         return next((c for c, e in table.encoders.items() if word in e.kohya), _NUMBERS.get(word, "text_encoder"))
 
     def word(self, component: str, table: Table) -> str | None:
-        """The first prefix of an encoder; a file holds one denoiser."""
+        """The first prefix of an encoder; denoisers have one, and a file holds one of them."""
         if component in table.encoders:
             return next(iter(table.encoders[component].kohya), None)
         if not table.components:
             return _UNNAMED.get(component)
-        if component != denoiser(table):
+        if component not in table.rules or component in table.words:
             return None
         return UNET if self.originals or component == "unet" else TRANSFORMER
 

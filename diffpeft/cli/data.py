@@ -19,6 +19,7 @@ _READ = (
     "instance_prompt",
     "trigger",
     "mask",
+    "control",
     "heldout",
     "resolution",
     "buckets",

@@ -9,7 +9,7 @@ from diffpeft.errors import WrongBaseError
 from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.chroma import Chroma
-from diffpeft.families.cogvideox import CogVideoX
+from diffpeft.families.cogvideox import CogVideoX, CogVideoXImageToVideo
 from diffpeft.families.cogview4 import CogView4
 from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
@@ -23,7 +23,7 @@ from diffpeft.families.hunyuan_video15 import HunyuanVideo15
 from diffpeft.families.ideogram4 import Ideogram4
 from diffpeft.families.kandinsky5_video import Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
-from diffpeft.families.ltx import LTX
+from diffpeft.families.ltx import LTX, LTXImageToVideo
 from diffpeft.families.ltx2 import LTX2
 from diffpeft.families.lumina2 import Lumina2
 from diffpeft.families.mochi import Mochi
@@ -64,11 +64,13 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "ernie_image": ErnieImage,
     "wan": Wan,
     "wan_i2v": WanImageToVideo,
+    "ltx_i2v": LTXImageToVideo,
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
     "hunyuan_video15": HunyuanVideo15,
     "ltx2": LTX2,
     "cogvideox": CogVideoX,
+    "cogvideox_i2v": CogVideoXImageToVideo,
     "mochi": Mochi,
     "sana_video": SanaVideo,
     "kandinsky5_video": Kandinsky5Video,

@@ -4,18 +4,24 @@ states and patches, and no mask. 1.5 reads two frames of latents as one: a clip 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffpeft.errors import ConfigError
+from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families.base import CaptionReading, Conditions, Levels, Prompted, Sizes
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.dit import ClipTransformer, in_blocks
+from diffpeft.families.frames import first_of
+from diffpeft.families.latents import moments
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Configs, Parts
+
+_OFS = 2.0  # the pipeline's
 
 
 class CogVideoX(ClipTransformer):
@@ -54,9 +60,13 @@ class CogVideoX(ClipTransformer):
         import torch
 
         mean, std = super().encode(pixels)
-        lacking = -mean.shape[2] % (self.parts.configs[self.denoiser]["patch_size_t"] or 1)
-        mean, std = (torch.cat([*[t[:, :, :1]] * lacking, t], dim=2) for t in (mean, std))
+        mean, std = (torch.cat([*[t[:, :, :1]] * self._lacking(t.shape[2]), t], dim=2) for t in (mean, std))
         return mean, std
+
+    def _lacking(self, frames: int) -> int:
+        """How many frames of latents there are too few for whole patches."""
+        patch: int = self.parts.configs[self.denoiser]["patch_size_t"] or 1
+        return -frames % patch
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """T5's hidden states [n, width], filled up."""
@@ -64,7 +74,11 @@ class CogVideoX(ClipTransformer):
         return {"text": texts[0]}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
-        """v or epsilon, as the scheduler says. The transformer has frames before channels."""
+        """v or epsilon, as the scheduler says."""
+        return self.answer(model, x, t, read)
+
+    def answer(self, model: Component, x: Tensor, t: Tensor, read: Conditions, **more: Tensor | None) -> Tensor:
+        """What the transformer, which has frames before channels, says of what it reads [b, c, f, h, w]."""
         frames, height, width = x.shape[2:]
         pixels, places = self.pipe.vae_scale_factor_spatial, None
         if model.config.use_rotary_positional_embeddings:
@@ -75,8 +89,52 @@ class CogVideoX(ClipTransformer):
             timestep=t,
             image_rotary_emb=places,
             return_dict=False,
+            **more,
         )[0].transpose(1, 2)
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a CogVideoXPipeline takes prompts, for single frames."""
         return {"prompt_embeds": prompts["text"], "negative_prompt_embeds": negative["text"], "num_frames": 1}
+
+
+class CogVideoXImageToVideo(CogVideoX):
+    """The training side of a CogVideoXImageToVideoPipeline: the first frame of a clip is known."""
+
+    pipelines: tuple[str, ...] = ("CogVideoXImageToVideoPipeline",)
+    first_frame = True
+    architecture = "cogvideox-i2v"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        if parts.configs[self.denoiser]["use_learned_positional_embeddings"]:
+            raise WrongBaseError(
+                "the places that this CogVideoX has learnt are of clips of one size: it cannot be trained",
+                remedy="Take CogVideoX 1.5.",
+            )
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Latents, and those of the first frame."""
+        return 2 * latent
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The first frame's latents with zeros behind, scaled as the model was trained."""
+        import torch
+
+        first, count = first_of(pixels)
+        vae, frames = self.parts("vae"), self.frames_of(count)
+        scale = vae.config.scaling_factor
+        known = moments(vae, first)[0] * (1 / scale if vae.config.invert_scale_latents else scale)
+        blank = known.new_zeros(*known.shape[:2], frames + self._lacking(frames) - 1, *known.shape[3:])
+        return {"known": torch.cat([known, blank], dim=2)}
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The first frame."""
+        return {"image": images[0]} if images else {}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """v or epsilon. Some models read a number beside the time that is always the same."""
+        import torch
+
+        ofs = None if model.config.ofs_embed_dim is None else x.new_full((1,), _OFS)
+        return self.answer(model, torch.cat([x, read["known"]], dim=1), t, read, ofs=ofs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,16 @@ def images_of(first: Tensor) -> list[Image]:
 
     rounded = ((first[:, :, 0] + 1) * 127.5).round().clamp(0, 255).byte()
     return [Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()) for pixels in rounded]
+
+
+def started(x: Tensor, first: Tensor, time: Tensor, patch: int = 1) -> tuple[Tensor, Tensor]:
+    """Latents x [b, c, f, h, w] with the first frame [b, c, 1, h, w] in its place, and times [b] by token [b, n]: 0 for those of the first frame."""
+    import torch
+
+    tokens = math.prod(x.shape[3:]) // patch**2
+    times = time[:, None].repeat(1, x.shape[2] * tokens)
+    times[:, :tokens] = 0
+    return torch.cat([first, x[:, :, 1:]], 2), times
 
 
 def uncounted(frames: int, known: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Generic(Transformer):
 
         self.presets = self.presets or _in_any_blocks()
         self.levels: Levels = self.levels_of(parts.pipe.scheduler)
-        self.probe = Probe(parts, self._stand_in(parts.pipe.scheduler))
+        self.probe = Probe(parts, self._stand_in(parts.pipe.scheduler), self.denoiser)
         self.text_encoders = tuple(n for n in parts.pipe.components if self._reads(n) and parts.has(n))
         self.guidance = self._guidance()
         self.max_length = self._length(reading)
@@ -92,7 +92,7 @@ class Generic(Transformer):
 
         from diffpeft.families.probe import Probe
 
-        kind = Probe(self.parts, self.pipe.scheduler)
+        kind = Probe(self.parts, self.pipe.scheduler, self.denoiser)
         others = [name for name in _OTHERS if name in kind.keywords]
         needed = [
             n

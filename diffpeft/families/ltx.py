@@ -1,17 +1,21 @@
-"""LTX-Video (Lightricks 2024, arXiv:2501.00103), text to video, on single frames: clips [b, c, f, h, w] of a VAE that takes 32 pixels for one, normalised by
+"""LTX-Video (Lightricks 2024, arXiv:2501.00103), to video from a text or an image: clips [b, c, f, h, w] of a VAE that takes 32 pixels for one, normalised by
 statistics among its weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import ClipTransformer, in_blocks, masked_prompts
+from diffpeft.families.frames import first_of, started, uncounted
+from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -39,13 +43,17 @@ class LTX(ClipTransformer):
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """One token a pixel of x; places are in seconds and in pixels of the image."""
+        return self.answer(model, x, 1000 * t, read)
+
+    def answer(self, model: Component, x: Tensor, time: Tensor, read: Conditions) -> Tensor:
+        """What the transformer says of latents x [b, c, f, h, w] at times [b], or [b, n] by token."""
         frames, height, width = x.shape[2:]
         pipe = self.pipe
         pixels = pipe.vae_spatial_compression_ratio
         answer = model(
             hidden_states=x.flatten(2).mT,
             encoder_hidden_states=read["text"],
-            timestep=1000 * t,
+            timestep=time,
             encoder_attention_mask=sent(read["mask"], x.device),
             num_frames=frames,
             height=height,
@@ -58,3 +66,26 @@ class LTX(ClipTransformer):
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As an LTXPipeline takes prompts, for single frames."""
         return masked_prompts(prompts, negative) | {"num_frames": 1, "frame_rate": self.rate}
+
+
+class LTXImageToVideo(LTX):
+    """The training side of an LTXImageToVideoPipeline: the first frame of a clip is known, and stands in its place at no noise."""
+
+    pipelines: tuple[str, ...] = ("LTXImageToVideoPipeline",)
+    first_frame = True
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The mean of the first frame's latents; of a single image nothing, which nothing is before."""
+        first, count = first_of(pixels)
+        known, _ = encoded(self.parts("vae"), first)
+        return {} if count == 1 else {"first": known, "counts": uncounted(self.frames_of(count), known)}
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The first frame."""
+        return {"image": images[0]} if images else {}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """Time is by token, and 0 for the first frame."""
+        if "first" not in read:
+            return super().velocity(model, x, t, read)
+        return self.answer(model, *started(x, read["first"], 1000 * t), read)

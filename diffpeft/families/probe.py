@@ -104,9 +104,11 @@ class Probe:
 
     Args:
         scheduler: takes the place of the pipeline's, so that it stays as it is.
+        denoiser: its component, which alone, beside the VAE, may be asked without being there: that ends a call.
     """
 
-    def __init__(self, parts: Parts, scheduler: Component):
+    def __init__(self, parts: Parts, scheduler: Component, denoiser: str):
+        self._ends = (denoiser, "vae")
         self.parts, self.pipe, self.scheduler = parts, parts.pipe, scheduler
         self._call = inspect.unwrap(type(parts.pipe).__call__)
         self.keywords = inspect.signature(self._call).parameters
@@ -197,15 +199,30 @@ class Probe:
             if part is None and self.parts.has(name):
                 part = self.parts.outline(name)
             if isinstance(part, nn.Module):
-                models[name] = StandIn(part, ask.device, ask.dtype, stop)
+                models[name] = StandIn(part, ask.device, ask.dtype, stop if name in self._ends else _no_end(name))
         return models
+
+    def numbers(self, seen: object) -> Tensor:
+        """A tensor that was seen, on the host in fp64. Raises WrongBaseError for anything else."""
+        if not isinstance(seen, Tensor):
+            raise self.refused("its pipeline does not go its steps as others of diffusers do")
+        return seen.double().cpu()
 
     def refused(self, why: str) -> WrongBaseError:
         """The error of a pipeline that cannot be followed."""
         return WrongBaseError(
-            f"this {type(self.pipe).__name__} is of no family that is known here, and {why}: it cannot be trained",
+            f"this {type(self.pipe).__name__} cannot be trained: {why}",
             remedy="Pipelines from text to one image, which have encode_prompt and a scheduler of diffusers, can.",
         )
+
+
+def _no_end(component: str) -> Callable[..., object]:
+    """What a model that is not there answers."""
+
+    def answer(*_: object, **__: object) -> object:
+        raise RuntimeError(f"it asks {component} for more than a caption")
+
+    return answer
 
 
 @contextlib.contextmanager
@@ -304,8 +321,7 @@ def lie_of(probe: Probe, ask: Ask) -> Lie:
 
     def decoded(noise: Callable[[Sequence[int]], Tensor]) -> Tensor:
         z, *_ = probe(replace(ask, noise=noise, times=times_of(probe.scheduler)))
-        assert isinstance(z, Tensor)
-        return z.double().cpu()
+        return probe.numbers(z)
 
     shift = decoded(lambda shape: torch.zeros(*shape, dtype=torch.float64))
     scale = decoded(lambda shape: torch.ones(*shape, dtype=torch.float64)) - shift
@@ -322,9 +338,8 @@ def stepped(probe: Probe, ask: Ask) -> Tensor:
     """
 
     def sample(digit: int) -> Tensor:
-        _, _, latents, *_ = probe(replace(ask, noise=_digits(digit)))
-        assert isinstance(latents, Tensor)
-        return latents.double().cpu()
+        seen = probe(replace(ask, noise=_digits(digit)))
+        return probe.numbers(seen[2] if len(seen) > 3 else None)
 
     return _places([sample(0), sample(1)], probe)
 

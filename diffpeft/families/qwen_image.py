@@ -96,12 +96,12 @@ class QwenImageEdit(QwenImage):
         return numbered([self.encode(control)[0] for control in controls])
 
     def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
-        """The conditions of prompts, each of which is read by itself with its control images."""
+        """The conditions of prompts, each of which is read by itself with its control images; without any as a text alone."""
         import torch
 
         model, rows = self.parts(encoder), list[Conditions]()
         for row, prompt in enumerate(prompts):
-            shown = self.shown([drawn(image[row]) for image in images])
+            shown = self.shown([drawn(image[row]) for image in images]) if images else None
             with torch.no_grad():
                 texts, _ = self.pipe.encode_prompt(
                     [prompt], image=shown, device=model.device, max_sequence_length=self.max_length

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.dit import ClipTransformer, in_blocks
-from diffpeft.families.frames import first_of, images_of, uncounted
+from diffpeft.families.frames import first_of, images_of, started, uncounted
 from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
@@ -119,7 +119,4 @@ class WanImageToVideo(Wan):
             return self.answer(model, beside, 1000 * t, read, encoder_hidden_states_image=read.get("image"))
         if "first" not in read:  # a single image, which nothing is before
             return super().velocity(model, x, t, read)
-        tokens = math.prod(x.shape[3:]) // self.patch**2
-        time = (1000 * t)[:, None].repeat(1, x.shape[2] * tokens)
-        time[:, :tokens] = 0
-        return self.answer(model, torch.cat([read["first"], x[:, :, 1:]], 2), time, read)
+        return self.answer(model, *started(x, read["first"], 1000 * t, self.patch), read)

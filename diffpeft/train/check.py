@@ -16,7 +16,7 @@ from diffpeft.pipeline.open import Facts, check_model, facts
 from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
-from diffpeft.train.data import Account
+from diffpeft.train.data import Account, pairing
 from diffpeft.train.data.clips import cut
 from diffpeft.train.data.framing import Framing
 from diffpeft.train.data.split import beside, part_of, split
@@ -26,7 +26,14 @@ from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
-from diffpeft.train.sample_prompts import SamplePrompt, check_sizes, prompts_of, typed_prompts
+from diffpeft.train.sample_prompts import (
+    SamplePrompt,
+    check_controls,
+    check_sizes,
+    prompts_of,
+    typed_prompts,
+    with_controls,
+)
 from diffpeft.train.slider_config import SliderConfig
 from diffpeft.train.trackers import logs_of
 
@@ -88,14 +95,18 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     check_model(config.model, config.base, config.vae, config.text_encoders())
     known = sizes_of(config)
     prior_prompts(config)
+    _check_prior(config)
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
     account = replace(_with_cut(account, config), steps=(config.steps, config.examples()))
-    prompts = tuple(prompts_of(config, [example.caption for example in account.examples]))
-    return Checked(name, account, planned, state, config, origins or {}, prompts)
+    prompts = prompts_of(config, [example.caption for example in account.examples])
+    prompts = with_controls(prompts, (*account.heldout, *account.examples))
+    if (wanted := wanted_controls(config)) is not None:
+        check_controls(prompts, wanted.fewest, wanted.most)
+    return Checked(name, account, planned, state, config, origins or {}, tuple(prompts))
 
 
 def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
@@ -160,11 +171,24 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
         sizing,
         trigger=config.trigger,
         mask=config.mask,
+        control=config.control,
         skip=[Path(folder) for folder in (config.out, config.class_data, config.cache_dir, *others) if folder],
         clips=framing is not None,
     )
     account = account if part is None else _with_heldout(account, part, config)
+    if (wanted := wanted_controls(config)) is not None:
+        pairing.check(account, wanted)
     return account if framing is None else cut(account, framing)
+
+
+def wanted_controls(config: TrainConfig) -> pairing.Wanted | None:
+    """The control images that the model reads, where its configs tell its family."""
+    source = (config.base if Path(str(config.model)).is_file() else config.model) or ""
+    known = facts(source) if config.model else None
+    if known is None or not known.pipeline:
+        return None
+    family = FAMILIES[trainable(known.pipeline, known.configs, source)]
+    return pairing.Wanted(*family.controls, family.aligned)
 
 
 def framing_of(config: TrainConfig, known: Sizes) -> Framing | None:
@@ -194,11 +218,13 @@ def _with_heldout(account: Account, part: float | int | Path, config: TrainConfi
     """The account with images that are held out. Raises DataError or ConfigError."""
     if not isinstance(part, Path):
         return split(account, part, config.seed)
+    control = [str(folder) for folder in pairing.folders_of(None, data.sources_of([part]))] or config.control
     others = data.survey(
         [part],
         config.instance_prompt,
         trigger=config.trigger,
         mask=config.mask,
+        control=control,
         strict=False,
         clips=bool(config.counts()),
     )
@@ -226,6 +252,16 @@ def sizes_of(config: TrainConfig) -> Sizes:
     if path.is_file():
         _check_checkpoint(path, family, known)
     return FAMILIES[family].sizes(known.configs) if family else Sizes(None, None)
+
+
+def _check_prior(config: TrainConfig) -> None:
+    """Raise ConfigError for class images of a model that draws nothing without a control image."""
+    wanted = wanted_controls(config)
+    if wanted and wanted.fewest and config.class_prompt is not None and config.prior != "base":
+        raise ConfigError(
+            "class images with a model that draws nothing without a control image",
+            remedy="Pass --prior base: the model is asked for the training images, with their control images.",
+        )
 
 
 def _check_sample_model(config: TrainConfig) -> None:

@@ -262,6 +262,10 @@ class TrainConfig(Options):
         None,
         "What counts in an image: alpha (its transparency), or a folder of masks with the images' names; white counts.",
     )
+    control: str | Sequence[str] | None = option(
+        None,
+        "Folders of control images with the pictures' names, with commas, for models of edits. Default: control, control2 ... beside a folder target.",
+    )
     class_prompt: str | None = option(
         None, "Switches prior preservation on: what the class is called, without the new word."
     )

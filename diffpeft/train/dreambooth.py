@@ -168,10 +168,11 @@ def _fitted(
 
 
 def _reads(checked: Checked) -> dict[str, str]:
-    """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files and masks."""
-    files = [(e, [p for p in (e.path, e.mask) if p]) for e in checked.account.examples]
-    examples = [(e.caption, e.repeats, *((p.name, _bytes(p)) for p in paths), *e.frames) for e, paths in files]
-    return {"data": fingerprint(examples)}
+    """What a run reads, by fingerprint: captions and repeats of its images, names and sizes of their files, masks and control images."""
+    examples = checked.account.examples
+    files = [(e, [p for p in (e.path, e.mask, *(c.path for c in e.controls)) if p]) for e in examples]
+    facts = [(e.caption, e.repeats, *((p.name, _bytes(p)) for p in paths), *e.frames) for e, paths in files]
+    return {"data": fingerprint(facts)}
 
 
 def _bytes(path: Path) -> int:

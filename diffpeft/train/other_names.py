@@ -75,6 +75,12 @@ def _square(value: object) -> object:
     return max(round(math.sqrt(sides[0] * sides[1]) / 64), 1) * 64
 
 
+def _folders(value: object) -> object:
+    """A folder, or a list of them."""
+    folders = [str(word) for word in words(value)]
+    return folders[0] if len(folders) == 1 else folders
+
+
 def _several(value: object) -> object:
     """Sides of squares, as ai-toolkit says them: a number, or a list."""
     sides = [int(str(side)) for side in words(value)]
@@ -120,10 +126,14 @@ TABLE: dict[str, OtherName] = {
     **_same("resolution", str, "resolution", turn=_square),
     **_same("resolution", list, "datasets.resolution", turn=_several),
     **_same("buckets", bool, "enable_bucket"),
+    **_same("frames", list, "target_frames num_frames", turn=lambda counts: counts),
+    **_same("extract", str, "frame_extraction", turn={"head": "head", "chunk": "chunks"}),
+    **_same("data", str, "video_directory"),
     **_same("flip", bool, "flip_aug random_flip flip_x"),
     **_part("crop", "crop", bool, "random_crop center_crop"),
     **_part("mask", "mask", bool, "alpha_mask masked_loss"),
     **_part("mask", "mask", str, "conditioning_data_dir"),
+    **_same("control", list, "control_path control_directory", None, turn=_folders),
     **_same("caption_dropout", float, "caption_dropout_rate"),
     **_same("shuffle_captions", bool, "shuffle_caption shuffle_tokens"),
     **_part("shuffle", "keep_tokens", int, "keep_tokens", 0),
@@ -349,6 +359,14 @@ TABLE: dict[str, OtherName] = {
     **_refused(
         "Train a range of noise with --sigma-range.", int, "max_timestep train.max_denoising_steps", 0, 999, 1000
     ),
+    **_idle("the rate is the file's own, and clips are shown at the model's or at --fps", float, "source_fps"),
+    **_idle("every pair of steps has one of each expert", int, "train.switch_boundary_every switch_boundary_every"),
+    **_refused(
+        "Where the experts change over is in the model's config; one alone is --experts high or low.",
+        float,
+        "timestep_boundary",
+    ),
+    **_refused("Pass a diffusers folder with both experts; one alone is --experts high or low.", str, "dit_high_noise"),
     **_refused("Weights in captions are not read.", bool, "weighted_captions", False),
     **_refused(
         _CAPTIONS,
@@ -384,12 +402,14 @@ TABLE: dict[str, OtherName] = {
         False,
     ),
     **_refused(
-        "--data takes .jsonl and .csv files of file_name and text.",
+        "--data takes .jsonl and .csv files of file_name, text and control.",
         str,
-        "in_json dataset_class metadata_file image_column caption_column dataset_config_name",
+        "in_json dataset_class metadata_file image_column caption_column dataset_config_name cond_image_column conditioning_image_column",
         "",
         "image",
         "text",
+        "cond_image",
+        "conditioning_image",
     ),
     **_refused("Buckets are sd-scripts': leave it out.", str, "aspect_ratio_buckets", ""),
     **_refused("A run weighs them all alike.", float, "network_multiplier network_weight loss_multiplier", 1),
@@ -450,9 +470,9 @@ TABLE: dict[str, OtherName] = {
     ),
     **_refused("--density and --shift say how noise is drawn.", str, "train.content_or_style", "", "balanced"),
     **_refused(
-        "A control picture cannot be trained on.",
+        "Only control images beside the pictures can be trained on: --control DIR.",
         str,
-        "control_path inpaint_path clip_image_path controlnet_model_name_or_path",
+        "inpaint_path clip_image_path controlnet_model_name_or_path",
         "",
         "None",
     ),

@@ -1,6 +1,7 @@
 """What a run draws while it trains: prompts with their settings, from options and from files. Imports no torch.
 
 A line is a prompt, and sd-scripts' flags may follow it: `a photo of sks dog --n blurry --w 512 --h 768 --d 7 --l 7.5 --g 3.5 --s 30`.
+`--ci FILE` is a control image.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 from diffpeft.files import Json
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.data.account import Example
 from diffpeft.train.data.captions import TRIGGER, with_trigger
 
 
@@ -27,6 +29,7 @@ class SamplePrompt:
     Args:
         cfg: how far the prediction is led away from that of the negative prompt: classifier-free guidance.
         guidance: what a model is told that was distilled to read a guidance.
+        controls: the files of the control images, for a model that reads some.
         frames: of a model of videos, how many.
         image: what it begins with, if the model is shown that: an image, or a clip with it as the first frame.
         where: the file and line that it is from, or the option.
@@ -40,6 +43,7 @@ class SamplePrompt:
     cfg: float | None = None
     guidance: float | None = None
     steps: int | None = None
+    controls: tuple[str, ...] = ()
     where: str = ""
     frames: int | None = None
     image: str | None = None
@@ -55,6 +59,16 @@ class Setting(NamedTuple):
 
 
 _WHOLE, _NUMBER = "a whole number from {:g}", "a number from {:g}"
+
+
+def _files(said: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of files, one or several. Raises ValueError for one that is not there."""
+    files = (said,) if isinstance(said, str) else tuple(said)
+    if not files or not all(Path(file).is_file() for file in files):
+        raise ValueError
+    return files
+
+
 FLAGS = {
     "n": Setting("negative", str),
     "w": Setting("width", int, 8, _WHOLE),
@@ -63,6 +77,7 @@ FLAGS = {
     "l": Setting("cfg", float, 0, _NUMBER),
     "g": Setting("guidance", float, 0, _NUMBER),
     "s": Setting("steps", int, 1, _WHOLE),
+    "ci": Setting("controls", _files, words="the file of a control image"),  # may be repeated
     "f": Setting("frames", int, 1, _WHOLE),
     "i": Setting("image", str),
 }
@@ -78,6 +93,7 @@ _SPELT = {
     "num_inference_steps": "steps",
     "image_path": "image",
     "init_image": "image",
+    **dict.fromkeys(("control", "control_image", "control_images", "control_image_path", "ctrl_img"), "controls"),
     "num_frames": "frames",
     "frame_count": "frames",
     "video_length": "frames",
@@ -97,7 +113,8 @@ def of_line(line: str, where: str) -> SamplePrompt:
         if name not in FLAGS:
             raise _unknown(f"--{name}", {f"--{letter}" for letter in FLAGS}, where)
         setting = FLAGS[name]
-        values[setting.field] = _value(f"--{name}", text.strip(), setting, where)
+        value = _value(f"--{name}", text.strip(), setting, where)
+        values[setting.field] = (*values.get(setting.field, ()), *value) if isinstance(value, tuple) else value
     return replace(SamplePrompt(prompt, where=where), **values)
 
 
@@ -232,6 +249,32 @@ def prompts_of(config: TrainConfig, captions: Sequence[str]) -> list[SamplePromp
         return [*chain.from_iterable(alike), *(prompt for prompt in prompts if prompt.prompt not in mains)]
     caption = next((caption for caption in captions if caption), "")
     return prompts or [SamplePrompt(caption, where="a caption")]
+
+
+def with_controls(prompts: Sequence[SamplePrompt], examples: Sequence[Example]) -> list[SamplePrompt]:
+    """The prompts, each with control images: its own, or else those of the example with its caption, or of the first that has some."""
+    beside = [example for example in examples if example.controls]
+    if not beside:
+        return list(prompts)
+    by_caption = {example.caption: example for example in reversed(beside)}
+
+    def files(prompt: SamplePrompt) -> tuple[str, ...]:
+        example = by_caption.get(prompt.prompt, beside[0])
+        return prompt.controls or tuple(str(control.path) for control in example.controls)
+
+    return [replace(prompt, controls=files(prompt)) for prompt in prompts]
+
+
+def check_controls(prompts: Iterable[SamplePrompt], fewest: int, most: int) -> None:
+    """Raise ConfigError for control images of a prompt that the model does not read, or without those that it must have."""
+    for prompt in prompts:
+        if not fewest <= len(prompt.controls) <= most:
+            count = str(fewest) if fewest == most else f"{fewest} to {most}"
+            raise ConfigError(
+                f"there are {len(prompt.controls)} control images with a prompt, and this model reads {count}",
+                where=prompt.where,
+                remedy="They are --ci FILE, which may be repeated." if most else "Leave --ci out.",
+            )
 
 
 def check_sizes(prompts: Iterable[SamplePrompt], multiple: int | None) -> None:

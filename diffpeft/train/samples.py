@@ -28,8 +28,12 @@ from diffpeft.files import Json
 from diffpeft.io import replacing
 from diffpeft.model import schedule
 from diffpeft.model.schedule import Schedule
-from diffpeft.train.data import View
+from diffpeft.train.cache import Prompt
+from diffpeft.train.data import Example, View
+from diffpeft.train.data.account import Control
+from diffpeft.train.data.controls import Controls, shown_with
 from diffpeft.train.data.footage import pictures_of
+from diffpeft.train.data.read import picture
 from diffpeft.train.outputs import SAMPLES
 from diffpeft.train.sample import images_of, led, prompted, watched
 from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
@@ -170,9 +174,19 @@ def _keywords(family: Family) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(family.pipe).__call__).parameters
 
 
-def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:
-    """All texts that drawing them reads: prompts, negative ones, and the blank one."""
-    return list(dict.fromkeys([*(p.prompt for p in prompts), *(p.negative or "" for p in prompts)]))
+def beside(family: Family, prompt: SamplePrompt) -> Controls:
+    """The control images of a settled prompt as a model is shown them: as in training, beside a picture of the size that is drawn."""
+    size = (prompt.width or 0, prompt.height or 0)
+    controls = tuple(Control(Path(file), picture(Path(file)).size) for file in prompt.controls)
+    if family.aligned:
+        return Controls(tuple(c.path for c in controls), tuple(View.centred(c.size, size) for c in controls))
+    return shown_with(Example(Path(), "", size, controls=controls), View.centred(size, size), family.multiple)
+
+
+def texts_of(family: Family, prompts: Sequence[SamplePrompt]) -> list[Prompt]:
+    """All texts that drawing settled prompts reads: prompts, negative ones, and the blank one, with the control images beside them."""
+    texts = [(text, beside(family, p)) for p in prompts for text in (p.prompt, p.negative or "")]
+    return list(dict.fromkeys(Prompt(*pair) for pair in texts))
 
 
 def keywords_of(family: Family, prompt: SamplePrompt) -> Json:
@@ -183,10 +197,10 @@ def keywords_of(family: Family, prompt: SamplePrompt) -> Json:
     return {"width": prompt.width, "height": prompt.height, "num_inference_steps": prompt.steps, **scales, **frames}
 
 
-def _shown(family: Family, prompt: SamplePrompt) -> Prompted:
-    """What a sample begins with, in the keywords of the pipeline."""
+def _shown(family: Family, prompt: SamplePrompt, controls: Controls) -> Prompted:
+    """What a sample begins with, or its control images, in the keywords of the pipeline."""
     if prompt.image is None:
-        return {}
+        return family.pictured(controls.images(), (prompt.width or 0, prompt.height or 0))
     image = pictures_of(Path(prompt.image), [0])[0]
     size = (prompt.width or image.width, prompt.height or image.height)
     return family.pictured([View.centred(image.size, size).of(image)], size)
@@ -205,15 +219,16 @@ def drawn(family: Family, texts: Texts, prompt: SamplePrompt, tick: Callable[[],
             raise Unfinished
         return {}
 
+    controls = beside(family, prompt)
     with torch.no_grad(), led(family.pipe, keywords_of(family, prompt)) as keywords:
-        picture = family.pipe(
-            **{**prompted(family, texts, [prompt.prompt], prompt.negative), **keywords},
-            **_shown(family, prompt),
+        answer = family.pipe(
+            **{**prompted(family, texts, [prompt.prompt], prompt.negative, [controls]), **keywords},
+            **_shown(family, prompt, controls),
             generator=torch.Generator().manual_seed(prompt.seed or 0),
             output_type="pil",
             **watched(family.pipe, told),
         )
-    return [*picture.frames[0]] if prompt.frames else [images_of(picture)[0]]
+    return [*answer.frames[0]] if prompt.frames else [images_of(answer)[0]]
 
 
 # -- where it is drawn -----------------------------------------------------------------------------------------------------
@@ -323,9 +338,8 @@ class Gallery:
     def facts(self, spot: Spot) -> Json:
         """What a picture is drawn with, whatever the step."""
         said = asdict(self.prompts[spot.number])
-        settings = {
-            name: value for name, value in said.items() if name != "where" and (value is not None or name not in _LATER)
-        }
+        said["controls"] = [*said["controls"]]  # as JSON has it
+        settings = {name: v for name, v in said.items() if name != "where" and (v or name not in _LATER)}
         start = {"start": self.start} if self.start else {}
         return {**settings, "strength": spot.strength, "model": self.model, **start}
 
@@ -378,7 +392,7 @@ def _parameters(facts: Mapping[str, object]) -> str:
     return f"{facts['prompt']}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in named.items() if v is not None)
 
 
-_LATER = ("frames", "image")  # settings that pictures do not say which have none
+_LATER = ("frames", "image", "controls")  # settings that pictures do not say which have none
 
 
 def begun(strength: float, start: float) -> float | Schedule:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import converters
 from diffpeft.files import Json
 from diffpeft.train import state
-from diffpeft.train.cache import Texts
+from diffpeft.train.cache import Prompt, Texts
 from diffpeft.train.outputs import ACCOUNT, CONFIG, METRICS, PAGE, README, ROWS
 from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
@@ -42,14 +42,14 @@ class Drawing:
     family: Family
     texts: Texts
 
-    def read_by(self, family: Family) -> list[str]:
+    def read_by(self, family: Family) -> list[Prompt]:
         """The texts that the encoders of a family must read for it."""
-        return texts_of(self.prompts) if family is self.family and self.prompts else []
+        return texts_of(family, self.prompts) if family is self.family and self.prompts else []
 
     def learn(self, trained: Family) -> None:
         """Read the prompts where that is for another model than the one that is trained; its encoders are given up again."""
         if self.family is not trained and self.prompts:
-            self.texts.learn(texts_of(self.prompts))
+            self.texts.learn(texts_of(self.family, self.prompts))
             self.family.parts.free(*self.family.text_encoders)
 
 
@@ -103,9 +103,25 @@ def _strengths(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pi
     """The first prompt at each strength, or all that are drawn at each, of the newest step that has it."""
     newest = {spot: path for pictures in steps.values() for spot, path in pictures.items()}
     heads = [f"strength {strength:g}" for strength in gallery.strengths]
-    shown = enumerate(gallery.prompts[:1] if gallery.first else gallery.prompts)
+    shown = list(enumerate(gallery.prompts[:1] if gallery.first else gallery.prompts))
     rows = [PictureRow(p.prompt, [newest.get(Spot(number, s)) for s in gallery.strengths]) for number, p in shown]
-    return Pictures(heads, rows)
+    return _with_controls(Pictures(heads, rows), [prompt for _, prompt in shown])
+
+
+def _with_controls(pictures: Pictures, prompts: Sequence[SamplePrompt]) -> Pictures:
+    """The same with the control images of each row's prompt before it, if there are any."""
+    most = max(len(prompt.controls) for prompt in prompts)
+    heads = [f"control {number}" if most > 1 else "control" for number in range(1, most + 1)]
+    rows = [
+        PictureRow(row.label, [*_filled(prompt.controls, most), *row.pictures])
+        for row, prompt in zip(pictures.rows, prompts, strict=True)
+    ]
+    return Pictures([*heads, *pictures.heads], rows)
+
+
+def _filled(files: Sequence[str], most: int) -> list[Path | None]:
+    """So many files, or places without one."""
+    return [Path(files[number]) if number < len(files) else None for number in range(most)]
 
 
 def _by_step(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pictures:
@@ -115,7 +131,7 @@ def _by_step(gallery: Gallery, steps: Mapping[int, Mapping[Spot, Path]]) -> Pict
         PictureRow(prompt.prompt, [steps[step].get(Spot(number, 1.0)) for step in shown])
         for number, prompt in enumerate(gallery.prompts)
     ]
-    return Pictures([str(step) for step in shown], rows)
+    return _with_controls(Pictures([str(step) for step in shown], rows), gallery.prompts)
 
 
 def uses_of(config: TrainConfig, files: Sequence[Path], prompt: str, family: Family) -> list[Use]:

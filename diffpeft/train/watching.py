@@ -74,7 +74,7 @@ def judge_of(
         return None
     config, pipe = run.config, run.family.pipe
     paired = Paired(run.family, pictures, texts, sampling, objective, config.batch_size, watch.tick)
-    seen = [(e.name, e.caption, e.size, e.digest) for e in pictures.batches.examples]
+    seen = [(e.name, e.caption, e.size, e.digest, *(c.digest for c in e.controls)) for e in pictures.batches.examples]
 
     def tell(loss: HeldoutLoss) -> None:
         log.measured(loss)

@@ -560,7 +560,11 @@ NAMED_ALIKE = {
     "flux": {"longcat_image"},
     "longcat_image": {"flux", "hunyuan_image"},
     "qwen_image": {"nucleus_image"},
-    "hunyuan_video": {"hunyuan_image"},
+    "hunyuan_video": {"hunyuan_image", "framepack"},
+    "hunyuan_video15": {"hunyuan_image"},
+    "wan": {"skyreels_v2", "chrono_edit"},
+    "chrono_edit": {"wan", "skyreels_v2"},
+    "sana": {"sana_video"},
     "bria": {"bria_fibo", "longcat_image"},
 }
 

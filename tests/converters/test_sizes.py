@@ -171,7 +171,7 @@ TRAINERS = {  # what a trainer adapts by default: (model, which of the original'
     "SimpleTuner, Kandinsky 5": ("Kandinsky 5 Pro", -1, r".*_attention\.(to_.*|out_layer)", "diffusers"),
     "ai-toolkit, MiniMax H3": ("MiniMax H3", 0, r"(blocks|token_refiner)\..*", "comfyui"),
     "musubi-tuner, MiniMax H3": ("MiniMax H3", 0, r".*", "kohya"),
-    "DiffSynth, MiniMax H3": ("MiniMax H3", 0, r"blocks\..*(qkv|out)_proj", "bare"),
+    "generate.py, MiniMax H3": ("MiniMax H3", 0, r"blocks\..*(qkv|out)_proj", "bare"),
     "ai-toolkit, Flux.3": ("FLUX.3", 0, r".*blocks\..*", "comfyui"),
     "ACE-Step": ("ACE-Step", 0, r"layers\..*attn\.\w_proj", "peft"),
     "ACE-Step, LyCORIS": ("ACE-Step", 0, r"layers\..*attn\.\w_proj", "lycoris"),
@@ -222,6 +222,21 @@ def test_a_spelling_changes_nothing(name):
     found, plain = fitted(header(layers, spelt, roles)), fitted(header(layers))
     assert not plain.ambiguous
     assert (found.families[:1], found.looks_like) == (plain.families[:1], plain.looks_like)
+
+
+@pytest.mark.parametrize("channels", [128, 384], ids=["control", "fill"])
+@pytest.mark.parametrize("way", [0, 1])
+def test_flux_with_a_wider_input_is_flux(way, channels):
+    layers = {
+        n: (size if n not in ("x_embedder", "img_in") else (size[0], channels)) for n, size in linear(way).items()
+    }
+    found = fitted(header(layers, *(SPELT["comfyui"] if way else ())))
+    assert found.families == ("flux",) and not found.ambiguous
+
+
+def linear(way):
+    """Flux's layers but for norms, in one program's names."""
+    return {n: size for n, size in spellings("FLUX.1")[way].items() if size}
 
 
 def test_unusual_sizes_are_still_their_family_where_names_decide():

@@ -34,9 +34,13 @@ LOADERS = {
     "sana": pipelines.SanaLoraLoaderMixin,
     "auraflow": pipelines.AuraFlowLoraLoaderMixin,
     "ltx": pipelines.LTXVideoLoraLoaderMixin,
+    "ltx2": pipelines.LTX2LoraLoaderMixin,
     "mochi": pipelines.Mochi1LoraLoaderMixin,
     "cogvideox": pipelines.CogVideoXLoraLoaderMixin,
     "hidream": pipelines.HiDreamImageLoraLoaderMixin,
+    "minimax_h3": pipelines.MiniMaxH3LoraLoaderMixin,
+    "flux3": pipelines.Flux3LoraLoaderMixin,
+    "ace_step": pipelines.AceStepLoraLoaderMixin,
 }
 
 
@@ -735,3 +739,91 @@ def test_peft_scales_a_lokr_of_two_whole_halves(tmp_path):
     flat = f"lora_unet_{layer.replace('.', '_')}"
     tensors = {f"{flat}.{k}": t for k, t in halves.items()} | {f"{flat}.alpha": torch.tensor(16.0)}
     assert_right("sd15", tensors, {f"unet.{layer}": product})
+
+
+# Video and music
+
+
+_WHOLE = {  # {family: where its loader wants layers: (rows, columns)}, in the original's names
+    "minimax_h3": {
+        "diffusion_model.blocks.0.attn.qkv_proj": (36, 8),
+        "diffusion_model.blocks.0.attn.out_proj": (8, 12),
+        "diffusion_model.blocks.0.mlp.fc1": (48, 8),
+        "diffusion_model.blocks.0.adaln_proj.linear": (24, 8),
+        "diffusion_model.token_refiner.blocks.0.attn.qkv_proj": (36, 8),
+        "diffusion_model.token_refiner.blocks.0.mlp.fc2": (8, 24),
+        "diffusion_model.time_embedder.proj_in": (8, 4),
+        "diffusion_model.final_layer.video_out": (4, 8),
+    },
+    "flux3": {
+        "diffusion_model.single_blocks.0.q_proj": (12, 12),
+        "diffusion_model.content_mode_blocks.image_cond.0.mlp_in": (72, 12),
+        "diffusion_model.txt_mode_blocks.0.attn_out": (12, 12),
+    },
+    "ltx2": {
+        "diffusion_model.transformer_blocks.0.audio_to_video_attn.to_q": (12, 12),
+        "diffusion_model.patchify_proj": (12, 8),
+        "text_embedding_projection.aggregate_embed": (8, 20),
+    },
+    "ace_step": {
+        f"base_model.model.layers.0.{kind}_attn.{p}_proj": (12, 12) for kind in ("self", "cross") for p in "qkvo"
+    },
+}
+
+
+@pytest.mark.parametrize("family", _WHOLE)
+def test_files_of_video_and_music_are_read_as_diffusers_reads_them(family):
+    """MiniMax H3's fused q, k and v, and its gate and value the other way round, among them."""
+    tensors = {}
+    for layer, (rows, columns) in _WHOLE[family].items():
+        tensors |= lora(layer, rows, columns, dotted=True)[0]
+    found, own = theirs(family, tensors), ours(family, tensors)
+    assert {key.partition(".lora_")[0] for key in found} == {*own}
+    assert not [layer for layer, delta in own.items() if not near(delta, dense(found, layer))]
+
+
+def test_minimax_h3_s_rows_head_by_head_are_refused():
+    """DiffSynth-Studio's, which its spelling alone tells; diffusers sorts them."""
+    layer = "blocks.0.attn.qkv_proj"
+    tensors, want = lora(layer, 3 * 256, 8, dotted=True)
+    spelt = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
+    q = dense(theirs("minimax_h3", spelt), "transformer.transformer_blocks.0.attn.to_q")
+    assert near(q, torch.cat([want[:128], want[384:512]]))
+    with pytest.raises(CheckpointError, match=r"head by head.*qkv_proj\.lora_A\.default"):
+        ours("minimax_h3", spelt)
+    with pytest.raises(CheckpointError, match="head by head"):
+        converters.convert(spelt, "/nowhere/x.safetensors", to="kohya", family="minimax_h3")
+
+
+def test_hunyuan_video_15_is_written_for_comfyui_in_the_joint_layers_that_it_has(tmp_path):
+    """The original has q, k and v apart, and so has what trainers save for kohya's programs."""
+    apart = {
+        key: t
+        for p in "qkv"
+        for key, t in lora(f"lora_unet_double_blocks_0_img_attn_{p}", 12, 12, alpha=2.0)[0].items()
+    }
+    apart |= lora("lora_unet_double_blocks_0_img_mlp_fc1", 48, 12, alpha=2.0)[0]
+    save_file(apart, tmp_path / "a.safetensors")
+    converters.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfyui", family="hunyuan_video15")
+    written = load_file(tmp_path / "b.safetensors")
+    layers = {key.rpartition(".lora_")[0] for key in written if ".lora_" in key}
+    assert layers == {"diffusion_model.double_blocks.0.img_attn_qkv", "diffusion_model.double_blocks.0.img_mlp.fc1"}
+    for file in (tmp_path / "b.safetensors", {key.replace("attn_qkv", "attn.qkv"): t for key, t in written.items()}):
+        assert_right("hunyuan_video15", file, ours("hunyuan_video15", apart))
+    converters.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya", family="hunyuan_video15")
+    back = load_file(tmp_path / "c.safetensors")
+    assert back.keys() == apart.keys() and all(torch.equal(back[key], t) for key, t in apart.items())
+
+
+def test_what_is_between_ltx_2_s_language_model_and_its_transformer_goes_out_and_in(tmp_path):
+    """Its connectors, in one file with the transformer."""
+    tensors = {}
+    for layer, (rows, columns) in _WHOLE["ltx2"].items():
+        tensors |= lora(layer, rows, columns, dotted=True)[0]
+    save_file(tensors, tmp_path / "a.safetensors")
+    for format in ("diffusers", "onetrainer", "comfyui"):
+        converters.convert(tmp_path / "a.safetensors", tmp_path / f"{format}.safetensors", to=format)
+        assert_right("ltx2", tmp_path / f"{format}.safetensors", ours("ltx2", tensors))
+    converters.convert(tmp_path / "diffusers.safetensors", tmp_path / "back.safetensors", to="comfyui")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[key], t) for key, t in tensors.items())

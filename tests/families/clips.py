@@ -121,10 +121,13 @@ def ltx2(newer: bool) -> Any:
     )
 
 
-def cogvideox(newer: bool) -> Any:
-    """CogVideoX 1.0 with places that are added, or 1.5 with places that turn and patches of two frames."""
-    kind = {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False} if newer else {}
-    return diffusers.CogVideoXPipeline(
+def cogvideox(newer: bool, shown: bool = False) -> Any:
+    """CogVideoX 1.0 with places that are added, or 1.5 with places that turn and patches of two frames; or one that is shown the first frame."""
+    kind: dict[str, Any] = (
+        {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False} if newer else {}
+    )
+    kind |= {"ofs_embed_dim": 8} if shown and newer else {}
+    return (diffusers.CogVideoXImageToVideoPipeline if shown else diffusers.CogVideoXPipeline)(
         scheduler=diffusers.CogVideoXDDIMScheduler(
             prediction_type="v_prediction",
             rescale_betas_zero_snr=True,
@@ -140,13 +143,14 @@ def cogvideox(newer: bool) -> Any:
             layers_per_block=1,
             norm_num_groups=2,
             scaling_factor=0.7,
+            invert_scale_latents=shown and newer,
         ),
         text_encoder=t5(),
         tokenizer=chat(),
         transformer=diffusers.CogVideoXTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=16,
-            in_channels=4,
+            in_channels=8 if shown else 4,
             out_channels=4,
             time_embed_dim=8,
             text_embed_dim=32,
@@ -301,4 +305,9 @@ KINDS: dict[str, tuple[str, Any]] = {
     "kandinsky5 video": ("kandinsky5_video", kandinsky5),
     "skyreels_v2": ("skyreels_v2", skyreels_v2),
     "easyanimate": ("easyanimate", easyanimate),
+}
+# of models that are shown the first frame
+FIRST_FRAMES: dict[str, tuple[str, Any]] = {
+    "cogvideox i2v": ("cogvideox_i2v", lambda: cogvideox(False, shown=True)),
+    "cogvideox 1.5 i2v": ("cogvideox_i2v", lambda: cogvideox(True, shown=True)),
 }

@@ -81,8 +81,8 @@ def _sdxl(vae: dict[str, Any] | None = None, zeros: bool = True, **scheduler: An
     )
 
 
-def _flux(guided: bool, **scheduler: Any) -> Any:
-    return diffusers.FluxPipeline(
+def _flux(guided: bool, of: str = "FluxPipeline", channels: int = 16, **scheduler: Any) -> Any:
+    return getattr(diffusers, of)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=4),
         text_encoder=clip(),
@@ -90,7 +90,8 @@ def _flux(guided: bool, **scheduler: Any) -> Any:
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(),
         transformer=diffusers.FluxTransformer2DModel(
-            in_channels=16,
+            in_channels=channels,
+            out_channels=16,
             num_layers=1,
             num_single_layers=2,
             num_attention_heads=2,
@@ -159,12 +160,55 @@ def _z_image(**scheduler: Any) -> Any:
     )
 
 
-def _qwen_image(**scheduler: Any) -> Any:
-    return diffusers.QwenImagePipeline(
+class Qwen2VLProcessor(transformers.ProcessorMixin):  # type: ignore[misc]
+    """transformers' processor of texts and pictures, which cannot be made without torchvision: as much of it as pipelines use."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.image_processor = transformers.Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=64 * 64
+        )
+
+    def __call__(self, text: list[str], images: Any = None, **options: Any) -> Any:
+        seen = {} if images is None else self.image_processor(images, return_tensors="pt")
+        counts = [int(grid.prod()) // 4 for grid in seen.get("image_grid_thw", ())]
+        for n, line in enumerate(text):
+            first, *others = line.split("<|image_pad|>")
+            text[n] = first + "".join("<|image_pad|>" * counts.pop(0) + other for other in others)
+        return transformers.BatchFeature({**self.tokenizer(text, **options), **seen})
+
+    def save_pretrained(self, folder: Any, **_: Any) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **_: Any) -> Any:
+        return cls(transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def _seeing() -> dict[str, Any]:
+    """Qwen2.5-VL with its processor and its tokenizer."""
+    Qwen2VLProcessor.__module__ = "transformers"  # where folders of pipelines say that it is
+    transformers.Qwen2VLProcessor = Qwen2VLProcessor  # type: ignore[misc]
+    tokenizer = chat()
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(marks), strict=True))
+    text = {**LLM, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "head_dim": None}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    eyes |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [0]}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **ids)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    return {"text_encoder": model, "tokenizer": tokenizer, "processor": Qwen2VLProcessor(tokenizer)}
+
+
+def _qwen_image(of: str = "QwenImagePipeline", **scheduler: Any) -> Any:
+    read = _seeing() if "Edit" in of else {"text_encoder": llm("Qwen3", 2), "tokenizer": chat()}
+    return getattr(diffusers, of)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC, **scheduler),
         vae=diffusers.AutoencoderKLQwenImage(**CLIPS_OF_FRAMES),
-        text_encoder=llm("Qwen3", 2),
-        tokenizer=chat(),
+        **read,
         transformer=diffusers.QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -544,6 +588,14 @@ def _ltx() -> Any:
     )
 
 
+def _ltx_i2v() -> Any:
+    parts = _ltx().components
+    return diffusers.LTXImageToVideoPipeline(**parts)
+
+
+FIRST_FRAMES["ltx i2v"] = ("ltx_i2v", _ltx_i2v)
+
+
 def _hunyuan_video() -> Any:
     return diffusers.HunyuanVideoPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
@@ -606,10 +658,16 @@ KINDS: dict[str, tuple[str, Any]] = {
     "wan, two experts": ("wan", lambda: _wan(boundary_ratio=0.4)),
     "ltx": ("ltx", _ltx),
     "hunyuan_video": ("hunyuan_video", _hunyuan_video),
+    "flux kontext": ("flux_kontext", lambda: _flux(True, "FluxKontextPipeline", **_DYNAMIC)),
+    "flux control": ("flux_control", lambda: _flux(True, "FluxControlPipeline", 32, **_DYNAMIC)),
+    "qwen_image edit": ("qwen_image_edit", lambda: _qwen_image("QwenImageEditPipeline")),
+    "qwen_image edit plus": ("qwen_image_edit_plus", lambda: _qwen_image("QwenImageEditPlusPipeline")),
     **clips.KINDS,
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 
+
+EDITS = ("flux control", "qwen_image edit", "qwen_image edit plus")  # that draw nothing without a control image
 
 # the kinds that stand for those of their kind; the others run in `make test-all`
 ALWAYS = ("sd", "flux dev", "flux schnell", "flux,", "z_image", "flux2 klein", "ltx")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 import diffpeft
 from diffpeft import TrainConfig
+from diffpeft.errors import WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, open_family
 from diffpeft.families.dit import ClipTransformer
 from diffpeft.families.prompts import embedded
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
-from tests.families.pipelines import KINDS, pipeline
+from tests.families.clips import FIRST_FRAMES
+from tests.families.pipelines import KINDS, made
+from tests.families.test_family_laws import calls, compare
 
 SIDE = 32
-KINDS_OF_CLIPS = {family: kind for kind, (family, _) in KINDS.items() if issubclass(FAMILIES[family], ClipTransformer)}
+EVERY = {**KINDS, **FIRST_FRAMES}
+KINDS_OF_CLIPS = {family: kind for kind, (family, _) in EVERY.items() if issubclass(FAMILIES[family], ClipTransformer)}
 LENGTHS = {"hunyuan_video": 120, "hunyuan_video15": 120}  # tokens of captions; of others 40
 
 
@@ -32,7 +38,7 @@ def footage(folder, name, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", KINDS_OF_CLIPS)
 def test_a_run_on_clips_and_a_picture(family, tmp_path):
-    pipeline(KINDS_OF_CLIPS[family], torch.float32).save_pretrained(tmp_path / "model")
+    made(EVERY, KINDS_OF_CLIPS[family], torch.float32).save_pretrained(tmp_path / "model")
     for name in ("cat_face", "airplane"):
         footage(tmp_path / "data", name, 14)
     Image.open(EMBEDDED.parent / "demo/train/bell_pepper.png").save(tmp_path / "data/still.png")
@@ -66,4 +72,32 @@ def answer(family):
     """What the denoiser says of a clip."""
     z, _ = family.encode(torch.zeros(1, 3, 13, SIDE, SIDE))
     x = torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
-    return family.predict(x, family.levels.noised(x, x, torch.tensor([0.5])).t, embedded(family, ["a cat"]))
+    read = embedded(family, ["a cat"]) | family.condition(torch.zeros(1, 3, 13, SIDE, SIDE), [])
+    return family.predict(x, family.levels.noised(x, x, torch.tensor([0.5])).t, read)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FIRST_FRAMES)
+def test_a_first_frame_is_read_as_the_pipeline_hands_it(kind, monkeypatch):
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)  # which the pipeline draws
+    family = open_family(made(EVERY, kind, torch.float64), CaptionReading(40))
+    pixels = torch.randint(0, 256, (1, 3, 13, 32, 64), generator=torch.Generator().manual_seed(0)).double() / 127.5 - 1
+    image = Image.fromarray(((pixels[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().astype(np.uint8))
+    x, _ = family.encode(pixels)
+    read = embedded(family, ["a red cat"])
+    size = {"height": 32, "width": 64, "num_frames": 13, "num_inference_steps": 1, "guidance_scale": 1.0}
+    keywords = family.prompted(read, read) | family.pictured([image], (64, 32)) | size | {"output_type": "latent"}
+    model = family.parts(family.denoiser)
+    (theirs,) = calls(model, lambda: family.pipe(latents=x.transpose(1, 2), **keywords))
+    conditions = read | family.condition(pixels, [])
+    (ours,) = calls(model, lambda: family.predict(x, theirs["timestep"], conditions))
+    assert ours.keys() == theirs.keys()
+    compare(ours, theirs, rtol=1e-5, atol=1e-6)  # images are in single precision
+    assert (conditions["known"][:, :, 0] != 0).all() and not conditions["known"][:, :, 1:].any()
+
+
+def test_a_first_frame_of_one_size_alone_is_refused():
+    pipe = made(EVERY, "cogvideox i2v", torch.float32)
+    pipe.transformer.register_to_config(use_learned_positional_embeddings=True)
+    with pytest.raises(WrongBaseError, match="of one size"):
+        open_family(pipe, CaptionReading(40))

@@ -222,8 +222,8 @@ def test_every_file_does_on_a_fresh_pipeline_what_was_trained(run):
         torch.testing.assert_close(answer(again(fresh)), want, rtol=0, atol=1e-4)  # fp32
         if "kohya" in file.name and kind != "sd15":
             continue  # diffusers reads those of SDXL and Flux.1 in the published depths alone
-        if not hasattr(fresh, "load_lora_weights"):
-            continue  # PixArt's
+        if not hasattr(fresh, "load_lora_weights") or kind == "prx":
+            continue  # PixArt's has none, and PRX's looks for a UNet
         stock = diffusers.DiffusionPipeline.from_pretrained(finished.config.model, **LEFT_OUT.get(kind, {}))
         stock.load_lora_weights(str(file.parent), weight_name=file.name)
         torch.testing.assert_close(answer(again(stock)), want, rtol=0, atol=1e-4)

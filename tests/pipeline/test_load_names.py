@@ -67,12 +67,12 @@ PIPES = {
 TARGETS = ["to_q", "q_proj", "SelfAttention.q"]
 
 
-def adapted(pipe, config=None):
+def adapted(pipe, config=None, targets=TARGETS):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts = [
             t
-            for t in TARGETS
+            for t in targets
             if any(f".{n}".endswith(f".{t}") for m in components(pipe).values() for n, _ in m.named_modules())
         ]
         attach(pipe, config or LoraConfig(r=2), name="a", targets=parts)
@@ -113,6 +113,60 @@ def test_each_component_s_own_folder_or_file_adapts_that_component(family, as_fi
         load_lora(pipe, tmp_path / "a" / (f"{component}.safetensors" if as_file else component), name="b")
         same(pipe, "b", own)
         unload(pipe)
+
+
+TWO = {  # {family: its pipeline, the second of its denoisers}
+    "wan": ("WanPipeline", "transformer_2"),
+    "minimax_h3": ("MiniMaxH3ModularPipeline", "transformer_ref"),
+}
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfyui", "kohya-diffusers", "lycoris", "peft"])
+@pytest.mark.parametrize("family", TWO)
+def test_two_denoisers_of_one_shape_have_a_file_each(family, format, tmp_path):
+    """Wan 2.2's experts for high and low noise: programs with one word for both keep them in two files."""
+    name, second = TWO[family]
+    pipe = pipe_of(name, **{c: model(family, torch.float32) for c in ("transformer", second)})
+    wanted = adapted(pipe, targets=["to_out.0", "ff.net.2"])
+    assert {layer.partition(".")[0] for layer in wanted} == {"transformer", second}
+    if format != "peft":
+        with pytest.raises(CannotConvertError, match=f"one component, not transformer and {second}"):
+            save_lora(pipe, tmp_path / "a.safetensors", name="a", format=format)
+    save_lora(pipe, tmp_path / "a", name="a", format=format)
+    unload(pipe)
+    load_lora(pipe, tmp_path / "a", name="back")
+    same(pipe, "back", wanted)
+    unload(pipe)
+    end = "" if format == "peft" else ".safetensors"
+    apart = {c: {k: t for k, t in wanted.items() if k.startswith(f"{c}.")} for c in ("transformer", second)}
+    for component, own in apart.items():
+        (tmp_path / "a" / f"{component}{end}").rename(tmp_path / f"low {component}{end}")
+        load_lora(
+            pipe, tmp_path / f"low {component}{end}", name="b"
+        )  # what it says of itself counts, not what it is called
+        same(pipe, "b", own)
+        unload(pipe)
+        load_lora(
+            getattr(pipe, component), tmp_path / f"low {component}{end}", name="b"
+        )  # or the model that it is loaded on
+        same(pipe, "b", own)
+        unload(pipe)
+
+
+def test_files_of_other_programs_go_to_the_denoiser_that_they_are_loaded_on(tmp_path):
+    """musubi-tuner's two files of a run, which say nothing of which is which."""
+    pipe = pipe_of("WanPipeline", **{c: model("wan", torch.float32) for c in ("transformer", "transformer_2")})
+    high = lora("lora_unet_blocks_0_self_attn_q", 32, 32, rank=2)
+    save_file(
+        {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for k, t in high.items()},
+        tmp_path / "high.safetensors",
+    )
+    for component in ("transformer", "transformer_2"):
+        load_lora(getattr(pipe, component), tmp_path / "high.safetensors", name=component)
+        assert [*slots_of(pipe, component)] == [f"{component}.blocks.0.attn1.to_q"]
+    (tmp_path / "high.safetensors").rename(tmp_path / "transformer_2.safetensors")
+    load_lora(pipe, tmp_path / "transformer_2.safetensors", name="named")
+    assert [*slots_of(pipe, "named")] == ["transformer_2.blocks.0.attn1.to_q"]
 
 
 def test_the_folder_s_name_tells_where_the_metadata_do_not(tmp_path):

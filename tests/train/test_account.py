@@ -188,6 +188,7 @@ def test_the_counts_are_data(folder):
         "empty": ["a.png"], "small": ["a.png", "c/d.png"], "extreme": [], "animated": [], "unprofiled": [], "unmasked": [], "black": [], "cut": None,
         "groups": [{"folder": ".", "images": 1, "repeats": 1}, {"folder": "c", "images": 1, "repeats": 1}],
         "buckets": [{"width": 64, "height": 64, "images": 2}], "heldout": [], "masks": 0, "passes": None,
+        "controls": 0, "reshaped": [], "fewer_controls": [], "stray_controls": [],
     }  # fmt: skip
 
 

@@ -200,8 +200,6 @@ CLASSES = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusion3InpaintPipeline",
     "FluxFillPipeline",
-    "FluxKontextPipeline",
-    "FluxControlPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionUpscalePipeline",
@@ -209,7 +207,8 @@ CLASSES = (
     "StableDiffusionDepth2ImgPipeline",
     "WanImageToVideoPipeline",
     "KandinskyPipeline",
-    "QwenImageEditPipeline",
+    "FluxControlInpaintPipeline",
+    "QwenImageEditInpaintPipeline",
 )
 
 

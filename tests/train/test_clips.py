@@ -224,7 +224,15 @@ def test_flips_and_crops_are_alike_in_all_frames_and_cached_equals_uncached(data
     assert not torch.equal(*(Latents(family)(got.examples[index], view).mean for view in (flipped, other)))
 
 
-RUNS = ["wan, of clips", "wan i2v, with eyes", "wan i2v, in its place", "wan i2v, two experts", "ltx", "hunyuan_video"]
+RUNS = [
+    "wan, of clips",
+    "wan i2v, with eyes",
+    "wan i2v, in its place",
+    "wan i2v, two experts",
+    "ltx",
+    "ltx i2v",
+    "hunyuan_video",
+]
 
 
 @pytest.mark.slow
@@ -257,6 +265,7 @@ def test_a_run_on_clips_and_images_learns_is_drawn_and_saved(kind, data, tmp_pat
     assert counts - {0} <= {1, 9} and run.heldout[-1].after != run.heldout[-1].before
     assert dreambooth.save(run)
     with Image.open(tmp_path / "out/samples/step00000008/p1_s42.webp") as clip:
+        clip.load()
         assert (clip.n_frames, clip.size) == (9, (32, 32)) and clip.info["duration"] == round(1000 / run.family.rate)
     page = (tmp_path / "out/report.html").read_text()
     assert "data:image/webp" in page

@@ -608,7 +608,7 @@ def test_a_job_of_ai_toolkit_is_read(tmp_path):
         ("content_or_style: balanced", "loss_type: wavelet", "train.loss_type"),
         ("timestep_type: sigmoid", "timestep_type: weighted", "train.timestep_type"),
         ("num_repeats: 3", "flip_x: true", "differ in 'flip_x'"),
-        ("num_repeats: 3", "control_path: /c", "control_path"),
+        ("num_repeats: 3", "inpaint_path: /c", "inpaint_path"),
         ('type: "lora"', 'type: "lorm"', "lorm"),
         ("'sd_trainer'", "'extract'", "process.type"),
         ("linear: 32", "linear: x", "network.linear is 'x'"),
@@ -621,6 +621,12 @@ def test_what_a_job_says_and_cannot_be_had_is_refused_with_file_and_key(tmp_path
     with pytest.raises((ConfigError, UnknownNameError), match=error) as caught:
         said_in(tmp_path / "job.yaml", TrainConfig)
     assert "job.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("said, want", [("/c", "/c"), ("[/c, /d]", ["/c", "/d"]), ("null", None)])
+def test_the_control_images_of_a_job(said, want, tmp_path):
+    (tmp_path / "job.yaml").write_text(JOB.replace("shuffle_tokens: false", f"control_path: {said}"))
+    assert said_in(tmp_path / "job.yaml", TrainConfig).values.get("control") == want
 
 
 def test_what_a_job_says_and_is_off_changes_nothing(tmp_path):

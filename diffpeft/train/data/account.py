@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffpeft.errors import listed, shown
-from diffpeft.train.data.buckets import Size, Sizing, share
+from diffpeft.train.data.buckets import Size, Sizing, alike, share
 from diffpeft.train.data.framing import Framing
 
 SHOWN = 3  # names of each kind
@@ -88,6 +88,7 @@ class Account:
         animated: images with several frames or pages, of which the first is taken.
         unprofiled: images with a colour profile that cannot be read, which are taken as sRGB.
         duplicates: groups of images that show the same.
+        fewer_controls: images without a control image in a folder after the first; `stray_controls` files there that belong to no image.
         unmasked: images without a mask, where there are masks; `black` those whose mask leaves nothing.
         unread: {ending: the files that end so and are not used}.
         folders: {folder of which nothing is used: the images in it}; it is not entered, or has none.
@@ -111,6 +112,8 @@ class Account:
     duplicates: tuple[tuple[str, ...], ...] = ()
     unmasked: tuple[str, ...] = ()
     black: tuple[str, ...] = ()
+    fewer_controls: tuple[str, ...] = ()
+    stray_controls: tuple[str, ...] = ()
     unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
     folders: Mapping[str, int] = field(default_factory=dict)
     sizing: Sizing | None = None
@@ -165,6 +168,12 @@ class Account:
         return tuple(name for name, ts in self.targets.items() if min(share(sizes[name], t) for t in ts) < _LITTLE)
 
     @property
+    def reshaped(self) -> tuple[str, ...]:
+        """Images with a control image of another shape."""
+        others = (e for e in self.examples if not all(alike(control.size, e.size) for control in e.controls))
+        return tuple(example.name for example in others)
+
+    @property
     def texts(self) -> dict[str, str]:
         """{image: its caption}."""
         return {example.name: example.caption for example in self.examples}
@@ -194,7 +203,7 @@ class Account:
             lines.append("pictures: " + ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.items()))
         if masked := sum(example.mask is not None for example in self.examples):
             lines.append(f"masks weigh the loss of {counted(masked, 'image')}")
-        return [*lines, *self._clips(), *self._held_out(), *self._passes()]
+        return [*lines, *self._clips(), *self._controls(), *self._held_out(), *self._passes()]
 
     def _clips(self) -> list[str]:
         """How many clips of how many frames there are, and how long they last; a line, if there are any."""
@@ -216,6 +225,14 @@ class Account:
 
     def _rounded(self) -> bool:
         return self.framing is not None and {*self.framing.counts} != {*self.framing.fitting}
+
+    def _controls(self) -> list[str]:
+        """How many control images there are, a line, if there are any."""
+        counts = Counter(len(example.controls) for example in self.examples)
+        if not counts.keys() - {0}:
+            return []
+        parts = (f"{counted(n, 'control image')} beside {images}" for n, images in sorted(counts.items()))
+        return [", ".join(parts)]
 
     def _held_out(self) -> list[str]:
         """Which images are measured on, a line, if any is."""
@@ -242,6 +259,8 @@ class Account:
             f"with captions longer than {self.tokens} tokens, and cut there (see --max-length)": self.cut or (),
             "with several frames, of which the first is used": self.animated,
             "with a colour profile that cannot be read, and taken as sRGB": self.unprofiled,
+            "with a control image of another shape, which is seen whole": self.reshaped,
+            "without a control image in a further folder": self.fewer_controls,
             "without a mask, and wholly used": self.unmasked,
             "with a mask that leaves nothing": self.black,
         }
@@ -259,6 +278,8 @@ class Account:
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
             notes.append(f"{counted(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+        if self.stray_controls:
+            notes.append(f"control images of no picture: {listed(self.stray_controls, SHOWN)}")
         if self.copies:
             notes.append(f"{counted(self.copies, 'image')} of {self.heldout_from} not used, being copies of others")
         if self.unread:
@@ -285,6 +306,7 @@ class Account:
             ],
             "buckets": [{"width": w, "height": h, "images": n} for (w, h), n in self.buckets.items()],
             "heldout": [example.name for example in self.heldout],
+            "controls": sum(len(example.controls) for example in self.examples),
             "masks": sum(example.mask is not None for example in self.examples),
             "passes": self.steps and self.steps[0] * self.steps[1] / self.pictures,
             "unread": {ending: len(names) for ending, names in self.unread.items()},
@@ -294,7 +316,10 @@ class Account:
             "cut": None if self.cut is None else list(self.cut),
             **{
                 name: list(getattr(self, name))
-                for name in ("empty", "small", "extreme", "animated", "unprofiled", "unmasked", "black")
+                for name in (
+                    *("empty", "small", "extreme", "animated", "unprofiled", "unmasked", "black"),
+                    *("reshaped", "fewer_controls", "stray_controls"),
+                )
             },
         }
 

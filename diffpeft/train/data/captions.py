@@ -18,6 +18,8 @@ PROMPT = "the prompt"  # where the caption of an image without a caption file is
 METADATA = tuple("metadata" + ending for ending in TABLES)
 TRIGGER = "[trigger]"
 _FILES = ("file_name", "file", "filename", "image", "image_path", "path")  # columns of tables
+# columns of control images: ours, sd-scripts' and musubi's, DiffSynth's, and diffusers'
+_CONTROLS = re.compile(r"(?:control(?:_images?|_path)?|edit_image|cond(?:itioning)?_image|source_image)(?:_?(\d))?")
 _TEXTS = ("text", "caption", "prompt", "description")
 
 
@@ -27,11 +29,13 @@ class Tables:
 
     Args:
         captions: {image as it is compared: (its caption or None, the table's name)}.
+        controls: {image: its control images} of those that have some.
         images: {table: the images that it names and that are there, in order}.
         broken: {file: why it cannot be read}.
     """
 
     captions: dict[str, tuple[str | None, str]] = field(default_factory=dict)
+    controls: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     images: dict[Path, list[Path]] = field(default_factory=dict)
     broken: dict[Path, str] = field(default_factory=dict)
 
@@ -42,21 +46,23 @@ class Tables:
     def read(self, path: Path) -> None:
         """Add a table's rows. Its paths are relative to its folder."""
         try:
-            for name, caption in _rows(path):
-                image = path.parent / name.replace("\\", "/")  # written on Windows
+            for name, caption, controls in _rows(path):
+                image, *beside = (path.parent / named.replace("\\", "/") for named in (name, *controls))  # of Windows
+                for missing in (
+                    file for file in (image, *beside) if not (is_image(file) or (file is image and is_clip(file)))
+                ):
+                    why = "no image" if missing.exists() else "not there"
+                    self.broken[missing] = f"{path.name} names it, and it is {why}"
                 if is_image(image) or is_clip(image):
                     self.captions[compared(image)] = caption, path.name
                     self.images.setdefault(path, []).append(image)
-                else:
-                    self.broken[image] = f"{path.name} names it, and it is " + (
-                        "no image" if image.exists() else "not there"
-                    )
+                    self.controls |= {image: tuple(beside)} if beside else {}
         except (OSError, ValueError) as error:
             self.broken[path] = "it is no UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
-    """(file name, caption) of each row. Raises ValueError, which says the line, for one that cannot be understood."""
+def _rows(path: Path) -> Iterator[tuple[str, str | None, list[str]]]:
+    """(file name, caption, control images) of each row. Raises ValueError, which says the line, for one that cannot be understood."""
     text = path.read_text(encoding="utf-8-sig")
     rows = _json_rows(text) if path.suffix.lower() == ".jsonl" else _csv_rows(text)
     for line, row in rows:
@@ -66,7 +72,17 @@ def _rows(path: Path) -> Iterator[tuple[str, str | None]]:
             raise ValueError(f"line {line} has no {_FILES[0]}")
         if not isinstance(caption, (str, type(None))):
             raise ValueError(f"line {line}: the caption is no text")
-        yield name, None if caption is None else caption.strip()
+        yield name, None if caption is None else caption.strip(), _controls_of(line, row)
+
+
+def _controls_of(line: int, row: Mapping[str, object]) -> list[str]:
+    """The control images of a row: of columns that are called so, by number, each one name or a list of them. Raises ValueError."""
+    matches = ((_CONTROLS.fullmatch(column), value) for column, value in row.items() if isinstance(column, str))
+    numbered = sorted((int(match[1] or 0), value) for match, value in matches if match and value)
+    names = [name for _, value in numbered for name in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"line {line}: a control image is no text")
+    return [str(name) for name in names]
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, Mapping[str, object]]]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffpeft.errors import ConfigError, DataError, joined, listed, shown
-from diffpeft.train.data import captions, masks
+from diffpeft.train.data import captions, masks, pairing
 from diffpeft.train.data.account import Account, Example, folders_text
 from diffpeft.train.data.buckets import Sizing
 from diffpeft.train.data.captions import PROMPT
@@ -42,6 +42,7 @@ def survey(
     *,
     trigger: str | None = None,
     mask: str | None = None,
+    control: str | Sequence[str] | None = None,
     skip: Iterable[Path] = (),
     strict: bool = True,
     clips: bool = False,
@@ -54,6 +55,7 @@ def survey(
         sizing: how the sizes of training pictures follow from those of images, if it is known.
         trigger: what `[trigger]` in captions stands for.
         mask: `alpha`, or a folder of masks.
+        control: folders of control images; without, those beside a folder `target`.
         skip: folders that are not entered.
         strict: whether a trigger or masks that no image has are an error.
         clips: whether video files, folders of frames and the frames of animated images are used.
@@ -61,10 +63,9 @@ def survey(
     Raises DataError for data without images (which says what is there instead), for images without any caption, and for files that
     cannot be read, all of them at once; ConfigError for a trigger or masks that no image has.
     """
-    sources, closed = sources_of(data, clips), {path.resolve() for path in skip}
-    if mask is not None:
-        masks.check(mask)
-        closed |= {Path(mask).resolve()} if mask != masks.ALPHA else set()
+    sources = sources_of(data, clips)
+    beside = pairing.folders_of(control, sources)
+    closed = {path.resolve() for path in (*skip, *beside, *masks.folders_of(mask))}
     contents = contents_of(sources, prompt, closed)
     filled = {item.source for item in contents.items}
     for source in sources:
@@ -73,7 +74,22 @@ def survey(
             raise _no_images(source.path, contents_of([source], prompt, closed))
     _refuse_uncaptioned(contents, prompt)
     account = replace(_account(contents, trigger, strict), where=", ".join(map(str, sources)), sizing=sizing)
+    if beside or contents.tables.controls:
+        account = _controlled(account, beside, contents)
     return account if mask is None else _masked(account, mask, strict)
+
+
+def _controlled(account: Account, folders: Sequence[Path], contents: Contents) -> Account:
+    """The account with control images. Raises DataError for pictures without one, and for files that cannot be read."""
+    pairs = pairing.paired(folders, contents.tables.controls, account.examples)
+    looks = _looks(list(dict.fromkeys(path for paths in pairs.paths.values() for path in paths)))
+    _refuse_unreadable(
+        (*folders, account.folder)[0], {path: look.error for path, look in looks.items() if look.error}, len(looks)
+    )
+    contents.used |= looks.keys()
+    entered = {name: n for name, n in account.folders.items() if account.folder / name not in folders}
+    account = replace(account, folders=entered, unread=contents.unread())
+    return pairing.controlled(account, pairs, looks)
 
 
 def _account(contents: Contents, trigger: str | None, strict: bool) -> Account:

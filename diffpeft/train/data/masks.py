@@ -42,6 +42,13 @@ def check(kind: str) -> None:
         raise DataError("no such folder of masks", where=folder, remedy=remedy)
 
 
+def folders_of(kind: str | None) -> list[Path]:
+    """The folder of masks, if there is one. Raises DataError as `check` does."""
+    if kind is not None:
+        check(kind)
+    return [] if kind in (None, ALPHA) else [Path(str(kind))]
+
+
 def masks_of(kind: str, examples: Sequence[Example], strict: bool = True) -> Masks:
     """The masks that are there. Raises ConfigError if there is none, where `strict`: the option would do nothing."""
     paths = {e.path: e.path for e in examples} if kind == ALPHA else _in_folder(Path(kind), examples)
