@@ -127,7 +127,6 @@ def _outlined(config: TrainConfig, dtype: str) -> Family:
     for denoiser in (getattr(parts.pipe, name) for name in family.denoisers):
         for kind in filter(None, (_kind_in_file(config, denoiser), config.quantize)):
             quantise(denoiser, kind, torch.device("meta"))
-    family.denoiser = next(iter(experts_of(config, family).spans))  # the one that a step is counted with
     return family
 
 
