@@ -22,6 +22,7 @@ from diffpeft.families.latents import spread
 from diffpeft.families.parts import Parts
 from diffpeft.families.prompts import embedded, stacked
 from diffpeft.model.state import trained_parameters
+from diffpeft.train.cache import text_identity
 from tests.families import test_family_laws as laws
 from tests.families.followed import FOLLOWED, FP32
 from tests.families.pipelines import KINDS, cells, pipeline
@@ -258,6 +259,18 @@ def test_what_is_followed_is_what_a_family_says(kind):
         got.double(), turned(want).double(), rtol=0, atol=1e-4
     )  # times are in fp32 in schedulers
     assert mine.kind == theirs.kind and (turned(want).abs().mean() > 1e-2)
+
+
+def test_what_is_kept_of_captions_is_of_the_pipeline_and_of_every_encoder():
+    """On a disk, which runs of several models share."""
+    pipe = pipeline("flux schnell")
+    family = Generic(Parts(pipe), CaptionReading())
+    before = text_identity(family, "text_encoder", "")
+    with torch.no_grad():
+        next(pipe.text_encoder_2.parameters()).add_(1)
+    changed = text_identity(family, "text_encoder", "")
+    pipe.__class__ = type("OtherPipeline", (type(pipe),), {})
+    assert len({before, changed, text_identity(Generic(Parts(pipe), CaptionReading()), "text_encoder", "")}) == 3
 
 
 # -- what cannot be followed -----------------------------------------------------------------------------------------------
