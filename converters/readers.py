@@ -108,7 +108,7 @@ _PASSED_OVER: dict[str, dict[tuple[str, str], str]] = {
             for format in _FLAT
         },
         ("flux2", "kohya"): r"transformer\.(.*_stream_modulation.*_lin|final_layer_adaLN_modulation_1|guidance_in_.*)",
-        ("wan", "kohya"): r"transformer\.(?!blocks_).*",
+        **{("wan", format): r"transformer\.(?!blocks[._]).*" for format in ("kohya", "comfyui")},
         ("z_image", "kohya"): r"transformer\.(final_layer_.*|x_embedder)",
         **{(family, "diffusers"): r"transformer\..*\.conv_depth" for family in ("sana", "sana_video")},  # groups
     },
@@ -167,7 +167,7 @@ def _read_of(family: str, program: str) -> tuple[str, ...]:
 def _passes_over(program: str, format: str, family: str, layers: Shapes) -> bool:
     """Whether a program reads nothing of some of these layers."""
     passed_over = _PASSED_OVER.get(program, {}).get((family, format))
-    return bool(passed_over) and any(re.fullmatch(passed_over, layer) for layer in layers)
+    return passed_over is not None and any(re.fullmatch(passed_over, layer) for layer in layers)
 
 
 def _failing(

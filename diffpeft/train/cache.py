@@ -164,8 +164,10 @@ class Texts:
         """Compute what these prompts need, an encoder after the other, and give up those that are not trained."""
         asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         for encoder, store in self.stores.items():
+            looks = encoder in self.family.looking  # then no prompt is asked without control images
             if store.keeps:
-                self._learn(encoder, store, list(dict.fromkeys(self._seen(encoder, prompt) for prompt in asked)))
+                seen = dict.fromkeys(self._seen(encoder, prompt) for prompt in asked)
+                self._learn(encoder, store, [prompt for prompt in seen if prompt.controls.paths or not looks])
                 self.family.parts.free(encoder)
 
     def _seen(self, encoder: str, prompt: Prompt) -> Prompt:
