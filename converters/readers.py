@@ -85,6 +85,11 @@ _LATER: dict[str, dict[str, tuple[str, ...]]] = {
     "omnigen2": {"ComfyUI": ("kohya", "comfyui")},
     "longcat_image": {"ComfyUI": _FLUXLIKE},
     "ovis_image": {"ComfyUI": _FLUXLIKE},
+    "hunyuan_video15": {"ComfyUI": ("comfyui",)},  # q, k and v are one layer there
+    "ace_step": {"ComfyUI": ("comfyui",)},  # in a decoder
+    "kandinsky5": {"ComfyUI": ("kohya", "comfyui", "diffusers")},
+    **{f: {"ComfyUI": ("kohya", "comfyui")} for f in ("skyreels_v2", "chrono_edit", "helios", "minimax_h3")},
+    **{family: {} for family in ("framepack", "sana_video", "wan_animate2", "flux3")},
     **{family: {} for family in ("cogview4", "bria", "bria_fibo", "bria_fibo2", "prx", "glm_image", "nucleus_image")},
 }
 # what all of them have in common: libraries that ask the model for its names
@@ -102,6 +107,10 @@ _PASSED_OVER: dict[str, dict[tuple[str, str], str]] = {
             for family in ("flux", "chroma")
             for format in _FLAT
         },
+        ("flux2", "kohya"): r"transformer\.(.*_stream_modulation.*_lin|final_layer_adaLN_modulation_1|guidance_in_.*)",
+        **{("wan", format): r"transformer\.(?!blocks[._]).*" for format in ("kohya", "comfyui")},
+        ("z_image", "kohya"): r"transformer\.(final_layer_.*|x_embedder)",
+        **{(family, "diffusers"): r"transformer\..*\.conv_depth" for family in ("sana", "sana_video")},  # groups
     },
     "ComfyUI": {
         **{("flux2", format): rf"transformer\.{_FLUX2S}" for format in ("diffusers", *_FLAT, "lycoris")},
@@ -158,7 +167,7 @@ def _read_of(family: str, program: str) -> tuple[str, ...]:
 def _passes_over(program: str, format: str, family: str, layers: Shapes) -> bool:
     """Whether a program reads nothing of some of these layers."""
     passed_over = _PASSED_OVER.get(program, {}).get((family, format))
-    return bool(passed_over) and any(re.fullmatch(passed_over, layer) for layer in layers)
+    return passed_over is not None and any(re.fullmatch(passed_over, layer) for layer in layers)
 
 
 def _failing(

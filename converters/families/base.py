@@ -72,6 +72,9 @@ class Table:
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     flat_is_diffusers: bool = False  # sd-scripts has diffusers' names in its flat ones
     yields: bool = False  # a file that a better known family's names and sizes fit as well is that one's
+    words: Mapping[str, str] = field(
+        default_factory=dict
+    )  # {component beside the denoiser: what its names start with in the original's checkpoints}
     unread: Mapping[str, str] = field(
         default_factory=dict
     )  # {what is in keys: why layers that are so spelt cannot be read}
@@ -177,7 +180,7 @@ def table(
     """A family of which one set of rules names all denoisers. `layers` are diffusers' templates if there are more than in the rules."""
     layers = layers or tuple(dict.fromkeys(name for rule in rules for name, _ in rule.parts))
     components = {**dict.fromkeys(denoisers, layers), **{name: encoder.layers for name, encoder in encoders.items()}}
-    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers, yields, unread or {})
+    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers, yields, unread=unread or {})
 
 
 def renamed(names: Mapping[str, str | Sequence[str]]) -> tuple[Rule, ...]:

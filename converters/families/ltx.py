@@ -1,5 +1,7 @@
 """LTX-Video, and LTX-2, which has the same again for sound and attention between the two."""
 
+from dataclasses import replace
+
 from converters.families import text
 from converters.families.base import Encoder, Table, renamed, same, table, within
 
@@ -48,10 +50,35 @@ def _family(
 
 
 LTX = _family(_VIDEO, ("",), (), (), text.t5())
-LTX2 = _family(
+# of LTX-2, between the language model and the transformer
+_CONNECTORS = renamed(
+    {f"{stream}aggregate_embed": f"{stream}text_proj_in" for stream in ("", "video_", "audio_")},
+)
+_CONNECTOR = (
+    *(f"attn1.{layer}" for layer in (*_ATTENTION, "norm_q", "norm_k", "to_gate_logits")),
+    "ff.net.0.proj",
+    "ff.net.2",
+)
+_LTX2 = _family(
     _VIDEO | _SOUND,
     ("", "audio_"),
     ("audio_to_video_attn", "video_to_audio_attn"),
     ("to_gate_logits",),
     Encoder(text.inside("model.language_model", text.GEMMA3)),
+)
+LTX2 = replace(
+    _LTX2,
+    components={
+        **_LTX2.components,
+        "connectors": (
+            *(rule.parts[0][0] for rule in _CONNECTORS),
+            *(
+                f"{kind}_connector.transformer_blocks.{{}}.{layer}"
+                for kind in ("video", "audio")
+                for layer in _CONNECTOR
+            ),
+        ),
+    },
+    rules={**_LTX2.rules, "connectors": _CONNECTORS},
+    words={"connectors": "text_embedding_projection."},
 )

@@ -29,6 +29,7 @@ LAYERS = (
     "class_embedding.linear_2",
     "add_embedding.linear_1",
     "add_embedding.linear_2",
+    "encoder_hid_proj",  # Kolors': it is an SDXL that reads another text encoder
     *(f"{block}.{layer}" for block in _BLOCKS for layer in _IN_BLOCK),
 )
 

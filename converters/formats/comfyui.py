@@ -16,8 +16,9 @@ from diffpeft.bundle import Entry
 DENOISER = "diffusion_model."
 # what other components are called that are within the original's denoiser, as Anima's text conditioner is
 _INSIDE = sorted({e.comfyui for t in TABLES.values() for e in t.encoders.values() if e.comfyui.startswith(DENOISER)})
+_BESIDE = sorted({word for table in TABLES.values() for word in table.words.values()})
 _WORD = re.compile(
-    rf"(?:model\.)?(?:{'|'.join(map(re.escape, (*_INSIDE, DENOISER)))})|text_encoders\.\w+\.(?:transformer\.)?"
+    rf"(?:model\.)?(?:{'|'.join(map(re.escape, (*_INSIDE, *_BESIDE, DENOISER)))})|text_encoders\.\w+\.(?:transformer\.)?"
 )
 
 
@@ -43,14 +44,15 @@ class ComfyUI(Lycoris):
         """By the family's own prefixes."""
         if not word.startswith("text_encoders."):
             word = word.removeprefix("model.")
-            return next((c for c, e in table.encoders.items() if e.comfyui == word), denoiser(table))
+            words = {**{c: e.comfyui for c, e in table.encoders.items()}, **table.words}
+            return next((c for c, theirs in words.items() if theirs == word), denoiser(table))
         return next((c for c, e in table.encoders.items() if e.comfyui.startswith(word)), "text_encoder")
 
     def word(self, component: str, table: Table) -> str | None:
         """Denoisers have one prefix, and a file holds one of them."""
         if component in table.encoders:
             return table.encoders[component].comfyui or None
-        return DENOISER if component in table.rules else None
+        return table.words.get(component, DENOISER) if component in table.rules else None
 
     def original(self, table: Table) -> bool:
         """Always."""

@@ -125,7 +125,7 @@ class Kohya(Lycoris):
             return next(iter(table.encoders[component].kohya), None)
         if not table.components:
             return _UNNAMED.get(component)
-        if component not in table.rules:
+        if component not in table.rules or component in table.words:
             return None
         return UNET if self.originals or component == "unet" else TRANSFORMER
 

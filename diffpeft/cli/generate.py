@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -24,6 +25,7 @@ class Asked(TypedDict):
     base: str | None
     prompt: str
     negative: str | None
+    images: tuple[str, ...]
     loras: tuple[str, ...]
     lora_dir: str
     out: str
@@ -54,6 +56,13 @@ def weighted(text: str) -> tuple[str, float]:
 @click.option("--base", help="The folder or Hub id with the configs and the tokenizer of a single-file model.")
 @click.option("-p", "--prompt", required=True, help="What to draw; may name adapters: <lora:style:0.8>.")
 @click.option("--negative", help="What not to draw.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="What a model of edits is to change, or what a video begins with; may be repeated.",
+)
 @click.option(
     "--lora",
     "loras",
@@ -139,6 +148,7 @@ def _drawn(asked: Asked, prompt: str, files: Files) -> Image:
         "negative_prompt": asked["negative"],
         "width": asked["width"],
         "height": asked["height"],
+        **_shown(pipe, asked["images"]),
     } | {name: 1 for name in ("num_frames", "frames") if name in inspect.signature(pipe.__call__).parameters}
     with led(pipe, {} if guidance is None else {"guidance_scale": guidance}) as scales:
         drawn = pipe(
@@ -151,6 +161,22 @@ def _drawn(asked: Asked, prompt: str, files: Files) -> Image:
         )
     image: Image = images_of(drawn)[0]
     return image
+
+
+def _shown(pipe: object, files: Sequence[str]) -> dict[str, Image | list[Image]]:
+    """Pictures in the keyword of a pipeline. Raises ConfigError for one that takes none."""
+    import inspect
+
+    from diffpeft.train.data.read import picture
+
+    if not files:
+        return {}
+    takes = inspect.signature(type(pipe).__call__).parameters
+    keyword = next((name for name in ("control_image", "image") if name in takes), None)
+    if keyword is None:
+        raise ConfigError(f"a {type(pipe).__name__} takes no picture", remedy="Leave --image out.")
+    pictures = [picture(Path(file)) for file in files]
+    return {keyword: pictures if len(pictures) > 1 else pictures[0]}
 
 
 def _load(pipe: object, files: Files) -> None:

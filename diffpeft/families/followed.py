@@ -168,6 +168,16 @@ class BriaFibo2(Followed):
     base_version = "bria_fibo2"
 
 
+class Kolors(Followed):
+    """Kolors (Kuaishou 2024): SDXL's UNet and sizes, and ChatGLM's hidden states."""
+
+    name = "Kolors"
+    pipelines: tuple[str, ...] = ("KolorsPipeline",)
+    tokens = 256
+    architecture = "kolors"
+    base_version = "kolors"
+
+
 FOLLOWED: dict[str, type[Followed]] = {
     "hunyuan_image": HunyuanImage,
     "bria": Bria,
@@ -179,4 +189,5 @@ FOLLOWED: dict[str, type[Followed]] = {
     "nucleus_image": NucleusImage,
     "qwen_image21": QwenImage21,
     "bria_fibo2": BriaFibo2,
+    "kolors": Kolors,
 }

@@ -59,6 +59,7 @@ class Generic(Transformer):
     """
 
     recorded: tuple[str, ...] = ("encode_prompt",)
+    together = True
     name = "this model"
     tokens = 0  # as the pipeline says
     presets: Mapping[str, str] = MappingProxyType({})
@@ -193,7 +194,7 @@ class Generic(Transformer):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents, in the shape of the VAE's."""
         vae, lie = self.parts("vae"), self._layout((pixels.shape[-2], pixels.shape[-1]))
-        mean, std = moments(vae, pixels.unsqueeze(2) if len(lie.shape) == 4 else pixels)
+        mean, std = moments(vae, pixels.unsqueeze(2) if len(lie.shape) == pixels.ndim == 4 else pixels)
         if tuple(mean.shape[1:]) != lie.shape:
             raise self.probe.refused(f"its VAE encodes to {tuple(mean.shape[1:])} and decodes {lie.shape}")
         shift, scale = (t.to(mean) for t in (lie.shift, lie.scale))

@@ -224,7 +224,7 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
         placing=None if config.base_lora else placing,
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
-    experts_of(config, family)
+    family.denoiser = next(iter(experts_of(config, family).spans))  # the first that is trained
     if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:

@@ -176,7 +176,6 @@ def outlined(config: TrainConfig, dtype: str) -> Family:
     for name in (*family.text_encoders, "vae", *family.denoisers):
         setattr(parts.pipe, name, parts.outline(name).to(dtype_of(dtype)).eval())
     parts.pin(*family.text_encoders, "vae", *family.denoisers)
-    family.denoiser = next(iter(experts_of(config, family).spans))  # the one that a step is counted with
     return family
 
 
@@ -201,8 +200,11 @@ def _phases(config: TrainConfig, family: Family, checked: Checked, adapter: int)
     if checked.prior and checked.prior.missing:
         phases.append(Phase("class images", weights["vae"] + experts + resident, 0, 0))
     (_, *latents) = family.encode(pixels)[0].shape
+    controls = max(len(example.controls) for example in checked.account.examples)
+    still = torch.empty(1, 3, largest[1], largest[0], device="meta")
+    read = family.condition(pixels, [still] * controls)
     with dreambooth.prepared(config, family):
-        computed = peak(lambda: _step(config, family, largest, latents, live))
+        computed = peak(lambda: _step(config, family, largest, latents, read, live))
     together = sum(weights.values()) if config.cache == "none" else experts + resident
     return (*phases, Phase("training", together, adapter, computed))
 
@@ -223,22 +225,35 @@ def _embed(family: Family, encoder: str, number: int, grad: bool = False) -> Con
 
 
 def _step(
-    config: TrainConfig, family: Family, size: tuple[int, int], latents: Sequence[int], live: tuple[str, ...]
+    config: TrainConfig,
+    family: Family,
+    size: tuple[int, int],
+    latents: Sequence[int],
+    read: Conditions,
+    live: tuple[str, ...],
 ) -> None:
-    """A pass of a step, forward and backward, of a batch of pictures (width, height) with latents [c, *size].
+    """A pass of a step, forward and backward, of a batch of pictures (width, height) with latents [c, *size], and what is `read` of one beside them.
 
     Class images are in the batch; the base's prior is a pass of its own.
     """
     batch = config.batch_size * (2 if config.prior == "images" else 1)
-    losses = [_loss(batch, family, size, latents, live) for _ in range(2 if config.prior == "base" else 1)]
+    losses = [_loss(batch, family, size, latents, read, live) for _ in range(2 if config.prior == "base" else 1)]
     torch.stack(losses).sum().backward()
 
 
-def _loss(batch: int, family: Family, size: tuple[int, int], latents: Sequence[int], live: tuple[str, ...]) -> Tensor:
+def _loss(
+    batch: int,
+    family: Family,
+    size: tuple[int, int],
+    latents: Sequence[int],
+    read: Conditions,
+    live: tuple[str, ...],
+) -> Tensor:
     width, height = size
     device = family.parts(family.denoiser).device
     x = torch.empty(batch, *latents, device=device)
     conditions = {n: t for name in family.text_encoders for n, t in _embed(family, name, batch, name in live).items()}
     frames = [Frame((height, width), (0, 0), (height, width))] * batch
     conditions |= {name: tensor.to(device) for name, tensor in family.framed(frames).items()}
+    conditions |= {name: torch.empty(batch, *t.shape[1:], device=device) for name, t in read.items()}
     return (family.predict(x, torch.zeros(batch, device=device), conditions) - x).square().mean()

@@ -241,9 +241,9 @@ def stage(family: Family, name: str) -> Iterator[Family]:
     """The model that is trained as one that draws: its VAE is there, and nothing is dropped or compiled. Afterwards it is as it was."""
     from diffpeft.model.state import slots_of
 
+    absent = [name for name in (*family.viewers, *family.denoisers) if getattr(family.pipe, name) is None]
     denoisers, slots = [family.parts(name) for name in family.denoisers], slots_of(family.pipe, name).values()
     training, compiled = [slot.training for slot in slots], [model._compiled_call_impl for model in denoisers]
-    absent = [name for name in family.viewers if getattr(family.pipe, name) is None]
     for slot in slots:
         slot.eval()
     for model in denoisers:

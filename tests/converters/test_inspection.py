@@ -152,7 +152,10 @@ def test_programs_read_what_they_have_of_later_families():
     assert readers("diffusers", {"lora"}, "krea2") == ("diffusers", "ComfyUI")
     assert readers("diffusers", {"lora"}, "ideogram4") == ("diffusers",)
     assert readers("onetrainer", {"lora"}, "ernie_image") == ("OneTrainer", "ComfyUI")
-    assert readers("kohya", {"lora"}, "bria") == () and readers("diffusers", {"lora"}, "bria") == ("diffusers",)
+    assert (
+        readers("kohya", {"lora"}, "bria_fibo") == () == readers("diffusers", {"lora"}, "bria")
+    )  # no load_lora_weights
+    assert readers("diffusers", {"lora"}, "bria_fibo") == ("diffusers",)
     assert readers("peft", {"loha"}, "prx") == ("PEFT",) and readers("lycoris", {"loha"}, "prx") == ("LyCORIS",)
 
 

@@ -224,6 +224,21 @@ def test_a_spelling_changes_nothing(name):
     assert (found.families[:1], found.looks_like) == (plain.families[:1], plain.looks_like)
 
 
+@pytest.mark.parametrize("channels", [128, 384], ids=["control", "fill"])
+@pytest.mark.parametrize("way", [0, 1])
+def test_flux_with_a_wider_input_is_flux(way, channels):
+    layers = {
+        n: (size if n not in ("x_embedder", "img_in") else (size[0], channels)) for n, size in linear(way).items()
+    }
+    found = fitted(header(layers, *(SPELT["comfyui"] if way else ())))
+    assert found.families == ("flux",) and not found.ambiguous
+
+
+def linear(way):
+    """Flux's layers but for norms, in one program's names."""
+    return {n: size for n, size in spellings("FLUX.1")[way].items() if size}
+
+
 def test_unusual_sizes_are_still_their_family_where_names_decide():
     for name in OURS:
         handles = header({n: (7 * o, 7 * i) for n, (o, i) in named(name, "all linear layers").items()})

@@ -34,6 +34,7 @@ LOADERS = {
     "sana": pipelines.SanaLoraLoaderMixin,
     "auraflow": pipelines.AuraFlowLoraLoaderMixin,
     "ltx": pipelines.LTXVideoLoraLoaderMixin,
+    "ltx2": pipelines.LTX2LoraLoaderMixin,
     "mochi": pipelines.Mochi1LoraLoaderMixin,
     "cogvideox": pipelines.CogVideoXLoraLoaderMixin,
     "hidream": pipelines.HiDreamImageLoraLoaderMixin,
@@ -759,6 +760,11 @@ _WHOLE = {  # {family: where its loader wants layers: (rows, columns)}, in the o
         "diffusion_model.content_mode_blocks.image_cond.0.mlp_in": (72, 12),
         "diffusion_model.txt_mode_blocks.0.attn_out": (12, 12),
     },
+    "ltx2": {
+        "diffusion_model.transformer_blocks.0.audio_to_video_attn.to_q": (12, 12),
+        "diffusion_model.patchify_proj": (12, 8),
+        "text_embedding_projection.aggregate_embed": (8, 20),
+    },
     "ace_step": {
         f"base_model.model.layers.0.{kind}_attn.{p}_proj": (12, 12) for kind in ("self", "cross") for p in "qkvo"
     },
@@ -807,3 +813,17 @@ def test_hunyuan_video_15_is_written_for_comfyui_in_the_joint_layers_that_it_has
     converters.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya", family="hunyuan_video15")
     back = load_file(tmp_path / "c.safetensors")
     assert back.keys() == apart.keys() and all(torch.equal(back[key], t) for key, t in apart.items())
+
+
+def test_what_is_between_ltx_2_s_language_model_and_its_transformer_goes_out_and_in(tmp_path):
+    """Its connectors, in one file with the transformer."""
+    tensors = {}
+    for layer, (rows, columns) in _WHOLE["ltx2"].items():
+        tensors |= lora(layer, rows, columns, dotted=True)[0]
+    save_file(tensors, tmp_path / "a.safetensors")
+    for format in ("diffusers", "onetrainer", "comfyui"):
+        converters.convert(tmp_path / "a.safetensors", tmp_path / f"{format}.safetensors", to=format)
+        assert_right("ltx2", tmp_path / f"{format}.safetensors", ours("ltx2", tensors))
+    converters.convert(tmp_path / "diffusers.safetensors", tmp_path / "back.safetensors", to="comfyui")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[key], t) for key, t in tensors.items())

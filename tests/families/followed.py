@@ -11,6 +11,7 @@ import transformers
 from tests.families.clips import _cleaned
 from tests.families.components import CLIPS_OF_FRAMES, LLM, chat, clip, llm, t5, tokenizer
 from tests.families.pipelines import _DYNAMIC as DYNAMIC
+from tests.families.pipelines import _XL as XL
 from tests.families.pipelines import _vae as vae_of
 from tests.families.pipelines import _vae2
 from tests.families.pipelines import _vl as vl
@@ -37,10 +38,10 @@ def _vl3(layers: int) -> Any:
     return transformers.Qwen3VLForConditionalGeneration(vl(layers).config)
 
 
-def _filled(model: Any) -> Any:
-    """A model whose numbers are all some: not zeros, as models begin, and not what was in the memory."""
+def _filled(model: Any, everything: bool = False) -> Any:
+    """A model whose numbers are random where they are zeros, as models begin, or what was in the memory: everywhere, if that is said."""
     for parameter in model.parameters():
-        if not parameter.any() or not parameter.isfinite().all() or parameter.ndim == 3:
+        if everything or not parameter.any() or not parameter.isfinite().all() or parameter.ndim == 3:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -301,10 +302,10 @@ def _qwen_image21() -> Any:
 
 
 def _bria_fibo2() -> Any:
-    pipe = diffusers.BriaFibo2Pipeline(
+    return diffusers.BriaFibo2Pipeline(
         scheduler=_flow(**DYNAMIC),
         vae=_vae2(),
-        text_encoder=_vl3(3),
+        text_encoder=_vl3(36),
         processor=chat(),
         transformer=_filled(
             diffusers.BriaFibo2Transformer2DModel(
@@ -326,8 +327,49 @@ def _bria_fibo2() -> Any:
             )
         ),
     )
-    pipe.text_encoder_out_layers = ((1, 2, 3),) * 6
-    return pipe
+
+
+class Placed(Processor):
+    """A tokenizer that says places, as ChatGLM's."""
+
+    def __call__(self, text: Any, images: Any = None, **kwargs: Any) -> Any:
+        tokens = super().__call__(text, **kwargs)
+        tokens["position_ids"] = torch.arange(tokens.input_ids.shape[1]).expand(tokens.input_ids.shape)
+        return tokens
+
+
+def _kolors() -> Any:
+    from diffusers.pipelines.kolors.pipeline_kolors import (
+        KolorsPipeline,  # diffusers hides it where a tokenizer is missing
+    )
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+
+    return KolorsPipeline(
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.014, beta_schedule="scaled_linear", steps_offset=1, num_train_timesteps=1100
+        ),
+        vae=vae_of(scaling_factor=0.13025),
+        text_encoder=_filled(
+            ChatGLMModel(
+                ChatGLMConfig(
+                    num_layers=2,
+                    padded_vocab_size=len(tokenizer()),
+                    hidden_size=32,
+                    ffn_hidden_size=48,
+                    kv_channels=8,
+                    num_attention_heads=4,
+                    original_rope=True,
+                )
+            ),
+            everything=True,
+        ),
+        tokenizer=Placed(chat("left")),
+        unet=diffusers.UNet2DConditionModel(
+            **XL | {"cross_attention_dim": 16, "projection_class_embeddings_input_dim": 6 * 8 + 32},
+            encoder_hid_dim=32,
+            encoder_hid_dim_type="text_proj",
+        ),
+    )
 
 
 FOLLOWED: dict[str, tuple[str, Any]] = {
@@ -342,6 +384,7 @@ FOLLOWED: dict[str, tuple[str, Any]] = {
     "nucleus_image": ("nucleus_image", _nucleus_image),
     "qwen_image21": ("qwen_image21", _qwen_image21),
     "bria_fibo2": ("bria_fibo2", _bria_fibo2),
+    "kolors": ("kolors", _kolors),
     "generic, a flow": ("generic", _lumina),
     "generic, levels by betas": ("generic", _hunyuan_dit),
 }

@@ -12,7 +12,11 @@ from PIL import Image
 
 from diffpeft.errors import WrongBaseError
 from diffpeft.families import CaptionReading, open_family, trainable
+from diffpeft.train.cache import Texts
+from diffpeft.train.config import TrainConfig
 from diffpeft.train.data.read import numbers
+from diffpeft.train.sample_prompts import of_line
+from diffpeft.train.samples import drawn, keywords_of, settled
 from tests.families.pipelines import KINDS, pipeline
 from tests.families.test_family_laws import HEIGHT, WIDTH, calls, compare, first_level, times_set_by
 
@@ -169,3 +173,24 @@ def test_a_control_model_of_the_width_of_an_image_is_refused():
     with pytest.raises(WrongBaseError, match="64 channels and not the 128 of an image and its control image"):
         trainable("FluxControlPipeline", configs)
     assert trainable("FluxKontextPipeline", configs) == "flux_kontext" and KINDS["flux kontext"][0] == "flux_kontext"
+
+
+@torch.no_grad()
+def test_a_sample_is_what_the_pipeline_draws_of_its_texts_and_control_images(kind, family, tmp_path):
+    images = [image.resize((64, 64)) for image in images_of(kind)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    led = "cfg" in family.guidance and not kind.startswith("flux2")
+    files = " ".join(f"--ci {tmp_path / str(number)}.png" for number in range(len(images)))
+    line = f"{PROMPT} --s 2 --w 64 --h 64 --d 5 {files}" + " --l 2.5 --n blurry" * led
+    (prompt,) = settled(TrainConfig(), family, [of_line(line, "")], 32)
+    assert len(prompt.controls) == len(images)
+    options = {"max_sequence_length": ASKED[kind]["max_sequence_length"]} | (
+        {"negative_prompt": "blurry"} if led else {}
+    )
+    options |= family.pictured(images, (64, 64)) | keywords_of(family, prompt)
+    seed = torch.Generator().manual_seed(5)
+    want = family.pipe(prompt=PROMPT, generator=seed, output_type="pil", **options).images[0]
+    (got,) = drawn(family, Texts(family), prompt, lambda: None)
+    difference = np.asarray(got).astype(int) - np.asarray(want).astype(int)
+    assert got.size == (64, 64) and np.abs(difference).max() <= 1

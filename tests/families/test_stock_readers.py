@@ -31,7 +31,7 @@ def deep_sdxl():
     return pipe
 
 
-OTHERS = [kind for kind in KINDS if not kind.startswith(("sd15", "sdxl", "flux dev", "flux s", "flux,"))]
+OTHERS = [kind for kind in KINDS if not kind.startswith(("sd15", "sdxl", "flux dev", "flux s", "flux,", "wan, two"))]
 MODELS = {
     "sd15": partial(pipeline, "sd15", torch.float32),
     "sdxl": deep_sdxl,
@@ -64,7 +64,7 @@ def error(kind, path, base, want):
     stock = MODELS[kind]()
     try:
         stock.load_lora_weights(str(path.parent), weight_name=path.name)
-    except (AssertionError, AttributeError, KeyError, ValueError, RuntimeError):
+    except (AssertionError, AttributeError, IndexError, KeyError, ValueError, RuntimeError):
         return float("inf")
     return float((answer(opened(stock, kind)) - want).norm() / (want - base).norm())
 
@@ -84,6 +84,8 @@ def test_diffusers_is_a_reader_of_exactly_the_files_that_it_reads_right(model, m
             continue
         path = tmp_path / f"a.{format}.safetensors"
         converters.write(bundle, path, format=format)
+        if not converters.inspect(path).family:
+            continue  # of a model that is not known, nothing is said
         claimed = "diffusers" in converters.inspect(path).readable_by
         assert claimed == (error(model, path, base, want) < 1e-4), (format, claimed)
 
