@@ -50,9 +50,7 @@ def _answers(bundle: Bundle, fmt: Format, order: Arranged, names: Sequence[KeyPa
     table, layers = table_of(fmt, bundle.family), [entry.layer for entry in bundle.entries]
     done = "joined" if fmt.original(table) else "taken apart"
     yield Answer.unless([*order.failed], f"a fused layer cannot be {done}: {next(iter(order.failed.values()), '')}")
-    components = sorted({parted(entry.layer)[0] for entry in order.entries})
-    alone = len(components) < 2 or not (fmt.single or shares_word(fmt, table, components))
-    yield Answer.unless([] if alone else layers, f"it holds one component, not {' and '.join(components)}")
+    yield _alone(fmt, table, order, layers)
     unnamed = [entry.layer for entry, name in zip(order.entries, names, strict=True) if name is None]
     yield Answer.unless(unnamed, "it has no name for them" if table.components else _UNKNOWN)
     yield Answer.unless(_twice(order.entries, fmt), "it has room for one adapter of a kind on a layer")
@@ -63,6 +61,13 @@ def _answers(bundle: Bundle, fmt: Format, order: Arranged, names: Sequence[KeyPa
     yield fmt.holds(order.entries)
     foreign = [key for key in bundle.carried if bundle.format != fmt.name and fmt.split(key)]
     yield Answer.unless(foreign, "there are keys that are no adapter's, and would be one's in this format")
+
+
+def _alone(fmt: Format, table: Table, order: Arranged, layers: Sequence[str]) -> Answer:
+    """A format of one component, or with one word for two denoisers, has room for one."""
+    components = sorted({parted(entry.layer)[0] for entry in order.entries})
+    alone = len(components) < 2 or not (fmt.single or shares_word(fmt, table, components))
+    return Answer.unless([] if alone else layers, f"it holds one component, not {' and '.join(components)}")
 
 
 _OF_PEFT = frozenset({"peft", "diffusers"})  # whose readers make PEFT's layers
