@@ -36,7 +36,7 @@ COUNTS = {  # {kind: control images}, where it is not one
     "qwen_image edit plus": 3,
 }
 SIZES = {"flux2": [(72, 64), (64, 64), (64, 80)], "qwen_image": [(WIDTH, HEIGHT), (32, 64), (64, 32)]}
-FAST = ("flux kontext", "flux control", "flux2 klein", "qwen_image edit plus")
+FAST = ("flux kontext", "flux control", "qwen_image edit plus")
 CELLS = [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in ASKED]
 PROMPT = "make the cat red"
 

@@ -31,8 +31,7 @@ RUNS = {  # {kind: (control folders, tokens of captions, ModelSpec's architectur
     "qwen_image edit": (1, 300, "Qwen-Image-Edit"),
     "qwen_image edit plus": (2, 300, "Qwen-Image-Edit-Plus"),
 }
-STANDING = ("flux control",)
-CELLS = [kind if kind in STANDING else pytest.param(kind, marks=pytest.mark.slow) for kind in RUNS]
+CELLS = [pytest.param(kind, marks=pytest.mark.slow) for kind in RUNS]
 
 
 @torch.no_grad()
