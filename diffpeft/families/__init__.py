@@ -19,7 +19,7 @@ from diffpeft.families.followed import FOLLOWED
 from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
-from diffpeft.families.hunyuan_video15 import HunyuanVideo15
+from diffpeft.families.hunyuan_video15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from diffpeft.families.ideogram4 import Ideogram4
 from diffpeft.families.kandinsky5_video import Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
@@ -68,6 +68,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
     "hunyuan_video15": HunyuanVideo15,
+    "hunyuan_video15_i2v": HunyuanVideo15ImageToVideo,
     "ltx2": LTX2,
     "cogvideox": CogVideoX,
     "cogvideox_i2v": CogVideoXImageToVideo,

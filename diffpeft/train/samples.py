@@ -194,7 +194,9 @@ def keywords_of(family: Family, prompt: SamplePrompt) -> Json:
     scales = {keyword: getattr(prompt, field) for field, keyword in family.guidance.items()}
     keyword = next((name for name in ("num_frames", "frames") if name in _keywords(family)), None)
     frames = {keyword: prompt.frames} if keyword and prompt.frames is not None else {}
-    return {"width": prompt.width, "height": prompt.height, "num_inference_steps": prompt.steps, **scales, **frames}
+    sides = {"width": prompt.width, "height": prompt.height}  # some draw in the size of the image that they are shown
+    sides = {name: side for name, side in sides.items() if name in _keywords(family)}
+    return {**sides, "num_inference_steps": prompt.steps, **scales, **frames}
 
 
 def _shown(family: Family, prompt: SamplePrompt, controls: Controls) -> Prompted:
