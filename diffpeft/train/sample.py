@@ -67,14 +67,14 @@ def watched(pipe: Pipeline, told: Callable[..., dict[str, object]]) -> dict[str,
 
 @contextlib.contextmanager
 def led(pipe: Pipeline, keywords: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
-    """How much a pipeline is to be led, in keywords that it takes. Those that a guider of its own has instead are set there until the end."""
+    """How much a pipeline is to be led, in keywords that it takes. Others are set in a guider of its own until the end, if it has one."""
     takes, guider = inspect.signature(pipe.__call__).parameters, getattr(pipe, "guider", None)
     elsewhere = {} if guider is None else {name: value for name, value in keywords.items() if name not in takes}
     before = {name: getattr(guider, name) for name in elsewhere}
     try:
         for name, value in elsewhere.items():
             setattr(guider, name, value)
-        yield {name: value for name, value in keywords.items() if name not in elsewhere}
+        yield {name: value for name, value in keywords.items() if name in takes}
     finally:
         for name, value in before.items():
             setattr(guider, name, value)
