@@ -195,13 +195,13 @@ def _phases(config: TrainConfig, family: Family, checked: Checked, adapter: int)
         Phase(f"captions ({name})", weights[name], 0, peak(lambda name=name: _embed(family, name, 1)))  # type: ignore[misc]
         for name in family.text_encoders
     ]
-    frames = max(len(example.frames) for example in checked.account.examples)
+    frames = max((len(example.frames) for example in checked.account.examples), default=0)
     pixels = torch.empty(1, 3, *([frames] if frames else []), largest[1], largest[0], device="meta")
     phases.append(Phase("images (vae)", weights["vae"] + resident, 0, peak(lambda: family.encode(pixels))))
     if checked.prior and checked.prior.missing:
         phases.append(Phase("class images", weights["vae"] + experts + resident, 0, 0))
     (_, *latents) = family.encode(pixels)[0].shape
-    controls = max(len(example.controls) for example in checked.account.examples)
+    controls = max((len(example.controls) for example in checked.account.examples), default=0)
     still = torch.empty(1, 3, largest[1], largest[0], device="meta")
     read = family.condition(pixels, [still] * controls)
     with dreambooth.prepared(config, family):
