@@ -133,8 +133,10 @@ def _component(word: str, by: Reading) -> str:
     that the model calls otherwise than the family the only one that it has.
     """
     component = by.fmt.component(word, by.table)
-    told = by.metadata.get(COMPONENT) or Path(by.where).name.removesuffix(".safetensors")
-    if {component, told} <= by.table.rules.keys() and not word.startswith(component) and told in (by.names or (told,)):
+    said = by.metadata.get(COMPONENT)  # of a half by diffusers' names too, which stock diffusers reads as the first
+    told = said or Path(by.where).name.removesuffix(".safetensors")
+    alike = not word.startswith(component) or (said is not None and component == next(iter(by.table.rules), ""))
+    if {component, told} <= by.table.rules.keys() and alike and told in (by.names or (told,)):
         component = told
     encodes = component.startswith("text_encoder") or component in by.table.encoders
     denoisers = [name for name in by.names if not name.startswith("text_encoder")]

@@ -180,7 +180,7 @@ def table(
     """A family of which one set of rules names all denoisers. `layers` are diffusers' templates if there are more than in the rules."""
     layers = layers or tuple(dict.fromkeys(name for rule in rules for name, _ in rule.parts))
     components = {**dict.fromkeys(denoisers, layers), **{name: encoder.layers for name, encoder in encoders.items()}}
-    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers, yields, unread or {})
+    return Table(components, dict.fromkeys(denoisers, rules), encoders, flat_is_diffusers, yields, unread=unread or {})
 
 
 def renamed(names: Mapping[str, str | Sequence[str]]) -> tuple[Rule, ...]:

@@ -28,6 +28,9 @@ _READ = (
     "steps",
     "seed",
     "epochs",
+    "frames",
+    "fps",
+    "extract",
 )
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import click
 
 GROUPS = {  # {heading: options}; those that are in none stand last
-    "Model": ("model", "base", "vae", "text_encoder", "dtype", "quantize", "offload", "base_lora", "training_adapter"),
+    "Model": (
+        "model",
+        "base",
+        "vae",
+        "text_encoder",
+        "dtype",
+        "quantize",
+        "offload",
+        "memory",
+        "base_lora",
+        "training_adapter",
+    ),
     "Data": (
         "data",
         "instance_prompt",

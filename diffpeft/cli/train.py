@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -84,15 +85,17 @@ def _run(chosen: Chosen[AnyTraining]) -> None:
     """Train, in this process or one of several, and print the paths of the files."""
     from diffpeft.cli.progress import running
 
-    options = chosen.options
+    options: TrainConfig = chosen.options
     with running(options) as progress:
         checked = _checked(chosen, progress)
         progress.note(f"to watch in a browser, from the first step on: {options.output() / 'report.html'}")
 
         from diffpeft.train import dreambooth
+        from diffpeft.train.budget import fitted
         from diffpeft.train.progress import quiet_bars
 
         quiet_bars()
+        options, checked = fitted(checked, progress)
         run = dreambooth.train(options, progress, checked)
         if not machines.world().main:
             dreambooth.save(run)
@@ -142,10 +145,16 @@ def _print(chosen: Chosen[AnyTraining]) -> None:
 
     for note in chosen.notes:
         click.echo(f"note: {note}", err=True)
-    options = preview(chosen.options)
-    text = text_of(
-        options, origins_of(chosen.options, options, chosen.origins), f"diffpeft {options.COMMAND} THIS_FILE"
-    )
+    typed: TrainConfig = chosen.options
+    said: Mapping[str, str] = chosen.origins
+    if typed.memory and typed.model and typed.data and typed.out:  # what is picked follows from the model and the data
+        from diffpeft.train.budget import fitted
+        from diffpeft.train.check import check
+
+        typed, checked = fitted(check(typed, said))
+        said = checked.origins
+    options = preview(typed)
+    text = text_of(options, origins_of(typed, options, said), f"diffpeft {options.COMMAND} THIS_FILE")
     click.echo(text, nl=False)
 
 

@@ -19,7 +19,7 @@ from diffpeft.families.followed import FOLLOWED
 from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo
-from diffpeft.families.hunyuan_video15 import HunyuanVideo15
+from diffpeft.families.hunyuan_video15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from diffpeft.families.ideogram4 import Ideogram4
 from diffpeft.families.kandinsky5_video import Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
@@ -68,6 +68,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "ltx": LTX,
     "hunyuan_video": HunyuanVideo,
     "hunyuan_video15": HunyuanVideo15,
+    "hunyuan_video15_i2v": HunyuanVideo15ImageToVideo,
     "ltx2": LTX2,
     "cogvideox": CogVideoX,
     "cogvideox_i2v": CogVideoXImageToVideo,
@@ -186,7 +187,7 @@ _PIPELINES = {
     "EasyAnimate": "easyanimate",
     "Kandinsky5T2I": "kandinsky5",
 }
-_NAMED_AS = {"kolors": "sdxl"}  # {family: the one that has its layer names}
+_NAMED_AS = {"kolors": "sdxl", "kandinsky5_video": "kandinsky5"}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
 _WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
@@ -285,6 +286,12 @@ def is_of(family: str, others: Iterable[str | None]) -> bool:
     return family in others or issubclass(FAMILIES[family], kinds)
 
 
+def named_as(family: str) -> str | None:
+    """The family in TABLES whose layer names one in FAMILIES has; None if its model's own are all."""
+    family = _NAMED_AS.get(family, family)
+    return family if family in TABLES else next((table for table in TABLES if is_of(family, [table])), None)
+
+
 def _names(groups: Iterable[Iterable[str]]) -> list[str]:
     """Each name once."""
     return list(dict.fromkeys(name for group in groups for name in group))
@@ -312,6 +319,7 @@ __all__ = [
     "family_of",
     "is_of",
     "is_unnamed",
+    "named_as",
     "open_family",
     "trainable",
 ]

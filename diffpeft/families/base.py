@@ -122,6 +122,7 @@ class Family(Protocol):
     first_frame: bool  # whether `condition` reads the example's own pixels too
     viewers: tuple[str, ...]  # the components that `encode` and `condition` look at pictures with
     looking: tuple[str, ...]  # those of the text encoders that look at the control images beside a prompt
+    together: bool  # whether a caption is read by all text encoders at once, under the name of the first
 
     parts: Parts
     pipe: Pipeline  # the pipeline of `parts`; components that have left the device are None in it

@@ -121,10 +121,10 @@ class CogVideoXImageToVideo(CogVideoX):
         """The first frame's latents with zeros behind, scaled as the model was trained."""
         import torch
 
-        first, count = first_of(pixels)
+        frame, count = first_of(pixels)
         vae, frames = self.parts("vae"), self.frames_of(count)
         scale = vae.config.scaling_factor
-        known = moments(vae, first)[0] * (1 / scale if vae.config.invert_scale_latents else scale)
+        known = moments(vae, frame)[0] * (1 / scale if vae.config.invert_scale_latents else scale)
         blank = known.new_zeros(*known.shape[:2], frames + self._lacking(frames) - 1, *known.shape[3:])
         return {"known": torch.cat([known, blank], dim=2)}
 

@@ -16,22 +16,22 @@ def first_of(pixels: Tensor) -> tuple[Tensor, int]:
     return clips[:, :, :1], clips.shape[2]
 
 
-def images_of(first: Tensor) -> list[Image]:
+def images_of(opening: Tensor) -> list[Image]:
     """First frames [b, 3, 1, h, w] in [-1, 1] as images."""
     from PIL import Image
 
-    rounded = ((first[:, :, 0] + 1) * 127.5).round().clamp(0, 255).byte()
+    rounded = ((opening[:, :, 0] + 1) * 127.5).round().clamp(0, 255).byte()
     return [Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()) for pixels in rounded]
 
 
-def started(x: Tensor, first: Tensor, time: Tensor, patch: int = 1) -> tuple[Tensor, Tensor]:
+def started(x: Tensor, opening: Tensor, time: Tensor, patch: int = 1) -> tuple[Tensor, Tensor]:
     """Latents x [b, c, f, h, w] with the first frame [b, c, 1, h, w] in its place, and times [b] by token [b, n]: 0 for those of the first frame."""
     import torch
 
     tokens = math.prod(x.shape[3:]) // patch**2
     times = time[:, None].repeat(1, x.shape[2] * tokens)
     times[:, :tokens] = 0
-    return torch.cat([first, x[:, :, 1:]], 2), times
+    return torch.cat([opening, x[:, :, 1:]], 2), times
 
 
 def uncounted(frames: int, known: Tensor) -> Tensor:

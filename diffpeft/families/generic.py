@@ -36,6 +36,7 @@ Recorded = list[object]  # what the pipeline's methods answered for a caption, i
 
 _FRAMED = ("original_size", "crops_coords_top_left", "target_size")  # that pipelines are told, as SDXL's is
 _COUNTS = ("max_sequence_length", "tokenizer_max_length")  # what pipelines call the number of tokens
+_VELOCITY = "flow_prediction"  # what the schedulers that can do several things call it
 _TOKENS = 512  # that are said to be read, where nobody says how many are
 _NEEDED = ("prompt", "height", "width", "num_inference_steps")
 _OTHERS = ("strength", "mask_image", "control_image", "audio_length_in_s")  # that tell another kind of pipeline
@@ -59,6 +60,7 @@ class Generic(Transformer):
     """
 
     recorded: tuple[str, ...] = ("encode_prompt",)
+    together = True
     name = "this model"
     tokens = 0  # as the pipeline says
     presets: Mapping[str, str] = MappingProxyType({})
@@ -145,15 +147,21 @@ class Generic(Transformer):
         config = scheduler.config
         if "beta_schedule" in config and not config.get("use_flow_sigmas"):
             levels, table = Discrete(scheduler), getattr(scheduler, "alphas_cumprod", None)
-            if table is None or (table.cpu() - levels.alphas).abs().max() > 1e-5:
-                raise WrongBaseError(
-                    "the model has noise levels of its own and cannot be trained",
-                    where=f"its scheduler, a {type(scheduler).__name__}",
-                    remedy="Models whose levels are those of their scheduler's betas can.",
-                )
-            return levels
+            usual = table is not None and (table.cpu() - levels.alphas).abs().max() <= 1e-5
+            return self._checked(levels, usual)
         flow = Flow.of(scheduler, 1)
-        return OwnShift(flow.shift, exponential=flow.exponential, mu_at=self._mu)
+        usual = not config.get("invert_sigmas") and config.get("prediction_type", _VELOCITY) == _VELOCITY
+        return self._checked(OwnShift(flow.shift, exponential=flow.exponential, mu_at=self._mu), usual)
+
+    def _checked(self, levels: Levels, usual: bool) -> Levels:
+        """Levels that are what they are taken for. Raises WrongBaseError for those that are not."""
+        if not usual:
+            raise WrongBaseError(
+                "the model has noise levels of its own and cannot be trained",
+                where=f"its scheduler, a {type(self.pipe.scheduler).__name__}",
+                remedy="Models of a flow towards noise can, and those whose levels are those of their scheduler's betas.",
+            )
+        return levels
 
     def _stand_in(self, scheduler: Component) -> Component:
         """A scheduler of the same times that changes nothing beside."""
@@ -183,9 +191,9 @@ class Generic(Transformer):
                 return stop(mu)
 
             mu, _ = self.probe(self._ask(self._size(shape), times=times, said={"num_inference_steps": steps}))
-            if not isinstance(mu, float):
+            if not isinstance(mu, (int, float)):
                 raise self.probe.refused("its pipeline says no shift by size")
-            self._mus[key] = mu
+            self._mus[key] = float(mu)
         return self._mus[key]
 
     # -- latents -------------------------------------------------------------------------------------------------------
@@ -193,7 +201,7 @@ class Generic(Transformer):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents, in the shape of the VAE's."""
         vae, lie = self.parts("vae"), self._layout((pixels.shape[-2], pixels.shape[-1]))
-        mean, std = moments(vae, pixels.unsqueeze(2) if len(lie.shape) == 4 else pixels)
+        mean, std = moments(vae, pixels.unsqueeze(2) if len(lie.shape) == pixels.ndim == 4 else pixels)
         if tuple(mean.shape[1:]) != lie.shape:
             raise self.probe.refused(f"its VAE encodes to {tuple(mean.shape[1:])} and decodes {lie.shape}")
         shift, scale = (t.to(mean) for t in (lie.shift, lie.scale))

@@ -4,14 +4,17 @@ Qwen2.5-VL's hidden states after those of the template, and ByT5's of the words 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import ClipTransformer, counted, in_blocks
+from diffpeft.families.frames import first_of, images_of
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -80,18 +83,26 @@ class HunyuanVideo15(ClipTransformer):
         return {"text": text, "length": torch.tensor(len(text))}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
-        """Time is a thousand times the share of noise. An image that is all zeros is none."""
+        """There is no first frame: zeros. An image that is all zeros is none."""
         import torch
 
+        known, image = torch.zeros_like(x), x.new_zeros(len(x), 1, model.config.image_embed_dim)
+        return self.answer(model, [x, known, known[:, :1]], t, read, image)
+
+    def answer(self, model: Component, beside: Sequence[Tensor], t: Tensor, read: Conditions, image: Tensor) -> Tensor:
+        """What the transformer says of latents, those of a first frame, and which are known. Time is a thousand times the share of noise."""
+        import torch
+
+        x = torch.cat([*beside], dim=1)
         masks = {name: sent(mask.to(x.dtype), x.device) for name, mask in _masks(read).items()}
         return model(
-            hidden_states=torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1),
+            hidden_states=x,
             timestep=(1000 * t).to(x.dtype),
             encoder_hidden_states=read["text"],
             encoder_attention_mask=masks["text"],
             encoder_hidden_states_2=read["glyphs"],
             encoder_attention_mask_2=masks["glyphs"],
-            image_embeds=x.new_zeros(len(x), 1, model.config.image_embed_dim),
+            image_embeds=image,
             return_dict=False,
         )[0]
 
@@ -106,6 +117,45 @@ class HunyuanVideo15(ClipTransformer):
                 keywords[f"{prefix}prompt_embeds{number}"] = read[name]
                 keywords[f"{prefix}prompt_embeds_mask{number}"] = masks[name].long()
         return keywords
+
+
+class HunyuanVideo15ImageToVideo(HunyuanVideo15):
+    """The training side of a HunyuanVideo15ImageToVideoPipeline, which is shown the first frame of a clip."""
+
+    pipelines: tuple[str, ...] = ("HunyuanVideo15ImageToVideoPipeline",)
+    first_frame = True
+    viewers: tuple[str, ...] = ("vae", "image_encoder")
+    architecture = "hunyuan-video-1.5-i2v"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        self.unread = {name: layers.replace("image_embedder|", "") for name, layers in self.unread.items()}
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The first frame's latents with zeros behind, and what SigLIP sees of it."""
+        import torch
+
+        frame, count = first_of(pixels)
+        latents, _ = self.encode(frame)
+        blank = latents.new_zeros(*latents.shape[:2], self.frames_of(count) - 1, *latents.shape[3:])
+        model, pipe = self.parts("image_encoder"), self.pipe
+        with torch.no_grad():
+            seen = [
+                pipe._get_image_embeds(model, pipe.feature_extractor, image, model.device) for image in images_of(frame)
+            ]
+        return {"known": torch.cat([latents, blank], dim=2), "image": torch.cat(seen)}
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The first frame."""
+        return {"image": images[0]} if images else {}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """The mask is of the first frame."""
+        import torch
+
+        mask = torch.zeros_like(x[:, :1])
+        mask[:, :, 0] = 1
+        return self.answer(model, [x, read["known"], mask], t, read, read["image"])
 
 
 def _masks(read: Conditions) -> dict[str, Tensor]:

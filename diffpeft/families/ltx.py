@@ -76,8 +76,8 @@ class LTXImageToVideo(LTX):
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """The mean of the first frame's latents; of a single image nothing, which nothing is before."""
-        first, count = first_of(pixels)
-        known, _ = encoded(self.parts("vae"), first)
+        opening, count = first_of(pixels)
+        known, _ = encoded(self.parts("vae"), opening)
         return {} if count == 1 else {"first": known, "counts": uncounted(self.frames_of(count), known)}
 
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:

@@ -91,19 +91,19 @@ class WanImageToVideo(Wan):
         """The first frame's latents, in their place or with those of grey frames behind and a mask; and what CLIP sees of it."""
         import torch
 
-        first, count = first_of(pixels)
+        opening, count = first_of(pixels)
         if self.pipe.config.expand_timesteps:
-            known, _ = encoded(self.parts("vae"), first)
+            known, _ = encoded(self.parts("vae"), opening)
             return {} if count == 1 else {"first": known, "counts": uncounted(self.frames_of(count), known)}
-        grey = first.new_zeros(*first.shape[:2], count - 1, *first.shape[3:])
-        known, _ = encoded(self.parts("vae"), torch.cat([first, grey], 2))
+        grey = opening.new_zeros(*opening.shape[:2], count - 1, *opening.shape[3:])
+        known, _ = encoded(self.parts("vae"), torch.cat([opening, grey], 2))
         mask = known.new_zeros(len(known), self.temporal or 1, *known.shape[2:])
         mask[:, :, 0] = 1
         read = {"known": torch.cat([mask, known], 1)}
         if self.sees:
             self.parts("image_encoder")
             with torch.no_grad():
-                read["image"] = torch.cat([self.pipe.encode_image(image) for image in images_of(first)])
+                read["image"] = torch.cat([self.pipe.encode_image(image) for image in images_of(opening)])
         return read
 
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:

@@ -9,7 +9,7 @@ Backwards reads the weights again. Autograd would hold on to them, and all block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -111,16 +111,16 @@ class HostBlock:
 class Note:
     """What is kept of a tensor that lies in a block's memory: how to have it again."""
 
+    stream: Stream
     block: HostBlock
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
 
-    @classmethod
-    def of(cls, block: HostBlock, t: Tensor) -> Note:
-        """Of a tensor in the memory that a block has now."""
-        return cls(block, t.dtype, t.size(), t.stride(), t.storage_offset())
+    def again(self) -> Tensor:
+        """The tensor, where the block is now."""
+        return self.stream.need(self.block).view(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
 class Stream:
@@ -157,22 +157,28 @@ class Stream:
             self.carrier.wait(self.there.pop(other)[1])  # who was sent for in vain is still being written
         self.there[block] = self.carrier.bring(block.host)
 
-    def remembered(self) -> AbstractContextManager[object]:
-        """In this context autograd keeps notes of what lies in the memory of blocks, instead of the memory."""
-        return torch.autograd.graph.saved_tensors_hooks(self._note, self._again)
-
-    def _note(self, tensor: Tensor) -> Tensor | Note:
+    def note(self, tensor: Tensor) -> Note | None:
+        """What is to be kept of a tensor in the memory of a block that is there; None of any other."""
         storage = tensor.untyped_storage()._cdata
         for block, (memory, _) in self.there.items():
             if memory.untyped_storage()._cdata == storage:
-                return Note.of(block, tensor)
-        return tensor
+                return Note(self, block, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return None
 
-    def _again(self, saved: Tensor | Note) -> Tensor:
-        if not isinstance(saved, Note):
-            return saved
-        typed = self.need(saved.block).view(saved.dtype)
-        return typed.as_strided(saved.size, saved.stride, saved.offset)
+
+def remembered(streams: Sequence[Stream]) -> AbstractContextManager[object]:
+    """In this context autograd keeps notes of what lies in the memory of blocks, instead of the memory.
+
+    One for all models: of two contexts only the inner one counts.
+    """
+
+    def noted(tensor: Tensor) -> Tensor | Note:
+        return next((note for streaming in streams if (note := streaming.note(tensor)) is not None), tensor)
+
+    def again(saved: Tensor | Note) -> Tensor:
+        return saved.again() if isinstance(saved, Note) else saved
+
+    return torch.autograd.graph.saved_tensors_hooks(noted, again)
 
 
 @dataclass(frozen=True)
@@ -199,12 +205,8 @@ def stream(
     Weights that are not a block's alone, the model's first (which tells where a model is) and those that other libraries hold in few bits are on the
     device for good.
     """
-    stay = _not_alone(model, blocks.values()) | {next(model.parameters())}
-    chosen = {
-        name: [p for p in block.parameters() if p not in stay and type(p) in (nn.Parameter, Packed)]
-        for name, block in blocks.items()
-    }
-    streaming = Stream((HostBlock(n, ps, device.type == "cuda") for n, ps in chosen.items() if ps), device, carrier)
+    chosen, pinned = streamed_parameters(model, blocks), device.type == "cuda"
+    streaming = Stream((HostBlock(name, parameters, pinned) for name, parameters in chosen.items()), device, carrier)
     owners = {p: block for block in streaming.blocks for p in block.parameters}
     model.__dict__[STREAM] = streaming
     for module in model.modules():
@@ -224,6 +226,21 @@ def _settle(module: nn.Module, owners: Mapping[nn.Parameter, HostBlock], streami
         elif STREAMED not in vars(module):
             module.__dict__[STREAMED] = known = Streamed(streaming, owners[p])
             module.register_forward_pre_hook(known)
+
+
+def streamed_parameters(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """{block: those of its parameters that live on the host}, of blocks that have such."""
+    stay = _not_alone(model, blocks.values()) | {next(model.parameters())}
+    chosen = {
+        name: [p for p in block.parameters() if p not in stay and type(p) in (nn.Parameter, Packed)]
+        for name, block in blocks.items()
+    }
+    return {name: parameters for name, parameters in chosen.items() if parameters}
+
+
+def size_in_memory(parameters: Iterable[nn.Parameter]) -> int:
+    """The bytes of a block with these parameters."""
+    return sum(-(-p.numel() * p.element_size() // _STEP) * _STEP for p in parameters)
 
 
 def stream_of(model: nn.Module) -> Stream | None:

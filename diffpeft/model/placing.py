@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffpeft.layers.packed import packed
-from diffpeft.layers.streaming import Carrier, stream
+from diffpeft.layers.streaming import Carrier, size_in_memory, stream, streamed_parameters
 from diffpeft.model.units import repeated
 
 
@@ -47,6 +47,17 @@ def quantise(model: nn.Module, kind: str, device: torch.device) -> None:
     """
     for layer, parent, name in linears(model):
         setattr(parent, name, packed(layer, kind, device))
+
+
+def held_at_once(model: nn.Module, offload: float) -> int:
+    """The most bytes of a model that are on the device, where a share of its blocks lives on the host: all else, and two blocks that follow each other."""
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if not offload:
+        return size
+    streamed = streamed_parameters(model, offloaded(repeated(model), offload))
+    sizes = [size_in_memory(parameters) for parameters in streamed.values()]
+    stays = size - sum(p.numel() * p.element_size() for parameters in streamed.values() for p in parameters)
+    return stays + max((sum(pair) for pair in zip(sizes, sizes[1:] + [0], strict=True)), default=0)
 
 
 def linears(model: nn.Module) -> list[tuple[nn.Linear, nn.Module, str]]:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,8 +34,6 @@ from diffpeft.pipeline.split import assigned, filled
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from diffpeft.model.placing import Placing
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny-emoji" / "model"
 INDEX = "model_index.json"
@@ -166,12 +164,12 @@ def open_parts(
     text_encoders: Sequence[str] = (),
     dtype: str = "fp32",
     device: str = "cpu",
-    placing: Placing | None = None,
+    placed: Callable[[str, nn.Module], nn.Module] | None = None,
 ) -> Parts:
     """The same, but each model is loaded when it is first asked for.
 
-    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone; `placing` says how denoisers are held. Raises
-    CheckpointError if there is no such pipeline; what is wrong with the weights of a model is told when it is loaded.
+    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone; `placed` puts a model, by its name, where it belongs:
+    on the device. Raises CheckpointError if there is no such pipeline; what is wrong with the weights of a model is told when it is loaded.
     """
     check_model(model, base, vae, text_encoders)
     from diffusers import DiffusionPipeline
@@ -190,7 +188,7 @@ def open_parts(
             _mark(pipe, source)
     encoders = {name: model for name, model in skeletons.items() if name.startswith("text_encoder")}
     files = assigned(text_encoders, encoders)
-    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files, placing)
+    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files, placed)
     loaders = {name: functools.partial(opened.load, name) for name in skeletons.keys() - unused.keys()}
     return Parts(pipe, loaders, skeletons, configs)
 
@@ -282,13 +280,13 @@ class _Files:
     device: str
     vae: str | None
     text_encoders: Mapping[str, str]
-    placing: Placing | None
+    placed: Callable[[str, nn.Module], nn.Module] | None
 
     def load(self, name: str) -> Component:
         """One model with every weight, where it belongs. Raises CheckpointError if there is none."""
         with _told(self.source):
             model = self._on_the_host(name).eval()
-            return self.placing(model) if self.placing and denoises(name) else model.to(self.device)
+            return self.placed(name, model) if self.placed else model.to(self.device)
 
     def _on_the_host(self, name: str) -> Component:
         cls = type(self.skeletons[name])

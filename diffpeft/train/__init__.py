@@ -30,9 +30,11 @@ class _Training(ModuleType):
             run = diffpeft.train(diffpeft.TrainConfig(model="base", data="photos", out="out", instance_prompt="a photo of sks dog"))
             print(run.files, run.best)
         """
-        from diffpeft.train import dreambooth
+        from diffpeft.train import budget, dreambooth
+        from diffpeft.train.check import check
 
-        run = dreambooth.train(config, watch)
+        config, checked = budget.fitted(check(config), watch)
+        run = dreambooth.train(config, watch, checked)
         dreambooth.save(run)
         return run
 

@@ -164,8 +164,10 @@ class Texts:
         """Compute what these prompts need, an encoder after the other, and give up those that are not trained."""
         asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         for encoder, store in self.stores.items():
+            looks = encoder in self.family.looking  # then no prompt is asked without control images
             if store.keeps:
-                self._learn(encoder, store, list(dict.fromkeys(self._seen(encoder, prompt) for prompt in asked)))
+                seen = dict.fromkeys(self._seen(encoder, prompt) for prompt in asked)
+                self._learn(encoder, store, [prompt for prompt in seen if prompt.controls.paths or not looks])
                 self.family.parts.free(encoder)
 
     def _seen(self, encoder: str, prompt: Prompt) -> Prompt:
@@ -224,11 +226,13 @@ def entries_of(store: Store, keys: Sequence[Key]) -> Entries:
 
 
 def text_identity(family: Family, encoder: str, reading: str) -> str:
-    """All that embeddings depend on but their prompts: the encoder, `reading` (how much of a caption and off which layer), and the tokenizers."""
-    pipe, digest = family.parts.pipe, hashlib.blake2b(f"{type(family).__name__} {reading}".encode(), digest_size=16)
-    for name in sorted(
-        name for name, part in pipe.components.items() if part is not None and name.startswith("tokenizer")
-    ):
+    """All that embeddings depend on but their prompts: the encoder, or all that read together, `reading` (how much of a caption and off which layer), the
+    pipeline and the tokenizers.
+    """
+    pipe = family.parts.pipe
+    kind = f"{type(family).__name__} {type(pipe).__name__} {reading}"
+    digest, parts = hashlib.blake2b(kind.encode(), digest_size=16), pipe.components
+    for name in sorted(n for n in parts if parts[n] is not None and n.startswith(("tokenizer", "processor"))):
         tokenizer = getattr(pipe, name)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -239,4 +243,5 @@ def text_identity(family: Family, encoder: str, reading: str) -> str:
         digest.update(
             f"{name} {tokenizer.model_max_length} {tokenizer.chat_template} {json.dumps(rules, sort_keys=True)}".encode()
         )
-    return f"{encoder} {digest.hexdigest()} {identity_of(family.parts(encoder))}"
+    encoders = family.text_encoders if family.together else (encoder,)
+    return " ".join([encoder, digest.hexdigest(), *(identity_of(family.parts(name)) for name in encoders)])

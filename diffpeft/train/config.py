@@ -361,6 +361,11 @@ class TrainConfig(Options):
         at_least=0,
         at_most=1,
     )
+    memory: str | None = option(
+        None,
+        "Fit the run into a GPU of this memory (8GB, 12GB, 16GB, 24GB ...): picks --quantize, --offload and --gradient-checkpointing where they are not "
+        "said, as --dry-run estimates.",
+    )
     compile: bool = option(False, "Compile the denoiser: slow first steps, and faster ones then.")
     snr_gamma: float | None = option(None, "Weight the loss by min-SNR with this gamma; 5 is usual.", above=0)
     debiased: bool = option(False, "Weight the loss as errors of the noise over the root of the signal-to-noise ratio.")
@@ -448,6 +453,8 @@ class TrainConfig(Options):
         super().check_values()
         self.base_span()
         self.check_samples()
+        if self.memory is not None:
+            self.memory_bytes()
         if self.class_prompt is None and self.prior != "base":
             for name in ("prior", "prior_weight"):
                 if getattr(self, name) is not None:
@@ -479,6 +486,13 @@ class TrainConfig(Options):
                 f"{idle[0]} with sample_every 0, and so it would do nothing",
                 remedy=f"Pass another --sample-every, or leave --{_flag(idle[0])} out.",
             )
+
+    def memory_bytes(self) -> int:
+        """The memory that was asked for. Raises ConfigError for what is none."""
+        said = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B?", str(self.memory), re.IGNORECASE)
+        if said is None or not float(said[1]):
+            raise ConfigError(f"memory is {shown(self.memory)}", remedy="It is a GPU's: 8GB, 12GB, 16GB or 24GB.")
+        return int(float(said[1]) * 2**30)
 
     def span(self) -> tuple[float, float]:
         """The lowest and the highest share of noise that is trained at. Raises ConfigError."""

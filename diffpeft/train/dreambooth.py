@@ -17,12 +17,12 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import CaptionReading, Family, Generic, open_family
 from diffpeft.families.base import Sizes
-from diffpeft.layers.streaming import stream_of
+from diffpeft.layers.streaming import remembered, stream_of
 from diffpeft.model.attach import attach
 from diffpeft.model.placing import Placing
 from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.model.target import PRESETS, select
-from diffpeft.pipeline.open import default_device, default_dtype, open_parts
+from diffpeft.pipeline.open import default_device, default_dtype, denoises, open_parts
 from diffpeft.train import data, draw, machines, origins, prior
 from diffpeft.train.assembly import Assembly
 from diffpeft.train.cache import Latents, Texts, text_identity
@@ -195,9 +195,7 @@ def prepared(config: TrainConfig, family: Family) -> Iterator[None]:
             denoiser.compile()
     streams = [streaming for denoiser in denoisers if (streaming := stream_of(denoiser)) is not None]
     try:
-        with contextlib.ExitStack() as stack:
-            for streaming in streams:
-                stack.enter_context(streaming.remembered())
+        with remembered(streams) if streams else contextlib.nullcontext():
             yield
     finally:
         for denoiser in denoisers:
@@ -214,6 +212,13 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
     Raises CheckpointError and its kin, or ConfigError for a weight that its losses cannot have.
     """
     placing = Placing(device, config.quantize, config.offload)
+
+    def placed(name: str, model: torch.nn.Module) -> torch.nn.Module:
+        if denoises(name):
+            return placing(model)
+        frozen = name.startswith("text_encoder") and name not in _live(config, family)
+        return Placing(device, offload=float(frozen and config.offload > 0))(model)
+
     parts = open_parts(
         config.model,
         config.base,
@@ -221,26 +226,28 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
         text_encoders=config.text_encoders(),
         dtype=dtype,
         device="cpu" if config.base_lora else device,
-        placing=None if config.base_lora else placing,
+        placed=None if config.base_lora else placed,
     )
     family = open_family(parts, CaptionReading(config.max_length, config.clip_skip or 1))
-    experts_of(config, family)
+    family.denoiser = next(iter(experts_of(config, family).spans))  # the first that is trained
     if config.snr_gamma is not None or config.debiased:
         check_weighted(family.levels.kind)
     if config.base_lora:
-        _bake(family, config.base_lora, placing)
+        _bake(family, config.base_lora, placed)
     family.pipe.set_progress_bar_config(disable=True)
     family.rate = config.fps or family.rate
     return family
 
 
-def _bake(family: Family, adapters: str | Sequence[str], placing: Placing) -> None:
+def _bake(
+    family: Family, adapters: str | Sequence[str], placed: Callable[[str, torch.nn.Module], torch.nn.Module]
+) -> None:
     """Put adapters into the weights of a model for this run, on the host, before they are in few bits; then its parts go where they belong."""
     bake(family.parts.whole(), adapters)
     family.parts.pin(*family.denoisers, *family.text_encoders)
     for name, module in family.pipe.components.items():
         if isinstance(module, torch.nn.Module):
-            placing(module) if name in family.denoisers else module.to(placing.device)
+            placed(name, module)
 
 
 def noted(family: Family, watch: Watch) -> Family:

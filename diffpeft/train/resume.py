@@ -41,6 +41,7 @@ FREE = {
     "samples": "how many answers are shown",
     "num_processes": "who computes the passes of a step, of which there must be as many: accumulate x num_processes",
     "fsdp": "whether each process holds the whole base",
+    "memory": "what it was to fit into; what was picked for that is the run's",
     "offload": "where the base's blocks are between two uses",
     "sample_prompt": "what is drawn meanwhile",
     "sample_prompts": "and from which file",

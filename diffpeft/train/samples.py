@@ -194,7 +194,9 @@ def keywords_of(family: Family, prompt: SamplePrompt) -> Json:
     scales = {keyword: getattr(prompt, field) for field, keyword in family.guidance.items()}
     keyword = next((name for name in ("num_frames", "frames") if name in _keywords(family)), None)
     frames = {keyword: prompt.frames} if keyword and prompt.frames is not None else {}
-    return {"width": prompt.width, "height": prompt.height, "num_inference_steps": prompt.steps, **scales, **frames}
+    sides = {"width": prompt.width, "height": prompt.height}  # some draw in the size of the image that they are shown
+    sides = {name: side for name, side in sides.items() if name in _keywords(family)}
+    return {**sides, "num_inference_steps": prompt.steps, **scales, **frames}
 
 
 def _shown(family: Family, prompt: SamplePrompt, controls: Controls) -> Prompted:
@@ -239,9 +241,9 @@ def stage(family: Family, name: str) -> Iterator[Family]:
     """The model that is trained as one that draws: its VAE is there, and nothing is dropped or compiled. Afterwards it is as it was."""
     from diffpeft.model.state import slots_of
 
+    absent = [name for name in (*family.viewers, *family.denoisers) if getattr(family.pipe, name) is None]
     denoisers, slots = [family.parts(name) for name in family.denoisers], slots_of(family.pipe, name).values()
     training, compiled = [slot.training for slot in slots], [model._compiled_call_impl for model in denoisers]
-    absent = [name for name in family.viewers if getattr(family.pipe, name) is None]
     for slot in slots:
         slot.eval()
     for model in denoisers:

@@ -8,6 +8,7 @@ from PIL import Image
 
 import diffpeft
 from diffpeft.cli import cli
+from diffpeft.errors import ConfigError
 from diffpeft.pipeline.open import open_pipeline
 from tests.cli import process
 from tests.families.pipelines import pipeline
@@ -113,3 +114,15 @@ def test_of_a_model_of_clips_a_picture_is_one_frame(kind, tmp_path, draw):
     picture = draw("a red cat", *size)
     assert picture.shape == (32, 64, 3)
     assert not np.array_equal(picture, draw("a red cat", *size, "--guidance", 5))
+
+
+@pytest.mark.slow
+def test_what_a_model_of_edits_is_shown(tmp_path, draw):
+    pipeline("flux control", torch.float32).save_pretrained(tmp_path / "model")
+    for name, colour in (("red", (250, 0, 0)), ("blue", (0, 0, 250))):
+        Image.new("RGB", (64, 32), colour).save(tmp_path / f"{name}.png")
+    size = ("-m", tmp_path / "model", "--width", 64, "--height", 32)
+    red, blue = (draw("a cat", *size, "--image", tmp_path / f"{name}.png") for name in ("red", "blue"))
+    assert red.shape == (32, 64, 3) and not np.array_equal(red, blue)
+    with pytest.raises(ConfigError, match="takes no picture"):
+        draw("a cat", "--image", tmp_path / "red.png")

@@ -1,4 +1,4 @@
-"""What the README says of formats, families and methods, from the registries and from the levels that test_matrix.py holds every cell to.
+"""What README says of formats and methods, from the levels that test_matrix.py holds every cell to.
 
 `python -m tests.converters.table` writes it into the README.
 """
@@ -45,8 +45,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def families() -> str:
-    """Family by format: x is read and written, r only read."""
+def formats_of() -> str:
+    """Family by format, for docs/families.md: x is read and written, r only read."""
     return table(
         ["", *(f"`{name}`" for name in FORMATS)],
         ([f"`{family}`", *(_spells(fmt, family) for fmt in FORMATS.values())] for family in TABLES),
@@ -82,7 +82,7 @@ def _level(method: str, target: str) -> str:
 
 def text() -> str:
     """All of it."""
-    return f"{methods()}\n{families()}"
+    return methods()
 
 
 def main() -> None:

@@ -80,5 +80,5 @@ def test_every_metadatum_that_detection_looks_into_is_among_those_that_are_asked
     parts = detection._most(handles, [*converters.FORMATS])
     formats, layers, counts = detection._likeliest(parts, handles, noting := Noting())
     own = detection._Own(layers, noting, converters.FORMATS[formats[0]].tables)
-    detection._decided(counts, layers, noting, formats, own)
+    detection._decided(counts, layers, noting, formats, own, None)
     assert noting.asked and noting.asked <= {*detection._TOLD}

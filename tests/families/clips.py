@@ -8,14 +8,29 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from tests.families.components import CLIPS_OF_FRAMES, HUNYUAN_VAE, chat, clip, llm, t5
 from tests.families.components import tokenizer as embedded_tokenizer
 
 
-def hunyuan_video15(**guider: Any) -> Any:
+def _eyes() -> dict[str, Any]:
+    """SigLIP without much of it."""
+    size = {"height": 16, "width": 16}
+    config = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {
+        "image_encoder": transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(**config, image_size=16, patch_size=8)
+        ),
+        "feature_extractor": transformers.SiglipImageProcessor(size=size),
+    }
+
+
+def hunyuan_video15(shown: bool = False, **guider: Any) -> Any:
+    """HunyuanVideo 1.5, or one that is shown the first frame."""
     tokenizer = chat()
-    pipe = diffusers.HunyuanVideo15Pipeline(
+    pipe = (diffusers.HunyuanVideo15ImageToVideoPipeline if shown else diffusers.HunyuanVideo15Pipeline)(
+        **(_eyes() if shown else {}),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=diffusers.AutoencoderKLHunyuanVideo15(
             latent_channels=4, block_out_channels=(16,) * 5, layers_per_block=1, scaling_factor=0.7
@@ -36,6 +51,7 @@ def hunyuan_video15(**guider: Any) -> Any:
             text_embed_2_dim=32,
             image_embed_dim=12,
             rope_axes_dim=(4, 4, 8),
+            target_size=48,
         ),
     )
     words = tokenizer.apply_chat_template(
@@ -308,6 +324,7 @@ KINDS: dict[str, tuple[str, Any]] = {
 }
 # of models that are shown the first frame
 FIRST_FRAMES: dict[str, tuple[str, Any]] = {
+    "hunyuan_video15 i2v": ("hunyuan_video15_i2v", lambda: hunyuan_video15(shown=True, guidance_scale=1.0)),
     "cogvideox i2v": ("cogvideox_i2v", lambda: cogvideox(False, shown=True)),
     "cogvideox 1.5 i2v": ("cogvideox_i2v", lambda: cogvideox(True, shown=True)),
 }

@@ -302,10 +302,10 @@ def _qwen_image21() -> Any:
 
 
 def _bria_fibo2() -> Any:
-    pipe = diffusers.BriaFibo2Pipeline(
+    return diffusers.BriaFibo2Pipeline(
         scheduler=_flow(**DYNAMIC),
         vae=_vae2(),
-        text_encoder=_vl3(3),
+        text_encoder=_vl3(36),
         processor=chat(),
         transformer=_filled(
             diffusers.BriaFibo2Transformer2DModel(
@@ -327,8 +327,6 @@ def _bria_fibo2() -> Any:
             )
         ),
     )
-    pipe.text_encoder_out_layers = ((1, 2, 3),) * 6
-    return pipe
 
 
 class Placed(Processor):

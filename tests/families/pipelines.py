@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from transformers import ProcessorMixin  # by its name here: diffusers loads what it finds beside a class
 
 from tests.families import clips
 from tests.families.components import CLIPS_OF_FRAMES, HUNYUAN_VAE, LLM, chat, clip, llm, t5, tokenizer
@@ -160,7 +161,7 @@ def _z_image(**scheduler: Any) -> Any:
     )
 
 
-class Qwen2VLProcessor(transformers.ProcessorMixin):  # type: ignore[misc]
+class Qwen2VLProcessor(ProcessorMixin):  # type: ignore[misc]
     """transformers' processor of texts and pictures, which cannot be made without torchvision: as much of it as pipelines use."""
 
     def __init__(self, tokenizer: Any):
@@ -174,7 +175,7 @@ class Qwen2VLProcessor(transformers.ProcessorMixin):  # type: ignore[misc]
         counts = [int(grid.prod()) // 4 for grid in seen.get("image_grid_thw", ())]
         for n, line in enumerate(text):
             first, *others = line.split("<|image_pad|>")
-            text[n] = first + "".join("<|image_pad|>" * counts.pop(0) + other for other in others)
+            text[n] = first + "".join("<|image_pad|>" * (counts.pop(0) if counts else 1) + other for other in others)
         return transformers.BatchFeature({**self.tokenizer(text, **options), **seen})
 
     def save_pretrained(self, folder: Any, **_: Any) -> None:
@@ -187,8 +188,6 @@ class Qwen2VLProcessor(transformers.ProcessorMixin):  # type: ignore[misc]
 
 def _seeing() -> dict[str, Any]:
     """Qwen2.5-VL with its processor and its tokenizer."""
-    Qwen2VLProcessor.__module__ = "transformers"  # where folders of pipelines say that it is
-    transformers.Qwen2VLProcessor = Qwen2VLProcessor  # type: ignore[misc]
     tokenizer = chat()
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": marks})

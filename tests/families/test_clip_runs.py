@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,9 @@ from tests.families.test_family_laws import calls, compare
 SIDE = 32
 EVERY = {**KINDS, **FIRST_FRAMES}
 KINDS_OF_CLIPS = {family: kind for kind, (family, _) in EVERY.items() if issubclass(FAMILIES[family], ClipTransformer)}
-LENGTHS = {"hunyuan_video": 120, "hunyuan_video15": 120}  # tokens of captions; of others 40
+LENGTHS = dict.fromkeys(
+    ("hunyuan_video", "hunyuan_video15", "hunyuan_video15_i2v"), 120
+)  # tokens of captions; of others 40
 
 
 def footage(folder, name, count):
@@ -86,11 +90,15 @@ def test_a_first_frame_is_read_as_the_pipeline_hands_it(kind, monkeypatch):
     x, _ = family.encode(pixels)
     read = embedded(family, ["a red cat"])
     size = {"height": 32, "width": 64, "num_frames": 13, "num_inference_steps": 1, "guidance_scale": 1.0}
-    keywords = family.prompted(read, read) | family.pictured([image], (64, 32)) | size | {"output_type": "latent"}
-    model = family.parts(family.denoiser)
-    (theirs,) = calls(model, lambda: family.pipe(latents=x.transpose(1, 2), **keywords))
-    conditions = read | family.condition(pixels, [])
-    (ours,) = calls(model, lambda: family.predict(x, theirs["timestep"], conditions))
+    takes = inspect.signature(type(family.pipe).__call__).parameters
+    keywords = family.prompted(read, read) | family.pictured([image], (64, 32)) | {"output_type": "latent"}
+    keywords |= {name: value for name, value in size.items() if name in takes}
+    model, channels_first = family.parts(family.denoiser), "cogvideox" not in kind
+    (theirs,) = calls(
+        model, lambda: family.pipe(latents=x.clone() if channels_first else x.transpose(1, 2), **keywords)
+    )
+    conditions, time = read | family.condition(pixels, []), theirs["timestep"]
+    (ours,) = calls(model, lambda: family.predict(x, time / 1000 if channels_first else time, conditions))
     assert ours.keys() == theirs.keys()
     compare(ours, theirs, rtol=1e-5, atol=1e-6)  # images are in single precision
     assert (conditions["known"][:, :, 0] != 0).all() and not conditions["known"][:, :, 1:].any()

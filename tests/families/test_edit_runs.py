@@ -80,8 +80,9 @@ def run(request, tmp_path_factory):
         lr=3e-3,
         seed=1,
         max_length=RUNS[kind][1],
-        sample_every=60 if kind.startswith("flux ") else 0,  # the others draw large pictures alone
-        sample_steps=1,
+        **(
+            {"sample_every": 60, "sample_steps": 1} if kind.startswith("flux ") else {"sample_every": 0}
+        ),  # others draw large
     )
     torch.manual_seed(0)
     finished = dreambooth.train(config)

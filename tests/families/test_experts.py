@@ -24,6 +24,7 @@ from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.dry import plan
 from diffpeft.train.experts import experts_of
+from diffpeft.train.showing import uses_of
 from tests.families.pipelines import pipeline
 
 BOUNDARY = 0.4
@@ -137,6 +138,19 @@ def test_one_file_has_both_and_a_format_of_one_denoiser_two(run, folder):
     torch.testing.assert_close(answer(reading(fresh)), want, rtol=0, atol=1e-5)
 
 
+def test_the_page_says_how_both_halves_are_used(run):
+    finished, files = run
+    stock, comfyui = (use.command for use in uses_of(finished.config, files, "a cat", finished.family)[1:3])
+    _, high, low, *_ = files
+    assert [line.partition("(")[0] for line in stock.split("\n")] == [
+        "pipe = WanPipeline.from_pretrained",
+        "pipe.load_lora_weights",
+        "pipe.load_lora_weights",
+    ]
+    assert high.name in stock and f'"{low.name}", load_into_transformer_2=True)' in stock
+    assert high.name in comfyui and low.name in comfyui
+
+
 def test_the_halves_are_loaded_one_after_the_other(run):
     finished, (_, high, low, *kohya) = run
     want = answer(finished.family)
@@ -178,6 +192,8 @@ def test_one_of_both_is_trained_alone(experts, component, ending, folder):
     run = dreambooth.train(config)
     assert {layer.partition(".")[0] for layer in slots_of(run.family.pipe, "style")} == {component}
     assert run.heldout[-1].bands[0].low == (BOUNDARY if experts == "high" else 0.0)
+    other = next(name for name in run.family.denoisers if name != component)
+    assert getattr(run.family.pipe, other) is None
     files = dreambooth.save(run)
     assert files[-1].name == f"style{ending}.kohya.safetensors"
     assert list((folder / experts / "samples").glob("step00000004/*.png"))

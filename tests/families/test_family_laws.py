@@ -14,9 +14,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from converters.families import TABLES
 from diffpeft.errors import ConfigError, WrongBaseError
-from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, open_family
+from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, named_as, open_family
 from diffpeft.families.densities import DENSITIES
 from diffpeft.families.dit import ClipTransformer
 from diffpeft.families.flow import Flow
@@ -29,7 +28,7 @@ from diffpeft.train.sample import images_of, led, pictures, prompted
 from diffpeft.train.sample_prompts import of_line
 from diffpeft.train.samples import drawn as drawn_sample
 from diffpeft.train.samples import keywords_of, settled, usual
-from tests.families import clips
+from tests.families import clips, table
 from tests.families.followed import FOLLOWED
 from tests.families.pipelines import EDITS, KINDS, cells, pipeline
 
@@ -271,13 +270,9 @@ def noise_of(scheduler):
 SIGMAS = {"flow": [0.6, 0.15]}  # where a pipeline is made to begin
 
 
-LAYERS = {"kandinsky5_video": "kandinsky5", "flux_kontext": "flux"}  # {family: the one whose layers it has}
-
-
 def test_every_family_is_known_by_its_pipeline(kind, pipe):
-    family = LAYERS.get(KINDS[kind][0], KINDS[kind][0])
-    named = family if family in TABLES else None
-    assert family_of(pipe) == named and type(open_family(pipe)) is FAMILIES[KINDS[kind][0]]
+    family = KINDS[kind][0]
+    assert family_of(pipe) == named_as(family) and type(open_family(pipe)) is FAMILIES[family]
     of_texts = {
         id for id, cls in FAMILIES.items() if not (cls.controls[1] or cls.first_frame)
     }  # others have laws of their own
@@ -287,7 +282,12 @@ def test_every_family_is_known_by_its_pipeline(kind, pipe):
 @pytest.mark.parametrize("kind", EDITS)
 def test_variants_are_known_by_their_pipelines_and_have_the_layer_names_of_their_family(kind):
     pipe, family = pipeline(kind), KINDS[kind][0]
-    assert type(open_family(pipe)) is FAMILIES[family] and family.startswith(family_of(pipe))
+    assert type(open_family(pipe)) is FAMILIES[family] and family_of(pipe) == named_as(family) != family
+
+
+def test_the_page_of_families_says_what_the_registries_say():
+    """`python -m tests.families.table` writes it."""
+    assert table.text() in table.PAGE.read_text(encoding="utf-8")
 
 
 # the pipeline fills texts up, which masks and places make equal to not doing it
@@ -590,6 +590,7 @@ def test_hunyuan_video_15_reads_words_in_quotation_marks_and_is_guided_by_its_gu
         torch.testing.assert_close(family.pipe(latents=x, **options | keywords)[0], want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_audio_reaches_what_ltx_2_trains():
     family, seen = open_family(pipeline("ltx2"), CaptionReading(max_length=TEXT)), []
     model, conditions = family.parts("transformer"), embedded(family, PROMPTS)

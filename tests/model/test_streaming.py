@@ -12,7 +12,7 @@ import diffpeft
 from diffpeft import AdapterStateError, TrainConfig
 from diffpeft.families import CaptionReading, Frame, open_family
 from diffpeft.layers.packed import PACKINGS
-from diffpeft.layers.streaming import Direct, stream, stream_of
+from diffpeft.layers.streaming import Direct, remembered, stream, stream_of
 from diffpeft.model.attach import attach
 from diffpeft.model.placing import Placing, offloaded
 from diffpeft.model.state import trained_parameters
@@ -86,7 +86,7 @@ def trained(kind, method, share=None, checkpointed=False, few=None):
         step()
     else:
         before = [block.host.clone() for block in streaming.blocks]
-        with streaming.remembered(), Watched(streaming) as watched:
+        with remembered([streaming]), Watched(streaming) as watched:
             step()
             step()
         assert not watched.read, watched.read[:3]
@@ -131,7 +131,7 @@ def test_the_next_block_is_on_its_way_once_the_order_was_seen():
     device = FakeDevice()
     streaming = stream(model, {str(i): b for i, b in enumerate(blocks)}, torch.device("cpu"), device)
     x = torch.randn(2, 4, requires_grad=True)
-    with streaming.remembered():
+    with remembered([streaming]):
         for _ in range(2):
             model(x).sum().backward()
         order, brought = [block.host.data_ptr() for block in streaming.blocks], len(device.brought)

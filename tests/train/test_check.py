@@ -206,7 +206,6 @@ CLASSES = (
     "StableDiffusionControlNetPipeline",
     "StableDiffusionDepth2ImgPipeline",
     "WanImageToVideoPipeline",
-    "KandinskyPipeline",
     "FluxControlInpaintPipeline",
     "QwenImageEditInpaintPipeline",
 )

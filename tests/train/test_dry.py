@@ -10,17 +10,21 @@ from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 
 from diffpeft import ConfigError, TrainConfig
+from diffpeft.layers.streaming import stream_of
 from diffpeft.model.state import trained_parameters
 from diffpeft.train import dreambooth, dry
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
-from diffpeft.train.memory import fused, peak
+from diffpeft.train.memory import fused, peak, size_of
 from diffpeft.train.save import save
 from tests.cli.process import quick
 from tests.families.pipelines import KINDS, pipeline
 from tests.train import published
 from tests.train.pictures import photos_in
 
+# what a CPU's attention with a mask keeps, no GPU does; and those whose run is another than the plan knows
+ASIDE = ("sd", "flux dev", "chroma", "ideogram4", "ltx2, 2.3", "cogvideox 1.5")
+OTHERS = [kind for kind in {f: kind for kind, (f, _) in KINDS.items()}.values() if not kind.startswith(ASIDE)]
 SLOW = pytest.mark.slow  # whole runs, for which others stand
 
 
@@ -67,9 +71,18 @@ def profiled(run):
         pytest.param("sdxl", {"train_text_encoder": True, "targets": "full"}, marks=SLOW),
         ("flux dev", {"method": "dora", "ema": 0.9, "optimizer": "prodigy"}),
         pytest.param("flux dev", {"method": "lokr", "dtype": "bf16"}, marks=SLOW),
+        ("flux dev", {"offload": 1.0, "quantize": "int8", "gradient_checkpointing": True}),
+        pytest.param("sdxl", {"offload": 0.6, "quantize": "nf4", "targets": "full"}, marks=SLOW),
+        pytest.param("sdxl", {"offload": 0.5, "gradient_checkpointing": True}, marks=SLOW),
+        pytest.param("sd15", {"offload": 1.0, "quantize": "fp8"}, marks=SLOW),
+        *(pytest.param(kind, {"gradient_checkpointing": c}, marks=SLOW) for kind in OTHERS for c in (False, True)),
     ],
 )
 def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
+    if not (folder / model).exists():
+        pipeline(model, torch.float32).save_pretrained(folder / model)
+    if model == "hidream":
+        options = options | {"max_length": 32}
     options = config(folder, model, resolution=128, steps=1, batch_size=2, rank=4, **options)
     plan, checked = planned(options)
     measured, fit = [], dreambooth.fit
@@ -83,9 +96,17 @@ def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
     run = dreambooth.train(options, checked=checked)
     adapter = sum(p.numel() for p in trained_parameters(run.family.pipe, run.name).values())
     training = plan.phases[-1]
-    estimated = training.adapter + training.computed - 4 * adapter  # the adapter itself is there before
+    estimated = (
+        training.adapter + training.optimizer + training.computed - 4 * adapter
+    )  # the adapter itself is there before
+    denoiser = getattr(run.family.pipe, run.family.denoiser)
+    if (streaming := stream_of(denoiser)) is not None:  # blocks come while it runs
+        streamed = {p for block in streaming.blocks for p in block.parameters}
+        stays = [p for name, p in denoiser.named_parameters() if p not in streamed and ".adapters." not in name]
+        estimated += training.weights - size_of([*stays, *denoiser.buffers()])
     # a CPU's convolutions and bf16 have workspaces that nobody is told of: 1 to 2 MiB here, of 15 to 100
-    assert measured[0] == pytest.approx(estimated, rel=0.05, abs=2 * 2**20)
+    exact = 0.1 if model in OTHERS or streaming is not None else 0.05
+    assert measured[0] == pytest.approx(estimated, rel=exact, abs=2 * 2**20)
     weights = {
         name: model.state_dict()
         for name, model in run.family.pipe.components.items()
@@ -178,13 +199,14 @@ def test_files_that_are_planned_are_those_that_are_written(folder, method):
 
 @pytest.mark.slow  # many models
 @pytest.mark.parametrize("kind", {family: kind for kind, (family, _) in KINDS.items()}.values())
-def test_every_family_is_planned_and_what_cannot_be_counted_is_said(kind, tmp_path):
+def test_every_family_is_counted(kind, tmp_path):
     pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
     photos_in(tmp_path)
-    plan, _ = planned(config(tmp_path, "model", resolution=64))
+    options = {"max_length": 32} if kind == "hidream" else {}  # as much as its text encoders read
+    plan, _ = planned(config(tmp_path, "model", resolution=64, **options))
     training = plan.phases[-1]
     assert training.weights > 0 and training.adapter > 0 and sum(plan.parameters.values()) > 0
-    assert ("cannot be counted" in str(plan).splitlines()[-2]) == (training.computed is None)
+    assert all(phase.computed is not None for phase in plan.phases)
 
 
 def test_what_is_counted_is_what_is_held_at_once():

@@ -1,0 +1,97 @@
+"""Runs that are fitted into a memory: the least slow way whose estimate fits, and what was said stays."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import diffpeft
+from diffpeft import ConfigError, TrainConfig
+from diffpeft.train import budget, dry
+from diffpeft.train.check import check
+from diffpeft.train.estimate import Outline
+from tests.families.pipelines import pipeline
+from tests.train import published
+from tests.train.pictures import photos_in
+
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("budget")
+    photos_in(folder)
+    pipeline("flux dev", torch.float32).save_pretrained(folder / "model")
+    usual = {"model": str(folder / "model"), "data": str(folder / "photos"), "out": str(folder / "out")}
+    return TrainConfig(
+        **usual, instance_prompt="x", resolution=128, batch_size=4, steps=1, rank=2, log="none", sample_every=0
+    )
+
+
+@pytest.fixture(scope="module")
+def totals(config):
+    """{a way: the most bytes of a run that goes so}, each by itself."""
+    totals = {}
+    for way in budget.ways(config, {}):
+        if way.offload in (0.0, 0.4, 1.0) and way.quantize != "nf4":
+            options = replace(config, **vars(way))
+            totals[way] = max(phase.total for phase in Outline(options, check(options)).phases(way.offload))
+    return totals
+
+
+@pytest.fixture
+def nothing_reserved(monkeypatch):
+    monkeypatch.setattr(budget, "RESERVED", 0)
+
+
+def picked(config, size):
+    return budget.fitted(check(replace(config, memory=f"{size / 2**30:.9f}GB")))
+
+
+def test_the_least_slow_way_that_fits_is_picked(config, totals, nothing_reserved):
+    for size in (max(totals.values()), sorted(totals.values())[len(totals) // 2]):
+        options, checked = picked(config, size + 2048)
+        way = budget.Way(options.gradient_checkpointing, options.quantize, options.offload)
+        fitting = [other for other, total in totals.items() if total <= size + 2048]
+        assert way.slowing <= min(other.slowing for other in fitting) + 1e-9
+        assert way not in totals or totals[way] <= size + 2048
+        changed = {name for name, value in vars(way).items() if value != getattr(config, name)}
+        assert {name for name, origin in checked.origins.items() if origin.startswith("memory")} == changed
+
+
+def test_what_was_said_stays_and_what_cannot_be_is_refused_with_the_least(config, totals, nothing_reserved):
+    with pytest.raises(ConfigError, match=r"too little: the least is .* for .*, with"):
+        picked(config, min(totals.values()) / 4)
+    options, _ = picked(replace(config, offload=0.4), max(totals.values()))
+    assert options.offload == 0.4
+    ways = budget.ways(replace(config, compile=True, quantize="fp8"), {"gradient_checkpointing": "command line"})
+    assert ways == [budget.Way(False, "fp8", 0.0)]
+
+
+@pytest.mark.parametrize("said", ["x8", "0GB", "much", "8TB"])
+def test_what_is_no_memory_is_refused(said, config):
+    with pytest.raises(ConfigError, match="8GB, 12GB, 16GB or 24GB"):
+        replace(config, memory=said).validate()
+
+
+def test_a_run_says_what_was_picked(config, totals, nothing_reserved, tmp_path):
+    size = sorted(totals.values())[2] + 2048
+    options = replace(config, memory=f"{size / 2**30:.9f}GB", out=str(tmp_path / "out"))
+    plan = dry.plan(options, check(options))
+    assert plan.peak.total <= size and plan.memory != "nothing is done to save any"
+    run = diffpeft.train(options)
+    assert any(origin.startswith("memory") for origin in run.origins.values())
+    assert "# memory" in (tmp_path / "out" / "config.toml").read_text()
+
+
+@pytest.mark.slow  # large models, several times each
+@pytest.mark.parametrize("memory", ["8GB", "12GB", "16GB", "24GB"])
+@pytest.mark.parametrize("name", published.MODELS)
+def test_published_models_fit_the_usual_cards(name, memory, tmp_path):
+    published.write(name, tmp_path / "model")
+    photos_in(tmp_path)
+    usual = {"model": str(tmp_path / "model"), "data": str(tmp_path / "photos"), "out": str(tmp_path / "out")}
+    options = TrainConfig(**usual, instance_prompt="x", dtype="bf16", memory=memory)
+    plan = dry.plan(options, check(options))
+    print(name, memory, plan.memory, plan.peak)
+    assert plan.peak.total + budget.RESERVED <= options.memory_bytes()
