@@ -357,10 +357,14 @@ def _of_prompts(
     texts.learn(["", *checked.account.texts.values(), *drawing.read_by(family)])
     drawing.learn(family)
     drawn_on = canvases(family, sizing.resolutions)
-    sampling, objective = sampling_of(config, family), objective_of(config)
+    experts, objective = experts_of(config, family), objective_of(config)
+    samplings = {name: sampling_of(config, family, span) for name, span in experts.spans.items()}
 
     def loss(adapted: TrainConfig) -> SliderLoss:
-        return SliderLoss(config, family, texts, drawn_on, sampling, objective)
+        device = family.parts(next(iter(experts.spans))).device
+        return SliderLoss(
+            config, family, texts, drawn_on, lambda step: samplings[experts.at(config.seed, step)], objective, device
+        )
 
     return Encoded(loss, texts, None, drawing)
 

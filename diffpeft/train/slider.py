@@ -88,7 +88,8 @@ def ends(noised: Noised, prediction: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class SliderLoss:
-    """The loss [] of a run by step and part. Each place of a step has two parts, one for each sign, of the same latents.
+    """The loss [] of a run by step and part. Each place of a step has two parts, one for each sign, of the same latents; `samplings` says by step how
+    its levels are drawn.
 
     Afterwards the adapter is on at the strength of the last part, since gradients may be computed from layers that are run again; `settle` puts that right.
     """
@@ -97,12 +98,12 @@ class SliderLoss:
     family: Family
     texts: Callable[[Sequence[str]], Conditions]
     canvases: Sequence[Canvas]
-    sampling: Sampling
+    samplings: Callable[[int], Sampling]
     objective: Objective
+    device: torch.device
     point: tuple[tuple[int, int], Point] | None = field(default=None, init=False)  # of the last place
 
     def __post_init__(self) -> None:
-        self.device = self.family.parts(self.family.denoiser).device
         self.name, self.off = self.config.name or "", without(self.config.name or "", self.config.training_adapter)
         away = self.family.guidance.get("cfg") and usual(self.family, "cfg") > 1
         self.cfg = CFG if away else 1.0
@@ -141,7 +142,7 @@ class SliderLoss:
         order = draw.order(len(concepts), step * count + numbers.start, len(numbers), seed, "concepts")
         canvas = self.canvases[int(draw.uniform(seed, step, "side") * len(self.canvases))]
         noise = torch.stack([torch.randn(canvas.shape, generator=draw.generator(*key, "noise")) for key in keys])
-        u = self.sampling(torch.tensor([draw.uniform(*key, "level") for key in keys]), noise.shape)
+        u = self.samplings(step)(torch.tensor([draw.uniform(*key, "level") for key in keys]), noise.shape)
         strength = 2 * draw.uniform(seed, step, place, "strength") - 1
         shown, frames = [concepts[number] for number in order], self.family.framed(canvas.frames(len(keys)))
         with self._only(strength):

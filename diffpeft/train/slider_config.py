@@ -65,6 +65,7 @@ class SliderConfig(TrainConfig):
             "noise_offset",
             "base_range",
             "base_weight",
+            "control",
         }
     )
 

@@ -25,6 +25,7 @@ from diffpeft.train import dreambooth
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.config_files import from_toml
+from diffpeft.train.dry import plan
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
 from diffpeft.train.sample import pictures
@@ -57,7 +58,9 @@ def adapted(kind, options, fill=True):
     def texts(prompts):
         return embedded(family, prompts)
 
-    loss = SliderLoss(options, family, texts, canvases(family, [32]), Sampling(family.levels), Objective())
+    device = family.parts(family.denoiser).device
+    sampling = Sampling(family.levels)
+    loss = SliderLoss(options, family, texts, canvases(family, [32]), lambda step: sampling, Objective(), device)
     return family, loss
 
 
@@ -229,6 +232,13 @@ def test_the_account_says_what_is_learnt_and_no_option_of_images_is_there(tmp_pa
     assert json.loads(json.dumps(checked.account.table()))["concepts"][0]["positive"] == ""
 
 
+def test_a_dry_run_says_what_is_learnt_and_needed(tmp_path):
+    options = config(out=str(tmp_path / "out"), resolution=64)
+    said = str(plan(options, check(options)))
+    assert "from 'a blue heart' to 'a red heart'" in said and "a.kohya.safetensors" in said and "peak" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_goes_on_to_the_same_bytes_and_shows_five_strengths(tmp_path):
     pipeline("sd15", torch.float32).save_pretrained(tmp_path / "model")
     options = config(
@@ -260,6 +270,10 @@ def test_a_run_goes_on_to_the_same_bytes_and_shows_five_strengths(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps_of_every_family(kind, tmp_path):
     pipe = pipeline(kind, torch.float32)
+    if open_family(pipe).controls[0]:
+        with pytest.raises(WrongBaseError, match="control images"):
+            canvases(open_family(pipe), [32])
+        return
     pipe.save_pretrained(tmp_path / "model")
     options = config(
         model=str(tmp_path / "model"),
@@ -270,10 +284,6 @@ def test_two_steps_of_every_family(kind, tmp_path):
         lr=1e-2,
         max_length=LANGUAGE.get(kind),
     )
-    if open_family(pipe).controls[0]:
-        with pytest.raises(WrongBaseError, match="control images"):
-            dreambooth.train(options)
-        return
     run = dreambooth.train(options)
     assert len(run.losses) == 2 and np.isfinite(run.losses).all() and dreambooth.save(run)
 
