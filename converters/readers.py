@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from converters.formats import FORMATS
 from diffpeft.files import Json, parsed
 
-# which programs read a format: {format: (of LoRA and DoRA, of the other methods)}
+# which programs read a format at all, those first that it is for: {format: (of LoRA and DoRA, of the other methods)}
 READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kohya": (("sd-scripts", "A1111", "ComfyUI", "diffusers"), ("A1111", "ComfyUI", "LyCORIS")),
     "diffusers": (("diffusers", "ComfyUI"), ()),
@@ -29,71 +29,66 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "safeloras": (("cloneofsimo/lora",), ()),
     "onetrainer": (("OneTrainer", "ComfyUI", "diffusers"), ("OneTrainer", "ComfyUI")),
 }
-_UNETS = frozenset({"any", "sd15", "sd2", "sdxl", "sdxl_refiner"})
-_FLUX = frozenset({"flux", "flux2", "chroma"})
-_MAPPED = _UNETS | _FLUX | {"sd3", "z_image", "qwen_image", "hidream"}  # whose diffusers' names ComfyUI knows
-# {program: {format: the families of which it reads that}}; of a format that is not here it reads what READERS says of all families
-READ_BY: dict[str, dict[str, frozenset[str]]] = {
+OTHERS = "others"  # the families that a program's rows do not name
+_UNETS = ("sd15", "sd2", "sdxl", "sdxl_refiner")
+_FLUXLIKE = ("flux2", "longcat_image", "ovis_image")
+_NAMED = ("kohya", "diffusers", "comfyui", "lycoris", "onetrainer")
+Rows = Mapping[tuple[str, ...], Collection[str]]  # {formats: the families of which they are read}
+ROWS: dict[str, Rows] = {
     "diffusers": {
-        "kohya": _UNETS | _FLUX | {"z_image", "qwen_image", "wan"},
-        "kohya-diffusers": _UNETS | {"flux", "chroma"},
-        "onetrainer": _UNETS | {"flux", "chroma"},
-        "comfyui": frozenset({"qwen_image", "wan"}),
+        ("kohya", "kohya-diffusers", "diffusers", "diffusers-old", "xlabs", "bfl", "onetrainer"): ("any", "flux"),
+        ("kohya", "kohya-diffusers", "diffusers", "diffusers-old", "onetrainer"): _UNETS,
+        ("kohya", "kohya-diffusers", "diffusers", "onetrainer"): ("chroma",),
+        ("kohya", "diffusers"): ("flux2", "z_image"),
+        ("kohya", "diffusers", "comfyui"): ("wan", "qwen_image"),
+        ("diffusers",): (OTHERS,),  # it asks the model for its names
+        (): (  # it cannot load a LoRA into these at all
+            *("pixart", "hunyuan_image", "hunyuan_video15", "longcat_image", "ovis_image"),
+            *("bria", "glm_image", "nucleus_image", "omnigen2"),
+        ),
     },
     "ComfyUI": {
-        "diffusers": _MAPPED | {"auraflow", "pixart"},
-        "kohya-diffusers": _UNETS | _FLUX | {"sd3"},
-        "lycoris": _MAPPED,
-        "onetrainer": _MAPPED | {"auraflow"},
+        (*_NAMED, "kohya-diffusers", "diffusers-old", "xlabs", "bfl"): ("any", "flux"),
+        (*_NAMED, "kohya-diffusers", "diffusers-old"): _UNETS,
+        (*_NAMED, "kohya-diffusers"): ("sd3", "chroma", *_FLUXLIKE),
+        _NAMED: ("qwen_image", "qwen_image21", "z_image", "hidream", "krea2"),
+        ("kohya", "diffusers", "comfyui", "onetrainer"): ("auraflow", "ernie_image"),
+        ("kohya", "diffusers", "comfyui"): ("pixart", "kandinsky5"),
+        ("kohya", "comfyui"): (  # it has no map of diffusers' names of these
+            *("lumina2", "omnigen2", "cosmos", "ideogram4", "hunyuan_video", "ltx", "ltx2", "mochi"),
+            *("wan", "skyreels_v2", "chrono_edit", "helios", "minimax_h3"),
+        ),
+        # q, k and v are one layer, the model is in a decoder, and of flat names it knows its own alone
+        ("comfyui",): ("hunyuan_video15", "ace_step", "hunyuan_image"),
     },
+    "A1111": {("kohya", "kohya-diffusers"): ("any", "sd15", "sd2", "sdxl", "sd3")},
+    "sd-scripts": {
+        ("kohya", "kohya-diffusers"): ("any", "sd15", "sd2"),  # whose layers it calls as diffusers does
+        ("kohya",): ("sdxl", "sd3", "flux", "chroma", "lumina2", "hunyuan_image", "cosmos"),
+    },
+    "OneTrainer": {
+        ("onetrainer",): (
+            *("any", *_UNETS, "sd3", "flux", "flux2", "chroma", "pixart", "sana", "hidream", "qwen_image", "z_image"),
+            *("hunyuan_video", "cosmos", "ernie_image", "ideogram4", "krea2"),
+        )
+    },
+    "LyCORIS": {
+        ("kohya", "kohya-diffusers", "lycoris"): (
+            *("any", *_UNETS, "sd3", "flux", "chroma", "flux2", "qwen_image", "z_image", "lumina2", "pixart", "sana"),
+            *("auraflow", "hidream", "wan", "hunyuan_video", "ltx", "ltx2", "mochi", "cogvideox"),
+        ),
+        ("lycoris",): (OTHERS,),
+    },
+    "PEFT": {("peft",): (OTHERS,)},
+    "transformers": {("peft",): (OTHERS,)},
+    "x-flux": {("xlabs",): ("any", "flux")},
+    "cloneofsimo/lora": {("safeloras",): ("any", "sd15", "sd2")},
 }
-# {program: the families that it cannot load a LoRA into at all}
-LACKS: dict[str, frozenset[str]] = {
-    "diffusers": frozenset(
-        {
-            "pixart",
-            "hunyuan_image",
-            "hunyuan_video15",
-            "longcat_image",
-            "ovis_image",
-            "bria",
-            "glm_image",
-            "nucleus_image",
-            "omnigen2",
-            "motif_video",
-            "allegro",
-            "easyanimate",
-        }
-    ),
-    "ComfyUI": frozenset({"sana", "sana_video", "cogview4", "cogvideox"}),
+# {program: {family: the formats of which it reads LoRAs of it as they are meant}}; of a family that is not here those of OTHERS, if any
+READ_BY = {
+    program: {family: formats for formats, families in rows.items() for family in families}
+    for program, rows in ROWS.items()
 }
-# {program: the families that it knows of}, of those whose files have names that others share
-_FAMILIES = {
-    "A1111": {"any", "sd15", "sd2", "sdxl", "sd3"},
-    "sd-scripts": {"any", "sd15", "sd2", "sdxl", "sd3", "flux", "chroma", "lumina2", "hunyuan_image", "cosmos"},
-}
-_FLUXLIKE = ("kohya", "comfyui", "diffusers", "kohya-diffusers", "lycoris", "onetrainer")
-_NAMED = ("kohya", "comfyui", "diffusers", "lycoris", "onetrainer")
-# {family that came later: {program: the formats of it that it reads}}; all programs that are not named here and in READERS read none
-_LATER: dict[str, dict[str, tuple[str, ...]]] = {
-    "krea2": {"ComfyUI": _NAMED, "OneTrainer": ("onetrainer",)},
-    "qwen_image21": {"ComfyUI": _NAMED},
-    "ernie_image": {"ComfyUI": ("kohya", "comfyui", "diffusers", "onetrainer"), "OneTrainer": ("onetrainer",)},
-    "cosmos": {"ComfyUI": ("kohya", "comfyui"), "OneTrainer": ("onetrainer",)},
-    "ideogram4": {"ComfyUI": ("kohya", "comfyui"), "OneTrainer": ("onetrainer",)},
-    "hunyuan_image": {"ComfyUI": ("comfyui",)},  # of flat names it knows its own alone
-    "omnigen2": {"ComfyUI": ("kohya", "comfyui")},
-    "longcat_image": {"ComfyUI": _FLUXLIKE},
-    "ovis_image": {"ComfyUI": _FLUXLIKE},
-    "hunyuan_video15": {"ComfyUI": ("comfyui",)},  # q, k and v are one layer there
-    "ace_step": {"ComfyUI": ("comfyui",)},  # in a decoder
-    "kandinsky5": {"ComfyUI": ("kohya", "comfyui", "diffusers")},
-    **{f: {"ComfyUI": ("kohya", "comfyui")} for f in ("skyreels_v2", "chrono_edit", "helios", "minimax_h3")},
-    **{family: {} for family in ("framepack", "sana_video", "wan_animate2", "flux3")},
-    **{family: {} for family in ("cogview4", "bria", "bria_fibo", "bria_fibo2", "prx", "glm_image", "nucleus_image")},
-}
-# what all of them have in common: libraries that ask the model for its names
-_OWN_NAMES = {"diffusers": ("diffusers",), "PEFT": ("peft",), "transformers": ("peft",), "LyCORIS": ("lycoris",)}
 _FLAT = ("kohya-diffusers", "onetrainer")  # diffusers' names with underscores
 _FLUX2S = r"(double_stream_modulation_(img|txt)|single_stream_modulation|time_guidance_embed)[._].*"
 _HUNYUANS = r"(guidance_in|time_in)\..*|txt_in\.[ct]_embedder\..*"
@@ -122,7 +117,6 @@ _PASSED_OVER: dict[str, dict[tuple[str, str], str]] = {
         ("hunyuan_video", "kohya"): _HUNYUANS_FLAT,
     },
 }
-_SAME = ("any", "sd15", "sd2")  # families whose layers sd-scripts calls as diffusers does
 _WIDTH = 3072  # of Flux, by which diffusers takes joint layers apart
 _JOINT = {r".*_attn_qkv": 3 * _WIDTH, r".*_linear1": 7 * _WIDTH}  # {layer: its rows}
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # {component.layer as a file spells it: {role: shape}}
@@ -150,18 +144,8 @@ def readers(
 
 def reads(program: str, format: str, family: str) -> bool:
     """Whether a program that reads a format reads it of a family."""
-    if family in LACKS.get(program, ()) or family not in _FAMILIES.get(program, {family}):
-        return False
-    if family in _LATER:
-        return format in _read_of(family, program)
-    return family in READ_BY.get(program, {}).get(format, {family})
-
-
-def _read_of(family: str, program: str) -> tuple[str, ...]:
-    """The formats that a program reads of a family that came later."""
-    if program in _FAMILIES:
-        return ("kohya",)
-    return {**_OWN_NAMES, **_LATER[family]}.get(program, ())
+    by_family = READ_BY[program]
+    return format in by_family.get(family, by_family.get(OTHERS, ()))
 
 
 def _passes_over(program: str, format: str, family: str, layers: Shapes) -> bool:
@@ -180,7 +164,7 @@ def _failing(
     )  # denoisers in one file, of which others read the first
     failing = {
         "diffusers": two or (not theirs and (magnitudes or _apart(format, family, layers))),
-        "sd-scripts": magnitudes or (format == "kohya-diffusers" and family not in _SAME),
+        "sd-scripts": magnitudes,
         "ComfyUI": theirs and (two or magnitudes or _unlike(layers, metadata)),
     }
     return {name for name, fails in failing.items() if fails}

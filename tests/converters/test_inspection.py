@@ -152,6 +152,7 @@ def test_programs_read_what_they_have_of_later_families():
     assert readers("diffusers", {"lora"}, "krea2") == ("diffusers", "ComfyUI")
     assert readers("diffusers", {"lora"}, "ideogram4") == ("diffusers",)
     assert readers("onetrainer", {"lora"}, "ernie_image") == ("OneTrainer", "ComfyUI")
+    assert readers("onetrainer", {"lora"}, "auraflow") == ("ComfyUI",) and readers("onetrainer", {"lora"}, "wan") == ()
     assert (
         readers("kohya", {"lora"}, "bria_fibo") == () == readers("diffusers", {"lora"}, "bria")
     )  # no load_lora_weights

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import converters
-from converters.readers import READ_BY, READERS, reads
+from converters.families import TABLES
+from converters.readers import OTHERS, READERS, ROWS, reads
 from diffpeft import TrainConfig
 from diffpeft.families import CaptionReading, family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
@@ -80,8 +81,14 @@ def test_comfyui_is_a_reader_of_exactly_the_files_that_it_reads_right(kind, targ
 
 
 def test_the_table_of_readers_names_programs_and_formats_that_there_are():
-    programs = {program for pair in READERS.values() for names in pair for program in names}
-    assert READ_BY.keys() < programs and all(by_format.keys() <= READERS.keys() for by_format in READ_BY.values())
+    read: dict[str, set[str]] = {program: set() for program in ROWS}
+    for format, programs in READERS.items():
+        for program in {*programs[0], *programs[1]}:
+            read[program].add(format)
+    for program, rows in ROWS.items():
+        families = [family for row in rows.values() for family in row]
+        assert len(families) == len({*families}) and {*families} <= {*TABLES, "any", OTHERS}, program
+        assert {format for formats in rows for format in formats} == read[program]
     assert reads("ComfyUI", "kohya", "wan") and not reads("ComfyUI", "diffusers", "wan")
     assert reads("diffusers", "diffusers", "sana") and not reads("diffusers", "kohya", "sana")
     assert not reads("diffusers", "diffusers", "pixart") and not reads("ComfyUI", "kohya", "sana")
