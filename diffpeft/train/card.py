@@ -17,8 +17,8 @@ from diffpeft.train.cards import CardFacts, completed, tell
 from diffpeft.train.data.account import Account
 from diffpeft.train.metadata import is_id
 from diffpeft.train.outputs import README
+from diffpeft.train.prompt_account import PromptAccount
 from diffpeft.train.run import TrainRun
-from diffpeft.train.slider_config import PromptAccount
 
 OURS = "<!-- written by diffpeft train; a card without this line is kept -->"
 # {family: what the Hub's search calls it}

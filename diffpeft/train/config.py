@@ -674,7 +674,7 @@ OTHER_NAMES: dict[str, str] = {
     "save_total_limit": "keep",
     "bf16": "dtype, which is fp32, bf16 or fp16",
     "max_seq_length": "max_length",
-    "load_in_4bit": "quantize, which is nf4 or int8",
-    "load_in_8bit": "quantize, which is nf4 or int8",
-    "qlora": "quantize, which is nf4 or int8",
+    "load_in_4bit": "quantize, which is nf4, int8 or fp8",
+    "load_in_8bit": "quantize, which is nf4, int8 or fp8",
+    "qlora": "quantize, which is nf4, int8 or fp8",
 }

@@ -29,9 +29,9 @@ from diffpeft.train.data.account import Account, Example
 from diffpeft.train.experts import experts_of
 from diffpeft.train.groups import entries_of
 from diffpeft.train.optimizers import row_of
+from diffpeft.train.prompt_account import PromptAccount
 from diffpeft.train.resume import FREE
 from diffpeft.train.run import TrainRun
-from diffpeft.train.slider_config import PromptAccount
 
 THUMBNAIL = 256  # pixels, the longer side at most
 TAGS = 1 << 20  # bytes of the table of tags, at most

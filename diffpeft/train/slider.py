@@ -27,10 +27,11 @@ from diffpeft.families.devices import sent
 from diffpeft.families.latents import spread
 from diffpeft.pipeline.adapters import set_adapters
 from diffpeft.train import draw
+from diffpeft.train.concept import Concept
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
 from diffpeft.train.samples import usual
-from diffpeft.train.slider_config import SIGNS, Concept, SliderConfig
+from diffpeft.train.slider_config import SIGNS, SliderConfig
 from diffpeft.train.start import without
 from diffpeft.train.watching import alone
 

@@ -86,7 +86,8 @@ def test_where_it_was_saved_instead_is_said(capsys):
         (("sft", "--gradient-accumulation-steps", "3"), "Here that is --accumulate."),
         (("sft", "--per_device_train_batch_size", "3"), "Here that is --batch-size."),
         (("train", "--max-seq-length", "3"), "Here that is --max-length."),
-        (("train", "--qlora", "3"), "diffpeft train --help"),
+        (("train", "--qlora", "3"), "Here that is --quantize, which is nf4, int8 or fp8."),
+        (("sft", "--vae", "3"), "diffpeft sft --help"),
         (("generate", "--prmopt", "3"), "Did you mean --prompt?"),
     ],
 )

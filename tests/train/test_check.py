@@ -133,7 +133,7 @@ def test_every_hint_names_an_option():
     known = {f.name for kind in (TrainConfig, SftConfig) for f in fields(kind)}
     assert {text.partition(",")[0] for text in OTHER_NAMES.values()} <= known
     assert not OTHER_NAMES.keys() & known
-    assert hint("load_in_4bit", {f.name for f in fields(TrainConfig)}) == ""
+    assert hint("huber_delta", {f.name for f in fields(SftConfig)}) == ""
 
 
 # -- the file of options ---------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ CLASSES = (
     "StableDiffusionUpscalePipeline",
     "StableDiffusionControlNetPipeline",
     "StableDiffusionDepth2ImgPipeline",
-    "WanImageToVideoPipeline",
+    "WanVACEPipeline",
     "FluxControlInpaintPipeline",
     "QwenImageEditInpaintPipeline",
 )

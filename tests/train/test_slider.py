@@ -24,13 +24,14 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import dreambooth
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
+from diffpeft.train.concept import Concept
 from diffpeft.train.config_files import from_toml
 from diffpeft.train.dry import plan
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
 from diffpeft.train.sample import pictures
 from diffpeft.train.slider import SliderLoss, canvases, ends
-from diffpeft.train.slider_config import Concept, SliderConfig
+from diffpeft.train.slider_config import SliderConfig
 from tests.families.pipelines import KINDS, cells, pipeline
 from tests.families.test_family_runs import LANGUAGE
 
