@@ -131,61 +131,25 @@ _MODELS = {
     "GlmImageTransformer2DModel": "glm_image",
     "NucleusMoEImageTransformer2DModel": "nucleus_image",
 }
-# {what the names of pipelines begin with: the family}, where the denoiser is a UNet or none is there; of several that fit, the longest counts
-_PIPELINES = {
-    "StableDiffusion": "sd15",
-    "StableDiffusionXL": "sdxl",
-    "StableDiffusion3": "sd3",
-    "Flux": "flux",
-    "Flux2": "flux2",
+# {what the names of pipelines begin with: the family}; of several that fit, the longest counts. What a class in FAMILIES is trained from begins its own,
+# and here are those of which there is none.
+_PIPELINES: dict[str, str | None] = {
+    **{name.removesuffix("Pipeline"): family for family, kind in FAMILIES.items() for name in kind.pipelines},
+    "StableDiffusion": "sd15",  # and sd2, which a width tells
     "Flux3": "flux3",
-    "Chroma": "chroma",
-    "Wan": "wan",
-    "QwenImage": "qwen_image",
-    "QwenImage21": "qwen_image21",
-    "ZImage": "z_image",
-    "Lumina2": "lumina2",
-    "HunyuanVideo": "hunyuan_video",
-    "HunyuanVideo15": "hunyuan_video15",
     "HunyuanVideoFramepack": "framepack",
-    "PixArt": "pixart",
-    "Sana": "sana",
-    "SanaVideo": "sana_video",
     "SanaImageToVideo": "sana_video",
     "SanaWM": None,
-    "AuraFlow": "auraflow",
-    "LTX": "ltx",
-    "LTX2": "ltx2",
-    "Mochi": "mochi",
-    "CogVideoX": "cogvideox",
-    "HiDream": "hidream",
-    "CogView4": "cogview4",
-    "Krea2": "krea2",
-    "Ideogram4": "ideogram4",
-    "ErnieImage": "ernie_image",
     "WanAnimate2": "wan_animate2",
     "Kandinsky5": "kandinsky5",
     "Helios": "helios",
     "ChronoEdit": "chrono_edit",
     "MiniMaxH3": "minimax_h3",
     "AceStep": "ace_step",
-    "Kolors": "kolors",
     "Cosmos": "cosmos",
     "Cosmos3": None,
     "Anima": "cosmos",
-    "HunyuanImage": "hunyuan_image",
-    "LongCatImage": "longcat_image",
-    "OvisImage": "ovis_image",
-    "Bria": "bria",
-    "BriaFibo": "bria_fibo",
-    "BriaFibo2": "bria_fibo2",
-    "PRX": "prx",
     "GlmImage": "glm_image",
-    "NucleusMoEImage": "nucleus_image",
-    "Kandinsky5T2V": "kandinsky5_video",
-    "SkyReelsV2": "skyreels_v2",
-    "EasyAnimate": "easyanimate",
-    "Kandinsky5T2I": "kandinsky5",
 }
 _NAMED_AS = {"kolors": "sdxl", "kandinsky5_video": "kandinsky5"}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
@@ -204,8 +168,7 @@ def family_of(target: object) -> str | None:
         by_name = _by_name(base.__name__ for base in type(target).__mro__)
         family = by_name if denoiser is None or width not in _UNETS else by_name or _UNETS[width]
     family = _by_width(family, width)
-    family = _NAMED_AS.get(family or "", family)
-    return family if family in TABLES else None  # some are trained whose layers have no other names
+    return named_as(family) if family else None
 
 
 def is_unnamed(target: object) -> bool:
@@ -287,9 +250,11 @@ def is_of(family: str, others: Iterable[str | None]) -> bool:
 
 
 def named_as(family: str) -> str | None:
-    """The family in TABLES whose layer names one in FAMILIES has; None if its model's own are all."""
+    """The family in TABLES whose layer names a family has; None if its model's own are all."""
     family = _NAMED_AS.get(family, family)
-    return family if family in TABLES else next((table for table in TABLES if is_of(family, [table])), None)
+    if family in TABLES or family not in FAMILIES:
+        return family if family in TABLES else None  # some are known by their pipeline's name alone
+    return next((table for table in TABLES if is_of(family, [table])), None)
 
 
 def _names(groups: Iterable[Iterable[str]]) -> list[str]:
