@@ -465,6 +465,7 @@ def test_equal_blocks_share_one_compiled_graph(form, randomize):
     assert isinstance(model[0], Block)
 
 
+@pytest.mark.slow  # it compiles C++
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("form", ["oft"])
 def test_inductor_gives_what_eager_code_gives(form, randomize):

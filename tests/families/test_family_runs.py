@@ -107,7 +107,7 @@ ENCODERS = {  # {kind: what else is trained}
 }
 
 
-@pytest.fixture(scope="module", params=cells(RUNS, ("sdxl", "flux dev")))
+@pytest.fixture(scope="module", params=cells(RUNS, ("flux dev",)))
 def run(request, tmp_path_factory):
     """A finished run of 60 steps on 4 images."""
     folder = tmp_path_factory.mktemp("run")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffpeft import CheckpointError, ConfigError
+from diffpeft.families.base import Sizes
 from diffpeft.families.sd import StableDiffusion
 from diffpeft.llm import sft
 from diffpeft.llm.sft_config import SftConfig
@@ -107,7 +108,9 @@ def test_the_configs_tell_what_a_pipeline_is_without_loading_it(folder):
     known = facts(None)
     assert known == facts(str(folder)) and known.pipeline == "StableDiffusionPipeline"
     unet, vae = known.configs["unet"], known.configs["vae"]
-    assert (unet["in_channels"], vae["latent_channels"]) == (4, 4) and StableDiffusion.sizes(known.configs) == (64, 16)
+    assert (unet["in_channels"], vae["latent_channels"]) == (4, 4) and StableDiffusion.sizes(known.configs) == Sizes(
+        64, 16
+    )
     (folder / "model_index.json").write_text("[]")
     assert facts(str(folder)).pipeline is None and facts("/nowhere") == Facts()
 

@@ -74,6 +74,7 @@ def test_what_is_no_memory_is_refused(said, config):
         replace(config, memory=said).validate()
 
 
+@pytest.mark.slow  # a plan and a run
 def test_a_run_says_what_was_picked(config, totals, nothing_reserved, tmp_path):
     size = sorted(totals.values())[2] + 2048
     options = replace(config, memory=f"{size / 2**30:.9f}GB", out=str(tmp_path / "out"))

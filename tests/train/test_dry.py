@@ -69,7 +69,7 @@ def profiled(run):
     [
         ("sd15", {"gradient_checkpointing": True, "class_prompt": "y", "num_class_images": 1}),
         pytest.param("sdxl", {"train_text_encoder": True, "targets": "full"}, marks=SLOW),
-        ("flux dev", {"method": "dora", "ema": 0.9, "optimizer": "prodigy"}),
+        pytest.param("flux dev", {"method": "dora", "ema": 0.9, "optimizer": "prodigy"}, marks=SLOW),
         pytest.param("flux dev", {"method": "lokr", "dtype": "bf16"}, marks=SLOW),
         ("flux dev", {"offload": 1.0, "quantize": "int8", "gradient_checkpointing": True}),
         pytest.param("sdxl", {"offload": 0.6, "quantize": "nf4", "targets": "full"}, marks=SLOW),
@@ -136,7 +136,7 @@ def test_states_take_the_room_that_is_said(folder, optimizer):
     assert plan.state_bytes == pytest.approx(stored, rel=0.02, abs=2**14)
 
 
-@pytest.mark.parametrize("name", [pytest.param(m, marks=SLOW) if m == "sdxl" else m for m in published.MODELS])
+@pytest.mark.parametrize("name", [m if m == "flux" else pytest.param(m, marks=SLOW) for m in published.MODELS])
 def test_published_models_are_planned_in_seconds_without_a_weight(name, tmp_path):
     published.write(name, tmp_path / "model")
     photos_in(tmp_path)

@@ -182,7 +182,7 @@ def measuring(shapes, sampling, n=40):
     held = SimpleNamespace(
         pictures=pictures,
         draws=4,
-        batches=SimpleNamespace(examples=[*range(len(pictures))], seed=0),
+        batches=SimpleNamespace(examples=[*range(len(pictures))], seed=0, shape=lambda index, target: (target,)),
         assembly=SimpleNamespace(latents=lambda example, view: moments[example], batch=lambda places: fake(places)),
         shown=lambda picture, band, number: (picture, band, number),
     )

@@ -137,7 +137,10 @@ def test_a_sample_is_what_the_stock_pipeline_draws_with_the_saved_adapter(kind, 
     assert run.family.pipe.vae is None and run.report == out / "report.html" and run.report.is_file()
 
 
-@pytest.mark.parametrize("options", [{"ema": 0.9, "train_text_encoder": True}, {"optimizer": "schedulefree"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"ema": 0.9, "train_text_encoder": True}, pytest.param({"optimizer": "schedulefree"}, marks=pytest.mark.slow)],
+)
 def test_drawing_changes_no_byte_of_what_is_learnt(options, config):
     plain = {"dropout": 0.3, "gradient_checkpointing": True, **options}
     runs = [
