@@ -201,6 +201,7 @@ class Fake:
     latents: torch.Tensor
     u: torch.Tensor
     prompts: tuple = ()
+    controls: tuple = ()
 
     def to(self, device):
         return self
