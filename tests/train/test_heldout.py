@@ -192,7 +192,7 @@ def measuring(shapes, sampling, n=40):
         u = torch.tensor([uniform("test", *row) for row in rows])
         return Fake(torch.zeros(len(rows), *subject.shapes[rows[0][0]][1:]), u)
 
-    subject.__init__(family, held, lambda prompts: {}, sampling, Objective(), 64)
+    subject.__init__(family, held, lambda prompts, controls: {}, sampling, Objective(), 64)
     return subject
 
 
