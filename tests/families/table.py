@@ -87,7 +87,7 @@ def _picked(options: str) -> str:
 
 HELD = (
     "What `--memory` picks for published models, as estimated: at the model's own resolution, of one picture (of models of clips: one frame), at rank 16 in\n"
-    "bf16, with 1 GiB left free. `not`: it does not fit. Sizes are those of the models' cards; of a language model that reads pictures too, only the half that\n"
+    "bf16, with 1 GiB left free. `not`: it does not fit. Sizes are those of the models' cards; of a language model that reads pictures too, only the half that\n"  # noqa: E501
     "reads words is counted. `python -m tests.train.presets` computes it anew.\n"
 )
 READ = (
