@@ -122,6 +122,9 @@ class Family(Protocol):
     first_frame: bool  # whether `condition` reads the example's own pixels too
     viewers: tuple[str, ...]  # the components that `encode` and `condition` look at pictures with
     looking: tuple[str, ...]  # those of the text encoders that look at the control images beside a prompt
+    beside: tuple[
+        str, ...
+    ]  # the components that `predict` uses beside the denoiser: they are loaded when they are first needed, and stay
     together: bool  # whether a caption is read by all text encoders at once, under the name of the first
 
     parts: Parts

@@ -39,6 +39,8 @@ class CogVideoX(ClipTransformer):
         config = parts.configs[self.denoiser]
         self.tokens = self.most_tokens = config["max_text_seq_length"]
         super().__init__(parts, reading)
+        if config["patch_size_t"]:
+            parts.pipe._prepare_rotary_positional_embeddings = self._places
         if self.max_length != self.tokens and not config["use_rotary_positional_embeddings"]:
             raise ConfigError(
                 f"max_length is {self.max_length}",
@@ -67,6 +69,21 @@ class CogVideoX(ClipTransformer):
         """How many frames of latents there are too few for whole patches."""
         patch: int = self.parts.configs[self.denoiser]["patch_size_t"] or 1
         return -frames % patch
+
+    def _places(self, height: int, width: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The places of 1.5 in clips of this size in pixels: whole numbers from 0. The pipeline's own are a cut out of the largest size that it was made for,
+        and there are none beyond, so that tall pictures would have too few.
+        """
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+        config = self.parts.configs[self.denoiser]
+        side = self.pipe.vae_scale_factor_spatial * config["patch_size"]
+        grid = (height // side, width // side)
+        cos, sin = get_3d_rotary_pos_embed(
+            config["attention_head_dim"], None, grid, -(-frames // config["patch_size_t"]), grid_type="slice",
+            max_size=grid, device=device,
+        )  # fmt: skip
+        return cos, sin
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """T5's hidden states [n, width], filled up."""

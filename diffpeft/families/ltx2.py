@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffpeft.families.parts import Component, Parts
 
 
-_BESIDE = ("connectors", "audio_vae", "vocoder")  # what the pipeline has beside the usual components
+_HEARD = ("audio_vae", "vocoder")  # what the pipeline draws sound with
 
 
 class LTX2(ClipTransformer):
@@ -33,6 +33,7 @@ class LTX2(ClipTransformer):
     pipelines: tuple[str, ...] = ("LTX2Pipeline",)
     presets = LTX.presets
     unread: Mapping[str, str] = MappingProxyType({"transformer": r"(.*\.)?(audio_|video_to_audio_|av_cross_attn_).*"})
+    beside = ("connectors",)
     patch = 1
     side = 640  # about the area of 512 x 768
     tokens = most_tokens = 1024
@@ -97,7 +98,7 @@ class LTX2(ClipTransformer):
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As an LTX2Pipeline takes prompts, for single frames. It draws with components that training does without, which are small and stay."""
-        for name in _BESIDE:
+        for name in (*self.beside, *_HEARD):
             self.parts(name)
         keywords: Prompted = {"num_frames": 1, "frame_rate": self.rate}
         for prefix, read in (("", prompts), ("negative_", negative)):

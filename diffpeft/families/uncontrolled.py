@@ -20,6 +20,7 @@ class Uncontrolled:
     first_frame: bool = False
     viewers: tuple[str, ...] = ("vae",)
     looking: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     together: bool = False
     temporal: int | None = None
     rate: float | None = None

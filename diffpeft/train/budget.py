@@ -66,7 +66,7 @@ def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, C
     if config.memory is None:
         return config, checked
     limit, least = config.memory_bytes() - RESERVED, []
-    for way, phase in _estimates(config, checked):
+    for way, phase in estimates(config, checked):
         if phase.total <= limit:
             picked = {name: value for name, value in vars(way).items() if value != getattr(config, name)}
             origins = {**checked.origins, **dict.fromkeys(picked, f"memory {config.memory}")}
@@ -83,7 +83,7 @@ def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, C
     )
 
 
-def _estimates(config: TrainConfig, checked: Checked) -> Iterator[tuple[Way, Phase]]:
+def estimates(config: TrainConfig, checked: Checked) -> Iterator[tuple[Way, Phase]]:
     """The ways that are open to a run, with the part of it that needs the most. What is computed is counted once for all shares of blocks."""
     outlines: dict[tuple[bool, str | None], Outline] = {}
     for way in ways(config, checked.origins):

@@ -76,7 +76,7 @@ class Outline:
         denoisers = dict.fromkeys(family.denoisers, share)
         shares = {
             **denoisers,
-            "vae": 0.0,
+            **dict.fromkeys((*family.viewers, *family.beside), 0.0),
             **dict.fromkeys(self.live, 0.0),
             **dict.fromkeys(frozen, float(share > 0)),
         }
@@ -102,8 +102,8 @@ class Outline:
         weights, family, prior = self.held[share], self.family, self.checked.prior
         resident = sum(weights[name] for name in self.live)
         together = {f"captions ({name})": weights[name] for name in family.text_encoders}
-        experts = sum(weights[name] for name in experts_of(self.config, family).spans)
-        together["images (vae)"] = weights["vae"] + resident
+        experts = sum(weights[name] for name in (*experts_of(self.config, family).spans, *family.beside))
+        together["images (vae)"] = sum(weights[name] for name in family.viewers) + resident
         if prior and prior.missing:
             together["class images"] = weights["vae"] + experts + resident
         every = self.config.cache == "none"
@@ -121,13 +121,22 @@ def _outlined(config: TrainConfig, dtype: str) -> Family:
     """The family of a model whose components are all there without numbers, and stay."""
     family = dreambooth.opened(config, dtype, "meta")
     parts = family.parts
-    for name in (*family.text_encoders, "vae", *family.denoisers):
-        setattr(parts.pipe, name, parts.outline(name).to(dtype_of(dtype)).eval())
-    parts.pin(*family.text_encoders, "vae", *family.denoisers)
+    every = (*family.text_encoders, *family.viewers, *family.denoisers, *family.beside)
+    for name in every:
+        setattr(parts.pipe, name, _cast(parts.outline(name), dtype_of(dtype)).eval())
+    parts.pin(*every)
     for denoiser in (getattr(parts.pipe, name) for name in family.denoisers):
         for kind in filter(None, (_kind_in_file(config, denoiser), config.quantize)):
             quantise(denoiser, kind, torch.device("meta"))
     return family
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A model whose weights are in a dtype. What no file has, such as tables of places, stays as it was made."""
+    for t in model.state_dict(keep_vars=True).values():
+        if t.is_floating_point():
+            t.data = t.data.to(dtype)
+    return model
 
 
 def _kind_in_file(config: TrainConfig, denoiser: torch.nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from converters.readers import readers
 from diffpeft.families import FAMILIES, Family, named_as
 from diffpeft.families.dit import ClipTransformer
 from tests.converters.table import BEGIN, END, formats_of, table
+from tests.train.presets import MEMORIES, recorded
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 NONE = "–"
@@ -74,6 +75,21 @@ def _read_by(program: str, family: str) -> str:
     return ", ".join(f"`{name}`" for name in written if program in readers(name, ("lora",), family)) or NONE
 
 
+def memories() -> str:
+    """Published model by memory: what `--memory` picks."""
+    rows = ([name, *(_picked(picked[memory]) for memory in MEMORIES)] for name, picked in recorded().items())
+    return table(["", *MEMORIES], rows)
+
+
+def _picked(options: str) -> str:
+    return f"`{options}`" if options.startswith("--") else options
+
+
+HELD = (
+    "What `--memory` picks for published models, as estimated: at the model's own resolution, of one picture (of models of clips: one frame), at rank 16 in\n"
+    "bf16, with 1 GiB left free. `not`: it does not fit. Sizes are those of the models' cards; of a language model that reads pictures too, only the half that\n"  # noqa: E501
+    "reads words is counted. `python -m tests.train.presets` computes it anew.\n"
+)
 READ = (
     "Which programs read LoRAs of a family as they are meant, in which of our formats. Layers that they pass over are told by `diffpeft inspect`, and\n"
     "by the report of a run.\n"
@@ -83,7 +99,7 @@ NAMED = "Which format has names for a family: x is read and written, r only read
 
 def text() -> str:
     """All of it."""
-    return "\n".join((abilities(), READ, programs(), NAMED, formats_of()))
+    return "\n".join((abilities(), HELD, memories(), READ, programs(), NAMED, formats_of()))
 
 
 def main() -> None:

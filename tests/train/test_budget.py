@@ -7,11 +7,12 @@ import torch
 
 import diffpeft
 from diffpeft import ConfigError, TrainConfig
+from diffpeft.pipeline.open import open_parts
 from diffpeft.train import budget, dry
 from diffpeft.train.check import check
 from diffpeft.train.estimate import Outline
 from tests.families.pipelines import pipeline
-from tests.train import published
+from tests.train import presets, published
 from tests.train.pictures import photos_in
 
 SLOW = pytest.mark.slow
@@ -96,3 +97,28 @@ def test_published_models_fit_the_usual_cards(name, memory, tmp_path):
     plan = dry.plan(options, check(options))
     print(name, memory, plan.memory, plan.peak)
     assert plan.peak.total + budget.RESERVED <= options.memory_bytes()
+
+
+@pytest.mark.slow  # large models, several times each
+@pytest.mark.parametrize("name, memory", [("z-image", "12GB"), ("sana-1.6b", "8GB"), ("flux2-klein-4b", "16GB")])
+def test_what_is_recorded_of_published_models_is_what_is_picked(name, memory, tmp_path):
+    config, _ = budget.fitted(check(presets.config_for(name, tmp_path, memory)))
+    way = budget.Way(config.gradient_checkpointing, config.quantize, config.offload)
+    assert str(way) == presets.recorded()[name][memory]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", published.GROWN_SIZES)
+def test_configs_of_published_models_have_their_sizes(name, tmp_path):
+    parts = open_parts(str(published.write_grown(name, tmp_path / "model")), device="meta", dtype="bf16")
+    number = sum(p.numel() for p in parts.outline("transformer").parameters())
+    assert number / 1e6 == pytest.approx(published.GROWN_SIZES[name], rel=0.03)
+
+
+def test_every_model_with_configs_is_in_the_table():
+    assert presets.recorded().keys() <= {*published.MODELS, *published.GROWN}
+    assert {*published.MODELS, *published.GROWN} - presets.recorded().keys() <= {
+        "pixart-sigma",
+        "krea-2",
+        "hidream-i1",
+    }  # not computed, or whose activations were not counted
