@@ -27,10 +27,11 @@ def option(
     needs: str = "",
     required: bool = False,
     several: str = "",
+    data_only: bool = False,
 ) -> Any:
     """A field with what the command line says of it, the values that are allowed, and the option without which it would do nothing.
 
-    `several` says how several values are typed: `repeated`, each after the option's name, or `commas`.
+    `several` says how several values are typed: `repeated`, each after the option's name, or `commas`. `data_only`: a run without data has no such option.
     """
     limits = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     return field(
@@ -42,6 +43,7 @@ def option(
             "needs": needs,
             "required": required,
             "several": several,
+            "data_only": data_only,
         },
     )
 
@@ -52,7 +54,7 @@ class Options:
 
     LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
     COMMAND: ClassVar[str] = "train"  # whose options they are
-    ABSENT: ClassVar[frozenset[str]] = frozenset()  # options of the class above that would mean nothing here
+    HAS_DATA: ClassVar[bool] = True  # else it has no options that are `data_only`
 
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
     data: str | Sequence[str] | None = option(None, "What to train on.", required=True)
@@ -154,7 +156,7 @@ class Options:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """What the options are called."""
-        return tuple(f.name for f in fields(cls) if f.name not in cls.ABSENT)
+        return tuple(f.name for f in fields(cls) if cls.HAS_DATA or not f.metadata["data_only"])
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that is missing, has a value that is not allowed, or would change nothing."""
@@ -195,7 +197,8 @@ class Options:
 
     def resolved(self) -> dict[str, object]:
         """Every option by its name."""
-        return {name: value for name, value in asdict(self).items() if name not in self.ABSENT}
+        values = asdict(self)
+        return {name: values[name] for name in self.names()}
 
     def parts(self) -> int:
         """The passes of a step, over all processes of the run."""
@@ -239,53 +242,66 @@ class TrainConfig(Options):
         "May be repeated; DIR:3 counts three times.",
         required=True,
         several="repeated",
+        data_only=True,
     )
     heldout: str | float | None = option(
         None,
         "Images that are measured on and not trained on: a share of the data (0.1), how many of it (3), or a folder of others.",
+        data_only=True,
     )
     heldout_every: int | None = option(
         None,
         "Steps between two measurements; default: ten in a run, less where they would take more than a fifth of its time.",
         at_least=1,
         needs="heldout",
+        data_only=True,
     )
     best: str | None = option(
         None,
         "Which step's adapter a run ends with: that of the lowest held-out loss (the default with --heldout), or the last.",
         choices=("heldout", "last"),
         needs="heldout",
+        data_only=True,
     )
-    instance_prompt: str | None = option(None, "The caption of images without a caption of their own.")
-    trigger: str | None = option(None, "The word for what is learnt: [trigger] in captions and prompts stands for it.")
+    instance_prompt: str | None = option(None, "The caption of images without a caption of their own.", data_only=True)
+    trigger: str | None = option(
+        None, "The word for what is learnt: [trigger] in captions and prompts stands for it.", data_only=True
+    )
     mask: str | None = option(
         None,
         "What counts in an image: alpha (its transparency), or a folder of masks with the images' names; white counts.",
+        data_only=True,
     )
     control: str | Sequence[str] | None = option(
         None,
         "Folders of control images with the pictures' names, with commas, for models of edits. Default: control, control2 ... beside a folder target.",
+        data_only=True,
     )
     class_prompt: str | None = option(
-        None, "Switches prior preservation on: what the class is called, without the new word."
+        None, "Switches prior preservation on: what the class is called, without the new word.", data_only=True
     )
     prior: str | None = option(
         None,
         "How the model's idea of the class is kept: on class images (the default with --class-prompt), or by the base's own predictions for the "
         "training images under other prompts, which needs none.",
         choices=("images", "base"),
+        data_only=True,
     )
     prior_prompts: str | None = option(
         None,
         "With --prior base, how often which prompts are asked: class:2,blank:1,caption:1; caption is an image's own without the trigger. "
         "Default: those that there are, equally often.",
         needs="prior",
+        data_only=True,
     )
     class_data: str | None = option(
-        None, "A folder of class images; missing ones are generated into it. Default: OUT/class.", needs="class_prompt"
+        None,
+        "A folder of class images; missing ones are generated into it. Default: OUT/class.",
+        needs="class_prompt",
+        data_only=True,
     )
     num_class_images: int | None = option(
-        None, "How many class images there shall be; default: 100.", at_least=1, needs="class_prompt"
+        None, "How many class images there shall be; default: 100.", at_least=1, needs="class_prompt", data_only=True
     )
     resolution: int | Sequence[int] | None = option(
         None,
@@ -294,34 +310,47 @@ class TrainConfig(Options):
         at_least=8,
         several="commas",
     )
-    buckets: bool = option(True, "Keep the shapes of images, by sd-scripts' buckets; else all are cropped to squares.")
+    buckets: bool = option(
+        True, "Keep the shapes of images, by sd-scripts' buckets; else all are cropped to squares.", data_only=True
+    )
     frames: int | Sequence[int] | None = option(
         None,
         "Train on clips of so many frames, with a model of videos: of video files, folders of numbered frames and animated images. With several, as in "
         "1,17,33, a clip is used in each that it is long enough for.",
         at_least=1,
         several="commas",
+        data_only=True,
     )
     fps: float | None = option(
-        None, "Frames a second that clips are shown at; default: what the model was made for.", above=0, needs="frames"
+        None,
+        "Frames a second that clips are shown at; default: what the model was made for.",
+        above=0,
+        needs="frames",
+        data_only=True,
     )
     extract: str | None = option(
         None,
         "What of longer clips is used: head (the default), middle, uniform (frames spread over all of it), or chunks (one clip after the other).",
         choices=("head", "middle", "uniform", "chunks"),
         needs="frames",
+        data_only=True,
     )
-    flip: bool = option(False, "Mirror images at random.")
-    crop: str = option("center", "What of an image is used where it is too long.", choices=("center", "random"))
+    flip: bool = option(False, "Mirror images at random.", data_only=True)
+    crop: str = option(
+        "center", "What of an image is used where it is too long.", choices=("center", "random"), data_only=True
+    )
     caption_dropout: float = option(
-        0.0, "Probability of an empty caption, which guidance needs.", at_least=0, at_most=1
+        0.0, "Probability of an empty caption, which guidance needs.", at_least=0, at_most=1, data_only=True
     )
-    shuffle_captions: bool = option(False, "Put the parts of captions between commas in another order each time.")
+    shuffle_captions: bool = option(
+        False, "Put the parts of captions between commas in another order each time.", data_only=True
+    )
     keep_tokens: int | None = option(
         None,
         "How many parts of a caption stay in front when they are shuffled; default: 0.",
         at_least=0,
         needs="shuffle_captions",
+        data_only=True,
     )
     cache: str = option(
         "ram",
@@ -346,7 +375,10 @@ class TrainConfig(Options):
     )
     train_text_encoder: bool = option(False, "Adapt the text encoder too.")
     epochs: int | None = option(
-        None, "Instead of --steps: how often all pictures are passed through, each time in whole steps.", at_least=1
+        None,
+        "Instead of --steps: how often all pictures are passed through, each time in whole steps.",
+        at_least=1,
+        data_only=True,
     )
     batch_size: int = option(1, "Images a pass (as many class images come on top).", at_least=1)
     base_lora: str | Sequence[str] | None = option(
@@ -378,6 +410,7 @@ class TrainConfig(Options):
         None,
         "Noise has a random mean for each channel, of this size: darker and brighter pictures; 0.05 is usual.",
         above=0,
+        data_only=True,
     )
     density: str | None = option(
         None,
@@ -392,6 +425,7 @@ class TrainConfig(Options):
         "Of a model with two denoisers (Wan 2.2), which are trained: both (the default; every pair of steps has one of each), high (the one for much "
         "noise) or low.",
         choices=("both", "high", "low"),
+        data_only=True,
     )
     shift: float | None = option(
         None, "Shifts levels towards noise, in the place of the model's own; above 1 is noisier.", above=0
@@ -400,9 +434,12 @@ class TrainConfig(Options):
     base_range: str | Sequence[float] | None = option(
         None,
         "Learn the base's own predictions where the share of noise lies between: with 0.98,1 a style leaves compositions as they are.",
+        data_only=True,
     )
-    base_weight: float | None = option(None, "How much they count; default: 1.", above=0, needs="base_range")
-    prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0)
+    base_weight: float | None = option(
+        None, "How much they count; default: 1.", above=0, needs="base_range", data_only=True
+    )
+    prior_weight: float | None = option(None, "Weight of the prior preservation; default: 1.", above=0, data_only=True)
     name: str | None = option(None, "Name of the adapter; default: the output folder's.")
     sample_prompt: str | Sequence[str] | None = option(
         None,

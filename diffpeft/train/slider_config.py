@@ -27,40 +27,9 @@ class SliderConfig(TrainConfig):
     COMMAND: ClassVar[str] = "slider"
     EVERY: ClassVar[tuple[float, ...]] = (-2.0, -1.0, 1.0, 2.0)
     FIRST: ClassVar[tuple[float, ...]] = ()
-    ABSENT: ClassVar[frozenset[str]] = frozenset(
-        {
-            "data",
-            "heldout",
-            "heldout_every",
-            "best",
-            "instance_prompt",
-            "trigger",
-            "mask",
-            "class_prompt",
-            "prior",
-            "prior_prompts",
-            "class_data",
-            "num_class_images",
-            "prior_weight",
-            "buckets",
-            "flip",
-            "crop",
-            "caption_dropout",
-            "shuffle_captions",
-            "keep_tokens",
-            "epochs",
-            "frames",
-            "fps",
-            "extract",
-            "experts",
-            "noise_offset",
-            "base_range",
-            "base_weight",
-            "control",
-        }
-    )
+    HAS_DATA: ClassVar[bool] = False
 
-    data: str | Sequence[str] | None = option(None, "None: prompts alone say what is learnt.")
+    data: str | Sequence[str] | None = option(None, "None: prompts alone say what is learnt.", data_only=True)
     target: str | None = option(None, "What is changed: a person.")
     positive: str | None = option(None, "What it becomes at strength 1: a smiling person.", needs="target")
     negative: str | None = option(

@@ -223,11 +223,15 @@ def test_what_would_do_nothing_is_refused(said, word):
         config(**said).validate()
 
 
+def _of_data():
+    """The options of data, which a slider does not have."""
+    return {*dreambooth.TrainConfig.names()} - {*SliderConfig.names()}
+
+
 def test_the_account_says_what_is_learnt_and_no_option_of_images_is_there(tmp_path):
     options = config(out=str(tmp_path / "out"), erase="a blue heart " + "very " * 90, sample_every=2)
     checked = check(options)
-    assert not SliderConfig.ABSENT & options.resolved().keys() and "data" in SliderConfig.ABSENT
-    assert {*dreambooth.TrainConfig.names()} > SliderConfig.ABSENT
+    assert not _of_data() & options.resolved().keys() and {"data", "heldout", "control", "frames"} < _of_data()
     assert [prompt.where for prompt in checked.prompts] == ["--erase"]
     assert "to ''" in str(checked.account) and "cut there" in str(checked.account)
     assert json.loads(json.dumps(checked.account.table()))["concepts"][0]["positive"] == ""
@@ -257,7 +261,7 @@ def test_a_run_goes_on_to_the_same_bytes_and_shows_five_strengths(tmp_path):
     want = [p.read_bytes() for p in dreambooth.save(run)]
     page = (tmp_path / "whole" / "report.html").read_text()
     assert all(f">strength {s}<" in page for s in (-2, -1, 0, 1, 2)) and page.count("a tree, strength") == 5
-    assert not {*SliderConfig.ABSENT} & {word.strip() for word in page.replace("<", ">").split(">")}
+    assert not _of_data() & {word.strip() for word in page.replace("<", ">").split(">")}
     strengths = {path.name for path in (tmp_path / "whole/samples/step00000002").iterdir()}
     assert strengths == {f"p{n}_s42{w}.png" for n in (0, 1) for w in ("", "_w-1", "_w-2", "_w2")}
     half = checkpoints_in(tmp_path / "whole")[0]
