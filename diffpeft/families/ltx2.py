@@ -33,7 +33,7 @@ class LTX2(ClipTransformer):
     pipelines: tuple[str, ...] = ("LTX2Pipeline",)
     presets = LTX.presets
     unread: Mapping[str, str] = MappingProxyType({"transformer": r"(.*\.)?(audio_|video_to_audio_|av_cross_attn_).*"})
-    beside = ("connectors",)
+    beside: tuple[str, ...] = ("connectors",)
     patch = 1
     side = 640  # about the area of 512 x 768
     tokens = most_tokens = 1024

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
-from diffpeft.errors import ConfigError
+from diffpeft.errors import ConfigError, listed
 from diffpeft.train import machines
 from diffpeft.train.check import Checked
 from diffpeft.train.config import TrainConfig
@@ -84,10 +84,19 @@ def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, C
 
 
 def estimates(config: TrainConfig, checked: Checked) -> Iterator[tuple[Way, Phase]]:
-    """The ways that are open to a run, with the part of it that needs the most. What is computed is counted once for all shares of blocks."""
+    """The ways that are open to a run, with the part of it that needs the most. What is computed is counted once for all shares of blocks.
+
+    Raises ConfigError for a model of which that cannot be counted: what would fit nobody knows.
+    """
     outlines: dict[tuple[bool, str | None], Outline] = {}
     for way in ways(config, checked.origins):
         key = (way.gradient_checkpointing, way.quantize)
         if key not in outlines:
             outlines[key] = Outline(replace(config, **vars(way)), checked)
-        yield way, max(outlines[key].phases(way.offload), key=lambda phase: phase.total)
+        phases = outlines[key].phases(way.offload)
+        if uncounted := [phase.what for phase in phases if phase.computed is None]:
+            raise ConfigError(
+                f"memory {config.memory}: how much this model computes cannot be told ({listed(uncounted)}), and so not what fits",
+                remedy="Choose --gradient-checkpointing, --quantize and --offload yourself.",
+            )
+        yield way, max(phases, key=lambda phase: phase.total)

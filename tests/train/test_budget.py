@@ -8,7 +8,7 @@ import torch
 import diffpeft
 from diffpeft import ConfigError, TrainConfig
 from diffpeft.pipeline.open import open_parts
-from diffpeft.train import budget, dry
+from diffpeft.train import budget, dry, estimate
 from diffpeft.train.check import check
 from diffpeft.train.estimate import Outline
 from tests.families.pipelines import pipeline
@@ -67,6 +67,12 @@ def test_what_was_said_stays_and_what_cannot_be_is_refused_with_the_least(config
     assert options.offload == 0.4
     ways = budget.ways(replace(config, compile=True, quantize="fp8"), {"gradient_checkpointing": "command line"})
     assert ways == [budget.Way(False, "fp8", 0.0)]
+
+
+def test_what_cannot_be_counted_is_not_taken_for_nothing(config, monkeypatch):
+    monkeypatch.setattr(estimate, "peak", lambda step: None)
+    with pytest.raises(ConfigError, match=r"cannot be told \('captions .*'training'\)"):
+        picked(config, 24 * 2**30)
 
 
 @pytest.mark.parametrize("said", ["x8", "0GB", "much", "8TB"])
