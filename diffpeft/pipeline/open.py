@@ -175,9 +175,10 @@ def open_parts(
     from diffusers import DiffusionPipeline
 
     source, kind = Path(model) if model else EMBEDDED, dtype_of(dtype)
-    with _told(source):
+    skeletons: dict[str, nn.Module] = {}
+    with _told(source, skeletons):
         folder = _folder(source, base)
-        skeletons = {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
+        skeletons |= {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
         unused = {"safety_checker": None} if source.is_file() and "safety_checker" in skeletons else {}
         unused |= _left_out(folder)
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=kind, **skeletons | unused)
@@ -194,14 +195,19 @@ def open_parts(
 
 
 @contextlib.contextmanager
-def _told(source: Path) -> Iterator[None]:
-    """Whatever diffusers and its libraries raise for a model that cannot be read is a CheckpointError, which names what is missing if it can."""
+def _told(source: Path, skeletons: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Whatever diffusers and its libraries raise for a model that cannot be read is a CheckpointError, which names what is missing if it can.
+
+    `skeletons` are ours, and lack their weights whatever is wrong.
+    """
     try:
         yield
     except (MemoryError, DiffpeftError):
         raise
     except Exception as error:
         for module in models_in(error):
+            if any(module is part for skeleton in skeletons.values() for part in skeleton.modules()):
+                continue
             refuse_placeholders(type(module).__name__, module, source)
         raise not_loaded(error, source) from error
 
@@ -284,7 +290,7 @@ class _Files:
 
     def load(self, name: str) -> Component:
         """One model with every weight, where it belongs. Raises CheckpointError if there is none."""
-        with _told(self.source):
+        with _told(self.source, self.skeletons):
             model = self._on_the_host(name).eval()
             return self.placed(name, model) if self.placed else model.to(self.device)
 
