@@ -172,15 +172,14 @@ def open_parts(
     on the device. Raises CheckpointError if there is no such pipeline; what is wrong with the weights of a model is told when it is loaded.
     """
     check_model(model, base, vae, text_encoders)
-    from diffusers import DiffusionPipeline
-
     source, kind = Path(model) if model else EMBEDDED, dtype_of(dtype)
-    with _told(source):
+    skeletons: dict[str, nn.Module] = {}
+    with _told(source, skeletons):
         folder = _folder(source, base)
-        skeletons = {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
+        skeletons |= {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
         unused = {"safety_checker": None} if source.is_file() and "safety_checker" in skeletons else {}
         unused |= _left_out(folder)
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=kind, **skeletons | unused)
+        pipe = _pipeline_class(folder).from_pretrained(folder, dtype=kind, **skeletons | unused)
         configs = configs_of(pipe)
         for name in skeletons:
             setattr(pipe, name, None)
@@ -194,14 +193,19 @@ def open_parts(
 
 
 @contextlib.contextmanager
-def _told(source: Path) -> Iterator[None]:
-    """Whatever diffusers and its libraries raise for a model that cannot be read is a CheckpointError, which names what is missing if it can."""
+def _told(source: Path, skeletons: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Whatever diffusers and its libraries raise for a model that cannot be read is a CheckpointError, which names what is missing if it can.
+
+    `skeletons` are ours, and lack their weights whatever is wrong.
+    """
     try:
         yield
     except (MemoryError, DiffpeftError):
         raise
     except Exception as error:
         for module in models_in(error):
+            if any(module is part for skeleton in skeletons.values() for part in skeleton.modules()):
+                continue
             refuse_placeholders(type(module).__name__, module, source)
         raise not_loaded(error, source) from error
 
@@ -230,6 +234,16 @@ def _models(folder: Path) -> dict[str, type[Component]]:
         for name, cls in classes.items()
         if cls is not None and issubclass(cls, torch.nn.Module) and (folder / name).is_dir()
     }
+
+
+def _pipeline_class(folder: Path) -> type[Component]:
+    """The class of a folder's pipeline. DiffusionPipeline itself would load components that the class may be without, also where they are handed to it."""
+    import diffusers
+
+    cls: type[Component] = getattr(
+        diffusers, str(read_json(folder / INDEX).get("_class_name")), diffusers.DiffusionPipeline
+    )
+    return cls
 
 
 def _left_out(folder: Path) -> dict[str, None]:
@@ -284,7 +298,7 @@ class _Files:
 
     def load(self, name: str) -> Component:
         """One model with every weight, where it belongs. Raises CheckpointError if there is none."""
-        with _told(self.source):
+        with _told(self.source, self.skeletons):
             model = self._on_the_host(name).eval()
             return self.placed(name, model) if self.placed else model.to(self.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -77,10 +78,15 @@ def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, C
         least.append((phase.total, way, phase))
     size, way, phase = min(least, key=lambda entry: entry[0])
     raise ConfigError(
-        f"memory {config.memory} is too little: the least is {sized(size + RESERVED)}, for {phase.what}, with {way}",
+        f"memory {config.memory} is too little: the least is {_at_least(size + RESERVED)}, for {phase.what}, with {way}",
         remedy="Pass a lower --resolution, --batch-size or --rank, or more --memory"
         + (", or leave options out that keep the memory up." if len(least) < len(ways(config, {})) else "."),
     )
+
+
+def _at_least(size: float) -> str:
+    """Bytes as --memory takes them, rounded up: so many are enough."""
+    return f"{math.ceil(100 * size / GIB) / 100:.2f}GB"
 
 
 def estimates(config: TrainConfig, checked: Checked) -> Iterator[tuple[Way, Phase]]:

@@ -60,6 +60,13 @@ def test_all_weights_under_other_names_are_told_in_one_line(folder):
         open_pipeline(str(folder))
 
 
+def test_what_is_wrong_beside_the_weights_is_not_blamed_on_them(folder):
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(CheckpointError, match="scheduler") as caught:
+        open_pipeline(str(folder))
+    assert "of its weights" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."])
 def test_a_single_file_that_lacks_a_weight_is_refused(kind, tmp_path):
     tensors = original(open_pipeline())
