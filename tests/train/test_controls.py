@@ -38,7 +38,7 @@ def test_folders_beside_target_hold_the_control_images(tmp_path):
     account = survey(tmp_path, "make it red")
     assert named(account) == {"target/a.png": ["control/a.jpg", "control2/a.png"], "target/b.png": ["control/b.png"]}
     said = str(account)
-    assert "1 control image beside 1, 2 control images beside 1" in said
+    assert "1 control image beside each of 1, 2 control images beside each of 1" in said
     assert "1 image with a control image of another shape, which is seen whole: 'target/a.png'" in said
     assert "1 image without a control image in a further folder: 'target/b.png'" in said
     assert "folders of which nothing is used" not in said and account.table()["controls"] == 3

@@ -231,7 +231,7 @@ class Account:
         counts = Counter(len(example.controls) for example in self.examples)
         if not counts.keys() - {0}:
             return []
-        parts = (f"{counted(n, 'control image')} beside {images}" for n, images in sorted(counts.items()))
+        parts = (f"{counted(n, 'control image')} beside each of {images}" for n, images in sorted(counts.items()))
         return [", ".join(parts)]
 
     def _held_out(self) -> list[str]:
