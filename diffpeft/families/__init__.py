@@ -24,7 +24,7 @@ from diffpeft.families.ideogram4 import Ideogram4
 from diffpeft.families.kandinsky5_video import Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
 from diffpeft.families.ltx import LTX, LTXImageToVideo
-from diffpeft.families.ltx2 import LTX2
+from diffpeft.families.ltx2 import LTX2, LTX2ImageToVideo
 from diffpeft.families.lumina2 import Lumina2
 from diffpeft.families.mochi import Mochi
 from diffpeft.families.parts import Configs, Parts
@@ -70,6 +70,7 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "hunyuan_video15": HunyuanVideo15,
     "hunyuan_video15_i2v": HunyuanVideo15ImageToVideo,
     "ltx2": LTX2,
+    "ltx2_i2v": LTX2ImageToVideo,
     "cogvideox": CogVideoX,
     "cogvideox_i2v": CogVideoXImageToVideo,
     "mochi": Mochi,

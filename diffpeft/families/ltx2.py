@@ -1,5 +1,5 @@
-"""LTX-2 (Lightricks 2026, arXiv:2601.03233), text to video: clips [b, c, f, h, w] and, beside them, audio that is not trained. Texts are all layers of Gemma,
-which connectors that belong to the model turn into what both streams read.
+"""LTX-2 (Lightricks 2026, arXiv:2601.03233), to video from a text or an image: clips [b, c, f, h, w] and, beside them, audio that is not trained. Texts are
+all layers of Gemma, which connectors that belong to the model turn into what both streams read.
 
 Examples have no sound. The streams are set apart, as the model knows it from training: nothing of the audio reaches the video, and layers of audio are not
 chosen.
@@ -7,17 +7,19 @@ chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import ClipTransformer, counted
-from diffpeft.families.ltx import LTX
+from diffpeft.families.frames import started
+from diffpeft.families.ltx import LTX, LTXImageToVideo
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -54,6 +56,10 @@ class LTX2(ClipTransformer):
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """One token a pixel of x; time is a thousand times the share of noise."""
+        return self.answer(model, x, 1000 * t, 1000 * t, read)
+
+    def answer(self, model: Component, x: Tensor, time: Tensor, noise: Tensor, read: Conditions) -> Tensor:
+        """What the transformer says of latents x [b, c, f, h, w] at times [b], or [b, n] by token; the noise [b] is that of the clip."""
         frames, height, width = x.shape[2:]
         text, audio_text, mask = self._connected(read)
         answer, _ = model(
@@ -61,8 +67,9 @@ class LTX2(ClipTransformer):
             audio_hidden_states=x.new_zeros(len(x), 1, model.config.audio_in_channels),
             encoder_hidden_states=text,
             audio_encoder_hidden_states=audio_text,
-            timestep=1000 * t,
-            sigma=1000 * t,
+            timestep=time,
+            audio_timestep=noise,
+            sigma=noise,
             encoder_attention_mask=mask,
             audio_encoder_attention_mask=mask,
             num_frames=frames,
@@ -104,3 +111,22 @@ class LTX2(ClipTransformer):
         for prefix, read in (("", prompts), ("negative_", negative)):
             keywords[f"{prefix}prompt_embeds"], keywords[f"{prefix}prompt_attention_mask"] = self._filled(read)
         return keywords
+
+
+class LTX2ImageToVideo(LTX2):
+    """The training side of an LTX2ImageToVideoPipeline: the first frame of a clip is known, and stands in its place at no noise."""
+
+    pipelines: tuple[str, ...] = ("LTX2ImageToVideoPipeline",)
+    first_frame = True
+    condition = LTXImageToVideo.condition
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """The first frame, which the pipeline would compress as a video: it is trained on as it is."""
+        return {"image": images[0], "image_crf": 0} if images else {}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """Time is by token, and 0 for the first frame."""
+        if "first" not in read:
+            return super().velocity(model, x, t, read)
+        clip, times = started(x, read["first"], 1000 * t)
+        return self.answer(model, clip, times, 1000 * t, read)

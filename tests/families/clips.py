@@ -322,6 +322,11 @@ KINDS: dict[str, tuple[str, Any]] = {
     "skyreels_v2": ("skyreels_v2", skyreels_v2),
     "easyanimate": ("easyanimate", easyanimate),
 }
+# of LTX-2, shown the first frame in its place, beside sound
+WITH_SOUND: dict[str, tuple[str, Any]] = {
+    "ltx2 i2v": ("ltx2_i2v", lambda: diffusers.LTX2ImageToVideoPipeline(**ltx2(False).components)),
+    "ltx2 i2v, 2.3": ("ltx2_i2v", lambda: diffusers.LTX2ImageToVideoPipeline(**ltx2(True).components)),
+}
 # of models that are shown the first frame
 FIRST_FRAMES: dict[str, tuple[str, Any]] = {
     "hunyuan_video15 i2v": ("hunyuan_video15_i2v", lambda: hunyuan_video15(shown=True, guidance_scale=1.0)),

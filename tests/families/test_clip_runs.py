@@ -18,12 +18,12 @@ from diffpeft.families.dit import ClipTransformer
 from diffpeft.families.prompts import embedded
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
-from tests.families.clips import FIRST_FRAMES
+from tests.families.clips import FIRST_FRAMES, WITH_SOUND
 from tests.families.pipelines import KINDS, made
 from tests.families.test_family_laws import calls, compare
 
 SIDE = 32
-EVERY = {**KINDS, **FIRST_FRAMES}
+EVERY = {**KINDS, **FIRST_FRAMES, **WITH_SOUND}
 KINDS_OF_CLIPS = {family: kind for kind, (family, _) in EVERY.items() if issubclass(FAMILIES[family], ClipTransformer)}
 LENGTHS = dict.fromkeys(
     ("hunyuan_video", "hunyuan_video15", "hunyuan_video15_i2v"), 120
@@ -102,6 +102,33 @@ def test_a_first_frame_is_read_as_the_pipeline_hands_it(kind, monkeypatch):
     assert ours.keys() == theirs.keys()
     compare(ours, theirs, rtol=1e-5, atol=1e-6)  # images are in single precision
     assert (conditions["known"][:, :, 0] != 0).all() and not conditions["known"][:, :, 1:].any()
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WITH_SOUND)
+def test_a_first_frame_beside_sound_is_read_as_the_pipeline_hands_it(kind):
+    family = open_family(made(EVERY, kind, torch.float64), CaptionReading(40))
+    pixels = torch.randint(0, 256, (1, 3, 13, 32, 64), generator=torch.Generator().manual_seed(0)).double() / 127.5 - 1
+    image = Image.fromarray(((pixels[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    read, (z, _) = embedded(family, ["a red cat"]), family.encode(pixels)
+    size = {"height": 32, "width": 64, "num_frames": 13, "num_inference_steps": 1, "output_type": "latent"}
+    plain = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}
+    plain |= {f"audio_{name}": value for name, value in plain.items()}
+    keywords = family.prompted(read, read) | family.pictured([image], (64, 32)) | size | plain
+    model = family.parts(family.denoiser)
+    (theirs,) = calls(model, lambda: family.pipe(**keywords, generator=torch.Generator().manual_seed(1)))
+    begun = theirs["hidden_states"].mT.unflatten(2, z.shape[2:])
+    noised = torch.cat([torch.full_like(begun[:, :, :1], 9.0), begun[:, :, 1:]], 2)  # which nothing reads
+    conditions = {name: value for name, value in family.condition(pixels, []).items() if name != "counts"}
+    time = theirs["sigma"].double() / 1000
+    (ours,) = calls(model, lambda: family.predict(noised, time, read | conditions))
+    names = ("hidden_states", "timestep", "audio_timestep", "sigma", "encoder_hidden_states")
+    compare(*({name: reading[name] for name in names} for reading in (ours, theirs)), rtol=1e-5, atol=1e-5)
+    apart = {"isolate_modalities": True, "return_dict": False}  # as training has it
+    answers = [model(**reading | apart)[0] for reading in (ours, theirs)]
+    torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-5)
+    assert not theirs["timestep"][:, : z[0, 0, 0].numel()].any() and theirs["timestep"].any()
 
 
 def test_a_first_frame_of_one_size_alone_is_refused():
