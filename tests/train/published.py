@@ -141,6 +141,9 @@ _QWEN3_VL_4B = {
     "vision_config": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096},
 }
 _QWEN3_VL_4B["vision_config"] |= {"num_heads": 16, "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]}
+_LONG_CLIP_L, _LONG_CLIP_G = ({**clip, "max_position_embeddings": 248} for clip in (_CLIP_L, _CLIP_G))
+_UMT5_XXL = {**_T5_XXL, "vocab_size": 256384}
+_WAN = {"transformer": {}, "vae": {}, "text_encoder": _UMT5_XXL}
 _VAE16 = _VAE | {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 _VAE_XL = _VAE | {"scaling_factor": 0.13025}
 _BIG = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
@@ -172,6 +175,8 @@ GROWN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "z-image": ("z_image", {"transformer": {}, "vae": _VAE16, "text_encoder": _QWEN3_4B}),
     "qwen-image": ("qwen_image", {"transformer": {}, "vae": {}, "text_encoder": _QWEN25_7B}),
     "krea-2": ("krea2", {"transformer": {}, "vae": {}, "text_encoder": _QWEN3_VL_4B}),
+    "wan-2.1-14b": ("wan", _WAN),
+    "wan-2.2-a14b": ("wan, two experts", _WAN | {"transformer_2": {}}),
     "chroma": ("chroma", {"transformer": {}, "vae": _VAE16, "text_encoder": _T5_XXL}),
     "lumina-2": ("lumina2", {"transformer": {"cap_feat_dim": 2304}, "vae": _VAE16, "text_encoder": _GEMMA2_2B}),
     "pixart-sigma": (
@@ -190,7 +195,7 @@ GROWN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     ),
     "hidream-i1": (
         "hidream",
-        {"transformer": _HIDREAM, "vae": _VAE16, "text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G}
+        {"transformer": _HIDREAM, "vae": _VAE16, "text_encoder": _LONG_CLIP_L, "text_encoder_2": _LONG_CLIP_G}
         | {"text_encoder_3": _T5_XXL, "text_encoder_4": _LLAMA_8B},
     ),
     "ltx-video-2b": ("ltx", {"transformer": {}, "vae": {}, "text_encoder": _T5_XXL}),
@@ -256,6 +261,9 @@ def write_grown(name: str, folder: Path) -> Path:
         file.write_text(
             json.dumps({"_class_name": tiny["_class_name"]} | config if "_class_name" in tiny else _over(tiny, config))
         )
+    index = json.loads((folder / "model_index.json").read_text())
+    index.pop("text_encoder_select_layers", None)  # Krea's own are those of the full text encoder
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

@@ -125,8 +125,5 @@ def test_configs_of_published_models_have_their_sizes(name, tmp_path):
 
 def test_every_model_with_configs_is_in_the_table():
     assert presets.recorded().keys() <= {*published.MODELS, *published.GROWN}
-    assert {*published.MODELS, *published.GROWN} - presets.recorded().keys() <= {
-        "pixart-sigma",
-        "krea-2",
-        "hidream-i1",
-    }  # not computed, or whose activations were not counted
+    missing = {*published.MODELS, *published.GROWN} - presets.recorded().keys()
+    assert missing <= {"pixart-sigma"}  # which takes too long
