@@ -27,7 +27,8 @@ def launched(options: Options) -> int | None:
     """Run the command that is running in as many processes as were asked for, and give its exit code; None if it is to be run here."""
     if (options.num_processes or 1) == 1 or machines.world().size > 1:
         return None
-    options.validate()  # what is wrong with them need not be told by each of the processes
+    options.validate()  # what is wrong with them is told before a process starts
+    machines.check_shards(options)
     args: list[str] = click.get_current_context().find_root().obj
     return run_all([sys.executable, "-m", "diffpeft", *args], options.num_processes or 1)
 

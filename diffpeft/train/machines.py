@@ -153,18 +153,23 @@ def check(options: Processes) -> None:
         raise ConfigError(
             "fsdp with one process, and so it would do nothing", remedy="Pass --num-processes, or leave --fsdp out."
         )
-    for name, why in _WHOLE.items():
-        if getattr(options, name, None) and sharding(options):
-            raise ConfigError(
-                f"{name} with fsdp: {why}",
-                remedy="Leave one of them out; without --fsdp each process holds the whole base.",
-            )
+    check_shards(options)
     precision()
     for name, (allowed, remedy) in (
         _HONOURED | (_HONOURED_FSDP if _said("ACCELERATE_USE_FSDP") == "true" else {})
     ).items():
         if _said(name) not in allowed:
             raise ConfigError(f"accelerate's config says {name}={os.environ.get(name, '')}", remedy=remedy)
+
+
+def check_shards(options: Processes) -> None:
+    """Raise ConfigError for what a sharded base cannot have."""
+    for name, why in _WHOLE.items():
+        if getattr(options, name, None) and sharding(options):
+            raise ConfigError(
+                f"{name} with fsdp: {why}",
+                remedy="Leave one of them out; without --fsdp each process holds the whole base.",
+            )
 
 
 def _said(name: str) -> str:

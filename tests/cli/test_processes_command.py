@@ -41,6 +41,9 @@ def digest(place, out):
 def test_what_is_wrong_before_a_process_starts_is_told_once(place):
     told = diffpeft("train", *COMMON, "-d", "nothing", "-o", "out", "--num-processes", "2", "--rank", "x", cwd=place)
     assert told.returncode == 2 and told.stderr.count("Error") == 1 and "--rank" in told.stderr
+    options = ("-d", "nothing", "-o", "out", "--num-processes", "2", "--fsdp", "--quantize", "int8")
+    told = diffpeft("train", *COMMON, *options, cwd=place)  # processes would miss the data first
+    assert told.returncode == 2 and "quantize with fsdp" in told.stderr
 
 
 @pytest.mark.slow  # whole runs, in processes of their own

@@ -219,7 +219,7 @@ GROWN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 }
 GROWN_SIZES = {  # of the denoiser, in millions, as the models' cards have them: to 3 %
     "sd3.5-medium": 2243, "sd3.5-large": 8057, "flux2-klein-4b": 3876, "flux2-klein-9b": 9079, "z-image": 6155, "qwen-image": 20430,
-    "chroma": 8900, "lumina-2": 2610, "pixart-sigma": 611, "sana-1.6b": 1604, "auraflow": 6858, "cogview4": 6369, "hidream-i1": 17100,
+    "chroma": 8900, "lumina-2": 2610, "pixart-sigma": 611, "sana-1.6b": 1604, "auraflow": 6858, "cogview4": 6369, "wan-2.1-14b": 14290, "hidream-i1": 17100,
     "ltx-video-2b": 1923, "hunyuan-video": 12821, "cogvideox-5b": 5570, "cogvideox-1.5": 5570,
     "mochi-1": 10030,
 }  # fmt: skip
