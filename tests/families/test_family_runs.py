@@ -54,7 +54,6 @@ RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scri
     "ideogram4": (1e-2, "ideogram-4", "ideogram4"),
     "ernie_image": (1e-2, "ernie-image", "ernie_image"),
     "wan": (1e-2, "wan2.1", "wan"),
-    "wan, two experts": (1e-2, "wan2.2", "wan2.2"),
     "ltx": (1e-2, "ltx-video", "ltx_video"),
     "hunyuan_video": (1e-2, "hunyuan-video", "hunyuan_video"),
     "hunyuan_video15": (1e-2, "hunyuan-video-1.5", "hunyuan_video_1_5"),

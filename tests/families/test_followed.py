@@ -50,7 +50,7 @@ REFUSED = {
     "qwen_image edit plus": "could not be followed",
     "ltx2": "connectors for more than a caption",
     "ltx2, 2.3": "connectors for more than a caption",
-    "cogvideox 1.5": "could not be followed",
+    "cogvideox 1.5": "more than another order of the noise",
     "sana_video": "divisible by 32",
     "mochi": "levels of its own",
 }

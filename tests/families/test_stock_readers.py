@@ -16,7 +16,7 @@ from diffpeft.families import CaptionReading, family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
 from diffpeft.train import dreambooth
 from tests.families import pipelines
-from tests.families.pipelines import KINDS, pipeline
+from tests.families.pipelines import EDITS, KINDS, pipeline
 from tests.families.test_family_runs import LANGUAGE, answer
 
 FORMATS = [format for format, (low_rank, _) in READERS.items() if "diffusers" in low_rank]
@@ -31,7 +31,16 @@ def deep_sdxl():
     return pipe
 
 
-OTHERS = [kind for kind in KINDS if not kind.startswith(("sd15", "sdxl", "flux dev", "flux s", "flux,", "wan, two"))]
+ASIDE = (
+    "sd15",
+    "sdxl",
+    "flux dev",
+    "flux s",
+    "flux,",
+    "wan, two",
+)  # have others that stand for them, or files of their own
+UNNAMED = ("easyanimate",)  # of which nothing is known, and whose names may be another's
+OTHERS = [kind for kind in KINDS if not kind.startswith(ASIDE) and kind not in (*EDITS, *UNNAMED)]
 MODELS = {
     "sd15": partial(pipeline, "sd15", torch.float32),
     "sdxl": deep_sdxl,
@@ -69,6 +78,10 @@ def error(kind, path, base, want):
     return float((answer(opened(stock, kind)) - want).norm() / (want - base).norm())
 
 
+# what is read of the attentions of a block alone is not said to be read: of other layers it is not
+NOT_WHOLE = {("ideogram4", "comfyui"), ("skyreels_v2", "comfyui")}
+
+
 @pytest.mark.parametrize("targets", ["attn", "full"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize(
@@ -87,7 +100,8 @@ def test_diffusers_is_a_reader_of_exactly_the_files_that_it_reads_right(model, m
         if not converters.inspect(path).family:
             continue  # of a model that is not known, nothing is said
         claimed = "diffusers" in converters.inspect(path).readable_by
-        assert claimed == (error(model, path, base, want) < 1e-4), (format, claimed)
+        right = error(model, path, base, want) < 1e-4
+        assert claimed <= right if (model, format) in NOT_WHOLE else claimed == right, (format, claimed)
 
 
 @pytest.mark.parametrize("alpha", [2, 1])

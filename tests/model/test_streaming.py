@@ -18,10 +18,10 @@ from diffpeft.model.placing import Placing, offloaded
 from diffpeft.model.state import trained_parameters
 from diffpeft.model.units import repeated
 from diffpeft.train.method import ADAPTERS, CONFIGS
-from tests.families.pipelines import KINDS, pipeline
+from tests.families.pipelines import EDITS, KINDS, pipeline
 
 SLOW = pytest.mark.slow
-FAMILIES = {family: kind for kind, (family, _) in KINDS.items()}
+FAMILIES = {family: kind for kind, (family, _) in KINDS.items() if kind not in EDITS}
 
 
 class FakeDevice(Direct):
@@ -121,7 +121,8 @@ def test_gradients_are_the_same_bytes_and_two_blocks_are_there(family, method, c
     assert device.most <= 2
     streaming = stream_of(model)
     assert 0 < len(streaming.blocks) <= len(repeated(model))
-    assert len(device.brought) <= 4 * len(streaming.blocks)  # twice forwards, twice backwards
+    asked = 2 if family == "kandinsky5_video" else 1  # texts of one length together
+    assert len(device.brought) <= asked * 4 * len(streaming.blocks) + asked - 1  # twice forwards, twice backwards
 
 
 def test_the_next_block_is_on_its_way_once_the_order_was_seen():
