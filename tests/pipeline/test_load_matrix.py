@@ -148,7 +148,7 @@ def test_what_was_saved_comes_back(family, net, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["a.safetensors", "a"])
+@pytest.mark.parametrize("name", ["a.safetensors", pytest.param("a", marks=pytest.mark.slow)])
 def test_without_a_format_everything_can_be_saved_or_the_refusal_says_where(family, net, name, tmp_path):
     for method in [*METHODS][FAMILIES.index(family) % 3 :: 3]:
         path = tmp_path / method / name

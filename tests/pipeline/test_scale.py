@@ -138,6 +138,7 @@ def shallow(two, randomize):
     return two
 
 
+@pytest.mark.slow  # it compiles
 @pytest.mark.parametrize("compiled", (pytest.param("wrapped", marks=pytest.mark.slow), "in place"))
 def test_a_compiled_denoiser_is_scaled_without_a_new_graph(shallow, compiled):
     two, graphs = shallow, []

@@ -49,6 +49,7 @@ def picked(config, size):
     return budget.fitted(check(replace(config, memory=f"{size / 2**30:.9f}GB")))
 
 
+@pytest.mark.slow  # a plan for each way
 def test_the_least_slow_way_that_fits_is_picked(config, totals, nothing_reserved):
     for size in (max(totals.values()), sorted(totals.values())[len(totals) // 2]):
         options, checked = picked(config, size + 2048)

@@ -52,7 +52,7 @@ def test_a_run_follows_from_its_seed(photos):
     assert run.losses != other.losses and not all(torch.equal(first[k], third[k]) for k in first)
 
 
-QUICK_METHODS = ("lora", "dora", "boft")
+QUICK_METHODS = ("lora", "boft")
 METHODS = [
     method if method in QUICK_METHODS else pytest.param(method, marks=pytest.mark.slow)
     for method in dreambooth.ADAPTERS

@@ -323,6 +323,7 @@ def _asked_to_stop():
 @pytest.mark.parametrize(
     "error, raised", [pytest.param(_broken, RuntimeError, marks=pytest.mark.slow), (_asked_to_stop, Interrupted)]
 )
+@pytest.mark.slow  # three runs
 def test_a_run_that_ends_while_it_draws_keeps_its_state_and_goes_on_to_the_same_bytes(
     error, raised, config, tmp_path, monkeypatch
 ):
