@@ -2,7 +2,6 @@
 
 Its dev model was distilled to be told a guidance. Training tells it 1: no guidance.
 
-
 Kontext reads the latents of a picture to edit as further tokens, in a place of their own. The control models (depth, canny) read those of a picture that lies
 over the one that is drawn, in the channels of the same tokens.
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from diffpeft.families.controls import drawn
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -18,10 +20,7 @@ def first_of(pixels: Tensor) -> tuple[Tensor, int]:
 
 def images_of(opening: Tensor) -> list[Image]:
     """First frames [b, 3, 1, h, w] in [-1, 1] as images."""
-    from PIL import Image
-
-    rounded = ((opening[:, :, 0] + 1) * 127.5).round().clamp(0, 255).byte()
-    return [Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()) for pixels in rounded]
+    return [drawn(pixels) for pixels in opening[:, :, 0]]
 
 
 def started(x: Tensor, opening: Tensor, time: Tensor, patch: int = 1) -> tuple[Tensor, Tensor]:
