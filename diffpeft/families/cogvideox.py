@@ -16,7 +16,6 @@ from diffpeft.families.latents import moments
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Configs, Parts
@@ -144,10 +143,6 @@ class CogVideoXImageToVideo(CogVideoX):
         known = moments(vae, frame)[0] * (1 / scale if vae.config.invert_scale_latents else scale)
         blank = known.new_zeros(*known.shape[:2], frames + self._lacking(frames) - 1, *known.shape[3:])
         return {"known": torch.cat([known, blank], dim=2)}
-
-    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
-        """The first frame."""
-        return {"image": images[0]} if images else {}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """v or epsilon. Some models read a number beside the time that is always the same."""

@@ -14,7 +14,6 @@ from diffpeft.families.frames import first_of, images_of
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -144,10 +143,6 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
                 pipe._get_image_embeds(model, pipe.feature_extractor, image, model.device) for image in images_of(frame)
             ]
         return {"known": torch.cat([latents, blank], dim=2), "image": torch.cat(seen)}
-
-    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
-        """The first frame."""
-        return {"image": images[0]} if images else {}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """The mask is of the first frame."""

@@ -15,7 +15,6 @@ from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component
@@ -79,10 +78,6 @@ class LTXImageToVideo(LTX):
         opening, count = first_of(pixels)
         known, _ = encoded(self.parts("vae"), opening)
         return {} if count == 1 else {"first": known, "counts": uncounted(self.frames_of(count), known)}
-
-    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
-        """The first frame."""
-        return {"image": images[0]} if images else {}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """Time is by token, and 0 for the first frame."""

@@ -30,5 +30,5 @@ class Uncontrolled:
         return {}
 
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
-        """Nothing."""
-        return {}
+        """The image that a clip begins with, for a family that is shown it."""
+        return {"image": images[0]} if images and self.first_frame else {}

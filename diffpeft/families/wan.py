@@ -16,7 +16,6 @@ from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Parts
@@ -105,10 +104,6 @@ class WanImageToVideo(Wan):
             with torch.no_grad():
                 read["image"] = torch.cat([self.pipe.encode_image(image) for image in images_of(opening)])
         return read
-
-    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
-        """The first frame."""
-        return {"image": images[0]} if images else {}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """The first frame in its place is at no noise; beside the latents it needs no time."""
