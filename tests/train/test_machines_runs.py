@@ -129,6 +129,7 @@ def same(folder, name, other):
 NAMES = [pytest.param([name], marks=() if name == "lora" else pytest.mark.slow, id=name) for name in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", NAMES)
 def test_two_processes_are_one_with_twice_the_passes(names, folder, monkeypatch):
     counted = Counted(monkeypatch)

@@ -212,6 +212,7 @@ def test_files_of_an_earlier_run_are_told(tmp_path):
     assert save.earlier_files(run) == ["a.kohya.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_saved_once_more_in_another_way(tmp_path):
     """It goes on from its last state, and takes no step."""
     photos_in(tmp_path)
