@@ -23,6 +23,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import diffpeft
+from diffpeft.drawing.calls import images_of, led, watched
+from diffpeft.drawing.prompts import SamplePrompt, check_sizes
 from diffpeft.errors import ConfigError
 from diffpeft.files import Json
 from diffpeft.io import replacing
@@ -35,8 +37,7 @@ from diffpeft.train.data.controls import Controls, shown_with
 from diffpeft.train.data.footage import pictures_of
 from diffpeft.train.data.read import picture
 from diffpeft.train.outputs import SAMPLES
-from diffpeft.train.sample import images_of, led, prompted, watched
-from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
+from diffpeft.train.sample import prompted
 from diffpeft.train.signals import asked
 from diffpeft.train.team import team
 
