@@ -76,6 +76,7 @@ class Layout:
         over: whether it is a DoRA: magnitudes over another method.
         twins: {role: what it is called on an embedding}.
         off: roles whose zeros switch the adapter off.
+        linear: roles that the change of the weight is proportional to, those of them that are there together; empty if there are none.
         mark: the role that tells the method from others with the same roles.
         pruned: whether a rank may be 0.
         stage: methods of a lower one act first on a layer, those of one stage in the order of the table.
@@ -100,6 +101,7 @@ class Layout:
     over: bool = False
     twins: Mapping[str, str] = field(default_factory=dict)
     off: frozenset[str] = frozenset()
+    linear: frozenset[str] = frozenset()
     mark: str = ""
     pruned: bool = False
     stage: int = 2
@@ -208,6 +210,7 @@ LAYOUTS: dict[str, Layout] = {
         inner=True,
         twins=_EMBEDDING,
         off=_words("lora_B lora_embedding_B lora_B_bias"),
+        linear=_words("lora_B lora_embedding_B lora_B_bias"),
         training=Training(_LOW_RANK, matrix=True),
     ),
     "dora": Layout(
@@ -237,6 +240,7 @@ LAYOUTS: dict[str, Layout] = {
         mark="lora_E",
         pruned=True,
         off=_words("lora_B"),
+        linear=_words("lora_B"),
     ),
     "loha": Layout(
         "loha.LoHa",
@@ -249,6 +253,7 @@ LAYOUTS: dict[str, Layout] = {
         alpha="scale",
         inner=True,
         off=_words("hada_w1_a hada_w2_a"),
+        linear=_words("hada_w1_a"),
         training=Training(_PRODUCT, matrix=True),
     ),
     "lokr": Layout(
@@ -263,6 +268,7 @@ LAYOUTS: dict[str, Layout] = {
         alpha="scale",
         inner=True,
         off=_words("lokr_w1 lokr_w1_a"),
+        linear=_words("lokr_w1 lokr_w1_a"),
         training=Training(_PRODUCT),
     ),
     "glora": Layout(
@@ -275,6 +281,7 @@ LAYOUTS: dict[str, Layout] = {
             form("glora_a2: i r *1; glora_a1: r i *1; glora_b2: o r *1; glora_b1: r i *1; glora_bm: r r *k"),
         ),
         alpha="scale",
+        linear=_words("glora_a1 glora_b1"),
     ),
     "ia3": Layout(
         "ia3.IA3",
@@ -283,6 +290,7 @@ LAYOUTS: dict[str, Layout] = {
         peft="IA3",
         ranks=(),
         off=_words("ia3_w"),
+        linear=_words("ia3_w"),
         training=Training(images=False),
     ),
     "oft": Layout(
@@ -339,6 +347,7 @@ LAYOUTS: dict[str, Layout] = {
             Field("d_initial", "", "number", 0.1),
         ),
         off=_words("vera_lambda_b"),
+        linear=_words("vera_lambda_b"),
         training=Training({"rank": "r", "dropout": "vera_dropout"}, images=False),
     ),
     "full": Layout(
@@ -352,6 +361,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         ranks=(),
         off=_words("diff"),
+        linear=_words("diff"),
         stage=0,
     ),
     "norm": Layout(
@@ -359,6 +369,7 @@ LAYOUTS: dict[str, Layout] = {
         (form("w_norm: o *1"), form("b_norm: o *1"), form("w_norm: o *1; b_norm: o *1")),
         ranks=(),
         off=_words("w_norm b_norm"),
+        linear=_words("w_norm b_norm"),
         stage=0,
     ),
 }
