@@ -113,7 +113,7 @@ def generate(grids: tuple[str, ...], more: tuple[str, ...], **asked: Unpack[Aske
     \b
     Example: diffpeft generate -p "an emoji of lemon" --lora demo-out/openmoji.diffusers.safetensors:0.8 -o lemon.png
              diffpeft generate -p "an emoji of lemon <lora:openmoji.kohya:0.8>" --lora-dir demo-out -o lemon.png
-             diffpeft generate -p "an emoji of lemon" --seed 1-4 --lora-dir demo-out --grid strength=0:1:0.5 x seed
+             diffpeft generate -p "an emoji of lemon" --seed 1-4 --lora-dir demo-out --grid strength=0:1:0.5 x lora=openmoji.kohya
 
     Tags in the prompt are A1111's: <lora:NAME>, <lora:NAME:0.8>, <lora:NAME:TEXT_ENCODER:UNET>, with weights by block
     <lora:NAME:1:1:lbw=OUTALL> or lbw=0,1,0.5,..., and from when to when: <lora:NAME:0.8:start=0.2:stop=0.8>, step=5-10.

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from diffpeft.drawing.calls import images_of, led
 from diffpeft.drawing.samplers import scheduler_for
 from diffpeft.drawing.shots import Shot
-from diffpeft.errors import ConfigError
+from diffpeft.errors import ConfigError, DiffpeftError
 from diffpeft.model.mix import Given
 from diffpeft.pipeline.adapters import adapters
 
@@ -187,11 +188,11 @@ def _batches(pipe: Pipeline, shots: Sequence[Shot], size: int) -> Iterator[list[
 
 
 def _pads_alike(pipe: Pipeline) -> bool:
-    """Whether a prompt's tokens do not depend on the other prompts of a batch: those of CLIP and T5 as long as can be."""
-    return hasattr(pipe, "tokenizer") and any(cls.__name__.startswith(_PADDED) for cls in type(pipe).__mro__)
+    """Whether what a pipeline makes of a prompt does not depend on the others of a batch, as far as is known. Some fill up short ones, and look at that."""
+    return any(cls.__name__.startswith(_PADDED) for cls in type(pipe).__mro__)
 
 
-_PADDED = ("StableDiffusion", "Flux", "Kolors", "PixArt", "HunyuanDiT")
+_PADDED = ("StableDiffusion", "Flux", "Chroma", "HunyuanDiT", "Lumina", "Mochi", "Sana", "Wan", "ZImage")
 
 
 @contextlib.contextmanager
@@ -221,8 +222,13 @@ def _told(shot: Shot) -> Iterator[None]:
             where=shot.where,
             remedy="Pass --batch 1, --offload 1, --quantize, or a smaller size.",
         ) from error
+    except NameError as error:  # diffusers imports what it may do without, and some pipelines may not
+        package = find_spec(error.name) is None if error.name else False
+        if not package:
+            raise
+        raise ConfigError(f"the pipeline needs the package {error.name}", remedy=f"pip install {error.name}") from error
     except ValueError as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, DiffpeftError):
             raise
         raise ConfigError(f"the pipeline refuses: {error}", where=shot.where) from error
 

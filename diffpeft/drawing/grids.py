@@ -111,7 +111,7 @@ def _at_strength(mix: Active, value: object, names: frozenset[str]) -> Active:
 
 
 def _set(shot: Shot, axis: Axis, value: object, varied: Varied) -> Shot:
-    return replace(shot, **{axis.kind: value})
+    return replace(shot, **{axis.kind: value})  # type: ignore[arg-type]
 
 
 Change = Callable[[Shot, Axis, object, Varied], Shot]

@@ -144,7 +144,7 @@ def _shots(asked: Asked, shelf: Shelf) -> tuple[list[Shot], list[Page]]:
     prompts = [SamplePrompt(text, where="--prompt") for text in asked["prompt"]]
     prompts += read(Path(asked["prompts"])) if asked["prompts"] else []
     shots = shots_of(prompts, seeds, shelf, common)
-    standing = {"prompt": [prompt.prompt for prompt in prompts], "seed": seeds}
+    standing: dict[str, Sequence[object]] = {"prompt": [prompt.prompt for prompt in prompts], "seed": seeds}
     grid = axes.parsed(asked["grid"], standing, shelf.files) if asked["grid"] else []
     texts = [str(value) for axis in grid if axis.kind == "prompt" for value in axis.values]
     if texts and texts != standing["prompt"]:
@@ -156,6 +156,8 @@ def _shots(asked: Asked, shelf: Shelf) -> tuple[list[Shot], list[Page]]:
         raise ConfigError("nothing says what to draw", remedy='Pass -p "a prompt", or --prompts FILE.')
     if not grid:
         return shots, []
+    if any(axis.kind == "strength" for axis in grid) and not any(axis.kind == "lora" for axis in grid) and not shelf.files:
+        raise ConfigError("the grid has strengths, and there is no adapter", remedy="Pass --lora FILE, or add x lora=a,b.")
     by_text = {prompt.prompt: shots_of([prompt], seeds, shelf, common)[0] for prompt in prompts}
     return on_grid(shots, grid, by_text, shelf)
 
@@ -195,6 +197,7 @@ def staged(asked: Asked, job: Job) -> Stage:
     import diffpeft
     from diffpeft.drawing.draw import stage_for
     from diffpeft.families import family_of
+    from diffpeft.model.mix import NAME
     from diffpeft.pipeline.open import default_device, default_dtype
 
     device = there(asked["device"] or default_device())
@@ -212,7 +215,7 @@ def staged(asked: Asked, job: Job) -> Stage:
     pipe.set_progress_bar_config(disable=True)
     loaded = {}
     for i, (name, file) in enumerate(job.adapters.items()):
-        report = diffpeft.load_lora(pipe, file, name=f"lora-{i}")
+        report = diffpeft.load_lora(pipe, file, name=name if NAME.fullmatch(name) else f"lora-{i}")
         loaded[name] = (report.name, report.matched)
     return Stage(pipe, family_of(pipe), loaded)
 

@@ -39,12 +39,13 @@ def numbers(text: str, where: str) -> list[float]:
             bounds = []
         if len(bounds) not in (1, 3) or not all(map(math.isfinite, bounds)):
             raise ConfigError(f"{where} is {shown(text)}", where=where, remedy=_NUMBERS)
-        spread += bounds if len(bounds) == 1 else _spread(*bounds, where=where, text=text)
+        spread += bounds if len(bounds) == 1 else _spread(bounds, where, text)
     return spread
 
 
-def _spread(first: float, last: float, step: float, where: str, text: str) -> list[float]:
-    """The numbers from `first` to `last`, rounded to what was meant: 0.1 three times is 0.3."""
+def _spread(bounds: list[float], where: str, text: str) -> list[float]:
+    """The numbers from the first to the last, rounded to what was meant: 0.1 three times is 0.3."""
+    first, last, step = bounds
     count = (last - first) / step if step else math.nan
     if not 0 <= count < _MOST:
         raise ConfigError(f"{where} is {shown(text)}: that step does not lead there", where=where, remedy=_NUMBERS)

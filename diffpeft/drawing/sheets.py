@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _LARGEST = 8192  # pixels a side: what viewers and video cards show
 _GAP, _MARGIN = 8, 10
-_FONT = 20
+_FONT = (10, 24)  # the smallest and the largest that labels are written in; between them an eighth of a picture is
 _WIDEST = 240  # of the labels on the left
 
 
@@ -35,17 +35,10 @@ def pieces(sheet: Sheet, largest: int = _LARGEST) -> Iterator[Image.Image]:
             yield drawn(Sheet(sheet.columns[columns], sheet.rows[rows], cells, sheet.title))
 
 
-def piece_count(columns: int, rows: int, width: int, height: int, largest: int = _LARGEST) -> int:
-    """How many pictures `pieces` gives of so many cells of a size."""
-    across = max(1, (largest - _WIDEST) // (width + _GAP))
-    down = max(1, (largest - _WIDEST) // (height + _GAP))
-    return -(-columns // across) * -(-rows // down)
-
-
 def drawn(sheet: Sheet) -> Image.Image:
     """A sheet as one picture."""
     width, height = _cell(sheet)
-    font = ImageFont.load_default(_FONT)
+    font = ImageFont.load_default(min(max(width // 8, _FONT[0]), _FONT[1]))
     rows = [_wrapped(label, _WIDEST, font) for label in sheet.rows]
     columns = [_wrapped(label, width, font) for label in sheet.columns]
     title = _wrapped(sheet.title, len(columns) * (width + _GAP), font)
@@ -55,13 +48,16 @@ def drawn(sheet: Sheet) -> Image.Image:
     size = (left + len(columns) * (width + _GAP) - _GAP, head + above + len(rows) * (height + _GAP) - _GAP)
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
-    middle = {"fill": "#222", "font": font, "align": "center"}
-    pen.multiline_text((left + (size[0] - left) / 2, _MARGIN), title, anchor="ma", **middle)
+
+    def say(x: float, y: float, text: str, anchor: str = "mm") -> None:
+        pen.multiline_text((x, y), text, fill="#222", font=font, align="center", anchor=anchor)
+
+    say(left + (size[0] - left) / 2, _MARGIN, title, "ma")
     for c, label in enumerate(columns):
-        pen.multiline_text((left + c * (width + _GAP) + width / 2, head + above / 2), label, anchor="mm", **middle)
+        say(left + c * (width + _GAP) + width / 2, head + above / 2, label)
     for r, label in enumerate(rows):
         y = head + above + r * (height + _GAP)
-        pen.multiline_text((left / 2, y + height / 2), label, anchor="mm", **middle)
+        say(left / 2, y + height / 2, label)
         for c, cell in enumerate(sheet.cells[r]):
             canvas.paste(cell, (left + c * (width + _GAP), y))
     return canvas
