@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from diffpeft.methods.layout import CONFIGS
+from diffpeft.methods.layout import CONFIGS, TUNED
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ _HOMES = {
     "diffpeft.llm.prefix_tuning": "PrefixEncoder",
     "diffpeft.llm.prompt_tuning": "PromptEmbedding",
     "diffpeft.llm.status": "get_layer_status get_model_status",
-    "diffpeft.llm.tuners": "AdaLoraModel BOFTModel HRAModel IA3Model LoHaModel LoKrModel LoraModel OFTModel VeraModel",
+    "diffpeft.llm.tuners": " ".join(f"{stem}Model" for stem in TUNED),
     "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
