@@ -360,6 +360,18 @@ LAYOUTS: dict[str, Layout] = {
         off=_words("vera_lambda_b"),
         training=Training({"rank": "r", "dropout": "vera_dropout"}, images=False),
     ),
+    "hira": Layout(
+        "hira.Hira",
+        (form("hira_A: r i *k; hira_B: o r *1"), form("hira_embedding_A: r i; hira_embedding_B: o r")),
+        config="HiraConfig",
+        peft="HIRA",
+        dropouts={"hira_dropout": "dropout"},
+        rank_default=32,
+        patterns=True,
+        twins={"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"},
+        off=_words("hira_B hira_embedding_A"),
+        training=Training({"rank": "r", "dropout": "hira_dropout"}, images=False),
+    ),
     "full": Layout(
         "full.Full",
         (
