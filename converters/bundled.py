@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from converters.opening import Source, opened
 from diffpeft import io
 from diffpeft.bundle import Handle
+from diffpeft.converters.opening import Source, opened
 from diffpeft.errors import CheckpointError
 
 _MAX_NAME = 200  # bytes

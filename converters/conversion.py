@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converters.engine import read
-from converters.formats import FORMATS
-from converters.formats.base import magnitude_axis
-from converters.formats.fields import on_inputs
-from converters.holding import Held, held, refused
-from converters.opening import Source
-from converters.writing import check_path, files, planned, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, parted
+from diffpeft.converters.engine import read
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import magnitude_axis
+from diffpeft.converters.formats.fields import on_inputs
+from diffpeft.converters.holding import Held, held, refused
+from diffpeft.converters.opening import Source
+from diffpeft.converters.writing import check_path, files, planned, store
 from diffpeft.definition import definition_of
 from diffpeft.errors import ConfigError, UnknownNameError, inside, listed, near, shown
 from diffpeft.handles import Scaled

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from converters.detection import Detection, Fit, fit, methods_of
-from converters.families import TABLES, Table
-from converters.formats import FORMATS, Format
-from converters.formats.base import table_of
-from converters.judging import check_alpha, judged, with_alphas
-from converters.opening import Opened, Source, opened, parts_of
-from converters.placing import Names, Reading, literal, placed
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.converters.detection import Detection, Fit, fit, methods_of
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats import FORMATS, Format
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.judging import check_alpha, judged, with_alphas
+from diffpeft.converters.opening import Opened, Source, opened, parts_of
+from diffpeft.converters.placing import Names, Reading, literal, placed
 from diffpeft.errors import (
     AmbiguousFormatError,
     CheckpointError,

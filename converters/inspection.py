@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from converters.detection import Fit, bare, fit, methods_of
-from converters.families import Table
-from converters.formats import FORMATS
-from converters.formats.base import table_of
-from converters.opening import Opened, Source, opened
-from converters.readers import readers
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, trigger_words
+from diffpeft.converters.detection import Fit, bare, fit, methods_of
+from diffpeft.converters.families import Table
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.opening import Opened, Source, opened
+from diffpeft.converters.readers import readers
 from diffpeft.errors import inside
 from diffpeft.methods.shapes import rank
 

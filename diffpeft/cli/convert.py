@@ -39,7 +39,7 @@ def convert(
 
     Example: diffpeft convert style.safetensors style-comfyui.safetensors --to comfyui
     """
-    import converters
+    from diffpeft import converters
     from diffpeft.cli.errors import naming
     from diffpeft.pipeline.locate import located
 

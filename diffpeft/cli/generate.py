@@ -114,7 +114,7 @@ def generate(**asked: Unpack[Asked]) -> None:
 
 def _adapters(asked: Asked) -> tuple[str, Files]:
     """The prompt without its tags, and the adapters' files. Their headers are read: a bad file is told before the model loads."""
-    import converters
+    from diffpeft import converters
     from diffpeft.pipeline.locate import located
     from diffpeft.pipeline.open import check_model
     from diffpeft.pipeline.prompt import parsed, resolved

@@ -16,7 +16,7 @@ from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError,
 from diffpeft.files import parsed
 
 if TYPE_CHECKING:
-    from converters import Inspection
+    from diffpeft.converters import Inspection
 
 BAR = 30  # characters
 TAGS = 12  # shown
@@ -58,7 +58,7 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
 
 def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftError]:
     """What each file is, or the error that it gives; those of folders one by one."""
-    import converters
+    from diffpeft import converters
 
     for file in files:
         try:
@@ -77,7 +77,7 @@ def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftEr
 
 def _paths(file: str) -> list[Path]:
     """The adapters that an argument stands for: a file, a PEFT folder, or the files and PEFT folders in a folder."""
-    import converters
+    from diffpeft import converters
     from diffpeft.pipeline.locate import PEFT, located
 
     folder = Path(file)
@@ -111,7 +111,7 @@ def _show(seen: Inspection) -> None:
         if text:
             click.echo(f"  {name:17} {text}")
     if seen.norms is not None:
-        from converters.inspection import by_block
+        from diffpeft.converters.inspection import by_block
 
         blocks = by_block(seen.norms)
         largest = max(filter(math.isfinite, blocks.values()), default=0) or 1
@@ -122,7 +122,7 @@ def _show(seen: Inspection) -> None:
 
 def _rows(seen: Inspection) -> dict[str, str]:
     """{what is said of a file: in words, empty where there is nothing to say}."""
-    from converters.inspection import listed_values
+    from diffpeft.converters.inspection import listed_values
 
     family = seen.family or "unknown"
     rows = {

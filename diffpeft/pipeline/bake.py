@@ -20,10 +20,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-import converters
-from converters.rows import Unfit, split
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import COMPONENTS, Handle, dotted, parted
+from diffpeft.converters.rows import Unfit, split
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import converters
-from converters.sizes import grouped
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import Bundle, Entry, dotted
+from diffpeft.converters.sizes import grouped
 from diffpeft.errors import (
     ConfigError,
     WrongBaseError,

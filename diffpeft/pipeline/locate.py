@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
 from urllib.parse import unquote
 
-import converters
+from diffpeft import converters
 from diffpeft.errors import CheckpointError, UnreadableFileError, listed, near, shown
 from diffpeft.files import present
 
