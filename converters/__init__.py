@@ -8,6 +8,7 @@ from diffpeft.converters.families import TABLES
 from diffpeft.converters.formats import FORMATS
 from diffpeft.converters.holding import refusal
 from diffpeft.converters.inspection import Inspection, inspect
+from diffpeft.converters.locating import located
 from diffpeft.converters.opening import components_in
 from diffpeft.converters.short_name import SHORT, share
 from diffpeft.converters.writing import write
@@ -25,6 +26,7 @@ __all__ = [
     "embeddings",
     "fitting",
     "inspect",
+    "located",
     "read",
     "refusal",
     "unknown_family",
