@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from converters.families import TABLES, Table
-from converters.families.text import CLIP, T5
-from converters.formats import FORMATS, Format, KeyParts
-from converters.formats.wrappers import all_unwrapped
-from converters.roles import split
-from converters.rows import aspect
-from converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.bundle import Handle
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.families.text import CLIP, T5
+from diffpeft.converters.formats import FORMATS, Format, KeyParts
+from diffpeft.converters.formats.wrappers import all_unwrapped
+from diffpeft.converters.roles import split
+from diffpeft.converters.rows import aspect
+from diffpeft.converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
 from diffpeft.methods.shapes import extent, width

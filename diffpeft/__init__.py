@@ -6,6 +6,7 @@ The public names are imported on first use, so that `import diffpeft` costs no t
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpeft.methods.layout import CONFIGS, TUNED
@@ -60,11 +61,15 @@ _HOMES = {
     "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = {"schedule": "diffpeft.model.schedule", "train": "diffpeft.train"}
+_MODULES = {"converters": "diffpeft.converters", "schedule": "diffpeft.model.schedule", "train": "diffpeft.train"}
 __all__ = sorted([*_HOME, *_MODULES])
+_HERE = Path(__file__).parent
+if not (_HERE / "converters").is_dir():  # a checkout whose links were not kept
+    __path__.append(str(_HERE.parent))
 _PEFTS = ("functional", "helpers", "optimizers", "tuners", "utils")  # its modules, which are attributes of it
 
 if TYPE_CHECKING:
+    from diffpeft import converters as converters
     from diffpeft.alias import as_peft as as_peft
     from diffpeft.bundle import Bundle as Bundle
     from diffpeft.bundle import Entry as Entry

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from converters.formats.schema import ALPHA as FINITE
-from converters.formats.schema import MAX_RANK, NOTHING, Config, whole
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry
+from diffpeft.converters.formats.schema import ALPHA as FINITE
+from diffpeft.converters.formats.schema import MAX_RANK, NOTHING, Config, whole
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.shapes import rank
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from converters.formats import config as configs
-from converters.formats.base import dotted_role
-from converters.formats.schema import Config
-from converters.formats.wrappers import PEFT as PREFIX
-from converters.formats.wrappers import unwrapped
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, parted
+from diffpeft.converters.formats import config as configs
+from diffpeft.converters.formats.base import dotted_role
+from diffpeft.converters.formats.schema import Config
+from diffpeft.converters.formats.wrappers import PEFT as PREFIX
+from diffpeft.converters.formats.wrappers import unwrapped
 from diffpeft.methods.axes import triangle
 from diffpeft.methods.layout import LAYOUTS, Field, Layout, is_scaled
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from diffpeft.cli.options import completed
+from diffpeft.cli.options import completed, place_options
+
+if TYPE_CHECKING:
+    from diffpeft.converters.locating import Where
 
 WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris", "xlabs", "onetrainer")
 
@@ -25,6 +29,7 @@ WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris"
 @click.option("--dtype", help="Of the factors: fp64, fp32, fp16 or bf16. Default: as they are stored.")
 @click.option("--allow", type=click.Choice(["approximate"]), help="Admit a conversion that loses more than rounding.")
 @click.option("--embeddings", metavar="DIR", help="Write embeddings that IN has along as files of their own, too.")
+@place_options
 def convert(
     source: str,
     out: str,
@@ -34,16 +39,16 @@ def convert(
     dtype: str | None,
     allow: str | None,
     embeddings: str | None,
+    **where: Unpack[Where],
 ) -> None:
     """Write an adapter file in another format.
 
     Example: diffpeft convert style.safetensors style-comfyui.safetensors --to comfyui
     """
-    import converters
+    from diffpeft import converters
     from diffpeft.cli.errors import naming
-    from diffpeft.pipeline.locate import located
 
-    path = source if Path(source).is_dir() else located(source)
+    path = converters.located(source, **where)
     if Path(out).is_file():
         click.echo(f"warning: {out} was there, and is replaced", err=True)
     with naming(out):

@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
+from diffpeft.cli.options import place_options
 from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError, joined
 from diffpeft.files import parsed
 
 if TYPE_CHECKING:
-    from converters import Inspection
+    from diffpeft.converters import Inspection
+    from diffpeft.converters.locating import Where
 
 BAR = 30  # characters
 TAGS = 12  # shown
@@ -30,8 +32,9 @@ TAGS = 12  # shown
 @click.option(
     "--norms", is_flag=True, help="Read the tensors too: norms by block, dead layers, values that are not finite."
 )
+@place_options
 @click.pass_context
-def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bool) -> None:
+def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bool, **where: Unpack[Where]) -> None:
     """Say what adapter files are: format, family, methods, ranks, trigger words, and which programs read them.
 
     A FILE may be a folder, whose files are shown, a PEFT folder, or a link to the Hub. One that cannot be read does not hide the others.
@@ -42,7 +45,7 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
 
     tables: list[object] = []
     codes: list[int] = []
-    for seen in _each(files, norms):
+    for seen in _each(files, norms, where):
         if isinstance(seen, DiffpeftError):
             show(seen)
             codes.append(seen.exit_code)
@@ -56,13 +59,13 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
         ctx.exit(codes[0])
 
 
-def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftError]:
+def _each(files: Iterable[str], norms: bool, where: Where) -> Iterator[Inspection | DiffpeftError]:
     """What each file is, or the error that it gives; those of folders one by one."""
-    import converters
+    from diffpeft import converters
 
     for file in files:
         try:
-            paths = _paths(file)
+            paths = _paths(file, where)
         except DiffpeftError as error:
             yield error
             continue
@@ -75,14 +78,16 @@ def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftEr
                 yield UnreadableFileError(f"cannot read it: {error.strerror or error}", where=path)
 
 
-def _paths(file: str) -> list[Path]:
+def _paths(file: str, where: Where) -> list[Path]:
     """The adapters that an argument stands for: a file, a PEFT folder, or the files and PEFT folders in a folder."""
-    import converters
-    from diffpeft.pipeline.locate import PEFT, located
+    from diffpeft import converters
+    from diffpeft.converters.locating import PEFT
 
     folder = Path(file)
-    if not folder.is_dir() or (folder / PEFT[1]).is_file():
-        return [folder if folder.is_dir() else located(file)]
+    if not folder.is_dir() or any(where.values()):
+        return [converters.located(file, **where)]
+    if (folder / PEFT[1]).is_file():
+        return [folder]
     inside = converters.components_in(folder) or sorted(
         path for path in folder.iterdir() if path.suffix == ".safetensors" or (path / PEFT[1]).is_file()
     )
@@ -111,7 +116,7 @@ def _show(seen: Inspection) -> None:
         if text:
             click.echo(f"  {name:17} {text}")
     if seen.norms is not None:
-        from converters.inspection import by_block
+        from diffpeft.converters.inspection import by_block
 
         blocks = by_block(seen.norms)
         largest = max(filter(math.isfinite, blocks.values()), default=0) or 1
@@ -122,7 +127,7 @@ def _show(seen: Inspection) -> None:
 
 def _rows(seen: Inspection) -> dict[str, str]:
     """{what is said of a file: in words, empty where there is nothing to say}."""
-    from converters.inspection import listed_values
+    from diffpeft.converters.inspection import listed_values
 
     family = seen.family or "unknown"
     rows = {
