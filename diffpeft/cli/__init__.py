@@ -11,10 +11,12 @@ from diffpeft.cli.average import average
 from diffpeft.cli.convert import convert
 from diffpeft.cli.data import data
 from diffpeft.cli.demo import demo
+from diffpeft.cli.edit import edit
 from diffpeft.cli.errors import run
 from diffpeft.cli.fuse import fuse
 from diffpeft.cli.generate import generate
 from diffpeft.cli.inspect import inspect
+from diffpeft.cli.list import list_
 from diffpeft.cli.sft import sft
 from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
@@ -40,14 +42,16 @@ def cli() -> None:
     diffpeft average RUN -o OUT                average an adapter over a run's states
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
     diffpeft fuse -m MODEL --lora FILE -o OUT  put adapters into a model's weights for good
+    diffpeft list DIR                          say what the adapters in a folder are, a line each
     diffpeft inspect FILE                      say what an adapter file is
     diffpeft convert IN OUT --to FORMAT        write it in another format
+    diffpeft edit FILE --set KEY=TEXT          change its metadata, trigger words, picture
 
     Every command takes --debug.
     """
 
 
-for command in (demo, train, data, slider, sft, average, generate, fuse, inspect, convert):
+for command in (demo, train, data, slider, sft, average, generate, fuse, list_, inspect, convert, edit):
     cli.add_command(command)
 
 

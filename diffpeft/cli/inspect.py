@@ -7,12 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError, joined
+from diffpeft.cli.columns import printed
+from diffpeft.errors import DiffpeftError, UnreadableFileError, joined
 from diffpeft.files import parsed
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
 def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftError]:
     """What each file is, or the error that it gives; those of folders one by one."""
     import converters
+    from diffpeft.tools.listing import of_argument
 
     for file in files:
         try:
-            paths = _paths(file)
+            paths = of_argument(file)
         except DiffpeftError as error:
             yield error
             continue
@@ -73,26 +74,6 @@ def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftEr
                 yield error
             except OSError as error:
                 yield UnreadableFileError(f"cannot read it: {error.strerror or error}", where=path)
-
-
-def _paths(file: str) -> list[Path]:
-    """The adapters that an argument stands for: a file, a PEFT folder, or the files and PEFT folders in a folder."""
-    import converters
-    from diffpeft.pipeline.locate import PEFT, located
-
-    folder = Path(file)
-    if not folder.is_dir() or (folder / PEFT[1]).is_file():
-        return [folder if folder.is_dir() else located(file)]
-    inside = converters.components_in(folder) or sorted(
-        path for path in folder.iterdir() if path.suffix == ".safetensors" or (path / PEFT[1]).is_file()
-    )
-    if not inside:
-        raise CheckpointError(
-            "the folder holds no .safetensors file",
-            where=folder,
-            remedy="Pass an adapter's file, or a folder with one.",
-        )
-    return list(inside)
 
 
 def _plain(value: object) -> object:
@@ -154,10 +135,5 @@ def _tags(text: str) -> str:
     for tags in folders.values():
         for tag, n in tags.items() if isinstance(tags, dict) else ():
             counts[tag] += n if type(n) is int else 0
-    most = [f"{_printed(tag)} {n}" for tag, n in counts.most_common(TAGS) if n > 0]
+    most = [f"{printed(tag)} {n}" for tag, n in counts.most_common(TAGS) if n > 0]
     return ", ".join(most) + (f" and {len(counts) - TAGS} more" if len(counts) > TAGS else "")
-
-
-def _printed(text: str) -> str:
-    """A text from a file as it may be shown in a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:100]

@@ -20,6 +20,8 @@ OUTPUTS = {
     "convert to a folder": (("convert", "a.safetensors", "b", "--to", "peft"), ["b/adapter_config.json"]),
     "generate": (("generate", "-p", "x", "-o", "b.png"), ["b.png"]),
     "demo": (("demo", "-o", "b"), ["b/openmoji.kohya.safetensors"]),
+    "list": (("list", ".", "--html", "b.html"), ["b.html"]),
+    "edit": (("edit", "a.safetensors", "--set", "x=y", "-o", "b.safetensors"), ["b.safetensors"]),
     "average": (("average", "run", "-o", "b"), ["b/x.safetensors"]),
 }
 
