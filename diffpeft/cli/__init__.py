@@ -8,6 +8,7 @@ import click
 
 from diffpeft import __version__
 from diffpeft.cli.average import average
+from diffpeft.cli.bake import bake
 from diffpeft.cli.convert import convert
 from diffpeft.cli.data import data
 from diffpeft.cli.demo import demo
@@ -17,6 +18,7 @@ from diffpeft.cli.fuse import fuse
 from diffpeft.cli.generate import generate
 from diffpeft.cli.inspect import inspect
 from diffpeft.cli.list import list_
+from diffpeft.cli.prune import prune
 from diffpeft.cli.sft import sft
 from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
@@ -45,13 +47,15 @@ def cli() -> None:
     diffpeft list DIR                          say what the adapters in a folder are, a line each
     diffpeft inspect FILE                      say what an adapter file is
     diffpeft convert IN OUT --to FORMAT        write it in another format
+    diffpeft prune IN OUT --blocks PATTERN     leave blocks or layers out
+    diffpeft bake IN OUT --blocks PATTERN=W    put weights by block into it
     diffpeft edit FILE --set KEY=TEXT          change its metadata, trigger words, picture
 
     Every command takes --debug.
     """
 
 
-for command in (demo, train, data, slider, sft, average, generate, fuse, list_, inspect, convert, edit):
+for command in (demo, train, data, slider, sft, average, generate, fuse, list_, inspect, convert, prune, bake, edit):
     cli.add_command(command)
 
 

@@ -55,8 +55,7 @@ def edit(
         out: the copy; without it the file itself is changed.
         overwrite: whether a copy may replace what is there.
 
-    Raises UnknownNameError for a key to take away that is not there; ConfigError for a hash that is set by hand, a picture that is none, or a copy that
-    is there; CheckpointError.
+    Raises UnknownNameError for a key to take away that is not there; ConfigError for a hash, no picture, or a copy that is there; CheckpointError.
     """
     path = Path(path)
     if path.is_dir():
