@@ -56,6 +56,7 @@ _HOMES = {
     "diffpeft.pipeline.hotswap": "replace",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
     "diffpeft.tools.baking": "bake",
+    "diffpeft.tools.comparing": "diff",
     "diffpeft.tools.editing": "edit",
     "diffpeft.tools.listing": "list_adapters",
     "diffpeft.tools.pruning": "prune",
@@ -154,6 +155,7 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
     from diffpeft.tools.baking import bake as bake
+    from diffpeft.tools.comparing import diff as diff
     from diffpeft.tools.editing import edit as edit
     from diffpeft.tools.listing import list_adapters as list_adapters
     from diffpeft.tools.pruning import prune as prune

@@ -12,6 +12,7 @@ from diffpeft.cli.bake import bake
 from diffpeft.cli.convert import convert
 from diffpeft.cli.data import data
 from diffpeft.cli.demo import demo
+from diffpeft.cli.diff import diff
 from diffpeft.cli.edit import edit
 from diffpeft.cli.errors import run
 from diffpeft.cli.fuse import fuse
@@ -50,12 +51,29 @@ def cli() -> None:
     diffpeft prune IN OUT --blocks PATTERN     leave blocks or layers out
     diffpeft bake IN OUT --blocks PATTERN=W    put weights by block into it
     diffpeft edit FILE --set KEY=TEXT          change its metadata, trigger words, picture
+    diffpeft diff A B                          say how alike two adapters are, by block
 
     Every command takes --debug.
     """
 
 
-for command in (demo, train, data, slider, sft, average, generate, fuse, list_, inspect, convert, prune, bake, edit):
+for command in (
+    demo,
+    train,
+    data,
+    slider,
+    sft,
+    average,
+    generate,
+    fuse,
+    list_,
+    inspect,
+    convert,
+    prune,
+    bake,
+    edit,
+    diff,
+):
     cli.add_command(command)
 
 
