@@ -57,7 +57,7 @@ def _row(name: str, part: Likeness) -> list[str]:
 def _table(report: DiffReport) -> dict[str, object]:
     """What JSON can hold of a report: no number that is not finite."""
 
-    def plain(part: Likeness) -> dict[str, object]:
+    def plain(part: Likeness) -> dict[str, float | None]:
         numbers = {
             "cosine": part.cosine,
             "norm_a": part.norm_a,

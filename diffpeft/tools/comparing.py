@@ -56,9 +56,13 @@ class Likeness:
     def over(cls, parts: Iterable[Likeness]) -> Likeness:
         """That of several layers together."""
         parts = list(parts)
-        norms = (math.hypot(*(getattr(part, name) for part in parts)) for name in ("norm_a", "norm_b"))
-        gap = math.hypot(*(part.gap for part in parts))
-        return cls(*norms, math.fsum(part.dot for part in parts), gap, sum(part.layers for part in parts))
+        return cls(
+            math.hypot(*(part.norm_a for part in parts)),
+            math.hypot(*(part.norm_b for part in parts)),
+            math.fsum(part.dot for part in parts),
+            math.hypot(*(part.gap for part in parts)),
+            sum(part.layers for part in parts),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class DiffReport:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-class Product(NamedTuple):
+class UpDown(NamedTuple):
     """An update as up @ down.  up [o, r], down [r, n]."""
 
     up: torch.Tensor
@@ -91,7 +95,7 @@ class Product(NamedTuple):
 class _Update(NamedTuple):
     """A layer's update: products, the sum of which it is, or one matrix [o, n]."""
 
-    product: Product | None
+    product: UpDown | None
     matrix: torch.Tensor | None
 
     @property
@@ -117,14 +121,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, family: str | 
             where=f"{a} ({bundles[0].family}), {b} ({bundles[1].family})",
             remedy="They are for different models, or of different parts of one.",
         )
-    layers: dict[str, Likeness] = {}
-    left_out: dict[str, str] = {}
-    for layer in dict.fromkeys([*by_layer[0], *by_layer[1]]):
-        entries = [of_layer.get(layer, []) for of_layer in by_layer]
-        if why := next(filter(None, (_unfit(entry) for of_one in entries for entry in of_one)), ""):
-            left_out[layer] = why
-        else:
-            layers[layer] = _likeness(layer, *(_update(of_one, layer) for of_one in entries))
+    layers, left_out = _compared(*by_layer)
     if not layers:
         raise ConfigError(f"no layer can be compared: {next(iter(left_out.values()))}", where=f"{a}, {b}")
     blocks: dict[str, list[Likeness]] = {}
@@ -138,6 +135,21 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, family: str | 
         tuple(layer for layer in by_layer[1] if layer not in by_layer[0]),
         left_out,
     )
+
+
+def _compared(
+    a: Mapping[str, Sequence[Entry]], b: Mapping[str, Sequence[Entry]]
+) -> tuple[dict[str, Likeness], dict[str, str]]:
+    """{layer: how alike the two are on it}, and {layer: why that is not known}."""
+    layers: dict[str, Likeness] = {}
+    left_out: dict[str, str] = {}
+    for layer in dict.fromkeys([*a, *b]):
+        entries = (a.get(layer, []), b.get(layer, []))
+        if why := next(filter(None, map(_unfit, [*entries[0], *entries[1]])), ""):
+            left_out[layer] = why
+        else:
+            layers[layer] = _likeness(layer, _update(entries[0], layer), _update(entries[1], layer))
+    return layers, left_out
 
 
 def _by_layer(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
@@ -171,7 +183,7 @@ def _update(entries: Sequence[Entry], layer: str) -> _Update | None:
         return None
     products = [update.product for update in updates if update.product]
     product = (
-        Product(torch.cat([p.up for p in products], 1), torch.cat([p.down for p in products])) if products else None
+        UpDown(torch.cat([p.up for p in products], 1), torch.cat([p.down for p in products])) if products else None
     )
     if len(products) == len(updates):
         return _Update(product, None)
@@ -187,7 +199,7 @@ def _of_entry(entry: Entry, layer: str) -> _Update:
     factors = method.factors(p, spec)
     if factors is not None and 2 * len(factors.A) <= min(len(factors.B), factors.A.flatten(1).shape[1]):
         up = factors.B.flatten(1)
-        return _Update(Product(scale * (up if rows is None else up[list(rows(len(up)))]), factors.A.flatten(1)), None)
+        return _Update(UpDown(scale * (up if rows is None else up[list(rows(len(up)))]), factors.A.flatten(1)), None)
     matrix = method.delta(p, spec)
     matrix = scale * (matrix.flatten(1) if matrix.ndim > 1 else matrix[:, None])
     return _Update(None, matrix if rows is None else matrix[list(rows(len(matrix)))])
