@@ -7,13 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import click
 
+from diffpeft.cli.columns import printed
 from diffpeft.cli.options import place_options
-from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError, joined
+from diffpeft.errors import DiffpeftError, UnreadableFileError, joined
 from diffpeft.files import parsed
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
 def _each(files: Iterable[str], norms: bool, where: Where) -> Iterator[Inspection | DiffpeftError]:
     """What each file is, or the error that it gives; those of folders one by one."""
     from diffpeft import converters
+    from diffpeft.tools.listing import of_argument
 
     for file in files:
         try:
-            paths = _paths(file, where)
+            paths = [converters.located(file, **where)] if any(where.values()) else of_argument(file)
         except DiffpeftError as error:
             yield error
             continue
@@ -76,28 +77,6 @@ def _each(files: Iterable[str], norms: bool, where: Where) -> Iterator[Inspectio
                 yield error
             except OSError as error:
                 yield UnreadableFileError(f"cannot read it: {error.strerror or error}", where=path)
-
-
-def _paths(file: str, where: Where) -> list[Path]:
-    """The adapters that an argument stands for: a file, a PEFT folder, or the files and PEFT folders in a folder."""
-    from diffpeft import converters
-    from diffpeft.converters.locating import PEFT
-
-    folder = Path(file)
-    if not folder.is_dir() or any(where.values()):
-        return [converters.located(file, **where)]
-    if (folder / PEFT[1]).is_file():
-        return [folder]
-    inside = converters.components_in(folder) or sorted(
-        path for path in folder.iterdir() if path.suffix == ".safetensors" or (path / PEFT[1]).is_file()
-    )
-    if not inside:
-        raise CheckpointError(
-            "the folder holds no .safetensors file",
-            where=folder,
-            remedy="Pass an adapter's file, or a folder with one.",
-        )
-    return list(inside)
 
 
 def _plain(value: object) -> object:
@@ -159,10 +138,5 @@ def _tags(text: str) -> str:
     for tags in folders.values():
         for tag, n in tags.items() if isinstance(tags, dict) else ():
             counts[tag] += n if type(n) is int else 0
-    most = [f"{_printed(tag)} {n}" for tag, n in counts.most_common(TAGS) if n > 0]
+    most = [f"{printed(tag)} {n}" for tag, n in counts.most_common(TAGS) if n > 0]
     return ", ".join(most) + (f" and {len(counts) - TAGS} more" if len(counts) > TAGS else "")
-
-
-def _printed(text: str) -> str:
-    """A text from a file as it may be shown in a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:100]

@@ -78,6 +78,7 @@ class Layout:
         over: whether it is a DoRA: magnitudes over another method.
         twins: {role: what it is called on an embedding}.
         off: roles whose zeros switch the adapter off.
+        linear: roles that the change of the weight is proportional to, those of them that are there together; empty if there are none.
         mark: the role that tells the method from others with the same roles.
         pruned: whether a rank may be 0.
         stage: methods of a lower one act first on a layer, those of one stage in the order of the table.
@@ -103,6 +104,7 @@ class Layout:
     over: bool = False
     twins: Mapping[str, str] = field(default_factory=dict)
     off: frozenset[str] = frozenset()
+    linear: frozenset[str] = frozenset()
     mark: str = ""
     pruned: bool = False
     stage: int = 2
@@ -223,6 +225,7 @@ LAYOUTS: dict[str, Layout] = {
         inner=True,
         twins=_EMBEDDING,
         off=_words("lora_B lora_embedding_B lora_B_bias"),
+        linear=_words("lora_B lora_embedding_B lora_B_bias"),
         training=Training(_LOW_RANK, matrix=True),
     ),
     "dora": Layout(
@@ -254,6 +257,7 @@ LAYOUTS: dict[str, Layout] = {
         mark="lora_E",
         pruned=True,
         off=_words("lora_B"),
+        linear=_words("lora_B"),
     ),
     "loha": Layout(
         "loha.LoHa",
@@ -266,6 +270,7 @@ LAYOUTS: dict[str, Layout] = {
         alpha="scale",
         inner=True,
         off=_words("hada_w1_a hada_w2_a"),
+        linear=_words("hada_w1_a"),
         training=Training(_PRODUCT, matrix=True),
     ),
     "lokr": Layout(
@@ -280,6 +285,7 @@ LAYOUTS: dict[str, Layout] = {
         alpha="scale",
         inner=True,
         off=_words("lokr_w1 lokr_w1_a"),
+        linear=_words("lokr_w1 lokr_w1_a"),
         training=Training(_PRODUCT),
     ),
     "glora": Layout(
@@ -292,6 +298,7 @@ LAYOUTS: dict[str, Layout] = {
             form("glora_a2: i r *1; glora_a1: r i *1; glora_b2: o r *1; glora_b1: r i *1; glora_bm: r r *k"),
         ),
         alpha="scale",
+        linear=_words("glora_a1 glora_b1"),
     ),
     "ia3": Layout(
         "ia3.IA3",
@@ -301,6 +308,7 @@ LAYOUTS: dict[str, Layout] = {
         status="",
         ranks=(),
         off=_words("ia3_w"),
+        linear=_words("ia3_w"),
         training=Training(images=False),
     ),
     "oft": Layout(
@@ -358,6 +366,7 @@ LAYOUTS: dict[str, Layout] = {
             Field("d_initial", "", "number", 0.1),
         ),
         off=_words("vera_lambda_b"),
+        linear=_words("vera_lambda_b"),
         training=Training({"rank": "r", "dropout": "vera_dropout"}, images=False),
     ),
     "hira": Layout(
@@ -383,6 +392,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         ranks=(),
         off=_words("diff"),
+        linear=_words("diff"),
         stage=0,
     ),
     "norm": Layout(
@@ -390,6 +400,7 @@ LAYOUTS: dict[str, Layout] = {
         (form("w_norm: o *1"), form("b_norm: o *1"), form("w_norm: o *1; b_norm: o *1")),
         ranks=(),
         off=_words("w_norm b_norm"),
+        linear=_words("w_norm b_norm"),
         stage=0,
     ),
 }

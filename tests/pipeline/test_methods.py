@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import converters
 from diffpeft import (
     CannotConvertError,
     CheckpointError,
@@ -23,6 +22,7 @@ from diffpeft import (
     UnsafeFileError,
     WrongBaseError,
     attach,
+    converters,
     load_lora,
     save_lora,
     unload,
