@@ -11,6 +11,7 @@ from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Fr
 from diffpeft.families.chroma import Chroma
 from diffpeft.families.cogvideox import CogVideoX, CogVideoXImageToVideo
 from diffpeft.families.cogview4 import CogView4
+from diffpeft.families.cosmos import Cosmos, Cosmos25, CosmosImageToVideo
 from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
 from diffpeft.families.flux import Flux, FluxControl, FluxKontext
@@ -62,6 +63,9 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "krea2": Krea2,
     "ideogram4": Ideogram4,
     "ernie_image": ErnieImage,
+    "cosmos": Cosmos,
+    "cosmos_i2v": CosmosImageToVideo,
+    "cosmos25": Cosmos25,
     "wan": Wan,
     "wan_i2v": WanImageToVideo,
     "ltx_i2v": LTXImageToVideo,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.dit import ClipTransformer
-from diffpeft.families.prompts import check_ftfy
+from diffpeft.families.packages import check_imported
 from diffpeft.families.wan import Wan
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SkyReelsV2(Wan):
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         ClipTransformer.__init__(self, parts, reading)  # what a WanPipeline says of its denoisers, this one does not
-        check_ftfy(parts.pipe)
+        check_imported(type(parts.pipe), "ftfy", "ftfy", "the pipeline cleans captions")
         self.forced = type(parts.pipe).__name__ == _FORCING
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:

@@ -53,6 +53,7 @@ REFUSED = {
     "cogvideox 1.5": "more than another order of the noise",
     "sana_video": "divisible by 32",
     "mochi": "levels of its own",
+    "cosmos": "could not be followed",
 }
 
 
