@@ -19,10 +19,10 @@ from diffpeft.families.flux2 import Flux2
 from diffpeft.families.followed import FOLLOWED
 from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
-from diffpeft.families.hunyuan_video import HunyuanVideo
+from diffpeft.families.hunyuan_video import HunyuanVideo, SkyReelsImageToVideo
 from diffpeft.families.hunyuan_video15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from diffpeft.families.ideogram4 import Ideogram4
-from diffpeft.families.kandinsky5_video import Kandinsky5Video
+from diffpeft.families.kandinsky5_video import Kandinsky5ImageToVideo, Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
 from diffpeft.families.ltx import LTX, LTXImageToVideo
 from diffpeft.families.ltx2 import LTX2, LTX2ImageToVideo
@@ -32,11 +32,11 @@ from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.pixart import PixArt
 from diffpeft.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from diffpeft.families.sana import Sana
-from diffpeft.families.sana_video import SanaVideo
+from diffpeft.families.sana_video import SanaImageToVideo, SanaVideo
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
-from diffpeft.families.skyreels_v2 import SkyReelsV2
+from diffpeft.families.skyreels_v2 import SkyReelsV2, SkyReelsV2ImageToVideo
 from diffpeft.families.wan import Wan, WanImageToVideo
 from diffpeft.families.z_image import ZImage
 
@@ -81,6 +81,10 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sana_video": SanaVideo,
     "kandinsky5_video": Kandinsky5Video,
     "skyreels_v2": SkyReelsV2,
+    "skyreels_v2_i2v": SkyReelsV2ImageToVideo,
+    "skyreels_v1_i2v": SkyReelsImageToVideo,
+    "sana_video_i2v": SanaImageToVideo,
+    "kandinsky5_i2v": Kandinsky5ImageToVideo,
     "easyanimate": EasyAnimate,
     **FOLLOWED,
     (_OTHERS := "generic"): Generic,  # what has no family of its own
@@ -143,7 +147,6 @@ _PIPELINES: dict[str, str | None] = {
     "StableDiffusion": "sd15",  # and sd2, which a width tells
     "Flux3": "flux3",
     "HunyuanVideoFramepack": "framepack",
-    "SanaImageToVideo": "sana_video",
     "SanaWM": None,
     "WanAnimate2": "wan_animate2",
     "Kandinsky5": "kandinsky5",
@@ -259,7 +262,8 @@ def named_as(family: str) -> str | None:
     family = _NAMED_AS.get(family, family)
     if family in TABLES or family not in FAMILIES:
         return family if family in TABLES else None  # some are known by their pipeline's name alone
-    return next((table for table in TABLES if is_of(family, [table])), None)
+    ids = {kind: _NAMED_AS.get(name, name) for name, kind in FAMILIES.items()}
+    return next((ids[base] for base in FAMILIES[family].__mro__ if ids.get(base) in TABLES), None)
 
 
 def _names(groups: Iterable[Iterable[str]]) -> list[str]:

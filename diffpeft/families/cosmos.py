@@ -1,20 +1,18 @@
 """Cosmos 2 and 2.5 (NVIDIA 2025, arXiv:2511.00062): to an image, or to a video from a text or its first frame. T5's hidden states with zeros behind, or every
 layer of Qwen2.5-VL's.
 
-Cosmos 2 draws x + s n with s from 80 down. Scaled by 1 / (1 + s) that is a straight line, whose share of noise s / (1 + s) is the time that the transformer reads
-and whose velocity is what it says.
+Cosmos 2 draws z + s n with s from 80 down. Scaled by 1 / (1 + s) that is a straight line, whose share of noise s / (1 + s) is the time that the transformer
+reads and whose velocity is what it says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Levels, Prompted
-from diffpeft.families.dit import ClipTransformer, Transformer, in_blocks
+from diffpeft.families.dit import ClipTransformer, FirstInPlace, Transformer, in_blocks
 from diffpeft.families.flow import Flow
-from diffpeft.families.frames import first_of, uncounted
-from diffpeft.families.latents import encoded, of_one_frame, spread
+from diffpeft.families.latents import of_one_frame, spread
 from diffpeft.families.packages import check_imported
 
 if TYPE_CHECKING:
@@ -99,18 +97,11 @@ class CosmosClips(ClipTransformer, Cosmos):
         return super().prompted(prompts, negative, blank) | {"num_frames": 1}
 
 
-class CosmosImageToVideo(CosmosClips):
-    """The training side of a Cosmos2VideoToWorldPipeline that is shown an image: the first frame of a clip is known, and stands in its place almost without noise."""
+class CosmosImageToVideo(FirstInPlace, CosmosClips):
+    """The training side of a Cosmos2VideoToWorldPipeline that is shown an image: the first frame of a clip, in its place almost without noise."""
 
     pipelines: tuple[str, ...] = ("Cosmos2VideoToWorldPipeline",)
-    first_frame = True
     architecture = "cosmos-predict2-i2v"
-
-    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
-        """The first frame's latents; of a single image nothing, which nothing is before."""
-        opening, count = first_of(pixels)
-        known, _ = encoded(self.parts("vae"), opening)
-        return {} if count == 1 else {"first": known, "counts": uncounted(self.frames_of(count), known)}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """The first frame is at next to no noise."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
+from diffpeft.families.frames import first_of, uncounted
 from diffpeft.families.latents import encoded, factor, precise, temporal_factor
 from diffpeft.families.prompts import length_within, stacked
 from diffpeft.families.uncontrolled import Uncontrolled
@@ -156,6 +157,20 @@ class ClipTransformer(Transformer):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, (f,) h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, (f - 1) / t + 1, h / s, w / s]."""
         return encoded(self.parts("vae"), pixels.unsqueeze(2) if pixels.ndim == 4 else pixels)
+
+
+class FirstInPlace(ClipTransformer):
+    """One that is shown the first frame of a clip in its place, where nothing is predicted. Of a single image nothing is known, which nothing is before."""
+
+    first_frame = True
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The mean of the first frame's latents."""
+        opening, count = first_of(pixels)
+        if count == 1:
+            return {}
+        known, _ = encoded(self.parts("vae"), opening)
+        return {"first": known, "counts": uncounted(self.frames_of(count), known)}
 
 
 def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:

@@ -367,6 +367,21 @@ def cosmos(name: str = "TextToImage", **transformer: Any) -> Any:
     )
 
 
+def _shown(name: str, pipe: Any) -> Any:
+    """A pipeline of the same components that is shown the first frame."""
+    shown = getattr(diffusers, f"{name}Pipeline")(**pipe.components)
+    if hasattr(pipe, "prompt_template_encode_start_idx"):
+        shown.prompt_template_encode_start_idx = pipe.prompt_template_encode_start_idx
+    return shown
+
+
+def skyreels_v1() -> Any:
+    """HunyuanVideo with the first frame in channels of its own."""
+    from tests.families.pipelines import _hunyuan_video
+
+    return _shown("HunyuanSkyreelsImageToVideo", _hunyuan_video(in_channels=8, guidance_embeds=True))
+
+
 # {kind: (family, makes a pipeline)}
 KINDS: dict[str, tuple[str, Any]] = {
     "hunyuan_video15": ("hunyuan_video15", lambda: hunyuan_video15(guidance_scale=1.0)),
@@ -388,10 +403,15 @@ WITH_SOUND: dict[str, tuple[str, Any]] = {
     "ltx2 i2v, 2.3": ("ltx2_i2v", lambda: diffusers.LTX2ImageToVideoPipeline(**ltx2(True).components)),
 }
 # shown the first frame in its place, which their pipelines put there
-IN_PLACE: dict[str, tuple[str, Any]] = {"cosmos i2v": ("cosmos_i2v", lambda: cosmos("VideoToWorld"))}
+IN_PLACE: dict[str, tuple[str, Any]] = {
+    "cosmos i2v": ("cosmos_i2v", lambda: cosmos("VideoToWorld")),
+    "sana_video i2v": ("sana_video_i2v", lambda: _shown("SanaImageToVideo", sana_video())),
+    "kandinsky5 i2v": ("kandinsky5_i2v", lambda: _shown("Kandinsky5I2V", kandinsky5())),
+}
 # of models that are shown the first frame
 FIRST_FRAMES: dict[str, tuple[str, Any]] = {
     "hunyuan_video15 i2v": ("hunyuan_video15_i2v", lambda: hunyuan_video15(shown=True, guidance_scale=1.0)),
+    "skyreels v1 i2v": ("skyreels_v1_i2v", skyreels_v1),
     "cogvideox i2v": ("cogvideox_i2v", lambda: cogvideox(False, shown=True)),
     "cogvideox 1.5 i2v": ("cogvideox_i2v", lambda: cogvideox(True, shown=True)),
 }

@@ -592,10 +592,21 @@ def _ltx_i2v() -> Any:
     return diffusers.LTXImageToVideoPipeline(**parts)
 
 
+def _skyreels_v2_i2v() -> Any:
+    """SkyReels-V2 with CLIP's eyes, as Wan 2.1 has them."""
+    parts = _wan_i2v(sees=True).components
+    parts = {name: part for name, part in parts.items() if name != "transformer_2"}
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 12, "out_channels": 4, "text_dim": 32}
+    sizes |= {"freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "image_dim": 16, "added_kv_proj_dim": 24}
+    transformer = diffusers.SkyReelsV2Transformer3DModel(**sizes)
+    return clips._cleaned(diffusers.SkyReelsV2ImageToVideoPipeline)(**parts | {"transformer": transformer})
+
+
 FIRST_FRAMES["ltx i2v"] = ("ltx_i2v", _ltx_i2v)
+FIRST_FRAMES["skyreels v2 i2v"] = ("skyreels_v2_i2v", _skyreels_v2_i2v)
 
 
-def _hunyuan_video() -> Any:
+def _hunyuan_video(**config: Any) -> Any:
     return diffusers.HunyuanVideoPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         vae=diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN_VAE),
@@ -604,7 +615,7 @@ def _hunyuan_video() -> Any:
         text_encoder_2=clip(),
         tokenizer_2=tokenizer(),
         transformer=diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4,
+            in_channels=config.pop("in_channels", 4),
             out_channels=4,
             num_attention_heads=2,
             attention_head_dim=16,
@@ -614,6 +625,7 @@ def _hunyuan_video() -> Any:
             text_embed_dim=16,
             pooled_projection_dim=32,
             rope_axes_dim=(4, 4, 8),
+            **config,
         ),
     )
 
