@@ -14,7 +14,7 @@ from diffpeft.families.cogview4 import CogView4
 from diffpeft.families.cosmos import Cosmos, Cosmos25, CosmosImageToVideo
 from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
-from diffpeft.families.flux import Flux, FluxControl, FluxKontext
+from diffpeft.families.flux import Flux, FluxControl, FluxFill, FluxKontext
 from diffpeft.families.flux2 import Flux2
 from diffpeft.families.followed import FOLLOWED
 from diffpeft.families.generic import Generic
@@ -22,8 +22,10 @@ from diffpeft.families.hidream import HiDream
 from diffpeft.families.hunyuan_video import HunyuanVideo, SkyReelsImageToVideo
 from diffpeft.families.hunyuan_video15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from diffpeft.families.ideogram4 import Ideogram4
+from diffpeft.families.kandinsky5_edit import Kandinsky5Edit
 from diffpeft.families.kandinsky5_video import Kandinsky5ImageToVideo, Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
+from diffpeft.families.longcat_image_edit import LongCatImageEdit
 from diffpeft.families.ltx import LTX, LTXImageToVideo
 from diffpeft.families.ltx2 import LTX2, LTX2ImageToVideo
 from diffpeft.families.lumina2 import Lumina2
@@ -47,11 +49,14 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "flux": Flux,
     "flux_kontext": FluxKontext,
     "flux_control": FluxControl,
+    "flux_fill": FluxFill,
     "flux2": Flux2,
     "z_image": ZImage,
     "qwen_image": QwenImage,
     "qwen_image_edit": QwenImageEdit,
     "qwen_image_edit_plus": QwenImageEditPlus,
+    "longcat_image_edit": LongCatImageEdit,
+    "kandinsky5_edit": Kandinsky5Edit,
     "chroma": Chroma,
     "sd3": StableDiffusion3,
     "lumina2": Lumina2,
@@ -159,7 +164,12 @@ _PIPELINES: dict[str, str | None] = {
     "Anima": "cosmos",
     "GlmImage": "glm_image",
 }
-_NAMED_AS = {"kolors": "sdxl", "kandinsky5_video": "kandinsky5"}  # {family: the one that has its layer names}
+_NAMED_AS = {
+    "kolors": "sdxl",
+    "kandinsky5_video": "kandinsky5",
+    "kandinsky5_edit": "kandinsky5",
+    "longcat_image_edit": "longcat_image",
+}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
 _UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
 _WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
+from diffpeft.families.controls import drawn
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.frames import first_of, uncounted
@@ -18,6 +19,7 @@ from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Configs, Parts
@@ -132,6 +134,29 @@ class Transformer(Uncontrolled):
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As the pipeline takes prompts."""
+        raise NotImplementedError
+
+
+class Looking(Transformer):
+    """One whose first text encoder looks at the control images beside a prompt."""
+
+    looking: tuple[str, ...] = ("text_encoder",)
+
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
+        """The conditions of prompts, each of which is read by itself with its control images; without any beside a black one."""
+        import torch
+        from PIL import Image as pictures
+
+        model, black = self.parts(encoder), [pictures.new("RGB", (self.resolution, self.resolution))]
+        with torch.no_grad():
+            rows = [
+                self.seen(encoder, prompt, [drawn(image[row]) for image in images] or black, model.device)
+                for row, prompt in enumerate(prompts)
+            ]
+        return stacked(rows)
+
+    def seen(self, encoder: str, prompt: str, images: Sequence[Image], device: torch.device) -> Conditions:
+        """What a text encoder makes of one prompt beside its control images, without the batch's axis."""
         raise NotImplementedError
 
 

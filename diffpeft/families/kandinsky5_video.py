@@ -4,6 +4,7 @@ template, and what CLIP pools. It reads no mask: examples whose texts have other
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted, Sizes
@@ -62,28 +63,13 @@ class Kandinsky5Video(ClipTransformer):
         """What the transformer says of latents of which so many frames are known. Beside them there are zeros, and a mask of these frames."""
         import torch
 
-        read, clip, text = dict(read), x.movedim(1, -1), read["text"]
+        clip, pixels = x.movedim(1, -1), self.pipe.vae_scale_factor_spatial
         if model.config.visual_cond:
             mask = torch.zeros_like(clip[..., :1])
             mask[:, :known] = 1
             clip = torch.cat([clip, torch.zeros_like(clip), mask], dim=-1)
-        clip, frames, sides = clip.contiguous(), x.shape[2], x.shape[3:]
-        pixels = self.pipe.vae_scale_factor_spatial
-        places = [torch.arange(n, device=x.device) for n in (frames, *(side // self.patch for side in sides))]
-
-        def answered(rows: Tensor, length: int) -> Tensor:
-            return model(
-                hidden_states=clip[rows],
-                encoder_hidden_states=text[rows, :length],
-                pooled_projections=read["pooled"][rows],
-                timestep=1000 * t[rows],
-                visual_rope_pos=places,
-                text_rope_pos=torch.arange(length, device=x.device),
-                scale_factor=self.pipe._get_scale_factor(*(side * pixels for side in sides)),
-                sparse_params=self.pipe.get_sparse_params(clip[rows], x.device),
-            ).sample.movedim(-1, 1)
-
-        return by_length(read["length"], x, answered)
+        scale = self.pipe._get_scale_factor(*(side * pixels for side in x.shape[3:]))
+        return asked_of(model, clip, t, read, self.patch, scale, lambda z: self.pipe.get_sparse_params(z, x.device))
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a Kandinsky5T2VPipeline takes prompts, for single frames. Those of other lengths are filled up at the end, where it has no way to say so."""
@@ -96,6 +82,38 @@ class Kandinsky5Video(ClipTransformer):
             ends = torch.nn.functional.pad(read["length"].cumsum(0), (1, 0))
             keywords[f"{prefix}prompt_cu_seqlens"] = ends.to(torch.int32)
         return keywords
+
+
+def asked_of(
+    model: Component,
+    clip: Tensor,
+    t: Tensor,
+    read: Conditions,
+    patch: int,
+    scale: Sequence[float],
+    sparse: Callable[[Tensor], object] = lambda _: None,
+) -> Tensor:
+    """What the transformer says of clips with channels last [b, f, h, w, c], as [b, c, f, h, w]."""
+    import torch
+
+    clip, sizes = clip.contiguous(), (clip.shape[1], *(side // patch for side in clip.shape[2:4]))
+    places = [torch.arange(n, device=clip.device) for n in sizes]
+
+    def answered(rows: Tensor, length: int) -> Tensor:
+        answer: Tensor = model(
+            hidden_states=clip[rows],
+            encoder_hidden_states=read["text"][rows, :length],
+            pooled_projections=read["pooled"][rows],
+            timestep=1000 * t[rows],
+            visual_rope_pos=places,
+            text_rope_pos=torch.arange(length, device=clip.device),
+            scale_factor=scale,
+            sparse_params=sparse(clip[rows]),
+        ).sample
+        return answer.movedim(-1, 1)
+
+    channels = model.config.out_visual_dim
+    return by_length(read["length"], clip[..., :channels].movedim(-1, 1), answered)
 
 
 class Kandinsky5ImageToVideo(FirstInPlace, Kandinsky5Video):

@@ -1,5 +1,5 @@
-"""SkyReels-V2 (Skywork 2025, arXiv:2504.13074), to video from a text or an image: Wan's texts and blocks. Models of diffusion forcing read a time for each frame,
-which here is the same for all, as their pipeline has it unless it is told otherwise.
+"""SkyReels-V2 (Skywork 2025, arXiv:2504.13074), to video from a text or an image: Wan's texts and blocks. Models of diffusion forcing read a time for each
+frame, which here is the same for all, as their pipeline has it unless it is told otherwise.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SkyReelsV2ImageToVideo(SkyReelsV2, WanImageToVideo):
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """The first frame's latents, and what CLIP sees of it."""
-        return self.beside(pixels)
+        return self.known_beside(pixels)
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """Time is a thousand times the share of noise."""

@@ -87,9 +87,9 @@ class WanImageToVideo(FirstInPlace, Wan):
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """The first frame's latents, in their place or beside those of the clip."""
-        return super().condition(pixels, controls) if self.pipe.config.expand_timesteps else self.beside(pixels)
+        return super().condition(pixels, controls) if self.pipe.config.expand_timesteps else self.known_beside(pixels)
 
-    def beside(self, pixels: Tensor) -> Conditions:
+    def known_beside(self, pixels: Tensor) -> Conditions:
         """The first frame's latents with those of grey frames behind and a mask; and what CLIP sees of it."""
         import torch
 
