@@ -55,6 +55,7 @@ _HOMES = {
     "diffpeft.pipeline.adapters": "set_adapters get_adapters adapters unload AdapterStatus",
     "diffpeft.pipeline.hotswap": "replace",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
+    "diffpeft.takeover": "release take_over",
     "diffpeft.train.config": "TrainConfig",
     "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
     "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
@@ -149,6 +150,8 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import LoadReport as LoadReport
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
+    from diffpeft.takeover import release as release
+    from diffpeft.takeover import take_over as take_over
     from diffpeft.train.config import TrainConfig as TrainConfig
     from diffpeft.utils.constants import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,

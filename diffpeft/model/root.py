@@ -57,6 +57,18 @@ def settle(model: nn.Module, mix: Mix) -> None:
                 module.__dict__.pop(ROOT, None)
 
 
+def class_under(model: nn.Module) -> type[nn.Module]:
+    """The class that a model has when it is no root."""
+    cls: type[nn.Module] = getattr(type(model), "_diffpeft_called", type(model))
+    return cls
+
+
+def put_class_under(model: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a model another class, which it keeps when it becomes a root or ceases to be one."""
+    with _lock:
+        object.__setattr__(model, "__class__", _root_class(cls) if hasattr(type(model), "_diffpeft_called") else cls)
+
+
 def model_of(mix: Mix) -> nn.Module | None:
     """The model whose strengths a mix holds; None for one that was copied or unpickled and had no operation since."""
     return _models.get(mix.key)
@@ -102,6 +114,7 @@ def _root_class(base: type[nn.Module]) -> type:
             base,
             _root_class,
             "_diffpeft_called",
+            alike=True,  # `from_pipe` looks whether it is one of the classes that the other pipeline takes
             pickles=not (hasattr(base, "_torchdynamo_orig_callable") or "__reduce__" in vars(base)),
             # skipped by dynamo, the model's own forward is not: the step is looked up outside of every graph
             __call__=torch.compiler.disable(call, recursive=False, reason=_REASON),

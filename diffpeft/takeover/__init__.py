@@ -1,0 +1,130 @@
+"""take_over and release: a diffusers pipeline whose own LoRA methods act through diffpeft, and back.
+
+As with layers (docs/decisions/001) the pipeline gets a subclass of its class, and so do its models. In both, ours stands directly before the mixin of
+diffusers (or transformers) whose methods it replaces, so that what a pipeline's own class adds to them stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TypeVar
+
+from torch import nn
+
+from diffpeft.errors import AdapterStateError, ConfigError
+from diffpeft.layers.kinds import BaseTunerLayer
+from diffpeft.layers.swap import subclass
+from diffpeft.model.root import class_under, put_class_under
+from diffpeft.takeover import acts
+from diffpeft.takeover.components import DenoiserMethods, EncoderMethods
+from diffpeft.takeover.pipelines import PipelineMethods, loading_methods, models_of
+
+Pipeline = TypeVar("Pipeline")
+_MARK = "_diffpeft_taken"  # the attribute of a class that was taken over with the class that it was
+
+
+def take_over(pipe: Pipeline) -> Pipeline:
+    """Let a pipeline's own LoRA methods, and those of its models, act through diffpeft; the pipeline.
+
+    `load_lora_weights`, `set_adapters`, `fuse_lora`, `unload_lora_weights` and the others keep diffusers' arguments and errors. peft need not be
+    installed. A pipeline that is made of its components (`from_pipe`) is to be taken over itself. Adapters that diffpeft has loaded stay as they are.
+
+    Raises ConfigError for what has no LoRA methods, AdapterStateError if peft's adapters are on it; nothing has changed then.
+
+    Example:
+        >>> pipe = diffpeft.take_over(StableDiffusionPipeline.from_pretrained("..."))
+        >>> pipe.load_lora_weights("style.safetensors", adapter_name="style")
+        >>> pipe.set_adapters("style", 0.8)
+    """
+    _check(pipe)
+    take_models(pipe)
+    if not hasattr(type(pipe), _MARK):
+        object.__setattr__(pipe, "__class__", _pipeline_class(type(pipe)))
+    return pipe
+
+
+def release(pipe: Pipeline) -> Pipeline:
+    """Give a pipeline and its models their own classes back; the pipeline. Nothing of `take_over` stays.
+
+    Adapters that are on it stay on, as after `load_lora`: what was active is so, what is fused is fused, and diffpeft's functions go on with them.
+    """
+    cls = getattr(type(pipe), _MARK, None)
+    if cls is None:
+        return pipe
+    for model in models_of(pipe).values():
+        plain = getattr(class_under(model), _MARK, None)
+        if plain is not None:
+            put_class_under(model, plain)
+        model.__dict__.pop(acts.COMPONENT, None)
+        model.__dict__.pop(acts.BEFORE, None)
+    object.__setattr__(pipe, "__class__", cls)
+    return pipe
+
+
+def take_models(pipe: object) -> None:
+    """Give a pipeline's models the classes in which their LoRA methods are ours."""
+    for component, model in models_of(pipe).items():
+        cls = class_under(model)
+        if not hasattr(cls, _MARK) and _methods_of(cls) is not None:
+            model.__dict__[acts.COMPONENT] = component
+            put_class_under(model, _model_class(cls))
+
+
+def _check(pipe: object) -> None:
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    if not isinstance(pipe, LoraBaseMixin):
+        raise ConfigError(
+            f"a {type(pipe).__name__} has none of diffusers' LoRA methods", remedy="Use diffpeft.load_lora and its kin."
+        )
+    foreign = [name for name, model in models_of(pipe).items() if has_pefts(model)]
+    if foreign:
+        raise AdapterStateError(
+            "adapters of peft are on it",
+            where=", ".join(foreign),
+            remedy="Call its unload_lora_weights first, then take_over, and load them again.",
+        )
+
+
+def has_pefts(model: nn.Module) -> bool:
+    """Whether layers of peft itself are in a model."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    layer = getattr(tuners, "BaseTunerLayer", None)
+    return layer is not None and layer is not BaseTunerLayer and any(isinstance(m, layer) for m in model.modules())
+
+
+def _methods_of(cls: type) -> type | None:
+    """Our methods over the mixin that a model's class has its own from; None for a class without."""
+    return next((ours for mixin, ours in _mixins().items() if issubclass(cls, mixin)), None)
+
+
+@functools.cache
+def _mixins() -> dict[type, type]:
+    """{mixin of diffusers or transformers: ours, which stands before it}."""
+    from diffusers.loaders.peft import PeftAdapterMixin as OfDenoisers
+    from transformers.integrations import PeftAdapterMixin as OfEncoders
+
+    return {
+        mixin: type(ours.__name__, (ours, mixin), {})
+        for mixin, ours in ((OfDenoisers, DenoiserMethods), (OfEncoders, EncoderMethods))
+    }
+
+
+@functools.cache
+def _base_methods() -> type:
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    return type(PipelineMethods.__name__, (PipelineMethods, LoraBaseMixin), {})
+
+
+@functools.cache
+def _model_class(base: type[nn.Module]) -> type[nn.Module]:
+    methods = _methods_of(base)
+    assert methods is not None
+    return subclass(base, _model_class, _MARK, beside=(methods,), alike=True)
+
+
+@functools.cache
+def _pipeline_class(base: type) -> type:
+    return subclass(base, _pipeline_class, _MARK, beside=(_base_methods(),), alike=True, **loading_methods(base))
