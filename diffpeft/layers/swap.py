@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -110,11 +109,15 @@ def _rebuilt(steps: Sequence[_Making], base: Class) -> nn.Module:
     return base.__new__(base)
 
 
-@functools.cache
+_kinds: dict[type, type] = {}
+
+
 def _alike(kind: type) -> type:
     """A class of classes, derived from `kind`, that are equal to the plain ones that they stand for. In tables each stands by itself: their hashes differ."""
+    if kind not in _kinds:
 
-    def equals(cls: Class, other: object) -> bool:
-        return cls is other or plain_class(cls) is other
+        def equals(cls: Class, other: object) -> bool:
+            return cls is other or plain_class(cls) is other
 
-    return type(kind)(kind.__name__, (kind,), {"__eq__": equals, "__hash__": kind.__hash__})
+        _kinds[kind] = type(kind.__name__, (kind,), {"__eq__": equals, "__hash__": kind.__hash__})
+    return _kinds[kind]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
@@ -39,8 +40,9 @@ def take_over(pipe: Pipeline) -> Pipeline:
     """
     _check(pipe)
     take_models(pipe)
-    if not hasattr(type(pipe), _MARK):
-        object.__setattr__(pipe, "__class__", _pipeline_class(type(pipe)))
+    cls: type = type(pipe)
+    if not hasattr(cls, _MARK):
+        object.__setattr__(pipe, "__class__", _pipeline_class(cls))
     return pipe
 
 
@@ -118,13 +120,20 @@ def _base_methods() -> type:
     return type(PipelineMethods.__name__, (PipelineMethods, LoraBaseMixin), {})
 
 
-@functools.cache
+_classes: dict[type, type] = {}
+
+
 def _model_class(base: type[nn.Module]) -> type[nn.Module]:
-    methods = _methods_of(base)
-    assert methods is not None
-    return subclass(base, _model_class, _MARK, beside=(methods,), alike=True)
+    if base not in _classes:
+        methods = _methods_of(base)
+        assert methods is not None
+        _classes[base] = subclass(base, _model_class, _MARK, beside=(methods,), alike=True)
+    return _classes[base]
 
 
-@functools.cache
 def _pipeline_class(base: type) -> type:
-    return subclass(base, _pipeline_class, _MARK, beside=(_base_methods(),), alike=True, **loading_methods(base))
+    if base not in _classes:
+        make: Callable[..., type] = subclass
+        members = loading_methods(base)
+        _classes[base] = make(base, _pipeline_class, _MARK, beside=(_base_methods(),), alike=True, **members)
+    return _classes[base]

@@ -61,8 +61,8 @@ def plan_active(plan: Plan, model: nn.Module, names: Iterable[str], strengths: S
 
     def setting(record: Record, single: Single) -> Single:
         levels: dict[str, Level] = dict(single.strengths)
-        for name in having if strengths is not None else ():
-            levels[name] = float(strengths(name, record.where))
+        if strengths is not None:
+            levels |= {name: strengths(name, record.where) for name in having}
         return Single(tuple(having), levels, single.enabled)
 
     plan_each(plan, model, setting)
@@ -184,4 +184,3 @@ def config_on(model: nn.Module, name: str) -> PeftConfig:
 def tensors_on(model: nn.Module, name: str) -> dict[str, Tensor]:
     """{PEFT's key: tensor} of one adapter."""
     return spelt(model, name, config_on(model, name))
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -16,12 +16,14 @@ from diffpeft.llm.peft_model import set_peft_model_state_dict
 from diffpeft.llm.tuner import inject
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.peft_config import PeftConfig
+from diffpeft.model.mix import check_strength
 from diffpeft.model.plan import planned
 from diffpeft.model.precision import Precision
 from diffpeft.pipeline.load import load_lora
 from diffpeft.takeover import acts
 from diffpeft.takeover.sources import Source, located
 
+Value = TypeVar("Value")
 Weight = float | Mapping[str, object] | None
 METADATA = "lora_adapter_metadata"  # where diffusers' files have PEFT's config
 
@@ -111,8 +113,8 @@ class DenoiserMethods(ModelMethods):
             raise ConfigError("`network_alphas` cannot be None when `prefix` is None", remedy="Pass a prefix.")
         if alphas and told:
             raise ConfigError("Both `network_alphas` and `metadata` cannot be specified", remedy="Pass one of them.")
-        tensors, said = _tensors(pretrained_model_name_or_path_or_dict, kwargs)
-        tensors = _without(prefix, tensors)
+        everything, said = _tensors(pretrained_model_name_or_path_or_dict, kwargs)
+        tensors = _without(prefix, everything)
         told = said if told is None else told
         told = None if told is None else _without(prefix, told)
         if not tensors:
@@ -122,7 +124,8 @@ class DenoiserMethods(ModelMethods):
             load_lora(model, tensors, name=name, strict=False)
         else:
             tensors = _in_pefts_words(tensors)
-            _put(model, name, _config(model, name, tensors, _without_alphas(prefix, alphas), told), tensors, hotswap)
+            alphas = None if alphas is None else _without(prefix, alphas)
+            _put(model, name, _config(name, tensors, alphas, told), tensors, hotswap)
         if not hotswap:
             acts.activate(model, [name])
 
@@ -260,17 +263,17 @@ def strengths_of(model: nn.Module, names: Sequence[str], weights: Weight | Seque
         )
     from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
 
-    expand: Callable[[nn.Module, list[object]], list[object]] = _SET_ADAPTER_SCALE_FN_MAPPING[type(model).__name__]
+    expand: Callable[..., list[object]] = _SET_ADAPTER_SCALE_FN_MAPPING[type(model).__name__]
     expanded = expand(model, [1.0 if weight is None else weight for weight in told])
     by_name = dict(zip(names, expanded, strict=True))
     return lambda name, layer: _weight(by_name[name], layer)
 
 
 def _weight(told: object, layer: str) -> float:
-    """What a layer gets of numbers by blocks: that of the first block that it is in; 1 if it is in none."""
-    if not isinstance(told, Mapping):
-        return cast(float, told)
-    return cast(float, next((weight for block, weight in told.items() if block in layer), 1.0))
+    """What a layer gets of numbers by blocks: that of the first block that it is in; 1 if it is in none. Raises ConfigError for what is no number."""
+    weight = next((w for block, w in told.items() if block in layer), 1.0) if isinstance(told, Mapping) else told
+    check_strength("the adapter", weight)
+    return float(cast(float, weight))
 
 
 def _tensors(source: Source, options: Mapping[str, object]) -> tuple[dict[str, Tensor], Mapping[str, object] | None]:
@@ -281,19 +284,15 @@ def _tensors(source: Source, options: Mapping[str, object]) -> tuple[dict[str, T
     import safetensors.torch
     from diffusers.utils.state_dict_utils import _load_sft_state_dict_metadata
 
-    return safetensors.torch.load_file(place, device="cpu"), _load_sft_state_dict_metadata(place)
+    return safetensors.torch.load_file(place, device="cpu"), _load_sft_state_dict_metadata(str(place))
 
 
-def _without(prefix: str | None, table: Mapping[str, object]) -> dict[str, object]:
+def _without(prefix: str | None, table: Mapping[str, Value]) -> dict[str, Value]:
     """What begins with a prefix, without it."""
     if prefix is None:
         return dict(table)
     start = f"{prefix}."
     return {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
-
-
-def _without_alphas(prefix: str | None, alphas: Mapping[str, float] | None) -> Mapping[str, float] | None:
-    return None if alphas is None else cast(Mapping[str, float], _without(prefix, alphas))
 
 
 def _in_pefts_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -330,7 +329,6 @@ def fresh_name(known: Sequence[str]) -> str:
 
 
 def _config(
-    model: nn.Module,
     name: str,
     tensors: Mapping[str, Tensor],
     alphas: Mapping[str, float] | None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -36,15 +36,14 @@ _FOR_DIFFUSERS = (UnknownKeysError, MissingKeysError, ShapeMismatchError)
 _ROOM = "_prepare_lora_hotswap_kwargs"  # where a model has what `enable_lora_hotswap` was told
 
 
-class LoraPipeline(Protocol):
-    """A pipeline with LoRA methods."""
+def loadable(pipe: object) -> list[str]:
+    """The components that a pipeline's LoRA methods are for, whether it has them or not."""
+    return list(getattr(pipe, "_lora_loadable_modules", ()))
 
-    _lora_loadable_modules: Sequence[str]
 
-
-def models_of(pipe: LoraPipeline) -> dict[str, nn.Module]:
+def models_of(pipe: object) -> dict[str, nn.Module]:
     """{component: model} of those that the pipeline's LoRA methods are for."""
-    modules = {name: getattr(pipe, name, None) for name in pipe._lora_loadable_modules}
+    modules = {name: getattr(pipe, name, None) for name in loadable(pipe)}
     return {name: getattr(m, COMPILED, m) for name, m in modules.items() if isinstance(m, nn.Module)}
 
 
@@ -148,19 +147,19 @@ class PipelineMethods:
         return {name: model for name, model in models_of(self).items() if name in components}
 
 
-def _known(pipe: LoraPipeline) -> list[str]:
+def _known(pipe: object) -> list[str]:
     """The adapters of all components."""
     return [*dict.fromkeys(name for model in models_of(pipe).values() for name in acts.adapters_on(model))]
 
 
-def _weights(pipe: LoraPipeline, names: Sequence[str], weights: object) -> list[object]:
+def _weights(pipe: object, names: Sequence[str], weights: object) -> list[object]:
     """The weight of each adapter. Raises ConfigError or UnknownNameError; warns of components that are not there as diffusers does."""
     if isinstance(weights, Mapping):
-        strange = sorted({*weights} - {*pipe._lora_loadable_modules})
+        strange = sorted({*weights} - {*loadable(pipe)})
         if strange:
             _log(
                 f"The following components in `adapter_weights` are not part of the pipeline: {strange}. "
-                f"Available components that are LoRA-compatible: {pipe._lora_loadable_modules}. So, weights belonging "
+                f"Available components that are LoRA-compatible: {loadable(pipe)}. So, weights belonging "
                 "to the invalid components will be removed and ignored."
             )
         weights = {component: weight for component, weight in weights.items() if component not in strange}
@@ -177,7 +176,7 @@ def _weights(pipe: LoraPipeline, names: Sequence[str], weights: object) -> list[
     return told
 
 
-def _warn_absent(pipe: LoraPipeline, names: Sequence[str], weights: Sequence[object]) -> None:
+def _warn_absent(pipe: object, names: Sequence[str], weights: Sequence[object]) -> None:
     """Warn, as diffusers does, of weights for components in which an adapter has nothing."""
     having = {component: acts.adapters_on(model) for component, model in models_of(pipe).items()}
     for name, weight in zip(names, weights, strict=True):
@@ -209,10 +208,10 @@ def loading_methods(base: type) -> dict[str, object]:
         for name in asking
         if inspect.ismethod(getattr(base, name))
     }
-    theirs = inspect.unwrap(vars_of(base, "load_lora_weights"))
+    theirs: _Loader = inspect.unwrap(base.load_lora_weights)  # type: ignore[attr-defined]
 
     def load_lora_weights(
-        self: LoraPipeline,
+        self: object,
         pretrained_model_name_or_path_or_dict: Source,
         adapter_name: str | None = None,
         hotswap: bool = False,
@@ -220,17 +219,14 @@ def loading_methods(base: type) -> dict[str, object]:
     ) -> None:
         load(self, pretrained_model_name_or_path_or_dict, adapter_name, hotswap, kwargs, theirs)
 
-    load_lora_weights.__doc__ = "Load an adapter in any format that diffpeft reads, as the only active one. The arguments are diffusers'."
+    load_lora_weights.__doc__ = (
+        "Load an adapter in any format that diffpeft reads, as the only active one. The arguments are diffusers'."
+    )
     return {**members, "load_lora_weights": load_lora_weights}
 
 
-def vars_of(cls: type, name: str) -> _Loader:
-    """A function as the class that defines it has it."""
-    return cast(_Loader, getattr(cls, name))
-
-
 def load(
-    pipe: LoraPipeline,
+    pipe: object,
     source: Source,
     name: str | None,
     hotswap: bool,
@@ -268,7 +264,7 @@ def load(
         _activate(pipe, name)
 
 
-def _activate(pipe: LoraPipeline, name: str) -> None:
+def _activate(pipe: object, name: str) -> None:
     """Make an adapter the only active one of the components that have it."""
     models = [model for model in models_of(pipe).values() if name in acts.adapters_on(model)]
     with planned({str(place): model for place, model in enumerate(models)}) as plan:
@@ -283,14 +279,14 @@ def _plan_no_room(plan: Plan, model: nn.Module) -> None:
         plan.set(model, **{_ROOM: None})
 
 
-def _room(pipe: LoraPipeline) -> int | None:
+def _room(pipe: object) -> int | None:
     """The rank up to which adapters are to be swapped, if `enable_lora_hotswap` was told one."""
     told = [getattr(model, _ROOM, None) for model in models_of(pipe).values()]
     return max((int(room["target_rank"]) for room in told if room), default=None)
 
 
 def _read_by_diffusers(
-    pipe: LoraPipeline, source: Source, name: str, hotswap: bool, options: Mapping[str, object], theirs: _Loader
+    pipe: object, source: Source, name: str, hotswap: bool, options: Mapping[str, object], theirs: _Loader
 ) -> bool:
     """Whether diffusers makes something of a file. What fails leaves nothing of the adapter."""
     new = name not in _known(pipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -61,5 +61,6 @@ def _fetched(source: str, name: str, options: Mapping[str, object]) -> Path:
     """A file of a folder or repository, here."""
     from diffusers.utils import _get_model_file
 
+    fetch: Callable[..., str] = _get_model_file
     of_hub = {option: options.get(option) for option in _HUB}
-    return Path(_get_model_file(source, weights_name=name, user_agent={"framework": "pytorch"}, **of_hub))
+    return Path(fetch(source, weights_name=name, user_agent={"framework": "pytorch"}, **of_hub))
