@@ -131,9 +131,22 @@ def _model_class(base: type[nn.Module]) -> type[nn.Module]:
     return _classes[base]
 
 
+def _setting(base: type) -> Callable[[object, str, object], None]:
+    """`__setattr__` of a pipeline that takes over what is put in as one of its models."""
+
+    assign: Callable[..., None] = base.__setattr__
+
+    def set_(pipe: object, name: str, value: object) -> None:
+        assign(pipe, name, value)
+        if isinstance(value, nn.Module):
+            take_models(pipe)
+
+    return set_
+
+
 def _pipeline_class(base: type) -> type:
     if base not in _classes:
         make: Callable[..., type] = subclass
-        members = loading_methods(base)
+        members = {"__setattr__": _setting(base), **loading_methods(base)}
         _classes[base] = make(base, _pipeline_class, _MARK, beside=(_base_methods(),), alike=True, **members)
     return _classes[base]

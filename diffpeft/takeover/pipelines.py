@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffpeft.errors import (
     ConfigError,
@@ -23,7 +23,7 @@ from diffpeft.errors import (
     shown,
 )
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.target import COMPILED
+from diffpeft.model.target import COMPILED, adapted
 from diffpeft.pipeline.hotswap import replace
 from diffpeft.pipeline.load import load_lora
 from diffpeft.takeover import acts
@@ -33,6 +33,7 @@ from diffpeft.takeover.sources import Source, located
 _Loader = Callable[..., None]
 # what diffusers may read where diffpeft finds no adapter for the model: layers that it makes wider first, files without a key for it
 _FOR_DIFFUSERS = (UnknownKeysError, MissingKeysError, ShapeMismatchError)
+_WIDEN = "_maybe_expand_transformer_param_shape_or_error_"
 _ROOM = "_prepare_lora_hotswap_kwargs"  # where a model has what `enable_lora_hotswap` was told
 
 
@@ -208,6 +209,8 @@ def loading_methods(base: type) -> dict[str, object]:
         for name in asking
         if inspect.ismethod(getattr(base, name))
     }
+    if hasattr(base, _WIDEN):
+        members[_WIDEN] = classmethod(_widening(getattr(base, _WIDEN).__func__))
     theirs: _Loader = inspect.unwrap(base.load_lora_weights)  # type: ignore[attr-defined]
 
     def load_lora_weights(
@@ -223,6 +226,30 @@ def loading_methods(base: type) -> dict[str, object]:
         "Load an adapter in any format that diffpeft reads, as the only active one. The arguments are diffusers'."
     )
     return {**members, "load_lora_weights": load_lora_weights}
+
+
+def _widening(widen: Callable[..., bool]) -> Callable[..., bool]:
+    """diffusers' function that puts wider layers into a transformer, which refuses layers with adapters on them."""
+
+    def refusing(
+        cls: type,
+        transformer: nn.Module,
+        lora_state_dict: Mapping[str, Tensor] | None = None,
+        *args: object,
+        **kw: object,
+    ) -> bool:
+        for name, module, _ in adapted(transformer):
+            factor = (lora_state_dict or {}).get(f"{getattr(cls, 'transformer_name', '')}.{name}.lora_A.weight")
+            features = getattr(module, "in_features", 0)
+            if factor is not None and factor.shape[1] > features:
+                raise ShapeMismatchError(
+                    f"the layer has {features} features, the adapter {factor.shape[1]}, and other adapters are on it",
+                    where=name,
+                    remedy="Call unload_lora_weights first.",
+                )
+        return widen(cls, transformer, lora_state_dict, *args, **kw)
+
+    return refusing
 
 
 def load(
