@@ -183,6 +183,11 @@ def is_pefts(module: nn.Module) -> bool:
     return INNER in module._modules and type(module).__module__.partition(".")[0] == "peft"
 
 
+def within_pefts(model: nn.Module) -> frozenset[int]:
+    """The ids of the layers that layers of peft's are around."""
+    return frozenset(id(module._modules[INNER]) for module in model.modules() if is_pefts(module))
+
+
 def targets_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """`layers_of` without those that methods do not fit, which have only a bias to change."""
     return {name: (m, p) for name, (m, p) in layers_of(model).items() if (s := site_of(base_class(m))) and s.targets}

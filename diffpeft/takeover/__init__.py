@@ -7,22 +7,20 @@ diffusers (or transformers) whose methods it replaces, so that what a pipeline's
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
 
 from diffpeft.errors import AdapterStateError, ConfigError
-from diffpeft.layers.kinds import BaseTunerLayer
 from diffpeft.layers.swap import subclass
-from diffpeft.model.root import class_under, put_class_under
+from diffpeft.model.root import TAKEN, class_under, put_class_under
+from diffpeft.model.target import within_pefts
 from diffpeft.takeover import acts
 from diffpeft.takeover.components import DenoiserMethods, EncoderMethods
 from diffpeft.takeover.pipelines import PipelineMethods, loading_methods, models_of
 
 Pipeline = TypeVar("Pipeline")
-_MARK = "_diffpeft_taken"  # the attribute of a class that was taken over with the class that it was
 
 
 def take_over(pipe: Pipeline) -> Pipeline:
@@ -41,7 +39,7 @@ def take_over(pipe: Pipeline) -> Pipeline:
     _check(pipe)
     take_models(pipe)
     cls: type = type(pipe)
-    if not hasattr(cls, _MARK):
+    if not hasattr(cls, TAKEN):
         object.__setattr__(pipe, "__class__", _pipeline_class(cls))
     return pipe
 
@@ -51,11 +49,11 @@ def release(pipe: Pipeline) -> Pipeline:
 
     Adapters that are on it stay on, as after `load_lora`: what was active is so, what is fused is fused, and diffpeft's functions go on with them.
     """
-    cls = getattr(type(pipe), _MARK, None)
+    cls = getattr(type(pipe), TAKEN, None)
     if cls is None:
         return pipe
     for model in models_of(pipe).values():
-        plain = getattr(class_under(model), _MARK, None)
+        plain = getattr(class_under(model), TAKEN, None)
         if plain is not None:
             put_class_under(model, plain)
         model.__dict__.pop(acts.COMPONENT, None)
@@ -68,7 +66,7 @@ def take_models(pipe: object) -> None:
     """Give a pipeline's models the classes in which their LoRA methods are ours."""
     for component, model in models_of(pipe).items():
         cls = class_under(model)
-        if not hasattr(cls, _MARK) and _methods_of(cls) is not None:
+        if not hasattr(cls, TAKEN) and _methods_of(cls) is not None:
             model.__dict__[acts.COMPONENT] = component
             put_class_under(model, _model_class(cls))
 
@@ -80,20 +78,13 @@ def _check(pipe: object) -> None:
         raise ConfigError(
             f"a {type(pipe).__name__} has none of diffusers' LoRA methods", remedy="Use diffpeft.load_lora and its kin."
         )
-    foreign = [name for name, model in models_of(pipe).items() if has_pefts(model)]
+    foreign = [name for name, model in models_of(pipe).items() if within_pefts(model)]
     if foreign:
         raise AdapterStateError(
             "adapters of peft are on it",
             where=", ".join(foreign),
             remedy="Call its unload_lora_weights first, then take_over, and load them again.",
         )
-
-
-def has_pefts(model: nn.Module) -> bool:
-    """Whether layers of peft itself are in a model."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    layer = getattr(tuners, "BaseTunerLayer", None)
-    return layer is not None and layer is not BaseTunerLayer and any(isinstance(m, layer) for m in model.modules())
 
 
 def _methods_of(cls: type) -> type | None:
@@ -127,7 +118,7 @@ def _model_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _classes:
         methods = _methods_of(base)
         assert methods is not None
-        _classes[base] = subclass(base, _model_class, _MARK, beside=(methods,), alike=True)
+        _classes[base] = subclass(base, _model_class, TAKEN, beside=(methods,), alike=True)
     return _classes[base]
 
 
@@ -148,5 +139,5 @@ def _pipeline_class(base: type) -> type:
     if base not in _classes:
         make: Callable[..., type] = subclass
         members = {"__setattr__": _setting(base), **loading_methods(base)}
-        _classes[base] = make(base, _pipeline_class, _MARK, beside=(_base_methods(),), alike=True, **members)
+        _classes[base] = make(base, _pipeline_class, TAKEN, beside=(_base_methods(),), alike=True, **members)
     return _classes[base]
