@@ -52,13 +52,15 @@ class PipelineMethods:
     """Those of LoraBaseMixin."""
 
     _lora_loadable_modules: Sequence[str]
-    _merged_adapters: set[str]  # what was put into the weights, until it is taken out
+    _merged_adapters: set[str]  # what was in the weights when `unload_lora_weights` took adapters off
 
     def unload_lora_weights(self) -> None:
         """Take all adapters off. Those that are in the weights stay there."""
+        fused = self._in_weights()
         with planned(models_of(self)) as plan:
             for model in models_of(self).values():
                 acts.plan_unloaded(plan, model)
+        self._merged_adapters = self._merged_adapters | fused
 
     def fuse_lora(
         self,
@@ -73,7 +75,6 @@ class PipelineMethods:
         with planned(models) as plan:
             for model in models.values():
                 acts.plan_fused_on(plan, model, adapter_names, lora_scale)
-        self._merged_adapters = {*self._merged_adapters, *self._in_weights()}
 
     def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: object) -> None:
         """Take the adapters out of the weights of components again, to the last bit; each is as strong as before."""
@@ -113,8 +114,9 @@ class PipelineMethods:
         acts.delete(models_of(self).values(), [adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
     def get_active_adapters(self) -> list[str]:
-        """The active adapters, in order."""
-        return [*dict.fromkeys(name for model in models_of(self).values() for name in acts.active_on(model))]
+        """The active adapters, in order: those of the last component that has adapters, as in diffusers."""
+        having = [model for model in models_of(self).values() if acts.adapters_on(model)]
+        return acts.active_on(having[-1]) if having else []
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """{component: its adapters} of the components that have any."""
@@ -128,7 +130,7 @@ class PipelineMethods:
     @property
     def fused_loras(self) -> set[str]:
         """The adapters that are in the weights, those among them that `unload_lora_weights` has left there."""
-        return {*self._merged_adapters} - {*_known(self)} | self._in_weights()
+        return {*self._merged_adapters} | self._in_weights()
 
     @property
     def num_fused_loras(self) -> int:
