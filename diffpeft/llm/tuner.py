@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from converters.formats.peft import CONFIG, PREFIX
-from converters.opening import Opened
 from diffpeft import patterns
+from diffpeft.converters.formats.peft import CONFIG, PREFIX
+from diffpeft.converters.opening import Opened
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpeft import io
+from diffpeft.converters.locating import HUB_ID, on_hub
 from diffpeft.errors import CheckpointError, ConfigError, DiffpeftError, near
 from diffpeft.families.parts import Component, Parts, Pipeline, configs_of
 from diffpeft.files import Json
@@ -28,7 +29,6 @@ from diffpeft.pipeline.complete import (
     read_json,
     refuse_placeholders,
 )
-from diffpeft.pipeline.locate import HUB_ID, on_hub
 from diffpeft.pipeline.split import assigned, filled
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import converters
+from diffpeft import converters
 from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Prompt, Texts
