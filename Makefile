@@ -28,7 +28,7 @@ docs: $(VENV)/.docs
 # built, installed without the source tree into an environment of its own, and run there
 WHEEL := build/wheel
 wheel:
-	rm -rf $(WHEEL) && $(PYTHON) -m venv $(WHEEL)/venv
+	rm -rf build && $(PYTHON) -m venv $(WHEEL)/venv
 	$(WHEEL)/venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps -w $(WHEEL) .
 	$(WHEEL)/venv/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
 	$(WHEEL)/venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(WHEEL)/*.whl

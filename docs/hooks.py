@@ -36,7 +36,11 @@ API = {
     "configs": ("Configs", "diffpeft.llm.config", "One for each method, with PEFT's names and defaults."),
     "language-models": ("Language models", "diffpeft.llm", "PEFT's names."),
     "bundles": ("Adapters between file and model", "diffpeft.bundle", "What every file becomes."),
-    "errors": ("Errors and warnings", "diffpeft.errors", "All errors are `DiffpeftError`s, and what Python calls them."),
+    "errors": (
+        "Errors and warnings",
+        "diffpeft.errors",
+        "All errors are `DiffpeftError`s, and what Python calls them.",
+    ),
     "other": ("Other names", "diffpeft", "The rest."),
 }
 MODULES = {"diffpeft.train": "training", "diffpeft.model.schedule": "schedules", "converters": "converters"}
@@ -112,7 +116,9 @@ def api_navigation() -> list[dict[str, str]]:
 
 def api_index() -> str:
     """A line for each public name, which leads to it."""
-    lines = ["# API\n\nThe public names of `diffpeft`, which are imported on first use: `import diffpeft` loads no torch.\n"]
+    lines = [
+        "# API\n\nThe public names of `diffpeft`, which are imported on first use: `import diffpeft` loads no torch.\n"
+    ]
     for name, home in sorted(diffpeft._HOME.items(), key=lambda item: item[0].lower()):
         sentence = (getattr(diffpeft, name).__doc__ or "").strip().split("\n")[0]
         lines.append(f"* [`{name}`][{defined(home, name)}]{': ' + sentence if sentence else ''}")
@@ -196,4 +202,3 @@ def on_post_build(config: MkDocsConfig) -> None:
         faults += [f"{path.name}: {rule}" for rule in styles.findall(path.read_text())]
     if faults:
         raise PluginError("these are fetched from elsewhere:\n" + "\n".join(faults))
-
