@@ -4,7 +4,8 @@
 * links to what lies outside docs/ lead to a copy of it;
 * the API reference has a page for each group of public names, where `diffpeft._HOMES` says they are defined;
 * equations in ```math fences become MathML, which browsers draw without a script;
-* lists and tables may follow a paragraph at once, as on GitHub.
+* lists and tables may follow a paragraph at once, as on GitHub;
+* a paragraph that begins with bold words gets them as a heading, so that it is in the page's table of contents.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import diffpeft
 
 ROOT = Path(__file__).parent.parent
 INDEX = ROOT / "docs" / "README.md"
+BOLD = re.compile(r"\*\*([^*]+)\.\*\*,? ")
 LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^\s*(```|~~~)")
 ITEM = re.compile(r"^\s*([*-]|\d+\.) ")
@@ -165,7 +167,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     if uri.startswith("project/"):
         markdown = re.sub(r"(\]\()(?!\w+:|#|\.\./)([^)\s#]+)", lambda m: m[1] + from_project(uri, m[2]), markdown)
-    return spaced(LINK.sub(moved, markdown))
+    return spaced(headed(LINK.sub(moved, markdown)))
+
+
+def headed(markdown: str) -> str:
+    """A heading for each paragraph that begins with bold words, one below the heading that it is under."""
+    lines, fenced, level, before = [], False, 1, ""
+    for line in markdown.splitlines():
+        fenced ^= bool(FENCE.match(line))
+        if not fenced and (heading := re.match(r"(#+) ", line)):
+            level = len(heading[1])
+        bold = None if fenced or before.strip() else BOLD.match(line)
+        lines += [f"{'#' * (level + 1)} {bold[1]}", "", sentence(line[bold.end() :])] if bold else [line]
+        before = line
+    return "\n".join(lines)
+
+
+def sentence(text: str) -> str:
+    """With a capital, unless it begins with code."""
+    return text[:1].upper() + text[1:]
 
 
 def from_project(uri: str, link: str) -> str:
