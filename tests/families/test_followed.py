@@ -380,7 +380,7 @@ def test_a_pipeline_is_as_it_was_after_it_was_followed():
 def test_a_package_that_a_pipeline_lacks_is_named(monkeypatch):
     pipe = pipeline("prx")
     monkeypatch.delattr(sys.modules[type(pipe).__module__], "ftfy")
-    with pytest.raises(ConfigError, match=r"uses ftfy, which is not installed(?s:.*)pip install ftfy"):
+    with pytest.raises(ConfigError, match=r"works by ftfy, which is not installed(?s:.*)pip install ftfy"):
         embedded(open_family(pipe), ["a dog"])
 
 
