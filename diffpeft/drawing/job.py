@@ -86,8 +86,7 @@ def planned(asked: Asked, picture: Callable[[Path], Image]) -> Job:
 
     Raises ConfigError, UnknownNameError, DataError, and what reading adapters and looking for the model raise.
     """
-    import converters
-    from diffpeft.pipeline.locate import located
+    from diffpeft import converters
     from diffpeft.pipeline.open import check_model
 
     _check(asked)
@@ -98,7 +97,7 @@ def planned(asked: Asked, picture: Callable[[Path], Image]) -> Job:
     singles = outputs.names_for(f"{asked['singles']}/", shots) if asked["singles"] else []
     refuse_existing([*out, *singles], asked["overwrite"])
     check_model(asked["model"], asked["base"])
-    adapters = {name: Path(located(file)) for name, file in shelf.files.items()}
+    adapters = {name: Path(converters.located(file)) for name, file in shelf.files.items()}
     for file in adapters.values():
         converters.read(file, names={})  # the model tells the family where names do not
     images = {file: picture(Path(file)) for file in dict.fromkeys(file for shot in shots for file in shot.files)}

@@ -14,7 +14,7 @@ def refuse_existing(paths: Iterable[str | os.PathLike[str]], overwrite: bool) ->
 
     Whoever writes asks before the work, not after it: all commands and functions with an output have this one question.
     """
-    there = [] if overwrite else [path for path in map(os.fspath, paths) if os.path.lexists(path) or present(path)]
+    there = [] if overwrite else [str(path) for path in paths if os.path.lexists(path) or present(path)]
     if there:
         raise ConfigError(
             f"the output is there already: {listed(map(os.path.basename, there), 3)}",

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import converters
-from converters.families.base import Table
+from diffpeft import converters
 from diffpeft.bundle import COMPONENTS
+from diffpeft.converters.families.base import Table
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _tag(text: str) -> Tag:
     text_encoder = _number(named.get("te", te or "1"), where)
     unet = named.get("unet", unet)
     unet_strength = _number(unet, where) if unet else text_encoder
-    return Tag(name, unet_strength, text_encoder, _vector(named.get("lbw", ""), where), *_span(named, where))
+    return Tag(name, unet_strength, text_encoder, block_weights(named.get("lbw", ""), where), *_span(named, where))
 
 
 def _span(named: Mapping[str, str], where: str) -> tuple[float | int | None, float | int | None]:
@@ -290,8 +290,8 @@ def _sorted(settings: Sequence[str], where: str) -> tuple[list[str], dict[str, s
     return plain, named
 
 
-def _vector(text: str, where: str) -> str | tuple[float, ...] | None:
-    """The name of a preset, or the numbers by block; None for an empty text."""
+def block_weights(text: str, where: str) -> str | tuple[float, ...] | None:
+    """Weights by block as a tag says them: the name of a preset, or numbers with commas; None for an empty text."""
     if not text:
         return None
     if "," in text:

@@ -20,6 +20,10 @@ OUTPUTS = {
     "convert to a folder": (("convert", "a.safetensors", "b", "--to", "peft"), ["b/adapter_config.json"]),
     "generate": (("generate", "-p", "x", "-o", "b.png"), ["b.png"]),
     "demo": (("demo", "-o", "b"), ["b/openmoji.kohya.safetensors"]),
+    "prune": (("prune", "a.safetensors", "b.safetensors", "--blocks", "text_encoder"), ["b.safetensors"]),
+    "bake": (("bake", "a.safetensors", "b.safetensors", "--blocks", "unet=0.5"), ["b.safetensors"]),
+    "list": (("list", ".", "--html", "b.html"), ["b.html"]),
+    "edit": (("edit", "a.safetensors", "--set", "x=y", "-o", "b.safetensors"), ["b.safetensors"]),
     "average": (("average", "run", "-o", "b"), ["b/x.safetensors"]),
 }
 

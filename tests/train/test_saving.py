@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import converters
 import diffpeft
-from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError, io
+from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError, converters, io
 from diffpeft.families import family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
 from diffpeft.pipeline.open import EMBEDDED
