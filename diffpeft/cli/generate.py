@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import click
@@ -11,6 +12,8 @@ from diffpeft.drawing.opening import DEVICES, QUANTIZED
 from diffpeft.drawing.samplers import SAMPLERS
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from diffpeft.drawing.job import Asked
 
 
@@ -120,12 +123,11 @@ def generate(grids: tuple[str, ...], more: tuple[str, ...], **asked: Unpack[Aske
     """
     from diffpeft.cli.errors import naming
     from diffpeft.drawing import job
-    from diffpeft.train.data.read import picture
 
     if more and not grids:
         raise click.UsageError(f"Got unexpected extra arguments ({' '.join(more)})")
     asked["grid"] = " ".join([" x ".join(grids), *more])
-    plan = job.planned(asked, picture)
+    plan = job.planned(asked, _picture)
     from diffpeft.drawing.account import Account
     from diffpeft.train.progress import quiet_bars
 
@@ -135,3 +137,10 @@ def generate(grids: tuple[str, ...], more: tuple[str, ...], **asked: Unpack[Aske
     with naming(asked["out"]):
         for file in job.written(plan, stage, account, asked["batch"], asked["overwrite"]):
             click.echo(file)
+
+
+def _picture(file: Path) -> Image:
+    """An image file as pixels. Raises DataError."""
+    from diffpeft.train.data.read import picture  # torch
+
+    return picture(file)

@@ -155,8 +155,14 @@ def _shots(asked: Asked, shelf: Shelf) -> tuple[list[Shot], list[Page]]:
         raise ConfigError("nothing says what to draw", remedy='Pass -p "a prompt", or --prompts FILE.')
     if not grid:
         return shots, []
-    if any(axis.kind == "strength" for axis in grid) and not any(axis.kind == "lora" for axis in grid) and not shelf.files:
-        raise ConfigError("the grid has strengths, and there is no adapter", remedy="Pass --lora FILE, or add x lora=a,b.")
+    if (
+        any(axis.kind == "strength" for axis in grid)
+        and not any(axis.kind == "lora" for axis in grid)
+        and not shelf.files
+    ):
+        raise ConfigError(
+            "the grid has strengths, and there is no adapter", remedy="Pass --lora FILE, or add x lora=a,b."
+        )
     by_text = {prompt.prompt: shots_of([prompt], seeds, shelf, common)[0] for prompt in prompts}
     return on_grid(shots, grid, by_text, shelf)
 
