@@ -128,12 +128,12 @@ def generate(grids: tuple[str, ...], more: tuple[str, ...], **asked: Unpack[Aske
         raise click.UsageError(f"Got unexpected extra arguments ({' '.join(more)})")
     asked["grid"] = " ".join([" x ".join(grids), *more])
     plan = job.planned(asked, _picture)
-    from diffpeft.drawing.account import Account
+    from diffpeft.drawing.account import PictureAccount
     from diffpeft.train.progress import quiet_bars
 
     quiet_bars()
     stage = job.staged(asked, plan)
-    account = Account.of(stage.pipe, asked["model"], plan.adapters)
+    account = PictureAccount.of(stage.pipe, asked["model"], plan.adapters)
     with naming(asked["out"]):
         for file in job.written(plan, stage, account, asked["batch"], asked["overwrite"]):
             click.echo(file)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Account:
+class PictureAccount:
     """What all pictures of a run have in common.
 
     Args:
@@ -36,7 +36,7 @@ class Account:
     loras: Mapping[str, str]
 
     @classmethod
-    def of(cls, pipe: Pipeline, model: str | None, loras: Mapping[str, Path]) -> Account:
+    def of(cls, pipe: Pipeline, model: str | None, loras: Mapping[str, Path]) -> PictureAccount:
         """Reads the files once, for their hashes."""
         name = "tiny-emoji" if model is None else Path(model).stem if Path(model).is_file() else Path(model).name
         file = _weights(Path(model) if model else EMBEDDED)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BATCH = 4
 _FRAMES = ("num_frames", "frames")
+_LEADING = ("guidance_scale", "true_cfg_scale")
 _SHOWN = ("control_image", "image")  # the keywords of pictures
 _SIDES = 16  # of a picture that is drawn over, for who packs latents by two
 
@@ -117,25 +118,23 @@ def _check(pipe: Pipeline, shot: Shot) -> None:
     """Raise ConfigError for what a pipeline would not read, and for sizes that it cannot draw."""
     takes, name = _takes(pipe), type(pipe).__name__
     over = _draws_over(pipe)
-    leads = "guidance_scale" in takes or getattr(pipe, "guider", None) is not None
+    leads = not takes.isdisjoint(_LEADING) or getattr(pipe, "guider", None) is not None
     lacks = {
         "negative prompt": shot.negative is not None and "negative_prompt" not in takes,
-        "guidance": (shot.guidance, shot.cfg) != (None, None) and not leads and "true_cfg_scale" not in takes,
+        "guidance": (shot.guidance, shot.cfg) != (None, None) and not leads,
         "strength of drawing over a picture": shot.strength is not None and not (over and shot.images),
         "mask without a picture": shot.mask is not None and not shot.images,
     }
     if lacking := next((what for what, missing in lacks.items() if missing), None):
         raise ConfigError(f"a {name} takes no {lacking}", where=shot.where, remedy="Leave it out: it would do nothing.")
+    if over and len(shot.images) != 1:
+        raise ConfigError(f"a {name} draws over one picture, and has {len(shot.images)}", remedy="Pass --image once.")
     if shot.strength is not None and not 0 < shot.strength <= 1:
         raise ConfigError(
             f"strength is {shot.strength:g}",
             where=shot.where,
             remedy="It is above 0, and at most 1: all is drawn anew.",
         )
-    if over and len(shot.images) > 1:
-        raise ConfigError(f"a {name} draws over one picture, not {len(shot.images)}", remedy="Pass --image once.")
-    if over and not shot.images:
-        raise ConfigError(f"a {name} draws over a picture, and there is none", remedy="Pass --image FILE.")
     _check_sides(pipe, shot)
 
 
@@ -267,23 +266,32 @@ def _scales(pipe: Pipeline, shot: Shot) -> Mapping[str, object]:
 
 
 def _shown(pipe: Pipeline, shots: Sequence[Shot]) -> dict[str, object]:
-    """Pictures and sizes in the keywords of a pipeline: a picture that is drawn over has the size that is drawn, and is there for each."""
+    """Pictures and sizes in the keywords of a pipeline."""
     shot, takes = shots[0], _takes(pipe)
-    sides = {"width": shot.width, "height": shot.height}
+    if shot.images and _draws_over(pipe):
+        return _drawn_over(takes, shot, len(shots))
+    sides = {name: side for name, side in (("width", shot.width), ("height", shot.height)) if side is not None}
     if not shot.images:
-        return {name: side for name, side in sides.items() if side is not None}
-    keyword = next(name for name in _SHOWN if name in takes)
-    if not _draws_over(pipe):
-        pictures = list(shot.images) if len(shot.images) > 1 else shot.images[0]
-        return {keyword: pictures, **{name: side for name, side in sides.items() if side is not None and name in takes}}
+        return dict(sides)
+    pictures = list(shot.images) if len(shot.images) > 1 else shot.images[0]
+    return {_keyword(takes): pictures, **{name: side for name, side in sides.items() if name in takes}}
+
+
+def _keyword(takes: set[str]) -> str:
+    """What a pipeline calls the pictures that it is shown."""
+    return next(name for name in _SHOWN if name in takes)
+
+
+def _drawn_over(takes: set[str], shot: Shot, count: int) -> dict[str, object]:
+    """A picture that is drawn over: it has the size that is drawn, and is there for each that is made of it."""
     from PIL import ImageOps
 
     image = shot.images[0]
-    size = (shot.width or image.width // _SIDES * _SIDES, shot.height or image.height // _SIDES * _SIDES)
-    size = (max(size[0], _SIDES), max(size[1], _SIDES))
-    over: dict[str, object] = {keyword: [ImageOps.fit(image, size)] * len(shots)}
+    width, height = (max(side // _SIDES * _SIDES, _SIDES) for side in image.size)
+    size = (shot.width or width, shot.height or height)
+    over: dict[str, object] = {_keyword(takes): [ImageOps.fit(image, size)] * count}
     if shot.mask is not None:
-        over["mask_image"] = [ImageOps.fit(shot.mask, size)] * len(shots)
+        over["mask_image"] = [ImageOps.fit(shot.mask, size)] * count
     if shot.strength is not None:
         over["strength"] = shot.strength
     return over | {name: side for name, side in zip(("width", "height"), size, strict=True) if name in takes}

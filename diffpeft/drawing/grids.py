@@ -15,7 +15,7 @@ _NOTHING = Axis("", "", ("",))
 
 
 @dataclass(frozen=True)
-class Page:
+class GridPage:
     """One grid: its labels, and which pictures lie where, by their numbers."""
 
     title: str
@@ -41,7 +41,7 @@ class Varied:
 
 def on_grid(
     shots: Sequence[Shot], grid: Sequence[Axis], by_text: Mapping[str, Shot], shelf: Shelf
-) -> tuple[list[Shot], list[Page]]:
+) -> tuple[list[Shot], list[GridPage]]:
     """Pictures at each place of a grid, and the grids: one for each picture that is asked for, and each combination of the axes after the second.
 
     Where axes are of prompts or seeds, they say themselves which are asked for. Raises UnknownNameError for an adapter that there is not.
@@ -50,7 +50,7 @@ def on_grid(
     varied = Varied(by_text, shelf, frozenset(named))
     across, down, *deeper = [*grid, _NOTHING][: max(2, len(grid))]
     bases = _bases(shots, {axis.kind for axis in grid})
-    pages, cells = list[Page](), list[Shot]()
+    pages, cells = list[GridPage](), list[Shot]()
     for base in bases:
         for picked in itertools.product(*(list(zip(axis.values, axis.labels, strict=True)) for axis in deeper)):
             settings = [(axis, value) for axis, (value, _) in zip(deeper, picked, strict=True)]
@@ -60,7 +60,7 @@ def on_grid(
                 cells += [_at(base, [*settings, (across, c), (down, row)], varied) for c in across.values]
             labels = [base.title(bases), *(label for _, label in picked)]
             rows = down.labels if down.kind else [""]
-            pages.append(Page(", ".join(filter(None, labels)), across.labels, rows, numbers))
+            pages.append(GridPage(", ".join(filter(None, labels)), across.labels, rows, numbers))
     return cells, pages
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from diffpeft.drawing import axes, outputs
-from diffpeft.drawing.grids import Page, on_grid
+from diffpeft.drawing.axes import Axis
+from diffpeft.drawing.grids import GridPage, on_grid
 from diffpeft.drawing.opening import check_device, opened, there
 from diffpeft.drawing.plan import Shelf, shots_of, weighted
 from diffpeft.drawing.prompts import SamplePrompt, read
@@ -25,7 +26,7 @@ from diffpeft.pipeline.prompt import Tag, strengths
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diffpeft.drawing.account import Account
+    from diffpeft.drawing.account import PictureAccount
     from diffpeft.families.parts import Parts, Pipeline
     from diffpeft.model.mix import Given, Strength
 
@@ -64,7 +65,7 @@ class Asked(TypedDict):
 
 
 @dataclass(frozen=True)
-class Job:
+class DrawingJob:
     """What is drawn, and where it is written.
 
     Args:
@@ -76,12 +77,12 @@ class Job:
 
     shots: Sequence[Shot]
     adapters: Mapping[str, Path]
-    pages: Sequence[Page]
+    pages: Sequence[GridPage]
     out: Sequence[Path]
     singles: Sequence[Path]
 
 
-def planned(asked: Asked, picture: Callable[[Path], Image]) -> Job:
+def planned(asked: Asked, picture: Callable[[Path], Image]) -> DrawingJob:
     """What is to be drawn. Adapters' headers and pictures are read, by `picture`, and nothing heavy is imported.
 
     Raises ConfigError, UnknownNameError, DataError, and what reading adapters and looking for the model raise.
@@ -103,7 +104,7 @@ def planned(asked: Asked, picture: Callable[[Path], Image]) -> Job:
     images = {file: picture(Path(file)) for file in dict.fromkeys(file for shot in shots for file in shot.files)}
     mask = picture(Path(asked["mask"])).convert("L") if asked["mask"] else None
     shots = [replace(shot, images=tuple(images[file] for file in shot.files), mask=mask) for shot in shots]
-    return Job(shots, adapters, pages, out, singles)
+    return DrawingJob(shots, adapters, pages, out, singles)
 
 
 def _check(asked: Asked) -> None:
@@ -121,25 +122,9 @@ def _check(asked: Asked) -> None:
         )
 
 
-def _shots(asked: Asked, shelf: Shelf) -> tuple[list[Shot], list[Page]]:
+def _shots(asked: Asked, shelf: Shelf) -> tuple[list[Shot], list[GridPage]]:
     """The pictures, and the grids that they are in."""
-    guidance = _GUIDANCE if asked["guidance"] is None and asked["model"] is None else asked["guidance"]
-    common = Shot(
-        "",
-        negative=asked["negative"],
-        width=asked["width"],
-        height=asked["height"],
-        steps=asked["steps"],
-        guidance=guidance,
-        scheduler=asked["scheduler"],
-        files=asked["images"],
-        strength=asked["strength"],
-    )
-    seeds = whole_numbers(asked["seed"], "--seed")
-    if asked["num"] is not None:
-        if len(seeds) > 1:
-            raise ConfigError("--num and several seeds", remedy="Pass one of both.")
-        seeds = [*range(seeds[0], seeds[0] + asked["num"])]
+    common, seeds = _common(asked), _seeds(asked)
     prompts = [SamplePrompt(text, where="--prompt") for text in asked["prompt"]]
     prompts += read(Path(asked["prompts"])) if asked["prompts"] else []
     shots = shots_of(prompts, seeds, shelf, common)
@@ -155,20 +140,48 @@ def _shots(asked: Asked, shelf: Shelf) -> tuple[list[Shot], list[Page]]:
         raise ConfigError("nothing says what to draw", remedy='Pass -p "a prompt", or --prompts FILE.')
     if not grid:
         return shots, []
-    if (
-        any(axis.kind == "strength" for axis in grid)
-        and not any(axis.kind == "lora" for axis in grid)
-        and not shelf.files
-    ):
-        raise ConfigError(
-            "the grid has strengths, and there is no adapter", remedy="Pass --lora FILE, or add x lora=a,b."
-        )
+    _check_strengths(grid, shelf)
     by_text = {prompt.prompt: shots_of([prompt], seeds, shelf, common)[0] for prompt in prompts}
     return on_grid(shots, grid, by_text, shelf)
 
 
+def _common(asked: Asked) -> Shot:
+    """What is said of all pictures."""
+    embedded = asked["guidance"] is None and asked["model"] is None
+    return Shot(
+        "",
+        negative=asked["negative"],
+        width=asked["width"],
+        height=asked["height"],
+        steps=asked["steps"],
+        guidance=_GUIDANCE if embedded else asked["guidance"],
+        scheduler=asked["scheduler"],
+        files=asked["images"],
+        strength=asked["strength"],
+    )
+
+
+def _seeds(asked: Asked) -> list[int]:
+    """The seeds that each prompt is drawn with. Raises ConfigError."""
+    seeds = whole_numbers(asked["seed"], "--seed")
+    if asked["num"] is None:
+        return seeds
+    if len(seeds) > 1:
+        raise ConfigError("--num and several seeds", remedy="Pass one of both.")
+    return [*range(seeds[0], seeds[0] + asked["num"])]
+
+
+def _check_strengths(grid: Sequence[Axis], shelf: Shelf) -> None:
+    """Raise ConfigError for a grid of strengths of nothing."""
+    kinds = {axis.kind for axis in grid}
+    if "strength" in kinds and "lora" not in kinds and not shelf.files:
+        raise ConfigError(
+            "the grid has strengths, and there is no adapter", remedy="Pass --lora FILE, or add x lora=a,b."
+        )
+
+
 @dataclass(frozen=True)
-class Stage:
+class ReadyModel:
     """A model that is ready to draw: its pipeline, and its adapters.
 
     Args:
@@ -194,7 +207,7 @@ class Stage:
         return strength
 
 
-def staged(asked: Asked, job: Job) -> Stage:
+def staged(asked: Asked, job: DrawingJob) -> ReadyModel:
     """The model with the adapters of a job. What it cannot draw is told before its weights are loaded.
 
     Raises ConfigError, UnknownNameError, CheckpointError and its kin, and what `load_lora` raises.
@@ -222,10 +235,10 @@ def staged(asked: Asked, job: Job) -> Stage:
     for i, (name, file) in enumerate(job.adapters.items()):
         report = diffpeft.load_lora(pipe, file, name=name if NAME.fullmatch(name) else f"lora-{i}")
         loaded[name] = (report.name, report.matched)
-    return Stage(pipe, family_of(pipe), loaded)
+    return ReadyModel(pipe, family_of(pipe), loaded)
 
 
-def _check_tags(parts: Parts, job: Job) -> None:
+def _check_tags(parts: Parts, job: DrawingJob) -> None:
     """Raise ConfigError or UnknownNameError for weights by block that the model has not."""
     from diffpeft.families import family_of
 
@@ -234,7 +247,7 @@ def _check_tags(parts: Parts, job: Job) -> None:
             strengths(strength, family_of(parts.pipe))
 
 
-def written(job: Job, stage: Stage, account: Account, batch: int, overwrite: bool) -> Iterator[Path]:
+def written(job: DrawingJob, stage: ReadyModel, account: PictureAccount, batch: int, overwrite: bool) -> Iterator[Path]:
     """Draw the pictures of a job and write them: each file when it is written, grids as soon as they are complete."""
     from diffpeft.drawing.draw import drawn
 
@@ -251,13 +264,13 @@ def written(job: Job, stage: Stage, account: Account, batch: int, overwrite: boo
 
 
 def _save_page(
-    page: Page, job: Job, n: int, waiting: dict[int, Image], account: Account, overwrite: bool
+    page: GridPage, job: DrawingJob, n: int, waiting: dict[int, Image], account: PictureAccount, overwrite: bool
 ) -> Iterator[Path]:
     """Write a grid, in pieces if it is too large for one file, and let go of its pictures."""
     from diffpeft.drawing.sheets import Sheet, pieces
 
-    first = page.numbers[0][0]
-    text = account.text(job.shots[first], waiting[first], Grid=" x ".join(filter(None, (page.title, *_ends(page)))))
+    number = page.numbers[0][0]
+    text = account.text(job.shots[number], waiting[number], Grid=" x ".join(filter(None, (page.title, *_ends(page)))))
     sheet = Sheet(page.columns, page.rows, [[waiting.pop(i) for i in row] for row in page.numbers], page.title)
     images, path = list(pieces(sheet)), job.out[n]
     files = [path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(1, len(images) + 1)]
@@ -267,7 +280,7 @@ def _save_page(
         yield _save(file, image, text)
 
 
-def _ends(page: Page) -> Iterator[str]:
+def _ends(page: GridPage) -> Iterator[str]:
     """What the columns and the rows of a grid are, from the first to the last."""
     for labels in (page.columns, page.rows):
         if labels[0]:

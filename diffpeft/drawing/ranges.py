@@ -45,8 +45,8 @@ def numbers(text: str, where: str) -> list[float]:
 
 def _spread(bounds: list[float], where: str, text: str) -> list[float]:
     """The numbers from the first to the last, rounded to what was meant: 0.1 three times is 0.3."""
-    first, last, step = bounds
-    count = (last - first) / step if step else math.nan
+    start, last, step = bounds
+    count = (last - start) / step if step else math.nan
     if not 0 <= count < _MOST:
         raise ConfigError(f"{where} is {shown(text)}: that step does not lead there", where=where, remedy=_NUMBERS)
-    return [float(f"{first + i * step:.10g}") for i in range(math.floor(count + 1e-9) + 1)]
+    return [float(f"{start + i * step:.10g}") for i in range(math.floor(count + 1e-9) + 1)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class KnownSampler:
     """A scheduler: its class, for models that learn betas and for those of flows, what is changed of its config, and what A1111 calls it."""
 
     label: str
@@ -29,22 +29,22 @@ class Sampler:
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
 SAMPLERS = {
-    "ddim": Sampler("DDIM", "DDIMScheduler"),
-    "ddpm": Sampler("DDPM", "DDPMScheduler"),
-    "deis": Sampler("DEIS", "DEISMultistepScheduler", "DEISMultistepScheduler"),
-    "dpm++_2m": Sampler("DPM++ 2M", _MULTI, _MULTI, {"algorithm_type": "dpmsolver++"}),
-    "dpm++_2m_sde": Sampler("DPM++ 2M SDE", _MULTI, _MULTI, _SDE),
-    "dpm++_2s": Sampler("DPM++ 2S", _SINGLE, None, {"algorithm_type": "dpmsolver++"}),
-    "dpm2": Sampler("DPM2", "KDPM2DiscreteScheduler"),
-    "dpm2_a": Sampler("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
-    "euler": Sampler("Euler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
-    "euler_a": Sampler("Euler a", "EulerAncestralDiscreteScheduler"),
-    "heun": Sampler("Heun", "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-    "lcm": Sampler("LCM", "LCMScheduler", "FlowMatchLCMScheduler"),
-    "lms": Sampler("LMS", "LMSDiscreteScheduler"),
-    "pndm": Sampler("PLMS", "PNDMScheduler"),
-    "tcd": Sampler("TCD", "TCDScheduler"),
-    "unipc": Sampler("UniPC", "UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+    "ddim": KnownSampler("DDIM", "DDIMScheduler"),
+    "ddpm": KnownSampler("DDPM", "DDPMScheduler"),
+    "deis": KnownSampler("DEIS", "DEISMultistepScheduler", "DEISMultistepScheduler"),
+    "dpm++_2m": KnownSampler("DPM++ 2M", _MULTI, _MULTI, {"algorithm_type": "dpmsolver++"}),
+    "dpm++_2m_sde": KnownSampler("DPM++ 2M SDE", _MULTI, _MULTI, _SDE),
+    "dpm++_2s": KnownSampler("DPM++ 2S", _SINGLE, None, {"algorithm_type": "dpmsolver++"}),
+    "dpm2": KnownSampler("DPM2", "KDPM2DiscreteScheduler"),
+    "dpm2_a": KnownSampler("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
+    "euler": KnownSampler("Euler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "euler_a": KnownSampler("Euler a", "EulerAncestralDiscreteScheduler"),
+    "heun": KnownSampler("Heun", "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "lcm": KnownSampler("LCM", "LCMScheduler", "FlowMatchLCMScheduler"),
+    "lms": KnownSampler("LMS", "LMSDiscreteScheduler"),
+    "pndm": KnownSampler("PLMS", "PNDMScheduler"),
+    "tcd": KnownSampler("TCD", "TCDScheduler"),
+    "unipc": KnownSampler("UniPC", "UniPCMultistepScheduler", "UniPCMultistepScheduler"),
 }
 _SPACINGS = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta"}  # {how noise levels lie: A1111's word}
 _SPELT = {"plms": "pndm", "euler_ancestral": "euler_a", "dpm2_ancestral": "dpm2_a", "uni_pc": "unipc"}
@@ -52,15 +52,15 @@ _BETAS = {sampler.betas for sampler in SAMPLERS.values()}
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSampler:
     """A sampler, and how its noise levels lie: `karras`, `exponential`, `beta`, or as the class has them."""
 
     name: str
-    sampler: Sampler
+    sampler: KnownSampler
     spacing: str | None = None
 
 
-def chosen(name: str) -> Choice:
+def chosen(name: str) -> ChosenSampler:
     """The sampler of a name, also as A1111 writes it (`DPM++ 2M Karras`), or of a class of diffusers. Raises UnknownNameError."""
     word = "_".join(name.replace("-", " ").replace("_", " ").lower().split())
     by_class = {
@@ -72,7 +72,7 @@ def chosen(name: str) -> Choice:
     word = by_class.get(name, _SPELT.get(word, word))
     if word not in SAMPLERS:
         raise UnknownNameError.of("scheduler", word, SAMPLERS, "the name of a scheduler, after which may stand _karras")
-    return Choice(name, SAMPLERS[word], spacing)
+    return ChosenSampler(name, SAMPLERS[word], spacing)
 
 
 def label_of(scheduler: Component) -> dict[str, str]:
@@ -80,7 +80,7 @@ def label_of(scheduler: Component) -> dict[str, str]:
     cls, config = type(scheduler).__name__, scheduler.config
     alike = [row for row in SAMPLERS.values() if cls in (row.betas, row.flow)]
     exact = [row for row in alike if all(config.get(key) == value for key, value in row.changes.items())]
-    label = (exact or alike or [Sampler(cls)])[0].label
+    label = (exact or alike or [KnownSampler(cls)])[0].label
     spacing = next((word for key, word in _SPACINGS.items() if config.get(f"use_{key}_sigmas")), None)
     return {"Sampler": label} | ({"Schedule type": spacing} if spacing else {})
 
@@ -126,7 +126,7 @@ def _flow_changes(kind: type[Component], config: Mapping[str, object]) -> dict[s
     return {key: value for key, value in told.items() if key in takes and value is not None}
 
 
-def _class_for(pipe: Pipeline, sampler: Sampler) -> str | None:
+def _class_for(pipe: Pipeline, sampler: KnownSampler) -> str | None:
     """The name of the class that draws with a pipeline; None if there is none."""
     import diffusers
 

@@ -91,6 +91,7 @@ def invoked(*args):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_several_prompts_and_seeds_are_the_pictures_of_the_stock_pipeline(tmp_path):
     prompts = ["an emoji of lemon", "an emoji of a dog"]
     files = invoked("-p", prompts[0], "-p", prompts[1], "--seed", "3,5", "-o", tmp_path / "{n}-{seed}.png")
@@ -188,7 +189,7 @@ WRONG_OPTIONS = {
     "a format": (("-p", "x", "-o", "x.bmp"), ".webp"),
     "one name": (("-p", "x", "--num", "2", "-o", "{prompt}.png"), "{n}"),
     "a field": (("-p", "x", "-o", "{sed}.png"), "seed"),
-    "a model": (("-p", "x", "-m", "./nowhere/x"), "no such model"),
+    "a model": (("-p", "x", "-m", "/nowhere/x/y"), "no such model"),
     "no picture": (("-p", "x", "--image", "style.v1.safetensors"), "cannot read an image"),
 }
 

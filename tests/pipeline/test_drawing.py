@@ -75,6 +75,7 @@ def test_pictures_that_differ_in_more_are_more_batches(sd15, monkeypatch):
     assert sizes == [4, 2, 4, 1]
 
 
+@pytest.mark.slow
 def test_a_sampler_is_that_of_diffusers_and_goes_again(sd15):
     before = sd15.scheduler
     image = generate(sd15, "a cat", seeds=[1], scheduler="dpm++_2m_karras", **SIZE)[0]
@@ -113,6 +114,7 @@ def photo():
     return Image.fromarray(ramp)
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_drawn_over_is_img2img(sd15, photo):
     images = generate(sd15, "a cat", seeds=(1, 2), image=photo, strength=0.5, steps=4)
     stock = StableDiffusionImg2ImgPipeline(**sd15.components, requires_safety_checker=False)
@@ -128,6 +130,7 @@ def test_a_picture_that_is_drawn_over_is_img2img(sd15, photo):
     )
 
 
+@pytest.mark.slow
 def test_with_a_mask_it_is_inpainting(sd15, photo):
     mask = Image.new("L", (64, 32))
     mask.paste(255, (32, 0, 64, 32))
@@ -177,6 +180,7 @@ def test_what_other_pipelines_do_not_take():
         generate(wan, "a cat", image=Image.new("RGB", (64, 64)))
 
 
+@pytest.mark.slow
 def test_adapters_of_pictures_are_those_of_set_adapters(sd15):
     torch.manual_seed(1)
     diffpeft.attach(sd15, diffpeft.LoraConfig(r=2, init_lora_weights=False), targets="attn", name="style")
