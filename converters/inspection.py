@@ -91,7 +91,7 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
     layers = _with_numbers(_grouped(source, fits))
     _, families, methods, ranks, shapes = _outlined(fits, layers)
     alphas = {name: _number(roles.get("alpha")) for name, roles in layers.items()}
-    measured = _measured(layers, {name for name, alpha in alphas.items() if alpha == 0}) if norms else _Measured()
+    seen = measured(layers, {name for name, alpha in alphas.items() if alpha == 0}) if norms else TensorFacts()
     return Inspection(
         path=where,
         format=fits.format,
@@ -111,9 +111,9 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
         trigger_words=trigger_words(metadata),
         metadata=metadata,
         readable_by=readers(fits.format, methods, families[0], shapes, metadata),
-        norms=measured.norms,
-        dead=measured.dead,
-        nonfinite=measured.nonfinite,
+        norms=seen.norms,
+        dead=seen.dead,
+        nonfinite=seen.nonfinite,
     )
 
 
@@ -148,7 +148,7 @@ def block_of(name: str) -> str:
     return match[0] if match else name
 
 
-class _Measured(NamedTuple):
+class TensorFacts(NamedTuple):
     """What only the numbers tell; see Inspection."""
 
     norms: Mapping[str, float] | None = None
@@ -156,14 +156,14 @@ class _Measured(NamedTuple):
     nonfinite: tuple[str, ...] | None = None
 
 
-def _measured(layers: Mapping[str, Mapping[str, Handle]], off: Collection[str]) -> _Measured:
+def measured(layers: Mapping[str, Mapping[str, Handle]], off: Collection[str]) -> TensorFacts:
     """Norms by layer, the layers that are `off` or have a factor that is zero, and those with values that are not finite."""
     squares = {name: _squares(roles) for name, roles in layers.items()}
     totals = {name: sum(roles.values()) for name, roles in squares.items()}
     norms = {name: math.sqrt(total) if math.isfinite(total) else total for name, total in totals.items()}
     zero = {name for name, roles in squares.items() if any(roles[role] == 0 for role in roles.keys() - _BIASES)}
     dead = tuple(name for name in layers if name in zero or name in off)
-    return _Measured(norms, dead, tuple(name for name, total in totals.items() if not math.isfinite(total)))
+    return TensorFacts(norms, dead, tuple(name for name, total in totals.items() if not math.isfinite(total)))
 
 
 def _squares(roles: Mapping[str, Handle]) -> dict[str, float]:

@@ -57,9 +57,11 @@ _HOMES = {
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
     "diffpeft.tools.baking": "bake",
     "diffpeft.tools.comparing": "diff",
+    "diffpeft.tools.diagnosis": "doctor",
     "diffpeft.tools.editing": "edit",
     "diffpeft.tools.listing": "list_adapters",
     "diffpeft.tools.pruning": "prune",
+    "diffpeft.tools.verifying": "verify",
     "diffpeft.train.config": "TrainConfig",
     "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
     "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
@@ -156,9 +158,11 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import save_lora as save_lora
     from diffpeft.tools.baking import bake as bake
     from diffpeft.tools.comparing import diff as diff
+    from diffpeft.tools.diagnosis import doctor as doctor
     from diffpeft.tools.editing import edit as edit
     from diffpeft.tools.listing import list_adapters as list_adapters
     from diffpeft.tools.pruning import prune as prune
+    from diffpeft.tools.verifying import verify as verify
     from diffpeft.train.config import TrainConfig as TrainConfig
     from diffpeft.utils.constants import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,

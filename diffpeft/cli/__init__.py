@@ -13,6 +13,7 @@ from diffpeft.cli.convert import convert
 from diffpeft.cli.data import data
 from diffpeft.cli.demo import demo
 from diffpeft.cli.diff import diff
+from diffpeft.cli.doctor import doctor
 from diffpeft.cli.edit import edit
 from diffpeft.cli.errors import run
 from diffpeft.cli.fuse import fuse
@@ -23,6 +24,7 @@ from diffpeft.cli.prune import prune
 from diffpeft.cli.sft import sft
 from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
+from diffpeft.cli.verify import verify
 
 
 @click.group(
@@ -52,6 +54,8 @@ def cli() -> None:
     diffpeft bake IN OUT --blocks PATTERN=W    put weights by block into it
     diffpeft edit FILE --set KEY=TEXT          change its metadata, trigger words, picture
     diffpeft diff A B                          say how alike two adapters are, by block
+    diffpeft verify FILE -m MODEL              say whether an adapter fits a model
+    diffpeft doctor                            say what is installed, and what is in the way
 
     Every command takes --debug.
     """
@@ -73,6 +77,8 @@ for command in (
     bake,
     edit,
     diff,
+    verify,
+    doctor,
 ):
     cli.add_command(command)
 

@@ -40,7 +40,7 @@ def separated(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[nn.Module,
             entries += split(entry)
         except Unfit:
             if set(entry.targets) <= modules.keys():
-                _check(entry, [modules[target] for target in entry.targets], bundle.source)
+                check_joint(entry, [modules[target] for target in entry.targets], bundle.source)
                 entries += _worked_out(bundle, entry, modules, dense)
             else:
                 entries += [replace(entry, layer=target, rule=None) for target in entry.targets]
@@ -64,7 +64,7 @@ def _worked_out(bundle: Bundle, entry: Entry, modules: Mapping[str, nn.Module], 
     return [replace(plain, layer=layer, tensors={"diff": _like(entry, delta)}) for layer, delta in deltas.items()]
 
 
-def _check(entry: Entry, modules: Sequence[nn.Module], source: str) -> None:
+def check_joint(entry: Entry, modules: Sequence[nn.Module], source: str) -> None:
     """Raise ShapeMismatchError for tensors that do not fit the layers that are one in the original program."""
     parts = [site.geometry_of(m) for m in modules if (site := site_of(base_class(m))) is not None]
     joint = replace(parts[0], out=sum(part.out for part in parts))

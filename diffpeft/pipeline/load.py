@@ -165,6 +165,12 @@ def opened(
     alpha: float | None = None,
 ) -> Bundle:
     """What is to be loaded, in the model's own layers. Raises CheckpointError and its kin."""
+    return separated(read_for(target, source, layers, Hints(family, revision, filename, alpha)), layers)
+
+
+def read_for(target: object, source: Source, layers: LayersByComponent, hints: Hints) -> Bundle:
+    """What is to be loaded, joint layers as the file has them. Raises CheckpointError and its kin."""
+    family, revision, filename, alpha = hints
     expected = family or family_of(target)
     if isinstance(source, Bundle):
         bundle = source
@@ -175,7 +181,7 @@ def opened(
         bundle = _read(located(source, revision, filename), expected, family, shapes, alpha)
     if expected is None and is_unnamed(target):
         bundle = replace(bundle, family="", families=())
-    return separated(bundle, layers)
+    return bundle
 
 
 def _shape(module: nn.Module) -> tuple[int, ...] | None:
