@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from converters.families import TABLES, Table
-from converters.families.text import CLIP, T5
-from converters.formats import FORMATS, Format, KeyParts
-from converters.formats.wrappers import all_unwrapped
-from converters.roles import split
-from converters.rows import aspect
-from converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.bundle import Handle
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.families.text import CLIP, T5
+from diffpeft.converters.formats import FORMATS, Format, KeyParts
+from diffpeft.converters.formats.wrappers import all_unwrapped
+from diffpeft.converters.roles import split
+from diffpeft.converters.rows import aspect
+from diffpeft.converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
 from diffpeft.methods.shapes import extent, width
@@ -31,6 +31,7 @@ Spelt = tuple[str, str]  # what says the component, the layer as the format spel
 Layers = dict[Spelt, dict[str, Handle]]
 # where a file written here says its family; and the component and the format, where its keys do not
 HINT, COMPONENT, FORMAT = "diffpeft.family", "diffpeft.component", "diffpeft.format"
+NO_FAMILY = "none"  # what a file says whose model was of no family that is known, whatever its layers are called
 # what metadata say, in any of these places: {family: pattern}
 _PLACES = (HINT, "modelspec.architecture", "ss_base_model_version")
 _TOLD = (*_PLACES, COMPONENT, FORMAT)  # all metadata that are looked into
@@ -213,7 +214,10 @@ def _fit(
     fitting = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fitting}
     spelt_by = _Own(layers, metadata, FORMATS[formats[0]].tables)
-    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
+    if metadata.get(HINT) == NO_FAMILY and not family:
+        families, ambiguous, looks_like = _Verdict(())
+    else:
+        families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
     chosen = _format_of(formats, [family] if family else families, spelt_by)
     return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], ({}, {}, ""))
 

@@ -7,15 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
-from converters.detection import Fit, bare, fit, methods_of
-from converters.formats import FORMATS
-from converters.formats.base import table_of
-from converters.opening import Opened, Source, opened
-from converters.readers import readers
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, trigger_words
+from diffpeft.converters.detection import Fit, bare, fit, methods_of
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.locating import Where, located
+from diffpeft.converters.opening import Opened, Source, opened
+from diffpeft.converters.readers import readers
 from diffpeft.errors import inside
 from diffpeft.methods.shapes import rank
 
@@ -52,13 +53,13 @@ class Inspection:
     nonfinite: tuple[str, ...] | None = None
 
 
-def inspect(source: Source, *, norms: bool = False) -> Inspection:
+def inspect(source: Source, *, norms: bool = False, **where: Unpack[Where]) -> Inspection:
     """What a file, a PEFT folder or a dict of tensors is. Reads the header and the alphas; with `norms` every tensor, one at a time.
 
     `norms` {layer: sqrt of the sum of squares of all its tensors}; `dead` layers have an alpha of 0 or a factor that is all zeros, so that they
-    change nothing; `nonfinite` ones hold NaN or Inf. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
+    change nothing; `nonfinite` ones hold NaN or Inf. `where`: which file, as for `located`. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
     """
-    file = opened(source)
+    file = opened(located(source, **where))
     with inside(file.where):
         return _inspected(file, norms)
 

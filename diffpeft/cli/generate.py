@@ -118,15 +118,14 @@ def generate(**asked: Unpack[Asked]) -> None:
 
 def _adapters(asked: Asked) -> tuple[str, Files]:
     """The prompt without its tags, and the adapters' files. Their headers are read: a bad file is told before the model loads."""
-    import converters
-    from diffpeft.pipeline.locate import located
+    from diffpeft import converters
     from diffpeft.pipeline.open import check_model
     from diffpeft.pipeline.prompt import parsed, resolved
 
     prompt, tags = parsed(asked["prompt"])
     wanted = resolved([weighted(text) for text in asked["loras"]], tags, Path(asked["lora_dir"]))
     check_model(asked["model"], asked["base"])
-    files = [(located(file), strength) for file, strength in wanted]
+    files = [(converters.located(file), strength) for file, strength in wanted]
     for file, _ in files:
         converters.read(file, names={})  # the model tells the family where names do not
     return prompt, files

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from converters.inspection import block_of
 from diffpeft.bundle import Entry
+from diffpeft.converters.inspection import block_of
 from diffpeft.definition import definition_of
 from diffpeft.errors import ConfigError, ShapeMismatchError, UnknownKeysError, listed
 from diffpeft.tools.choosing import read

@@ -45,13 +45,13 @@ class Diagnosis:
 
 
 def doctor() -> Diagnosis:
-    """What is installed, what it runs on, and what is in the way: packages that are missing or too old, another module called `converters`."""
+    """What is installed, what it runs on, and what is in the way: packages that are missing or too old."""
     needed, by_extra = _requirements()
     versions = {"python": platform.python_version(), "diffpeft": diffpeft.__version__}
     versions |= {name: _version(name) for name in dict.fromkeys([*(r.name for r in needed), *BESIDE])}
     extras = {name: tuple(r.name for r in of if not _is_met(r)) for name, of in by_extra.items()}
-    problems = [*_unmet(needed), *_shadowed()]
-    return Diagnosis(versions, _device(problems), extras, tuple(problems), tuple(_notes(versions)))
+    problems = _unmet(needed)
+    return Diagnosis(versions, _device(problems), extras, tuple(problems), (*_shadowed(), *_notes(versions)))
 
 
 def _requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
@@ -100,11 +100,10 @@ def _shadowed() -> list[str]:
     loaded = getattr(sys.modules.get("converters"), "__file__", None)
     spec = None if loaded else find_spec("converters")
     place = loaded or (spec.origin if spec else None)
-    if place is None or Path(place).resolve().parent == (home / "converters").resolve():
+    ours = {(home / name).resolve() for name in ("converters", "alias/converters", "diffpeft/converters")}
+    if place is None or Path(place).resolve().parent in ours:
         return []
-    return [
-        f"`import converters` finds {place}, not diffpeft's: rename that file, or write `from diffpeft import converters`"
-    ]
+    return [f"`import converters` finds {place}, not diffpeft's: write `from diffpeft import converters`"]
 
 
 def _device(problems: list[str]) -> dict[str, str]:

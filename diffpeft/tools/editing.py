@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.hashes import hashes
-from converters.spelling import HASHES
 from diffpeft import io
 from diffpeft.bundle import Handle
+from diffpeft.converters.hashes import hashes
+from diffpeft.converters.spelling import HASHES
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 from diffpeft.files import refuse_existing
 from diffpeft.tools.catalogue import smaller

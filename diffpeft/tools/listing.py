@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import converters
-from converters.detection import Signature, signature
-from converters.formats.peft import FILE, WEIGHTS
-from converters.inspection import FileOutline, outline
-from converters.opening import opened
+from diffpeft import converters
 from diffpeft.bundle import trigger_words
+from diffpeft.converters.detection import Signature, signature
+from diffpeft.converters.formats.peft import FILE, WEIGHTS
+from diffpeft.converters.inspection import FileOutline, outline
+from diffpeft.converters.opening import opened
 from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError
 from diffpeft.files import present
 
@@ -139,7 +139,7 @@ def of_argument(text: str) -> list[Path]:
 
     Raises CheckpointError for a folder without any.
     """
-    from diffpeft.pipeline.locate import located
+    from diffpeft.converters import located
 
     folder = Path(text)
     if not folder.is_dir():

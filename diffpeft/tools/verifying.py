@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import converters
-from converters.inspection import measured
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import Bundle, Entry, parted
+from diffpeft.converters.inspection import measured
 from diffpeft.errors import CheckpointError, UnreadableFileError, UnsafeFileError, near
 from diffpeft.methods.layout import LAYOUTS
 
@@ -115,7 +114,7 @@ def _judged(bundle: Bundle, target: object, layers: LayersByComponent) -> tuple[
 
 def _parts(entry: Entry) -> list[Entry]:
     """An entry for each of the model's layers, where the rows of a joint one come apart."""
-    from converters.rows import Unfit, split
+    from diffpeft.converters.rows import Unfit, split
 
     try:
         return split(entry)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import converters
-from diffpeft import CheckpointError, ConfigError, diff
+from diffpeft import CheckpointError, ConfigError, converters, diff
 from diffpeft.cli import cli
 from diffpeft.cli.errors import run
 from diffpeft.tools import comparing
