@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from converters.detection import UNETS
-from converters.families import TABLES
+from diffpeft.converters.detection import UNETS
+from diffpeft.converters.families import TABLES
 from diffpeft.errors import WrongBaseError
 from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
@@ -252,13 +252,27 @@ def _by_configs(pipeline: str, configs: Configs, where: object) -> str:
         return _OTHERS
     family = named if named in ids else next((id for id in ids if is_of(id, [named])), None)
     if family is None:
-        pipelines = _names(cls.pipelines for cls in FAMILIES.values())
-        raise WrongBaseError(
-            f"a {pipeline}{f' with the text width of {named}' if ids else ''} cannot be trained",
-            where=where,
-            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(pipelines)}.",
-        )
+        raise _refusal(pipeline, ids, named, where)
     return family
+
+
+def _refusal(pipeline: str, ids: Collection[str], named: str | None, where: object) -> WrongBaseError:
+    """The error of a pipeline of a known kind of model that is not trained: `ids` are the families of its class, whose text width is that of `named`."""
+    if ids:
+        return WrongBaseError(
+            f"a {pipeline} with the text width of {named} cannot be trained",
+            where=where,
+            remedy=f"Those of {', '.join(ids)} can: pass the base model.",
+        )
+    tables = {named_as(family) for family in (_by_name([pipeline]), named) if family}
+    kin = [id for id in FAMILIES if named_as(id) in tables]
+    pipelines = _names(FAMILIES[id].pipelines for id in kin)
+    return WrongBaseError(
+        f"a {pipeline} cannot be trained: it is for another task than those that models of its kind are trained for",
+        where=where,
+        remedy=f"Pass the folder or the Hub id of a {' or a '.join(pipelines)} of this kind ({', '.join(kin)}). "
+        "docs/families.md lists what is trained.",
+    )
 
 
 def is_of(family: str, others: Iterable[str | None]) -> bool:

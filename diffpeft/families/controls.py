@@ -30,7 +30,9 @@ def luma(pixels: Tensor) -> Tensor:
 
 
 def drawn(pixels: Tensor) -> Image:
-    """Pixels [3, h, w] in [-1, 1] as a picture of 8 bits."""
+    """Pixels [3, h, w] in [-1, 1] as a picture of 8 bits; of those without numbers one of their size."""
     from PIL import Image
 
+    if pixels.is_meta:
+        return Image.new("RGB", (pixels.shape[-1], pixels.shape[-2]))
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
