@@ -22,6 +22,7 @@ class Defaults:
     looking: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     together: bool = False
+    only: str | None = None
     temporal: int | None = None
     rate: float | None = None
 

@@ -114,10 +114,14 @@ class Transformer(Defaults):
         return torch.cat(answers)[torch.cat([*rows_of.values()]).argsort()]
 
     def _rows(self, t: Tensor) -> dict[str, Tensor]:
-        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several this waits for the times; without numbers it is the first."""
+        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several, where it is not `only` one, this waits for the times; without numbers
+        it is the first.
+        """
         import torch
 
         every = torch.arange(len(t))
+        if self.only is not None:
+            return {self.only: every}
         if self.boundary is None or t.is_meta:
             return {self.denoiser: every}
         noisy = (t >= self.boundary).cpu()
