@@ -114,7 +114,7 @@ class Transformer(Defaults):
         return torch.cat(answers)[torch.cat([*rows_of.values()]).argsort()]
 
     def _rows(self, t: Tensor) -> dict[str, Tensor]:
-        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several, where it is not `only` one, this waits for the times; without numbers
+        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several, if it is not `only` one, this waits for the times; without numbers
         it is the first.
         """
         import torch
