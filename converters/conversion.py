@@ -23,6 +23,7 @@ from diffpeft.errors import ConfigError, UnknownNameError, inside, listed, near,
 from diffpeft.handles import Scaled
 from diffpeft.methods.layout import INNER, LAYOUTS
 from diffpeft.methods.shapes import rank
+from diffpeft.readable import Readable
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-@dataclass(frozen=True)
-class ConvertReport:
+@dataclass(frozen=True, repr=False)
+class ConvertReport(Readable):
     """What a conversion did. Each key of the input is in `mapped` (part of an adapter) or in `carried` (kept as it is).
 
     `level`: L0 if the way back gives the same bytes, L1 if every weight is the same up to rounding.

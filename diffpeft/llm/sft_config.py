@@ -9,7 +9,7 @@ from typing import ClassVar
 from diffpeft.train.config import Options, option
 
 
-@dataclass
+@dataclass(repr=False)
 class SftConfig(Options):
     """A supervised fine-tuning run. Defaults are QLoRA's (Dettmers et al. 2023, arXiv:2305.14314) where it has one."""
 

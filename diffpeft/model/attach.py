@@ -28,12 +28,13 @@ from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select
 from diffpeft.model.weights import unfused
+from diffpeft.readable import Readable
 
 OVERSIZED = "layers are smaller than the rank"
 
 
-@dataclass(frozen=True)
-class AttachReport:
+@dataclass(frozen=True, repr=False)
+class AttachReport(Readable):
     """What attach did, or with dry_run=True would do: the adapter's name, the layers (component.name), and the size of its tensors."""
 
     name: str

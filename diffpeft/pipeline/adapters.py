@@ -21,10 +21,11 @@ from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
 from diffpeft.model.target import adapted, components
+from diffpeft.readable import Readable
 
 
-@dataclass(frozen=True)
-class AdapterStatus:
+@dataclass(frozen=True, repr=False)
+class AdapterStatus(Readable):
     """One adapter: its methods and ranks, the strength that was set, whether it is active, where it sits, and how many numbers it has.
 
     Where a list of mixes was set, `strength` is a tuple of one a prompt, 0.0 where a mix does not name the adapter.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft import converters, io
-from diffpeft.bundle import Bundle, Entry, dotted
+from diffpeft.bundle import Bundle, Entry, dotted, parted
 from diffpeft.converters.locating import Where, located, name_in
 from diffpeft.converters.sizes import grouped
 from diffpeft.errors import (
@@ -39,6 +39,7 @@ from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, walked
 from diffpeft.pipeline.joint import separated
 from diffpeft.pipeline.match import LayersByComponent, in_memory, matched
+from diffpeft.readable import Readable, family_in_words, keys_in_words
 
 _FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
 
@@ -55,8 +56,8 @@ class Hints(NamedTuple):
     alpha: float | None = None
 
 
-@dataclass(frozen=True)
-class LoadReport:
+@dataclass(frozen=True, repr=False)
+class LoadReport(Readable):
     """What a load did. `matched` are the layers adapted, `carried` the keys that were kept but not applied."""
 
     name: str
@@ -66,6 +67,20 @@ class LoadReport:
     matched: tuple[str, ...]
     carried: tuple[str, ...]
     trigger_words: tuple[str, ...]
+
+    def _title(self) -> str:
+        return self.name
+
+    def _rows(self) -> dict[str, str]:
+        components = dict.fromkeys(parted(layer)[0] or "the model" for layer in self.matched)
+        return {
+            "format": self.format,
+            "family": family_in_words(self.family),
+            "methods": ", ".join(sorted(self.methods)),
+            "layers": f"{len(self.matched)} in {', '.join(components)}",
+            "trigger words": ", ".join(self.trigger_words),
+            "without effect": keys_in_words(self.carried),
+        }
 
 
 def load_lora(

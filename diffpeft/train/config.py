@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from diffpeft.errors import ConfigError, near, shown
+from diffpeft.readable import Readable
 from diffpeft.train import machines
 
 
@@ -48,8 +49,8 @@ def option(
     )
 
 
-@dataclass
-class Options:
+@dataclass(repr=False)
+class Options(Readable):
     """The options that every training run has, and the checks of all."""
 
     LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
@@ -221,7 +222,7 @@ class Options:
         return re.sub(r"[^A-Za-z0-9._-]", "_", self.output().name)[:128].strip(".") or "adapter"
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainConfig(Options):
     """A DreamBooth-style training run. Defaults are the community's for Stable Diffusion 1.5."""
 
