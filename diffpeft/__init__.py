@@ -154,7 +154,7 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import LoadReport as LoadReport
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
-    from diffpeft.train import Training
+    from diffpeft.train import TrainPackage
     from diffpeft.train.config import TrainConfig as TrainConfig
     from diffpeft.utils.constants import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
@@ -165,7 +165,7 @@ if TYPE_CHECKING:
     from diffpeft.utils.other import cast_mixed_precision_params as cast_mixed_precision_params
     from diffpeft.utils.other import shift_tokens_right as shift_tokens_right
 
-    train: Training
+    train: TrainPackage
 
 
 def __getattr__(name: str) -> Any:

@@ -105,19 +105,18 @@ def _plain(value: object) -> str:
 
 def words(value: object) -> str:
     """A value for people; empty where there is nothing to say."""
-    if value is None or (isinstance(value, Collection) and not value):
-        return ""
-    if isinstance(value, Readable):
-        return repr(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value is None or isinstance(value, Collection) and not value:
+        return ""
     if isinstance(value, Mapping):
         return joined((f"{words(key) or 'none'}: {words(inner)}" for key, inner in value.items()), MANY)
-    if isinstance(value, Collection) and not isinstance(value, (str, bytes)):
-        return joined(map(words, sorted(value, key=repr) if isinstance(value, Set) else value), MANY)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    if isinstance(value, (list, tuple)):
+        return joined(map(words, value), MANY)
+    if isinstance(value, Set):
+        return joined(sorted(map(words, value)), MANY)
+    text = repr(value) if isinstance(value, Readable) else f"{value:g}" if isinstance(value, float) else str(value)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def family_in_words(family: str, others: Iterable[str] = ()) -> str:

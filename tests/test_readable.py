@@ -85,7 +85,7 @@ def test_values_in_brief_and_in_words():
     assert brief("a" * 99) == repr("a" * 57 + "...") and brief(frozenset({"b", "a"})) == "{'a', 'b'}"
     assert brief(range(9)) == "<9 items>" and brief((1, 2)) == "(1, 2)" and brief(Shy()) == "<Shy>"
     assert words({"a": 1.50, None: ("x", "y")}) == "a: 1.5, none: x, y" and words(True) == "yes" and words([]) == ""
-    assert words(range(10)) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more" and words("a\x1b[31m") == "a\\x1b[31m"
+    assert words([*range(10)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more" and words("a\x1b[31m") == "a\\x1b[31m"
 
 
 def test_residuals_are_a_dict_that_reads():
