@@ -12,7 +12,6 @@ from typing import NamedTuple, Unpack
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, trigger_words
 from diffpeft.converters.detection import Fit, bare, fit, methods_of
-from diffpeft.converters.families import Table
 from diffpeft.converters.formats import FORMATS
 from diffpeft.converters.formats.base import table_of
 from diffpeft.converters.locating import Where, located
@@ -102,13 +101,33 @@ def inspect(source: Source, *, norms: bool = False, **where: Unpack[Where]) -> I
         return _inspected(file, norms)
 
 
+class FileOutline(NamedTuple):
+    """What names and shapes tell of a file; see Inspection. `shapes` {component.layer as the file spells it: {role: shape}}."""
+
+    fits: Fit
+    families: tuple[str, ...]
+    methods: frozenset[str]
+    ranks: Mapping[int, int]
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
+def outline(source: Opened) -> FileOutline:
+    """What names and shapes tell of a file. Files of one `signature` have the same."""
+    fits = fit(*source)
+    return _outlined(fits, _grouped(source, fits))
+
+
+def _outlined(fits: Fit, layers: Mapping[str, Mapping[str, Handle]]) -> FileOutline:
+    shapes = {name: {role: h.shape for role, h in roles.items() if role != "alpha"} for name, roles in layers.items()}
+    ranks = dict(sorted(Counter(filter(None, map(rank, shapes.values()))).items()))
+    return FileOutline(fits, fits.families or ("",), methods_of(shapes.values()), ranks, shapes)
+
+
 def _inspected(source: Opened, norms: bool) -> Inspection:
     tensors, metadata, where = source
     fits = fit(tensors, metadata, where)
-    families = fits.families or ("",)
-    layers = _grouped(tensors, fits, table_of(FORMATS[fits.format], families[0]), metadata)
-    shapes = {name: {role: h.shape for role, h in roles.items() if role != "alpha"} for name, roles in layers.items()}
-    methods = methods_of(shapes.values())
+    layers = _with_numbers(_grouped(source, fits))
+    _, families, methods, ranks, shapes = _outlined(fits, layers)
     alphas = {name: _number(roles.get("alpha")) for name, roles in layers.items()}
     measured = _measured(layers, {name for name, alpha in alphas.items() if alpha == 0}) if norms else _Measured()
     return Inspection(
@@ -123,7 +142,7 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
         tensors=len(tensors),
         bytes=sum(map(io.nbytes, tensors.values())),
         dtypes=dict(Counter(handle.dtype for handle in tensors.values()).most_common()),
-        ranks=dict(sorted(Counter(filter(None, map(rank, shapes.values()))).items())),
+        ranks=ranks,
         alphas=dict(Counter(alphas.values()).most_common()),
         blocks=dict(Counter(map(block_of, layers))),
         carried=tuple(key for key in tensors if key not in fits.parts),
@@ -136,16 +155,20 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
     )
 
 
-def _grouped(
-    tensors: Mapping[str, Handle], fits: Fit, table: Table, metadata: Mapping[str, str]
-) -> dict[str, dict[str, Handle]]:
+def _grouped(source: Opened, fits: Fit) -> dict[str, dict[str, Handle]]:
     """{component.layer as the file spells it: {role: handle}}."""
     layers: dict[str, dict[str, Handle]] = {}
     fmt = FORMATS[fits.format]
-    unsaid = bare(table, {part.layer for part in fits.parts.values() if not part.word}, fmt, metadata)
+    table = table_of(fmt, fits.families[0] if fits.families else "")
+    unsaid = bare(table, {part.layer for part in fits.parts.values() if not part.word}, fmt, source.metadata)
     for key, part in fits.parts.items():
         component = fmt.component(part.word, table) if part.word else unsaid
-        layers.setdefault(dotted(component, part.layer), {})[part.role] = tensors[key]
+        layers.setdefault(dotted(component, part.layer), {})[part.role] = source.tensors[key]
+    return layers
+
+
+def _with_numbers(layers: dict[str, dict[str, Handle]]) -> dict[str, dict[str, Handle]]:
+    """The same with the alphas read."""
     scaled = [roles for roles in layers.values() if "alpha" in roles]
     for roles, alpha in zip(scaled, io.held(roles["alpha"] for roles in scaled), strict=True):
         roles["alpha"] = alpha

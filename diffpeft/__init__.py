@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpeft.methods.layout import CONFIGS
+from diffpeft.methods.layout import CONFIGS, TUNED
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _HOMES = {
     "diffpeft.llm.prefix_tuning": "PrefixEncoder",
     "diffpeft.llm.prompt_tuning": "PromptEmbedding",
     "diffpeft.llm.status": "get_layer_status get_model_status",
-    "diffpeft.llm.tuners": "AdaLoraModel BOFTModel HRAModel IA3Model LoHaModel LoKrModel LoraModel OFTModel VeraModel",
+    "diffpeft.llm.tuners": " ".join(f"{stem}Model" for stem in TUNED),
     "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
@@ -56,6 +56,11 @@ _HOMES = {
     "diffpeft.pipeline.adapters": "set_adapters get_adapters adapters unload AdapterStatus",
     "diffpeft.pipeline.hotswap": "replace",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
+    "diffpeft.tools.baking": "bake",
+    "diffpeft.tools.comparing": "diff",
+    "diffpeft.tools.editing": "edit",
+    "diffpeft.tools.listing": "list_adapters",
+    "diffpeft.tools.pruning": "prune",
     "diffpeft.train.config": "TrainConfig",
     "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
     "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
@@ -128,6 +133,7 @@ if TYPE_CHECKING:
     from diffpeft.llm.status import get_model_status as get_model_status
     from diffpeft.llm.tuners import AdaLoraModel as AdaLoraModel
     from diffpeft.llm.tuners import BOFTModel as BOFTModel
+    from diffpeft.llm.tuners import HiraModel as HiraModel
     from diffpeft.llm.tuners import HRAModel as HRAModel
     from diffpeft.llm.tuners import IA3Model as IA3Model
     from diffpeft.llm.tuners import LoHaModel as LoHaModel
@@ -154,7 +160,15 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import LoadReport as LoadReport
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
+<<<<<<< HEAD
     from diffpeft.train import TrainPackage
+=======
+    from diffpeft.tools.baking import bake as bake
+    from diffpeft.tools.comparing import diff as diff
+    from diffpeft.tools.editing import edit as edit
+    from diffpeft.tools.listing import list_adapters as list_adapters
+    from diffpeft.tools.pruning import prune as prune
+>>>>>>> main
     from diffpeft.train.config import TrainConfig as TrainConfig
     from diffpeft.utils.constants import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,

@@ -107,7 +107,7 @@ def words(value: object) -> str:
     """A value for people; empty where there is nothing to say."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None or isinstance(value, Collection) and not value:
+    if value is None or (isinstance(value, Collection) and not value):
         return ""
     if isinstance(value, Mapping):
         return joined((f"{words(key) or 'none'}: {words(inner)}" for key, inner in value.items()), MANY)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from diffpeft.cli.options import overwriting
 from diffpeft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Asked(TypedDict):
     width: int | None
     height: int | None
     dtype: str | None
+    overwrite: bool
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -89,6 +91,7 @@ def weighted(text: str) -> tuple[str, float]:
 @click.option("--width", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--height", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: fp32 on a CPU, else bf16.")
+@overwriting
 def generate(**asked: Unpack[Asked]) -> None:
     """Draw a picture, with adapters or without.
 
@@ -103,8 +106,9 @@ def generate(**asked: Unpack[Asked]) -> None:
     if Path(out).suffix.lower() != ".png":
         raise ConfigError(f"the output is {out!r}", remedy="It is a PNG: its name ends in .png.")
     from diffpeft.cli.errors import naming
-    from diffpeft.io import replacing
+    from diffpeft.files import refuse_existing, replacing
 
+    refuse_existing([out], asked["overwrite"])
     prompt, files = _adapters(asked)
     image = _drawn(asked, prompt, files)
     with naming(out), replacing(out) as f:

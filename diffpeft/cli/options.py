@@ -61,6 +61,18 @@ def completed(words: Collection[str]) -> Callable[..., list[str]]:
     return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
 
 
+def family_names(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
+    """What a shell completes to a family."""
+    from diffpeft import converters
+
+    return [name for name in converters.TABLES if name.startswith(begun)]
+
+
+def overwriting(command: Command) -> Command:
+    """The option without which no command replaces what is there."""
+    return click.option("--overwrite", is_flag=True, help="Replace the output if it is there already.")(command)
+
+
 _COMPLETE = {"method": completed(list(CONFIGS)), "optimizer": completed(list(OPTIMIZERS))}
 
 

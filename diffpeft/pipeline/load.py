@@ -221,6 +221,7 @@ def save_lora(
     format: str | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, object] | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write an adapter to `path`, whole or not at all: a .safetensors file, or under any other name a PEFT folder.
 
@@ -230,6 +231,7 @@ def save_lora(
             for a folder peft. A model without a table has those formats that use its own names: diffusers, peft, kohya-diffusers, lycoris.
         dtype: of the factors; default: as they are stored.
         metadata: added to what the adapter's own file held.
+        overwrite: False refuses an output that is there already, with a ConfigError; else it is replaced, as a whole or not at all.
     """
     if name is None:
         known = {n for mix in mixes_of(components(target)).values() for n in mix.adapters}
@@ -244,7 +246,7 @@ def save_lora(
     if format is None:
         formats = _FILES if os.fspath(path).endswith(".safetensors") else ("peft",)
         format = next((f for f in formats if not converters.refusal(bundle, f)), formats[0])
-    converters.write(bundle, path, format=format, dtype=dtype)
+    converters.write(bundle, path, format=format, dtype=dtype, overwrite=overwrite)
 
 
 def _default_name(source: Source, filename: str | None) -> str:

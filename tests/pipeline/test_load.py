@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import converters
 from diffpeft import (
     AdapterStateError,
     CannotConvertError,
@@ -30,6 +29,7 @@ from diffpeft import (
     UnsafeFileError,
     WrongBaseError,
     attach,
+    converters,
     get_adapters,
     load_lora,
     save_lora,
