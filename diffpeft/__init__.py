@@ -160,15 +160,12 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import LoadReport as LoadReport
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
-<<<<<<< HEAD
-    from diffpeft.train import TrainPackage
-=======
     from diffpeft.tools.baking import bake as bake
     from diffpeft.tools.comparing import diff as diff
     from diffpeft.tools.editing import edit as edit
     from diffpeft.tools.listing import list_adapters as list_adapters
     from diffpeft.tools.pruning import prune as prune
->>>>>>> main
+    from diffpeft.train import TrainPackage
     from diffpeft.train.config import TrainConfig as TrainConfig
     from diffpeft.utils.constants import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,

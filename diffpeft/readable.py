@@ -36,7 +36,7 @@ class Readable:
 
     def __str__(self) -> str:
         """The title, and a line for each row that says something."""
-        rows = [f"  {name:{LABEL}} {text}" for name, text in self._rows().items() if text]
+        rows = [f"  {name:{LABEL}} {words(text)}" for name, text in self._rows().items() if text]
         return "\n".join([self._title(), *rows])
 
     def _repr_html_(self) -> str:

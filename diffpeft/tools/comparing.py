@@ -16,6 +16,7 @@ from diffpeft.bundle import Entry
 from diffpeft.converters.inspection import block_of
 from diffpeft.definition import definition_of
 from diffpeft.errors import ConfigError, ShapeMismatchError, UnknownKeysError, listed
+from diffpeft.readable import Readable
 from diffpeft.tools.choosing import read
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 _BIASES = frozenset({"diff_b", "b_norm"})
 
 
-@dataclass(frozen=True)
-class Likeness:
+@dataclass(frozen=True, repr=False)
+class Likeness(Readable):
     """What two updates a and b have to do with each other, over one or many layers.
 
     Args:
@@ -65,8 +66,8 @@ class Likeness:
         )
 
 
-@dataclass(frozen=True)
-class DiffReport:
+@dataclass(frozen=True, repr=False)
+class DiffReport(Readable):
     """How alike two adapters are. Layers by diffusers' names; those that one of them lacks count as zeros there in `blocks` and `total`.
 
     Args:
