@@ -17,7 +17,8 @@ _HOMES = {
     "diffpeft.errors": (
         "DiffpeftError CheckpointError UnreadableFileError UnsafeFileError UnknownKeysError MissingKeysError ShapeMismatchError "
         "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError "
-        "HubError LostProcessError NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning UnfitError NotBuiltError WrongKindError"
+        "HubError LostProcessError NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning UnfitError NotBuiltError WrongKindError "
+        "DiffpeftWarning CheckpointWarning ConfigWarning UnusedPatternWarning OutdatedWarning AdapterStateWarning DataWarning"
     ),
     "diffpeft.alias": "as_peft",
     "diffpeft.bundle": "Bundle Entry",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.bundle import Handle
-from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError, listed, near
+from diffpeft.errors import ConfigError, MissingKeysError, OutdatedWarning, UnknownNameError, listed, near
 from diffpeft.layers.backends import FOUR_BITS, backend_of, backend_of_weight
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.slot import Slot
@@ -76,7 +76,7 @@ def _checkpoint(model: Any, options: dict[str, object]) -> None:
     if options:
         warnings.warn(
             f"{type(model).__name__} takes no gradient_checkpointing_kwargs, so {listed(options)} are ignored",
-            FutureWarning,
+            OutdatedWarning,
             stacklevel=3,
         )
     model.gradient_checkpointing_enable()

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from diffpeft import io, patterns
 from diffpeft.converters.formats.peft import FILE, PREFIX, WEIGHTS
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, inside, shown
+from diffpeft.errors import (
+    AdapterStateError,
+    AdapterStateWarning,
+    ConfigError,
+    ConfigWarning,
+    UnknownNameError,
+    WrongKindError,
+    inside,
+    shown,
+)
 from diffpeft.llm import renames, state
 from diffpeft.llm.beams import encoder_inside
 from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
@@ -618,7 +627,9 @@ def _warn_foreign(config: PeftConfig, model: nn.Module, where: str) -> None:
     library, _ = mapping_of(config)
     if library and foreign(library) and library != _plain_class(model).__module__:
         warnings.warn(
-            f"{where}: auto_mapping names {shown(library)}, which is unknown here and is not imported", stacklevel=4
+            f"{where}: auto_mapping names {shown(library)}, which is unknown here and is not imported",
+            ConfigWarning,
+            stacklevel=4,
         )
 
 
@@ -672,6 +683,7 @@ def get_peft_model(
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different config, "
             "make sure to call `.unload()` before.",
+            AdapterStateWarning,
             stacklevel=2,
         )
     if isinstance(model, PeftModel):
@@ -687,12 +699,14 @@ def _say_base(config: PeftConfig, model: nn.Module, revision: str | None) -> Non
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            ConfigWarning,
             stacklevel=3,
         )
     config.base_model_name_or_path = new
     if revision is not None and config.revision not in (None, revision):
         warnings.warn(
             f"peft config has already set base model revision to {config.revision}, overwriting with revision {revision}",
+            ConfigWarning,
             stacklevel=3,
         )
     config.revision = revision or config.revision

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from diffpeft.bundle import dotted
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
+from diffpeft.errors import AdapterStateError, ConfigError, ConfigWarning, UnknownNameError, listed, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, Copy, Record, bare_copy, base_class, is_adapted, op_of
 from diffpeft.layers.hooks import device_of, present, refusal
 from diffpeft.layers.patches import Patch
@@ -239,11 +239,14 @@ def _fresh_slots(
     if branches:
         warnings.warn(
             f"LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported. {listed(branches, 5)}",
+            ConfigWarning,
             stacklevel=5,
         )
     large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
-        warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large, 5)}", stacklevel=4)
+        warnings.warn(
+            f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large, 5)}", ConfigWarning, stacklevel=4
+        )
     return layers, slots
 
 
@@ -416,6 +419,7 @@ def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
         warnings.warn(
             f"adapter {name!r}: {asked} does not divide {len(adjusted)} layers, so the nearest number that does was taken "
             f"({used} for the first): {listed(adjusted, 5)}",
+            ConfigWarning,
             stacklevel=5,
         )
 

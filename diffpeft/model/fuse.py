@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, AdapterStateWarning, ConfigError, UnknownNameError, shown
 from diffpeft.layers.backends import backend_of
 from diffpeft.layers.carried import Parameters, Record, Step
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
@@ -84,7 +84,7 @@ def plan_fused(
             plan.set(mix, fused={**now.fused, **fresh})
             idle = False
     if idle:
-        warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=3)
+        warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", AdapterStateWarning, stacklevel=3)
 
 
 def plan_layer_fused(plan: Plan, model: nn.Module, mix: Mix, module: nn.Module, names: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from diffpeft.bundle import Bundle, Entry, dotted, parted
 from diffpeft.converters.locating import Where, located, name_in
 from diffpeft.converters.sizes import grouped
 from diffpeft.errors import (
+    CheckpointWarning,
     ConfigError,
     WrongBaseError,
     inside,
@@ -360,4 +361,6 @@ def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, S
         (OVERSIZED, large),
     ):
         if names:
-            warnings.warn(f"adapter {report.name!r}: {len(names)} {what}: {listed(names, 5)}", stacklevel=4)
+            warnings.warn(
+                f"adapter {report.name!r}: {len(names)} {what}: {listed(names, 5)}", CheckpointWarning, stacklevel=4
+            )
