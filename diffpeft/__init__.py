@@ -6,6 +6,7 @@ The public names are imported on first use, so that `import diffpeft` costs no t
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 _MODULES = {"converters": "diffpeft.converters", "schedule": "diffpeft.model.schedule", "train": "diffpeft.train"}
 __all__ = sorted([*_HOME, *_MODULES])
+logging.getLogger("diffpeft").addHandler(logging.NullHandler())  # nothing is printed unless the program asks for it
 _HERE = Path(__file__).parent
 if not (_HERE / "converters").is_dir():  # a checkout whose links were not kept
     __path__.append(str(_HERE.parent))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import logging
 import warnings
 
 import pytest
+import torch
 
 import diffpeft
+import diffpeft.train.progress
 from diffpeft import errors
 from tests.test_architecture import FILES, ROOT
 
@@ -106,3 +109,35 @@ def test_warnings_are_user_warnings_and_pefts_kinds():
         for kind in (errors.CheckpointWarning, errors.OutdatedWarning, errors.UnusedPatternWarning):
             warnings.warn("x", kind, stacklevel=1)
     assert not seen
+
+
+def test_what_is_done_is_said_on_the_logger_and_printed_nowhere(tmp_path, caplog, capsys):
+    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("diffpeft").handlers)
+    model, file = torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "a.safetensors"
+    with caplog.at_level(logging.DEBUG, "diffpeft"):
+        diffpeft.attach(model, diffpeft.LoraConfig(r=1, init_lora_weights=False), "a", targets=["0"])
+        diffpeft.save_lora(model, file, format="diffusers")
+        diffpeft.unload(model)
+        diffpeft.load_lora(model, file, name="b")
+        diffpeft.replace(model, "b", file)
+        diffpeft.set_adapters(model, {"b": 0.5})
+        diffpeft.fuse(model)
+        diffpeft.unfuse(model)
+        with diffpeft.train.progress.shown(None) as watch:
+            watch.phase("training")
+            watch.figures(lr=1e-4)
+            watch.step(1, 2, 0.5)
+    records = [record for record in caplog.records if record.name.split(".")[0] == "diffpeft"]
+    said = [record.getMessage() for record in records]
+    begins = [
+        "attached AttachReport(",
+        "saved 'a' as diffusers",
+        "unloaded a",
+        "loaded LoadReport(",
+        "replaced by LoadReport(",
+    ]
+    begins += ["set {'b': 0.5}", "fused all", "unfused", "training", "step 1/2, loss 0.5000, lr 0.0001"]
+    for begin in begins:
+        assert any(text.startswith(begin) for text in said), (begin, said)
+    assert all(len(text) < 400 and "\n" not in text for text in said)
+    assert capsys.readouterr() == ("", "")

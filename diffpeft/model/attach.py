@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from diffpeft.model.plan import Plan, planned
 from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select
 from diffpeft.model.weights import unfused
 from diffpeft.readable import Readable
+
+log = logging.getLogger(__name__)
 
 OVERSIZED = "layers are smaller than the rank"
 
@@ -131,7 +134,9 @@ def attach(
     addition = Addition(name, config, method, options, generator, quiet=quiet)
     with planned(parts) as plan:
         chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
-        return dry_run_of(parts, chosen, addition) if dry_run else plan_attached(plan, parts, chosen, addition)
+        report = dry_run_of(parts, chosen, addition) if dry_run else plan_attached(plan, parts, chosen, addition)
+    log.info("%s %r", "would attach" if dry_run else "attached", report)
+    return report
 
 
 _FACADE = (
@@ -458,8 +463,8 @@ def detach(target: object, name: str) -> None:
         plan_removed(plan, parts, {name})
 
 
-def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
-    """Plan to take adapters, or all of them, off every component that has them. Raises UnknownNameError for a name that no component has."""
+def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> set[str]:
+    """Plan to take adapters, or all of them, off every component that has them; their names. Raises UnknownNameError for a name that no component has."""
     walks = {component: adapted(model) for component, model in parts.items()}
     mixes = mixes_of(parts, walks)
     known = {name for mix in mixes.values() for name in mix.adapters}
@@ -469,6 +474,7 @@ def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | N
     for component, mix in mixes.items():
         if going & {*mix.adapters}:
             _remove(plan, parts[component], mix, walks[component], going)
+    return going
 
 
 def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str]) -> None:

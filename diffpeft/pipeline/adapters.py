@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpeft.errors import AdapterStateError, shown
+from diffpeft.errors import AdapterStateError, joined, shown
 from diffpeft.model.attach import mixes_of, plan_removed
 from diffpeft.model.fuse import check_order
 from diffpeft.model.lock import exclusive
@@ -22,6 +23,8 @@ from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
 from diffpeft.model.target import adapted, components
 from diffpeft.readable import Readable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,6 +58,7 @@ def set_adapters(
     parts = components(target)
     with planned(parts) as plan:
         plan_mix(plan, target, parts, mix, images_per_prompt)
+    log.debug("set %r", mix)
 
 
 def plan_mix(
@@ -164,4 +168,5 @@ def unload(target: object, names: str | Sequence[str] | None = None) -> None:
     """
     parts = components(target)
     with planned(parts) as plan:
-        plan_removed(plan, parts, None if names is None else {names} if isinstance(names, str) else set(names))
+        gone = plan_removed(plan, parts, None if names is None else {names} if isinstance(names, str) else set(names))
+    log.info("unloaded %s", joined(sorted(gone)) or "nothing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import re
 import warnings
@@ -41,6 +42,8 @@ from diffpeft.model.target import components, walked
 from diffpeft.pipeline.joint import separated
 from diffpeft.pipeline.match import LayersByComponent, in_memory, matched
 from diffpeft.readable import Readable, family_in_words, keys_in_words
+
+log = logging.getLogger(__name__)
 
 _FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
 
@@ -135,9 +138,11 @@ def load_lora(
     }
     parts, hints, strength = components(target), Hints(family, where, alpha), weight if active else None
     with _uncollected(), planned(parts) as plan:
-        return _plan_loaded(
+        report = _plan_loaded(
             plan, target, parts, source, hints, name, strength, strict=strict, trainable=trainable, max_rank=max_rank
         )
+    log.info("loaded %r", report)
+    return report
 
 
 def _plan_loaded(
@@ -248,6 +253,7 @@ def save_lora(
         formats = _FILES if os.fspath(path).endswith(".safetensors") else ("peft",)
         format = next((f for f in formats if not converters.refusal(bundle, f)), formats[0])
     converters.write(bundle, path, format=format, dtype=dtype, overwrite=overwrite)
+    log.info("saved %r as %s: %s", name, format, path)
 
 
 def _default_name(source: Source, filename: str | None) -> str:
