@@ -24,6 +24,8 @@ from diffpeft.cli.sft import sft
 from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
 
+DEBUG = "Show tracebacks and what libraries print."
+
 
 @click.group(
     context_settings={
@@ -32,7 +34,7 @@ from diffpeft.cli.train import train
     }
 )
 @click.version_option(version=__version__, prog_name="diffpeft")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks and what libraries print.")
+@click.option("--debug", is_flag=True, expose_value=False, help=DEBUG)
 def cli() -> None:
     """Adapters for diffusion models: train them, draw with them.
 
@@ -53,7 +55,7 @@ def cli() -> None:
     diffpeft edit FILE --set KEY=TEXT          change its metadata, trigger words, picture
     diffpeft diff A B                          say how alike two adapters are, by block
 
-    Every command takes --debug.
+    Every command takes --debug. Shells complete commands, options, files and values: docs/completion.md.
     """
 
 
@@ -75,6 +77,16 @@ for command in (
     diff,
 ):
     cli.add_command(command)
+
+
+def _with_debug(command: click.Command) -> None:
+    """Give a command, and those below it, the option that `run` takes from anywhere among the arguments."""
+    for inner in getattr(command, "commands", {}).values():
+        inner.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG))
+        _with_debug(inner)
+
+
+_with_debug(cli)
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ class Options(Readable):
 
     LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
     COMMAND: ClassVar[str] = "train"  # whose options they are
+    PRESETS: ClassVar[tuple[str, ...]] = ("attn", "attn-mlp", "full")  # of layers, that `targets` may be
     HAS_DATA: ClassVar[bool] = True  # else it has no options that are `data_only`
 
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
