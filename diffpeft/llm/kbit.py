@@ -26,7 +26,7 @@ from diffpeft.llm.checkpointing import require_input_grads
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.target import adapted
+from diffpeft.model.target import adapted, check_single
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HALVES = (torch.float16, torch.bfloat16)
@@ -50,6 +50,7 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`, such as {"use_reentrant": False}.
         auto_clear_cache: give the memory of the former half-precision parameters back to the device.
     """
+    check_single(model, "prepare_model_for_kbit_training")
     method = getattr(model, "quantization_method", None)
     method = "hqq" if getattr(model, "hqq_quantized", False) else getattr(method, "value", method)
     in_bits = any(getattr(model, f"is_loaded_in_{n}bit", False) for n in (4, 8))

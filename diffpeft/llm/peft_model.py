@@ -51,6 +51,7 @@ from diffpeft.model.attach import mixes_of, plan_removed
 from diffpeft.model.mix import check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.precision import Precision
+from diffpeft.model.target import check_single
 from diffpeft.pipeline.adapters import plan_mix
 from diffpeft.train.cards import CardFacts, completed
 from diffpeft.train.hub import pushed
@@ -86,6 +87,7 @@ class PeftModel(Passing, Counted, nn.Module):
         low_cpu_mem_usage: bool = False,
     ):
         super().__init__()
+        check_single(model, type(self).__name__)
         check_name(adapter_name)
         self._adopt(model, peft_config)
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
@@ -446,6 +448,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
+        check_single(model, f"{cls.__name__}.from_pretrained")
         check_name(adapter_name)
         config = None if config is None else PeftConfig.of(config)
         config, folder = (
@@ -677,6 +680,7 @@ def get_peft_model(
 
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
+    check_single(model, "get_peft_model")
     config = PeftConfig.of(peft_config)
     _say_base(config, model, revision)
     if isinstance(model, PeftModel) or mixes_of({"": model}):
@@ -736,6 +740,7 @@ def inject_adapter_in_model(
     It is the active one, which the others are no more; `model.peft_config` has its config. The adapter has the base's dtype.
     `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
     """
+    check_single(model, "inject_adapter_in_model")
     config = PeftConfig.of(peft_config)
     if state_dict is not None:
         config = targeting(model, config, state_dict)
@@ -754,6 +759,7 @@ def get_peft_model_state_dict(
 
     The model may be inside DDP, FSDP 1 or torch.compile. Of FSDP 1 all processes have to ask; `state_dict`, if it is given, has the tensors that were gathered.
     """
+    check_single(model, "get_peft_model_state_dict")
     known_tensors = None if state_dict is None else {k.removeprefix(PREFIX): t for k, t in state_dict.items()}
     with gathered(model) if state_dict is None else nullcontext() as passing:
         tensors = _tensors(unwrapped(model), known_tensors, adapter_name, save_embedding_layers)
@@ -779,6 +785,7 @@ def set_peft_model_state_dict(
     low_cpu_mem_usage: bool = False,
 ) -> Incompatible:
     """Put tensors with PEFT's keys into an adapter that is there: all or nothing. -> missing_keys, unexpected_keys, mismatched_keys."""
+    check_single(model, "set_peft_model_state_dict")
     if in_units(model):
         raise AdapterStateError("the model is in units of FSDP 1", remedy="Load the adapter before it is wrapped.")
     model = unwrapped(model)
