@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,15 @@ HALVES = (torch.float16, torch.bfloat16)
 KEEP_HALVES = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao"})
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def prepare_model_for_kbit_training(
-    model: nn.Module,
+    model: Model,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, object] | None = None,
     auto_clear_cache: bool = True,
-) -> Any:
+) -> Model:
     """Make a model of transformers ready for adapters to be trained on it, before they are attached, and return it.
 
     All parameters are frozen. Those in half precision that are not quantised (norms, embeddings, head) become fp32, unless the quantisation method

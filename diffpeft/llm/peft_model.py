@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -728,13 +728,16 @@ def _from_inside(config: Config) -> Config:
     return config
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def inject_adapter_in_model(
     peft_config: object,
-    model: nn.Module,
+    model: Model,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
+) -> Model:
     """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name.
 
     It is the active one, which the others are no more; `model.peft_config` has its config. The adapter has the base's dtype.

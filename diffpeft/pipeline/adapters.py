@@ -6,8 +6,9 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -43,9 +44,23 @@ class AdapterStatus(Readable):
     parameters: int
 
 
-def set_adapters(
-    target: object, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
-) -> None:
+Mixes = Mapping[str, Strength] | Sequence[Mapping[str, Strength]]
+# what type checkers take a variable for that holds a mix of numbers, dicts and schedules, or a list of such
+Variable = TypeVar(
+    "Variable",
+    dict[str, object],
+    dict[str, dict[str, object]],
+    list[object],
+    list[dict[str, object]],
+    list[dict[str, dict[str, object]]],
+)
+
+
+@overload
+def set_adapters(target: object, mix: Mixes, images_per_prompt: int = 1) -> None: ...
+@overload
+def set_adapters(target: object, mix: Variable, images_per_prompt: int = 1) -> None: ...
+def set_adapters(target: object, mix: object, images_per_prompt: int = 1) -> None:
     """Make the adapters named in `mix` active, in this order and at these strengths; all others become inactive.
 
     A strength is a number, or numbers by component or block: {"unet": 0.8, "unet.up_blocks.*": 0.2}. A pattern matches a leading run of whole
@@ -73,10 +88,12 @@ def plan_mix(
         plan.root(parts[component], mix)
 
 
+@overload
+def adapters(target: object, mix: Mixes, images_per_prompt: int = 1) -> AbstractContextManager[None]: ...
+@overload
+def adapters(target: object, mix: Variable, images_per_prompt: int = 1) -> AbstractContextManager[None]: ...
 @contextlib.contextmanager
-def adapters(
-    target: object, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
-) -> Iterator[None]:
+def adapters(target: object, mix: object, images_per_prompt: int = 1) -> Iterator[None]:
     """`set_adapters` for this thread, or asyncio task, and this block only. Blocks nest; the inner one replaces the whole mix.
 
     A task hands the mix on with its context: `await asyncio.to_thread(pipe, ...)` inside the block draws with it, a thread started otherwise does
