@@ -32,6 +32,7 @@ Spelt = tuple[str, str]  # what says the component, the layer as the format spel
 Layers = dict[Spelt, dict[str, Handle]]
 # where a file written here says its family; and the component and the format, where its keys do not
 HINT, COMPONENT, FORMAT = "diffpeft.family", "diffpeft.component", "diffpeft.format"
+NO_FAMILY = "none"  # what a file says whose model was of no family that is known, whatever its layers are called
 # what metadata say, in any of these places: {family: pattern}
 _PLACES = (HINT, "modelspec.architecture", "ss_base_model_version")
 _TOLD = (*_PLACES, COMPONENT, FORMAT)  # all metadata that are looked into
@@ -214,7 +215,10 @@ def _fit(
     fitting = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fitting}
     spelt_by = _Own(layers, metadata, FORMATS[formats[0]].tables)
-    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
+    if metadata.get(HINT) == NO_FAMILY and not family:
+        families, ambiguous, looks_like = _Verdict(())
+    else:
+        families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
     chosen = _format_of(formats, [family] if family else families, spelt_by)
     return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], ({}, {}, ""))
 

@@ -58,6 +58,7 @@ _HOMES = {
     "diffpeft.pipeline.adapters": "set_adapters get_adapters adapters unload AdapterStatus",
     "diffpeft.pipeline.hotswap": "replace",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
+    "diffpeft.takeover": "release take_over",
     "diffpeft.tools.baking": "bake",
     "diffpeft.tools.comparing": "diff",
     "diffpeft.tools.editing": "edit",
@@ -163,6 +164,8 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import LoadReport as LoadReport
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
+    from diffpeft.takeover import release as release
+    from diffpeft.takeover import take_over as take_over
     from diffpeft.tools.baking import bake as bake
     from diffpeft.tools.comparing import diff as diff
     from diffpeft.tools.editing import edit as edit

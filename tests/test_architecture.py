@@ -41,6 +41,8 @@ FLOORS = {  # each package of ours: what it may import besides itself
     "optimizers": (*LOW, "layers", "model", "llm"),
     "helpers": (*LOW, "layers", "model", "pipeline", "llm"),
     "import_utils": (),
+    # diffusers' methods under their own names
+    "takeover": (*LOW, "layers", "model", "pipeline", "llm", "converters"),
     "alias": ("errors", "methods"),
 }
 HEAVY = {"diffusers", "transformers", "accelerate", "bitsandbytes", "click", "peft"}
