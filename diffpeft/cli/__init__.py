@@ -26,6 +26,8 @@ from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
 from diffpeft.cli.verify import verify
 
+DEBUG = "Show tracebacks and what libraries print."
+
 
 @click.group(
     context_settings={
@@ -34,7 +36,7 @@ from diffpeft.cli.verify import verify
     }
 )
 @click.version_option(version=__version__, prog_name="diffpeft")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks and what libraries print.")
+@click.option("--debug", is_flag=True, expose_value=False, help=DEBUG)
 def cli() -> None:
     """Adapters for diffusion models: train them, draw with them.
 
@@ -57,7 +59,7 @@ def cli() -> None:
     diffpeft verify FILE -m MODEL              say whether an adapter fits a model
     diffpeft doctor                            say what is installed, and what is in the way
 
-    Every command takes --debug.
+    Every command takes --debug. Shells complete commands, options, files and values: docs/completion.md.
     """
 
 
@@ -81,6 +83,16 @@ for command in (
     doctor,
 ):
     cli.add_command(command)
+
+
+def _with_debug(command: click.Command) -> None:
+    """Give a command, and those below it, the option that `run` takes from anywhere among the arguments."""
+    for inner in getattr(command, "commands", {}).values():
+        inner.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG))
+        _with_debug(inner)
+
+
+_with_debug(cli)
 
 
 def main() -> None:
