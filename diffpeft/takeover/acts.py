@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from converters.formats.peft import CONFIG
-from converters.writing import by_component
-from converters.writing import planned as drafted
+from diffpeft.converters.formats.peft import CONFIG
+from diffpeft.converters.writing import by_component
+from diffpeft.converters.writing import planned as drafted
 from diffpeft.errors import CannotConvertError, ConfigError
 from diffpeft.layers.carried import Record
 from diffpeft.llm.state import config_of, spelt
