@@ -74,7 +74,7 @@ def test_the_readme_has_the_two_commands_alone_on_a_line_and_its_links_lead_some
 
 
 def snippets():
-    for page in ("README.md", "docs/methods.md", "docs/adapters.md"):
+    for page in ("README.md", "docs/methods.md", "docs/adapters.md", "docs/diffusers.md"):
         for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)):
             yield pytest.param(block, id=f"{page}-{i}")
 
@@ -88,7 +88,7 @@ def test_the_pages_python_runs(block, fresh, tmp_path, monkeypatch):
         config = diffpeft.LoraConfig(r=2, init_lora_weights=False)
         diffpeft.attach(pipe, config, name, targets=["attn1.to_q", "up_blocks.0.attentions.0.proj_in", "fc1"])
         diffpeft.save_lora(pipe, f"{name}.safetensors", name=name)
-        if "load_lora(" in block:
+        if "load_lora" in block:
             diffpeft.unload(pipe)
     quick = block.replace('pipe("a castle")', 'pipe("a castle", num_inference_steps=1)')
     names = {"pipe": pipe, "unet": pipe.unet, "diffpeft": diffpeft, "torch": torch}

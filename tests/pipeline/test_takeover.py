@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -492,3 +495,36 @@ def test_what_would_do_nothing_says_so(method, files):
         getattr(pipe, method)()
     diffpeft.unload(pipe)
     getattr(pipe, method)()
+
+
+# -- the page --------------------------------------------------------------------------------------------------------------
+
+
+def rows():
+    """(what is typed with diffusers, what with diffpeft) of the page's table."""
+    text = (Path(diffpeft.__file__).parent.parent / "docs" / "diffusers.md").read_text()
+    return re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", text, re.MULTILINE)
+
+
+def run(line, pipe, config, state_dict):
+    names = {"pipe": pipe, "diffpeft": diffpeft, "LoraConfig": config, "get_peft_model_state_dict": state_dict}
+    exec(line, names)
+
+
+@pytest.mark.slow
+def test_both_columns_of_the_page_draw_the_same(files, tmp_path, monkeypatch):
+    import peft
+
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("style", "a"), ("person", "b")):
+        shutil.copy(files["sd"][source], f"{name}.safetensors")
+    native, taken, ours = made("sd"), diffpeft.take_over(made("sd")), made("sd")
+    assert len(rows()) > 12
+    for theirs, here in rows():
+        if theirs.startswith("pipe("):
+            continue
+        run(theirs, native, peft.LoraConfig, peft.get_peft_model_state_dict)
+        run(theirs, taken, diffpeft.LoraConfig, diffpeft.get_peft_model_state_dict)
+        run(here, ours, diffpeft.LoraConfig, None)
+        agree(draw(native), draw(taken), theirs)
+        agree(draw(native), draw(ours), here)
