@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -363,9 +363,10 @@ def _put(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, 
 
 def _make_room(model: nn.Module, config: PeftConfig) -> None:
     """Let other adapters be put in the place of the one that was loaded, as `enable_lora_hotswap` was told."""
-    told: dict[str, Any] | None = getattr(model, ROOM, None)
+    told: Mapping[str, int | str] | None = getattr(model, ROOM, None)
     if told:
-        prepare_model_for_compiled_hotswap(model, config=config, **told)
+        rank, compiled = int(told["target_rank"]), str(told["check_compiled"])
+        prepare_model_for_compiled_hotswap(model, config=config, target_rank=rank, check_compiled=compiled)
         setattr(model, ROOM, None)
 
 
