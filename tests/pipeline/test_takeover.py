@@ -446,7 +446,10 @@ PAIRS = [
     (first, second)
     for first in ACTS
     for second in ACTS
-    if first != second and first.split()[1] != "unloaded" and second.split()[1] not in ("on", "unfused")
+    if first != second
+    and first.split()[1] != "unloaded"
+    and second.split()[1] not in ("on", "unfused")
+    and (first, second) != ("ours off", "ours fused")  # of which there is none to fuse
 ]
 
 
