@@ -12,7 +12,7 @@ from diffpeft import io
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.families import FAMILIES, is_of, trainable
 from diffpeft.families.base import Sizes
-from diffpeft.pipeline.open import Facts, check_model, facts
+from diffpeft.pipeline.open import Facts, check_model, denoises, facts
 from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
@@ -99,6 +99,7 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
     _check_experts(config)
+    _check_held(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
@@ -264,6 +265,25 @@ def _check_experts(config: TrainConfig) -> None:
     known = facts(source_of(config)) if config.experts is not None else Facts()
     if known.pipeline and not HALVES.keys() <= {*known.denoisers}:
         raise config.without_experts()
+
+
+def held_by(config: TrainConfig) -> str:
+    """The library that holds a model's denoiser in few bits, as the files of its folder say; empty where none does."""
+    known = Facts() if Path(str(config.model)).is_file() else facts(source_of(config))
+    said = (configs.get("quantization_config") for part, configs in known.configs.items() if denoises(part))
+    return next((str(kind.get("quant_method", "another library")) for kind in said if isinstance(kind, dict)), "")
+
+
+def _check_held(config: TrainConfig) -> None:
+    """Raise ConfigError for a denoiser that is in few bits in its files, as a library holds it, and shall be held otherwise."""
+    otherwise = [name for name in ("quantize", "offload") if getattr(config, name)]
+    if otherwise and (kind := held_by(config)):
+        raise ConfigError(
+            f"{otherwise[0]} is {getattr(config, otherwise[0])}, and this model's files hold its denoiser in few bits ({kind}), "
+            "which stay so, and on the device",
+            where=config.model or "",
+            remedy=f"Leave --{otherwise[0]} out, or take the model as it was published, with --quantize.",
+        )
 
 
 def _check_prior(config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ from diffpeft.errors import ConfigError
 from diffpeft.families import Family
 from diffpeft.train import draw
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.formats import HALVES
 
 BOTH, HIGH, LOW = "both", "high", "low"
 
@@ -35,6 +36,11 @@ class Experts:
         turns = [self.at(seed, step) for step in range(2 * len(self.spans))]
         steps = {name: [step for step, turn in enumerate(turns) if turn == name] for name in self.spans}
         return {name: (both[0], both[1]) for name, both in steps.items()}
+
+
+def trained_alone(experts: str | None) -> str | None:
+    """The denoiser that a run trains alone, as --experts says it; None for a run that trains what there is."""
+    return next((denoiser for denoiser, half in HALVES.items() if half == experts), None)
 
 
 def experts_of(config: TrainConfig, family: Family) -> Experts:

@@ -216,6 +216,7 @@ def test_what_is_learnt(said, concept):
         ({"erase": "x", "target": "y"}, "erase with target"),
         ({"erase": "x", "negative": "x"}, "both prompts"),
         ({"guidance": 0.0}, "guidance is 0"),
+        ({"target": "x", "positive": "y", "preserve": " , "}, "preserve is"),
     ],
 )
 def test_what_would_do_nothing_is_refused(said, word):
