@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from converters.families import TABLES, Table
-from converters.families.text import CLIP, T5
-from converters.formats import FORMATS, Format, KeyParts
-from converters.formats.wrappers import all_unwrapped
-from converters.roles import split
-from converters.rows import aspect
-from converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.bundle import Handle
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.families.text import CLIP, T5
+from diffpeft.converters.formats import FORMATS, Format, KeyParts
+from diffpeft.converters.formats.wrappers import all_unwrapped
+from diffpeft.converters.roles import split
+from diffpeft.converters.rows import aspect
+from diffpeft.converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
 from diffpeft.methods.shapes import extent, width
@@ -136,6 +136,10 @@ def methods_of(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> frozenset[str
     return frozenset(name for method, roles in split_ for name in named(method, roles))
 
 
+# names and shapes; what some metadata say; which others there are
+Signature = tuple[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[str, str], ...], frozenset[str]]
+
+
 @dataclass(frozen=True)
 class Fit:
     """What a file fits. `families`, the likeliest first; `ambiguous` if the first of them was only the first: the names say nothing.
@@ -170,9 +174,7 @@ def fit(
 
     Files of one trainer have the same names and shapes: what the last few kinds of file fit is remembered.
     """
-    shapes = tuple((key, handle.shape) for key, handle in tensors.items())
-    told = tuple((key, metadata[key]) for key in _TOLD if key in metadata)
-    fits = _fit(shapes, told, _owned().intersection(metadata), format, family)
+    fits = _fit(*signature(tensors, metadata), format, family)
     if fits is None:
         raise UnknownKeysError(
             "this holds no adapter that is known here",
@@ -180,6 +182,13 @@ def fit(
             remedy=f"Readable are the formats {', '.join(FORMATS)}.",
         )
     return replace(fits, opened=(tensors, metadata, source))
+
+
+def signature(tensors: Mapping[str, Handle], metadata: Mapping[str, str]) -> Signature:
+    """All of a file that `fit` depends on: files of one signature fit the same."""
+    shapes = tuple((key, handle.shape) for key, handle in tensors.items())
+    told = tuple((key, metadata[key]) for key in _TOLD if key in metadata)
+    return shapes, told, _owned().intersection(metadata)
 
 
 @functools.cache

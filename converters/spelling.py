@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converters.detection import COMPONENT, FORMAT, HINT, NO_FAMILY
-from converters.formats import FORMATS, Format
-from converters.formats.base import table_of
-from converters.formats.peft import CONFIG
-from converters.holding import Held
-from converters.provenance import KEY, Place, recorded
 from diffpeft import io
 from diffpeft.bundle import MEMORY, Bundle, Entry, Handle, parted
+from diffpeft.converters.detection import COMPONENT, FORMAT, HINT, NO_FAMILY
+from diffpeft.converters.formats import FORMATS, Format
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.formats.peft import CONFIG
+from diffpeft.converters.holding import Held
+from diffpeft.converters.provenance import KEY, Place, recorded
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import WrongBaseError
+from diffpeft.families.packages import check_installed
 from diffpeft.families.parts import Component, Parts
-from diffpeft.families.prompts import check_installed
 
 Told = tuple[object, ...]
 Value = TypeVar("Value")
@@ -153,7 +153,7 @@ class Probe:
             except Reached as reached:
                 return reached.values
             except _ERRORS as error:
-                check_installed(self.pipe, error)
+                check_installed(type(self.pipe), error)
                 raise self.refused(f"its pipeline could not be followed: {type(error).__name__}: {error}") from error
         raise self.refused("its pipeline draws without what others of diffusers have")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -84,30 +83,6 @@ def stacked(rows: Sequence[Conditions]) -> Conditions:
         name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
         for name, values in batch.items()
     }
-
-
-def check_ftfy(pipe: Component) -> None:
-    """Raise ConfigError for a pipeline that cleans captions by a package which is not installed."""
-    if not hasattr(sys.modules[type(pipe).__module__], "ftfy"):
-        raise lacking(pipe, "ftfy")
-
-
-def check_installed(pipe: Component, error: Exception) -> None:
-    """Raise ConfigError if what a pipeline ended with is that it lacks a package which is optional to diffusers: a name that it has not imported."""
-    from diffusers import utils
-
-    package = error.name if isinstance(error, (ImportError, NameError)) else None
-    if package and hasattr(utils, f"is_{package}_available"):
-        raise lacking(pipe, package) from error
-
-
-def lacking(pipe: Component, package: str) -> ConfigError:
-    """The error of a pipeline that uses a package which is not installed."""
-    return ConfigError(
-        f"the pipeline uses {package}, which is not installed",
-        where=type(pipe).__name__,
-        remedy=f"pip install {package}",
-    )
 
 
 def by_length(lengths: Tensor, x: Tensor, answer: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpeft import io
+from diffpeft.converters.locating import HUB_ID, on_hub
 from diffpeft.errors import CheckpointError, ConfigError, DiffpeftError, near
 from diffpeft.families.parts import Component, Parts, Pipeline, configs_of
 from diffpeft.files import Json
 from diffpeft.io import refuse_pickle
-from diffpeft.pipeline import few_bits
+from diffpeft.pipeline import few_bits, guardrail
 from diffpeft.pipeline.complete import (
     class_of,
     complete_model,
@@ -28,7 +29,6 @@ from diffpeft.pipeline.complete import (
     read_json,
     refuse_placeholders,
 )
-from diffpeft.pipeline.locate import HUB_ID, on_hub
 from diffpeft.pipeline.split import assigned, filled
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ def open_parts(
         skeletons |= {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
         unused = {"safety_checker": None} if source.is_file() and "safety_checker" in skeletons else {}
         unused |= _left_out(folder)
-        pipe = _pipeline_class(folder).from_pretrained(folder, dtype=kind, **skeletons | unused)
+        cls = _pipeline_class(folder)
+        pipe = cls.from_pretrained(folder, dtype=kind, **skeletons | unused | guardrail.stand_in(cls))
         configs = configs_of(pipe)
         for name in skeletons:
             setattr(pipe, name, None)

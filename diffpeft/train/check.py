@@ -12,6 +12,7 @@ from diffpeft import io
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.families import FAMILIES, is_of, trainable
 from diffpeft.families.base import Sizes
+from diffpeft.pipeline import guardrail
 from diffpeft.pipeline.open import Facts, check_model, denoises, facts
 from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
@@ -108,7 +109,17 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     prompts = with_controls(prompts, (*account.heldout, *account.examples))
     if (wanted := wanted_controls(config)) is not None:
         check_controls(prompts, wanted.fewest, wanted.most)
+    if prompts:
+        _check_guardrail(config)
     return Checked(name, account, planned, state, config, origins or {}, tuple(prompts))
+
+
+def _check_guardrail(config: TrainConfig) -> None:
+    """Raise ConfigError for a model that draws nothing without a package which is not installed."""
+    drawing = config.sample_model or config.base or config.model
+    pipeline = facts(drawing).pipeline
+    if pipeline is not None and guardrail.is_lacking(pipeline):
+        raise guardrail.refused(pipeline, str(drawing))
 
 
 def with_steps(config: TrainConfig, account: Account) -> TrainConfig:

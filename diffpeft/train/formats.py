@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.detection import COMPONENT
-from converters.formats import FORMATS
-from converters.formats.base import table_of
-from converters.holding import held
-from converters.writing import by_component
 from diffpeft.bundle import Bundle, Entry, dotted, parted
+from diffpeft.converters.detection import COMPONENT
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.holding import held
+from diffpeft.converters.writing import by_component
 from diffpeft.errors import CannotConvertError, ConfigError, UnknownNameError, listed
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.groups import entries_of

@@ -108,7 +108,7 @@ class SliderConfig(TrainConfig):
     def attributes(self) -> list[str]:
         """What is preserved, each once."""
         said = [self.preserve] if isinstance(self.preserve, str) else self.preserve or ()
-        return [*dict.fromkeys(attribute for text in said for attribute in entries_of(text))]
+        return [*dict.fromkeys(attribute for text in said for attribute in entries_of(text) if attribute)]
 
     def main_prompts(self) -> dict[str, str]:
         """What is changed, of each concept."""

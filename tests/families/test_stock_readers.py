@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import converters
-from converters.readers import READERS
-from diffpeft import TrainConfig
+from diffpeft import TrainConfig, converters
+from diffpeft.converters.readers import READERS
 from diffpeft.families import CaptionReading, family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
 from diffpeft.train import dreambooth

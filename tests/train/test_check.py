@@ -200,7 +200,6 @@ CLASSES = {  # {a pipeline for another task: those of its kind that are trained}
     "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
     "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
-    "FluxFillPipeline": "FluxPipeline or a FluxKontextPipeline or a FluxControlPipeline",
     "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline",
     "StableDiffusionUpscalePipeline": "StableDiffusionPipeline",
@@ -376,7 +375,7 @@ def test_one_of_two_denoisers_is_told_of_a_model_that_has_one(config, tmp_path):
 def test_a_denoiser_that_a_library_holds_in_few_bits_stays_as_it_is(config, tmp_path):
     held = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     there = replace(config, model=folder_of(tmp_path, unet=held))
-    for options in ({"offload": 0.5}, {"quantize": "int8"}, {"offload": 1.0, "quantize": "nf4"}):
+    for options in ({"offload": 0.5}, {"quantize": "int8"}, {"quantize": "nf4", "offload": 1.0}):
         with pytest.raises(ConfigError, match=rf"{next(iter(options))} is .*few bits \(bitsandbytes\)"):
             check(replace(there, **options))
     check(there)
