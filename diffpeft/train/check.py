@@ -35,7 +35,7 @@ from diffpeft.train.sample_prompts import (
     typed_prompts,
     with_controls,
 )
-from diffpeft.train.slider_config import SliderConfig
+from diffpeft.train.slider_config import SliderConfig, refused_with_controls
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -97,6 +97,7 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     known = sizes_of(config)
     prior_prompts(config)
     _check_prior(config)
+    _check_slider(config)
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
     _check_experts(config)
@@ -305,6 +306,12 @@ def _check_prior(config: TrainConfig) -> None:
             "class images with a model that draws nothing without a control image",
             remedy="Pass --prior base: the model is asked for the training images, with their control images.",
         )
+
+
+def _check_slider(config: TrainConfig) -> None:
+    """Raise WrongBaseError for a slider of a model that draws nothing from prompts alone."""
+    if isinstance(config, SliderConfig) and (wanted := wanted_controls(config)) is not None and wanted.fewest:
+        raise refused_with_controls(source_of(config))
 
 
 def _check_sample_model(config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from diffpeft.errors import ConfigError, shown
+from diffpeft.errors import ConfigError, WrongBaseError, shown
 from diffpeft.train.concept import Concept
 from diffpeft.train.config import TrainConfig, option
 from diffpeft.train.groups import entries_of
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 SIGNS = (1.0, -1.0)  # the strengths that are trained, in this order
 DRAW_STEPS = 10
+
+
+def refused_with_controls(where: str) -> WrongBaseError:
+    """The error of a slider of a model that draws nothing without a control image."""
+    return WrongBaseError(
+        "the model draws with control images alone, and a slider has none",
+        where=where,
+        remedy="Train it on the model that draws from prompts.",
+    )
 
 
 @dataclass
