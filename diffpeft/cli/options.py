@@ -19,7 +19,7 @@ from diffpeft.train.optimizers import OPTIMIZERS
 from diffpeft.train.origins import COMMAND, RESUMED
 from diffpeft.train.other_names import hint, words
 from diffpeft.train.resume import remembered
-from diffpeft.train.translate import key_of
+from diffpeft.train.translation import key_of
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
