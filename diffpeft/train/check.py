@@ -12,7 +12,7 @@ from diffpeft import io
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.families import FAMILIES, is_of, trainable
 from diffpeft.families.base import Sizes
-from diffpeft.pipeline import guardrail
+from diffpeft.pipeline import few_bits, guardrail
 from diffpeft.pipeline.open import Facts, check_model, denoises, facts
 from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
@@ -287,7 +287,14 @@ def held_by(config: TrainConfig) -> str:
 
 
 def _check_held(config: TrainConfig) -> None:
-    """Raise ConfigError for a denoiser that is in few bits in its files, as a library holds it, and shall be held otherwise."""
+    """Raise ConfigError for a denoiser that is in few bits in its files, and shall be held otherwise."""
+    file = Path(str(config.model))
+    if config.quantize and file.is_file() and few_bits.in_few_bits(file):
+        raise ConfigError(
+            f"quantize is {config.quantize}, and this file holds its denoiser in few bits, which stay so",
+            where=file,
+            remedy="Leave --quantize out, or pass the file of the model as it was published.",
+        )
     otherwise = [name for name in ("quantize", "offload") if getattr(config, name)]
     if otherwise and (kind := held_by(config)):
         raise ConfigError(

@@ -381,3 +381,14 @@ def test_a_denoiser_that_a_library_holds_in_few_bits_stays_as_it_is(config, tmp_
     check(there)
     assert {(way.quantize, way.offload) for way in budget.ways(there, {})} == {(None, 0.0)}
     assert len(budget.ways(config, {})) > 2
+
+
+@pytest.mark.parametrize("kind", ["gguf", "float8"])
+def test_a_file_in_few_bits_stays_as_it_is(kind, config, tmp_path):
+    file = tmp_path / f"model.{'gguf' if kind == 'gguf' else 'safetensors'}"
+    save_file({"model.diffusion_model.x": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, file)  # no GGUF is looked into
+    single = replace(config, model=str(file), base=str(EMBEDDED))
+    for quantize in ("int8", "fp8"):
+        with pytest.raises(ConfigError, match=f"quantize is {quantize}, and this file holds"):
+            check(replace(single, quantize=quantize))
+    check(replace(single, offload=0.5))
