@@ -112,7 +112,10 @@ def test_the_readme_has_the_two_commands_alone_on_a_line_and_its_links_lead_some
 
 
 def snippets():
-    pages = ["README.md", *(f"docs/{name}.md" for name in ("methods", "adapters", "diffusers", "servers", "from-webui"))]
+    pages = [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("methods", "adapters", "diffusers", "servers", "from-webui")),
+    ]
     for page in [*pages, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/methods/*.md"))]:
         for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)):
             slow = pytest.mark.slow if "methods/" in page else ()  # the contracts attach every method
