@@ -57,8 +57,11 @@ _HOMES = {
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
     "diffpeft.tools.baking": "bake",
     "diffpeft.tools.editing": "edit",
+    "diffpeft.tools.extracting": "extract",
     "diffpeft.tools.listing": "list_adapters",
+    "diffpeft.tools.merging": "merge",
     "diffpeft.tools.pruning": "prune",
+    "diffpeft.tools.resizing": "resize scale",
     "diffpeft.train.config": "TrainConfig",
     "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
     "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
@@ -155,8 +158,12 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import save_lora as save_lora
     from diffpeft.tools.baking import bake as bake
     from diffpeft.tools.editing import edit as edit
+    from diffpeft.tools.extracting import extract as extract
     from diffpeft.tools.listing import list_adapters as list_adapters
+    from diffpeft.tools.merging import merge as merge
     from diffpeft.tools.pruning import prune as prune
+    from diffpeft.tools.resizing import resize as resize
+    from diffpeft.tools.resizing import scale as scale
     from diffpeft.train.config import TrainConfig as TrainConfig
     from diffpeft.utils.constants import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,

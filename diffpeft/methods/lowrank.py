@@ -111,7 +111,9 @@ class _Krylov:
         Y = self.D @ self.T[-1].t()
         Q = torch.cat(self.Q, 1)
         block, R = torch.linalg.qr(Y - Q @ (Q.t() @ Y))
-        block, again = torch.linalg.qr(block - Q @ (Q.t() @ block))  # what was small beside Y is rounding until it has length 1
+        block, again = torch.linalg.qr(
+            block - Q @ (Q.t() @ block)
+        )  # what was small beside Y is rounding until it has length 1
         return block, again @ R
 
     def grow(self) -> None:
@@ -131,12 +133,12 @@ class _Krylov:
         last = W[-self.next[1].shape[1] :]
         residuals = (self.next[1].double() @ last).square().sum(0)
         gaps = (values[:rank] - values[rank]).clamp_min(1e-300)
-        kept = float(values[:rank].sum())
+        captured = float(values[:rank].sum())
         error = float((residuals / gaps.square() * values[:rank]).sum()) ** 0.5
-        if error <= SAME_PAIR * kept**0.5:
+        if error <= SAME_PAIR * captured**0.5:
             return True
         patient = self.size * _PATIENT >= len(self.D)
-        return patient and float((residuals / gaps).sum()) <= SAME_ENERGY * max(energy - kept, 1e-12 * energy)
+        return patient and float((residuals / gaps).sum()) <= SAME_ENERGY * max(energy - captured, 1e-12 * energy)
 
     def spectrum(self, rank: int, energy: float) -> Spectrum:
         """The leading part that is in the space."""
@@ -174,9 +176,9 @@ def product_norm(A: Tensor, B: Tensor) -> float:
     return max(float(((A.double() @ A.double().t()) * (B.double().t() @ B.double())).sum()), 0.0) ** 0.5
 
 
-def nearest_kronecker(D: Tensor, first: tuple[int, int], second: tuple[int, int], seed: int = 0) -> tuple[Pair, float]:
+def nearest_kronecker(D: Tensor, left: tuple[int, int], right: tuple[int, int], seed: int = 0) -> tuple[Pair, float]:
     """The u [o1, i1] and v [o2, i2] with kron(u, v) nearest to D [o1 o2, i1 i2] (Van Loan, Pitsianis 1993), and what is lost / the norm of D."""
-    (o1, i1), (o2, i2) = first, second
+    (o1, i1), (o2, i2) = left, right
     blocks = D.reshape(o1, o2, i1, i2).transpose(1, 2).reshape(o1 * i1, o2 * i2)
     spectrum = leading(blocks, 1, seed)
     v, u = spectrum.cut(1)

@@ -184,9 +184,7 @@ def _updates(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[
     return by_layer
 
 
-def _combined(
-    how: str, updates: Updates, rank: int | None, density: float, majority_sign: str
-) -> tuple[Pair, Tensor]:
+def _combined(how: str, updates: Updates, rank: int | None, density: float, majority_sign: str) -> tuple[Pair, Tensor]:
     """The factors for one layer, and the sum that they stand for."""
     weights, deltas = [w for w, _ in updates], [u.delta for _, u in updates]
     if how == "cat":

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,13 +28,12 @@ from diffpeft.methods.layout import BIAS
 from diffpeft.methods.lowrank import Pair, Spectrum, leading, of_matrix, of_product, product_norm
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.methods.shapes import rank as rank_of
-from diffpeft.tools.aligning import Terms, aligned, common_family
+from diffpeft.tools.aligning import Terms, aligned, common_family, parts_of
 from diffpeft.tools.baking import weights_by_layer
 from diffpeft.tools.choosing import read
-from diffpeft.tools.scaling import scaled
 from diffpeft.tools.updates import (
     B_BIAS,
-    Update,
+    Summand,
     bent,
     full_entry,
     hides_kernel,
@@ -44,7 +43,7 @@ from diffpeft.tools.updates import (
 )
 
 WAYS = ("cat", *HOW)
-Weight = float | Mapping[str, float]  # of a file, or by pattern as in `set_adapters`; "lbw" is not among them
+Weight = float | Mapping[str, float | str]  # of a file, or by pattern; "lbw" and "weight" among them
 Weighted = Mapping[str, Weight] | Sequence[tuple[str, Weight]]
 # metadata that are of the base, and so of anything that is made for it
 _OF_THE_BASE = (
@@ -79,7 +78,7 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeRecipe:
     """How layers are put together: see `merge`."""
 
     how: str
@@ -114,8 +113,8 @@ def merge(
     """Write one adapter that does what several do together.
 
     Args:
-        weights: {file: weight}, or pairs of them. A weight is a number, also a negative one, or {pattern: number} as in `set_adapters`; "lbw" as a pattern
-            takes a preset or numbers of A1111's block weights.
+        weights: {file: weight}, or pairs of them. A weight is a number, also a negative one, or {pattern: number} as in `set_adapters`; "lbw" in the place of
+            a pattern takes a preset or numbers of A1111's block weights, and "weight" multiplies all of them.
         out: the file, or the folder of a format that is one.
         how: "cat": factors side by side, exact; the ranks add up. "linear": the same sum at its least rank. "svd": cut to `rank`. "ties", "dare",
             "dare_ties", "magnitude": entries of each change left out (and signs elected) before the sum is cut to `rank`.
@@ -132,20 +131,16 @@ def merge(
     """
     _check(how, rank, density)
     refuse_existing([out], overwrite)
-    pairs = [(os.fspath(path), weight) for path, weight in _pairs(weights)]
-    bundles = [read(path, family) for path, _ in pairs]
-    families = common_family(bundles)
-    bundles = [
-        _weighted(replace(bundle, family=families[0], families=families[:1]), weight)
-        for bundle, (_, weight) in zip(bundles, pairs, strict=True)
-    ]
-    recipe = Recipe(how, rank, density, seed, dtype_named(dtype) or _widest(bundles))
+    pairs = _pairs(weights)
+    bundles = _bundles(pairs, family)
+    families = bundles[0].families
+    recipe = MergeRecipe(how, rank, density, seed, dtype_named(dtype) or _widest(bundles))
     layers = [_layer(terms, recipe) for terms in aligned(bundles).values()]
     carried, notes = _carried(bundles)
     target = format or next((b.format for b in bundles if FORMATS[b.format].writable), "kohya")
-    bundle = Bundle(target, families[0], [m.entry for m in layers], carried, _metadata(bundles), families=families[:1])
+    bundle = Bundle(target, families[0], [m.entry for m in layers], carried, _metadata(bundles), families=families)
     told = json.dumps({"how": how, "files": [[Path(path).name, weight] for path, weight in pairs]})
-    converters.write(bundle, out, format=target, finish=_with("diffpeft.merge", told), overwrite=overwrite)
+    converters.write(bundle, out, format=target, finish=with_note("diffpeft.merge", told), overwrite=overwrite)
     return _report(os.fspath(out), target, families[0], how, layers, notes)
 
 
@@ -177,30 +172,47 @@ def _check(how: str, rank: int | None, density: float) -> None:
 def _pairs(weights: Weighted) -> list[tuple[str, Weight]]:
     pairs = list(weights.items()) if isinstance(weights, Mapping) else list(weights)
     if not pairs:
-        raise ConfigError("there is nothing to merge", remedy="Give files with weights: a.safetensors:0.7 b.safetensors:0.3.")
-    return pairs
+        raise ConfigError(
+            "there is nothing to merge", remedy="Give files with weights: a.safetensors:0.7 b.safetensors:0.3."
+        )
+    return [(os.fspath(path), weight) for path, weight in pairs]
+
+
+def _bundles(pairs: Sequence[tuple[str, Weight]], family: str | None) -> list[Bundle]:
+    """The files, all of one family, their entries with the weights that they get."""
+    bundles = [read(path, family) for path, _ in pairs]
+    families = common_family(bundles)[:1]
+    same = [replace(bundle, family=families[0], families=families) for bundle in bundles]
+    return [_weighted(bundle, weight) for bundle, (_, weight) in zip(same, pairs, strict=True)]
 
 
 def _weighted(bundle: Bundle, weight: Weight) -> Bundle:
     """A bundle whose entries carry their weights as an option, so that a joint layer's parts have it too; what has weight 0 is left out."""
     with inside(bundle.source, config=True):
-        if isinstance(weight, Mapping):
-            by_pattern = dict(weight)
-            lbw = by_pattern.pop("lbw", None)
-            levels = weights_by_layer(bundle, by_pattern, lbw, Path(bundle.source).stem)  # type: ignore[arg-type]
-        else:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise ConfigError(f"the weight is {shown(weight)}", remedy="A weight is a finite number.")
-            levels = {target: float(weight) for entry in bundle.entries for target in entry.targets}
+        levels = _levels(bundle, weight)
     _refuse_bent(bundle)
     entries = [scaled_entry for entry in bundle.entries for scaled_entry in _apart(entry, levels, bundle.source)]
     return replace(bundle, entries=entries)
 
 
+def _levels(bundle: Bundle, weight: Weight) -> dict[str, float]:
+    """{layer: its weight}."""
+    if not isinstance(weight, Mapping):
+        return dict.fromkeys((target for entry in bundle.entries for target in entry.targets), _number(weight))
+    lbw, times = weight.get("lbw"), _number(weight.get("weight", 1.0))
+    patterns = {name: _number(value) for name, value in weight.items() if name not in ("lbw", "weight")}
+    levels = weights_by_layer(bundle, patterns, lbw, Path(bundle.source).stem)  # type: ignore[arg-type]
+    return {layer: times * level for layer, level in levels.items()}
+
+
+def _number(weight: object) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ConfigError(f"the weight is {shown(weight)}", remedy="A weight is a finite number.")
+    return float(weight)
+
+
 def _apart(entry: Entry, levels: Mapping[str, float], source: str) -> list[Entry]:
     """An entry, or where its parts have different weights those of its parts, each with its weight in its options."""
-    from diffpeft.tools.aligning import parts_of
-
     several = len({levels[target] for target in entry.targets}) > 1
     pieces = parts_of(entry, source) if several else [entry]
     return [replace(piece, options={**piece.options, _WEIGHT: levels[piece.targets[0]]}) for piece in pieces]
@@ -231,7 +243,7 @@ def _widest(bundles: Sequence[Bundle]) -> torch.dtype:
     return out
 
 
-def _layer(terms: Terms, recipe: Recipe) -> Merged:
+def _layer(terms: Terms, recipe: MergeRecipe) -> Merged:
     """One layer of all files."""
     weighted = [(float(entry.options[_WEIGHT]), _without_weight(entry)) for _, entry in terms]
     with inside(weighted[0][1].layer, config=True):
@@ -274,11 +286,11 @@ def _side_by_side(weighted: WeightedEntries, dtype: torch.dtype) -> Merged:
         down = io.load([entry.tensors["lora_A"]])[0].double().flatten(1)
         pairs.append((down, exact))
         roundings.append((down, io.load([ups[-1]])[0].double().flatten(1) - exact))
-    first = weighted[0][1]
+    layer = weighted[0][1]
     if not downs:
-        return _computed([(0.0, first)], Recipe("svd", 1, 1.0, 0, dtype))
+        return _computed([(0.0, layer)], MergeRecipe("svd", 1, 1.0, 0, dtype))
     tensors = {"lora_A": io.stacked(downs), "lora_B": io.beside(ups)}
-    entry = replace(first, tensors=tensors, alpha=float(tensors["lora_A"].shape[0]), options={}, keys=(), shape=None)
+    entry = replace(layer, tensors=tensors, alpha=float(tensors["lora_A"].shape[0]), options={}, keys=(), shape=None)
     return Merged(entry, product_norm(*_joined(roundings)), product_norm(*_joined(pairs)))
 
 
@@ -291,39 +303,56 @@ def _joined(pairs: Iterable[Pair]) -> Pair:
     return torch.cat(downs), torch.cat(ups, 1)
 
 
-def _computed(weighted: WeightedEntries, recipe: Recipe) -> Merged:
+def _computed(weighted: WeightedEntries, recipe: MergeRecipe) -> Merged:
     """One layer from what each adds to it, computed in float64."""
-    first = weighted[0][1]
-    updates = [(weight, update_of(entry)) for weight, entry in weighted]
-    shape = max((u.shape for _, u in updates), key=len)
-    _check_shapes(updates, shape, first.layer)
-    shifts = [weight * u.shift for weight, u in updates if u.shift is not None]
-    shift = sum(shifts[1:], shifts[0]) if shifts else None
-    acting = [(weight, u) for weight, u in updates if u.dense is not None]
+    layer = weighted[0][1]
+    summands = [(weight, update_of(entry)) for weight, entry in weighted]
+    shape = max((summand.shape for _, summand in summands), key=len)
+    _check_shapes(summands, shape, layer.layer)
+    acting = [(weight, summand) for weight, summand in summands if summand.dense is not None]
+    shift = _shift(summands)
     if len(shape) == 1 or not acting:
         return _vectors(weighted, acting, shift, shape, recipe.dtype)
-    biased = B_BIAS if all(BIAS not in entry.tensors for _, entry in weighted) else BIAS
-    beside = {} if shift is None else {biased: stored(shift, recipe.dtype)}
-    lookup = acting[0][1].lookup
-    if recipe.how == "cat" and recipe.rank is None and any(u.factors is None for _, u in acting):
-        total = _total(acting)
-        entry = full_entry(first, total, shape, recipe.dtype, lookup)
-        beside = {BIAS: handle for handle in beside.values()}
-        lost = float((total - total.to(recipe.dtype).double()).norm())
-        return Merged(replace(entry, tensors={**entry.tensors, **beside}), lost, float(total.norm()))
-    if hides_kernel(first.layer, shape):
+    exact = recipe.how == "cat" and recipe.rank is None
+    if exact and any(summand.factors is None for _, summand in acting):
+        return _with_shift(_whole(layer, acting, shape, recipe.dtype), BIAS, shift, recipe.dtype)
+    role = BIAS if any(BIAS in entry.tensors for _, entry in weighted) else B_BIAS
+    return _with_shift(_lora(layer, acting, shape, recipe), role, shift, recipe.dtype)
+
+
+def _shift(summands: Sequence[tuple[float, Summand]]) -> Tensor | None:
+    """What all together add to the bias."""
+    shifts = [weight * summand.shift for weight, summand in summands if summand.shift is not None]
+    return sum(shifts[1:], shifts[0]) if shifts else None
+
+
+def _with_shift(layer: Merged, role: str, shift: Tensor | None, dtype: torch.dtype) -> Merged:
+    beside = {} if shift is None else {role: stored(shift, dtype)}
+    return replace(layer, entry=replace(layer.entry, tensors={**layer.entry.tensors, **beside}))
+
+
+def _whole(layer: Entry, acting: Sequence[tuple[float, Summand]], shape: tuple[int, ...], dtype: torch.dtype) -> Merged:
+    """The sum as one matrix, where one of the files has one."""
+    total = _total(acting)
+    error = float((total - total.to(dtype).double()).norm())
+    return Merged(full_entry(layer, total, shape, dtype, acting[0][1].lookup), error, float(total.norm()))
+
+
+def _lora(layer: Entry, acting: Sequence[tuple[float, Summand]], shape: tuple[int, ...], recipe: MergeRecipe) -> Merged:
+    """The sum as a LoRA."""
+    if hides_kernel(layer.layer, shape):
         raise CannotConvertError(
             "nothing in the file tells the kernel of this convolution, which a LoRA of it needs",
-            where=first.layer,
+            where=layer.layer,
             remedy="Load the adapters onto their model and use diffpeft.combine.",
         )
-    pair, lost, norm = _factored(acting, recipe)
+    pair, error, norm = _factored(acting, recipe)
     rounded = _rounding(pair, recipe.dtype)
-    entry = lora_entry(first, pair, shape, recipe.dtype, beside, lookup)
-    return Merged(entry, math.hypot(lost, rounded), norm)
+    entry = lora_entry(layer, pair, shape, recipe.dtype, {}, acting[0][1].lookup)
+    return Merged(entry, math.hypot(error, rounded), norm)
 
 
-def _check_shapes(updates: Sequence[tuple[float, Update]], shape: tuple[int, ...], layer: str) -> None:
+def _check_shapes(updates: Sequence[tuple[float, Summand]], shape: tuple[int, ...], layer: str) -> None:
     """Raise ShapeMismatchError for updates of layers of different sizes."""
     sizes = {(u.shape[0], math.prod(u.shape[1:])) for _, u in updates if u.dense is not None}
     rows = {u.shape[0] for _, u in updates}
@@ -335,7 +364,7 @@ def _check_shapes(updates: Sequence[tuple[float, Update]], shape: tuple[int, ...
         )
 
 
-def _total(acting: Sequence[tuple[float, Update]]) -> Tensor:
+def _total(acting: Sequence[tuple[float, Summand]]) -> Tensor:
     total = torch.zeros(())
     for weight, update in acting:
         dense = update.dense
@@ -346,25 +375,25 @@ def _total(acting: Sequence[tuple[float, Update]]) -> Tensor:
 
 def _vectors(
     weighted: WeightedEntries,
-    acting: Sequence[tuple[float, Update]],
+    acting: Sequence[tuple[float, Summand]],
     shift: Tensor | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Merged:
     """A layer of which one number an output changes: a norm, or nothing but the bias."""
-    first = weighted[0][1]
+    layer = weighted[0][1]
     total = _total(acting).flatten() if acting else None
     is_norm = any(entry.method == "norm" for _, entry in weighted)
     names = ("w_norm", "b_norm") if is_norm else ("diff", BIAS)
     tensors = {name: stored(t, dtype) for name, t in zip(names, (total, shift), strict=True) if t is not None}
     entry = replace(
-        first, method="norm" if is_norm else "full", tensors=tensors, alpha=None, options={}, keys=(), shape=None
+        layer, method="norm" if is_norm else "full", tensors=tensors, alpha=None, options={}, keys=(), shape=None
     )
     values = torch.cat([t for t in (total, shift) if t is not None])
     return Merged(entry, float((values - values.to(dtype).double()).norm()), float(values.norm()))
 
 
-def _factored(acting: Sequence[tuple[float, Update]], recipe: Recipe) -> tuple[Pair, float, float]:
+def _factored(acting: Sequence[tuple[float, Summand]], recipe: MergeRecipe) -> tuple[Pair, float, float]:
     """The factors of the sum, the norm of what they leave out, and the norm of the sum."""
     how, rank = recipe.how, recipe.rank
     cuts = how not in ("cat", "linear")
@@ -385,10 +414,10 @@ def _factored(acting: Sequence[tuple[float, Update]], recipe: Recipe) -> tuple[P
 
 def _needed(spectrum: Spectrum) -> int:
     """How many singular values are more than rounding; at least one."""
-    return max(1, int((spectrum.S > _ZERO * spectrum.S[0]).sum()))
+    return max(1, int((_ZERO * spectrum.S[0] < spectrum.S).sum()))
 
 
-def _of_dense(acting: Sequence[tuple[float, Update]], recipe: Recipe, rank: int | None) -> Spectrum:
+def _of_dense(acting: Sequence[tuple[float, Summand]], recipe: MergeRecipe, rank: int | None) -> Spectrum:
     """The singular values of a sum that has to be built."""
     if recipe.how in ("cat", "linear", "svd"):
         total = _total(acting)
@@ -417,7 +446,9 @@ def _carried(bundles: Sequence[Bundle]) -> tuple[dict[str, Handle], list[str]]:
             if key in carried and not io.same(carried[key], handle):
                 dropped.append(f"{Path(bundle.source).name}: {key}")
             carried.setdefault(key, handle)
-    notes = [f"{len(dropped)} tensors that are no adapter's are in several files, and the first was kept: {listed(dropped, 3)}"]
+    notes = [
+        f"{len(dropped)} tensors that are no adapter's are in several files, and the first was kept: {listed(dropped, 3)}"
+    ]
     return carried, notes if dropped else []
 
 
@@ -429,6 +460,6 @@ def _metadata(bundles: Sequence[Bundle]) -> dict[str, str]:
     return metadata | ({"modelspec.trigger_phrase": ", ".join(words)} if words else {})
 
 
-def _with(key: str, text: str) -> Callable[[Draft], Draft]:
+def with_note(key: str, text: str) -> Callable[[Draft], Draft]:
     """What adds a line to the metadata of what is written."""
     return lambda draft: replace(draft, metadata={**draft.metadata, key: text})

@@ -19,18 +19,25 @@ from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.errors import CannotConvertError, ConfigError, inside, listed, shown
 from diffpeft.files import refuse_existing
-from diffpeft.methods.config import check_rank
 from diffpeft.methods.layout import BIAS, LAYOUTS, MAGNITUDES
 from diffpeft.methods.lowrank import Spectrum, of_matrix, of_product, ranks_for
 from diffpeft.methods.shapes import rank as rank_of
 from diffpeft.tools.choosing import read
 from diffpeft.tools.rewriting import rewrite
 from diffpeft.tools.scaling import scaled, unscalable
-from diffpeft.tools.updates import Update, bent, hides_kernel, lora_entry, lora_tensors, stored, under, update_of
+from diffpeft.tools.updates import (
+    Summand,
+    bent,
+    check_cut,
+    hides_kernel,
+    lora_tensors,
+    stored,
+    under,
+    update_of,
+)
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)B?\s*", re.IGNORECASE)
-_TRIES = 40  # halvings of the interval in which the largest budget is that still fits
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class ResizeReport:
 
 
 @dataclass(frozen=True)
-class Layer:
+class CutLayer:
     """A layer that can be cut: its entry, what it adds, the shape of its weight, its singular values, and the bytes of one rank."""
 
     entry: Entry
@@ -82,8 +89,9 @@ def resize(
         family: of the adapter, if that is not what the file looks like.
         overwrite: whether the output may replace what is there.
 
-    A DoRA keeps its magnitudes, and what is under them is cut. LoHa, LoKr, whole differences and other sums become LoRAs, the best of their rank. What cannot be
-    cut (rotations, norms, (IA)^3) stays as it is. Raises ConfigError if nothing can be cut, or a size cannot be met; CannotConvertError, CheckpointError.
+    A DoRA keeps its magnitudes, and what is under them is cut. LoHa, LoKr, whole differences and other sums become LoRAs, the best of their rank. What
+    cannot be cut (rotations, norms, (IA)^3) stays as it is.
+    Raises ConfigError if nothing can be cut, or a size cannot be met; CannotConvertError, CheckpointError.
     """
     size = _check(rank, energy, max_size)
     refuse_existing([out], overwrite)
@@ -113,12 +121,10 @@ def _check(rank: int | None, energy: float | None, max_size: int | str | None) -
     """The size in bytes, if that is what was given. Raises ConfigError unless exactly one is, and has a value that it can have."""
     if sum(value is not None for value in (rank, energy, max_size)) != 1:
         raise ConfigError(
-            "a resize is to a rank, an energy or a size", remedy="Give one of --rank 16, --energy 0.95, --max-size 50MB."
+            "a resize is to a rank, an energy or a size",
+            remedy="Give one of --rank 16, --energy 0.95, --max-size 50MB.",
         )
-    if rank is not None:
-        check_rank("rank", rank)
-    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
-        raise ConfigError(f"energy is {shown(energy)}", remedy="It is a share above 0 and at most 1.")
+    check_cut(rank, energy)
     return None if max_size is None else bytes_of(max_size)
 
 
@@ -131,7 +137,7 @@ def bytes_of(size: int | str) -> int:
     return int(number)
 
 
-def _layers(bundle: Bundle) -> tuple[list[Layer], dict[str, str]]:
+def _layers(bundle: Bundle) -> tuple[list[CutLayer], dict[str, str]]:
     """The layers that can be cut, and {layer: why it cannot}."""
     layers, unchanged = [], {}
     for entry in bundle.entries:
@@ -141,15 +147,13 @@ def _layers(bundle: Bundle) -> tuple[list[Layer], dict[str, str]]:
         update = update_of(under(entry) or entry)
         if len(update.shape) < 2 or update.dense is None:
             unchanged[entry.layer] = "it has one number an output"
-        elif update.factors is None and hides_kernel(entry.layer, update.shape):
-            unchanged[entry.layer] = "nothing tells the kernel of this convolution"
-        elif "lora_A" not in entry.tensors and hides_kernel(entry.layer, update.shape):
+        elif hides_kernel(entry.layer, update.shape) and not _is_plain(entry):
             unchanged[entry.layer] = "nothing tells the kernel of this convolution"
         else:
             spectrum = _spectrum(update)
             size = io.SIZES[next(iter(entry.tensors.values())).dtype]
             cost = size * (update.shape[0] + math.prod(update.shape[1:]))
-            layers.append(Layer(entry, update.shape, spectrum.S, spectrum.energy, cost))
+            layers.append(CutLayer(entry, update.shape, spectrum.S, spectrum.energy, cost))
     return layers, unchanged
 
 
@@ -159,21 +163,26 @@ def _whole(entry: Entry) -> str:
     return bent(inside_dora if inside_dora is not None else entry) and f"{entry.method} has no sum of ranks"
 
 
-def _spectrum(update: Update) -> Spectrum:
+def _is_plain(entry: Entry) -> bool:
+    """Whether an entry has a LoRA's two factors."""
+    return {"lora_A", "lora_B"} <= {*entry.tensors} and not {"lora_mid", "lora_E"} & {*entry.tensors}
+
+
+def _spectrum(update: Summand) -> Spectrum:
     if update.factors is not None:
         return of_product(*update.factors)
     assert update.matrix is not None
     return of_matrix(update.matrix)
 
 
-def _ranks(layers: Sequence[Layer], rank: int | None, energy: float | None) -> list[int]:
+def _ranks(layers: Sequence[CutLayer], rank: int | None, energy: float | None) -> list[int]:
     """The rank of each layer, at least 1."""
     if energy is not None:
         return [ranks_for(layer.S, energy) for layer in layers]
     return [min(rank or 1, len(layer.S)) for layer in layers]
 
 
-def _within(bundle: Bundle, layers: Sequence[Layer], size: int, out: str | os.PathLike[str]) -> list[int]:
+def _within(bundle: Bundle, layers: Sequence[CutLayer], size: int, out: str | os.PathLike[str]) -> list[int]:
     """The ranks that keep most in a file of at most `size` bytes. Raises ConfigError if rank 1 everywhere is more."""
     gains = [
         (float(s) ** 2 / layer.cost, n) for n, layer in enumerate(layers) for s in layer.S[1:].tolist()
@@ -199,7 +208,7 @@ def _within(bundle: Bundle, layers: Sequence[Layer], size: int, out: str | os.Pa
     return ranks_of(low)
 
 
-def _size(bundle: Bundle, layers: Sequence[Layer], ranks: Sequence[int], out: str | os.PathLike[str]) -> int:
+def _size(bundle: Bundle, layers: Sequence[CutLayer], ranks: Sequence[int], out: str | os.PathLike[str]) -> int:
     """How many bytes the file will have: its tensors are zeros that nobody reads."""
     blank = {id(layer.entry): _blank(layer, n) for layer, n in zip(layers, ranks, strict=True)}
     changed = replace(_plain(bundle), entries=[blank.get(id(entry), entry) for entry in bundle.entries])
@@ -210,7 +219,7 @@ def _size(bundle: Bundle, layers: Sequence[Layer], ranks: Sequence[int], out: st
     )
 
 
-def _blank(layer: Layer, rank: int) -> Entry:
+def _blank(layer: CutLayer, rank: int) -> Entry:
     o, *columns = layer.shape
     empty = torch.empty(0)
     return _with_tensors(
@@ -219,7 +228,9 @@ def _blank(layer: Layer, rank: int) -> Entry:
         lambda dtype: {
             role: Handle(handle.dtype, shape)
             for (role, handle), shape in zip(
-                lora_tensors((empty.new_zeros(1, math.prod(columns)), empty.new_zeros(o, 1)), layer.shape, dtype).items(),
+                lora_tensors(
+                    (empty.new_zeros(1, math.prod(columns)), empty.new_zeros(o, 1)), layer.shape, dtype
+                ).items(),
                 ((rank, *columns), (o, rank, *(1 for _ in columns[1:]))),
                 strict=True,
             )
@@ -227,18 +238,17 @@ def _blank(layer: Layer, rank: int) -> Entry:
     )
 
 
-def _cut(layer: Layer, rank: int) -> Entry:
+def _cut(layer: CutLayer, rank: int) -> Entry:
     """The layer's entry with the best factors of a rank. Factors that are not longer keep their bytes."""
-    if layer.entry.method in ("lora", "dora") and "lora_mid" not in layer.entry.tensors:
-        if rank >= rank_of(layer.entry.shapes) and any(role.endswith("_A") for role in layer.entry.tensors):
-            return layer.entry
+    if _is_plain(layer.entry) and rank >= rank_of(layer.entry.shapes):
+        return layer.entry
     update = update_of(under(layer.entry) or layer.entry)
     pair = _spectrum(update).cut(rank)
     with inside(layer.entry.layer, config=True):
         return _with_tensors(layer, rank, lambda dtype: lora_tensors(pair, layer.shape, dtype, update.lookup))
 
 
-def _with_tensors(layer: Layer, rank: int, factors: Callable[[torch.dtype], Mapping[str, Handle]]) -> Entry:
+def _with_tensors(layer: CutLayer, rank: int, factors: Callable[[torch.dtype], Mapping[str, Handle]]) -> Entry:
     entry = layer.entry
     dtype = io.dtype_of(next(iter(entry.tensors.values())))
     beside = {role: handle for role, handle in entry.tensors.items() if role in MAGNITUDES or role in (BIAS,)}
@@ -247,19 +257,17 @@ def _with_tensors(layer: Layer, rank: int, factors: Callable[[torch.dtype], Mapp
         alpha = io.number(entry.alpha)
         beside["lora_B_bias"] = stored(shift.double() * (1 if alpha is None else alpha / rank_of(entry.shapes)), dtype)
     method = entry.method if LAYOUTS[entry.method].over else "lora"
-    return replace(
-        entry, method=method, tensors={**factors(dtype), **beside}, alpha=float(rank), options={}, shared={}
-    )
+    return replace(entry, method=method, tensors={**factors(dtype), **beside}, alpha=float(rank), options={}, shared={})
 
 
 def _report(
     bundle: Bundle,
-    layers: Sequence[Layer],
+    layers: Sequence[CutLayer],
     ranks: Sequence[int],
     unchanged: Mapping[str, str],
     out: str | os.PathLike[str],
 ) -> ResizeReport:
-    kept = [float(layer.S[:n].double().square().sum()) for layer, n in zip(layers, ranks, strict=True)]
+    captured = [float(layer.S[:n].double().square().sum()) for layer, n in zip(layers, ranks, strict=True)]
     total = sum(layer.energy for layer in layers)
     names = [layer.entry.layer for layer in layers]
     return ResizeReport(
@@ -268,9 +276,9 @@ def _report(
         after=dict(zip(names, ranks, strict=True)),
         energy={
             layer.entry.layer: energy / layer.energy if layer.energy else 1.0
-            for layer, energy in zip(layers, kept, strict=True)
+            for layer, energy in zip(layers, captured, strict=True)
         },
-        kept_energy=sum(kept) / total if total else 1.0,
+        kept_energy=sum(captured) / total if total else 1.0,
         became_lora=tuple(layer.entry.layer for layer in layers if layer.entry.method not in ("lora", "dora")),
         unchanged=dict(unchanged),
         size_before=_bytes_at(bundle.source),
@@ -278,7 +286,7 @@ def _report(
     )
 
 
-def _rank_before(layer: Layer) -> int:
+def _rank_before(layer: CutLayer) -> int:
     return rank_of(layer.entry.shapes) or len(layer.S)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.definition import definition_of
-from diffpeft.errors import CannotConvertError, shown
+from diffpeft.errors import CannotConvertError, ConfigError, shown
 from diffpeft.methods import METHODS
+from diffpeft.methods.config import check_rank
 from diffpeft.methods.layout import BIAS, LAYOUTS, MAGNITUDES, inner
 from diffpeft.methods.lowrank import Pair
 from diffpeft.methods.shapes import is_across
@@ -30,7 +31,7 @@ _CONV = re.compile(r"conv[^.]*$|patch_embed|(?:pos_embed|x_embedder)\.proj$")
 
 
 @dataclass(frozen=True)
-class Update:
+class Summand:
     """What an entry adds at strength 1: B A, or where it has no thin factors a matrix [out, columns]; and what it adds to the bias [out].
 
     `shape` is that of the canonical weight, as far as the tensors show it. All numbers are float64.
@@ -63,7 +64,7 @@ def bent(entry: Entry) -> str:
     return ""
 
 
-def update_of(entry: Entry) -> Update:
+def update_of(entry: Entry) -> Summand:
     """What an entry adds to its layer. Raises CannotConvertError for one whose change depends on the weight."""
     if why := bent(entry):
         raise CannotConvertError(
@@ -74,7 +75,7 @@ def update_of(entry: Entry) -> Update:
     shift = io.load([entry.tensors[BIAS]])[0].double().flatten() if BIAS in entry.tensors else None
     if not {*entry.tensors} - {BIAS}:
         assert shift is not None
-        return Update((len(shift),), shift=shift)
+        return Summand((len(shift),), shift=shift)
     definition = definition_of(entry)
     method, (_, p, spec) = definition.additive, definition
     assert method is not None
@@ -84,11 +85,11 @@ def update_of(entry: Entry) -> Update:
     scale, factors = method.scale(p, spec), method.factors(p, spec)
     if factors is not None:
         pair = factors.A.flatten(1), scale * factors.B.flatten(1)
-        return Update(_shape(entry, g), pair, shift=shift, rank=len(pair[0]), lookup=g.lookup)
+        return Summand(_shape(entry, g), pair, shift=shift, rank=len(pair[0]), lookup=g.lookup)
     if entry.method == "norm" and "w_norm" not in entry.tensors:
-        return Update((g.out,), shift=shift)
+        return Summand((g.out,), shift=shift)
     matrix = (scale * method.delta(p, spec)).reshape(g.out, -1)
-    return Update(_shape(entry, g), matrix=matrix, shift=shift, rank=min(matrix.shape), lookup=g.lookup)
+    return Summand(_shape(entry, g), matrix=matrix, shift=shift, rank=min(matrix.shape), lookup=g.lookup)
 
 
 def _shape(entry: Entry, g: Geometry) -> tuple[int, ...]:
@@ -115,9 +116,7 @@ def under(entry: Entry) -> Entry | None:
     return replace(entry, method=str(inner(tensors)), tensors=tensors)
 
 
-def lora_tensors(
-    factors: Pair, shape: tuple[int, ...], dtype: torch.dtype, lookup: bool = False
-) -> dict[str, Handle]:
+def lora_tensors(factors: Pair, shape: tuple[int, ...], dtype: torch.dtype, lookup: bool = False) -> dict[str, Handle]:
     """Factors A [r, columns] and B [out, r] as a file has them, for a layer with a weight of this shape."""
     A, B = factors
     if len(shape) > 2:
@@ -151,3 +150,11 @@ def full_entry(layer: Entry, matrix: Tensor, shape: tuple[int, ...], dtype: torc
     diff = matrix.t() if lookup else matrix.reshape(shape)
     tensors = {"diff": stored(diff, dtype)}
     return replace(layer, method="full", tensors=tensors, alpha=None, options={}, keys=(), shared={}, shape=None)
+
+
+def check_cut(rank: object, energy: object) -> None:
+    """Raise ConfigError for a rank or a share of the energy that cannot be one; None says nothing and is well."""
+    if rank is not None:
+        check_rank("rank", rank)
+    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
+        raise ConfigError(f"energy is {shown(energy)}", remedy="It is a share above 0 and at most 1.")
