@@ -63,15 +63,15 @@ def equation(source: str, language: str, css_class: str, options: object, md: ob
     return f'<div class="math" role="math" aria-label="{escape(source.strip(), quote=True)}">{rows}</div>'
 
 
-def navigation(index: str) -> list[dict[str, list[dict[str, str]]]]:
-    """README.md's headings, each with the pages that its list names."""
-    sections: list[dict[str, list[dict[str, str]]]] = []
+def navigation(index: str) -> list[dict[str, list[dict[str, str] | str]]]:
+    """README.md's headings, each with the pages that its list names; a page that is called by a number there has its own title."""
+    sections: list[dict[str, list[dict[str, str] | str]]] = []
     for line in index.splitlines():
         if heading := re.fullmatch(r"## (.+)", line):
             sections.append({heading[1]: [] if sections else [{"All pages": "README.md"}]})
         elif entry := re.match(r"\* \[(.+?)\]\((.+?)\):", line):
             (pages,) = sections[-1].values()
-            pages.append({entry[1]: inside(entry[2])})
+            pages.append(inside(entry[2]) if entry[1].isdigit() else {entry[1]: inside(entry[2])})
     return sections
 
 
@@ -85,7 +85,7 @@ def inside(link: str) -> str:
 
 def group(home: str) -> str:
     """The row of API that describes names of this home."""
-    return next(name for name, (_, start, _) in API.items() if home == start or home.startswith(f"{start}."))
+    return next((name for name, (_, start, _) in API.items() if home == start or home.startswith(f"{start}.")), "other")
 
 
 def api_pages() -> dict[str, str]:
