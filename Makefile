@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .PHONY: demo test test-all check docs wheel bench clean test-lowest
 
 demo: $(VENV)/.core
-	$(BIN)/diffpeft demo -o demo-out
+	$(BIN)/diffpeft demo -o demo-out --overwrite
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

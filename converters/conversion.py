@@ -6,19 +6,21 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from converters.engine import read
-from converters.formats import FORMATS
-from converters.formats.base import magnitude_axis
-from converters.formats.fields import on_inputs
-from converters.holding import Held, held, refused
-from converters.opening import Source
-from converters.writing import check_path, files, planned, store
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, parted
+from diffpeft.converters.engine import read
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import magnitude_axis
+from diffpeft.converters.formats.fields import on_inputs
+from diffpeft.converters.holding import Held, held, refused
+from diffpeft.converters.locating import Where, located
+from diffpeft.converters.opening import Source
+from diffpeft.converters.writing import check_path, files, planned, store, written
 from diffpeft.definition import definition_of
 from diffpeft.errors import ConfigError, UnknownNameError, inside, listed, near, shown
+from diffpeft.files import refuse_existing
 from diffpeft.handles import Scaled
 from diffpeft.methods.layout import INNER, LAYOUTS
 from diffpeft.methods.shapes import rank
@@ -53,6 +55,8 @@ def convert(
     format: str | None = None,
     dtype: torch.dtype | str | None = None,
     allow: str | None = None,
+    overwrite: bool = True,
+    **where: Unpack[Where],
 ) -> ConvertReport:
     """Write an adapter file as another format, whole or not at all.
 
@@ -61,6 +65,8 @@ def convert(
         family, format: override what is detected.
         dtype: of the factors, a torch dtype or fp64, fp32, fp16, bf16; default: as they are stored.
         allow: "approximate" admits what loses more than rounding. (No conversion does so yet.)
+        where: which file, as for `located`.
+        overwrite: False refuses an output that is there already, as the command does; else it is replaced, as a whole or not at all.
 
     Where the format has no place for a method, LoHa, LoKr and Tucker forms become LoRAs of the same update (L1), with a warning that names the layers.
     Raises CannotConvertError, which names the layers and the reason, or CheckpointError.
@@ -69,16 +75,20 @@ def convert(
         raise ConfigError(f"allow is {shown(allow)}", remedy="It is 'approximate', or left out.")
     cast = _dtype(dtype)
     check_path(path)
+    source = located(source, **where)
     bundle = read(source, family=family, format=format)
     if isinstance(source, (str, os.PathLike)) and os.path.realpath(source) == os.path.realpath(path):
         raise ConfigError("the output is the input", where=path, remedy="Give another name.")
     with inside(bundle.source):
         UnknownNameError.check("format", to, FORMATS)
-        return _converted(bundle, path, to, cast)
+        return _converted(bundle, path, to, cast, overwrite)
 
 
-def _converted(bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torch.dtype | None) -> ConvertReport:
+def _converted(
+    bundle: Bundle, path: str | os.PathLike[str], to: str, cast: torch.dtype | None, overwrite: bool
+) -> ConvertReport:
     asked = files(bundle, to, path)
+    refuse_existing(written(asked, path, to), overwrite)
     parts = _of_one_adapter(bundle, {component: _fitted(part) for component, part in asked.items()})
     plans = {component: planned(part, cast) for component, part in parts.items()}
     store(plans, path, to)
@@ -99,13 +109,13 @@ def _of_one_adapter(bundle: Bundle, parts: Mapping[str, Held]) -> dict[str, Held
 def _report(
     bundle: Bundle,
     to: str,
-    written: Sequence[Bundle],
+    parts: Sequence[Bundle],
     replaced: Sequence[Entry],
     inexact: Sequence[str],
     cast: torch.dtype | None,
 ) -> ConvertReport:
-    """What became of a bundle that was `written` in parts, of which entries were `replaced`, and layers have numbers that are `inexact`."""
-    entries = [entry for part in written for entry in part.entries]
+    """What became of a bundle that was written in `parts`, of which entries were `replaced`, and layers have numbers that are `inexact`."""
+    entries = [entry for part in parts for entry in part.entries]
     exact = not (replaced or inexact or cast or _folded(entries, to) or any(map(_is_computed, bundle.entries)))
     return ConvertReport(
         level="L0" if exact else "L1",

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from converters.families import TABLES, Table
-from converters.families.text import CLIP, T5
-from converters.formats import FORMATS, Format, KeyParts
-from converters.formats.wrappers import all_unwrapped
-from converters.roles import split
-from converters.rows import aspect
-from converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.bundle import Handle
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.families.text import CLIP, T5
+from diffpeft.converters.formats import FORMATS, Format, KeyParts
+from diffpeft.converters.formats.wrappers import all_unwrapped
+from diffpeft.converters.roles import split
+from diffpeft.converters.rows import aspect
+from diffpeft.converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
 from diffpeft.methods.shapes import extent, width
@@ -31,6 +31,7 @@ Spelt = tuple[str, str]  # what says the component, the layer as the format spel
 Layers = dict[Spelt, dict[str, Handle]]
 # where a file written here says its family; and the component and the format, where its keys do not
 HINT, COMPONENT, FORMAT = "diffpeft.family", "diffpeft.component", "diffpeft.format"
+NO_FAMILY = "none"  # what a file says whose model was of no family that is known, whatever its layers are called
 # what metadata say, in any of these places: {family: pattern}
 _PLACES = (HINT, "modelspec.architecture", "ss_base_model_version")
 _TOLD = (*_PLACES, COMPONENT, FORMAT)  # all metadata that are looked into
@@ -135,6 +136,10 @@ def methods_of(layers: Iterable[Mapping[str, tuple[int, ...]]]) -> frozenset[str
     return frozenset(name for method, roles in split_ for name in named(method, roles))
 
 
+# names and shapes; what some metadata say; which others there are
+Signature = tuple[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[str, str], ...], frozenset[str]]
+
+
 @dataclass(frozen=True)
 class Fit:
     """What a file fits. `families`, the likeliest first; `ambiguous` if the first of them was only the first: the names say nothing.
@@ -169,9 +174,7 @@ def fit(
 
     Files of one trainer have the same names and shapes: what the last few kinds of file fit is remembered.
     """
-    shapes = tuple((key, handle.shape) for key, handle in tensors.items())
-    told = tuple((key, metadata[key]) for key in _TOLD if key in metadata)
-    fits = _fit(shapes, told, _owned().intersection(metadata), format, family)
+    fits = _fit(*signature(tensors, metadata), format, family)
     if fits is None:
         raise UnknownKeysError(
             "this holds no adapter that is known here",
@@ -179,6 +182,13 @@ def fit(
             remedy=f"Readable are the formats {', '.join(FORMATS)}.",
         )
     return replace(fits, opened=(tensors, metadata, source))
+
+
+def signature(tensors: Mapping[str, Handle], metadata: Mapping[str, str]) -> Signature:
+    """All of a file that `fit` depends on: files of one signature fit the same."""
+    shapes = tuple((key, handle.shape) for key, handle in tensors.items())
+    told = tuple((key, metadata[key]) for key in _TOLD if key in metadata)
+    return shapes, told, _owned().intersection(metadata)
 
 
 @functools.cache
@@ -204,7 +214,10 @@ def _fit(
     fitting = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fitting}
     spelt_by = _Own(layers, metadata, FORMATS[formats[0]].tables)
-    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
+    if metadata.get(HINT) == NO_FAMILY and not family:
+        families, ambiguous, looks_like = _Verdict(())
+    else:
+        families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
     chosen = _format_of(formats, [family] if family else families, spelt_by)
     return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], ({}, {}, ""))
 

@@ -7,16 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
-from converters.detection import Fit, bare, fit, methods_of
-from converters.families import Table
-from converters.formats import FORMATS
-from converters.formats.base import table_of
-from converters.opening import Opened, Source, opened
-from converters.readers import readers
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, trigger_words
+from diffpeft.converters.detection import Fit, bare, fit, methods_of
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.locating import Where, located
+from diffpeft.converters.opening import Opened, Source, opened
+from diffpeft.converters.readers import readers
 from diffpeft.errors import inside
 from diffpeft.methods.shapes import rank
 
@@ -53,24 +53,44 @@ class Inspection:
     nonfinite: tuple[str, ...] | None = None
 
 
-def inspect(source: Source, *, norms: bool = False) -> Inspection:
+def inspect(source: Source, *, norms: bool = False, **where: Unpack[Where]) -> Inspection:
     """What a file, a PEFT folder or a dict of tensors is. Reads the header and the alphas; with `norms` every tensor, one at a time.
 
     `norms` {layer: sqrt of the sum of squares of all its tensors}; `dead` layers have an alpha of 0 or a factor that is all zeros, so that they
-    change nothing; `nonfinite` ones hold NaN or Inf. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
+    change nothing; `nonfinite` ones hold NaN or Inf. `where`: which file, as for `located`. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
     """
-    file = opened(source)
+    file = opened(located(source, **where))
     with inside(file.where):
         return _inspected(file, norms)
+
+
+class FileOutline(NamedTuple):
+    """What names and shapes tell of a file; see Inspection. `shapes` {component.layer as the file spells it: {role: shape}}."""
+
+    fits: Fit
+    families: tuple[str, ...]
+    methods: frozenset[str]
+    ranks: Mapping[int, int]
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
+def outline(source: Opened) -> FileOutline:
+    """What names and shapes tell of a file. Files of one `signature` have the same."""
+    fits = fit(*source)
+    return _outlined(fits, _grouped(source, fits))
+
+
+def _outlined(fits: Fit, layers: Mapping[str, Mapping[str, Handle]]) -> FileOutline:
+    shapes = {name: {role: h.shape for role, h in roles.items() if role != "alpha"} for name, roles in layers.items()}
+    ranks = dict(sorted(Counter(filter(None, map(rank, shapes.values()))).items()))
+    return FileOutline(fits, fits.families or ("",), methods_of(shapes.values()), ranks, shapes)
 
 
 def _inspected(source: Opened, norms: bool) -> Inspection:
     tensors, metadata, where = source
     fits = fit(tensors, metadata, where)
-    families = fits.families or ("",)
-    layers = _grouped(tensors, fits, table_of(FORMATS[fits.format], families[0]), metadata)
-    shapes = {name: {role: h.shape for role, h in roles.items() if role != "alpha"} for name, roles in layers.items()}
-    methods = methods_of(shapes.values())
+    layers = _with_numbers(_grouped(source, fits))
+    _, families, methods, ranks, shapes = _outlined(fits, layers)
     alphas = {name: _number(roles.get("alpha")) for name, roles in layers.items()}
     measured = _measured(layers, {name for name, alpha in alphas.items() if alpha == 0}) if norms else _Measured()
     return Inspection(
@@ -85,7 +105,7 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
         tensors=len(tensors),
         bytes=sum(map(io.nbytes, tensors.values())),
         dtypes=dict(Counter(handle.dtype for handle in tensors.values()).most_common()),
-        ranks=dict(sorted(Counter(filter(None, map(rank, shapes.values()))).items())),
+        ranks=ranks,
         alphas=dict(Counter(alphas.values()).most_common()),
         blocks=dict(Counter(map(block_of, layers))),
         carried=tuple(key for key in tensors if key not in fits.parts),
@@ -98,16 +118,20 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
     )
 
 
-def _grouped(
-    tensors: Mapping[str, Handle], fits: Fit, table: Table, metadata: Mapping[str, str]
-) -> dict[str, dict[str, Handle]]:
+def _grouped(source: Opened, fits: Fit) -> dict[str, dict[str, Handle]]:
     """{component.layer as the file spells it: {role: handle}}."""
     layers: dict[str, dict[str, Handle]] = {}
     fmt = FORMATS[fits.format]
-    unsaid = bare(table, {part.layer for part in fits.parts.values() if not part.word}, fmt, metadata)
+    table = table_of(fmt, fits.families[0] if fits.families else "")
+    unsaid = bare(table, {part.layer for part in fits.parts.values() if not part.word}, fmt, source.metadata)
     for key, part in fits.parts.items():
         component = fmt.component(part.word, table) if part.word else unsaid
-        layers.setdefault(dotted(component, part.layer), {})[part.role] = tensors[key]
+        layers.setdefault(dotted(component, part.layer), {})[part.role] = source.tensors[key]
+    return layers
+
+
+def _with_numbers(layers: dict[str, dict[str, Handle]]) -> dict[str, dict[str, Handle]]:
+    """The same with the alphas read."""
     scaled = [roles for roles in layers.values() if "alpha" in roles]
     for roles, alpha in zip(scaled, io.held(roles["alpha"] for roles in scaled), strict=True):
         roles["alpha"] = alpha

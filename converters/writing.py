@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.formats import FORMATS
-from converters.formats.base import shares_word, table_of
-from converters.formats.peft import CONFIG, FILE, WEIGHTS
-from converters.holding import Held, held, refused
-from converters.restoring import restored
-from converters.spelling import Draft, spelt
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Bundle, parted
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import shares_word, table_of
+from diffpeft.converters.formats.peft import CONFIG, FILE, WEIGHTS
+from diffpeft.converters.holding import Held, held, refused
+from diffpeft.converters.restoring import restored
+from diffpeft.converters.spelling import Draft, spelt
 from diffpeft.errors import CannotConvertError, ConfigError, UnknownNameError, listed, shown
-from diffpeft.files import config_in
+from diffpeft.files import config_in, refuse_existing
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +30,20 @@ def write(
     format: str,
     dtype: torch.dtype | None = None,
     finish: Callable[[Draft], Draft] = lambda draft: draft,
+    overwrite: bool = True,
 ) -> None:
     """Write a Bundle as a file or folder of another format, whole or not at all. `dtype` casts the factors; alphas keep theirs.
 
-    `finish` is asked for the last word on each file: what else its metadata say.
+    `finish` is asked for the last word on each file: what else its metadata say. Without `overwrite` what is there already stays.
 
-    Raises CannotConvertError, which names the layers, the reason and the formats that can hold the adapter.
+    Raises CannotConvertError, which names the layers, the reason and the formats that can hold the adapter; without `overwrite` ConfigError for
+    an output that is there.
     """
     UnknownNameError.check("format", format, FORMATS)
     check_path(path)
-    plans = {component: finish(planned(part, dtype)) for component, part in files(bundle, format, path).items()}
+    parts = files(bundle, format, path)
+    refuse_existing(written(parts, path, format), overwrite)
+    plans = {component: finish(planned(part, dtype)) for component, part in parts.items()}
     store(plans, path, format)
 
 
@@ -112,6 +116,13 @@ def _refuse_strangers(path: Path, components: Sequence[str]) -> None:
             where=f"{path}: {listed(strangers)}",
             remedy="Remove them, or give another folder.",
         )
+
+
+def written(components: Iterable[str], path: str | os.PathLike[str], format: str) -> list[Path]:
+    """The files that `store` writes for these components."""
+    end = "" if FORMATS[format].folder else ".safetensors"
+    places = [Path(path) / f"{component}{end}" if component else Path(path) for component in components]
+    return [place / name for place in places for name in (WEIGHTS, FILE)] if FORMATS[format].folder else places
 
 
 def store(plans: Mapping[str, Draft], path: str | os.PathLike[str], format: str) -> None:

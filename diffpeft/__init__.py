@@ -6,9 +6,10 @@ The public names are imported on first use, so that `import diffpeft` costs no t
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpeft.methods.layout import CONFIGS
+from diffpeft.methods.layout import CONFIGS, TUNED
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,7 @@ _HOMES = {
     "diffpeft.llm.prefix_tuning": "PrefixEncoder",
     "diffpeft.llm.prompt_tuning": "PromptEmbedding",
     "diffpeft.llm.status": "get_layer_status get_model_status",
-    "diffpeft.llm.tuners": "AdaLoraModel BOFTModel HRAModel IA3Model LoHaModel LoKrModel LoraModel OFTModel VeraModel",
+    "diffpeft.llm.tuners": " ".join(f"{stem}Model" for stem in TUNED),
     "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
@@ -55,16 +56,26 @@ _HOMES = {
     "diffpeft.pipeline.adapters": "set_adapters get_adapters adapters unload AdapterStatus",
     "diffpeft.pipeline.hotswap": "replace",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
+    "diffpeft.takeover": "release take_over",
+    "diffpeft.tools.baking": "bake",
+    "diffpeft.tools.comparing": "diff",
+    "diffpeft.tools.editing": "edit",
+    "diffpeft.tools.listing": "list_adapters",
+    "diffpeft.tools.pruning": "prune",
     "diffpeft.train.config": "TrainConfig",
     "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
     "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = {"schedule": "diffpeft.model.schedule", "train": "diffpeft.train"}
+_MODULES = {"converters": "diffpeft.converters", "schedule": "diffpeft.model.schedule", "train": "diffpeft.train"}
 __all__ = sorted([*_HOME, *_MODULES])
+_HERE = Path(__file__).parent
+if not (_HERE / "converters").is_dir():  # a checkout whose links were not kept
+    __path__.append(str(_HERE.parent))
 _PEFTS = ("functional", "helpers", "optimizers", "tuners", "utils")  # its modules, which are attributes of it
 
 if TYPE_CHECKING:
+    from diffpeft import converters as converters
     from diffpeft.alias import as_peft as as_peft
     from diffpeft.bundle import Bundle as Bundle
     from diffpeft.bundle import Entry as Entry
@@ -123,6 +134,7 @@ if TYPE_CHECKING:
     from diffpeft.llm.status import get_model_status as get_model_status
     from diffpeft.llm.tuners import AdaLoraModel as AdaLoraModel
     from diffpeft.llm.tuners import BOFTModel as BOFTModel
+    from diffpeft.llm.tuners import HiraModel as HiraModel
     from diffpeft.llm.tuners import HRAModel as HRAModel
     from diffpeft.llm.tuners import IA3Model as IA3Model
     from diffpeft.llm.tuners import LoHaModel as LoHaModel
@@ -149,6 +161,13 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import LoadReport as LoadReport
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
+    from diffpeft.takeover import release as release
+    from diffpeft.takeover import take_over as take_over
+    from diffpeft.tools.baking import bake as bake
+    from diffpeft.tools.comparing import diff as diff
+    from diffpeft.tools.editing import edit as edit
+    from diffpeft.tools.listing import list_adapters as list_adapters
+    from diffpeft.tools.pruning import prune as prune
     from diffpeft.train.config import TrainConfig as TrainConfig
     from diffpeft.utils.constants import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,

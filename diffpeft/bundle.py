@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+MEMORY = "memory"  # the format of an adapter that is on a model
+
+
 @dataclass
 class Bundle:
     """A whole adapter: entries in file order, tensors that are no adapter's under their original keys, and the file's metadata."""

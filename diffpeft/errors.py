@@ -35,7 +35,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+Value = TypeVar("Value")
 
 MAX_NAME, MAX_LISTED = 200, 20
 MAX_LINE, MAX_KNOWN = 1650, 1400  # characters of a line of a message, and of the names that are known in it
@@ -76,6 +78,16 @@ def known_names(known: Iterable[str]) -> str:
         shown_names.append(name)
     more = len(names) - len(shown_names)
     return (", ".join(shown_names) or "none") + (f" and {more} more" if more else "")
+
+
+def one_of(**names: Value | None) -> Value | None:
+    """The value of an argument that has several names. Raises ConfigError if more than one of them was used."""
+    used = [name for name, value in names.items() if value is not None]
+    if len(used) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'{name}=' for name in used)} are one argument", remedy=f"Say {used[0]}= alone."
+        )
+    return names[used[0]] if used else None
 
 
 def _printable(text: object) -> str:

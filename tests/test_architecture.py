@@ -7,11 +7,11 @@ import re
 import sys
 from pathlib import Path
 
-import converters
 import diffpeft
+from diffpeft import converters
 
 ROOT = Path(diffpeft.__file__).parent.parent
-assert Path(converters.__file__).parent.parent == ROOT
+assert Path(converters.__file__).resolve().parent.parent == ROOT
 
 LOW = ("errors", "patterns", "files", "methods", "handles", "entries", "definition", "bundle", "io")
 FLOORS = {  # each package of ours: what it may import besides itself
@@ -29,9 +29,10 @@ FLOORS = {  # each package of ours: what it may import besides itself
     "model": (*LOW, "layers", "converters"),
     "families": (*LOW, "layers", "model", "converters"),
     "pipeline": (*LOW, "layers", "model", "families", "converters"),
+    "tools": (*LOW, "layers", "model", "families", "pipeline", "converters"),
     "train": (*LOW, "layers", "model", "families", "pipeline", "converters"),
     "llm": (*LOW, "layers", "model", "families", "pipeline", "train", "converters"),
-    "cli": (*LOW, "layers", "model", "families", "pipeline", "train", "llm", "converters"),
+    "cli": (*LOW, "layers", "model", "families", "pipeline", "tools", "train", "llm", "converters"),
     # PEFT's modules under their own names: they hand on what is below
     "utils": (*LOW, "layers", "llm", "converters"),
     "functional": (*LOW, "layers", "model", "pipeline", "llm"),
@@ -39,6 +40,8 @@ FLOORS = {  # each package of ours: what it may import besides itself
     "optimizers": (*LOW, "layers", "model", "llm"),
     "helpers": (*LOW, "layers", "model", "pipeline", "llm"),
     "import_utils": (),
+    # diffusers' methods under their own names
+    "takeover": (*LOW, "layers", "model", "pipeline", "llm", "converters"),
     "alias": ("errors", "methods"),
 }
 HEAVY = {"diffusers", "transformers", "accelerate", "bitsandbytes", "click", "peft"}
@@ -48,13 +51,14 @@ FILES = sorted(
 
 
 def floor_of(module: str) -> str:
-    """The package of ours that a module name belongs to: `diffpeft.model.mix` -> model, `converters.engine` -> converters."""
-    head, _, rest = module.partition(".")
-    return head if head == "converters" else rest.partition(".")[0]
+    """The package of ours that a module name belongs to: `diffpeft.model.mix` -> model, `diffpeft.converters.engine` -> converters."""
+    return module.partition(".")[2].partition(".")[0]
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    """The module that a file is: what is in the folder converters is diffpeft.converters."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "diffpeft" else ("diffpeft", *parts)).removesuffix(".__init__")
 
 
 def imports(nodes, inside: str):
@@ -101,10 +105,16 @@ def test_imports_go_downwards_only():
         floor = floor_of(module)
         if floor in ("", "__main__"):  # the lazy table of public names, and the command
             return set()
-        names = [name for name in imports(ast.walk(tree), module) if roots([name]) & {"diffpeft", "converters"}]
+        names = [name for name in imports(ast.walk(tree), module) if roots([name]) == {"diffpeft"}]
         return {floor_of(name) for name in names} - {"", "__version__", floor, *FLOORS[floor]}
 
     assert not wrong(FILES, foreign)
+
+
+def test_converters_are_imported_by_the_name_that_nobody_else_has():
+    """A user's own converters.py may be the first on the path."""
+    assert not wrong(FILES, lambda module, tree: roots(imports(ast.walk(tree), module)) & {"converters"})
+    assert (ROOT / "diffpeft" / "converters").resolve() == ROOT / "converters"
 
 
 def test_low_floors_import_no_heavy_library_at_their_top():

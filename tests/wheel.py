@@ -21,8 +21,8 @@ def run(*command: str) -> str:
 
 
 def main() -> None:
-    import converters
     import diffpeft
+    from diffpeft import converters
 
     home = Path(diffpeft.__file__).parent
     assert home.is_relative_to(sys.prefix), f"{home} is not in {sys.prefix}"

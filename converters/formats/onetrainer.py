@@ -15,14 +15,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from converters.families import TABLES, Table
-from converters.formats.base import Answer, KeyParts, denoiser, dotted_role
-from converters.formats.config import ranks_of
-from converters.formats.fields import blocks_of
-from converters.formats.kohya import TRANSFORMER, UNET, Kohya
-from converters.formats.schema import number
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats.base import Answer, KeyParts, denoiser, dotted_role
+from diffpeft.converters.formats.config import ranks_of
+from diffpeft.converters.formats.fields import blocks_of
+from diffpeft.converters.formats.kohya import TRANSFORMER, UNET, Kohya
+from diffpeft.converters.formats.schema import number
 from diffpeft.errors import CheckpointError, listed
 from diffpeft.files import parsed
 from diffpeft.handles import Cast

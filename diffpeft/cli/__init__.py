@@ -8,13 +8,18 @@ import click
 
 from diffpeft import __version__
 from diffpeft.cli.average import average
+from diffpeft.cli.bake import bake
 from diffpeft.cli.convert import convert
 from diffpeft.cli.data import data
 from diffpeft.cli.demo import demo
+from diffpeft.cli.diff import diff
+from diffpeft.cli.edit import edit
 from diffpeft.cli.errors import run
 from diffpeft.cli.fuse import fuse
 from diffpeft.cli.generate import generate
 from diffpeft.cli.inspect import inspect
+from diffpeft.cli.list import list_
+from diffpeft.cli.prune import prune
 from diffpeft.cli.sft import sft
 from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
@@ -40,14 +45,35 @@ def cli() -> None:
     diffpeft average RUN -o OUT                average an adapter over a run's states
     diffpeft generate -p PROMPT --lora FILE    draw with an adapter
     diffpeft fuse -m MODEL --lora FILE -o OUT  put adapters into a model's weights for good
+    diffpeft list DIR                          say what the adapters in a folder are, a line each
     diffpeft inspect FILE                      say what an adapter file is
     diffpeft convert IN OUT --to FORMAT        write it in another format
+    diffpeft prune IN OUT --blocks PATTERN     leave blocks or layers out
+    diffpeft bake IN OUT --blocks PATTERN=W    put weights by block into it
+    diffpeft edit FILE --set KEY=TEXT          change its metadata, trigger words, picture
+    diffpeft diff A B                          say how alike two adapters are, by block
 
     Every command takes --debug.
     """
 
 
-for command in (demo, train, data, slider, sft, average, generate, fuse, inspect, convert):
+for command in (
+    demo,
+    train,
+    data,
+    slider,
+    sft,
+    average,
+    generate,
+    fuse,
+    list_,
+    inspect,
+    convert,
+    prune,
+    bake,
+    edit,
+    diff,
+):
     cli.add_command(command)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from diffpeft.cli.options import overwriting
+
 
 @click.command()
 @click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False))
@@ -16,7 +18,8 @@ import click
     show_default=True,
     help="How far back it reaches: the deviation of the weights over the steps, up to 0.28, where all states count alike.",
 )
-def average(run: str, out: str, width: float) -> None:
+@overwriting
+def average(run: str, out: str, width: float, overwrite: bool) -> None:
     """Average an adapter over the states that a training run kept: an EMA made afterwards, with any width.
 
     RUN is the output folder of diffpeft train or sft, run with --save-every and --keep.
@@ -27,6 +30,6 @@ def average(run: str, out: str, width: float) -> None:
     from diffpeft.train import posthoc
 
     with naming(out):
-        files = posthoc.average(Path(run), Path(out), width)
+        files = posthoc.average(Path(run), Path(out), width, overwrite)
     for file in files:
         click.echo(file)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from diffpeft.cli.options import completed
+if TYPE_CHECKING:
+    from diffpeft.converters.locating import Where
+from diffpeft.cli.options import completed, family_names, overwriting, place_options
 
 WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris", "xlabs", "onetrainer")
 
@@ -20,11 +22,29 @@ WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris"
     shell_complete=completed(WRITTEN),
     help=f"The format: {', '.join(WRITTEN)} (peft is a folder; lycoris holds one component, or in a folder a file for each).",
 )
-@click.option("--family", help="What the adapter is for, if that is not what the file looks like.")
-@click.option("--format", "format_", help="The format of IN, if that is not what it looks like.")
-@click.option("--dtype", help="Of the factors: fp64, fp32, fp16 or bf16. Default: as they are stored.")
+@click.option(
+    "--family", shell_complete=family_names, help="What the adapter is for, if that is not what the file looks like."
+)
+@click.option(
+    "--format",
+    "format_",
+    shell_complete=completed(WRITTEN),
+    help="The format of IN, if that is not what it looks like.",
+)
+@click.option(
+    "--dtype",
+    shell_complete=completed(("fp64", "fp32", "fp16", "bf16")),
+    help="Of the factors: fp64, fp32, fp16 or bf16. Default: as they are stored.",
+)
 @click.option("--allow", type=click.Choice(["approximate"]), help="Admit a conversion that loses more than rounding.")
-@click.option("--embeddings", metavar="DIR", help="Write embeddings that IN has along as files of their own, too.")
+@click.option(
+    "--embeddings",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Write embeddings that IN has along as files of their own, too.",
+)
+@overwriting
+@place_options
 def convert(
     source: str,
     out: str,
@@ -34,20 +54,21 @@ def convert(
     dtype: str | None,
     allow: str | None,
     embeddings: str | None,
+    overwrite: bool,
+    **where: Unpack[Where],
 ) -> None:
     """Write an adapter file in another format.
 
     Example: diffpeft convert style.safetensors style-comfyui.safetensors --to comfyui
     """
-    import converters
+    from diffpeft import converters
     from diffpeft.cli.errors import naming
-    from diffpeft.pipeline.locate import located
 
-    path = source if Path(source).is_dir() else located(source)
-    if Path(out).is_file():
-        click.echo(f"warning: {out} was there, and is replaced", err=True)
+    path = converters.located(source, **where)
     with naming(out):
-        report = converters.convert(path, out, to=to, family=family, format=format_, dtype=dtype, allow=allow)
+        report = converters.convert(
+            path, out, to=to, family=family, format=format_, dtype=dtype, allow=allow, overwrite=overwrite
+        )
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from diffpeft.cli.options import completed
+from diffpeft.cli.options import completed, overwriting
 from diffpeft.train.method import ADAPTERS
 
 
@@ -21,7 +21,8 @@ from diffpeft.train.method import ADAPTERS
     show_default=True,
     help="Folder for the results.",
 )
-def demo(method: str, steps: int, out: str) -> None:
+@overwriting
+def demo(method: str, steps: int, out: str, overwrite: bool) -> None:
     """Learn a drawing style on the embedded base model, and see it: minutes on two cores, no network.
 
     Writes the adapter, before_after.png, metrics.json and report.html.
@@ -35,6 +36,6 @@ def demo(method: str, steps: int, out: str) -> None:
 
     with naming(out), Progress() as progress:
         quiet_bars()
-        files = job.demo(out, method, steps, progress)
+        files = job.demo(out, method, steps, progress, overwrite)
     for file in files:
         click.echo(file)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from diffpeft.cli.options import overwriting
 from diffpeft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Asked(TypedDict):
     width: int | None
     height: int | None
     dtype: str | None
+    overwrite: bool
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -89,6 +91,7 @@ def weighted(text: str) -> tuple[str, float]:
 @click.option("--width", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--height", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Default: fp32 on a CPU, else bf16.")
+@overwriting
 def generate(**asked: Unpack[Asked]) -> None:
     """Draw a picture, with adapters or without.
 
@@ -103,8 +106,9 @@ def generate(**asked: Unpack[Asked]) -> None:
     if Path(out).suffix.lower() != ".png":
         raise ConfigError(f"the output is {out!r}", remedy="It is a PNG: its name ends in .png.")
     from diffpeft.cli.errors import naming
-    from diffpeft.io import replacing
+    from diffpeft.files import refuse_existing, replacing
 
+    refuse_existing([out], asked["overwrite"])
     prompt, files = _adapters(asked)
     image = _drawn(asked, prompt, files)
     with naming(out), replacing(out) as f:
@@ -114,15 +118,14 @@ def generate(**asked: Unpack[Asked]) -> None:
 
 def _adapters(asked: Asked) -> tuple[str, Files]:
     """The prompt without its tags, and the adapters' files. Their headers are read: a bad file is told before the model loads."""
-    import converters
-    from diffpeft.pipeline.locate import located
+    from diffpeft import converters
     from diffpeft.pipeline.open import check_model
     from diffpeft.pipeline.prompt import parsed, resolved
 
     prompt, tags = parsed(asked["prompt"])
     wanted = resolved([weighted(text) for text in asked["loras"]], tags, Path(asked["lora_dir"]))
     check_model(asked["model"], asked["base"])
-    files = [(located(file), strength) for file, strength in wanted]
+    files = [(converters.located(file), strength) for file, strength in wanted]
     for file, _ in files:
         converters.read(file, names={})  # the model tells the family where names do not
     return prompt, files

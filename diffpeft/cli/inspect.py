@@ -7,16 +7,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError, joined
+from diffpeft.cli.columns import printed
+from diffpeft.cli.options import place_options
+from diffpeft.errors import DiffpeftError, UnreadableFileError, joined
 from diffpeft.files import parsed
 
 if TYPE_CHECKING:
-    from converters import Inspection
+    from diffpeft.converters import Inspection
+    from diffpeft.converters.locating import Where
 
 BAR = 30  # characters
 TAGS = 12  # shown
@@ -30,8 +32,9 @@ TAGS = 12  # shown
 @click.option(
     "--norms", is_flag=True, help="Read the tensors too: norms by block, dead layers, values that are not finite."
 )
+@place_options
 @click.pass_context
-def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bool) -> None:
+def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bool, **where: Unpack[Where]) -> None:
     """Say what adapter files are: format, family, methods, ranks, trigger words, and which programs read them.
 
     A FILE may be a folder, whose files are shown, a PEFT folder, or a link to the Hub. One that cannot be read does not hide the others.
@@ -42,7 +45,7 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
 
     tables: list[object] = []
     codes: list[int] = []
-    for seen in _each(files, norms):
+    for seen in _each(files, norms, where):
         if isinstance(seen, DiffpeftError):
             show(seen)
             codes.append(seen.exit_code)
@@ -56,13 +59,14 @@ def inspect(ctx: click.Context, files: tuple[str, ...], as_json: bool, norms: bo
         ctx.exit(codes[0])
 
 
-def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftError]:
+def _each(files: Iterable[str], norms: bool, where: Where) -> Iterator[Inspection | DiffpeftError]:
     """What each file is, or the error that it gives; those of folders one by one."""
-    import converters
+    from diffpeft import converters
+    from diffpeft.tools.listing import of_argument
 
     for file in files:
         try:
-            paths = _paths(file)
+            paths = [converters.located(file, **where)] if any(where.values()) else of_argument(file)
         except DiffpeftError as error:
             yield error
             continue
@@ -73,26 +77,6 @@ def _each(files: Iterable[str], norms: bool) -> Iterator[Inspection | DiffpeftEr
                 yield error
             except OSError as error:
                 yield UnreadableFileError(f"cannot read it: {error.strerror or error}", where=path)
-
-
-def _paths(file: str) -> list[Path]:
-    """The adapters that an argument stands for: a file, a PEFT folder, or the files and PEFT folders in a folder."""
-    import converters
-    from diffpeft.pipeline.locate import PEFT, located
-
-    folder = Path(file)
-    if not folder.is_dir() or (folder / PEFT[1]).is_file():
-        return [folder if folder.is_dir() else located(file)]
-    inside = converters.components_in(folder) or sorted(
-        path for path in folder.iterdir() if path.suffix == ".safetensors" or (path / PEFT[1]).is_file()
-    )
-    if not inside:
-        raise CheckpointError(
-            "the folder holds no .safetensors file",
-            where=folder,
-            remedy="Pass an adapter's file, or a folder with one.",
-        )
-    return list(inside)
 
 
 def _plain(value: object) -> object:
@@ -111,7 +95,7 @@ def _show(seen: Inspection) -> None:
         if text:
             click.echo(f"  {name:17} {text}")
     if seen.norms is not None:
-        from converters.inspection import by_block
+        from diffpeft.converters.inspection import by_block
 
         blocks = by_block(seen.norms)
         largest = max(filter(math.isfinite, blocks.values()), default=0) or 1
@@ -122,7 +106,7 @@ def _show(seen: Inspection) -> None:
 
 def _rows(seen: Inspection) -> dict[str, str]:
     """{what is said of a file: in words, empty where there is nothing to say}."""
-    from converters.inspection import listed_values
+    from diffpeft.converters.inspection import listed_values
 
     family = seen.family or "unknown"
     rows = {
@@ -154,10 +138,5 @@ def _tags(text: str) -> str:
     for tags in folders.values():
         for tag, n in tags.items() if isinstance(tags, dict) else ():
             counts[tag] += n if type(n) is int else 0
-    most = [f"{_printed(tag)} {n}" for tag, n in counts.most_common(TAGS) if n > 0]
+    most = [f"{printed(tag)} {n}" for tag, n in counts.most_common(TAGS) if n > 0]
     return ", ".join(most) + (f" and {len(counts) - TAGS} more" if len(counts) > TAGS else "")
-
-
-def _printed(text: str) -> str:
-    """A text from a file as it may be shown in a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:100]

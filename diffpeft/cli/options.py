@@ -40,9 +40,37 @@ class Numbers(click.ParamType):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
+_PLACE = {  # what `converters.located` is told beside a source
+    "filename": (("--filename", "--weight-name"), str, "The file of a folder or a repository that holds several."),
+    "subfolder": (("--subfolder",), str, "The folder of a repository that it is in."),
+    "revision": (("--revision",), str, "The branch, tag or commit of a repository on the Hub."),
+    "token": (("--token",), str, "For a private or gated repository. Default: that of `hf auth login`."),
+    "cache_dir": (("--cache-dir",), click.Path(file_okay=False), "Where to keep what is fetched from the Hub."),
+}
+
+
+def place_options(command: Command) -> Command:
+    """The options of a command that reads one adapter: which file it is, and how the Hub is reached."""
+    for name, (flags, kind, help_) in reversed(_PLACE.items()):
+        command = click.option(*flags, name, type=kind, help=help_)(command)
+    return command
+
+
 def completed(words: Collection[str]) -> Callable[..., list[str]]:
     """What a shell completes to one of these words."""
     return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
+
+
+def family_names(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
+    """What a shell completes to a family."""
+    from diffpeft import converters
+
+    return [name for name in converters.TABLES if name.startswith(begun)]
+
+
+def overwriting(command: Command) -> Command:
+    """The option without which no command replaces what is there."""
+    return click.option("--overwrite", is_flag=True, help="Replace the output if it is there already.")(command)
 
 
 _COMPLETE = {"method": completed(list(CONFIGS)), "optimizer": completed(list(OPTIMIZERS))}

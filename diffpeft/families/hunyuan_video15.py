@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import ClipTransformer, counted, in_blocks
-from diffpeft.families.frames import first_of, images_of
+from diffpeft.families.frames import alone, first_of, images_of
 
 if TYPE_CHECKING:
     import torch
@@ -136,13 +136,12 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
 
         frame, count = first_of(pixels)
         latents, _ = self.encode(frame)
-        blank = latents.new_zeros(*latents.shape[:2], self.frames_of(count) - 1, *latents.shape[3:])
         model, pipe = self.parts("image_encoder"), self.pipe
         with torch.no_grad():
             seen = [
                 pipe._get_image_embeds(model, pipe.feature_extractor, image, model.device) for image in images_of(frame)
             ]
-        return {"known": torch.cat([latents, blank], dim=2), "image": torch.cat(seen)}
+        return {"known": alone(latents, self.frames_of(count)), "image": torch.cat(seen)}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """The mask is of the first frame."""

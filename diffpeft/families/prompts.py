@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -84,16 +83,6 @@ def stacked(rows: Sequence[Conditions]) -> Conditions:
         name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
         for name, values in batch.items()
     }
-
-
-def check_ftfy(pipe: Component) -> None:
-    """Raise ConfigError for a pipeline that cleans captions by a package which is not installed."""
-    if not hasattr(sys.modules[type(pipe).__module__], "ftfy"):
-        raise ConfigError(
-            "the pipeline cleans captions by ftfy, which is not installed",
-            where=type(pipe).__name__,
-            remedy="pip install ftfy",
-        )
 
 
 def by_length(lengths: Tensor, x: Tensor, answer: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.controls import drawn, in_order, numbered
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import Transformer, in_blocks, mask_of
-from diffpeft.families.latents import encoded
+from diffpeft.families.latents import of_one_frame
 from diffpeft.families.patches import packed, unpacked
 from diffpeft.families.prompts import stacked
 
@@ -137,9 +137,3 @@ class QwenImageEditPlus(QwenImageEdit):
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
         """All of them."""
         return {"image": list(images)}
-
-
-def of_one_frame(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents [b, c, h / f, w / f] of images [b, 3, h, w], by a VAE of clips."""
-    mean, std = encoded(vae, pixels.unsqueeze(2))
-    return mean.squeeze(2), std.squeeze(2)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converters.formats.peft import PREFIX
 from diffpeft import io
+from diffpeft.converters.formats.peft import PREFIX
 from diffpeft.errors import ConfigError, UnknownNameError, WrongKindError
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.slot import Slot

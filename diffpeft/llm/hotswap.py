@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import converters
-from converters.formats import attention
-from converters.formats.base import dotted_role
-from converters.formats.peft import CONFIG, PREFIX
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import Bundle, canonical
+from diffpeft.converters.formats import attention
+from diffpeft.converters.formats.base import dotted_role
+from diffpeft.converters.formats.peft import CONFIG, PREFIX
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, joined, listed, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.llm.peft_model import PeftModel, users_model

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Set
 
 from torch import Tensor, nn
 
-from converters.formats import attention
-from converters.formats.base import dotted_role
-from converters.formats.peft import PREFIX
+from diffpeft.converters.formats import attention
+from diffpeft.converters.formats.base import dotted_role
+from diffpeft.converters.formats.peft import PREFIX
 from diffpeft.errors import ConfigError, shown
 from diffpeft.llm.targets import inner_modules, meant, resolved
 from diffpeft.methods import IA3Config

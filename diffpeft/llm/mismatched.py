@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from converters.formats.peft import PREFIX
+from diffpeft.converters.formats.peft import PREFIX
 
 Sizes = tuple[int, ...]
 Mismatch = tuple[str, Sizes, Sizes]  # a key, the sizes that it comes with, those of the adapter

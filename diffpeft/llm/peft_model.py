@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
+from diffpeft.converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, inside, shown
 from diffpeft.llm import renames, state
 from diffpeft.llm.beams import encoder_inside

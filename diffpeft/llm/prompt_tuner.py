@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from converters.opening import Opened
+from diffpeft.converters.opening import Opened
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, WrongKindError, inside
 from diffpeft.llm.checkpointing import plan_no_hook
 from diffpeft.llm.prompt import EMBEDDINGS, PromptLearningConfig, VirtualTokens

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from converters.formats.peft import CONFIG, PREFIX
-from converters.opening import Opened
 from diffpeft import patterns
+from diffpeft.converters.formats.peft import CONFIG, PREFIX
+from diffpeft.converters.opening import Opened
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,
@@ -80,22 +80,33 @@ class LoadOptions:
     ignore_mismatched: bool = False
 
 
-def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
+def inject(
+    model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN, component: str = ""
+) -> PeftConfig:
     """Add a fresh adapter to a bare model as the active one; the resolved config. The first freezes the base, and none changes what else is trained.
+
+    `component` is what a pipeline that has the model calls it.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
-    parts = {"": model}
+    parts = {component: model}
     with planned(parts) as plan:
         merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
         plan_mix(plan, model, parts, merged)  # what is in the weights stays in them; the new one comes after it
-        config = plan_injected(plan, model, config, name, active=True, precision=precision)
+        config = plan_injected(plan, model, config, name, active=True, precision=precision, component=component)
         plan_listed(plan, model, name, config)
     return config
 
 
 def plan_injected(
-    plan: Plan, model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
+    plan: Plan,
+    model: nn.Module,
+    config: PeftConfig,
+    name: str,
+    *,
+    active: bool,
+    precision: Precision = PLAIN,
+    component: str = "",
 ) -> PeftConfig:
     """Plan what `inject` does; the resolved config. Raises what it raises."""
     check_name(name)
@@ -105,13 +116,13 @@ def plan_injected(
         config = resolved(model, config)
         config.validate()
         with _replicated(plan, model, config, lambda: found_configs(model)):
-            _plan_fresh(plan, model, config, name, active, precision)
+            _plan_fresh(plan, model, config, name, active, precision, component)
         plan_frozen(plan, model)
     return config
 
 
 def _plan_fresh(
-    plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision
+    plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision, component: str
 ) -> None:
     layers, ties = twinned(chosen(model, config), model, config)
     attentions.refuse_dora(layers, config)
@@ -139,7 +150,7 @@ def _plan_fresh(
         metadata={CONFIG: config.to_json()},
         as_in_peft=True,
     )
-    plan_attached(plan, {"": model}, {"": layers}, addition)
+    plan_attached(plan, {component: model}, {component: layers}, addition)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from converters.formats.peft import CONFIG
+from diffpeft.converters.formats.peft import CONFIG
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.llm import attentions
 from diffpeft.llm.state import saved

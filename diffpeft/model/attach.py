@@ -26,7 +26,7 @@ from diffpeft.model.banks import share
 from diffpeft.model.journal import ABSENT
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select
+from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select, within_pefts
 from diffpeft.model.weights import unfused
 
 OVERSIZED = "layers are smaller than the rank"
@@ -478,13 +478,14 @@ def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str])
     plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else before.fused)
     plan_unlisted(plan, model, names, bool(adapters))
     plan.root(model, mix)
+    within = within_pefts(model) if out else ()
     for layer, module, _ in walk:
         record = plan.record_of(module)
         if record is None or record.mix is not mix:
             continue
         weights = None
         if out and record.fused:
-            record, weights = unfused(layer, module, record)
+            record, weights = unfused(layer, module, record, within)
         remaining = record.without(names)
         if weights is not None or remaining is not record:
             refuse_foreign(layer, module)

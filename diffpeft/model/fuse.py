@@ -27,7 +27,7 @@ from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.schedule import Schedule
-from diffpeft.model.target import adapted, components
+from diffpeft.model.target import adapted, components, within_pefts
 from diffpeft.model.tied import count_twins_once, spread
 from diffpeft.model.weights import (
     Rewritten,
@@ -116,10 +116,11 @@ def plan_unfused(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
     for component, mix in mixes_of(parts).items():
         if not plan.view(mix).fused:
             continue
+        within = within_pefts(parts[component])
         for layer, module, _ in adapted(parts[component]):
             record = plan.record_of(module)
             if record is not None and record.mix is mix and record.fused:
-                plan.carry(module, *unfused(layer, module, record))
+                plan.carry(module, *unfused(layer, module, record, within))
         plan.set(mix, fused={})
 
 

@@ -12,12 +12,12 @@ import itertools
 import re
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
@@ -293,7 +293,7 @@ class Mix:
             for name, strength in asked.items()
             if name in self.adapters and isinstance(strength, Mapping)
             for pattern in strength
-            if any(_matches(pattern, self.component, layer) for layer in self.adapters[name].layers)
+            if any(leads_to(pattern, self.component, layer) for layer in self.adapters[name].layers)
         }
 
 
@@ -376,7 +376,7 @@ def _numbers(
 def _levels(strength: Strength, component: str, layers: Sequence[str]) -> list[Level]:
     if not isinstance(strength, Mapping):
         return [_level(strength)] * len(layers)
-    return [_strength(strength, component, layer) for layer in layers]
+    return [strength_on(strength, component, layer) for layer in layers]
 
 
 def _level(strength: Level) -> Level:
@@ -388,7 +388,7 @@ def scaled_level(level: Level, by: float) -> Level:
     return ScaledSchedule(level, by) if isinstance(level, Schedule) else level * by
 
 
-def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Level:
+def strength_on(patterns: Mapping[str, Level], component: str, layer: str) -> Level:
     """The value of the pattern with most literal segments that matches, then the longer, then the later; 1 if none does."""
     if layer in patterns and not (component and dotted(component, layer) in patterns):  # the whole name
         return _level(patterns[layer])
@@ -398,12 +398,12 @@ def _strength(patterns: Mapping[str, Level], component: str, layer: str) -> Leve
             s for s in pattern.split(".") if s != "text_model"
         ]  # a level that may be there or not counts for nothing
         rank = (sum("*" not in s and "?" not in s for s in segments), len(segments))
-        if rank >= best and _matches(pattern, component, layer):
+        if rank >= best and leads_to(pattern, component, layer):
             best, value = rank, _level(strength)
     return value
 
 
-def _matches(pattern: str, component: str, layer: str) -> bool:
+def leads_to(pattern: str, component: str, layer: str) -> bool:
     """Whether `pattern` matches a leading run of whole segments of the layer's dotted name. CLIP's `text_model.` may be there or not."""
     spelt = spellings(layer) if component.startswith("text_encoder") else (layer,)
     names = {name for spelling in spelt for name in (spelling, dotted(component, spelling))}
@@ -418,10 +418,10 @@ def _glob(segment: str) -> re.Pattern[str]:
     return re.compile("".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in segment))
 
 
-def check_mix(asked: object, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+def check_mix(asked: object, mixes: Iterable[Mix], components: Mapping[str, nn.Module] | None = None) -> None:
     """Raise unless `asked` is {known adapter: strength or {pattern that matches: strength}}.
 
-    `components` are those of the pipeline: a pattern may name one of them that an adapter has no layers in.
+    `components` are those of the pipeline: a pattern may name one of them that an adapter has no layers in, or a block of it.
     """
     mixes = list(mixes)
     if not isinstance(asked, Mapping):
@@ -436,18 +436,24 @@ def check_mix(asked: object, mixes: Iterable[Mix], components: Collection[str] =
         if isinstance(strength, Mapping):
             used = set().union(*(mix.used({name: strength}) for mix in mixes))
             for pattern in strength:
-                if pattern not in used and not _is_absent(pattern, name, mixes, components):
+                if pattern not in used and not _is_absent(pattern, name, mixes, components or {}):
                     raise _no_layer(name, pattern, mixes)
 
 
-def _is_absent(pattern: str, name: str, mixes: Iterable[Mix], components: Collection[str]) -> bool:
-    """Whether a pattern is for a component of the pipeline in which the adapter has no layers."""
-    absent = {*components} - {mix.component for mix in mixes if name in mix.adapters}
-    component, _, block = pattern.partition(".")
-    return component in absent or (not block and any(_glob(component).fullmatch(other) for other in absent))
+def _is_absent(pattern: str, name: str, mixes: Iterable[Mix], components: Mapping[str, nn.Module]) -> bool:
+    """Whether a pattern is for a component of the pipeline, or a block of one, in which the adapter has no layers."""
+    absent = components.keys() - {mix.component for mix in mixes if name in mix.adapters}
+    return any(
+        leads_to(pattern, component, module)
+        for component in absent
+        for module, _ in components[component].named_modules()
+        if module
+    )
 
 
-def check_rows(asked: object, images: object, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+def check_rows(
+    asked: object, images: object, mixes: Iterable[Mix], components: Mapping[str, nn.Module] | None = None
+) -> None:
     """Raise unless `asked` is a mix, or a list of mixes for so many images a prompt."""
     mixes = list(mixes)
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:

@@ -146,7 +146,7 @@ _OURS = frozenset({ADAPTERS, COPIES})
 
 
 def _walk(model: nn.Module) -> list[_Step]:
-    """All modules of a model in order, each once; nothing of ours is entered.
+    """All modules of a model in order, each once; nothing of ours is entered, and of a layer of peft's only the layer that it is around, under its name.
 
     Walked anew each time: to see that a model is still built as before takes two thirds as long, and a module that somebody has replaced must be seen.
     """
@@ -158,8 +158,13 @@ def _walk(model: nn.Module) -> list[_Step]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        steps.append(step)
         inside = module._modules
+        if is_pefts(module):
+            inner_layer = inside[INNER]
+            assert inner_layer is not None
+            todo.append((name, inner_layer, step[2]))
+            continue
+        steps.append(step)
         if inside and RECORD in module.__dict__:
             inside = {} if inside.keys() <= _OURS else {n: m for n, m in inside.items() if n not in _OURS}
         if inside:
@@ -168,6 +173,19 @@ def _walk(model: nn.Module) -> list[_Step]:
                 if child is not None:
                     todo.append((name if inner in _LEVELS else level + inner, child, module))
     return steps
+
+
+INNER = "base_layer"  # what a layer of peft's calls the layer that it is around
+
+
+def is_pefts(module: nn.Module) -> bool:
+    """Whether a module is a layer of peft's own, around another."""
+    return INNER in module._modules and type(module).__module__.partition(".")[0] == "peft"
+
+
+def within_pefts(model: nn.Module) -> frozenset[int]:
+    """The ids of the layers that layers of peft's are around."""
+    return frozenset(id(module._modules[INNER]) for module in model.modules() if is_pefts(module))
 
 
 def targets_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:

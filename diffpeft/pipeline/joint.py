@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from converters.conversion import as_lora
-from converters.rows import Unfit, split
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, canonical
+from diffpeft.converters.conversion import as_lora
+from diffpeft.converters.rows import Unfit, split
 from diffpeft.errors import ShapeMismatchError, listed, shown
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.sites import site_of

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import converters
-from converters.families.base import Table
+from diffpeft import converters
 from diffpeft.bundle import COMPONENTS
+from diffpeft.converters.families.base import Table
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 
 Value = TypeVar("Value")
@@ -207,7 +207,9 @@ def _tag(text: str) -> Tag:
     te, unet = (*numbers, "", "")[:2]
     text_encoder = _number(named.get("te", te or "1"), where)
     unet = named.get("unet", unet)
-    return Tag(name, _number(unet, where) if unet else text_encoder, text_encoder, _vector(named.get("lbw", ""), where))
+    return Tag(
+        name, _number(unet, where) if unet else text_encoder, text_encoder, block_weights(named.get("lbw", ""), where)
+    )
 
 
 def _sorted(settings: Sequence[str], where: str) -> tuple[list[str], dict[str, str]]:
@@ -223,8 +225,8 @@ def _sorted(settings: Sequence[str], where: str) -> tuple[list[str], dict[str, s
     return plain, named
 
 
-def _vector(text: str, where: str) -> str | tuple[float, ...] | None:
-    """The name of a preset, or the numbers by block; None for an empty text."""
+def block_weights(text: str, where: str) -> str | tuple[float, ...] | None:
+    """Weights by block as a tag says them: the name of a preset, or numbers with commas; None for an empty text."""
     if not text:
         return None
     if "," in text:

@@ -14,6 +14,9 @@ from typing import Any, ClassVar, TypeVar
 from diffpeft.errors import ConfigError, near, shown
 from diffpeft.train import machines
 
+RESERVED = 2**30  # bytes of a GPU's memory for PyTorch itself, fragments, workspaces of kernels, and the screen
+_UNITS = {"G": 2**30, "M": 2**20}
+
 
 def option(
     default: object,
@@ -491,7 +494,7 @@ class TrainConfig(Options):
         self.base_span()
         self.check_samples()
         if self.memory is not None:
-            self.memory_bytes()
+            self.memory_left()
         if self.class_prompt is None and self.prior != "base":
             for name in ("prior", "prior_weight"):
                 if getattr(self, name) is not None:
@@ -526,10 +529,29 @@ class TrainConfig(Options):
 
     def memory_bytes(self) -> int:
         """The memory that was asked for. Raises ConfigError for what is none."""
-        said = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B?", str(self.memory), re.IGNORECASE)
+        said = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])i?B?", str(self.memory), re.IGNORECASE)
         if said is None or not float(said[1]):
-            raise ConfigError(f"memory is {shown(self.memory)}", remedy="It is a GPU's: 8GB, 12GB, 16GB or 24GB.")
-        return int(float(said[1]) * 2**30)
+            raise ConfigError(
+                f"memory is {shown(self.memory)}",
+                remedy="It is a GPU's: 8GB, 12GB, 16GB or 24GB, or another number of GB or MB.",
+            )
+        return int(float(said[1]) * _UNITS[said[2].upper()])
+
+    def memory_left(self) -> int:
+        """The memory that was asked for without what is reserved. Raises ConfigError if that is none."""
+        size = self.memory_bytes() - RESERVED
+        if size <= 0:
+            raise ConfigError(
+                f"memory {self.memory} is too little: {RESERVED // 2**30} GiB is left for PyTorch itself, fragments and the screen",
+                remedy="It is a GPU's: 8GB, 12GB, 16GB or 24GB, or another number of GB or MB.",
+            )
+        return size
+
+    def without_experts(self) -> ConfigError:
+        """The error of a run that names denoisers, of a model that has one."""
+        return ConfigError(
+            f"experts is {self.experts}, and this model has one denoiser for all noise", remedy="Leave --experts out."
+        )
 
     def span(self) -> tuple[float, float]:
         """The lowest and the highest share of noise that is trained at. Raises ConfigError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +78,10 @@ def heldout() -> Heldout:
     return Heldout([e.caption for e in examples], target, original, [e.path for e in examples])
 
 
-def demo(out: str, method: str, steps: int, watch: dreambooth.Watch) -> list[Path]:
-    """Train, measure, draw, write; the paths of the files written."""
+def demo(out: str, method: str, steps: int, watch: dreambooth.Watch, overwrite: bool = True) -> list[Path]:
+    """Train, measure, draw, write; the paths of the files written. Without `overwrite` an earlier demo there is a ConfigError."""
     start = time.perf_counter()
-    run = dreambooth.train(config(out, method, steps), watch)
+    run = dreambooth.train(replace(config(out, method, steps), overwrite=overwrite), watch)
     pipe = run.family.parts.whole()
     truth = heldout()
     watch.phase("drawing held-out prompts")

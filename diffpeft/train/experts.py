@@ -42,10 +42,7 @@ def experts_of(config: TrainConfig, family: Family) -> Experts:
     low, high = config.span()
     if family.boundary is None:
         if config.experts is not None:
-            raise ConfigError(
-                f"experts is {config.experts}, and this model has one denoiser for all noise",
-                remedy="Leave --experts out.",
-            )
+            raise config.without_experts()
         return Experts({family.denoiser: (low, high)})
     noisy, clean = family.denoisers
     ranges = {noisy: (max(low, family.boundary), high), clean: (low, min(high, family.boundary))}

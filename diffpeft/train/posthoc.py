@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from converters.hashes import hashes, sorted_as_safetensors
 from diffpeft import io
+from diffpeft.converters.hashes import hashes, sorted_as_safetensors
 from diffpeft.errors import ConfigError
-from diffpeft.files import folder
+from diffpeft.files import folder, refuse_existing
 from diffpeft.handles import Handle
 from diffpeft.train.checkpoints import FACTS, MANIFEST, SavedState, checkpoints_in
 from diffpeft.train.state import FILE, read
@@ -60,16 +60,17 @@ def states_of(out: Path) -> list[SavedState]:
     return states
 
 
-def average(run: Path, out: Path, width: float) -> list[Path]:
+def average(run: Path, out: Path, width: float, overwrite: bool = True) -> list[Path]:
     """Write the average over a run's states of the adapter files that they hold, each under its own name; the paths.
 
     What is equal in all states, such as alphas, and what is no floating-point tensor stays as in the last one; what the files say is
-    what the last one says, with hashes of their own. Raises ConfigError or OSError.
+    what the last one says, with hashes of their own. Without `overwrite` files that are there already are a ConfigError. Raises ConfigError or OSError.
     """
     states = states_of(run)
     shares = weights([state.step for state in states], width)
     names = [path.relative_to(states[-1].folder) for path in sorted(states[-1].folder.rglob("*")) if path.is_file()]
     names = [name for name in names if str(name) not in _STATE and all((s.folder / name).is_file() for s in states)]
+    refuse_existing([out / name for name in names], overwrite)
     note = json.dumps({"steps": [state.step for state in states], "width": width})
     with folder(out) as temporary:
         for name in names:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-import converters
-from converters.detection import COMPONENT
-from converters.formats import FORMATS
-from converters.hashes import hashed
-from converters.spelling import Draft
+from diffpeft import converters
 from diffpeft.bundle import Bundle
+from diffpeft.converters.detection import COMPONENT
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.hashes import hashed
+from diffpeft.converters.spelling import Draft
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of
 from diffpeft.model.state import bundle_of, parameters_of, slots_of

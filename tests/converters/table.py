@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from converters.families import TABLES
-from converters.formats import FORMATS, Format
+from diffpeft.converters.families import TABLES
+from diffpeft.converters.formats import FORMATS, Format
 from tests.converters import factory
 from tests.converters.test_matrix import NO, SOURCES, WHERE, crosses, exists, expected
 

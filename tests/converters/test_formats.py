@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import converters
-from converters import FORMATS, TABLES
-from converters.formats import KeyParts
-from converters.formats.base import shares_word
+from diffpeft import converters
 from diffpeft.bundle import Entry, canonical
 from diffpeft.cli.convert import WRITTEN
+from diffpeft.converters import FORMATS, TABLES
+from diffpeft.converters.formats import KeyParts
+from diffpeft.converters.formats.base import shares_word
 from diffpeft.errors import AmbiguousFormatError, UnknownKeysError, WrongBaseError
 from diffpeft.methods.layout import MAGNITUDES, ROLES
 from tests.converters import table

@@ -11,9 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import converters
 import diffpeft
-from diffpeft import TrainConfig
+from diffpeft import TrainConfig, converters
 from diffpeft.errors import ConfigError
 from diffpeft.families import CaptionReading, open_family
 from diffpeft.families.prompts import embedded

@@ -142,6 +142,7 @@ def written_gguf(tensors, path, kind):
     return stands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", pytest.param("Q4_0", marks=SLOW), pytest.param("BF16", marks=SLOW)])
 def test_a_gguf_file_is_trained_on_in_its_bits(kind, folder, tmp_path):
     code = getattr(gguf.GGMLQuantizationType, kind)

@@ -18,14 +18,16 @@ from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.memory import fused, peak, size_of
 from diffpeft.train.save import save
 from tests.cli.process import quick
+from tests.families import clips
 from tests.families.followed import FOLLOWED
-from tests.families.pipelines import EDITS, KINDS, pipeline
+from tests.families.pipelines import EDITS, FIRST_FRAMES, KINDS, made, pipeline
 from tests.train import published
-from tests.train.pictures import photos_in
+from tests.train.pictures import photos_in, shown_beside
 
 # what a CPU's attention with a mask keeps, no GPU does
 ASIDE = ("sd", "flux dev", "chroma", "ideogram4")
 OTHERS = [kind for kind in {f: kind for kind, (f, _) in KINDS.items()}.values() if not kind.startswith(ASIDE)]
+SHOWN = FIRST_FRAMES | clips.FIRST_FRAMES | clips.WITH_SOUND
 SLOW = pytest.mark.slow  # whole runs, for which others stand
 
 
@@ -46,6 +48,15 @@ def config(folder, model, **options):
         "instance_prompt": "x",
     }
     return TrainConfig(**{**usual, "overwrite": True, "log": "none", "sample_every": 0, **options})
+
+
+LENGTHS = {"hidream": 32, **dict.fromkeys(EDITS[1:], 300)}  # as much as the text encoder reads; pictures are tokens too
+
+
+def needed(kind, photos):
+    """The options that a run of this kind of model needs, and the fewest steps in which all that it trains has learnt."""
+    length = {"max_length": LENGTHS[kind]} if kind in LENGTHS else {}
+    return shown_beside(kind, photos) | length | {"steps": 2 if kind == "wan, two experts" else 1}
 
 
 def planned(options):
@@ -82,9 +93,8 @@ def profiled(run):
 def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
     if not (folder / model).exists():
         pipeline(model, torch.float32).save_pretrained(folder / model)
-    if model == "hidream":
-        options = options | {"max_length": 32}
-    options = config(folder, model, resolution=128, steps=1, batch_size=2, rank=4, **options)
+    options = needed(model, folder / "photos") | {"resolution": 128, "batch_size": 2, "rank": 4} | options
+    options = config(folder, model, **options)
     plan, checked = planned(options)
     measured, fit = [], dreambooth.fit
 
@@ -131,9 +141,7 @@ class Adapted(Exception):
 def test_what_a_run_trains_and_has_beside_is_what_is_planned(kind, tmp_path, monkeypatch):
     pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
     photos_in(tmp_path)
-    more = {"control": str(tmp_path / "photos")} if kind in EDITS else {}
-    more |= {"max_length": {"hidream": 32}.get(kind, 300)} if kind in EDITS[1:] or kind == "hidream" else {}
-    options = config(tmp_path, "model", resolution=128, steps=1, rank=4, **more)
+    options = config(tmp_path, "model", resolution=128, rank=4, **needed(kind, tmp_path / "photos"))
     plan, checked = planned(options)
 
     def stopped(run, *_):
@@ -237,12 +245,11 @@ def test_files_that_are_planned_are_those_that_are_written(folder, method):
 
 
 @pytest.mark.slow  # many models
-@pytest.mark.parametrize("kind", {family: kind for kind, (family, _) in KINDS.items()}.values())
+@pytest.mark.parametrize("kind", [*{family: kind for kind, (family, _) in KINDS.items()}.values(), *SHOWN])
 def test_every_family_is_counted(kind, tmp_path):
-    pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
+    made(KINDS | SHOWN, kind, torch.float32).save_pretrained(tmp_path / "model")
     photos_in(tmp_path)
-    options = {"max_length": 32} if kind == "hidream" else {}  # as much as its text encoders read
-    plan, _ = planned(config(tmp_path, "model", resolution=64, **options))
+    plan, _ = planned(config(tmp_path, "model", resolution=64, **needed(kind, tmp_path / "photos")))
     training = plan.phases[-1]
     assert training.weights > 0 and training.adapter > 0 and sum(plan.parameters.values()) > 0
     assert all(phase.computed is not None for phase in plan.phases)
