@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from diffpeft.cli.options import completed, overwriting
+from diffpeft.cli.completion import completed
+from diffpeft.cli.options import overwriting
 from diffpeft.drawing.opening import DEVICES, QUANTIZED
 from diffpeft.drawing.samplers import SAMPLERS
 
@@ -27,7 +28,9 @@ _FILE = click.Path(exists=True, dir_okay=False)
     type=click.Path(),
     help="A diffusers folder, a single .safetensors file (with --base), or a Hub id. Default: the embedded base.",
 )
-@click.option("--base", help="The folder or Hub id with the configs and the tokenizer of a single-file model.")
+@click.option(
+    "--base", type=click.Path(), help="The folder or Hub id with the configs and the tokenizer of a single-file model."
+)
 @click.option(
     "-p", "--prompt", multiple=True, help="What to draw; may name adapters: <lora:style:0.8>; may be repeated."
 )

@@ -588,6 +588,18 @@ def test_every_layer_that_a_preset_chooses_is_learnt(family, latents):
     assert idle & everything <= excluded and ("experts" in str(unread) or idle & everything == excluded)
 
 
+@pytest.mark.slow
+def test_experts_of_hidream_hand_gradients_on():
+    """Along one direction, against differences: diffusers' own way without training leaves them out."""
+    family, seed = open_family(pipeline("hidream"), CaptionReading(max_length=TEXT)), torch.Generator().manual_seed(0)
+    x, weights, along = (torch.randn(1, 4, 16, 32, generator=seed, dtype=torch.float64) for _ in range(3))
+    read, t = {k: v.detach() for k, v in embedded(family, PROMPTS[:1]).items()}, torch.tensor([0.5])
+    (family.predict(x.requires_grad_(), t, read) * weights).sum().backward()
+    with torch.no_grad():
+        above, below = ((family.predict(x + s * along, t, read) * weights).sum() for s in (1e-4, -1e-4))
+    torch.testing.assert_close((x.grad * along).sum(), (above - below) / 2e-4, rtol=2e-3, atol=0)
+
+
 def test_a_kandinsky_of_sparse_attention_has_sides_of_whole_squares():
     configs = {"vae": {"spatial_compression_ratio": 8}, "transformer": {"attention_type": "nabla"}}
     kind = FAMILIES["kandinsky5_video"]
