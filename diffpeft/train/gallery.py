@@ -17,6 +17,7 @@ from typing import NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffpeft.drawing.infotext import infotext
 from diffpeft.files import Json
 from diffpeft.io import replacing
 from diffpeft.train.outputs import SAMPLES
@@ -157,7 +158,6 @@ class Gallery:
 
 def _parameters(facts: Mapping[str, object]) -> str:
     """What a picture was drawn with in the words of A1111, which many programs show."""
-    negative = f"\nNegative prompt: {facts['negative']}" if facts["negative"] else ""
     named = {
         "Steps": facts["steps"],
         "CFG scale": facts["cfg"],
@@ -168,7 +168,8 @@ def _parameters(facts: Mapping[str, object]) -> str:
         "Adapter strength": facts["strength"],
         "Adapter start": facts.get("start"),
     }
-    return f"{facts['prompt']}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in named.items() if v is not None)
+    negative = facts["negative"]
+    return infotext(str(facts["prompt"]), None if negative is None else str(negative), named)
 
 
 _LATER = ("frames", "image", "controls")  # settings that pictures do not say which have none
