@@ -16,7 +16,7 @@ from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, canonical
 from diffpeft.converters.conversion import as_lora
 from diffpeft.converters.rows import Unfit, split
-from diffpeft.errors import ShapeMismatchError, listed, shown
+from diffpeft.errors import CheckpointWarning, ShapeMismatchError, listed, shown
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS
@@ -46,7 +46,9 @@ def separated(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[nn.Module,
                 entries += [replace(entry, layer=target, rule=None) for target in entry.targets]
     if dense:
         warnings.warn(
-            f"{len(dense)} layers got whole differences from their present weights: {listed(dense, 5)}", stacklevel=5
+            f"{len(dense)} layers got whole differences from their present weights: {listed(dense, 5)}",
+            CheckpointWarning,
+            stacklevel=5,
         )
     return replace(bundle, entries=entries)
 

@@ -18,6 +18,7 @@ from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.converters.inspection import block_of
 from diffpeft.definition import definition_of, deltas
 from diffpeft.errors import CheckpointError, ConfigError, ShapeMismatchError, UnknownKeysError, listed
+from diffpeft.readable import Readable
 from diffpeft.tools.choosing import read
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 _BIASES = frozenset({"diff_b", "b_norm"})
 
 
-@dataclass(frozen=True)
-class Likeness:
+@dataclass(frozen=True, repr=False)
+class Likeness(Readable):
     """What two updates a and b have to do with each other, over one or many layers.
 
     Args:
@@ -69,8 +70,8 @@ class Likeness:
         )
 
 
-@dataclass(frozen=True)
-class DiffReport:
+@dataclass(frozen=True, repr=False)
+class DiffReport(Readable):
     """How alike two adapters are. Layers by diffusers' names; those that one of them lacks count as zeros there in `blocks` and `total`.
 
     Args:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from diffpeft.errors import ConfigError
 from diffpeft.families import Family
 from diffpeft.train import draw
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.formats import HALVES
 
 BOTH, HIGH, LOW = "both", "high", "low"
 
@@ -35,6 +37,21 @@ class Experts:
         turns = [self.at(seed, step) for step in range(2 * len(self.spans))]
         steps = {name: [step for step, turn in enumerate(turns) if turn == name] for name in self.spans}
         return {name: (both[0], both[1]) for name, both in steps.items()}
+
+
+@contextlib.contextmanager
+def asked_alone(family: Family, denoiser: str | None) -> Iterator[None]:
+    """Times are of this denoiser, whatever they are; None: nobody knows."""
+    family.only = denoiser
+    try:
+        yield
+    finally:
+        family.only = None
+
+
+def trained_alone(experts: str | None) -> str | None:
+    """The denoiser that a run trains alone, as --experts says it; None for a run that trains what there is."""
+    return next((denoiser for denoiser, half in HALVES.items() if half == experts), None)
 
 
 def experts_of(config: TrainConfig, family: Family) -> Experts:
