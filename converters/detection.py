@@ -26,6 +26,7 @@ from diffpeft.converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
 from diffpeft.methods.shapes import extent, width
+from diffpeft.readable import Readable
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
 Layers = dict[Spelt, dict[str, Handle]]
@@ -119,8 +120,8 @@ _MOST, _HALF, _FEW = 0.9, 0.5, 8
 _NOT_XL = re.compile(r"(down|up)_blocks[._]3|down_blocks[._]0[._]attentions")
 
 
-@dataclass(frozen=True)
-class Detection:
+@dataclass(frozen=True, repr=False)
+class Detection(Readable):
     """What a file is: its format, its likeliest family, the methods in it, how sure that is (0 to 1), and the other families that fit."""
 
     format: str
