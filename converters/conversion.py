@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,15 +25,18 @@ from diffpeft.files import refuse_existing
 from diffpeft.handles import Scaled
 from diffpeft.methods.layout import INNER, LAYOUTS
 from diffpeft.methods.shapes import rank
+from diffpeft.readable import Readable
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-@dataclass(frozen=True)
-class ConvertReport:
+@dataclass(frozen=True, repr=False)
+class ConvertReport(Readable):
     """What a conversion did. Each key of the input is in `mapped` (part of an adapter) or in `carried` (kept as it is).
 
     `level`: L0 if the way back gives the same bytes, L1 if every weight is the same up to rounding.
@@ -81,7 +85,9 @@ def convert(
         raise ConfigError("the output is the input", where=path, remedy="Give another name.")
     with inside(bundle.source):
         UnknownNameError.check("format", to, FORMATS)
-        return _converted(bundle, path, to, cast, overwrite)
+        report = _converted(bundle, path, to, cast, overwrite)
+    log.info("converted %s to %s as %s: %s", bundle.source, path, to, report.level)
+    return report
 
 
 def _converted(

@@ -13,16 +13,17 @@ from diffpeft import converters
 ROOT = Path(diffpeft.__file__).parent.parent
 assert Path(converters.__file__).resolve().parent.parent == ROOT
 
-LOW = ("errors", "patterns", "files", "methods", "handles", "entries", "definition", "bundle", "io")
+LOW = ("errors", "readable", "patterns", "files", "methods", "handles", "entries", "definition", "bundle", "io")
 FLOORS = {  # each package of ours: what it may import besides itself
     "errors": (),
+    "readable": ("errors",),
     "patterns": ("errors",),
     "files": ("errors",),
     "methods": ("errors", "patterns", "files"),
-    "handles": ("errors", "files"),
-    "entries": ("errors", "methods", "handles"),
+    "handles": ("errors", "readable", "files"),
+    "entries": ("errors", "readable", "methods", "handles"),
     "definition": ("errors", "methods", "handles", "entries"),  # methods inside functions: they bring torch along
-    "bundle": ("errors", "handles", "entries", "definition"),
+    "bundle": ("errors", "readable", "handles", "entries", "definition"),
     "io": ("errors", "files", "handles"),
     "converters": LOW,
     "layers": LOW,

@@ -55,7 +55,9 @@ def weighted(text: str) -> tuple[str, float]:
     type=click.Path(),
     help="A diffusers folder, a single .safetensors file (with --base), or a Hub id. Default: the embedded base.",
 )
-@click.option("--base", help="The folder or Hub id with the configs and the tokenizer of a single-file model.")
+@click.option(
+    "--base", type=click.Path(), help="The folder or Hub id with the configs and the tokenizer of a single-file model."
+)
 @click.option("-p", "--prompt", required=True, help="What to draw; may name adapters: <lora:style:0.8>.")
 @click.option("--negative", help="What not to draw.")
 @click.option(

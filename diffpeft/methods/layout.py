@@ -379,6 +379,7 @@ LAYOUTS: dict[str, Layout] = {
         patterns=True,
         twins={"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"},
         off=_words("hira_B hira_embedding_A"),
+        linear=_words("hira_B hira_embedding_B"),
         training=Training({"rank": "r", "dropout": "hira_dropout"}, images=False),
     ),
     "full": Layout(

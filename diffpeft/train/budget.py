@@ -14,7 +14,6 @@ from diffpeft.train.config import TrainConfig
 from diffpeft.train.estimate import GIB, SHARES, Outline, Phase, sized
 from diffpeft.train.watch import Watch
 
-RESERVED = GIB  # for PyTorch itself, fragments, workspaces of kernels, and the screen
 _SLOWING = {"gradient_checkpointing": 0.33, "int8": 0.1, "nf4": 0.2, "offload": 0.5}  # roughly, of a step's time
 
 
@@ -66,7 +65,7 @@ def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, C
     config = checked.config
     if config.memory is None:
         return config, checked
-    limit, least = config.memory_bytes() - RESERVED, []
+    limit, least = config.memory_left(), []
     for way, phase in estimates(config, checked):
         if phase.total <= limit:
             picked = {name: value for name, value in vars(way).items() if value != getattr(config, name)}
@@ -78,7 +77,7 @@ def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, C
         least.append((phase.total, way, phase))
     size, way, phase = min(least, key=lambda entry: entry[0])
     raise ConfigError(
-        f"memory {config.memory} is too little: the least is {_at_least(size + RESERVED)}, for {phase.what}, with {way}",
+        f"memory {config.memory} is too little: the least is {_at_least(size + config.memory_bytes() - limit)}, for {phase.what}, with {way}",
         remedy="Pass a lower --resolution, --batch-size or --rank, or more --memory"
         + (", or leave options out that keep the memory up." if len(least) < len(ways(config, {})) else "."),
     )

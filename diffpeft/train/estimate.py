@@ -179,10 +179,6 @@ class LargestExample:
         device = self.family.parts(self.family.denoiser).device
         return torch.empty(number, 3, *([frames] if frames else []), *reversed(self.size), device=device)
 
-    def shown(self, number: int) -> list[Tensor]:
-        """Control images of so many examples, with numbers: a processor makes pictures of them before an encoder looks at them."""
-        return [torch.zeros(number, 3, *reversed(self.size))] * self.controls
-
     def encoded(self, number: int) -> tuple[Tensor, Conditions]:
         """Latents of so many examples, and what is read of pictures beside them."""
         pixels, stills = self.pixels(number, self.frames), [self.pixels(number)] * self.controls
@@ -190,7 +186,7 @@ class LargestExample:
 
     def embedded(self, encoder: str, number: int) -> Conditions:
         """What an encoder makes of so many captions."""
-        images = self.shown(number) if encoder in self.family.looking else []
+        images = [self.pixels(number)] * self.controls if encoder in self.family.looking else []
         with torch.set_grad_enabled(encoder in self.live):
             return self.family.embed(encoder, [self.caption] * number, *([images] if images else []))
 

@@ -20,7 +20,7 @@ SIGNS = (1.0, -1.0)  # the strengths that are trained, in this order
 DRAW_STEPS = 10
 
 
-@dataclass
+@dataclass(repr=False)
 class SliderConfig(TrainConfig):
     """A slider's training run: a TrainConfig without data."""
 

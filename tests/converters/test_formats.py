@@ -290,9 +290,9 @@ def test_detection_imports_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_readme_says_what_the_matrix_says():
+def test_the_page_says_what_the_matrix_says():
     """`python -m tests.converters.table` writes it."""
-    assert table.text() in table.README.read_text()
+    assert table.text() in table.PAGE.read_text()
 
 
 def test_the_command_names_the_formats_that_can_be_written():

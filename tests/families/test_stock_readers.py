@@ -38,8 +38,7 @@ ASIDE = (
     "flux,",
     "wan, two",
 )  # have others that stand for them, or files of their own
-UNNAMED = ("easyanimate",)  # of which nothing is known, and whose names may be another's
-OTHERS = [kind for kind in KINDS if not kind.startswith(ASIDE) and kind not in (*EDITS, *UNNAMED)]
+OTHERS = [kind for kind in KINDS if not kind.startswith(ASIDE) and kind not in EDITS]
 MODELS = {
     "sd15": partial(pipeline, "sd15", torch.float32),
     "sdxl": deep_sdxl,

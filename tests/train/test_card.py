@@ -15,7 +15,8 @@ from diffpeft.train import dreambooth
 from diffpeft.train.card import write_card
 from diffpeft.train.data import survey
 from diffpeft.train.data.buckets import Sizing
-from tests.families.pipelines import pipeline
+from tests.families.pipelines import FIRST_FRAMES, KINDS
+from tests.families.pipelines import made as pipe_of
 from tests.train.pictures import photos_in
 from tests.train.test_saving import run_of
 
@@ -26,7 +27,9 @@ def made(tmp_path, kind="sd15", **options):
     """A run in a folder that nobody need know of."""
     home = tmp_path / PRIVATE
     home.mkdir(exist_ok=True)
-    run = run_of(pipeline(kind, torch.float32), home / "out", **{"model": str(home / "base"), **options})
+    run = run_of(
+        pipe_of(KINDS | FIRST_FRAMES, kind, torch.float32), home / "out", **{"model": str(home / "base"), **options}
+    )
     photos = home / "photos" if (home / "photos").exists() else photos_in(home)
     return replace(run, account=survey(str(photos), "a photo of sks dog", Sizing((64,), multiple=8)))
 
@@ -52,6 +55,44 @@ def test_the_head_says_what_the_hub_wants_to_know(kind, method, tmp_path):
     assert "diffpeft.load_lora" in card.text and "ComfyUI" in card.text and "3 images" in card.text
     for block in re.findall(r"```python\n(.*?)```", card.text, re.S):
         compile(block, "card", "exec")
+
+
+TASKS = {  # {kind: the task of its pipeline, what its pictures are handed over as, what is drawn}
+    "flux control": ("image-to-image", "control_image=load_image(", ".images[0]"),
+    "wan": ("text-to-video", "pipe('a photo')", "export_to_video("),
+    "wan i2v, in its place": ("image-to-video", "image=load_image(", "export_to_video("),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "wan" else pytest.param(kind, marks=pytest.mark.slow) for kind in TASKS]
+)
+def test_the_card_says_how_the_models_own_pipeline_is_used(kind, tmp_path):
+    task, handed, drawn = TASKS[kind]
+    card = card_of(made(tmp_path, kind))
+    assert card.data.to_dict()["pipeline_tag"] == task and task in card.data.tags
+    codes = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    assert len(codes) == 2 and all(handed in code and drawn in code for code in codes)
+    for code in codes:
+        compile(code, "card", "exec")
+        imported = (
+            re.search("from diffusers.utils import (.*)", code)[1].split(", ") if "diffusers.utils" in code else []
+        )
+        assert {*imported} == {name for name in ("export_to_video", "load_image") if f"{name}(" in code}
+
+
+@pytest.mark.parametrize("experts", ["both", pytest.param("high", marks=pytest.mark.slow), "low"])
+def test_each_of_two_denoisers_is_handed_its_own_file(experts, tmp_path):
+    run = made(tmp_path, "wan, two experts", experts=experts)
+    card, halves = card_of(run), {"both": ("high", "low")}.get(experts, (experts,))
+    named = "a" if experts == "high" else "a.{half}"  # it is the first, and needs no other name
+    loads = [f"weight_name='{named.format(half=half)}.diffusers.safetensors'" for half in halves]
+    for half, load in zip(halves, loads, strict=True):
+        assert f"{load}{', load_into_transformer_2=True' if half == 'low' else ''})" in card.text
+    assert card.text.count("load_lora_weights") == len(halves)
+    kohya = [path.name for path in run.files if ".kohya." in path.name]
+    assert kohya == [f"{named.format(half=half)}.kohya.safetensors" for half in halves]
+    assert "of little noise" in card.text or experts == "high"
 
 
 def test_a_base_of_the_hub_is_linked(tmp_path):

@@ -195,20 +195,20 @@ def test_what_a_value_is_and_should_be_is_said_in_words(wrong, says, config):
 
 # -- models ----------------------------------------------------------------------------------------------------------------
 
-CLASSES = (
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusion3InpaintPipeline",
-    "FluxFillPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionInstructPix2PixPipeline",
-    "StableDiffusionUpscalePipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionDepth2ImgPipeline",
-    "WanVACEPipeline",
-    "FluxControlInpaintPipeline",
-    "QwenImageEditInpaintPipeline",
-)
+CLASSES = {  # {a pipeline for another task: those of its kind that are trained}
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
+    "FluxFillPipeline": "FluxPipeline or a FluxKontextPipeline or a FluxControlPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline",
+    "StableDiffusionUpscalePipeline": "StableDiffusionPipeline",
+    "StableDiffusionControlNetPipeline": "StableDiffusionPipeline",
+    "StableDiffusionDepth2ImgPipeline": "StableDiffusionPipeline",
+    "WanVACEPipeline": "WanPipeline or a WanImageToVideoPipeline",
+    "FluxControlInpaintPipeline": "FluxPipeline or a FluxKontextPipeline or a FluxControlPipeline",
+    "QwenImageEditInpaintPipeline": "QwenImagePipeline or a QwenImageEditPipeline",
+}
 
 
 def folder_of(tmp_path, index=None, unet=None):
@@ -222,8 +222,9 @@ def folder_of(tmp_path, index=None, unet=None):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_pipeline_that_cannot_be_trained_is_told_by_its_class(name, config, tmp_path):
-    with pytest.raises(WrongBaseError, match=f"{name}.*sd15, sd2, sdxl, flux"):
+    with pytest.raises(WrongBaseError, match=f"a {name} cannot be trained.*another task") as caught:
         check(replace(config, model=folder_of(tmp_path, {"_class_name": name})))
+    assert f"of a {CLASSES[name]}" in caught.value.remedy and len(caught.value.remedy) < 300
 
 
 @pytest.mark.parametrize("channels", [5, 7, 8, 9])
@@ -361,3 +362,11 @@ def test_data_errors_are_no_config_errors(config, tmp_path):
     with pytest.raises(DataError, match="photos"):
         check(replace(config, data=str(tmp_path / "photo")))
     assert issubclass(diffpeft.NothingLearntError, diffpeft.DiffpeftError)
+
+
+def test_one_of_two_denoisers_is_told_of_a_model_that_has_one(config, tmp_path):
+    for said in ("high", "low", "both"):
+        with pytest.raises(ConfigError, match=f"experts is {said}, and this model has one"):
+            check(replace(config, experts=said))
+    two = {"transformer": ["diffusers", "X"], "transformer_2": ["diffusers", "X"]}
+    check(replace(config, model=folder_of(tmp_path, two), experts="low"))

@@ -18,14 +18,16 @@ from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.memory import fused, peak, size_of
 from diffpeft.train.save import save
 from tests.cli.process import quick
+from tests.families import clips
 from tests.families.followed import FOLLOWED
-from tests.families.pipelines import EDITS, KINDS, pipeline
+from tests.families.pipelines import EDITS, FIRST_FRAMES, KINDS, made, pipeline
 from tests.train import published
 from tests.train.pictures import photos_in, shown_beside
 
 # what a CPU's attention with a mask keeps, no GPU does
 ASIDE = ("sd", "flux dev", "chroma", "ideogram4")
 OTHERS = [kind for kind in {f: kind for kind, (f, _) in KINDS.items()}.values() if not kind.startswith(ASIDE)]
+SHOWN = FIRST_FRAMES | clips.FIRST_FRAMES | clips.WITH_SOUND
 SLOW = pytest.mark.slow  # whole runs, for which others stand
 
 
@@ -243,9 +245,9 @@ def test_files_that_are_planned_are_those_that_are_written(folder, method):
 
 
 @pytest.mark.slow  # many models
-@pytest.mark.parametrize("kind", {family: kind for kind, (family, _) in KINDS.items()}.values())
+@pytest.mark.parametrize("kind", [*{family: kind for kind, (family, _) in KINDS.items()}.values(), *SHOWN])
 def test_every_family_is_counted(kind, tmp_path):
-    pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
+    made(KINDS | SHOWN, kind, torch.float32).save_pretrained(tmp_path / "model")
     photos_in(tmp_path)
     plan, _ = planned(config(tmp_path, "model", resolution=64, **needed(kind, tmp_path / "photos")))
     training = plan.phases[-1]
