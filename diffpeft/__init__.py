@@ -63,8 +63,11 @@ _HOMES = {
     "diffpeft.tools.comparing": "diff",
     "diffpeft.tools.diagnosis": "doctor",
     "diffpeft.tools.editing": "edit",
+    "diffpeft.tools.extracting": "extract",
     "diffpeft.tools.listing": "list_adapters",
+    "diffpeft.tools.merging": "merge",
     "diffpeft.tools.pruning": "prune",
+    "diffpeft.tools.resizing": "resize scale",
     "diffpeft.tools.verifying": "verify",
     "diffpeft.train.config": "TrainConfig",
     "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
@@ -172,8 +175,12 @@ if TYPE_CHECKING:
     from diffpeft.tools.comparing import diff as diff
     from diffpeft.tools.diagnosis import doctor as doctor
     from diffpeft.tools.editing import edit as edit
+    from diffpeft.tools.extracting import extract as extract
     from diffpeft.tools.listing import list_adapters as list_adapters
+    from diffpeft.tools.merging import merge as merge
     from diffpeft.tools.pruning import prune as prune
+    from diffpeft.tools.resizing import resize as resize
+    from diffpeft.tools.resizing import scale as scale
     from diffpeft.tools.verifying import verify as verify
     from diffpeft.train import TrainPackage
     from diffpeft.train.config import TrainConfig as TrainConfig

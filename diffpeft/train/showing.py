@@ -15,11 +15,12 @@ from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Prompt, Texts
 from diffpeft.train.formats import for_a_program, for_the_second
+from diffpeft.train.gallery import Gallery, Spot, forget
 from diffpeft.train.outputs import ACCOUNT, CONFIG, METRICS, PAGE, README, ROWS
 from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.sample_model import open_other, other_stage
-from diffpeft.train.samples import Gallery, Sampler, Spot, forget, settled, stage, texts_of
+from diffpeft.train.samples import Sampler, settled, stage, texts_of
 from diffpeft.train.team import team
 
 if TYPE_CHECKING:
