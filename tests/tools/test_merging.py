@@ -67,7 +67,7 @@ def test_the_sum_is_exact_whatever_the_methods_and_formats(first, second, left, 
 
 @pytest.mark.parametrize("method", BENT)
 def test_what_depends_on_the_weight_is_refused_with_all_layers_and_a_way(method, tmp_path):
-    a, path = make(tmp_path, "kohya", "sdxl", method, "a", 1)
+    _, path = make(tmp_path, "kohya", "sdxl", method, "a", 1)
     with pytest.raises(CannotConvertError, match="combine") as error:
         diffpeft.merge({path: 0.5}, tmp_path / "c.safetensors")
     assert f"{len(converters.read(path).entries)} layers" in error.value.what
@@ -145,7 +145,7 @@ def test_the_dtype_holds_those_of_all_and_the_error_of_rounding_is_told(dtypes, 
 
 
 def test_one_file_at_strength_1_keeps_its_bytes(tmp_path):
-    file, path = make(
+    _, path = make(
         tmp_path, "kohya", "sd15", "lora", "a", 0, alpha="rank", carried=False, dtype=torch.float16, ranks=(2,)
     )
     diffpeft.merge({path: 1}, tmp_path / "c.safetensors")
