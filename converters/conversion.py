@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,15 +25,18 @@ from diffpeft.files import refuse_existing
 from diffpeft.handles import Scaled
 from diffpeft.methods.layout import INNER, LAYOUTS
 from diffpeft.methods.shapes import rank
+from diffpeft.readable import Readable
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-@dataclass(frozen=True)
-class ConvertReport:
+@dataclass(frozen=True, repr=False)
+class ConvertReport(Readable):
     """What a conversion did. Each key of the input is in `mapped` (part of an adapter) or in `carried` (kept as it is).
 
     `level`: L0 if the way back gives the same bytes, L1 if every weight is the same up to rounding.
@@ -73,7 +77,7 @@ def convert(
     """
     if allow not in (None, "approximate"):
         raise ConfigError(f"allow is {shown(allow)}", remedy="It is 'approximate', or left out.")
-    cast = _dtype(dtype)
+    cast = dtype_named(dtype)
     check_path(path)
     source = located(source, **where)
     bundle = read(source, family=family, format=format)
@@ -81,7 +85,9 @@ def convert(
         raise ConfigError("the output is the input", where=path, remedy="Give another name.")
     with inside(bundle.source):
         UnknownNameError.check("format", to, FORMATS)
-        return _converted(bundle, path, to, cast, overwrite)
+        report = _converted(bundle, path, to, cast, overwrite)
+    log.info("converted %s to %s as %s: %s", bundle.source, path, to, report.level)
+    return report
 
 
 def _converted(
@@ -190,7 +196,8 @@ def _caveats(entries: Sequence[Entry], to: str) -> list[str]:
     return [f"{fact}: {len(layers)} layers" for fact, layers in facts.items() if layers]
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its short name, or as it is. Raises ConfigError for a name that is none."""
     if not isinstance(dtype, str):
         return dtype
     if dtype not in DTYPES:

@@ -15,6 +15,7 @@ from diffpeft.converters.placing import NUMBERS, Keyed, Names, Place, Reading
 from diffpeft.converters.roles import missing, split
 from diffpeft.errors import (
     CheckpointError,
+    CheckpointWarning,
     ConfigError,
     MissingKeysError,
     ShapeMismatchError,
@@ -147,6 +148,7 @@ def _say_unconfigured(where: str) -> None:
         )
     warnings.warn(
         f"{where}: no {FILE} says the alphas, so each is taken to be the rank (scale 1); alpha= says otherwise",
+        CheckpointWarning,
         stacklevel=3,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Tensors = TypeVar("Tensors", bound=Mapping[str, Tensor] | Opened)
+
+log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PEFT = (FILE, WEIGHTS)
@@ -205,6 +208,7 @@ class _Repository:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         options = _said(revision=self.revision, token=self.token, cache_dir=self.cache_dir)
+        log.debug("asking the Hub for %s of %s", name, self.id)
         try:
             path = Path(hf_hub_download(self.id, name, **options))
         except LocalEntryNotFoundError:

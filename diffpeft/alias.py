@@ -16,7 +16,7 @@ from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 from types import ModuleType
 
-from diffpeft.errors import AdapterStateError, listed
+from diffpeft.errors import AdapterStateError, AdapterStateWarning, listed
 from diffpeft.methods.layout import TUNED
 from diffpeft.methods.peft_config import DIALECT
 
@@ -123,6 +123,7 @@ def as_peft() -> ModuleType:
         warnings.warn(
             f"{listed(unaware)} had been told before that there is no peft, and will not use it. "
             "Call diffpeft.as_peft() at the start, before other imports.",
+            AdapterStateWarning,
             stacklevel=2,
         )
     return served

@@ -13,16 +13,17 @@ from diffpeft import converters
 ROOT = Path(diffpeft.__file__).parent.parent
 assert Path(converters.__file__).resolve().parent.parent == ROOT
 
-LOW = ("errors", "patterns", "files", "methods", "handles", "entries", "definition", "bundle", "io")
+LOW = ("errors", "readable", "patterns", "files", "methods", "handles", "entries", "definition", "bundle", "io")
 FLOORS = {  # each package of ours: what it may import besides itself
     "errors": (),
+    "readable": ("errors",),
     "patterns": ("errors",),
     "files": ("errors",),
     "methods": ("errors", "patterns", "files"),
-    "handles": ("errors", "files"),
-    "entries": ("errors", "methods", "handles"),
+    "handles": ("errors", "readable", "files"),
+    "entries": ("errors", "readable", "methods", "handles"),
     "definition": ("errors", "methods", "handles", "entries"),  # methods inside functions: they bring torch along
-    "bundle": ("errors", "handles", "entries", "definition"),
+    "bundle": ("errors", "readable", "handles", "entries", "definition"),
     "io": ("errors", "files", "handles"),
     "converters": LOW,
     "layers": LOW,
@@ -30,9 +31,10 @@ FLOORS = {  # each package of ours: what it may import besides itself
     "families": (*LOW, "layers", "model", "converters"),
     "pipeline": (*LOW, "layers", "model", "families", "converters"),
     "tools": (*LOW, "layers", "model", "families", "pipeline", "converters"),
-    "train": (*LOW, "layers", "model", "families", "pipeline", "converters"),
+    "drawing": (*LOW, "layers", "model", "families", "pipeline", "converters"),
+    "train": (*LOW, "layers", "model", "families", "pipeline", "drawing", "converters"),
     "llm": (*LOW, "layers", "model", "families", "pipeline", "train", "converters"),
-    "cli": (*LOW, "layers", "model", "families", "pipeline", "tools", "train", "llm", "converters"),
+    "cli": (*LOW, "layers", "model", "families", "pipeline", "tools", "drawing", "train", "llm", "converters"),
     # PEFT's modules under their own names: they hand on what is below
     "utils": (*LOW, "layers", "llm", "converters"),
     "functional": (*LOW, "layers", "model", "pipeline", "llm"),

@@ -31,7 +31,7 @@ from diffpeft.converters.formats.fields import (
 )
 from diffpeft.converters.formats.schema import Config, check_fields
 from diffpeft.converters.formats.wrappers import PEFT as PREFIX
-from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError, listed, shown
+from diffpeft.errors import CheckpointError, CheckpointWarning, ConfigError, UnsafeFileError, listed, shown
 from diffpeft.files import config_in
 from diffpeft.methods.layout import LAYOUTS, PRODUCTS
 
@@ -214,7 +214,11 @@ def _check_targets(targets: object, entries: Sequence[Entry]) -> None:
     else:
         outside = []
     if outside:
-        warnings.warn(f"{len(outside)} adapted layers are not among target_modules: {listed(outside, 5)}", stacklevel=2)
+        warnings.warn(
+            f"{len(outside)} adapted layers are not among target_modules: {listed(outside, 5)}",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
 
 def _unconfigured(entries: Sequence[Entry]) -> list[Entry]:

@@ -8,7 +8,8 @@ import click
 
 if TYPE_CHECKING:
     from diffpeft.converters.locating import Where
-from diffpeft.cli.options import completed, family_names, overwriting, place_options
+from diffpeft.cli.completion import completed, family_names
+from diffpeft.cli.options import overwriting, place_options
 
 WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris", "xlabs", "onetrainer")
 

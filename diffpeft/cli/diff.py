@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffpeft.cli.columns import columns
-from diffpeft.cli.options import family_names
+from diffpeft.cli.completion import family_names
 from diffpeft.errors import joined
 
 if TYPE_CHECKING:
@@ -22,10 +22,16 @@ HEAD = ["", "layers", "cosine", "|a|", "|b|", "|a-b|/|a|"]
 @click.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
+@click.option(
+    "-m",
+    "--model",
+    type=click.Path(exists=True, file_okay=False),
+    help="A diffusers folder with the base's weights, for layers of DoRA, rotations and others that depend on them.",
+)
 @click.option("--layers", is_flag=True, help="A line for each layer, not for each block.")
 @click.option("--json", "as_json", is_flag=True, help="Print every number as JSON, layer by layer.")
 @click.option("--family", shell_complete=family_names, help="What they are for, if that is not what they look like.")
-def diff(a: str, b: str, layers: bool, as_json: bool, family: str | None) -> None:
+def diff(a: str, b: str, model: str | None, layers: bool, as_json: bool, family: str | None) -> None:
     """Say how alike two adapters are, by what they do to weights, in whatever formats and methods they are.
 
     For each block and in total: the cosine of the two changes of the weights, their norms, and the norm of their difference by
@@ -35,7 +41,7 @@ def diff(a: str, b: str, layers: bool, as_json: bool, family: str | None) -> Non
     """
     from diffpeft.tools import comparing
 
-    report = comparing.diff(a, b, family=family)
+    report = comparing.diff(a, b, model=model, family=family)
     if as_json:
         click.echo(json.dumps(_table(report), indent=2))
         return

@@ -9,13 +9,12 @@ from typing import Any, Generic
 
 import click
 
+from diffpeft.cli.completion import completions
 from diffpeft.errors import ConfigError, UnknownNameError, near, shown
 from diffpeft.files import Json
 from diffpeft.train.checkpoints import LATEST
 from diffpeft.train.config import PATHS, AnyOptions, Options
 from diffpeft.train.config_files import Said, data_pairs, said_by, said_in
-from diffpeft.train.method import CONFIGS
-from diffpeft.train.optimizers import OPTIMIZERS
 from diffpeft.train.origins import COMMAND, RESUMED
 from diffpeft.train.other_names import hint, words
 from diffpeft.train.resume import remembered
@@ -56,24 +55,12 @@ def place_options(command: Command) -> Command:
     return command
 
 
-def completed(words: Collection[str]) -> Callable[..., list[str]]:
-    """What a shell completes to one of these words."""
-    return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
-
-
-def family_names(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
-    """What a shell completes to a family."""
-    from diffpeft import converters
-
-    return [name for name in converters.TABLES if name.startswith(begun)]
-
-
 def overwriting(command: Command) -> Command:
     """The option without which no command replaces what is there."""
     return click.option("--overwrite", is_flag=True, help="Replace the output if it is there already.")(command)
 
 
-_COMPLETE = {"method": completed(list(CONFIGS)), "optimizer": completed(list(OPTIMIZERS))}
+_FILES = {"base", "resume", "control", "base_lora", "training_adapter"}  # may be files, folders or something else
 
 
 def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
@@ -93,7 +80,7 @@ def options_of(kind: type[Options], only: Collection[str] | None = None) -> Call
     """One option a field, or a field of `only`. Defaults stay None here, so that what was typed can be told from what was not."""
 
     def add(command: Command) -> Command:
-        names_ = kind.names() if only is None else only
+        names_, words_ = kind.names() if only is None else only, completions(kind)
         for f in reversed([f for f in fields(kind) if f.name in names_]):
             flag, meta, type_ = "--" + f.name.replace("_", "-"), f.metadata, _type_of(f)
             names = [n for n in (_SHORT.get(f.name), flag if type_ else f"{flag}/--no-{flag[2:]}") if n]
@@ -106,7 +93,7 @@ def options_of(kind: type[Options], only: Collection[str] | None = None) -> Call
                 default=None,
                 multiple=meta["several"] == "repeated",
                 help=meta["help"] + shown,
-                shell_complete=_COMPLETE.get(f.name),
+                shell_complete=words_.get(f.name),
                 **alone,
             )(command)
         return command
@@ -121,7 +108,7 @@ def _type_of(option: Field[object]) -> click.ParamType | type | None:
         return None
     if option.metadata["choices"]:
         return click.Choice(option.metadata["choices"])
-    if option.name in PATHS:
+    if option.name in PATHS | _FILES:
         return click.Path()
     return Numbers() if option.metadata["several"] == "commas" else _TYPES[kind]
 

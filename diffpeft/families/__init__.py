@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+from diffpeft.converters.detection import UNETS
 from diffpeft.converters.families import TABLES
 from diffpeft.errors import WrongBaseError
 from diffpeft.families.auraflow import AuraFlow
@@ -171,8 +172,7 @@ _NAMED_AS = {
     "longcat_image_edit": "longcat_image",
 }  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
-_UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
-_WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
+_WIDTHS = {"sd15": UNETS, "sdxl": {width: family for width, family in UNETS.items() if family == "sdxl_refiner"}}
 
 
 def family_of(target: object) -> str | None:
@@ -184,7 +184,7 @@ def family_of(target: object) -> str | None:
     width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
     if denoiser is None or (family == "sd15" and isinstance(getattr(target, "components", None), Mapping)):
         by_name = _by_name(base.__name__ for base in type(target).__mro__)
-        family = by_name if denoiser is None or width not in _UNETS else by_name or _UNETS[width]
+        family = by_name if denoiser is None or width not in UNETS else by_name or UNETS[width]
     family = _by_width(family, width)
     return named_as(family) if family else None
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
 from diffpeft.families.controls import drawn
+from diffpeft.families.defaults import Defaults
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.frames import first_of, uncounted
 from diffpeft.families.latents import encoded, factor, precise, temporal_factor
 from diffpeft.families.prompts import length_within, stacked
-from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,12 @@ def in_blocks(blocks: str, attention: str, mlp: str) -> Mapping[str, str]:
     )
 
 
-class Transformer(Uncontrolled):
+def in_last_block(config: Mapping[str, int], layers: str) -> str:
+    """The regular expression for layers of the last block: of the stream of texts, which ends there, nothing is read."""
+    return rf"transformer_blocks\.{config['num_layers'] - 1}\.({layers})"
+
+
+class Transformer(Defaults):
     """The training side of a pipeline of this kind. It asks the pipeline itself for its conditions: templates, masks and lengths are the pipeline's."""
 
     name = ""  # in messages
@@ -109,10 +114,14 @@ class Transformer(Uncontrolled):
         return torch.cat(answers)[torch.cat([*rows_of.values()]).argsort()]
 
     def _rows(self, t: Tensor) -> dict[str, Tensor]:
-        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several this waits for the times; without numbers it is the first."""
+        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several, if it is not `only` one, this waits for the times; without numbers
+        it is the first.
+        """
         import torch
 
         every = torch.arange(len(t))
+        if self.only is not None:
+            return {self.only: every}
         if self.boundary is None or t.is_meta:
             return {self.denoiser: every}
         noisy = (t >= self.boundary).cpu()

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from diffpeft.errors import ConfigError
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
 from diffpeft.families.controls import in_order, luma, numbered
+from diffpeft.families.defaults import Defaults
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.patches import PATCH, packed, places, unpacked
 from diffpeft.families.prompts import refuse_skip, tokens
-from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +40,7 @@ _MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 _GUIDANCE = {"cfg": "true_cfg_scale", "guidance": "guidance_scale"}
 
 
-class Flux(Uncontrolled):
+class Flux(Defaults):
     """The training side of a FluxPipeline."""
 
     pipelines: tuple[str, ...] = ("FluxPipeline",)

@@ -94,7 +94,7 @@ def by_length(lengths: Tensor, x: Tensor, answer: Callable[[Tensor, int], Tensor
     """
     import torch
 
-    rows_of = [((lengths == length).nonzero()[:, 0].to(x.device), length) for length in lengths.unique().tolist()]
+    rows_of = [(sent((lengths == length).nonzero()[:, 0], x.device), length) for length in lengths.unique().tolist()]
     out = torch.empty_like(x)
     for rows, length in rows_of:
         out = out.index_copy(0, rows, answer(rows, length))

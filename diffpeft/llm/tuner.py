@@ -16,7 +16,9 @@ from diffpeft.converters.formats.peft import CONFIG, PREFIX
 from diffpeft.converters.opening import Opened
 from diffpeft.errors import (
     AdapterStateError,
+    AdapterStateWarning,
     CheckpointError,
+    CheckpointWarning,
     ConfigError,
     UnknownNameError,
     WrongKindError,
@@ -285,7 +287,9 @@ class Tuner(nn.Module):
         with planned(self._parts) as plan:
             if fused_of(self.model):
                 warnings.warn(
-                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+                    "Adapter cannot be set when the model is merged. Unmerging the model first.",
+                    AdapterStateWarning,
+                    stacklevel=2,
                 )
                 self._plan_unmerged(plan)
             self._plan_active(plan, names, self.peft_config, inference_mode)
@@ -331,7 +335,7 @@ class Tuner(nn.Module):
             if self._off is not None:
                 plan.set(self, _off={name: strength for name, strength in self._off.items() if name not in names})
             if active and {*active} <= {*names} and remaining:
-                warnings.warn(WENT.format(", ".join(active), remaining[0]), stacklevel=3)
+                warnings.warn(WENT.format(", ".join(active), remaining[0]), AdapterStateWarning, stacklevel=3)
                 self._plan_active(plan, remaining[:1], remaining)
 
     def add_weighted_adapter(
@@ -384,6 +388,7 @@ class Tuner(nn.Module):
                 f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(todo)}."
                 if todo
                 else "All adapters are already merged, nothing to do.",
+                AdapterStateWarning,
                 stacklevel=2,
             )
         if todo and self._off is None:  # what is switched off acts in no way
@@ -399,7 +404,7 @@ class Tuner(nn.Module):
     def unmerge_adapter(self) -> None:
         """Take the adapters out of the weights again, to the last bit."""
         if not fused_of(self.model):
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", AdapterStateWarning, stacklevel=2)
         with planned(self._parts) as plan:
             self._plan_unmerged(plan)
 
@@ -619,7 +624,9 @@ class Tuner(nn.Module):
             discrepancies.warn(self.model, config, layers, file.patches)
             if file.missing:
                 warnings.warn(
-                    f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.", stacklevel=5
+                    f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.",
+                    CheckpointWarning,
+                    stacklevel=5,
                 )
             strength = 1.0 if how.active else None
             plan_read(

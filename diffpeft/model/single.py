@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from diffpeft.errors import AdapterStateError, UnknownNameError, joined, listed, shown
+from diffpeft.errors import AdapterStateError, AdapterStateWarning, UnknownNameError, joined, listed, shown
 from diffpeft.layers.carried import Record, record_of
 from diffpeft.model.activation import refuse_clashing_on
 from diffpeft.model.attach import mixes_of, refuse_foreign
@@ -159,7 +159,7 @@ def unmerge(module: nn.Module) -> None:
     """Take the adapters out of a layer's weight again. Raises AdapterStateError if its base was not kept."""
     record = _record(module)
     if not record.fused:
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+        warnings.warn("Already unmerged. Nothing to do.", AdapterStateWarning, stacklevel=4)
         return
     parts = _parts(record.mix)
     with planned(parts) as plan:

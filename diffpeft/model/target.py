@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch.nn as nn
 
 from diffpeft import patterns
 from diffpeft.bundle import COMPONENTS
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, listed, near, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class
 from diffpeft.layers.hooks import refusal
 from diffpeft.layers.sites import site_of
@@ -62,6 +63,26 @@ def components(target: object) -> dict[str, nn.Module]:
             f"cannot adapt a {type(target).__name__}", remedy="Pass a diffusers pipeline or a torch.nn.Module."
         )
     return adaptable
+
+
+def check_single(model: object, asked: str) -> None:
+    """Raise WrongKindError for what is no model where `asked`, a function of PEFT's, is for one: a pipeline, an id, a config."""
+    if isinstance(model, nn.Module):
+        return
+    parts = getattr(model, "components", None)
+    models = [name for name, part in parts.items() if isinstance(part, nn.Module)] if isinstance(parts, Mapping) else []
+    what, remedy = f"this is a {type(model).__name__}", "Pass a torch.nn.Module."
+    if models:
+        what = f"this is a pipeline, a {type(model).__name__}"
+        remedy = (
+            "On a pipeline diffpeft.attach(pipe, config) makes an adapter, and diffpeft.load_lora(pipe, source) loads one; "
+            f"or pass one of its models: pipe.{min(models, key=[*COMPONENTS, *models].index)}."
+        )
+    elif isinstance(model, (str, os.PathLike)):
+        remedy = "Load the model first, for example with AutoModelForCausalLM.from_pretrained."
+    elif hasattr(model, "peft_type"):
+        remedy = "Model and config stand in the other order."
+    raise WrongKindError(f"{asked} is for a model, and {what}", remedy=remedy)
 
 
 _PRIOR = "prior"

@@ -98,7 +98,7 @@ def bake(
     _check_places(model, out)
     index = _json(model / INDEX)
     names = [n for n, kind in index.items() if _is_component(n, kind) and (model / n).is_dir()]
-    stored = {name: _stored(model / name, variant) for name in names}
+    stored = {name: component_files(model / name, variant) for name in names}
     if variant and not any(_variant(file) == variant for part in stored.values() for file in part.files):
         raise CheckpointError(f"no file is of the variant {shown(variant)}", where=model, remedy="Leave out variant.")
     changes = _planned(model, index, stored, adapters)
@@ -201,7 +201,7 @@ def _is_foreign(file: Path) -> bool:
     return bool(_OTHERS.fullmatch(file.name))
 
 
-def _stored(folder: Path, variant: str | None) -> ComponentFiles:
+def component_files(folder: Path, variant: str | None) -> ComponentFiles:
     """What of a component's folder goes into the copy: all but weights of other variants and in other containers."""
     every = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     variants = _by_variant(file for file in every if file.parent == folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Unpack
@@ -24,6 +25,8 @@ from diffpeft.model.state import slots_in
 from diffpeft.model.target import components, layers_of
 from diffpeft.pipeline.load import Hints, LoadReport, beside_of, opened, report_of
 from diffpeft.pipeline.match import matched
+
+log = logging.getLogger(__name__)
 
 Writes = list[tuple[Tensor, Tensor]]  # a parameter, and what it is to be
 Slots = Mapping[str, Mapping[str, Slot]]  # {component: {layer: slot}}
@@ -52,7 +55,9 @@ def replace(
         _refuse_trained(name, slots)
         layers = {component: layers_of(model) for component, model in parts.items()}
         bundle = opened(target, source, layers, Hints(family, where))
-        return plan_replaced(plan, parts, name, bundle, strict=strict)
+        report = plan_replaced(plan, parts, name, bundle, strict=strict)
+    log.info("replaced by %r", report)
+    return report
 
 
 def plan_replaced(

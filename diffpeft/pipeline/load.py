@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import re
 import warnings
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft import converters, io
-from diffpeft.bundle import Bundle, Entry, dotted
+from diffpeft.bundle import Bundle, Entry, dotted, parted
 from diffpeft.converters.locating import Where, located, name_in
 from diffpeft.converters.sizes import grouped
 from diffpeft.errors import (
+    CheckpointWarning,
     ConfigError,
     WrongBaseError,
     inside,
@@ -39,6 +41,9 @@ from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, walked
 from diffpeft.pipeline.joint import separated
 from diffpeft.pipeline.match import LayersByComponent, in_memory, matched
+from diffpeft.readable import Readable, family_in_words, keys_in_words
+
+log = logging.getLogger(__name__)
 
 _FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
 
@@ -55,8 +60,8 @@ class Hints(NamedTuple):
     alpha: float | None = None
 
 
-@dataclass(frozen=True)
-class LoadReport:
+@dataclass(frozen=True, repr=False)
+class LoadReport(Readable):
     """What a load did. `matched` are the layers adapted, `carried` the keys that were kept but not applied."""
 
     name: str
@@ -66,6 +71,20 @@ class LoadReport:
     matched: tuple[str, ...]
     carried: tuple[str, ...]
     trigger_words: tuple[str, ...]
+
+    def _title(self) -> str:
+        return self.name
+
+    def _rows(self) -> dict[str, str]:
+        components = dict.fromkeys(parted(layer)[0] or "the model" for layer in self.matched)
+        return {
+            "format": self.format,
+            "family": family_in_words(self.family),
+            "methods": ", ".join(sorted(self.methods)),
+            "layers": f"{len(self.matched)} in {', '.join(components)}",
+            "trigger words": ", ".join(self.trigger_words),
+            "without effect": keys_in_words(self.carried),
+        }
 
 
 def load_lora(
@@ -119,9 +138,11 @@ def load_lora(
     }
     parts, hints, strength = components(target), Hints(family, where, alpha), weight if active else None
     with _uncollected(), planned(parts) as plan:
-        return _plan_loaded(
+        report = _plan_loaded(
             plan, target, parts, source, hints, name, strength, strict=strict, trainable=trainable, max_rank=max_rank
         )
+    log.info("loaded %r", report)
+    return report
 
 
 def _plan_loaded(
@@ -173,6 +194,11 @@ def check_max_rank(max_rank: int | None, trainable: bool) -> None:
 
 def opened(target: object, source: Source, layers: LayersByComponent, hints: Hints) -> Bundle:
     """What is to be loaded, in the model's own layers. Raises CheckpointError and its kin."""
+    return separated(read_for(target, source, layers, hints), layers)
+
+
+def read_for(target: object, source: Source, layers: LayersByComponent, hints: Hints) -> Bundle:
+    """What is to be loaded, joint layers as the file has them. Raises CheckpointError and its kin."""
     expected = hints.family or family_of(target)
     if isinstance(source, Bundle):
         bundle = source
@@ -183,7 +209,7 @@ def opened(target: object, source: Source, layers: LayersByComponent, hints: Hin
         bundle = _read(located(source, **hints.where), expected, hints.family, shapes, hints.alpha)
     if expected is None and is_unnamed(target):
         bundle = replace(bundle, family="", families=())
-    return separated(bundle, layers)
+    return bundle
 
 
 def _shape(module: nn.Module) -> tuple[int, ...] | None:
@@ -232,6 +258,7 @@ def save_lora(
         formats = _FILES if os.fspath(path).endswith(".safetensors") else ("peft",)
         format = next((f for f in formats if not converters.refusal(bundle, f)), formats[0])
     converters.write(bundle, path, format=format, dtype=dtype, overwrite=overwrite)
+    log.info("saved %r as %s: %s", name, format, path)
 
 
 def _default_name(source: Source, filename: str | None) -> str:
@@ -345,4 +372,6 @@ def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, S
         (OVERSIZED, large),
     ):
         if names:
-            warnings.warn(f"adapter {report.name!r}: {len(names)} {what}: {listed(names, 5)}", stacklevel=4)
+            warnings.warn(
+                f"adapter {report.name!r}: {len(names)} {what}: {listed(names, 5)}", CheckpointWarning, stacklevel=4
+            )

@@ -199,6 +199,20 @@ def open_parts(
     return Parts(pipe, loaders, skeletons, configs)
 
 
+def weightless(model: str | None = None, base: str | None = None) -> object:
+    """A pipeline as far as its configs tell it: its class's name, and its models without numbers. No weights are read.
+
+    Raises CheckpointError if there is no such pipeline.
+    """
+    check_model(model, base)
+    source = Path(model) if model else EMBEDDED
+    with _told(source, {}):
+        folder = _folder(source, base)
+        parts = {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
+        kind = _pipeline_class(folder)
+    return type(kind.__name__, (), {**parts, "components": parts})()
+
+
 @contextlib.contextmanager
 def _told(source: Path, skeletons: Mapping[str, nn.Module]) -> Iterator[None]:
     """Whatever diffusers and its libraries raise for a model that cannot be read is a CheckpointError, which names what is missing if it can.

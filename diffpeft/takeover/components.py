@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, listed, shown
-from diffpeft.llm.hotswap import hotswap_adapter_from_state_dict
+from diffpeft.llm.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from diffpeft.llm.injection import targeting
 from diffpeft.llm.peft_model import set_peft_model_state_dict
 from diffpeft.llm.tuner import inject
@@ -25,6 +25,7 @@ from diffpeft.takeover.sources import Source, located
 
 Value = TypeVar("Value")
 Weight = float | Mapping[str, object] | None
+ROOM = "_prepare_lora_hotswap_kwargs"  # where a model has what `enable_lora_hotswap` was told
 METADATA = "lora_adapter_metadata"  # where diffusers' files have PEFT's config
 
 
@@ -125,7 +126,9 @@ class DenoiserMethods(ModelMethods):
         else:
             tensors = _in_pefts_words(tensors)
             alphas = None if alphas is None else _without(prefix, alphas)
-            _put(model, name, _config(name, tensors, alphas, told), tensors, hotswap)
+            config = _config(name, tensors, alphas, told)
+            _put(model, name, config, tensors, hotswap)
+            _make_room(model, config)
         if not hotswap:
             acts.activate(model, [name])
 
@@ -208,12 +211,14 @@ class EncoderMethods(ModelMethods):
         """Load an adapter of this model: a PEFT folder, or tensors with a config."""
         name = adapter_name or "default"
         known = name in acts.adapters_on(_model(self))
-        if known and hotswap is not True:
+        if hotswap == "auto":  # as `enable_peft_hotswap` was told
+            hotswap = known and bool(getattr(self, "_hotswap_enabled", False))
+        if known and not hotswap:
             raise AdapterStateError(f"Adapter with name {name} already exists", remedy="Please use a different name.")
-        if hotswap is True and not known:
+        if hotswap and not known:
             raise UnknownNameError("To hotswap an adapter, there must already be an existing adapter with its name")
         if adapter_state_dict is not None and peft_config is not None:
-            _put(_model(self), name, PeftConfig.of(peft_config), dict(adapter_state_dict), hotswap is True)
+            _put(_model(self), name, PeftConfig.of(peft_config), dict(adapter_state_dict), bool(hotswap))
         elif peft_model_id is not None:
             load_lora(_model(self), peft_model_id, name=name, trainable=is_trainable)
         else:
@@ -354,6 +359,15 @@ def _put(model: nn.Module, name: str, config: PeftConfig, tensors: Mapping[str, 
     except Exception:
         acts.delete([model], [name])
         raise
+
+
+def _make_room(model: nn.Module, config: PeftConfig) -> None:
+    """Let other adapters be put in the place of the one that was loaded, as `enable_lora_hotswap` was told."""
+    told: Mapping[str, int | str] | None = getattr(model, ROOM, None)
+    if told:
+        rank, compiled = int(told["target_rank"]), str(told["check_compiled"])
+        prepare_model_for_compiled_hotswap(model, config=config, target_rank=rank, check_compiled=compiled)
+        setattr(model, ROOM, None)
 
 
 def _inject(model: nn.Module, config: PeftConfig, name: str) -> None:

@@ -27,14 +27,13 @@ from diffpeft.model.target import COMPILED, adapted
 from diffpeft.pipeline.hotswap import replace
 from diffpeft.pipeline.load import load_lora
 from diffpeft.takeover import acts
-from diffpeft.takeover.components import Weight, fresh_name, strengths_of
+from diffpeft.takeover.components import ROOM, Weight, fresh_name, strengths_of
 from diffpeft.takeover.sources import Source, located
 
 _Loader = Callable[..., None]
 # what diffusers may read where diffpeft finds no adapter for the model: layers that it makes wider first, files without a key for it
 _FOR_DIFFUSERS = (UnknownKeysError, MissingKeysError, ShapeMismatchError)
 _WIDEN = "_maybe_expand_transformer_param_shape_or_error_"
-_ROOM = "_prepare_lora_hotswap_kwargs"  # where a model has what `enable_lora_hotswap` was told
 
 
 def loadable(pipe: object) -> list[str]:
@@ -304,13 +303,13 @@ def _activate(pipe: object, name: str) -> None:
 
 def _plan_no_room(plan: Plan, model: nn.Module) -> None:
     """Plan that the next adapter gets no more room than it needs."""
-    if _ROOM in model.__dict__:
-        plan.set(model, **{_ROOM: None})
+    if ROOM in model.__dict__:
+        plan.set(model, **{ROOM: None})
 
 
 def _room(pipe: object) -> int | None:
     """The rank up to which adapters are to be swapped, if `enable_lora_hotswap` was told one."""
-    told = [getattr(model, _ROOM, None) for model in models_of(pipe).values()]
+    told = [getattr(model, ROOM, None) for model in models_of(pipe).values()]
     return max((int(room["target_rank"]) for room in told if room), default=None)
 
 

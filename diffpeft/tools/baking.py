@@ -11,13 +11,14 @@ from diffpeft.bundle import Bundle, Entry, Handle, parted
 from diffpeft.errors import CannotConvertError, ConfigError, listed
 from diffpeft.files import refuse_existing
 from diffpeft.pipeline.prompt import Tag, block_weights, strengths
+from diffpeft.readable import Readable
 from diffpeft.tools.choosing import check_used, layers_of, of_blocks, one_answer, read, ways
 from diffpeft.tools.rewriting import Changes, rewrite
 from diffpeft.tools.scaling import scaled, unscalable
 
 
-@dataclass(frozen=True)
-class BakeReport:
+@dataclass(frozen=True, repr=False)
+class BakeReport(Readable):
     """The weight that each layer got, by diffusers' names; layers of weight 0 are left out of the file."""
 
     path: str
@@ -50,7 +51,7 @@ def bake(
     """
     refuse_existing([out], overwrite)
     bundle = read(os.fspath(source), family)
-    by_layer = _by_layer(bundle, dict(weights or {}), lbw, Path(source).name.removesuffix(".safetensors"))
+    by_layer = weights_by_layer(bundle, dict(weights or {}), lbw, Path(source).name.removesuffix(".safetensors"))
     by_entry = [
         one_answer(entry, [by_layer[layer] for layer in entry.targets], bundle.source) for entry in bundle.entries
     ]
@@ -72,7 +73,7 @@ def _in_factors(pairs: Sequence[tuple[Entry, float]]) -> Changes:
     ]
 
 
-def _by_layer(
+def weights_by_layer(
     bundle: Bundle, weights: dict[str, float], lbw: str | Sequence[float] | None, name: str
 ) -> dict[str, float]:
     """{layer: its weight}."""

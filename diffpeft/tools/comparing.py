@@ -10,22 +10,27 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffpeft.bundle import Entry
+from diffpeft import io
+from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.converters.inspection import block_of
-from diffpeft.definition import definition_of
-from diffpeft.errors import ConfigError, ShapeMismatchError, UnknownKeysError, listed
+from diffpeft.definition import definition_of, deltas
+from diffpeft.errors import CheckpointError, ConfigError, ShapeMismatchError, UnknownKeysError, listed
+from diffpeft.readable import Readable
 from diffpeft.tools.choosing import read
 
 if TYPE_CHECKING:
     import torch
 
+    from diffpeft.pipeline.bake import ComponentFiles
+
 _BIASES = frozenset({"diff_b", "b_norm"})
 
 
-@dataclass(frozen=True)
-class Likeness:
+@dataclass(frozen=True, repr=False)
+class Likeness(Readable):
     """What two updates a and b have to do with each other, over one or many layers.
 
     Args:
@@ -65,8 +70,8 @@ class Likeness:
         )
 
 
-@dataclass(frozen=True)
-class DiffReport:
+@dataclass(frozen=True, repr=False)
+class DiffReport(Readable):
     """How alike two adapters are. Layers by diffusers' names; those that one of them lacks count as zeros there in `blocks` and `total`.
 
     Args:
@@ -106,10 +111,17 @@ class _Update(NamedTuple):
         return len(self.matrix), self.matrix.shape[1]
 
 
-def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, family: str | None = None) -> DiffReport:
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    family: str | None = None,
+) -> DiffReport:
     """How alike two adapters are, layer by layer, by block and in total, across formats and methods. One layer is in memory at a time.
 
-    Methods whose update depends on the base's weights (DoRA, rotations, (IA)^3, GLoRA) are left out, and named.
+    Methods whose update depends on the base's weights (DoRA, rotations, (IA)^3, GLoRA) are left out, and named, unless `model`, a diffusers folder, has
+    the weights: those of such layers are read.
 
     Raises UnknownKeysError if they have no layer in common, ShapeMismatchError if those that they have are of other sizes, CheckpointError.
     """
@@ -121,7 +133,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, family: str | 
             where=f"{a} ({bundles[0].family}), {b} ({bundles[1].family})",
             remedy="They are for different models, or of different parts of one.",
         )
-    layers, left_out = _compared(*by_layer)
+    layers, left_out = _compared(by_layer[0], by_layer[1], _Base(model))
     if not layers:
         raise ConfigError(f"no layer can be compared: {next(iter(left_out.values()))}", where=f"{a}, {b}")
     blocks: dict[str, list[Likeness]] = {}
@@ -138,17 +150,18 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, family: str | 
 
 
 def _compared(
-    a: Mapping[str, Sequence[Entry]], b: Mapping[str, Sequence[Entry]]
+    a: Mapping[str, Sequence[Entry]], b: Mapping[str, Sequence[Entry]], base: _Base
 ) -> tuple[dict[str, Likeness], dict[str, str]]:
     """{layer: how alike the two are on it}, and {layer: why that is not known}."""
     layers: dict[str, Likeness] = {}
     left_out: dict[str, str] = {}
     for layer in dict.fromkeys([*a, *b]):
         entries = (a.get(layer, []), b.get(layer, []))
-        if why := next(filter(None, map(_unfit, [*entries[0], *entries[1]])), ""):
+        why = next(filter(None, map(_unfit, [*entries[0], *entries[1]])), "")
+        if why and base.lacks(target for entry in (*entries[0], *entries[1]) for target in entry.targets):
             left_out[layer] = why
         else:
-            layers[layer] = _likeness(layer, _update(entries[0], layer), _update(entries[1], layer))
+            layers[layer] = _likeness(layer, *(_update(of_one, layer, base) for of_one in entries))
     return layers, left_out
 
 
@@ -174,10 +187,48 @@ def _unfit(entry: Entry) -> str:
     return ""
 
 
-def _update(entries: Sequence[Entry], layer: str) -> _Update | None:
+class _Base:
+    """The weights of a model in a diffusers folder, read when they are asked for; none without a folder."""
+
+    def __init__(self, model: str | os.PathLike[str] | None):
+        self.folder = None if model is None else Path(model)
+        self.files: dict[str, ComponentFiles] = {}
+        if self.folder and not (self.folder / "model_index.json").is_file():
+            raise CheckpointError(
+                "this is no folder of a diffusers pipeline",
+                where=self.folder,
+                remedy="Pass one, or leave the model out.",
+            )
+
+    def weight(self, layer: str) -> Handle | None:
+        """A layer's weight, if the files have it in numbers."""
+        from diffpeft.pipeline.bake import component_files
+
+        component, name = parted(layer)
+        if self.folder is None or not (self.folder / component).is_dir():
+            return None
+        if component not in self.files:
+            self.files[component] = component_files(self.folder / component, None)
+        handle = self.files[component].tensor(f"{name}.weight")
+        return handle if handle is not None and handle.dtype[0] in "FB" else None
+
+    def lacks(self, layers: Iterable[str]) -> bool:
+        """Whether a weight of these layers is not there."""
+        return any(self.weight(layer) is None for layer in layers)
+
+    def weights(self, layers: Iterable[str]) -> dict[str, torch.Tensor]:
+        """{layer: its weight}."""
+        handles = {layer: handle for layer in layers if (handle := self.weight(layer)) is not None}
+        return dict(zip(handles, io.load(handles.values()), strict=True))
+
+
+def _update(entries: Sequence[Entry], layer: str, base: _Base) -> _Update | None:
     """What entries do to one layer, in float64; None for no entry."""
     import torch
 
+    if any(map(_unfit, entries)):
+        change = deltas(entries, base.weights(dict.fromkeys(t for entry in entries for t in entry.targets)))[layer]
+        return _Update(None, change.flatten(1) if change.ndim > 1 else change[:, None])
     updates = [_of_entry(entry, layer) for entry in entries]
     if not updates:
         return None

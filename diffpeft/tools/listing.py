@@ -16,6 +16,7 @@ from diffpeft.converters.inspection import FileOutline, outline
 from diffpeft.converters.opening import opened
 from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError
 from diffpeft.files import present
+from diffpeft.readable import Readable
 
 END = ".safetensors"
 THUMBNAIL = "modelspec.thumbnail"
@@ -23,8 +24,8 @@ PICTURES = tuple(f"{middle}{end}" for end in (".png", ".jpg", ".jpeg", ".webp") 
 _DATA = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=\s]+")
 
 
-@dataclass(frozen=True)
-class AdapterRow:
+@dataclass(frozen=True, repr=False)
+class AdapterRow(Readable):
     """One adapter of a folder.
 
     Args:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from diffpeft.errors import ConfigError, near, shown
+from diffpeft.readable import Readable
 from diffpeft.train import machines
 
 RESERVED = 2**30  # bytes of a GPU's memory for PyTorch itself, fragments, workspaces of kernels, and the screen
@@ -51,12 +52,13 @@ def option(
     )
 
 
-@dataclass
-class Options:
+@dataclass(repr=False)
+class Options(Readable):
     """The options that every training run has, and the checks of all."""
 
     LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
     COMMAND: ClassVar[str] = "train"  # whose options they are
+    PRESETS: ClassVar[tuple[str, ...]] = ("attn", "attn-mlp", "full")  # of layers, that `targets` may be
     HAS_DATA: ClassVar[bool] = True  # else it has no options that are `data_only`
 
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
@@ -224,7 +226,7 @@ class Options:
         return re.sub(r"[^A-Za-z0-9._-]", "_", self.output().name)[:128].strip(".") or "adapter"
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainConfig(Options):
     """A DreamBooth-style training run. Defaults are the community's for Stable Diffusion 1.5."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from diffpeft.errors import ConfigError
@@ -36,6 +37,16 @@ class Experts:
         turns = [self.at(seed, step) for step in range(2 * len(self.spans))]
         steps = {name: [step for step, turn in enumerate(turns) if turn == name] for name in self.spans}
         return {name: (both[0], both[1]) for name, both in steps.items()}
+
+
+@contextlib.contextmanager
+def asked_alone(family: Family, denoiser: str | None) -> Iterator[None]:
+    """Times are of this denoiser, whatever they are; None: nobody knows."""
+    family.only = denoiser
+    try:
+        yield
+    finally:
+        family.only = None
 
 
 def trained_alone(experts: str | None) -> str | None:

@@ -29,7 +29,7 @@ def refused_with_controls(where: str) -> WrongBaseError:
     )
 
 
-@dataclass
+@dataclass(repr=False)
 class SliderConfig(TrainConfig):
     """A slider's training run: a TrainConfig without data."""
 

@@ -14,6 +14,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffpeft.drawing.calls import images_of, led
+from diffpeft.drawing.prompts import of_line
 from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, named_as, open_family
 from diffpeft.families.densities import DENSITIES
@@ -24,8 +26,7 @@ from diffpeft.families.prompts import embedded, stacked
 from diffpeft.model.target import select
 from diffpeft.train.cache import Texts
 from diffpeft.train.config import TrainConfig
-from diffpeft.train.sample import images_of, led, pictures, prompted
-from diffpeft.train.sample_prompts import of_line
+from diffpeft.train.sample import pictures, prompted
 from diffpeft.train.samples import drawn as drawn_sample
 from diffpeft.train.samples import keywords_of, settled, usual
 from tests.families import clips, table
@@ -585,6 +586,18 @@ def test_every_layer_that_a_preset_chooses_is_learnt(family, latents):
     everything = select({"m": model}, targets="full")["m"].keys()
     excluded = {name for name in everything if re.fullmatch(unread or "", name)}
     assert idle & everything <= excluded and ("experts" in str(unread) or idle & everything == excluded)
+
+
+@pytest.mark.slow
+def test_experts_of_hidream_hand_gradients_on():
+    """Along one direction, against differences: diffusers' own way without training leaves them out."""
+    family, seed = open_family(pipeline("hidream"), CaptionReading(max_length=TEXT)), torch.Generator().manual_seed(0)
+    x, weights, along = (torch.randn(1, 4, 16, 32, generator=seed, dtype=torch.float64) for _ in range(3))
+    read, t = {k: v.detach() for k, v in embedded(family, PROMPTS[:1]).items()}, torch.tensor([0.5])
+    (family.predict(x.requires_grad_(), t, read) * weights).sum().backward()
+    with torch.no_grad():
+        above, below = ((family.predict(x + s * along, t, read) * weights).sum() for s in (1e-4, -1e-4))
+    torch.testing.assert_close((x.grad * along).sum(), (above - below) / 2e-4, rtol=2e-3, atol=0)
 
 
 def test_a_kandinsky_of_sparse_attention_has_sides_of_whole_squares():

@@ -109,6 +109,27 @@ def test_methods_that_need_the_base_are_left_out_and_named(method, tmp_path):
         diff(checkpoint("kohya", "wan", method).save(tmp_path, "c"), tmp_path / "b.safetensors")
 
 
+@pytest.mark.parametrize("method", ["dora", "dora-in", "oft", "boft", "ia3-in", "ia3-out", "glora"])
+def test_with_the_bases_weights_they_are_compared_too(method, tmp_path):
+    family = "flux" if method in ("dora", "oft") else "sdxl"  # with joint layers, and with convolutions
+    one, lora = (
+        checkpoint("kohya", family, m, text=False, carried=False, seed=n) for n, m in enumerate([method, "lora"])
+    )
+    component = "transformer" if family == "flux" else "unet"
+    (tmp_path / "m" / component).mkdir(parents=True)
+    (tmp_path / "m" / "model_index.json").write_text("{}")
+    weights = {f"{layer.partition('.')[2]}.weight": W.contiguous() for layer, W in one.base.items()}
+    save_file(weights, tmp_path / "m" / component / "diffusion_pytorch_model.safetensors")
+    report = diff(one.save(tmp_path, "a"), lora.save(tmp_path, "b"), model=tmp_path / "m", family=family)
+    assert not report.left_out
+    expected = by_hand(one.deltas, lora.deltas)
+    for layer, part in [*report.layers.items(), ("total", report.total)]:
+        for now, told in zip(numbers(part), expected[layer], strict=True):
+            assert now == pytest.approx(told.item(), rel=1e-6, abs=1e-9, nan_ok=True), layer
+    with pytest.raises(CheckpointError, match="no folder of a diffusers pipeline"):
+        diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", model=tmp_path, family=family)
+
+
 def test_adapters_of_different_models_are_told(tmp_path):
     sdxl = checkpoint("kohya", "sdxl", text=False).save(tmp_path, "a")
     with pytest.raises(CheckpointError, match=r"no layer in common.*sdxl.*flux"):
