@@ -11,6 +11,7 @@ import torch
 
 import diffpeft
 from diffpeft.llm.sft_config import SftConfig
+from diffpeft.methods import METHODS
 from diffpeft.pipeline.open import open_pipeline
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.config_files import from_toml
@@ -97,10 +98,8 @@ def test_the_readme_has_the_two_commands_alone_on_a_line_and_its_links_lead_some
 
 
 def snippets():
-    pages = [
-        "README.md",
-        *(f"docs/{name}.md" for name in ("methods", "adapters", "diffusers", "servers", "from-webui")),
-    ]
+    jobs = ("methods", "adapters", "diffusers", "servers", "from-webui", "own-method")
+    pages = ["README.md", *(f"docs/{name}.md" for name in jobs)]
     for page in [*pages, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/methods/*.md"))]:
         for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)):
             slow = pytest.mark.slow if "methods/" in page else ()  # the contracts attach every method
@@ -120,4 +119,9 @@ def test_the_pages_python_runs(block, fresh, tmp_path, monkeypatch):
             diffpeft.unload(pipe)
     quick = block.replace('pipe("a castle")', 'pipe("a castle", num_inference_steps=1)')
     names = {"pipe": pipe, "unet": pipe.unet, "diffpeft": diffpeft, "torch": torch}
-    exec(quick, names | ({"base_model": model()} if "base_model" in block else {}))
+    methods = dict(METHODS)
+    try:
+        exec(quick, names | ({"base_model": model()} if "base_model" in block else {}))
+    finally:  # a page may add one
+        for method in METHODS.keys() - methods:
+            del METHODS[method]
