@@ -45,6 +45,9 @@ class Verification(Readable):
     problems: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    def _title(self) -> str:
+        return f"{self.path} {'fits' if self.fits else 'does not fit'} {self.model}"
+
     @property
     def fits(self) -> bool:
         """Whether load_lora would take it."""
