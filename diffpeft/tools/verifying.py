@@ -71,10 +71,10 @@ def verify(
 
     Raises UnreadableFileError or UnsafeFileError for a file that is none, CheckpointError for a model that is none.
     """
+    from diffpeft.converters import located
     from diffpeft.families import family_of
     from diffpeft.model.target import components, walked
     from diffpeft.pipeline.load import Hints, read_for
-    from diffpeft.pipeline.locate import located
     from diffpeft.pipeline.open import weightless
 
     file, target = located(path), weightless(model, base)
