@@ -77,7 +77,7 @@ def convert(
     """
     if allow not in (None, "approximate"):
         raise ConfigError(f"allow is {shown(allow)}", remedy="It is 'approximate', or left out.")
-    cast = _dtype(dtype)
+    cast = dtype_named(dtype)
     check_path(path)
     source = located(source, **where)
     bundle = read(source, family=family, format=format)
@@ -196,7 +196,8 @@ def _caveats(entries: Sequence[Entry], to: str) -> list[str]:
     return [f"{fact}: {len(layers)} layers" for fact, layers in facts.items() if layers]
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its short name, or as it is. Raises ConfigError for a name that is none."""
     if not isinstance(dtype, str):
         return dtype
     if dtype not in DTYPES:

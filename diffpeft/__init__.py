@@ -50,6 +50,7 @@ _HOMES = {
     "diffpeft.llm.prompt_tuning": "PromptEmbedding",
     "diffpeft.llm.status": "get_layer_status get_model_status",
     "diffpeft.llm.tuners": " ".join(f"{stem}Model" for stem in TUNED),
+    "diffpeft.drawing.draw": "generate",
     "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
@@ -63,8 +64,11 @@ _HOMES = {
     "diffpeft.tools.comparing": "diff",
     "diffpeft.tools.diagnosis": "doctor",
     "diffpeft.tools.editing": "edit",
+    "diffpeft.tools.extracting": "extract",
     "diffpeft.tools.listing": "list_adapters",
+    "diffpeft.tools.merging": "merge",
     "diffpeft.tools.pruning": "prune",
+    "diffpeft.tools.resizing": "resize scale",
     "diffpeft.tools.verifying": "verify",
     "diffpeft.train.config": "TrainConfig",
     "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
@@ -84,6 +88,7 @@ if TYPE_CHECKING:
     from diffpeft.alias import as_peft as as_peft
     from diffpeft.bundle import Bundle as Bundle
     from diffpeft.bundle import Entry as Entry
+    from diffpeft.drawing.draw import generate as generate
     from diffpeft.errors import *  # noqa: F403
     from diffpeft.llm.auto import AutoPeftModel as AutoPeftModel
     from diffpeft.llm.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -172,8 +177,12 @@ if TYPE_CHECKING:
     from diffpeft.tools.comparing import diff as diff
     from diffpeft.tools.diagnosis import doctor as doctor
     from diffpeft.tools.editing import edit as edit
+    from diffpeft.tools.extracting import extract as extract
     from diffpeft.tools.listing import list_adapters as list_adapters
+    from diffpeft.tools.merging import merge as merge
     from diffpeft.tools.pruning import prune as prune
+    from diffpeft.tools.resizing import resize as resize
+    from diffpeft.tools.resizing import scale as scale
     from diffpeft.tools.verifying import verify as verify
     from diffpeft.train import TrainPackage
     from diffpeft.train.config import TrainConfig as TrainConfig

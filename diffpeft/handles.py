@@ -76,6 +76,11 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Matrices side by side."""
+
+
+@dataclass(frozen=True)
 class Cast:
     """Another dtype; `where` is named if it cannot hold the values."""
 
@@ -105,7 +110,7 @@ class Handle(Readable):
     tensor: torch.Tensor | None = None
     data: bytes | None = None
     parts: tuple[Handle, ...] = ()
-    how: Diagonal | Columns | Cast | Scaled | None = None
+    how: Diagonal | Columns | Beside | Cast | Scaled | None = None
     file: Snapshot | None = None  # open, at `path`; without it the path is opened when the bytes are read
 
     @classmethod
@@ -138,6 +143,8 @@ def chunks(handle_: Handle) -> Iterator[bytes | memoryview]:
             yield _computed(handle_, handle_.how, chunk)
     elif isinstance(handle_.how, Columns):
         yield _columns(handle_, handle_.how)
+    elif isinstance(handle_.how, Beside):
+        yield _side_by_side(handle_)
     elif handle_.how:
         yield _diagonal(handle_)
     elif handle_.parts:
@@ -183,6 +190,12 @@ def _diagonal(handle_: Handle) -> bytes:
 def _columns(handle_: Handle, how: Columns) -> bytes:
     size = SIZES[handle_.dtype]
     return _matrix(handle_.parts[0])[:, how.first * size : how.end * size].tobytes()
+
+
+def _side_by_side(handle_: Handle) -> bytes:
+    import numpy as np
+
+    return np.concatenate([_matrix(part) for part in handle_.parts], 1).tobytes()
 
 
 def dtype_of(handle_: Handle) -> torch.dtype:
@@ -339,6 +352,13 @@ def stacked(parts: Iterable[Handle]) -> Handle:
     parts = tuple(parts)
     shape = (sum(h.shape[0] for h in parts), *parts[0].shape[1:])
     return parts[0] if len(parts) == 1 else Handle(parts[0].dtype, shape, parts=parts)
+
+
+def beside(parts: Iterable[Handle]) -> Handle:
+    """Matrices side by side; trailing axes of 1 are kept. They have one dtype, and the same number of rows."""
+    parts = tuple(parts)
+    shape = (parts[0].shape[0], sum(h.shape[1] for h in parts), *parts[0].shape[2:])
+    return parts[0] if len(parts) == 1 else Handle(parts[0].dtype, shape, parts=parts, how=Beside())
 
 
 def diagonal(parts: Iterable[Handle]) -> Handle:

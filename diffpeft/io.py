@@ -20,6 +20,7 @@ from diffpeft.handles import (
     CHUNK,
     SIZES,
     Handle,
+    beside,
     cast,
     chunks,
     columns,
@@ -47,6 +48,7 @@ from diffpeft.handles import (
 __all__ = [
     "SIZES",
     "Snapshot",
+    "beside",
     "cast",
     "chunks",
     "columns",

@@ -39,9 +39,9 @@ def path_of(page: str) -> Path:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Each `diffpeft ...` line of a fence without a language, and of the last column of a table, in its words."""
+    """Each `diffpeft ...` line of a fence that is no Python, and of the last column of a table, in its words."""
     text = page.read_text()
-    fences = re.findall(r"^```\n(.*?)^```", text, re.S | re.M)
+    fences = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.S | re.M)
     lines = [line for fence in fences for line in fence.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"\| `(diffpeft [a-z]+ [^`]+)` \|$", text, re.M)
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("diffpeft ")]

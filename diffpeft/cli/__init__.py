@@ -16,11 +16,14 @@ from diffpeft.cli.diff import diff
 from diffpeft.cli.doctor import doctor
 from diffpeft.cli.edit import edit
 from diffpeft.cli.errors import run
+from diffpeft.cli.extract import extract
 from diffpeft.cli.fuse import fuse
 from diffpeft.cli.generate import generate
 from diffpeft.cli.inspect import inspect
 from diffpeft.cli.list import list_
+from diffpeft.cli.merge import merge
 from diffpeft.cli.prune import prune
+from diffpeft.cli.resize import resize, scale
 from diffpeft.cli.sft import sft
 from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
@@ -52,6 +55,10 @@ def cli() -> None:
     diffpeft list DIR                          say what the adapters in a folder are, a line each
     diffpeft inspect FILE                      say what an adapter file is
     diffpeft convert IN OUT --to FORMAT        write it in another format
+    diffpeft merge A:0.7 B:-0.3 -o OUT         write one adapter that does what several do
+    diffpeft extract --base M --tuned M -o OUT write what a fine-tuned model has learnt
+    diffpeft resize IN OUT --max-size 50MB     write an adapter of fewer ranks
+    diffpeft scale IN OUT BY                   put a strength into it
     diffpeft prune IN OUT --blocks PATTERN     leave blocks or layers out
     diffpeft bake IN OUT --blocks PATTERN=W    put weights by block into it
     diffpeft edit FILE --set KEY=TEXT          change its metadata, trigger words, picture
@@ -81,6 +88,10 @@ for command in (
     diff,
     verify,
     doctor,
+    merge,
+    extract,
+    resize,
+    scale,
 ):
     cli.add_command(command)
 

@@ -18,7 +18,7 @@ from diffpeft.train.config_files import Said, data_pairs, said_by, said_in
 from diffpeft.train.origins import COMMAND, RESUMED
 from diffpeft.train.other_names import hint, words
 from diffpeft.train.resume import remembered
-from diffpeft.train.translate import key_of
+from diffpeft.train.translation import key_of
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}

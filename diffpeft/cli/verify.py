@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffpeft.cli.options import family_names
+from diffpeft.cli.completion import family_names
 from diffpeft.errors import joined
 
 if TYPE_CHECKING:

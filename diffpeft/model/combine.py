@@ -22,6 +22,7 @@ from diffpeft.layers.slot import BIAS, Piece, Slot, at_rest
 from diffpeft.methods import Lora, Spec
 from diffpeft.methods.config import check_choice, check_rank, is_fp32
 from diffpeft.methods.linalg import wide_dtype
+from diffpeft.methods.lowrank import Pair, full_rank, shortened
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.model.attach import install, mixes_of, refuse_duplicate
 from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
@@ -30,15 +31,13 @@ from diffpeft.model.room import plan_slots
 from diffpeft.model.target import adapted, adapted_layers, components
 from diffpeft.readable import Residuals
 
-Factors = tuple[Tensor, Tensor]  # A [r, columns], B [out, r]: an update B A
-
 
 @dataclass(frozen=True)
 class Update:
     """What one adapter does to one layer: its delta [out, columns], the factors if it has exact ones, its rank, and the change of the bias."""
 
     delta: Tensor
-    factors: Factors | None
+    factors: Pair | None
     rank: int
     shift: Tensor | None
 
@@ -86,9 +85,9 @@ def _plan_lora(
         slots = {}
         for layer, module, old in _slots(parts[component], adapter):
             update = update_of(module, old)
-            factors = update.factors if update.factors is not None else _full_rank(update.delta)
+            factors = update.factors if update.factors is not None else full_rank(update.delta)
             if len(factors[0]) and (rank is not None or energy is not None):
-                factors = _shortened(factors, rank, energy)
+                factors = shortened(factors, rank, energy)
             residuals[dotted(component, layer)] = _residual(update.delta, factors)
             slots[layer] = _lora(module, factors, update.shift, old.weight.requires_grad)
         if name is None:
@@ -140,7 +139,7 @@ def combine(
 Updates = list[tuple[float, Update]]  # of one layer, with their weights
 
 
-def exact_sum(updates: Updates) -> tuple[Factors, Tensor]:
+def exact_sum(updates: Updates) -> tuple[Pair, Tensor]:
     """The factors of a sum, side by side."""
     return _combined("cat", updates, None, 1, "total")
 
@@ -149,7 +148,7 @@ def combined(
     parts: Mapping[str, nn.Module],
     weights: Mapping[str, float],
     name: str,
-    put_together: Callable[[Updates], tuple[Factors, Tensor]],
+    put_together: Callable[[Updates], tuple[Pair, Tensor]],
 ) -> tuple[dict[str, dict[str, Slot]], Residuals]:
     """Frozen slots of a new LoRA, by component and layer, that is made of others, and {layer: norm of what is lost / of the sum}.
 
@@ -186,21 +185,19 @@ def _updates(model: nn.Module, weights: Mapping[str, float]) -> dict[str, tuple[
     return by_layer
 
 
-def _combined(
-    how: str, updates: Updates, rank: int | None, density: float, majority_sign: str
-) -> tuple[Factors, Tensor]:
+def _combined(how: str, updates: Updates, rank: int | None, density: float, majority_sign: str) -> tuple[Pair, Tensor]:
     """The factors for one layer, and the sum that they stand for."""
     weights, deltas = [w for w, _ in updates], [u.delta for _, u in updates]
     if how == "cat":
         total = merged("linear", deltas, weights, 1, majority_sign)
-        pairs = [(w, u.factors or _full_rank(u.delta)) for w, u in updates]
+        pairs = [(w, u.factors or full_rank(u.delta)) for w, u in updates]
         factors = torch.cat([A for _, (A, _) in pairs]), torch.cat([w * B for w, (_, B) in pairs], 1)
-        cut = factors if len(factors[0]) <= min(total.shape) else _full_rank(total)
-        return (cut if rank is None else _shortened(cut, rank, None)), total
+        cut = factors if len(factors[0]) <= min(total.shape) else full_rank(total)
+        return (cut if rank is None else shortened(cut, rank, None)), total
     total = merged(how, deltas, weights, density, majority_sign)
     if how == "linear" and rank is None:
-        return _full_rank(total), total
-    return _shortened(_full_rank(total), rank or max(u.rank for _, u in updates), None), total
+        return full_rank(total), total
+    return shortened(full_rank(total), rank or max(u.rank for _, u in updates), None), total
 
 
 def _known(names: Iterable[str], mixes: Mapping[str, Mix]) -> None:
@@ -248,38 +245,13 @@ def update_of(module: nn.Module, slot: Slot) -> Update:
         return present(module, lambda: cast(Update, slot(lambda _: read())))
 
 
-def _nothing(slot: Slot, op: Any, dtype: torch.dtype) -> Factors:
-    """Factors of rank 0, of a slot that changes nothing but the bias."""
+def _nothing(slot: Slot, op: Any, dtype: torch.dtype) -> Pair:
+    """Pair of rank 0, of a slot that changes nothing but the bias."""
     nothing = slot.weight.new_zeros(0, dtype=dtype)
     return nothing.view(0, op.geometry.columns), nothing.view(op.geometry.out, 0)
 
 
-def _full_rank(delta: Tensor) -> Factors:
-    """A matrix as a product with an identity: exact, at the full rank."""
-    o, columns = delta.shape
-    eye = torch.eye(min(o, columns), dtype=delta.dtype, device=delta.device)
-    return (delta, eye) if o <= columns else (eye, delta)
-
-
-def _shortened(factors: Factors, rank: int | None, energy: float | None) -> Factors:
-    """The best factors of at most `rank`, or of the least rank that keeps `energy` of the squared norm; as they are if they are no longer."""
-    A, B = factors
-    if rank is not None and len(A) <= rank:
-        return factors
-    (Qb, Rb), (Qa, Ra) = (
-        torch.linalg.qr(B),
-        torch.linalg.qr(A.t()),
-    )  # the SVD of a product of thin factors needs only a small one
-    U, S, Vh = torch.linalg.svd(Rb @ Ra.t(), full_matrices=False)
-    if rank is None:
-        assert energy is not None
-        share = S.double().square().cumsum(0)
-        rank = int((share < energy * share[-1] * (1 - 1e-12)).sum()) + 1
-    root = S[:rank].sqrt()
-    return root[:, None] * (Vh[:rank] @ Qa.t()), Qb @ U[:, :rank] * root
-
-
-def _residual(delta: Tensor, factors: Factors) -> float:
+def _residual(delta: Tensor, factors: Pair) -> float:
     """|delta - B A| / |delta|, Frobenius; 0 for no delta."""
     norm = torch.linalg.norm(delta.double())
     return (
@@ -287,7 +259,7 @@ def _residual(delta: Tensor, factors: Factors) -> float:
     )
 
 
-def _lora(module: nn.Module, factors: Factors, shift: Tensor | None, trainable: bool) -> Slot:
+def _lora(module: nn.Module, factors: Pair, shift: Tensor | None, trainable: bool) -> Slot:
     """A LoRA of these factors, at scale 1; on a norm what they come to, and for no factors only the bias."""
     kind = site_of(base_class(module))
     assert kind is not None

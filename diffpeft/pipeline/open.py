@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,14 +165,16 @@ def open_parts(
     *,
     vae: str | None = None,
     text_encoders: Sequence[str] = (),
+    denoiser: str | None = None,
     dtype: str = "fp32",
     device: str = "cpu",
     placed: Callable[[str, nn.Module], nn.Module] | None = None,
 ) -> Parts:
     """The same, but each model is loaded when it is first asked for.
 
-    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone; `placed` puts a model, by its name, where it belongs:
-    on the device. Raises CheckpointError if there is no such pipeline; what is wrong with the weights of a model is told when it is loaded.
+    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone, and `denoiser` says which, if the pipeline has several; `placed`
+    puts a model, by its name, where it belongs: on the device. Raises CheckpointError if there is no such pipeline, ConfigError for a file of one of two
+    denoisers, if nothing says which; what is wrong with the weights of a model is told when it is loaded.
     """
     check_model(model, base, vae, text_encoders)
     source, kind = Path(model) if model else EMBEDDED, dtype_of(dtype)
@@ -191,7 +193,8 @@ def open_parts(
             _mark(pipe, source)
     encoders = {name: model for name, model in skeletons.items() if name.startswith("text_encoder")}
     files = assigned(text_encoders, encoders)
-    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files, placed)
+    denoiser = denoiser or _denoiser_in(source, skeletons)
+    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files, denoiser, placed)
     loaders = {name: functools.partial(opened.load, name) for name in skeletons.keys() - unused.keys()}
     return Parts(pipe, loaders, skeletons, configs)
 
@@ -301,12 +304,32 @@ _PREDICTS_V, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors in single files
 
 
 # what names of other models than the denoiser begin with, in the checkpoint of a whole pipeline
-_BESIDE = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.")
+_BESIDE = {
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder."),
+}
 
 
-def _is_alone(file: Path) -> bool:
-    """Whether a single file holds a denoiser and no other model of its pipeline."""
-    return file.suffix == few_bits.GGUF or not any(name.startswith(_BESIDE) for name in io.header(file)[0])
+def _holds(file: Path, component: str) -> bool:
+    """Whether a single file holds another model than the denoiser of its pipeline."""
+    kind = next((kind for kind in _BESIDE if component.startswith(kind)), None)
+    begin = _BESIDE[kind] if kind else tuple(start for starts in _BESIDE.values() for start in starts)
+    return file.suffix != few_bits.GGUF and any(name.startswith(begin) for name in io.header(file)[0])
+
+
+def _denoiser_in(file: Path, skeletons: Iterable[str]) -> str | None:
+    """The denoiser of a pipeline that a single file is of: the first. Raises ConfigError if there are two, for much noise and for little."""
+    denoisers = [name for name in skeletons if denoises(name)]
+    if file.is_file() and {*denoisers} >= _EXPERTS:
+        raise ConfigError(
+            "the file holds one denoiser, and its base has two, for much noise and for little",
+            where=file,
+            remedy="Say whose it is, with --experts high or --experts low where an adapter is trained, or pass the folder that has both.",
+        )
+    return next(iter(sorted(denoisers, key=len)), None)
+
+
+_EXPERTS = frozenset({"transformer", "transformer_2"})
 
 
 def denoises(component: str) -> bool:
@@ -326,6 +349,7 @@ class _Files:
     device: str
     vae: str | None
     text_encoders: Mapping[str, str]
+    denoiser: str | None  # that a single file is of
     placed: Callable[[str, nn.Module], nn.Module] | None
 
     def load(self, name: str) -> Component:
@@ -345,16 +369,16 @@ class _Files:
         return model
 
     def _is_of_the_base(self, name: str) -> bool:
-        """Whether a model is read out of the base's folder: the single file is a denoiser alone, and no other file was named for it.
+        """Whether a model is read out of the base's folder: the single file is another denoiser, or has no such model, and no other file was named for it.
 
         Raises CheckpointError for a base without its weights.
         """
-        named = name in self.text_encoders or (name == "vae" and self.vae)
-        if denoises(name) or named or not _is_alone(self.source):
+        named = name == self.denoiser or name in self.text_encoders or (name == "vae" and self.vae)
+        if named or (not denoises(name) and _holds(self.source, name)):
             return False
         if not any(path.suffix in (".safetensors", ".bin") for path in (self.folder / name).iterdir()):
             raise CheckpointError(
-                f"this file holds a denoiser alone, and its base has no weights of the {name}",
+                f"this file holds no {name}, and its base has no weights of it",
                 where=self.source,
                 remedy="Pass with --base a folder that has them, or files of the VAE and the text encoders: --vae, --text-encoder.",
             )

@@ -51,7 +51,7 @@ def bake(
     """
     refuse_existing([out], overwrite)
     bundle = read(os.fspath(source), family)
-    by_layer = _by_layer(bundle, dict(weights or {}), lbw, Path(source).name.removesuffix(".safetensors"))
+    by_layer = weights_by_layer(bundle, dict(weights or {}), lbw, Path(source).name.removesuffix(".safetensors"))
     by_entry = [
         one_answer(entry, [by_layer[layer] for layer in entry.targets], bundle.source) for entry in bundle.entries
     ]
@@ -73,7 +73,7 @@ def _in_factors(pairs: Sequence[tuple[Entry, float]]) -> Changes:
     ]
 
 
-def _by_layer(
+def weights_by_layer(
     bundle: Bundle, weights: dict[str, float], lbw: str | Sequence[float] | None, name: str
 ) -> dict[str, float]:
     """{layer: its weight}."""

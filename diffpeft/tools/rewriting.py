@@ -98,9 +98,9 @@ def _changed(before: Entry, after: Entry | None) -> list[tuple[str, Handle | Non
     if after is None:
         return []
     rows: list[tuple[str, Handle | None, Handle]] = [
-        (role, before.tensors[role], handle)
+        (role, before.tensors.get(role), handle)
         for role, handle in after.tensors.items()
-        if handle is not before.tensors[role]
+        if handle is not before.tensors.get(role)
     ]
     if after.alpha is not before.alpha:
         old = before.alpha if isinstance(before.alpha, Handle) else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 from diffpeft.errors import ConfigError, listed
 from diffpeft.train import machines
-from diffpeft.train.check import Checked
+from diffpeft.train.check import Checked, held_by
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.estimate import GIB, SHARES, Outline, Phase, sized
 from diffpeft.train.watch import Watch
@@ -44,10 +44,11 @@ class Way:
 
 def ways(config: TrainConfig, said: Mapping[str, str]) -> list[Way]:
     """The ways that are open to a run, the least slow one first. What was said stays: `said` are the options that were, and where."""
+    fixed = machines.sharding(config) or bool(held_by(config))
     free: dict[str, tuple[object, ...]] = {
         "gradient_checkpointing": (False, True),
-        "quantize": (None,) if machines.sharding(config) else (None, "int8", "nf4"),
-        "offload": (0.0,) if machines.sharding(config) or config.compile else SHARES,
+        "quantize": (None,) if fixed else (None, "int8", "nf4"),
+        "offload": (0.0,) if fixed or config.compile else SHARES,
     }
     default = {f.name: f.default for f in fields(config)}
     for name in free:

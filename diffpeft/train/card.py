@@ -5,8 +5,6 @@ A README.md that is not ours is kept, and its head completed.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from diffpeft.io import replacing
 from diffpeft.train.cards import CardFacts, completed, tell
 from diffpeft.train.data.account import Account, footage_of
 from diffpeft.train.formats import FIRST, SECOND, for_a_program, for_the_second, half_of
+from diffpeft.train.gallery import newest_samples, record_of
 from diffpeft.train.metadata import is_id
 from diffpeft.train.outputs import README
 from diffpeft.train.prompt_account import PromptAccount
@@ -83,26 +82,14 @@ def prompt_of(run: TrainRun) -> str | None:
 
 def _widget(folder: Path, words: str | None) -> list[dict[str, object]]:
     """The newest pictures, one for each prompt, that a run drew with the adapter, with their prompts as the pictures say them."""
-    newest: dict[int, tuple[int, Path]] = {}
-    for path in folder.glob("samples/step*/p*_s*.*"):
-        match = re.fullmatch(r"step(\d+)/p(\d+)_s\d+\.(?:png|webp)", f"{path.parent.name}/{path.name}")
-        if match:
-            step, number = int(match[1]), int(match[2])
-            newest[number] = max(newest.get(number, (-1, path)), (step, path))
-    rows = [(_told(path) or words, path.relative_to(folder)) for _, (_, path) in sorted(newest.items())]
-    return [{"text": text, "output": {"url": str(place)}} for text, place in rows if text]
+    rows = [(_prompt_in(path) or words, path.relative_to(folder)) for path in newest_samples(folder).values()]
+    return [{"text": text, "output": {"url": place.as_posix()}} for text, place in rows if text]
 
 
-def _told(path: Path) -> str | None:
+def _prompt_in(path: Path) -> str | None:
     """The prompt that a picture says it was drawn for."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        try:
-            record = json.loads(image.info.get("diffpeft", "{}"))
-        except ValueError:
-            return None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+    facts = record_of(path).get("facts")
+    prompt = facts.get("prompt") if isinstance(facts, dict) else None
     return prompt if isinstance(prompt, str) else None
 
 

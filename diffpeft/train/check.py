@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffpeft import io
+from diffpeft.drawing.prompts import SamplePrompt, check_sizes
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.families import FAMILIES, is_of, trainable
 from diffpeft.families.base import Sizes
-from diffpeft.pipeline import guardrail
-from diffpeft.pipeline.open import Facts, check_model, facts
+from diffpeft.pipeline import few_bits, guardrail
+from diffpeft.pipeline.open import Facts, check_model, denoises, facts
 from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
@@ -28,14 +29,12 @@ from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.sample_prompts import (
-    SamplePrompt,
     check_controls,
-    check_sizes,
     prompts_of,
     typed_prompts,
     with_controls,
 )
-from diffpeft.train.slider_config import SliderConfig
+from diffpeft.train.slider_config import SliderConfig, refused_with_controls
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -97,9 +96,11 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     known = sizes_of(config)
     prior_prompts(config)
     _check_prior(config)
+    _check_slider(config)
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
     _check_experts(config)
+    _check_held(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
@@ -277,6 +278,32 @@ def _check_experts(config: TrainConfig) -> None:
         raise config.without_experts()
 
 
+def held_by(config: TrainConfig) -> str:
+    """The library that holds a model's denoiser in few bits, as the files of its folder say; empty where none does."""
+    known = Facts() if Path(str(config.model)).is_file() else facts(source_of(config))
+    said = (configs.get("quantization_config") for part, configs in known.configs.items() if denoises(part))
+    return next((str(kind.get("quant_method", "another library")) for kind in said if isinstance(kind, dict)), "")
+
+
+def _check_held(config: TrainConfig) -> None:
+    """Raise ConfigError for a denoiser that is in few bits in its files, and shall be held otherwise."""
+    file = Path(str(config.model))
+    if config.quantize and file.is_file() and few_bits.in_few_bits(file):
+        raise ConfigError(
+            f"quantize is {config.quantize}, and this file holds its denoiser in few bits, which stay so",
+            where=file,
+            remedy="Leave --quantize out, or pass the file of the model as it was published.",
+        )
+    otherwise = [name for name in ("quantize", "offload") if getattr(config, name)]
+    if otherwise and (kind := held_by(config)):
+        raise ConfigError(
+            f"{otherwise[0]} is {getattr(config, otherwise[0])}, and this model's files hold its denoiser in few bits ({kind}), "
+            "which stay so, and on the device",
+            where=config.model or "",
+            remedy=f"Leave --{otherwise[0]} out, or take the model as it was published, with --quantize.",
+        )
+
+
 def _check_prior(config: TrainConfig) -> None:
     """Raise ConfigError for class images of a model that draws nothing without a control image."""
     wanted = wanted_controls(config)
@@ -285,6 +312,12 @@ def _check_prior(config: TrainConfig) -> None:
             "class images with a model that draws nothing without a control image",
             remedy="Pass --prior base: the model is asked for the training images, with their control images.",
         )
+
+
+def _check_slider(config: TrainConfig) -> None:
+    """Raise WrongBaseError for a slider of a model that draws nothing from prompts alone."""
+    if isinstance(config, SliderConfig) and (wanted := wanted_controls(config)) is not None and wanted.fewest:
+        raise refused_with_controls(source_of(config))
 
 
 def _check_sample_model(config: TrainConfig) -> None:

@@ -10,6 +10,7 @@ from diffpeft.errors import ConfigError
 from diffpeft.families import Family
 from diffpeft.train import draw
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.formats import HALVES
 
 BOTH, HIGH, LOW = "both", "high", "low"
 
@@ -46,6 +47,11 @@ def asked_alone(family: Family, denoiser: str | None) -> Iterator[None]:
         yield
     finally:
         family.only = None
+
+
+def trained_alone(experts: str | None) -> str | None:
+    """The denoiser that a run trains alone, as --experts says it; None for a run that trains what there is."""
+    return next((denoiser for denoiser, half in HALVES.items() if half == experts), None)
 
 
 def experts_of(config: TrainConfig, family: Family) -> Experts:

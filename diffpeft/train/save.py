@@ -22,11 +22,11 @@ from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.train.card import write_card
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.formats import SavedFormats, asked, chosen, file_of, files_of, half_of, halves_of
+from diffpeft.train.gallery import newest_sample
 from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
 from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
 from diffpeft.train.run import TrainRun
-from diffpeft.train.samples import newest_sample
 from diffpeft.train.showing import finish, told
 from diffpeft.train.team import team
 from diffpeft.train.watching import write_metrics

@@ -15,14 +15,16 @@ from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Prompt, Texts
 from diffpeft.train.formats import for_a_program, for_the_second
+from diffpeft.train.gallery import Gallery, Spot, forget
 from diffpeft.train.outputs import ACCOUNT, CONFIG, METRICS, PAGE, README, ROWS
 from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.sample_model import open_other, other_stage
-from diffpeft.train.samples import Gallery, Sampler, Spot, forget, settled, stage, texts_of
+from diffpeft.train.samples import Sampler, settled, stage, texts_of
 from diffpeft.train.team import team
 
 if TYPE_CHECKING:
+    from diffpeft.drawing.prompts import SamplePrompt
     from diffpeft.families import Family
     from diffpeft.train.checkpoints import SavedState
     from diffpeft.train.config import Options, TrainConfig
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from diffpeft.train.journal import Logbook
     from diffpeft.train.loop import Events, Keeper
     from diffpeft.train.run import TrainRun
-    from diffpeft.train.sample_prompts import SamplePrompt
     from diffpeft.train.usage import Stopwatch
     from diffpeft.train.watch import Watch
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from diffpeft.train import dreambooth
 from diffpeft.train.card import write_card
 from diffpeft.train.data import survey
 from diffpeft.train.data.buckets import Sizing
+from diffpeft.train.gallery import Gallery, Spot
+from diffpeft.train.sample_prompts import SamplePrompt
 from tests.families.pipelines import FIRST_FRAMES, KINDS
 from tests.families.pipelines import made as pipe_of
 from tests.train.pictures import photos_in
@@ -110,17 +111,24 @@ def test_words_with_quotes_and_marks_break_nothing(tmp_path):
 
 
 def test_the_newest_pictures_are_shown_with_what_they_were_drawn_for(tmp_path):
+    """As they are written: pictures, and clips of several frames."""
     run = made(tmp_path, instance_prompt="a photo of sks dog")
-    for step, name, prompt in ((0, "p0_s1", "old"), (3, "p0_s1", "new"), (3, "p0_s1_w0", "off"), (3, "p1_s7", None)):
-        path = tmp_path / PRIVATE / "out/samples" / f"step{step:08d}" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        info = PngInfo()
-        if prompt:
-            info.add_text("diffpeft", f'{{"prompt": "{prompt}"}}')
-        Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    for step, still, moving in ((0, "old", "old"), (3, "new", "moves")):
+        prompts = (
+            SamplePrompt(still, seed=1, width=8, height=8),
+            SamplePrompt(moving, seed=7, width=8, height=8, frames=2),
+        )
+        gallery = Gallery(tmp_path / PRIVATE / "out", tuple(replace(p, where="x") for p in prompts), "m")
+        for number, strength in ((0, 1.0), (0, 0.0), (0, 0.5), (1, 1.0)):
+            gallery.write(
+                step, Spot(number, strength), [Image.new("RGB", (8, 8), (9 * n, 0, 0)) for n in range(1 + number)]
+            )
+    unsaid = tmp_path / PRIVATE / "out/samples/step00000003/p2_s7.png"
+    Image.new("RGB", (8, 8)).save(unsaid)
     assert card_of(run).data.to_dict()["widget"] == [
         {"text": "new", "output": {"url": "samples/step00000003/p0_s1.png"}},
-        {"text": "a photo of sks dog", "output": {"url": "samples/step00000003/p1_s7.png"}},
+        {"text": "moves", "output": {"url": "samples/step00000003/p1_s7.webp"}},
+        {"text": "a photo of sks dog", "output": {"url": "samples/step00000003/p2_s7.png"}},
     ]
 
 

@@ -16,6 +16,7 @@ from diffpeft import ConfigError, DataError, TrainConfig, UnknownNameError, Wron
 from diffpeft.llm.sft_check import check as check_sft
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import EMBEDDED
+from diffpeft.train import budget
 from diffpeft.train.check import check
 from diffpeft.train.config import OTHER_NAMES, target_names
 from diffpeft.train.config_files import from_toml
@@ -199,7 +200,6 @@ CLASSES = {  # {a pipeline for another task: those of its kind that are trained}
     "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
     "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
-    "FluxFillPipeline": "FluxPipeline or a FluxKontextPipeline or a FluxControlPipeline",
     "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline",
     "StableDiffusionUpscalePipeline": "StableDiffusionPipeline",
@@ -370,3 +370,25 @@ def test_one_of_two_denoisers_is_told_of_a_model_that_has_one(config, tmp_path):
             check(replace(config, experts=said))
     two = {"transformer": ["diffusers", "X"], "transformer_2": ["diffusers", "X"]}
     check(replace(config, model=folder_of(tmp_path, two), experts="low"))
+
+
+def test_a_denoiser_that_a_library_holds_in_few_bits_stays_as_it_is(config, tmp_path):
+    held = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    there = replace(config, model=folder_of(tmp_path, unet=held))
+    for options in ({"offload": 0.5}, {"quantize": "int8"}, {"quantize": "nf4", "offload": 1.0}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(options))} is .*few bits \(bitsandbytes\)"):
+            check(replace(there, **options))
+    check(there)
+    assert {(way.quantize, way.offload) for way in budget.ways(there, {})} == {(None, 0.0)}
+    assert len(budget.ways(config, {})) > 2
+
+
+@pytest.mark.parametrize("kind", ["gguf", "float8"])
+def test_a_file_in_few_bits_stays_as_it_is(kind, config, tmp_path):
+    file = tmp_path / f"model.{'gguf' if kind == 'gguf' else 'safetensors'}"
+    save_file({"model.diffusion_model.x": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, file)  # no GGUF is looked into
+    single = replace(config, model=str(file), base=str(EMBEDDED))
+    for quantize in ("int8", "fp8"):
+        with pytest.raises(ConfigError, match=f"quantize is {quantize}, and this file holds"):
+            check(replace(single, quantize=quantize))
+    check(replace(single, offload=0.5))

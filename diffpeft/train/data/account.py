@@ -272,7 +272,8 @@ class Account:
         ]
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
-            notes.append(f"{counted(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+            what = "clip" if self.framing else "image"
+            notes.append(f"{counted(len(groups), what)} more than once: {listed(groups, SHOWN)}")
         if self.stray_controls:
             notes.append(f"control images of no picture: {listed(self.stray_controls, SHOWN)}")
         if self.copies:
