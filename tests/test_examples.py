@@ -98,15 +98,8 @@ def test_the_readme_has_the_two_commands_alone_on_a_line_and_its_links_lead_some
 
 
 def snippets():
-<<<<<<< HEAD
     jobs = ("methods", "adapters", "diffusers", "servers", "from-webui", "own-method")
     pages = ["README.md", *(f"docs/{name}.md" for name in jobs)]
-=======
-    pages = [
-        "README.md",
-        *(f"docs/{name}.md" for name in ("methods", "adapters", "diffusers", "servers", "from-webui")),
-    ]
->>>>>>> main
     for page in [*pages, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/methods/*.md"))]:
         for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)):
             slow = pytest.mark.slow if "methods/" in page else ()  # the contracts attach every method
