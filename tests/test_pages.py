@@ -120,9 +120,13 @@ def test_commands_run(page, folder):
 @pytest.mark.parametrize("page", ["start.md", "gallery.md"])
 def test_python_on_the_first_pages_runs(page, folder):
     """With adapters where the pages' commands put theirs, and one step of drawing."""
+    pipe = open_pipeline()
+    diffpeft.attach(
+        pipe.unet, diffpeft.LoraConfig(r=2, init_lora_weights=False), targets=["attn1.to_q"]
+    )  # in all blocks
     for path in ("first/openmoji", "demo-out/openmoji", "heart/heart"):
         Path(path).parent.mkdir(exist_ok=True)
-        shutil.copy("style.safetensors", f"{path}.diffusers.safetensors")
+        diffpeft.save_lora(pipe, f"{path}.diffusers.safetensors")
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", path_of(page).read_text(), re.S):
         exec(re.sub(r"(STEPS = |num_inference_steps=)\d+", r"\g<1>1", block), names)
