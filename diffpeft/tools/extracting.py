@@ -22,6 +22,7 @@ from diffpeft.methods.layout import BIAS
 from diffpeft.methods.lokr import factorization
 from diffpeft.methods.lowrank import Spectrum, leading, nearest_kronecker, of_matrix, ranks_for
 from diffpeft.methods.shapes import rank as rank_of
+from diffpeft.readable import Readable
 from diffpeft.tools.merging import with_note
 from diffpeft.tools.models import ModelLayer, Weights, common_layers, weights_of
 from diffpeft.tools.updates import check_cut, full_entry, lora_entry, stored
@@ -30,8 +31,8 @@ METHODS = ("lora", "lokr", "full")
 _RANK = 16  # where neither rank nor energy is told
 
 
-@dataclass(frozen=True)
-class ExtractReport:
+@dataclass(frozen=True, repr=False)
+class ExtractReport(Readable):
     """What an extraction did.
 
     `residuals`: {layer: norm of what the adapter leaves out / norm of the difference}, `residual` that of all layers that it holds; `ranks` {layer: rank}.
