@@ -109,7 +109,9 @@ def worst(layers: Shapes, exact: Callable[[str], Tensor], out: Path, rank: int, 
     errors, excesses = [0.0], [0.0]
     for name in {shape: name for name, shape in layers.items()}.values():
         matrix = exact(name)
-        B, A = (io.load([entries[f"unet.{name}"].tensors[role]])[0].double().flatten(1) for role in ("lora_B", "lora_A"))
+        B, A = (
+            io.load([entries[f"unet.{name}"].tensors[role]])[0].double().flatten(1) for role in ("lora_B", "lora_A")
+        )
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         truncated = (U[:, :rank] * S[:rank]) @ Vh[:rank]
         ours = B @ A
@@ -152,7 +154,9 @@ def difference(shape: Sequence[int]) -> Tensor:
     o, i = shape[0], math.prod(shape[1:])
     r = min(o, i, 128)
     falling = 1 / torch.arange(1, r + 1)
-    return ((torch.randn(o, r) * falling) @ torch.randn(r, i) / math.sqrt(i) + 1e-4 * torch.randn(o, i)).reshape(shape) * 0.02
+    return ((torch.randn(o, r) * falling) @ torch.randn(r, i) / math.sqrt(i) + 1e-4 * torch.randn(o, i)).reshape(
+        shape
+    ) * 0.02
 
 
 def models(folder: Path, layers: Shapes) -> tuple[Path, Path]:

@@ -48,7 +48,11 @@ def test_the_leading_part_is_that_of_the_whole_svd(shape, dtype):
             assert float((ours - best).norm()) <= 1e-5 * float(best.norm()), name
         assert spectrum.lost(rank) * norm == pytest.approx(least, rel=1e-3, abs=2e-3 * norm), name
         for left in (spectrum.U, spectrum.Vh.T):
-            assert torch.allclose(left.T @ left, torch.eye(left.shape[1], dtype=dtype), atol=1e-5) or not norm or "fewer" in name
+            assert (
+                torch.allclose(left.T @ left, torch.eye(left.shape[1], dtype=dtype), atol=1e-5)
+                or not norm
+                or "fewer" in name
+            )
 
 
 def test_the_same_seed_gives_the_same_numbers():

@@ -68,7 +68,7 @@ def test_the_sum_is_exact_whatever_the_methods_and_formats(first, second, left, 
 
 @pytest.mark.parametrize("method", BENT)
 def test_what_depends_on_the_weight_is_refused_with_all_layers_and_a_way(method, tmp_path):
-    a, path = make(tmp_path, "kohya", "sdxl", method, "a", 1)
+    _, path = make(tmp_path, "kohya", "sdxl", method, "a", 1)
     with pytest.raises(CannotConvertError, match="combine") as error:
         diffpeft.merge({path: 0.5}, tmp_path / "c.safetensors")
     assert f"{len(converters.read(path).entries)} layers" in error.value.what
@@ -119,12 +119,16 @@ def test_a_cut_is_the_best_of_its_rank_and_its_error_is_told(tmp_path):
         error = float((now[layer].flatten() - delta.flatten()).norm())
         assert error == pytest.approx(float(S[2:].norm()), rel=1e-9, abs=1e-12)
         if layer in report.errors:
-            assert report.errors[layer] == pytest.approx(error / float(S.norm()) if S.norm() else 0, rel=1e-9, abs=1e-12)
+            assert report.errors[layer] == pytest.approx(
+                error / float(S.norm()) if S.norm() else 0, rel=1e-9, abs=1e-12
+            )
         squares = [squares[0] + error**2, squares[1] + float(S.norm()) ** 2]
     assert report.error == pytest.approx(math.sqrt(squares[0] / squares[1]), rel=1e-9)
 
 
-@pytest.mark.parametrize(("dtypes", "expected"), [(("F16", "F16"), "F16"), (("F16", "BF16"), "F32"), (("BF16", "F32"), "F32")])
+@pytest.mark.parametrize(
+    ("dtypes", "expected"), [(("F16", "F16"), "F16"), (("F16", "BF16"), "F32"), (("BF16", "F32"), "F32")]
+)
 def test_the_dtype_holds_those_of_all_and_the_error_of_rounding_is_told(dtypes, expected, tmp_path):
     kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
     files = [
@@ -142,7 +146,9 @@ def test_the_dtype_holds_those_of_all_and_the_error_of_rounding_is_told(dtypes, 
 
 
 def test_one_file_at_strength_1_keeps_its_bytes(tmp_path):
-    file, path = make(tmp_path, "kohya", "sd15", "lora", "a", 0, alpha="rank", carried=False, dtype=torch.float16, ranks=(2,))
+    _, path = make(
+        tmp_path, "kohya", "sd15", "lora", "a", 0, alpha="rank", carried=False, dtype=torch.float16, ranks=(2,)
+    )
     diffpeft.merge({path: 1}, tmp_path / "c.safetensors")
     now, before = load_file(tmp_path / "c.safetensors"), load_file(path)
     assert now.keys() == before.keys()
@@ -182,7 +188,10 @@ def test_trigger_words_of_all_and_what_it_was_made_of_are_in_the_metadata(tmp_pa
         metadata = f.metadata()
     assert metadata["modelspec.trigger_phrase"] == "zwx, ohw" and metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     assert "ss_steps" not in metadata
-    assert json.loads(metadata["diffpeft.merge"]) == {"how": "cat", "files": [["zwx.safetensors", 0.5], ["ohw.safetensors", 0.5]]}
+    assert json.loads(metadata["diffpeft.merge"]) == {
+        "how": "cat",
+        "files": [["zwx.safetensors", 0.5], ["ohw.safetensors", 0.5]],
+    }
 
 
 def test_what_is_wrong_is_told_and_nothing_is_written(tmp_path):
